@@ -1,0 +1,83 @@
+"""One scripted provider and one Pomex in front of it, for all acceptance tests of a run.
+
+The provider is configured once for each wire, so a wire is chosen by the first part of the model's name.
+With POMEX_ACCEPTANCE_DIRECT=1 Codex speaks to the scripted provider itself: it tells a change in Codex, or a
+fault in a script, from a fault in Pomex.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import CODEX_VERSIONS, DIRECT, SHARED, Codex, Pomex, free_port, running_pomex
+from scripted import Script, Upstream
+
+MODELS = ("gpt-5.3-codex", "gpt-5.5", "gpt-5.6-sol", "plain-model")
+WIRES = {
+    "native": 'wire_api = "responses"\nrelay = "bytes"',            # as OpenAI: the upstream's own frames pass
+    "foreign": 'wire_api = "responses"\nrelay = "normalise"',       # as a vendor's imitation: decoded, made anew
+    "chat": 'wire_api = "chat"',
+    "thinker": 'wire_api = "chat"\ndialect = "deepseek"',           # its reasoning must be sent back
+}
+if DIRECT:
+    WIRES = {"direct": ""}
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[Upstream]:
+    served = Upstream()
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="session")
+def pomex(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pomex]:
+    """The gateway, with one provider for each wire."""
+    if DIRECT:
+        yield direct(upstream)
+        return
+    config = f'[server]\nport = {free_port()}\n[database]\nurl = "sqlite:pomex.db"\n'
+    for name, lines in WIRES.items():
+        config += (f'\n[providers.{name}]\n{lines}\nbase_url = "{upstream.base_url(name)}"\n'
+                   f'env_key = "SCRIPTED_KEY"\nmodels = {json.dumps(MODELS)}\n')
+    with running_pomex(tmp_path_factory.mktemp("pomex"), config, {"SCRIPTED_KEY": "upstream-secret"}) as gateway:
+        yield gateway
+
+
+def direct(upstream: Upstream) -> Pomex:
+    """The scripted provider, dressed as a gateway."""
+    entry = json.loads((SHARED / "reference" / "codex-model-entry.json").read_text())["models"][0]
+    upstream.headers.clear()
+    upstream.catalogue = {"object": "list", "data": [],
+                          "models": [{**entry, "slug": f"direct/{name}"} for name in MODELS]}
+    return Pomex(upstream.base_url("direct"), "sk-direct", {}, log=[
+        'model_provider = "pomex"\n', 'model = "direct/gpt-5.3-codex"\n', "\n", "[model_providers.pomex]\n",
+        'name = "Pomex API"\n', f'base_url = "{upstream.base_url("direct")}"\n', 'env_key = "POMEX_API_KEY"\n',
+        'wire_api = "responses"\n', f'model_catalog_url = "{upstream.base_url("direct")}/models"\n', "\n"])
+
+
+@pytest.fixture
+def script(upstream: Upstream) -> Script:
+    """The provider's script, empty at the start of each test."""
+    upstream.script.play()
+    return upstream.script
+
+
+@pytest.fixture(params=WIRES)
+def wire(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=CODEX_VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def codex(version: str, wire: str, pomex: Pomex, tmp_path: Path) -> Codex:
+    """Codex with the block that Pomex prints, and the model of the wire under test."""
+    made = Codex(version, tmp_path, pomex.codex_block(), pomex.key)
+    made.model = f"{wire}/gpt-5.3-codex"
+    return made

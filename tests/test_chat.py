@@ -1,0 +1,1598 @@
+"""Chat Completions and its dialects: the decoder, the encoder, the errors of providers."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+import pomex
+
+JSON = dict[str, Any]
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+RECORDED = SHARED / "recorded"
+NO_RECORDINGS = pytest.mark.skipif(
+    not RECORDED.is_dir(), reason="the recorded exchanges are not beside the repository"
+)
+
+
+# --- what deltas amount to
+
+
+class View:
+    """Deltas put together, with the rules that every decoder keeps checked on the way."""
+
+    def __init__(self) -> None:
+        self.items: dict[int, JSON] = {}
+        self.usage: pomex.Usage | None = None
+        self.stops: list[pomex.Stop] = []
+        self.error: pomex.GatewayError | None = None
+
+    def add(self, deltas: Iterable[pomex.Delta]) -> View:
+        for delta in deltas:
+            if isinstance(delta, pomex.Open):
+                assert delta.slot not in self.items
+                for item in self.items.values():
+                    assert item["closed"] or item["kind"].endswith("_call"), (
+                        "an item opened while a text was open"
+                    )
+                self.items[delta.slot] = {
+                    "kind": delta.kind,
+                    "id": delta.call_id,
+                    "name": delta.name,
+                    "namespace": delta.namespace,
+                    "text": "",
+                    "refusal": "",
+                    "summary": "",
+                    "arguments": "",
+                    "closed": False,
+                    "fields": {},
+                }
+            elif isinstance(delta, pomex.Fragment):
+                assert not self.items[delta.slot]["closed"] and delta.text
+                self.items[delta.slot][delta.channel] += delta.text
+            elif isinstance(delta, pomex.Close):
+                item = self.items[delta.slot]
+                assert not item["closed"]
+                item.update(closed=True, fields=delta.fields)
+                if item["kind"].endswith("_call"):
+                    json.loads(item["arguments"] or "{}")
+            elif isinstance(delta, pomex.Usage):
+                self.usage = delta
+            elif isinstance(delta, pomex.Stop):
+                self.stops.append(delta)
+            elif isinstance(delta, pomex.Fail):
+                self.error = delta.error
+            else:
+                raise AssertionError(delta)
+        return self
+
+    def text(self, channel: str = "text") -> str:
+        return "".join(item[channel] for item in self.items.values())
+
+    def calls(self) -> list[tuple[str, str, str]]:
+        return [
+            (i["id"], i["name"], i["arguments"]) for i in self.items.values() if i["kind"].endswith("_call")
+        ]
+
+    def end(self) -> str:
+        if self.error is not None:
+            return "failed"
+        if not self.stops:
+            return "none"
+        return self.stops[-1].incomplete or "completed"
+
+    def outcome(self) -> tuple[Any, ...]:
+        return self.text(), self.text("refusal"), self.text("summary"), self.calls(), self.usage, self.end()
+
+    def kinds(self) -> list[str]:
+        return [item["kind"] for item in self.items.values()]
+
+
+def decoder(dialect: str = "generic", tools: Iterable[JSON] = ()) -> pomex.ChatDecoder:
+    return pomex.ChatDecoder(pomex.ToolBook(list(tools)), pomex.DIALECTS[dialect], "call_new_")
+
+
+def view_of(chunks: Iterable[Any], dialect: str = "generic", tools: Iterable[JSON] = ()) -> View:
+    reader, view = decoder(dialect, tools), View()
+    for chunk in chunks:
+        view.add(reader.feed(chunk if isinstance(chunk, str) else json.dumps(chunk)))
+    return view
+
+
+def piece(finish: str | None = None, /, **delta: Any) -> JSON:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def call(
+    index: int | None = None, call_id: str | None = None, name: str | None = None, arguments: Any = ""
+) -> JSON:
+    given = {"index": index, "id": call_id, "function": {"name": name, "arguments": arguments}}
+    return piece(tool_calls=[{k: v for k, v in given.items() if v is not None}])
+
+
+STOPPED, CALLED = piece("stop"), piece("tool_calls")
+
+
+# --- every recorded exchange
+
+
+def exchanges(protocol: str, name: str) -> list[pathlib.Path]:
+    return sorted(RECORDED.glob(f"{protocol}/*/{name}"))
+
+
+def named(path: pathlib.Path) -> str:
+    return path.parent.name
+
+
+def dialect_of(path: pathlib.Path) -> str:
+    first = path.parent.name.split("-")[0]
+    return {"kimi": "moonshot", "llamacpp": "llama.cpp", "copilot": "openai", "tool": "mistral"}.get(
+        first, first if first in pomex.DIALECTS else "generic"
+    )
+
+
+def recorded_data(path: pathlib.Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line[5:].strip() for line in lines if line.startswith("data:")]
+
+
+def expected_of(messages: list[JSON], chunks: list[JSON], router: bool) -> tuple[Any, ...]:
+    """What an exchange holds, computed the plain way: nothing shared with the decoder."""
+    text = refusal = thought = ""
+    calls: dict[Any, list[str]] = {}
+    part: Any
+    for message in messages:
+        content = message.get("content") or ""
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "thinking":
+                thought += "".join(t["text"] for t in part["thinking"])
+            elif part["type"] == "text":
+                text += part["text"]
+        refusal += message.get("refusal") or ""
+        details = "".join(d.get("text", "") for d in message.get("reasoning_details") or [])
+        thought += message.get("reasoning") or message.get("reasoning_content") or details
+        for given in message.get("tool_calls") or []:
+            if given.get("type") == "custom":
+                calls[given["id"]] = [
+                    given["id"],
+                    given["custom"]["name"],
+                    json.dumps({"input": given["custom"]["input"]}),
+                ]
+                continue
+            entry = calls.setdefault(given.get("index", given.get("id")), ["", "", ""])
+            entry[0] = entry[0] or given.get("id") or ""
+            entry[1] = entry[1] or given["function"].get("name") or ""
+            entry[2] += given["function"].get("arguments") or ""
+    text = text.lstrip() if text.startswith("<think>") else text
+    if text.startswith("<think>"):
+        thought, _, text = text.removeprefix("<think>").partition("</think>")
+        text = text.lstrip()
+    return (
+        text,
+        refusal,
+        thought,
+        [tuple(entry) for entry in calls.values()],
+        usage_of(chunks, router),
+        end_of(chunks),
+    )
+
+
+def usage_of(chunks: list[JSON], router: bool) -> pomex.Usage | None:
+    """The last count; reasoning is added if completion_tokens cannot hold it (OpenRouter's: off by one)."""
+    given = [c.get("usage") or (c.get("x_groq") or {}).get("usage") for c in chunks]
+    last = next((u for u in reversed(given) if u), None)
+    if last is None:
+        return None
+    inner = last.get("completion_tokens_details") or {}
+    thought = inner.get("reasoning_tokens", 0)
+    apart = not router and (
+        thought > last["completion_tokens"]
+        or last["total_tokens"] > last["prompt_tokens"] + last["completion_tokens"]
+    )
+    cache = last.get("prompt_tokens_details") or {}
+    return pomex.Usage(
+        last["prompt_tokens"],
+        cache.get("cached_tokens", 0),
+        cache.get("cache_write_tokens", 0),
+        last["completion_tokens"] + (thought if apart else 0),
+        thought if apart else min(thought, last["completion_tokens"]),
+    )
+
+
+def end_of(chunks: list[JSON]) -> str:
+    if any(chunk.get("error") for chunk in chunks):
+        return "failed"
+    reasons = [choice.get("finish_reason") for chunk in chunks for choice in chunk.get("choices", [])]
+    last = [reason for reason in reasons if reason][-1:]
+    return {"length": "max_output_tokens", "content_filter": "content_filter"}.get("".join(last), "completed")
+
+
+def feed_bytes(path: pathlib.Path, pieces: Iterable[bytes]) -> View:
+    reader, events, view = decoder(dialect_of(path)), pomex.SSEDecoder(), View()
+    for data in pieces:
+        for event in events.feed(data):
+            view.add(reader.feed(event.data))
+    for event in events.finish():
+        view.add(reader.feed(event.data))
+    return view.add(reader.end())
+
+
+@NO_RECORDINGS
+@pytest.mark.parametrize("path", exchanges("chat", "response.sse"), ids=named)
+class TestEveryRecordedStream:
+    def test_says_what_it_holds(self, path: pathlib.Path) -> None:
+        chunks = [json.loads(data) for data in recorded_data(path) if data != "[DONE]"]
+        deltas = [c.get("delta", {}) for chunk in chunks for c in chunk.get("choices", [])]
+        view = feed_bytes(path, [path.read_bytes()])
+        assert view.outcome() == expected_of(deltas, chunks, "openrouter" in named(path))
+        if view.error is None:
+            assert view.stops[-1].last
+            cut = view.end() != "completed"
+            assert all(
+                item["closed"] or (cut and item["kind"].endswith("_call")) for item in view.items.values()
+            )
+
+    def test_says_the_same_byte_by_byte(self, path: pathlib.Path) -> None:
+        data = path.read_bytes()
+        bytewise = feed_bytes(path, (data[i : i + 1] for i in range(len(data))))
+        assert bytewise.outcome() == feed_bytes(path, [data]).outcome()
+
+    def test_cut_after_any_event_claims_no_more_than_came(self, path: pathlib.Path) -> None:
+        whole = recorded_data(path)
+        for count in range(len(whole)):
+            view = view_of(whole[:count], dialect_of(path))
+            finished = any(
+                choice.get("finish_reason")
+                for data in whole[:count]
+                if data != "[DONE]"
+                for choice in json.loads(data).get("choices", [])
+            )
+            assert bool(view.stops) <= (finished or "[DONE]" in whole[:count])
+            for item in view.items.values():
+                if item["closed"] and item["kind"].endswith("_call"):
+                    assert isinstance(json.loads(item["arguments"] or "{}"), dict)
+
+    def test_passes_over_events_that_nobody_knows(self, path: pathlib.Path) -> None:
+        strange = [
+            '{"type":"ping"}',
+            '{"choices":[]}',
+            "",
+            "null",
+            '{"choices":[{"index":0,"delta":{"new":[1]}}]}',
+            '{"choices":[{"index":0,"delta":null,"finish_reason":null}],"usage":null}',
+        ]
+        mixed = [data for known in recorded_data(path) for data in (*strange, known)]
+        assert (
+            view_of(mixed, dialect_of(path)).outcome()
+            == view_of(recorded_data(path), dialect_of(path)).outcome()
+        )
+
+
+@NO_RECORDINGS
+@pytest.mark.parametrize("path", exchanges("chat", "response.json"), ids=named)
+def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> None:
+    body = json.loads(path.read_bytes())
+    if "choices" not in body:
+        pytest.skip("an error: see below")
+    view = View().add(decoder(dialect_of(path)).whole(body))
+    assert view.outcome() == expected_of(
+        [c.get("message", {}) for c in body["choices"]], [body], "openrouter" in named(path)
+    )
+    assert view.stops[-1].last and all(item["closed"] for item in view.items.values())
+
+
+# --- quirks of streams, each by a table of its own
+
+ONE = [("call_1", "f", '{"a":1}')]
+TWO = [("call_1", "f", '{"a":1}'), ("call_2", "f", '{"a":2}')]
+CALL_QUIRKS: dict[str, tuple[list[Any], list[tuple[str, str, str]]]] = {
+    "index at 1": ([call(1, "call_1", "f"), call(1, None, None, '{"a":1}'), CALLED], ONE),
+    "index missing": ([call(None, "call_1", "f", '{"a"'), call(None, None, None, ":1}"), CALLED], ONE),
+    "index missing, parallel by id": (
+        [
+            call(None, "call_1", "f", '{"a"'),
+            call(None, "call_2", "f", '{"a"'),
+            call(None, "call_1", None, ":1}"),
+            call(None, "call_2", None, ":2}"),
+            CALLED,
+        ],
+        TWO,
+    ),
+    "#33: all at index 0, new id": (
+        [call(0, "call_1", "f", '{"a":1}'), call(0, "call_2", "f", '{"a":2}'), CALLED],
+        TWO,
+    ),
+    "#33: all at index 0, streamed": (
+        [
+            call(0, "call_1", "f"),
+            call(0, None, None, '{"a":1}'),
+            call(0, "call_2", "f"),
+            call(0, None, None, '{"a":2}'),
+            CALLED,
+        ],
+        TWO,
+    ),
+    "#5: no ids at all": (
+        [call(0, None, "f", '{"a":1}'), call(1, None, "f", '{"a":2}'), CALLED],
+        [("call_new_0", "f", '{"a":1}'), ("call_new_1", "f", '{"a":2}')],
+    ),
+    "no ids, whole calls at index 0": (
+        [call(0, None, "f", '{"a":1}'), call(0, None, "f", '{"a":2}'), CALLED],
+        [("call_new_0", "f", '{"a":1}'), ("call_new_1", "f", '{"a":2}')],
+    ),
+    "the same id for every call": (
+        [call(0, "call_1", "f", '{"a":1}'), call(1, "call_1", "f", '{"a":2}'), CALLED],
+        [("call_1", "f", '{"a":1}'), ("call_1_1", "f", '{"a":2}')],
+    ),
+    "name repeated": ([call(0, "call_1", "f", '{"a"'), call(0, "call_1", "f", ":1}"), CALLED], ONE),
+    "name and id repeated without an index": (
+        [call(None, "call_1", "f", '{"a"'), call(None, "call_1", "f", ":1}"), CALLED],
+        ONE,
+    ),
+    "#34: name late, arguments null": (
+        [
+            call(0, "call_1", None, None),
+            call(0, None, None, '{"a"'),
+            call(0, None, "f", None),
+            call(0, None, None, ":1}"),
+            CALLED,
+        ],
+        ONE,
+    ),
+    "an id that rotates": ([call(0, "call_1", "f", '{"a"'), call(0, "other", None, ":1}"), CALLED], ONE),
+    "arguments an object": ([call(0, "call_1", "f", {"a": 1}), CALLED], [("call_1", "f", '{"a": 1}')]),
+    "the whole call repeated at its end": (
+        [
+            call(0, "call_1", "f", '{"a":1}'),
+            call(1, "call_2", "f", '{"a":2}'),
+            call(0, "call_1", "f", '{"a":1}'),
+            CALLED,
+        ],
+        TWO,
+    ),
+    "interleaved": (
+        [
+            call(0, "call_1", "f"),
+            call(1, "call_2", "f"),
+            call(0, None, None, '{"a"'),
+            call(1, None, None, '{"a"'),
+            call(0, None, None, ":1}"),
+            call(1, None, None, ":2}"),
+            CALLED,
+        ],
+        TWO,
+    ),
+    "two in one chunk": (
+        [
+            piece(
+                "tool_calls",
+                tool_calls=[
+                    {"id": "call_1", "function": {"name": "f", "arguments": '{"a":1}'}},
+                    {"id": "call_2", "function": {"name": "f", "arguments": '{"a":2}'}},
+                ],
+            )
+        ],
+        TWO,
+    ),
+    "the old function_call": (
+        [
+            piece(function_call={"name": "f", "arguments": '{"a"'}),
+            piece(function_call={"arguments": ":1}"}),
+            piece("function_call"),
+        ],
+        [("call_new_0", "f", '{"a":1}')],
+    ),
+    "an id that is a number": ([call(0, 7, "f", '{"a":1}'), CALLED], [("7", "f", '{"a":1}')]),  # type: ignore[arg-type]
+    "finish_reason stop": ([call(0, "call_1", "f", '{"a":1}'), STOPPED], ONE),
+    "finish_reason missing": ([call(0, "call_1", "f", '{"a":1}'), "[DONE]"], ONE),
+    "finish_reason empty": ([call(0, "call_1", "f", '{"a":1}'), piece(""), "[DONE]"], ONE),
+    "no arguments": ([call(0, "call_1", "f"), CALLED], [("call_1", "f", "")]),
+}
+
+
+@pytest.mark.parametrize("chunks, calls", CALL_QUIRKS.values(), ids=CALL_QUIRKS)
+def test_calls_of_every_habit_come_out_whole(chunks: list[Any], calls: list[tuple[str, str, str]]) -> None:
+    view = view_of(chunks)
+    assert view.calls() == calls
+    assert all(item["closed"] for item in view.items.values()) and view.end() == "completed"
+
+
+STREAM_QUIRKS: dict[str, tuple[list[Any], list[str], str, str]] = {
+    "text after calls": (
+        [call(0, "c", "f", "{}"), piece(content="done"), CALLED],
+        ["function_call", "message"],
+        "done",
+        "completed",
+    ),
+    "text between the pieces of a call": (
+        [call(0, "c", "f", "{"), piece(content="x"), call(0, None, None, "}"), CALLED],
+        ["function_call", "message"],
+        "x",
+        "completed",
+    ),
+    "content null, role repeated": (
+        [piece(role="assistant", content=None), piece(role="assistant", content="a"), STOPPED],
+        ["message"],
+        "a",
+        "completed",
+    ),
+    "azure's first chunk": (
+        [{"choices": [], "model": "", "prompt_filter_results": []}, piece(content="a"), STOPPED],
+        ["message"],
+        "a",
+        "completed",
+    ),
+    "#32: reasoning": (
+        [piece(reasoning="r"), piece(content="a"), STOPPED],
+        ["reasoning", "message"],
+        "a",
+        "completed",
+    ),
+    "both reasoning fields": (
+        [piece(reasoning="r", reasoning_content="r"), STOPPED],
+        ["reasoning"],
+        "",
+        "completed",
+    ),
+    "reasoning between texts": (
+        [piece(content="a"), piece(reasoning="r"), piece(content="b"), STOPPED],
+        ["message", "reasoning", "message"],
+        "ab",
+        "completed",
+    ),
+    "think tags": (
+        [
+            piece(content="\n<thi"),
+            piece(content="nk>r</th"),
+            piece(content="ink>\n"),
+            piece(content="\na"),
+            STOPPED,
+        ],
+        ["reasoning", "message"],
+        "a",
+        "completed",
+    ),
+    "think tag never ended": (
+        [piece(content="<think>r</thi"), piece("length")],
+        ["reasoning"],
+        "",
+        "max_output_tokens",
+    ),
+    "a tag inside the text": ([piece(content="a <think>r"), STOPPED], ["message"], "a <think>r", "completed"),
+    "a tag that is none": (
+        [piece(content="<th"), piece(content="ead>"), STOPPED],
+        ["message"],
+        "<thead>",
+        "completed",
+    ),
+    "half a tag at the end": ([piece(content="<th"), STOPPED], ["message"], "<th", "completed"),
+    "a tag after a reasoning field": (
+        [piece(reasoning="r"), piece(content="<think>"), STOPPED],
+        ["reasoning", "message"],
+        "<think>",
+        "completed",
+    ),
+    "chunks after the finish": (
+        [piece(content="a"), STOPPED, piece(content=""), STOPPED, "[DONE]"],
+        ["message"],
+        "a",
+        "completed",
+    ),
+    "a reason that nobody knows": ([piece(content="a"), piece("eos_token")], ["message"], "a", "completed"),
+    "length": ([piece(content="a"), piece("length")], ["message"], "a", "max_output_tokens"),
+    "content filter": ([piece("content_filter")], [], "", "content_filter"),
+    "#14: no end at all": ([piece(content="a")], ["message"], "a", "none"),
+    "only [DONE]": (["[DONE]"], [], "", "failed"),
+    "#41: an error in the stream": (
+        [piece(content="a"), {"error": {"message": "m", "code": 502}}],
+        ["message"],
+        "a",
+        "failed",
+    ),
+    "an error after the finish": ([piece(content="a"), STOPPED, {"error": "m"}], ["message"], "a", "failed"),
+    "an error inside a choice": (
+        [{"choices": [{"error": {"code": 502, "message": "m"}, "delta": {}}]}],
+        [],
+        "",
+        "failed",
+    ),
+    "vLLM's old error": ([{"object": "error", "message": "m", "code": 400}], [], "", "failed"),
+    "#24: malformed call": ([piece("function_call_filter: MALFORMED_FUNCTION_CALL")], [], "", "failed"),
+    "#24: by native reason": (
+        [
+            {
+                "choices": [
+                    {"delta": {}, "finish_reason": "stop", "native_finish_reason": "MALFORMED_FUNCTION_CALL"}
+                ]
+            }
+        ],
+        [],
+        "",
+        "failed",
+    ),
+    "a call without a name": ([call(0, "c", None, "{}"), CALLED, "[DONE]"], [], "", "failed"),
+    "deepseek out of resources": (
+        [piece(content="a"), piece("insufficient_system_resource")],
+        ["message"],
+        "a",
+        "failed",
+    ),
+}
+
+
+@pytest.mark.parametrize("chunks, kinds, text, end", STREAM_QUIRKS.values(), ids=STREAM_QUIRKS)
+def test_streams_of_every_habit_end_truly(chunks: list[Any], kinds: list[str], text: str, end: str) -> None:
+    view = view_of(chunks)
+    assert (view.kinds(), view.text(), view.end()) == (kinds, text, end)
+    assert view.text("summary") in ("", "r", "r</thi")
+
+
+def test_tags_are_text_where_the_dialect_has_none() -> None:
+    assert view_of([piece(content="<think>a"), STOPPED], "openai").text() == "<think>a"
+
+
+def test_a_call_cut_by_length_is_never_closed() -> None:
+    for arguments in ("", '{"a"'):
+        view = view_of([call(0, "c", "f", arguments), piece("length"), "[DONE]"])
+        assert view.end() == "max_output_tokens" and not view.items[0]["closed"]
+
+
+def test_a_whole_call_is_closed_as_soon_as_the_next_begins() -> None:
+    reader, view = decoder(), View()
+    for chunk in (call(0, "call_1", "f", '{"a":1}'), call(1, "call_2", "f", '{"a"')):
+        view.add(reader.feed(json.dumps(chunk)))
+    assert [item["closed"] for item in view.items.values()] == [True, False]
+
+
+def test_nothing_more_is_awaited_after_done_or_the_usage_after_the_finish() -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+    assert [s.last for s in view_of([piece("length"), usage, "[DONE]"]).stops] == [False, True, True]
+    assert [s.incomplete for s in view_of([piece("length"), usage, "[DONE]"]).stops] == [
+        "max_output_tokens"
+    ] * 3
+
+
+@pytest.mark.parametrize("data", ["{", "hello", '{"choices":', "[" * 100_000])
+def test_what_is_not_json_is_the_upstreams_error(data: str) -> None:
+    with pytest.raises(pomex.UpstreamError):
+        list(decoder().feed(data))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"choices": []},
+        {"choices": None},
+        {"error": {"message": "m"}},
+        {"detail": "m"},
+        {"choices": [{"message": {"content": ""}}]},
+    ],
+    ids=json.dumps,
+)
+def test_a_whole_answer_without_an_answer_fails(body: JSON) -> None:
+    assert View().add(decoder().whole(body)).end() == "failed"
+
+
+STRANGE: list[Any] = [
+    None,
+    True,
+    -1,
+    2.5,
+    "",
+    "x",
+    "{}",
+    [],
+    {},
+    [1],
+    [[]],
+    [{}],
+    {"a": 1},
+    [{"type": "thinking", "thinking": 7}],
+]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "choices",
+        "delta",
+        "content",
+        "tool_calls",
+        "function",
+        "name",
+        "arguments",
+        "id",
+        "index",
+        "reasoning_details",
+        "type",
+        "text",
+        "usage",
+        "x_groq",
+        "finish_reason",
+        "error",
+    ],
+)
+def test_a_field_of_any_shape_gives_deltas_or_the_upstreams_error(field: str) -> None:
+    for value in STRANGE:
+        function: JSON = {"name": "f", "arguments": "{}"}
+        given: JSON = {"index": 0, "id": "c", "function": function}
+        detail: JSON = {"type": "reasoning.text", "index": 0, "text": "t"}
+        delta: JSON = {"content": "a", "tool_calls": [given], "reasoning_details": [detail]}
+        choice: JSON = {"delta": delta, "finish_reason": "stop"}
+        chunk: JSON = {"choices": [choice], "usage": {}, "x_groq": {"usage": {}}}
+        for holder in (function, given, detail, delta, choice, chunk):
+            if field in holder or (holder is chunk and field == "error"):
+                holder[field] = value
+        assert view_of([chunk, "[DONE]"], "openrouter").end() in ("completed", "failed")
+
+
+def test_45_a_whole_answer_keeps_its_calls() -> None:
+    calls = [
+        {"id": f"call_{n}", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": n})}}
+        for n in (1, 2)
+    ]
+    view = View().add(
+        decoder().whole(
+            {"choices": [{"message": {"content": "t", "tool_calls": calls}, "finish_reason": "tool_calls"}]}
+        )
+    )
+    assert [i[2] for i in view.calls()] == ['{"a": 1}', '{"a": 2}'] and view.text() == "t"
+
+
+TOOLS: list[JSON] = [
+    {
+        "type": "function",
+        "name": "plain",
+        "parameters": {"type": "object", "properties": {}},
+        "strict": False,
+    },
+    {
+        "type": "custom",
+        "name": "apply_patch",
+        "description": "d",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"},
+    },
+    {
+        "type": "namespace",
+        "name": "mcp__demo",
+        "tools": [{"type": "function", "name": "add", "parameters": {"type": "object"}}],
+    },
+    {"type": "web_search"},
+]
+
+
+def test_3_4_namespaces_and_custom_tools_come_back_as_they_were_asked() -> None:
+    view = view_of(
+        [call(0, "a", "mcp__demo__add", "{}"), call(1, "b", "apply_patch", '{"input":"x"}'), CALLED],
+        tools=TOOLS,
+    )
+    seen = [(i["kind"], i["name"], i["namespace"]) for i in view.items.values()]
+    assert seen == [("function_call", "add", "mcp__demo"), ("custom_tool_call", "apply_patch", "")]
+
+
+USAGES: dict[str, tuple[JSON, pomex.Usage]] = {
+    "openai": (
+        {
+            "prompt_tokens": 9,
+            "completion_tokens": 5,
+            "total_tokens": 14,
+            "prompt_tokens_details": {"cached_tokens": 4},
+            "completion_tokens_details": {"reasoning_tokens": 3},
+        },
+        pomex.Usage(9, 4, 0, 5, 3),
+    ),
+    "xai leaves reasoning out": (
+        {
+            "prompt_tokens": 390,
+            "completion_tokens": 26,
+            "total_tokens": 493,
+            "completion_tokens_details": {"reasoning_tokens": 77},
+        },
+        pomex.Usage(390, 0, 0, 103, 77),
+    ),
+    "vercel leaves gemini's reasoning out of the total too": (
+        {
+            "prompt_tokens": 57,
+            "completion_tokens": 10,
+            "total_tokens": 67,
+            "completion_tokens_details": {"reasoning_tokens": 37},
+        },
+        pomex.Usage(57, 0, 0, 47, 37),
+    ),
+    "deepseek": (
+        {"prompt_tokens": 9, "completion_tokens": 5, "prompt_cache_hit_tokens": 4},
+        pomex.Usage(9, 4, 0, 5),
+    ),
+    "moonshot": ({"prompt_tokens": 9, "completion_tokens": 5, "cached_tokens": 4}, pomex.Usage(9, 4, 0, 5)),
+    "openrouter": (
+        {
+            "prompt_tokens": 9,
+            "completion_tokens": 5,
+            "cost": 0.1,
+            "prompt_tokens_details": {"cache_write_tokens": 2},
+        },
+        pomex.Usage(9, 0, 2, 5),
+    ),
+    "nulls": ({"prompt_tokens": 9, "completion_tokens": None, "prompt_tokens_details": None}, pomex.Usage(9)),
+    "floats": ({"prompt_tokens": 9.0, "completion_tokens": 5.0}, pomex.Usage(9, 0, 0, 5)),
+}
+
+
+@pytest.mark.parametrize("given, usage", USAGES.values(), ids=USAGES)
+def test_usage_is_counted_one_way(given: JSON, usage: pomex.Usage) -> None:
+    assert view_of([{"choices": [], "usage": given}]).usage == usage
+    assert view_of([{"choices": [], "x_groq": {"usage": given}}]).usage == usage
+
+
+@pytest.mark.parametrize(
+    "given", [None, {}, [], "x", {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": True}]
+)
+def test_no_usage_is_no_usage(given: Any) -> None:
+    assert view_of([{"choices": [], "usage": given}]).usage is None
+
+
+# --- reasoning, there and back
+
+
+def details(**fields: Any) -> JSON:
+    return piece(
+        reasoning_details=[{"type": "reasoning.text", "index": 0, **fields}], reasoning=fields.get("text")
+    )
+
+
+SEALED = {"type": "reasoning.encrypted", "index": 0, "format": "google-gemini-v1"}
+REPLAYS: dict[str, tuple[str, list[JSON], JSON]] = {
+    "#31: deepseek": (
+        "deepseek",
+        [piece(reasoning_content="a"), piece(reasoning_content="b")],
+        {"reasoning_content": "ab"},
+    ),
+    "openrouter, signed": (
+        "openrouter",
+        [details(text="a", id=None), details(text="b", id=None), details(signature="s")],
+        {
+            "reasoning_details": [
+                {"type": "reasoning.text", "index": 0, "text": "ab", "id": None, "signature": "s"}
+            ]
+        },
+    ),
+    "openrouter, sealed": (
+        "openrouter",
+        [
+            piece(reasoning_details=[{**SEALED, "id": "1", "data": "x"}]),
+            piece(reasoning_details=[{**SEALED, "id": "2", "data": "y"}]),
+        ],
+        {"reasoning_details": [{**SEALED, "id": "1", "data": "x"}, {**SEALED, "id": "2", "data": "y"}]},
+    ),
+    "mistral": (
+        "mistral",
+        [piece(content=[{"type": "thinking", "thinking": [{"type": "text", "text": t}]}]) for t in "ab"],
+        {"thinking": [{"type": "thinking", "thinking": [{"type": "text", "text": "ab"}]}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect, chunks, replay", REPLAYS.values(), ids=REPLAYS)
+def test_15_reasoning_comes_back_on_the_message_it_belongs_to(
+    dialect: str, chunks: list[JSON], replay: JSON
+) -> None:
+    view = view_of([*chunks, call(0, "c", "f", "{}"), CALLED], dialect)
+    assert view.items[0]["fields"] == {"pomex_replay": replay} and view.kinds() == [
+        "reasoning",
+        "function_call",
+    ]
+    message = encoded(
+        [
+            user("q"),
+            {"type": "reasoning", "summary": [], "pomex_replay": replay},
+            function_call("c"),
+            output("c"),
+        ],
+        dialect,
+    )["messages"][1]
+    assert message["tool_calls"][0]["id"] == "c" or dialect == "mistral"
+    assert (
+        (message["content"] == replay["thinking"])
+        if dialect == "mistral"
+        else (message.items() >= replay.items())
+    )
+
+
+def test_reasoning_is_not_sent_back_where_nobody_wants_it() -> None:
+    assert view_of([piece(reasoning="a"), STOPPED]).items[0]["fields"] == {}
+    bare = encoded(
+        [
+            user("q"),
+            {"type": "reasoning", "summary": [], "pomex_replay": {"reasoning_content": "a"}},
+            says("b"),
+            user("c"),
+        ]
+    )
+    assert bare["messages"][1] == {"role": "assistant", "content": "b"}
+
+
+def test_31_deepseek_gets_the_field_on_every_message_with_calls() -> None:
+    body = encoded([user("q"), function_call("c"), output("c"), says("t"), user("r")], "deepseek")
+    assert [m.get("reasoning_content") for m in body["messages"]] == [None, "", None, None, None]
+
+
+def test_48_a_signature_of_gemini_behind_its_openai_endpoint_comes_back_on_its_call() -> None:
+    extra = {"google": {"thought_signature": "s"}}
+    given = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}, "extra_content": extra}
+    view = view_of([piece(tool_calls=[given]), CALLED])
+    replay = view.items[1]["fields"]["pomex_replay"]
+    assert view.items[1]["kind"] == "reasoning"
+    message = encoded(
+        [user("q"), {"type": "reasoning", "pomex_replay": replay}, function_call("c"), output("c")]
+    )["messages"][1]
+    assert message["tool_calls"][0]["extra_content"] == extra
+
+
+# --- the request
+
+
+def user(text: str, role: str = "user") -> JSON:
+    return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+
+
+def says(text: str) -> JSON:
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+
+
+def function_call(call_id: str, arguments: str = "{}") -> JSON:
+    return {"type": "function_call", "call_id": call_id, "name": "f", "arguments": arguments}
+
+
+def output(call_id: str, value: Any = "ok") -> JSON:
+    return {"type": "function_call_output", "call_id": call_id, "output": value}
+
+
+def encode(body: JSON, dialect: str = "generic", model: str = "m") -> tuple[JSON, list[str]]:
+    request = pomex.check_request(json.dumps(body).encode())
+    book = pomex.ToolBook(request.tools)
+    history = pomex.plain_history(request, request.input, book)
+    encoded_body, dropped = pomex.encode_chat(request, history, model, book, pomex.DIALECTS[dialect])
+    return encoded_body, [*book.dropped, *history.dropped, *dropped]
+
+
+def encoded(items: list[JSON], dialect: str = "generic", model: str = "m", **fields: Any) -> JSON:
+    return encode({"model": "x/m", "input": items, **fields}, dialect, model)[0]
+
+
+def recorded_requests() -> Iterator[pathlib.Path]:
+    yield from sorted((SHARED / "codex-requests").glob("*/*.json"))
+    yield from exchanges("responses", "request.json")
+
+
+def check_messages(messages: list[JSON], dialect: pomex.Dialect) -> None:
+    """What the strictest servers ask of a conversation."""
+    waiting: list[str] = []
+    seen: set[str] = set()
+    for index, message in enumerate(messages):
+        role = message["role"]
+        assert isinstance(message["content"], (str, list))
+        assert role in ("user", "assistant", "tool") or (
+            role == "system" and (index == 0 or dialect.mid_system)
+        )
+        if role == "tool":
+            assert waiting and message["tool_call_id"] == waiting.pop(0)
+            continue
+        assert not waiting, "a call without its result directly after it"
+        if role == "user":
+            assert message["content"] and (index == 0 or messages[index - 1]["role"] != "user")
+        if role == "assistant":
+            assert message["content"] or message["tool_calls"]
+            for given in message.get("tool_calls", []):
+                assert isinstance(json.loads(given["function"]["arguments"]), dict)
+                assert given["id"] not in seen and given["id"]
+                seen.add(given["id"])
+                waiting.append(given["id"])
+    assert not waiting and messages[-1]["role"] in ("user", "tool", "system")
+
+
+@NO_RECORDINGS
+@pytest.mark.parametrize("path", list(recorded_requests()), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_recorded_request_can_be_sent_to_every_dialect(path: pathlib.Path) -> None:
+    recorded = json.loads(path.read_bytes())
+    body = recorded.get("body", recorded) if isinstance(recorded, dict) else {}
+    if not body.get("input"):
+        pytest.skip("no input in it")
+    try:
+        pomex.check_request(json.dumps(body).encode())
+    except pomex.BadRequest as error:
+        pytest.skip(f"refused at the door: {error}")
+    for name, dialect in pomex.DIALECTS.items():
+        once, dropped = encode(body, name)
+        again, _ = encode(body, name)
+        assert json.dumps(once) == json.dumps(again)
+        check_messages(once["messages"], dialect)
+        for tool in once.get("tools", []):
+            assert tool["type"] == "function" and len(tool["function"]["name"]) <= 64
+            assert isinstance(tool["function"]["parameters"], dict)
+        if not once.get("tools"):
+            assert "tool_choice" not in once and "parallel_tool_calls" not in once
+        assert "web_search" not in json.dumps(once.get("tools", "")) or "tools:web_search" not in dropped
+
+
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "high"}
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA==", "detail": "high"}}
+
+
+def shape(messages: list[JSON]) -> list[str]:
+    """Messages as short lines: role, and the calls or the text."""
+    lines = []
+    for message in messages:
+        ids = ",".join(given["id"] for given in message.get("tool_calls", []))
+        content = (
+            message["content"]
+            if isinstance(message["content"], str)
+            else [p["type"] for p in message["content"]]
+        )
+        lines.append(
+            " ".join(
+                str(part) for part in (message["role"], message.get("tool_call_id"), content, ids) if part
+            )
+        )
+    return lines
+
+
+HISTORIES: dict[str, tuple[list[JSON], list[str]]] = {
+    "leading texts are one system message": (
+        [user("a", "developer"), user("b", "system"), user("q")],
+        ["system i\n\na\n\nb", "user q"],
+    ),
+    "a later developer text stays in its place": (
+        [user("q"), says("t"), user("d", "developer"), user("r")],
+        ["system i", "user q", "assistant t", "user <developer_message>\nd\n</developer_message>\n\nr"],
+    ),
+    "#2: additional_tools is no message": (
+        [{"type": "additional_tools", "role": "developer", "tools": []}, user("q")],
+        ["system i", "user q"],
+    ),
+    "parallel calls are one message": (
+        [user("q"), function_call("a"), function_call("b"), output("a", "1"), output("b", "2"), user("r")],
+        ["system i", "user q", "assistant a,b", "tool a 1", "tool b 2", "user r"],
+    ),
+    "calls one after another are not": (
+        [user("q"), function_call("a"), output("a", "1"), function_call("b"), output("b", "2")],
+        ["system i", "user q", "assistant a", "tool a 1", "assistant b", "tool b 2"],
+    ),
+    "outputs in the order of the calls": (
+        [user("q"), function_call("a"), function_call("b"), output("b", "2"), output("a", "1")],
+        ["system i", "user q", "assistant a,b", "tool a 1", "tool b 2"],
+    ),
+    "#29: text between a call and its output": (
+        [user("q"), function_call("a"), says("t"), output("a", "1")],
+        ["system i", "user q", "assistant t a", "tool a 1"],
+    ),
+    "text before calls is of their message": (
+        [user("q"), says("t"), function_call("a"), output("a", "1")],
+        ["system i", "user q", "assistant t a", "tool a 1"],
+    ),
+    "#28: a call without its output": (
+        [user("q"), function_call("a"), user("r")],
+        ["system i", "user q", "assistant a", "tool a no output was recorded for this call", "user r"],
+    ),
+    "#27: an output without its call": (
+        [user("q"), output("z", "1"), output("", "2"), user("r")],
+        ["system i", "user q\n\n[tool output] 1\n\n[tool output] 2\n\nr"],
+    ),
+    "repeated call ids": (
+        [user("q"), function_call("a"), output("a", "1"), function_call("a"), output("a", "2")],
+        ["system i", "user q", "assistant a", "tool a 1", "assistant a_2", "tool a_2 2"],
+    ),
+    "#30: an assistant at the end is nudged": (
+        [user("q"), says("t")],
+        ["system i", "user q", "assistant t", "user Continue."],
+    ),
+    "#37: images of outputs follow them all": (
+        [
+            user("q"),
+            function_call("a"),
+            function_call("b"),
+            output("a", [IMAGE]),
+            output("b", "2"),
+            user("r"),
+        ],
+        [
+            "system i",
+            "user q",
+            "assistant a,b",
+            "tool a The images follow.",
+            "tool b 2",
+            "user ['text', 'image_url', 'text']",
+        ],
+    ),
+    "output of several texts": (
+        [user("q"), function_call("a"), output("a", [{"type": "input_text", "text": t} for t in "xy"])],
+        ["system i", "user q", "assistant a", "tool a x\ny"],
+    ),
+    "an empty message is none": ([user("q"), says(""), user("r")], ["system i", "user q\n\nr"]),
+}
+
+
+@pytest.mark.parametrize("items, lines", HISTORIES.values(), ids=HISTORIES)
+def test_histories_are_mended(items: list[JSON], lines: list[str]) -> None:
+    messages = encoded(items, instructions="i")["messages"]
+    assert shape(messages) == lines
+    check_messages(messages, pomex.DIALECTS["generic"])
+
+
+def test_only_some_dialects_take_images_in_tool_results_and_system_messages_anywhere() -> None:
+    items = [
+        user("q"),
+        function_call("abcdefgh1"),
+        output("abcdefgh1", [{"type": "input_text", "text": "t"}, IMAGE]),
+    ]
+    assert encoded(items, "mistral")["messages"][2]["content"] == [{"type": "text", "text": "t"}, IMAGE_PART]
+    assert shape(encoded([user("q"), user("d", "developer")], "openai")["messages"])[1] == "system d"
+
+
+CALL_HISTORIES: dict[str, tuple[JSON, str, JSON]] = {
+    "invalid arguments": (function_call("c", "{not json"), "f", {"_raw": "{not json"}),
+    "arguments that are no object": (function_call("c", "[1]"), "f", {"_raw": "[1]"}),
+    "empty arguments": (function_call("c", ""), "f", {}),
+    "custom": (
+        {"type": "custom_tool_call", "call_id": "c", "name": "apply_patch", "input": '*** "x"\n'},
+        "apply_patch",
+        {"input": '*** "x"\n'},
+    ),
+    "namespace": ({**function_call("c"), "namespace": "mcp__demo"}, "mcp__demo__f", {}),
+    "tool_search": (
+        {"type": "tool_search_call", "call_id": "c", "execution": "client", "arguments": {"query": "x"}},
+        "tool_search",
+        {"query": "x"},
+    ),
+    "local_shell": (
+        {
+            "type": "local_shell_call",
+            "call_id": "c",
+            "action": {"type": "exec", "command": ["ls"], "env": {}, "user": None},
+        },
+        "local_shell",
+        {"command": ["ls"]},
+    ),
+    "shell": (
+        {"type": "shell_call", "call_id": "c", "action": {"commands": ["ls"]}},
+        "shell",
+        {"commands": ["ls"]},
+    ),
+    "apply_patch": (
+        {"type": "apply_patch_call", "call_id": "c", "operation": {"type": "delete_file", "path": "x"}},
+        "apply_patch",
+        {"type": "delete_file", "path": "x"},
+    ),
+}
+
+
+@pytest.mark.parametrize("item, name, arguments", CALL_HISTORIES.values(), ids=CALL_HISTORIES)
+def test_calls_of_every_kind_become_functions(item: JSON, name: str, arguments: JSON) -> None:
+    message = encoded([user("q"), item, output("c")])["messages"][1]
+    function = message["tool_calls"][0]["function"]
+    assert (function["name"], json.loads(function["arguments"])) == (name, arguments)
+
+
+def test_call_ids_fit_the_server() -> None:
+    long = "call_" + "x" * 60
+    for dialect, fits in (("generic", 40), ("mistral", 9)):
+        messages = encoded([user("q"), function_call(long), output(long)], dialect)["messages"]
+        assert len(messages[1]["tool_calls"][0]["id"]) <= fits
+        check_messages(messages, pomex.DIALECTS[dialect])
+
+
+def test_36_what_cannot_be_carried_is_named() -> None:
+    parts = [
+        {"type": "input_text", "text": "q"},
+        {"type": "input_file", "file_id": "file_1"},
+        {"type": "input_audio", "audio_url": "x"},
+        {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,AA=="},
+        {"type": "input_image", "file_id": "f"},
+    ]
+    items = [
+        {"type": "message", "role": "user", "content": parts},
+        {"type": "web_search_call", "id": "w", "status": "completed"},
+        {"type": "computer_call", "call_id": "k"},
+        {"type": "computer_call_output", "call_id": "k", "output": {}},
+        {"type": "reasoning", "summary": [], "encrypted_content": "gAAAA"},
+        {"type": "what_is_new"},
+    ]
+    body, dropped = encode(
+        {
+            "model": "m",
+            "input": items,
+            "tools": TOOLS,
+            "reasoning": {"effort": "low"},
+            "text": {"verbosity": "low"},
+            "service_tier": "flex",
+            "top_logprobs": 3,
+        }
+    )
+    assert shape(body["messages"]) == ["user q"]
+    assert dropped == [
+        "tools:web_search",
+        "input:web_search_call",
+        "input:computer_call",
+        "input:computer_call_output",
+        "input:reasoning",
+        "input:what_is_new",
+        "reasoning.effort",
+        "content:input_file",
+        "content:input_audio",
+        "content:input_file",
+        "content:input_image",
+        "verbosity",
+        "service_tier",
+        "top_logprobs",
+    ]
+
+
+def test_files_go_as_text_or_as_files() -> None:
+    text = {"type": "input_file", "filename": "a.py", "file_data": "data:text/x-python;base64,eD0x"}
+    pdf = {"type": "input_file", "filename": "a.pdf", "file_data": "AA=="}
+    items = [{"type": "message", "role": "user", "content": [text, pdf]}]
+    parts = encoded(items, "openrouter")["messages"][0]["content"]
+    assert parts[0]["text"] == '<file name="a.py">\nx=1\n</file>'
+    assert parts[1] == {
+        "type": "file",
+        "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AA=="},
+    }
+
+
+def test_1_3_tools_of_every_kind_are_offered_as_functions() -> None:
+    body, dropped = encode(
+        {
+            "model": "m",
+            "input": [{"type": "additional_tools", "role": "developer", "tools": TOOLS}, user("q")],
+        }
+    )
+    assert [t["function"]["name"] for t in body["tools"]] == ["plain", "apply_patch", "mcp__demo__add"]
+    assert dropped == ["tools:web_search"] and "strict" not in body["tools"][0]["function"]
+    assert "start: X" in body["tools"][1]["function"]["description"]
+    assert encoded([user("q")], "openai", tools=TOOLS)["tools"][0]["function"]["strict"] is False
+
+
+FORCED = {"type": "function", "function": {"name": "plain"}}
+CHOICES: dict[str, tuple[str, Any, Any]] = {
+    "auto is left out": ("generic", "auto", None),
+    "none": ("generic", "none", "none"),
+    "required": ("generic", "required", "required"),
+    "function": ("generic", {"type": "function", "name": "plain"}, FORCED),
+    "custom": (
+        "generic",
+        {"type": "custom", "name": "apply_patch"},
+        {"type": "function", "function": {"name": "apply_patch"}},
+    ),
+    "in a namespace": (
+        "generic",
+        {"type": "function", "name": "add"},
+        {"type": "function", "function": {"name": "mcp__demo__add"}},
+    ),
+    "allowed tools": (
+        "generic",
+        {
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"type": "function", "name": "plain"}, {"type": "function", "name": "add"}],
+        },
+        "required",
+    ),
+    "one allowed tool": (
+        "generic",
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "plain"}]},
+        FORCED,
+    ),
+    "allowed tools, auto": (
+        "generic",
+        {"type": "allowed_tools", "tools": [{"type": "function", "name": "plain"}]},
+        None,
+    ),
+    "a hosted tool": ("generic", {"type": "web_search"}, None),
+    "deepseek refuses force": ("deepseek", "required", None),
+}
+
+
+@pytest.mark.parametrize("dialect, choice, sent", CHOICES.values(), ids=CHOICES)
+def test_tool_choice(dialect: str, choice: Any, sent: Any) -> None:
+    body, dropped = encode(
+        {"model": "m", "input": "q", "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": True},
+        dialect,
+    )
+    assert body.get("tool_choice") == sent and body["parallel_tool_calls"] is True
+    assert ("tool_choice" in dropped) == (choice == {"type": "web_search"} or dialect == "deepseek")
+
+
+EFFORT_ROWS = [
+    ("openai", "gpt-5.6", "max", {"reasoning_effort": "max"}),
+    ("openai", "gpt-4o", "high", {}),
+    ("openai", "o3", "xhigh", {"reasoning_effort": "high"}),
+    ("deepseek", "v4", "xhigh", {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
+    ("deepseek", "v4", "none", {"thinking": {"type": "disabled"}}),
+    ("groq", "openai/gpt-oss-120b", "minimal", {"reasoning_effort": "low"}),
+    ("groq", "qwen/qwen3-32b", "low", {"reasoning_effort": "default"}),
+    ("groq", "llama-3.3", "low", {}),
+    ("openrouter", "x", "max", {"reasoning": {"effort": "xhigh"}}),
+    ("mistral", "mistral-small-latest", "low", {"reasoning_effort": "high"}),
+    ("mistral", "magistral-medium", "low", {}),
+    ("moonshot", "kimi-k2.5", "none", {"thinking": {"type": "disabled"}}),
+    ("moonshot", "kimi-k3", "medium", {"reasoning_effort": "high"}),
+    ("zai", "glm-4.7", "low", {"thinking": {"type": "enabled"}}),
+    ("vllm", "Qwen3-8B", "none", {"chat_template_kwargs": {"enable_thinking": False}}),
+    ("generic", "gpt-oss-20b", "brand-new", {"reasoning_effort": "high"}),
+    ("generic", "anything", "high", {}),
+]
+
+
+@pytest.mark.parametrize("dialect, model, effort, fields", EFFORT_ROWS)
+def test_44_effort_is_said_the_way_the_server_knows(
+    dialect: str, model: str, effort: str, fields: JSON
+) -> None:
+    body, dropped = encode({"model": "m", "input": "q", "reasoning": {"effort": effort}}, dialect, model)
+    assert {
+        k: body[k] for k in ("reasoning_effort", "thinking", "reasoning", "chat_template_kwargs") if k in body
+    } == fields
+    assert ("reasoning.effort" in dropped) == (not fields)
+
+
+def test_the_plain_fields_go_under_the_servers_names() -> None:
+    asked: JSON = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_output_tokens": 7,
+        "stream": True,
+        "prompt_cache_key": "k",
+    }
+    assert encoded([user("q")], "openai", **asked) == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "q"}],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_completion_tokens": 7,
+        "prompt_cache_key": "k",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert encoded([user("q")], "generic", **asked, store=False, include=[]) == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "q"}],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 7,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_structured_output_is_a_response_format_or_said_in_words() -> None:
+    wanted = {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}}
+    assert encoded([user("q")], text=wanted)["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+    }
+    said = encoded([user("q")], "deepseek", text=wanted)
+    assert (
+        said["response_format"] == {"type": "json_object"}
+        and '{"type":"object"}' in said["messages"][0]["content"]
+    )
+
+
+def test_19_a_longer_history_begins_with_the_bytes_of_the_shorter() -> None:
+    turns = [
+        user("q"),
+        says("t"),
+        function_call("a"),
+        output("a"),
+        says("u"),
+        user("r"),
+        function_call("b"),
+        output("b"),
+        user("s"),
+    ]
+    whole = encoded(turns, instructions="i")["messages"]
+    for count in (1, 4, 6, 8):
+        shorter = encoded(turns[:count], instructions="i")["messages"]
+        assert whole[: len(shorter)] == shorter
+
+
+# --- errors of providers
+
+KINDS = {
+    "chat/azure-err-401": "auth",
+    "chat/azure-err-404-deployment": "model_missing",
+    "chat/azure-err-429-retry-after": "rate",
+    "chat/deepseek-err-400-model": "model_missing",
+    "chat/deepseek-err-400-tool-choice-thinking": "bad_request",
+    "chat/deepseek-err-401": "auth",
+    "chat/doubleword-err-403": "auth",
+    "chat/groq-err-400-tool-use-failed": "tool_generation",
+    "chat/groq-err-401": "auth",
+    "chat/groq-err-404": "model_missing",
+    "chat/llamacpp-err-401": "auth",
+    "chat/llamacpp-err-500-image": "bad_request",
+    "chat/llamacpp-err-500-jinja": "bad_request",
+    "chat/llamacpp-err-context": "context",
+    "chat/mistral-err-400": "model_missing",
+    "chat/mistral-err-400-logprobs": "bad_request",
+    "chat/ollama-cloud-err-400-context": "context",
+    "chat/ollama-cloud-err-401": "auth",
+    "chat/openai-err-400-param": "bad_request",
+    "chat/openai-err-404-model": "model_missing",
+    "chat/openrouter-err-400-model": "model_missing",
+    "chat/openrouter-err-401": "auth",
+    "chat/openrouter-err-429": "rate",
+    "chat/together-err-401": "auth",
+    "chat/venice-err-404": "model_missing",
+    "anthropic/documented-err-429": "rate",
+    "anthropic/documented-err-529": "overload",
+    "anthropic/err-400-anyof-root": "bad_request",
+    "anthropic/err-400-context-length": "context",
+    "anthropic/err-400-effort-unsupported": "bad_request",
+    "anthropic/err-401": "auth",
+    "anthropic/err-404-model": "model_missing",
+    "gemini/documented-err-503": "overload",
+    "gemini/err-400-key": "auth",
+    "gemini/err-400-vertex-context-length": "context",
+    "gemini/err-404-model": "model_missing",
+    "gemini/err-429-quota-retryinfo": "rate",
+    "gemini/err-429-retryinfo-fraction": "rate",
+    "gemini/err-429-short": "rate",
+    "responses/codex-backend-err-401": "auth",
+    "responses/documented-err-429-rate-limit": "rate",
+    "responses/err-400-context-length": "context",
+    "responses/err-400-invalid-tool-schema": "bad_request",
+    "responses/err-400-model": "model_missing",
+    "responses/err-400-prev-id": "bad_request",
+    "responses/err-400-reasoning-item-missing": "bad_request",
+    "responses/err-401": "auth",
+}
+WAITS = {
+    "chat/azure-err-429-retry-after": 1.0,
+    "anthropic/documented-err-429": 17.0,
+    "gemini/err-429-quota-retryinfo": 48.0,
+    "gemini/err-429-retryinfo-fraction": 34.4,
+    "responses/documented-err-429-rate-limit": 11.054,
+}
+
+
+@NO_RECORDINGS
+@pytest.mark.parametrize("name, kind", KINDS.items())
+def test_50_recorded_errors_are_told_apart(name: str, kind: str) -> None:
+    folder = RECORDED / name
+    meta, body = json.loads((folder / "meta.json").read_bytes()), (folder / "response.json").read_bytes()
+    error = pomex.provider_error(meta["status"], pomex.Headers(list(meta["response_headers"].items())), body)
+    assert (error.kind, error.upstream_status) == (kind, meta["status"])
+    assert error.retry_after_s == (pytest.approx(WAITS[name]) if name in WAITS else None)
+    assert len(str(error)) <= 300 and str(error)
+    assert error.retryable == (kind not in ("context", "bad_request"))
+
+
+@NO_RECORDINGS
+def test_no_recorded_chat_error_is_left_out() -> None:
+    bodies = (
+        path for path in exchanges("chat", "response.json") if "choices" not in json.loads(path.read_bytes())
+    )
+    assert {f"chat/{named(path)}" for path in bodies} == {name for name in KINDS if name.startswith("chat/")}
+
+
+BODIES: dict[str, tuple[int, bytes, str, str]] = {
+    "empty": (500, b"", "overload", "The provider answered HTTP 500 without a reason."),
+    "html": (
+        502,
+        b"<html><head><title>502 Bad\n Gateway</title></head></html>",
+        "overload",
+        "502 Bad Gateway",
+    ),
+    "html without a title": (400, b"<p>no <b>good</b></p><script>x()</script>", "bad_request", "no good"),
+    "text": (503, b"Loading model", "overload", "Loading model"),
+    "string": (404, b'{"error":"Specified model not found"}', "model_missing", "Specified model not found"),
+    "detail": (400, b'{"detail":"nope"}', "bad_request", "nope"),
+    "detail, listed": (
+        422,
+        b'{"detail":[{"loc":["body","messages"],"msg":"Field required"}]}',
+        "bad_request",
+        "body.messages: Field required",
+    ),
+    "array": (
+        429,
+        b'[{"error":{"code":429,"message":"slow","status":"RESOURCE_EXHAUSTED"}}]',
+        "rate",
+        "slow",
+    ),
+    "bare": (400, b'{"object":"error","message":"bad","type":"invalid_request_error"}', "bad_request", "bad"),
+    "openai's quota": (
+        429,
+        b'{"error":{"code":"insufficient_quota","message":"check your billing"}}',
+        "quota",
+        "check your billing",
+    ),
+    "payment": (402, b'{"error":{"message":"Insufficient Balance"}}', "quota", "Insufficient Balance"),
+    "xai's empty purse": (
+        403,
+        b'{"error":"Your team has no more credits"}',
+        "quota",
+        "Your team has no more credits",
+    ),
+    "gemini's day": (
+        429,
+        b'{"error":{"message":"quota","status":"RESOURCE_EXHAUSTED","details":[{"violations":'
+        b'[{"quotaId":"GenerateRequestsPerDay-Free"}]}]}}',
+        "quota",
+        "quota",
+    ),
+    "#47: vLLM's context": (
+        400,
+        b'{"message":"This model\'s maximum context length is 4096 tokens."}',
+        "context",
+        "This model's maximum context length is 4096 tokens.",
+    ),
+    "groq's 413": (
+        413,
+        b'{"error":{"message":"Request too large","type":"tokens","code":"rate_limit_exceeded"}}',
+        "rate",
+        "Request too large",
+    ),
+    "moderation": (
+        403,
+        b'{"error":{"message":"Your input was flagged","code":403}}',
+        "bad_request",
+        "Your input was flagged",
+    ),
+    "anthropic's overload as 400": (
+        400,
+        b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}',
+        "overload",
+        "Overloaded",
+    ),
+    "project without the model": (
+        403,
+        b'{"error":{"code":"model_not_found","message":"no access"}}',
+        "model_missing",
+        "no access",
+    ),
+    "too large": (413, b'{"error":{"type":"request_too_large","message":"32 MB"}}', "bad_request", "32 MB"),
+    "auth says nothing": (
+        401,
+        b'{"error":{"message":"Incorrect API key sk-abc"}}',
+        "auth",
+        "The provider refused the gateway's credentials.",
+    ),
+    "not utf-8": (500, b"\xff\xfe", "overload", "\ufffd\ufffd"),
+    "deep": (500, b"[" * 100_000, "overload", "[" * 299 + "…"),
+}
+
+
+@pytest.mark.parametrize("status, body, kind, message", BODIES.values(), ids=BODIES)
+def test_errors_of_every_shape_are_read(status: int, body: bytes, kind: str, message: str) -> None:
+    error = pomex.provider_error(status, pomex.Headers([]), body)
+    assert (error.kind, str(error)) == (kind, message)
+
+
+def test_the_client_is_told_its_own_mistake_with_param_and_code() -> None:
+    said = {"message": "m", "type": "invalid_request_error", "param": "stop", "code": "no_such_thing"}
+    body = json.dumps({"error": said}).encode()
+    error = pomex.provider_error(422, pomex.Headers([]), body)
+    assert error.body() == {
+        "error": {
+            "message": "m",
+            "type": "invalid_request_error",
+            "param": "stop",
+            "code": "no_such_thing",
+        }
+    }
+    assert error.status == 422
+    assert pomex.provider_error(401, pomex.Headers([]), b"").status == 502
+
+
+INBAND: list[tuple[Any, str]] = [
+    (
+        {"message": "m", "type": "invalid_request_error", "code": "tool_use_failed", "status_code": 400},
+        "tool_generation",
+    ),
+    ({"code": 502, "message": "Upstream error"}, "overload"),
+    ({"code": 429, "message": "m"}, "rate"),
+    ("m", "overload"),
+    ({"type": "overloaded_error", "message": "Overloaded"}, "overload"),
+    ({"type": "invalid_request_error", "message": "m"}, "bad_request"),
+    ({"code": "context_length_exceeded", "message": "m"}, "context"),
+    ({}, "overload"),
+    (None, "overload"),
+    (7, "overload"),
+]
+
+
+@pytest.mark.parametrize("error, kind", INBAND, ids=lambda value: json.dumps(value))
+def test_errors_inside_a_stream_are_told_apart(error: Any, kind: str) -> None:
+    assert pomex.inband_error(error).kind == kind
+
+
+SECRETS = [
+    "sk-proj-abcdefgh12345678",
+    "Bearer abc.def.ghi",
+    "AIzaSyA1234567890abcdefghij",
+    "gsk_abcdefgh1234",
+    "key=abcdef123",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIi.x",
+    "/home/me/models/x.gguf",
+    "a1" * 25,
+    "org-abcdefgh1234",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_nothing_that_looks_like_a_secret_goes_on_to_the_client(secret: str) -> None:
+    error = pomex.provider_error(
+        400, pomex.Headers([]), json.dumps({"error": {"message": f"bad thing {secret} here"}}).encode()
+    )
+    assert (
+        secret.removeprefix("key=") not in str(error) and "bad thing" in str(error) and "here" in str(error)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "claude-haiku-4-5-20251001 does no such thing",
+        "see /v1/chat/completions",
+        "tools.0.custom.input_schema",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert text in str(
+        pomex.provider_error(400, pomex.Headers([]), json.dumps({"error": {"message": text}}).encode())
+    )
+
+
+DELAYS: list[tuple[dict[str, str], str, float | None]] = [
+    ({"retry-after": "7"}, "", 7),
+    ({"retry-after": "0.5"}, "", 0.5),
+    ({"retry-after-ms": "250", "retry-after": "1"}, "", 0.25),
+    ({"retry-after-ms": "0", "retry-after": "1"}, "", 1),
+    ({"retry-after": "86400"}, "", 60),
+    ({"retry-after": "Sun, 22 Nov 2026 08:00:05 GMT", "date": "Sun, 22 Nov 2026 08:00:00 GMT"}, "", 5),
+    ({"retry-after": "Sun, 22 Nov 2026 08:00:05 GMT"}, "", None),
+    ({"retry-after": "soon"}, "", None),
+    ({"retry-after": "-5"}, "", None),
+    ({}, "Please try again in 11.054s.", 11.054),
+    ({}, "try again in 350ms", 0.35),
+    ({}, "Please try again in 1m2s", 60),
+    ({}, "Please retry in 48.9s.", 48.9),
+    ({}, "try again in 7", 7),
+    ({}, "try again in a while", None),
+    (
+        {
+            "x-ratelimit-reset-tokens": "11.054s",
+            "x-ratelimit-remaining-tokens": "0",
+            "x-ratelimit-reset-requests": "50s",
+            "x-ratelimit-remaining-requests": "9",
+        },
+        "",
+        11.054,
+    ),
+    ({"x-ratelimit-reset-requests": "6m0s"}, "", 60),
+    (
+        {"anthropic-ratelimit-tokens-reset": "2026-11-22T08:00:09Z", "date": "Sun, 22 Nov 2026 08:00:00 GMT"},
+        "",
+        9,
+    ),
+    ({}, "", None),
+]
+
+
+@pytest.mark.parametrize("headers, message, wait_s", DELAYS)
+def test_the_time_to_wait_is_found_wherever_it_is_said(
+    headers: dict[str, str], message: str, wait_s: float | None
+) -> None:
+    error = pomex.provider_error(
+        429, pomex.Headers(list(headers.items())), json.dumps({"error": {"message": message}}).encode()
+    )
+    assert error.retry_after_s == (None if wait_s is None else pytest.approx(wait_s))
+
+
+def test_points_in_time_are_read_against_now_where_the_answer_has_no_date() -> None:
+    headers = pomex.Headers([("retry-after", "Sun, 22 Nov 2026 08:00:05 GMT")])
+    assert pomex.retry_after_s(headers, {}, 1795334400.0) == pytest.approx(5)
+    assert dict(pomex.provider_error(429, headers, b"", 1795334400.0).headers) == {"retry-after": "5"}

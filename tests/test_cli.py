@@ -1,0 +1,501 @@
+"""Floor 13: what is printed where, exit codes, and a server that starts and stops as a user sees it."""
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import http.server
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import pomex
+
+FILE = pomex.__file__
+CONFIG = """
+[providers.openai]
+api_key = "file:key"
+
+[providers.local]
+wire_api = "chat"
+base_url = "http://10.0.0.7:8000/v1"
+models = ["qwen", "tiny-*"]
+
+[models."my/coder"]
+targets = ["openai:gpt-5.3-codex", ["local:qwen", "local:tiny-1"]]
+context_window = 272000
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder, with a home beside it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def configured(here):
+    (here / "pomex.toml").write_text(CONFIG)
+    (here / "key").write_text("sk-openai-0123456789abcdef\n")
+    return here
+
+
+@pytest.fixture
+def local_ports(monkeypatch):
+    """Sets which local servers there are; returns their addresses."""
+    with contextlib.ExitStack() as stack:
+        def ports(**answers):
+            rows = {name: row for name, row in pomex.BUILTIN_PROVIDERS.items() if not row.local}
+            for name, answer in answers.items():
+                url = stack.enter_context(small_server(answer)) if answer is not None else f"http://127.0.0.1:{free_port()}"
+                rows[name] = dataclasses.replace(pomex.BUILTIN_PROVIDERS["ollama"], name=name, base_url=url + "/v1")
+            monkeypatch.setattr(pomex, "BUILTIN_PROVIDERS", rows)
+            return {name: row.base_url.removesuffix("/v1") for name, row in rows.items()}
+        yield ports
+
+
+@contextlib.contextmanager
+def small_server(answer):
+    """A server on a free port that gives one answer to all; "silence" waits longer than anybody asks."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if answer == "silence":
+                stop.wait(5)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    stop = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    stop.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def run(*argv, **more):
+    return subprocess.run([sys.executable, FILE, *argv], capture_output=True, text=True, timeout=20, **more)
+
+
+@contextlib.contextmanager
+def serving(*argv, **more):
+    """A gateway in a process of its own: (process, its address, what it said)."""
+    process = subprocess.Popen([sys.executable, FILE, "serve", "--port", "0", "--no-detect", *argv],
+                               stderr=subprocess.PIPE, text=True, **more)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if found := re.match(r"Listening on  (\S+)", line):
+            break
+    else:
+        raise AssertionError(said)
+    try:
+        yield process, found[1], said
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+# --- usage and exit codes -------------------------------------------------------------------------
+
+USAGE = {
+    "no command": ([], 2, "a command is needed, like: python pomex.py serve"),
+    "a mistyped command": (["serv"], 2, "unknown command serv. Did you mean serve?"),
+    "a mistyped command of keys": (["keys", "lst"], 2, "unknown command lst. Did you mean list?"),
+    "nothing like a command": (["xyzzy"], 2, "unknown command xyzzy.\n"),
+    "a bad port": (["serve", "--port", "x"], 2, "'x' must be a whole number from 0 to 65535"),
+    "a port out of range": (["serve", "--port", "65536"], 2, "'65536' must be a whole number from 0 to 65535"),
+    "a bad format": (["serve", "--log-format", "xml"], 2, "'xml' must be one of \"plain\", \"json\""),
+    "a key without name": (["keys", "create"], 2, "the following arguments are required: NAME"),
+    "a configuration that is not there": (["check", "--config", "no.toml"], 78,
+                                          "no.toml cannot be read: No such file or directory.\n"),
+    "a name that is no key's": (["keys", "revoke", "nobody"], 1, "There is no active key of that name."),
+    "a name no key can have": (["keys", "create", "a b"], 1, "A key's name is 1 to 64 letters"),
+}
+
+
+@pytest.mark.parametrize("argv, code, said", USAGE.values(), ids=USAGE)
+def test_a_wrong_call_is_told_what_is_wrong(here, capsys, argv, code, said):
+    assert pomex.main(argv) == code
+    out, err = capsys.readouterr()
+    assert out == "" and said in err
+
+
+def test_a_bad_file_ends_every_command_with_78(here, capsys):
+    (here / "pomex.toml").write_text("[server]\nprot = 1\n")
+    for argv in (["serve"], ["check"], ["models"], ["codex"], ["keys", "list"]):
+        assert pomex.main(argv) == 78
+        assert capsys.readouterr().err == ('pomex.toml line 2: unknown key "prot" in [server]. Did you mean port?\n')
+
+
+def test_a_database_that_cannot_be_used_ends_with_69_and_a_sentence(here, capsys):
+    (here / "pomex.toml").write_text('[database]\nurl = "sqlite:."\n')
+    assert pomex.main(["keys", "list"]) == 69
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("The database ") and "Traceback" not in err
+
+
+def test_the_version(capsys):
+    assert pomex.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"Pomex {pomex.VERSION}\n"
+
+
+def test_the_program_can_come_by_pipe(here):
+    text = pathlib.Path(FILE).read_text()
+    done = subprocess.run([sys.executable, "-", "codex", "--config", os.devnull], input=text, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and done.stdout.startswith('model_provider = "pomex"\n')
+
+
+# --- where the configuration comes from -----------------------------------------------------------
+
+def test_the_configuration_is_the_named_one_else_the_first_there_is(here, monkeypatch):
+    home = pathlib.Path.home()
+    assert pomex.find_config("", {}) == ""
+    (home / ".config/pomex").mkdir(parents=True)
+    (home / ".config/pomex/pomex.toml").touch()
+    assert pomex.find_config("", {}) == f"{home}/.config/pomex/pomex.toml"
+    (here / "x/pomex").mkdir(parents=True)
+    (here / "x/pomex/pomex.toml").touch()
+    assert pomex.find_config("", {"XDG_CONFIG_HOME": "x"}) == "x/pomex/pomex.toml"
+    (here / "pomex.toml").touch()
+    assert pomex.find_config("", {}) == "pomex.toml"
+    assert pomex.find_config("other.toml", {}) == "other.toml"
+
+
+def test_a_flag_wins_over_a_variable_and_that_over_the_file(here, monkeypatch):
+    (here / "pomex.toml").write_bytes(b"\xef\xbb\xbf[server]\nport = 1\nhost = '127.0.0.2'\nlog_format = 'json'\n")
+    monkeypatch.setenv("POMEX_PORT", "2")
+    monkeypatch.setenv("POMEX_HOST", "127.0.0.3")
+    server = pomex.read_config(pomex.command_parser().parse_args(["serve", "--port", "0"])).server
+    assert (server.port, server.host, server.log_format) == (0, "127.0.0.3", "json")
+    monkeypatch.setenv("POMEX_CONFIG", "absent.toml")
+    assert pomex.main(["check"]) == 78
+
+
+# --- check, models, codex, keys -------------------------------------------------------------------
+
+def test_check_says_what_is_configured(configured, capsys):
+    assert pomex.main(["check"]) == 0
+    assert capsys.readouterr().out == """\
+pomex.toml   ok, 3 providers, 1 model described
+  openai     key from file:key, readable
+  local      http://10.0.0.7:8000/v1
+  demo       works offline
+  my/coder   openai:gpt-5.3-codex -> local:qwen | local:tiny-1
+0 warnings, 0 errors
+"""
+
+
+def test_check_warns_of_a_key_that_others_can_read(here, capsys):
+    (here / "pomex.toml").write_text('[providers.openai]\napi_key = "sk-openai-0123456789abcdef"\n')
+    (here / "pomex.toml").chmod(0o644)
+    assert pomex.main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "pomex.toml holds a key and others can read it; chmod 600 pomex.toml\n1 warning, 0 errors\n" in out
+    assert "0123456789" not in out
+    (here / "pomex.toml").chmod(0o600)
+    pomex.main(["check"])
+    assert "0 warnings, 0 errors\n" in capsys.readouterr().out
+
+
+def test_models_lists_what_is_known_by_name(configured, capsys):
+    assert pomex.main(["models"]) == 0
+    out, err = capsys.readouterr()
+    rows = [re.split(r"  +", line) for line in out.splitlines()]
+    assert rows[:2] == [["MODEL", "PROVIDERS", "CONTEXT"], ["my/coder", "openai, local", "272 000"]]
+    assert ["local/qwen", "local", "-"] in rows and "demo/echo" in out and "tiny" not in out
+    assert err == "and any other model of openai, as openai/NAME\n"
+    assert pomex.main(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == {
+        "model": "my/coder", "providers": ["openai", "local"], "context_window": 272000}
+
+
+BLOCKS = {
+    "nothing but the demo": ("", {}, "demo/echo", "http://127.0.0.1:7663"),
+    "the first model described": (CONFIG, {}, "my/coder", "http://127.0.0.1:7663"),
+    "a key in the environment": (None, {"OPENAI_API_KEY": "sk-1"}, "openai/gpt-5.3-codex", "http://127.0.0.1:7663"),
+    "a port and every interface": ('[server]\nhost = "0.0.0.0"\nport = 80\n', {}, "demo/echo", "http://127.0.0.1:80"),
+    "an IPv6 address": ('[server]\nhost = "::1"\n', {}, "demo/echo", "http://[::1]:7663"),
+    "https": ('[server]\ntls_cert = "a"\ntls_key = "a"\n', {}, "demo/echo", "https://127.0.0.1:7663"),
+    "a local server's model": ('[providers.local]\nwire_api = "chat"\nbase_url = "http://a/v1"\nmodels = ["q*", "m"]\n',
+                               {}, "local/m", "http://127.0.0.1:7663"),
+}
+
+
+@pytest.mark.parametrize("text, environ, model, url", BLOCKS.values(), ids=BLOCKS)
+def test_codex_prints_the_block(here, capsys, monkeypatch, local_ports, text, environ, model, url):
+    local_ports()
+    (here / "key").write_text("sk-openai")
+    if text is not None:
+        (here / "pomex.toml").write_text(text)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert pomex.main(["codex"]) == 0
+    block = pomex.tomllib.loads(capsys.readouterr().out)
+    assert block == {"model_provider": "pomex", "model": model, "model_providers": {"pomex": {
+        "name": "Pomex API", "base_url": url + "/v1", "env_key": "POMEX_API_KEY", "wire_api": "responses",
+        "model_catalog_url": url + "/v1/models"}}}
+
+
+def test_keys_are_created_listed_and_revoked(here, capsys):
+    assert pomex.main(["keys", "create", "laptop"]) == 0
+    token, err = capsys.readouterr()
+    assert re.fullmatch(r"sk-rh-[0-9A-Za-z]{32}\n", token)
+    assert err == "Key laptop created. It is not shown again.\n"
+    assert pomex.main(["keys", "create", "laptop"]) == 1
+    assert "There is an active key named laptop already." in capsys.readouterr().err
+    hint = f"{token[:10]}…{token[-5:-1]}"
+    assert pomex.main(["keys", "list"]) == 0
+    assert re.fullmatch(rf"NAME     KEY               CREATED   STATE\nlaptop   {hint}   \d s ago   active\n",
+                        capsys.readouterr().out)
+    assert pomex.main(["keys", "revoke", "laptop"]) == 0
+    assert capsys.readouterr() == ("", f"Key laptop ({hint}) revoked.\n")
+    assert pomex.main(["keys", "list", "--json"]) == 0
+    row, = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["key"], row["expires_at"]) == ("laptop", hint, None)
+    assert abs(row["revoked_at"] - time.time()) < 10
+
+
+# --- looking around -------------------------------------------------------------------------------
+
+MODELS = '{"object":"list","data":[{"id":"qwen3:8b"},{"id":"gemma"},{"no":"id"},7]}'
+PORTS = {
+    "a server with models": (MODELS, ["qwen3:8b", "gemma"]),
+    "a server without models": ('{"data":[]}', []),
+    "another service": ("<html>hello</html>", None),
+    "another JSON service": ("[1, 2]", None),
+    "one that does not answer": ("silence", None),
+    "nobody": (None, None),
+}
+
+
+@pytest.mark.parametrize("answer, models", PORTS.values(), ids=PORTS)
+def test_a_local_port_is_asked_once_and_briefly(local_ports, answer, models):
+    local_ports(ollama=answer)
+    begun = time.monotonic()
+    config, found = asyncio.run(pomex.detect(pomex.load_config("", "", {}), {}))
+    assert time.monotonic() - begun < 1
+    assert found.get("ollama") == models and ("ollama" in config.providers) is (models is not None)
+
+
+def test_a_configuration_file_switches_detection_off(configured, capsys, monkeypatch, local_ports):
+    local_ports(ollama=MODELS)
+    monkeypatch.setenv("GROQ_API_KEY", "k")
+    pomex.main(["models"])
+    assert "qwen3" not in capsys.readouterr().out
+    (configured / "pomex.toml").unlink()
+    pomex.main(["models"])
+    out, err = capsys.readouterr()
+    assert re.search(r"^ollama/qwen3:8b +ollama +-$", out, re.MULTILINE) and "groq/NAME" in err
+
+
+# --- the start ------------------------------------------------------------------------------------
+
+def announced(capsys, config, found, looked, ledger, is_new=True):
+    pomex.announce(config, found, looked, ledger, is_new, "http://127.0.0.1:7663")
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+@pytest.fixture
+def ledger(here):
+    with contextlib.closing(pomex.Ledger.open(pomex.load_config("", "", os.environ).database.path)) as opened:
+        yield opened
+
+
+def test_the_first_start_on_a_terminal_says_all_that_is_needed(here, capsys, monkeypatch, local_ports, ledger):
+    urls = local_ports(ollama=MODELS, vllm=None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    config, found = asyncio.run(pomex.detect(pomex.load_config("", "", os.environ), {"GROQ_API_KEY": "gsk_" + 20 * "x"}))
+    said = announced(capsys, config, found, True, ledger)
+    shown = re.sub(r"^  (anthropic|google) .*\n", "", said, flags=re.MULTILINE)     # where their wires are there
+    assert re.sub(r"sk-rh-\w{32}", "KEY", shown) == f"""\
+Pomex {pomex.VERSION} on Python {sys.version.split()[0]}. No config file; using defaults.
+
+Providers
+  openai      no key      export OPENAI_API_KEY=...
+  groq        ready       key from GROQ_API_KEY (…xxx), not contacted
+  ollama      ready       {urls['ollama']}, 2 models
+  vllm        not found   {urls['vllm']}
+  demo        ready       works offline and costs nothing: demo/echo
+Database      ~/.local/state/pomex/pomex.db (created, only you can read it)
+
+First API key, shown once:
+  export POMEX_API_KEY="KEY"
+
+Codex: put this into ~/.codex/config.toml
+  model_provider = "pomex"
+  model = "groq/openai/gpt-oss-120b"
+
+  [model_providers.pomex]
+  name = "Pomex API"
+  base_url = "http://127.0.0.1:7663/v1"
+  env_key = "POMEX_API_KEY"
+  wire_api = "responses"
+  model_catalog_url = "http://127.0.0.1:7663/v1/models"
+
+Then, in another terminal: codex "What is 2 + 2?"
+
+Listening on  http://127.0.0.1:7663   Ctrl-C stops it
+"""
+    assert [key.name for key in ledger.list_keys()] == ["first"]
+
+
+def test_the_second_start_shows_no_key(here, capsys, ledger):
+    ledger.create_key("a", 1.0)
+    said = announced(capsys, pomex.load_config("", "", os.environ), {}, False, ledger, is_new=False)
+    assert "Keys          1 active. New one: python pomex.py keys create NAME\n" in said
+    assert "sk-rh-" not in said and "Codex" not in said and "created" not in said
+    ledger.revoke_key("a", 2.0)
+    assert "Keys          0 active." in announced(capsys, pomex.load_config("", "", os.environ), {}, False, ledger)
+
+
+def test_without_a_terminal_the_first_key_goes_to_a_file(here, capsys, ledger):
+    config = pomex.load_config("", "", os.environ)
+    path = pathlib.Path(config.database.path).with_name("first-key")
+    path.write_text("old")
+    path.chmod(0o644)
+    said = announced(capsys, config, {}, False, ledger)
+    assert "First API key written to ~/.local/state/pomex/first-key (only you can read it)\n" in said
+    assert "sk-rh-" not in said
+    assert path.read_text().startswith("sk-rh-") and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+COLOURS = {"a terminal": (True, {}, True), "a pipe": (False, {}, False), "NO_COLOR": (True, {"NO_COLOR": "1"}, False),
+           "a dumb terminal": (True, {"TERM": "dumb"}, False)}
+
+
+@pytest.mark.parametrize("tty, environ, coloured", COLOURS.values(), ids=COLOURS)
+def test_colours_are_for_terminals_that_want_them(monkeypatch, capsys, tty, environ, coloured):
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
+    assert ("\x1b[" in pomex.painted("ready", True)) is coloured
+
+
+def test_who_listens_for_the_whole_network_is_told_so(here, capsys, ledger):
+    config = pomex.load_config('[server]\nhost = "0.0.0.0"\n', "pomex.toml", os.environ)
+    (here / "pomex.toml").touch()
+    assert ("Warning       Anybody on this network can reach Pomex. Keys are required on every call; put TLS in front, "
+            "or set tls_cert and tls_key.\n") in announced(capsys, config, {}, False, ledger)
+
+
+# --- serve ----------------------------------------------------------------------------------------
+
+def test_serve_serves_until_it_is_told_to_stop(here):
+    with serving() as (process, url, said):
+        assert "First API key written to " in said
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 5) as client:
+            client.sendall(f"GET /health HTTP/1.1\r\nhost: {host}:{port}\r\nconnection: close\r\n\r\n".encode())
+            answer = client.makefile("rb").read()
+        assert b" 200 " in answer.split(b"\r\n")[0] and pomex.VERSION.encode() in answer
+        taken = run("serve", "--no-detect", "--port", port)
+        assert taken.returncode == 69
+        who = rf"\(pid {process.pid}, up \d+ s\)" if os.path.isdir("/proc/self/fd") else ""
+        assert re.fullmatch(rf"Port {port} is taken by another Pomex {pomex.VERSION} ?{who}\. Use that one, or: "
+                            rf"python pomex.py serve --port {int(port) + 1}\.\n", taken.stderr)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read().endswith("Stopping: 0 streams open.\nStopped.\n")
+        assert process.wait(5) == 0
+
+
+def test_a_port_that_another_program_holds_is_said_to_be_so(here, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert pomex.main(["serve", "--no-detect", "--port", str(port)]) == 69
+    who = rf" \(\S+, pid {os.getpid()}\)" if os.path.isdir("/proc/self/fd") else ""
+    assert re.fullmatch(rf"Port {port} is taken by another program{who}\. Use another: .*\n", capsys.readouterr().err)
+
+
+REFUSALS = {
+    "a port that needs privileges": (OSError(errno.EACCES, "Permission denied"), 443, 77, "Port 443 needs privileges."),
+    "an address of another machine": (OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address"), 7663, 69,
+                                      "Cannot listen on 127.0.0.1 port 7663: Cannot assign requested address."),
+}
+
+
+@pytest.mark.parametrize("error, port, code, sentence", REFUSALS.values(), ids=REFUSALS)
+def test_a_server_that_cannot_start_says_why(error, port, code, sentence):
+    found, said = asyncio.run(pomex.no_listening(error, pomex.ServerConfig(port=port)))
+    assert found == code and said.startswith(sentence)
+
+
+class Draining:
+    """A server with streams that end when they are told to, or never."""
+    address = ("127.0.0.1", 1)
+
+    def __init__(self, streams, ends):
+        self.open_requests, self.ends = streams, ends
+
+    async def drain(self, timeout_s):
+        assert timeout_s == 30
+        await asyncio.sleep(0 if self.ends else 10)
+
+
+STOPS = {
+    "nothing is open": (0, True, 1, 0, "Stopping: 0 streams open.\nStopped.\n"),
+    "one stream ends": (1, True, 1, 0, "Stopping: 1 stream open, waiting up to 30 s (Ctrl-C again to cut).\nStopped.\n"),
+    "two streams are cut": (2, False, 2, 130, "Stopping: 2 streams open, waiting up to 30 s (Ctrl-C again to cut).\n"),
+}
+
+
+@pytest.mark.parametrize("streams, ends, signals, code, said", STOPS.values(), ids=STOPS)
+def test_a_signal_stops_and_a_second_one_cuts(capsys, streams, ends, signals, code, said):
+    async def scene():
+        loop = asyncio.get_running_loop()
+        for number in range(signals):
+            loop.call_later(0.02 + 0.05 * number, os.kill, os.getpid(), signal.SIGINT)
+        return await pomex.until_stopped(Draining(streams, ends), 30)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert asyncio.run(scene()) == code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == said
+
+
+def test_a_log_line_is_plain_or_json(capsys):
+    before = pomex.log.handlers[:], pomex.log.level, pomex.log.propagate
+    try:
+        pomex.set_up_logging("plain")
+        pomex.log.info("200 laptop demo/echo")
+        pomex.set_up_logging("json")
+        pomex.log.info("200 laptop demo/echo", extra={"fields": {"status": 200}})
+    finally:
+        pomex.log.handlers[:], pomex.log.level, pomex.log.propagate = before
+    plain, line = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d 200 laptop demo/echo", plain)
+    line = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert line == {"level": "info", "message": "200 laptop demo/echo", "status": 200}

@@ -1,0 +1,1057 @@
+"""The Responses API: the check of requests, tools under plain names, the assembler, the relay."""
+import itertools
+import json
+import random
+import zlib
+
+import pytest
+import streams
+
+import pomex
+from pomex import Annotation, Close, Fail, Fragment, Open, Stop, Usage, Whole
+
+SECRET = b"s" * 32
+EXEC = {"type": "function", "name": "exec", "description": "runs", "parameters": {"type": "object", "properties": {}}, "strict": False}
+PATCH = {"type": "custom", "name": "apply_patch", "description": "patches", "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}}
+SPACE = {"type": "namespace", "name": "mcp__demo", "description": "", "tools": [{"type": "function", "name": "look", "parameters": None}]}
+SEARCH = {"type": "tool_search", "execution": "client", "description": "finds", "parameters": {"type": "object"}}
+
+
+def body(**fields):
+    return {"model": "m/x", "input": "hello", **fields}
+
+
+def ask(**fields):
+    return pomex.check_request(json.dumps(body(**fields)).encode())
+
+
+def answer(manners=pomex.STANDARD, **fields):
+    return pomex.Answer(ask(**{"stream": True, **fields}), "resp_1", 1_700_000_000, manners)
+
+
+def seal(replay):
+    return pomex.Envelope(SECRET, "a").seal("p", "m", replay)
+
+
+def told(deltas, manners=pomex.STANDARD, error=None, **fields):
+    """The stream that `deltas` make, and the attempt that made it."""
+    attempt = pomex.Assembler(answer(manners, **fields), 100, seal)
+    for delta in deltas:
+        attempt.add(delta)
+    attempt.finish(error)
+    raw = attempt.terminal(1_700_000_009)
+    streams.check(raw, codex=manners is pomex.CODEX)
+    return raw, attempt
+
+
+# --- the request: what is refused, by which name and code
+
+ITEMS = {
+    "message": {"type": "message", "role": "user", "content": "x"},
+    "call": {"type": "function_call", "call_id": "c", "name": "exec", "arguments": "{}"},
+    "output": {"type": "function_call_output", "call_id": "c", "output": "x"},
+}
+
+
+def item(kind, **fields):
+    return [{**ITEMS[kind], **fields}]
+
+
+@pytest.mark.parametrize("fields, param, code", [
+    ({"model": None}, "model", "missing_required_parameter"),
+    ({"model": 5}, "model", "invalid_type"),
+    ({"model": ""}, "model", "invalid_value"),
+    ({"model": "x" * 257}, "model", "invalid_value"),
+    ({"input": None}, "input", "missing_required_parameter"),
+    ({"input": []}, "input", "invalid_value"),
+    ({"input": {}}, "input", "invalid_type"),
+    ({"input": [5]}, "input[0]", "invalid_type"),
+    ({"input": [{}]}, "input[0].type", "missing_required_parameter"),
+    ({"input": [{"type": 5}]}, "input[0].type", "missing_required_parameter"),
+    ({"input": [{"id": "msg_1"}]}, "input[0]", "previous_response_not_found"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "previous_response_not_found"),
+    ({"input": item("message", role="robot")}, "input[0].role", "invalid_value"),
+    ({"input": item("message", role=[])}, "input[0].role", "invalid_type"),
+    ({"input": item("message", content=None)}, "input[0].content", "invalid_type"),
+    ({"input": item("message", content=[5])}, "input[0].content[0]", "invalid_type"),
+    ({"input": item("message", content=[{"type": "input_text"}])}, "input[0].content[0].text", "invalid_type"),
+    ({"input": item("call", name="")}, "input[0].name", "invalid_value"),
+    ({"input": item("call", arguments={})}, "input[0].arguments", "invalid_type"),
+    ({"input": item("call", call_id=[])}, "input[0].call_id", "invalid_type"),
+    ({"input": item("call", namespace={})}, "input[0].namespace", "invalid_type"),
+    ({"input": item("output", output=5)}, "input[0].output", "invalid_type"),
+    ({"input": item("output", output=None)}, "input[0].output", "missing_required_parameter"),
+    ({"input": item("output", output=[{"type": "input_text"}])}, "input[0].output[0].text", "invalid_type"),
+    ({"input": [{"type": "custom_tool_call", "name": "a", "input": {}}]}, "input[0].input", "invalid_type"),
+    ({"input": [{"type": "local_shell_call", "action": []}]}, "input[0].action", "invalid_type"),
+    ({"input": [{"type": "additional_tools", "tools": {}}]}, "input[0].tools", "invalid_type"),
+    ({"input": [{"type": "additional_tools", "tools": [{"type": "function"}]}]}, "input[0].tools[0].name", "missing_required_parameter"),
+    ({"instructions": 5}, "instructions", "invalid_type"),
+    ({"stream": "yes"}, "stream", "invalid_type"),
+    ({"stream": 1}, "stream", "invalid_type"),
+    ({"store": "no"}, "store", "invalid_type"),
+    ({"background": True}, "background", "unsupported_parameter"),
+    ({"include": "x"}, "include", "invalid_type"),
+    ({"max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
+    ({"max_output_tokens": 5.5}, "max_output_tokens", "invalid_type"),
+    ({"max_output_tokens": True}, "max_output_tokens", "invalid_type"),
+    ({"max_tool_calls": -1}, "max_tool_calls", "invalid_value"),
+    ({"metadata": []}, "metadata", "invalid_type"),
+    ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "invalid_value"),
+    ({"metadata": {"k" * 65: ""}}, "metadata", "invalid_value"),
+    ({"metadata": {"k": "v" * 513}}, "metadata", "invalid_value"),
+    ({"metadata": {"k": 5}}, "metadata", "invalid_value"),
+    ({"parallel_tool_calls": 0}, "parallel_tool_calls", "invalid_type"),
+    ({"temperature": 2.1}, "temperature", "invalid_value"),
+    ({"temperature": "hot"}, "temperature", "invalid_type"),
+    ({"top_p": -0.1}, "top_p", "invalid_value"),
+    ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+    ({"reasoning": "high"}, "reasoning", "invalid_type"),
+    ({"text": {"format": "text"}}, "text.format.type", "invalid_value"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", "missing_required_parameter"),
+    ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema", "missing_required_parameter"),
+    ({"tools": {}}, "tools", "invalid_type"),
+    ({"tools": ["exec"]}, "tools[0]", "invalid_type"),
+    ({"tools": [{"name": "exec"}]}, "tools[0]", "invalid_type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name", "missing_required_parameter"),
+    ({"tools": [{"type": "function", "function": {"name": "exec"}}]}, "tools[0].name", "missing_required_parameter"),
+    ({"tools": [{**EXEC, "parameters": "{}"}]}, "tools[0].parameters", "invalid_type"),
+    ({"tools": [{**EXEC, "description": 5}]}, "tools[0].description", "invalid_type"),
+    ({"tools": [{**PATCH, "format": "text"}]}, "tools[0].format", "invalid_type"),
+    ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools", "missing_required_parameter"),
+    ({"tools": [{**SPACE, "tools": [{"type": "custom"}]}]}, "tools[0].tools[0].name", "missing_required_parameter"),
+    ({"tool_choice": "maybe"}, "tool_choice", "invalid_value"),
+    ({"tool_choice": {}}, "tool_choice.type", "invalid_value"),
+    ({"tool_choice": {"type": "function", "name": "other"}, "tools": [EXEC]}, "tool_choice", "invalid_value"),
+    ({"tool_choice": {"type": "function", "name": []}, "tools": [EXEC]}, "tool_choice", "invalid_value"),
+    ({"truncation": "some"}, "truncation", "invalid_value"),
+    ({"previous_response_id": "resp_0"}, "previous_response_id", "previous_response_not_found"),
+    ({"conversation": "conv_0"}, "conversation", "unsupported_parameter"),
+    ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
+], ids=str)
+def test_a_wrong_request_is_refused_by_the_name_of_its_field(fields, param, code):
+    with pytest.raises(pomex.BadRequest) as refused:
+        ask(**fields)
+    assert (refused.value.param, refused.value.code, refused.value.status) == (param, code, 400)
+    assert str(refused.value)
+
+
+def test_tools_in_the_form_of_chat_are_told_what_is_wrong_with_them():
+    with pytest.raises(pomex.BadRequest, match="flat"):
+        ask(tools=[{"type": "function", "function": {"name": "exec"}}])
+
+
+@pytest.mark.parametrize("fields", [
+    {"input": "x" * 100_000},
+    {"input": [{"role": "user", "content": "bare"}]},
+    {"input": [{"type": None, "role": "user", "content": "null counts as absent"}]},
+    {"input": [{"type": "message", "role": role, "content": []} for role in ("user", "assistant", "system", "developer")]},
+    {"input": [{"role": "user", "content": [{"type": "hologram", "text": 5}, {"type": "input_image", "image_url": "data:x"}]}]},
+    {"input": [{"type": "from_the_future", "output": [5], "call_id": {}, "tools": 5, "content": 5}]},
+    {"input": item("call", id=None, namespace=None, call_id=None, status="completed", caller={})},
+    {"input": [{"type": "shell_call_output", "call_id": "c", "output": [{"stdout": "x", "stderr": "", "outcome": {"type": "exit"}}]}]},
+    {"input": [{"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}}]},
+    {"input": [{"type": "reasoning", "summary": [], "content": None, "encrypted_content": None}]},
+    {"input": [{"type": "additional_tools", "role": "developer", "tools": [SPACE]}]},
+    {"input": [{"type": kind} for kind in ("compaction", "compaction_trigger", "web_search_call", "mcp_call", "image_generation_call")]},
+    {"tools": [{"type": "hologram"}, {"type": "mcp", "server_label": "x", "name": 5}, {"type": "web_search"}, EXEC, PATCH, SPACE, SEARCH]},
+    {"tools": None, "tool_choice": None, "temperature": None, "metadata": None, "text": None, "previous_response_id": None, "stream": None},
+    {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "exec"}]}},
+    {"tool_choice": {"type": "function", "name": "look"}, "tools": [SPACE]},
+    {"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}, "verbosity": "low"}},
+    {"reasoning": {"effort": "beyond"}, "temperature": 2, "top_p": 0, "max_output_tokens": 10 ** 30, "service_tier": "ultrafast"},
+    {"unknown": {"field": [1]}, "client_metadata": {"a": "b"}},
+], ids=lambda fields: str(fields)[:60])
+def test_what_is_unknown_or_null_is_tolerated(fields):
+    request = ask(**fields)
+    assert all(isinstance(i["type"], str) for i in request.input)
+    items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
+    book = pomex.ToolBook(request.tools)
+    pomex.plain_history(request, items, book)
+    pomex.compact(pomex.echo_fields(request, True))
+
+
+def test_tools_of_items_follow_those_of_the_request():
+    found = {"type": "tool_search_output", "call_id": "s", "tools": [SPACE]}
+    request = ask(tools=[EXEC], input=[{"type": "additional_tools", "tools": [PATCH]}, *item("message"), found])
+    assert request.tools == [EXEC, PATCH, SPACE]
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"nonsense", b"null", b"5", b'"x"', b"[]", b"{}", b"{", b'{"model":"m","input":"x"', b'{"model":"m","input":"x"}}',
+    b"[" * 100_000, b'{"a":' * 100_000, b'{"model":"m","input":"x","metadata":' + b"[" * 5000 + b"]" * 5000 + b"}",
+    b'{"model":"m","input":"x","tools":[' + b'{"type":"namespace","name":"n","tools":[' * 4000 + b"]}" * 4000 + b"]}",
+    b'{"model":"m","input":"x","temperature":NaN}', b'{"model":"m","input":"x","user":Infinity}',
+    b'{"model":"m","input":"x","anything":1e999}', b'{"model":"m","input":"x","anything":[-1e999]}',
+    b'{"model":"m","input":"x","anything":' + b"9" * 5000 + b"}",
+    b'{"model":"m","input":"\\ud800"}', b'{"model":"m","input":"\\udc00\\ud800"}', b'{"model":"\\uD83D","input":"x"}',
+    b'{"model":"m","input":"\xed\xa0\x80"}', b'{"model":"m","input":"\xff"}', b'\xef\xbb\xbf{"model":"m","input":"x"}',
+    '{"model":"m","input":"x"}'.encode("utf-16"), b'{"model":"m","input":"a\nb"}', b"{'model':'m'}", b'{"model":"m","input":"x",}',
+    b'{"model":"m","input":"x","model":5}', b'{"model":"m","input":"x","input":[]}', b'\x1f\x8b\x08\x00\x00',
+], ids=lambda raw: repr(raw[:40]) + str(len(raw)))
+def test_no_bytes_give_anything_but_a_bad_request(raw):
+    with pytest.raises(pomex.BadRequest) as refused:
+        pomex.check_request(raw)
+    json.dumps(refused.value.body(), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("raw, text", [
+    (b'{"model":"m","input":"\\ud83d\\ude00"}', "\N{GRINNING FACE}"), (b'{"model":"m","input":"a\\u0000b"}', "a\0b"),
+    (b'{"model":"n","input":"x","input":"y","model":"m"}', "y"), (b'{"model":"m","input":"\\\\ud800"}', "\\ud800"),
+])
+def test_odd_but_right_json_is_taken(raw, text):
+    request = pomex.check_request(raw)
+    assert (request.model, request.input[0]["content"]) == ("m", text)
+
+
+def test_garbage_made_of_good_requests_gives_nothing_but_bad_requests():
+    good = json.dumps(body(tools=[EXEC, PATCH, SPACE], input=[*item("message"), *item("call"), *item("output")], text={"format": {"type": "text"}}))
+    values = [None, 5, -1, 1.5, True, "", "x", [], {}, [None], [[]], [{}], {"type": "message"}, {"type": []}]
+    rng = random.Random(1)
+
+    def spoil(value):
+        """A copy with one thing in it replaced."""
+        if not isinstance(value, (dict, list)) or not value or rng.random() < 0.2:
+            return rng.choice(values)
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        copy = value.copy()
+        copy[key] = spoil(value[key])
+        return copy
+
+    for _ in range(3000):
+        raw = json.dumps(spoil(json.loads(good))).encode()
+        try:
+            request = pomex.check_request(raw)
+        except pomex.BadRequest:
+            continue
+        book = pomex.ToolBook(request.tools)
+        history = pomex.plain_history(request, request.input, book)
+        pomex.encode_responses(request, history, "m", book)
+        pomex.encode_chat(request, history, "m", book, pomex.DIALECTS["generic"])
+        pomex.Answer(request, "resp_1", 1, pomex.STANDARD).response("in_progress")
+
+
+def test_a_schema_nested_too_deeply_is_the_clients_fault():
+    deep = b'{"model":"m","input":"x","tools":[{"type":"function","name":"f","parameters":%s}]}'
+    for depth in (300, 500, 700, 900):
+        raw = deep % (b'{"not":' * depth + b"{}" + b"}" * depth)
+        try:
+            request = pomex.check_request(raw)
+            job = pomex.Job(pomex.Answer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", False, "")
+            pomex.WIRES["responses"].call(job)
+        except pomex.BadRequest as refused:
+            assert "nested too deeply" in str(refused)
+
+
+# --- the echo
+
+DEFAULTS = {
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "parallel_tool_calls": True,
+    "previous_response_id": None, "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None, "service_tier": "default", "store": False, "background": False, "temperature": 1, "top_p": 1,
+    "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0, "text": {"format": {"type": "text"}, "verbosity": "medium"},
+    "tool_choice": "auto", "tools": [], "truncation": "disabled", "metadata": {}}
+
+
+@pytest.mark.parametrize("fields, echoed", [
+    ({}, {}),
+    ({name: None for name in DEFAULTS}, {}),
+    ({"user": "u"}, {"user": "u"}),
+    ({"temperature": 0.5, "top_p": 0, "metadata": {"a": "b"}}, {"temperature": 0.5, "top_p": 0, "metadata": {"a": "b"}}),
+    ({"reasoning": {"effort": "high"}}, {"reasoning": {"effort": "high", "summary": None}}),
+    ({"text": {"format": None, "verbosity": "low"}}, {"text": {"format": {"type": "text"}, "verbosity": "low"}}),
+    ({"service_tier": "auto"}, {}), ({"service_tier": "flex"}, {"service_tier": "flex"}),
+    ({"tools": [{"type": "function", "name": "f"}, PATCH]},
+     {"tools": [{"type": "function", "name": "f", "description": None, "parameters": None, "strict": True}, PATCH]}),
+    ({"tools": [EXEC], "tool_choice": {"type": "allowed_tools", "tools": []}},
+     {"tools": [EXEC], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}),
+    ({"instructions": "be good"}, {"instructions": "be good"}),
+], ids=str)
+def test_a_response_repeats_the_request_with_its_defaults(fields, echoed):
+    assert pomex.echo_fields(ask(**fields), True) == {**DEFAULTS, **echoed}
+
+
+def test_to_codex_long_things_are_not_repeated():
+    echoed = pomex.echo_fields(ask(tools=[EXEC], instructions="x" * 9), False)
+    assert (echoed["tools"], echoed["instructions"]) == ([], None)
+
+
+# --- envelopes
+
+def test_an_envelope_opens_for_its_account_only_and_only_unaltered():
+    envelope = pomex.Envelope(SECRET, "a")
+    sealed = envelope.seal("anthropic", "m", {"blocks": [{"thinking": "x" * 100}]})
+    assert sealed.startswith("pmx1.")
+    assert envelope.open(sealed) == ("anthropic", "m", {"blocks": [{"thinking": "x" * 100}]})
+    assert sealed == envelope.seal("anthropic", "m", {"blocks": [{"thinking": "x" * 100}]}), "the same item, the same bytes"
+    assert pomex.Envelope(SECRET, "b").open(sealed) is None
+    assert pomex.Envelope(b"t" * 32, "a").open(sealed) is None
+    for at in range(5, len(sealed)):
+        other = "A" if sealed[at] != "A" else "B"
+        opened = envelope.open(sealed[:at] + other + sealed[at + 1:])
+        assert opened is None or at == len(sealed) - 1      # the last letter's low bits may mean nothing
+    for text in ("pmx1.", "pmx1.x", "pmx1.\N{SNOWMAN}", "pmx1." + "A" * 100):
+        assert envelope.open(text) is None
+
+
+def test_an_envelope_that_inflates_without_end_is_refused():
+    envelope = pomex.Envelope(SECRET, "a")
+    packed = zlib.compress(b'{"p":"' + b"x" * (pomex.MAX_ENVELOPE_BYTES + 1) + b'"}')
+    bomb = pomex.base64.urlsafe_b64encode(envelope.mac(packed) + packed).decode().rstrip("=")
+    assert envelope.open("pmx1." + bomb) is None
+
+
+def test_items_are_unsealed_for_their_provider_and_dropped_by_name_for_others():
+    def reasoning(sealed, kind="reasoning"):
+        return {"type": kind, "id": "rs", "encrypted_content": sealed}
+    mine, other = pomex.Envelope(SECRET, "a").seal("p", "m", {"k": 1}), pomex.Envelope(SECRET, "a").seal("q", "m", {"k": 1})
+    stranger = pomex.Envelope(SECRET, "b").seal("p", "m", {"k": 1})
+    items = [reasoning(mine), reasoning(other), reasoning(stranger), reasoning("gAAAA"), reasoning(None), reasoning(mine, "compaction"),
+             {"type": "reasoning", "pomex_replay": {"forged": 1}}]
+    kept, dropped = pomex.unseal_items(items, pomex.Envelope(SECRET, "a"), "p")
+    replay = {"id": "rs", "pomex_replay": {"k": 1}}
+    assert kept == [{"type": "reasoning", **replay}, reasoning("gAAAA"), reasoning(None), {"type": "compaction", **replay}, {"type": "reasoning"}]
+    assert dropped == ["reasoning:q", "reasoning:unverified"]
+
+
+# --- tools under plain names
+
+@pytest.mark.parametrize("name, namespace, flat", [
+    ("look", "", "look"), ("look", "mcp__demo", "mcp__demo__look"), ("a.b", "", None), ("x" * 64, "", "x" * 64),
+    ("x" * 65, "", None), ("look", "n" * 70, None), ("Über", "", None),
+])
+def test_flat_names_are_short_plain_and_the_same_every_time(name, namespace, flat):
+    made = pomex.flat_name(name, namespace)
+    assert made == (flat or made) == pomex.flat_name(name, namespace)
+    assert pomex.re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", made)
+
+
+@pytest.mark.parametrize("tool, flat, kind, name, namespace", [
+    (EXEC, "exec", "function_call", "exec", ""),
+    (PATCH, "apply_patch", "custom_tool_call", "apply_patch", ""),
+    (SPACE, "mcp__demo__look", "function_call", "look", "mcp__demo"),
+    (SPACE, "look", "function_call", "look", "mcp__demo"),
+    ({**SPACE, "tools": [PATCH]}, "mcp__demo__apply_patch", "custom_tool_call", "apply_patch", "mcp__demo"),
+    (SEARCH, "tool_search", "tool_search_call", "tool_search", ""),
+    ({"type": "local_shell"}, "local_shell", "local_shell_call", "local_shell", ""),
+    ({**EXEC, "name": "x" * 80}, "x" * 55 + "_" + pomex.hashlib.sha256(b"x" * 80).hexdigest()[:8], "function_call", "x" * 80, ""),
+    (EXEC, "never_offered", "function_call", "never_offered", ""),
+], ids=lambda value: str(value)[:30])
+def test_what_is_offered_comes_back_as_what_it_was(tool, flat, kind, name, namespace):
+    opened = pomex.ToolBook([tool]).open(3, "c", flat)
+    assert opened == Open(3, kind, "c", name, namespace)
+
+
+def test_a_book_offers_functions_and_names_what_it_cannot():
+    book = pomex.ToolBook([EXEC, PATCH, SPACE, {"type": "web_search"}, {**EXEC, "description": "twice"}, {"type": "tool_search"}])
+    assert [f["name"] for f in book.functions] == ["exec", "apply_patch", "mcp__demo__look"]
+    assert book.functions[0] == {"name": "exec", "description": "runs", "parameters": EXEC["parameters"], "strict": False}
+    assert "start: X" in book.functions[1]["description"] and book.functions[1]["parameters"] == pomex.FREEFORM_PARAMETERS
+    assert book.dropped == ["tools:web_search", "tools:tool_search"]
+
+
+def test_codex_own_schema_keyword_is_taken_out_but_not_a_property_of_that_name():
+    schema = {"type": "object", "properties": {"encrypted": {"type": "string", "encrypted": True}}, "items": [{"encrypted": False}]}
+    assert pomex.clean_schema(schema) == {"type": "object", "properties": {"encrypted": {"type": "string"}}, "items": [{}]}
+
+
+# --- history for providers that know only functions
+
+def call(call_id, **fields):
+    return {"type": "function_call", "call_id": call_id, "name": "exec", "arguments": "{}", **fields}
+
+
+def output(call_id, text="done"):
+    return {"type": "function_call_output", "call_id": call_id, "output": text}
+
+
+def message(text, role="user"):
+    return {"type": "message", "role": role, "content": [{"type": "output_text" if role == "assistant" else "input_text", "text": text}]}
+
+
+NONE = pomex.NO_OUTPUT
+
+
+@pytest.mark.parametrize("given, plain", [
+    ([call("a"), output("a")], [call("a"), output("a")]),
+    ([call("a"), call("b"), output("b", "2"), output("a", "1")], [call("a"), call("b"), output("a", "1"), output("b", "2")]),
+    ([call("a"), message("so", "assistant"), output("a")], [message("so", "assistant"), call("a"), output("a")]),
+    ([call("a"), message("stop")], [call("a"), output("a", NONE), message("stop")]),
+    ([call("a"), message("stop"), output("a")], [call("a"), output("a"), message("stop")]),
+    ([call("a"), output("a"), call("b"), output("b")], [call("a"), output("a"), call("b"), output("b")]),
+    ([call("a"), output("a", "1"), call("a"), output("a", "2")], [call("a"), output("a", "1"), call("a_2"), output("a_2", "2")]),
+    ([output("z", "lost")], [message("[tool output] lost")]),
+    ([call("a"), output("a"), output("a", "again")], [call("a"), message("[tool output] again"), output("a")]),
+    ([call(""), output("")], [call("call_1"), output("call_1")]),
+    ([call("a", arguments="")], [call("a"), output("a", NONE)]),
+    ([call("a", arguments="{cut")], [call("a", arguments='{"_raw":"{cut"}'), output("a", NONE)]),
+    ([call("a", arguments="[1]")], [call("a", arguments='{"_raw":"[1]"}'), output("a", NONE)]),
+    ([call("a", arguments='{"a":NaN}')], [call("a", arguments='{"_raw":"{\\"a\\":NaN}"}'), output("a", NONE)]),
+    ([call("a", name="look", namespace="mcp__demo")], [call("a", name="mcp__demo__look"), output("a", NONE)]),
+    ([{"type": "custom_tool_call", "call_id": "a", "name": "exec", "input": "x\n"}], [call("a", arguments='{"input":"x\\n"}'), output("a", NONE)]),
+    ([{"type": "tool_search_call", "call_id": "a", "arguments": {"q": 1}}], [call("a", name="tool_search", arguments='{"q":1}'), output("a", NONE)]),
+    ([{"type": "tool_search_call", "call_id": "a", "arguments": {}}, {"type": "tool_search_output", "call_id": "a", "tools": [SPACE]}],
+     [call("a", name="tool_search"), output("a", "Found: look")]),
+    ([{"type": "local_shell_call", "call_id": "a", "action": {"type": "exec", "command": ["ls"], "env": {}}},
+      {"type": "local_shell_call_output", "call_id": "a", "output": "f"}],
+     [call("a", name="local_shell", arguments='{"command":["ls"]}'), output("a", "f")]),
+    ([{"type": "shell_call", "call_id": "a", "action": {"commands": ["ls"]}}, {"type": "shell_call_output", "call_id": "a", "output": []}],
+     [call("a", name="shell", arguments='{"commands":["ls"]}'), output("a", "[]")]),
+    ([{"type": "reasoning", "summary": []}, message("x")], [message("x")]),
+    ([{"type": "agent_message", "content": [{"type": "input_text", "text": "hi"}]}], [message("hi")]),
+    ([message("later", "developer"), message("x"), message("mid", "developer")], [message("x"), message("mid", "developer")]),
+], ids=str)
+def test_a_history_is_mended_into_pairs(given, plain):
+    request = ask(input=given)
+    history = pomex.plain_history(request, request.input, pomex.ToolBook([]))
+    assert [{k: v for k, v in i.items()} for i in history.items] == plain
+    calls = [i["call_id"] for i in history.items if i["type"] == "function_call"]
+    assert sorted(calls) == sorted(i["call_id"] for i in history.items if i["type"] == "function_call_output")
+
+
+def test_leading_instructions_are_collected_and_what_is_lost_is_named():
+    request = ask(instructions="one", input=[message("two", "developer"), message("three", "system"), message("x"),
+                                             {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
+    history = pomex.plain_history(request, request.input, pomex.ToolBook([]))
+    assert history.system == ["one", "two", "three"]
+    assert history.dropped == ["input:web_search_call"]
+
+
+# --- the assembler: what each item looks like
+
+CREATED = ["created in_progress []", "in_progress in_progress []"]
+
+
+@pytest.mark.parametrize("deltas, expected", [
+    ([Open(0, "message"), Fragment(0, "Hel"), Fragment(0, "lo"), Close(0)], [
+        'output_item.added 0 {"content": [], "role": "assistant", "status": "in_progress", "type": "message"}',
+        'content_part.added 0 0 {"type": "output_text", "text": "", "annotations": [], "logprobs": []}',
+        "output_text.delta 0 0 Hel", "output_text.delta 0 0 lo", "output_text.done 0 0 Hello",
+        'content_part.done 0 0 {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}',
+        'output_item.done 0 {"content": [{"annotations": [], "logprobs": [], "text": "Hello", "type": "output_text"}], "role": "assistant", "status": "completed", "type": "message"}']),
+    ([Open(0, "message", fields={"phase": "commentary"}), Fragment(0, "No", "refusal"), Close(0)], [
+        'output_item.added 0 {"content": [], "phase": "commentary", "role": "assistant", "status": "in_progress", "type": "message"}',
+        'content_part.added 0 0 {"type": "refusal", "refusal": ""}', "refusal.delta 0 0 No", "refusal.done 0 0 No",
+        'content_part.done 0 0 {"type": "refusal", "refusal": "No"}',
+        'output_item.done 0 {"content": [{"refusal": "No", "type": "refusal"}], "phase": "commentary", "role": "assistant", "status": "completed", "type": "message"}']),
+    ([Open(0, "message"), Fragment(0, "a"), Annotation(0, {"type": "url_citation"}), Close(0)], [
+        'output_item.added 0 {"content": [], "role": "assistant", "status": "in_progress", "type": "message"}',
+        'content_part.added 0 0 {"type": "output_text", "text": "", "annotations": [], "logprobs": []}', "output_text.delta 0 0 a",
+        'output_text.annotation.added 0 0 0 {"type": "url_citation"}', "output_text.done 0 0 a",
+        'content_part.done 0 0 {"type": "output_text", "text": "a", "annotations": [{"type": "url_citation"}], "logprobs": []}',
+        'output_item.done 0 {"content": [{"annotations": [{"type": "url_citation"}], "logprobs": [], "text": "a", "type": "output_text"}], "role": "assistant", "status": "completed", "type": "message"}']),
+    ([Open(0, "reasoning"), Fragment(0, "a", "summary", 1), Fragment(0, "b", "summary", 1), Fragment(0, "c", "summary", 2), Close(0)], [
+        'output_item.added 0 {"status": "in_progress", "summary": [], "type": "reasoning"}',
+        'reasoning_summary_part.added 0 0 {"type": "summary_text", "text": ""}', "reasoning_summary_text.delta 0 0 a", "reasoning_summary_text.delta 0 0 b",
+        "reasoning_summary_text.done 0 0 ab", 'reasoning_summary_part.done 0 0 {"type": "summary_text", "text": "ab"}',
+        'reasoning_summary_part.added 0 1 {"type": "summary_text", "text": ""}', "reasoning_summary_text.delta 0 1 c",
+        "reasoning_summary_text.done 0 1 c", 'reasoning_summary_part.done 0 1 {"type": "summary_text", "text": "c"}',
+        'output_item.done 0 {"status": "completed", "summary": [{"text": "ab", "type": "summary_text"}, {"text": "c", "type": "summary_text"}], "type": "reasoning"}']),
+    ([Open(0, "reasoning"), Fragment(0, "hm", "raw"), Close(0)], [
+        'output_item.added 0 {"status": "in_progress", "summary": [], "type": "reasoning"}',
+        'content_part.added 0 0 {"type": "reasoning_text", "text": ""}', "reasoning_text.delta 0 0 hm", "reasoning_text.done 0 0 hm",
+        'content_part.done 0 0 {"type": "reasoning_text", "text": "hm"}',
+        'output_item.done 0 {"content": [{"text": "hm", "type": "reasoning_text"}], "status": "completed", "summary": [], "type": "reasoning"}']),
+    ([Open(0, "function_call", "c1", "look", "ns"), Fragment(0, '{"a"', "arguments"), Fragment(0, ":1}", "arguments"), Close(0)], [
+        'output_item.added 0 {"arguments": "", "call_id": "c1", "name": "look", "namespace": "ns", "status": "in_progress", "type": "function_call"}',
+        'function_call_arguments.delta 0 {"a"', "function_call_arguments.delta 0 :1}", 'function_call_arguments.done 0 {"a":1} look',
+        'output_item.done 0 {"arguments": "{\\"a\\":1}", "call_id": "c1", "name": "look", "namespace": "ns", "status": "completed", "type": "function_call"}']),
+    ([Open(0, "function_call", "c1", "exec"), Close(0)], [
+        'output_item.added 0 {"arguments": "", "call_id": "c1", "name": "exec", "status": "in_progress", "type": "function_call"}',
+        "function_call_arguments.delta 0 {}", "function_call_arguments.done 0 {} exec",
+        'output_item.done 0 {"arguments": "{}", "call_id": "c1", "name": "exec", "status": "completed", "type": "function_call"}']),
+    ([Open(0, "custom_tool_call", "c1", "apply_patch"), Fragment(0, "raw ", "input"), Fragment(0, "text", "input"), Close(0)], [
+        'output_item.added 0 {"call_id": "c1", "input": "", "name": "apply_patch", "status": "in_progress", "type": "custom_tool_call"}',
+        "custom_tool_call_input.delta 0 raw ", "custom_tool_call_input.delta 0 text", "custom_tool_call_input.done 0 raw text",
+        'output_item.done 0 {"call_id": "c1", "input": "raw text", "name": "apply_patch", "status": "completed", "type": "custom_tool_call"}']),
+    ([Open(0, "tool_search_call", "c1", "tool_search"), Fragment(0, '{"q":"x"}', "arguments"), Close(0)], [
+        'output_item.added 0 {"arguments": {}, "call_id": "c1", "execution": "client", "status": "in_progress", "type": "tool_search_call"}',
+        'output_item.done 0 {"arguments": {"q": "x"}, "call_id": "c1", "execution": "client", "status": "completed", "type": "tool_search_call"}']),
+    ([Open(0, "local_shell_call", "c1", "local_shell"), Fragment(0, '{"command":["ls"],"extra":1}', "arguments"), Close(0)], [
+        'output_item.added 0 {"action": {"command": [], "env": {}, "type": "exec"}, "call_id": "c1", "status": "in_progress", "type": "local_shell_call"}',
+        'output_item.done 0 {"action": {"command": ["ls"], "env": {}, "type": "exec"}, "call_id": "c1", "status": "completed", "type": "local_shell_call"}']),
+    ([Whole({"type": "web_search_call", "status": "completed"})], [
+        'output_item.added 0 {"status": "completed", "type": "web_search_call"}', 'output_item.done 0 {"status": "completed", "type": "web_search_call"}']),
+], ids=lambda value: type(value[0]).__name__ + str(value[0])[:40])
+def test_every_kind_of_item_has_its_events(deltas, expected):
+    raw, attempt = told([*deltas, Stop()])
+    assert streams.lines(raw)[:-1] == CREATED + expected
+    assert attempt.status == "completed"
+
+
+def test_two_calls_may_come_in_turns():
+    raw, _ = told([Open(0, "function_call", "a", "f"), Open(1, "function_call", "b", "g"), Fragment(1, "{", "arguments"),
+                   Fragment(0, "{", "arguments"), Fragment(1, "}", "arguments"), Close(1), Fragment(0, "}", "arguments"), Close(0), Stop()])
+    assert [(i["call_id"], i["arguments"]) for i in streams.check(raw)["output"]] == [("a", "{}"), ("b", "{}")]
+
+
+def test_sealed_reasoning_comes_with_the_finished_item_only():
+    raw, _ = told([Open(0, "reasoning"), Close(0, {"pomex_replay": {"k": 1}}), Stop()])
+    added, done = (e["item"] for e in streams.events(raw) if "item" in e)
+    assert "encrypted_content" not in added
+    assert pomex.Envelope(SECRET, "a").open(done["encrypted_content"]) == ("p", "m", {"k": 1})
+
+
+@pytest.mark.parametrize("pieces, text", [
+    (["a\ud83d", "\ude00b"], "a\N{GRINNING FACE}b"), (["\ud83d", "\ude00"], "\N{GRINNING FACE}"), (["\ud83d\ude00"], "\N{GRINNING FACE}"),
+    (["a\ud83d", "b"], "a\ufffdb"), (["\ude00x"], "\ufffdx"), (["x\ud83d"], "x"), (["\n\n", " ", "x"], "\n\n x"), (["x", "", "y"], "xy"),
+])
+def test_text_is_whole_however_it_was_cut(pieces, text):
+    raw, _ = told([Open(0, "message"), *(Fragment(0, piece) for piece in pieces), Close(0), Stop()])
+    assert streams.check(raw)["output"][0]["content"][0]["text"] == text
+    assert not any("\ud800" <= letter <= "\udfff" for event in streams.events(raw) for letter in json.dumps(event, ensure_ascii=False))
+
+
+def test_a_message_of_white_space_is_none_but_an_answer_of_nothing_is_one():
+    raw, _ = told([Open(0, "message"), Fragment(0, "\n\n"), Close(0), Open(1, "function_call", "c", "f"), Close(1), Stop()])
+    assert [i["type"] for i in streams.check(raw)["output"]] == ["function_call"]
+    raw, _ = told([Open(0, "message"), Fragment(0, " "), Stop()])
+    assert [i["content"][0]["text"] for i in streams.check(raw)["output"]] == [""]
+
+
+def test_a_fragment_of_nothing_open_is_the_upstreams_error():
+    attempt = pomex.Assembler(answer(), 0, seal)
+    for delta in (Fragment(0, "x"), Close(0), Annotation(0, {})):
+        with pytest.raises(pomex.UpstreamError):
+            attempt.add(delta)
+
+
+# --- custom tools inside JSON
+
+WRAPPED = [
+    ('{"input":"*** Begin Patch\\n+a\\u00e9\\ud83d\\ude00\\"\\\\\\/\\t*** End Patch\\n"}', '*** Begin Patch\n+a\u00e9\N{GRINNING FACE}"\\/\t*** End Patch\n'),
+    (' { "input" : "ls -l" } ', "ls -l"),
+    ('{"input":""}', ""),
+    ('{"input":"x"}', "x"),
+    ('{"input":"a\nb"}', "a\nb"),
+    ('{"input":"```\\n*** Begin Patch\\nx\\n*** End Patch\\n```"}', "*** Begin Patch\nx\n*** End Patch"),
+    ('{"input":"\\n```patch\\n*** Begin Patch\\nx\\n*** End Patch\\n```\\n"}', "*** Begin Patch\nx\n*** End Patch"),
+    ('{"input":"```js\\nlet x\\n```"}', "```js\nlet x\n```"),
+    ('{"input":"\\n\\n  text"}', "\n\n  text"),
+    ('{"input":"\\ud83d lost"}', "\ufffd lost"),
+    ('{"patch":"*** Begin Patch"}', "*** Begin Patch"),
+    ('{"why":"a","input":"b"}', "b"),
+    ('{"a":"1","b":"2"}', '{"a":"1","b":"2"}'),
+    ('{"input":{"deep":1}}', '{"input":{"deep":1}}'),
+    ("{}", ""), ("", ""), ('"just text"', "just text"), ("*** Begin Patch\nraw", "*** Begin Patch\nraw"), ("5", "5"),
+]
+
+
+@pytest.mark.parametrize("arguments, text", WRAPPED, ids=lambda value: repr(value)[:40])
+def test_a_custom_tools_text_comes_out_of_its_json_however_that_is_cut(arguments, text):
+    cuts = [[arguments], list(arguments)] + [[arguments[:n], arguments[n:]] for n in range(1, len(arguments))]
+    for pieces in cuts:
+        raw, _ = told([Open(0, "custom_tool_call", "c", "t"), *(Fragment(0, p, "arguments") for p in pieces if p), Close(0), Stop()])
+        assert streams.check(raw)["output"][0]["input"] == text, pieces
+
+
+def test_a_custom_tools_text_is_shown_while_it_comes():
+    raw, _ = told([Open(0, "custom_tool_call", "c", "t"), *(Fragment(0, p, "arguments") for p in ('{"input":"one', " two", "\\", 'n three"}')), Close(0), Stop()])
+    assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {t}" for t in ("one", " two", "\n three")]
+
+
+@pytest.mark.parametrize("cut", range(1, len(WRAPPED[0][0]) - 1))
+def test_a_custom_call_that_is_cut_is_never_done(cut):
+    deltas = [Open(0, "custom_tool_call", "c", "t"), Fragment(0, WRAPPED[0][0][:cut], "arguments")]
+    for end, manners in itertools.product(([], [Close(0), Stop()], [Stop()], [Stop("max_output_tokens")]), (pomex.STANDARD, pomex.CODEX)):
+        raw, attempt = told(deltas + end, manners)
+        whole = [i for i in streams.check(raw, manners is pomex.CODEX)["output"] if i["type"] == "custom_tool_call" and i["status"] == "completed"]
+        assert not whole
+        assert attempt.status == ("incomplete" if end and end[0] == Stop("max_output_tokens") else "failed")
+
+
+# --- the end
+
+TEXT, HALF = [Open(0, "message"), Fragment(0, "Hi")], [Open(1, "function_call", "c", "f"), Fragment(1, '{"a":', "arguments")]
+CALL = [Open(1, "function_call", "c", "f"), Fragment(1, "{}", "arguments")]
+BROKEN = pomex.UpstreamTimeout("silent")
+
+
+@pytest.mark.parametrize("deltas, error, standard, codex, items", [
+    # finished, and said so
+    ([*TEXT, Close(0), Stop()], None, "completed", "completed", ["message completed"]),
+    ([*TEXT, Stop()], None, "completed", "completed", ["message completed"]),
+    ([*TEXT, Close(0), *CALL, Stop()], None, "completed", "completed", ["message completed", "function_call completed"]),
+    # finished, and then the connection broke
+    ([*TEXT, Stop()], BROKEN, "completed", "completed", ["message completed"]),
+    ([*TEXT, Close(0), *CALL, Stop()], BROKEN, "completed", "completed", ["message completed", "function_call completed"]),
+    ([*TEXT, Stop("max_output_tokens")], BROKEN, "incomplete", "completed", {"standard": ["message incomplete"], "codex": ["message completed"]}),
+    # no evidence
+    ([], None, "failed", "failed", []),
+    ([], BROKEN, "failed", "failed", []),
+    (TEXT, None, "failed", "failed", {"standard": ["message incomplete"], "codex": []}),
+    ([*TEXT, Close(0)], BROKEN, "failed", "failed", ["message completed"]),
+    ([*TEXT, Close(0), *CALL], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, Close(0), *CALL, Close(1)], None, "failed", "failed", ["message completed", "function_call completed"]),
+    ([*TEXT, Close(0), *HALF], BROKEN, "failed", "failed", ["message completed"]),
+    # said to be finished, but half a call
+    ([*TEXT, Close(0), *HALF, Stop()], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, Close(0), *HALF, Close(1), Stop()], None, "failed", "failed", ["message completed"]),
+    # an error that the upstream reports wins
+    ([*TEXT, Close(0), Fail(pomex.UpstreamError("no", code="slow_down"))], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, Close(0), Stop(), Fail(pomex.UpstreamError("no"))], None, "failed", "failed", ["message completed"]),
+    # cut by length
+    ([*TEXT, Stop("max_output_tokens")], None, "incomplete", "completed", {"standard": ["message incomplete"], "codex": ["message completed"]}),
+    ([*TEXT, Close(0), *HALF, Stop("max_output_tokens")], None, "incomplete", "completed",
+     {"standard": ["message completed", "function_call incomplete"], "codex": ["message completed"]}),
+    ([*TEXT, Close(0), *CALL, Stop("max_output_tokens")], None, "incomplete", "completed", ["message completed", "function_call completed"]),
+    ([*TEXT, Close(0), Open(1, "function_call", "c", "f"), Stop("max_output_tokens")], None, "incomplete", "completed",
+     {"standard": ["message completed", "function_call incomplete"], "codex": ["message completed"]}),
+    ([*TEXT, Close(0), Open(1, "custom_tool_call", "c", "f"), Fragment(1, "*** Begin", "input"), Stop("max_output_tokens")], None, "incomplete", "completed",
+     {"standard": ["message completed", "custom_tool_call incomplete"], "codex": ["message completed"]}),
+    ([Open(1, "tool_search_call", "c", "s"), Fragment(1, '{"q', "arguments"), Stop("max_output_tokens")], None, "incomplete", "completed",
+     {"standard": ["tool_search_call incomplete"], "codex": []}),
+    ([Open(1, "local_shell_call", "c", "s"), Fragment(1, '["x"]', "arguments"), Stop()], None, "failed", "failed", []),
+    ([Open(0, "reasoning"), Fragment(0, "hm", "raw"), Stop("max_output_tokens")], None, "incomplete", "completed",
+     {"standard": ["reasoning incomplete"], "codex": ["reasoning completed"]}),
+    ([Stop("max_output_tokens")], None, "incomplete", "completed", []),
+    # a filter
+    ([Stop("content_filter", explanation="why")], None, "incomplete", "completed", ["message completed"]),
+    ([Open(0, "reasoning"), Close(0), Stop("content_filter")], None, "incomplete", "completed", ["reasoning completed", "message completed"]),
+    ([*TEXT, Stop("content_filter")], None, "incomplete", "completed", {"standard": ["message incomplete"], "codex": ["message completed"]}),
+    # nothing to say is a way to end
+    ([Stop()], None, "completed", "completed", ["message completed"]),
+], ids=lambda value: " ".join(type(d).__name__ for d in value) if isinstance(value, list) and value and not isinstance(value[0], str) else "")
+@pytest.mark.parametrize("manners", ["standard", "codex"])
+def test_the_end_follows_from_the_evidence(deltas, error, standard, codex, items, manners):
+    raw, attempt = told(deltas, pomex.STANDARD if manners == "standard" else pomex.CODEX, error)
+    assert streams.events(raw)[-1]["type"] == "response." + (standard if manners == "standard" else codex)
+    final = streams.check(raw, manners == "codex")
+    assert final["status"] == standard, "inside, Codex is told the truth too"
+    assert [f"{i['type']} {i['status']}" for i in final["output"]] == (items[manners] if isinstance(items, dict) else items)
+
+
+def test_a_filtered_answer_says_why_in_the_form_that_the_client_shows():
+    stop = [Stop("content_filter", explanation="because")]
+    assert streams.check(told(stop)[0])["output"][0]["content"] == [{"type": "refusal", "refusal": "because"}]
+    assert streams.check(told(stop, pomex.CODEX)[0], True)["output"][0]["content"][0]["text"] == "because"
+
+
+def test_a_failure_carries_the_code_and_to_standard_clients_an_error_event():
+    fail = [*TEXT, Fail(pomex.ContextTooLong("too long"))]
+    raw, _ = told(fail)
+    assert streams.events(raw)[-2]["error"] == {"type": "invalid_request_error", "code": "context_length_exceeded", "message": "too long", "param": None}
+    assert streams.check(raw)["error"] == {"code": "context_length_exceeded", "message": "too long"}
+    assert streams.check(told(fail, pomex.CODEX)[0], True)["error"]["code"] == "context_length_exceeded"
+
+
+MIXED = [Open(0, "reasoning"), Fragment(0, "hm", "summary"), Close(0, {"pomex_replay": {"k": 1}}), Open(1, "message"), Fragment(1, "Hel"),
+         Fragment(1, "lo"), Close(1), Open(2, "function_call", "a", "f"), Open(3, "custom_tool_call", "b", "t"), Fragment(2, '{"x":', "arguments"),
+         Fragment(3, '{"input":"p', "arguments"), Fragment(2, "1}", "arguments"), Fragment(3, 'q"}', "arguments"), Close(2), Close(3),
+         Usage(5, output=3), Stop()]
+
+
+@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+@pytest.mark.parametrize("cut", range(len(MIXED) + 1))
+def test_a_stream_cut_anywhere_ends_once_and_truly(cut, manners):
+    raw, attempt = told(MIXED[:cut], manners, None if cut == len(MIXED) else BROKEN)
+    assert attempt.status == ("completed" if cut == len(MIXED) else "failed")
+    closed = sum(isinstance(d, Close) for d in MIXED[:cut])
+    assert sum(i["status"] == "completed" for i in streams.check(raw, manners is pomex.CODEX)["output"]) == closed
+
+
+def test_usage_is_the_providers_or_marked_as_estimated():
+    _, attempt = told([*TEXT, Usage(10, 4, 3, 20, 6), Stop()])
+    assert pomex.usage_object(attempt.usage) == {
+        "input_tokens": 10, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 3}, "output_tokens": 20,
+        "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 30}
+    _, attempt = told([Open(0, "message"), Fragment(0, "x" * 41), Stop()])
+    assert attempt.usage == Usage(100, output=11, estimated=True)
+
+
+@pytest.mark.parametrize("given, usage", [
+    (None, None), ([], None), ({}, Usage()), ({"input_tokens": "5", "output_tokens": -5}, Usage()),
+    ({"input_tokens": 5.0, "output_tokens": True}, Usage(5)),
+    ({"input_tokens": 5, "input_tokens_details": {"cached_tokens": 3}, "output_tokens": 2, "output_tokens_details": None}, Usage(5, 3, 0, 2)),
+])
+def test_a_foreign_usage_is_read_as_far_as_it_can_be_believed(given, usage):
+    assert pomex.usage_from(given) == usage
+
+
+def test_without_stream_there_are_no_frames_and_one_body():
+    attempt = pomex.Assembler(answer(stream=False), 0, seal)
+    for delta in MIXED:
+        attempt.add(delta)
+    attempt.finish()
+    assert attempt.take() == b""
+    final = json.loads(attempt.body(1_700_000_009))
+    assert final["output"] == streams.check(told(MIXED)[0])["output"]
+    assert (final["status"], final["completed_at"]) == ("completed", 1_700_000_009)
+
+
+def test_a_heartbeat_is_numbered_like_every_event():
+    ours = answer()
+    attempt = pomex.Assembler(ours, 0, seal)
+    raw = ours.start() + ours.heartbeat()
+    for delta in MIXED:
+        attempt.add(delta)
+        raw += attempt.take() + ours.heartbeat()
+    attempt.finish()
+    streams.check(raw + attempt.terminal(1))
+
+
+@pytest.mark.parametrize("originator, agent, codex", [
+    ("codex_exec", "codex_exec/0.128.0 (Linux)", True), ("codex-tui", "", True), ("", "codex_cli_rs/0.1", True),
+    ("", "OpenAI/Python 3.54.0", False), ("", "", False), ("my-codex", "curl", False)])
+def test_codex_is_known_by_its_name(originator, agent, codex):
+    assert pomex.manners_of(originator, agent) == (pomex.CODEX if codex else pomex.STANDARD)
+
+
+# --- what goes up on the relay
+
+RAW = '{"model":"m/x","input":"hello","tools":[{"type":"function","name":"f","parameters":{"properties":{"model":{"type":"string"}}}}],"store":false}'
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (RAW, RAW.replace("m/x", "up")),
+    ('{ "model" : "m/x" , "input":"a\\u00e9"}', '{ "model" : "up","store":false , "input":"a\\u00e9"}'),
+    ('{"input":"x","model":"m/x"}', '{"input":"x","model":"up","store":false}'),
+    ('{"input":"x","model":"m\\/x"}', '{"input":"x","model":"up","store":false}'),
+    ('{"input":"say \\"model\\": \\"m/x\\"","model":"m/x"}', '{"input":"say \\"model\\": \\"m/x\\"","model":"up","store":false}'),
+], ids=str)
+def test_the_clients_own_bytes_go_up_with_the_model_replaced(raw, expected):
+    request = pomex.check_request(raw.encode())
+    assert pomex.relay_body(request, request.input, [], "up").decode() == expected
+
+
+@pytest.mark.parametrize("raw", [
+    RAW, '{"input":"x","model":"m/x","store":true}', '{"input":"x","model":"m/x","store":null}', '{"model":"m/x","input":"x","model":"m/x"}',
+    '{"model":"m/x","input":"x","mod\\u0065l":"m/x"}', '{"\\u006Dodel":"m/x","input":"x"}', '{"model":"a","input":"x","model":"m/x"}',
+    '{"metadata":{"model":"m/x"},"input":"x","model":"m/x"}', '{"model":"m/x","input":"x","metadata":{"a\\"model":"y"}}',
+    '{"model":"m/x","input":"x","st\\u006fre":true}', '{"model":"m/x","input":[{"type":"reasoning","id":"r","pomex_replay":{"x":1}}]}',
+    '{"model":"m/x","input":[{"role":"user","content":"no type"}],"store":true}',
+], ids=str)
+def test_whatever_the_body_looks_like_the_model_is_theirs_and_nothing_is_stored(raw):
+    request = pomex.check_request(raw.encode())
+    items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
+    pairs = json.loads(pomex.relay_body(request, items, dropped, 'up"\u00e9'), object_pairs_hook=list)
+    assert [value for key, value in pairs if key == "model"] == ['up"\u00e9']
+    assert [value for key, value in pairs if key == "store"] == [False]
+    rest = {key for key, _ in pairs} - {"model", "store"}
+    assert rest == set(request.body) - {"model", "store"}
+
+
+def test_what_was_sealed_goes_back_up_byte_for_byte():
+    secrets = ["gAAA\u00e9\\\"/+=", "second"]
+    sealed = [seal({"encrypted_content": secret}) for secret in secrets]
+    items = [{"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": s} for s in sealed] + [message("hello")]
+    raw = json.dumps({"model": "m/x", "input": items, "store": False}).encode()
+    request = pomex.check_request(raw)
+    opened, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
+    up = pomex.relay_body(request, opened, dropped, "up")
+    expected = raw.replace(b'"m/x"', b'"up"')
+    for text, secret in zip(sealed, secrets):
+        expected = expected.replace(json.dumps(text).encode(), json.dumps(secret).encode())
+    assert up == expected, "spliced: only model and envelopes differ"
+    for odd in (raw.replace(b"pmx1.", b"pmx\\u0031."), raw.replace(b'"hello"', json.dumps(sealed[0]).encode())):
+        request = pomex.check_request(odd)
+        opened, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
+        told_up = json.loads(pomex.relay_body(request, opened, dropped, "up"))
+        assert [i["encrypted_content"] for i in told_up["input"][:2]] == secrets
+
+
+def test_what_another_provider_sealed_does_not_go_up():
+    foreign = pomex.Envelope(SECRET, "a").seal("q", "m", {"encrypted_content": "theirs"})
+    request = ask(input=[{"type": "reasoning", "id": "r", "encrypted_content": foreign}, *item("message")])
+    items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
+    up = json.loads(pomex.relay_body(request, items, dropped, "up"))
+    assert dropped == ["reasoning:q"] and up["input"] == item("message")
+
+
+# --- the relay of frames
+
+def frame(kind, number=None, **fields):
+    numbered = {} if number is None else {"sequence_number": number}
+    return f"event: {kind}\ndata: {pomex.compact({'type': kind, **numbered, **fields})}\n\n".encode()
+
+
+def response(status, **fields):
+    return {"id": "resp_theirs", "object": "response", "created_at": 1_700_000_000, "model": "gpt", "status": status, "output": [], **fields}
+
+
+GOOD_USAGE = {"input_tokens": 9, "input_tokens_details": {"cached_tokens": 1}, "output_tokens": 2, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 11}
+BEGIN = [frame("response.created", 0, response=response("in_progress")), frame("response.in_progress", 1, response=response("in_progress"))]
+
+
+def theirs(at, item, *middle, status="completed"):
+    """The frames of one item; `middle` are (kind, fields)."""
+    added = {**item, "status": "in_progress", **({"content": []} if "content" in item else {}), **({"arguments": ""} if "arguments" in item else {})}
+    return [frame("response.output_item.added", output_index=at, item=added), *(frame(k, output_index=at, item_id=item["id"], **f) for k, f in middle),
+            frame("response.output_item.done", output_index=at, item={**item, "status": status})]
+
+
+def numbered(stream):
+    """The frames with sequence numbers put in."""
+    return [f.replace(b'","', b'","sequence_number":%d,"' % n, 1) if b"sequence_number" not in f else f for n, f in enumerate(stream)]
+
+
+SAID = {"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hi", "annotations": []}]}
+PART = {"type": "output_text", "text": "", "annotations": []}
+SAYING = theirs(0, SAID, ("response.content_part.added", {"content_index": 0, "part": PART}),
+                ("response.output_text.delta", {"content_index": 0, "delta": "Hi", "logprobs": []}),
+                ("response.output_text.done", {"content_index": 0, "text": "Hi", "logprobs": []}),
+                ("response.content_part.done", {"content_index": 0, "part": {**PART, "text": "Hi"}}))
+RUN = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": "{}"}
+RUNNING = theirs(1, RUN, ("response.function_call_arguments.delta", {"delta": "{}"}), ("response.function_call_arguments.done", {"arguments": "{}", "name": "f"}))
+CUT_RUN = theirs(1, {**RUN, "arguments": '{"a'}, ("response.function_call_arguments.delta", {"delta": '{"a'}),
+                 ("response.function_call_arguments.done", {"arguments": '{"a', "name": "f"}), status="incomplete")
+
+
+def end(kind="completed", **fields):
+    return [frame(f"response.{kind}", response=response(kind, usage=GOOD_USAGE, **fields))]
+
+
+def relayed(pieces, manners=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
+    ours = ours or answer(manners)
+    attempt = pomex.Relay(ours, 100, seal, pomex.responses_error)
+    raw = early
+    for piece in pieces:
+        attempt.feed(piece)
+        raw += attempt.take() if attempt.begun else b""
+        raw += after() if after and attempt.begun else b""
+    if clean:
+        attempt.end()
+    attempt.finish(error)
+    raw += attempt.terminal(1_700_000_009)
+    return raw, attempt
+
+
+def test_frames_pass_as_they_came_but_for_id_and_model():
+    stream = numbered([*BEGIN, *SAYING, *RUNNING, *end()])
+    raw, attempt = relayed([b"".join(stream)])
+    final = streams.check(raw)
+    assert raw.split(b"\n\n")[2:-3] == b"".join(stream).split(b"\n\n")[2:-2]
+    assert (final["id"], final["model"], final["usage"]["input_tokens"]) == ("resp_1", "m/x", 9)
+    assert (attempt.status, attempt.terminal_by) == ("completed", "upstream")
+    assert attempt.usage == Usage(9, 1, 0, 2)
+
+
+@pytest.mark.parametrize("stream", [
+    [*BEGIN, *SAYING, *RUNNING, *end()],
+    [*BEGIN, b": ping\n\n", *SAYING[:2], b"event: ping\ndata:\n\n", *SAYING[2:], b":\n\n", *end(), b"data: [DONE]\n\n"],
+    [frame("keepalive"), BEGIN[0], frame("response.metadata", headers={}), BEGIN[1], *SAYING, *end()],
+    [BEGIN[0], frame("response.queued", response=response("queued")), BEGIN[1], *SAYING[:3], BEGIN[1].replace(b"1", b"5", 1), *SAYING[3:], *end()],
+    [*SAYING, *end()],
+    [*BEGIN, *SAYING, frame("response.new", x={"type": "error", "y": {"type": "response.completed"}}), *end()],
+], ids=["plain", "comments", "unknown before", "repeated handshake", "no handshake", "nested types"])
+def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
+    block = b"".join(numbered(stream))
+    wanted, _ = relayed([block])
+    assert [e["type"] for e in streams.events(wanted)].count("response.completed") == 1
+    final = streams.check(wanted)
+    assert final["output"][0]["content"][0]["text"] == "Hi"
+    for pieces in ([block[n:n + 1] for n in range(len(block))], [block[n:n + 7] for n in range(0, len(block), 7)], block.splitlines(keepends=True),
+                   [block.replace(b"\n", b"\r\n")], [bytes([b]) for b in block.replace(b"\n", b"\r\n")]):
+        assert relayed(pieces)[0] == wanted
+
+
+def test_nothing_of_a_stream_is_shown_before_its_output():
+    for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
+        attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error)
+        attempt.feed(b"".join(stream))
+        assert not attempt.begun and not attempt.take() and attempt.answer.sequence == 0
+
+
+def test_numbers_move_once_frames_of_ours_went_in():
+    stream = numbered([*BEGIN, *SAYING, *RUNNING, *end()])
+    ours = answer()
+    early = ours.start() + ours.heartbeat()
+    streams.check(relayed(stream, early=early, ours=ours)[0])
+    ours = answer()
+    streams.check(relayed(stream, ours=ours, after=ours.heartbeat)[0])
+    late = [f.replace(b'"sequence_number":', b'"sequence_number": 7', 1) for f in stream]
+    streams.check(relayed(late)[0])
+
+
+@pytest.mark.parametrize("cut", range(len(BEGIN + SAYING + RUNNING) + 1))
+@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_lost_terminal_event_is_supplied_by_the_evidence(cut, manners, clean):
+    stream = numbered([*BEGIN, *SAYING, *RUNNING])
+    raw, attempt = relayed(stream[:cut], manners, None if clean else BROKEN, clean)
+    done = sum(b"output_item.done" in f for f in stream[:cut])
+    whole = done and done == sum(b"output_item.added" in f for f in stream[:cut])
+    assert attempt.status == ("completed" if whole and clean else "failed")
+    final = streams.check(raw, manners is pomex.CODEX)
+    assert len(final["output"]) == done
+    assert attempt.terminal_by == "gateway" and attempt.usage.estimated
+
+
+def test_half_a_frame_at_the_end_is_not_shown_but_a_whole_one_without_its_empty_line_is():
+    stream = b"".join(numbered([*BEGIN, *SAYING, *end()]))
+    at = stream.index(b"event: response.completed")
+    for cut in range(at + 1, len(stream) - 2, 13):
+        raw, attempt = relayed([stream[:cut]])
+        streams.check(raw)
+        assert (attempt.status, attempt.terminal_by) == ("completed", "gateway")
+    raw, attempt = relayed([stream[:-2]])
+    assert attempt.terminal_by == "upstream"
+    middle = stream.index(b"event: response.output_text.done")
+    for cut in range(middle + 1, middle + 60, 7):
+        raw, attempt = relayed([stream[:cut]])
+        streams.check(raw)
+        assert attempt.status == "failed"
+
+
+def test_done_of_theirs_never_goes_before_the_terminal_event():
+    raw, attempt = relayed([b"".join(numbered([*BEGIN, *SAYING, frame("response.new")])) + b"data: [DONE]\n\n"])
+    assert raw.count(b"[DONE]") == 1 and attempt.status == "completed"
+    streams.check(raw)
+
+
+@pytest.mark.parametrize("stream, standard, codex", [
+    ([*BEGIN, *SAYING, *end("incomplete", incomplete_details={"reason": "max_output_tokens"})], ["message"], ["message"]),
+    ([*BEGIN, *SAYING, *CUT_RUN, *end("incomplete", incomplete_details={"reason": "max_output_tokens"})], ["message", "function_call"], ["message"]),
+    ([*BEGIN, *SAYING, *CUT_RUN, frame("response.new"), *end("incomplete")], ["message", "function_call"], ["message"]),
+    ([*BEGIN, *end("incomplete", incomplete_details={"reason": "content_filter"})], [], ["message"]),
+])
+def test_codex_is_told_of_a_cut_as_of_an_end(stream, standard, codex):
+    raw, attempt = relayed([b"".join(numbered(stream))])
+    assert attempt.status == "incomplete" and streams.events(raw)[-1]["type"] == "response.incomplete"
+    assert [i["type"] for i in streams.check(raw)["output"]] == standard
+    raw, attempt = relayed([b"".join(numbered(stream))], pomex.CODEX)
+    assert streams.events(raw)[-1]["type"] == "response.completed"
+    assert [i["type"] for i in streams.check(raw, True)["output"]] == codex
+    assert [e["item"]["type"] for e in streams.events(raw) if e["type"].endswith("item.done")] == codex
+
+
+@pytest.mark.parametrize("error, code, status, retryable", [
+    ({"code": "rate_limit_exceeded", "message": "slow, try again in 1.5s"}, "rate_limit_exceeded", 429, True),
+    ({"code": "insufficient_quota", "message": "pay"}, "insufficient_quota", 429, True),
+    ({"code": "context_length_exceeded", "message": "long"}, "context_length_exceeded", 400, False),
+    ({"code": "server_error", "message": "oops"}, "server_error", 503, True),
+    ({"code": "invalid_prompt", "message": "policy"}, "invalid_prompt", 400, False),
+    ({"code": "cyber_policy", "message": "policy"}, "cyber_policy", 400, False),
+    ({"code": "invalid_image_url", "message": "404"}, "invalid_image_url", 400, False),
+    ({}, "server_error", 503, True), (None, "server_error", 503, True), ("text", "server_error", 503, True),
+])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_of_theirs_keeps_what_clients_act_on(error, code, status, retryable, first):
+    stream = [*BEGIN, *(SAYING if first else []), frame("error", error=error), *end("failed", error=error)]
+    for manners in (pomex.STANDARD, pomex.CODEX):
+        raw, attempt = relayed([b"".join(numbered(stream))], manners)
+        assert (attempt.status, attempt.error.code, attempt.error.status, attempt.error.retryable) == ("failed", code, status, retryable)
+        final = streams.check(raw, manners is pomex.CODEX)
+        assert final["error"]["code"] == code and len(final["output"]) == first
+
+
+def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAA"}
+    stream = numbered([*BEGIN, *theirs(0, thought), *theirs(1, {"type": "compaction", "id": "cmp_1", "encrypted_content": "gBBBB"}), *end(output=[thought])])
+    raw, _ = relayed([b"".join(stream)])
+    assert b"gAAAA" not in raw and b"gBBBB" not in raw
+    opened = [pomex.Envelope(SECRET, "a").open(i["encrypted_content"]) for i in streams.check(raw)["output"]]
+    assert opened == [("p", "m", {"encrypted_content": "gAAAA"}), ("p", "m", {"encrypted_content": "gBBBB"})]
+
+
+@pytest.mark.parametrize("garbage", [b'data: {"type":"response.completed"\n\n', b'data: {"type":"response.output_item.done",]\n\n'])
+def test_a_frame_that_must_be_read_and_cannot_is_the_upstreams_error(garbage):
+    with pytest.raises(pomex.UpstreamError):
+        relayed([*BEGIN, garbage])
+
+
+@pytest.mark.parametrize("odd", [
+    frame("response.output_item.done", output_index=0), frame("response.output_item.done", output_index=0, item=5),
+    frame("response.output_item.added", item=None), frame("response.created", response=None), frame("error"), frame("error", error="text"),
+])
+def test_odd_frames_do_no_harm(odd):
+    raw, _ = relayed([*BEGIN, odd, *SAYING, *end()])
+    assert raw.count(b"event: response.completed") + raw.count(b"event: response.failed") == 1
+
+
+def test_an_endless_frame_is_refused(monkeypatch):
+    monkeypatch.setattr(pomex, "MAX_EVENT_BYTES", 1000)
+    with pytest.raises(pomex.UpstreamError):
+        relayed([b"data: " + b"x" * 600, b"x" * 600])
+
+
+def test_an_answer_that_was_not_streamed_keeps_its_bytes():
+    plain = json.dumps(response("completed", output=[SAID], usage=GOOD_USAGE, other={"kept": 1.50})).encode()
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error)
+    attempt.whole(plain)
+    attempt.finish()
+    assert attempt.body(1).encode() == plain.replace(b"resp_theirs", b"resp_1").replace(b'"model": "gpt"', b'"model":"m/x"')
+    assert attempt.usage.input == 9
+
+
+@pytest.mark.parametrize("fields", [
+    {"output": [SAID, {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "gAAAA"}], "usage": GOOD_USAGE},
+    {"output": [SAID], "metadata": {"model": "x"}, "usage": GOOD_USAGE}, {"output": [SAID], "usage": None}, {"output": None}, {"output": [5]},
+    {"object": None, "output": [SAID]},
+])
+def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error)
+    attempt.whole(json.dumps(response("completed", **fields)).encode())
+    attempt.finish()
+    final = json.loads(attempt.body(1))
+    assert (final["id"], final["model"], final["status"]) == ("resp_1", "m/x", "completed")
+    streams.check_usage(final["usage"])
+    assert "gAAAA" not in json.dumps(final)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
+def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
+    with pytest.raises(pomex.UpstreamError):
+        pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error).whole(body)
+
+
+@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_an_object_in_the_place_of_a_stream_becomes_a_stream(manners):
+    half = {**RUN, "status": "incomplete", "arguments": '{"a'}
+    attempt = pomex.Relay(answer(manners), 0, seal, pomex.responses_error)
+    attempt.whole(json.dumps(response("incomplete", output=[SAID, half], usage=GOOD_USAGE)).encode())
+    attempt.finish()
+    final = streams.check(attempt.terminal(1), manners is pomex.CODEX)
+    assert [i["type"] for i in final["output"]] == ["message"] + ["function_call"] * (manners is pomex.STANDARD)
+
+
+# --- the demo
+
+def demo(model, **fields):
+    request = ask(**{"stream": True, "input": "one two three four", **fields})
+    job = pomex.Job(pomex.Answer(request, "resp_1", 1, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
+    call = pomex.WIRES["demo"].call(job)
+    error = None
+    for step in call.steps:
+        if step.error is not None:
+            error = step.error
+            break
+        call.attempt.feed(step.data)
+    else:
+        call.attempt.end()
+    call.attempt.finish(error)
+    return streams.check(call.attempt.terminal(1), codex=True), call.attempt
+
+
+@pytest.mark.parametrize("model, status, begun, by", [
+    ("echo", "completed", True, "upstream"), ("think", "completed", True, "upstream"), ("slow", "completed", True, "upstream"),
+    ("tools", "completed", True, "upstream"), ("drop", "completed", True, "gateway"), ("cut", "failed", True, "gateway"),
+    ("error", "failed", False, "gateway")])
+def test_every_demo_model_ends_as_it_promises(model, status, begun, by):
+    assert model in pomex.DEMO_MODELS
+    final, attempt = demo(model)
+    assert (attempt.status, attempt.begun, attempt.terminal_by) == (status, begun, by)
+    if model == "echo":
+        assert "one two three four" in final["output"][-1]["content"][0]["text"]
+    if model == "think":
+        assert [i["type"] for i in final["output"]] == ["reasoning", "message"]
+
+
+def test_the_demo_asks_for_one_shell_call_and_ends_on_its_output():
+    shell = {"type": "function", "name": "exec_command", "parameters": {}}
+    final, _ = demo("tools", tools=[shell])
+    made = final["output"][-1]
+    assert (made["type"], made["name"], json.loads(made["arguments"])) == ("function_call", "exec_command", {"cmd": "echo hello from pomex"})
+    asked = [message("go"), {k: made[k] for k in ("type", "call_id", "name", "arguments")}, output(made["call_id"], "hello from pomex")]
+    final, _ = demo("tools", tools=[shell], input=asked)
+    assert "hello from pomex" in final["output"][0]["content"][0]["text"]
+    assert demo("tools", tools=[{"type": "local_shell"}])[0]["output"][0]["action"]["command"] == ["echo", "hello from pomex"]
+
+
+def test_demo_waits_only_where_it_says_so():
+    request = ask(stream=True)
+    history = pomex.History([], [], [])
+    for model in pomex.DEMO_MODELS:
+        waits = {step.wait_s for step in pomex.demo_steps(request, history, model, pomex.ToolBook([]))}
+        assert (max(waits) > 0) == (model == "slow")

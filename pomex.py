@@ -505,8 +505,7 @@ class Reader(Generic[Head]):
 
     def _starve(self) -> None:
         self._data, self._at = self._data[self._at:], 0     # an idle connection keeps no read buffer alive
-        resting = self._step == self._pause or (self._step == self._after and not self._data)
-        if self._eof and not resting:
+        if self._eof and self._step != self._pause and (self._step != self._after or self._data):
             raise ProtocolError("The connection ended in the middle of a message.")
 
     def _pause(self) -> Signal:
@@ -550,6 +549,8 @@ class Reader(Generic[Head]):
 
     def _chunked(self) -> bytes | Signal:
         """The data of all chunks at hand, joined. What is wrong is said after the good before it is out."""
+        if self._at == len(self._data):
+            return NEED_DATA
         pieces = [self._rest_of_chunk()] if self._left else []
         if not self._left:
             pieces += self._whole_chunks()
@@ -990,14 +991,15 @@ def finite(digits: str) -> float:
     return float(digits) if math.isfinite(float(digits)) else reject_constant(digits[:20])
 
 
+strict_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def load_json(raw: bytes) -> Any:
     """One JSON text. ValueError says what is wrong and where; nothing a peer sends gives another exception."""
     try:
-        value = json.loads(raw.decode(), parse_constant=reject_constant, parse_float=finite)
-        if b"\\u" in raw and LONE_SURROGATE.search(raw):
+        value = strict_json(raw.decode())
+        if LONE_SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()      # a lone surrogate would fail later, in log or ledger
     except UnicodeEncodeError:
         raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
@@ -1010,10 +1012,14 @@ def load_json(raw: bytes) -> Any:
     return value
 
 
+strict_dict = json.JSONDecoder(parse_constant=reject_constant).decode
+lenient_dict = json.JSONDecoder(parse_constant=reject_constant, strict=False).decode
+
+
 def json_dict(text: str, strict: bool = False) -> JSON | None:
     """The JSON object that `text` is, if it is one. Without `strict` a model may leave line ends in strings as they are."""
     try:
-        value = json.loads(text, strict=strict, parse_constant=reject_constant)
+        value = (strict_dict if strict else lenient_dict)(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -1067,6 +1073,7 @@ NEEDS_STATE = {
 }
 
 # Known input items and tools: the fields that we read, where they are. Unknown items and tools are never refused.
+ROLE = Rule(TEXT, choices=ROLES)
 OUTPUT, TOOLS, NAME, CALL = Rule((str, list)), Rule(LIST), Rule(TEXT, 1), {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 ITEM_RULES: dict[str, dict[str, Rule]] = {
     "function_call": {**CALL, "name": NAME, "arguments": Rule(TEXT)},
@@ -1108,7 +1115,9 @@ def check_value(value: Any, rule: Rule, param: str) -> None:
 
 def check_fields(holder: JSON, rules: Mapping[str, Rule], param: str) -> None:
     for name, rule in rules.items():
-        check_value(holder.get(name), rule, f"{param}.{name}")
+        value = holder.get(name)
+        if type(value) not in rule.types or rule.low is not None or rule.high is not None or rule.choices:
+            check_value(value, rule, f"{param}.{name}")
 
 
 def check_metadata(metadata: JSON) -> None:
@@ -1149,7 +1158,7 @@ def check_item(given: Any, param: str) -> JSON:
     rules = ITEM_RULES.get(kind, {})
     check_fields(item, rules, param)
     if kind == "message":
-        check_value(item.get("role"), Rule(TEXT, choices=ROLES), f"{param}.role")
+        check_value(item.get("role"), ROLE, f"{param}.role")
         check_parts(item.get("content"), f"{param}.content")
     elif kind == "item_reference":
         raise BadRequest(f"{param}: Pomex stores no items: send the item itself.", param=param,
@@ -2174,16 +2183,20 @@ class Relay(Attempt):
     READ = re.compile(rb'"type": ?"(response\.(?:created|queued|in_progress|completed|failed|incomplete|output_item\.added|'
                       rb'output_item\.done)|error)"')
     OUTPUT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
+    FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
     NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
     def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str],
-                 failure: Callable[[Any], GatewayError]) -> None:
+                 failure: Callable[[Any], GatewayError], read: Callable[[JSON], Iterable[Delta]]) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
         self.failure = failure                      # what an error object of the upstream's stands for
+        self.read = read                            # the deltas of a whole response
         self.buffer = b""                           # the beginning of a frame that has not come whole
         self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
         self.open: set[int] = set()                 # output indices added and not done
+        self.halves: list[tuple[JSON, bytes]] = []  # done events of half calls: shown only if the answer is incomplete
+        self.cut = False                            # was something else left incomplete?
         self.completed: JSON = {}                   # the upstream's own final response
         self.plain = b""                            # the same as it came, where it was not streamed
         self.altered = False                        # have we sealed something in it?
@@ -2216,11 +2229,13 @@ class Relay(Attempt):
             self._pass(data[at:end])
 
     def _pass(self, block: bytes) -> None:
-        """Frames as they came, but for their number; comments and pings are left out: heartbeats are our own affair."""
-        if b'"type"' not in block:
+        """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
+        if self.FOREIGN.search(b"\n" + block):
+            block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if b'"type"' in frame)
+        if not block:
             return
         if not self.begun and not self.OUTPUT.search(block):
-            self.held.append(block)
+            self.held += [block] if self.held else []       # nothing goes before response.created
             return
         if not self.begun:
             self._begin()
@@ -2264,26 +2279,30 @@ class Relay(Attempt):
 
     def _handshake(self, event: JSON, frame: bytes) -> None:
         if not self.begun:
-            response = {**(event.get("response") or {}), "id": self.answer.id, "model": self.answer.request.model}
+            response = self._ours(event.get("response") or {})
             self.held.append(sse_frame(event["type"], compact({**event, "response": response})))
+
+    def _ours(self, response: JSON) -> JSON:
+        """The head that all response objects of a stream share, whether an upstream made them or we did."""
+        return {**response, "id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
 
     def _added(self, event: JSON, frame: bytes) -> None:
         self.open.add(event.get("output_index", -1))
         self._pass(self._sealed(event, frame))
 
     def _done(self, event: JSON, frame: bytes) -> None:
-        index, item = event.get("output_index", -1), event.get("item")
-        self.open.discard(index)
-        if self._unfit(item):
-            return
-        frame = self._sealed(event, frame)
-        self.items[index] = compact(item)
-        self._pass(frame)
+        item = event.get("item")
+        self.open.discard(event.get("output_index", -1))
+        if half_call(item):
+            self.halves.append((event, frame))
+        elif isinstance(item, dict):
+            self.cut = self.cut or item.get("status") == "incomplete"
+            self._accept(event, frame)
 
-    def _unfit(self, item: Any) -> bool:
-        """No item, or half a call that must not be shown: Codex runs what is done."""
-        half = isinstance(item, dict) and item.get("status") == "incomplete" and "call_id" in item
-        return not isinstance(item, dict) or half and self.answer.manners.cut_is_completed
+    def _accept(self, event: JSON, frame: bytes) -> None:
+        frame = self._sealed(event, frame)
+        self.items[event.get("output_index", -1)] = compact(event["item"])
+        self._pass(frame)
 
     def _sealed(self, event: JSON, frame: bytes) -> bytes:
         """The frame with the item's encrypted content in our envelope; `event` is changed likewise."""
@@ -2319,12 +2338,11 @@ class Relay(Attempt):
             status = response["status"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider's answer is not a response object.") from None
-        sealed = [self._sealed_item(item) for item in response.get("output") or []]
         if self.answer.request.stream:
-            self._say(*(Whole(item) for item in response.get("output") or [] if not self._unfit(item)))
+            self._say(*self.read(response))
         else:
             self.plain = data
-            self.altered = any(sealed)
+            self.altered = any([self._sealed_item(item) for item in response.get("output") or []])
         self._end(status, response)
         self.begun = True
 
@@ -2333,20 +2351,25 @@ class Relay(Attempt):
         event = parse_block(self.buffer.decode("utf-8", "replace").strip("\n"))
         if event and is_whole(event.data):
             self.feed(b"\n\n")
-        if self.stop is None and self.items and not self.open:
-            self.stop = Stop()
+        if self.stop is None and (self.items or self.halves) and not self.open:
+            self.stop = Stop("max_output_tokens" if self.halves or self.cut else "")
 
     def settle_items(self) -> None:
-        if self.error is None and self.stop and self.stop.incomplete == "content_filter" and self.silent() \
-                and self.answer.manners.cut_is_completed:
+        if self.error is not None or self.stop is None or not self.stop.incomplete:
+            return
+        if not self.answer.manners.cut_is_completed:
+            for event, frame in self.halves:
+                self._accept(event, frame)
+        elif self.stop.incomplete == "content_filter" and self.silent():
             self._say(Open(0, "message"), Fragment(0, FILTERED), Close(0))
 
     def _say(self, *deltas: Delta) -> None:
-        """Items of ours, or in our frames."""
+        """Items in frames of ours."""
         voice = Assembler(self.answer, 0, self.seal)
         voice.next_index = max(self.items, default=-1) + 1
         for delta in deltas:
             voice.add(delta)
+        voice.finish()
         self.begun = True
         self.out.append(voice.take())
         self.items.update(voice.items)
@@ -2355,17 +2378,20 @@ class Relay(Attempt):
         """The upstream's own response where it gave one, with our id and model, and the items as they were sent."""
         if self.status == "failed" or not self.completed.get("object"):
             return super().body(now_s)
-        if self.plain and not self.altered and self.completed.get("usage") and (spliced := self._spliced(self.completed)):
+        if self.plain and not self.altered and (spliced := self._spliced(self.completed)):
             return spliced
-        theirs = {**self.completed, "id": self.answer.id, "model": self.answer.request.model, "status": self.status,
-                  "usage": self._usage()}
-        output = compact(theirs.pop("output", None) or []) if self.plain else self.output()
-        return f'{compact(theirs)[:-1]},"output":{output}}}'
+        theirs = {**self._ours(self.completed), "status": self.status, "usage": self._usage()}
+        if self.status == "completed":
+            theirs["completed_at"] = now_s              # by the clock that created_at is by
+        if self.status == "incomplete" and self.stop:
+            theirs["incomplete_details"] = {"reason": self.stop.incomplete}
+        items = theirs.pop("output", None) or []
+        return f'{compact(theirs)[:-1]},"output":{compact(items) if self.plain else self.output()}}}'
 
     def _spliced(self, response: JSON) -> str:
         """The bytes as they came with our id and model; "" where it is not plain which bytes those are."""
         theirs = quote(str(response.get("id"))).encode()
-        if self.plain.count(theirs) != 1 or self.plain.count(b'"model"') != 1:
+        if any(self.plain.count(once) != 1 for once in (theirs, b'"model"', b'"cached_tokens"', b'"reasoning_tokens"')):
             return ""
         named = self.plain.replace(theirs, quote(self.answer.id).encode())
         ours = f'"model":{quote(self.answer.request.model)}'.encode()
@@ -2377,6 +2403,11 @@ class Relay(Attempt):
         given = self.completed.get("usage") or {}
         return {**given, **{name: {**(given.get(name) or {}), **value} if isinstance(value, dict) else value
                             for name, value in usage_object(self.usage).items()}}
+
+
+def half_call(item: Any) -> bool:
+    """A call that its provider calls incomplete: nobody may run it."""
+    return isinstance(item, dict) and item.get("status") == "incomplete" and "call_id" in item
 
 
 # === 6. providers =================================================================================
@@ -2633,7 +2664,7 @@ def point_s(text: str) -> float:
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
 
 ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
-LETTER_ESCAPE = b"\\u006"        # of d, e, l, m or o: a key may be "model" without looking so
+LETTER_ESCAPE = re.compile(rb"\\u006")     # of d, e, l, m or o: a key may be "model" without looking so
 
 
 def relay_body(request: ResponsesRequest, items: list[JSON], dropped: list[str], model: str) -> bytes:
@@ -2649,7 +2680,7 @@ def relay_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
         raw = ENVELOPED.sub(lambda m: quote(envelopes[m[1].decode()]).encode(), raw)
         envelopes = {}
     models = list(MODEL_FIELD.finditer(raw))        # the string values: a tool's parameter of that name is an object
-    if dropped or envelopes or len(models) != 1 or LETTER_ESCAPE in raw or body.get("store", False) is not False:
+    if dropped or envelopes or len(models) != 1 or LETTER_ESCAPE.search(raw) or body.get("store", False) is not False:
         given = opened if isinstance(body["input"], list) else body["input"]
         return compact({**body, "input": given, "model": model, "store": False}).encode()
     named = quote(model) if "store" in body else f'{quote(model)},"store":false'
@@ -2752,6 +2783,9 @@ class ResponsesDecoder:
         self.sent: dict[tuple[int, Channel, int], list[str]] = {}
         self.noted: collections.Counter[tuple[int, int]] = collections.Counter()     # annotations of a part
         self.seen: set[int] = set()
+        self.awaited: set[int] = set()                  # added, and not done by the server's own word
+        self.half = False                               # was an item done, and incomplete?
+        self.ids: dict[str, int] = {}                   # slots of items that come without output_index
         self.handlers: dict[str, Callable[[JSON], Iterator[Delta]]] = {
             "response.output_item.added": self._added, "response.output_item.done": self._done,
             "response.output_text.annotation.added": self._annotation,
@@ -2765,21 +2799,29 @@ class ResponsesDecoder:
         try:
             event = json.loads(data)
             if event["type"] in self.handlers:
+                event.setdefault("output_index", self._slot(event))
                 yield from self.handlers[event["type"]](event)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def whole(self, body: JSON) -> Iterator[Delta]:
         """An answer that was not streamed: the last event of one that was."""
-        yield from self.feed(compact({"type": f"response.{body.get('status') or 'completed'}", "response": body}))
+        status = body.get("status")
+        kind = status if status in ("incomplete", "failed") else "completed"
+        yield from self.feed(compact({"type": f"response.{kind}", "response": body}))
 
     def end(self) -> Iterator[Delta]:
         """The body ended cleanly: with every item done, the model had finished."""
-        if self.seen and not self.open:
-            yield Stop()
+        if self.seen and not self.awaited:
+            yield Stop("max_output_tokens" if self.half else "")
+
+    def _slot(self, event: JSON) -> int:
+        """The slot of an event without `output_index`: llama.cpp tells its items apart by their ids alone."""
+        item_id = event.get("item_id") or (event.get("item") or {}).get("id")
+        return self.ids.setdefault(item_id, len(self.ids)) if item_id else max(self.seen, default=0)
 
     def _added(self, event: JSON) -> Iterator[Delta]:
-        yield from self._open(event.get("output_index", 0), event.get("item") or {})
+        yield from self._open(event["output_index"], event.get("item") or {})
 
     def _open(self, slot: int, item: JSON) -> Iterator[Delta]:
         if slot in self.seen:
@@ -2788,19 +2830,20 @@ class ResponsesDecoder:
             del self.open[other]                        # vLLM sends `done` only when the next message starts
             yield Close(other)
         self.seen.add(slot)
+        self.awaited.add(slot)
         kind = item.get("type")
         self.open[slot] = kind if kind in ("message", "reasoning", "function_call", "custom_tool_call") else None
         call_id = item.get("call_id") or f"call_{slot}"
-        if kind == "function_call":
+        if kind == "function_call" and not item.get("namespace"):
             yield self.book.open(slot, call_id, item.get("name") or "")
-        elif kind == "custom_tool_call":
-            yield Open(slot, "custom_tool_call", call_id, item.get("name") or "", item.get("namespace") or "")
+        elif kind == "function_call" or kind == "custom_tool_call":
+            yield Open(slot, kind, call_id, item.get("name") or "", item.get("namespace") or "")
         elif kind == "message" or kind == "reasoning":
             yield Open(slot, kind, fields={"phase": item["phase"]} if item.get("phase") else {})
 
     def _delta(self, event: JSON) -> Iterator[Delta]:
         channel, index_field, kind = RESPONSES_DELTAS[event["type"]]
-        slot, text = event.get("output_index", 0), event.get("delta")
+        slot, text = event["output_index"], event.get("delta")
         if slot not in self.seen and kind in ("message", "reasoning"):
             yield from self._open(slot, {"type": kind})             # a delta before its `added` (litellm#22102)
         if self.open.get(slot) is not None and isinstance(text, str):
@@ -2812,14 +2855,15 @@ class ResponsesDecoder:
             yield Fragment(slot, text, channel, part)
 
     def _annotation(self, event: JSON) -> Iterator[Delta]:
-        slot = event.get("output_index", 0)
+        slot = event["output_index"]
         if self.open.get(slot) == "message" and isinstance(event.get("annotation"), dict):
             self.noted[slot, event.get("content_index", 0)] += 1
             yield Annotation(slot, event["annotation"])
 
     def _done(self, event: JSON) -> Iterator[Delta]:
-        slot, item = event.get("output_index", 0), event.get("item") or {}
+        slot, item = event["output_index"], event.get("item") or {}
         yield from self._open(slot, item)
+        self.awaited.discard(slot)
         if slot not in self.open:
             return
         kind = self.open[slot]
@@ -2828,10 +2872,11 @@ class ResponsesDecoder:
             yield Whole(item)
             return
         yield from self._fill(slot, item)
-        half = item.get("status") == "incomplete"
-        if half and "call_id" in item:
-            return                                                  # half a call stays open: it is never done
         del self.open[slot]
+        half = item.get("status") == "incomplete"
+        self.half = self.half or half
+        if half_call(item):
+            return                                                  # it is never closed
         fields: JSON = {"status": "incomplete"} if half else {}
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed:
@@ -3787,7 +3832,7 @@ class Job:
     @property
     def call_prefix(self) -> str:
         """For call ids that a provider leaves out: unique in the conversation, since each answer has its own."""
-        return f"call_{self.answer.id.removeprefix('resp_')[:12]}_"
+        return f"call_{self.answer.id[-12:]}_"
 
     def seal(self, replay: JSON) -> str:
         return self.envelope.seal(self.provider, self.model, replay)
@@ -3810,7 +3855,8 @@ def responses_call(job: Job) -> Call:
     items, dropped = job.unsealed()
     if job.relay:
         body = relay_body(request, items, dropped, job.model)
-        return Call("/responses", body, Relay(job.answer, len(request.raw) // 4, job.seal, responses_error), dropped)
+        read = ResponsesDecoder(ToolBook(())).whole
+        return Call("/responses", body, Relay(job.answer, len(request.raw) // 4, job.seal, responses_error, read), dropped)
     book = ToolBook(request.tools)
     history = plain_history(request, items, book)
     body = compact(encode_responses(request, history, job.model, book)).encode()
@@ -4425,7 +4471,7 @@ def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 # A request is written down twice: its intent before anything is sent upstream, its settlement before the
 # client can see how it ended. Both are first one line appended to this process's journal, a plain file
 # beside the database: what is in the page cache survives kill -9. The writer thread moves settled lines into
-# the `usage` table, a batch a transaction, some milliseconds later. All of it costs a request 15 us of CPU;
+# the `usage` table, a batch a transaction, a tenth of a second later. All of it costs a request 15 us of CPU;
 # two transactions on the writer thread cost 25 (16 connections) to 120 us (one).
 #
 # A journal is locked by its process for as long as that lives. Whoever opens the database next takes over
@@ -4467,7 +4513,7 @@ UNEXPANDED = re.compile(r"\$[A-Z0-9_]{1,64}|\$\{[A-Z0-9_]{1,64}\}|\$env:[A-Z0-9_
 
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 BUSY_MS = 2000              # waiting for another process's write; a batch takes milliseconds
-SAVE_AFTER_S = 0.02         # settled rows are gathered so long for one transaction
+SAVE_AFTER_S = 0.1          # settled rows are gathered so long for one transaction
 RETRY_S = 0.25              # between attempts to write while the ledger is unwell
 SETTLE_WAIT_S = 2.0         # an answer waits so long for a ledger that cannot be written, then goes out
 JOURNAL_BYTES = 1 << 20     # a journal this long is started anew: about 2,500 requests
@@ -4945,6 +4991,8 @@ class Ledger:
         if not 0 <= now_s - self._keys_read_s < KEYS_POLL_S:
             self._refresh_keys(now_s)
         digest = key_digest(header[7:].strip(" \t"))
+        if digest not in self._keys:                # it may be a new one, made by another process just now
+            self._refresh_keys(now_s)
         key = self._keys.get(digest)
         if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
             raise unauthorized(why_not(header))
@@ -5946,7 +5994,7 @@ class Router:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return
         first = True
-        while data := await read_within(exchange, AFTER_STOP_S if attempt.stop is not None else None):
+        while data := await (exchange.read() if attempt.stop is None else read_within(exchange, AFTER_STOP_S)):
             if first and data.lstrip()[:1] in (b"{", b"["):     # asked for a stream, it answered with an object
                 attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
                 break
@@ -5962,10 +6010,8 @@ class Router:
             await down.send(attempt.take())
 
 
-async def read_within(exchange: Exchange | DemoExchange, limit_s: float | None) -> bytes:
-    """The next piece. With a limit its passing counts as the end: the model had finished, only the rest was missing."""
-    if limit_s is None:
-        return await exchange.read()
+async def read_within(exchange: Exchange | DemoExchange, limit_s: float) -> bytes:
+    """The next piece. The limit's passing counts as the end: the model had finished, only the rest was missing."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
             return await exchange.read()
@@ -6036,13 +6082,18 @@ def not_found(head: RequestHead) -> BadRequest:
 
 # --- 11.1 POST /v1/responses ----------------------------------------------------------------------
 
+def new_response_id(now_s: float) -> str:
+    """In the order of time: its row goes to the end of the ledger's index, 4 us against 20 for random ids."""
+    return f"resp_{int(now_s * 1000):012x}{secrets.token_hex(10)}"
+
+
 async def responses(gateway: Gateway, client: Client) -> None:
     """One request: authorise, check, plan, intent, targets, settle, terminal event."""
     key = gateway.key(client)
     request = check_request(await client.body())
     manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
     targets = gateway.catalogue.targets(request.model)
-    answer = Answer(request, "resp_" + secrets.token_hex(16), int(client.started_s), manners)
+    answer = Answer(request, new_response_id(client.started_s), int(client.started_s), manners)
     await gateway.ledger.begin(Intent(answer.id, client.request_id, int(client.started_s * 1000), key.id, ENDPOINT,
                                       request.model))
     down = Downstream(client, answer, gateway.config.server)
@@ -6141,10 +6192,19 @@ def codex_entry(gateway: Gateway, name: str, priority: int) -> JSON:
         "supported_reasoning_levels": [{"effort": effort, "description": ""} for effort in ("low", "medium", "high")],
         "default_reasoning_level": "medium", "default_reasoning_summary": "auto", "apply_patch_tool_type": "freeform",
         "web_search_tool_type": "text", "context_window": window, "max_context_window": window,
-        "input_modalities": ["text", "image"]}
+        "input_modalities": ["text", "image"], **KNOWN_TO_CODEX.get(name.rpartition("/")[2], {})}
 
 
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
+
+
+# What Codex 0.169 knows of models itself, and takes from a catalogue instead where it is given one: without these fields it
+# would lose its code mode and the deferred tools. Its prompts (21 KB each) cannot be given back: see codex_block.
+CODEX_SEARCH: JSON = {"supports_search_tool": True, "support_verbosity": True, "default_verbosity": "low"}
+CODEX_LITE: JSON = {**CODEX_SEARCH, "use_responses_lite": True, "tool_mode": "code_mode_only", "multi_agent_version": "v2"}
+KNOWN_TO_CODEX: dict[str, JSON] = {"gpt-5.5": CODEX_SEARCH, **dict.fromkeys(
+    ("gpt-5.6-luna", "gpt-5.6-sol", "gpt-5.6-terra", "gpt-6-astra", "gpt-6-luna", "gpt-6-sol", "gpt-6.1-sol", "gpt-6.1-terra"),
+    CODEX_LITE)}
 
 
 async def models(gateway: Gateway, client: Client) -> None:
@@ -6734,11 +6794,6 @@ CODING_MODELS = {       # for the block that is printed; a client may ask for an
     "openrouter": "openai/gpt-5.3-codex", "xai": "grok-build-latest", "deepseek": "deepseek-v4-pro",
     "mistral": "devstral-latest", "groq": "openai/gpt-oss-120b",
 }
-
-# Codex 0.169's own catalogue: with ours in its place it sends 2 KB of prompt for these instead of 21, and loses tools.
-KNOWN_TO_CODEX = frozenset(("gpt-5.5", "gpt-5.6-luna", "gpt-5.6-sol", "gpt-5.6-terra", "gpt-6-astra", "gpt-6-luna", "gpt-6-sol",
-                            "gpt-6.1-sol", "gpt-6.1-terra"))
-
 
 # --- 13.1 arguments and configuration -------------------------------------------------------------
 

@@ -382,7 +382,7 @@ NONE = pomex.NO_OUTPUT
     ([call("a"), output("a"), call("b"), output("b")], [call("a"), output("a"), call("b"), output("b")]),
     ([call("a"), output("a", "1"), call("a"), output("a", "2")], [call("a"), output("a", "1"), call("a_2"), output("a_2", "2")]),
     ([output("z", "lost")], [message("[tool output] lost")]),
-    ([call("a"), output("a"), output("a", "again")], [call("a"), message("[tool output] again"), output("a")]),
+    ([call("a"), output("a"), output("a", "again")], [call("a"), output("a"), message("[tool output] again")]),
     ([call(""), output("")], [call("call_1"), output("call_1")]),
     ([call("a", arguments="")], [call("a"), output("a", NONE)]),
     ([call("a", arguments="{cut")], [call("a", arguments='{"_raw":"{cut"}'), output("a", NONE)]),
@@ -551,13 +551,14 @@ def test_a_custom_tools_text_is_shown_while_it_comes():
     assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {t}" for t in ("one", " two", "\n three")]
 
 
-@pytest.mark.parametrize("cut", range(1, len(WRAPPED[0][0]) - 1))
-def test_a_custom_call_that_is_cut_is_never_done(cut):
-    deltas = [Open(0, "custom_tool_call", "c", "t"), Fragment(0, WRAPPED[0][0][:cut], "arguments")]
-    for end, manners in itertools.product(([], [Close(0), Stop()], [Stop()], [Stop("max_output_tokens")]), (pomex.STANDARD, pomex.CODEX)):
+@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_a_custom_call_that_is_cut_is_never_done(manners):
+    whole = WRAPPED[0][0]
+    for cut, end in itertools.product(range(1, len(whole) - 1), ([], [Close(0), Stop()], [Stop()], [Stop("max_output_tokens")])):
+        deltas = [Open(0, "custom_tool_call", "c", "t"), Fragment(0, whole[:cut], "arguments")]
         raw, attempt = told(deltas + end, manners)
-        whole = [i for i in streams.check(raw, manners is pomex.CODEX)["output"] if i["type"] == "custom_tool_call" and i["status"] == "completed"]
-        assert not whole
+        final = streams.check(raw, manners is pomex.CODEX)
+        assert not [i for i in final["output"] if i["type"] == "custom_tool_call" and i["status"] == "completed"]
         assert attempt.status == ("incomplete" if end and end[0] == Stop("max_output_tokens") else "failed")
 
 
@@ -643,12 +644,12 @@ MIXED = [Open(0, "reasoning"), Fragment(0, "hm", "summary"), Close(0, {"pomex_re
 
 
 @pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
-@pytest.mark.parametrize("cut", range(len(MIXED) + 1))
-def test_a_stream_cut_anywhere_ends_once_and_truly(cut, manners):
-    raw, attempt = told(MIXED[:cut], manners, None if cut == len(MIXED) else BROKEN)
-    assert attempt.status == ("completed" if cut == len(MIXED) else "failed")
-    closed = sum(isinstance(d, Close) for d in MIXED[:cut])
-    assert sum(i["status"] == "completed" for i in streams.check(raw, manners is pomex.CODEX)["output"]) == closed
+def test_a_stream_cut_anywhere_ends_once_and_truly(manners):
+    for cut in range(len(MIXED) + 1):
+        raw, attempt = told(MIXED[:cut], manners, None if cut == len(MIXED) else BROKEN)
+        assert attempt.status == ("completed" if cut == len(MIXED) else "failed"), cut
+        closed = sum(isinstance(d, Close) for d in MIXED[:cut])
+        assert sum(i["status"] == "completed" for i in streams.check(raw, manners is pomex.CODEX)["output"]) == closed, cut
 
 
 def test_usage_is_the_providers_or_marked_as_estimated():
@@ -688,7 +689,7 @@ def test_a_heartbeat_is_numbered_like_every_event():
         attempt.add(delta)
         raw += attempt.take() + ours.heartbeat()
     attempt.finish()
-    streams.check(raw + attempt.terminal(1))
+    streams.check(raw + attempt.terminal(1_700_000_009))
 
 
 @pytest.mark.parametrize("originator, agent, codex", [
@@ -783,7 +784,9 @@ def theirs(at, item, *middle, status="completed"):
 
 def numbered(stream):
     """The frames with sequence numbers put in."""
-    return [f.replace(b'","', b'","sequence_number":%d,"' % n, 1) if b"sequence_number" not in f else f for n, f in enumerate(stream)]
+    number = itertools.count()
+    bare = [pomex.re.sub(rb'"sequence_number":\d+,?', b"", f) for f in stream]
+    return [pomex.re.sub(rb'(\{"type":"[\w.]+")', lambda m: m[1] + b',"sequence_number":%d' % next(number), f, count=1) for f in bare]
 
 
 SAID = {"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hi", "annotations": []}]}
@@ -804,7 +807,7 @@ def end(kind="completed", **fields):
 
 def relayed(pieces, manners=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
     ours = ours or answer(manners)
-    attempt = pomex.Relay(ours, 100, seal, pomex.responses_error)
+    attempt = pomex.Relay(ours, 100, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
     raw = early
     for piece in pieces:
         attempt.feed(piece)
@@ -848,7 +851,7 @@ def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
 
 def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
-        attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error)
+        attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
         attempt.feed(b"".join(stream))
         assert not attempt.begun and not attempt.take() and attempt.answer.sequence == 0
 
@@ -864,18 +867,18 @@ def test_numbers_move_once_frames_of_ours_went_in():
     streams.check(relayed(late)[0])
 
 
-@pytest.mark.parametrize("cut", range(len(BEGIN + SAYING + RUNNING) + 1))
 @pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 @pytest.mark.parametrize("clean", [True, False])
-def test_a_lost_terminal_event_is_supplied_by_the_evidence(cut, manners, clean):
+def test_a_lost_terminal_event_is_supplied_by_the_evidence(manners, clean):
     stream = numbered([*BEGIN, *SAYING, *RUNNING])
-    raw, attempt = relayed(stream[:cut], manners, None if clean else BROKEN, clean)
-    done = sum(b"output_item.done" in f for f in stream[:cut])
-    whole = done and done == sum(b"output_item.added" in f for f in stream[:cut])
-    assert attempt.status == ("completed" if whole and clean else "failed")
-    final = streams.check(raw, manners is pomex.CODEX)
-    assert len(final["output"]) == done
-    assert attempt.terminal_by == "gateway" and attempt.usage.estimated
+    for cut in range(len(stream) + 1):
+        raw, attempt = relayed(stream[:cut], manners, None if clean else BROKEN, clean)
+        done = sum(b"output_item.done" in f for f in stream[:cut])
+        whole = done and done == sum(b"output_item.added" in f for f in stream[:cut])
+        assert attempt.status == ("completed" if whole and clean else "failed"), cut
+        final = streams.check(raw, manners is pomex.CODEX)
+        assert len(final["output"]) == done, cut
+        assert attempt.terminal_by == "gateway" and attempt.usage.estimated
 
 
 def test_half_a_frame_at_the_end_is_not_shown_but_a_whole_one_without_its_empty_line_is():
@@ -968,7 +971,7 @@ def test_an_endless_frame_is_refused(monkeypatch):
 
 def test_an_answer_that_was_not_streamed_keeps_its_bytes():
     plain = json.dumps(response("completed", output=[SAID], usage=GOOD_USAGE, other={"kept": 1.50})).encode()
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error)
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
     attempt.whole(plain)
     attempt.finish()
     assert attempt.body(1).encode() == plain.replace(b"resp_theirs", b"resp_1").replace(b'"model": "gpt"', b'"model":"m/x"')
@@ -981,7 +984,7 @@ def test_an_answer_that_was_not_streamed_keeps_its_bytes():
     {"object": None, "output": [SAID]},
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error)
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
     attempt.whole(json.dumps(response("completed", **fields)).encode())
     attempt.finish()
     final = json.loads(attempt.body(1))
@@ -993,24 +996,26 @@ def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
 def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
     with pytest.raises(pomex.UpstreamError):
-        pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error).whole(body)
+        pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole).whole(body)
 
 
 @pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 def test_an_object_in_the_place_of_a_stream_becomes_a_stream(manners):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
-    attempt = pomex.Relay(answer(manners), 0, seal, pomex.responses_error)
-    attempt.whole(json.dumps(response("incomplete", output=[SAID, half], usage=GOOD_USAGE)).encode())
+    attempt = pomex.Relay(answer(manners), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+    looked = {**RUN, "namespace": "ns", "status": "completed"}
+    attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
-    final = streams.check(attempt.terminal(1), manners is pomex.CODEX)
-    assert [i["type"] for i in final["output"]] == ["message"] + ["function_call"] * (manners is pomex.STANDARD)
+    final = streams.check(attempt.terminal(1_700_000_009), manners is pomex.CODEX)
+    assert [i["type"] for i in final["output"]] == ["message", "function_call"] + ["function_call"] * (manners is pomex.STANDARD)
+    assert final["output"][1]["namespace"] == "ns"
 
 
 # --- the demo
 
 def demo(model, **fields):
     request = ask(**{"stream": True, "input": "one two three four", **fields})
-    job = pomex.Job(pomex.Answer(request, "resp_1", 1, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
+    job = pomex.Job(pomex.Answer(request, "resp_1", 1_700_000_000, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
     call = pomex.WIRES["demo"].call(job)
     error = None
     for step in call.steps:
@@ -1021,7 +1026,7 @@ def demo(model, **fields):
     else:
         call.attempt.end()
     call.attempt.finish(error)
-    return streams.check(call.attempt.terminal(1), codex=True), call.attempt
+    return streams.check(call.attempt.terminal(1_700_000_009), codex=True), call.attempt
 
 
 @pytest.mark.parametrize("model, status, begun, by", [

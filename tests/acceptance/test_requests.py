@@ -11,7 +11,7 @@ REQUESTS = sorted((SHARED / "codex-requests").glob("*/*.json"))
 pytestmark = pytest.mark.skipif(not REQUESTS, reason="../shared/codex-requests does not lie beside the repository")
 
 
-@pytest.mark.parametrize("form", ["responses", "chat", "chat:gpt-5.5:openai", "chat:some-model:deepseek"])
+@pytest.mark.parametrize("form", ["responses", "chat", "chat:gpt-5.5:openai", "chat:some-model:xai"])
 def test_every_codex_request_is_a_valid_request_of_the_wire(form, tmp_path):
     done = subprocess.run([str(sdk_python(3)), str(HERE / "encode_driver.py"), str(POMEX), form, *map(str, REQUESTS)],
                           env=clean_environment(tmp_path), capture_output=True, text=True, timeout=300, check=False)

@@ -513,6 +513,7 @@ class Reader(Generic[Head]):
 
     def _finish(self) -> Signal:
         self._step, self._scanned = self._after, 0
+        self._data, self._at = self._data[self._at:], 0     # or a large body would live as long as its handler
         return END
 
     def _section(self, limit: int) -> bytes | None:
@@ -879,6 +880,8 @@ class Event(NamedTuple):
 
 def parse_block(block: str) -> Event | None:
     """The event of the lines between two empty lines, if any of them is a `data` line."""
+    if block.startswith("data: ") and "\n" not in block:
+        return Event("message", block[6:])
     match = SIMPLE_BLOCK.fullmatch(block)
     if match:
         return Event(match[1] or "message", match[2])
@@ -1232,6 +1235,12 @@ class ResponsesRequest:
         value = self.body.get(name)
         return default if value is None else value
 
+    def cache_key(self) -> str:
+        """prompt_cache_key, or one that all requests which begin alike have in common."""
+        given: str = self.get("prompt_cache_key", "")
+        beginning = compact([self.model, self.instructions, self.body.get("tools")])
+        return given or hashlib.sha256(beginning.encode()).hexdigest()[:32]
+
 
 def check_request(raw: bytes) -> ResponsesRequest:
     """The body of POST /v1/responses. BadRequest names the field, what is wrong and what would do."""
@@ -1241,6 +1250,13 @@ def check_request(raw: bytes) -> ResponsesRequest:
         raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.", code="invalid_json")
+    try:
+        return checked(body, raw)
+    except RecursionError:              # namespaces in namespaces: newer Pythons decode deeper than they call
+        raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
+
+
+def checked(body: JSON, raw: bytes) -> ResponsesRequest:
     for name, value in body.items():
         if value is not None and name in REQUEST_RULES:
             check_value(value, REQUEST_RULES[name], name)
@@ -1391,9 +1407,11 @@ def clean_schema(schema: Any) -> Any:
 class ToolBook:
     """The request's tools under names that go up and come back; rebuilt from each request, so there is no state."""
 
-    def __init__(self, tools: Sequence[JSON]) -> None:
+    def __init__(self, tools: Sequence[JSON], searches: bool = False) -> None:
         self.functions: list[JSON] = []         # what is offered: name, description, parameters, strict?
+        self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
         self.dropped: list[str] = []            # what cannot be, as "tools:TYPE"
+        self.searches = searches
         self.by_flat: dict[str, Tool] = {}
         for tool in tools:
             self._add(tool, "")
@@ -1424,6 +1442,8 @@ class ToolBook:
                         clean_schema(tool.get("parameters")))
         elif kind == "local_shell":
             self._offer(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL["description"], LOCAL_SHELL["parameters"])
+        elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
+            self.hosted.append(tool)
         else:
             self.dropped.append(f"tools:{kind}")
 
@@ -1435,6 +1455,12 @@ class ToolBook:
         offered = {"name": name, "description": description or "",
                    "parameters": parameters or {"type": "object", "properties": {}}}
         self.functions.append(offered if strict is None else {**offered, "strict": strict})
+
+
+def whole_characters(text: str) -> tuple[str, str]:
+    """The text, and half a surrogate pair at its end, whose other half comes with the next fragment."""
+    half = text[-1:] if HIGH_SURROGATE[0] <= text[-1:] <= HIGH_SURROGATE[1] else ""
+    return mend(text.removesuffix(half)), half
 
 
 def mend(text: str) -> str:
@@ -1492,6 +1518,14 @@ def strip_fence(text: str) -> str:
     """A patch in a markdown fence without the fence; anything else unchanged."""
     fenced = re.fullmatch(r"\s*```[a-z]*\n(\*\*\* Begin Patch\n.*?)\n?```\s*", text, re.DOTALL)
     return fenced[1] if fenced else text
+
+
+def overridden(row: Any, overrides: Mapping[str, JSON], model: str) -> Any:
+    """A row of knowledge with the fields that the configuration says otherwise; the longest prefix of the model counts."""
+    fitting = [prefix for prefix in overrides if model.startswith(prefix)]
+    changed = overrides[max(fitting, key=len)] if fitting else {}
+    replace = getattr(row, "_replace", None)        # a named tuple's
+    return replace(**changed) if replace else dataclasses.replace(row, **changed)
 
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
@@ -1813,8 +1847,9 @@ class Attempt:
             self.status = "incomplete"
         else:
             self.status = "completed"
-        if self.usage is None:
-            self.usage = Usage(self.estimated_input, output=-(-self.written // 4), estimated=True)
+        if self.usage is None or self.usage.estimated:      # Anthropic counts the input first, the output at the end
+            known = self.usage or Usage(self.estimated_input)
+            self.usage = dataclasses.replace(known, output=max(known.output, -(-self.written // 4)), estimated=True)
 
     def settle_items(self) -> None:
         """Closes or leaves what is still open; called once, before the status is decided."""
@@ -1879,7 +1914,9 @@ class Part:
     channel: str
     index: int
     source: int                                     # the provider's number of it
-    delta_head: str                                 # the constant beginning of its delta events, made once
+    delta: str                                      # the name of its delta events, and what is constant in them
+    delta_head: str
+    delta_tail: str
     text: list[str] = field(default_factory=list)
     annotations: list[JSON] = field(default_factory=list)
 
@@ -1937,13 +1974,11 @@ class Assembler(Attempt):
 
     def _fragment(self, fragment: Fragment) -> None:
         item = self._item(fragment.slot)
-        text = item.held + fragment.text
+        text = fragment.text
+        if item.held or not text.isascii():
+            text, item.held = whole_characters(item.held + text)
         if not text:
             return
-        item.held = ""
-        if HIGH_SURROGATE[0] <= text[-1] <= HIGH_SURROGATE[1]:      # its other half comes with the next fragment
-            text, item.held = text[:-1], text[-1]
-        text = mend(text)
         if not item.shown:
             if not text.strip():
                 item.held = text + item.held        # claude-opus-4-6 opens with "\n\n" before it thinks
@@ -2012,6 +2047,9 @@ class Assembler(Attempt):
         item.shown = self.begun = True
         opening = compact(self._json(item, "in_progress"))
         self.emit("response.output_item.added", f'"output_index":{item.index},"item":{opening}')
+        if kind == "web_search_call":
+            self.emit("response.web_search_call.in_progress", item.place)
+            self.emit("response.web_search_call.searching", item.place)
 
     def _text(self, item: Item, fragment: Fragment, text: str) -> None:
         part = item.part
@@ -2021,14 +2059,14 @@ class Assembler(Attempt):
 
     def _say(self, part: Part, text: str) -> None:
         part.text.append(text)
-        self.emit(f"{PARTS[part.channel].delta}.delta", f"{part.delta_head}{quote(text)}{PARTS[part.channel].more}")
+        self.emit(part.delta, f"{part.delta_head}{quote(text)}{part.delta_tail}")
 
     def _open_part(self, item: Item, channel: str, source: int = 0) -> Part:
         self._close_part(item)
         shape = PARTS[channel]
         index = sum(PARTS[p.channel].at == shape.at for p in item.parts)
         where = f'{item.place},"{shape.at}":{index}'
-        item.part = Part(channel, index, source, f'{where},"delta":')
+        item.part = Part(channel, index, source, f"{shape.delta}.delta", f'{where},"delta":', shape.more)
         self.emit(f"{shape.event}.added", f'{where},"part":{compact(item.part.as_json())}')
         return item.part
 
@@ -2081,6 +2119,8 @@ class Assembler(Attempt):
         self._close_part(item)
         if item.opened.kind in CALL_FIELD:
             self._finish_argument(item, argument)
+        if item.opened.kind == "web_search_call":
+            self.emit("response.web_search_call.completed", item.place)
         text = compact(self._json(item, status, argument))
         self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
         self.items[item.index] = text
@@ -2679,12 +2719,22 @@ def relay_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
     if envelopes and sorted(envelopes) == sorted(text.decode() for text in ENVELOPED.findall(raw)):
         raw = ENVELOPED.sub(lambda m: quote(envelopes[m[1].decode()]).encode(), raw)
         envelopes = {}
-    models = list(MODEL_FIELD.finditer(raw))        # the string values: a tool's parameter of that name is an object
+    models = list(model_fields(raw))
     if dropped or envelopes or len(models) != 1 or LETTER_ESCAPE.search(raw) or body.get("store", False) is not False:
         given = opened if isinstance(body["input"], list) else body["input"]
         return compact({**body, "input": given, "model": model, "store": False}).encode()
     named = quote(model) if "store" in body else f'{quote(model)},"store":false'
     return b"".join((raw[:models[0].start(1)], named.encode(), raw[models[0].end(1):]))
+
+
+def model_fields(raw: bytes) -> Iterator[re.Match[bytes]]:
+    """Where a key "model" has a string; a tool's parameter of that name is an object. (`find` outruns a pattern.)"""
+    at = raw.find(b'"model"')
+    while at >= 0:
+        found = MODEL_FIELD.match(raw, at)
+        if found:
+            yield found
+        at = raw.find(b'"model"', at + 1)
 
 
 def replayed(item: JSON) -> JSON:
@@ -2698,6 +2748,9 @@ def replayed(item: JSON) -> JSON:
 # What a Responses server other than OpenAI's can be expected to know.
 NORMALISED_FIELDS = ("max_output_tokens", "temperature", "top_p", "text", "reasoning", "truncation", "include",
                      "prompt_cache_key", "service_tier")
+
+
+NOT_NORMALISED = ("top_logprobs", "max_tool_calls")       # named when they are asked for
 
 
 def encode_responses(request: ResponsesRequest, history: History, model: str, book: ToolBook) -> JSON:
@@ -3047,7 +3100,7 @@ def chat_tools(request: ResponsesRequest, book: ToolBook, dialect: Dialect, may_
 def chat_settings(request: ResponsesRequest, dialect: Dialect, dropped: list[str]) -> JSON:
     """The fields that are only renamed, or passed where the server knows them."""
     asked = {**{name: request.get(name) for name in ("temperature", "top_p", *OPENAI_FIELDS, *NO_FIELDS)},
-             "verbosity": request.get("text", {}).get("verbosity"),
+             "verbosity": request.get("text", {}).get("verbosity"), "prompt_cache_key": request.cache_key(),
              dialect.max_tokens: request.get("max_output_tokens")}
     known = {"temperature", "top_p", dialect.max_tokens, *dialect.passed}
     dropped += [name for name in ("verbosity", "service_tier", *NO_FIELDS)
@@ -3301,6 +3354,41 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text m
 THINK, END_THINK = "<think>", "</think>"
 
 
+class ChatFrame(NamedTuple):
+    """What stands before and after the text in an event that says nothing else. Most events of a stream have the same
+    around theirs, and need not be parsed to know that they say nothing else either: a third of the time."""
+    before: str         # up to the quote that opens the text; "" fits no event
+    after: str
+    name: str           # the field that holds the text
+
+    def text_in(self, data: str) -> str | None:
+        """The text, if all else is as it was."""
+        if not self.before or not data.startswith(self.before):
+            return None
+        try:
+            text, end = scan_json(data, len(self.before) - 1)
+        except ValueError:
+            return None
+        return text if data[end:] == self.after else None
+
+
+scan_json = json.JSONDecoder().raw_decode
+TEXT_FIELD = re.compile(r'"(content|reasoning_content|reasoning|thinking)": ?"')
+SAYS_NOTHING = frozenset(("id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices", "index",
+                          "delta", "role"))
+
+
+def chat_frame(data: str, chunk: JSON) -> ChatFrame:
+    """The frame of an event with one piece of text and nothing else that is read; one that fits no event for any other."""
+    choices, places = dicts_in(chunk.get("choices")), list(TEXT_FIELD.finditer(data))
+    delta = choices[0].get("delta") if len(choices) == 1 else None
+    if isinstance(delta, dict) and len(places) == 1 and isinstance(delta.get(places[0][1]), str):
+        fields = [*chunk.items(), *choices[0].items(), *delta.items()]
+        if not any(value for name, value in fields if name not in SAYS_NOTHING and name != places[0][1]):
+            return ChatFrame(data[:places[0].end()], data[scan_json(data, places[0].end() - 1)[1]:], places[0][1])
+    return ChatFrame("", "", "")
+
+
 @dataclass(slots=True)
 class ChatCall:
     """A tool call that is being streamed."""
@@ -3370,9 +3458,13 @@ class ChatDecoder:
         self.held = ""                          # content that may be the beginning of a tag
         self.stop: Stop | None = None
         self.failed = False
+        self.frame = ChatFrame("", "", "")      # of the newest piece of text
 
     def feed(self, data: str) -> Iterator[Delta]:
         """One event's data. UpstreamError where it is not JSON."""
+        if (text := self.frame.text_in(data)) is not None:
+            yield from self._content(text) if self.frame.name == "content" else self._reason(text, [])
+            return
         if data.strip() == "[DONE]":
             yield from self._done()
             return
@@ -3384,6 +3476,7 @@ class ChatDecoder:
             raise UpstreamError("The provider sent an event that is not JSON.") from None
         if isinstance(chunk, dict):
             yield from self._chunk(chunk)
+            self.frame = chat_frame(data, chunk)
 
     def whole(self, body: JSON) -> Iterator[Delta]:
         """An answer that was not streamed."""
@@ -3412,10 +3505,7 @@ class ChatDecoder:
             yield dataclasses.replace(self.stop, last=True)     # OpenAI's order: finish, usage, [DONE]
 
     def _delta(self, delta: JSON) -> Iterator[Delta]:
-        thought, details = reasoning_of(delta)
-        if thought or details:
-            yield from self._leave_tags()
-            yield from self._think(thought, details)
+        yield from self._reason(*reasoning_of(delta))
         content = delta.get("content")
         for part in [content] if isinstance(content, str) else dicts_in(content):      # Mistral: an array
             if isinstance(part, str):
@@ -3430,6 +3520,11 @@ class ChatDecoder:
             yield from self._call(call)
 
     # text and thoughts
+
+    def _reason(self, thought: str, details: list[JSON]) -> Iterator[Delta]:
+        if thought or details:
+            yield from self._leave_tags()
+            yield from self._think(thought, details)
 
     def _content(self, text: str) -> Iterator[Delta]:
         """Content, which may begin with a thought in tags."""
@@ -3772,14 +3867,1487 @@ def demo_answer(request: ResponsesRequest, history: History, model: str, book: T
     return f"{DEMO_SAYS} You sent: {said[-1].strip()[:MAX_DEMO_TEXT] if said else ''}", None
 
 
+# --- 6.3 messages: Anthropic -----------------------------------------------------------------------
+#
+# What differs from model to model stands in CLAUDES, and nowhere else. Thinking comes in blocks that must go back
+# with the next turn byte for byte: each is one reasoning item, the block in its envelope.
+
+class Claude(NamedTuple):
+    """What is known of the models whose name begins with `prefix`. The defaults are the newest and strictest ways, so
+    that a model that is not known yet is asked for nothing it could refuse."""
+    prefix: str
+    thinking: Literal["", "budget", "adaptive"] = "adaptive"
+    off: Literal["", "disabled", "between_tools", "never"] = "never"   # told not to think; "": it must be told to
+    efforts: str = "low medium high xhigh max"
+    max_tokens: int = 128_000       # its cap; 0: not known
+    usual_tokens: int = 0           # sent where the client names no limit; 0: the cap
+    sampling: bool = False          # takes temperature or top_p
+    forced_choice: bool = False     # a tool may be forced; with a thinking budget never
+    json_schema: bool = True
+    mid_system: bool = False        # honours system messages among the others (claude-sonnet-5 takes and ignores them)
+    prefill: bool = False           # the last turn may be the assistant's
+    shown: bool = False             # what it says between calls is in its thoughts: they are always asked for
+    web_search: str = "web_search_20260209"     # "": it has none of its own
+
+
+BUDGET = Claude("", "budget", "", "", 64_000, sampling=True, forced_choice=True, prefill=True,
+                web_search="web_search_20250305")
+# Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence their usual_tokens.
+CLAUDES = (
+    Claude("claude-fable-5-1", mid_system=True),
+    Claude("claude-fable-5-2", mid_system=True),
+    Claude("claude-fable-5", mid_system=True, forced_choice=True),
+    Claude("claude-mythos-5-1", mid_system=True),
+    Claude("claude-mythos-5-2", mid_system=True),
+    Claude("claude-mythos-5", mid_system=True, forced_choice=True),
+    Claude("claude-opus-5-5", mid_system=True, shown=True),
+    Claude("claude-opus-5", off="disabled", mid_system=True, forced_choice=True),
+    Claude("claude-sonnet-5-5", off="between_tools", shown=True),
+    Claude("claude-sonnet-5", off="disabled", forced_choice=True),
+    Claude("claude-haiku-5-5", off="disabled", forced_choice=True, shown=True),
+    Claude("claude-opus-4-8", off="", mid_system=True, forced_choice=True),
+    Claude("claude-opus-4-7", off="", forced_choice=True),
+    Claude("claude-opus-4-6", off="", efforts="low medium high max", sampling=True, forced_choice=True),
+    Claude("claude-sonnet-4-6", off="", efforts="low medium high max", sampling=True, forced_choice=True),
+    BUDGET._replace(prefix="claude-opus-4-5", efforts="low medium high"),
+    BUDGET._replace(prefix="claude-sonnet-4-5"),
+    BUDGET._replace(prefix="claude-haiku-4-5"),
+    BUDGET._replace(prefix="claude-opus-4-1", max_tokens=32_000, usual_tokens=8192),
+    BUDGET._replace(prefix="claude-opus-4", max_tokens=32_000, usual_tokens=8192, json_schema=False),
+    BUDGET._replace(prefix="claude-sonnet-4", usual_tokens=8192, json_schema=False),
+    BUDGET._replace(prefix="claude-3-7", usual_tokens=8192, json_schema=False),
+    BUDGET._replace(prefix="claude-3-5", thinking="", max_tokens=8192, json_schema=False),
+    BUDGET._replace(prefix="claude-3", thinking="", max_tokens=4096, json_schema=False, web_search=""),
+    Claude("claude-"),
+    # another's model behind the same API: llama.cpp, vLLM, and what DeepSeek, Moonshot and Z.ai offer
+    BUDGET._replace(thinking="", max_tokens=0, usual_tokens=8192, json_schema=False, prefill=False, web_search=""),
+)
+
+EFFORT_CHOICES = {"none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+                  "xhigh": "xhigh max high", "max": "max high"}             # the first that the model takes
+THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 10_000, "high": 16_384, "xhigh": 32_768, "max": 32_768}
+LEAST_BUDGET = 1024
+THOUGHTS = frozenset(("thinking", "redacted_thinking"))
+
+
+def claude(model: str, overrides: Mapping[str, JSON] | None = None) -> Claude:
+    """The row of a model; `overrides` maps prefixes to fields that differ."""
+    name = model[max(model.find("claude-"), 0):].replace(".", "-")      # routers and clouds name the vendor before it
+    row: Claude = overridden(next(row for row in CLAUDES if name.startswith(row.prefix)), overrides or {}, name)
+    return row
+
+
+def table_of(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
+class MessagesBook(ToolBook):
+    """The tools of a provider that may search the web itself."""
+
+    def __init__(self, tools: Sequence[JSON], row: Claude) -> None:
+        super().__init__(tools, bool(row.web_search))
+        self.row = row
+
+    def server_tools(self) -> list[JSON]:
+        """The provider's own tools; a function of the same name takes their place."""
+        if not self.hosted or "web_search" in self.by_flat:
+            return []
+        asked = self.hosted[0]
+        filters = table_of(asked.get("filters"))
+        location = {k: v for k, v in table_of(asked.get("user_location")).items() if v and k != "type"}
+        tool: JSON = {"type": self.row.web_search, "name": "web_search"}
+        if self.row.web_search >= "web_search_20260209":    # called from code, it gives no citations
+            tool["allowed_callers"] = ["direct"]
+        given = "allowed_domains" if filters.get("allowed_domains") else "blocked_domains"      # never both
+        if filters.get(given):
+            tool[given] = filters[given]
+        return [{**tool, "user_location": {"type": "approximate", **location}} if location else tool]
+
+
+# --- the request
+
+MUST_CALL = "Answer this turn with a call of {}."
+JSON_ONLY = "Answer with one JSON object and nothing else."
+
+
+def encode_messages(request: ResponsesRequest, history: History, model: str, book: MessagesBook) -> tuple[JSON, list[str]]:
+    """The body of POST /messages, and the names of what it cannot carry besides what history and book name. Always a
+    stream: long answers cannot be had without one."""
+    get, text, row = request.get, request.get("text", {}), book.row
+    dropped: list[str] = []
+    turns = MessagesTurns(history, row, dropped)
+    shape, instruction = output_format(text.get("format") or {}, row)
+    thinking, effort = thinking_of(get("reasoning", {}), row)
+    max_tokens, thinking = token_limits(get("max_output_tokens"), thinking, row, turns.lost_thought())
+    tools = [messages_tool(function) for function in book.functions] + book.server_tools()
+    choice, sentence = messages_tool_choice(request, book, thinking, dropped) if tools else (None, "")
+    system = [{"type": "text", "text": part} for part in (*history.system, instruction) if part.strip()]
+    user = get("safety_identifier") or get("user")
+    wanted: JSON = {
+        "model": model, "max_tokens": max_tokens, "system": system, "tools": tools, "tool_choice": choice,
+        "messages": turns.finish(sentence), "thinking": thinking,
+        "output_config": {name: value for name, value in (("effort", effort), ("format", shape)) if value},
+        "metadata": {"user_id": opaque(user)} if user else None, **sampling_of(request, row, thinking, dropped)}
+    hosted_lost = bool(book.hosted) and not book.server_tools()
+    lost = {"reasoning.effort": get("reasoning", {}).get("effort") not in (None, "none") and not effort and not thinking,
+            "tools:web_search": hosted_lost, "text.verbosity": text.get("verbosity"),
+            "top_logprobs": get("top_logprobs"), "max_tool_calls": get("max_tool_calls"),
+            "service_tier": get("service_tier", "auto") not in ("auto", "default")}
+    body = {name: value for name, value in wanted.items() if value not in (None, [], {})}
+    return {**body, "stream": True}, dropped + [name for name, is_lost in lost.items() if is_lost]
+
+
+def opaque(user: str) -> str:
+    return user if len(user) <= 256 else hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()
+
+
+def thinking_of(reasoning: JSON, row: Claude) -> tuple[JSON | None, str]:
+    """`thinking` and effort for what the client asked; None and "" leave the model to its own ways."""
+    asked, shown = reasoning.get("effort"), row.shown or reasoning.get("summary") not in (None, "none")
+    if asked == "none" and row.off != "never":
+        return ({"type": row.off} if row.off else None), ""
+    choices = EFFORT_CHOICES.get(str(asked), "high").split() if asked else ()     # unknown counts as high
+    effort = next((choice for choice in choices if choice in row.efforts.split()), "")
+    if not row.thinking or not (asked or shown):
+        return None, effort
+    if row.thinking == "budget":
+        budget = THINKING_BUDGETS.get(str(asked or "medium"), THINKING_BUDGETS["high"])
+        return {"type": "enabled", "budget_tokens": budget}, effort
+    return {"type": "adaptive", "display": "summarized"} if shown else {"type": "adaptive"}, effort
+
+
+def token_limits(asked: int | None, thinking: JSON | None, row: Claude, lost_thought: bool) -> tuple[int, JSON | None]:
+    """max_tokens, and the thinking that fits in: a budget comes on top of the answer, and below the cap."""
+    cap = row.max_tokens or 1 << 31
+    wanted = min(asked or row.usual_tokens or cap, cap)
+    if thinking is None or thinking["type"] != "enabled":
+        return wanted, thinking
+    if lost_thought or wanted <= LEAST_BUDGET:
+        return wanted, None
+    whole = min(cap, wanted + thinking["budget_tokens"])
+    return whole, {**thinking, "budget_tokens": max(LEAST_BUDGET, min(thinking["budget_tokens"], whole - LEAST_BUDGET))}
+
+
+def sampling_of(request: ResponsesRequest, row: Claude, thinking: JSON | None, dropped: list[str]) -> JSON:
+    """temperature or top_p, never both; none where the model refuses it or thinks."""
+    given = {name: request.get(name) for name in ("temperature", "top_p") if request.get(name) is not None}
+    thinks = thinking is not None and thinking["type"] in ("enabled", "adaptive")
+    kept = dict(list(given.items())[:1]) if row.sampling and not thinks else {}
+    dropped += [name for name, value in given.items() if name not in kept and value != 1]      # 1 is everybody's default
+    return {name: min(value, 1) for name, value in kept.items()}
+
+
+def messages_tool_choice(request: ResponsesRequest, book: MessagesBook, thinking: JSON | None,
+                         dropped: list[str]) -> tuple[JSON | None, str]:
+    """tool_choice, and what must be said in words where a call may not be forced."""
+    asked = request.get("tool_choice", "auto")
+    if isinstance(asked, dict) and asked["type"].startswith("web_search") and book.server_tools():
+        given: Any = {"function": {"name": "web_search"}}
+    else:
+        given = chat_tool_choice(asked, book)
+    single: JSON = {"disable_parallel_tool_use": True} if request.get("parallel_tool_calls") is False else {}
+    if given == "none":
+        return {"type": "none"}, ""
+    name = given["function"]["name"] if isinstance(given, dict) else ""
+    if not name and given != "required":
+        dropped += ["tool_choice"] if given is None else []
+        return ({"type": "auto", **single} if single else None), ""
+    if not book.row.forced_choice or (thinking is not None and thinking["type"] == "enabled"):
+        words = f"the tool {name}" if name else "one of the tools"
+        return {"type": "auto", **single}, MUST_CALL.format(words)
+    return {"type": "tool", "name": name, **single} if name else {"type": "any", **single}, ""
+
+
+def messages_tool(function: JSON) -> JSON:
+    """Not `strict`: 20 strict tools and 24 optional parameters are the most that a request may have."""
+    described = {"description": function["description"]} if function["description"] else {}
+    return {"name": function["name"], **described, "input_schema": object_root(function["parameters"], function["parameters"])}
+
+
+def object_root(schema: JSON, root: JSON) -> JSON:
+    """A tool's schema with `type: object` at its root, where no anyOf, oneOf, allOf or $ref may stand: their branches
+    become one object, which requires what all of them require."""
+    target = table_of(table_of(root.get("$defs")).get(str(schema.get("$ref")).rpartition("/")[2]))
+    options = [object_root(branch, root) for key in ("anyOf", "oneOf") for branch in dicts_in(schema.get(key))]
+    merged = [object_root(branch, root) for branch in dicts_in(schema.get("allOf"))]
+    merged += [object_root(target, root)] if target else []
+    rest = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf", "allOf", "$ref")}
+    if not options and not merged:
+        return {**rest, "type": "object"}
+    properties: JSON = {}
+    for branch in (rest, *merged, *options):
+        for name, inner in table_of(branch.get("properties")).items():
+            known = properties.setdefault(name, inner)
+            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+    required = [name for name in properties if any(needs(branch, name) for branch in (rest, *merged))
+                or (options and all(needs(branch, name) for branch in options))]
+    return {**rest, "type": "object", "properties": properties, **({"required": required} if required else {})}
+
+
+def needs(schema: JSON, name: str) -> bool:
+    required = schema.get("required")
+    return isinstance(required, list) and name in required
+
+
+def output_format(shape: JSON, row: Claude) -> tuple[JSON | None, str]:
+    """output_config.format, and what must be said in words where there is none."""
+    if shape.get("type") == "json_object":
+        return None, JSON_ONLY
+    if shape.get("type") != "json_schema":
+        return None, ""
+    if not row.json_schema:
+        return None, f"{JSON_ONLY} It fits this JSON schema:\n{compact(shape['schema'])}"
+    return {"type": "json_schema", "schema": strict_schema(shape["schema"])}, ""
+
+
+STRICT_KEYWORDS = frozenset(("type", "enum", "const", "description", "title", "required"))
+STRICT_FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"))
+
+
+def strict_schema(schema: Any) -> JSON:
+    """A schema in the part of JSON Schema that output_config.format takes; the rest goes into the description."""
+    given = table_of(schema)
+    result: JSON = {}
+    lost: JSON = {}
+    for key, value in given.items():
+        if key in ("properties", "$defs", "definitions"):
+            result[key] = {name: strict_schema(inner) for name, inner in table_of(value).items()}
+        elif key in ("anyOf", "oneOf", "allOf"):
+            result["allOf" if key == "allOf" else "anyOf"] = [strict_schema(inner) for inner in dicts_in(value)]
+        elif key == "items":
+            result[key] = strict_schema(value)
+        elif key in STRICT_KEYWORDS or (key, value) in (("minItems", 0), ("minItems", 1)) or \
+                (key == "format" and value in STRICT_FORMATS):
+            result[key] = value
+        elif key not in ("additionalProperties", "$schema", "$ref"):
+            lost[key] = value
+    if "$ref" in given:                     # nothing else may stand beside it
+        return {"$ref": given["$ref"], **{k: result[k] for k in ("$defs", "definitions") if k in result}}
+    if lost:
+        result["description"] = "\n\n".join(part for part in (result.get("description"), compact(lost)) if part)
+    if "properties" in result or "object" in result.get("type", ""):
+        result["additionalProperties"] = False
+    return result
+
+
+DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?,(.*)", re.DOTALL)
+IMAGE_TYPES = {"image/jpeg": "image/jpeg", "image/jpg": "image/jpeg", "image/png": "image/png", "image/gif": "image/gif",
+               "image/webp": "image/webp"}
+TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+FOREIGN_FILE = "file_id names a file that this provider does not have: send the file itself."
+
+
+class MessagesTurns:
+    """A History as turns: neighbours of one role are one turn, thoughts before what they led to, results before text."""
+
+    def __init__(self, history: History, row: Claude, dropped: list[str]) -> None:
+        self.row = row
+        self.dropped = dropped
+        self.out: list[JSON] = []
+        self.later: list[JSON] = []         # system texts for the end of the user turn: nowhere else may they stand
+        handlers: dict[str, Callable[[JSON], None]] = {
+            "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
+            "function_call_output": self._output}
+        for item in history.items:
+            handlers[item["type"]](item)
+        self._leave("user")
+
+    def finish(self, closing: str) -> list[JSON]:
+        """The messages; `closing` is said at their end."""
+        if closing:
+            self._system(closing)
+        last = self.out[-1]["role"] if self.out else ""
+        if last == "assistant" and (self.later or not self.row.prefill):
+            self._add("user", [{"type": "text", "text": "Continue."}])
+        elif last == "assistant" and self.out[-1]["content"][-1]["type"] == "text":
+            block = self.out[-1]["content"].pop()       # "final assistant content cannot end with trailing whitespace"
+            self.out[-1]["content"].append({**block, "text": block["text"].rstrip()})
+        if not self.out or self.out[0]["role"] != "user":
+            self.out.insert(0, {"role": "user", "content": [{"type": "text", "text": "(continue)"}]})
+        self._place_later()
+        return self.out
+
+    def lost_thought(self) -> bool:
+        """Does the last turn answer calls that no thought of ours leads to? With a budget that is a 400."""
+        if len(self.out) < 2 or self.out[-1]["role"] != "user" or self.out[-1]["content"][0]["type"] != "tool_result":
+            return False
+        return self.out[-2]["content"][0]["type"] not in THOUGHTS
+
+    # one method a kind of item
+
+    def _message(self, item: JSON) -> None:
+        blocks = self._blocks(item["content"])
+        if item["role"] in ("user", "assistant"):
+            self._add(item["role"], blocks)
+        else:
+            self._system("\n\n".join(block["text"] for block in blocks if block["type"] == "text"))
+
+    def _system(self, text: str) -> None:
+        if self.row.mid_system and text:
+            self.later.append({"type": "text", "text": text})
+        elif text:
+            self._add("user", [{"type": "text", "text": LATER_SYSTEM.format(text)}])
+
+    def _reasoning(self, item: JSON) -> None:
+        blocks = dicts_in(item["pomex_replay"].get("blocks"))
+        self._add("assistant", blocks)
+        if not blocks:
+            self.dropped.append("reasoning")
+
+    def _call(self, item: JSON) -> None:
+        self._add("assistant", [{"type": "tool_use", "id": tool_use_id(item["call_id"]), "name": item["name"],
+                                 "input": json.loads(item["arguments"])}])
+
+    def _output(self, item: JSON) -> None:
+        output = item["output"]
+        content = self._blocks(output) if isinstance(output, list) else output if output.strip() else None
+        result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
+        if content:
+            result["content"] = content
+        self._add("user", [{**result, "is_error": True} if output == NO_OUTPUT else result])
+
+    # turns
+
+    def _add(self, role: str, blocks: list[JSON]) -> None:
+        if not blocks:
+            return
+        self._leave(role)
+        if self.out and self.out[-1]["role"] == role:
+            self.out[-1]["content"] += blocks
+        else:
+            self.out.append({"role": role, "content": list(blocks)})
+
+    def _leave(self, role: str) -> None:
+        """Ends the turn before where `role` begins another. An assistant's may not end with a thought."""
+        before: JSON = self.out[-1] if self.out else {"role": "", "content": []}
+        if before["role"] == "assistant" and (role != "assistant" or self.later):
+            while before["content"] and before["content"][-1]["type"] in THOUGHTS:
+                before["content"].pop()
+            if not before["content"]:
+                self.out.pop()
+        if role == "assistant":
+            self._place_later()
+
+    def _place_later(self) -> None:
+        """A system message stands right after a user turn, and before the assistant's or at the end."""
+        later, self.later = self.later, []
+        if later and self.out and self.out[-1]["role"] == "user":
+            self.out.append({"role": "system", "content": later})
+        elif later:
+            self.out.append({"role": "user", "content": [
+                {**block, "text": LATER_SYSTEM.format(block["text"])} for block in later]})
+
+    # parts
+
+    def _blocks(self, content: str | list[JSON]) -> list[JSON]:
+        """Content as blocks; those that cannot be taken are named, blank texts are a 400."""
+        blocks = []
+        for part in [{"type": "input_text", "text": content}] if isinstance(content, str) else content:
+            block = self._block(part)
+            if block is None:
+                self.dropped.append(f"content:{part['type']}")
+            elif block["type"] != "text" or block["text"].strip():
+                own = part.get("cache_control")
+                blocks.append({**block, "cache_control": own} if isinstance(own, dict) else block)
+        return blocks
+
+    def _block(self, part: JSON) -> JSON | None:
+        kind = part["type"]
+        if kind not in ("input_image", "input_file"):
+            text = part.get("refusal" if kind == "refusal" else "text")
+            return {"type": "text", "text": text} if isinstance(text, str) else None
+        url = part.get("image_url" if kind == "input_image" else "file_url")
+        if isinstance(url, str) and re.match("https?://", url):
+            return {"type": "image" if kind == "input_image" else "document", "source": {"type": "url", "url": url}}
+        data = url if isinstance(url, str) else part.get("file_data")
+        if isinstance(data, str):
+            return image_block(data) if kind == "input_image" else document_block(data, part.get("filename"))
+        if part.get("file_id"):
+            raise BadRequest(f"{kind}: {FOREIGN_FILE}", param="input", code="invalid_value")
+        return None
+
+
+def image_block(data: str) -> JSON | None:
+    found = DATA_URL.match(data)
+    media_type = IMAGE_TYPES.get(found[1].lower()) if found else None
+    return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": found[2]}} \
+        if found and media_type else None
+
+
+def document_block(data: str, filename: Any) -> JSON | None:
+    """A PDF as it is, a text file as text; None for any other."""
+    name = filename if isinstance(filename, str) else ""
+    found = DATA_URL.match(data)
+    encoded = found[2] if found else data
+    mime = found[1].lower() if found else "application/pdf" if name.lower().endswith(".pdf") else "text/plain"
+    title = {"title": name} if name else {}
+    if mime == "application/pdf":
+        return {"type": "document", "source": {"type": "base64", "media_type": mime, "data": encoded}, **title}
+    try:
+        text = base64.b64decode(encoded, validate=True).decode() if TEXT_FILE.match(mime) else ""
+    except ValueError:
+        return None
+    return {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}, **title} if text else None
+
+
+def tool_use_id(given: str) -> str:
+    """A call id in the letters that Anthropic takes; others' are told apart by a digest."""
+    if TOOL_USE_ID.fullmatch(given):
+        return given
+    digest = hashlib.sha256(given.encode("utf-8", "replace")).hexdigest()[:16]
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40]) + "_" + digest
+
+
+def place_cache_control(body: JSON, ttl: str) -> None:
+    """Marks what the provider shall keep: the last tool, the last system block, the ends of the last turn and of the
+    user turn before it (a step that adds more than 20 blocks would miss the first). Nothing where the client did."""
+    turns: list[list[JSON]] = [message["content"] for message in body["messages"]]
+    ends = [body.get("tools") or [], body.get("system") or [], *turns]
+    inner = [part for blocks in turns for block in blocks for part in dicts_in(block.get("content"))]
+    if ttl == "off" or any("cache_control" in block for block in (*itertools.chain(*ends), *inner)):
+        return
+    users = [content for content, message in zip(turns[:-1], body["messages"]) if message["role"] == "user"]
+    mark = {"type": "ephemeral", "ttl": ttl} if ttl != "5m" else {"type": "ephemeral"}
+    for blocks in (*ends[:2], *users[-1:], turns[-1]):
+        at = next((i for i in range(len(blocks) - 1, -1, -1) if blocks[i].get("type") not in THOUGHTS), None)
+        if at is not None:
+            blocks[at] = {**blocks[at], "cache_control": mark}
+
+
+BINDING_BETA = "thinking-binding-controls-2026-08-01"
+INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"    # thoughts between calls, for models with a budget
+
+
+def messages_headers(body: JSON) -> list[tuple[str, str]]:
+    thinking = body.get("thinking") or {}
+    betas = [BINDING_BETA] if "block_binding" in thinking else []
+    betas += [INTERLEAVED_BETA] if thinking.get("type") == "enabled" and body.get("tools") else []
+    return [("anthropic-version", "2023-06-01"), *([("anthropic-beta", ",".join(betas))] if betas else [])]
+
+
+# --- what can be mended after a refusal
+
+def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> JSON:
+    """The provider leaves out the thoughts that were had in another conversation; only adaptive thinking knows how."""
+    thinking = body.get("thinking") or {"type": "adaptive"}
+    if thinking["type"] != "adaptive":
+        return drop_thoughts(body, found)
+    return {**body, "thinking": {**thinking, "block_binding": {"prefix_mismatch_behavior": "drop_block"}}}
+
+
+def drop_thoughts(body: JSON, found: re.Match[str]) -> JSON:
+    messages = [{**message, "content": [block for block in message["content"] if block["type"] not in THOUGHTS]}
+                for message in body["messages"]]
+    with_budget = (body.get("thinking") or {}).get("type") == "enabled"
+    return {**body, "messages": messages, "thinking": None} if with_budget else {**body, "messages": messages}
+
+
+def drop_effort(body: JSON, found: re.Match[str]) -> JSON:
+    return {**body, "output_config": {k: v for k, v in body.get("output_config", {}).items() if k != "effort"} or None}
+
+
+def drop_field(body: JSON, found: re.Match[str]) -> JSON:
+    return {**body, found[1]: None}
+
+
+def lower_limit(body: JSON, found: re.Match[str]) -> JSON:
+    limit, thinking = int(found[1]), body.get("thinking") or {}
+    if thinking.get("budget_tokens", 0) >= limit:
+        thinking = {**thinking, "budget_tokens": limit - LEAST_BUDGET} if limit > 2 * LEAST_BUDGET else None
+    return {**body, "max_tokens": limit, "thinking": thinking}
+
+
+def add_user_turn(body: JSON, found: re.Match[str]) -> JSON:
+    return {**body, "messages": [*body["messages"], {"role": "user", "content": [{"type": "text", "text": "Continue."}]}]}
+
+
+MESSAGES_REPAIRS: list[tuple[str, Callable[[JSON, re.Match[str]], JSON]]] = [
+    (r"bound to a different (?:conversation|model)", drop_stale_thoughts),
+    (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified", drop_thoughts),
+    (r"max_tokens: \d+ > (\d+)", lower_limit),
+    (r"prefill", add_user_turn),
+    (r"effort", drop_effort),
+    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b", drop_field),
+]
+
+
+def repair_messages(body: JSON, error: GatewayError) -> JSON | None:
+    """The body as a known refusal asks for it; None where nothing is known that helps. To be used once a request."""
+    if not isinstance(error, ProviderError) or error.kind != "bad_request":
+        return None
+    for pattern, mend in MESSAGES_REPAIRS:
+        found = re.search(pattern, str(error), re.IGNORECASE)
+        if found:
+            mended = {name: value for name, value in mend(body, found).items() if value is not None}
+            return None if mended == body else mended
+    return None
+
+
+def resumed_body(body: JSON, paused: list[JSON]) -> JSON:
+    """The request again, with what the assistant has said so far."""
+    before = list(body["messages"])
+    earlier = before.pop()["content"] if before[-1]["role"] == "assistant" else []
+    return {**body, "messages": [*before, {"role": "assistant", "content": [*earlier, *paused]}]}
+
+
+# --- the answer
+
+MESSAGES_STOP = {"max_tokens": "max_output_tokens", "model_context_window_exceeded": "max_output_tokens",
+                 "refusal": "content_filter"}
+MAX_PAUSES = 5                  # a turn that is still paused after so many resumptions counts as cut
+BLOCK_TEXT = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+
+
+@dataclass(slots=True)
+class Block:
+    """A content block that is being streamed."""
+    start: JSON                                         # as content_block_start gave it
+    slot: int = -1                                      # -1: it has no item, or not yet
+    pieces: list[str] = field(default_factory=list)     # text, thinking or partial_json
+    signature: str = ""
+    citations: list[JSON] = field(default_factory=list)
+    begin: int = 0                                      # where its text begins in the message
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def whole(self) -> JSON:
+        """The block as it would have come without streaming."""
+        kind, text = self.start["type"], self.text
+        if kind == "text":
+            return {**self.start, "text": text, **({"citations": self.citations} if self.citations else {})}
+        if kind == "thinking":
+            return {**self.start, "thinking": text, "signature": self.signature}
+        if kind in ("tool_use", "server_tool_use") and text.strip():
+            return {**self.start, "input": json.loads(text) if json_object(text) else {}}
+        return self.start
+
+
+class MessagesDecoder:
+    """One Messages stream, or one whole answer, as deltas; after a pause the next stream goes on with the same items.
+
+    Texts that follow each other are one message: citations cut a sentence into blocks. Only what is known opens an
+    item: compaction, fallback, code execution and whatever comes next are passed over.
+    """
+
+    def __init__(self, book: MessagesBook, prefix: str = "call_") -> None:
+        self.book = book
+        self.prefix = prefix                    # of ids that the provider leaves out
+        self.slots = 0
+        self.id: str | None = None              # of the message that is being read
+        self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
+        self.message: int | None = None         # the open message item
+        self.said = 0                           # characters of its text
+        self.empty_call: int | None = None      # a call without arguments: cut, or without any? what follows tells
+        self.searches: dict[str, int] = {}      # web searches without their results, by id
+        self.counts: JSON = {}                  # usage of this stream
+        self.earlier = Usage()                  # of those before it
+        self.content: list[JSON] = []           # what must go back after a pause
+        self.paused = False
+        self.pauses = 0
+        self.stop: Stop | None = None
+        self.handlers: dict[str, Callable[[JSON], Iterator[Delta]]] = {
+            "message_start": self._message_start, "content_block_start": self._start, "content_block_delta": self._delta,
+            "content_block_stop": self._block_stop, "message_delta": self._message_delta, "message_stop": self._message_stop,
+            "error": self._error}
+
+    def feed(self, data: str) -> Iterator[Delta]:
+        """One event's data. UpstreamError where it is not JSON, or belongs to a block that never began."""
+        try:
+            event = json.loads(data)
+            handler = self.handlers.get(event["type"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UpstreamError("The provider sent an event that is not JSON with a type.") from None
+        if handler is not None:
+            yield from handler(event)
+
+    def whole(self, body: JSON) -> Iterator[Delta]:
+        """An answer that was not streamed."""
+        if body.get("type") == "error":
+            yield from self._error(body)
+            return
+        if not isinstance(body.get("content"), list):
+            raise UpstreamError("The provider's answer is not a message.")
+        yield from self._message_start({"message": body})
+        for index, block in enumerate(dicts_in(body["content"])):
+            yield from self._start({"index": index, "content_block": block})
+            yield from self._block_stop({"index": index})
+        yield from self._message_delta({"delta": body, "usage": body.get("usage")})
+        yield from self._message_stop(body)
+
+    def end(self) -> Iterator[Delta]:
+        """The body ended cleanly; without a stop_reason before, that says nothing."""
+        yield from ()
+
+    def resume(self) -> list[JSON] | None:
+        """What goes back to the provider where it paused its turn, else None. The next stream is taken as its rest."""
+        if not self.paused:
+            return None
+        paused, self.content = self.content, []
+        self.earlier, self.counts = self._usage(), {}
+        self.paused, self.id = False, None
+        return paused
+
+    # messages
+
+    def _message_start(self, event: JSON) -> Iterator[Delta]:
+        message = event.get("message") or {}
+        given = str(message.get("id") or "")
+        if self.id is not None:         # some proxies repeat it, others splice in a second answer (vercel/ai's fixtures)
+            if given != self.id and (self.blocks or self.slots):
+                yield Fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
+            return
+        self.id = given
+        self._count(message.get("usage"))
+        yield dataclasses.replace(self._usage(), estimated=True)        # the output's count comes with the end
+
+    def _message_delta(self, event: JSON) -> Iterator[Delta]:
+        delta = event.get("delta") or {}
+        reason = delta.get("stop_reason")
+        self._count(event.get("usage"))
+        yield dataclasses.replace(self._usage(), estimated="output_tokens" not in (event.get("usage") or {}))
+        if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
+            self.paused, self.pauses = True, self.pauses + 1
+            yield from self._close_message()
+        elif reason:
+            details = delta.get("stop_details") or {}
+            incomplete = "max_output_tokens" if reason == "pause_turn" else MESSAGES_STOP.get(reason, "")
+            yield from self._close_all(incomplete)
+            self.stop = Stop(incomplete, explanation=details.get("explanation") or "")
+            yield self.stop
+
+    def _message_stop(self, event: JSON) -> Iterator[Delta]:
+        if self.paused:
+            return
+        if self.stop is None:
+            yield from self._close_all("")
+        yield dataclasses.replace(self.stop or Stop(), last=True)
+
+    def _error(self, event: JSON) -> Iterator[Delta]:
+        yield Fail(inband_error(event))
+
+    def _count(self, usage: Any) -> None:
+        """Counts are cumulative: a later one replaces an earlier one, and one left out stays."""
+        self.counts.update({k: v for k, v in (usage or {}).items() if v is not None})
+
+    def _usage(self) -> Usage:
+        now, before = messages_usage(self.counts), self.earlier
+        return Usage(before.input + now.input, before.cached + now.cached, before.cache_write + now.cache_write,
+                     before.output + now.output, before.reasoning + now.reasoning)
+
+    # blocks
+
+    def _start(self, event: JSON) -> Iterator[Delta]:
+        block = Block(event.get("content_block") or {})
+        kind = block.start.get("type")
+        self.blocks[event.get("index", 0)] = block
+        yield from self._close_empty_call()
+        if kind != "text":
+            yield from self._close_message()
+        if kind == "text":
+            if self.message is None:
+                self.message, self.said = self._slot(), 0
+                yield Open(self.message, "message")
+            block.slot, block.begin = self.message, self.said
+            block.citations = dicts_in(block.start.get("citations"))
+            yield from self._text(block, block.start.get("text") or "")
+        elif kind == "thinking":
+            block.signature = block.start.get("signature") or ""
+            yield from self._text(block, block.start.get("thinking") or "")
+        elif kind == "tool_use":
+            block.slot = self._slot()
+            call_id = str(block.start.get("id") or f"{self.prefix}{block.slot}")
+            yield self.book.open(block.slot, call_id, str(block.start.get("name") or ""))
+        elif kind == "web_search_tool_result":
+            found = str(block.start.get("tool_use_id"))
+            found = found if found in self.searches else next(iter(self.searches), "")
+            if found:
+                status = "completed" if isinstance(block.start.get("content"), list) else "failed"
+                yield Close(self.searches.pop(found), {"status": status})
+
+    def _delta(self, event: JSON) -> Iterator[Delta]:
+        block = self.blocks.get(event.get("index", 0))
+        if block is None:
+            raise UpstreamError("The provider sent a piece of a block that is not open.")
+        delta = event.get("delta") or {}
+        kind = delta.get("type")
+        if kind in BLOCK_TEXT:
+            yield from self._text(block, delta.get(BLOCK_TEXT[kind]) or "")
+        elif kind == "signature_delta":
+            block.signature = delta.get("signature") or ""
+        elif kind == "citations_delta" and isinstance(delta.get("citation"), dict):
+            block.citations.append(delta["citation"])
+
+    def _text(self, block: Block, text: str) -> Iterator[Delta]:
+        if not text:
+            return
+        kind = block.start.get("type")
+        block.pieces.append(text)
+        if kind == "text":
+            self.said += len(text)
+            yield Fragment(block.slot, text)
+        elif kind == "thinking":
+            if block.slot < 0:
+                block.slot = self._slot()
+                yield Open(block.slot, "reasoning")
+            yield Fragment(block.slot, text, "summary")
+        elif kind == "tool_use":
+            yield Fragment(block.slot, text, "arguments")
+
+    def _block_stop(self, event: JSON) -> Iterator[Delta]:
+        block = self.blocks.pop(event.get("index", 0), None)
+        if block is None:
+            return
+        kind = block.start.get("type")
+        whole = block.whole() if kind else {}
+        if kind == "text":
+            for citation in block.citations:
+                yield from url_citation(block, citation, self.said)
+        elif kind in THOUGHTS:
+            yield from self._thought(block, whole)
+        elif kind == "tool_use":
+            yield from self._end_call(block)
+        elif kind == "server_tool_use" and block.start.get("name") == "web_search":
+            yield from self._search(block, whole)
+        if self.book.hosted and kind and (kind != "text" or whole["text"]):     # only then can a turn be paused
+            self.content.append(whole)
+
+    def _thought(self, block: Block, whole: JSON) -> Iterator[Delta]:
+        """A thought ends. Without a signature it cannot be given back; with nothing else it must be."""
+        sealed = whole.get("signature") or whole.get("data")
+        if block.slot < 0 and sealed:
+            block.slot = self._slot()
+            yield Open(block.slot, "reasoning")
+        if block.slot >= 0:
+            yield Close(block.slot, {"pomex_replay": {"blocks": [whole]}} if sealed else {})
+
+    def _end_call(self, block: Block) -> Iterator[Delta]:
+        given = block.start.get("input")
+        if not block.text.strip() and given:        # some servers give the whole input at once
+            yield from self._text(block, compact(given))
+        if not block.text.strip():
+            self.empty_call = block.slot
+        elif json_object(block.text):
+            yield Close(block.slot)
+
+    def _search(self, block: Block, whole: JSON) -> Iterator[Delta]:
+        query = str((whole.get("input") or {}).get("query") or "")
+        slot = self.searches[str(block.start.get("id"))] = self._slot()
+        yield Open(slot, "web_search_call", fields={"action": {"type": "search", "query": query, "queries": [query]}})
+
+    def _close_message(self) -> Iterator[Delta]:
+        if self.message is not None:
+            yield Close(self.message)
+        self.message = None
+
+    def _close_empty_call(self) -> Iterator[Delta]:
+        if self.empty_call is not None:
+            yield Close(self.empty_call)
+        self.empty_call = None
+
+    def _close_all(self, incomplete: str) -> Iterator[Delta]:
+        """The model has finished. A call that was cut stays open, and one that is empty then counts as cut."""
+        for index in [i for i, block in self.blocks.items() if block.start.get("type") != "tool_use"]:
+            yield from self._block_stop({"index": index})
+        yield from self._close_message()
+        if not incomplete:
+            yield from self._close_empty_call()
+        for slot in self.searches.values():
+            yield Close(slot, {"status": "failed"})
+        self.searches.clear()
+
+    def _slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+
+def url_citation(block: Block, citation: JSON, end: int) -> Iterator[Delta]:
+    """A citation of the web; those of documents name files that no Responses client knows."""
+    if isinstance(citation.get("url"), str):
+        yield Annotation(block.slot, {"type": "url_citation", "start_index": block.begin, "end_index": end,
+                                      "url": citation["url"], "title": citation.get("title") or ""})
+
+
+def messages_usage(counts: JSON) -> Usage:
+    """Anthropic counts cached input apart. Where it worked in several passes (compaction, fallback, an advisor), its
+    own sum is only the last pass's."""
+    def count(holder: Any, name: str) -> int:
+        value = holder.get(name) if isinstance(holder, dict) else None
+        return max(int(value), 0) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+
+    def total(name: str) -> int:
+        return sum(count(each, name) for each in dicts_in(counts.get("iterations")) or [counts])
+    read, written, output = total("cache_read_input_tokens"), total("cache_creation_input_tokens"), total("output_tokens")
+    reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
+    return Usage(total("input_tokens") + read + written, read, written, output, min(reasoning, output))
+
+
+# --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
+#
+# A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few parts
+# more. A thought signature stands beside one part and must come back on that very part: it travels in a reasoning
+# item of its own, before the call that it signs or after the message. What differs from model to model stands in
+# GEMINIS, and nowhere else.
+
+class Gemini(NamedTuple):
+    """What is known of the models whose name begins with `prefix`. The defaults are the newest generation's."""
+    prefix: str
+    knob: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"     # both in one request are refused
+    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"                   # of the knob, for each of EFFORTS
+    mixes: bool = True      # functions beside googleSearch or a response schema, and media inside a function's result
+
+
+NO_MINIMAL = "LOW LOW LOW MEDIUM HIGH HIGH HIGH"
+GEMINIS = (
+    Gemini("gemini-3.1-flash-lite-image", values="MINIMAL MINIMAL HIGH HIGH HIGH HIGH HIGH"),
+    Gemini("gemini-3-pro", values="LOW LOW LOW HIGH HIGH HIGH HIGH"),
+    *(Gemini(series, values=NO_MINIMAL) for series in (
+        "gemini-3.1-pro", "gemini-3.7-flash", "gemini-3.8-flash", "gemini-4-argon", "gemini-4-carbon", "gemini-pro-latest")),
+    Gemini("gemini-2.5-flash-image", "", mixes=False),
+    Gemini("gemini-2.5-pro", "thinkingBudget", "128 512 2048 8192 16384 32768 32768", mixes=False),    # never off
+    Gemini("gemini-2.5", "thinkingBudget", "0 512 2048 8192 16384 24576 24576", mixes=False),
+    *(Gemini(series, "", mixes=False) for series in ("gemini-2.", "gemini-1", "gemini-pro", "gemma", "learnlm")),
+    Gemini(""),
+)
+
+
+def gemini_row(model: str, overrides: Mapping[str, JSON] | None = None) -> Gemini:
+    """The row of a model; `overrides` maps prefixes to fields that differ."""
+    name = model.removeprefix("models/")
+    row: Gemini = overridden(next(row for row in GEMINIS if name.startswith(row.prefix)), overrides or {}, name)
+    return row
+
+
+def gemini_name(flat: str) -> str:
+    """A flat name as Gemini takes it: it must begin with a letter or an underscore."""
+    return flat if re.match("[A-Za-z_]", flat) else flat_name("_" + flat, "")
+
+
+# --- the request
+
+DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()    # ai.google.dev, thought-signatures
+MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")      # ids that GeminiDecoder made up: Gemini never saw them
+# what functionResponse.parts may hold, what a content may hold, and what an address says of it
+RESULT_MEDIA = frozenset(("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"))
+GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
+MEDIA_BY_ENDING = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp",
+                   "heic": "image/heic", "pdf": "application/pdf", "txt": "text/plain", "mp4": "video/mp4"}
+
+
+def encode_gemini(request: ResponsesRequest, history: History, model: str, book: ToolBook,
+                  overrides: Mapping[str, JSON] | None = None) -> tuple[JSON, list[str]]:
+    """The body of POST /models/MODEL:generateContent, and what it cannot carry besides what history and book name."""
+    row = gemini_row(model, overrides)
+    dropped: list[str] = []
+    body: JSON = {}
+    if system := [{"text": text} for text in history.system if text]:
+        body["systemInstruction"] = {"parts": system}
+    body |= gemini_tools(request, book, row, dropped)
+    body["contents"] = GeminiContents(history, row, dropped).encode()
+    config = gemini_config(request, bool(book.functions), row, dropped)
+    if config:
+        body["generationConfig"] = config
+    return body, list(dict.fromkeys(dropped))
+
+
+def gemini_tools(request: ResponsesRequest, book: ToolBook, row: Gemini, dropped: list[str]) -> JSON:
+    """tools and toolConfig: a calling mode without functions is refused."""
+    choice = request.get("tool_choice", "auto")
+    mode = calling_mode(choice, book, row) if book.functions else {} if choice in ("auto", "none") else None
+    tools: list[JSON] = []
+    config: JSON = {"functionCallingConfig": mode} if mode else {}
+    if mode is None:
+        dropped.append("tool_choice")
+    if book.functions:
+        tools.append({"functionDeclarations": [gemini_function(function) for function in book.functions]})
+    if book.hosted and book.functions and not row.mixes:
+        dropped.append("tools:web_search")
+    elif book.hosted:
+        tools.append({"googleSearch": {}})
+        dropped += [f"web_search.{name}" for name in ("filters", "user_location") if book.hosted[0].get(name)]
+        if book.functions:
+            config["includeServerSideToolInvocations"] = True       # required where the two are combined
+    fields = {"tools": tools, "toolConfig": config}
+    return {name: value for name, value in fields.items() if value}
+
+
+def gemini_function(function: JSON) -> JSON:
+    return {"name": gemini_name(function["name"]), "description": function["description"],
+            "parametersJsonSchema": gemini_schema(function["parameters"])}
+
+
+def calling_mode(choice: Any, book: ToolBook, row: Gemini) -> JSON | None:
+    """functionCallingConfig for a tool_choice, {} for the default; None for what is not offered."""
+    if isinstance(choice, str):
+        return {"none": {"mode": "NONE"}, "required": {"mode": "ANY"}}.get(choice, {})
+    allowed = dicts_in(choice.get("tools")) if choice["type"] == "allowed_tools" else [choice]
+    found = (chat_tool_choice({"type": "function", **each}, book) for each in allowed)
+    names = [gemini_name(each["function"]["name"]) for each in found if each]
+    if not names:
+        return None
+    forced = choice["type"] != "allowed_tools" or choice.get("mode") == "required"
+    if not forced and not row.knob:
+        return None                 # AUTO takes no names; VALIDATED, which does, came with 2.5
+    return {"mode": "ANY" if forced else "VALIDATED", "allowedFunctionNames": names}
+
+
+def gemini_config(request: ResponsesRequest, functions: bool, row: Gemini, dropped: list[str]) -> JSON:
+    """generationConfig; what it has no place for is named."""
+    get, text, reasoning = request.get, request.get("text", {}), request.get("reasoning", {})
+    shape = text.get("format") or {}
+    asks_json = shape.get("type") in ("json_object", "json_schema")
+    refused = asks_json and functions and not row.mixes
+    thinking = thinking_config(reasoning, row)
+    lost = {"text.format": refused, "text.verbosity": text.get("verbosity") not in (None, "medium"),
+            "reasoning.effort": reasoning.get("effort") not in (None, "none") and not row.knob,
+            "parallel_tool_calls": functions and get("parallel_tool_calls") is False,      # there is no such switch
+            "service_tier": get("service_tier", "auto") not in ("auto", "default"),
+            "top_logprobs": get("top_logprobs"), "max_tool_calls": get("max_tool_calls")}
+    dropped += [name for name, is_lost in lost.items() if is_lost]
+    config: JSON = {"maxOutputTokens": get("max_output_tokens"), "temperature": get("temperature"), "topP": get("top_p"),
+                    "thinkingConfig": thinking or None}
+    if asks_json and not refused:
+        config["responseMimeType"] = "application/json"
+        config["responseJsonSchema"] = gemini_schema(shape["schema"]) if "schema" in shape else None
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def thinking_config(reasoning: JSON, row: Gemini) -> JSON:
+    """How to think, and whether to tell of it; an unknown effort counts as high (TRANSLATION.md 1.3)."""
+    effort = reasoning.get("effort")
+    config: JSON = {}
+    if not row.knob:
+        return config
+    if effort:
+        value = row.values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")]
+        config[row.knob] = int(value) if row.knob == "thinkingBudget" else value
+    if reasoning.get("summary") not in (None, "none") and config.get(row.knob) != 0:
+        config["includeThoughts"] = True
+    return config
+
+
+# --- its schemas
+
+UNKNOWN_KEYWORDS = frozenset(("$schema", "discriminator", "examples", "title", "exclusiveMinimum", "exclusiveMaximum"))
+SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"))
+DATA_KEYWORDS = frozenset(("enum", "default", "required", "example"))
+JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
+              type(None): "null"}
+
+
+def gemini_schema(schema: Any, refused: str = "") -> Any:
+    """A JSON schema without the keywords that Gemini refuses, nor `refused`; a string's format is told in words."""
+    if isinstance(schema, list):
+        return [gemini_schema(entry, refused) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: JSON = {}
+    for key, value in schema.items():
+        if key in SCHEMA_MAPS and isinstance(value, dict):
+            made[key] = {name: gemini_schema(each, refused) for name, each in value.items()}
+        elif key == "const":
+            made |= {"enum": [value], "type": schema.get("type") or JSON_TYPES[type(value)]}
+        elif key not in UNKNOWN_KEYWORDS and key != refused:
+            made[key] = value if key in DATA_KEYWORDS else gemini_schema(value, refused)
+    if "$ref" in made:              # "no other properties, except for those starting as a $, may be set"
+        return {key: value for key, value in made.items() if key.startswith("$")}
+    if made.get("type") == "string" and "format" in made:
+        form = made.pop("format")
+        made["description"] = f"{made['description']} (format: {form})" if made.get("description") else f"Format: {form}"
+    return made
+
+
+# --- its contents
+
+class GeminiContents:
+    """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
+
+    def __init__(self, history: History, row: Gemini, dropped: list[str]) -> None:
+        self.history = history
+        self.row = row
+        self.dropped = dropped
+        self.out: list[JSON] = []
+        self.calls: dict[str, JSON] = {}            # by call_id: what a result repeats of its call
+        self.signatures: dict[str, str] = {}        # by call_id
+        self.handlers: dict[str, Callable[[JSON], None]] = {
+            "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
+            "function_call_output": self._output}
+
+    def encode(self) -> list[JSON]:
+        for item in self.history.items:
+            self.handlers[item["type"]](item)
+        for content in self.out:
+            if content["role"] == "user":           # what a result showed stands behind all results
+                content["parts"].sort(key=lambda part: "functionResponse" not in part)
+            elif self.row.knob:
+                sign_step(content, replace=False)
+        if not self.out or self.out[0]["role"] == "model":
+            self.out.insert(0, {"role": "user", "parts": [{"text": "(continue)"}]})
+        if self.out[-1]["role"] == "model":
+            self._add("user", {"text": "Continue."})
+        return self.out
+
+    def _add(self, role: str, *parts: JSON) -> None:
+        """Neighbours of one role are one content."""
+        if parts and self.out and self.out[-1]["role"] == role:
+            self.out[-1]["parts"] += parts
+        elif parts:
+            self.out.append({"role": role, "parts": list(parts)})
+
+    # one method a kind of item
+
+    def _message(self, item: JSON) -> None:
+        parts = self._parts(item["content"])
+        if item["role"] in ("system", "developer"):
+            text = "\n\n".join(part["text"] for part in parts if "text" in part)
+            parts = [{"text": LATER_SYSTEM.format(text)}] if text else []
+        self._add("model" if item["role"] == "assistant" else "user", *parts)
+
+    def _reasoning(self, item: JSON) -> None:
+        replay = item["pomex_replay"]
+        if isinstance(replay.get("part"), dict) and self.row.mixes:     # a server's tool: older models refuse them
+            self._add("model", replay["part"])
+        elif not isinstance(replay.get("signature"), str):
+            self.dropped.append("reasoning:foreign")
+        elif replay.get("for"):
+            self.signatures[replay["for"]] = replay["signature"]
+        elif not self._sign_text(replay["signature"], replay.get("characters") or 0):
+            self.dropped.append("reasoning:signature")
+
+    def _sign_text(self, signature: str, characters: int) -> bool:
+        """Signs the last `characters` of the text before, which were one part; none is a part of its own."""
+        if not characters:
+            self._add("model", {"text": "", "thoughtSignature": signature})
+            return True
+        parts = self.out[-1]["parts"] if self.out and self.out[-1]["role"] == "model" else []
+        at = next((i for i in reversed(range(len(parts))) if parts[i].get("text") and len(parts[i]) == 1), None)
+        if at is None:
+            return False
+        text = parts[at]["text"]
+        head = {"text": text[:-characters]}
+        parts[at:at + 1] = [*([head] if head["text"] else []), {"text": text[-characters:], "thoughtSignature": signature}]
+        return True
+
+    def _call(self, item: JSON) -> None:
+        call_id = item["call_id"]
+        self.calls[call_id] = {"name": gemini_name(item["name"])}
+        if not MINTED_ID.fullmatch(call_id):
+            self.calls[call_id]["id"] = call_id
+        part: JSON = {"functionCall": {**self.calls[call_id], "args": json_dict(item["arguments"]) or {}}}
+        # unique_calls numbers repeated ids: the newest signature before is the one of this call
+        signature = self.signatures.get(call_id) or self.signatures.get(re.sub(r"_\d+$", "", call_id))
+        self._add("model", {**part, "thoughtSignature": signature} if signature else part)
+
+    def _output(self, item: JSON) -> None:
+        parts = self._parts(item["output"])
+        text = "\n".join(part["text"] for part in parts if "text" in part)
+        media = [part for part in parts if "text" not in part]
+        within = [part for part in media if self.row.mixes and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
+        key = "error" if item["output"] == NO_OUTPUT else "result"
+        response: JSON = {**self.calls[item["call_id"]], "response": {key: text or ("The content follows." if media else "")}}
+        if within:
+            response["parts"] = within
+        self._add("user", {"functionResponse": response}, *(part for part in media if part not in within))
+
+    # parts
+
+    def _parts(self, content: str | list[JSON]) -> list[JSON]:
+        """Content as parts; those that Gemini cannot take are named."""
+        if isinstance(content, str):
+            return [{"text": content}] if content else []
+        parts = []
+        for given in content:
+            part = gemini_part(given)
+            if part is None:
+                self.dropped.append(f"content:{given['type']}")
+            elif part.get("text") != "":
+                parts.append(part)
+        return parts
+
+
+def gemini_part(part: JSON) -> JSON | None:
+    kind = part["type"]
+    if kind == "input_image":
+        return media_part(part.get("image_url"), "")
+    if kind == "input_file":
+        return media_part(part.get("file_data") or part.get("file_url"), part.get("filename") or "")
+    text = part.get("refusal" if kind == "refusal" else "text")
+    return {"text": text} if isinstance(text, str) else None
+
+
+def media_part(given: Any, name: str) -> JSON | None:
+    """inlineData of a data URL or of bare base64, fileData of an address; None for what Gemini does not read."""
+    if not isinstance(given, str):
+        return None
+    if re.match(r"(https?|gs)://", given):
+        known = MEDIA_BY_ENDING.get(given.split("?")[0].rpartition(".")[2].lower())
+        return {"fileData": {"fileUri": given, **({"mimeType": known} if known else {})}}
+    head, comma, data = given.partition(",")
+    if comma and not head.endswith(";base64"):
+        return None
+    guessed = MEDIA_BY_ENDING.get(name.rpartition(".")[2].lower(), "text/plain")
+    mime = head.removeprefix("data:").partition(";")[0].lower() if comma else guessed
+    mime = "image/jpeg" if mime == "image/jpg" else "text/plain" if TEXT_FILE.match(mime) else mime
+    whole = GEMINI_MEDIA.match(mime) and is_base64(data if comma else given)
+    return {"inlineData": {"mimeType": mime, "data": data if comma else given}} if whole else None
+
+
+def is_base64(data: str) -> bool:
+    """Is it what Gemini would take for bytes? One that is not, in the history, would refuse every turn from then on."""
+    try:
+        return bool(base64.b64decode(data, validate=True))
+    except ValueError:
+        return False
+
+
+def sign_step(content: JSON, replace: bool) -> None:
+    """The first call of a step needs a signature. The dummy stands for one that is lost, in old turns too, so that
+    the bytes of a turn never change; with `replace` it takes the place of all."""
+    calls = [part for part in content["parts"] if "functionCall" in part]
+    for part in content["parts"] if replace else []:
+        part.pop("thoughtSignature", None)
+    for part in calls[:1]:
+        part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
+
+
+# --- what it refuses
+
+# what an error says -> where, and which fields are left out
+GEMINI_REPAIRS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (r"context circulation|server.?side.?tool|tool use with function calling|google.?search\b.*(not |un)supported",
+     "toolConfig", ("googleSearch", "includeServerSideToolInvocations")),
+    (r"response.?mime.?type|response.?(json.?)?schema", "generationConfig", ("responseMimeType", "responseJsonSchema")),
+    (r"thinking|\bbudget\b|include.?thoughts", "generationConfig", ("thinkingConfig",)),
+    (r"temperature", "generationConfig", ("temperature",)),
+    (r"\btop_?p\b", "generationConfig", ("topP",)),
+    (r"max_?output_?tokens", "generationConfig", ("maxOutputTokens",)),
+)
+UNKNOWN_NAME = re.compile(r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)")
+
+
+def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
+    """The request again without what `error` refused; None where it says nothing that leaving out would cure."""
+    said = str(error)
+    mended: JSON = json.loads(compact(body))
+    if re.search("thought.?signature", said, re.IGNORECASE):
+        for content in mended["contents"]:
+            sign_step(content, replace=True)
+    elif unknown := UNKNOWN_NAME.search(said):
+        for function in (f for tool in mended.get("tools", []) for f in tool.get("functionDeclarations", [])):
+            function["parametersJsonSchema"] = gemini_schema(function["parametersJsonSchema"], unknown[1])
+        if schema := mended.get("generationConfig", {}).get("responseJsonSchema"):
+            mended["generationConfig"]["responseJsonSchema"] = gemini_schema(schema, unknown[1])
+    else:
+        row = next((row for row in GEMINI_REPAIRS if re.search(row[0], said, re.IGNORECASE)), ("", "", ()))
+        mended["tools"] = [tool for tool in mended.get("tools", []) if not set(tool) & set(row[2])]
+        mended[row[1]] = {name: value for name, value in mended.get(row[1], {}).items() if name not in row[2]}
+        mended = {name: value for name, value in mended.items() if value}
+    return None if mended == body else mended
+
+
+# --- the answer
+
+GEMINI_STOP = {
+    "STOP": "", **dict.fromkeys(("MAX_TOKENS", "CONTINUATION"), "max_output_tokens"),
+    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+                     "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "MODEL_ARMOR",
+                     "ESCALATION", "PUP_LIMITED_DISABLED"), "content_filter")}
+# reasons that are failures; shown as a success, an agent would see an empty answer and ask on (coder#28470)
+GEMINI_FAULTS = frozenset(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE",
+                           "TOO_MANY_TOOL_CALLS", "OTHER", "MISSING_THOUGHT_SIGNATURE"))
+UNSPECIFIED = ("", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
+PATH_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]")
+
+
+@dataclass(slots=True)
+class FunctionCall:
+    """A call that has begun; its arguments are whole with the same part, unless Vertex streams them."""
+    name: str
+    id: str
+    args: JSON
+    signature: str = ""
+
+
+class GeminiDecoder:
+    """One Gemini stream, or one whole answer, as deltas.
+
+    Parts follow each other, so that only one item is open at a time. The message stays open after its signature:
+    what it cites comes with the last event.
+    """
+
+    def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
+        self.book = book
+        self.prefix = prefix                    # of the ids that are minted: unique in the conversation
+        self.names = {gemini_name(flat): flat for flat in book.by_flat}
+        self.slots = 0
+        self.message: int | None = None         # the open message
+        self.texts: list[str] = []              # what it said
+        self.signature: JSON | None = None      # of the text that was last: for an item behind the message
+        self.thought: int | None = None         # the open reasoning item
+        self.call: FunctionCall | None = None
+        self.ids: set[str] = set()
+        self.grounding: JSON = {}
+        self.searched = False                   # a web_search_call has been given
+        self.failed = False
+
+    def feed(self, data: str) -> Iterator[Delta]:
+        """One event's data. UpstreamError where it is not JSON."""
+        if not data.strip() or data.strip() == "[DONE]":
+            return
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError):
+            raise UpstreamError("The provider sent an event that is not JSON.") from None
+        yield from self.whole(chunk)
+
+    def whole(self, body: Any) -> Iterator[Delta]:
+        """An answer that was not streamed; without alt=sse even a stream is one array."""
+        for chunk in dicts_in(body if isinstance(body, list) else [body]):
+            if not self.failed:
+                yield from self._chunk(chunk)
+
+    def end(self) -> Iterator[Delta]:
+        """The body ended cleanly; without a finishReason before, that says nothing."""
+        yield from ()
+
+    def _chunk(self, chunk: JSON) -> Iterator[Delta]:
+        usage = gemini_usage(chunk.get("usageMetadata"))
+        if usage is not None:
+            yield usage
+        if chunk.get("error"):
+            yield self._fail(inband_error(chunk["error"]))
+            return
+        candidates = dicts_in(chunk.get("candidates"))
+        for candidate in candidates[:1]:
+            content = candidate.get("content")
+            for part in dicts_in(content.get("parts") if isinstance(content, dict) else None):
+                if not self.failed:
+                    yield from self._part(part)
+            grounding = candidate.get("groundingMetadata")
+            self.grounding = grounding if grounding and isinstance(grounding, dict) else self.grounding
+            yield from self._finish(candidate)
+        feedback = chunk.get("promptFeedback")
+        if not candidates and isinstance(feedback, dict) and feedback.get("blockReason", "") not in UNSPECIFIED:
+            yield Stop("content_filter", explanation=explained("blocked this prompt", feedback, "blockReason",
+                                                               "blockReasonMessage"))
+
+    # parts
+
+    def _part(self, part: JSON) -> Iterator[Delta]:
+        given = part.get("thoughtSignature")
+        text, signature = part.get("text"), given if isinstance(given, str) else ""
+        if isinstance(part.get("functionCall"), dict):
+            yield from self._function_call(part["functionCall"], signature)
+            return
+        yield from self._end_call()
+        if isinstance(text, str) and part.get("thought"):
+            yield from self._think(text)
+        elif isinstance(text, str):
+            yield from self._say(text, signature)
+        elif part.get("toolCall") or part.get("toolResponse"):
+            yield from self._server_tool(part)
+        # else code that ran at Google's, its result, pictures: there is no item for them
+
+    def _say(self, text: str, signature: str) -> Iterator[Delta]:
+        if text and (self.message is None or self.signature):       # a signed part takes no more text
+            yield from self._close_texts()
+            self.message = self._slot()
+            yield Open(self.message, "message")
+        if text and self.message is not None:
+            self.texts.append(text)
+            yield Fragment(self.message, text)
+        if signature and self.signature:
+            yield from self._close_texts()
+        if signature:
+            self.signature = {"signature": signature, "characters": len(text)}
+
+    def _think(self, text: str) -> Iterator[Delta]:
+        if not text:
+            return
+        if self.thought is None:
+            yield from self._close_texts()
+            self.thought = self._slot()
+            yield Open(self.thought, "reasoning")
+        yield Fragment(self.thought, text, "summary")
+
+    def _server_tool(self, part: JSON) -> Iterator[Delta]:
+        """A search that the model combined with functions: both halves must come back as they are."""
+        yield from self._close_texts()
+        yield from self._carry({"part": part})
+        call = part.get("toolCall")
+        if isinstance(call, dict) and str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
+            args = call.get("args")
+            yield from self._search(args.get("queries") if isinstance(args, dict) else None)
+
+    def _search(self, queries: Any) -> Iterator[Delta]:
+        self.searched = True
+        asked = [query for query in queries or [] if isinstance(query, str)] if isinstance(queries, list) else []
+        action = {"type": "search", "query": asked[0] if asked else "", "queries": asked}
+        yield Whole({"type": "web_search_call", "status": "completed", "action": action})
+
+    def _carry(self, replay: JSON) -> Iterator[Delta]:
+        """What must come back with the next turn, in a reasoning item of its own."""
+        slot = self._slot()
+        yield Open(slot, "reasoning")
+        yield Close(slot, {"pomex_replay": replay})
+
+    def _close_texts(self) -> Iterator[Delta]:
+        if self.thought is not None:
+            yield Close(self.thought)
+        if self.message is not None:
+            for annotation in citations("".join(self.texts), self.grounding):
+                yield Annotation(self.message, annotation)
+            yield Close(self.message)
+        if self.signature is not None:
+            yield from self._carry(self.signature)
+        self.message = self.thought = self.signature = None
+        self.texts.clear()
+
+    # calls
+
+    def _function_call(self, given: JSON, signature: str) -> Iterator[Delta]:
+        name, args = given.get("name"), given.get("args")
+        if isinstance(name, str) and name:
+            yield from self._end_call()
+            yield from self._close_texts()
+            self.call = FunctionCall(name, str(given.get("id") or ""), dict(args) if isinstance(args, dict) else {})
+        elif self.call is None and args:
+            yield self._fail(ProviderError("The provider sent a tool call without a name.", kind="tool_generation"))
+        if self.call is None:
+            return                          # the end of one that has ended already
+        self.call.signature = self.call.signature or signature
+        for piece in dicts_in(given.get("partialArgs")):
+            put_argument(self.call.args, piece)
+        if not given.get("willContinue"):
+            yield from self._end_call()
+
+    def _end_call(self, cut: bool = False) -> Iterator[Delta]:
+        call, self.call = self.call, None
+        if call is None:
+            return
+        call_id = call.id or f"{self.prefix}g{self.slots}"
+        call_id = f"{call_id}_{self.slots}" if call_id in self.ids else call_id
+        self.ids.add(call_id)
+        if call.signature:
+            yield from self._carry({"for": call_id, "signature": call.signature})
+        slot, bare = self._slot(), call.name
+        if bare not in self.names:          # the name of its own namespace for functions slips out at times
+            bare = re.sub(r"^default_api[:.]", "", bare)
+        yield self.book.open(slot, call_id, self.names.get(bare, bare))
+        text = json.dumps(call.args, ensure_ascii=False)
+        yield Fragment(slot, text[:-1] if cut else text, "arguments")
+        if not cut:
+            yield Close(slot)
+
+    # the end
+
+    def _finish(self, candidate: JSON) -> Iterator[Delta]:
+        reason = str(candidate.get("finishReason") or "")
+        if reason in UNSPECIFIED or self.failed:
+            return
+        if reason in GEMINI_FAULTS or (reason not in GEMINI_STOP and not self.slots):
+            # without its finishMessage: that repeats what the model wrote, and failures are logged
+            said = explained("broke off its answer", candidate, "finishReason", "")
+            # its own validator found a signature missing in what we sent: nothing another target is asked for
+            yield self._fail(ProviderError(said, kind="bad_request", code="invalid_prompt")
+                             if reason == "MISSING_THOUGHT_SIGNATURE" else ProviderError(said, kind="tool_generation"))
+            return
+        incomplete = GEMINI_STOP.get(reason, "")
+        yield from self._end_call(cut=bool(incomplete))
+        yield from self._close_texts()
+        if self.grounding.get("webSearchQueries") and not self.searched:
+            yield from self._search(self.grounding["webSearchQueries"])
+        filtered = incomplete == "content_filter"
+        yield Stop(incomplete, explanation=explained("stopped this answer", candidate, "finishReason", "finishMessage")
+                   if filtered else "")
+
+    def _fail(self, error: GatewayError) -> Fail:
+        self.failed = True
+        return Fail(error)
+
+    def _slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+
+def put_argument(args: JSON, piece: JSON) -> None:
+    """Puts one of Vertex's partialArgs where its jsonPath leads; pieces of a string follow each other."""
+    steps = [name or quoted or int(index) for name, index, quoted in PATH_STEP.findall(str(piece.get("jsonPath")))]
+    given = [piece[key] for key in ("stringValue", "numberValue", "boolValue") if key in piece]
+    value: Any = given[0] if given else None
+    holder: Any = args
+    try:
+        for step, following in zip(steps, steps[1:]):
+            holder = place_in(holder, step, [] if isinstance(following, int) else {})
+        before = place_in(holder, steps[-1], None)
+    except (TypeError, IndexError):
+        raise UpstreamError("The provider sent arguments for a place that does not exist.") from None
+    holder[steps[-1]] = before + value if isinstance(before, str) and isinstance(value, str) else value
+
+
+def place_in(holder: Any, step: str | int, empty: Any) -> Any:
+    """What stands at one step, made if it is new; a list grows by one at a time."""
+    if isinstance(step, int) != isinstance(holder, list):
+        raise TypeError
+    if isinstance(holder, dict):
+        return holder.setdefault(step, empty)
+    if step == len(holder):
+        holder.append(empty)
+    return holder[step]
+
+
+def citations(text: str, grounding: JSON) -> Iterator[JSON]:
+    """url_citation annotations for what a message says; Gemini counts bytes, and is at times one off."""
+    encoded, sources = text.encode("utf-8", "replace"), grounding.get("groundingChunks")
+    for support in dicts_in(grounding.get("groundingSupports")):
+        segment = support.get("segment")
+        if not isinstance(segment, dict) or not isinstance(sources, list):
+            continue
+        begin, end = (len(encoded[:int(segment.get(key) or 0)].decode("utf-8", "ignore")) for key in ("startIndex", "endIndex"))
+        cited = str(segment.get("text") or text[begin:end])
+        if text[begin:end] != cited:
+            begin = text.find(cited)
+        named = support.get("groundingChunkIndices")
+        chosen = [chunk.get("web") for index, chunk in enumerate(sources) if isinstance(chunk, dict) and index in named] \
+            if isinstance(named, list) and cited and begin >= 0 else []
+        for source in dicts_in(chosen):
+            yield {"type": "url_citation", "start_index": begin, "end_index": begin + len(cited),
+                   "url": source.get("uri") or "", "title": source.get("title") or ""}
+
+
+def explained(what: str, holder: JSON, reason: str, message: str) -> str:
+    """Why the provider gave no answer, in a sentence for the user."""
+    struck = [str(rating.get("category")) for rating in dicts_in(holder.get("safetyRatings")) if rating.get("blocked")]
+    words = ", ".join([str(holder.get(reason)), *struck])
+    more = redacted(message_text(holder.get(message)))
+    return f"The provider {what} ({words[:200]}){': ' + more if more else '.'}"
+
+
+def gemini_usage(given: Any) -> Usage | None:
+    """Gemini counts thoughts and what its own tools read apart; absent counts are nought."""
+    if not isinstance(given, dict):
+        return None
+
+    def count(name: str) -> int:
+        value = given.get(name)
+        return max(int(value), 0) if isinstance(value, (int, float)) and value is not True and value < 1e15 else 0
+    thoughts = count("thoughtsTokenCount")
+    inputs = count("promptTokenCount") + count("toolUsePromptTokenCount")
+    output = count("candidatesTokenCount") + thoughts
+    if not inputs and not output:
+        return None                         # Vertex: {"trafficType": ...} until the end
+    return Usage(inputs, min(count("cachedContentTokenCount"), inputs), 0, output, thoughts)
+
+
 # --- 6.6 the table ---------------------------------------------------------------------------------
 
 class Decoder(Protocol):
     """One upstream stream being read. Pure: no clock, no socket, no log; it never numbers, never ends."""
     def feed(self, data: str) -> Iterator[Delta]:
         """The deltas of one event's data; UpstreamError where it cannot be read."""
-    def whole(self, body: JSON) -> Iterator[Delta]:
-        """The deltas of an answer that was not streamed."""
+    def whole(self, body: Any) -> Iterator[Delta]:
+        """The deltas of an answer that was not streamed: an object, from Gemini perhaps an array of them."""
     def end(self) -> Iterator[Delta]:
         """The deltas that a clean end of the body stands for."""
 
@@ -3807,7 +5375,7 @@ class Translation(Assembler):
             body = json.loads(data)
         except (ValueError, RecursionError):
             raise UpstreamError("The provider's answer is not JSON.") from None
-        if not isinstance(body, dict):
+        if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
         for delta in self.decoder.whole(body):
             self.add(delta)
@@ -3828,6 +5396,8 @@ class Job:
     model: str                  # the provider's own name for it
     relay: bool                 # pass a Responses upstream's frames as they come
     dialect: str
+    prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
+    overrides: Mapping[str, JSON] = field(default_factory=dict)     # of what is known of models, by prefix
 
     @property
     def call_prefix(self) -> str:
@@ -3836,6 +5406,12 @@ class Job:
 
     def seal(self, replay: JSON) -> str:
         return self.envelope.seal(self.provider, self.model, replay)
+
+    def plain(self, book: ToolBook) -> tuple[History, list[str]]:
+        """The conversation for a provider that knows only functions, and what it cannot carry."""
+        items, dropped = self.unsealed()
+        history = plain_history(self.answer.request, items, book)
+        return history, dropped + book.dropped + history.dropped
 
     def unsealed(self) -> tuple[list[JSON], list[str]]:
         return unseal_items(self.answer.request.input, self.envelope, self.provider)
@@ -3848,50 +5424,101 @@ class Call(NamedTuple):
     attempt: Relay | Translation
     dropped: list[str]                      # named in x-pomex-dropped
     steps: Iterable[DemoStep] = ()          # demo: the answer itself
+    headers: Sequence[tuple[str, str]] = ()
+    repair: Callable[[GatewayError], Call | None] = lambda error: None      # the call that mends a known refusal
+    resume: Callable[[], Call | None] = lambda: None                        # the call that goes on after a paused turn
 
 
 def responses_call(job: Job) -> Call:
     request = job.answer.request
-    items, dropped = job.unsealed()
     if job.relay:
+        items, dropped = job.unsealed()
         body = relay_body(request, items, dropped, job.model)
         read = ResponsesDecoder(ToolBook(())).whole
         return Call("/responses", body, Relay(job.answer, len(request.raw) // 4, job.seal, responses_error, read), dropped)
     book = ToolBook(request.tools)
-    history = plain_history(request, items, book)
+    history, dropped = job.plain(book)
     body = compact(encode_responses(request, history, job.model, book)).encode()
-    return Call("/responses", body, Translation(job, ResponsesDecoder(book)), dropped + book.dropped + history.dropped)
+    dropped += [name for name in NOT_NORMALISED if request.get(name)]
+    return Call("/responses", body, Translation(job, ResponsesDecoder(book)), dropped)
 
 
 def chat_call(job: Job) -> Call:
     request = job.answer.request
-    items, dropped = job.unsealed()
     book = ToolBook(request.tools)
-    history = plain_history(request, items, book)
-    dialect = DIALECTS[job.dialect or "generic"]
+    history, dropped = job.plain(book)
+    dialect = overridden(DIALECTS[job.dialect or "generic"], job.overrides, job.model)
     encoded, more = encode_chat(request, history, job.model, book, dialect)
     attempt = Translation(job, ChatDecoder(book, dialect, job.call_prefix))
-    return Call("/chat/completions", compact(encoded).encode(), attempt, dropped + book.dropped + history.dropped + more)
+    return Call("/chat/completions", compact(encoded).encode(), attempt, dropped + more)
+
+
+def messages_call(job: Job) -> Call:
+    request = job.answer.request
+    book = MessagesBook(request.tools, claude(job.model, job.overrides))
+    history, dropped = job.plain(book)
+    body, more = encode_messages(request, history, job.model, book)
+    place_cache_control(body, job.prompt_cache)
+    decoder = MessagesDecoder(book, job.call_prefix)
+    attempt = Translation(job, decoder)
+    return messages_exchange(body, decoder, attempt, dropped + more)
+
+
+def messages_exchange(body: JSON, decoder: MessagesDecoder, attempt: Translation, dropped: list[str]) -> Call:
+    """One exchange, and those that may have to follow it into the same attempt."""
+    def again(changed: JSON | None) -> Call | None:
+        return None if changed is None else messages_exchange(changed, decoder, attempt, dropped)
+
+    def resume() -> Call | None:
+        paused = decoder.resume()
+        return again(None if paused is None else resumed_body(body, paused))
+    return Call("/messages", compact(body).encode(), attempt, dropped, headers=messages_headers(body),
+                repair=lambda error: again(repair_messages(body, error)), resume=resume)
+
+
+def gemini_call(job: Job) -> Call:
+    request = job.answer.request
+    book = ToolBook(request.tools, searches=True)
+    history, dropped = job.plain(book)
+    body, more = encode_gemini(request, history, job.model, book, job.overrides)
+    attempt = Translation(job, GeminiDecoder(book, job.call_prefix))
+    method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
+    path = f"/models/{urllib.parse.quote(job.model.removeprefix('models/'), safe='')}:{method}"
+    call = Call(path, compact(body).encode(), attempt, dropped + more)
+
+    def repair(error: GatewayError) -> Call | None:
+        mended = repair_gemini(body, error)
+        return None if mended is None else call._replace(body=compact(mended).encode())
+    return call._replace(repair=repair)
 
 
 def demo_call(job: Job) -> Call:
     request = job.answer.request
-    items, dropped = job.unsealed()
     book = ToolBook(request.tools)
-    history = plain_history(request, items, book)
+    history, dropped = job.plain(book)
     steps = demo_steps(request, history, job.model, book)
     attempt = Translation(job, ChatDecoder(book, DIALECTS["generic"]))
-    return Call("", b"", attempt, dropped + book.dropped + history.dropped, steps)
+    return Call("", b"", attempt, dropped, steps)
 
 
 def bearer(key: str) -> list[tuple[str, str]]:
     return [("authorization", f"Bearer {key}")]
 
 
+def x_api_key(key: str) -> list[tuple[str, str]]:
+    return [("x-api-key", key)]
+
+
+def x_goog_api_key(key: str) -> list[tuple[str, str]]:
+    """In a header: an address is written into logs."""
+    return [("x-goog-api-key", key)]
+
+
 class WireApi(NamedTuple):
     """One wire API: what to send and who reads it, and how a key is shown."""
     encode: Callable[[Job], Call]
     auth: Callable[[str], list[tuple[str, str]]]
+    facts: Mapping[str, Any] = {}       # what the configuration may say otherwise of a model, with what is assumed
 
     def call(self, job: Job) -> Call:
         try:
@@ -3902,7 +5529,10 @@ class WireApi(NamedTuple):
 
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(responses_call, bearer),
-    "chat": WireApi(chat_call, bearer),
+    "chat": WireApi(chat_call, bearer, {f.name: f.default for f in dataclasses.fields(Dialect)
+                                         if isinstance(f.default, (str, bool))}),
+    "messages": WireApi(messages_call, x_api_key, Claude._field_defaults),
+    "gemini": WireApi(gemini_call, x_goog_api_key, Gemini._field_defaults),
     "demo": WireApi(demo_call, bearer),
 }
 
@@ -3991,6 +5621,7 @@ class ProviderConfig:
     total_timeout_s: float = option(3600.0, "longest answer", 0.1, 86400)
     prompt_cache: str = option("5m", "how long a messages provider is asked to keep prompts",
                                choices=("5m", "1h", "off"))
+    overrides: dict[str, JSON] = option({}, "what is otherwise than Pomex knows it, by the beginning of a model's name")
     local: bool = False         # base_url is on this machine or its private network
     key_source: str = ""        # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
 
@@ -4078,6 +5709,12 @@ def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
     return tuple(tuple(Target(provider, model) for provider, _, model in tier) for tier in parts)
 
 
+def table_of_tables(value: Any) -> dict[str, JSON]:
+    if not isinstance(value, dict) or not all(isinstance(each, dict) for each in value.values()):
+        raise ValueError
+    return value
+
+
 class Reading(NamedTuple):
     """How a value of one annotated type is read, and what it must be."""
     words: str
@@ -4092,6 +5729,7 @@ READINGS: dict[str, Reading] = {
     "float": Reading("a number", exactly(int, float), float),
     "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
     "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', string_table),
+    "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_of_tables),
     "tuple[tuple[Target, ...], ...]": Reading('a list of "provider:model"; a list inside it is one tier',
                                               target_tiers),
 }
@@ -4343,6 +5981,7 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
         raise bad("wire_api", "this version of Pomex does not speak it; it has " + ", ".join(WIRES))
     if provider.dialect and provider.dialect not in DIALECTS:
         raise bad("dialect", "must be one of " + ", ".join(DIALECTS))
+    check_overrides(source, path, provider)
     provider = with_headers(source, path, with_key(source, path, provider, around), around)
     if provider.wire_api == "demo":
         return provider
@@ -4357,6 +5996,18 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
         raise bad(key, error) from None
     return dataclasses.replace(provider, base_url=url, local=local, proxy=proxy,
                                ca_file=around.place(provider.ca_file))
+
+
+def check_overrides(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig) -> None:
+    known = WIRES[provider.wire_api].facts
+    for prefix, facts in provider.overrides.items():
+        for fact, value in facts.items():
+            if fact not in known:
+                there = f" There is: {', '.join(known)}" if known else ""
+                raise source.value_error((*path, "overrides", prefix, fact), value, "is nothing that Pomex knows of the "
+                                         f"models of a {provider.wire_api} server.{did_you_mean(fact, known) or there}")
+            if type(value) is not type(known[fact]):
+                raise source.value_error((*path, "overrides", prefix, fact), value, f"must be like {json.dumps(known[fact])}")
 
 
 def with_key(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig,
@@ -5943,7 +7594,7 @@ class Router:
             down.provider, down.model = provider.name, model
             down.attempts += 1
             await self.attempt(provider, Job(down.answer, envelope, provider.name, model, provider.relay == "bytes",
-                                             provider.dialect), down)
+                                             provider.dialect, provider.prompt_cache, provider.overrides), down)
             error = down.attempt.error
             if down.attempt.begun or error is None or not error.retryable:
                 return
@@ -5956,11 +7607,7 @@ class Router:
         down.attempt, down.dropped = call.attempt, call.dropped
         failure: GatewayError | None = None
         try:
-            exchange = await self.open(provider, call, down.client)
-            try:
-                await self.read(exchange, call.attempt, down)
-            finally:
-                await exchange.close()
+            await self.exchanges(provider, call, down)
         except GatewayError as error:
             failure = error
         except asyncio.CancelledError:
@@ -5976,10 +7623,28 @@ class Router:
             failure = UpstreamError("The gateway could not read the provider's answer.")
         call.attempt.finish(failure)
 
+    async def exchanges(self, provider: ProviderConfig, call: Call, down: Downstream) -> None:
+        """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
+        more: Call | None = call
+        mended = False
+        while more is not None:
+            call = more
+            exchange = await self.open(provider, call, down.client)
+            try:
+                await self.read(exchange, call.attempt, down)
+                more = call.resume()
+            except GatewayError as error:
+                more = None if mended or call.attempt.begun else call.repair(error)
+                if more is None:
+                    raise
+                mended = True
+            finally:
+                await exchange.close()
+
     async def open(self, provider: ProviderConfig, call: Call, client: Client) -> Exchange | DemoExchange:
         if provider.wire_api == "demo":
             return DemoExchange(call.steps)
-        headers = [("content-type", "application/json"), *provider.http_headers.items()]
+        headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
         if provider.api_key:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Relay):

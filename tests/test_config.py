@@ -119,6 +119,8 @@ COMPLAINTS = {
     "a header with a bad name": (provider('http_headers = { "x a" = "1" }'), "a header needs a plain name"),
     "headers that are a list": (provider("http_headers = []"),
                                 'http_headers = (hidden): must be a table of strings, like { "name" = "value" }.'),
+    "a fact that no model has": (provider('overrides = { "m" = { think_tag = false } }'), "Did you mean think_tags?"),
+    "a fact of another type": (provider('overrides = { "m" = { think_tags = 1 } }'), "must be like true"),
     "an unknown dialect": (provider('dialect = "klingon"'), 'dialect = "klingon": must be one of '),
     "a proxy without port": (provider('proxy = "http://proxy.example"'),
                              'must be "off", "env" or an address like "http://proxy.example:3128".'),

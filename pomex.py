@@ -94,7 +94,7 @@ import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 if sys.platform != "win32":
     import fcntl
@@ -981,7 +981,7 @@ MAX_METADATA = (16, 64, 512)            # entries, characters of a key, of a val
 ROLES = ("assistant", "developer", "system", "user")
 
 
-compact = json.JSONEncoder(separators=(",", ":")).encode
+compact = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 quote = json.encoder.encode_basestring_ascii
 
 
@@ -1954,13 +1954,10 @@ class Assembler(Attempt):
         self.seal = seal
         self.open: dict[int, Item] = {}             # by slot
         self.next_index = 0
-        self.handlers: dict[type, Callable[[Any], None]] = {
-            Fragment: self._fragment, Open: self._open, Close: self._close, Annotation: self._annotate,
-            Whole: self._whole, Usage: self._usage, Stop: self._stop, Fail: self._fail}
 
     def add(self, delta: Delta) -> None:
         """Takes one delta. A fragment of an item that is not open is the upstream's error, and raises UpstreamError."""
-        self.handlers[type(delta)](delta)
+        self.HANDLERS[type(delta)](self, delta)
 
     # one method a delta
 
@@ -2195,6 +2192,11 @@ class Assembler(Attempt):
             status = "completed" if self.answer.manners.cut_is_completed else "incomplete"
             self._finish_item(slot, item, status, item.sent())
 
+    # functions, not bound methods: a table of those in each object would be a cycle, and keep it until a collection
+    HANDLERS: ClassVar[dict[type, Callable[[Assembler, Any], None]]] = {
+        Fragment: _fragment, Open: _open, Close: _close, Annotation: _annotate,
+        Whole: _whole, Usage: _usage, Stop: _stop, Fail: _fail}
+
 
 def call_fields(opened: Open, argument: str) -> JSON:
     """A call's own fields, by its kind."""
@@ -2240,11 +2242,6 @@ class Relay(Attempt):
         self.completed: JSON = {}                   # the upstream's own final response
         self.plain = b""                            # the same as it came, where it was not streamed
         self.altered = False                        # have we sealed something in it?
-        self.handlers: dict[str, Callable[[JSON, bytes], None]] = {
-            "response.created": self._handshake, "response.queued": self._handshake, "response.in_progress": self._handshake,
-            "response.output_item.added": self._added, "response.output_item.done": self._done,
-            "response.completed": self._terminal, "response.incomplete": self._terminal, "response.failed": self._terminal,
-            "error": self._error}
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they come. UpstreamError where a frame that must be read is not JSON."""
@@ -2309,13 +2306,13 @@ class Relay(Attempt):
         event = parse_block(frame.decode("utf-8", "replace").strip("\n"))
         try:
             content = json.loads(event.data if event else "")
-            handler = self.handlers.get(content["type"])
+            handler = self.HANDLERS.get(content["type"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider sent an event that is not JSON.") from None
         if handler is None:                         # the pattern met a nested object of that type
             self._pass(frame)
         else:
-            handler(content, frame)
+            handler(self, content, frame)
 
     def _handshake(self, event: JSON, frame: bytes) -> None:
         if not self.begun:
@@ -2443,6 +2440,12 @@ class Relay(Attempt):
         given = self.completed.get("usage") or {}
         return {**given, **{name: {**(given.get(name) or {}), **value} if isinstance(value, dict) else value
                             for name, value in usage_object(self.usage).items()}}
+
+    HANDLERS: ClassVar[dict[str, Callable[[Relay, JSON, bytes], None]]] = {
+        "response.created": _handshake, "response.queued": _handshake, "response.in_progress": _handshake,
+        "response.output_item.added": _added, "response.output_item.done": _done,
+        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal,
+        "error": _error}
 
 
 def half_call(item: Any) -> bool:
@@ -2839,11 +2842,6 @@ class ResponsesDecoder:
         self.awaited: set[int] = set()                  # added, and not done by the server's own word
         self.half = False                               # was an item done, and incomplete?
         self.ids: dict[str, int] = {}                   # slots of items that come without output_index
-        self.handlers: dict[str, Callable[[JSON], Iterator[Delta]]] = {
-            "response.output_item.added": self._added, "response.output_item.done": self._done,
-            "response.output_text.annotation.added": self._annotation,
-            "response.completed": self._terminal, "response.incomplete": self._terminal, "response.failed": self._terminal,
-            "error": self._error, **dict.fromkeys(RESPONSES_DELTAS, self._delta)}
 
     def feed(self, data: str) -> Iterator[Delta]:
         """The deltas of one event. Unknown events say nothing; UpstreamError where it is not JSON, or no event."""
@@ -2851,9 +2849,9 @@ class ResponsesDecoder:
             return
         try:
             event = json.loads(data)
-            if event["type"] in self.handlers:
+            if event["type"] in self.HANDLERS:
                 event.setdefault("output_index", self._slot(event))
-                yield from self.handlers[event["type"]](event)
+                yield from self.HANDLERS[event["type"]](self, event)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
@@ -2971,6 +2969,12 @@ class ResponsesDecoder:
 
     def _error(self, event: JSON) -> Iterator[Delta]:
         yield Fail(responses_error(event.get("error") or event))
+
+    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], Iterator[Delta]]]] = {
+        "response.output_item.added": _added, "response.output_item.done": _done,
+        "response.output_text.annotation.added": _annotation,
+        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal,
+        "error": _error, **dict.fromkeys(RESPONSES_DELTAS, _delta)}
 
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
@@ -3180,14 +3184,11 @@ class ChatMessages:
         self.dropped = dropped
         self.out: list[JSON] = []
         self.step: ChatStep | None = None
-        self.handlers: dict[str, Callable[[JSON], None]] = {
-            "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
-            "function_call_output": self._output}
 
     def encode(self, closing: str) -> list[JSON]:
         """All messages; `closing` is said at the end of the system message."""
         for item in self.history.items:
-            self.handlers[item["type"]](item)
+            self.HANDLERS[item["type"]](self, item)
         self._flush()
         if self.out and self.out[-1]["role"] == "assistant":    # Mistral, Claude behind a router: refused
             self._user([{"type": "text", "text": "Continue."}])
@@ -3330,6 +3331,10 @@ class ChatMessages:
         whole = data if comma else f"data:{mime};base64,{data}"
         return {"type": "file", "file": {"filename": name, "file_data": whole}}
 
+    HANDLERS: ClassVar[dict[str, Callable[[ChatMessages, JSON], None]]] = {
+        "message": _message, "reasoning": _reasoning, "function_call": _call,
+        "function_call_output": _output}
+
 
 def json_object(text: str) -> bool:
     """Is the text one whole JSON object?"""
@@ -3374,8 +3379,8 @@ class ChatFrame(NamedTuple):
 
 scan_json = json.JSONDecoder().raw_decode
 TEXT_FIELD = re.compile(r'"(content|reasoning_content|reasoning|thinking)": ?"')
-SAYS_NOTHING = frozenset(("id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices", "index",
-                          "delta", "role"))
+SAYS_NOTHING = frozenset(("id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices",
+                          "index", "delta", "role"))
 
 
 def chat_frame(data: str, chunk: JSON) -> ChatFrame:
@@ -3985,7 +3990,7 @@ def encode_messages(request: ResponsesRequest, history: History, model: str, boo
     user = get("safety_identifier") or get("user")
     wanted: JSON = {
         "model": model, "max_tokens": max_tokens, "system": system, "tools": tools, "tool_choice": choice,
-        "messages": turns.finish(sentence), "thinking": thinking,
+        "messages": turns.finish(sentence, thinking is not None), "thinking": thinking,
         "output_config": {name: value for name, value in (("effort", effort), ("format", shape)) if value},
         "metadata": {"user_id": opaque(user)} if user else None, **sampling_of(request, row, thinking, dropped)}
     hosted_lost = bool(book.hosted) and not book.server_tools()
@@ -4152,12 +4157,12 @@ class MessagesTurns:
             handlers[item["type"]](item)
         self._leave("user")
 
-    def finish(self, closing: str) -> list[JSON]:
-        """The messages; `closing` is said at their end."""
+    def finish(self, closing: str, thinks: bool) -> list[JSON]:
+        """The messages; `closing` is said at their end. A model that thinks begins its turn itself."""
         if closing:
             self._system(closing)
         last = self.out[-1]["role"] if self.out else ""
-        if last == "assistant" and (self.later or not self.row.prefill):
+        if last == "assistant" and (self.later or thinks or not self.row.prefill):
             self._add("user", [{"type": "text", "text": "Continue."}])
         elif last == "assistant" and self.out[-1]["content"][-1]["type"] == "text":
             block = self.out[-1]["content"].pop()       # "final assistant content cannot end with trailing whitespace"
@@ -4447,20 +4452,16 @@ class MessagesDecoder:
         self.paused = False
         self.pauses = 0
         self.stop: Stop | None = None
-        self.handlers: dict[str, Callable[[JSON], Iterator[Delta]]] = {
-            "message_start": self._message_start, "content_block_start": self._start, "content_block_delta": self._delta,
-            "content_block_stop": self._block_stop, "message_delta": self._message_delta, "message_stop": self._message_stop,
-            "error": self._error}
 
     def feed(self, data: str) -> Iterator[Delta]:
         """One event's data. UpstreamError where it is not JSON, or belongs to a block that never began."""
         try:
             event = json.loads(data)
-            handler = self.handlers.get(event["type"])
+            handler = self.HANDLERS.get(event["type"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider sent an event that is not JSON with a type.") from None
         if handler is not None:
-            yield from handler(event)
+            yield from handler(self, event)
 
     def whole(self, body: JSON) -> Iterator[Delta]:
         """An answer that was not streamed."""
@@ -4660,6 +4661,11 @@ class MessagesDecoder:
     def _slot(self) -> int:
         self.slots += 1
         return self.slots - 1
+
+    HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], Iterator[Delta]]]] = {
+        "message_start": _message_start, "content_block_start": _start, "content_block_delta": _delta,
+        "content_block_stop": _block_stop, "message_delta": _message_delta, "message_stop": _message_stop,
+        "error": _error}
 
 
 def url_citation(block: Block, citation: JSON, end: int) -> Iterator[Delta]:
@@ -4870,13 +4876,10 @@ class GeminiContents:
         self.out: list[JSON] = []
         self.calls: dict[str, JSON] = {}            # by call_id: what a result repeats of its call
         self.signatures: dict[str, str] = {}        # by call_id
-        self.handlers: dict[str, Callable[[JSON], None]] = {
-            "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
-            "function_call_output": self._output}
 
     def encode(self) -> list[JSON]:
         for item in self.history.items:
-            self.handlers[item["type"]](item)
+            self.HANDLERS[item["type"]](self, item)
         for content in self.out:
             if content["role"] == "user":           # what a result showed stands behind all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
@@ -4964,6 +4967,10 @@ class GeminiContents:
             elif part.get("text") != "":
                 parts.append(part)
         return parts
+
+    HANDLERS: ClassVar[dict[str, Callable[[GeminiContents, JSON], None]]] = {
+        "message": _message, "reasoning": _reasoning, "function_call": _call,
+        "function_call_output": _output}
 
 
 def gemini_part(part: JSON) -> JSON | None:
@@ -7541,14 +7548,16 @@ class Downstream:
         silent_s = self.loop.time() - self.active
         limit_s = self.server.heartbeat_s if self.head_sent else self.server.early_200_after_s
         if silent_s >= limit_s - 0.001:
-            block = self.answer.heartbeat() if self.answer.started else self.answer.start()
-            beat = self.loop.create_task(self._beat(block))
+            beat = self.loop.create_task(self._beat())
             self.beats.add(beat)
             beat.add_done_callback(self.beats.discard)
             silent_s, limit_s = 0.0, self.server.heartbeat_s
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
 
-    async def _beat(self, block: bytes) -> None:
+    async def _beat(self) -> None:
+        if self.timer is None:          # the answer has ended in the meantime
+            return
+        block = self.answer.heartbeat() if self.answer.started else self.answer.start()     # numbered as it is written
         with contextlib.suppress(OSError, asyncio.CancelledError):      # a client that left is the request's own affair
             await self._write(block)
 

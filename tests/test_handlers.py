@@ -1,0 +1,413 @@
+"""The gateway as a whole over loopback: scripted upstreams behind it, plain HTTP clients before it."""
+import asyncio
+import contextlib
+import http.client
+import json
+
+import pytest
+import streams
+
+import pomex
+
+CODEX = {"originator": "codex_exec"}
+
+
+def chat(*deltas, finish="stop", usage=True, done=True):
+    """A chat stream of these deltas."""
+    chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
+    if finish:
+        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    if usage:
+        chunks.append({"choices": [], "usage": {"prompt_tokens": 20, "completion_tokens": 5,
+                                                "prompt_tokens_details": {"cached_tokens": 8}}})
+    return b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks) + (b"data: [DONE]\n\n" if done else b"")
+
+
+def native(text="Hello", model="gpt-x"):
+    """A Responses stream as OpenAI sends it."""
+    item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+            "content": [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]}
+    head = {"id": "resp_theirs", "object": "response", "created_at": 1, "model": model, "output": []}
+    place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    usage = {"input_tokens": 20, "input_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 0}, "output_tokens": 5,
+             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 25}
+    events = [{"type": "response.created", "response": {**head, "status": "in_progress"}},
+              {"type": "response.in_progress", "response": {**head, "status": "in_progress"}},
+              {"type": "response.output_item.added", "output_index": 0, "item": {**item, "status": "in_progress", "content": []}},
+              {"type": "response.content_part.added", **place, "part": part},
+              {"type": "response.output_text.delta", **place, "delta": text, "logprobs": []},
+              {"type": "response.output_text.done", **place, "text": text, "logprobs": []},
+              {"type": "response.content_part.done", **place, "part": item["content"][0]},
+              {"type": "response.output_item.done", "output_index": 0, "item": item},
+              {"type": "response.completed", "response": {**head, "status": "completed", "output": [item], "usage": usage}}]
+    return [f"event: {e['type']}\ndata: {json.dumps({**e, 'sequence_number': n})}\n\n".encode() for n, e in enumerate(events)]
+
+
+def http_answer(status, body, kind="application/json", *headers):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status} X", f"content-type: {kind}", f"content-length: {len(data)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+def sse(*steps, cut=False):
+    """An SSE answer in steps: bytes are sent, numbers waited; cut: the connection is reset at the end."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nopenai-model: other\r\nconnection: close\r\n\r\n"
+    return [head, *steps, *([None] if cut else [])]
+
+
+class Upstream:
+    """Plays one answer a request, the last one again and again; keeps what it was asked and when clients left."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.asked = []
+        self.left = asyncio.Event()
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                self.asked.append((head.decode(), json.loads(await reader.readexactly(length))))
+                answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+                for step in [answer] if isinstance(answer, bytes) else answer:
+                    if step is None:
+                        writer.transport.abort()
+                    elif isinstance(step, bytes):
+                        writer.write(step)
+                    elif not await self.waited(reader, step):
+                        return
+                if not isinstance(answer, bytes):
+                    break
+        writer.close()
+
+    async def waited(self, reader, seconds):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await reader.read(1)
+                self.left.set()
+                return False
+        return True
+
+
+class World:
+    """A running gateway, its key and its upstreams."""
+
+    def __init__(self, server, ledger, token, upstreams):
+        self.server, self.ledger, self.token, self.upstreams = server, ledger, token, upstreams
+
+    def ask(self, method, path, body=None, key=None, **headers):
+        connection = http.client.HTTPConnection(*self.server.address, timeout=10)
+        sent = {"authorization": f"Bearer {self.token if key is None else key}"} if key != "" else {}
+        connection.request(method, path, body if isinstance(body, bytes) or body is None else json.dumps(body).encode(),
+                           {**sent, **headers})
+        answer = connection.getresponse()
+        raw = answer.read()
+        connection.close()
+        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, raw
+
+    async def get(self, path, **more):
+        return await asyncio.to_thread(self.ask, "GET", path, **more)
+
+    async def post(self, model, stream=True, headers=None, **fields):
+        body = {"model": model, "input": "Hi", "stream": stream, **fields}
+        return await asyncio.to_thread(lambda: self.ask("POST", "/v1/responses", body, **(headers or {})))
+
+    async def row(self):
+        for _ in range(100):
+            if self.ledger.recent(1):
+                return self.ledger.recent(1)[0]
+            await asyncio.sleep(0.01)
+        raise AssertionError("no usage row")
+
+
+def run(tmp_path, scenario, upstreams, server="", more=""):
+    """`upstreams` maps a provider's name to (wire_api, relay, answers)."""
+    async def main():
+        async with contextlib.AsyncExitStack() as stack:
+            text, made = f"[server]\nport = 0\n{server}\n", {}
+            for name, (wire, relay, answers) in upstreams.items():
+                made[name] = Upstream(*answers)
+                listening = await asyncio.start_server(made[name].serve, "127.0.0.1", 0)
+                stack.callback(listening.close)
+                text += (f'[providers.{name}]\nwire_api = "{wire}"\nrelay = "{relay}"\nbase_url = '
+                         f'"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"\napi_key = "sk-theirs"\n')
+            ledger = stack.enter_context(contextlib.closing(pomex.Ledger.open(str(tmp_path / "pomex.db"))))
+            token = ledger.create_key("laptop", 1_800_000_000)
+            gateway = await stack.enter_async_context(pomex.running(pomex.load_config(text + more, "pomex.toml", {}), ledger))
+            await scenario(World(gateway, ledger, token, made))
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def told(raw):
+    """(code, message) of an error body."""
+    error = json.loads(raw)["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error["code"], error["message"]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+GOOD = {"model": "demo/echo", "input": "Hi"}
+MISTAKES = {
+    "no key": (("POST", "/v1/responses", GOOD, ""), 401, "invalid_api_key", "No API key was sent."),
+    "the placeholder": (("POST", "/v1/responses", GOOD, "sk-rh-xxxxxxxxxxxx"), 401, "invalid_api_key", "guide's placeholder"),
+    "not expanded": (("POST", "/v1/responses", GOOD, "$POMEX_API_KEY"), 401, "invalid_api_key", "did not expand"),
+    "another's key": (("POST", "/v1/responses", GOOD, "sk-proj-abcdef"), 401, "invalid_api_key", "another provider's key"),
+    "a key on models": (("GET", "/v1/models", None, ""), 401, "invalid_api_key", "No API key was sent."),
+    "a typo in the model": (("POST", "/v1/responses", {**GOOD, "model": "demo/ecko"}, None), 400, "model_not_found",
+                            "Did you mean demo/echo?"),
+    "no prefix": (("POST", "/v1/responses", {**GOOD, "model": "echo"}, None), 400, "model_not_found",
+                  "Model names are provider/model-name. Did you mean demo/echo?"),
+    "no key for it": (("POST", "/v1/responses", {**GOOD, "model": "openai/gpt-5.5"}, None), 400, "provider_not_configured",
+                      "Set OPENAI_API_KEY and restart"),
+    "no /v1": (("POST", "/responses", GOOD, None), 404, "wrong_base_url", "base_url must end with /v1: http://127.0.0.1:"),
+    "chat": (("POST", "/v1/chat/completions", GOOD, None), 404, "wrong_wire_api", 'wire_api = "responses"'),
+    "a stored response": (("GET", "/v1/responses/resp_1", None, None), 404, "not_found", "stores no responses"),
+    "elsewhere": (("GET", "/x%E9", None, None), 404, "not_found",
+                  "There is nothing at /x%E9"),
+    "the wrong method": (("GET", "/v1/responses", None, None), 405, "method_not_allowed", "POST is"),
+    "no JSON": (("POST", "/v1/responses", b"{", None), 400, "invalid_json", "not valid JSON"),
+    "no input": (("POST", "/v1/responses", {"model": "demo/echo"}, None), 400, "missing_required_parameter", "input"),
+    "too old": (("POST", "/v1/responses", {**GOOD, "previous_response_id": "resp_1"}, None), 400,
+                "previous_response_not_found", "send the whole history"),
+}
+
+
+def test_every_mistake_gets_its_status_code_and_cure(tmp_path):
+    async def scenario(world):
+        for name, (call, status, code, words) in MISTAKES.items():
+            method, path, body, key = call
+            got, headers, raw = await asyncio.to_thread(world.ask, method, path, body, key)
+            assert (got, told(raw)[0]) == (status, code), name
+            assert words in told(raw)[1], name
+            assert headers["x-request-id"], name
+        assert not world.ledger.recent(1)       # what is refused before planning makes no row
+    run(tmp_path, scenario, {})
+
+
+def test_a_websocket_is_refused_with_426(tmp_path):
+    async def scenario(world):
+        status, _, raw = await world.get("/v1/responses", connection="Upgrade", upgrade="websocket")
+        assert (status, told(raw)[0]) == (426, "use_http_sse")
+    run(tmp_path, scenario, {})
+
+
+# --- models and health ----------------------------------------------------------------------------
+
+def test_one_body_is_openais_list_and_codexs_catalogue(tmp_path):
+    async def scenario(world):
+        status, headers, raw = await world.get("/v1/models?client_version=0.169.0")
+        body = json.loads(raw)
+        assert (status, body["object"]) == (200, "list")
+        names = [row["id"] for row in body["data"]]
+        assert names == [entry["slug"] for entry in body["models"]] and names[0] == "big/one"
+        assert {"demo/echo", "up/*"} & set(names) == {"demo/echo"}
+        first = body["models"][0]
+        assert first["context_window"] == 1234 and first["base_instructions"] and first["apply_patch_tool_type"] == "freeform"
+        again, headers_again, empty = await world.get("/v1/models", **{"if-none-match": headers["etag"]})
+        assert (again, empty, headers_again["etag"]) == (304, b"", headers["etag"])
+        assert json.loads((await world.get("/v1/models/demo/echo"))[2])["id"] == "demo/echo"
+        missing = await world.get("/v1/models/demo/ecko")
+        assert missing[0] == 404 and "Did you mean demo/echo?" in told(missing[2])[1]
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [b""])},
+        more='[models."big/one"]\ntargets = ["up:one"]\ncontext_window = 1234\n')
+
+
+def test_health_and_readiness_ask_for_no_key(tmp_path):
+    async def scenario(world):
+        for path in ("/health", "/healthz", "/livez"):
+            assert json.loads((await world.get(path, key=""))[2]) == {"status": "ok", "version": pomex.VERSION}
+        assert (await world.get("/ready", key=""))[0] == 200
+        world.ledger.healthy = False
+        status, _, raw = await world.get("/readyz", key="")
+        assert status == 503 and json.loads(raw)["checks"]["ledger"] == "failed"
+        refused = await world.post("demo/echo")
+        assert (refused[0], told(refused[2])[0]) == (503, "ledger_unavailable")
+    run(tmp_path, scenario, {})
+
+
+# --- what is answered -----------------------------------------------------------------------------
+
+WIRES = {
+    "chat": ("chat", "normalise", [sse(chat({"content": "Hello"}))]),
+    "relayed": ("responses", "bytes", [sse(*native())]),
+    "normalised": ("responses", "normalise", [sse(*native())]),
+}
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_and_its_row(tmp_path, wire, stream):
+    async def scenario(world):
+        status, headers, raw = await world.post("up/m", stream)
+        final = streams.check(raw, relayed=wire == "relayed") if stream else json.loads(raw)
+        assert (status, final["status"], final["model"]) == (200, "completed", "up/m")
+        assert final["id"].startswith("resp_") and final["id"] != "resp_theirs"
+        assert final["output"][0]["content"][0]["text"] == "Hello"
+        assert (final["usage"]["input_tokens"], final["usage"]["output_tokens"]) == (20, 5)
+        assert headers["x-pomex-provider"] == "up" and headers["x-pomex-attempts"] == "1" and "openai-model" not in headers
+        row = await world.row()
+        kept = {k: row[k] for k in ("key", "model", "provider", "upstream_model", "status", "input", "cached", "output",
+                                    "estimated", "endpoint", "response_id", "attempts")}
+        assert kept == {"key": "laptop", "model": "up/m", "provider": "up", "upstream_model": "m", "status": "completed",
+                        "input": 20, "cached": 8, "output": 5, "estimated": "", "endpoint": "/v1/responses",
+                        "response_id": final["id"], "attempts": 1}
+        head, body = world.upstreams["up"].asked[0]
+        assert "authorization: Bearer sk-theirs" in head and body["model"] == "m" and world.token not in head
+    run(tmp_path, scenario, {"up": WIRES[wire]})
+
+
+def test_what_cannot_be_carried_is_named(tmp_path):
+    async def scenario(world):
+        _, headers, _ = await world.post("up/m", tools=[{"type": "web_search"}])
+        assert headers["x-pomex-dropped"] == "tools:web_search"
+    run(tmp_path, scenario, {"up": WIRES["chat"]})
+
+
+# --- silence --------------------------------------------------------------------------------------
+
+IMPATIENT = "early_200_after_s = 0.1\nheartbeat_s = 0.1"
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_silence_brings_an_early_200_and_heartbeats_and_the_numbers_go_on(tmp_path, wire):
+    kind, relay, answers = WIRES[wire]
+    steps = answers[0][1:]
+    middle = len(steps) // 2
+    late = [0.35, answers[0][0], 0.15, *steps[:middle], 0.25, *steps[middle:]]
+
+    async def scenario(world):
+        status, _, raw = await world.post("up/m")
+        final = streams.check(raw, relayed=wire == "relayed")
+        kinds = [event["type"] for event in streams.events(raw)]
+        assert (status, final["status"]) == (200, "completed")
+        assert kinds[0] == "response.created" and kinds.count("response.created") == 1
+        assert kinds.count("response.in_progress") >= 3
+    run(tmp_path, scenario, {"up": (kind, relay, [late])}, IMPATIENT)
+
+
+@pytest.mark.parametrize("headers, kinds", [({}, ["error", "response.failed"]), (CODEX, ["response.failed"])])
+def test_a_failure_behind_an_early_200_is_an_event(tmp_path, headers, kinds):
+    async def scenario(world):
+        status, _, raw = await world.post("up/m", headers=headers)
+        assert (status, streams.check(raw, codex=bool(headers))["status"]) == (200, "failed")
+        assert [e["type"] for e in streams.events(raw)][-len(kinds):] == kinds
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [[0.2, http_answer(503, {"error": {"message": "busy"}})]])}, IMPATIENT)
+
+
+def test_a_finished_answer_does_not_wait_for_a_missing_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(pomex, "AFTER_STOP_S", 0.1)
+
+    async def scenario(world):
+        final = streams.check((await world.post("up/m"))[2])
+        assert final["status"] == "completed" and (await world.row())["terminal_by"] == "gateway"
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [sse(chat({"content": "Hi"}, usage=False, done=False), 8.0)])})
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+# what the upstream answers -> status and code for a standard client, and for Codex when it streams
+FAILURES = {
+    "overloaded": (http_answer(503, {"error": {"message": "busy"}}), (503, "server_error"), (200, "server_error")),
+    "bad key": (http_answer(401, {"error": {"message": "Incorrect API key sk-theirs"}}), (502, "server_error"),
+                (200, "server_error")),
+    "rate": (http_answer(429, {"error": {"message": "slow", "code": "rate_limit_exceeded"}}, "application/json", "retry-after: 7"),
+             (429, "rate_limit_exceeded"), (200, "rate_limit_exceeded")),
+    "quota": (http_answer(429, {"error": {"message": "empty", "code": "insufficient_quota"}}), (429, "insufficient_quota"),
+              (200, "insufficient_quota")),
+    "context": (http_answer(400, {"error": {"message": "too long", "code": "context_length_exceeded"}}),
+                (400, "context_length_exceeded"), (200, "context_length_exceeded")),
+    "bad request": (http_answer(400, {"error": {"message": "no such field", "param": "x"}}), (400, "invalid_request_error"),
+                    (400, "invalid_request_error")),
+    "no such model": (http_answer(404, {"error": {"message": "nope", "code": "model_not_found"}}), (400, "model_not_found"),
+                      (400, "model_not_found")),
+    "redirect": (http_answer(302, b"", "text/plain", "location: http://127.0.0.1:1/"), (502, "server_error"),
+                 (200, "server_error")),
+    "html": (http_answer(200, b"<html>Welcome</html>", "text/html"), (502, "server_error"), (200, "server_error")),
+    "cut": (sse(b'data: {"choi', cut=True), (502, "server_error"), (200, "server_error")),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_each_client_is_told_when_the_provider_fails(tmp_path, name):
+    answer, standard, codex = FAILURES[name]
+
+    async def scenario(world):
+        for stream in (True, False):
+            status, headers, raw = await world.post("up/m", stream)
+            assert (status, told(raw)[0]) == standard
+            assert "sk-theirs" not in raw.decode()
+            if name == "rate":
+                assert headers["retry-after"] == "7"
+            if name == "quota":
+                assert headers["x-should-retry"] == "false"
+        status, _, raw = await world.post("up/m", headers=CODEX)
+        if codex[0] == 200:
+            final = streams.check(raw, codex=True)
+            assert (final["status"], final["error"]["code"]) == ("failed", codex[1])
+            assert name != "rate" or "try again in 7s" in final["error"]["message"]
+        else:
+            assert (status, told(raw)[0]) == codex
+        assert (await world.row())["status"] == "failed"
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [answer])})
+
+
+@pytest.mark.parametrize("first", ["overloaded", "bad key", "rate", "quota", "redirect", "html", "cut"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_second_target_makes_a_failure_before_output_invisible(tmp_path, first, stream):
+    async def scenario(world):
+        status, headers, raw = await world.post("two/m", stream)
+        final = streams.check(raw) if stream else json.loads(raw)
+        assert (status, final["status"], final["output"][0]["content"][0]["text"]) == (200, "completed", "Hello")
+        assert (headers["x-pomex-provider"], headers["x-pomex-attempts"]) == ("good", "2")
+    run(tmp_path, scenario, {"bad": ("chat", "normalise", [FAILURES[first][0]]), "good": WIRES["chat"]},
+        more='[models."two/m"]\ntargets = ["bad:m", "good:m"]\n')
+
+
+def test_after_output_no_other_target_is_asked(tmp_path):
+    async def scenario(world):
+        final = streams.check((await world.post("two/m"))[2])
+        assert final["status"] == "failed" and not world.upstreams["good"].asked
+        assert final["output"][0]["content"][0]["text"] == "Half"
+    run(tmp_path, scenario, {"bad": ("chat", "normalise", [sse(chat({"content": "Half"}, finish="", usage=False, done=False),
+                                                               cut=True)]), "good": WIRES["chat"]},
+        more='[models."two/m"]\ntargets = ["bad:m", "good:m"]\n')
+
+
+# --- leaving and stopping -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_client_that_leaves_closes_the_upstream_and_has_its_row(tmp_path, begun):
+    first = chat({"content": "Some words of an answer"}, finish="", usage=False, done=False)
+    steps = sse(first, 8.0) if begun else [8.0, b""]
+
+    async def scenario(world):
+        reader, writer = await asyncio.open_connection(*world.server.address)
+        body = json.dumps({"model": "up/m", "input": "Hi", "stream": True}).encode()
+        writer.write(b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\ncontent-length: %d\r\n\r\n%s"
+                     % (world.token.encode(), len(body), body))
+        if begun:
+            await reader.readuntil(b"Some words")
+        else:
+            await asyncio.sleep(0.1)
+        writer.transport.abort()
+        await asyncio.wait_for(world.upstreams["up"].left.wait(), 1)
+        row = await world.row()
+        assert (row["status"], row["error_code"], row["estimated"] != "") == ("cancelled", "client_gone", True)
+        assert (row["output"] > 0) is begun
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [steps])})
+
+
+def test_a_stopping_gateway_gives_open_streams_their_terminal_event(tmp_path):
+    first = chat({"content": "Some words"}, finish="", usage=False, done=False)
+
+    async def scenario(world):
+        asked = asyncio.create_task(world.post("up/m"))
+        while not world.upstreams["up"].asked:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        await world.server.drain(0.1)
+        final = streams.check((await asked)[2])
+        assert final["status"] == "failed" and "stopping" in final["error"]["message"]
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [sse(first, 8.0)])})

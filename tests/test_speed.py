@@ -77,7 +77,7 @@ def test_a_broken_event_is_an_error_on_both_roads(data):
 @pytest.mark.parametrize("wire", sorted(set(pomex.WIRES) - {"demo"}))
 @pytest.mark.parametrize("relay", [True, False])
 def test_a_request_leaves_nothing_to_the_garbage_collector(wire, relay):
-    """It would be kept, its body included, until a collection: 40 MB more under load, and 15 % of the time."""
+    """It would be kept, its body included, until a collection: 30 MB more under 16 connections with 122 KB bodies."""
     def once():
         tools = [{"type": "function", "name": "f", "parameters": {}}]
         raw = json.dumps({"model": "p/m", "stream": True, "input": "hi", "tools": tools}).encode()

@@ -1585,7 +1585,7 @@ def plain_history(request: ResponsesRequest, items: Sequence[JSON], book: ToolBo
         made = plain_item(item, book)
         if made is not None:
             plain.append(made)
-        elif item["type"] not in NOT_HISTORY:
+        elif item["type"] not in NOT_HISTORY and not shown_only(item):
             dropped.append(f"input:{item['type']}")
     system = [request.instructions] if request.instructions else []
     leading = 0
@@ -1593,6 +1593,11 @@ def plain_history(request: ResponsesRequest, items: Sequence[JSON], book: ToolBo
         system.append("\n\n".join(part.get("text") or "" for part in plain[leading]["content"]))
         leading += 1
     return History(system, pair_calls(unique_calls(plain[leading:])), list(dict.fromkeys(dropped)))
+
+
+def shown_only(item: JSON) -> bool:
+    """A thought that was only ever shown: there is nothing in it that its provider would want back."""
+    return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
 
 
 def plain_item(item: JSON, book: ToolBook) -> JSON | None:
@@ -3337,6 +3342,14 @@ class ChatMessages:
         "function_call_output": _output}
 
 
+def is_base64(data: str) -> bool:
+    """Is it what a provider would take for bytes? If not, in the history, every turn would be refused from then on."""
+    try:
+        return bool(base64.b64decode(data, validate=True))
+    except ValueError:
+        return False
+
+
 def json_object(text: str) -> bool:
     """Is the text one whole JSON object?"""
     try:
@@ -4277,7 +4290,7 @@ def image_block(data: str) -> JSON | None:
     found = DATA_URL.match(data)
     media_type = IMAGE_TYPES.get(found[1].lower()) if found else None
     return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": found[2]}} \
-        if found and media_type else None
+        if found and media_type and is_base64(found[2]) else None
 
 
 def document_block(data: str, filename: Any) -> JSON | None:
@@ -4288,7 +4301,8 @@ def document_block(data: str, filename: Any) -> JSON | None:
     mime = found[1].lower() if found else "application/pdf" if name.lower().endswith(".pdf") else "text/plain"
     title = {"title": name} if name else {}
     if mime == "application/pdf":
-        return {"type": "document", "source": {"type": "base64", "media_type": mime, "data": encoded}, **title}
+        return {"type": "document", "source": {"type": "base64", "media_type": mime, "data": encoded}, **title} \
+            if is_base64(encoded) else None
     try:
         text = base64.b64decode(encoded, validate=True).decode() if TEXT_FILE.match(mime) else ""
     except ValueError:
@@ -4999,14 +5013,6 @@ def media_part(given: Any, name: str) -> JSON | None:
     mime = "image/jpeg" if mime == "image/jpg" else "text/plain" if TEXT_FILE.match(mime) else mime
     whole = GEMINI_MEDIA.match(mime) and is_base64(data if comma else given)
     return {"inlineData": {"mimeType": mime, "data": data if comma else given}} if whole else None
-
-
-def is_base64(data: str) -> bool:
-    """Is it what Gemini would take for bytes? One that is not, in the history, would refuse every turn from then on."""
-    try:
-        return bool(base64.b64decode(data, validate=True))
-    except ValueError:
-        return False
 
 
 def sign_step(content: JSON, replace: bool) -> None:

@@ -14,12 +14,18 @@ import pytest
 from harness import CODEX_VERSIONS, DIRECT, SHARED, Codex, Pomex, free_port, running_pomex
 from scripted import Script, Upstream
 
-MODELS = ("gpt-5.3-codex", "gpt-5.5", "gpt-5.6-sol", "plain-model")
+MODELS = ("gpt-5.3-codex", "gpt-5.5", "gpt-5.6-sol", "plain-model", "claude-sonnet-4-5", "claude-opus-4-8",
+          "claude-opus-5-5", "gemini-2.5-flash", "gemini-3.7-flash")
+# The model of a wire: of two generations that differ in all that matters, one for each version of Codex.
+OWN_MODELS = {"messages": {"0.128.0": "claude-sonnet-4-5", "latest": "claude-opus-5-5", "": "claude-opus-4-8"},
+              "gemini": {"0.128.0": "gemini-2.5-flash", "latest": "gemini-3.7-flash", "": "gemini-3.7-flash"}}
 WIRES = {
     "native": 'wire_api = "responses"\nrelay = "bytes"',            # as OpenAI: the upstream's own frames pass
     "foreign": 'wire_api = "responses"\nrelay = "normalise"',       # as a vendor's imitation: decoded, made anew
     "chat": 'wire_api = "chat"',
     "thinker": 'wire_api = "chat"\ndialect = "deepseek"',           # its reasoning must be sent back
+    "messages": 'wire_api = "messages"',
+    "gemini": 'wire_api = "gemini"',
 }
 if DIRECT:
     WIRES = {"direct": ""}
@@ -59,10 +65,12 @@ def direct(upstream: Upstream) -> Pomex:
 
 
 @pytest.fixture
-def script(upstream: Upstream) -> Script:
-    """The provider's script, empty at the start of each test."""
+def script(upstream: Upstream) -> Iterator[Script]:
+    """The provider's script, empty at the start of each test. No request may have been refused at its end."""
     upstream.script.play()
-    return upstream.script
+    upstream.script.refused.clear()
+    yield upstream.script
+    assert upstream.script.refused == []
 
 
 @pytest.fixture(params=WIRES)
@@ -79,5 +87,12 @@ def version(request: pytest.FixtureRequest) -> str:
 def codex(version: str, wire: str, pomex: Pomex, tmp_path: Path) -> Codex:
     """Codex with the block that Pomex prints, and the model of the wire under test."""
     made = Codex(version, tmp_path, pomex.codex_block(), pomex.key)
-    made.model = f"{wire}/gpt-5.3-codex"
+    made.model = model_of(wire, version, "gpt-5.3-codex")
+    if wire in OWN_MODELS and version == "0.128.0":
+        (tmp_path / "catalogue.json").write_bytes(pomex.catalogue())
+        made.use_catalogue(tmp_path / "catalogue.json")
     return made
+
+
+def model_of(wire: str, version: str = "", usual: str = "plain-model") -> str:
+    return f"{wire}/{OWN_MODELS.get(wire, {}).get(version, usual)}"

@@ -1,6 +1,7 @@
 """Runs inside an environment with a provider's package: encodes requests with pomex.py, validates the bodies by its types.
 
-    python encode_driver.py POMEX.PY WIRE[:MODEL[:DIALECT]] FILE...      prints {"FILE": ["what is wrong", ...], ...}
+    python encode_driver.py POMEX.PY WIRE[:MODEL[:DIALECT]] FILE...
+prints {"FILE": {"body": {...}, "complaints": ["what is wrong", ...]}, ...}; a file that check_request refuses is given as null.
 """
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ import importlib.util
 import json
 import sys
 import typing
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pydantic
 import typing_extensions
+
+warnings.simplefilter("error", UserWarning)
 
 
 def load_pomex(path):
@@ -23,17 +27,60 @@ def load_pomex(path):
     return module
 
 
-def chat_type():
+# --- what a body is held against
+
+def forbid_extras(hint: Any, seen: set[Any]) -> None:
+    """TypedDicts, and the answers' blocks that may stand among them, take unknown keys unless they are told not to:
+    all that `hint` leads to are told."""
+    is_model = isinstance(hint, type) and issubclass(hint, pydantic.BaseModel)
+    if (typing_extensions.is_typeddict(hint) or is_model) and hint not in seen:
+        seen.add(hint)
+        inside = [f.annotation for f in hint.model_fields.values()] if is_model else typing_extensions.get_type_hints(hint).values()
+        for inner in inside:
+            forbid_extras(inner, seen)
+        if is_model:
+            hint.model_config["extra"] = "forbid"
+            hint.model_rebuild(force=True)
+        else:
+            hint.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    for inner in typing.get_args(hint):
+        forbid_extras(inner, seen)
+
+
+def typed_dict(streaming: Any, whole: Any) -> Callable[[Any], Any]:
+    adapters = []
+    for typed in (whole, streaming):
+        forbid_extras(typed, set())
+        adapters.append(pydantic.TypeAdapter(typed))
+    return lambda body: adapters[bool(body.get("stream"))].validate_python(body)
+
+
+def chat_judge():
     from openai.types.chat import completion_create_params as params
-    return params.CompletionCreateParamsStreaming | params.CompletionCreateParamsNonStreaming
+    return typed_dict(params.CompletionCreateParamsStreaming, params.CompletionCreateParamsNonStreaming)
 
 
-def responses_type():
+def responses_judge():
     from openai.types.responses import response_create_params as params
-    return params.ResponseCreateParamsStreaming | params.ResponseCreateParamsNonStreaming
+    return typed_dict(params.ResponseCreateParamsStreaming, params.ResponseCreateParamsNonStreaming)
 
 
-TYPES = {"chat": chat_type, "responses": responses_type}
+def messages_judge():
+    from anthropic.types import message_create_params as params
+    return typed_dict(params.MessageCreateParamsStreaming, params.MessageCreateParamsNonStreaming)
+
+
+def gemini_judge():
+    """google-genai has no type of the body as a whole, but of each of its fields; all of them forbid unknown ones."""
+    from google.genai import types
+    fields = {"contents": (list[types.Content], ...), "systemInstruction": (types.Content, None),
+              "tools": (list[types.Tool], None), "toolConfig": (types.ToolConfig, None),
+              "generationConfig": (types.GenerationConfig, None)}
+    body_type = pydantic.create_model("Body", __config__=pydantic.ConfigDict(extra="forbid"), **fields)
+    return lambda body: body_type.model_validate_json(json.dumps(body))     # as JSON: what is bytes is base64
+
+
+JUDGES = {"chat": chat_judge, "responses": responses_judge, "messages": messages_judge, "gemini": gemini_judge}
 
 
 def consumed(value: Any) -> None:
@@ -41,22 +88,19 @@ def consumed(value: Any) -> None:
     if isinstance(value, dict):
         for inner in value.values():
             consumed(inner)
-    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, pydantic.BaseModel)):
         for inner in value:
             consumed(inner)
 
 
-def unknown_keys(body, typed) -> list[str]:
-    known = set().union(*(typing_extensions.get_type_hints(t) for t in typing.get_args(typed) or [typed]))
-    return [f"{key}: not a field of the request" for key in body if key not in known]
-
-
-def complaints(body, typed, adapter) -> list[str]:
+def complaints(body, judge) -> list[str]:
     try:
-        consumed(adapter.validate_python(body))
+        consumed(judge(body))
+    except UserWarning as warning:          # google-genai of an enumeration's unknown value
+        return [str(warning)]
     except pydantic.ValidationError as error:
-        return [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:5]]
-    return unknown_keys(body, typed)
+        return [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:8]]
+    return []
 
 
 def encode(pomex, wire, model, dialect, raw) -> Any:
@@ -69,18 +113,18 @@ def encode(pomex, wire, model, dialect, raw) -> Any:
 def main(path, form, *files):
     pomex = load_pomex(path)
     wire, model, dialect = (form.split(":") + ["", ""])[:3]
-    typed = TYPES[wire]()
-    adapter = pydantic.TypeAdapter(typed)
+    judge = JUDGES[wire]()
     found = {}
     for file in files:
         with open(file, "rb") as opened:
             raw = opened.read()
         try:
-            body = encode(pomex, wire, model or "some-model", dialect, raw)
-        except pomex.BadRequest as refused:
-            found[file] = [f"refused: {refused}"]
+            pomex.check_request(raw)
+        except pomex.BadRequest:
+            found[file] = None
             continue
-        found[file] = complaints(body, typed, adapter)
+        body = encode(pomex, wire, model or "some-model", dialect, raw)     # nothing that was taken may be refused here
+        found[file] = {"body": body, "complaints": complaints(body, judge)}
     print(json.dumps(found))
 
 

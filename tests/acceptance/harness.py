@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,13 @@ def codex_binary(version: str) -> Path:
     return required(TOOLS / f"codex-{version}" / "node_modules" / ".bin" / "codex", f"Codex {version}")
 
 
+def package_python(name: str) -> Path:
+    """The Python of the environment with one provider's package: openai-1, openai-2, openai-3, anthropic, google-genai."""
+    return required(TOOLS / name / "bin" / "python", f"the package {name}")
+
+
 def sdk_python(line: int) -> Path:
-    return required(TOOLS / f"openai-{line}" / "bin" / "python", f"the openai package, line {line}.x")
+    return package_python(f"openai-{line}")
 
 
 def llama_python() -> Path:
@@ -102,6 +108,13 @@ class Pomex:
         block = printed_block(self.log) or self.command("codex")
         assert "[model_providers.pomex]" in block, block
         return block
+
+    def catalogue(self) -> bytes:
+        """What GET /v1/models says."""
+        request = urllib.request.Request(f"{self.url}/models", headers={"authorization": f"Bearer {self.key}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            found: bytes = answer.read()
+        return found
 
     def post(self, body: JSON, *, key: str | None = None, **headers: str) -> Reply:
         """One raw POST /v1/responses."""
@@ -276,6 +289,11 @@ class Codex:
         quiet, _, quiet_tables = QUIET_CODEX.partition("[")
         (self.home / "config.toml").write_text(f"{head}\n{quiet}\n[{tables}\n[{quiet_tables}")
         self.environment = clean_environment(place, CODEX_HOME=str(self.home), POMEX_API_KEY=key)
+
+    def use_catalogue(self, file: Path) -> None:
+        """A catalogue on disk: 0.128.0 fetches none, and offers no apply_patch to a model that it does not know."""
+        config = self.home / "config.toml"
+        config.write_text(f"model_catalog_json = {json.dumps(str(file))}\n{config.read_text()}")
 
     def add_config(self, tables: str) -> None:
         with (self.home / "config.toml").open("a") as file:

@@ -1,8 +1,9 @@
 """A provider that plays a script: each request gets the next answer, rendered in the wire of its path.
 
-A test says what the model does in one vocabulary (`Text`, `Reasoning`, `Call`, `Custom`); the request's own
-path (`.../responses` or `.../chat/completions`) decides how that is spelled, and the tools that the request
-offers decide the spelling of a call, so one script serves native, downgraded and translated requests.
+A test says what the model does in one vocabulary (`Text`, `Reasoning`, `Call`, `Custom`); the request's own path
+(`.../responses`, `.../chat/completions`, `.../messages`, `.../models/MODEL:generateContent`) decides how that is
+spelled, and the tools that the request offers decide the spelling of a call, so one script serves native, downgraded
+and translated requests. Where the real provider would refuse a request, this one does (strict.py).
 """
 from __future__ import annotations
 
@@ -10,56 +11,17 @@ import http.server
 import itertools
 import json
 import re
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-JSON = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    text: str
-    encrypted: str = ""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A function call; `namespace` is where the client declared the tool, not how the provider sees it."""
-    name: str
-    arguments: JSON
-    namespace: str = ""
-
-
-@dataclass(frozen=True)
-class Custom:
-    """A freeform call (apply_patch)."""
-    name: str
-    input: str
-    namespace: str = ""
-
-
-Item = Text | Reasoning | Call | Custom
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One response. `end`: whole | drop (finished, no terminal event) | cut (in the middle) | length."""
-    items: tuple[Item, ...]
-    end: str = "whole"
-    input_tokens: int = 120
-    cached_tokens: int = 20
-    output_tokens: int = 15
-
-    @property
-    def total_tokens(self) -> int:
-        return self.input_tokens + self.output_tokens
+from strict import THOUGHTS, Memory, gemini_complaint, messages_complaint, signatures_in
+from vendors import (gemini_answers, gemini_items, gemini_model, gemini_parts, messages_blocks, messages_events,
+                     messages_items)
+from vocabulary import JSON, Answer, Call, Custom, Item, Reasoning, Text, pieces
 
 
 @dataclass(frozen=True)
@@ -89,9 +51,35 @@ class Seen:
 
     @property
     def items(self) -> list[JSON]:
-        """The history: `input` of a Responses request, `messages` of a chat request."""
+        """The history: `input` of a Responses request, `messages` of a chat request, the others' as Responses items."""
+        if self.path.endswith("/messages"):
+            return messages_items(self.body)
+        if "contents" in self.body:
+            return gemini_items(self.body)
         found: list[JSON] = self.body.get("input", self.body.get("messages", []))
         return found
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.body.get("stream")) or ":streamGenerateContent" in self.path
+
+    @property
+    def model(self) -> str:
+        return str(self.body.get("model") or gemini_model(self.path))
+
+    @property
+    def schema(self) -> JSON | None:
+        """The JSON schema that the answer is to have; None where the wire was asked for none."""
+        body = self.body
+        form = (body.get("text", {}).get("format") or body.get("output_config", {}).get("format")
+                or body.get("response_format") or {"schema": body.get("generationConfig", {}).get("responseJsonSchema")})
+        found: JSON | None = form.get("json_schema", form).get("schema")
+        return found
+
+    @property
+    def signatures(self) -> list[str]:
+        """What a thought or a part was signed with, in order."""
+        return signatures_in(self.body) if self.path.endswith("/messages") or "contents" in self.body else []
 
     def of_type(self, kind: str) -> list[JSON]:
         return [item for item in self.items if item.get("type") == kind]
@@ -102,9 +90,28 @@ class Seen:
         return [flat_text(item.get("output", item.get("content"))) for item in self.items
                 if item.get("role") == "tool" or str(item.get("type", "")).endswith("_call_output")]
 
+    def worded(self, refused: Refusal) -> Refusal:
+        """An OpenAI refusal in the words of the provider that is asked."""
+        error = refused.body["error"]
+        too_long = error.get("code") == "context_length_exceeded"
+        if self.path.endswith("/messages"):
+            message = "prompt is too long: 8200 tokens > 8192 maximum" if too_long else error["message"]
+            return Refusal(refused.status, {"type": "error", "request_id": "req_1", "error": {
+                "type": "invalid_request_error", "message": message}}, refused.headers)
+        if "contents" in self.body:
+            message = ("The input token count (8200) exceeds the maximum number of tokens allowed (8192)."
+                       if too_long else error["message"])
+            return Refusal(refused.status, {"error": {"code": refused.status, "message": message,
+                                                      "status": "INVALID_ARGUMENT"}}, refused.headers)
+        return refused
+
     @property
     def text(self) -> str:
         return json.dumps(self.items, ensure_ascii=False)
+
+
+def refusal(message: str, code: str = "invalid_request_error") -> Refusal:
+    return Refusal(400, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}})
 
 
 def flat_text(content: Any) -> str:
@@ -117,7 +124,7 @@ def flat_text(content: Any) -> str:
 
 def offered(body: JSON) -> list[JSON]:
     """Every tool of a request, flat: {"type", "name", "namespace", "parameters"}."""
-    tools = list(body.get("tools") or [])
+    tools = [inner for tool in body.get("tools") or [] for inner in tool.get("functionDeclarations", [tool])]
     for item in body.get("input") or []:
         if isinstance(item, dict) and item.get("type") in ("additional_tools", "tool_search_output"):
             tools += item.get("tools") or []
@@ -130,8 +137,9 @@ def _flatten(tools: Iterable[JSON], namespace: str) -> Iterator[JSON]:
             yield from _flatten(tool["tools"], tool["name"])
             continue
         inner = tool.get("function", tool)
-        yield {"type": tool.get("type"), "name": inner.get("name", tool.get("type")), "namespace": namespace,
-               "parameters": inner.get("parameters") or {}}
+        own = inner.get("parameters") or inner.get("input_schema") or inner.get("parametersJsonSchema") or {}
+        yield {"type": tool.get("type"), "name": inner.get("name") or tool.get("type") or next(iter(tool)), "namespace": namespace,
+               "parameters": own}
 
 
 class Unoffered(Exception):
@@ -142,6 +150,7 @@ def find_tool(body: JSON, name: str, namespace: str) -> JSON:
     """The offered tool for `name`: itself, or flattened with its namespace in front."""
     tools = offered(body)
     ranked = ([t for t in tools if t["name"] == name and (not namespace or t["namespace"] == namespace)]
+              or [t for t in tools if t["name"].endswith(name) and t["name"].startswith(namespace)]
               or [t for t in tools if t["name"].endswith(name)])
     if not ranked:
         raise Unoffered(f"{namespace}/{name} is not among {sorted(t['name'] for t in tools)}")
@@ -161,8 +170,12 @@ def spell(body: JSON, item: Call | Custom) -> tuple[str, str, str, str]:
     return "function_call", tool["name"], tool["namespace"], json.dumps({field_name: item.input})
 
 
-def pieces(text: str, size: int = 7) -> list[str]:
-    return [text[i:i + size] for i in range(0, len(text), size)]
+def plainly(body: JSON) -> Callable[[Call | Custom], tuple[str, JSON]]:
+    """spell() for the wires that know functions only."""
+    def spelled(item: Call | Custom) -> tuple[str, JSON]:
+        _, name, _, payload = spell(body, item)
+        return name, json.loads(payload)
+    return spelled
 
 
 # --- the Responses wire ----------------------------------------------------------------------------
@@ -330,7 +343,7 @@ def chat_bytes(body: JSON, answer: Answer) -> bytes:
         if isinstance(item, Text):
             message["content"] += item.text
         elif isinstance(item, Reasoning):
-            message["reasoning_content"] = item.text
+            message["reasoning_content"] = message.get("reasoning_content", "") + item.text
         else:
             _, name, _, payload = spell(body, item)
             message["tool_calls"].append({"id": f"call_{next(_ids):06d}", "type": "function",
@@ -347,24 +360,58 @@ def chat_bytes(body: JSON, answer: Answer) -> bytes:
 
 @dataclass
 class Script:
-    """What the provider is to answer, and what it was asked."""
+    """What the provider is to answer, and what it was asked. A request that the real one would refuse is refused:
+    its complaint stands in `refused`, and the test fails unless it takes it from there."""
     answers: list[Answer | Raw | Refusal] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     sent: list[bytes] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    signed: list[str] = field(default_factory=list)                     # every signature that was given out
+    memory: Memory = field(default_factory=Memory)
 
     def play(self, *answers: Answer | Raw | Refusal) -> None:
+        """Begins anew; complaints that nobody took stay."""
         self.answers[:] = answers
-        self.seen.clear()
-        self.sent.clear()
-        self.faults.clear()
+        for kept in (self.seen, self.sent, self.faults, self.signed):
+            kept.clear()
+        self.memory = Memory(recorded=b"".join(answer.payload for answer in answers if isinstance(answer, Raw)))
+
+    def complaint(self, seen: Seen) -> str:
+        if seen.path.endswith("/messages"):
+            return messages_complaint(seen.body, seen.headers, self.memory)
+        if "contents" in seen.body:
+            model = gemini_model(seen.path)
+            return gemini_complaint(model, seen.body, seen.headers, self.memory) if model else f"no path: {seen.path}"
+        return ""
+
+    def render(self, seen: Seen, answer: Answer) -> bytes:
+        body = seen.body
+        if seen.path.endswith("/messages"):
+            blocks = messages_blocks(body, answer, plainly(body))
+            thoughts = [block for block in blocks if block["type"] in THOUGHTS]
+            self.memory.thought_of.update({block["id"]: thoughts for block in blocks if block["type"] == "tool_use"})
+            self.signed += [block.get("signature") or block["data"] for block in thoughts]
+            return b"".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n".encode()
+                            for e in messages_events(body, answer, blocks))
+        if "contents" in body:
+            model = gemini_model(seen.path)
+            parts = gemini_parts(model, body, answer, plainly(body))
+            events = gemini_answers(model, answer, parts, seen.streams)
+            sent = [part for event in events for part in event["candidates"][0]["content"]["parts"]]
+            self.signed += [part["thoughtSignature"] for part in sent if "thoughtSignature" in part]
+            for part in sent:
+                if "functionCall" in part and "thoughtSignature" in part:
+                    self.memory.signed_calls[json.dumps(part["functionCall"], sort_keys=True)] = part["thoughtSignature"]
+            return (b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in events) if seen.streams
+                    else json.dumps(events[0]).encode())
+        return chat_bytes(body, answer) if seen.path.endswith("/chat/completions") else responses_bytes(body, answer)
 
     def next(self) -> Answer | Raw | Refusal:
         if self.answers:
             return self.answers.pop(0)
         self.faults.append("a request came after the script's end")
-        return Refusal(400, {"error": {"message": "the script is over", "type": "invalid_request_error",
-                                       "param": None, "code": "invalid_request_error"}})
+        return refusal("the script is over")
 
     def played_out(self, requests: int | None = None) -> None:
         """Every answer was asked for, no more, no less."""
@@ -385,24 +432,28 @@ class Upstream:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True          # head and body go out apart: 40 ms for each answer
 
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers["content-length"] or 0))
-                body = json.loads(raw)
-                script.seen.append(Seen(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-                answer = script.next()
+                seen = Seen(self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(raw))
+                script.seen.append(seen)
+                complaint = script.complaint(seen)
+                script.refused += [complaint] if complaint else []
+                answer = refusal(complaint) if complaint else script.next()
                 if isinstance(answer, Raw):
                     self.play(answer.payload, stream=True)
                     return
                 if isinstance(answer, Answer):
                     try:
-                        render = chat_bytes if self.path.endswith("/chat/completions") else responses_bytes
-                        self.play(render(body, answer), bool(body.get("stream")), answer.end == "cut")
+                        # Gemini's finishReason is the last of all: only the connection can be lost after it
+                        cut = answer.end == "cut" or (answer.end == "drop" and "contents" in seen.body)
+                        self.play(script.render(seen, answer), seen.streams, cut)
                         return
                     except Unoffered as error:
                         script.faults.append(str(error))
-                        answer = Refusal(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
-                self.refuse(answer)
+                        answer = refusal(str(error))
+                self.refuse(seen.worded(answer))
 
             def do_GET(self) -> None:
                 self.refuse(Refusal(200, answer_models()) if "/models" in self.path else Refusal(404, {}))
@@ -443,7 +494,9 @@ class Upstream:
             daemon_threads = True
 
             def handle_error(self, *_: Any) -> None:
-                pass                # a client that hangs up is no fault: Codex does so after response.completed
+                error = sys.exception()     # a client that hangs up is no fault: Codex does so after response.completed
+                if not isinstance(error, ConnectionError):
+                    script.refused.append("".join(traceback.format_exception(error)))
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.origin = f"http://127.0.0.1:{self.server.server_address[1]}"

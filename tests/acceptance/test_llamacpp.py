@@ -1,4 +1,4 @@
-"""A real llama.cpp with a small real model behind Pomex: over chat, and over its own imitation of Responses."""
+"""A real llama.cpp with a small real model behind Pomex: over chat, and over its own imitations of Responses and Messages."""
 from __future__ import annotations
 
 import json
@@ -48,7 +48,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def gateway(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pomex]:
     config = "[server]\nport = 0\n"
-    for name, lines in (("chat", 'wire_api = "chat"'), ("foreign", 'wire_api = "responses"\nrelay = "normalise"')):
+    for name, lines in (("chat", 'wire_api = "chat"'), ("foreign", 'wire_api = "responses"\nrelay = "normalise"'),
+                        ("messages", 'wire_api = "messages"')):
         config += f'[providers.{name}]\n{lines}\nbase_url = "{llama}/v1"\nenv_key = "LLAMA_KEY"\nmodels = ["*"]\n'
     with running_pomex(tmp_path_factory.mktemp("gateway"), config, {"LLAMA_KEY": "any"}) as pomex:
         yield pomex
@@ -70,7 +71,7 @@ def outcome(reply: Reply, stream: bool) -> JSON:
     return made
 
 
-@pytest.fixture(params=["chat", "foreign"])
+@pytest.fixture(params=["chat", "foreign", "messages"])
 def wire(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -94,7 +95,7 @@ def test_a_limit_on_the_output_is_kept_and_told(gateway: Pomex, wire: str, strea
     made = outcome(gateway.post(body), stream)
     assert made["usage"]["output_tokens"] == 8
     # llama.cpp's /v1/responses calls a cut answer completed: nothing in it tells the two apart.
-    told = {"chat": ("incomplete", {"reason": "max_output_tokens"}), "foreign": ("completed", None)}[wire]
+    told = ("completed", None) if wire == "foreign" else ("incomplete", {"reason": "max_output_tokens"})
     assert (made["status"], made["incomplete_details"]) == told
 
 

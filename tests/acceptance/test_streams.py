@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import model_of
 from harness import JSON, SDK_LINES, SHARED, Pomex, Sdk, stream_events, terminal
 from scripted import Answer, Call, Custom, Raw, Reasoning, Script, responses_bytes, responses_events, says
 
@@ -61,7 +63,7 @@ def captures(pomex: Pomex, script: Script, wire: str) -> list[Capture]:
     taken = []
     for name, (more, answer) in CASES.items():
         script.play(answer)
-        body = {**BASE, "model": f"{wire}/plain-model", **more}
+        body = {**BASE, "model": model_of(wire), **more}
         reply = pomex.post(body)
         assert reply.status == 200, (name, reply.raw)
         taken.append(Capture(name, reply.raw, body, script.sent[0]))
@@ -94,7 +96,7 @@ def worsened(sdk: Sdk, folder: Path, streams: list[Capture]) -> dict[str, Counte
     return {name: codes for name, codes in more.items() if codes}
 
 
-@pytest.mark.parametrize("wire", ["foreign", "chat", "thinker"])
+@pytest.mark.parametrize("wire", ["foreign", "chat", "thinker", "messages", "gemini"])
 def test_a_stream_that_pomex_makes_has_no_finding(
         sdk: Sdk, pomex: Pomex, script: Script, wire: str, tmp_path: Path) -> None:
     assert blemished(sdk, tmp_path, captures(pomex, script, wire)) == {}
@@ -118,31 +120,48 @@ def recordings(protocol: str) -> list[Path]:
     return sorted(path.parent for path in (SHARED / "recorded" / protocol).glob("*/response.sse"))
 
 
+FAILURES = (b'"response.failed"', b"overloaded_error", b"MALFORMED_FUNCTION_CALL")
+
+
+def asked_tools(asked: JSON) -> Iterator[JSON]:
+    """The functions of a request of any wire, and web search."""
+    for given in asked.get("tools", []):
+        if "googleSearch" in given or "google_search" in given or str(given.get("type")).startswith("web_search"):
+            yield {"type": "web_search"}
+        for tool in given.get("functionDeclarations", [given]):
+            tool = tool.get("function", tool)
+            if "name" in tool and ("parameters" in tool or "input_schema" in tool or "parametersJsonSchema" in tool):
+                parameters = tool.get("parameters") or tool.get("input_schema") or tool.get("parametersJsonSchema")
+                yield {"type": "function", "name": tool["name"], "description": None, "strict": None,
+                       "parameters": parameters}
+
+
 def replay(pomex: Pomex, script: Script, wire: str, folder: Path) -> Capture | None:
-    """One recorded stream as the upstream's answer to its own request (of a chat request: only its tools).
+    """One recorded stream as the upstream's answer to its own request (of another wire's request: only its tools).
 
     None where it failed before any output: the client then gets an HTTP error and no stream.
     """
     request = folder / "request.json"       # not every recording kept it
     asked = json.loads(request.read_text()) if request.exists() else {}
-    body = {**BASE, **asked} if "input" in asked else {**BASE, "tools": [
-        {"type": "function", "name": tool["function"]["name"], "description": None, "strict": None,
-         "parameters": tool["function"].get("parameters")} for tool in asked.get("tools", []) if "function" in tool]}
-    body |= {"model": f"{wire}/plain-model", "stream": True}
+    body = {**BASE, **asked} if "input" in asked else {**BASE, "tools": list(asked_tools(asked))}
+    body |= {"model": model_of(wire), "stream": True}
     for unserved in ("previous_response_id", "background", "conversation"):
         body.pop(unserved, None)
     raw = (folder / "response.sse").read_bytes()
-    script.play(Raw(raw))
+    rest = folder.parent / folder.name.replace("-turn-stream", "-turn-resumed-stream") / "response.sse"     # of a pause
+    script.play(Raw(raw), *([Raw(rest.read_bytes())] if rest.parent != folder and rest.exists() else []))
     reply = pomex.post(body)
-    if reply.status >= 400 and b'"response.failed"' in raw and b'"response.output_item.added"' not in raw:
+    if reply.status >= 400 and b'"response.output_item.added"' not in raw and any(sign in raw for sign in FAILURES):
         assert reply.json["error"]["message"]
         return None
+    script.played_out()
     assert reply.status == 200, (folder.name, reply.raw[:500])
     terminal(stream_events(reply.raw))
     return Capture(folder.name, reply.raw, body, raw)
 
 
-@pytest.mark.parametrize(("wire", "protocol"), [("foreign", "responses"), ("chat", "chat")])
+@pytest.mark.parametrize(("wire", "protocol"), [
+    ("foreign", "responses"), ("chat", "chat"), ("messages", "anthropic"), ("gemini", "gemini")])
 def test_recorded_streams_made_anew_have_no_finding(
         sdk: Sdk, pomex: Pomex, script: Script, wire: str, protocol: str, tmp_path: Path) -> None:
     streams = [stream for folder in recordings(protocol) if (stream := replay(pomex, script, wire, folder))]

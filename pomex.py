@@ -20,12 +20,12 @@ its own floor or of a floor above it in this file, so the file can be read once,
      6  providers                 one block a wire API, then the table
      7  configuration             TOML to frozen dataclasses
     --  above: pure; below: the edge
-     8  ledger                    keys and usage rows in SQLite
+     8  ledger                    keys, accounts, prices, limits and usage rows in SQLite
      9  upstream                  TLS, connection pool, one exchange with its time limits
     10  routing                   which target answers
     11  handlers                  one function an endpoint
     12  server                    accept, limits, drain, access log
-    13  command line              serve, check, keys, models, codex
+    13  command line              serve, check, keys, accounts, usage, models, codex ...
     14  data                      texts and tables
 
 `import pomex` does nothing. `pomex.main(argv) -> int` is the command line.
@@ -60,12 +60,14 @@ if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "wi
 import argparse
 import asyncio
 import base64
+import bisect
 import codecs
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import decimal
 import difflib
 import email.utils
 import enum
@@ -119,6 +121,7 @@ class GatewayError(Exception):
     type: str = "server_error"
     code: str | None = "server_error"
     retryable: bool = False         # may another target, or the same one later, do better?
+    ledger_code: str = ""           # what the ledger calls it, where one client must be told another code
 
     def __init__(self, message: str, *, status: int = 0, code: str | None = None, param: str | None = None,
                  headers: tuple[tuple[str, str], ...] = ()) -> None:
@@ -218,6 +221,27 @@ class Usage:
     output: int = 0         # all output tokens, reasoning included
     reasoning: int = 0      # of those, reasoning
     estimated: bool = False     # the provider gave no count
+    cache_write_1h: int = 0     # of the written ones, those kept long: 1 h at Anthropic, 12 h at OpenAI
+    web_searches: int = 0       # requests of the provider's own search tool
+    broken: str = ""            # how the provider's count contradicted itself
+
+
+MAX_TOKENS = 1 << 24            # no answer has had so many; a count beyond is a mistake, and would spoil every sum
+
+
+def checked_usage(usage: Usage) -> Usage:
+    """The same, within its invariants. What breaks them is cut to size, and the usage marked with what it was."""
+    if (usage.cached + usage.cache_write <= usage.input <= MAX_TOKENS and usage.cache_write_1h <= usage.cache_write
+            and usage.reasoning <= usage.output <= MAX_TOKENS and usage.web_searches <= MAX_TOKENS):
+        return usage
+    whole, output = min(usage.input, MAX_TOKENS), min(usage.output, MAX_TOKENS)
+    cached = min(usage.cached, whole)
+    written = min(usage.cache_write, whole - cached)
+    sound = dataclasses.replace(usage, input=whole, cached=cached, cache_write=written, output=output,
+                                cache_write_1h=min(usage.cache_write_1h, written), reasoning=min(usage.reasoning, output),
+                                web_searches=min(usage.web_searches, MAX_TOKENS))
+    names = [each.name for each in dataclasses.fields(Usage) if getattr(sound, each.name) != getattr(usage, each.name)]
+    return dataclasses.replace(sound, estimated=True, broken=f"the provider's count of {', '.join(names)} cannot be")
 
 
 @dataclass(frozen=True, slots=True)
@@ -1243,6 +1267,18 @@ class ResponsesRequest:
         return given or hashlib.sha256(beginning.encode()).hexdigest()[:32]
 
 
+INLINE_DATA = re.compile(rb"[A-Za-z0-9+/=_-]{1024,}")       # images and files
+INLINE_DATA_TOKENS = 1500       # what one of those is taken for: a large image at the providers that say
+
+
+def input_estimate(raw: bytes) -> int:
+    """Tokens of a request whose provider gave no count: a quarter of its bytes."""
+    if b";base64," not in raw:
+        return len(raw) // 4
+    found = INLINE_DATA.findall(raw)
+    return (len(raw) - sum(map(len, found))) // 4 + INLINE_DATA_TOKENS * len(found)
+
+
 def check_request(raw: bytes) -> ResponsesRequest:
     """The body of POST /v1/responses. BadRequest names the field, what is wrong and what would do."""
     try:
@@ -1747,6 +1783,10 @@ class Answer:
         self.started = False
 
     @functools.cached_property
+    def estimated_input(self) -> int:
+        return input_estimate(self.request.raw)
+
+    @functools.cached_property
     def tail(self) -> str:
         """The echo, encoded once: a Codex request repeats 30 KB of tools otherwise three times."""
         return compact(echo_fields(self.request, self.manners.echo))[1:]
@@ -1824,6 +1864,7 @@ class Attempt:
         self.status = "in_progress"
         self.terminal_by = "gateway"
         self.written = 0                            # characters of output, for estimates
+        self.refused = False                        # the provider did nothing for it, and will not bill it
 
     def take(self) -> bytes:
         """The frames since the last call, as one block."""
@@ -1844,6 +1885,7 @@ class Attempt:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.last else "gateway"
+        refused = self.refused or (self.error is not None and not self.written)     # in its stream, in place of output
         if self.error is None and self.stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
         self.settle_items()
@@ -1854,8 +1896,9 @@ class Attempt:
         else:
             self.status = "completed"
         if self.usage is None or self.usage.estimated:      # Anthropic counts the input first, the output at the end
-            known = self.usage or Usage(self.estimated_input)
-            self.usage = dataclasses.replace(known, output=max(known.output, -(-self.written // 4)), estimated=True)
+            known = self.usage or Usage(0 if refused else self.estimated_input, estimated=not refused)
+            self.usage = dataclasses.replace(known, output=max(known.output, -(-self.written // 4)))
+        self.usage = checked_usage(self.usage)
 
     def settle_items(self) -> None:
         """Closes or leaves what is still open; called once, before the status is decided."""
@@ -2365,6 +2408,8 @@ class Relay(Attempt):
         self.last = True
         self.completed = response
         self.usage = usage_from(response.get("usage")) or self.usage
+        if self.usage and (self.answer.request.get("prompt_cache_options") or {}).get("ttl") == "12h":
+            self.usage = dataclasses.replace(self.usage, cache_write_1h=self.usage.cache_write)
         if status == "failed":
             self.error = self.error or self.failure(response.get("error"))
         else:
@@ -4550,7 +4595,9 @@ class MessagesDecoder:
     def _usage(self) -> Usage:
         now, before = messages_usage(self.counts), self.earlier
         return Usage(before.input + now.input, before.cached + now.cached, before.cache_write + now.cache_write,
-                     before.output + now.output, before.reasoning + now.reasoning)
+                     before.output + now.output, before.reasoning + now.reasoning,
+                     cache_write_1h=before.cache_write_1h + now.cache_write_1h,
+                     web_searches=before.web_searches + now.web_searches)
 
     # blocks
 
@@ -4701,7 +4748,10 @@ def messages_usage(counts: JSON) -> Usage:
         return sum(count(each, name) for each in dicts_in(counts.get("iterations")) or [counts])
     read, written, output = total("cache_read_input_tokens"), total("cache_creation_input_tokens"), total("output_tokens")
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
-    return Usage(total("input_tokens") + read + written, read, written, output, min(reasoning, output))
+    long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens")
+               for each in dicts_in(counts.get("iterations")) or [counts])
+    return Usage(total("input_tokens") + read + written, read, written, output, min(reasoning, output),
+                 cache_write_1h=min(long, written), web_searches=count(counts.get("server_tool_use"), "web_search_requests"))
 
 
 # --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
@@ -5370,7 +5420,7 @@ class Translation(Assembler):
     """An attempt over a provider's stream: bytes to events to deltas to frames."""
 
     def __init__(self, job: Job, decoder: Decoder) -> None:
-        super().__init__(job.answer, len(job.answer.request.raw) // 4, job.seal)
+        super().__init__(job.answer, job.answer.estimated_input, job.seal)
         self.decoder = decoder
         self.events = SSEDecoder()
 
@@ -5449,7 +5499,8 @@ def responses_call(job: Job) -> Call:
         items, dropped = job.unsealed()
         body = relay_body(request, items, dropped, job.model)
         read = ResponsesDecoder(ToolBook(())).whole
-        return Call("/responses", body, Relay(job.answer, len(request.raw) // 4, job.seal, responses_error, read), dropped)
+        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, read)
+        return Call("/responses", body, attempt, dropped)
     book = ToolBook(request.tools)
     history, dropped = job.plain(book)
     body = compact(encode_responses(request, history, job.model, book)).encode()
@@ -5594,6 +5645,7 @@ class ServerConfig:
     max_body_bytes: int = option(67108864, "longest request body; images come inline", 1024, 4294967296)
     max_connections: int = option(4096, "client connections at once; a stream takes two files", 1, 1000000)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
+    reserve_output_tokens: int = option(16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -5655,18 +5707,36 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PriceConfig:
+    """US dollars per million tokens. What is left out of the cache prices costs what plain input costs."""
+    input: decimal.Decimal = option(decimal.Decimal(), "input that is not cached", 0, 100000)
+    output: decimal.Decimal = option(decimal.Decimal(), "output, reasoning included", 0, 100000)
+    cache_read: decimal.Decimal | None = option(None, "input read from the provider's cache", 0, 100000)
+    cache_write: decimal.Decimal | None = option(None, "input written to it", 0, 100000)
+    cache_write_1h: decimal.Decimal | None = option(None, "input written to be kept long: 1 h at Anthropic", 0, 100000)
+    search_per_1000: decimal.Decimal | None = option(None, "a thousand of the provider's own web searches", 0, 100000)
+    long_over: int = option(0, "with more input than this the whole request has the long_ prices; 0: never", 0, 100000000)
+    long_input: decimal.Decimal | None = option(None, "input of a long request", 0, 100000)
+    long_output: decimal.Decimal | None = option(None, "its output", 0, 100000)
+    long_cache_read: decimal.Decimal | None = option(None, "what it reads from the cache", 0, 100000)
+    long_cache_write: decimal.Decimal | None = option(None, "what it writes there", 0, 100000)
+    long_cache_write_1h: decimal.Decimal | None = option(None, "what it writes there to be kept long", 0, 100000)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     server: ServerConfig
     database: DatabaseConfig
     demo: DemoConfig
     providers: dict[str, ProviderConfig] = field(hash=False)
     models: dict[str, ModelConfig] = field(hash=False)
+    prices: dict[str, PriceConfig] = field(default_factory=dict, hash=False)
     path: str = ""                      # the file it came from; "" for none
     warnings: tuple[str, ...] = ()
 
 
 SECTIONS: dict[str, type[Any]] = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
-NAMED_SECTIONS: dict[str, type[Any]] = {"providers": ProviderConfig, "models": ModelConfig}
+NAMED_SECTIONS: dict[str, type[Any]] = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
 def builtin(name: str, wire_api: str, base_url: str, env_key: str = "", *, relay: str = "normalise",
@@ -5729,6 +5799,15 @@ def table_of_tables(value: Any) -> dict[str, JSON]:
     return value
 
 
+def amount(value: Any) -> decimal.Decimal:
+    """The decimal number as it was written: Python's shortest text of a float is what the file says."""
+    exactly(int, float)(value)
+    number = decimal.Decimal(str(value))
+    if not number.is_finite() or number != round(number, 6):
+        raise ValueError
+    return number
+
+
 class Reading(NamedTuple):
     """How a value of one annotated type is read, and what it must be."""
     words: str
@@ -5741,6 +5820,8 @@ READINGS: dict[str, Reading] = {
     "bool": Reading("true or false", exactly(bool), lambda text: {"true": True, "false": False}[text]),
     "int": Reading("a whole number", exactly(int), int),
     "float": Reading("a number", exactly(int, float), float),
+    "decimal.Decimal": Reading("an amount of dollars with at most six decimals", amount),
+    "decimal.Decimal | None": Reading("an amount of dollars with at most six decimals", amount),
     "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
     "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', string_table),
     "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_of_tables),
@@ -6075,6 +6156,17 @@ def read_model(source: ConfigText, name: str, providers: Mapping[str, ProviderCo
     return model
 
 
+def read_prices(source: ConfigText, name: str) -> PriceConfig:
+    """One [prices."provider/model"]."""
+    path = ("prices", name)
+    if not MODEL_NAME.fullmatch(name):
+        raise source.error(path, f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
+    prices = PriceConfig(**source.settings(PriceConfig, *path))
+    if prices.long_over and (prices.long_input is None or prices.long_output is None):
+        raise source.error((*path, "long_over"), f"[{toml_name(path)}] long_over needs long_input and long_output.")
+    return prices
+
+
 # --- 7.5 the whole --------------------------------------------------------------------------------
 
 def load_config(text: str, name: str, environ: Mapping[str, str],
@@ -6095,6 +6187,7 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
         providers.setdefault("demo", DEMO_PROVIDER)
     return Config(server, read_database(source, around), demo, providers,
                   {each: read_model(source, each, providers) for each in source.table("models")},
+                  {each: read_prices(source, each) for each in source.table("prices")},
                   name, tuple(cleartext_warnings(providers.values())))
 
 
@@ -6131,7 +6224,7 @@ def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 # === 8. ledger ====================================================================================
 #
-# Keys and usage rows in one SQLite file, shared by all processes of this machine.
+# Keys, accounts, limits and usage rows in one SQLite file, shared by all processes of this machine.
 #
 # A request is written down twice: its intent before anything is sent upstream, its settlement before the
 # client can see how it ended. Both are first one line appended to this process's journal, a plain file
@@ -6141,9 +6234,18 @@ def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 #
 # A journal is locked by its process for as long as that lives. Whoever opens the database next takes over
 # the journals that nobody locks: settlements are inserted (once: the response id is unique), intents that
-# have none become rows marked interrupted. So no answered request is ever without its row, and none has two.
+# have none become rows marked interrupted, billed for their estimated input. So no answered request is ever
+# without its row, and none has two. (Intents have no table of their own: the journal is theirs.)
+#
+# Money is integer nano-dollars. A row keeps the price it was computed at; triggers add it to the sums of its
+# day in the transaction that inserts it, and only then: a row that was there already adds nothing. What an account
+# has is the sum of its credit entries less the sum of its charges; no balance is stored anywhere.
 
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
+
+ADD_TO_DAILY = "ON CONFLICT DO UPDATE SET " + ", ".join(f"{name} = {name} + excluded.{name}" for name in (
+    "requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos",
+)) + ", last_ms = max(last_ms, excluded.last_ms)"
 
 MIGRATIONS: list[tuple[str, ...]] = [   # one step a schema version; never edited, only added to
     (
@@ -6166,6 +6268,59 @@ MIGRATIONS: list[tuple[str, ...]] = [   # one step a schema version; never edite
             input INTEGER NOT NULL, cached INTEGER NOT NULL, cache_write INTEGER NOT NULL,
             output INTEGER NOT NULL, reasoning INTEGER NOT NULL,
             first_ms INTEGER NOT NULL, total_ms INTEGER NOT NULL, attempts INTEGER NOT NULL)""",
+    ),
+    (
+        """CREATE TABLE accounts (
+            id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, prepaid INTEGER NOT NULL DEFAULT 0, limit_nanos INTEGER,
+            multiplier INTEGER NOT NULL DEFAULT 1000000, created_s INTEGER NOT NULL)""",
+        "INSERT INTO accounts (name, created_s) VALUES ('default', strftime('%s', 'now'))",
+        *("CREATE TRIGGER accounts_%s AFTER %s ON accounts BEGIN"
+          " UPDATE settings SET value = value + 1 WHERE name = 'keys_revision'; END" % (verb, verb)
+          for verb in ("INSERT", "UPDATE", "DELETE")),
+        """CREATE TABLE credits (
+            id INTEGER PRIMARY KEY, account_id INTEGER NOT NULL, created_s INTEGER NOT NULL,
+            kind TEXT NOT NULL, nanos INTEGER NOT NULL, reason TEXT NOT NULL)""",
+        *("CREATE TRIGGER credits_%s BEFORE %s ON credits BEGIN"
+          " SELECT raise(ABORT, 'credit entries stay'); END" % (verb, verb)
+          for verb in ("UPDATE", "DELETE")),
+        *(f"ALTER TABLE keys ADD COLUMN {column}" for column in (
+            "account_id INTEGER NOT NULL DEFAULT 1", "models TEXT NOT NULL DEFAULT ''", "budget_nanos INTEGER",
+            "period TEXT NOT NULL DEFAULT 'month'", "rpm INTEGER NOT NULL DEFAULT 0", "tpm INTEGER NOT NULL DEFAULT 0",
+            "concurrent INTEGER NOT NULL DEFAULT 0")),
+        *(f"ALTER TABLE usage ADD COLUMN {column}" for column in (
+            "account_id INTEGER NOT NULL DEFAULT 1", "cache_write_1h INTEGER NOT NULL DEFAULT 0",
+            "web_searches INTEGER NOT NULL DEFAULT 0", "price TEXT NOT NULL DEFAULT ''",
+            "multiplier INTEGER NOT NULL DEFAULT 1000000", "cost_nanos INTEGER NOT NULL DEFAULT 0")),
+        """CREATE TABLE attempts (
+            response_id TEXT NOT NULL, attempt INTEGER NOT NULL, provider TEXT NOT NULL, upstream_model TEXT NOT NULL,
+            error_code TEXT NOT NULL, estimated TEXT NOT NULL, input INTEGER NOT NULL, cached INTEGER NOT NULL,
+            cache_write INTEGER NOT NULL, output INTEGER NOT NULL, reasoning INTEGER NOT NULL,
+            cache_write_1h INTEGER NOT NULL, web_searches INTEGER NOT NULL, price TEXT NOT NULL,
+            multiplier INTEGER NOT NULL, cost_nanos INTEGER NOT NULL, PRIMARY KEY (response_id, attempt)) WITHOUT ROWID""",
+        """CREATE TABLE daily (
+            day INTEGER NOT NULL, key_id INTEGER NOT NULL, account_id INTEGER NOT NULL, model TEXT NOT NULL,
+            provider TEXT NOT NULL, endpoint TEXT NOT NULL, requests INTEGER NOT NULL, failed INTEGER NOT NULL,
+            estimated INTEGER NOT NULL, unpriced INTEGER NOT NULL, input INTEGER NOT NULL, cached INTEGER NOT NULL,
+            cache_write INTEGER NOT NULL, output INTEGER NOT NULL, reasoning INTEGER NOT NULL, cost_nanos INTEGER NOT NULL,
+            last_ms INTEGER NOT NULL, PRIMARY KEY (day, key_id, account_id, model, provider, endpoint)) WITHOUT ROWID""",
+        "CREATE INDEX daily_key ON daily (key_id, day)",
+        "CREATE INDEX daily_account ON daily (account_id, day)",
+        """INSERT INTO daily SELECT started_ms / 86400000, key_id, account_id, model, provider, endpoint, count(*),
+            sum(status = 'failed'), sum(estimated <> ''), count(*), sum(input), sum(cached), sum(cache_write), sum(output),
+            sum(reasoning), 0, max(started_ms) FROM usage GROUP BY 1, 2, 3, 4, 5, 6""",
+        f"""CREATE TRIGGER usage_sums AFTER INSERT ON usage BEGIN INSERT INTO daily VALUES (
+            NEW.started_ms / 86400000, NEW.key_id, NEW.account_id, NEW.model, NEW.provider, NEW.endpoint, 1,
+            NEW.status = 'failed', NEW.estimated <> '', NEW.price = '' AND NEW.input + NEW.output > 0, NEW.input, NEW.cached,
+            NEW.cache_write, NEW.output, NEW.reasoning, NEW.cost_nanos, NEW.started_ms) {ADD_TO_DAILY}; END""",
+        f"""CREATE TRIGGER attempts_sums AFTER INSERT ON attempts BEGIN INSERT INTO daily SELECT
+            started_ms / 86400000, key_id, account_id, model, NEW.provider, endpoint, 0, 0, NEW.estimated <> '', 0, NEW.input,
+            NEW.cached, NEW.cache_write, NEW.output, NEW.reasoning, NEW.cost_nanos, started_ms
+            FROM usage WHERE response_id = NEW.response_id {ADD_TO_DAILY}; END""",
+        """CREATE TRIGGER usage_pruned AFTER DELETE ON usage BEGIN
+            DELETE FROM attempts WHERE response_id = OLD.response_id; END""",
+        """CREATE TABLE leases (
+            meter TEXT NOT NULL, slot INTEGER NOT NULL, process TEXT NOT NULL, amount INTEGER NOT NULL,
+            expires_s REAL NOT NULL, PRIMARY KEY (meter, slot, process)) WITHOUT ROWID""",
     ),
 ]
 
@@ -6200,6 +6355,25 @@ class Key:
     created_s: int
     expires_s: int          # 0: never
     revoked_s: int          # 0: active
+    account_id: int
+    models: str             # patterns of the models it may use, separated by spaces; "": any
+    budget_nanos: int | None
+    period: str             # of the budget: day | week | month | total
+    rpm: int                # requests a minute; 0: any number, as for the next two
+    tpm: int                # tokens a minute
+    concurrent: int         # requests open at once
+    account: str            # its account's name, and what that says
+    prepaid: int
+    account_limit_nanos: int | None
+    multiplier: int
+
+    @property
+    def limited(self) -> bool:
+        return bool(self.budget_nanos is not None or self.prepaid or self.account_limit_nanos is not None or self.rpm
+                    or self.tpm or self.concurrent)
+
+    def may_use(self, model: str) -> bool:
+        return not self.models or any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models.split())
 
 
 # Named tuples, not dataclasses: they are the journal's lines and the table's rows as they stand.
@@ -6212,10 +6386,17 @@ class Intent(NamedTuple):
     key_id: int
     endpoint: str
     model: str
+    account_id: int = 1
+    provider: str = ""      # the first target, and what its estimated input costs
+    upstream_model: str = ""
+    input: int = 0
+    price: str = ""
+    multiplier: int = 1_000_000
+    cost_nanos: int = 0
 
 
 class Entry(NamedTuple):
-    """One row of the usage table: how a planned request ended. Fields are the table's columns."""
+    """One row of the usage table: how a planned request ended. Fields are the table's columns, but for the last."""
     response_id: str
     request_id: str
     started_ms: int
@@ -6236,11 +6417,23 @@ class Entry(NamedTuple):
     first_ms: int = 0               # from the request to the first output; 0: none came
     total_ms: int = 0
     attempts: int = 0               # requests sent upstream
+    account_id: int = 1
+    cache_write_1h: int = 0
+    web_searches: int = 0
+    price: str = ""                 # USD per million tokens, as section 8.5 has it; "": no price
+    multiplier: int = 1_000_000     # of the account, in millionths
+    cost_nanos: int = 0             # of this row's own tokens
+    lost: Sequence[Sequence[int | str]] = ()    # attempts given up and billed all the same: Lines of section 8.7
 
 
-INSERT_USAGE = f"INSERT INTO usage ({', '.join(Entry._fields)}) VALUES "
-ENTRY_VALUES = f"({', '.join('?' * len(Entry._fields))})"
+USAGE_COLUMNS = Entry._fields[:-1]
+INSERT_USAGE = f"INSERT INTO usage ({', '.join(USAGE_COLUMNS)}) VALUES "
+ENTRY_VALUES = f"({', '.join('?' * len(USAGE_COLUMNS))})"
 KEY_COLUMNS = "id, name, digest, hint, created_s, expires_s, revoked_s"
+KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent")
+SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
+    budget_nanos, period, rpm, tpm, concurrent, accounts.name, prepaid, limit_nanos, multiplier
+    FROM keys JOIN accounts ON accounts.id = account_id"""
 encode_line = json.JSONEncoder(separators=(",", ":")).encode     # ASCII: no stray newline, no surrogate
 
 
@@ -6408,19 +6601,32 @@ def cleaned(value: Any) -> int | str:
     return int(max(0, min(value, MAX_NUMBER))) if isinstance(value, (int, float)) else 0
 
 
-def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry]) -> None:
-    """All of them in one transaction; one that is there already stays as it was."""
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing, and no other writer in between."""
     db.execute("BEGIN IMMEDIATE")
     try:
-        for start in range(0, len(entries), ROWS_A_STATEMENT):      # few statements: each lets go of the GIL
-            part = entries[start:start + ROWS_A_STATEMENT]
-            rows = ", ".join([ENTRY_VALUES] * len(part))
-            values = [value if sound(value) else cleaned(value) for entry in part for value in entry]
-            db.execute(f"{INSERT_USAGE} {rows} ON CONFLICT (response_id) DO NOTHING", values)
+        yield
         db.execute("COMMIT")
     except BaseException:
         db.rollback()
         raise
+
+
+def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], process: str = "",
+                   charges: Sequence[tuple[int, str]] = ()) -> None:
+    """All of them in one transaction; one that is there already stays as it was. What is in the sums from now on leaves
+    the leases of `process`."""
+    with transaction(db):
+        for start in range(0, len(entries), ROWS_A_STATEMENT):      # few statements: each lets go of the GIL
+            part = entries[start:start + ROWS_A_STATEMENT]
+            rows = ", ".join([ENTRY_VALUES] * len(part))
+            values = [value if sound(value) else cleaned(value) for entry in part for value in entry[:-1]]
+            db.execute(f"{INSERT_USAGE} {rows} ON CONFLICT (response_id) DO NOTHING", values)
+        lines = [[*map(cleaned, line)] for entry in entries for line in entry.lost]
+        db.executemany(f"INSERT INTO attempts VALUES ({', '.join('?' * len(Line._fields))}) ON CONFLICT DO NOTHING", lines)
+        db.executemany("UPDATE leases SET amount = max(amount - ?, 0) WHERE meter = ? AND slot = 0 AND process = ?",
+                       [(nanos, meter, process) for nanos, meter in charges])
 
 
 # --- 8.3 the journal ------------------------------------------------------------------------------
@@ -6522,8 +6728,9 @@ def journal_entries(text: bytes) -> list[Entry]:
                 settled.setdefault(values[0], Entry(*values))
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    lost = (Entry(*intent, status="failed", error_code="interrupted", terminal_by="gateway",
-                  estimated="the gateway ended before the answer did")
+    lost = (Entry(*intent[:6], intent.provider, intent.upstream_model, status="failed", error_code="interrupted",
+                  terminal_by="gateway", estimated="the gateway ended before the answer did", input=intent.input,
+                  account_id=intent.account_id, price=intent.price, multiplier=intent.multiplier, cost_nanos=intent.cost_nanos)
             for response_id, intent in begun.items() if response_id not in settled)
     return [*settled.values(), *lost]
 
@@ -6596,6 +6803,7 @@ class Ledger:
         self._saving: asyncio.Task[None] | None = None
         self._syncing: asyncio.Task[None] | None = None
         self._journal_lock = asyncio.Lock()     # no fsync while the journal changes files
+        self.budgets = Budgets(self._ask, path)
 
     @classmethod
     def open(cls, path: str, durability: str = "process") -> Ledger:
@@ -6616,38 +6824,38 @@ class Ledger:
 
     # keys
 
-    def create_key(self, name: str, now_s: float, expires_s: int = 0) -> str:
-        """The new key, which is stored nowhere: only its digest is."""
+    def create_key(self, name: str, now_s: float, expires_s: int = 0, **settings: Any) -> str:
+        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.",
                              param="name")
         token = new_key()
+        more = "".join(f", {column}" for column in settings if column in KEY_SETTINGS)
         try:
-            self._db.execute(f"INSERT INTO keys ({KEY_COLUMNS}) VALUES (NULL, ?, ?, ?, ?, ?, 0)",
-                             (name, key_digest(token), key_hint(token), int(now_s), expires_s))
+            self.write(f"INSERT INTO keys ({KEY_COLUMNS}{more}) VALUES (NULL, ?, ?, ?, ?, ?, 0{', ?' * len(settings)})",
+                       (name, key_digest(token), key_hint(token), int(now_s), expires_s, *settings.values()))
         except sqlite3.IntegrityError:
             raise BadRequest(f"There is an active key named {name} already. Revoke it first with: "
                              f"python pomex.py keys revoke {name}", param="name") from None
-        except sqlite3.Error as error:
-            raise database_trouble(self.name, error) from error
         self._refresh_keys(now_s)
         return token
 
     def list_keys(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
-        return [Key(*row) for row in self._read(f"SELECT {KEY_COLUMNS} FROM keys ORDER BY id")]
+        return [Key(*row) for row in self.read(SELECT_KEYS + " ORDER BY keys.id")]
 
     def revoke_key(self, name: str, now_s: float) -> Key:
-        found = self._read(f"SELECT {KEY_COLUMNS} FROM keys WHERE name = ? AND revoked_s = 0", (name,))
+        return self.edit_key(name, now_s, revoked_s=int(now_s))
+
+    def edit_key(self, name: str, now_s: float, **settings: Any) -> Key:
+        """Changes an active key; running servers know within a second."""
+        found = self.read(SELECT_KEYS + " WHERE keys.name = ? AND revoked_s = 0", (name,))
         if not found:
             raise BadRequest("There is no active key of that name. List keys with: python pomex.py keys list",
                              param="name")
         key_id = Key(*found[0]).id
-        try:
-            self._db.execute("UPDATE keys SET revoked_s = ? WHERE id = ? AND revoked_s = 0",
-                             (int(now_s), key_id))
-        except sqlite3.Error as error:
-            raise database_trouble(self.name, error) from error
+        changes = ", ".join(f"{column} = ?" for column in settings if column in (*KEY_SETTINGS, "revoked_s"))
+        self.write(f"UPDATE keys SET {changes} WHERE id = ? AND revoked_s = 0", (*settings.values(), key_id))
         self._refresh_keys(now_s)
         return next(key for key in self._keys.values() if key.id == key_id)
 
@@ -6673,7 +6881,7 @@ class Ledger:
         try:
             revision = stored_setting(self._db, "keys_revision")
             if revision != self._keys_revision:
-                rows = self._db.execute(f"SELECT {KEY_COLUMNS} FROM keys").fetchall()
+                rows = self._db.execute(SELECT_KEYS).fetchall()
                 self._keys = {key.digest: key for key in (Key(*row) for row in rows)}
                 self._keys_revision = revision
         except sqlite3.Error as error:
@@ -6768,10 +6976,13 @@ class Ledger:
             while self._unsaved or not self.healthy:
                 await asyncio.sleep(delay_s)
                 batch = list(self._unsaved.values())
+                charges = self.budgets.charges(self._unsaved)
                 try:
-                    await loop.run_in_executor(self._pool, insert_entries, self._writer, batch)
+                    await loop.run_in_executor(self._pool, insert_entries, self._writer, batch, self.budgets.process,
+                                               charges)
                     for entry in batch:
                         del self._unsaved[entry.response_id]
+                    self.budgets.saved([entry.response_id for entry in batch])
                     await self._renew_journal()
                 except (sqlite3.Error, OSError) as error:
                     self._sicken(error)
@@ -6796,8 +7007,9 @@ class Ledger:
     def close(self) -> None:
         """Saves what is left; what cannot be saved, or was never settled, stays in the journal for the next
         start."""
-        if self._saving is not None:
-            self._saving.cancel()
+        for task in (self._saving, self.budgets.tending):
+            if task is not None:
+                task.cancel()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         if self._journal is not None:
@@ -6805,6 +7017,7 @@ class Ledger:
             try:
                 insert_entries(self._writer, [*self._unsaved.values()])
                 self._unsaved.clear()
+                self._writer.execute("DELETE FROM leases WHERE slot = 0 AND process = ?", (self.budgets.process,))
             except sqlite3.Error as error:
                 log.error("%s %d rows stay in the journal.", database_trouble(self.name, error),
                           len(self._unsaved))
@@ -6819,23 +7032,798 @@ class Ledger:
 
     def recent(self, limit: int) -> list[JSON]:
         """The newest rows, newest first, with the key's name."""
-        columns = ", ".join(f"usage.{name}" for name in Entry._fields)
-        rows = self._read(f"SELECT coalesce(keys.name, ''), {columns} FROM usage "
+        columns = ", ".join(f"usage.{name}" for name in USAGE_COLUMNS)
+        rows = self.read(f"SELECT coalesce(keys.name, ''), {columns} FROM usage "
                           "LEFT JOIN keys ON keys.id = usage.key_id ORDER BY usage.id DESC LIMIT ?", (limit,))
-        return [dict(zip(("key", *Entry._fields), row)) for row in rows]
+        return [dict(zip(("key", *USAGE_COLUMNS), row)) for row in rows]
 
     def totals(self) -> JSON:
         """Sums over all rows."""
-        counts = ("input", "cached", "cache_write", "output", "reasoning")
-        columns = ", ".join(f"coalesce(sum({name}), 0)" for name in counts)
-        rows = self._read(f"SELECT count(*), {columns} FROM usage")
-        return dict(zip(("requests", *counts), rows[0]))
+        counts = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
+        rows = self.read(f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in counts)} FROM daily")
+        return dict(zip(counts, rows[0]))
 
-    def _read(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
+    def used_nanos(self, limit: Limit) -> int:
+        """What is spent of a limit."""
+        return limit.most - int(self.read(ROOM[limit.room], limit.values)[0][0])
+
+    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        return list(self.iterate(sql, values))
+
+    def iterate(self, sql: str, values: Sequence[Any] = ()) -> Iterator[Any]:
+        """Rows one by one, for what may be a million."""
         try:
-            return self._db.execute(sql, values).fetchall()
+            yield from self._db.execute(sql, values)
         except sqlite3.Error as error:
             raise database_trouble(self.name, error) from error
+
+    def write(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """One statement of an administrator: how many rows it changed. IntegrityError is the caller's to word."""
+        try:
+            return self._db.execute(sql, values).rowcount
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            raise database_trouble(self.name, error) from error
+
+    def backup(self, path: str) -> None:
+        """A whole copy while servers run; a file that is there is not overwritten."""
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                self._db.backup(copy)
+        except (sqlite3.Error, OSError) as error:
+            raise database_trouble(os.path.basename(path), error) from error
+
+    async def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs `function(db, ...)` on the writer thread."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function, self._writer, *arguments)
+        except (sqlite3.Error, OSError, RuntimeError) as error:     # RuntimeError: closed in the meantime
+            log.error("%s", database_trouble(self.name, error))
+            raise self._unwell() from error
+
+
+# --- 8.5 prices -----------------------------------------------------------------------------------
+#
+# A price is one line of text, in the table, in the ledger's rows and here: USD per million tokens of input, output,
+# cache read, cache write, cache write kept long, then USD per thousand searches of the provider's own search tool;
+# "-" where there is none of its own. It is computed with as integer pico-dollars a token.
+
+DAY_MS = 86_400_000
+ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
+PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 09:00-12:00 and 14:00-18:00 in Beijing, not on weekends there
+SEARCH_PRICE = {"anthropic": "10"}      # USD per thousand (TRANSLATION.md 3.6)
+FREE = "0 0 0 0 0"
+
+
+class Price(NamedTuple):
+    """Pico-dollars: five for a token, one for a search."""
+    input: int
+    output: int
+    cache_read: int
+    cache_write: int
+    cache_write_1h: int
+    search: int
+
+
+@functools.lru_cache(4096)
+def price_of(text: str) -> Price | None:
+    """None for the empty text: no price. What has no price of its own costs what it would without the cache."""
+    if not text:
+        return None
+    given = [None if word == "-" else int(decimal.Decimal(word) * 10**6) for word in text.split()]
+    read, write, long, search = [*given[2:], None, None, None, None][:4]
+    base, output = given[0] or 0, given[1] or 0
+    write = base if write is None else write
+    # a search is priced per thousand, so pico-dollars for one are a thousand times those of a token's millionth
+    return Price(base, output, base if read is None else read, write, write if long is None else long, (search or 0) * 1000)
+
+
+@functools.lru_cache(256)
+def scaled(text: str, factor: int) -> str:
+    return " ".join(word if word == "-" else format(decimal.Decimal(word) * factor, "f") for word in text.split())
+
+
+class Tariff(NamedTuple):
+    """All prices of one model."""
+    base: str
+    over: int = 0                               # with more input than this (0: none) the whole request costs `long`
+    long: str = ""
+    changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
+    peak: int = 1                               # times so much in PEAK_HOURS
+
+    def price(self, started_ms: int, input_tokens: int) -> str:
+        """The price of a request by its start and its size, cached and written input included."""
+        text = self.base
+        for day, changed in self.changes:
+            text = changed if started_ms >= day * DAY_MS else text
+        if self.over and input_tokens > self.over:
+            text = self.long
+        return scaled(text, self.peak) if self.peak > 1 and in_peak(started_ms) else text
+
+
+def in_peak(started_ms: int) -> bool:
+    beijing_day = (started_ms + 8 * 3_600_000) // DAY_MS
+    return started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5     # day 0 was a Thursday
+
+
+@functools.cache
+def builtin_tariffs() -> dict[str, Tariff]:
+    """The built-in table, parsed when it is first asked for."""
+    return dict(tariff_row(line.split()) for line in MODEL_TABLE.splitlines())
+
+
+def tariff_row(words: list[str]) -> tuple[str, Tariff]:
+    name, _, _, *base = words
+    search = SEARCH_PRICE.get(name.partition("/")[0], "-")
+
+    def whole(columns: Sequence[str]) -> str:
+        return " ".join([*columns, *"-----"][:5] + [search])
+    over, long, changes, peak = 0, "", [], 1
+    for kind, value in (word.split("=") for word in base[5:]):
+        if kind == "peak":
+            peak = int(value)
+        elif kind.startswith("over"):
+            over, long = int(kind[4:]), whole(value.split("/"))
+        else:
+            day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
+            changes.append((day, whole(value.split("/"))))
+    return name, Tariff(whole(base[:5]), over, long, tuple(changes), peak)
+
+
+EPOCH = datetime.date(1970, 1, 1).toordinal()
+
+
+def configured_tariff(prices: PriceConfig) -> Tariff:
+    """The same from [prices."provider/model"]."""
+    def text(prefix: str, *names: str) -> str:
+        values = [getattr(prices, prefix + name) for name in names]
+        return " ".join("-" if value is None else format(value, "f") for value in values)
+    columns = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
+    base, long = text("", *columns, "search_per_1000"), text("long_", *columns)
+    return Tariff(base, prices.long_over, long + " " + base.split()[5] if prices.long_over else "")
+
+
+class PriceBook:
+    """What a target's tokens cost: as configured for it, else as in the table, else as configured for the name that was
+    asked for. Never a guess: of anything else there is no price."""
+
+    def __init__(self, config: Config) -> None:
+        self.configured = {name: configured_tariff(prices) for name, prices in config.prices.items()}
+        self.free = {name for name, provider in config.providers.items() if provider.wire_api == "demo"}
+
+    def tariff(self, provider: str, model: str, asked: str = "") -> Tariff | None:
+        if provider in self.free:
+            return Tariff(FREE)
+        name = f"{provider}/{model}"
+        return self.configured.get(name) or builtin_tariffs().get(name) or self.configured.get(asked)
+
+
+def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
+    """Nano-dollars: the whole sum in pico-dollars, times the account's multiplier, rounded once, half up."""
+    rate = price_of(price)
+    if rate is None:
+        return 0
+    fresh = usage.input - usage.cached - usage.cache_write
+    picos = (fresh * rate.input + usage.cached * rate.cache_read + usage.output * rate.output
+             + (usage.cache_write - usage.cache_write_1h) * rate.cache_write
+             + usage.cache_write_1h * rate.cache_write_1h + usage.web_searches * rate.search)
+    return min((picos * multiplier + 500_000_000) // 1_000_000_000, MAX_NUMBER)
+
+
+def usd(nanos: int, places: int = 2) -> str:
+    """12.31, rounded half away from nought; integers only."""
+    unit = int(10 ** (9 - places))
+    sign, amount = "-" if nanos < 0 else "", (abs(nanos) + unit // 2) // unit
+    return f"{sign}{amount // 10**places}.{amount % 10**places:0{places}}"
+
+
+# --- 8.6 limits -----------------------------------------------------------------------------------
+#
+# A limit is never exceeded by what is reserved. Before anything goes upstream a request reserves what it may need (its
+# estimated input and some output), extends that while output streams, and puts its true cost in the place of it when
+# it ends. Reservations are made from leases: what this process has taken of a limit, in the table `leases`, by one
+# statement that only succeeds where there is room beside what is spent and what other processes have taken. A
+# lease is a little more than was needed (a slice), so that most requests are served from memory; the unused part
+# goes back after a second. A row lives five seconds unless renewed, so nothing stays reserved after a kill -9; the
+# dead process's journal is settled before its lease is dropped. What a settled request cost stays in the lease until
+# the transaction that adds its row to the sums takes it out.
+
+RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
+LEASE_S = 5.0               # life of a lease that is not renewed
+TEND_S = 1.0                # how often they are renewed, and what is unused goes back
+SLICE = 32                  # a lease takes this part of the room that is left beyond what was asked for
+RATE_S = 60
+RATE_SLOT_S = 5             # rates count over the last 60 s in slots of five, the oldest counted whole
+PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
+ROOM: dict[str, str] = {    # how much is left of a limit, before what is leased
+    "key": "SELECT ? - coalesce(sum(cost_nanos), 0) FROM daily WHERE key_id = ? AND day >= ?",
+    "account": "SELECT ? - coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = ? AND day >= ?",
+    "credit": "SELECT (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?) - coalesce(sum(cost_nanos), 0)"
+              " FROM daily WHERE account_id = ?",
+    "rate": "SELECT ?",
+}
+
+
+class Limit(NamedTuple):
+    """One bound on what a key may use."""
+    meter: str              # its name among the leases, its period included
+    unit: str               # nanos | requests | tokens | open
+    most: int               # 0 for prepaid credit, whose bound is its balance
+    room: str               # of ROOM
+    values: tuple[int, ...]
+    slot: int = 0           # of a rate: when it began, Unix time
+    name: str = ""          # meter and slot
+
+
+class Exceeded(Exception):
+    """A limit has no room for what was asked."""
+
+    def __init__(self, limit: Limit, room: int, need: int, wait_s: float) -> None:
+        super().__init__(limit.meter)
+        self.limit, self.room, self.need, self.wait_s = limit, room, need, wait_s
+
+
+@dataclass(slots=True)
+class Lease:
+    """This process's part of one limit, as the table has it (`held`), and how much of that is taken."""
+    held: int = 0
+    taken: int = 0
+    touched_s: float = 0.0
+    room: int = 0           # what was left to others when the table was last asked
+
+
+def period_bounds(period: str, now_s: float) -> tuple[int, int]:
+    """The first day (since 1970, UTC) of the period, and that of the next one; (0, 0) for total."""
+    today = datetime.datetime.fromtimestamp(now_s, datetime.UTC).date()
+    if period == "month":
+        start = today.replace(day=1)
+        end = (start + datetime.timedelta(days=31)).replace(day=1)
+    elif period == "total":
+        return 0, 0
+    else:
+        start = today - datetime.timedelta(days=today.weekday() if period == "week" else 0)
+        end = start + datetime.timedelta(days=7 if period == "week" else 1)
+    return start.toordinal() - EPOCH, end.toordinal() - EPOCH
+
+
+def limits_of(key: Key, now_s: float) -> list[Limit]:
+    """What bounds a key now."""
+    found = []
+    if key.budget_nanos is not None:
+        start = period_bounds(key.period, now_s)[0]
+        found.append(Limit(f"key {key.id} {start}", "nanos", key.budget_nanos, "key", (key.budget_nanos, key.id, start)))
+    if key.prepaid:
+        found.append(Limit(f"account {key.account_id}", "nanos", 0, "credit", (key.account_id, key.account_id)))
+    if key.account_limit_nanos is not None:
+        start = period_bounds("month", now_s)[0]
+        found.append(Limit(f"account {key.account_id} {start}", "nanos", key.account_limit_nanos, "account",
+                           (key.account_limit_nanos, key.account_id, start)))
+    slot = int(now_s) // RATE_SLOT_S * RATE_SLOT_S
+    for unit, most in (("requests", key.rpm), ("tokens", key.tpm)):
+        if most:
+            found.append(Limit(f"key {key.id} {unit}", unit, most, "rate", (most,), slot, f"key {key.id} {unit} {slot}"))
+    if key.concurrent:
+        found.append(Limit(f"key {key.id} open", "open", key.concurrent, "rate", (key.concurrent,)))
+    return [limit if limit.name else limit._replace(name=limit.meter) for limit in found]
+
+
+def lease_room(db: sqlite3.Connection, limit: Limit) -> int:
+    """What is neither spent nor leased by anybody. Rows that have expired must be gone."""
+    room: int = db.execute(ROOM[limit.room], limit.values).fetchone()[0]
+    leased: int = db.execute("SELECT coalesce(sum(amount), 0) FROM leases WHERE meter = ?", (limit.meter,)).fetchone()[0]
+    return room - leased
+
+
+LEASE_MORE = """INSERT INTO leases (meter, slot, process, amount, expires_s) VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET amount = amount + excluded.amount, expires_s = excluded.expires_s"""
+LEASE_EXACTLY = """INSERT INTO leases (meter, slot, process, amount, expires_s) VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET amount = excluded.amount, expires_s = excluded.expires_s"""
+
+
+def expiry(limit: Limit, now_s: float) -> float:
+    return limit.slot + RATE_SLOT_S + RATE_S if limit.slot else now_s + LEASE_S
+
+
+def grant(db: sqlite3.Connection, path: str, process: str, wants: Sequence[tuple[Limit, int]],
+          now_s: float) -> list[tuple[int, int, float]]:
+    """For each want (granted, room left, seconds until there may be room): it in full and a slice more, or nothing.
+    One transaction that nobody else's can come between."""
+    if db.execute("SELECT 1 FROM leases WHERE expires_s <= ? AND slot = 0", (now_s,)).fetchone() and sys.platform != "win32":
+        take_over(db, path)         # what a process spent before it was killed counts before its lease goes
+    given = []
+    with transaction(db):
+        db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
+        for limit, need in wants:
+            room = lease_room(db, limit)
+            amount = need + (room - need) // SLICE if need <= room else 0
+            if amount:
+                db.execute(LEASE_MORE, (limit.meter, limit.slot, process, amount, expiry(limit, now_s)))
+            given.append((amount, room - amount, 0.0 if amount else rate_wait(db, limit, need - room, now_s)))
+    return given
+
+
+def rate_wait(db: sqlite3.Connection, limit: Limit, lacking: int, now_s: float) -> float:
+    """Seconds until so much of a rate's window has passed."""
+    if not limit.slot:
+        return 1.0
+    rows = db.execute("SELECT expires_s, amount FROM leases WHERE meter = ? ORDER BY slot", (limit.meter,))
+    for expires_s, amount in rows:
+        lacking -= amount
+        if lacking <= 0:
+            return float(expires_s) - now_s
+    return float(RATE_S)
+
+
+def renew_leases(db: sqlite3.Connection, process: str, rows: Sequence[tuple[Limit, int]], now_s: float) -> None:
+    with transaction(db):
+        for limit, amount in rows:
+            if amount or limit.slot:
+                db.execute(LEASE_EXACTLY, (limit.meter, limit.slot, process, amount, expiry(limit, now_s)))
+            else:
+                db.execute("DELETE FROM leases WHERE meter = ? AND slot = 0 AND process = ?", (limit.meter, process))
+
+
+class Budgets:
+    """The leases of this process. Called on the loop's thread; what goes to the database runs on the writer's."""
+
+    def __init__(self, ask: Callable[..., Awaitable[Any]], path: str) -> None:
+        self.ask = ask                                  # runs function(db, ...) on the writer thread
+        self.path = path
+        self.process = secrets.token_hex(6)
+        self.known: dict[int, tuple[Key, int, list[Limit]]] = {}    # by key: what its limits were in the newest slot
+        self.leases: dict[str, tuple[Limit, Lease]] = {}
+        self.charged: dict[str, list[tuple[Limit, int]]] = {}      # by response: settled, its row not yet saved
+        self.lock = asyncio.Lock()
+        self.tending: asyncio.Task[None] | None = None
+
+    def limits(self, key: Key, now_s: float) -> list[Limit]:
+        if not key.limited:
+            return []
+        slot, known = int(now_s) // RATE_SLOT_S, self.known.get(key.id)
+        if known is None or known[0] is not key or known[1] != slot:
+            known = self.known[key.id] = key, slot, limits_of(key, now_s)
+        return known[2]
+
+    def lease(self, limit: Limit) -> Lease:
+        found = self.leases.get(limit.name)
+        if found is None:
+            found = self.leases[limit.name] = limit, Lease()
+        return found[1]
+
+    async def take(self, needs: Sequence[tuple[Limit, int]]) -> None:
+        """All of them, or Exceeded and none."""
+        if any(need > lease.held - lease.taken for limit, need in needs for lease in [self.lease(limit)]):
+            async with self.lock:           # meanwhile another's slice may have made room
+                await self._lease_more(needs)
+        now_s = time.time()
+        for limit, need in needs:
+            lease = self.lease(limit)
+            lease.taken += need
+            lease.touched_s = now_s
+
+    async def _lease_more(self, needs: Sequence[tuple[Limit, int]]) -> None:
+        leases = [(limit, need, self.lease(limit)) for limit, need in needs]
+        lacking = [(limit, need - (lease.held - lease.taken), lease) for limit, need, lease in leases
+                   if need > lease.held - lease.taken]
+        if not lacking:
+            return
+        now_s = time.time()
+        # what is spare now may be taken by others until the answer is there, so it is set aside first
+        spares = [(lease, min(need, max(lease.held - lease.taken, 0))) for _, need, lease in leases]
+        for lease, spare in spares:
+            lease.taken += spare
+        try:
+            given = await self.ask(grant, self.path, self.process, [(limit, need) for limit, need, _ in lacking], now_s)
+        finally:
+            for lease, spare in spares:
+                lease.taken -= spare
+        refused: Exceeded | None = None
+        for (limit, need, lease), (granted, room, wait_s) in zip(lacking, given):
+            lease.held += granted
+            lease.room, lease.touched_s = room, now_s
+            if not granted and refused is None:
+                spare = lease.held - lease.taken
+                refused = Exceeded(limit, room + spare, need + spare, wait_s)
+        self._tend_soon()
+        if refused is not None:
+            raise refused
+
+    def give_back(self, needs: Iterable[tuple[Limit, int]]) -> None:
+        for limit, amount in needs:
+            self.lease(limit).taken -= amount
+
+    def charge(self, response_id: str, limit: Limit, nanos: int) -> None:
+        self.charged.setdefault(response_id, []).append((limit, nanos))
+
+    def charges(self, response_ids: Iterable[str]) -> list[tuple[int, str]]:
+        """What leaves which meter's lease in the transaction that saves these rows."""
+        sums: collections.Counter[str] = collections.Counter()
+        for response_id in response_ids if self.charged else ():
+            for limit, nanos in self.charged.get(response_id, ()):
+                sums[limit.meter] += nanos
+        return [(nanos, meter) for meter, nanos in sums.items()]
+
+    def saved(self, response_ids: Iterable[str]) -> None:
+        """Those rows are in the sums now."""
+        for response_id in response_ids:
+            for limit, nanos in self.charged.pop(response_id, ()):
+                lease = self.lease(limit)
+                lease.taken -= nanos
+                lease.held = max(lease.held - nanos, 0)
+
+    def _tend_soon(self) -> None:
+        if self.tending is None:
+            self.tending = asyncio.get_running_loop().create_task(self._tend())
+
+    async def _tend(self) -> None:
+        try:
+            while self.leases:
+                await asyncio.sleep(TEND_S)
+                async with self.lock:
+                    await self._renew(time.time())
+        finally:
+            self.tending = None
+
+    async def _renew(self, now_s: float) -> None:
+        """Unused slices go back; rows of limits that are not rates live on; what is over is forgotten."""
+        rows = []
+        for limit, lease in self.leases.values():
+            idle = now_s - lease.touched_s > TEND_S or 0 < limit.slot <= now_s - RATE_SLOT_S
+            keep = max(lease.taken, 0 if idle else min(lease.held, lease.taken + max(lease.room, 0) // SLICE))
+            if keep != lease.held or not limit.slot:
+                rows.append((limit, keep))
+            lease.held = keep
+        try:
+            if rows:
+                await self.ask(renew_leases, self.process, rows, now_s)
+        except LedgerError:     # tried again in a second; what stays in the table is too much, never too little
+            return
+        for name, (limit, lease) in list(self.leases.items()):
+            if now_s > expiry(limit, now_s) if limit.slot else not (lease.held or lease.taken):
+                del self.leases[name]
+
+
+# --- 8.7 the bill of one request ------------------------------------------------------------------
+
+class Line(NamedTuple):
+    """An attempt that was given up, and that its provider bills all the same. Fields are the columns of `attempts`."""
+    response_id: str
+    attempt: int
+    provider: str
+    upstream_model: str
+    error_code: str
+    estimated: str
+    input: int
+    cached: int
+    cache_write: int
+    output: int
+    reasoning: int
+    cache_write_1h: int
+    web_searches: int
+    price: str
+    multiplier: int
+    cost_nanos: int
+
+
+class Bill:
+    """What one request may use, and what it costs: its reservation, and its lines."""
+
+    def __init__(self, book: PriceBook, budgets: Budgets, key: Key, response_id: str, model: str, started_ms: int) -> None:
+        self.book, self.budgets, self.key = book, budgets, key
+        self.response_id, self.model, self.started_ms = response_id, model, started_ms
+        self.lines: list[Line] = []                     # of attempts given up
+        self.limits = budgets.limits(key, started_ms / 1000)
+        self.held: list[tuple[Limit, int]] = []         # what is reserved
+        self.reserved_output = 0                        # tokens of output among it
+        self.cap = 0                                    # the answer's max_output_tokens
+        self.refused = False                            # it could not be extended
+        self.dearest = ""                               # the price that reservations are made at
+
+    def price(self, provider: str, model: str, input_tokens: int) -> str:
+        tariff = self.book.tariff(provider, model, self.model)
+        return tariff.price(self.started_ms, input_tokens) if tariff else ""
+
+    def cost(self, provider: str, model: str, usage: Usage) -> tuple[str, int]:
+        """(the price, what a line costs at it)."""
+        price = self.price(provider, model, usage.input)
+        return price, cost_nanos(price, self.key.multiplier, usage)
+
+    async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int,
+                      reserve: int) -> int:
+        """Reserves before anything is sent. `wanted` is the client's max_output_tokens, 0 for none. The cap that must be
+        sent upstream: 0 where it stays as it is, less where the money is only enough for so much. Exceeded says no."""
+        if not self.limits:
+            return 0
+        prices = {self.price(provider.name, model, input_tokens) for provider, model in targets}
+        self.cap = wanted
+        output = full = min(wanted or reserve, reserve)
+        needs = {price: self._nanos(price, input_tokens, output) for price in prices}
+        self.dearest = max(needs, key=lambda price: needs[price])
+        while True:
+            try:
+                await self._take(input_tokens, output)
+                break
+            except Exceeded as no:
+                less = self._affordable(no, input_tokens)
+                if no.limit.unit != "nanos" or not min(LEAST_OUTPUT, full) <= less < output:
+                    raise
+                output = less
+        if output == full:
+            return 0
+        self.cap = output
+        return output
+
+    def _nanos(self, price: str, input_tokens: int, output: int) -> int:
+        """Input at the dearer of its two prices: it may be written to the cache."""
+        rate, multiplier = price_of(price), self.key.multiplier
+        writes = rate is not None and rate.cache_write > rate.input
+        return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
+
+    def _affordable(self, no: Exceeded, input_tokens: int) -> int:
+        """Output tokens for which the room that there was is enough."""
+        left, rate = no.room - self._nanos(self.dearest, input_tokens, 0), price_of(self.dearest)
+        return left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
+
+    async def _take(self, input_tokens: int, output: int, first: int = 1) -> None:
+        amounts = {"nanos": self._nanos(self.dearest, input_tokens, output), "tokens": input_tokens + output,
+                   "requests": first, "open": first}
+        needs = [(limit, min(amounts[limit.unit], limit.most) if limit.unit == "tokens" else amounts[limit.unit])
+                 for limit in self.limits]      # more tokens than fit in any minute pass alone
+        await self.budgets.take([need for need in needs if need[1]])
+        self.held += needs
+        self.reserved_output += output
+
+    async def cover(self, written: int) -> bool:
+        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow."""
+        if not self.limits:
+            return True
+        while written // 4 + RESERVED_STEP // 2 > self.reserved_output and not 0 < self.cap <= self.reserved_output:
+            if self.refused:
+                return written // 4 < self.reserved_output
+            try:
+                await self._take(0, RESERVED_STEP, 0)
+            except LedgerError:
+                self.refused = True
+            except Exceeded as no:
+                self.refused = True
+                if no.limit.unit == "nanos" and (less := self._affordable(no, 0)) > 0:
+                    with contextlib.suppress(Exceeded, LedgerError):
+                        await self._take(0, less, 0)        # the last of it
+        return True
+
+    def lose(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
+        """A line for an attempt after which another target is tried, if its provider will bill it."""
+        if usage.input or usage.output:
+            price, nanos = self.cost(provider, model, usage)
+            self.lines.append(Line(self.response_id, attempt, provider, model, error_code, why_estimated(usage), usage.input,
+                                   usage.cached, usage.cache_write, usage.output, usage.reasoning, usage.cache_write_1h,
+                                   usage.web_searches, price, self.key.multiplier, nanos))
+
+    def settle(self, nanos: int, usage: Usage) -> None:
+        """Puts what was used in the place of what was reserved. Money stays in the lease until the row is saved."""
+        tokens = usage.input + usage.output + sum(line.input + line.output for line in self.lines)
+        nanos += sum(line.cost_nanos for line in self.lines)
+        used = {"nanos": nanos, "tokens": tokens, "requests": 1, "open": 0}
+        self.budgets.give_back(self.held)
+        for limit in self.limits if self.held else ():
+            self.budgets.lease(limit).taken += used[limit.unit]
+            if limit.unit == "nanos" and nanos:
+                self.budgets.charge(self.response_id, limit, nanos)
+        self.held = []
+
+    def headers(self, now_s: float) -> list[tuple[str, str]]:
+        """x-ratelimit-*, of keys that have a rate."""
+        found = []
+        for limit in self.limits:
+            if limit.slot:
+                lease = self.budgets.lease(limit)
+                left = max(min(lease.room + lease.held - lease.taken, limit.most), 0)
+                seconds = max(int(expiry(limit, now_s) - now_s), 0)
+                reset = f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
+                found += [(f"x-ratelimit-limit-{limit.unit}", str(limit.most)),
+                          (f"x-ratelimit-remaining-{limit.unit}", str(left)), (f"x-ratelimit-reset-{limit.unit}", reset)]
+        return found
+
+
+def why_estimated(usage: Usage) -> str:
+    return usage.broken or ("no count from the provider" if usage.estimated else "")
+
+
+def day_words(day: int) -> str:
+    date = datetime.date.fromordinal(day + EPOCH)
+    return f"{date.day} {date:%B}"
+
+
+def refusal(ledger: Ledger, key: Key, no: Exceeded, now_s: float, to_codex: bool) -> GatewayError:
+    """What the client is told of a limit that is used up (DESIGN section 5). Codex shows the text of invalid_prompt
+    alone; the ledger keeps the true code."""
+    if no.limit.unit != "nanos":
+        wait_s = max(1, math.ceil(no.wait_s))
+        sentence = {"requests": f"Key {key.name} may send {no.limit.most} requests a minute.",
+                    "tokens": f"Key {key.name} may use {no.limit.most} tokens a minute.",
+                    "open": f"Key {key.name} may have {no.limit.most} requests open at once."}[no.limit.unit]
+        error = GatewayError(f"{sentence} Please try again in {wait_s}s.", status=429, code="rate_limit_exceeded",
+                             headers=(("retry-after", str(wait_s)),))
+        error.type = "rate_limit_error"
+        return error
+    error = GatewayError(quota_sentence(ledger, key, no, now_s), status=429, headers=(("x-should-retry", "false"),),
+                         code="invalid_prompt" if to_codex else "insufficient_quota")
+    error.type, error.ledger_code = "insufficient_quota", "insufficient_quota"
+    return error
+
+
+def quota_sentence(ledger: Ledger, key: Key, no: Exceeded, now_s: float) -> str:
+    used = ledger.used_nanos(no.limit)
+    if no.limit.room == "credit":
+        return f"The credit of account {key.account} is used up: {usd(-used)} USD are left."
+    who, period = (f"Key {key.name}", key.period) if no.limit.room == "key" else (f"Account {key.account}", "month")
+    may = "" if used >= no.limit.most else f" and this request may cost {usd(no.need, 4)}"
+    reset = period_bounds(period, now_s)[1]
+    return (f"{who} has used {usd(used)} of {usd(no.limit.most)} USD {PERIODS[period]}{may}"
+            + (f"; it resets on {day_words(reset)}." if reset else "."))
+
+
+# --- 8.8 accounts and credit ----------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    id: int
+    name: str
+    prepaid: int                # 1: requests are refused when its credit is used up
+    limit_nanos: int | None     # a month; None: no limit
+    multiplier: int             # of prices, in millionths
+    created_s: int
+    credit_nanos: int = 0       # sums of the ledger
+    spent_nanos: int = 0
+    month_nanos: int = 0
+
+
+def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int,
+                   now_s: float) -> None:
+    if not KEY_NAME.fullmatch(name):
+        raise BadRequest("An account's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
+    try:
+        ledger.write("INSERT INTO accounts (name, prepaid, limit_nanos, multiplier, created_s) VALUES (?, ?, ?, ?, ?)",
+                     (name, int(prepaid), limit_nanos, multiplier, int(now_s)))
+    except sqlite3.IntegrityError:
+        raise BadRequest(f"There is an account named {name} already.", param="name") from None
+
+
+def list_accounts(ledger: Ledger, now_s: float) -> list[Account]:
+    sums = """SELECT id, name, prepaid, limit_nanos, multiplier, created_s,
+        (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = accounts.id),
+        (SELECT coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = accounts.id),
+        (SELECT coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = accounts.id AND day >= ?)
+        FROM accounts ORDER BY id"""
+    return [Account(*row) for row in ledger.read(sums, (period_bounds("month", now_s)[0],))]
+
+
+def account_named(ledger: Ledger, name: str) -> int:
+    found = ledger.read("SELECT id FROM accounts WHERE name = ?", (name,))
+    if not found:
+        raise BadRequest(f"There is no account named {name}. List them with: python pomex.py accounts list", param="name")
+    return int(found[0][0])
+
+
+def add_credit(ledger: Ledger, name: str, nanos: int, kind: str, reason: str, now_s: float) -> None:
+    """A top-up, or an adjustment with its reason. Entries are only ever added: a mistake is put right by another."""
+    ledger.write("INSERT INTO credits (account_id, created_s, kind, nanos, reason) VALUES (?, ?, ?, ?, ?)",
+                 (account_named(ledger, name), int(now_s), kind, nanos, reason))
+
+
+def key_spending(ledger: Ledger, now_s: float) -> dict[int, tuple[int, int]]:
+    """key id -> (spent in its period, time of its last request in ms)."""
+    found = {}
+    for key in ledger.list_keys():
+        start = period_bounds(key.period, now_s)[0]
+        row = ledger.read("SELECT coalesce(sum(cost_nanos) FILTER (WHERE day >= ?), 0), coalesce(max(last_ms), 0) FROM daily "
+                          "WHERE key_id = ?", (start, key.id))[0]
+        found[key.id] = row[0], row[1]
+    return found
+
+
+# --- 8.9 reports and care -------------------------------------------------------------------------
+
+SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
+REPORT_BY: dict[str, str] = {           # --by -> the column of `daily`, or the name of what it numbers
+    "model": "model", "provider": "provider", "endpoint": "endpoint", "day": "date(day * 86400, 'unixepoch')",
+    "key": "(SELECT name FROM keys WHERE id = key_id)", "account": "(SELECT name FROM accounts WHERE id = account_id)",
+}
+
+
+def usage_report(ledger: Ledger, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
+    """The sums of some days by one column, the dearest first (days in order). Reads daily sums only."""
+    order = "1" if by == "day" else "cost_nanos DESC, requests DESC, 1"
+    sums = ", ".join(f"sum({name}) AS {name}" for name in SUMS)
+    rows = ledger.read(f"SELECT coalesce({REPORT_BY[by]}, '') AS name, {sums} FROM daily WHERE day BETWEEN ? AND ? "
+                       f"AND ? IN (0, account_id) GROUP BY 1 ORDER BY {order}", (first_day, last_day, account_id))
+    return [dict(zip((by, *SUMS), row)) for row in rows]
+
+
+def statement_rows(ledger: Ledger, account_id: int, first_day: int, last_day: int) -> JSON:
+    """An account's month: its balance before, its credit entries, its charges by model, and the balance after."""
+    before = ledger.read("SELECT (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ? AND created_s < ?) - "
+                         "coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = ? AND day < ?",
+                         (account_id, first_day * 86400, account_id, first_day))[0][0]
+    credits = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in ledger.read(
+        "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s >= ? AND created_s < ? "
+        "ORDER BY id", (account_id, first_day * 86400, (last_day + 1) * 86400))]
+    charges = usage_report(ledger, "model", first_day, last_day, account_id)
+    spent, added = sum(row["cost_nanos"] for row in charges), sum(row["nanos"] for row in credits)
+    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
+            "after_nanos": before + added - spent}
+
+
+def apportion(parts: Sequence[int], unit: int) -> list[int]:
+    """The parts in units, rounded so that they add up to the rounded sum (the largest remainders are rounded up)."""
+    down = [part // unit for part in parts]
+    missing = (sum(parts) + unit // 2) // unit - sum(down)
+    for index in sorted(range(len(parts)), key=lambda index: down[index] * unit - parts[index])[:missing]:
+        down[index] += 1
+    return down
+
+
+BILLED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
+
+
+def verify(ledger: Ledger) -> tuple[int, list[str]]:
+    """(lines checked, what is wrong): each cost again from its price, the daily sums from the rows, the file's own check."""
+    wrong, checked = [], 0
+    columns = ", ".join(BILLED)
+    for table in ("usage", "attempts"):
+        for row in ledger.iterate(f"SELECT response_id, price, multiplier, cost_nanos, {columns} FROM {table}"):
+            checked += 1
+            response_id, price, multiplier, nanos = row[:4]
+            given = Usage(**dict(zip(BILLED, row[4:])))
+            try:
+                right = cost_nanos(price, multiplier, given)
+            except (ValueError, ArithmeticError, LookupError):
+                right = -1
+            if right != nanos:
+                wrong.append(f"{response_id}: {nanos} nano-dollars, its price and tokens give {right}")
+            if checked_usage(given) is not given:
+                wrong.append(f"{response_id}: its token counts contradict each other")
+    kept = ledger.read("SELECT coalesce(max(value), 0) FROM settings WHERE name = 'pruned_day'")[0][0]
+    again = """SELECT day, sum(requests), sum(cost_nanos), sum(input), sum(output) FROM (
+        SELECT started_ms / 86400000 AS day, 1 AS requests, cost_nanos, input, output FROM usage UNION ALL
+        SELECT usage.started_ms / 86400000, 0, attempts.cost_nanos, attempts.input, attempts.output
+        FROM attempts JOIN usage USING (response_id)) WHERE day >= ? GROUP BY day"""
+    sums = "SELECT day, sum(requests), sum(cost_nanos), sum(input), sum(output) FROM daily WHERE day >= ? GROUP BY day"
+    rows, totals = dict((row[0], row) for row in ledger.read(again, (kept,))), ledger.read(sums, (kept,))
+    for total in totals:
+        if rows.pop(total[0], None) != total:
+            wrong.append(f"day {day_words(total[0])}: the daily sums differ from the rows")
+    wrong += [f"day {day_words(day)}: it has rows and no daily sums" for day in rows]
+    wrong += [row[0] for row in ledger.read("PRAGMA integrity_check") if row[0] != "ok"]
+    return checked, wrong
+
+
+def export_rows(ledger: Ledger, first_day: int) -> Iterator[JSON]:
+    """Every line, oldest request first: a request's own, and before it those of attempts that were given up."""
+    own = ", ".join(f"usage.{name}" for name in USAGE_COLUMNS)
+    line = {name: f"attempts.{name}" for name in Line._fields}
+    lost = ", ".join({"attempts": "attempts.attempt", "status": "'lost'"}.get(name, line.get(name, f"usage.{name}"))
+                     for name in USAGE_COLUMNS)
+    names = "(SELECT name FROM keys WHERE id = key_id), (SELECT name FROM accounts WHERE id = account_id)"
+    rows = ledger.iterate(
+        f"SELECT {names}, {own} FROM usage WHERE started_ms >= ? UNION ALL "
+        f"SELECT {names}, {lost} FROM attempts JOIN usage USING (response_id) WHERE started_ms >= ? "
+        "ORDER BY started_ms, response_id, attempts", (first_day * DAY_MS,) * 2)
+    return (dict(zip(("key", "account", *USAGE_COLUMNS), row)) for row in rows)
+
+
+def prune(ledger: Ledger, before_day: int) -> int:
+    """Removes the lines of whole days; the daily sums, and with them every balance, stay."""
+    gone = 0
+    while removed := ledger.write("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
+                                  (before_day * DAY_MS,)):     # a part at a time: running servers write in between
+        gone += removed
+    ledger.write("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE "
+                 "SET value = max(value, excluded.value)", (before_day,))
+    return gone
 
 
 # === 9. upstream ==================================================================================
@@ -7489,7 +8477,7 @@ def fnmatch_any(name: str, patterns: Sequence[str]) -> bool:
 def known_models(provider: str) -> dict[str, ModelFacts]:
     """The models that the built-in table knows of one provider."""
     rows = (line.split() for line in MODEL_TABLE.splitlines() if line and not line.startswith("#"))
-    return {name.partition("/")[2]: ModelFacts(int(context), int(output)) for name, context, output in rows
+    return {name.partition("/")[2]: ModelFacts(int(context), int(output)) for name, context, output, *_ in rows
             if name.partition("/")[0] == provider}
 
 
@@ -7504,10 +8492,11 @@ class Downstream:
     """One answer on its way to the client: how its targets do, the head, the blocks, and a sign of life whenever
     nothing came for a while."""
 
-    def __init__(self, client: Client, answer: Answer, server: ServerConfig) -> None:
+    def __init__(self, client: Client, answer: Answer, server: ServerConfig, bill: Bill) -> None:
         self.client = client
         self.answer = answer
         self.server = server
+        self.bill = bill
         # what the ledger and the access line want to know
         self.attempt = Attempt(answer, 0)               # the newest
         self.provider, self.model = "", ""              # its target
@@ -7528,7 +8517,7 @@ class Downstream:
         """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
         named = [("x-pomex-dropped", printable_list(self.dropped))] if self.dropped else []
         return [*(STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS), ("x-pomex-provider", self.provider),
-                ("x-pomex-attempts", str(self.attempts)), *named]
+                ("x-pomex-attempts", str(self.attempts)), *named, *self.bill.headers(time.time())]
 
     async def send(self, block: bytes) -> None:
         """Output of the model. One write; it waits while the client does not take it."""
@@ -7614,6 +8603,8 @@ class Router:
             error = down.attempt.error
             if down.attempt.begun or error is None or not error.retryable:
                 return
+            if (provider, model) != targets[-1]:
+                down.bill.lose(down.attempts, provider.name, model, down.attempt.usage or Usage(), error.code or "")
             down.tried.append(f"{provider.name}: {error}")
             log.warning("%s %s: %s", down.client.request_id, provider.name, error)
 
@@ -7626,6 +8617,7 @@ class Router:
             await self.exchanges(provider, call, down)
         except GatewayError as error:
             failure = error
+            call.attempt.refused = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if down.client.gone or task is None:
@@ -7685,6 +8677,9 @@ class Router:
                 await down.send(attempt.take())
             if attempt.last:
                 return
+            if down.bill.held and attempt.stop is None and not await down.bill.cover(attempt.written):
+                attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
+                return
         else:
             attempt.end()
         if attempt.begun and attempt.out:
@@ -7704,6 +8699,100 @@ def printable_list(names: Sequence[str]) -> str:
     return re.sub(r"[^\x21-\x7e, ]", "?", ", ".join(dict.fromkeys(names)))[:1000]
 
 
+# --- 10.4 what a process counts -------------------------------------------------------------------
+
+DURATION_S = (*(0.01 * 2**k for k in range(14)), 163.84, 327.68)
+FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)     # reasoning models take their time
+METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, meaning, labels
+    "pomex_requests_total": ("counter", "requests that were planned", ("endpoint", "model", "provider", "outcome")),
+    "pomex_tokens_total": ("counter", "tokens billed", ("model", "provider", "kind")),
+    "pomex_cost_usd_total": ("counter", "what they cost", ("model", "provider")),
+    "pomex_upstream_attempts_total": ("counter", "targets that answered, or cost in vain", ("provider", "result")),
+    "pomex_terminal_fallbacks_total": ("counter", "streams that the gateway ended", ("provider", "cause")),
+    "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
+    "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
+}
+TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
+
+
+class Histogram:
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts)):
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {count}'
+        yield f"{name}_sum{{{labels}}} {self.sum:.6f}"
+        yield f"{name}_count{{{labels}}} {sum(self.counts)}"
+
+
+class Metrics:
+    """Counters of this process, for Prometheus. Models that are not known by name count as "other": a client cannot make
+    more series than there are names."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()      # (name, label values...)
+        self.spent: dict[tuple[str, str], Sequence[int]] = {}   # (model, provider) -> tokens by kind, nano-dollars
+        self.histograms: dict[tuple[str, ...], Histogram] = {}
+        self.started_s = time.time()
+
+    def count(self, entry: Entry) -> None:
+        """One settled request."""
+        add, provider = self.counters, entry.provider
+        model = entry.model if entry.model in self.names else "other"
+        add["pomex_requests_total", entry.endpoint, model, provider, entry.error_code or entry.status] += 1
+        amounts = (entry.input, entry.cached, entry.cache_write, entry.output, entry.reasoning, entry.cost_nanos)
+        spent = self.spent.get((model, provider), (0,) * len(amounts))
+        self.spent[model, provider] = [total + amount for total, amount in zip(spent, amounts)]
+        add["pomex_upstream_attempts_total", provider, entry.status] += 1
+        for line in entry.lost:
+            add["pomex_upstream_attempts_total", str(line[2]), "lost"] += 1
+        if entry.terminal_by == "gateway":
+            add["pomex_terminal_fallbacks_total", provider, entry.status] += 1
+        self._observe("pomex_request_duration_seconds", DURATION_S, provider, model, entry.total_ms / 1000)
+        if entry.first_ms:
+            self._observe("pomex_time_to_first_token_seconds", FIRST_TOKEN_S, provider, model, entry.first_ms / 1000)
+
+    def _observe(self, name: str, bounds: Sequence[float], provider: str, model: str, value: float) -> None:
+        series = (name, provider, model)
+        if series not in self.histograms:
+            self.histograms[series] = Histogram(bounds)
+        self.histograms[series].add(value)
+
+    def text(self, streams_open: int) -> str:
+        """Prometheus text format 0.0.4."""
+        counters = dict(self.counters)
+        for target, (*tokens, nanos) in self.spent.items():
+            counters[("pomex_cost_usd_total", *target)] = nanos
+            counters.update({("pomex_tokens_total", *target, kind): count for kind, count in zip(TOKEN_KINDS, tokens)})
+        lines = ["# TYPE pomex_build_info gauge", f'pomex_build_info{{version="{VERSION}"}} 1',
+                 "# TYPE pomex_streams_open gauge", f"pomex_streams_open {streams_open}",
+                 "# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {self.started_s:.3f}",
+                 "# TYPE process_cpu_seconds_total counter", f"process_cpu_seconds_total {time.process_time():.3f}"]
+        for name, (kind, meaning, label_names) in METRICS.items():
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            for series, count in sorted(counters.items()):
+                if series[0] == name:
+                    value = usd(count, 9) if name == "pomex_cost_usd_total" else str(count)
+                    lines.append(f"{name}{{{label_text(label_names, series[1:])}}} {value}")
+            for series, histogram in sorted(self.histograms.items(), key=lambda each: each[0]):
+                if series[0] == name:
+                    lines += histogram.lines(name, label_text(label_names, series[1:]))
+        return "\n".join(lines) + "\n"
+
+
+def label_text(names: Sequence[str], values: Sequence[str]) -> str:
+    escaped = (value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for value in values)
+    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped))
+
+
 # === 11. handlers =================================================================================
 #
 # One function an endpoint, and the table of routes. To read one request from top to bottom, begin at `responses`.
@@ -7719,7 +8808,8 @@ class Gateway:
         self.ledger = ledger
         self.catalogue = Catalogue(config, found)
         self.router = Router(upstream)
-        self.envelope = Envelope(ledger.secret, "default")
+        self.prices = PriceBook(config)
+        self.metrics = Metrics(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
         self.started_s = int(time.time())
 
@@ -7774,12 +8864,36 @@ async def responses(gateway: Gateway, client: Client) -> None:
     request = check_request(await client.body())
     manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
     targets = gateway.catalogue.targets(request.model)
-    answer = Answer(request, new_response_id(client.started_s), int(client.started_s), manners)
-    await gateway.ledger.begin(Intent(answer.id, client.request_id, int(client.started_s * 1000), key.id, ENDPOINT,
-                                      request.model))
-    down = Downstream(client, answer, gateway.config.server)
+    permit(key, request.model, manners)
+    bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
+                int(client.started_s * 1000))
+    estimate = input_estimate(request.raw)
+    refused: GatewayError | None = None
     try:
-        await gateway.router.route(targets, gateway.envelope, down)
+        reserve = gateway.config.server.reserve_output_tokens
+        if cap := await bill.reserve(targets, estimate, request.get("max_output_tokens", 0), reserve):
+            request = capped(request, cap)
+    except Exceeded as no:
+        refused = refusal(gateway.ledger, key, no, client.started_s, manners.failure_in_stream and request.stream)
+        refused.headers += tuple(bill.headers(client.started_s))
+    answer = Answer(request, bill.response_id, int(client.started_s), manners)
+    answer.estimated_input = estimate
+    down = Downstream(client, answer, gateway.config.server, bill)
+    if refused is not None:
+        down.stop()
+        await tell_refusal(gateway, key, down, refused)
+        return
+    first, first_model = targets[0][0].name, targets[0][1]
+    price, nanos = bill.cost(first, first_model, Usage(estimate))
+    try:
+        await gateway.ledger.begin(Intent(answer.id, client.request_id, bill.started_ms, key.id, ENDPOINT, request.model,
+                                          key.account_id, first, first_model, estimate, price, key.multiplier, nanos))
+    except BaseException:
+        down.stop()
+        bill.settle(0, Usage())
+        raise
+    try:
+        await gateway.router.route(targets, Envelope(gateway.ledger.secret, key.account), down)
     except BaseException:               # the client left; what was generated is kept
         down.attempt.finish(GatewayError("The client left.", code="client_gone"))
         down.attempt.status = "cancelled"
@@ -7800,6 +8914,34 @@ async def responses(gateway: Gateway, client: Client) -> None:
         await down.end(last)
     else:
         await client.answer(200, down.headers(), last)
+
+
+def permit(key: Key, model: str, manners: Manners) -> None:
+    """Refuses a model that the key may not use; to Codex with a 400, the status whose text it shows."""
+    if not key.may_use(model):
+        raise BadRequest(f"Key {key.name} may use {', '.join(key.models.split())}.", param="model", code="model_not_allowed",
+                         status=400 if manners.failure_in_stream else 403)
+
+
+def capped(request: ResponsesRequest, tokens: int) -> ResponsesRequest:
+    """The request with less output: as much as the money is enough for."""
+    body = {**request.body, "max_output_tokens": tokens}
+    return dataclasses.replace(request, body=body, raw=compact(body).encode())
+
+
+async def tell_refusal(gateway: Gateway, key: Key, down: Downstream, error: GatewayError) -> None:
+    """The answer to a request that a limit of its key stopped: a status, or to Codex a stream that fails."""
+    attempt = down.attempt
+    attempt.refused = True
+    attempt.finish(error)
+    in_stream = down.answer.request.stream and answered_in_stream(down.answer.manners, error)
+    last = attempt.terminal(int(time.time())) if in_stream else b""
+    await settle(gateway, key, down)
+    if not in_stream:
+        raise error
+    down.head_sent = True
+    await down.client.start(200, [*STREAM_HEADERS, *down.bill.headers(time.time())])
+    await down.client.end(last)
 
 
 def failure_for(gateway: Gateway, down: Downstream) -> GatewayError:
@@ -7826,14 +8968,19 @@ def answered_in_stream(manners: Manners, error: GatewayError) -> bool:
 async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
     """The usage row, durable before the client can see how it ended; and the access line."""
     client, attempt, request = down.client, down.attempt, down.answer.request
-    usage = attempt.usage or Usage()
+    usage, bill = attempt.usage or Usage(), down.bill
     total_ms = int((time.monotonic() - client.started) * 1000)
-    client.note = access_note(key.name, down, usage, total_ms)
-    await gateway.ledger.settle(Entry(
-        down.answer.id, client.request_id, int(client.started_s * 1000), key.id, ENDPOINT, request.model, down.provider,
-        down.model, attempt.status, (attempt.error.code or "") if attempt.error else "", attempt.terminal_by,
-        "no count from the provider" if usage.estimated else "", usage.input, usage.cached, usage.cache_write,
-        usage.output, usage.reasoning, down.first_ms, total_ms, down.attempts))
+    price, nanos = bill.cost(down.provider, down.model, usage)
+    client.note = access_note(key.name, down, usage, total_ms) + cost_note(price, nanos, bill, usage)
+    code = (attempt.error.ledger_code or attempt.error.code or "") if attempt.error else ""
+    entry = Entry(
+        down.answer.id, client.request_id, bill.started_ms, key.id, ENDPOINT, request.model, down.provider, down.model,
+        attempt.status, code, attempt.terminal_by, why_estimated(usage), usage.input, usage.cached, usage.cache_write,
+        usage.output, usage.reasoning, down.first_ms, total_ms, down.attempts, key.account_id, usage.cache_write_1h,
+        usage.web_searches, price, key.multiplier, nanos, bill.lines)
+    bill.settle(nanos, usage)
+    gateway.metrics.count(entry)
+    await gateway.ledger.settle(entry)
 
 
 def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
@@ -7847,6 +8994,13 @@ def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
     return (f"{key} {printable(down.answer.request.model)} via{failed} {down.provider or 'nobody'}  "
             f"{about}{short_count(usage.input)} in{cached} {short_count(usage.output)} out  "
             f"{first}total {total_ms / 1000:.1f}s{end}")
+
+
+def cost_note(price: str, nanos: int, bill: Bill, usage: Usage) -> str:
+    """`  $0.0412`, of all attempts together."""
+    if not price and usage.input + usage.output:
+        return "  no price"
+    return f"  ${usd(nanos + sum(line.cost_nanos for line in bill.lines), 4)}" if price else ""
 
 
 def short_count(count: int) -> str:
@@ -7890,8 +9044,8 @@ KNOWN_TO_CODEX: dict[str, JSON] = {"gpt-5.5": CODEX_SEARCH, **dict.fromkeys(
 
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex gives it five seconds."""
-    gateway.key(client)
-    names = gateway.catalogue.names
+    key = gateway.key(client)
+    names = [name for name in gateway.catalogue.names if key.may_use(name)]
     body = compact({"object": "list", "data": [model_object(gateway, name) for name in names],
                     "models": [codex_entry(gateway, name, index) for index, name in enumerate(names)]}).encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
@@ -7928,11 +9082,44 @@ async def ready(gateway: Gateway, client: Client) -> None:
     await client.answer(200 if good else 503, JSON_HEADERS, compact(body).encode())
 
 
+# --- 11.4 what a key may still use, and what the process counts ------------------------------------
+
+async def key_facts(gateway: Gateway, client: Client) -> None:
+    """The key's own limits, in OpenRouter's manner (amounts in USD)."""
+    key, now_s = gateway.key(client), client.started_s
+    start, end = period_bounds(key.period, now_s)
+    spent = limit_used(gateway.ledger, key, start)
+    limit = key.budget_nanos
+    reset = datetime.date.fromordinal(end + EPOCH).isoformat() + "T00:00:00Z" if limit is not None and end else None
+    rates = {name: most or None for name, most in
+             (("requests_per_minute", key.rpm), ("tokens_per_minute", key.tpm), ("concurrent_requests", key.concurrent))}
+    data = {"label": key.name, "usage": spent / 10**9, "limit": None if limit is None else limit / 10**9,
+            "limit_remaining": None if limit is None else max(limit - spent, 0) / 10**9, "limit_period": key.period,
+            "limit_reset": reset, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
+            "rate_limit": rates}
+    await client.answer(200, JSON_HEADERS, compact({"data": data}).encode())
+
+
+def limit_used(ledger: Ledger, key: Key, start: int) -> int:
+    """What a key has spent since a day."""
+    return ledger.used_nanos(Limit("", "nanos", 0, "key", (0, key.id, start)))
+
+
+async def metrics(gateway: Gateway, client: Client) -> None:
+    """Prometheus text. On this machine for anybody, elsewhere with a key."""
+    if not is_loopback(client.peer):
+        gateway.key(client)
+    text = gateway.metrics.text(client.connection.server.open_requests)
+    await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
+
+
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[None]]
 MODEL_ROUTE: dict[str, Handler] = {"GET": model}
 ROUTES: dict[str, dict[str, Handler]] = {
     ENDPOINT: {"POST": responses},
     "/v1/models": {"GET": models},
+    "/v1/key": {"GET": key_facts},
+    "/metrics": {"GET": metrics},
     **dict.fromkeys(("/health", "/healthz", "/livez"), {"GET": health}),
     **dict.fromkeys(("/ready", "/readyz"), {"GET": ready}),
 }
@@ -8521,11 +9708,7 @@ def command_parser() -> CommandParser:
     serve.add_argument("--no-detect", action="store_true",
                        help="look for no provider keys in the environment and no servers on local ports")
     add(commands, "check", run_check, "check the configuration, contacting nobody")
-    keys = commands.add_parser("keys", help="create, list and revoke clients' keys")
-    key_commands = keys.add_subparsers(metavar="COMMAND", required=True)
-    for name, run in (("create", run_keys_create), ("revoke", run_keys_revoke)):
-        add(key_commands, name, run, f"{name} a key").add_argument("name", metavar="NAME")
-    add(key_commands, "list", run_keys_list, "list the keys", listing)
+    add_money_commands(commands, add, listing)
     add(commands, "models", run_models, "list the models that can be asked for", listing)
     add(commands, "codex", run_codex, "print the configuration for Codex")
     return parser
@@ -8909,47 +10092,22 @@ def run_check(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_keys_create(args: argparse.Namespace) -> int:
-    with contextlib.closing(open_ledger(read_config(args))) as ledger:
-        print(ledger.create_key(args.name, time.time()), flush=True)
-    say(f"Key {args.name} created. It is not shown again.")
-    return 0
-
-
-def run_keys_revoke(args: argparse.Namespace) -> int:
-    with contextlib.closing(open_ledger(read_config(args))) as ledger:
-        key = ledger.revoke_key(args.name, time.time())
-    say(f"Key {key.name} ({key.hint}) revoked.")
-    return 0
-
-
-def run_keys_list(args: argparse.Namespace) -> int:
-    with contextlib.closing(open_ledger(read_config(args))) as ledger:
-        keys = ledger.list_keys()
-    if args.json:
-        print_json([{"name": key.name, "key": key.hint, "created_at": key.created_s,
-                     "expires_at": key.expires_s or None, "revoked_at": key.revoked_s or None}
-                    for key in keys])
-        return 0
-    now_s = time.time()
-    rows = [(key.name, key.hint, time_span(now_s - key.created_s) + " ago", key_state(key, now_s))
-            for key in keys]
-    print(*table_lines([("NAME", "KEY", "CREATED", "STATE"), *rows]), sep="\n")
-    return 0
-
-
 def run_models(args: argparse.Namespace) -> int:
     config, found = asyncio.run(surveyed(read_config(args)))
-    catalogue = Catalogue(config, found)
-    windows = {name: facts.context_window for name in catalogue.names if (facts := catalogue.facts(name))}
-    rows = [(name, providers, windows.get(name, 0)) for name, providers in listed_models(config, found).items()]
+    catalogue, book = Catalogue(config, found), PriceBook(config)
+    rows = []
+    for name, providers in listed_models(config, found).items():
+        first, model = catalogue.targets(name)[0]
+        facts, tariff = catalogue.facts(name), book.tariff(first.name, model, name)
+        rows.append((name, providers, tariff.base.split() if tariff else [], facts.context_window if facts else 0))
     if args.json:
-        print_json([{"model": name, "providers": providers, "context_window": window or None}
-                    for name, providers, window in rows])
+        print_json([{"model": name, "providers": providers, "context_window": window or None,
+                     "price": dict(zip(PRICE_COLUMNS, price)) or None} for name, providers, price, window in rows])
         return 0
-    print(*table_lines([("MODEL", "PROVIDERS", "CONTEXT"),
-                        *((name, ", ".join(providers), f"{window:,}".replace(",", " ") if window else "-")
-                          for name, providers, window in rows)]), sep="\n")
+    print(*table_lines([("MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE"),
+                        *((name, ", ".join(providers), *([price[0], price[2], price[1]] if price else "---"),
+                           spaced(window) if window else "-", "ready" if price else "ready, no price")
+                          for name, providers, price, window in rows)]), sep="\n")
     for name, provider in config.providers.items():
         if "*" in provider.models and name not in found and name != "demo":
             say(f"and any other model of {name}, as {name}/NAME")
@@ -8987,112 +10145,482 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+# --- 13.6 keys, accounts and bills ----------------------------------------------------------------
+
+PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
+
+
+def add_money_commands(commands: Any, add: Callable[..., CommandParser], listing: CommandParser) -> None:
+    def group(name: str, meaning: str) -> Any:
+        return commands.add_parser(name, help=meaning).add_subparsers(metavar="COMMAND", required=True)
+
+    keys = group("keys", "create, edit, list and revoke clients' keys")
+    for name, run in (("create", run_keys_create), ("edit", run_keys_edit), ("revoke", run_keys_revoke)):
+        command = add(keys, name, run, f"{name} a key")
+        command.add_argument("name", metavar="NAME")
+        if name != "revoke":
+            add_key_settings(command)
+    add(keys, "list", run_keys_list, "list the keys", listing)
+    accounts = group("accounts", "create and list accounts, and give them credit")
+    create = add(accounts, "create", run_accounts_create, "create an account")
+    create.add_argument("name", metavar="NAME")
+    create.add_argument("--prepaid", action="store_true", help="it can spend its credit, and no more")
+    create.add_argument("--limit", type=dollars, metavar="USD", help="it can spend so much a month")
+    create.add_argument("--multiplier", type=millionths, default=ONE, help="of all prices, e.g. 1.2")
+    credit = add(accounts, "credit", run_accounts_credit, "add a top-up, or with --reason an adjustment")
+    credit.add_argument("name", metavar="NAME")
+    credit.add_argument("amount", type=dollars, metavar="USD", help="below nought it takes credit away: write -- before it")
+    credit.add_argument("--reason", default="", help="why; makes it an adjustment")
+    add(accounts, "list", run_accounts_list, "list the accounts", listing)
+    usage = add(commands, "usage", run_usage, "sums of what was used", listing)
+    usage.add_argument("--since", type=first_day, default="7d", metavar="7d|DATE", help="whole days (UTC), with today")
+    usage.add_argument("--by", choices=sorted(REPORT_BY), default="model")
+    usage.add_argument("--csv", action="store_true")
+    usage.add_argument("--jsonl", action="store_true")
+    statement = add(commands, "statement", run_statement, "an account's bill of one month", listing)
+    statement.add_argument("account", metavar="ACCOUNT")
+    statement.add_argument("--month", type=month_days, default=time.strftime("%Y-%m", time.gmtime()), metavar="YYYY-MM")
+    add(group("prices", "what tokens cost"), "show", run_prices_show, "list all prices", listing)
+    ledger = group("ledger", "check and export the ledger")
+    add(ledger, "verify", run_verify, "compute every cost and sum again", listing)
+    export = add(ledger, "export", run_export, "print every line")
+    export.add_argument("--since", type=first_day, default="1970-01-01", metavar="7d|DATE")
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--csv", action="store_true")
+    form.add_argument("--jsonl", action="store_true")
+    add(commands, "prune", run_prune, "remove old lines; the sums of each day stay").add_argument(
+        "--older", type=first_day, required=True, metavar="90d|DATE", help="than so many days, or than this day")
+    add(commands, "backup", run_backup, "copy the database while servers run").add_argument("file", metavar="FILE")
+
+
+def add_key_settings(command: CommandParser) -> None:
+    command.add_argument("--budget", type=budget, metavar="USD/PERIOD", help="e.g. 50/month; day, week, month or total; none")
+    command.add_argument("--models", type=patterns, help="patterns of names it may use, e.g. 'openai/*,anthropic/*'; all")
+    for name, meaning in (("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")):
+        command.add_argument(f"--{name}", type=whole_number, metavar="N", help=f"{meaning}; 0: any number")
+    command.add_argument("--expires", type=expiry_time, metavar="30d|DATE", help="when it ends; never")
+    command.add_argument("--account", metavar="NAME", help="who pays")
+
+
+def argument(reader: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
+    """An argparse type: what `reader` makes of the text, or a complaint that says what is wanted."""
+    def read(text: str) -> Any:
+        try:
+            return reader(text)
+        except (ValueError, ArithmeticError, KeyError):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
+    return read
+
+
+def fraction(text: str, unit: int) -> int:
+    """A decimal number in whole units of 1/unit; ValueError for what does not come out even."""
+    number = decimal.Decimal(text) * unit
+    if number != int(number) or abs(number) >= 2**60:
+        raise ValueError
+    return int(number)
+
+
+def read_budget(text: str) -> tuple[int | None, str]:
+    amount_text, _, period = text.partition("/")
+    if text == "none":
+        return None, "month"
+    nanos = fraction(amount_text, 10**9)
+    if period not in PERIODS or nanos < 0:
+        raise ValueError
+    return nanos, period
+
+
+def read_day(text: str) -> int:
+    """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
+    if found := re.fullmatch(r"([0-9]{1,5})d", text):
+        return int(time.time()) // 86400 - int(found[1]) + 1
+    return datetime.date.fromisoformat(text).toordinal() - EPOCH
+
+
+def read_expiry(text: str) -> int:
+    if text == "never":
+        return 0
+    found = re.fullmatch(r"([0-9]{1,5})d", text)
+    return int(time.time()) + int(found[1]) * 86400 if found else read_day(text) * 86400
+
+
+def read_month(text: str) -> tuple[int, int]:
+    start = datetime.date.fromisoformat(text + "-01")
+    after = (start + datetime.timedelta(days=31)).replace(day=1)
+    return start.toordinal() - EPOCH, after.toordinal() - EPOCH - 1
+
+
+dollars = argument(lambda text: fraction(text, 10**9), "an amount of dollars like 12.50")
+millionths = argument(lambda text: fraction(text, ONE), "a number like 1.2")
+budget = argument(read_budget, "like 50/month (day, week, month, total), or none")
+patterns = argument(lambda text: "" if text == "all" else " ".join(text.replace(",", " ").split()), "patterns")
+whole_number = argument(lambda text: {True: int(text)}[text.isdecimal()], "a whole number")
+first_day = argument(read_day, "like 7d or 2026-11-01")
+expiry_time = argument(read_expiry, "like 30d, 2027-01-31 or never")
+month_days = argument(read_month, "a month like 2026-11")
+
+
+def key_settings(ledger: Ledger, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    given = {"models": args.models, "rpm": args.rpm, "tpm": args.tpm, "concurrent": args.concurrent, "expires_s": args.expires}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if args.budget is not None:
+        settings["budget_nanos"], settings["period"] = args.budget
+    if args.account is not None:
+        settings["account_id"] = account_named(ledger, args.account)
+    return settings
+
+
+def with_ledger(args: argparse.Namespace) -> contextlib.closing[Ledger]:
+    return contextlib.closing(open_ledger(read_config(args)))
+
+
+def key_words(key: Key) -> str:
+    """`50.00 USD a month, models openai/*`"""
+    words = [f"{usd(key.budget_nanos)} USD " + ("in total" if key.period == "total" else f"a {key.period}")
+             ] if key.budget_nanos is not None else []
+    words += [f"models {', '.join(key.models.split())}"] if key.models else []
+    words += [f"{most} {what}" for most, what in ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"),
+                                                  (key.concurrent, "at once")) if most]
+    words += [f"account {key.account}"] if key.account_id != 1 else []
+    words += [f"until {utc_minute(key.expires_s)} UTC"] if key.expires_s else []
+    return ", ".join(words)
+
+
+def run_keys_create(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        print(ledger.create_key(args.name, time.time(), **key_settings(ledger, args)), flush=True)
+        words = key_words(ledger.list_keys()[-1])
+    say(f"Key {args.name} created{': ' + words if words else ''}. It is not shown again.")
+    return 0
+
+
+def run_keys_edit(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        settings = key_settings(ledger, args)
+        if not settings:
+            raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
+        key = ledger.edit_key(args.name, time.time(), **settings)
+    say(f"Key {key.name} ({key.hint}): {key_words(key) or 'no limits'}.")
+    return 0
+
+
+def run_keys_revoke(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        key = ledger.revoke_key(args.name, time.time())
+    say(f"Key {key.name} ({key.hint}) revoked.")
+    return 0
+
+
+def run_keys_list(args: argparse.Namespace) -> int:
+    now_s = time.time()
+    with with_ledger(args) as ledger:
+        keys, spending = ledger.list_keys(), key_spending(ledger, now_s)
+    if args.json:
+        print_json([{"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
+                     "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),
+                     "spent_usd": usd(spending[key.id][0], 9), "budget_period": key.period,
+                     "budget_usd": None if key.budget_nanos is None else usd(key.budget_nanos, 9),
+                     "last_used_at": spending[key.id][1] // 1000 or None, "requests_per_minute": key.rpm or None,
+                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None} for key in keys])
+        return 0
+    rows = [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE")]
+    for key in keys:
+        spent, last_ms = spending[key.id]
+        state = key_state(key, now_s)
+        if key.budget_nanos and state == "active" and spent * 5 >= key.budget_nanos * 4:
+            state = f"{spent * 100 // key.budget_nanos} % used"
+        rows.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),
+                     "none" if key.budget_nanos is None else f"{usd(key.budget_nanos)}/{key.period}",
+                     time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
+    print(*money_table(rows, (3,)), sep="\n")
+    return 0
+
+
+def money_table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """table_lines, with numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return table_lines([[cell.rjust(widths[index]) if index in right else cell for index, cell in enumerate(row)]
+                        for row in rows])
+
+
+def run_accounts_create(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        create_account(ledger, args.name, args.prepaid, args.limit, args.multiplier, time.time())
+    say(f"Account {args.name} created. Give it a key: python pomex.py keys create NAME --account {args.name}")
+    return 0
+
+
+def run_accounts_credit(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        kind = "adjustment" if args.reason or args.amount < 0 else "top-up"
+        if kind == "adjustment" and not args.reason:
+            raise BadRequest("An adjustment needs its --reason.")
+        add_credit(ledger, args.name, args.amount, kind, args.reason, time.time())
+        account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
+    say(f"{kind.capitalize()} of {usd(args.amount)} USD entered for account {args.name}; its balance is "
+        f"{usd(account.credit_nanos - account.spent_nanos)} USD.")
+    return 0
+
+
+def run_accounts_list(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        accounts = list_accounts(ledger, time.time())
+    if args.json:
+        print_json([{"name": each.name, "prepaid": bool(each.prepaid), "multiplier": usd(each.multiplier * 1000, 6),
+                     "limit_usd": None if each.limit_nanos is None else usd(each.limit_nanos, 9),
+                     "credit_usd": usd(each.credit_nanos, 9), "spent_usd": usd(each.spent_nanos, 9),
+                     "spent_this_month_usd": usd(each.month_nanos, 9),
+                     "balance_usd": usd(each.credit_nanos - each.spent_nanos, 9)} for each in accounts])
+        return 0
+    rows = [("NAME", "KIND", "THIS MONTH", "LIMIT", "BALANCE", "PRICES")]
+    rows += [(each.name, "prepaid" if each.prepaid else "monthly" if each.limit_nanos is not None else "open",
+              usd(each.month_nanos), "none" if each.limit_nanos is None else usd(each.limit_nanos),
+              usd(each.credit_nanos - each.spent_nanos), f"x {each.multiplier / ONE:g}") for each in accounts]
+    print(*money_table(rows, (2, 3, 4)), sep="\n")
+    return 0
+
+
+def spaced(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else spaced(count)
+
+
+def percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def print_rows(rows: Iterable[JSON], csv: bool) -> None:
+    """Lines of JSON, or of CSV with a head. Text that a spreadsheet would take for a formula is set apart."""
+    for number, row in enumerate(rows):
+        if not csv:
+            print(encode_line(row))
+            continue
+        cells = [re.sub(r"^(?=[=+@-])", "'", each) if isinstance(each, str) else str(each) for each in row.values()]
+        if number == 0:
+            print(",".join(row))
+        print(",".join('"' + cell.replace('"', '""') + '"' if set(cell) & set(',"\r\n') else cell for cell in cells))
+
+
+def run_usage(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        rows = usage_report(ledger, args.by, args.since, int(time.time()) // 86400)
+    if args.json:
+        print_json(rows)
+    elif args.csv or args.jsonl:
+        print_rows(rows, args.csv)
+    else:
+        print(*usage_table(args.by, rows), sep="\n")
+    return 0
+
+
+def usage_table(by: str, rows: Sequence[JSON]) -> list[str]:
+    total = {by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
+    cells = [(str(row[by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
+              millions(row["output"]), usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
+    return money_table([(by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
+
+
+def no_price(row: JSON) -> str:
+    """Said wherever a sum stands that lacks something."""
+    if not row["unpriced"]:
+        return ""
+    return "no price" if row["unpriced"] == row["requests"] else f"{spaced(row['unpriced'])} without a price"
+
+
+def run_statement(args: argparse.Namespace) -> int:
+    first, last = args.month
+    with with_ledger(args) as ledger:
+        bill = statement_rows(ledger, account_named(ledger, args.account), first, last)
+    if args.json:
+        print_json({"account": args.account, "first_day": day_text(first), "last_day": day_text(last), **bill})
+        return 0
+    charges, entries = bill["charges"], bill["credits"]
+    cents = apportion([row["cost_nanos"] for row in charges], 10**7)
+    rows: list[Sequence[str]] = []
+    rows += [(row["model"], spaced(row["requests"]), spaced(row["input"]), spaced(row["cached"]), spaced(row["cache_write"]),
+              spaced(row["output"]), usd(amount_cents * 10**7), no_price(row)) for row, amount_cents in zip(charges, cents)]
+    rows += [("total", *(spaced(sum(row[name] for row in charges))
+                         for name in ("requests", "input", "cached", "cache_write", "output")),
+              usd(sum(cents) * 10**7), "")]
+    print(f"Statement of account {args.account}, {day_text(first)} to {day_text(last)} (UTC), in USD", "",
+          *money_table([("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""), *rows], range(1, 7)),
+          sep="\n")
+    if entries or bill["before_nanos"]:
+        steps = apportion([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]], 10**7)
+        names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
+                                     for entry in entries), "charges above", "balance after"]
+        print("", *money_table([*zip(names, [usd(step * 10**7) for step in (*steps, sum(steps))])], (1,)), sep="\n")
+    return 0
+
+
+def day_text(day: int) -> str:
+    return datetime.date.fromordinal(day + EPOCH).isoformat()
+
+
+def run_prices_show(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    book = PriceBook(config)
+    tariffs = {**dict.fromkeys(builtin_tariffs(), f"table of {PRICES_DATE}"), **dict.fromkeys(book.configured, config.path)}
+    rows = []
+    for name, source in sorted(tariffs.items()):
+        tariff = book.configured.get(name) or builtin_tariffs()[name]
+        notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
+        notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
+        notes += [f"x {tariff.peak} in peak hours"] if tariff.peak > 1 else []
+        rows.append((name, *(f"{tariff.base} -".split()[:6]), source, "; ".join(notes)))
+    if args.json:
+        print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
+        return 0
+    head = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
+    print(*money_table([head, *rows], range(1, 7)), sep="\n")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        checked, wrong = verify(ledger)
+        balances = {each.name: usd(each.credit_nanos - each.spent_nanos, 9) for each in list_accounts(ledger, time.time())}
+    if args.json:
+        print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
+    else:
+        print(*wrong[:100], f"{spaced(checked)} lines computed again, {plural(len(wrong), 'problem')}.", sep="\n")
+    return 1 if wrong else 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        print_rows(export_rows(ledger, args.since), args.csv)
+    return 0
+
+
+def run_prune(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        gone = prune(ledger, args.older)
+    say(f"{spaced(gone)} lines from before {day_text(args.older)} removed; the sums of their days stay.")
+    return 0
+
+
+def run_backup(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        ledger.backup(args.file)
+    say(f"Copied to {args.file} (only you can read it).")
+    return 0
+
+
 # === 14. data =====================================================================================
 
-# name, input tokens at most, output tokens at most; 0: not known (litellm 1.109.1 and genai-prices 0.2.3, 2026-11-22)
+# Columns: name; input tokens at most; output tokens at most; then USD per million tokens: input, output, cache read, cache
+# write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); - where there is none. After them, in the same order: overN=
+# prices of the whole request when its input exceeds N tokens (xAI's tier includes 200,000); fromDATE= prices from that day
+# (UTC) on; peak=N times the price in DeepSeek's peak hours. From litellm 1.109.1 and genai-prices 0.2.3, of the date below.
+PRICES_DATE = "2026-11-22"
 MODEL_TABLE = """\
-anthropic/claude-fable-5                      1000000  128000
-anthropic/claude-fable-5-1                    1000000  128000
-anthropic/claude-fable-5-2                    1000000  128000
-anthropic/claude-haiku-4-5                     200000   64000
-anthropic/claude-haiku-5-5                    1000000  128000
-anthropic/claude-mythos-5                     1000000  128000
-anthropic/claude-mythos-5-1                   1000000  128000
-anthropic/claude-mythos-5-2                   1000000  128000
-anthropic/claude-opus-4-5                      200000   64000
-anthropic/claude-opus-4-6                     1000000  128000
-anthropic/claude-opus-4-7                     1000000  128000
-anthropic/claude-opus-4-8                     1000000  128000
-anthropic/claude-opus-5                       1000000  128000
-anthropic/claude-opus-5-5                     1000000  128000
-anthropic/claude-sonnet-4-5                    200000   64000
-anthropic/claude-sonnet-4-6                   1000000  128000
-anthropic/claude-sonnet-5                     1000000  128000
-anthropic/claude-sonnet-5-5                   1000000  128000
-deepseek/deepseek-flash                       1000000  393216
-deepseek/deepseek-v3.2                         163840  163840
-deepseek/deepseek-v4-flash                    1000000  393216
-deepseek/deepseek-v4-pro                      1000000  393216
-google/gemini-2.5-flash                       1048576   65536
-google/gemini-2.5-flash-lite                  1048576   65536
-google/gemini-2.5-pro                         1048576   65536
-google/gemini-3-flash-preview                 1048576   65536
-google/gemini-3.1-flash-lite                  1048576   65536
-google/gemini-3.1-pro-preview                 1048576   65536
-google/gemini-3.5-flash                       1048576   65536
-google/gemini-3.5-flash-lite                  1048576   65536
-google/gemini-3.6-flash                       1048576   65536
-google/gemini-3.7-flash                       1048576   65536
-google/gemini-3.8-flash                       1048576   65536
-google/gemini-4-argon                         1048576 1048576
-google/gemini-flash-latest                    1048576   65536
-google/gemini-flash-lite-latest               1048576   65536
-google/gemini-pro-latest                      1048576   65536
-mistral/codestral-2508                         128000  128000
-mistral/codestral-latest                       128000  128000
-mistral/devstral-latest                        256000  256000
-mistral/devstral-medium-latest                 256000  256000
-mistral/devstral-small-latest                  256000  256000
-mistral/magistral-medium-latest                262144  262144
-mistral/magistral-small-latest                 262144  262144
-mistral/ministral-14b-2512                     262144  262144
-mistral/ministral-14b-latest                   262144  262144
-mistral/ministral-3b-2512                      131072  131072
-mistral/ministral-3b-latest                    131072  131072
-mistral/ministral-8b-2512                      262144  262144
-mistral/ministral-8b-latest                    262144  262144
-mistral/mistral-large-2512                     262144  262144
-mistral/mistral-large-3                        262144  262144
-mistral/mistral-large-4                       1048576 1048576
-mistral/mistral-large-latest                   262144  262144
-mistral/mistral-medium                         262144  262144
-mistral/mistral-medium-2604                    262144  262144
-mistral/mistral-medium-3.5                     262144  262144
-mistral/mistral-medium-latest                  262144  262144
-mistral/mistral-small                           32000    8191
-mistral/mistral-small-2603                     262144  262144
-mistral/mistral-small-latest                   262144  262144
-mistral/pixtral-large-latest                   128000  128000
-openai/gpt-4.1                                1047576   32768
-openai/gpt-4.1-mini                           1047576   32768
-openai/gpt-4o                                  128000   16384
-openai/gpt-4o-mini                             128000   16384
-openai/gpt-5                                   272000  128000
-openai/gpt-5-mini                              272000  128000
-openai/gpt-5-nano                              272000  128000
-openai/gpt-5-pro                               400000  272000
-openai/gpt-5.1                                 272000  128000
-openai/gpt-5.2                                 272000  128000
-openai/gpt-5.2-pro                             272000  128000
-openai/gpt-5.3-codex                           272000  128000
-openai/gpt-5.4                                1050000  128000
-openai/gpt-5.4-mini                            272000  128000
-openai/gpt-5.4-nano                            272000  128000
-openai/gpt-5.4-pro                            1050000  128000
-openai/gpt-5.5                                1050000  128000
-openai/gpt-5.5-pro                            1050000  128000
-openai/gpt-5.6                                 922000  128000
-openai/gpt-5.6-luna                            922000  128000
-openai/gpt-5.6-sol                             922000  128000
-openai/gpt-5.6-terra                           922000  128000
-openai/gpt-6-astra                             922000  128000
-openai/gpt-6-luna                              922000  128000
-openai/gpt-6-sol                               922000  128000
-openai/gpt-6.1-sol                             922000  128000
-openai/gpt-6.1-terra                           922000  128000
-openai/gpt-6.2-sol                            1050000  128000
-openai/o3                                      200000  100000
-openai/o3-pro                                  200000  100000
-xai/grok-4.20                                 1000000 1000000
-xai/grok-4.3                                  1000000 1000000
-xai/grok-4.3-latest                           1000000 1000000
-xai/grok-4.5                                   500000  500000
-xai/grok-4.5-latest                            500000  500000
-xai/grok-4.6                                   500000  500000
-xai/grok-4.7                                   500000  500000
-xai/grok-build-0.1                             256000  256000
-xai/grok-build-latest                          500000  500000
-xai/grok-code-fast                             256000  256000
+anthropic/claude-fable-5        1000000  128000   10   50     1  12.5   20
+anthropic/claude-fable-5-1      1000000  128000   10   50  0.25  12.5   20
+anthropic/claude-fable-5-2      1000000  128000    8   40   0.2    10   16
+anthropic/claude-haiku-4-5       200000   64000    1    5   0.1  1.25    2
+anthropic/claude-haiku-5-5      1000000  128000  0.1  0.5  0.01 0.125  0.2  over100000=0.5/2.5/0.05/0.625/1
+anthropic/claude-mythos-5       1000000  128000   10   50     1  12.5   20
+anthropic/claude-mythos-5-1     1000000  128000   10   50  0.25  12.5   20
+anthropic/claude-mythos-5-2     1000000  128000    8   40   0.2    10   16
+anthropic/claude-opus-4-5        200000   64000    5   25   0.5  6.25   10
+anthropic/claude-opus-4-6       1000000  128000    5   25   0.5  6.25   10
+anthropic/claude-opus-4-7       1000000  128000    5   25   0.5  6.25   10
+anthropic/claude-opus-4-8       1000000  128000    5   25   0.5  6.25   10
+anthropic/claude-opus-5         1000000  128000    5   25   0.5  6.25   10
+anthropic/claude-opus-5-5       1000000  128000    4   20   0.2     5    8
+anthropic/claude-sonnet-4-5      200000   64000    3   15   0.3  3.75    6
+anthropic/claude-sonnet-4-6     1000000  128000    3   15   0.3  3.75    6
+anthropic/claude-sonnet-5       1000000  128000    2   10   0.2   2.5    4
+anthropic/claude-sonnet-5-5     1000000  128000    2   10   0.1   2.5    4
+deepseek/deepseek-flash         1000000  393216 0.15  0.6 0.003     -    -  peak=2
+deepseek/deepseek-v3.2           163840  163840 0.28  0.4 0.028     -    -
+deepseek/deepseek-v4-flash      1000000  393216 0.15  0.6 0.003     -    -  peak=2
+deepseek/deepseek-v4-pro        1000000  393216 0.66 1.98 0.022     -    -  peak=2
+google/gemini-2.5-flash         1048576   65536  0.3  2.5  0.03     -    -
+google/gemini-2.5-flash-lite    1048576   65536  0.1  0.4  0.01     -    -
+google/gemini-2.5-pro           1048576   65536 1.25   10 0.125     -    -  over200000=2.5/15/0.25
+google/gemini-3-flash-preview   1048576   65536  0.5    3  0.05     -    -
+google/gemini-3.1-flash-lite    1048576   65536 0.25  1.5 0.025     -    -
+google/gemini-3.1-pro-preview   1048576   65536    2   12   0.2     -    -  over200000=4/18/0.4
+google/gemini-3.5-flash         1048576   65536  1.5    9  0.15     -    -
+google/gemini-3.5-flash-lite    1048576   65536  0.3  2.5  0.03     -    -
+google/gemini-3.6-flash         1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
+google/gemini-3.7-flash         1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
+google/gemini-3.8-flash         1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
+google/gemini-4-argon           1048576 1048576    2   10   0.1     -    -  from2026-12-01=4/20/0.2
+google/gemini-flash-latest      1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
+google/gemini-flash-lite-latest 1048576   65536  0.3  2.5  0.03     -    -
+google/gemini-pro-latest        1048576   65536    2   12   0.2     -    -  over200000=4/18/0.4
+mistral/codestral-2508           128000  128000  0.3  0.9  0.03     -    -
+mistral/codestral-latest         128000  128000  0.3  0.9  0.03     -    -
+mistral/devstral-latest          256000  256000  0.4    2  0.04     -    -
+mistral/devstral-medium-latest   256000  256000  0.4    2  0.04     -    -
+mistral/devstral-small-latest    256000  256000  0.1  0.3  0.01     -    -
+mistral/magistral-medium-latest  262144  262144  1.5  7.5  0.15     -    -
+mistral/magistral-small-latest   262144  262144 0.15  0.6 0.015     -    -
+mistral/ministral-14b-2512       262144  262144  0.2  0.2  0.02     -    -
+mistral/ministral-14b-latest     262144  262144  0.2  0.2  0.02     -    -
+mistral/ministral-3b-2512        131072  131072  0.1  0.1  0.01     -    -
+mistral/ministral-3b-latest      131072  131072  0.1  0.1  0.01     -    -
+mistral/ministral-8b-2512        262144  262144 0.15 0.15 0.015     -    -
+mistral/ministral-8b-latest      262144  262144 0.15 0.15 0.015     -    -
+mistral/mistral-large-2512       262144  262144  0.5  1.5  0.05     -    -
+mistral/mistral-large-3          262144  262144  0.5  1.5  0.05     -    -
+mistral/mistral-large-4         1048576 1048576  0.7  2.1  0.07     -    -
+mistral/mistral-large-latest     262144  262144  0.5  1.5  0.05     -    -
+mistral/mistral-medium           262144  262144  1.5  7.5  0.15     -    -
+mistral/mistral-medium-2604      262144  262144  1.5  7.5  0.15     -    -
+mistral/mistral-medium-3.5       262144  262144  1.5  7.5  0.15     -    -
+mistral/mistral-medium-latest    262144  262144  1.5  7.5  0.15     -    -
+mistral/mistral-small             32000    8191  0.1  0.3  0.01     -    -
+mistral/mistral-small-2603       262144  262144 0.15  0.6 0.015     -    -
+mistral/mistral-small-latest     262144  262144 0.15  0.6 0.015     -    -
+mistral/pixtral-large-latest     128000  128000    2    6   0.2     -    -
+openai/gpt-4.1                  1047576   32768    2    8   0.5     -    -
+openai/gpt-4.1-mini             1047576   32768  0.4  1.6   0.1     -    -
+openai/gpt-4o                    128000   16384  2.5   10  1.25     -    -
+openai/gpt-4o-mini               128000   16384 0.15  0.6 0.075     -    -
+openai/gpt-5                     272000  128000 1.25   10 0.125     -    -
+openai/gpt-5-mini                272000  128000 0.25    2 0.025     -    -
+openai/gpt-5-nano                272000  128000 0.05  0.4 0.005     -    -
+openai/gpt-5-pro                 400000  272000   15  120     -     -    -
+openai/gpt-5.1                   272000  128000 1.25   10 0.125     -    -
+openai/gpt-5.2                   272000  128000 1.75   14 0.175     -    -
+openai/gpt-5.2-pro               272000  128000   21  168     -     -    -
+openai/gpt-5.3-codex             272000  128000 1.75   14 0.175     -    -
+openai/gpt-5.4                  1050000  128000  2.5   15  0.25     -    -  over272000=5/22.5/0.5
+openai/gpt-5.4-mini              272000  128000 0.75  4.5 0.075     -    -
+openai/gpt-5.4-nano              272000  128000  0.2 1.25  0.02     -    -
+openai/gpt-5.4-pro              1050000  128000   30  180     -     -    -  over272000=60/270
+openai/gpt-5.5                  1050000  128000    5   30   0.5     -    -  over272000=10/45/1
+openai/gpt-5.5-pro              1050000  128000   30  180     -     -    -  over272000=60/270
+openai/gpt-5.6                   922000  128000    4   20   0.4     5   10  over272000=8/30/0.8/10
+openai/gpt-5.6-luna              922000  128000  0.2  1.2  0.02  0.25  0.5  over272000=0.4/1.8/0.04/0.5
+openai/gpt-5.6-sol               922000  128000    4   20   0.4     5   10  over272000=8/30/0.8/10
+openai/gpt-5.6-terra             922000  128000    2   12   0.2   2.5    5  over272000=4/18/0.4/5
+openai/gpt-6-astra               922000  128000   10   50     1  12.5   25  over272000=20/75/2/25
+openai/gpt-6-luna                922000  128000  0.1  0.5  0.01 0.125 0.25  over272000=0.2/0.75/0.02/0.25
+openai/gpt-6-sol                 922000  128000    2   10   0.2   2.5    5  over272000=4/15/0.4/5
+openai/gpt-6.1-sol               922000  128000    2   10   0.1   2.5    5  over272000=4/15/0.2/5
+openai/gpt-6.1-terra             922000  128000    1    5  0.05  1.25  2.5  over272000=2/7.5/0.1/2.5
+openai/gpt-6.2-sol              1050000  128000    2   10   0.1   2.5    5  over272000=4/15/0.2/5
+openai/o3                        200000  100000    2    8   0.5     -    -
+openai/o3-pro                    200000  100000   20   80     -     -    -
+xai/grok-4.20                   1000000 1000000 1.25  2.5   0.2     -    -  over199999=2.5/5/0.4
+xai/grok-4.3                    1000000 1000000 1.25  2.5   0.2     -    -  over199999=2.5/5/0.4
+xai/grok-4.3-latest             1000000 1000000 1.25  2.5   0.2     -    -  over199999=2.5/5/0.4
+xai/grok-4.5                     500000  500000    2    6   0.3     -    -  over199999=4/12/0.6
+xai/grok-4.5-latest              500000  500000    2    6   0.3     -    -  over199999=4/12/0.6
+xai/grok-4.6                     500000  500000    2    6   0.5     -    -  over199999=4/12/1
+xai/grok-4.7                     500000  500000    2    6   0.5     -    -  over199999=4/12/1
+xai/grok-build-0.1               256000  256000    1    2   0.2     -    -  over199999=2/4/0.4
+xai/grok-build-latest            500000  500000    2    6   0.3     -    -  over199999=4/12/0.6
+xai/grok-code-fast               256000  256000    1    2   0.2     -    -  over199999=2/4/0.4
 """
 
 # The base prompt of catalogue entries: Codex sends none of its own for a model that a catalogue describes.

@@ -227,12 +227,15 @@ def test_models_lists_what_is_known_by_name(configured, capsys):
     assert pomex.main(["models"]) == 0
     out, err = capsys.readouterr()
     rows = [re.split(r"  +", line) for line in out.splitlines()]
-    assert rows[:2] == [["MODEL", "PROVIDERS", "CONTEXT"], ["my/coder", "openai, local", "272 000"]]
-    assert ["local/qwen", "local", "-"] in rows and "demo/echo" in out and "tiny" not in out
+    assert rows[:2] == [["MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE"],
+                        ["my/coder", "openai, local", "1.75", "0.175", "14", "272 000", "ready"]]
+    assert ["local/qwen", "local", "-", "-", "-", "-", "ready, no price"] in rows and "demo/echo" in out and "tiny" not in out
     assert err == "and any other model of openai, as openai/NAME\n"
     assert pomex.main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0] == {
-        "model": "my/coder", "providers": ["openai", "local"], "context_window": 272000}
+        "model": "my/coder", "providers": ["openai", "local"], "context_window": 272000, "price": {
+            "input": "1.75", "output": "14", "cache_read": "0.175", "cache_write": "-", "cache_write_1h": "-",
+            "search_per_1000": "-"}}
 
 
 BLOCKS = {
@@ -271,7 +274,7 @@ def test_keys_are_created_listed_and_revoked(here, capsys):
     assert "There is an active key named laptop already." in capsys.readouterr().err
     hint = f"{token[:10]}…{token[-5:-1]}"
     assert pomex.main(["keys", "list"]) == 0
-    assert re.fullmatch(rf"NAME     KEY               CREATED   STATE\nlaptop   {hint}   \d s ago   active\n",
+    assert re.fullmatch(rf"NAME +KEY +MODELS +SPENT +BUDGET +LAST USED +STATE\nlaptop +{hint} +all +0\.00 +none +never +active\n",
                         capsys.readouterr().out)
     assert pomex.main(["keys", "revoke", "laptop"]) == 0
     assert capsys.readouterr() == ("", f"Key laptop ({hint}) revoked.\n")
@@ -311,7 +314,7 @@ def test_a_configuration_file_switches_detection_off(configured, capsys, monkeyp
     (configured / "pomex.toml").unlink()
     pomex.main(["models"])
     out, err = capsys.readouterr()
-    assert re.search(r"^ollama/qwen3:8b +ollama +-$", out, re.MULTILINE) and "groq/NAME" in err
+    assert re.search(r"^ollama/qwen3:8b +ollama +-.* ready, no price$", out, re.MULTILINE) and "groq/NAME" in err
 
 
 # --- the start ------------------------------------------------------------------------------------

@@ -315,6 +315,7 @@ def test_the_example_names_every_key_and_its_commented_half_loads_too():
                           ("demo", pomex.DemoConfig)):
         assert pomex.tomllib.loads(example())[section].keys() == pomex.settings_of(rows).keys()
     for section, rows in pomex.NAMED_SECTIONS.items():
+        assert text.count(f"[{section}.")
         written = [key for table in pomex.tomllib.loads(text)[section].values() for key in table]
         assert set(written) == pomex.settings_of(rows).keys()
 

@@ -33,7 +33,7 @@ def intent(response_id, **more):
 
 
 def entry(response_id, **more):
-    return pomex.Entry(*intent(response_id), input=9, cached=4, output=3, reasoning=1)._replace(**more)
+    return pomex.Entry(*intent(response_id)[:6], input=9, cached=4, output=3, reasoning=1)._replace(**more)
 
 
 @contextlib.asynccontextmanager
@@ -313,23 +313,23 @@ def test_an_older_file_is_upgraded_in_place(path, monkeypatch):
     first = pomex.Ledger.open(path)
     token = first.create_key("ci", NOW)
     first.close()
-    step = ("CREATE TABLE accounts (id INTEGER PRIMARY KEY)",)
+    step = ("CREATE TABLE novelties (id INTEGER PRIMARY KEY)",)
     monkeypatch.setattr(pomex, "MIGRATIONS", [*pomex.MIGRATIONS, step])
     second = pomex.Ledger.open(path)
     assert second.secret == first.secret and second.authorise(f"Bearer {token}", NOW)
-    assert second._read("SELECT count(*) FROM accounts") == [(0,)]
+    assert second.read("SELECT count(*) FROM novelties") == [(0,)]
     second.close()
 
 
 def test_an_upgrade_that_fails_changes_nothing(path, monkeypatch):
     pomex.Ledger.open(path).close()
-    step = ("CREATE TABLE accounts (id INTEGER PRIMARY KEY)", "CREATE TABLE keys (id)")
+    step = ("CREATE TABLE novelties (id INTEGER PRIMARY KEY)", "CREATE TABLE keys (id)")
     with monkeypatch.context() as patch:
         patch.setattr(pomex, "MIGRATIONS", [*pomex.MIGRATIONS, step])
         with pytest.raises(pomex.LedgerError):
             pomex.Ledger.open(path)
     ledger = pomex.Ledger.open(path)
-    assert ledger._read("SELECT count(*) FROM sqlite_master WHERE name = 'accounts'") == [(0,)]
+    assert ledger.read("SELECT count(*) FROM sqlite_master WHERE name = 'novelties'") == [(0,)]
     ledger.close()
 
 
@@ -344,9 +344,10 @@ def test_a_settled_request_is_one_row_that_says_what_was_said(path):
             said = entry("r1", key_id=key.id, provider="demo", estimated="cut")
             await ledger.settle(said)
             await until(lambda: ledger.recent(5))
-            assert ledger.recent(5) == [{"key": "laptop", **said._asdict()}]
+            row, = ledger.recent(5)
+            assert {**row, "lost": ()} == {"key": "laptop", **said._asdict()}
             assert ledger.totals() == {"requests": 1, "input": 9, "cached": 4, "cache_write": 0, "output": 3,
-                                       "reasoning": 1}
+                                       "reasoning": 1, "cost_nanos": 0}
     asyncio.run(check())
     assert journals(path) == []
 

@@ -170,7 +170,9 @@ def expected_of(message: JSON) -> tuple[Any, ...]:
     usage = pomex.Usage(sum(p["input_tokens"] for p in passes) + read + written, read, written,
                         sum(p["output_tokens"] for p in passes),
                         (counts.get("output_tokens_details") or {}).get("thinking_tokens", 0),
-                        estimated="stop_reason" not in message)
+                        estimated="stop_reason" not in message,
+                        cache_write_1h=sum((p.get("cache_creation") or {}).get("ephemeral_1h_input_tokens", 0) for p in passes),
+                        web_searches=(counts.get("server_tool_use") or {}).get("web_search_requests", 0))
     end = {"max_tokens": "max_output_tokens", "refusal": "content_filter", "pause_turn": "none", None: "none"}.get(
         message.get("stop_reason"), "completed")
     return ("".join(b["text"] for b in blocks if b["type"] == "text"),

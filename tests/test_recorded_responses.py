@@ -124,7 +124,7 @@ def test_a_recorded_stream_is_translated_without_loss(stream):
 
 def check_usage(ours, theirs, attempt):
     if theirs is None:
-        assert attempt.usage.estimated
+        assert attempt.usage.estimated or attempt.usage == pomex.Usage()        # an error in place of output costs nothing
         return
     assert (ours["input_tokens"], ours["output_tokens"]) == (theirs["input_tokens"], theirs["output_tokens"])
     assert ours["input_tokens_details"]["cached_tokens"] == (theirs.get("input_tokens_details") or {}).get("cached_tokens", 0)

@@ -1,0 +1,479 @@
+"""Money, shown: costs against two published calculators, rows against an upstream that counts for itself, kill -9 under
+load, budgets and rates over four processes, a ledger of a million rows."""
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import POMEX, TOOLS, clean_environment, required
+
+spec = importlib.util.spec_from_file_location("pomex", POMEX)
+assert spec and spec.loader
+pomex = sys.modules.setdefault("pomex", importlib.util.module_from_spec(spec))
+if not hasattr(pomex, "main"):
+    spec.loader.exec_module(pomex)
+
+JSON = dict[str, Any]
+AT = datetime.datetime(2026, 11, 22, 20, tzinfo=datetime.UTC)        # a Sunday: no peak hours
+REQUESTS = int(os.environ.get("POMEX_MONEY_REQUESTS", "5000"))
+ROUNDS = int(os.environ.get("POMEX_MONEY_ROUNDS", "50"))
+
+
+# --- costs equal to published calculators ---------------------------------------------------------
+
+LITELLM = """
+import json, os, sys
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+import litellm
+from litellm.types.utils import CacheCreationTokenDetails, PromptTokensDetailsWrapper, Usage
+out = {}
+for name, usages in json.load(sys.stdin).items():
+    provider, _, model = name.partition("/")
+    provider = {"google": "gemini"}.get(provider, provider)
+    if not {model, provider + "/" + model} & set(litellm.model_cost):
+        continue
+    for number, u in enumerate(usages):
+        kept = CacheCreationTokenDetails(ephemeral_5m_input_tokens=u["cache_write"] - u["cache_write_1h"],
+                                         ephemeral_1h_input_tokens=u["cache_write_1h"])
+        details = PromptTokensDetailsWrapper(cached_tokens=u["cached"], cache_creation_tokens=u["cache_write"],
+                                             cache_creation_token_details=kept)
+        usage = Usage(prompt_tokens=u["input"], completion_tokens=u["output"], total_tokens=u["input"] + u["output"],
+                      prompt_tokens_details=details, cache_creation_input_tokens=u["cache_write"],
+                      cache_read_input_tokens=u["cached"])
+        out[f"{name} {number}"] = sum(litellm.cost_per_token(model=model, custom_llm_provider=provider, usage_object=usage))
+json.dump(out, sys.stdout)
+"""
+GENAI = """
+import datetime, json, sys
+from genai_prices import Usage, calc_price
+at, out = datetime.datetime.fromisoformat(sys.argv[1]), {}
+for name, usages in json.load(sys.stdin).items():
+    provider, _, model = name.partition("/")
+    for number, u in enumerate(usages):
+        more = {"cache_write_1h_tokens": u["cache_write_1h"]} if u["cache_write_1h"] else {}
+        usage = Usage(input_tokens=u["input"], output_tokens=u["output"], cache_read_tokens=u["cached"],
+                      cache_write_tokens=u["cache_write"], **more)
+        try:
+            price = calc_price(usage, model, provider_id={"xai": "x-ai"}.get(provider, provider), genai_request_timestamp=at)
+        except LookupError:
+            continue
+        out[f"{name} {number}"] = float(price.total_price)
+json.dump(out, sys.stdout)
+"""
+# (calculator, model) -> why its figure is another; seen with litellm 1.106.2 and 1.109.1, genai-prices 0.2.3 on 2026-11-22
+DIFFERENCES = {
+    ("litellm", "mistral/mistral-large-4"): "litellm still has the price before the model's release; genai-prices has ours",
+    ("litellm", "anthropic/claude-fable-5-2"): "named in litellm's map without prices",
+    ("litellm", "anthropic/claude-mythos-5-2"): "named in litellm's map without prices",
+    ("litellm", "openai/gpt-6.2-sol"): "named in litellm's map without prices; ours are from OpenAI's page",
+    ("litellm", "openai/gpt-6.1-terra"): "named in the map of litellm 1.106 without prices",
+    ("genai", "anthropic/claude-sonnet-4-5"): "a long-context beta beyond its 200,000 tokens, which is not offered any more",
+    ("genai", "deepseek/deepseek-v3.2"): "genai-prices has the price of another host's copy",
+    ("genai", "xai/grok-code-fast"): "genai-prices has the price of grok-code-fast-1",
+    **{("genai", f"mistral/{model}"): "genai-prices has older rates for Mistral's aliases, and no cache prices"
+       for model in ("codestral-latest", "devstral-small-latest", "magistral-medium-latest", "magistral-small-latest",
+                     "mistral-large-latest", "mistral-medium", "pixtral-large-latest")},
+}
+
+
+def usages(name: str) -> list[JSON]:
+    """Plain, cached, long, and where there is a price for it written, kept long, and all at once."""
+    price = pomex.price_of(pomex.builtin_tariffs()[name].base)
+    rows = [(1000, 0, 0, 0, 100), (50_000, 40_000, 0, 0, 500), (600_000, 500_000, 0, 0, 1000)]
+    if price.cache_write != price.input:
+        rows += [(50_000, 10_000, 20_000, 0, 500), (600_000, 100_000, 200_000, 0, 10)]
+    if name.startswith("anthropic/"):
+        rows += [(50_000, 10_000, 20_000, 5_000, 500), (150_000, 0, 150_000, 150_000, 1)]
+    return [dict(zip(("input", "cached", "cache_write", "cache_write_1h", "output"), row)) for row in rows]
+
+
+@pytest.mark.parametrize("calculator, script", [("litellm", LITELLM), ("genai", GENAI)])
+def test_every_shared_model_costs_what_the_published_calculator_says(calculator: str, script: str) -> None:
+    python = required(TOOLS / calculator / "bin" / "python", f"the {calculator} calculator")
+    tariffs, table = pomex.builtin_tariffs(), {name: usages(name) for name in pomex.builtin_tariffs()}
+    done = subprocess.run([str(python), "-c", script, AT.isoformat()], input=json.dumps(table), capture_output=True, text=True,
+                          check=True, timeout=120)
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    assert len({key.split()[0] for key in theirs}) >= 80
+    different = collections.defaultdict(list)
+    for key, dollars in theirs.items():
+        name, number = key.split()
+        usage = table[name][int(number)]
+        price = tariffs[name].price(int(AT.timestamp() * 1000), usage["input"])
+        ours = pomex.cost_nanos(price, pomex.ONE, pomex.Usage(**usage))
+        if abs(ours - dollars * 1e9) > 1:            # theirs are floats
+            different[name].append((usage, ours, dollars))
+    print(f"{calculator}: {len(theirs)} costs compared, {len(different)} models explained")
+    unexplained = {name: rows for name, rows in different.items() if (calculator, name) not in DIFFERENCES}
+    assert not unexplained
+
+
+# --- an upstream that counts ----------------------------------------------------------------------
+
+class Counting:
+    """Providers of three wires that answer with random text and, mostly, its usage; and that remember what they generated,
+    by the number in the prompt: the independent count."""
+
+    def __init__(self, faults: bool = True, modest: bool = False) -> None:
+        self.random = random.Random(1)
+        self.modest = modest            # it uses no more than a gateway must expect from the request
+        self.faults = faults
+        self.generated: dict[tuple[str, str], JSON] = {}         # (number, provider) -> usage and whether it was all sent
+
+    def plan(self) -> str:
+        if not self.faults:
+            return "ok"
+        return self.random.choices(("ok", "uncounted", "refused", "empty", "cut", "slow", "error"), (70, 5, 7, 5, 5, 5, 3))[0]
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head)
+                assert length
+                body = await reader.readexactly(int(length[1]))
+                provider = head.split(b"/")[1].decode()
+                number = re.search(rb"number (\d+)", body)
+                if not await self.answer(writer, provider, number[1].decode() if number else "", body):
+                    break
+        writer.close()
+
+    async def answer(self, writer: asyncio.StreamWriter, provider: str, number: str, body: bytes) -> bool:
+        plan = self.plan()
+        if plan == "refused":
+            text = b'{"error":{"message":"busy","type":"server_error","code":"server_error"}}'
+            writer.write(b"HTTP/1.1 503 X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
+            return True
+        draw = self.random.randint
+        inputs, words = len(body) // 8 if self.modest else draw(10, 5000), ["word "] * draw(1, 30)
+        cached = draw(0, inputs)
+        written = draw(0, inputs - cached) if provider == "claude" else 0
+        usage = {"input": inputs, "cached": cached, "cache_write": written, "output": len(words) + draw(0, 50)}
+        record = self.generated[number, provider] = {**usage, "sent": False}
+        frames = [json.dumps(each) for each in WIRES[provider](words, None if plan == "uncounted" else usage)]
+        if plan in ("cut", "empty", "error"):
+            frames = frames[:len(frames) // 2 if plan == "cut" else 1]
+        if plan == "error":
+            frames.append(json.dumps(ERRORS[provider]))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        for text in frames:
+            kind = json.loads(text).get("type")
+            data = (f"event: {kind}\n" if kind else "").encode() + f"data: {text}\n\n".encode()
+            writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+            if plan == "slow":
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        await writer.drain()
+        if plan in ("cut", "empty"):
+            return False
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        record["sent"] = plan in ("ok", "slow")
+        return True
+
+
+def chat_frames(words: list[str], usage: JSON | None) -> Iterator[JSON]:
+    yield {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+    for word in words:
+        yield {"choices": [{"index": 0, "delta": {"content": word}}]}
+    yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    if usage:
+        yield {"choices": [], "usage": {"prompt_tokens": usage["input"], "completion_tokens": usage["output"],
+                                        "prompt_tokens_details": {"cached_tokens": usage["cached"]}}}
+
+
+def messages_frames(words: list[str], usage: JSON | None) -> Iterator[JSON]:
+    u = usage or {"input": 0, "cached": 0, "cache_write": 0, "output": 0}
+    yield {"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "content": [], "usage": {
+        "input_tokens": u["input"] - u["cached"] - u["cache_write"], "cache_read_input_tokens": u["cached"],
+        "cache_creation_input_tokens": u["cache_write"], "output_tokens": 1} if usage else {}}}
+    yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    for word in words:
+        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+    yield {"type": "content_block_stop", "index": 0}
+    yield {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": u["output"]} if usage else {}}
+    yield {"type": "message_stop"}
+
+
+def responses_frames(words: list[str], usage: JSON | None) -> Iterator[JSON]:
+    response: JSON = {"id": "resp_up", "object": "response", "status": "in_progress", "output": [], "model": "m"}
+    item: JSON = {"id": "msg_1", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+    place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    part = {"type": "output_text", "text": "", "annotations": []}
+    events: list[JSON] = [{"type": "response.created", "response": response},
+                          {"type": "response.output_item.added", "output_index": 0, "item": item},
+                          {"type": "response.content_part.added", **place, "part": part}]
+    events += [{"type": "response.output_text.delta", **place, "delta": word} for word in words]
+    whole = {**part, "text": "".join(words)}
+    done = {**item, "status": "completed", "content": [whole]}
+    events += [{"type": "response.output_text.done", **place, "text": whole["text"]},
+               {"type": "response.content_part.done", **place, "part": whole},
+               {"type": "response.output_item.done", "output_index": 0, "item": done}]
+    counts = {"input_tokens": usage["input"], "output_tokens": usage["output"],
+              "input_tokens_details": {"cached_tokens": usage["cached"]}} if usage else None
+    events.append({"type": "response.completed",
+                   "response": {**response, "status": "completed", "output": [done], "usage": counts}})
+    for number, event in enumerate(events):
+        yield {**event, "sequence_number": number}
+
+
+WIRES = {"plain": chat_frames, "claude": messages_frames, "native": responses_frames}
+ERRORS: dict[str, JSON] = {
+    "plain": {"error": {"message": "overloaded", "type": "server_error"}},
+    "claude": {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+    "native": {"type": "error", "error": {"type": "server_error", "code": "server_error", "message": "x"}, "sequence_number": 9},
+}
+
+
+@contextlib.asynccontextmanager
+async def counting(faults: bool = True, modest: bool = False) -> AsyncIterator[tuple[Counting, str]]:
+    upstream = Counting(faults, modest)
+    server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
+    try:
+        yield upstream, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+def configuration(folder: Path, origin: str) -> Path:
+    wires = {"plain": 'wire_api = "chat"', "claude": 'wire_api = "messages"', "native": 'wire_api = "responses"\nrelay = "bytes"'}
+    text = f'[server]\nport = 0\n[database]\nurl = "sqlite:{folder}/pomex.db"\n'
+    for number, (name, lines) in enumerate(wires.items(), 1):
+        text += (f'[providers.{name}]\n{lines}\nbase_url = "{origin}/{name}/v1"\n[prices."{name}/m"]\ninput = {number}.5\n'
+                 f'output = {number}0.25\ncache_read = 0.{number}\ncache_write = {number}.875\n')
+    names = list(wires)
+    for number, name in enumerate(names):           # each first once, then the next, then the one after
+        order = [f"{each}:m" for each in names[number:] + names[:number]]
+        text += f'[models."{name}/any"]\ntargets = {json.dumps(order)}\n'
+    (folder / "pomex.toml").write_text(text)
+    return folder / "pomex.toml"
+
+
+@contextlib.contextmanager
+def serving(config: Path, count: int = 1) -> Iterator[tuple[list[subprocess.Popen[str]], list[int]]]:
+    environment = clean_environment(config.parent, POMEX_CONFIG=str(config))
+    logs = [config.parent / f"log-{time.monotonic_ns()}-{number}" for number in range(count)]
+    processes = []
+    for log in logs:
+        with log.open("w") as file:
+            processes.append(subprocess.Popen([sys.executable, str(POMEX), "serve"], env=environment, text=True, stderr=file,
+                                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+    try:
+        yield processes, [listening(log) for log in logs]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
+        assert not any("Traceback" in log.read_text() for log in logs)
+
+
+def listening(log: Path) -> int:
+    for _ in range(400):
+        if found := re.search(r"Listening on .*:(\d+) ", log.read_text()):
+            return int(found[1])
+        time.sleep(0.02)
+    raise AssertionError(log.read_text())
+
+
+def command(config: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, str(POMEX), *arguments], env=clean_environment(config.parent, POMEX_CONFIG=str(config)),
+                          text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+async def ask(port: int, key: str, number: int, model: str, stream: bool = True, leave_after: int = 0) -> tuple[int, bytes]:
+    """(status, body) of one request; a client in a hurry leaves after so many bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = json.dumps({"model": model, "stream": stream, "input": f"This is number {number}", "max_output_tokens": 100}).encode()
+    writer.write(b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\nx-request-id: money-%d\r\n"
+                 b"connection: close\r\ncontent-length: %d\r\n\r\n" % (key.encode(), number, len(body)) + body)
+    data = b""
+    try:
+        while piece := await reader.read(65536):
+            data += piece
+            if leave_after and len(data) >= leave_after:
+                break
+    except ConnectionError:
+        pass
+    writer.close()
+    return int(data[9:12] or b"0"), data
+
+
+def rows_of(config: Path) -> list[JSON]:
+    return [json.loads(line) for line in command(config, "ledger", "export", "--jsonl").splitlines()]
+
+
+def test_the_ledger_equals_an_independent_count(tmp_path: Path) -> None:
+    """Mixed wires, streams and whole answers, refusals, cuts, failovers, missing counts, clients that leave."""
+    async def load() -> tuple[Counting, dict[int, tuple[int, bytes]], float]:
+        async with counting() as (upstream, origin):
+            config = configuration(tmp_path, origin)
+            with serving(config) as (_, (port,)):
+                key = command(config, "keys", "create", "k", "--budget", "1000000/month").strip()
+                choose, answers, started = random.Random(7), {}, time.monotonic()
+                numbers = iter(range(REQUESTS))
+
+                async def client() -> None:
+                    for number in numbers:
+                        model = choose.choice(tuple(WIRES)) + choose.choice(("/any", "/m", "/unpriced"))
+                        leave = choose.choice((1, 700, 1500)) if choose.random() < 0.05 else 0
+                        answers[number] = await ask(port, key, number, model, choose.random() < 0.8, leave)
+                await asyncio.gather(*(client() for _ in range(40)))
+                took = time.monotonic() - started
+                await asyncio.sleep(1)
+            return upstream, answers, took
+    upstream, answers, took = asyncio.run(load())
+    config = tmp_path / "pomex.toml"
+    rows = rows_of(config)
+    finals = collections.Counter(row["request_id"] for row in rows if row["status"] != "lost")
+    assert finals == {f"money-{number}": 1 for number in answers}, "one row a request"
+    counts = ("input", "cached", "cache_write", "output")
+    estimated = off = 0
+    told: collections.Counter[str] = collections.Counter()
+    expected: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        if row["estimated"] or not row["input"] + row["output"]:
+            truth = upstream.generated.get((row["request_id"][6:], row["provider"]), {})
+            if row["estimated"]:
+                estimated += 1
+                off += row["output"] - truth.get("output", 0)
+            continue
+        truth = upstream.generated[row["request_id"][6:], row["provider"]]
+        assert [row[name] for name in counts] == [truth[name] for name in counts], row
+        told.update({name: row[name] for name in counts})
+        expected.update({name: truth[name] for name in counts})
+    assert told == expected
+    # what was counted and sent whole to a client that stayed is in the ledger, exactly
+    seen = {(row["request_id"][6:], row["provider"]) for row in rows if not row["estimated"] and row["input"]}
+    stayed = {str(number) for number, (_, data) in answers.items() if b"response.completed" in data or b'"status":"completed"' in data}
+    missing = [key for key, truth in upstream.generated.items() if truth["sent"] and key[0] in stayed and key not in seen]
+    assert not missing
+    report = json.loads(command(config, "ledger", "verify", "--json"))
+    assert report["wrong"] == [] and report["lines"] == len(rows)
+    assert sum(row["cost_nanos"] for row in json.loads(command(config, "usage", "--since", "2d", "--json"))) == sum(
+        row["cost_nanos"] for row in rows)
+    with contextlib.closing(sqlite3.connect(tmp_path / "pomex.db")) as db:
+        assert db.execute("SELECT count(*) FROM leases WHERE slot = 0").fetchone() == (0,), "nothing stays reserved"
+    lost = sum(row["status"] == "lost" for row in rows)
+    print(f"{len(answers)} requests in {took:.0f} s, {len(rows)} lines ({lost} of attempts given up), {estimated} estimated: "
+          f"output off by {off / max(estimated, 1):+.1f} tokens a line; sums equal: {dict(told)}")
+
+
+def test_kill_9_under_load_loses_no_answered_request(tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    async def rounds() -> None:
+        async with counting(faults=False) as (_, origin):
+            config = configuration(tmp_path, origin)
+            key = command(config, "keys", "create", "k", "--budget", "1000000/month").strip()
+            for number in range(ROUNDS):
+                await one_round(config, key, number)
+
+    async def one_round(config: Path, key: str, number: int) -> None:
+        with serving(config) as ((process,), (port,)):
+            async def client(first: int) -> None:
+                with contextlib.suppress(OSError):
+                    for each in range(first, first + 10_000, 20):
+                        _, data = await ask(port, key, each, "plain/m")
+                        found = re.search(rb'event: response\.completed\ndata: .*?"id":"(resp_\w+)"', data)
+                        if not found:
+                            return
+                        seen.add(found[1].decode())
+            clients = [asyncio.create_task(client(number * 10_000 + each)) for each in range(20)]
+            await asyncio.sleep(random.Random(number).uniform(0.02, 0.4))
+            process.send_signal(signal.SIGKILL)
+            await asyncio.gather(*clients)
+    asyncio.run(rounds())
+    config = tmp_path / "pomex.toml"
+    rows = rows_of(config)
+    names = collections.Counter(row["response_id"] for row in rows)
+    completed = {row["response_id"] for row in rows if row["status"] == "completed"}
+    assert set(names.values()) == {1} and seen <= completed
+    assert json.loads(command(config, "ledger", "verify", "--json"))["wrong"] == []
+    interrupted = sum(row["error_code"] == "interrupted" for row in rows)
+    print(f"{ROUNDS} kills: {len(seen)} answers seen, all with their row; {interrupted} requests interrupted")
+    assert len(seen) > ROUNDS
+
+
+@pytest.mark.parametrize("setting, most", [(("--budget", "0.02/day"), 0), (("--rpm", "50"), 50)], ids=["budget", "rate"])
+def test_four_processes_share_one_limit(tmp_path: Path, setting: tuple[str, str], most: int) -> None:
+    """200 requests at once; each reserves at most 100 tokens of output at 10.25 USD a million."""
+    async def load() -> list[tuple[int, bytes]]:
+        async with counting(faults=False, modest=True) as (_, origin):
+            config = configuration(tmp_path, origin)
+            key = command(config, "keys", "create", "k", *setting).strip()
+            with serving(config, 4) as (_, ports):
+                answers = await asyncio.gather(*(ask(ports[number % 4], key, number, "plain/m") for number in range(200)))
+                await asyncio.sleep(3)
+            return list(answers)
+    answers = asyncio.run(load())
+    served = sum(status == 200 for status, _ in answers)
+    assert served + sum(status == 429 for status, _ in answers) == 200
+    rows = rows_of(tmp_path / "pomex.toml")
+    spent = sum(row["cost_nanos"] for row in rows)
+    print(f"{setting[0]} {setting[1]}: {served} of 200 served by four processes, {spent / 1e9:.4f} USD")
+    if most:
+        assert 0.8 * most <= served <= most
+        assert all(b"retry-after: " in data for status, data in answers if status == 429)
+    else:
+        assert 10 <= served < 200 and spent <= 20_000_000
+    with contextlib.closing(sqlite3.connect(tmp_path / "pomex.db")) as db:
+        assert db.execute("SELECT coalesce(sum(amount), 0) FROM leases WHERE slot = 0").fetchone() == (0,)
+
+
+def test_a_million_rows_are_summed_in_under_a_second(tmp_path: Path) -> None:
+    config = configuration(tmp_path, "http://127.0.0.1:1")
+    for name in ("a", "b", "c"):
+        command(config, "keys", "create", name)
+
+    def settling() -> float:
+        with contextlib.closing(pomex.Ledger.open(str(tmp_path / "pomex.db"))) as ledger:
+            begun = time.process_time()
+            for batch in range(40):
+                pomex.insert_entries(ledger._writer, [pomex.Entry(
+                    f"resp_{time.time_ns():020x}{batch}{number}", "r", int(time.time() * 1000), 1 + number % 3, "/v1/responses", "plain/m",
+                    "plain", "m", input=1000, output=10, price="1.5 10.25 0.1 1.875 - -", cost_nanos=1_602_500)
+                    for number in range(50)])
+            return (time.process_time() - begun) / 2000
+    before = settling()
+    with contextlib.closing(sqlite3.connect(tmp_path / "pomex.db")) as db:
+        db.execute("""WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 1000000)
+            INSERT INTO usage (response_id, request_id, started_ms, key_id, endpoint, model, provider, upstream_model, status,
+                error_code, terminal_by, estimated, input, cached, cache_write, output, reasoning, first_ms, total_ms, attempts,
+                price, cost_nanos)
+            SELECT printf('resp_%012d', n), 'r', ? - (n % 365) * 86400000, 1 + n % 3, '/v1/responses', 'plain/m' || (n % 10), 'plain',
+                'm', 'completed', '', 'upstream', '', 1000, 0, 0, 10, 0, 1, 2, 1, '1.5 10.25 0.1 1.875 - -', 1602500 FROM n""",
+                   (int(time.time() * 1000),))
+        db.commit()
+    slowest = 0.0
+    for by in pomex.REPORT_BY:
+        begun = time.monotonic()
+        assert len(json.loads(command(config, "usage", "--since", "366d", "--by", by, "--json"))) >= 1
+        slowest = max(slowest, time.monotonic() - begun)
+    after = settling()
+    begun = time.monotonic()
+    command(config, "keys", "list")
+    listed = time.monotonic() - begun
+    print(f"a million rows: usage in {slowest:.2f} s at most (process start included), keys list {listed:.2f} s; "
+          f"a row costs {before * 1e6:.1f} us before, {after * 1e6:.1f} us after")
+    assert slowest < 1.0 and listed < 1.0 and after < 2 * before + 20e-6

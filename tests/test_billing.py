@@ -1,0 +1,731 @@
+"""Floor 8, money: prices, costs, limits that hold over processes, the bill, and what clients and operators are told."""
+import asyncio
+import contextlib
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPOSITORY
+
+import pomex
+from pomex import Usage
+
+NOW = 1_795_305_600.0       # 2026-11-22 00:00 UTC, a Sunday
+NOW_MS = int(NOW) * 1000
+NANO = 10**9
+SHARED_PRICES = REPOSITORY.parent / "shared" / "reference" / "prices.json"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "state" / "pomex.db")
+
+
+@pytest.fixture
+def ledger(path):
+    ledger = pomex.Ledger.open(path)
+    yield ledger
+    ledger.close()
+
+
+def entry(response_id, **more):
+    return pomex.Entry(response_id, "req", NOW_MS, 1, "/v1/responses", "openai/gpt-5.5")._replace(**more)
+
+
+def line(response_id, **more):
+    return pomex.Line(response_id, 1, "azure", "gpt", "server_error", "", 10, 0, 0, 5, 0, 0, 0, "2 10 - - - -", pomex.ONE,
+                      70_000)._replace(**more)
+
+
+def key_of(ledger, name):
+    return next(key for key in ledger.list_keys() if key.name == name)
+
+
+# --- usage ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("given, sound", [
+    (Usage(10, 4, 6, 5, 5), Usage(10, 4, 6, 5, 5)),
+    (Usage(10, 11), Usage(10, 10)),
+    (Usage(10, 4, 7), Usage(10, 4, 6)),
+    (Usage(10, 12, 7, cache_write_1h=7), Usage(10, 10, 0, cache_write_1h=0)),
+    (Usage(10, 0, 4, cache_write_1h=5), Usage(10, 0, 4, cache_write_1h=4)),
+    (Usage(0, output=3, reasoning=4), Usage(0, output=3, reasoning=3)),
+    (Usage(10**18), Usage(1 << 24)),
+], ids=str)
+def test_a_count_that_contradicts_itself_is_cut_to_size_and_marked_with_why(given, sound):
+    checked = pomex.checked_usage(given)
+    if given == sound:
+        assert checked is given
+    else:
+        assert checked.estimated and "cannot be" in checked.broken
+        assert checked == pomex.dataclasses.replace(sound, estimated=True, broken=checked.broken)
+
+
+def test_images_and_sealed_reasoning_do_not_count_as_text_in_an_estimate():
+    assert pomex.input_estimate(b"x" * 4000) == 1000
+    image = b'{"image_url":"data:image/png;base64,' + b"iVBORw0KGgo" * 50_000 + b'"}'
+    assert pomex.input_estimate(image) < 1600
+
+
+# --- prices ---------------------------------------------------------------------------------------
+
+PRICED = [      # price, multiplier in millionths, usage, nano-dollars
+    ("2 10 0.2 2.5 4 -", 1_000_000, Usage(1000, 0, 0, 100), 2_000_000 + 1_000_000),
+    ("2 10 0.2 2.5 4 -", 1_000_000, Usage(1000, 600, 300, 0, cache_write_1h=100), 200_000 + 120_000 + 500_000 + 400_000),
+    ("2 10 - - - -", 1_000_000, Usage(1000, 600, 300, 0, cache_write_1h=100), 2_000_000),     # no prices of their own
+    ("2 10 - 2.5 - -", 1_000_000, Usage(100, 0, 100, 0, cache_write_1h=100), 250_000),
+    ("2 10 - - - 10", 1_000_000, Usage(0, web_searches=3), 30_000_000),
+    ("2 10 0.2 - - -", 1_200_000, Usage(1000), 2_400_000),
+    ("0.003 0 - - - -", 1_000_000, Usage(1), 3),
+    ("0.0005 0 - - - -", 1_000_000, Usage(1), 1),               # half a nano-dollar is rounded up, once
+    ("0.0005 0.0005 - - - -", 1_000_000, Usage(1, output=1), 1),
+    ("0.000499 0 - - - -", 1_000_000, Usage(1), 0),
+    ("", 1_000_000, Usage(10**6, output=10**6), 0),
+    ("0 0 0 0 0", 1_000_000, Usage(10**6, output=10**6), 0),
+]
+
+
+@pytest.mark.parametrize("price, multiplier, usage, nanos", PRICED)
+def test_a_cost_is_exact_and_rounded_once(price, multiplier, usage, nanos):
+    assert pomex.cost_nanos(price, multiplier, usage) == nanos
+
+
+def test_the_builtin_table_is_the_published_one():
+    if not SHARED_PRICES.is_file():
+        pytest.skip("prices.json does not lie beside this repository")
+    published = json.loads(SHARED_PRICES.read_text(), parse_float=pomex.decimal.Decimal)["models"]
+    tariffs = pomex.builtin_tariffs()
+    assert tariffs.keys() == published.keys()
+
+    def picos(row, name, *instead):
+        value = next((row[each] for each in (name, *instead) if each in row), None)
+        return None if value is None else int(value * 10**6)
+    for name, row in published.items():
+        for text, given in ((tariffs[name].base, row), (tariffs[name].long, row.get("long"))):
+            price = pomex.price_of(text)
+            assert (price is None) == (given is None), name
+            if given:
+                base, read, write = picos(given, "in"), picos(given, "cache_read"), picos(given, "cache_write")
+                kept = picos(given, "cache_write_1h", "cache_write_12h")
+                write = base if write is None else write
+                assert price[:5] == (base, picos(given, "out"), base if read is None else read, write,
+                                     write if kept is None else kept), name
+        assert len(tariffs[name].changes) == len(row.get("from", ()))
+        facts = pomex.known_models(name.partition("/")[0])[name.partition("/")[2]]
+        assert facts == (row["context"], row["max_out"])
+
+
+@pytest.mark.parametrize("model, at_ms, tokens, price", [
+    ("anthropic/claude-haiku-5-5", NOW_MS, 100_000, "0.1 0.5 0.01 0.125 0.2 10"),
+    ("anthropic/claude-haiku-5-5", NOW_MS, 100_001, "0.5 2.5 0.05 0.625 1 10"),
+    ("xai/grok-4.5", NOW_MS, 199_999, "2 6 0.3 - - -"),
+    ("xai/grok-4.5", NOW_MS, 200_000, "4 12 0.6 - - -"),
+    ("openai/gpt-6-sol", NOW_MS, 272_001, "4 15 0.4 5 - -"),
+    ("google/gemini-4-argon", NOW_MS + 9 * pomex.DAY_MS - 1, 5, "2 10 0.1 - - -"),
+    ("google/gemini-4-argon", NOW_MS + 9 * pomex.DAY_MS, 5, "4 20 0.2 - - -"),        # 1 December 2026
+    ("deepseek/deepseek-v4-pro", NOW_MS + 2 * 3_600_000, 5, "0.66 1.98 0.022 - - -"),  # Sunday
+    ("deepseek/deepseek-v4-pro", NOW_MS + 26 * 3_600_000, 5, "1.32 3.96 0.044 - - -"),
+    ("deepseek/deepseek-v4-pro", NOW_MS + 28 * 3_600_000, 5, "0.66 1.98 0.022 - - -"),
+])
+def test_a_price_follows_the_size_of_the_request_and_the_time_of_its_start(model, at_ms, tokens, price):
+    assert pomex.builtin_tariffs()[model].price(at_ms, tokens) == price
+
+
+def book(text=""):
+    providers = "".join(f'[providers.{name}]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:1/v1"\n' for name in ("azure", "local"))
+    return pomex.PriceBook(pomex.load_config(providers + text, "pomex.toml", {}))
+
+
+def test_a_configured_price_is_taken_as_it_is_written():
+    prices = book('[prices."openai/gpt-5.5"]\ninput = 0.1\noutput = 1\n[prices."local/m"]\ninput = 0.000001\noutput = 0.2\n'
+                  'cache_read = 0\nlong_over = 10\nlong_input = 7\nlong_output = 8\n')
+    assert prices.tariff("openai", "gpt-5.5").price(NOW_MS, 5) == "0.1 1 - - - -"
+    local = prices.tariff("local", "m")
+    assert pomex.price_of(local.price(NOW_MS, 10)) == (1, 200_000, 0, 1, 1, 0)
+    assert pomex.price_of(local.price(NOW_MS, 11))[:2] == (7_000_000, 8_000_000)
+
+
+@pytest.mark.parametrize("provider, model, asked, known", [
+    ("openai", "gpt-5.5", "openai/gpt-5.5", True), ("azure", "deployment", "openai/gpt-5.5", False),
+    ("azure", "deployment", "team/coder", True), ("demo", "echo", "demo/echo", True), ("local", "x", "local/x", False),
+])
+def test_what_has_no_price_is_not_guessed(provider, model, asked, known):
+    tariff = book('[prices."team/coder"]\ninput = 1\noutput = 2\n').tariff(provider, model, asked)
+    assert (tariff is not None) == known
+
+
+@pytest.mark.parametrize("text, words", [
+    ('[prices."x/y"]\ninput = "1"', "must be an amount"), ('[prices."x/y"]\ninput = 0.0000001', "at most six decimals"),
+    ('[prices."x/y"]\ninput = -1', "must be"), ('[prices."xy"]\ninput = 1', "must be like"),
+    ('[prices."x/y"]\nin = 1', "Known keys: input, output"), ('[prices."x/y"]\nlong_over = 5', "needs long_input"),
+    ('[prices."x/y"]\ninput = nan', "must be an amount"),
+])
+def test_a_wrong_price_is_told_with_its_line(text, words):
+    with pytest.raises(pomex.ConfigError, match=re.escape(words)) as told:
+        pomex.load_config(text, "pomex.toml", {})
+    assert "line" in str(told.value)
+
+
+# --- the ledger -----------------------------------------------------------------------------------
+
+def test_sums_follow_their_rows_once_and_lines_of_lost_attempts_are_among_them(ledger):
+    usual = entry("r1", provider="openai", input=1000, cached=400, output=50, price="2 10 0.2 - - -", cost_nanos=1_780_000,
+                  lost=(line("r1"),))
+    for _ in range(2):          # as after a crash: the second time nothing is added
+        pomex.insert_entries(ledger._writer, [usual, entry("r2", status="failed", estimated="why")])
+    assert ledger.totals() == {"requests": 2, "input": 1010, "cached": 400, "cache_write": 0, "output": 55, "reasoning": 0,
+                               "cost_nanos": 1_850_000}
+    by_provider = {row["provider"]: (row["requests"], row["cost_nanos"]) for row in
+                   pomex.usage_report(ledger, "provider", 0, 10**6)}
+    assert by_provider == {"openai": (1, 1_780_000), "azure": (0, 70_000), "": (1, 0)}
+    assert pomex.verify(ledger) == (3, [])
+    exported = list(pomex.export_rows(ledger, 0))
+    assert [(row["response_id"], row["status"], row["cost_nanos"]) for row in exported] == [
+        ("r1", "lost", 70_000), ("r2", "failed", 0), ("r1", "completed", 1_780_000)] or len(exported) == 3
+
+
+@pytest.mark.parametrize("spoil, said", [
+    ("UPDATE usage SET cost_nanos = cost_nanos + 1", "its price and tokens give"),
+    ("UPDATE usage SET cached = input + 1, price = ''", "contradict"),
+    ("UPDATE daily SET cost_nanos = 0", "daily sums differ"),
+    ("DELETE FROM daily", "no daily sums"),
+    ("UPDATE usage SET price = 'x y'", "give -1"),
+])
+def test_verify_finds_what_was_changed(ledger, spoil, said):
+    pomex.insert_entries(ledger._writer, [entry("r1", input=9, output=1, price="1 1 - - - -", cost_nanos=10_000)])
+    assert pomex.verify(ledger)[1] == []
+    ledger.write(spoil)
+    assert any(said in wrong for wrong in pomex.verify(ledger)[1])
+
+
+def test_a_balance_is_the_sum_of_entries_that_can_only_be_added(ledger):
+    pomex.create_account(ledger, "acme", True, None, 1_200_000, NOW)
+    pomex.add_credit(ledger, "acme", 5 * NANO, "top-up", "", NOW)
+    pomex.add_credit(ledger, "acme", -1 * NANO, "adjustment", "double payment", NOW)
+    pomex.insert_entries(ledger._writer, [entry("r1", account_id=2, cost_nanos=NANO)])
+    account = pomex.list_accounts(ledger, NOW)[1]
+    assert (account.name, account.credit_nanos, account.spent_nanos, account.month_nanos) == ("acme", 4 * NANO, NANO, NANO)
+    for sql in ("UPDATE credits SET nanos = 0", "DELETE FROM credits"):
+        with pytest.raises(sqlite3.IntegrityError, match="stay"):
+            ledger.write(sql)
+    with pytest.raises(pomex.BadRequest, match="no account named nobody"):
+        pomex.add_credit(ledger, "nobody", 1, "top-up", "", NOW)
+    with pytest.raises(pomex.BadRequest, match="already"):
+        pomex.create_account(ledger, "acme", False, None, pomex.ONE, NOW)
+
+
+def test_a_statements_lines_add_up_to_the_cent(ledger):
+    rows = [entry(f"r{n}", model=f"m{n}", input=1, cost_nanos=3_333_333) for n in range(3)]
+    pomex.insert_entries(ledger._writer, [*rows, entry("old", started_ms=NOW_MS - 40 * pomex.DAY_MS, cost_nanos=NANO)])
+    pomex.add_credit(ledger, "default", 2 * NANO, "top-up", "", NOW - 40 * 86400)
+    first, last = pomex.read_month("2026-11")
+    bill = pomex.statement_rows(ledger, 1, first, last)
+    assert (bill["before_nanos"], bill["spent_nanos"], bill["after_nanos"]) == (NANO, 9_999_999, NANO - 9_999_999)
+    cents = pomex.apportion([row["cost_nanos"] for row in bill["charges"]], 10**7)
+    assert sum(cents) == 1 and sorted(cents) == [0, 0, 1]
+    for parts in ([-5, 7, 13], [0], [], [10**7] * 3, [4, 4, 4, -12], [-10_000_001, 5_000_000]):
+        assert sum(pomex.apportion(parts, 10)) == (sum(parts) + 5) // 10
+
+
+def test_pruning_removes_lines_and_keeps_every_sum(ledger, path):
+    old, new = NOW_MS - 3 * pomex.DAY_MS, NOW_MS
+    pomex.insert_entries(ledger._writer, [entry("r1", started_ms=old, cost_nanos=5, lost=(line("r1"),)),
+                                          entry("r2", started_ms=new, cost_nanos=0)])
+    before = ledger.totals()
+    assert pomex.prune(ledger, new // pomex.DAY_MS) == 1
+    assert ledger.totals() == before and pomex.verify(ledger) == (1, [])
+    assert ledger.read("SELECT count(*) FROM attempts") == [(0,)]
+    copy = path + "-copy"
+    ledger.backup(copy)
+    assert os.stat(copy).st_mode & 0o777 == 0o600
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT sum(requests) FROM daily").fetchone() == (2,)
+    with pytest.raises(pomex.LedgerError):
+        ledger.backup(copy)
+
+
+def test_a_file_of_the_first_schema_is_upgraded_with_its_sums(path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(pomex, "MIGRATIONS", pomex.MIGRATIONS[:1])
+        pomex.create_file(path)
+        with contextlib.closing(pomex.open_database(path, "process")) as db:
+            pomex.migrate(db, "x")
+            first = pomex.Entry._fields[:pomex.Entry._fields.index("account_id")]
+            db.execute(f"INSERT INTO usage ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})",
+                       entry("r1", input=7)[:len(first)])
+            db.execute("INSERT INTO keys (name, digest, hint, created_s) VALUES ('old', x'00', 'h', 1)")
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert ledger.totals()["input"] == 7 and pomex.verify(ledger) == (1, [])
+        old = key_of(ledger, "old")
+        assert not old.limited and old.account == "default" and old.may_use("any/thing")
+
+
+def test_what_was_begun_and_never_settled_is_billed_for_its_estimated_input(path):
+    async def leave():
+        ledger = pomex.Ledger.open(path)
+        ledger.start(asyncio.get_running_loop())
+        await ledger.begin(pomex.Intent("r1", "req", NOW_MS, 1, "/v1/responses", "openai/gpt-5.5", 1, "openai", "gpt-5.5",
+                                        1000, "5 30 - - - -", pomex.ONE, 5_000_000))
+        os.close(ledger._journal.fd)        # as the end of a process does
+    asyncio.run(leave())
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        row, = ledger.recent(9)
+        assert (row["error_code"], row["provider"], row["input"], row["cost_nanos"]) == ("interrupted", "openai", 1000, 5_000_000)
+        assert row["estimated"] and pomex.verify(ledger) == (1, [])
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+def test_a_keys_settings_hold_at_once_and_in_other_processes_within_a_second(path, ledger):
+    token = ledger.create_key("ci", NOW, budget_nanos=NANO, period="week", models="openai/* demo/echo", rpm=5)
+    with contextlib.closing(pomex.Ledger.open(path)) as other:
+        assert other.authorise(f"Bearer {token}", NOW).rpm == 5
+        ledger.edit_key("ci", NOW, rpm=7, models="", budget_nanos=None)
+        edited = other.authorise(f"Bearer {token}", NOW + pomex.KEYS_POLL_S)
+        assert (edited.rpm, edited.models, edited.budget_nanos, edited.limited) == (7, "", None, True)
+        ledger.write("UPDATE accounts SET prepaid = 1")
+        assert other.authorise(f"Bearer {token}", NOW + 1).prepaid
+
+
+@pytest.mark.parametrize("models, model, allowed", [
+    ("", "a/b", True), ("openai/*", "openai/gpt", True), ("openai/*", "azure/gpt", False), ("x/y openai/*", "x/y", True),
+    ("openai/gpt-?", "openai/gpt-55", False),
+])
+def test_a_key_may_use_the_models_of_its_patterns(ledger, models, model, allowed):
+    ledger.create_key("k", NOW, models=models)
+    assert key_of(ledger, "k").may_use(model) == allowed
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("period, start, end", [
+    ("day", "2026-11-22", "2026-11-23"), ("week", "2026-11-16", "2026-11-23"), ("month", "2026-11-01", "2026-12-01"),
+    ("total", "1970-01-01", "1970-01-01"),
+])
+def test_periods_begin_and_end_with_days_of_utc(period, start, end):
+    assert [pomex.day_text(day) for day in pomex.period_bounds(period, NOW + 86399)] == [start, end]
+
+
+@contextlib.asynccontextmanager
+async def started(path, count=1):
+    ledgers = [pomex.Ledger.open(path) for _ in range(count)]
+    try:
+        for ledger in ledgers:
+            ledger.start(asyncio.get_running_loop())
+        yield ledgers
+    finally:
+        for ledger in ledgers:
+            ledger.close()
+
+
+PRICES = pomex.PriceBook(pomex.load_config("[prices.\"p/m\"]\ninput = 1\noutput = 10\n", "pomex.toml", {}))
+TARGETS = [(pomex.ProviderConfig("p", wire_api="chat"), "m")]
+
+
+def bill_for(ledger, name, response_id="r", at_s=None):
+    return pomex.Bill(PRICES, ledger.budgets, key_of(ledger, name), response_id, "p/m", int((at_s or time.time()) * 1000))
+
+
+def leased(path):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT coalesce(sum(amount), 0) FROM leases WHERE expires_s > ? AND slot = 0", (time.time(),)).fetchone()[0]
+
+
+async def settled(ledger, bill, usage):
+    price, nanos = bill.cost("p", "m", usage)
+    bill.settle(nanos, usage)
+    await ledger.settle(entry(bill.response_id, started_ms=bill.started_ms, key_id=bill.key.id, account_id=bill.key.account_id,
+                              input=usage.input, output=usage.output, price=price, cost_nanos=nanos))
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def test_many_at_once_in_several_processes_never_exceed_a_budget_and_nothing_stays_reserved(path, monkeypatch):
+    monkeypatch.setattr(pomex, "TEND_S", 0.05)
+
+    async def check():
+        async with started(path, 4) as ledgers:
+            ledgers[0].create_key("k", NOW, budget_nanos=50 * 11_000_000)         # for fifty of 1000 in and 1000 out
+            pomex.insert_entries(ledgers[0]._writer, [entry("before", started_ms=int(time.time() * 1000), cost_nanos=110_000_000)])
+
+            async def one(number):
+                ledger = ledgers[number % 4]
+                bill = bill_for(ledger, "k", f"r{number}")
+                try:
+                    cap = await bill.reserve(TARGETS, 1000, 1000, 16384)
+                except pomex.Exceeded:
+                    return 0
+                assert leased(path) <= 550_000_000 - 110_000_000
+                await asyncio.sleep(0.01)
+                await settled(ledger, bill, Usage(1000, output=min(cap or 1000, 1000)))
+                return 1
+            served = sum(await asyncio.gather(*(one(number) for number in range(200))))
+            for _ in range(100):
+                await asyncio.sleep(0.03)
+                if not leased(path) and not any(ledger._unsaved or ledger.budgets.leases for ledger in ledgers):
+                    break
+            spent = ledgers[0].totals()["cost_nanos"]
+            assert 30 <= served and spent <= 550_000_000
+            assert leased(path) == 0 and not any(ledger.budgets.leases for ledger in ledgers)
+            return served
+    assert run(check()) >= 30
+
+
+def test_a_rate_holds_over_processes_and_says_when_to_come_again(path):
+    async def check():
+        async with started(path, 2) as ledgers:
+            ledgers[0].create_key("k", NOW, rpm=10, tpm=1_000_000, concurrent=50)
+            bills = [bill_for(ledgers[n % 2], "k", f"r{n}") for n in range(40)]
+            results = await asyncio.gather(*(bill.reserve(TARGETS, 10, 0, 100) for bill in bills), return_exceptions=True)
+            refused = [each for each in results if isinstance(each, pomex.Exceeded)]
+            assert 9 <= 40 - len(refused) <= 10
+            assert {no.limit.unit for no in refused} == {"requests"} and all(50 < no.wait_s <= 66 for no in refused)
+            told = pomex.refusal(ledgers[0], key_of(ledgers[0], "k"), refused[0], time.time(), False)
+            assert told.status == 429 and told.code == "rate_limit_exceeded" and dict(told.headers)["retry-after"].isdigit()
+            headers = dict(bills[0].headers(time.time()))
+            assert headers["x-ratelimit-limit-requests"] == "10" and headers["x-ratelimit-remaining-requests"] in "01"
+            assert headers["x-ratelimit-limit-tokens"] == "1000000" and re.fullmatch(r"1m\ds", headers["x-ratelimit-reset-tokens"])
+    run(check())
+
+
+def test_open_requests_are_counted_and_their_place_is_free_again(path, monkeypatch):
+    async def check():
+        async with started(path) as (ledger,):
+            ledger.create_key("k", NOW, concurrent=2)
+            bills = [bill_for(ledger, "k", f"r{n}") for n in range(3)]
+            for bill in bills[:2]:
+                await bill.reserve(TARGETS, 10, 0, 100)
+            with pytest.raises(pomex.Exceeded):
+                await bills[2].reserve(TARGETS, 10, 0, 100)
+            bills[0].settle(0, Usage())
+            await bills[2].reserve(TARGETS, 10, 0, 100)
+    run(check())
+
+
+def test_money_for_less_output_lowers_the_cap_and_for_too_little_refuses(path):
+    async def check():
+        async with started(path) as (ledger,):
+            ledger.create_key("k", NOW, budget_nanos=31_000_000)
+            first = bill_for(ledger, "k", "r1")
+            assert await first.reserve(TARGETS, 1000, 0, 16384) == 3000         # 1 + 30 thousandths of a dollar
+            assert await first.cover(4 * 3000) and first.cap == 3000
+            with pytest.raises(pomex.Exceeded) as no:
+                await bill_for(ledger, "k", "r2").reserve(TARGETS, 1000, 0, 16384)
+            told = pomex.refusal(ledger, key_of(ledger, "k"), no.value, NOW, True)
+            assert (told.code, told.ledger_code, told.headers) == (
+                "invalid_prompt", "insufficient_quota", (("x-should-retry", "false"),))
+            await settled(ledger, first, Usage(1000, output=1000))
+            assert await bill_for(ledger, "k", "r3").reserve(TARGETS, 1000, 0, 16384) == 1900
+    run(check())
+
+
+def test_a_reservation_grows_with_the_output_until_the_money_ends(path):
+    async def check():
+        async with started(path) as (ledger,):
+            ledger.create_key("k", NOW, budget_nanos=100_000_000)               # 10,000 tokens of output
+            bill = bill_for(ledger, "k")
+            await bill.reserve(TARGETS, 0, 0, 1000)
+            held = []
+            for tokens in range(0, 12_000, 100):
+                if not await bill.cover(tokens * 4):
+                    break
+                held.append(bill.reserved_output)
+            assert held[0] == 5096 and bill.reserved_output == 10_000 and tokens == 10_000
+    run(check())
+
+
+def test_what_a_killed_process_held_is_free_after_seconds_and_its_rows_count_first(path):
+    code = ("import asyncio, pomex, sys, time, os, signal\n"
+            "async def main():\n"
+            "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start(asyncio.get_running_loop())\n"
+            "    key, = ledger.list_keys()\n"
+            "    limit = pomex.limits_of(key, time.time())[0]\n"
+            "    await ledger.budgets.take([(limit, 60)])\n"
+            "    await ledger.settle(pomex.Entry('r1', 'q', int(time.time() * 1000), key.id, 'e', 'm', cost_nanos=25))\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            "asyncio.run(main())")
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        ledger.create_key("k", NOW, budget_nanos=100)
+        environ = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(pomex.__file__))}
+        subprocess.run([sys.executable, "-c", code, path], env=environ, timeout=20)
+        limit = pomex.limits_of(key_of(ledger, "k"), time.time())[0]
+        (granted, room, _), = pomex.grant(ledger._writer, path, "us", [(limit, 50)], time.time())
+        assert granted == 0 and room < 50
+        (granted, room, _), = pomex.grant(ledger._writer, path, "us", [(limit, 50)], time.time() + pomex.LEASE_S + 1)
+        assert granted >= 50 and granted + room == 75
+        assert ledger.totals()["cost_nanos"] == 25
+
+
+def test_keys_without_a_limit_touch_no_lease(path):
+    async def check():
+        async with started(path) as (ledger,):
+            ledger.create_key("free", NOW)
+            bill = bill_for(ledger, "free")
+            assert await bill.reserve(TARGETS, 10**9, 0, 16384) == 0 and await bill.cover(10**9)
+            bill.settle(5, Usage(1))
+            assert not ledger.budgets.leases and not bill.headers(NOW)
+    run(check())
+
+
+# --- through the gateway --------------------------------------------------------------------------
+
+class Provider:
+    """A chat server that answers with what `answers` says: text and usage, or a status."""
+
+    def __init__(self):
+        self.answers, self.bodies = [], []
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(re.search(rb"content-length: (\d+)", head)[1])
+                self.bodies.append(json.loads(await reader.readexactly(length)))
+                status, words, usage = self.answers.pop(0)
+                if status != 200:
+                    body = b'{"error": {"message": "busy", "type": "server_error"}}'
+                    writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n" % (status, len(body)) + body)
+                    continue
+                chunks = [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in words]
+                if usage is not None:
+                    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+                for chunk in [*map(json.dumps, chunks), *(["[DONE]"] if usage is not None else [])]:
+                    data = f"data: {chunk}\n\n".encode()
+                    writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+                    await writer.drain()
+                    await asyncio.sleep(0.003 if len(chunks) > 9 else 0)
+                if usage is None:
+                    return writer.close()
+                writer.write(b"0\r\n\r\n")
+
+
+@contextlib.asynccontextmanager
+async def gateway(path, more=""):
+    provider = Provider()
+    upstream = await asyncio.start_server(provider.serve, "127.0.0.1", 0)
+    port = upstream.sockets[0].getsockname()[1]
+    text = ("[server]\nport = 0\n" + "".join(
+        f'[providers.{name}]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:{port}/v1"\n' for name in ("p", "q"))
+        + '[models."p/two"]\ntargets = ["p:m", "q:m"]\n[prices."p/m"]\ninput = 1\noutput = 10\n'
+        + '[prices."q/m"]\ninput = 2\noutput = 20\n' + more)
+    config = pomex.load_config(text, "pomex.toml", {})
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        async with pomex.running(config, ledger) as server:
+            yield provider, ledger, server
+    upstream.close()
+
+
+async def ask(server, token, body=None, path="/v1/responses", **headers):
+    reader, writer = await asyncio.open_connection(*server.address)
+    payload = json.dumps(body).encode() if body is not None else b""
+    fields = {"host": "127.0.0.1", "authorization": f"Bearer {token}", "content-length": str(len(payload)), "connection": "close",
+              **headers}
+    head = f"{'POST' if body is not None else 'GET'} {path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items())
+    writer.write(head.encode() + b"\r\n" + payload)
+    head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    if b"transfer-encoding: chunked" in head:
+        rest = b"".join(re.findall(rb"(?s)[0-9a-f]+\r\n(.*?)\r\n(?=[0-9a-f]+\r\n|$)", rest))
+    lines = head.decode().split("\r\n")
+    return int(lines[0].split()[1]), dict(each.split(": ", 1) for each in lines[1:]), rest.decode()
+
+
+ASKED = {"model": "p/m", "input": "hello", "stream": True}
+CODEX = {"originator": "codex_exec"}
+COUNTED = {"prompt_tokens": 100, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 40}}
+
+
+async def row_of(ledger, count=1):
+    for _ in range(100):
+        if len(ledger.recent(99)) >= count:
+            break
+        await asyncio.sleep(0.02)
+    return ledger.recent(99)[0]
+
+
+def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
+    caplog.set_level("INFO", "pomex")
+
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            token = ledger.create_key("k", NOW)
+            provider.answers += [(200, ["hi"], COUNTED), (200, ["hi"], COUNTED), (500, [], None), (200, ["hi"], COUNTED)]
+            assert (await ask(server, token, ASKED))[0] == 200
+            row = await row_of(ledger)
+            assert (row["price"], row["cost_nanos"], row["estimated"]) == ("1 10 - - - -", 200_000, "")
+            assert (await ask(server, token, {**ASKED, "model": "p/other"}))[0] == 200
+            row = await row_of(ledger, 2)
+            assert (row["price"], row["cost_nanos"]) == ("", 0)
+            assert pomex.usage_report(ledger, "model", 0, 10**6)[1]["unpriced"] == 1
+            await ask(server, token, {**ASKED, "model": "p/two"})               # a refusal costs nothing
+            row = await row_of(ledger, 3)
+            assert (row["provider"], row["cost_nanos"], row["attempts"]) == ("q", 400_000, 2)
+            assert ledger.read("SELECT count(*) FROM attempts") == [(0,)] and pomex.verify(ledger) == (3, [])
+            status, headers, text = await ask(server, "", None, "/metrics")
+            assert headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert 'pomex_requests_total{endpoint="/v1/responses",model="other",provider="p",outcome="completed"} 2' in text
+            assert 'pomex_cost_usd_total{model="p/two",provider="q"} 0.000400000' in text
+            assert 'le="+Inf"' in text
+    run(check())
+    assert "$0.0002" in caplog.text and "no price" in caplog.text
+
+
+def test_an_attempt_that_began_and_broke_before_output_is_a_line_of_its_own(path):
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            token = ledger.create_key("k", NOW)
+            provider.answers += [(200, [], None), (200, ["hi"], COUNTED)]
+            await ask(server, token, {**ASKED, "model": "p/two"})
+            await row_of(ledger)
+            (lost,) = ledger.read("SELECT provider, estimated, output, cost_nanos > 0 FROM attempts")
+            assert lost == ("p", "no count from the provider", 0, 1)
+            assert pomex.verify(ledger) == (2, [])
+    run(check())
+
+
+def test_a_used_budget_is_said_as_each_client_can_use_it(path):
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            token = ledger.create_key("ci", time.time(), budget_nanos=200 * NANO)
+            pomex.insert_entries(ledger._writer, [entry("r0", started_ms=int(time.time() * 1000), cost_nanos=200 * NANO)])
+            sentence = r"Key ci has used 200\.00 of 200\.00 USD this month; it resets on 1 \w+\."
+            status, headers, text = await ask(server, token, ASKED)
+            error = json.loads(text)["error"]
+            assert (status, error["code"], error["type"]) == (429, "insufficient_quota", "insufficient_quota")
+            assert headers["x-should-retry"] == "false" and "retry-after" not in headers
+            assert re.fullmatch(sentence, error["message"])
+            status, headers, text = await ask(server, token, ASKED, **CODEX)
+            failed = json.loads(text.split("event: response.failed\ndata: ")[1].split("\n")[0])["response"]
+            assert status == 200 and failed["error"]["code"] == "invalid_prompt" and re.fullmatch(sentence, failed["error"]["message"])
+            row = await row_of(ledger, 3)
+            assert (row["status"], row["error_code"], row["input"], row["cost_nanos"]) == ("failed", "insufficient_quota", 0, 0)
+            assert provider.bodies == []
+            status, _, text = await ask(server, token, None, "/v1/key")
+            data = json.loads(text)["data"]
+            assert (data["limit"], data["usage"], data["limit_remaining"], data["limit_reset"][-10:]) == (200, 200, 0, "T00:00:00Z")
+    run(check())
+
+
+def test_a_used_rate_is_said_with_the_time_to_wait(path):
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            token = ledger.create_key("ci", time.time(), rpm=1)
+            provider.answers += [(200, ["hi"], COUNTED)]
+            status, headers, _ = await ask(server, token, ASKED)
+            assert status == 200 and headers["x-ratelimit-remaining-requests"] == "0"
+            status, headers, text = await ask(server, token, ASKED)
+            assert status == 429 and 1 <= int(headers["retry-after"]) <= 66 and headers["x-ratelimit-limit-requests"] == "1"
+            assert json.loads(text)["error"]["code"] == "rate_limit_exceeded"
+            status, _, text = await ask(server, token, ASKED, **CODEX)
+            assert status == 200 and re.search(r'"rate_limit_exceeded","message":"Key ci may send 1 requests a minute\. '
+                                               r'Please try again in \d+s\."', text)
+    run(check())
+
+
+def test_a_model_that_the_key_may_not_use_is_refused_and_not_listed(path):
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            token = ledger.create_key("ci", time.time(), models="demo/*")
+            for headers, wanted in (({}, 403), (CODEX, 400)):
+                status, _, text = await ask(server, token, ASKED, **headers)
+                error = json.loads(text)["error"]
+                assert (status, error["code"], error["message"]) == (wanted, "model_not_allowed", "Key ci may use demo/*.")
+            names = [each["id"] for each in json.loads((await ask(server, token, None, "/v1/models"))[2])["data"]]
+            assert names and all(name.startswith("demo/") for name in names)
+            assert ledger.recent(9) == []
+    run(check())
+
+
+def test_an_answer_that_outgrows_the_money_ends_incomplete(path):
+    async def check():
+        async with gateway(path, "") as (provider, ledger, server):
+            token = ledger.create_key("k", time.time(), budget_nanos=170_000_000)      # about 17,000 tokens of output
+            provider.answers += [(200, ["word " * 800] * 30, None)]
+            status, _, text = await ask(server, token, ASKED)
+            assert status == 200 and "event: response.incomplete\n" in text and '"reason":"max_output_tokens"' in text
+            row = await row_of(ledger)
+            assert row["status"] == "incomplete" and row["estimated"] and 160_000_000 < row["cost_nanos"] < 180_000_000
+            provider.answers += [(200, ["hi"], COUNTED)]
+            status, _, text = await ask(server, ledger.create_key("less", time.time(), budget_nanos=10_000_000), ASKED)
+            assert status == 200 and 0 < provider.bodies[-1]["max_tokens"] < 1001
+    run(check())
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pomex.toml").write_text("")
+    return tmp_path
+
+
+def told(capsys, *argv, code=0):
+    assert pomex.main(list(argv)) == code
+    return capsys.readouterr()
+
+
+def test_keys_accounts_and_bills_by_command(here, capsys):
+    said = told(capsys, "accounts", "create", "acme", "--prepaid", "--multiplier", "1.25")
+    assert said.err.startswith("Account acme created.")
+    assert "balance is 20.00 USD" in told(capsys, "accounts", "credit", "acme", "20").err
+    assert "balance is 19.50 USD" in told(capsys, "accounts", "credit", "acme", "--reason", "mistake", "--", "-0.5").err
+    assert "needs its --reason" in told(capsys, "accounts", "credit", "acme", "--", "-1", code=1).err
+    said = told(capsys, "keys", "create", "laptop", "--budget", "50/month", "--models", "openai/*", "--account", "acme", "--rpm", "60")
+    assert re.fullmatch(r"sk-rh-\w{32}\n", said.out)
+    assert said.err == ("Key laptop created: 50.00 USD a month, models openai/*, 60 requests a minute, account acme. "
+                        "It is not shown again.\n")
+    now_ms = int(time.time() * 1000)
+    with contextlib.closing(pomex.Ledger.open(str(here / "pomex.db"))) as ledger:
+        pomex.insert_entries(ledger._writer, [
+            entry("r1", started_ms=now_ms, account_id=2, provider="openai", input=2_000_000, cached=500_000, output=10_000,
+                  price="20 100 - - - -", multiplier=1_250_000, cost_nanos=51_250_000_000),
+            entry("r2", started_ms=now_ms, account_id=2, model="local/q", provider="local", input=10, output=1)])
+    listed = told(capsys, "keys", "list").out.splitlines()
+    assert re.fullmatch(r"NAME +KEY +MODELS +SPENT +BUDGET +LAST USED +STATE", listed[0])
+    assert re.fullmatch(r"laptop   sk-rh-\w{4}…\w{4}   openai/\*   51\.25   50\.00/month   \d s ago +102 % used", listed[1])
+    usage = told(capsys, "usage", "--since", "7d", "--by", "model").out.splitlines()
+    assert usage[0].split() == ["MODEL", "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD"]
+    assert usage[1].split() == ["openai/gpt-5.5", "1", "2.0", "M", "25.0", "%", "10", "000", "51.25"]
+    assert usage[2].endswith("no price") and usage[3].split()[0] == "total" and "1 without a price" in usage[3]
+    for by in pomex.REPORT_BY:
+        assert json.loads(told(capsys, "usage", "--by", by, "--json").out)[0]["cost_nanos"]
+    assert told(capsys, "usage", "--csv").out.startswith("model,requests,")
+    assert len(told(capsys, "usage", "--jsonl").out.splitlines()) == 2
+    bill = told(capsys, "statement", "acme").out
+    assert "51.25" in bill and "balance after" in bill and "-31.75" in bill
+    assert json.loads(told(capsys, "statement", "acme", "--json").out)["after_nanos"] == -31_750_000_000
+    assert "2 lines computed again, 0 problems." in told(capsys, "ledger", "verify").out
+    assert json.loads(told(capsys, "ledger", "export", "--jsonl").out.splitlines()[0])["key"] == "laptop"
+    assert told(capsys, "ledger", "export", "--csv").out.count("\n") == 3
+    assert json.loads(told(capsys, "accounts", "list", "--json").out)[1]["balance_usd"] == "-31.750000000"
+    assert "x 1.25" in told(capsys, "accounts", "list").out
+    assert "no limits" in told(capsys, "keys", "edit", "laptop", "--budget", "none", "--rpm", "0", "--models", "all",
+                               "--account", "default").err
+    assert "0 lines" in told(capsys, "prune", "--older", "90d").err
+    assert "Copied" in told(capsys, "backup", str(here / "copy.db")).err
+    assert len(json.loads(told(capsys, "prices", "show", "--json").out)) == len(pomex.builtin_tariffs())
+    assert "over 200 000" in told(capsys, "prices", "show").out
+
+
+@pytest.mark.parametrize("argv", [
+    ("keys", "create", "k", "--budget", "50"), ("keys", "create", "k", "--budget", "5/year"), ("keys", "create", "k", "--rpm", "-1"),
+    ("usage", "--since", "yesterday"), ("statement", "a", "--month", "2026-13"), ("accounts", "credit", "a", "1.0000000001"),
+    ("keys", "create", "k", "--budget", "nan/day"), ("ledger", "export"),
+])
+def test_a_value_that_makes_no_sense_is_refused(here, capsys, argv):
+    told(capsys, *argv, code=2)
+
+
+def test_money_is_printed_with_integers():
+    assert [pomex.usd(nanos) for nanos in (0, 4_999_999, 5_000_000, -12_345_678_901, 10**18)] == [
+        "0.00", "0.00", "0.01", "-12.35", "1000000000.00"]
+    assert pomex.usd(41_234_567, 4) == "0.0412"

@@ -1879,8 +1879,9 @@ class Attempt:
             self.out.append(self.answer.start())
         self.out.append(self.answer.frame(kind, fields).encode())
 
-    def finish(self, error: GatewayError | None = None) -> None:
-        """Decides the end by the evidence (DESIGN, promise 1); `error` is what broke the connection, if anything did."""
+    def finish(self, error: GatewayError | None = None, told: bool = True) -> None:
+        """Decides the end by the evidence (DESIGN, promise 1); `error` is what broke the connection, if anything did.
+        Where nobody is left to be told, no frames are made: for a long answer that takes 20 ms."""
         if self.ended:
             return
         self.ended = True
@@ -1888,7 +1889,8 @@ class Attempt:
         refused = self.refused or (self.error is not None and not self.written)     # in its stream, in place of output
         if self.error is None and self.stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        self.settle_items()
+        if told:
+            self.settle_items()
         if self.error is not None:
             self.status = "failed"
         elif self.stop is not None and self.stop.incomplete:
@@ -2908,8 +2910,10 @@ class ResponsesDecoder:
 
     def whole(self, body: JSON) -> Iterator[Delta]:
         """An answer that was not streamed: the last event of one that was."""
+        if not isinstance(body.get("output"), list) and not body.get("error"):
+            raise UpstreamError("The provider's answer is not a response object.")
         status = body.get("status")
-        kind = status if status in ("incomplete", "failed") else "completed"
+        kind = status if status in ("incomplete", "failed") else "failed" if body.get("error") else "completed"
         yield from self.feed(compact({"type": f"response.{kind}", "response": body}))
 
     def end(self) -> Iterator[Delta]:
@@ -3860,6 +3864,7 @@ DEMO_MODELS = {
     "slow": "answers a word every half second",
     "drop": "finishes, but its stream is cut before the terminal event",
     "cut": "is cut in the middle of its answer",
+    "flaky": "fails at the first call, and answers the second",
     "error": "fails before it answers",
 }
 MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
@@ -3878,10 +3883,10 @@ class DemoStep(NamedTuple):
     error: GatewayError | None = None
 
 
-def demo_steps(request: ResponsesRequest, history: History, model: str, book: ToolBook) -> Iterator[DemoStep]:
-    """The answer of demo/MODEL, as chat completion chunks."""
-    if model == "error":
-        yield DemoStep(0, error=ProviderError("The demo provider fails on purpose.", kind="overload"))
+def demo_steps(request: ResponsesRequest, history: History, model: str, book: ToolBook, calls: int = 1) -> Iterator[DemoStep]:
+    """The answer of demo/MODEL to the request's first, second ... call, as chat completion chunks."""
+    if model == "error" or (model == "flaky" and calls == 1):
+        yield DemoStep(0, error=ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529))
         return
     text, call = demo_answer(request, history, model, book)
     wait_s = 0.5 if model == "slow" else 0.0
@@ -5456,12 +5461,13 @@ class Job:
     """One request for one target."""
     answer: Answer
     envelope: Envelope
-    provider: str
+    provider: str               # as its envelopes name it
     model: str                  # the provider's own name for it
     relay: bool                 # pass a Responses upstream's frames as they come
     dialect: str
     prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
     overrides: Mapping[str, JSON] = field(default_factory=dict)     # of what is known of models, by prefix
+    calls: int = 1              # the request's upstream calls, this one included
 
     @property
     def call_prefix(self) -> str:
@@ -5493,19 +5499,37 @@ class Call(NamedTuple):
     resume: Callable[[], Call | None] = lambda: None                        # the call that goes on after a paused turn
 
 
+# Sealed by another organisation, region or key: without a retry the conversation would be refused for good. Some relays drop
+# the code (lidge-jun/opencodex#2269).
+SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified", re.IGNORECASE)
+
+
 def responses_call(job: Job) -> Call:
     request = job.answer.request
+    attempt: Relay | Translation
     if job.relay:
         items, dropped = job.unsealed()
-        body = relay_body(request, items, dropped, job.model)
-        read = ResponsesDecoder(ToolBook(())).whole
-        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, read)
-        return Call("/responses", body, attempt, dropped)
-    book = ToolBook(request.tools)
-    history, dropped = job.plain(book)
-    body = compact(encode_responses(request, history, job.model, book)).encode()
-    dropped += [name for name in NOT_NORMALISED if request.get(name)]
-    return Call("/responses", body, Translation(job, ResponsesDecoder(book)), dropped)
+        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, ResponsesDecoder(ToolBook(())).whole)
+
+        def body(items: list[JSON]) -> bytes:
+            return relay_body(request, items, dropped, job.model)
+    else:
+        book = ToolBook(request.tools)
+        history, dropped = job.plain(book)
+        items = history.items
+        dropped += [name for name in NOT_NORMALISED if request.get(name)]
+        attempt = Translation(job, ResponsesDecoder(book))
+
+        def body(items: list[JSON]) -> bytes:
+            return compact(encode_responses(request, history._replace(items=items), job.model, book)).encode()
+    call = Call("/responses", body(items), attempt, dropped)
+
+    def repair(error: GatewayError) -> Call | None:
+        if not SEAL_REFUSED.search(f"{error.code} {error}"):
+            return None
+        dropped.append("encrypted_content:refused")
+        return call._replace(body=body([item for item in items if not item.keys() & {"pomex_replay", "encrypted_content"}]))
+    return call._replace(repair=repair)
 
 
 def chat_call(job: Job) -> Call:
@@ -5561,7 +5585,7 @@ def demo_call(job: Job) -> Call:
     request = job.answer.request
     book = ToolBook(request.tools)
     history, dropped = job.plain(book)
-    steps = demo_steps(request, history, job.model, book)
+    steps = demo_steps(request, history, job.model, book, job.calls)
     attempt = Translation(job, ChatDecoder(book, DIALECTS["generic"]))
     return Call("", b"", attempt, dropped, steps)
 
@@ -5644,6 +5668,7 @@ class ServerConfig:
     max_head_bytes: int = option(65536, "longest request head; real ones have about 2 KB", 1024, 16777216)
     max_body_bytes: int = option(67108864, "longest request body; images come inline", 1024, 4294967296)
     max_connections: int = option(4096, "client connections at once; a stream takes two files", 1, 1000000)
+    request_deadline_s: float = option(3600.0, "longest request, all tries together: a turn of hours is stuck", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
     reserve_output_tokens: int = option(16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
 
@@ -5672,6 +5697,7 @@ class ProviderConfig:
     base_url: str = option("", "its address with its version; Pomex appends e.g. /chat/completions")
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
+    api_keys: tuple[str, ...] = option((), "instead: several such keys; each is left out by itself when it fails", secret=True)
     http_headers: dict[str, str] = option({}, "headers added to every call", secret=True)
     env_http_headers: dict[str, str] = option({}, "the same, each value taken from an environment variable")
     query_params: dict[str, str] = option({}, "query parameters added to every call", secret=True)
@@ -6065,7 +6091,7 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
         return source.value_error((*path, key), values.get(key, getattr(base, key)), str(sentence))
 
     base = BUILTIN_PROVIDERS.get(name, DEMO_PROVIDER if name == "demo" else ProviderConfig(name))
-    if "base_url" in values or "api_key" in values:     # a key goes nowhere but where it was meant to
+    if values.keys() & {"base_url", "api_key", "api_keys"}:     # a key goes nowhere but where it was meant to
         base = dataclasses.replace(base, env_key="")
     if "base_url" in values:                            # nor is a stranger trusted to speak like the original
         base = dataclasses.replace(base, relay="normalise")
@@ -6107,21 +6133,25 @@ def check_overrides(source: ConfigText, path: tuple[str, ...], provider: Provide
 
 def with_key(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig,
              around: Surroundings) -> ProviderConfig:
-    """The provider with its key fetched from where the file says it lies."""
-    if provider.api_key and provider.env_key:
-        raise source.error((*path, "env_key"), f"[{toml_name(path)}] has both env_key and api_key; keep one.")
-    reference = provider.api_key or (f"env:{provider.env_key}" if provider.env_key else "")
-    if not reference:
+    """The provider with its key, or keys, fetched from where the file says they lie."""
+    given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
+    if len(given) > 1:
+        raise source.error((*path, given[0]), f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
+    if not given:
         return provider
-    name, shown = ("env_key", provider.env_key) if provider.env_key else ("api_key", reference)
-    literal = not reference.startswith(("env:", "file:"))
-    try:
-        key, where = around.secret(reference)
-        if not KEY_VALUE.fullmatch(key):
-            raise ValueError("the key is empty" if not key else "the key holds a space or a sign no key has")
-    except ValueError as error:
-        raise source.value_error((*path, name), shown, str(error), literal) from None
-    return dataclasses.replace(provider, api_key=key, key_source=where or source.name)
+    references = provider.api_keys or (provider.api_key or f"env:{provider.env_key}",)
+    keys: dict[str, str] = {}           # each with its source
+    for reference in references:
+        literal = not reference.startswith(("env:", "file:"))
+        try:
+            key, where = around.secret(reference)
+            if not KEY_VALUE.fullmatch(key):
+                raise ValueError("the key is empty" if not key else "the key holds a space or a sign no key has")
+        except ValueError as error:
+            raise source.value_error((*path, given[0]), provider.env_key or reference, str(error), literal) from None
+        keys.setdefault(key, where or source.name)
+    return dataclasses.replace(provider, api_key=next(iter(keys)), api_keys=tuple(keys) if len(keys) > 1 else (),
+                               key_source=", ".join(dict.fromkeys(keys.values())))
 
 
 def with_headers(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig,
@@ -7977,10 +8007,12 @@ class Link(Wire):
 class LinkError(UpstreamError):
     """An exchange failed below HTTP's meaning: no connection, no TLS, no whole answer."""
 
-    def __init__(self, message: str, phase: str, sent: bool) -> None:
+    def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
         self.phase = phase      # a key of PHASES
         self.sent = sent        # the provider may have seen the request
+        self.brief = brief      # what went wrong, in a few words
+        self.where = where      # host:port
 
 
 class LinkTimeout(LinkError, UpstreamTimeout):
@@ -8104,12 +8136,13 @@ class Exchange:
         return f"Provider {self.provider.name} ({self.origin.authority})"
 
     def error(self, phase: str, reason: str, sent: bool = True) -> LinkError:
-        return LinkError(f"{self.who} failed while {PHASES[phase]}: {reason}.", phase, sent)
+        message = f"{self.who} failed while {PHASES[phase]}: {reason}."
+        return LinkError(message, phase, sent, reason.partition(";")[0], self.origin.authority)
 
     def timeout(self, phase: str, limit: str, sent: bool = True) -> LinkTimeout:
         seconds = getattr(self.provider, limit)
         message = f"{self.who} took longer than {limit} = {seconds:g} s while {PHASES[phase]}."
-        return LinkTimeout(message, phase, sent)
+        return LinkTimeout(message, phase, sent, f"no answer in {seconds:g} s", self.origin.authority)
 
     def arm(self, wire: Wire, limit: str) -> None:
         due = wire.loop.time() + float(getattr(self.provider, limit))
@@ -8249,11 +8282,11 @@ class Upstream:
         self.closed = False
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
-                       body: bytes) -> Exchange:
+                       body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
         """Sends one request and returns when the head of its answer is there; else LinkError or LinkTimeout.
 
         A connection of the pool may have been closed by the other side in this very moment: when it breaks
-        without a byte of answer, the request goes out once more on a new one.
+        without a byte of answer, the request goes out once more on a new one, if `again` allows it.
         """
         place = self.place(provider)
         target = place.prefix + path
@@ -8270,7 +8303,7 @@ class Upstream:
             except LinkTimeout:
                 raise
             except LinkError:
-                if exchange.answered:
+                if exchange.answered or not again():
                     raise
         await exchange.begin(await self.connect(exchange), method, request)
         return exchange
@@ -8388,9 +8421,10 @@ class Upstream:
 # Which targets may answer, and the loop over them. What is decided is decided by pure functions; the loop only waits.
 
 AFTER_STOP_S = 5.0              # chat servers send their usage after finish_reason: so long it is waited for
+SLICE_BYTES = 1 << 16           # of a stream, translated at a time: that makes two to three times as much, which is held whole
 MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
-RELAYED_HEADERS = re.compile(r"x-codex-.*|session[-_]id|thread-id|originator|user-agent|openai-beta|x-client-request-id|"
-                             r"x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
+RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
+                             r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
 JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
                   ("x-accel-buffering", "no")]          # nginx in front must not gather the stream
@@ -8398,18 +8432,50 @@ STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-
 
 # --- 10.1 names -----------------------------------------------------------------------------------
 
+class Way(NamedTuple):
+    """A target with one of its provider's keys: what is tried, counted and left out by itself."""
+    provider: ProviderConfig    # with this very key
+    model: str
+    id: str                     # the same in every process, of the configuration's words alone
+    origin: str                 # how its envelopes name it
+    window: int = 0             # tokens; 0: not known
+
+
+# wire -> models whose sealed blocks only the account that made them can read (TRANSLATION.md 6)
+ACCOUNT_BOUND: dict[str, str] = {"responses": r".*", "messages": r"claude-(sonnet|haiku)-5-5\b.*"}
+
+
+def keyed(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
+    """The provider with each of its keys, and the mark by which those are told apart."""
+    return [(dataclasses.replace(provider, api_key=key), f"#{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+            for key in provider.api_keys] or [(provider, "")]
+
+
 class Catalogue:
     """The models that are known by name, and the targets of any name that may be asked for."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
         self.config = config
         self.names = known_names(config, found)
+        self.keyed = {name: keyed(provider) for name, provider in config.providers.items()}
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
-        """The targets of a model in the order they are tried. BadRequest says what is wrong with the name."""
+        """What may answer for a model, in the order of the configuration."""
+        return [way[:2] for tier in self.tiers(model) for way in tier]
+
+    def ways(self, provider_name: str, model: str, known_as: str) -> list[Way]:
+        window = known_models(provider_name).get(model, ModelFacts(0, 0)).context_window
+        found = []
+        for provider, mark in self.keyed[provider_name]:
+            bound = mark if mark and re.fullmatch(ACCOUNT_BOUND.get(provider.wire_api, ""), model) else ""
+            found.append(Way(provider, model, f"{provider_name}{mark}:{known_as}", provider_name + bound, window))
+        return found
+
+    def tiers(self, model: str) -> list[list[Way]]:
+        """The targets of a model, tier after tier. BadRequest says what is wrong with the name."""
         configured = self.config.models.get(model)
         if configured is not None and configured.targets:
-            return [(self.config.providers[t.provider], t.model) for tier in configured.targets for t in tier]
+            return [[way for target in tier for way in self.ways(*target, target.model)] for tier in configured.targets]
         provider_name, slash, name = model.partition("/")
         provider = self.config.providers.get(provider_name)
         if not slash or not name:
@@ -8421,7 +8487,7 @@ class Catalogue:
                              code="provider_not_configured")
         if provider is None or not self.serves(provider, name):
             raise self.unknown(model, f'Model "{printable(model)}" not found.')
-        return [(provider, name)]
+        return [self.ways(provider_name, name, "*")]      # a name of the caller's choice is none to keep count of
 
     def serves(self, provider: ProviderConfig, name: str) -> bool:
         if provider.wire_api == "demo":
@@ -8486,7 +8552,228 @@ class ModelFacts(NamedTuple):
     max_output: int
 
 
-# --- 10.2 what goes to the client, and when -------------------------------------------------------
+# --- 10.2 the decision ----------------------------------------------------------------------------
+#
+# What a failure means for the request (same target again, next target, nobody) and for the target (left out for a
+# while). Pure: clock and chance come in as arguments. Only what was not yet shown to the client is ever tried again.
+
+MAX_CALLS = 6               # upstream calls of one request, repairs and continuations too
+BACKOFF_S = 0.2             # before the second call to a target, then twice as long; half of it more or less by chance
+PATIENCE_S = 3.0            # so long a target's Retry-After is waited out: its cache is warm. Beyond, another target is
+                            # asked, and where there is none the client may better wait itself
+
+
+class Course(NamedTuple):
+    """What is done about one class of failure."""
+    again: int              # more calls to the same target where there is another
+    alone: int              # and where there is none
+    others: str             # which others may do better: "any", "larger" windows, "" for none
+    opens: int              # so many in a row leave the target out; 0: it is not the target's fault
+    out_s: float            # for so long at first, then twice as long each time
+    most_s: float           # at most
+    words: str              # for people
+
+
+COURSES: dict[str, Course] = {
+    "rate":            Course(1, 1, "any",    2, 2.0,   60.0,   "rate limited"),
+    "quota":           Course(0, 0, "any",    1, 600.0, 3600.0, "quota used up"),
+    "overload":        Course(1, 2, "any",    3, 5.0,   60.0,   "overloaded"),
+    "unreachable":     Course(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
+    "network":         Course(1, 1, "any",    3, 5.0,   60.0,   "connection broken"),
+    "timeout":         Course(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
+    "no_answer":       Course(1, 1, "any",    3, 10.0,  120.0,  "nothing that is an answer"),      # empty, HTML, garbage, cut
+    "auth":            Course(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
+    "model_missing":   Course(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
+    "tool_generation": Course(1, 1, "any",    0, 0.0,   0.0,    "a tool call it could not make"),
+    "context":         Course(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
+    "bad_request":     Course(0, 0, "",       0, 0.0,   0.0,    "request refused"),
+}
+
+
+def fault_class(error: GatewayError) -> str:
+    """The row of COURSES that a failure belongs to."""
+    if isinstance(error, ProviderError):
+        return error.kind
+    if isinstance(error, UpstreamTimeout):
+        return "timeout"
+    if isinstance(error, LinkError):
+        return "network" if error.sent else "unreachable"
+    return "no_answer" if error.retryable else "bad_request"
+
+
+class Trial(NamedTuple):
+    """How one call went wrong, and where the request stands."""
+    fault: str              # of COURSES
+    shown: bool             # has the client been given output?
+    tries: int              # calls to this target
+    calls: int              # to all
+    left_s: float           # until the request's deadline
+    wait_s: float | None    # what the provider asked for
+    others: bool            # is there another target to ask?
+    out: bool               # is this one left out by now?
+
+
+class Move(NamedTuple):
+    to: Literal["same", "next", "nobody"]
+    wait_s: float = 0.0
+
+
+def decide(trial: Trial, chance: float) -> Move:
+    """Where the request goes after a failure; `chance` is from 0 to 1."""
+    course = COURSES[trial.fault]
+    if trial.shown or trial.calls >= MAX_CALLS or trial.left_s <= 0:
+        return Move("nobody")
+    spread = 0.5 + chance
+    wait_s = BACKOFF_S * 2 ** (trial.tries - 1) * spread if trial.wait_s is None else trial.wait_s + 0.1 * spread
+    again = course.again if trial.others else course.alone
+    if trial.tries <= again and wait_s <= min(PATIENCE_S, trial.left_s) and not (trial.out and trial.others):
+        return Move("same", wait_s)
+    return Move("next") if trial.others and course.others else Move("nobody")
+
+
+@dataclass(slots=True)
+class Circuit:
+    """What is remembered of one target that failed."""
+    fault: str = ""
+    row: int = 0            # failures in a row
+    opened: int = 0         # times in a row that it was left out; 0: it is in use
+    until: float = 0.0      # left out until then, afterwards one request may probe
+    probed: bool = False    # that request is under way
+
+
+class Health:
+    """How the targets do, as this process sees it. The clock comes in as `now`."""
+
+    def __init__(self) -> None:
+        self.circuits: dict[str, Circuit] = {}      # by Way.id: no more than the configuration has
+
+    def state(self, id: str, now: float) -> Literal["closed", "half-open", "open"]:
+        circuit = self.circuits.get(id)
+        if circuit is None or not circuit.opened:
+            return "closed"
+        return "open" if now < circuit.until or circuit.probed else "half-open"
+
+    def failed(self, id: str, fault: str, wait_s: float | None, now: float) -> float:
+        """Counts a failure that is the target's fault; for how long it is left out because of it."""
+        course, circuit = COURSES[fault], self.circuits.setdefault(id, Circuit())
+        circuit.fault, circuit.row = fault, circuit.row + 1
+        asked_s = 0.0 if wait_s is None or wait_s <= PATIENCE_S else wait_s      # who names a time is believed
+        if not (asked_s or circuit.opened or circuit.row >= course.opens) or now < circuit.until:
+            return 0.0
+        out_s = max(asked_s, min(course.out_s * 2.0 ** min(circuit.opened, 16), course.most_s))
+        circuit.opened, circuit.until, circuit.probed = circuit.opened + 1, now + out_s, False
+        return out_s
+
+    def succeeded(self, id: str) -> bool:
+        """It answered. True where it had been left out."""
+        circuit = self.circuits.get(id)
+        if circuit is None or not circuit.row:
+            return False
+        was_out = circuit.opened > 0
+        self.circuits[id] = Circuit()
+        return was_out
+
+    def probe(self, id: str, now: float) -> Circuit | None:
+        """Takes the one probe of a target that may be tried again, if this request is to make it."""
+        if self.state(id, now) != "half-open":
+            return None
+        self.circuits[id].probed = True
+        return self.circuits[id]
+
+    def choose(self, ways: Iterable[Way], now: float) -> Way | None:
+        """The first that is not left out; where all are, the one that will be back first."""
+        left = list(ways)
+        ready = next((way for way in left if self.state(way.id, now) != "open"), None)
+        return ready or min(left, key=lambda way: self.circuits[way.id].until, default=None)
+
+    def rows(self, now: float) -> list[tuple[str, str, str, float]]:
+        """(target, state, fault, seconds left) of all that ever failed, for metrics and the status page."""
+        return [(id, self.state(id, now), each.fault, max(0.0, each.until - now)) for id, each in self.circuits.items()]
+
+    def degraded(self, now: float) -> bool:
+        return any(self.state(id, now) != "closed" for id in self.circuits)
+
+
+# --- 10.3 affinity --------------------------------------------------------------------------------
+#
+# A conversation stays where its prompt is cached and its sealed reasoning can be read. Where that is, the request itself
+# says (our turn state, else the newest envelope in its input); a new conversation is dealt out by rendezvous hashing, which
+# every process does alike, and which moves no conversation but those of a target that is lost.
+
+SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id")
+ENVELOPES_READ = 8          # newest first, until one verifies
+
+
+def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
+    """What all requests of a conversation have in common: its key, its session, else what stands before the first answer."""
+    named: str = request.get("prompt_cache_key", "") or next(filter(None, map(headers.get, SESSION_HEADERS)), "")
+    if named:
+        return named
+    first = itertools.takewhile(lambda item: item["type"] == "message" and item.get("role") != "assistant", request.input)
+    return hashlib.sha256(compact([request.model, request.instructions, *first]).encode()).hexdigest()
+
+
+def weight(conversation: str, way: Way) -> bytes:
+    """Rendezvous hashing: of a tier the target with the greatest weight has the conversation."""
+    return hashlib.blake2b(f"{way.id}\0{conversation}".encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def turn_state(envelope: Envelope, way: Way) -> str:
+    """Our x-codex-turn-state: names a target to us and nobody else, and cannot be made up."""
+    return "pmt1." + base64.urlsafe_b64encode(envelope.mac(f"turn\0{way.id}".encode())).decode().rstrip("=")
+
+
+def home_of(ways: Sequence[Way], envelope: Envelope, state: str, items: Sequence[JSON]) -> Way | None:
+    """Where the conversation runs already, as far as its request shows."""
+    for way in ways if state.startswith("pmt1.") else ():
+        if hmac.compare_digest(turn_state(envelope, way).encode(), state.encode("utf-8", "replace")):
+            return way
+    sealed = (item.get("encrypted_content") for item in reversed(items))
+    ours = (text for text in sealed if isinstance(text, str) and text.startswith(ENVELOPE_PREFIX))
+    opened = next(filter(None, map(envelope.open, itertools.islice(ours, ENVELOPES_READ))), None)
+    if opened is None:
+        return None
+    near = [way for way in ways if way.origin == opened[0]]
+    return next((way for way in near if way.model == opened[1]), near[0] if near else None)
+
+
+def planned(tiers: Sequence[Sequence[Way]], request: ResponsesRequest, headers: Headers, envelope: Envelope) -> list[Way]:
+    """All targets in the order in which this request prefers them."""
+    ways = [way for tier in tiers for way in tier]
+    if len(ways) == 1:
+        return ways
+    conversation = conversation_of(request, headers)
+    ways = [way for tier in tiers for way in sorted(tier, key=lambda way: weight(conversation, way), reverse=True)]
+    home = home_of(ways, envelope, headers.get("x-codex-turn-state"), request.input)
+    return ways if home is None else [home, *(way for way in ways if way is not home)]
+
+
+# --- 10.4 what goes to the client, and when -------------------------------------------------------
+
+class Failure(NamedTuple):
+    """One try that came to nothing, for the client and the log."""
+    provider: str
+    brief: str              # "529 overloaded", "connection refused"
+    where: str              # host:port, where it failed below HTTP
+    fault: str              # of COURSES
+    error: GatewayError
+
+
+def failure_of(provider: str, error: GatewayError) -> Failure:
+    fault = fault_class(error)
+    if isinstance(error, LinkError):
+        return Failure(provider, error.brief or COURSES[fault].words, error.where, fault, error)
+    status = getattr(error, "upstream_status", 0)
+    return Failure(provider, f"{status} {COURSES[fault].words}" if status else COURSES[fault].words, "", fault, error)
+
+
+def what_was_tried(failures: Sequence[Failure]) -> Iterator[str]:
+    """`openai: connection refused (api.openai.com:443, 2 tries)`, `anthropic: 529 overloaded`"""
+    for (provider, brief, where), same in itertools.groupby(failures, key=lambda failure: failure[:3]):
+        tries = len(list(same))
+        notes = ", ".join(filter(None, (where, f"{tries} tries" if tries > 1 else "")))
+        yield f"{provider}: {brief}" + (f" ({notes})" if notes else "")
+
 
 class Downstream:
     """One answer on its way to the client: how its targets do, the head, the blocks, and a sign of life whenever
@@ -8500,33 +8787,53 @@ class Downstream:
         # what the ledger and the access line want to know
         self.attempt = Attempt(answer, 0)               # the newest
         self.provider, self.model = "", ""              # its target
-        self.attempts = 0                               # calls to targets
-        self.tried: list[str] = []                      # what failed before output, with its reason
+        self.attempts = 0                               # upstream calls
+        self.tries = 0                                  # of targets: a try may need several calls
+        self.failures: list[Failure] = []               # the tries that came to nothing
+        self.turn_state = ""                            # names the target, for Codex
         self.dropped: list[str] = []                    # what the target could not carry
         self.first_ms = 0                               # when the first output left
         # the stream
         self.head_sent = False
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
+        self.due = self.active + server.request_deadline_s
+        self.writing = False                            # the client is slow to take what it was given
         self.timer: asyncio.TimerHandle | None = None
         self.beats: set[asyncio.Task[None]] = set()
         if answer.request.stream:
             self.timer = self.loop.call_later(server.early_200_after_s, self._tick)
 
-    def headers(self) -> list[tuple[str, str]]:
+    def headers(self, early: bool = False) -> list[tuple[str, str]]:
         """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
-        named = [("x-pomex-dropped", printable_list(self.dropped))] if self.dropped else []
-        return [*(STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS), ("x-pomex-provider", self.provider),
-                ("x-pomex-attempts", str(self.attempts)), *named, *self.bill.headers(time.time())]
+        plain = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS
+        if early:                                       # who will answer is not known yet
+            return [*plain, *self.bill.headers(time.time())]
+        named = [("x-pomex-dropped", printable_list(self.dropped)), ("x-codex-turn-state", self.turn_state)]
+        return [*plain, ("x-pomex-provider", self.provider), ("x-pomex-attempts", str(self.attempts)),
+                *(header for header in named if header[1]), *self.bill.headers(time.time())]
+
+    def count_call(self) -> bool:
+        """One more upstream call; False where the request has had all it may."""
+        if self.attempts >= MAX_CALLS:
+            return False
+        self.attempts += 1
+        return True
 
     async def send(self, block: bytes) -> None:
         """Output of the model. One write; it waits while the client does not take it."""
         if not self.first_ms:
             self.first_ms = max(1, int((time.monotonic() - self.client.started) * 1000))
+        if self.beats:                      # numbered before this block; and only one may wait for the client at a time
+            await asyncio.wait(self.beats)
+        self.writing = True
         await self._write(block)
+        self.writing = False
 
     async def end(self, block: bytes) -> None:
         self.stop()
+        if self.beats:
+            await asyncio.wait(self.beats)
         if not self.head_sent:
             self.head_sent = True
             await self.client.start(200, self.headers())
@@ -8536,14 +8843,16 @@ class Downstream:
         self.active = self.loop.time()
         if not self.head_sent:
             self.head_sent = True
-            await self.client.start(200, self.headers())
+            await self.client.start(200, self.headers(early=not self.attempt.begun))
         await self.client.write(block)
 
     def _tick(self) -> None:
         """Silence: an early 200 with the opening events, or a heartbeat. Looks again when the next one may be due."""
         silent_s = self.loop.time() - self.active
         limit_s = self.server.heartbeat_s if self.head_sent else self.server.early_200_after_s
-        if silent_s >= limit_s - 0.001:
+        if self.writing or self.beats:              # it has bytes that it does not take: no use in more
+            silent_s, limit_s = 0.0, self.server.heartbeat_s
+        elif silent_s >= limit_s - 0.001:
             beat = self.loop.create_task(self._beat())
             self.beats.add(beat)
             beat.add_done_callback(self.beats.discard)
@@ -8563,7 +8872,7 @@ class Downstream:
             self.timer = None
 
 
-# --- 10.3 the loop --------------------------------------------------------------------------------
+# --- 10.5 the loop --------------------------------------------------------------------------------
 
 class DemoExchange:
     """The demo's stream in the place of an upstream's."""
@@ -8592,97 +8901,179 @@ class Router:
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
+        self.health = Health()
+        self.tried: collections.Counter[tuple[str, str]] = collections.Counter()        # (provider, "ok" or fault)
+        self.failovers: collections.Counter[tuple[str, str]] = collections.Counter()    # (provider that was left, fault)
 
-    async def route(self, targets: Sequence[tuple[ProviderConfig, str]], envelope: Envelope, down: Downstream) -> None:
-        """How it went stands in `down`: the attempt that counts is finished, whatever happened, unless the client left."""
-        for provider, model in targets:
-            down.provider, down.model = provider.name, model
-            down.attempts += 1
-            await self.attempt(provider, Job(down.answer, envelope, provider.name, model, provider.relay == "bytes",
-                                             provider.dialect, provider.prompt_cache, provider.overrides), down)
-            error = down.attempt.error
-            if down.attempt.begun or error is None or not error.retryable:
-                return
-            if (provider, model) != targets[-1]:
-                down.bill.lose(down.attempts, provider.name, model, down.attempt.usage or Usage(), error.code or "")
-            down.tried.append(f"{provider.name}: {error}")
-            log.warning("%s %s: %s", down.client.request_id, provider.name, error)
+    def metrics(self, now: float) -> dict[tuple[str, ...], int]:
+        """(metric, label values...) -> value."""
+        counted: dict[tuple[str, ...], int] = {}
+        for name, counter in (("pomex_upstream_attempts_total", self.tried), ("pomex_failovers_total", self.failovers)):
+            counted.update({(name, *labels): count for labels, count in counter.items()})
+        for id, state, _, _ in self.health.rows(now):
+            counted["pomex_circuit_state", id] = ("closed", "half-open", "open").index(state)
+        return counted
 
-    async def attempt(self, provider: ProviderConfig, job: Job, down: Downstream) -> None:
-        """One call to one target, from encoding to its end."""
-        call = WIRES[provider.wire_api].call(job)
-        down.attempt, down.dropped = call.attempt, call.dropped
-        failure: GatewayError | None = None
+    async def route(self, ways: Sequence[Way], envelope: Envelope, down: Downstream) -> None:
+        """How it went stands in `down`: the attempt that counts is finished, whatever happened, unless the client left.
+        `ways` is what planned() gave."""
         try:
-            await self.exchanges(provider, call, down)
-        except GatewayError as error:
-            failure = error
-            call.attempt.refused = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
+            await self.tries(ways, envelope, down)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if down.client.gone or task is None:
                 raise
             task.uncancel()             # the gateway stops: the client is still there, and gets its terminal event
-            failure = GatewayError("The gateway is stopping; ask again.")
+            down.attempt.finish(GatewayError("The gateway is stopping; ask again."))
+
+    async def tries(self, ways: Sequence[Way], envelope: Envelope, down: Downstream) -> None:
+        tries: collections.Counter[str] = collections.Counter()         # by Way.id
+        way = self.health.choose(ways, down.loop.time())
+        while way is not None:
+            tries[way.id] += 1
+            if len(ways) > 1 and down.answer.manners is CODEX:
+                down.turn_state = turn_state(envelope, way)
+            await self.attempt(way, envelope, down)
+            error = down.attempt.error
+            self.tried[way.provider.name, "ok" if error is None else fault_class(error)] += 1
+            if error is None:
+                self.answered(way)
+                return
+            move, other = self.judge(error, way, ways, tries, down)
+            if move.to == "nobody":
+                return
+            await asyncio.sleep(move.wait_s)
+            down.bill.lose(down.tries, way.provider.name, way.model, down.attempt.usage or Usage(), error.code or "")
+            if move.to == "next":
+                self.failovers[way.provider.name, fault_class(error)] += 1
+                way = other
+
+    def judge(self, error: GatewayError, way: Way, ways: Sequence[Way], tries: Mapping[str, int], down: Downstream,
+              ) -> tuple[Move, Way | None]:
+        """Takes note of a failure; where the request goes, and the target that would be the next."""
+        now, failure = down.loop.time(), failure_of(way.provider.name, error)
+        wait_s: float | None = getattr(error, "retry_after_s", None)
+        down.failures.append(failure)
+        log.warning("%s %s: %s", down.client.request_id, way.id, printable_text(str(error)))
+        if now < down.due:
+            self.blame(way, failure.fault, wait_s, now)
+        others = [each for each in ways if each.id not in tries]
+        if COURSES[failure.fault].others == "larger":
+            others = [each for each in others if each.window > way.window > 0]
+        if any(self.health.state(each.id, now) == "open" for each in ways if each.id in tries and each is not way):
+            others = [each for each in others if self.health.state(each.id, now) != "open"]
+        other = self.health.choose(others, now)
+        shown = down.answer.request.stream and down.attempt.begun
+        trial = Trial(failure.fault, shown, tries[way.id], down.attempts, down.due - now, wait_s, other is not None,
+                      self.health.state(way.id, now) == "open")
+        return decide(trial, random.random()), other            # noqa: S311 - spreads calls, guards nothing
+
+    def blame(self, way: Way, fault: str, wait_s: float | None, now: float) -> None:
+        """Takes note of a failure in the target's health; a name that a client made up is not the target's fault."""
+        if way.provider.wire_api == "demo" or (fault == "model_missing" and way.id.endswith(":*")):
+            return
+        if not COURSES[fault].opens:
+            self.answered(way)
+        elif out_s := self.health.failed(way.id, fault, wait_s, now):
+            log.warning("target %s is left out for %.0f s: %s", way.id, out_s, COURSES[fault].words)
+
+    def answered(self, way: Way) -> None:
+        if self.health.succeeded(way.id):
+            log.warning("target %s answers again", way.id)
+
+    async def attempt(self, way: Way, envelope: Envelope, down: Downstream) -> None:
+        """One try of one target, from encoding to its end: down.attempt is finished, unless it is cancelled."""
+        provider, failure = way.provider, None
+        probe = self.health.probe(way.id, down.loop.time())
+        down.provider, down.model, down.tries = provider.name, way.model, down.tries + 1
+        down.attempt, down.dropped = Attempt(down.answer, 0), []
+        try:
+            job = Job(down.answer, envelope, way.origin, way.model, provider.relay == "bytes", provider.dialect,
+                      provider.prompt_cache, provider.overrides, down.attempts + 1)
+            call = WIRES[provider.wire_api].call(job)
+            down.attempt, down.dropped = call.attempt, call.dropped
+            async with asyncio.timeout_at(down.due):
+                await self.exchanges(way, call, down)
+        except GatewayError as error:
+            failure = error
+            down.attempt.refused = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
+        except TimeoutError:
+            limit_s = down.server.request_deadline_s
+            failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
         except ConnectionError:         # the client's: those of providers are GatewayErrors
             raise
         except Exception:               # our own bug, or a wire misread: the client still gets its terminal event
-            log.exception("%s %s", down.client.request_id, provider.name)
+            log.exception("%s %s", down.client.request_id, way.id)
             failure = UpstreamError("The gateway could not read the provider's answer.")
-        call.attempt.finish(failure)
+        finally:
+            if probe is not None:
+                probe.probed = False
+        down.attempt.finish(failure)
 
-    async def exchanges(self, provider: ProviderConfig, call: Call, down: Downstream) -> None:
+    async def exchanges(self, way: Way, call: Call, down: Downstream) -> None:
         """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
         more: Call | None = call
         mended = False
         while more is not None:
             call = more
-            exchange = await self.open(provider, call, down.client)
+            if not down.count_call():
+                raise UpstreamError(f"The request has had its {MAX_CALLS} upstream calls.")
+            exchange = await self.open(way.provider, call, down)
             try:
-                await self.read(exchange, call.attempt, down)
+                await self.read(exchange, call.attempt, way, down)
                 more = call.resume()
             except GatewayError as error:
-                more = None if mended or call.attempt.begun else call.repair(error)
+                more = None if mended or call.attempt.begun or down.attempts >= MAX_CALLS else call.repair(error)
                 if more is None:
                     raise
                 mended = True
             finally:
                 await exchange.close()
 
-    async def open(self, provider: ProviderConfig, call: Call, client: Client) -> Exchange | DemoExchange:
+    async def open(self, provider: ProviderConfig, call: Call, down: Downstream) -> Exchange | DemoExchange:
         if provider.wire_api == "demo":
             return DemoExchange(call.steps)
         headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
         if provider.api_key:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Relay):
-            headers += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
-        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body)
+            headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
+        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.count_call)
 
-    async def read(self, exchange: Exchange | DemoExchange, attempt: Relay | Translation, down: Downstream) -> None:
+    async def read(self, exchange: Exchange | DemoExchange, attempt: Relay | Translation, way: Way, down: Downstream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
+        kind, stream = exchange.headers.get("content-type"), down.answer.request.stream
         if exchange.status >= 400:
             raise provider_error(exchange.status, exchange.headers, await exchange.read_all(1 << 20), time.time())
-        if not exchange.headers.get("content-type").startswith("text/event-stream") and not down.answer.request.stream:
+        if kind.startswith("text/html"):            # a login page, a proxy's apology
+            page = plain_text((await exchange.read_all(1 << 16)).decode("utf-8", "replace"))
+            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
+        if not kind.startswith("text/event-stream") and not stream:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return
         first = True
-        while data := await (exchange.read() if attempt.stop is None else read_within(exchange, AFTER_STOP_S)):
+        while data := await (read_within(exchange, AFTER_STOP_S) if attempt.stop or attempt.error else exchange.read()):
             if first and data.lstrip()[:1] in (b"{", b"["):     # asked for a stream, it answered with an object
                 attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
                 break
             first = False
-            attempt.feed(data)
-            if attempt.begun and attempt.out:
-                await down.send(attempt.take())
-            if attempt.last:
+            for at in range(0, len(data), SLICE_BYTES):
+                attempt.feed(data[at:at + SLICE_BYTES])
+                await self.show(attempt, way, down)
+            if attempt.last or (attempt.error and not attempt.begun):
                 return
             if down.bill.held and attempt.stop is None and not await down.bill.cover(attempt.written):
                 attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
                 return
         else:
             attempt.end()
-        if attempt.begun and attempt.out:
+        await self.show(attempt, way, down)
+
+    async def show(self, attempt: Relay | Translation, way: Way, down: Downstream) -> None:
+        """What there is of output, to the client."""
+        if attempt.out and attempt.begun and down.answer.request.stream:
+            if not down.first_ms:
+                self.answered(way)
             await down.send(attempt.take())
 
 
@@ -8699,6 +9090,12 @@ def printable_list(names: Sequence[str]) -> str:
     return re.sub(r"[^\x21-\x7e, ]", "?", ", ".join(dict.fromkeys(names)))[:1000]
 
 
+
+def printable_text(text: str) -> str:
+    """An upstream's words, on one line of the log."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
+
+
 # --- 10.4 what a process counts -------------------------------------------------------------------
 
 DURATION_S = (*(0.01 * 2**k for k in range(14)), 163.84, 327.68)
@@ -8707,7 +9104,9 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_requests_total": ("counter", "requests that were planned", ("endpoint", "model", "provider", "outcome")),
     "pomex_tokens_total": ("counter", "tokens billed", ("model", "provider", "kind")),
     "pomex_cost_usd_total": ("counter", "what they cost", ("model", "provider")),
-    "pomex_upstream_attempts_total": ("counter", "targets that answered, or cost in vain", ("provider", "result")),
+    "pomex_upstream_attempts_total": ("counter", "tries of targets, by how they went", ("provider", "result")),
+    "pomex_failovers_total": ("counter", "requests that went on to another target, by why", ("provider", "fault")),
+    "pomex_circuit_state": ("gauge", "targets that ever failed: 0 in use, 1 about to be tried again, 2 left out", ("target",)),
     "pomex_terminal_fallbacks_total": ("counter", "streams that the gateway ended", ("provider", "cause")),
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
@@ -8751,9 +9150,6 @@ class Metrics:
         amounts = (entry.input, entry.cached, entry.cache_write, entry.output, entry.reasoning, entry.cost_nanos)
         spent = self.spent.get((model, provider), (0,) * len(amounts))
         self.spent[model, provider] = [total + amount for total, amount in zip(spent, amounts)]
-        add["pomex_upstream_attempts_total", provider, entry.status] += 1
-        for line in entry.lost:
-            add["pomex_upstream_attempts_total", str(line[2]), "lost"] += 1
         if entry.terminal_by == "gateway":
             add["pomex_terminal_fallbacks_total", provider, entry.status] += 1
         self._observe("pomex_request_duration_seconds", DURATION_S, provider, model, entry.total_ms / 1000)
@@ -8766,9 +9162,9 @@ class Metrics:
             self.histograms[series] = Histogram(bounds)
         self.histograms[series].add(value)
 
-    def text(self, streams_open: int) -> str:
-        """Prometheus text format 0.0.4."""
-        counters = dict(self.counters)
+    def text(self, streams_open: int, routing: Mapping[tuple[str, ...], int]) -> str:
+        """Prometheus text format 0.0.4. `routing` is what Router.metrics() gives."""
+        counters = {**self.counters, **routing}
         for target, (*tokens, nanos) in self.spent.items():
             counters[("pomex_cost_usd_total", *target)] = nanos
             counters.update({("pomex_tokens_total", *target, kind): count for kind, count in zip(TOKEN_KINDS, tokens)})
@@ -8863,15 +9259,17 @@ async def responses(gateway: Gateway, client: Client) -> None:
     key = gateway.key(client)
     request = check_request(await client.body())
     manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
-    targets = gateway.catalogue.targets(request.model)
+    tiers = gateway.catalogue.tiers(request.model)
     permit(key, request.model, manners)
+    envelope = Envelope(gateway.ledger.secret, key.account)
+    ways = planned(tiers, request, client.head.headers, envelope)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
                 int(client.started_s * 1000))
     estimate = input_estimate(request.raw)
     refused: GatewayError | None = None
     try:
         reserve = gateway.config.server.reserve_output_tokens
-        if cap := await bill.reserve(targets, estimate, request.get("max_output_tokens", 0), reserve):
+        if cap := await bill.reserve([way[:2] for way in ways], estimate, request.get("max_output_tokens", 0), reserve):
             request = capped(request, cap)
     except Exceeded as no:
         refused = refusal(gateway.ledger, key, no, client.started_s, manners.failure_in_stream and request.stream)
@@ -8883,7 +9281,7 @@ async def responses(gateway: Gateway, client: Client) -> None:
         down.stop()
         await tell_refusal(gateway, key, down, refused)
         return
-    first, first_model = targets[0][0].name, targets[0][1]
+    first, first_model = ways[0].provider.name, ways[0].model
     price, nanos = bill.cost(first, first_model, Usage(estimate))
     try:
         await gateway.ledger.begin(Intent(answer.id, client.request_id, bill.started_ms, key.id, ENDPOINT, request.model,
@@ -8893,9 +9291,9 @@ async def responses(gateway: Gateway, client: Client) -> None:
         bill.settle(0, Usage())
         raise
     try:
-        await gateway.router.route(targets, Envelope(gateway.ledger.secret, key.account), down)
+        await gateway.router.route(ways, envelope, down)
     except BaseException:               # the client left; what was generated is kept
-        down.attempt.finish(GatewayError("The client left.", code="client_gone"))
+        down.attempt.finish(GatewayError("The client left.", code="client_gone"), told=False)
         down.attempt.status = "cancelled"
         await asyncio.shield(settle(gateway, key, down))
         raise
@@ -8945,17 +9343,25 @@ async def tell_refusal(gateway: Gateway, key: Key, down: Downstream, error: Gate
 
 
 def failure_for(gateway: Gateway, down: Downstream) -> GatewayError:
-    """What the client is told: the last target's error, with what was tried before it."""
+    """What the client is told: the last target's error, or what was tried where there was more than one try."""
     error = down.attempt.error or GatewayError("The request failed.")
-    kind, wait_s = getattr(error, "kind", ""), getattr(error, "retry_after_s", None)
-    if kind == "model_missing":
+    manners, failures = down.answer.manners, down.failures
+    kinds = {failure.fault for failure in failures}
+    if kinds == {"model_missing"}:
         return gateway.catalogue.unknown(down.answer.request.model, f'{down.provider} has no model "{printable(down.model)}".')
-    message = str(error) if len(down.tried) < 2 else "; ".join(down.tried) + ". No provider left."
-    if kind == "rate" and wait_s is not None and down.answer.manners.failure_in_stream:
-        message = f"{message} Please try again in {max(1, round(wait_s))}s."       # Codex takes its delay from the text
-    headers = error.headers + ((("x-should-retry", "false"),) if kind == "quota" else ())
-    told = GatewayError(message, status=error.status, code=error.code, param=error.param, headers=headers)
-    told.type = error.type
+    message, status, code, headers = str(error), error.status, error.code, error.headers
+    waits = [wait_s for each in failures if (wait_s := getattr(each.error, "retry_after_s", None)) is not None]
+    if len(failures) > 1 and COURSES[failures[-1].fault].others == "any":
+        message = f"{'; '.join(what_was_tried(failures))}. No provider left."
+        if len({failure.provider for failure in failures}) > 1 and (len(kinds) > 1 or status >= 500):
+            status = status if len(kinds) == 1 else 503
+            code = "server_error" if manners.failure_in_stream else "upstream_unavailable"
+        headers = (("retry-after", str(max(1, math.ceil(min(waits))))),) if waits and kinds != {"quota"} else ()
+    if kinds == {"rate"} and waits and manners.failure_in_stream:
+        message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
+    headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
+    told = GatewayError(message, status=status, code=code, param=error.param, headers=headers)
+    told.type = "server_error" if status >= 500 else error.type
     return told
 
 
@@ -8985,7 +9391,7 @@ async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
 
 def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s`"""
-    failed = "".join(f" {text.partition(':')[0]} failed," for text in down.tried if not text.startswith(down.provider + ":"))
+    failed = "".join(f" {tried}," for tried in tried_note(down.failures[:down.tries - 1]))
     cached = f" ({short_count(usage.cached)} cached)" if usage.cached else ""
     about = "~" if usage.estimated else ""
     first = f"first {down.first_ms / 1000:.1f}s " if down.first_ms else ""
@@ -8994,6 +9400,13 @@ def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
     return (f"{key} {printable(down.answer.request.model)} via{failed} {down.provider or 'nobody'}  "
             f"{about}{short_count(usage.input)} in{cached} {short_count(usage.output)} out  "
             f"{first}total {total_ms / 1000:.1f}s{end}")
+
+
+def tried_note(failures: Sequence[Failure]) -> Iterator[str]:
+    """`anthropic x 529 (2 tries)`"""
+    for (provider, brief), same in itertools.groupby((each.provider, each.brief) for each in failures):
+        tries, status = len(list(same)), brief.partition(" ")[0]
+        yield f"{provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "")
 
 
 def cost_note(price: str, nanos: int, bill: Bill, usage: Usage) -> str:
@@ -9073,12 +9486,13 @@ async def health(gateway: Gateway, client: Client) -> None:
 
 
 async def ready(gateway: Gateway, client: Client) -> None:
-    """Whether requests should be sent here. Says no more than yes or no of each check: it asks for no key."""
+    """Whether requests should be sent here. Says no more than a word of each check: it asks for no key."""
     checks = {"ledger": gateway.ledger.healthy, "providers": bool(gateway.config.providers),
               "accepting": not gateway.draining()}
     good = all(checks.values())
-    body = {"status": "ready" if good else "not ready",
-            "checks": {name: "ok" if ok else "failed" for name, ok in checks.items()}}
+    words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
+    words["targets"] = "degraded" if gateway.router.health.degraded(time.monotonic()) else "ok"     # there may be others
+    body = {"status": "ready" if good else "not ready", "checks": words}
     await client.answer(200 if good else 503, JSON_HEADERS, compact(body).encode())
 
 
@@ -9109,7 +9523,7 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     """Prometheus text. On this machine for anybody, elsewhere with a key."""
     if not is_loopback(client.peer):
         gateway.key(client)
-    text = gateway.metrics.text(client.connection.server.open_requests)
+    text = gateway.metrics.text(client.connection.server.open_requests, gateway.router.metrics(time.monotonic()))
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
 

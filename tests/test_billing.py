@@ -557,7 +557,8 @@ def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
     async def check():
         async with gateway(path) as (provider, ledger, server):
             token = ledger.create_key("k", NOW)
-            provider.answers += [(200, ["hi"], COUNTED), (200, ["hi"], COUNTED), (500, [], None), (200, ["hi"], COUNTED)]
+            provider.answers += [(200, ["hi"], COUNTED), (200, ["hi"], COUNTED), (500, [], None), (500, [], None),
+                                 (200, ["hi"], COUNTED)]
             assert (await ask(server, token, ASKED))[0] == 200
             row = await row_of(ledger)
             assert (row["price"], row["cost_nanos"], row["estimated"]) == ("1 10 - - - -", 200_000, "")
@@ -567,7 +568,7 @@ def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
             assert pomex.usage_report(ledger, "model", 0, 10**6)[1]["unpriced"] == 1
             await ask(server, token, {**ASKED, "model": "p/two"})               # a refusal costs nothing
             row = await row_of(ledger, 3)
-            assert (row["provider"], row["cost_nanos"], row["attempts"]) == ("q", 400_000, 2)
+            assert (row["provider"], row["cost_nanos"], row["attempts"]) == ("q", 400_000, 3)
             assert ledger.read("SELECT count(*) FROM attempts") == [(0,)] and pomex.verify(ledger) == (3, [])
             status, headers, text = await ask(server, "", None, "/metrics")
             assert headers["content-type"].startswith("text/plain; version=0.0.4")

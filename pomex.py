@@ -22,11 +22,11 @@ its own floor or of a floor above it in this file, so the file can be read once,
     --  above: pure; below: the edge
      8  ledger                    keys, accounts, prices, limits and usage rows in SQLite
      9  upstream                  TLS, connection pool, one exchange with its time limits
-    10  routing                   which target answers
-    11  handlers                  one function an endpoint
+    10  routing                   which target answers, and what is done when it does not
+    11  handlers                  one function an endpoint, the admin API
     12  server                    accept, limits, drain, access log
     13  command line              serve, check, keys, accounts, usage, models, codex ...
-    14  data                      texts and tables
+    14  data                      the price table and the page
 
 `import pomex` does nothing. `pomex.main(argv) -> int` is the command line.
 """
@@ -5670,6 +5670,7 @@ class ServerConfig:
     max_connections: int = option(4096, "client connections at once; a stream takes two files", 1, 1000000)
     request_deadline_s: float = option(3600.0, "longest request, all tries together: a turn of hours is stuck", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
+    admin_token: str = option("", 'opens the admin API to machines: "env:NAME", "file:PATH", or 16 signs or more', secret=True)
     reserve_output_tokens: int = option(16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
 
 
@@ -6209,8 +6210,8 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
                              **from_environment(ServerConfig, "POMEX_", environ)})
     if bool(server.tls_cert) != bool(server.tls_key):
         raise source.error(("server",), "[server] tls_cert and tls_key need each other.")
-    server = dataclasses.replace(server, tls_cert=around.place(server.tls_cert),
-                                 tls_key=around.place(server.tls_key))
+    server = dataclasses.replace(server, tls_cert=around.place(server.tls_cert), tls_key=around.place(server.tls_key),
+                                 admin_token=read_admin_token(source, server.admin_token, around))
     demo = DemoConfig(**source.settings(DemoConfig, "demo"))
     providers = {each: read_provider(source, each, around) for each in source.table("providers")}
     if demo.enabled and "demo" in WIRES:
@@ -6219,6 +6220,20 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
                   {each: read_model(source, each, providers) for each in source.table("models")},
                   {each: read_prices(source, each) for each in source.table("prices")},
                   name, tuple(cleartext_warnings(providers.values())))
+
+
+def read_admin_token(source: ConfigText, reference: str, around: Surroundings) -> str:
+    """The token itself; "" where none is set: then none opens anything."""
+    if not reference:
+        return ""
+    try:
+        token, where = around.secret(reference)
+        if not KEY_VALUE.fullmatch(token) or len(token) < 16 or token.startswith("sk-rh-"):
+            raise ValueError("must have 16 signs or more, no spaces, and not be an API key")
+    except ValueError as error:
+        secret = not reference.startswith(("env:", "file:"))
+        raise source.value_error(("server", "admin_token"), reference, str(error), secret) from None
+    return token
 
 
 def read_database(source: ConfigText, around: Surroundings) -> DatabaseConfig:
@@ -6351,6 +6366,16 @@ MIGRATIONS: list[tuple[str, ...]] = [   # one step a schema version; never edite
         """CREATE TABLE leases (
             meter TEXT NOT NULL, slot INTEGER NOT NULL, process TEXT NOT NULL, amount INTEGER NOT NULL,
             expires_s REAL NOT NULL, PRIMARY KEY (meter, slot, process)) WITHOUT ROWID""",
+    ),
+    (
+        """CREATE TABLE sessions (
+            digest BLOB PRIMARY KEY, kind TEXT NOT NULL, key_id INTEGER NOT NULL, expires_s INTEGER NOT NULL) WITHOUT ROWID""",
+        "CREATE INDEX usage_started ON usage (started_ms)",
+        """CREATE TABLE halfhours (
+            key_id INTEGER NOT NULL, dimension TEXT NOT NULL, half INTEGER NOT NULL, name NOT NULL, requests INTEGER NOT NULL,
+            input INTEGER NOT NULL, cached INTEGER NOT NULL, cache_write INTEGER NOT NULL, output INTEGER NOT NULL,
+            reasoning INTEGER NOT NULL, cost_nanos INTEGER NOT NULL, unpriced INTEGER NOT NULL, saved_nanos INTEGER NOT NULL,
+            PRIMARY KEY (key_id, dimension, half, name)) WITHOUT ROWID""",
     ),
 ]
 
@@ -6648,6 +6673,7 @@ def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], process: st
     """All of them in one transaction; one that is there already stays as it was. What is in the sums from now on leaves
     the leases of `process`."""
     with transaction(db):
+        roll_up(db)
         for start in range(0, len(entries), ROWS_A_STATEMENT):      # few statements: each lets go of the GIL
             part = entries[start:start + ROWS_A_STATEMENT]
             rows = ", ".join([ENTRY_VALUES] * len(part))
@@ -7076,6 +7102,14 @@ class Ledger:
     def used_nanos(self, limit: Limit) -> int:
         """What is spent of a limit."""
         return limit.most - int(self.read(ROOM[limit.room], limit.values)[0][0])
+
+    def reader(self) -> LedgerReader:
+        """For long questions beside the work of a server."""
+        return LedgerReader(self._path, self.name)
+
+    def open_requests(self) -> list[Intent]:
+        """What this process has begun and not settled."""
+        return list(self._open.values())
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         return list(self.iterate(sql, values))
@@ -7854,6 +7888,325 @@ def prune(ledger: Ledger, before_day: int) -> int:
     ledger.write("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE "
                  "SET value = max(value, excluded.value)", (before_day,))
     return gone
+
+
+# --- 8.10 what the dashboard reads ----------------------------------------------------------------
+#
+# On a thread and a connection of its own, since a question about 100,000 rows may take a tenth of a second: streams must
+# not wait for it. `key_id` narrows each answer to one key, for its holder; 0 is every key.
+
+RESULT = """CASE WHEN status IN ('failed', 'cancelled') THEN status WHEN terminal_by = 'gateway' THEN 'ended by gateway'
+    WHEN attempts > 1 THEN 'failed over' ELSE status END"""
+FILTERS: dict[str, str] = {         # of the usage log: name in its URL -> condition
+    "from": "started_ms >= ?", "to": "started_ms < ?", "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
+    "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)", "model": "model = ?", "provider": "provider = ?",
+    "endpoint": "endpoint = ?", "result": f"{RESULT} = ?", "min_cost": "cost_nanos >= ?",
+    "text": "instr(response_id || ' ' || request_id || ' ' || error_code, ?)",
+}
+NUMERIC_FILTERS = ("from", "to", "min_cost")
+LOST_NANOS = "(SELECT coalesce(sum(cost_nanos), 0) FROM attempts WHERE attempts.response_id = usage.response_id)"
+ROW_COLUMNS = ("id", "key", "account", "result", "lost_nanos", *USAGE_COLUMNS)
+SELECT_ROWS = f"""SELECT usage.id, coalesce((SELECT name FROM keys WHERE id = key_id), ''),
+    coalesce((SELECT name FROM accounts WHERE id = account_id), ''), {RESULT}, {LOST_NANOS}, {', '.join(USAGE_COLUMNS)}
+    FROM usage"""
+PLAY_KEY = "playground"             # the dashboard's own, to which nobody holds the secret
+Answered = TypeVar("Answered")
+
+
+class LedgerReader:
+    """The ledger, read only. One question at a time."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, "reader")      # its thread starts with the first question
+        self.db: sqlite3.Connection | None = None
+
+    async def ask(self, question: Callable[..., Answered], *arguments: Any) -> Answered:
+        """`question(db, *arguments)`."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self._answer, question, arguments)
+
+    def _answer(self, question: Callable[..., Answered], arguments: Sequence[Any]) -> Answered:
+        try:
+            if self.db is None:
+                self.db = open_database(self.path, "process")
+                self.db.execute("PRAGMA query_only = 1")
+                self.db.create_function("saved_nanos", 2, saved_nanos, deterministic=True)
+            return question(self.db, *arguments)
+        except sqlite3.Error as error:
+            raise database_trouble(self.name, error) from error
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True)
+        if self.db is not None:
+            self.db.close()
+
+
+def only(key_id: int) -> str:
+    return f" AND key_id = {int(key_id)}" if key_id else ""
+
+
+# The overview reads sums of half hours, for a walk over 100,000 rows takes half a second. They are made off the path of
+# requests, some hundred rows at a time; the few rows that are not in them yet are summed when they are asked for.
+
+HALF_HOUR_MS = 1_800_000
+ROLL_ROWS, ROLL_AT_ONCE = 500, 5000
+PART_SUMS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos", "unpriced", "saved_nanos")
+SUM_PARTS = """count(*), sum(input), sum(cached), sum(cache_write), sum(output), sum(reasoning), sum(cost_nanos),
+    sum(price = '' AND input + output > 0), sum(saved_nanos(price, cached))"""
+DIMENSIONS = {"provider": "provider", "model": "model", "key": "key_id", "endpoint": "endpoint", "result": RESULT}
+LOST_DIMENSIONS = {"provider": "attempts.provider", "model": "model", "key": "key_id", "endpoint": "endpoint"}
+ADD_PARTS = "ON CONFLICT DO UPDATE SET " + ", ".join(f"{name} = {name} + excluded.{name}" for name in PART_SUMS)
+
+
+def saved_nanos(price: str, cached: int) -> int:
+    """What the cached input would have cost more without the cache."""
+    rate = price_of(price)
+    return cached * (rate.input - rate.cache_read) // 1000 if rate else 0
+
+
+def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
+    """Adds new rows to the sums of their half hours, when there are enough of them. Within a transaction."""
+    last = last_row_id(db)
+    done = min(rolled_up(db), last)
+    if last - done < least:
+        return
+    last = min(last, done + ROLL_AT_ONCE)
+    db.create_function("saved_nanos", 2, saved_nanos, deterministic=True)
+    for key in ("0", "key_id"):
+        for dimension, name in DIMENSIONS.items():
+            db.execute(f"INSERT INTO halfhours SELECT {key}, '{dimension}', started_ms / {HALF_HOUR_MS}, {name}, {SUM_PARTS} "
+                       f"FROM usage WHERE id > ? AND id <= ? GROUP BY 1, 2, 3, 4 {ADD_PARTS}", (done, last))
+        for dimension, name in LOST_DIMENSIONS.items():
+            db.execute(f"INSERT INTO halfhours SELECT {key}, '{dimension}', started_ms / {HALF_HOUR_MS}, {name}, "
+                       "0, 0, 0, 0, 0, 0, sum(attempts.cost_nanos), 0, 0 FROM usage JOIN attempts USING (response_id) "
+                       f"WHERE id > ? AND id <= ? GROUP BY 1, 2, 3, 4 {ADD_PARTS}", (done, last))
+    db.execute("INSERT INTO settings VALUES ('rolled_up', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (last,))
+
+
+def rolled_up(db: sqlite3.Connection) -> int:
+    """The last row that is in the sums of its half hour."""
+    return int(db.execute("SELECT coalesce(max(value), 0) FROM settings WHERE name = 'rolled_up'").fetchone()[0])
+
+
+def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, until_ms: int, key_id: int
+          ) -> list[tuple[int, str, dict[str, int]]]:
+    """(step, name, sums) of a stretch of time that begins and ends with a half hour, apart by one dimension."""
+    sums, done = ", ".join(f"sum({name})" for name in PART_SUMS), rolled_up(db)
+    rows = db.execute(f"SELECT (half * {HALF_HOUR_MS} - ?) / ?, name, {sums} FROM halfhours WHERE key_id = ? AND dimension = ? "
+                      "AND half >= ? AND half < ? GROUP BY 1, 2",
+                      (since_ms, step_ms, key_id, dimension, since_ms // HALF_HOUR_MS, until_ms // HALF_HOUR_MS)).fetchall()
+    where = f"id > ? AND started_ms >= ? AND started_ms < ?{only(key_id)} GROUP BY 1, 2"
+    values = (since_ms, step_ms, done, since_ms, until_ms)
+    rows += db.execute(f"SELECT (started_ms - ?) / ?, {DIMENSIONS[dimension]}, {SUM_PARTS} FROM usage NOT INDEXED "
+                       f"WHERE {where}", values)
+    if dimension in LOST_DIMENSIONS and has_rows(db, "attempts"):
+        rows += db.execute(f"SELECT (started_ms - ?) / ?, {LOST_DIMENSIONS[dimension]}, 0, 0, 0, 0, 0, 0, "
+                           f"sum(attempts.cost_nanos), 0, 0 FROM usage JOIN attempts USING (response_id) "
+                           f"WHERE {where}", values)
+    return [(slot, name, dict(zip(PART_SUMS, numbers))) for slot, name, *numbers in rows]
+
+
+def spent_since_day(db: sqlite3.Connection, first_day: int, key_id: int) -> int:
+    return int(db.execute(f"SELECT coalesce(sum(cost_nanos), 0) FROM daily WHERE day >= ?{only(key_id)}",
+                          (first_day,)).fetchone()[0])
+
+
+LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
+
+
+def latencies(db: sqlite3.Connection, since_ms: int, key_id: int) -> list[tuple[str, int, int]]:
+    """(provider, milliseconds to the first output, to the end) of answered requests."""
+    return db.execute(f"""SELECT provider, first_ms, total_ms FROM (SELECT * FROM usage WHERE 1{only(key_id)}
+        ORDER BY id DESC LIMIT {LATENCY_ROWS}) WHERE started_ms >= ? AND status IN ('completed', 'incomplete')""",
+                      (since_ms,)).fetchall()
+
+
+def percentiles(values: Iterable[int]) -> list[int]:
+    """p50 and p95; nought of none."""
+    ordered = sorted(values)
+    return [ordered[min(int(part * len(ordered)), len(ordered) - 1)] if ordered else 0 for part in (0.5, 0.95)]
+
+
+def overview(db: sqlite3.Connection, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
+    """All that the overview shows of `slots` steps from a time on; all of them begin with a half hour."""
+    since_ms -= since_ms % HALF_HOUR_MS
+    length_ms, now_ms = step_ms * slots, int(now_s * 1000)
+
+    def sums(dimension: str) -> dict[str, dict[str, int]]:
+        return dearest(parts(db, dimension, since_ms, length_ms, since_ms + length_ms, key_id))
+    by = {dimension: sums(dimension) for dimension in ("model", "key", "endpoint", "result")}
+    times = latencies(db, since_ms, key_id)
+    names = {str(key): name for key, name in db.execute("SELECT id, name FROM keys")}
+    total = added(by["endpoint"].values())
+    before_ms, passed_ms = since_ms - length_ms, min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS
+    before = added(dearest(parts(db, "endpoint", before_ms, length_ms, before_ms + passed_ms, key_id)).values())
+    first_day, next_day = period_bounds("month", now_s)
+    return {
+        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "totals": total,
+        "before_nanos": before["cost_nanos"],
+        "month": {"spent_nanos": spent_since_day(db, first_day, key_id), "first_day": first_day, "next_day": next_day,
+                  "budget_nanos": 0 if key_id else month_budget(db, now_s)},
+        "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
+        "total_ms": percentiles(total_ms for _, _, total_ms in times),
+        "series": in_slots(parts(db, "provider", since_ms, step_ms, since_ms + length_ms, key_id), slots),
+        "by": {dimension: [{"name": names.get(name, "") if dimension == "key" else name, **each}
+                           for name, each in found.items()] for dimension, found in by.items()},
+    }
+
+
+def dearest(rows: Iterable[tuple[int, str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """name -> sums, the dearest first."""
+    found: dict[str, dict[str, int]] = {}
+    for _, name, sums in rows:
+        found[str(name)] = added([sums, found[str(name)]]) if str(name) in found else sums
+    return dict(sorted(found.items(), key=lambda each: (-each[1]["cost_nanos"], -each[1]["requests"])))
+
+
+def added(rows: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total = dict.fromkeys(PART_SUMS, 0)
+    for row in rows:
+        for name in PART_SUMS:
+            total[name] += row[name]
+    return total
+
+
+def in_slots(rows: Iterable[tuple[int, str, dict[str, int]]], slots: int) -> list[JSON]:
+    """One series a provider."""
+    series: dict[str, JSON] = {}
+    for slot, name, sums in rows:
+        lines = series.setdefault(name, {"name": name, **{each: [0] * slots for each in ("cost_nanos", "requests", "tokens")}})
+        for each, value in (("cost_nanos", sums["cost_nanos"]), ("requests", sums["requests"]),
+                            ("tokens", sums["input"] + sums["output"])):
+            lines[each][slot] += value
+    return list(series.values())
+
+
+def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]]:
+    """The condition of a filtered log and its values. An unknown filter, or no number where one belongs: BadRequest."""
+    where, values = ["1" + only(key_id)], []
+    for name, text in filters.items():
+        if name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text):
+            raise BadRequest(f"{name[:40]!r} is no filter, or its value is not right.", param=name[:40])
+        values.append(int(text) if name in NUMERIC_FILTERS else text.encode("utf-8", "replace").decode())
+        where.append(FILTERS[name])
+    return " AND ".join(where), values
+
+
+def usage_rows(db: sqlite3.Connection, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
+    """A page of the log, newest first, of the rows before an id."""
+    where, values = usage_where(filters, key_id)
+    rows = db.execute(f"{SELECT_ROWS} WHERE {where} AND usage.id < {int(before_id)} ORDER BY usage.id DESC LIMIT {int(limit)}",
+                      values)
+    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
+
+
+def usage_sums(db: sqlite3.Connection, filters: Mapping[str, str], key_id: int) -> JSON:
+    """The sums of all rows of a filtered log."""
+    where, values = usage_where(filters, key_id)
+    names = ("requests", "input", "cached", "output", "cost_nanos", "unpriced", "last_id")
+    row = db.execute(f"""SELECT count(*), coalesce(sum(input), 0), coalesce(sum(cached), 0), coalesce(sum(output), 0),
+        coalesce(sum(cost_nanos), 0), coalesce(sum(price = '' AND input + output > 0), 0), max(id) FROM usage
+        WHERE {where}""", values).fetchone()
+    lost = db.execute("SELECT coalesce(sum(attempts.cost_nanos), 0) FROM attempts WHERE response_id IN "
+                      f"(SELECT response_id FROM usage WHERE {where})", values).fetchone()[0] if has_rows(db, "attempts") else 0
+    sums = dict(zip(names, row))
+    sums["cost_nanos"] += lost
+    return sums
+
+
+def has_rows(db: sqlite3.Connection, table: str) -> bool:
+    return db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None
+
+
+def rows_after(db: sqlite3.Connection, after_id: int, limit: int, key_id: int) -> list[JSON]:
+    """Rows that came since, oldest first."""
+    rows = db.execute(f"{SELECT_ROWS} WHERE usage.id > ?{only(key_id)} ORDER BY usage.id LIMIT ?", (after_id, limit))
+    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
+
+
+def last_row_id(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT coalesce(max(id), 0) FROM usage").fetchone()[0])
+
+
+def one_request(db: sqlite3.Connection, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
+    """(its row, the attempts that were given up and billed); None where there is none for this key."""
+    row = db.execute(f"{SELECT_ROWS} WHERE response_id = ?{only(key_id)}", (response_id,)).fetchone()
+    if row is None:
+        return None
+    lost = db.execute(f"SELECT {', '.join(Line._fields)} FROM attempts WHERE response_id = ? ORDER BY attempt", (response_id,))
+    return dict(zip(ROW_COLUMNS, row)), [dict(zip(Line._fields, line)) for line in lost]
+
+
+def key_rows(db: sqlite3.Connection, now_s: float) -> list[JSON]:
+    """Every key with what it has spent in its period, this month, and when it was last used; newest first."""
+    starts = {period: period_bounds(period, now_s)[0] for period in PERIODS}
+    spent = {period: dict(db.execute("SELECT key_id, sum(cost_nanos) FROM daily WHERE day >= ? GROUP BY 1", (start,)))
+             for period, start in starts.items()}
+    last = dict(db.execute("SELECT key_id, max(last_ms) FROM daily GROUP BY 1"))
+    keys = [Key(*row) for row in db.execute(SELECT_KEYS + " ORDER BY keys.revoked_s > 0, keys.id DESC")]
+    columns = ("id", "name", "hint", "created_s", "expires_s", "revoked_s", "models", "budget_nanos", "period", "rpm", "tpm",
+               "concurrent", "account")
+    return [{**{name: getattr(key, name) for name in columns}, "spent_nanos": spent[key.period].get(key.id, 0),
+             "month_nanos": spent["month"].get(key.id, 0), "last_ms": last.get(key.id, 0)} for key in keys]
+
+
+def month_budget(db: sqlite3.Connection, now_s: float) -> int:
+    """What may be spent this month: by the accounts' limits, else by the keys' monthly budgets; 0 where one has none."""
+    accounts = [row[0] for row in db.execute("SELECT limit_nanos FROM accounts WHERE id IN (SELECT account_id FROM keys)")]
+    keys = [row[0] for row in db.execute("SELECT CASE period WHEN 'month' THEN budget_nanos END FROM keys WHERE revoked_s = 0 "
+                                         "AND name <> ? AND (expires_s = 0 OR expires_s > ?)", (PLAY_KEY, now_s))]
+    return next((sum(limits) for limits in (accounts, keys) if limits and None not in limits), 0)
+
+
+def provider_minutes(db: sqlite3.Connection, since_ms: int) -> list[tuple[str, int, int, int]]:
+    """(provider, minute, requests, of those failed) since a time."""
+    return db.execute("SELECT provider, (started_ms - ?) / 60000, count(*), sum(status = 'failed') FROM usage "
+                      "WHERE started_ms >= ? GROUP BY 1, 2", (since_ms, since_ms)).fetchall()
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    """One line of CSV. Text that a spreadsheet would take for a formula is set apart."""
+    texts = (re.sub(r"^(?=[=+@-])", "'", cell) if isinstance(cell, str) else str(cell) for cell in cells)
+    return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
+
+
+# --- 8.11 who is logged in to the dashboard --------------------------------------------------------
+#
+# In the database, since any process of this machine may be asked. Only digests are stored, as of keys.
+
+SESSION_S = 12 * 3600           # a working day
+LOGIN_LINK_S = 600
+
+
+def open_session(ledger: Ledger, kind: str, key_id: int, life_s: int, now_s: float) -> str:
+    """A new secret of the kind "link" (one login), "admin" or "key"."""
+    token = secrets.token_urlsafe(18)
+    ledger.write("DELETE FROM sessions WHERE expires_s <= ?", (now_s,))
+    ledger.write("INSERT INTO sessions VALUES (?, ?, ?, ?)", (key_digest(token), kind, key_id, int(now_s) + life_s))
+    return token
+
+
+def find_session(ledger: Ledger, token: str, now_s: float) -> tuple[str, int] | None:
+    """(kind, key id) of a session that is open."""
+    rows = ledger.read("SELECT kind, key_id FROM sessions WHERE digest = ? AND kind <> 'link' AND expires_s > ?",
+                       (key_digest(token), now_s))
+    return rows[0] if rows else None
+
+
+def use_login_link(ledger: Ledger, token: str, now_s: float) -> bool:
+    """Whether it was good: it is so once, whichever process is asked."""
+    return ledger.write("DELETE FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?",
+                        (key_digest(token), now_s)) == 1
+
+
+def close_session(ledger: Ledger, token: str) -> None:
+    ledger.write("DELETE FROM sessions WHERE digest = ?", (key_digest(token),))
+
+
+def key_of_id(ledger: Ledger, key_id: int, now_s: float) -> Key | None:
+    """An active key."""
+    found = [Key(*row) for row in ledger.read(SELECT_KEYS + " WHERE keys.id = ?", (key_id,))]
+    return next((key for key in found if not key.revoked_s and not 0 < key.expires_s <= now_s), None)
 
 
 # === 9. upstream ==================================================================================
@@ -9208,10 +9561,24 @@ class Gateway:
         self.metrics = Metrics(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
         self.started_s = int(time.time())
+        # the dashboard
+        self.watch = Watch(ledger)
+        self.guard = Guard(ledger, config.server)
+        self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
 
     async def handle(self, client: Client) -> None:
         """Answers one request. GatewayErrors go up to the server, which words them."""
+        try:
+            await self.dispatch(client)
+        except GatewayError as error:
+            self.watch.refuse(client, error)
+            raise
+
+    async def dispatch(self, client: Client) -> None:
         head = client.head
+        if head.path == "/admin" or head.path.startswith("/admin/"):
+            await admin(self, client)
+            return
         route = ROUTES.get(head.path)
         if route is None and head.path.startswith("/v1/models/"):
             route = MODEL_ROUTE
@@ -9255,8 +9622,11 @@ def new_response_id(now_s: float) -> str:
 
 
 async def responses(gateway: Gateway, client: Client) -> None:
-    """One request: authorise, check, plan, intent, targets, settle, terminal event."""
-    key = gateway.key(client)
+    await respond(gateway, client, gateway.key(client))
+
+
+async def respond(gateway: Gateway, client: Client, key: Key) -> None:
+    """One request of a key: check, plan, intent, targets, settle, terminal event."""
     request = check_request(await client.body())
     manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
     tiers = gateway.catalogue.tiers(request.model)
@@ -9385,6 +9755,7 @@ async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
         usage.output, usage.reasoning, down.first_ms, total_ms, down.attempts, key.account_id, usage.cache_write_1h,
         usage.web_searches, price, key.multiplier, nanos, bill.lines)
     bill.settle(nanos, usage)
+    gateway.watch.settled(entry, down)
     gateway.metrics.count(entry)
     await gateway.ledger.settle(entry)
 
@@ -9536,6 +9907,718 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": metrics},
     **dict.fromkeys(("/health", "/healthz", "/livez"), {"GET": health}),
     **dict.fromkeys(("/ready", "/readyz"), {"GET": ready}),
+}
+
+
+# --- 11.5 what the dashboard shows live ------------------------------------------------------------
+
+REFUSALS_KEPT, TRACES_KEPT = 50, 500        # about 0.5 KB each
+LOOK_EVERY_S = 1.0
+SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 s
+
+
+class News(NamedTuple):
+    """One event of the live feed."""
+    kind: str               # usage | refused | key
+    data: JSON
+    key_id: int             # whose it is; 0: only the administrator sees it
+    row_id: int = 0         # of the usage table, so that a browser that comes back gets what it missed
+
+
+class Watch:
+    """Feeds the open dashboards: with the ledger's new rows, looked for in one place while anybody watches, and with what
+    no ledger keeps, which is of this process only and bounded: refused requests, and how the latest ones went."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.reader = ledger, ledger.reader()
+        self.refused: collections.deque[JSON] = collections.deque(maxlen=REFUSALS_KEPT)
+        self.traces: dict[str, JSON] = {}               # by response id, the oldest first
+        self.errors: dict[str, JSON] = {}               # the last of each provider
+        self.watchers: dict[asyncio.Queue[News], int] = {}       # -> the key it is narrowed to; 0: none
+        self.looking: asyncio.Task[None] | None = None
+        self.last_id = 0
+
+    def refuse(self, client: Client, error: GatewayError) -> None:
+        """Notes a request that was refused before it was planned: it has no row."""
+        head = client.head
+        if head.path.startswith("/admin") or client.note:
+            return
+        client.note = f"-  {printable(head.method)} {printable(head.path)}  {printable_sentence(str(error))}"
+        try:
+            key = self.ledger.authorise(head.headers.get("authorization"), client.started_s)
+        except GatewayError:
+            key = None
+        item: JSON = {"time_ms": int(client.started_s * 1000), "method": printable(head.method), "path": printable(head.path),
+                "status": error.status, "code": error.code, "message": str(error), "key": key.name if key else "",
+                "key_id": key.id if key else 0, "user_agent": printable(head.headers.get("user-agent")),
+                "request_id": client.request_id}
+        self.refused.appendleft(item)
+        self.tell(News("refused", item, item["key_id"]))
+
+    def settled(self, entry: Entry, down: Downstream) -> None:
+        """Notes how a request went, beyond its row."""
+        attempt, headers = down.attempt, down.client.head.headers
+        tried = tries_of(down)
+        last = [f"{down.provider}: {attempt.error}"] if attempt.status == "failed" and attempt.error else []
+        for text in [*tried, *last]:
+            provider, _, reason = text.partition(": ")
+            self.errors[provider] = {"time_ms": entry.started_ms, "message": reason}
+        self.traces[entry.response_id] = {
+            "response_id": entry.response_id, "started_ms": entry.started_ms, "model": entry.model, "status": entry.status,
+            "key_id": entry.key_id, "user_agent": printable(headers.get("user-agent")), "tried": tried[:20],
+            "codex": down.answer.manners is CODEX, "dropped": [printable(name) for name in down.dropped[:20]],
+            "error": str(attempt.error) if attempt.error else ""}
+        while len(self.traces) > TRACES_KEPT:
+            del self.traces[next(iter(self.traces))]
+
+    def tell(self, news: News) -> None:
+        for queue, key_id in list(self.watchers.items()):
+            if key_id in (0, news.key_id):
+                try:
+                    queue.put_nowait(news)
+                except asyncio.QueueFull:           # it takes nothing: it may come back and ask for what it missed
+                    del self.watchers[queue]
+
+    @contextlib.contextmanager
+    def watching(self, key_id: int) -> Iterator[asyncio.Queue[News]]:
+        queue: asyncio.Queue[News] = asyncio.Queue(200)
+        self.watchers[queue] = key_id
+        if self.looking is None:
+            self.looking = asyncio.get_running_loop().create_task(self._look())
+        try:
+            yield queue
+        finally:
+            self.watchers.pop(queue, None)
+
+    async def _look(self) -> None:
+        try:
+            self.last_id = await self.reader.ask(last_row_id)
+            while self.watchers:
+                await asyncio.sleep(LOOK_EVERY_S)
+                for row in await self.reader.ask(rows_after, self.last_id, 100, 0):
+                    self.last_id = row["id"]
+                    self.tell(News("usage", self.row_view(row), row["key_id"], row["id"]))
+        except LedgerError as error:
+            log.warning("dashboard: %s", error)
+        finally:
+            self.looking = None
+
+    def row_view(self, row: JSON) -> JSON:
+        """A usage row as the page shows it."""
+        trace = self.traces.get(row["response_id"], {})
+        return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "codex": trace.get("codex", False),
+                "user_agent": trace.get("user_agent", ""),
+                "tried": [text.partition(":")[0] for text in trace.get("tried", ())]}
+
+
+def tries_of(down: Downstream) -> list[str]:
+    """`anthropic: 529 overloaded`, of each try that came to nothing."""
+    failures = getattr(down, "failures", None)
+    return list(getattr(down, "tried", ())) if failures is None else [f"{each.provider}: {each.brief}" for each in failures]
+
+
+def printable_sentence(text: str) -> str:
+    """For the log: as `printable`, in full length."""
+    return re.sub(r"[^\x20-\x7e…]", "?", text[:400])
+
+
+CODING_MODELS = {       # for the block that is printed; a client may ask for any other
+    "openai": "gpt-5.3-codex", "anthropic": "claude-sonnet-5-5", "google": "gemini-pro-latest",
+    "openrouter": "openai/gpt-5.3-codex", "xai": "grok-build-latest", "deepseek": "deepseek-v4-pro",
+    "mistral": "devstral-latest", "groq": "openai/gpt-oss-120b",
+}
+
+
+def best_model(config: Config, known: Sequence[str], key: Key | None = None) -> str:
+    """The model to begin with: the first configured, else the best of the first provider that is ready."""
+    usual = [f"{name}/{CODING_MODELS[name]}" for name in config.providers if name in CODING_MODELS]
+    return next((name for name in [*config.models, *usual, *known] if key is None or key.may_use(name)), "demo/echo")
+
+
+def codex_block(url: str, model: str) -> list[str]:
+    """The lines for ~/.codex/config.toml. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of
+    models from it, so it is left out for a model of which they know more than we do."""
+    lines = ['model_provider = "pomex"', f"model = {json.dumps(model)}", "", "[model_providers.pomex]",
+             'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
+             f'base_url = "{url}/v1"', 'env_key = "POMEX_API_KEY"', 'wire_api = "responses"']
+    known = model.rpartition("/")[2] in KNOWN_TO_CODEX
+    return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
+
+
+# --- 11.6 who may ask ------------------------------------------------------------------------------
+
+LOGIN_FAILURES, LOGIN_WINDOW_S = 5, 60.0
+ADDRESSES_KEPT = 1000
+PAGE_HEADERS = [("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"), ("x-frame-options", "DENY"),
+                ("cross-origin-opener-policy", "same-origin")]
+API_HEADERS = [*JSON_HEADERS, ("x-content-type-options", "nosniff")]
+NOT_LOGGED_IN = "Log in first: python pomex.py admin-url prints a link."
+BAD_LOGIN = ("That opens nothing: a link works once and for ten minutes. Print a new one with: python pomex.py admin-url. "
+             "Or use [server] admin_token, or an API key to see its own usage.")
+
+
+class Forbidden(BadRequest):
+    status, code = 403, "forbidden"
+
+
+@dataclass(slots=True)
+class Ask:
+    """One request to the admin API."""
+    client: Client
+    key: Key | None                     # whose holder asks; None: the administrator
+    query: dict[str, str] = field(default_factory=dict)
+    body: JSON = field(default_factory=dict)
+    name: str = ""                      # what stands in the path for a *
+
+    @property
+    def key_id(self) -> int:
+        return self.key.id if self.key else 0
+
+    def number(self, name: str, default: int, most: int) -> int:
+        text = self.query.get(name, "") or str(default)
+        if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > most:
+            raise BadRequest(f"{name} must be a whole number up to {most}.", param=name)
+        return int(text)
+
+
+class Guard:
+    """Decides who asks. A cookie is only taken from our own page; a header is what machines send."""
+
+    def __init__(self, ledger: Ledger, server: ServerConfig) -> None:
+        self.ledger, self.server = ledger, server
+        self.failures: dict[str, collections.deque[float]] = {}     # by address
+
+    def check_host(self, client: Client) -> None:
+        """Stricter than the server's own check where that takes any name: another name's page may have been pointed here."""
+        host = client.head.headers.get("host").lower()
+        name = host.rpartition(":")[0] if ":" in host and host[-1] != "]" else host
+        if name in client.connection.server.hosts:
+            return
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            raise Forbidden(f"The dashboard does not answer for the host {printable(host)!r}. If that is its name, add it to "
+                            "public_hosts in [server] of pomex.toml.", status=421, code="misdirected_request") from None
+
+    def check_change(self, client: Client) -> None:
+        """A POST comes from our own page, or from a machine that sends its token with it."""
+        headers = client.head.headers
+        if headers.get("content-type").partition(";")[0].strip().lower() != "application/json":
+            raise BadRequest("Changes are sent as content-type: application/json.", status=415, code="unsupported_media_type")
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        ours = urllib.parse.urlsplit(origin).netloc in (headers.get("host"), *self.server.public_hosts)
+        if origin and not ours or site not in ("", "same-origin") or not (origin or site or headers.get("authorization")):
+            raise Forbidden("Changes are taken from the dashboard's own page only (its Origin), or with an Authorization "
+                            "header.", code="cross_origin")
+
+    def cookie(self, client: Client) -> str:
+        """Its name holds the port: browsers do not tell the ports of a host apart."""
+        return f"pomex_{client.connection.server.address[1]}"
+
+    def who(self, client: Client) -> Key | None:
+        """The holder of a key, or None for the administrator; Unauthorized for anybody else."""
+        header, now_s = client.head.headers.get("authorization"), client.started_s
+        if header:
+            return self.log_in(client, header[7:].strip(" \t"), link=False)[1]
+        cookies = dict(pair.strip().partition("=")[::2] for pair in client.head.headers.get("cookie").split(";"))
+        found = find_session(self.ledger, cookies.get(self.cookie(client), ""), now_s)
+        if found is None:
+            raise Unauthorized(NOT_LOGGED_IN, code="not_logged_in")
+        if found[0] == "admin":
+            return None
+        key = key_of_id(self.ledger, found[1], now_s)
+        if key is None:
+            raise Unauthorized("The key of this session was revoked or has expired.", code="not_logged_in")
+        return key
+
+    def log_in(self, client: Client, token: str, link: bool = True) -> tuple[str, Key | None]:
+        """("admin", None) or ("key", the key) of a token that was typed or came in a link or header."""
+        now_s, admin_token = client.started_s, self.server.admin_token.encode()
+        failed = self.failures.setdefault(client.peer, collections.deque(maxlen=LOGIN_FAILURES))
+        if len(failed) == LOGIN_FAILURES and now_s - failed[0] < LOGIN_WINDOW_S:
+            wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0]))
+            raise BadRequest(f"Too many failed logins from this address. Try again in {wait_s} s.", status=429,
+                             code="too_many_logins", headers=(("retry-after", str(wait_s)),))
+        try:
+            if token.startswith(KEY_PREFIX):
+                return "key", self.ledger.authorise("Bearer " + token, now_s)
+            if admin_token and hmac.compare_digest(hashlib.sha256(token.encode("utf-8", "replace")).digest(),
+                                                   hashlib.sha256(admin_token).digest()):
+                return "admin", None
+            if link and use_login_link(self.ledger, token, now_s):
+                return "admin", None
+            raise Unauthorized(BAD_LOGIN, code="bad_login")
+        except Unauthorized:
+            failed.append(now_s)
+            while len(self.failures) > ADDRESSES_KEPT:
+                del self.failures[next(iter(self.failures))]
+            raise
+
+
+# --- 11.7 the page and its data --------------------------------------------------------------------
+
+@functools.cache
+def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
+    """(the page, the same gzipped, its headers). Its one script and one style are allowed by what they are."""
+    page, packer = PAGE.encode(), zlib.compressobj(9, zlib.DEFLATED, 31)        # 31: with gzip's head
+    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+              for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
+    policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+              "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
+    return page, packer.compress(page) + packer.flush(), [
+        ("content-type", "text/html; charset=utf-8"), ("cache-control", "no-cache"), ("vary", "accept-encoding"),
+        ("etag", f'"{hashlib.sha256(page).hexdigest()[:32]}"'), ("content-security-policy", policy), *PAGE_HEADERS]
+
+
+async def show_page(client: Client) -> None:
+    page, zipped, headers = page_answer()
+    asked = client.head.headers
+    if dict(headers)["etag"] in asked.get("if-none-match"):
+        await client.answer(304, headers, b"")
+    elif "gzip" in asked.get("accept-encoding"):
+        await client.answer(200, [*headers, ("content-encoding", "gzip")], zipped)
+    else:
+        await client.answer(200, headers, page)
+
+
+async def admin(gateway: Gateway, client: Client) -> None:
+    """All of /admin."""
+    head, guard = client.head, gateway.guard
+    guard.check_host(client)
+    if head.path in ("/admin", "/admin/"):
+        if head.method not in ("GET", "HEAD"):
+            raise BadRequest("The dashboard is read with GET.", status=405, code="method_not_allowed",
+                             headers=(("allow", "GET, HEAD"),))
+        await show_page(client)
+        return
+    first, *more = head.path.removeprefix("/admin/api/").split("/", 2)
+    name = urllib.parse.unquote(more[0]) if more else ""
+    route = ADMIN_ROUTES.get((head.method, "/".join([first, *["*"] * bool(more), *more[1:]])))
+    if route is None or not head.path.startswith("/admin/api/"):
+        raise BadRequest(f"There is nothing at {printable(head.method)} {printable(head.path)}.", status=404, code="not_found")
+    if head.method == "POST":
+        guard.check_change(client)
+    ask = Ask(client, None, dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True)), name=name)
+    if route.who != "anybody":
+        ask.key = guard.who(client)
+        if ask.key is not None and route.who == "admin":
+            raise Forbidden("An API key opens the view of its holder only. This needs the admin login: python pomex.py "
+                            "admin-url, or [server] admin_token.", code="admin_only")
+    if head.method == "POST" and route.function is not play:
+        ask.body = body_object(await client.body())
+    answer = await route.function(gateway, ask)
+    if answer is not None:
+        await client.answer(200, API_HEADERS, compact(answer).encode())
+
+
+def body_object(data: bytes) -> JSON:
+    try:
+        body = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise BadRequest("The body must be a JSON object.")
+    return body
+
+
+def text_field(body: JSON, name: str, default: str = "", most: int = 1000) -> str:
+    value = body.get(name, default)
+    if not isinstance(value, str) or len(value) > most:
+        raise BadRequest(f"{name} must be text.", param=name)
+    return value.strip()
+
+
+async def log_in(gateway: Gateway, ask: Ask) -> None:
+    client, guard = ask.client, gateway.guard
+    kind, key = guard.log_in(client, text_field(ask.body, "token", most=200))
+    token = open_session(gateway.ledger, kind, key.id if key else 0, SESSION_S, client.started_s)
+    secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
+    cookie = (f"{guard.cookie(client)}={token}; Path=/admin; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
+              + "; Secure" * secure)
+    log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
+    await client.answer(200, [*API_HEADERS, ("set-cookie", cookie)], compact({"role": kind}).encode())
+
+
+async def log_out(gateway: Gateway, ask: Ask) -> None:
+    cookies = dict(pair.strip().partition("=")[::2] for pair in ask.client.head.headers.get("cookie").split(";"))
+    name = gateway.guard.cookie(ask.client)
+    close_session(gateway.ledger, cookies.get(name, ""))
+    await ask.client.answer(200, [*API_HEADERS, ("set-cookie", f"{name}=; Path=/admin; Max-Age=0; HttpOnly; SameSite=Strict")],
+                             b"{}")
+
+
+async def show_session(gateway: Gateway, ask: Ask) -> JSON:
+    now_s, host, key = time.time(), ask.client.connection.server.address, ask.key
+    keys = [each for each in gateway.ledger.list_keys() if not each.revoked_s and not 0 < each.expires_s <= now_s]
+    budget = await key_budget(gateway, key) if key else None
+    return {"role": "key" if key else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
+            "address": f"{host[0]}:{host[1]}", "open": open_count(gateway, ask.key_id), "key": budget,
+            "counts": {"keys": len(keys), "models": len(model_names(gateway, key)), "providers": len(gateway.config.providers)}}
+
+
+def open_count(gateway: Gateway, key_id: int) -> int:
+    return sum(key_id in (0, intent.key_id) for intent in gateway.ledger.open_requests())
+
+
+async def key_budget(gateway: Gateway, key: Key) -> JSON:
+    row = next(row for row in await gateway.watch.reader.ask(key_rows, time.time()) if row["id"] == key.id)
+    return row
+
+
+def model_names(gateway: Gateway, key: Key | None) -> list[str]:
+    return [name for name in gateway.catalogue.names if key is None or key.may_use(name)]
+
+
+async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
+    """Asked for again with every request that comes: all who watch share an answer for a second."""
+    now_s = time.time()
+    day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
+    since_ms, slots = ask.number("since", day_ago_ms, MAX_NUMBER), ask.number("slots", 24, 400)
+    step_ms = ask.number("step", 3_600_000, 366 * DAY_MS)
+    wanted = since_ms, max(step_ms, HALF_HOUR_MS), slots, ask.key_id
+    made_s, answer = gateway.overviews.get(wanted, (0.0, {}))
+    if not 0 <= now_s - made_s < LOOK_EVERY_S:
+        answer = await gateway.watch.reader.ask(overview, *wanted[:3], now_s, ask.key_id)
+        rows = await gateway.watch.reader.ask(usage_rows, {}, MAX_NUMBER, 10, ask.key_id)
+        answer["latest"] = [gateway.watch.row_view(row) for row in rows]
+        answer["providers"] = await provider_views(gateway) if ask.key is None else []
+        gateway.overviews = {**dict(list(gateway.overviews.items())[-15:]), wanted: (now_s, answer)}
+    return {**answer, "open": open_count(gateway, ask.key_id)}
+
+
+PAGING = ("cursor", "limit", "sums")
+
+
+async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
+    """A page of the log; with the first one the sums of all that the filters let through."""
+    filters = {name: text for name, text in ask.query.items() if name not in PAGING and text}
+    before, limit, read = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.watch.reader.ask
+    sums = await read(usage_sums, filters, ask.key_id) if "cursor" not in ask.query else None
+    rows = await read(usage_rows, filters, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
+    return {"rows": [gateway.watch.row_view(row) for row in rows[:limit]], "sums": sums,
+            "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
+
+
+async def export_usage(gateway: Gateway, ask: Ask) -> None:
+    """The filtered log whole, as CSV or JSON lines, newest first, a part at a time."""
+    client, before, csv = ask.client, MAX_NUMBER, ask.client.head.path.endswith(".csv")
+    filters = {name: text for name, text in ask.query.items() if name not in PAGING and text}
+    kind = "text/csv" if csv else "application/jsonl"
+    await client.start(200, [("content-type", f"{kind}; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
+                             ("content-disposition", f"attachment; filename=pomex-usage.{'csv' if csv else 'jsonl'}")])
+    await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if csv else b"")
+    while rows := await gateway.watch.reader.ask(usage_rows, filters, before, 1000, ask.key_id):
+        before = rows[-1]["id"]
+        await client.write("".join(csv_line(row.values()) + "\r\n" if csv else compact(row) + "\n" for row in rows).encode())
+    await client.end()
+
+
+async def show_request(gateway: Gateway, ask: Ask) -> JSON:
+    found = await gateway.watch.reader.ask(one_request, ask.name, ask.key_id)
+    if found is None:
+        raise BadRequest("There is no such request here: perhaps its line was pruned.", status=404, code="not_found")
+    row, lost = found
+    lines = [{**line, "parts": cost_parts(line)} for line in (*lost, row)]
+    return {"row": gateway.watch.row_view(row), "lines": lines, "trace": gateway.watch.traces.get(ask.name),
+            "facts": {"now_ms": int(time.time() * 1000)}}
+
+
+def cost_parts(line: JSON) -> list[JSON]:
+    """What a line's cost is made of: tokens times price (USD a million) = nano-dollars, each rounded for the eye alone."""
+    rate = price_of(line["price"])
+    if rate is None:
+        return []
+    fresh = line["input"] - line["cached"] - line["cache_write"]
+    parts = [("input", fresh, rate.input), ("cached input", line["cached"], rate.cache_read),
+             ("written to cache", line["cache_write"] - line["cache_write_1h"], rate.cache_write),
+             ("written to cache, kept long", line["cache_write_1h"], rate.cache_write_1h),
+             ("output", line["output"], rate.output), ("web searches", line["web_searches"], rate.search)]
+    return [{"what": what, "count": count, "picos": picos, "nanos": count * picos * line["multiplier"] // 1_000_000_000}
+            for what, count, picos in parts if count]
+
+
+async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
+    rows = await gateway.watch.reader.ask(key_rows, time.time())
+    accounts = [dataclasses.asdict(each) for each in list_accounts(gateway.ledger, time.time())]
+    return {"keys": rows, "accounts": accounts, "now_s": int(time.time()), "models": gateway.catalogue.names}
+
+
+def whole(body: JSON, name: str, most: int = 10**9) -> int:
+    value = body.get(name) or 0
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 12:
+        value = int(value)
+    if type(value) is not int or not 0 <= value <= most:
+        raise BadRequest(f"{name} must be a whole number from 0 to {most}.", param=name)
+    return value
+
+
+def money(body: JSON, name: str, unit: int = 10**9, least: int = 0) -> int | None:
+    """US dollars as they were typed, in nano-dollars; None where the field is empty."""
+    text = text_field(body, name, most=30).replace(",", "").removeprefix("$")
+    if not text:
+        return None
+    try:
+        number = decimal.Decimal(text) * unit
+        if not number.is_finite() or number != int(number) or not least <= number < 2**60:
+            raise ValueError
+    except (ValueError, ArithmeticError):
+        raise BadRequest("This must be an amount like 50 or 12.50.", param=name) from None
+    return int(number)
+
+
+def key_changes(gateway: Gateway, body: JSON) -> dict[str, Any]:
+    """The settings of a key that stand in a form; what does not stand there stays as it is."""
+    changes: dict[str, Any] = {name: whole(body, name) for name in ("rpm", "tpm", "concurrent") if name in body}
+    if "budget" in body:
+        changes["budget_nanos"] = money(body, "budget")
+    if "period" in body:
+        changes["period"] = text_field(body, "period")
+        if changes["period"] not in PERIODS:
+            raise BadRequest(f"period must be one of {', '.join(PERIODS)}.", param="period")
+    if "models" in body:
+        changes["models"] = " ".join(text_field(body, "models").replace(",", " ").split())
+        if not re.fullmatch(r"[!-~ ]*", changes["models"]):
+            raise BadRequest("Models are patterns like openai/*, with commas between them.", param="models")
+    if "expires_days" in body:
+        days = whole(body, "expires_days", 36500)
+        changes["expires_s"] = int(time.time()) + days * 86400 if days else 0
+    if "account" in body:
+        changes["account_id"] = account_named(gateway.ledger, text_field(body, "account"))
+    return changes
+
+
+async def create_key(gateway: Gateway, ask: Ask) -> JSON:
+    """The one answer that holds a key."""
+    name = text_field(ask.body, "name")
+    token = gateway.ledger.create_key(name, time.time(), **key_changes(gateway, ask.body))
+    gateway.watch.tell(News("key", {"name": name}, 0))
+    return {"name": name, "token": token}
+
+
+def active_name(gateway: Gateway, ask: Ask) -> str:
+    found = [key.name for key in gateway.ledger.list_keys() if str(key.id) == ask.name and not key.revoked_s]
+    if not found:
+        raise BadRequest("There is no such active key.", status=404, code="not_found")
+    return found[0]
+
+
+async def edit_key(gateway: Gateway, ask: Ask) -> JSON:
+    name, changes = active_name(gateway, ask), key_changes(gateway, ask.body)
+    if changes:
+        gateway.ledger.edit_key(name, time.time(), **changes)
+    gateway.watch.tell(News("key", {"name": name}, 0))
+    return {"name": name}
+
+
+async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
+    name = active_name(gateway, ask)
+    gateway.ledger.revoke_key(name, time.time())
+    gateway.watch.tell(News("key", {"name": name}, 0))
+    return {"name": name}
+
+
+async def new_account(gateway: Gateway, ask: Ask) -> JSON:
+    name, multiplier = text_field(ask.body, "name"), money(ask.body, "multiplier", ONE)
+    create_account(gateway.ledger, name, bool(ask.body.get("prepaid")), money(ask.body, "limit"),
+                   ONE if multiplier is None else multiplier, time.time())
+    return {"name": name}
+
+
+async def enter_credit(gateway: Gateway, ask: Ask) -> JSON:
+    nanos, reason = money(ask.body, "amount", least=-2**60), text_field(ask.body, "reason", most=200)
+    if not nanos:
+        raise BadRequest("This must be an amount like 50 or 12.50.", param="amount")
+    if nanos < 0 and not reason:
+        raise BadRequest("Taking credit away needs its reason.", param="reason")
+    add_credit(gateway.ledger, ask.name, nanos, "adjustment" if reason else "top-up", reason, time.time())
+    return {"name": ask.name}
+
+
+async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
+    try:
+        month = datetime.datetime.strptime(ask.query.get("month", ""), "%Y-%m").replace(tzinfo=datetime.UTC)
+    except ValueError:
+        raise BadRequest("month must be like 2026-11.", param="month") from None
+    first, after = period_bounds("month", month.timestamp())
+    return {"account": ask.name, "first_day": first, "last_day": after - 1,
+            **statement_rows(gateway.ledger, account_named(gateway.ledger, ask.name), first, after - 1)}
+
+
+async def show_models(gateway: Gateway, ask: Ask) -> JSON:
+    """What can be asked for, what it costs, and what a missing key would add."""
+    rows = [model_view(gateway, name) for name in model_names(gateway, ask.key)]
+    missing = [{"name": row.name, "env_key": row.env_key} for name, row in BUILTIN_PROVIDERS.items()
+               if name not in gateway.config.providers and row.env_key]
+    open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
+    return {"models": rows, "missing": [] if ask.key else missing, "any": open_ended, "prices_date": PRICES_DATE}
+
+
+def model_view(gateway: Gateway, name: str) -> JSON:
+    try:
+        targets = gateway.catalogue.targets(name)
+    except BadRequest as error:         # described, but of a provider that is not configured
+        return {"name": name, "targets": [], "price": None, "state": str(error)}
+    provider, model = targets[0]
+    tariff, facts = gateway.prices.tariff(provider.name, model, name), gateway.catalogue.facts(name)
+    configured = gateway.config.models.get(name)
+    return {"name": name, "targets": [f"{each.name}:{upstream}" for each, upstream in targets], "state": "ready",
+            "price": tariff.base.split() if tariff else None, "long_over": tariff.over if tariff else 0,
+            "long": tariff.long.split() if tariff else [], "peak": tariff.peak if tariff else 1,
+            "changes": [{"day": day, "price": text.split()} for day, text in tariff.changes] if tariff else [],
+            "source": "pomex.toml" if f"{provider.name}/{model}" in gateway.prices.configured else f"table of {PRICES_DATE}",
+            "context": facts.context_window if facts else 0, "max_output": facts.max_output if facts else 0,
+            "description": configured.description if configured else DEMO_MODELS.get(model, "") * (provider.wire_api == "demo")}
+
+
+async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
+    missing = [{"name": row.name, "env_key": row.env_key} for name, row in BUILTIN_PROVIDERS.items()
+               if name not in gateway.config.providers and row.env_key]
+    return {"providers": await provider_views(gateway), "missing": missing}
+
+
+async def provider_views(gateway: Gateway) -> list[JSON]:
+    """How each provider did in the last hour."""
+    now_ms = int(time.time() * 1000)
+    since_ms = now_ms // 60_000 * 60_000 - 59 * 60_000
+    read = gateway.watch.reader.ask
+    minutes = await read(provider_minutes, since_ms)
+    times = await read(latencies, since_ms, 0)
+    out, running = left_out(gateway), collections.Counter(intent.provider for intent in gateway.ledger.open_requests())
+    views = []
+    for name, provider in gateway.config.providers.items():
+        strip = [[0, 0] for _ in range(60)]
+        for who, minute, count, failed in minutes:
+            if who == name and 0 <= minute < 60:
+                strip[minute] = [count, failed]
+        views.append({
+            "name": name, "wire_api": provider.wire_api, "base_url": provider.base_url, "local": provider.local,
+            "key_source": provider.key_source, "state": out[name][0] if name in out else provider_state(strip),
+            "back_s": out[name][1] if name in out else 0,
+            "minutes": strip, "open": running[name],
+            "requests": sum(count for count, _ in strip), "failed": sum(failed for _, failed in strip),
+            "first_ms": percentiles(first_ms for who, first_ms, _ in times if who == name and first_ms),
+            "total_ms": percentiles(total_ms for who, _, total_ms in times if who == name),
+            "error": gateway.watch.errors.get(name)})
+    return views
+
+
+def left_out(gateway: Gateway) -> dict[str, tuple[str, int]]:
+    """provider -> (left out or recovering, seconds until it is tried again), where the router leaves a target out."""
+    health = getattr(gateway.router, "health", None)
+    rows = health.rows(asyncio.get_running_loop().time()) if health else []
+    words = {"open": "left out", "half-open": "recovering"}
+    return {re.split("[:#]", id)[0]: (words[state], math.ceil(left_s)) for id, state, _, left_s in rows if state in words}
+
+
+def provider_state(strip: Sequence[Sequence[int]]) -> str:
+    """By its newest minutes that had requests: the last one failed wholly, one of five did, or none."""
+    seen = [failed / count for count, failed in strip if count][-5:]
+    return "no requests" if not seen else "failing" if seen[-1] > 0.5 else "recovering" if max(seen) > 0.5 else "healthy"
+
+
+async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
+    """Asks a provider for its list of models: proves address, certificate and key, and costs nothing."""
+    provider = gateway.config.providers.get(ask.name)
+    if provider is None:
+        raise BadRequest("There is no such provider.", status=404, code="not_found")
+    started = time.monotonic()
+    if provider.wire_api == "demo":
+        return {"ok": True, "ms": 0, "text": "The demo works offline."}
+    headers = [("accept", "application/json"), *provider.http_headers.items()]
+    headers += WIRES[provider.wire_api].auth(provider.api_key) if provider.api_key else []
+    try:
+        exchange = await gateway.router.upstream.exchange(provider, "GET", "/models", headers, b"")
+        try:
+            body = await exchange.read_all(1 << 22)
+        finally:
+            await exchange.close()
+        if exchange.status >= 400:
+            raise provider_error(exchange.status, exchange.headers, body, time.time())
+    except GatewayError as error:
+        return {"ok": False, "ms": int((time.monotonic() - started) * 1000), "text": str(error)}
+    return {"ok": True, "ms": int((time.monotonic() - started) * 1000), "text": f"It answers ({exchange.status})."}
+
+
+async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
+    """What the set-up page checks. {ORIGIN} is where the browser found the page: the page itself puts it in."""
+    watch, now_s = gateway.watch, time.time()
+    names = model_names(gateway, ask.key)
+    model = best_model(gateway.config, [name for name in names if not name.startswith("demo/")], ask.key)
+    mine = [trace for trace in reversed(watch.traces.values()) if ask.key_id in (0, trace["key_id"])]
+    rows = await watch.reader.ask(usage_rows, {}, MAX_NUMBER, 1, ask.key_id)
+    keys = [key for key in gateway.ledger.list_keys() if not key.revoked_s and not 0 < key.expires_s <= now_s]
+    return {"model": model, "block": codex_block("{ORIGIN}", model), "keys": 1 if ask.key else len(keys),
+            "providers": [name for name in gateway.config.providers if name != "demo"],
+            "demo": "demo" in gateway.config.providers, "codex": next((trace for trace in mine if trace["codex"]), None),
+            "latest": watch.row_view(rows[0]) if rows else None,
+            "refused": [item for item in watch.refused if ask.key_id in (0, item["key_id"])]}
+
+
+async def play(gateway: Gateway, ask: Ask) -> None:
+    """A request from the playground: the holder's own, else billed to a key that nobody else has."""
+    key = ask.key
+    if key is None:
+        mine = [each for each in gateway.ledger.list_keys() if each.name == PLAY_KEY and not each.revoked_s]
+        if not mine:
+            gateway.ledger.create_key(PLAY_KEY, time.time())
+            mine = gateway.ledger.list_keys()[-1:]
+        key = mine[0]
+    await respond(gateway, ask.client, key)
+
+
+async def live(gateway: Gateway, ask: Ask) -> None:
+    """The live feed (SSE): usage rows, refusals, changed keys. Ends with the session, or when the gateway stops."""
+    client, watch = ask.client, gateway.watch
+    await client.start(200, STREAM_HEADERS)
+    with watch.watching(ask.key_id) as queue:
+        await client.write(b"retry: 2000\n\n: hello\n\n")
+        if re.fullmatch(r"[0-9]{1,15}", last := client.head.headers.get("last-event-id")):
+            for row in await watch.reader.ask(rows_after, int(last), 100, ask.key_id):
+                await client.write(news_frame(News("usage", watch.row_view(row), row["key_id"], row["id"])))
+        checked = time.monotonic()
+        while queue in watch.watchers and not gateway.draining():
+            with contextlib.suppress(TimeoutError):
+                news = await asyncio.wait_for(queue.get(), LOOK_EVERY_S)
+                await client.write(news_frame(news))
+            if time.monotonic() - checked >= SIGN_OF_LIFE_S:
+                checked = time.monotonic()
+                gateway.guard.who(client)           # the session may have ended meanwhile
+                await client.write(b": \n\n")
+    await client.end()
+
+
+def news_frame(news: News) -> bytes:
+    number = f"id: {news.row_id}\n" if news.row_id else ""
+    return f"{number}event: {news.kind}\ndata: {compact(news.data)}\n\n".encode()
+
+
+class AdminRoute(NamedTuple):
+    function: Callable[[Gateway, Ask], Awaitable[JSON | None]]
+    who: str = "admin"          # admin | holder: the administrator too, the answer narrowed to the key | anybody
+
+
+ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
+    ("POST", "login"): AdminRoute(log_in, "anybody"),
+    ("POST", "logout"): AdminRoute(log_out, "anybody"),
+    ("GET", "session"): AdminRoute(show_session, "holder"),
+    ("GET", "overview"): AdminRoute(show_overview, "holder"),
+    ("GET", "usage"): AdminRoute(show_usage, "holder"),
+    ("GET", "usage.csv"): AdminRoute(export_usage, "holder"),
+    ("GET", "usage.jsonl"): AdminRoute(export_usage, "holder"),
+    ("GET", "usage/*"): AdminRoute(show_request, "holder"),
+    ("GET", "models"): AdminRoute(show_models, "holder"),
+    ("GET", "setup"): AdminRoute(show_setup, "holder"),
+    ("GET", "events"): AdminRoute(live, "holder"),
+    ("POST", "playground"): AdminRoute(play, "holder"),
+    ("GET", "keys"): AdminRoute(show_keys),
+    ("POST", "keys"): AdminRoute(create_key),
+    ("POST", "keys/*"): AdminRoute(edit_key),
+    ("POST", "keys/*/revoke"): AdminRoute(revoke_key),
+    ("POST", "accounts"): AdminRoute(new_account),
+    ("POST", "accounts/*/credit"): AdminRoute(enter_credit),
+    ("GET", "accounts/*/statement"): AdminRoute(show_statement),
+    ("GET", "providers"): AdminRoute(show_providers),
+    ("POST", "providers/*/test"): AdminRoute(test_provider),
 }
 
 
@@ -10039,6 +11122,8 @@ class Server:
 def log_access(client: Client, status: int) -> None:
     """One line a request: status, then what its handler noted, or method and path."""
     head = client.head
+    if head.path.startswith("/admin") and status < 400 and not client.note:
+        return                  # an open dashboard asks every few seconds
     log.info("%d %s", status, client.note or f"-  {printable(head.method)} {printable(head.path)}")
 
 
@@ -10055,6 +11140,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         upstream = Upstream(os.environ)
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
+        stack.callback(gateway.watch.reader.close)
         server = Server(gateway.handle, config.server, log_access)
         gateway.draining = lambda: server.draining
         await server.start()
@@ -10071,11 +11157,6 @@ UNAVAILABLE, NO_PERMISSION, BAD_CONFIG, INTERRUPTED = 69, 77, 78, 130   # sysexi
 PROBE_TIMEOUT_S = 0.3           # for one question to a port of this machine: who is up answers in a few ms
 PROBE_MAX_BYTES = 1 << 20
 ALWAYS_LISTED = ("openai", "anthropic", "google")       # providers named at start even without a key
-CODING_MODELS = {       # for the block that is printed; a client may ask for any other
-    "openai": "gpt-5.3-codex", "anthropic": "claude-sonnet-5-5", "google": "gemini-pro-latest",
-    "openrouter": "openai/gpt-5.3-codex", "xai": "grok-build-latest", "deepseek": "deepseek-v4-pro",
-    "mistral": "devstral-latest", "groq": "openai/gpt-oss-120b",
-}
 
 # --- 13.1 arguments and configuration -------------------------------------------------------------
 
@@ -10124,7 +11205,7 @@ def command_parser() -> CommandParser:
     add(commands, "check", run_check, "check the configuration, contacting nobody")
     add_money_commands(commands, add, listing)
     add(commands, "models", run_models, "list the models that can be asked for", listing)
-    add(commands, "codex", run_codex, "print the configuration for Codex")
+    add_first_run_commands(commands, add)
     return parser
 
 
@@ -10324,16 +11405,6 @@ def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
     return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
 
 
-def codex_block(url: str, model: str) -> list[str]:
-    """The lines for ~/.codex/config.toml. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of
-    models from it, so it is left out for a model of which they know more than we do."""
-    lines = ['model_provider = "pomex"', f"model = {json.dumps(model)}", "", "[model_providers.pomex]",
-             'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
-             f'base_url = "{url}/v1"', 'env_key = "POMEX_API_KEY"', 'wire_api = "responses"']
-    known = model.rpartition("/")[2] in KNOWN_TO_CODEX
-    return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
-
-
 def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Every model that is known by name, with its providers in the order they are tried."""
     catalogue, models = Catalogue(config, found), {}
@@ -10345,9 +11416,8 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 
 def codex_model(config: Config, found: Mapping[str, Sequence[str]]) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
-    usual = [f"{name}/{CODING_MODELS[name]}" for name in config.providers if name in CODING_MODELS]
     known = [name for name, providers in listed_models(config, found).items() if providers != ["demo"]]
-    return next(iter([*config.models, *usual, *known]), "demo/echo")
+    return best_model(config, known)
 
 
 # --- 13.4 serve -----------------------------------------------------------------------------------
@@ -10407,7 +11477,7 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
         say(f"Keys          {active} active. New one: python pomex.py keys create NAME")
     else:
         say("", *first_key_lines(ledger.create_key("first", time.time()), config.database.path),
-            "", "Codex: put this into ~/.codex/config.toml",
+            "", "Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write",
             *(f"  {line}".rstrip() for line in codex_block(url, codex_model(config, found))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
     for warning in config_warnings(config) if config.path else ():
@@ -10415,7 +11485,7 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
     if not is_loopback(config.server.host):
         say("Warning       Anybody on this network can reach Pomex. Keys are required on every call"
             + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
-    say("", f"Listening on  {url}   Ctrl-C stops it")
+    say("", dashboard_line(ledger, url), f"Listening on  {url}   Ctrl-C stops it")
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -10528,13 +11598,6 @@ def run_models(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_codex(args: argparse.Namespace) -> int:
-    config, found = asyncio.run(surveyed(read_config(args)))
-    url = public_url(config.server, (config.server.host, config.server.port))
-    print(*codex_block(url, codex_model(config, found)), sep="\n")
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = command_parser()
@@ -10557,6 +11620,423 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+# --- 13.7 the first five minutes ------------------------------------------------------------------
+
+DOCTOR_WAIT_S = 60.0            # for one answer of a model
+
+
+def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> None:
+    add(commands, "admin-url", run_admin_url, "print a link that opens the dashboard once")
+    add(commands, "init", run_init, "write a pomex.toml of what is found on this machine").add_argument(
+        "file", metavar="FILE", nargs="?", default="pomex.toml")
+    codex = add(commands, "codex", run_codex, "print the configuration for Codex, or put it in place")
+    codex.add_argument("--model", help="the model to begin with")
+    form = codex.add_mutually_exclusive_group()
+    form.add_argument("--write", action="store_true", help="merge it into Codex's config.toml; a .bak is kept")
+    form.add_argument("--undo", action="store_true", help="put the .bak back")
+    form.add_argument("--run", dest="start", action="store_true", help="start codex with it, changing no file: --run -- PROMPT")
+    codex.add_argument("prompt", nargs="*", metavar="PROMPT", help="arguments of codex")
+    doctor = add(commands, "doctor", run_doctor, "find what keeps Codex from working")
+    doctor.add_argument("--live", action="store_true", help="ask each provider, too; says what that cost")
+    add(commands, "completion", run_completion, "print a completion script").add_argument("shell", choices=("bash", "zsh"))
+
+
+def own_url(config: Config) -> str:
+    return public_url(config.server, (config.server.host, config.server.port))
+
+
+def login_link(ledger: Ledger, url: str) -> str:
+    return f"{url}/admin#login={open_session(ledger, 'link', 0, LOGIN_LINK_S, time.time())}"
+
+
+def run_admin_url(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    with contextlib.closing(open_ledger(config)) as ledger:
+        print(login_link(ledger, own_url(config)))
+    say("It opens the dashboard once, within ten minutes.")
+    return 0
+
+
+def dashboard_line(ledger: Ledger, url: str) -> str:
+    """The link itself is a secret: on a terminal only."""
+    if sys.stderr.isatty():
+        return f"Dashboard     {login_link(ledger, url)} (one use, 10 minutes)"
+    return f"Dashboard     {url}/admin (log in with a link: python pomex.py admin-url)"
+
+
+# init
+
+def run_init(args: argparse.Namespace) -> int:
+    """Never overwrites."""
+    config, found = asyncio.run(detect(load_config("", "", os.environ, read_text), os.environ))
+    text = init_text(config, found, os.path.isfile(config.database.path))
+    try:
+        with open(os.open(args.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        say(f"{args.file} is there already; nothing was written.")
+        return 1
+    providers = sum(name != "demo" for name in config.providers)
+    lines = text.count("\n")
+    say(f"Wrote {args.file} (mode 600, {lines} lines, {plural(providers, 'provider')} found). Check it: python pomex.py check")
+    return 0
+
+
+def init_text(config: Config, found: Mapping[str, Sequence[str]], keep_database: bool) -> str:
+    database = config.database.url if keep_database else "sqlite:pomex.db"
+    lines = ["# Pomex. Every key with its meaning and default: pomex.toml.example", "", "[server]", '# host = "127.0.0.1"',
+             "# port = 7663", '# public_hosts = ["pomex.example"]     # the name by which a proxy in front calls it',
+             '# admin_token = "env:POMEX_ADMIN"        # opens the admin API to machines', "", "[database]",
+             f"url = {json.dumps(database)}", ""]
+    for name, provider in config.providers.items():
+        if name != "demo":
+            lines += [f"[providers.{json.dumps(name) if '.' in name else name}]",
+                      f'env_key = "{provider.env_key}"' if provider.env_key else f'base_url = "{provider.base_url}"']
+            lines += [] if provider.env_key else [f'wire_api = "{provider.wire_api}"']
+            lines += [f"# models = {json.dumps(list(found.get(name, ['*']))[:20])}", ""]
+    if not any(name != "demo" for name in config.providers):
+        lines += ["# [providers.openai]", '# env_key = "OPENAI_API_KEY"', ""]
+    return "\n".join([*lines, "# A model of your own naming, with failover:", '# [models."team/coder"]',
+                      '# targets = ["openai:gpt-5.3-codex", "anthropic:claude-sonnet-5-5"]', ""])
+
+
+# codex
+
+def run_codex(args: argparse.Namespace) -> int:
+    config, found = asyncio.run(surveyed(read_config(args)))
+    model = args.model or codex_model(config, found)
+    block = codex_block(own_url(config), model)
+    folder = pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+    if args.undo:
+        return undo_codex(folder / "config.toml")
+    if args.write:
+        return write_codex(folder / "config.toml", block)
+    if args.start:
+        return start_codex(config, block, args.prompt)
+    print(*block, sep="\n")
+    return 0
+
+
+def with_block(text: str, block: Sequence[str]) -> str:
+    """The text of a config.toml with our keys in it. ConfigError where more than those would change."""
+    wanted = tomllib.loads("\n".join(block))
+    split = block.index("")
+    before, after = tomllib.loads(text), text.splitlines()
+    headers = [number for number, line in enumerate(after) if re.match(r"\s*\[", line)]
+    tables = {toml_path(after[number].strip()): number for number in headers}
+    ours = tables.get(("model_providers", "pomex"))
+    if ours is None:
+        after += [*([""] if not after or after[-1].strip() else []), *block[split + 1:]]
+    else:
+        end = next((number for number in headers if number > ours), len(after))
+        kept = [line for line in after[ours + 1:end]
+                if toml_path(line)[:1] not in [(name,) for name in wanted["model_providers"]["pomex"]]]
+        after[ours + 1:end] = [*block[split + 2:], *kept]
+    top = headers[0] if headers else (len(after) if ours else len(text.splitlines()))
+    for line in reversed(block[:split]):
+        name = toml_path(line)
+        at = next((number for number in range(top) if toml_path(after[number]) == name), None)
+        if at is None:
+            after.insert(0, line)
+            top += 1
+        else:
+            after[at] = line
+    merged = "\n".join(after) + "\n"
+    if others(tomllib.loads(merged), wanted) != others(before, wanted) or not holds(tomllib.loads(merged), wanted):
+        raise ConfigError("Its form is one that cannot be changed safely here. Put this in by hand:\n\n" + "\n".join(block))
+    return merged
+
+
+def others(config: JSON, wanted: JSON) -> JSON:
+    """A configuration without what is ours."""
+    left = {name: value for name, value in config.items() if name not in wanted}
+    providers = {name: value for name, value in config.get("model_providers", {}).items() if name != "pomex"}
+    pomex = {name: value for name, value in config.get("model_providers", {}).get("pomex", {}).items()
+             if name not in wanted["model_providers"]["pomex"]}
+    return {**left, "model_providers": {**providers, **({"pomex": pomex} if pomex else {})}}
+
+
+def holds(config: JSON, wanted: JSON) -> bool:
+    return all(holds(config.get(name, {}), value) if isinstance(value, dict) else config.get(name) == value
+               for name, value in wanted.items())
+
+
+def show_difference(path: pathlib.Path, before: str, after: str) -> None:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), home_short(str(path)), "after", "", "", 2, "")
+    say(*lines)
+
+
+def replace_file(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all, for this user alone."""
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(fresh, path)
+
+
+def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()                   # dotfiles are often links into a repository
+    before, backup = read_text(str(path)) if path.exists() else "", path.with_name(path.name + ".bak")
+    try:
+        after = with_block(before, block)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{home_short(str(path))} is not TOML: {error}. Nothing was changed.") from None
+    if after == before:
+        say(f"{home_short(str(path))} has it already.")
+        return 0
+    if not backup.exists():                 # an older one holds what was there before Pomex
+        replace_file(backup, before)
+    replace_file(path, after)
+    show_difference(path, before, after)
+    say("", f"Wrote {home_short(str(path))}; what was there is in {backup.name}. Back: python pomex.py codex --undo")
+    if not os.environ.get("POMEX_API_KEY"):
+        say("Now export POMEX_API_KEY in the shell that starts codex. A new key: python pomex.py keys create NAME")
+    return 0
+
+
+def undo_codex(path: pathlib.Path) -> int:
+    path = path.resolve()
+    backup = path.with_name(path.name + ".bak")
+    if not backup.exists():
+        say(f"There is no {home_short(str(backup))}: nothing to undo.")
+        return 1
+    now, before = read_text(str(path)) if path.exists() else "", read_text(str(backup))
+    show_difference(path, now, before)
+    if before:
+        os.replace(backup, path)
+    else:                                   # there was no file
+        path.unlink(missing_ok=True)
+        backup.unlink()
+    say("", f"{home_short(str(path))} is as it was before Pomex.")
+    return 0
+
+
+def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) -> int:
+    """Takes this process's place; a key of its own ends within a day."""
+    path = next((f"{folder}/codex" for folder in os.get_exec_path() if os.access(f"{folder}/codex", os.X_OK)), "")
+    if not path:
+        say("There is no codex in PATH. Install it with: npm install -g @openai/codex")
+        return UNAVAILABLE
+    split = block.index("")
+    names = [*block[:split], *(f"model_providers.pomex.{line.replace(' = ', '=', 1)}" for line in block[split + 2:])]
+    overrides = [word for line in names for word in ("-c", line.replace(" = ", "=", 1))]
+    if not os.environ.get("POMEX_API_KEY"):
+        with contextlib.closing(open_ledger(config)) as ledger:
+            name = f"codex-run-{secrets.token_hex(3)}"
+            os.environ["POMEX_API_KEY"] = ledger.create_key(name, time.time(), int(time.time()) + 86400)
+        say(f"Key {name} created for this run; it ends in a day.")
+    os.execv(path, [path, *overrides, *arguments])     # noqa: S606
+
+
+# doctor
+
+class Finding(NamedTuple):
+    what: str
+    state: str              # ok | wrong | missing
+    text: str
+    fix: str = ""
+
+
+async def ask_http(url: str, method: str, path: str, key: str, body: JSON | None = None) -> tuple[int, bytes]:
+    """(status, body) of one request to a gateway on this machine. OSError, or GatewayError: it did not answer."""
+    parts, data = urllib.parse.urlsplit(url), b"" if body is None else compact(body).encode()
+    async with asyncio.timeout(DOCTOR_WAIT_S):
+        context = ssl.create_default_context() if parts.scheme == "https" else None
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=context)
+        try:
+            head = [("host", parts.netloc), ("content-type", "application/json"), ("connection", "close"),
+                    ("content-length", str(len(data))), *([("authorization", f"Bearer {key}")] if key else [])]
+            writer.write(request_bytes(method, path, head, data))
+            answer, status, received = ResponseReader(Limits()), 0, b""
+            answer.start(method)
+            while (piece := answer.next()) is not END:
+                if piece is NEED_DATA:
+                    more = await reader.read(65536)
+                    answer.feed(more) if more else answer.feed_eof()
+                elif isinstance(piece, bytes):
+                    received += piece
+                else:
+                    status = piece.status
+            return status, received
+        finally:
+            writer.close()
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    findings = asyncio.run(examine(config, args.live))
+    for line, finding in zip(table_lines([finding[:3] for finding in findings]), findings):
+        print(line + (f"   fix: {finding.fix}" if finding.fix else ""))
+    problems = sum(finding.state != "ok" for finding in findings)
+    print(plural(problems, "problem"))
+    return 1 if problems else 0
+
+
+async def examine(config: Config, live: bool) -> list[Finding]:
+    url, key = own_url(config), os.environ.get("POMEX_API_KEY", "")
+    health = await get_json(url + "/health")
+    up = isinstance(health, dict) and health.get("status") == "ok"
+    found = [Finding("gateway", "ok", f"{url} answers, Pomex {health['version']}") if up and isinstance(health, dict)
+             else Finding("gateway", "missing", f"nothing of Pomex answers at {url}", "python pomex.py serve")]
+    found += [await codex_program(), *codex_file(url)]
+    if not key:
+        return [*found, Finding("key", "missing", "POMEX_API_KEY is not set in this shell",
+                                'python pomex.py keys create NAME, then export POMEX_API_KEY="sk-rh-..."')]
+    if not up:
+        return found
+    try:
+        status, body = await ask_http(url, "GET", "/v1/key", key)
+        answer = json.loads(body)
+        if status != 200:
+            return [*found, Finding("key", "wrong", answer["error"]["message"], "python pomex.py keys create NAME")]
+        found.append(Finding("key", "ok", f"POMEX_API_KEY is set in this shell and is key {answer['data']['label']}"))
+        found += [await model_listed(url, key), *[await demo_stream(url, key, *row) for row in DEMO_CHECKS]]
+        return found + (await live_checks(config, url, key) if live else [])
+    except (OSError, ValueError, GatewayError) as error:
+        return [*found, Finding("requests", "wrong", f"the gateway broke off: {error}")]
+
+
+async def codex_program() -> Finding:
+    try:
+        process = await asyncio.create_subprocess_exec("codex", "--version", stdout=-1, stderr=-3, stdin=-3)    # -1: a pipe
+        out, _ = await asyncio.wait_for(process.communicate(), 20)
+    except (OSError, TimeoutError):
+        return Finding("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
+    return Finding("codex", "ok", f"{printable(out.decode('utf-8', 'replace').strip())} in PATH")
+
+
+def codex_file(url: str) -> list[Finding]:
+    """What stands in Codex's config.toml, each mistake with its cure."""
+    folder = pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+    path, fix = folder / "config.toml", "python pomex.py codex --write"
+    shown = home_short(str(path))
+    if not path.is_file():
+        other = f"; {folder / 'config.json'} is not read" if (folder / "config.json").is_file() else ""
+        return [Finding("config.toml", "missing", shown + other, fix)]
+    try:
+        codex = tomllib.loads(read_text(str(path)))
+    except (OSError, ValueError) as error:
+        return [Finding("config.toml", "wrong", f"{shown}: {error}", "mend that line")]
+    profile = codex.get("profiles", {}).get(codex.get("profile", ""), {})
+    chosen = profile.get("model_provider", codex.get("model_provider"))
+    table = codex.get("model_providers", {}).get(chosen) if chosen else None
+    if table is None:
+        text = f'{shown}, model_provider "{chosen}" has no table of its name' if chosen else f"{shown} has no model_provider"
+        return [Finding("config.toml", "wrong", text, fix)]
+    base, env_key = str(table.get("base_url", "")), str(table.get("env_key", ""))
+    found = [Finding("config.toml", "ok", f'{shown}, model_provider "{chosen}"')]
+    found.append(Finding("  wire_api", "ok", '"responses"') if table.get("wire_api", "responses") == "responses"
+                 else Finding("  wire_api", "wrong", f'"{table["wire_api"]}"', fix))
+    if table.get("supports_websockets"):
+        found.append(Finding("  websockets", "wrong", "supports_websockets = true", fix))
+    right = base.rstrip("/") == url + "/v1" or urllib.parse.urlsplit(base).hostname not in ("127.0.0.1", "localhost", "::1")
+    fault = "" if right else f"is not {url}/v1"
+    fault = fault if base.rstrip("/").endswith("/v1") else "lacks /v1"
+    found.append(Finding("  base_url", "wrong" if fault else "ok", f'"{base}" {fault}'.rstrip(), fix if fault else ""))
+    if env_key.startswith("sk-"):
+        found.append(Finding("  env_key", "wrong", "holds a key; it must hold the name of a variable", fix))
+    else:
+        found.append(Finding("  env_key", "ok", f"{env_key} is set in this shell") if os.environ.get(env_key) else
+                     Finding("  env_key", "missing", f"{env_key or 'none'} is not set in this shell", f"export {env_key}=..."))
+    return found
+
+
+async def model_listed(url: str, key: str) -> Finding:
+    """The model that Codex would ask for."""
+    path = pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex")) / "config.toml"
+    try:
+        name = str(tomllib.loads(read_text(str(path))).get("model", "demo/echo"))
+    except (OSError, ValueError):
+        name = "demo/echo"
+    status, body = await ask_http(url, "GET", "/v1/models/" + urllib.parse.quote(name, safe="/"), key)
+    return Finding("model", "ok", name) if status == 200 else Finding(
+        "model", "wrong", json.loads(body)["error"]["message"], "python pomex.py codex --write")
+
+
+DEMO_CHECKS = (     # what, model, its right end, what that shows
+    ("stream", "demo/echo", "response.completed", "{} events, ended with response.completed"),
+    ("lost end", "demo/drop", "response.completed",
+     "upstream finished without its terminal event, response.completed still arrived"),
+    ("cut stream", "demo/cut", "response.failed", "upstream cut on purpose, ended with response.failed, nothing half done"))
+
+
+async def streamed(url: str, key: str, body: JSON) -> tuple[list[str], JSON]:
+    """(types of the events, the response of the last) of a streamed answer; its error where there is no stream."""
+    status, data = await ask_http(url, "POST", "/v1/responses", key, {**body, "stream": True})
+    if status != 200:
+        return [], json.loads(data)
+    decoder = SSEDecoder()
+    events = [event for event in [*decoder.feed(data), *decoder.finish()] if event.data != "[DONE]"]
+    return [event.event for event in events], json.loads(events[-1].data).get("response", {}) if events else {}
+
+
+async def demo_stream(url: str, key: str, what: str, model: str, end: str, text: str) -> Finding:
+    kinds, last = await streamed(url, key, {"model": model, "input": "What is 2 + 2?"})
+    if kinds and kinds[-1] == end and kinds.count(end) == 1:
+        return Finding(what, "ok", text.format(len(kinds)))
+    said = (last.get("error") or {}).get("message", "")
+    return Finding(what, "wrong", said or f"ended with {kinds[-1] if kinds else 'nothing'}")
+
+
+PROBE_TOOL = {"type": "function", "name": "add", "description": "Adds two numbers.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}}
+
+
+async def live_checks(config: Config, url: str, key: str) -> list[Finding]:
+    """Each provider: a stream, a tool call, and the same long prompt twice. Says what it cost."""
+    async def used() -> float:
+        return float(json.loads((await ask_http(url, "GET", "/v1/key", key))[1])["data"]["usage"])
+    names = [row["id"] for row in json.loads((await ask_http(url, "GET", "/v1/models", key))[1])["data"]]
+    found, before = [], await used()
+    long = "Here is a list of numbers to keep in mind. " + " ".join(map(str, range(2500)))
+    for provider in config.providers:
+        usual = f"{provider}/{CODING_MODELS.get(provider, '')}"
+        model = next((name for name in [usual, *names] if name in names and name.startswith(provider + "/")), "")
+        if provider == "demo" or not model:
+            continue
+        tools = {"tools": [PROBE_TOOL], "tool_choice": "required"}
+        kinds, last = await streamed(url, key, {"model": model, "input": "Say OK.", "max_output_tokens": 2000})
+        good = bool(kinds) and kinds[-1] == "response.completed"
+        said = (last.get("error") or {}).get("message", f"ended with {kinds[-1] if kinds else 'nothing'}")
+        found.append(Finding(provider, "ok" if good else "wrong", f"{model}, stream" if good else f"{model}: {said}"))
+        if not good:
+            continue
+        _, last = await streamed(url, key, {"model": model, "input": "Add 2 and 3 with the tool.", **tools})
+        called = any(item.get("type") == "function_call" for item in last.get("output", []))
+        found.append(Finding("  tool call", "ok" if called else "wrong", "made" if called else "none was made"))
+        cached = 0
+        for _ in range(2):
+            _, last = await streamed(url, key, {"model": model, "instructions": long, "input": "Say OK."})
+            cached = ((last.get("usage") or {}).get("input_tokens_details") or {}).get("cached_tokens", 0)
+        found.append(Finding("  cache", "ok", f"{cached} tokens read from it" if cached else "no hit: some caches take longer"))
+    await asyncio.sleep(SAVE_AFTER_S * 3)       # until the rows are in the sums
+    return [*found, Finding("cost", "ok", f"these checks cost ${max(await used() - before, 0):.4f}")]
+
+
+# completion
+
+def run_completion(args: argparse.Namespace) -> int:
+    commands = next(action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
+
+    def offered(action: argparse.Action) -> list[str]:
+        return [*action.option_strings, *(action.choices if isinstance(action.choices, dict) else ())]
+    words = {name: sorted({word for action in each._actions for word in offered(action)})
+             for name, each in commands.choices.items()}
+    cases = "\n".join(f"    {name}) words=\"{' '.join(each)}\" ;;" for name, each in words.items())
+    if args.shell == "zsh":
+        print("autoload -U +X bashcompinit && bashcompinit")
+    print(f"""_pomex() {{
+  local words="{' '.join(words)}" word
+  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do case "$word" in
+{cases}
+  esac; done
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _pomex pomex pomex.py ./pomex.py""")
+    return 0
 
 
 # --- 13.6 keys, accounts and bills ----------------------------------------------------------------
@@ -10808,15 +12288,14 @@ def percent(part: int, whole: int) -> str:
 
 
 def print_rows(rows: Iterable[JSON], csv: bool) -> None:
-    """Lines of JSON, or of CSV with a head. Text that a spreadsheet would take for a formula is set apart."""
+    """Lines of JSON, or of CSV with a head."""
     for number, row in enumerate(rows):
         if not csv:
             print(encode_line(row))
             continue
-        cells = [re.sub(r"^(?=[=+@-])", "'", each) if isinstance(each, str) else str(each) for each in row.values()]
         if number == 0:
-            print(",".join(row))
-        print(",".join('"' + cell.replace('"', '""') + '"' if set(cell) & set(',"\r\n') else cell for cell in cells))
+            print(csv_line(row))
+        print(csv_line(row.values()))
 
 
 def run_usage(args: argparse.Namespace) -> int:
@@ -11076,6 +12555,750 @@ Answering
 - Be brief and concrete. Say what you changed and where, as `path/file.py:12`, what you checked, and what is left. No long \
 quotes of files that you wrote: the user has them. Use short lists where they help, plain sentences where they do not.
 """
+
+
+# The dashboard: static, no value is put in by Python. Its script asks /admin/api/ for JSON and writes text nodes only, since
+# names of models and keys, user agents and errors are what anybody may have sent.
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>Pomex</title><link rel="icon" href="data:,">
+<style>
+:root{color-scheme:light dark;--bg:#f5f6f3;--surface:#fff;--sunken:#eceee9;--line:#dfe2da;--line2:#848d82;--ink:#151a16;
+--ink2:#434b45;--ink3:#5d665f;--accent:#0b6650;--on-accent:#fff;--accent-soft:#e1f0ea;--ok:#0b6650;--warn:#855300;
+--warn-soft:#fbf1dc;--bad:#ab231c;--bad-soft:#fbeae8;--s1:#0f7a60;--s2:#4a60cf;--s3:#b8690f;--s4:#9c4488;--s5:#6f7a72;
+--shadow:0 1px 2px #151a160a,0 8px 24px -18px #151a1640}
+@media (prefers-color-scheme:dark){:root:not([data-theme=light]){--bg:#0f1210;--surface:#161a17;--sunken:#0b0d0c;
+--line:#282e2a;--line2:#6f7a72;--ink:#ecefec;--ink2:#b9c1bb;--ink3:#929b94;--accent:#63cfa8;--on-accent:#05221a;
+--accent-soft:#12322a;--ok:#63cfa8;--warn:#e6b65e;--warn-soft:#33280f;--bad:#ff938a;--bad-soft:#3a1a18;
+--s1:#46b890;--s2:#8c9df7;--s3:#dd9a45;--s4:#d487c0;--s5:#8b958d;--shadow:none}}
+:root[data-theme=dark]{color-scheme:dark;--bg:#0f1210;--surface:#161a17;--sunken:#0b0d0c;
+--line:#282e2a;--line2:#6f7a72;--ink:#ecefec;--ink2:#b9c1bb;--ink3:#929b94;--accent:#63cfa8;--on-accent:#05221a;
+--accent-soft:#12322a;--ok:#63cfa8;--warn:#e6b65e;--warn-soft:#33280f;--bad:#ff938a;--bad-soft:#3a1a18;
+--s1:#46b890;--s2:#8c9df7;--s3:#dd9a45;--s4:#d487c0;--s5:#8b958d;--shadow:none}
+:root[data-theme=light]{color-scheme:light}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:14px/20px "Inter var",Inter,system-ui,-apple-system,"Segoe UI",sans-serif;
+font-variant-numeric:tabular-nums;font-feature-settings:"cv05","ss03"}
+h1,h2,h3,p,dl,dd,ul,ol,figure,pre{margin:0;padding:0}ul,ol{list-style:none}
+h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em;overflow-wrap:anywhere}
+h2{font-size:14px;line-height:20px;font-weight:620}
+code,pre,.mono{font-family:ui-monospace,"SF Mono","Cascadia Mono","DejaVu Sans Mono",monospace;font-size:12.5px}
+a{color:inherit}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:4px}
+.sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+.skip{position:absolute;left:8px;top:-60px;background:var(--accent);color:var(--on-accent);padding:8px 12px;
+border-radius:6px;z-index:9}.skip:focus{top:8px}
+.app{display:grid;grid-template-columns:212px minmax(0,1fr);min-height:100vh}
+.rail{position:sticky;top:0;height:100vh;padding:20px 12px 16px;display:flex;flex-direction:column}
+.brand{display:flex;align-items:center;gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;letter-spacing:-.01em}
+.brand svg{width:24px;height:24px;flex:none}
+.nav a{display:flex;align-items:center;gap:10px;height:36px;padding:0 10px;border-radius:7px;text-decoration:none;
+color:var(--ink2);font-weight:500}
+.nav a:hover{background:var(--sunken)}
+.nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);font-weight:600}
+.nav svg{width:16px;height:16px;flex:none}.nav a[aria-current] svg{color:var(--accent)}
+.nav .n{margin-left:auto;font-size:12px;color:var(--ink3);font-weight:500}
+.foot{margin-top:auto;padding:0 10px;font-size:12px;line-height:18px;color:var(--ink3);overflow-wrap:anywhere}
+.foot div{display:flex;flex-wrap:wrap;gap:0 4px;margin:0 0 10px -10px}
+main{padding:24px 32px 48px;max-width:1272px;width:100%;border-left:1px solid var(--line)}main:focus{outline:0}
+.top{display:flex;align-items:center;gap:12px 16px;flex-wrap:wrap;margin-bottom:20px}.top h1{margin-right:auto}
+.live{display:inline-flex;align-items:center;gap:8px;color:var(--ink2);font-size:13px}
+.dot{width:8px;height:8px;border-radius:50%;background:var(--ok);flex:none;display:inline-block}
+.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}.dot.off{background:none;border:1.5px solid var(--ink3)}
+.live .dot:not(.off){animation:p 2s infinite}@keyframes p{50%{opacity:.3}}
+.seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
+.seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;font:inherit;
+font-size:13px;cursor:pointer}
+.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);font-weight:600;
+box-shadow:0 0 0 1px var(--line)}
+.btn{display:inline-flex;align-items:center;justify-content:center;gap:8px;height:34px;padding:0 14px;border-radius:8px;
+border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;font-weight:560;cursor:pointer;
+text-decoration:none;white-space:nowrap}
+.btn:hover{border-color:var(--ink2)}.btn:disabled{opacity:.55;cursor:default}
+.btn.p{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
+.btn.s{height:28px;padding:0 10px;font-size:13px;border-radius:6px}.btn.g{border-color:transparent;background:none}
+.btn.g:hover{background:var(--sunken)}.btn.del{color:var(--bad)}
+.card{background:var(--surface);border:1px solid var(--line);border-radius:12px;box-shadow:var(--shadow);min-width:0}
+.grid{display:grid;gap:16px;grid-template-columns:repeat(12,minmax(0,1fr));margin-top:16px}.top+.grid{margin-top:0}
+.c12{grid-column:span 12}.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}.c5{grid-column:span 5}
+.c4{grid-column:span 4}.pad{padding:18px 20px}
+.hd{display:flex;align-items:baseline;gap:8px 12px;margin-bottom:12px;flex-wrap:wrap}.hd h2{margin-right:auto}
+.hd span,.sub{color:var(--ink3);font-size:13px}
+button.sub{border:0;background:none;padding:0;font:inherit;font-size:13px;text-decoration:underline;cursor:pointer}
+.sum{display:grid;grid-template-columns:minmax(270px,1.25fr) 3fr}
+.money{padding:20px 22px;border-right:1px solid var(--line)}
+.lab{font-size:13px;line-height:18px;color:var(--ink3)}
+.big{font-size:38px;line-height:44px;font-weight:620;letter-spacing:-.03em;margin:2px 0 4px}.v i{line-height:1}
+.v i{font-style:normal;color:var(--ink3);font-size:.58em;letter-spacing:0;font-weight:500}
+.kpis{display:grid;grid-template-columns:repeat(3,1fr)}
+.kpi{padding:16px 20px;border-bottom:1px solid var(--line);border-right:1px solid var(--line);min-width:0}
+.kpi:nth-child(3n){border-right:0}.kpi:nth-child(n+4){border-bottom:0}
+.v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em;white-space:nowrap;height:28px}
+.d{font-size:12px;line-height:18px;color:var(--ink3)}.money .hd{margin:18px 0 8px}.money .d{margin-top:8px}
+.note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--warn-soft);
+color:var(--warn);font-size:13px;overflow-wrap:anywhere}
+.note.bad{background:var(--bad-soft);color:var(--bad)}.note.ok{background:var(--accent-soft);color:var(--ok)}
+.note .btn{margin-left:auto}h2.n2{margin:20px 0 10px}.empty{padding:36px 20px;text-align:center;color:var(--ink2)}
+.empty p{margin:4px auto 14px;max-width:52ch}
+svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
+.k1{fill:var(--s1)}.k2{fill:var(--s2)}.k3{fill:var(--s3)}.k4{fill:var(--s4)}.k5{fill:var(--s5)}
+.trk{fill:var(--sunken)}.gl{stroke:var(--line)}.cur{fill:var(--ink);opacity:.07}.tick{stroke:var(--ink);stroke-width:2}
+.bar{display:block;width:100%;height:8px}.acc{fill:var(--accent)}.wrn{fill:var(--warn)}.bd{fill:var(--bad)}.soft{opacity:.35}
+.strip{display:block;width:100%;height:28px;margin-bottom:14px}
+.leg{display:flex;gap:6px 18px;flex-wrap:wrap;font-size:13px;color:var(--ink2)}
+.leg li{display:flex;align-items:center;gap:7px;overflow-wrap:anywhere}
+.leg svg{width:10px;height:10px;flex:none}.leg b{font-weight:600;color:var(--ink)}
+.read{min-height:20px;margin:10px 0 6px;font-size:13px;color:var(--ink2)}.read b{color:var(--ink)}
+.chart{display:block;width:100%;height:208px;touch-action:pan-y}.grow{display:flex;flex-direction:column}
+.grow .chart{flex:1 1 208px;min-height:208px}.scroll{overflow:auto;max-height:320px}
+table{border-collapse:collapse;width:100%;font-size:13px}
+th{font-weight:500;color:var(--ink3);text-align:left;padding:0 12px 8px 0;font-size:12px;white-space:nowrap}
+td,tbody th{padding:9px 12px 9px 0;border-top:1px solid var(--line);vertical-align:middle}
+td:last-child,th:last-child{padding-right:0}
+tfoot td{font-weight:600}
+.r{text-align:right}.nw{white-space:nowrap}.dim{color:var(--ink3)}td.wrap,.wrap{overflow-wrap:anywhere}
+tbody tr:hover td{background:linear-gradient(var(--sunken),var(--sunken)) no-repeat;background-size:100% 100%}
+.full{padding:18px 0 6px}.full .hd,.full>.note,.full>.pad2{padding:0 20px}.full>.note{margin:0 20px 12px;padding:10px 12px}
+.full th:first-child,.full td:first-child{padding-left:20px}.full th:last-child,.full td:last-child{padding-right:20px}
+.name{font-weight:560;color:var(--ink);overflow-wrap:anywhere}a.name{text-decoration:none}a.name:hover{text-decoration:underline}
+.tag{display:inline-flex;align-items:center;gap:6px;padding:1px 8px;border-radius:99px;font-size:12px;line-height:18px;
+font-weight:560;background:var(--sunken);color:var(--ink2);white-space:nowrap;max-width:100%;overflow:hidden}
+.tag.ok{background:var(--accent-soft);color:var(--ok)}.tag.warn{background:var(--warn-soft);color:var(--warn)}
+.tag.bad{background:var(--bad-soft);color:var(--bad)}
+.hop{color:var(--ink3)}.hop s{text-decoration-color:var(--bad);text-decoration-thickness:1.5px}
+.rows li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:2px 12px;padding:9px 0;border-top:1px solid var(--line);
+font-size:13px;overflow-wrap:anywhere}
+.rows li:first-child{border-top:0;padding-top:0}.rows .bar{grid-column:1/-1;height:5px;margin-top:3px}
+.new{border-color:var(--accent);overflow:hidden}.new+.grid,.new+.card{margin-top:16px}
+.new .hdr{background:var(--accent-soft);padding:16px 20px;display:flex;gap:12px;align-items:center;flex-wrap:wrap}
+.new .hdr p{margin-right:auto;max-width:64ch}
+.two{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1.25fr)}
+.two>div{padding:20px;min-width:0}.two>div+div{border-left:1px solid var(--line)}
+.keyv{display:flex;gap:8px;margin:6px 0 4px}
+.keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;overflow-wrap:anywhere;
+font-size:13px;line-height:18px}
+ol.steps{margin:20px 0 0;display:grid;gap:12px}
+ol.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px;font-size:13px;color:var(--ink2);
+overflow-wrap:anywhere}
+ol.steps b{color:var(--ink);font-weight:600;display:block}
+.st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;place-items:center;font-size:11px;
+font-weight:600;color:var(--ink3)}
+.st.done{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
+.st.bad{border-color:var(--bad);color:var(--bad)}
+.st.now{border-color:var(--accent);color:var(--accent)}
+.st.now::after{content:"";width:8px;height:8px;border-radius:50%;background:var(--accent);animation:p 1.4s infinite}
+pre.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;margin-top:10px}
+pre.wrap{white-space:pre-wrap}.cm{color:var(--ink3)}.st1{color:var(--accent)}
+.tb{display:flex;align-items:center;justify-content:space-between;gap:8px;flex-wrap:wrap}.tb+table{margin-top:8px}
+form.mk{display:flex;gap:12px;align-items:flex-end;flex-wrap:wrap}form.mk+.err{margin-top:8px}
+label{display:grid;gap:4px;font-size:13px;color:var(--ink2);font-weight:500;align-content:start}
+.err:empty{display:none}.err{color:var(--bad);font-size:12px;line-height:18px;font-weight:400}
+input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);color:var(--ink);
+font:inherit;padding:0 10px;min-width:0;width:100%}
+textarea{height:auto;padding:8px 10px;resize:vertical}input[aria-invalid]{border-color:var(--bad)}
+label.w{flex:1 1 220px}label.m{flex:1 1 128px}.stackform{display:grid;gap:12px}.gap{display:grid;gap:16px;align-content:start}
+dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);padding:22px;
+width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
+dialog::backdrop{background:#0008}dialog h2{font-size:16px;margin-bottom:12px}dialog p{margin-bottom:12px}
+.acts{display:flex;gap:8px;justify-content:flex-end;margin-top:18px;flex-wrap:wrap}.acts.n0{margin:0}
+.fields{display:grid;grid-template-columns:1fr 1fr;gap:12px}
+dl.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px;font-size:13px}
+dl.facts dt{color:var(--ink3)}dl.facts dd{overflow-wrap:anywhere}
+.ev{font-size:12.5px}.ev li{border-top:1px solid var(--line)}.ev summary{display:grid;cursor:pointer;
+grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0;list-style:none}
+.ev summary::-webkit-details-marker{display:none}.out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
+.login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}.login .card{padding:28px}.login h1{margin:0 0 6px}
+.login form{display:grid;gap:14px;margin-top:18px}.login .brand{padding:0 0 18px}
+[hidden]{display:none!important}
+@media (max-width:1080px){.sum{grid-template-columns:1fr}.money{border-right:0;border-bottom:1px solid var(--line)}
+.c8,.c7,.c6,.c5,.c4{grid-column:span 12}.two{grid-template-columns:minmax(0,1fr)}
+.two>div+div{border-left:0;border-top:1px solid var(--line)}}
+@media (max-width:1180px){.opt2{display:none}}@media (max-width:960px){.opt,.kk{display:none}}
+@media (max-width:760px){.app{display:block}.rail{z-index:5;height:auto;background:var(--bg);
+border-bottom:1px solid var(--line);padding:12px 16px 8px;display:grid;grid-template-columns:1fr auto;gap:8px 12px}
+.brand{padding:0}.foot{margin:0;padding:0}.foot p{display:none}.foot div{margin:0;flex-wrap:nowrap}
+.rail nav{grid-column:1/-1;order:3;min-width:0}
+.nav{display:flex;overflow-x:auto;scrollbar-width:none;margin:0 -16px;padding:3px 12px;scroll-padding:0 16px}.nav li{flex:none}
+.nav svg,.nav .n{display:none}.nav a{height:40px}
+main{padding:16px 16px 40px;border:0}.top h1{width:100%}.kpis{grid-template-columns:1fr 1fr}
+.kpi:nth-child(n){border-right:1px solid var(--line);border-bottom:1px solid var(--line);padding:14px 16px}
+.kpi:nth-child(2n){border-right:0}.kpi:nth-child(n+5){border-bottom:0}
+.btn,.seg button{height:40px}.btn.s{height:36px}.opt{display:none}.pad,.two>div{padding:16px}
+.full .hd,.full>.pad2{padding:0 16px}
+table.stack thead{display:none}
+table.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;
+border-top:1px solid var(--line)}
+table.stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
+table.stack td.opt:nth-child(n),table.stack td.opt2:nth-child(n){display:none}
+.feed tr{grid-template-areas:"m r" "k c"}.feed .fm{grid-area:m}.feed .fr{grid-area:r}.feed .fk{grid-area:k;color:var(--ink3)}
+.feed .fc{grid-area:c}.tkeys tr{grid-template-areas:"n s" "k k" "p p" "a a";gap:6px 12px}.tkeys .kn{grid-area:n}
+.tkeys .kk{grid-area:k}.tkeys .kp{grid-area:p}.tkeys .ks{grid-area:s}.tkeys .ka{grid-area:a;margin-left:-10px;text-align:left}
+label{flex:1 1 40%}label.w{flex-basis:100%}form.mk .btn{flex:1 1 100%}
+input,select,textarea{height:40px;font-size:16px}textarea{height:auto}
+.keyv{flex-wrap:wrap}.keyv code{flex-basis:100%}.keyv .btn{flex:1}}
+@media (prefers-reduced-motion:reduce){*{animation:none!important}}
+@media (forced-colors:active){.tag,.card,.seg button[aria-pressed=true]{border:1px solid}
+.k1,.k2,.k3,.k4,.k5,.acc,.wrn,.bd{stroke:CanvasText}}
+</style></head><body>
+<a class="skip" href="#main">Skip to content</a>
+<svg hidden></svg><div id="root"></div><div class="sr" id="say" role="status"></div>
+<noscript>The dashboard needs JavaScript. The same numbers: python pomex.py usage</noscript>
+<script>
+"use strict";
+// --- nodes, words and numbers
+const $=(s,r=document)=>r.querySelector(s),NS=$("svg").namespaceURI,DAY=864e5;
+function h(t,a,...k){const e=/^(svg|path|rect|line|g|text)$/.test(t)?document.createElementNS(NS,t):document.createElement(t);
+for(const n in a||{}){const v=a[n];if(v==null||v===false)continue;
+if(n.startsWith("on"))e.addEventListener(n.slice(2),v);else if(n==="value"&&t!=="option")e.value=v;
+else e.setAttribute(n,v===true?"":v)}
+for(const c of k.flat(3))if(c!=null&&c!==false)e.append(c);return e}
+const clip=(s,n=120)=>(s=String(s??"").replace(/\0/g,"␀"),s.length>n?s.slice(0,n)+"…":s);
+const bdi=(s,n)=>h("bdi",{title:String(s??"").length>(n||120)?String(s).slice(0,2000):null},clip(s,n));
+const group=s=>s.replace(/\B(?=(\d{3})+(?!\d))/g,",");
+const num=n=>group(String(n)),usd=(n,d)=>{const a=Math.abs(n)/1e9;if(!n)return"$0";d=d??(a<.99995?4:2);
+const [w,f]=a.toFixed(d).split(".");return(n<0?"-$":"$")+group(w)+(f?"."+f:"")};
+const tok=n=>n>=1e6?(n/1e6).toFixed(1)+" M":n>=1e3?(n/1e3).toFixed(1)+" k":String(n);
+const secs=ms=>{const s=ms/1000;return s<1?s.toFixed(2):s<100?s.toFixed(1):s.toFixed(0)};
+const pct=(a,b,d=1)=>b?(100*a/b).toFixed(d)+" %":"0 %",two=n=>String(n).padStart(2,"0");
+const MON=["Jan","Feb","Mar","Apr","May","Jun","Jul","Aug","Sep","Oct","Nov","Dec"];
+const day=d=>d.getDate()+" "+MON[d.getMonth()],clock=d=>two(d.getHours())+":"+two(d.getMinutes());
+function when(ms){const d=new Date(ms),now=new Date();
+return h("time",{title:d.toString(),datetime:d.toISOString()},
+(d.toDateString()===now.toDateString()?"":day(d)+" ")+clock(d)+":"+two(d.getSeconds()))}
+function span(s){for(const [u,n] of[["d",86400],["h",3600],["min",60]])if(s>=n)return Math.floor(s/n)+" "+u;
+return Math.max(0,Math.floor(s))+" s"}
+const ago=ms=>ms?span((Date.now()-ms)/1000)+" ago":"never",midnight=()=>new Date().setHours(0,0,0,0);
+const say=t=>{$("#say").textContent="";setTimeout(()=>$("#say").textContent=t,50)};
+const icons={overview:"M2 9h4l2-6 2 11 2-5h2",keys:"M6.5 9.5 13 3m-2 2 2 2m-4 0 1.5 1.5M4.5 8.5a3 3 0 1 0 .1 6 3 3 0 0 0 0-6",
+usage:"M3 3h10M3 8h10M3 13h6",models:"M8 1.8 14 5v6l-6 3.2L2 11V5zM2 5l6 3.2L14 5M8 8.2v6",
+providers:"M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01",playground:"M4 3v10l9-5z",setup:"M2.5 8.5 6 12l7.5-8"};
+const icon=d=>h("svg",{viewBox:"0 0 16 16","aria-hidden":"true"},h("path",{d,fill:"none",stroke:"currentColor",
+"stroke-width":1.5,"stroke-linecap":"round","stroke-linejoin":"round"}));
+const logo=()=>h("svg",{viewBox:"0 0 24 24","aria-hidden":"true"},
+h("path",{class:"acc",d:"M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 2.800-.5s1.8.5 "
++"2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8z"}),
+h("path",{class:"acc",d:"M12.600 5.2c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.500 3.8-3.7 3.9z"}),
+h("path",{d:"M7.5 13h8M13 10.2l2.9 2.800-2.9 2.8",fill:"none",stroke:"var(--on-accent)","stroke-width":1.9,
+"stroke-linecap":"round","stroke-linejoin":"round"}));
+const bar=(f,c="acc",mark)=>h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},
+h("rect",{class:"trk",width:100,height:8}),f>0?h("rect",{class:c,width:Math.max(.6,Math.min(100,f*100)),height:8}):null,
+mark?h("line",{class:"tick",x1:mark*100,x2:mark*100,y1:0,y2:8,"vector-effect":"non-scaling-stroke"}):null);
+const used=f=>f>=.95?"bd":f>=.8?"wrn":"acc";
+const th=(...n)=>h("thead",{},h("tr",{},n.map(x=>Array.isArray(x)?h("th",{class:x[1],scope:"col"},x[0])
+:h("th",{scope:"col"},x))));
+const td=(c,...k)=>h("td",{class:c},k);
+const btn=(t,c,onclick,more)=>h("button",{class:"btn "+c,type:"button",onclick,...more},t);
+function seg(label,items,chosen,pick){return h("div",{class:"seg",role:"group","aria-label":label},items.map(([v,t])=>
+h("button",{type:"button","data-f":label+v,"aria-pressed":String(v===chosen),onclick:e=>{
+for(const b of e.currentTarget.parentNode.children)b.setAttribute("aria-pressed",String(b===e.currentTarget));pick(v)}},t)))}
+const head=(t,...k)=>h("div",{class:"hd"},h("h2",{},t),k);
+const card=(c,...k)=>h("div",{class:"card "+c},k);
+function swap(el,...k){const f=document.activeElement,id=el.contains(f)?f.dataset.f||f.id:"";el.replaceChildren(...k.flat());
+if(id){const n=[...el.querySelectorAll("[data-f],[id]")].find(x=>x.dataset.f===id||x.id===id);if(n)n.focus({preventScroll:true})}}
+async function copy(text,b){try{await navigator.clipboard.writeText(text)}catch(e){const t=h("textarea",{value:text});
+(b.closest("dialog")||document.body).append(t);t.select();document.execCommand("copy");t.remove()}
+const old=b.dataset.t||b.textContent;b.dataset.t=old;b.textContent="Copied";say("Copied");
+setTimeout(()=>b.textContent=old,1600);b.focus()}
+// --- the gateway
+let me=null,page={},turn=0,feed=null,poll=0,fresh=null,asked=false,measure="",range="today",by="model";
+class Failure extends Error{}
+async function api(path,body){let r;
+try{r=await fetch("/admin/api/"+path,body?{method:"POST",headers:{"content-type":"application/json"},body:JSON.stringify(body)}:{})}
+catch(e){throw new Failure("The gateway does not answer. Is it running?")}
+const j=await r.json().catch(()=>({}));if(r.ok)return j;
+const e=Object.assign(new Failure(j.error?.message||"HTTP "+r.status),{param:j.error?.param,code:j.error?.code,status:r.status});
+if(r.status===401&&path!=="login"){login(me?"The session has ended. Log in again.":"");}
+throw e}
+const errorBox=(e,retry)=>h("div",{class:"note bad",role:"alert"},h("span",{},clip(e.message,600)),
+retry?btn("Retry","s",retry):null);
+async function fill(el,load,draw){const at=turn;try{const d=await load();if(at===turn)swap(el,draw(d))}
+catch(e){if(at===turn&&me)swap(el,errorBox(e,()=>fill(el,load,draw)))}}
+// --- login
+function login(note){me=null;closeFeed();turn++;document.title="Log in · Pomex";const err=h("p",{class:"err",id:"lerr",role:"alert"},note||"");
+const f=h("input",{type:"password",name:"token",autocomplete:"off","aria-describedby":"lerr",required:true});
+$("#root").replaceChildren(h("main",{class:"login",id:"main",tabindex:-1},h("div",{class:"card"},
+h("div",{class:"brand"},logo(),"Pomex"),h("h1",{},"Log in"),
+h("p",{class:"sub"},"With the admin token, or with an API key to see its own usage. A login link comes from: ",
+h("code",{},"python pomex.py admin-url")),
+h("form",{onsubmit:async e=>{e.preventDefault();err.textContent="";try{await api("login",{token:f.value.trim()});start()}
+catch(x){err.textContent=x.message;f.setAttribute("aria-invalid","true");f.focus()}}},
+h("label",{},"Admin token or API key",f),err,h("button",{class:"btn p"},"Log in")))));f.focus()}
+async function begin(){const t=localStorage.getItem("pomex-theme");if(t)document.documentElement.dataset.theme=t;
+const m=/^#login=(.+)$/.exec(location.hash);
+if(m){history.replaceState(null,"","/admin#overview");
+try{await api("login",{token:decodeURIComponent(m[1])})}catch(e){try{await api("session")}catch(x){login(e.message);return}}}
+start()}
+async function start(){try{me=await api("session")}catch(e){if(e.status!==401)login(e.message);return}
+frame();openFeed();route()}
+// --- the frame around the pages
+const PAGES=[["overview","Overview"],["keys","Keys",1],["usage","Usage log"],["models","Models"],["providers","Providers",1],
+["playground","Playground"],["setup","Setup"]];
+function frame(){const links=PAGES.filter(p=>!p[2]||me.role==="admin");
+$("#root").replaceChildren(h("div",{class:"app"},h("header",{class:"rail"},h("div",{class:"brand"},logo(),"Pomex"),
+h("nav",{"aria-label":"Pages"},h("ul",{class:"nav",id:"nav"},links.map(([id,t])=>h("li",{},h("a",{href:"/admin#"+id,"data-id":id},
+icon(icons[id]),t,me.counts[id]!=null&&(id!=="keys"||me.role==="admin")?h("span",{class:"n"},me.counts[id]):null))))),
+h("div",{class:"foot"},h("div",{},btn("Light / dark","s g",theme),btn("Log out","s g",async()=>{
+try{await api("logout",{})}catch(e){}login("Logged out.")})),
+h("p",{},me.key?["Key ",bdi(me.key.name,40),h("br")]:null,clip(me.address),h("br"),"pomex.py "+me.version,h("br"),
+"up "+span(me.up_s)))),h("main",{id:"main",tabindex:-1})))}
+function theme(){const r=document.documentElement,dark=r.dataset.theme?r.dataset.theme==="dark"
+:matchMedia("(prefers-color-scheme:dark)").matches;localStorage.setItem("pomex-theme",r.dataset.theme=dark?"light":"dark")}
+function route(){if(!me)return;const [path,q]=(location.hash.slice(1)||"overview").split("?"),[id,...rest]=path.split("/");
+if(id==="main"||id==="login")return;
+const known=PAGES.find(p=>p[0]===id&&(!p[2]||me.role==="admin"));if(!known){location.replace("#overview");return}
+if(fresh&&id!=="keys"&&!asked){asked=true;history.replaceState(null,"","#keys");leave(path);return}
+turn++;page={};for(const a of document.querySelectorAll("#nav a"))
+a.dataset.id===id?a.setAttribute("aria-current","page"):a.removeAttribute("aria-current");
+document.title=known[1]+" · Pomex";const m=$("#main");m.replaceChildren();
+page=VIEWS[id](m,new URLSearchParams(q||""),rest.join("/"))||{};if(shown++){m.focus({preventScroll:true});scrollTo(0,0)}
+$("#nav [aria-current]").scrollIntoView({block:"nearest",inline:"nearest"})}
+let shown=0;addEventListener("hashchange",()=>/^#login=/.test(location.hash)?begin():route());
+const top_=(t,...k)=>h("div",{class:"top"},h("h1",{},t),k);
+function liveMark(n){return h("span",{class:"live",id:"live"},h("span",{class:feed&&feed.good?"dot":"dot off"}),
+feed&&feed.good?"Live"+(n?", "+n+(n>1?" streams":" stream")+" open":""):"Reconnecting")}
+const mark=n=>{const l=$("#live");if(l)l.replaceWith(liveMark(n))};
+// --- live: one connection, none while nobody looks
+function openFeed(){closeFeed();if(!me||document.hidden)return;const f=feed=new EventSource("/admin/api/events");
+f.onopen=()=>{f.good=true;clearInterval(poll);poll=0;mark()};
+f.onerror=()=>{f.good=false;mark();if(!poll)poll=setInterval(()=>page.refresh?.(),10000);
+if(f.readyState===2)setTimeout(async()=>{if(feed===f)try{me=await api("session");openFeed()}catch(e){if(me)openFeed()}},3000)};
+for(const kind of["usage","refused","key"])f.addEventListener(kind,e=>{const d=JSON.parse(e.data);
+if(kind==="usage"&&fresh&&d.key===fresh.name&&!fresh.seen){fresh.seen=d;$("#freshstep")?.replaceWith(freshStep())}
+page.live?.(kind,d)})}
+function closeFeed(){if(feed)feed.close();feed=null;clearInterval(poll);poll=0}
+document.addEventListener("visibilitychange",()=>{if(document.hidden)closeFeed();else if(me){openFeed();page.refresh?.()}});
+function lazily(f,ms=1100){let t=0,last=0;return()=>{if(!t)t=setTimeout(()=>{t=0;last=Date.now();f()},
+Math.max(50,ms-(Date.now()-last)))}}
+// --- what several pages show
+const TAGS={completed:["ok","completed"],incomplete:["warn","incomplete"],"failed over":["warn","failed over"],
+"ended by gateway":["warn","ended by gateway"],failed:["bad","failed"],cancelled:["","client left"]};
+const tag=r=>{const [c,t]=TAGS[r.result]||["",r.result];return h("span",{class:"tag "+c},
+r.result==="failed"&&r.error_code?clip(r.error_code,28):t)};
+const cost=r=>!r.price&&r.input+r.output>0?h("span",{class:"dim",title:"This model has no price"},"no price"):usd(r.cost_nanos);
+const path_=r=>h("span",{class:"hop"}," via ",r.tried.filter((p,i)=>r.status==="failed"?i<r.tried.length-1:p!==r.provider)
+.map(p=>[h("s",{},clip(p,30)),h("span",{class:"sr"}," failed, then"),h("span",{"aria-hidden":"true"}," → ")]),
+clip(r.provider||"nobody",30));
+const feedHead=()=>th(["Time","opt"],"Model and path","Key",["In / cached / out","r opt opt2"],["First token / total","r opt"],
+["Cost","r"],["Result","r"]);
+const feedRow=r=>h("tr",{},td("nw dim opt",when(r.started_ms)),td("fm",h("a",{class:"name",href:"#usage/"+
+encodeURIComponent(r.response_id),"data-f":r.response_id},bdi(r.model,60)),path_(r)),td("fk",bdi(r.key||"deleted key",40)),
+td("r nw opt opt2",tok(r.input)+" / "+tok(r.cached)+" / "+tok(r.output)),
+td("r nw opt",(r.first_ms?secs(r.first_ms)+" / ":"")+secs(r.total_ms)+" s"),td("r nw fc",cost(r)),td("r fr",tag(r)));
+const feedTable=rows=>h("table",{class:"stack feed"},h("caption",{class:"sr"},"Requests, newest first"),feedHead(),
+h("tbody",{},rows.map(feedRow)));
+const KNOWN=["openai","anthropic","google"];
+function colour(names){const other=names.filter(n=>!KNOWN.includes(n)&&n!=="demo").sort()[0];
+return n=>KNOWN.includes(n)?KNOWN.indexOf(n)+1:n===other?4:5}
+function nice(v){const p=10**Math.floor(Math.log10(v||1));return[1,2,2.5,5,10].map(x=>x*p).find(x=>x>=v)||v}
+// stacked bars; the same as a table; read out above the plot by pointer, touch and arrow keys
+function bars(title,o){const n=o.slots,tot=Array.from({length:n},(_,i)=>o.series.reduce((a,s)=>a+s.values[i],0));
+let cur=Math.min(n-1,Math.max(0,o.now)),table=false;
+const read=h("p",{class:"read","aria-live":"polite"}),svg=h("svg",{class:"chart",id:"chart",role:"application",tabindex:0,
+"aria-label":title+", stacked by provider. Left and right arrow keys read each bar."}),box=h("div",{class:"grow"});
+const tell=()=>read.replaceChildren(h("b",{},o.label(cur)),"  "+o.format(tot[cur]),
+o.series.filter(s=>s.values[cur]).map(s=>"  ·  "+clip(s.name,30)+" "+o.format(s.values[cur])).join(""));
+function draw(){const W=svg.clientWidth,H=Math.max(208,svg.clientHeight),L=44,B=22,T=8,bw=(W-L)/n;if(W<60)return;
+const step=nice(Math.max(...tot,o.least)/3),mx=Math.max(step*Math.ceil(Math.max(...tot)/step),step);
+const y=v=>T+(H-T-B)*(1-v/mx);
+svg.setAttribute("viewBox","0 0 "+W+" "+H);svg.replaceChildren();
+for(let v=0;v<=mx*1.001;v+=step)svg.append(h("line",{class:"gl",x1:L,x2:W,y1:y(v),y2:y(v)}),
+h("text",{x:0,y:y(v)+4},o.axis(v)));
+svg.append(h("rect",{class:"cur",x:L+cur*bw,width:bw,y:T,height:H-T-B}));
+for(let i=0;i<n;i++){let a=0;o.series.forEach((s,j)=>{const v=s.values[i];if(!v)return;const t=y(a+v),b=y(a);
+svg.append(h("rect",{class:"k"+s.k,x:L+i*bw+bw*.16,width:bw*.68,y:t,height:Math.max(.5,b-t-(a?1:0)),rx:1.5}));a+=v})}
+const st=Math.ceil(o.every*(W<520?2:1));for(let i=0;i<n;i+=st)svg.append(h("text",{x:L+i*bw+bw/2,y:H-5,
+"text-anchor":"middle"},o.tick(i)));tell()}
+const mv=i=>{cur=Math.max(0,Math.min(n-1,i));draw()};
+svg.addEventListener("pointermove",e=>{const r=svg.getBoundingClientRect();mv(Math.floor((e.clientX-r.left-44)/((r.width-44)/n)))});
+svg.addEventListener("keydown",e=>{const d={ArrowLeft:-1,ArrowRight:1}[e.key];if(d){mv(cur+d);e.preventDefault()}});
+new ResizeObserver(draw).observe(svg);
+const asTable=()=>h("div",{class:"scroll",tabindex:0,role:"group","aria-label":title+" as a table"},h("table",{},
+h("caption",{class:"sr"},title),th("Time",...o.series.map(s=>[clip(s.name,30),"r"]),["All","r"]),h("tbody",{},tot.map((t,i)=>
+t?h("tr",{},td("nw",o.label(i)),o.series.map(s=>td("r",o.format(s.values[i]))),td("r",o.format(t))):null))));
+const flip=h("button",{class:"sub",type:"button","data-f":"flip",onclick:()=>{table=!table;show()}});
+function show(){flip.textContent=table?"View as chart":"View as table";table?swap(box,asTable()):swap(box,read,svg);draw()}
+show();return[head(title,o.pick,flip),h("ul",{class:"leg"},o.series.map(s=>h("li",{},h("svg",{viewBox:"0 0 10 10",
+"aria-hidden":"true"},h("rect",{width:10,height:10,rx:2,class:"k"+s.k})),clip(s.name,40)+" ",
+h("b",{},o.format(s.values.reduce((a,b)=>a+b,0)))))),box]}
+const RANGES={today:["Today",1,36e5,24,3,"hour"],"7d":["7 days",7,216e5,28,4,"6 hours"],"30d":["30 days",30,DAY,30,5,"day"]};
+function copyTabs(label,texts){const code=h("pre",{class:"code",tabindex:0,role:"group","aria-label":label});let now="";
+const tabs=Object.keys(texts).map(t=>h("button",{role:"tab",type:"button",onclick:()=>pick(t),onkeydown:e=>{
+const d={ArrowLeft:-1,ArrowRight:1}[e.key];if(d){const n=tabs[(tabs.indexOf(e.currentTarget)+d+tabs.length)%tabs.length];
+n.focus();n.click()}}},t));
+function pick(t){now=t;code.replaceChildren();for(const ln of texts[t].split("\n")){const q=ln.lastIndexOf("#");
+const c=q>=0&&ln.slice(0,q).split('"').length%2?q:-1;
+(c<0?ln:ln.slice(0,c)).split(/("[^"]*")/).forEach(x=>code.append(x[0]==='"'?h("span",{class:"st1"},x):x));
+if(c>=0)code.append(h("span",{class:"cm"},ln.slice(c)));code.append("\n")}
+for(const b of tabs){const on=b.textContent===t;b.setAttribute("aria-selected",String(on));b.tabIndex=on?0:-1}}
+pick(Object.keys(texts)[0]);return h("div",{},h("div",{class:"tb"},h("div",{class:"seg",role:"tablist","aria-label":label},tabs),
+btn("Copy","s",e=>copy(texts[now].trim(),e.currentTarget))),code)}
+function snippets(s,token){const o=location.origin;return{Codex:"# ~/.codex/config.toml\n"+
+s.block.map(l=>l.replace("{ORIGIN}",o)).join("\n"),Shell:"# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY=\""+
+(token||"sk-rh-…")+"\"\n\n# then\ncodex \"What is 2 + 2?\"",curl:"curl -N "+o+"/v1/responses \\\n"+
+'  -H "Authorization: Bearer $POMEX_API_KEY" \\\n  -H "Content-Type: application/json" \\\n'+
+"  -d '{\"model\":\"demo/echo\",\"input\":\"hello\",\"stream\":true}'"}}
+const step=(state,n,title,...k)=>h("li",{},h("span",{class:"st "+state},state==="done"?"✓":state==="now"?"":state==="bad"?"!":n),
+h("span",{},h("b",{},title),h("span",{class:"sr"},state==="done"?"Done. ":state==="now"?"Waiting. ":""),k));
+// --- the pages
+const VIEWS={overview,keys,usage,models,providers,playground,setup};
+function overview(m){const body=h("div"),at=turn;
+const load=()=>{const [,days,stepMs,slots]=RANGES[range];
+return api("overview?since="+(midnight()-(days-1)*DAY)+"&step="+stepMs+"&slots="+slots)};
+const draw=()=>fill(body,load,d=>{if(at===turn)mark(d.open);return drawOverview(d,again)});const again=lazily(draw,50);
+m.append(top_("Overview",liveMark(me.open),seg("Time range",Object.keys(RANGES).map(k=>[k,RANGES[k][0]]),range,
+k=>{range=k;draw()})),body);draw();return{refresh:draw,live:lazily(draw)}}
+function drawOverview(d,again){const t=d.totals,[title,days,,n,every,unit]=RANGES[range];
+if(!measure||measure==="cost_nanos"&&!t.cost_nanos&&!touched)measure=t.cost_nanos?"cost_nanos":"requests";
+const k=colour(d.series.map(s=>s.name)),res=Object.fromEntries(d.by.result.map(r=>[r.name,r.requests]));
+const fails=res.failed||0,span_=range==="today"?"yesterday by this hour":"in the "+RANGES[range][0]+" before";
+const kpis=[["Requests",num(t.requests),"",num(d.by.endpoint.find(e=>e.name==="/v1/responses")?.requests||0)
++" through /v1/responses"],
+["Tokens",tok(t.input+t.output)," in + out",tok(t.input)+" in, "+tok(t.output)+" out"],
+["Served from cache",pct(t.cached,t.input)," of input",tok(t.cached)+" tokens, "+usd(t.saved_nanos)+" saved"],
+["First token, p50",secs(d.first_ms[0])," s","p95 "+secs(d.first_ms[1])+" s"],
+["Full response, p50",secs(d.total_ms[0])," s","p95 "+secs(d.total_ms[1])+" s"],
+["Errors seen by clients",pct(fails,t.requests,2),"",num(fails)+" of "+num(t.requests)+"; failover saved "
++num(res["failed over"]||0)]];
+const chart=bars((measure==="cost_nanos"?"Spend":measure==="requests"?"Requests":"Tokens")+" by "+unit,{slots:n,every,
+now:Math.floor((d.now_ms-d.since_ms)/d.step_ms),least:measure==="cost_nanos"?1e6:3,
+series:d.series.filter(s=>s[measure].some(Boolean)).map(s=>({name:s.name||"nobody",k:k(s.name),values:s[measure]})).sort((a,b)=>a.k-b.k||(a.name<b.name?-1:1)),
+format:measure==="cost_nanos"?usd:measure==="tokens"?tok:num,
+axis:v=>!v?measure==="cost_nanos"?"$0":"0":measure==="cost_nanos"?v<1e7?"$"+(v/1e9).toFixed(3):v<1e9?"$"+(v/1e9).toFixed(2):usd(v,v%1e9?1:0):tok(v).replace(".0",""),
+label:i=>{const a=new Date(d.since_ms+i*d.step_ms),b=new Date(d.since_ms+(i+1)*d.step_ms);
+return days===30?day(a):(days>1?day(a)+" ":"")+clock(a)+" to "+clock(b)},
+tick:i=>{const a=new Date(d.since_ms+i*d.step_ms);return days===1?two(a.getHours()):day(a)},
+pick:seg("Measure",[["cost_nanos","Spend"],["requests","Requests"],["tokens","Tokens"]],measure,v=>{measure=v;touched=true;again()})});
+const rows=(list,cls)=>h("ul",{class:"rows"},list.filter(r=>r.requests).map(r=>h("li",{},h("span",{class:cls?"":"mono"},
+clip(cls?(TAGS[r.name]||[0,r.name])[1]:r.name)),h("span",{},num(r.requests),h("span",{class:"dim"},"  "+pct(r.requests,t.requests))),
+bar(r.requests/Math.max(1,t.requests),cls?{ok:"acc",warn:"wrn",bad:"bd"}[(TAGS[r.name]||["warn"])[0]]||"k5":"acc"))));
+const where=h("tbody");const fillWhere=()=>where.replaceChildren(...d.by[by].slice(0,8).map(r=>h("tr",{},
+td("",h("a",{class:"name",href:"#usage?"+new URLSearchParams({[by]:r.name})},bdi(r.name||"deleted key",60))),
+td("r opt",num(r.requests)),td("r opt",tok(r.input)),td("r opt",tok(r.cached)),
+td("r nw",r.unpriced&&!r.cost_nanos?h("span",{class:"dim"},"no price"):usd(r.cost_nanos)))));fillWhere();
+const out=[h("div",{class:"card sum"},h("div",{class:"money"},h("div",{class:"lab"},"Spent "+(range==="today"?"today":
+"in "+title)),h("div",{class:"big"},usd(t.cost_nanos,2)),h("p",{class:"sub"},usd(d.before_nanos,2)+" "+span_),monthBox(d),
+t.unpriced?h("p",{class:"d"},num(t.unpriced)+" requests had no price"):null),
+h("div",{class:"kpis"},kpis.map(x=>h("div",{class:"kpi"},h("div",{class:"lab"},x[0]),h("div",{class:"v"},x[1],
+x[2]?h("i",{},x[2]):null),h("div",{class:"d"},x[3])))))];
+const first=!t.requests&&!d.latest.length?card("c12 empty",h("h2",{},"No request yet"),h("p",{},
+"Set up Codex, or try the demo in the playground: every number here comes from requests."),
+h("a",{class:"btn p",href:"#setup"},"Set up Codex")," ",h("a",{class:"btn",href:"#playground"},"Open the playground")):null;
+out.push(h("div",{class:"grid"},first,card("pad c8 grow",chart),card("pad c4",head("By endpoint",h("span",{},"requests")),
+rows(d.by.endpoint),h("h2",{class:"n2"},"By result"),rows(d.by.result,true)),
+card("pad "+(me.role==="admin"?"c7":"c12"),h("div",{class:"tb"},h("h2",{},"Where it went"),me.role==="admin"?
+seg("Break down by",[["model","Model"],["key","Key"]],by,v=>{by=v;fillWhere()}):null),h("table",{},h("caption",{class:"sr"},
+"Where it went"),th("Name",["Requests","r opt"],["Input","r opt"],["Cached","r opt"],["Cost","r"]),where)),
+me.role==="admin"?card("pad c5",head("Providers",h("span",{},"first token, p50 to p95, last hour")),health(d.providers)):null,
+card("full c12",head("Latest requests",h("a",{class:"sub",href:"#usage"},"Open the usage log")),
+d.latest.length?feedTable(d.latest):h("p",{class:"empty"},"None yet."))));return out}
+let touched=false;
+function monthBox(d){const own=me.key,m=d.month,a=m.first_day*DAY,b=m.next_day*DAY,part=(d.now_ms-a)/(b-a);
+const budget=own?own.budget_nanos||0:m.budget_nanos,spent=own&&budget?own.spent_nanos:m.spent_nanos;
+const monthly=!own||own.period==="month"||!budget,title=monthly?["January","February","March","April","May","June","July",
+"August","September","October","November","December"][new Date((a+b)/2).getUTCMonth()]:"Budget, "+own.period;
+return[h("div",{class:"hd"},h("h2",{},title),h("span",{},budget?usd(spent,2)+" of "+usd(budget,2):usd(spent,2)+", no budget")),
+budget?bar(spent/budget,used(spent/budget),monthly?part:0):null,
+monthly?h("p",{class:"d"},(budget?"The mark is today. ":"")+"At this pace the month ends at "+usd(Math.round(spent/Math.max(part,.02)),
+0)+"."):null]}
+const STATES={healthy:"",failing:"bad","left out":"bad",recovering:"warn","no requests":"off"};
+function health(list){const mx=Math.max(1,...list.map(p=>p.first_ms[1]));const bad=list.find(p=>/fail|out/.test(p.state)&&p.error);
+return[h("table",{},h("caption",{class:"sr"},"Providers in the last hour"),h("thead",{class:"sr"},h("tr",{},["Provider","State",
+"Range","p50 / p95"].map(t=>h("th",{scope:"col"},t)))),h("tbody",{},list.slice(0,8).map(p=>{const [a,b]=p.first_ms.map(v=>v/mx*100);
+return h("tr",{},td("nw name",h("span",{class:"dot "+STATES[p.state]}),"  "+clip(p.name,24)),td("nw",p.state),
+td("",h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},
+h("rect",{class:"trk",width:100,height:8}),b?[h("rect",{class:"acc soft",x:a,width:Math.max(1,b-a),height:8}),
+h("rect",{class:"acc",x:a,width:2,height:8})]:null)),
+td("r nw",b?secs(p.first_ms[0])+" / "+secs(p.first_ms[1])+" s":h("span",{class:"dim"},"-")))}))),
+bad?h("p",{class:"note"},clip(bad.name+": "+bad.error.message,300)+(bad.back_s?" Tried again in "+bad.back_s+" s.":"")):null]}
+// keys, accounts
+function field(label,name,attr,kind="input",opts){const id="f-"+name,e=h(kind,{name,id,"aria-describedby":id+"-e",...attr},
+opts?opts.map(([v,t])=>h("option",{value:v,selected:v===attr.value},t)):null);
+return h("label",{class:attr.c||"m"},label,e,h("span",{class:"err",id:id+"-e"}))}
+const values=f=>Object.fromEntries([...new FormData(f)]);
+function wrong(f,e){for(const s of f.querySelectorAll(".err"))s.textContent="";
+for(const i of f.querySelectorAll("[aria-invalid]"))i.removeAttribute("aria-invalid");if(!e)return;
+const i=e.param&&f.elements.namedItem(e.param==="expires_s"?"expires_days":e.param);
+if(i){i.setAttribute("aria-invalid","true");$("#"+i.id+"-e",f).textContent=clip(e.message,300);i.focus()}
+else{(f.querySelector(".err.all")||f.appendChild(h("p",{class:"err all",role:"alert"}))).textContent=clip(e.message,300)}}
+const PERIOD=[["month","monthly"],["week","weekly"],["day","daily"],["total","never"]];
+const EXPIRES=[["0","never"],["30","in 30 days"],["90","in 90 days"],["365","in a year"]];
+function dialog(title,...k){const d=h("dialog",{"aria-label":title,onclose:()=>d.remove()},h("h2",{},title),k);
+document.body.append(d);d.showModal();return d}
+function submit(f,run){return async e=>{e.preventDefault();const b=f().querySelector("button:not([type=button])");b.disabled=true;
+wrong(f());try{await run(values(f()))}catch(x){wrong(f(),x)}b.disabled=false}}
+function keys(m){const body=h("div"),news=h("div");let f;
+const load=async()=>[await api("keys"),fresh&&!fresh.setup?fresh.setup=await api("setup"):0];
+const draw=()=>fill(body,load,([d])=>{swap(news,freshPanel(draw));return drawKeys(d,draw)});
+const pats=me.role==="admin"?[["","all models"],["openai/*","openai/*"],["anthropic/*","anthropic/*"],["google/*","google/*"],
+["demo/*","demo/*"]]:[];
+f=h("form",{class:"mk",novalidate:true,onsubmit:submit(()=>f,async v=>{fresh={...await api("keys",v),want:v};asked=false;f.reset();
+await draw();say("Key "+fresh.name+" created");$("#copykey")?.focus()})},field("Name","name",{c:"w",placeholder:"ci-runner",
+autocomplete:"off",spellcheck:"false",required:true}),field("Budget, USD","budget",{inputmode:"decimal",placeholder:"no limit",
+autocomplete:"off"}),field("Resets","period",{},"select",PERIOD),field("Models","models",{},"select",pats),
+field("Expires","expires_days",{},"select",EXPIRES),h("button",{class:"btn p"},"Create key"));
+m.append(top_("Keys"),news,h("div",{class:"grid"},card("pad c12",head("Create a key"),f)),body);draw();
+return{refresh:draw,live:lazily(draw,3000)}}
+function freshStep(){const s=fresh.seen;return h("li",{id:"freshstep"},h("span",{class:"st "+(s?"done":"now")},s?"✓":""),
+h("span",{role:"status"},h("b",{},s?"First request received: "+s.status:"Waiting for the first request from Codex…"),
+s?[clip(s.model,60)+", "+clip(s.user_agent,60)+" at ",when(s.started_ms)]:'Run: codex "What is 2 + 2?"'))}
+function freshPanel(draw){if(!fresh)return[];const w=fresh.want,s=fresh.setup;
+return[h("div",{class:"card new",role:"region","aria-labelledby":"nk"},h("div",{class:"hdr"},h("p",{},
+h("b",{id:"nk"},bdi(fresh.name)," is ready. Copy the key now."),h("br"),"Pomex keeps only its hash, so nobody can show it again."),
+btn("I have stored it","",()=>{fresh=null;draw();$("#main").focus()})),h("div",{class:"two"},h("div",{},
+h("div",{class:"lab"},"API key"),h("div",{class:"keyv"},h("code",{id:"kv"},fresh.token),
+btn("Copy","p",e=>copy(fresh.token,e.currentTarget),{id:"copykey","aria-label":"Copy the key"})),
+h("p",{class:"d"},(w.budget?"Budget $"+clip(w.budget,20)+" "+(PERIOD.find(p=>p[0]===w.period)||["",""])[1]:"No budget")+". Models: "
++(w.models||"all")+". "+(w.expires_days>0?"Expires in "+w.expires_days+" days.":"No expiry.")),
+h("ol",{class:"steps"},step("done",1,"Gateway answers on "+location.host,me.counts.providers+" providers, "+me.counts.models+" models"),
+step("",2,"Paste the block into ~/.codex/config.toml","Then export POMEX_API_KEY in the same shell"),freshStep())),
+copyTabs("Set-up snippet",snippets(s,fresh.token))))]}
+function leave(to){const d=dialog("Have you stored the key of "+clip(fresh.name,64)+"?",h("p",{},
+"It is not shown again once you leave this page."),h("div",{class:"acts"},btn("Back to the key","p",()=>d.close()),
+btn("I have stored it","",()=>{fresh=null;d.close();location.hash=to})))}
+addEventListener("beforeunload",e=>{if(fresh)e.preventDefault()});
+function keyState(k,now){if(k.revoked_s)return["","revoked"];if(k.expires_s&&k.expires_s<=now)return["","expired"];
+const f=k.budget_nanos?k.spent_nanos/k.budget_nanos:k.budget_nanos===0?1:0;
+return f>=.8?[f>=.95?"bad":"warn",Math.floor(f*100)+" % used"]:k.last_ms?["ok","active"]:["","waiting"]}
+function drawKeys(d,draw){const act=d.keys.filter(k=>!k.revoked_s),sum=d.keys.reduce((a,k)=>a+k.month_nanos,0);
+const list=d.keys.length?h("table",{class:"stack tkeys"},h("caption",{class:"sr"},"All keys"),th("Name",["Key","kk"],["Models","opt"],"Spent",
+["Last used","opt"],"State",h("span",{class:"sr"},"Actions")),h("tbody",{},d.keys.map(k=>{const [c,t]=keyState(k,d.now_s);
+const f=k.budget_nanos?k.spent_nanos/k.budget_nanos:1;return h("tr",{},td("name kn",bdi(k.name,64)),
+td("nw dim kk",h("code",{},k.hint)),td("opt wrap",k.models?clip(k.models.split(" ").join(", "),60):"all models"),
+td("kp",k.budget_nanos!=null?[h("div",{class:"nw"},usd(k.spent_nanos,2)," ",h("span",{class:"dim"},"of "+usd(k.budget_nanos,
+k.budget_nanos%1e9?2:0)+" "+PERIOD.find(p=>p[0]===k.period)[1].replace("never","in all"))),bar(f,used(f))]
+:h("span",{},usd(k.spent_nanos,2)," ",h("span",{class:"dim"},"no budget"))),td("nw opt",ago(k.last_ms)),
+td("ks",h("span",{class:"tag "+c},t)),td("r nw ka",h("a",{class:"btn s g",href:"#usage?"+new URLSearchParams({key:k.name}),
+"aria-label":"Usage of "+k.name},"Usage"),k.revoked_s?null:[btn("Edit","s g",()=>editKey(k,d,draw),{"aria-label":"Edit key "+k.name,
+"data-f":"e"+k.id}),btn("Revoke","s g del",()=>revoke(k,draw),{"aria-label":"Revoke key "+k.name,"data-f":"r"+k.id})]))})))
+:h("p",{class:"empty"},"No keys. Create the first one above.");
+return[h("div",{class:"grid"},card("full c12",head("All keys",h("span",{},act.length+" active, "+usd(sum,2)+" this month")),list),
+card("full c12",head("Accounts",h("span",{},"who pays: prepaid credit, a monthly limit, or neither"),
+btn("New account","s",()=>newAccount(draw))),h("table",{class:"stack"},h("caption",{class:"sr"},"Accounts"),th("Name",["Kind","opt"],
+["This month","r"],["Limit","r opt"],["Balance","r"],h("span",{class:"sr"},"Actions")),h("tbody",{},d.accounts.map(a=>h("tr",{},
+td("name",bdi(a.name,64)),td("opt",a.prepaid?"prepaid":a.limit_nanos!=null?"monthly limit":"open",a.multiplier!==1e6?
+" × "+a.multiplier/1e6:""),td("r nw",usd(a.month_nanos,2)),td("r nw opt",a.limit_nanos!=null?usd(a.limit_nanos,2):"none"),
+a.prepaid||a.credit_nanos?td("r nw",usd(a.credit_nanos-a.spent_nanos,2)):td("r opt","-"),td("r nw",btn("Add credit","s g",()=>credit(a,draw),{"aria-label":
+"Add credit to "+a.name,"data-f":"c"+a.id}),btn("Statement","s g",()=>statement(a),{"aria-label":"Statement of "+a.name,
+"data-f":"s"+a.id}))))))))]}
+function formDialog(title,fields,verb,run){let f;const d=dialog(title,f=h("form",{novalidate:true,onsubmit:submit(()=>f,async v=>{
+await run(v);d.close()})},h("div",{class:"fields"},fields),h("div",{class:"acts"},btn("Cancel","",()=>d.close()),
+h("button",{class:"btn p"},verb))))}
+const editKey=(k,d,draw)=>formDialog("Edit key "+k.name,[field("Budget, USD","budget",{value:k.budget_nanos==null?"":
+String(k.budget_nanos/1e9),inputmode:"decimal",placeholder:"no limit"}),field("Resets","period",{value:k.period},"select",PERIOD),
+field("Models (patterns)","models",{value:k.models.split(" ").join(", "),placeholder:"all models"}),
+field("Account","account",{value:k.account},"select",d.accounts.map(a=>[a.name,a.name])),
+field("Requests a minute (0: any)","rpm",{value:String(k.rpm),inputmode:"numeric"}),
+field("Tokens a minute (0: any)","tpm",{value:String(k.tpm),inputmode:"numeric"}),
+field("Open at once (0: any)","concurrent",{value:String(k.concurrent),inputmode:"numeric"}),
+field("Expires","expires_days",{},"select",[["keep",k.expires_s?"on "+day(new Date(k.expires_s*1000)):"never, as now"],...EXPIRES])],
+"Save",async v=>{if(v.expires_days==="keep")delete v.expires_days;await api("keys/"+k.id,v);say("Key "+k.name+" saved");draw()});
+function revoke(k,draw){const d=dialog("Revoke key "+clip(k.name,64)+"?",h("p",{},
+"Its next request is refused. Streams in progress end normally. This cannot be undone."),h("div",{class:"acts"},
+btn("Keep it","",()=>d.close()),btn("Revoke","p",async()=>{try{await api("keys/"+k.id+"/revoke",{});d.close();
+say("Key "+k.name+" revoked");draw()}catch(e){d.append(errorBox(e))}})))}
+const newAccount=draw=>formDialog("New account",[field("Name","name",{autocomplete:"off"}),
+field("Kind","prepaid",{},"select",[["","open, or limited a month"],["1","prepaid credit"]]),
+field("Limit a month, USD","limit",{inputmode:"decimal",placeholder:"none"}),
+field("Price multiplier","multiplier",{inputmode:"decimal",placeholder:"1"})],"Create account",async v=>{await api("accounts",v);draw()});
+const credit=(a,draw)=>formDialog("Add credit to "+a.name,[field("Amount, USD","amount",{inputmode:"decimal"}),
+field("Reason (makes it an adjustment)","reason",{})],"Add credit",async v=>{
+await api("accounts/"+encodeURIComponent(a.name)+"/credit",v);draw()});
+function statement(a){const now=new Date(),body=h("div",{class:"scroll",tabindex:0,role:"group","aria-label":"Statement"});
+const months=Array.from({length:12},(_,i)=>{const d=new Date(Date.UTC(now.getUTCFullYear(),now.getUTCMonth()-i,1));
+return[d.getUTCFullYear()+"-"+two(d.getUTCMonth()+1),MON[d.getUTCMonth()]+" "+d.getUTCFullYear()]});
+const load=async mth=>{try{const s=await api("accounts/"+encodeURIComponent(a.name)+"/statement?month="+mth);
+swap(body,h("table",{},h("caption",{class:"sr"},"Charges by model"),th("Model",["Requests","r"],["Tokens","r"],["USD","r"]),
+h("tbody",{},s.charges.map(c=>h("tr",{},td("wrap",bdi(c.model,60)),td("r",num(c.requests)),td("r",tok(c.input+c.output)),
+td("r",usd(c.cost_nanos,2)))),s.credits.map(c=>h("tr",{},td("wrap",c.kind+" "+clip(c.reason,80)),td("r"),td("r"),
+td("r",usd(c.nanos,2))))),h("tfoot",{},[["Balance before",s.before_nanos],["Charges",-s.spent_nanos],["Balance after",s.after_nanos]]
+.map(([t,v])=>h("tr",{},td("",t),td("r"),td("r"),td("r",usd(v,2)))))))}catch(e){swap(body,errorBox(e))}};
+const d=dialog("Statement of "+clip(a.name,64),h("label",{},"Month (UTC)",h("select",{onchange:e=>load(e.target.value)},
+months.map(([v,t])=>h("option",{value:v},t)))),h("p"),body,h("div",{class:"acts"},btn("Close","",()=>d.close())));load(months[0][0])}
+// the log and one request
+const TIMES=[["","any time"],["today","today"],["1d","last 24 hours"],["7d","last 7 days"],["30d","last 30 days"]];
+function usage(m,q,id){if(id)return oneRequest(m,decodeURIComponent(id));
+const NAMES=["time","text","key","model","provider","endpoint","result","min_cost"];let cursor=null,rows=[];
+const box=h("div",{class:"card full"}),sums=h("p",{class:"sub pad2"}),more=h("div",{class:"acts pad2"}),links=h("span",{class:"acts n0"});
+const query=()=>{const p=new URLSearchParams();for(const n of NAMES){const v=q.get(n);if(!v)continue;
+if(n==="time")p.set("from",v==="today"?midnight():Date.now()-parseInt(v)*DAY);
+else if(n==="min_cost")p.set(n,Math.round(parseFloat(v)*1e9)||0);else p.set(n,v)}return p};
+const list=h("div"),draw=()=>fill(list,async()=>{cursor=null;const d=await api("usage?"+query());rows=d.rows;cursor=d.cursor;return d},d=>{
+const s=d.sums;sums.textContent=num(s.requests)+" requests, "+tok(s.input)+" in ("+pct(s.cached,s.input)+" cached), "+tok(s.output)+
+" out, "+usd(s.cost_nanos)+(s.unpriced?"; "+num(s.unpriced)+" without a price":"");show();const p=query();
+links.replaceChildren(...[["csv","CSV"],["jsonl","JSONL"]].map(([k,t])=>h("a",{class:"btn s",download:"",href:"/admin/api/usage."+k+"?"+p},
+"Export "+t)));
+return rows.length?feedTable(rows):h("div",{class:"empty"},h("h2",{},"Nothing matches"),h("p",{},"No request fits these filters."),
+btn("Clear filters","",()=>{location.hash=location.hash==="#usage"?"#usage?":"#usage"}))});
+function show(){more.replaceChildren(...cursor?[btn("Show older","",async e=>{const b=e.currentTarget;b.disabled=true;
+try{const p=query();p.set("cursor",cursor);const d=await api("usage?"+p);rows.push(...d.rows);cursor=d.cursor;
+$("tbody",list).append(...d.rows.map(feedRow));show();more.firstChild?.focus()}catch(x){more.append(errorBox(x))}})]:[])}
+const set=(n,v)=>{v?q.set(n,v):q.delete(n);history.replaceState(null,"","#usage"+(q.size?"?"+q:""));draw()};let timer=0;
+const inp=(label,n,a={})=>field(label,n,{value:q.get(n)||"",autocomplete:"off",spellcheck:"false",oninput:e=>{clearTimeout(timer);
+const v=e.target.value.trim();timer=setTimeout(()=>set(n,v),300)},...a});
+const sel=(label,n,opts)=>field(label,n,{value:q.get(n)||"",onchange:e=>set(n,e.target.value)},"select",opts);
+m.append(top_("Usage log",liveMark(me.open),links),card("pad",h("form",{class:"mk",role:"search","aria-label":"Filters",onsubmit:e=>e.preventDefault()},
+sel("Time","time",TIMES),sel("Result","result",[["","any"],...Object.keys(TAGS).map(k=>[k,TAGS[k][1]])]),
+inp("Text in id or error","text",{c:"m"}),me.role==="admin"?inp("Key","key"):null,inp("Model","model"),inp("Provider","provider"),
+inp("Endpoint","endpoint"),inp("Cost from, USD","min_cost",{inputmode:"decimal"}))),h("div",{class:"grid"},
+h("div",{class:"card full c12 gap"},sums,list,more)));draw();
+return{refresh:draw,live:lazily(()=>{if(rows.length<=50)draw()},1500)}}
+function oneRequest(m,id){const body=h("div");m.append(top_("Request",h("a",{class:"btn s",href:"#usage"},"Back to the log")),body);
+fill(body,()=>api("usage/"+encodeURIComponent(id)),d=>{const r=d.row,t=d.trace,lines=d.lines.filter(l=>l.parts.length||l.lost);
+const hops=[...(t?t.tried:[]).map(x=>{const i=x.indexOf(": ");return[x.slice(0,i),x.slice(i+2),false]})];
+if(!t)hops.push(...d.lines.slice(0,-1).map(l=>[l.provider,l.error_code,false]));
+if(r.status!=="failed"||!hops.length)hops.push([r.provider||"nobody",r.status==="failed"?t?.error||r.error_code:
+"answered"+(r.attempts>1&&!hops.length?", after "+(r.attempts-1)+" that failed":""),r.status!=="failed"]);
+const total=Math.max(1,r.total_ms),first=r.first_ms||total,wf=[["Until the first output",0,first,"wrn"],
+...(r.first_ms?[["Output and finish",first,total,"acc"]]:[])];
+const curl="curl -N "+location.origin+"/v1/responses \\\n  -H \"Authorization: Bearer $POMEX_API_KEY\" \\\n  -H \"Content-Type: application/json\" \\\n  -d '"
++JSON.stringify({model:r.model,input:"…",stream:true}).replace(/'/g,"'\\''")+"'";
+return[h("div",{class:"grid"},card("pad c6",head("What happened",tag(r)),h("dl",{class:"facts"},[["Time",when(r.started_ms)],
+["Model",bdi(r.model,200)],["Key",bdi(r.key,64)],["Account",bdi(r.account,64)],["Endpoint",r.endpoint],
+["Client",t?bdi(t.user_agent||"-",200):"not kept"],["Response id",h("code",{},clip(r.response_id,80))],
+["x-request-id",h("code",{},clip(r.request_id,130))],
+["Ended by",r.terminal_by==="gateway"?"the gateway, which made the terminal event":"the upstream's own terminal event"],
+["Terminal event",r.status==="cancelled"?"none: the client left":"response."+r.status],
+r.error_code?["Error",h("span",{},h("code",{},clip(r.error_code,80))," ",clip(t?.error,600))]:null,
+t&&t.dropped.length?["Not carried",clip(t.dropped.join(", "),400)]:null,r.estimated?["Tokens","estimated: "+clip(r.estimated,200)]:null]
+.filter(Boolean).map(([a,b])=>[h("dt",{},a),h("dd",{},b)])),h("div",{class:"acts"},btn("Copy as curl","s",e=>copy(curl,e.currentTarget)))),
+card("pad c6",head("Path"),h("ol",{class:"steps"},hops.map((x,i)=>step(x[2]?"done":"bad",i+1,clip(x[0],60),clip(x[1],400)))),
+h("h2",{class:"n2"},"Time"),h("ul",{class:"rows"},wf.map(([n,a,b,c])=>h("li",{},h("span",{},n),h("span",{},secs(b-a)+" s"),
+h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},h("rect",{class:"trk",width:100,height:8}),
+h("rect",{class:c,x:a/total*100,width:Math.max(.6,(b-a)/total*100),height:8}))))),
+h("p",{class:"d"},"In all "+secs(r.total_ms)+" s. Prompts and answers are not stored.")),
+card("full c12",head("Tokens and cost",h("span",{},tok(r.input)+" in ("+tok(r.cached)+" cached, "+tok(r.cache_write)+" written), "+
+tok(r.output)+" out ("+tok(r.reasoning)+" reasoning)")),
+lines.length?h("table",{class:"stack"},h("caption",{class:"sr"},"Cost lines"),th("What",["Provider","opt"],["Tokens","r"],
+["USD per million","r"],["Cost","r"]),h("tbody",{},lines.flatMap(l=>l.parts.map(p=>h("tr",{},td("",p.what),td("opt",clip(l.provider,40)+
+(l===d.lines[d.lines.length-1]?"":", given up")),td("r",num(p.count)),td("r",p.what==="web searches"?"$"+p.picos/1e9+" / 1,000":"$"+p.picos/1e6),
+td("r",usd(p.nanos,6)))))),h("tfoot",{},h("tr",{},td("","Total"+(r.multiplier!==1e6?" (prices × "+r.multiplier/1e6+")":"")),td("opt"),
+td("r"),td("r"),td("r",usd(r.cost_nanos,6))))):h("p",{class:"empty"},r.price?"No tokens were billed.":r.input+r.output?
+"This model has no price: set one under [prices] in pomex.toml.":"No tokens were used."))) ]})}
+// models and providers
+const ctx=n=>n?n>=1e6?(n/1e6).toFixed(n%1e6<5e4?0:1)+" M":Math.round(n/1e3)+" k":"-";
+function models(m){const body=h("div");let d=null,find="";
+const input=h("input",{type:"search",placeholder:"Find a model","aria-label":"Find a model",oninput:e=>{find=e.target.value.toLowerCase();
+swap(body,draw())}});
+const price=(p,i)=>p?p[i]==="-"||p[i]==null?"-":"$"+p[i]:"";
+function draw(){const list=d.models.filter(x=>x.name.toLowerCase().includes(find));
+return[card("full c12",head(list.length+" models",h("span",{},"US dollars per million tokens; prices of "+d.prices_date)),
+list.length?h("table",{class:"stack"},h("caption",{class:"sr"},"Models"),th("Name",["In","r opt"],["Cached","r opt"],["Out","r opt"],
+["Context","r opt"],["Goes to","opt opt2"],"State",h("span",{class:"sr"},"Actions")),h("tbody",{},list.slice(0,400).map(x=>h("tr",{},
+td("",h("span",{class:"name"},bdi(x.name,90)),x.description?h("div",{class:"d"},clip(x.description,90)):null,
+x.long_over?h("div",{class:"d"},"over "+ctx(x.long_over)+" input: $"+x.long[0]+" in, $"+x.long[1]+" out"):null,
+x.changes.map(c=>h("div",{class:"d"},"from "+new Date(c.day*DAY).toISOString().slice(0,10)+": $"+c.price[0]+" in, $"+c.price[1]+" out")),
+x.peak>1?h("div",{class:"d"},"× "+x.peak+" in peak hours"):null),
+td("r opt",price(x.price,0)),td("r opt",price(x.price,2)),td("r opt",price(x.price,1)),td("r opt nw",ctx(x.context)),
+td("opt opt2 dim wrap",clip(x.targets.join(" → "),90)),td("",x.state!=="ready"?h("span",{class:"tag warn",title:x.state},"not usable"):
+x.price?h("span",{class:"tag ok"},"ready"):h("span",{class:"tag warn"},"no price set")),
+td("r nw",btn("Copy","s g",e=>copy(x.name,e.currentTarget),{"aria-label":"Copy "+x.name}),
+h("a",{class:"btn s g",href:"#playground?model="+encodeURIComponent(x.name),"aria-label":"Try "+x.name},"Try")))))):
+h("p",{class:"empty"},"No model of that name.")),
+d.any.length?h("p",{class:"note ok"},"Any other model of "+d.any.join(", ")+" can be asked for too, as provider/model-name."):null,
+d.missing.length?card("pad c12",head("Providers without a key"),h("ul",{class:"rows"},d.missing.map(p=>h("li",{},p.name,
+h("code",{},"export "+p.env_key+"=...")))),h("p",{class:"d"},"Then restart Pomex.")):null].map(x=>x&&h("div",{class:"grid"},
+h("div",{class:"c12"},x))).filter(Boolean)}
+m.append(top_("Models",h("div",{},input)),body);fill(body,()=>api("models"),x=>{d=x;return draw()});return{}}
+function providers(m){const body=h("div"),results={};
+const test=async(p,e)=>{const b=e.currentTarget;b.disabled=true;try{results[p.name]=await api("providers/"+encodeURIComponent(p.name)+"/test",{})}
+catch(x){results[p.name]={ok:false,ms:0,text:x.message}}say(p.name+": "+results[p.name].text);draw()};
+const draw=()=>fill(body,()=>api("providers"),d=>[h("div",{class:"grid"},d.providers.map(p=>{const r=results[p.name];
+const mx=Math.max(1,...p.minutes.map(x=>x[0]));return card("pad c6",h("div",{class:"hd"},h("h2",{},h("span",{class:"dot "+STATES[p.state]}),
+"  "+clip(p.name,40)),h("span",{class:"tag "+({healthy:"ok",failing:"bad","left out":"bad",recovering:"warn"}[p.state]||"")},p.state+(p.back_s?", back in "+p.back_s+" s":""))),
+h("svg",{class:"strip",viewBox:"0 0 240 28",preserveAspectRatio:"none",role:"img","aria-label":p.requests+" requests in the last hour, "+
+p.failed+" failed"},p.minutes.map(([n,f],i)=>[h("rect",{class:"trk",x:i*4,width:3,y:0,height:28}),
+n?h("rect",{class:"acc",x:i*4,width:3,y:28-28*n/mx,height:28*n/mx}):null,
+f?h("rect",{class:"bd",x:i*4,width:3,y:28-28*f/mx,height:28*f/mx}):null])),
+h("dl",{class:"facts"},[["Last hour",num(p.requests)+" requests, "+num(p.failed)+" failed"+(p.requests?" ("+pct(p.requests-p.failed,p.requests)+" good)":"")],
+["In flight",num(p.open)],["First token",p.first_ms[1]?"p50 "+secs(p.first_ms[0])+" s, p95 "+secs(p.first_ms[1])+" s":"-"],
+["Full response",p.total_ms[1]?"p50 "+secs(p.total_ms[0])+" s, p95 "+secs(p.total_ms[1])+" s":"-"],
+["Speaks",p.wire_api+(p.base_url?" at "+clip(p.base_url,90):", offline")],p.key_source?["Key from",clip(p.key_source,60)]:null,
+p.error?["Last error",h("span",{},when(p.error.time_ms)," ",clip(p.error.message,500))]:null].filter(Boolean)
+.map(([a,b])=>[h("dt",{},a),h("dd",{},b)])),
+r?h("p",{class:"note "+(r.ok?"ok":"bad"),role:"status"},clip(r.text,500)+(r.ms?" "+r.ms+" ms.":"")):null,
+h("div",{class:"acts"},h("a",{class:"btn s",href:"#usage?provider="+encodeURIComponent(p.name),"aria-label":"Usage of "+p.name},"Usage"),
+btn("Test now","s",e=>test(p,e),{"aria-label":"Test now: "+p.name,"data-f":"t"+p.name})))}),
+d.missing.length?card("pad c12",head("Without a key"),h("ul",{class:"rows"},d.missing.map(p=>h("li",{},p.name,h("code",{},
+"export "+p.env_key+"=..."))))):null)]);
+m.append(top_("Providers",liveMark(me.open)),body);draw();return{refresh:draw,live:lazily(draw,2000)}}
+// playground
+function playground(m,q){let stop=null,form;
+const out=h("div",{class:"out",tabindex:0,role:"group","aria-label":"Answer"}),evs=h("ol",{class:"ev scroll",tabindex:0,"aria-label":"Events"});
+const status=h("p",{class:"sub",role:"status"},"Nothing sent yet."),list=h("datalist",{id:"names"});
+const send=h("button",{class:"btn p"},"Send"),halt=btn("Stop","",()=>stop&&stop.abort(),{disabled:true});
+const bodyOf=()=>{const v=values(form),b={model:v.model.trim(),input:v.input,stream:true};if(v.instructions.trim())b.instructions=v.instructions;
+if(v.effort)b.reasoning={effort:v.effort};if(v.tools.trim())b.tools=JSON.parse(v.tools);return b};
+const texts=()=>{const b=JSON.stringify(bodyOf()),o=location.origin;return{curl:"curl -N "+o+"/v1/responses -H \"Authorization: Bearer $POMEX_API_KEY\" "+
+"-H \"Content-Type: application/json\" -d '"+b.replace(/'/g,"'\\''")+"'",Codex:"codex -m "+bodyOf().model+" '"+
+bodyOf().input.replace(/'/g,"'\\''")+"'",Python:"from openai import OpenAI\nimport os\n\nclient = OpenAI(base_url=\""+o+
+"/v1\", api_key=os.environ[\"POMEX_API_KEY\"])\nfor event in client.responses.create(**"+
+JSON.stringify(bodyOf()).replace(/\btrue\b/g,"True")+"):\n    print(event)"}};
+function add(t0,type,data){const ms=Math.round(performance.now()-t0);let seq="";try{seq=JSON.parse(data).sequence_number??""}catch(e){}
+const pre=h("pre",{class:"code wrap"});if(evs.childElementCount<600)evs.append(h("li",{},h("details",{ontoggle:()=>{if(!pre.firstChild){
+let s=data;try{s=JSON.stringify(JSON.parse(data),null,1)}catch(e){}pre.append(clip(s,20000))}}},h("summary",{},
+h("span",{class:"dim r"},ms+" ms"),h("span",{class:"dim r"},String(seq)),h("span",{},clip(type,60))),pre)))}
+async function run(body){const t0=performance.now();out.replaceChildren();evs.replaceChildren();stop=new AbortController();
+send.disabled=true;halt.disabled=false;status.textContent="Sent.";let id="";
+try{const r=await fetch("/admin/api/playground",{method:"POST",headers:{"content-type":"application/json"},body:JSON.stringify(body),
+signal:stop.signal});
+if(!r.ok){const t=await r.text();status.textContent="HTTP "+r.status;out.append(clip(t,4000));return}
+const rd=r.body.pipeThrough(new TextDecoderStream()).getReader();let buf="";
+for(;;){const {value,done}=await rd.read();if(done)break;buf+=value;let i;
+while((i=buf.indexOf("\n\n"))>=0){const f=buf.slice(0,i);buf=buf.slice(i+2);let type="",data="";
+for(const l of f.split("\n")){if(l.startsWith("event: "))type=l.slice(7);if(l.startsWith("data: "))data+=l.slice(6)}
+if(!data)continue;add(t0,type||data,data);if(data==="[DONE]")continue;const d=JSON.parse(data);
+if(d.response?.id)id=d.response.id;if(type==="response.output_text.delta")out.append(d.delta);
+if(type==="response.function_call_arguments.done")out.append("\n[call "+clip(d.name||"",60)+" "+clip(d.arguments,2000)+"]");
+if(/^response\.(completed|incomplete|failed)$/.test(type)){const u=d.response.usage;status.textContent=type+" after "+
+secs(performance.now()-t0)+" s"+(u?", "+tok(u.input_tokens)+" in, "+tok(u.output_tokens)+" out":"")+
+(d.response.error?": "+clip(d.response.error.message,400):"")}}}
+if(id)setTimeout(async()=>{try{const x=await api("usage/"+id);status.append(", ",cost(x.row)," ",h("a",{href:"#usage/"+id},"Show the request"))}
+catch(e){}},350)}catch(e){status.textContent=e.name==="AbortError"?"Stopped.":clip(e.message,300)}
+finally{send.disabled=false;halt.disabled=true;stop=null}}
+form=h("form",{class:"stackform",onsubmit:e=>{e.preventDefault();wrong(form);let b;try{b=bodyOf()}catch(x){
+wrong(form,{param:"tools",message:"The tools must be a JSON list: "+x.message});return}run(b)}},
+h("label",{},"Model",h("input",{name:"model",list:"names",value:q.get("model")||"demo/echo",spellcheck:"false",required:true}),list),
+h("label",{},"Input",h("textarea",{name:"input",rows:4,required:true,value:"What is 2 + 2?"})),
+h("label",{},"Instructions",h("textarea",{name:"instructions",rows:2,placeholder:"none"})),
+field("Tools, as JSON","tools",{rows:2,placeholder:"[]",spellcheck:"false"},"textarea"),
+field("Reasoning effort","effort",{},"select",[["","as the model has it"],["low","low"],["medium","medium"],["high","high"]]),
+h("div",{class:"tb"},h("span",{},send," ",halt),h("span",{},["curl","Codex","Python"].map(k=>btn(k,"s g",e=>{const b=e.currentTarget;
+try{copy(texts()[k],b)}catch(x){say("The tools are not JSON")}},{"aria-label":"Copy as "+k})))));
+m.append(top_("Playground"),h("div",{class:"grid"},card("pad c5",form),h("div",{class:"c7 gap"},card("pad",head("Answer"),out,status),
+card("pad",head("Events",h("span",{},"time, sequence number, type")),evs))));
+api("models").then(d=>list.append(...d.models.slice(0,400).map(x=>h("option",{value:x.name})))).catch(()=>{});
+return{}}
+// set-up
+const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url lacks /v1",wrong_wire_api:"The chat endpoint was called",
+use_http_sse:"A WebSocket was tried",model_not_found:"That model is not known",model_not_allowed:"The key may not use that model",
+provider_not_configured:"That provider has no key",invalid_request_error:"The request was not right"};
+function setup(m){const body=h("div"),steps=h("div"),bad=h("div");let s=null;
+const draw=()=>fill(body,()=>api("setup"),d=>{s=d;paint();return[h("div",{class:"grid"},h("div",{class:"card c12 two"},h("div",{},
+head("Checks"),steps),h("div",{},copyTabs("Set-up snippet",snippets(d)))),h("div",{class:"card full c12"},head("Refused requests",
+h("span",{},"seen by this gateway; newest first")),bad))]});
+function paint(){const c=s.codex||s.latest,real=Boolean(s.codex),end=c&&c.status;
+swap(steps,h("ol",{class:"steps"},step("done",1,"The gateway answers on "+location.host,"This page came from it."),
+s.providers.length?step("done",2,"Providers are configured",s.providers.join(", ")):step(s.demo?"done":"bad",2,
+s.demo?"The demo is ready":"No provider is ready",s.demo?"demo/echo works offline. For real models set a provider's key.":"Set a provider's key."),
+s.keys?step("done",3,s.keys===1?"A key exists":s.keys+" keys exist"):step("bad",3,"No key yet",h("a",{href:"#keys"},"Create a key")),
+h("li",{},h("span",{class:"st "+(c?"done":"now")},c?"✓":""),h("span",{role:"status"},h("b",{},c?(real?"A request from Codex was received":
+"A request was received"):"Waiting for the first request from Codex…"),c?[clip(c.model,60)+(c.user_agent?", "+clip(c.user_agent,80):"")+" at ",
+when(c.started_ms)]:'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"')),
+step(!c?"":end==="completed"?"done":"bad",5,c?"Its stream ended with response."+end:"The stream ends with response.completed",
+c?.error?clip(c.error,300):"")));
+swap(bad,s.refused.length?h("table",{class:"stack"},h("caption",{class:"sr"},"Refused requests"),th(["Time","opt"],"What and how to mend it",
+["Request","opt"],["Status","r"]),h("tbody",{},s.refused.slice(0,25).map(x=>h("tr",{},td("nw dim opt",when(x.time_ms)),
+td("",h("div",{class:"name"},CAUSES[x.code]||"The request was refused"),h("div",{class:"wrap"},bdi(x.message,600)),
+h("div",{class:"d"},x.key?["key ",bdi(x.key,64),", "]:null,bdi(x.user_agent||"no User-Agent",100))),
+td("opt mono wrap",bdi(x.method+" "+x.path,80)),td("r nw",h("span",{class:"tag bad"},String(x.status))))))):
+h("p",{class:"empty"},"None. A wrong key, model or address shows here within a second, with its cure."))}
+m.append(top_("Setup",liveMark(me.open)),body);draw();
+return{refresh:draw,live:(kind,d)=>{if(!s)return;if(kind==="refused"){s.refused.unshift(d);paint();say((CAUSES[d.code]||"Refused")+": "+d.message)}
+if(kind==="usage"){if(d.codex)s.codex=d;s.latest=d;paint()}if(kind==="key")draw()}}}
+begin();
+</script></body></html>
+"""     # noqa: E501
 
 
 if __name__ == "__main__":

@@ -339,6 +339,7 @@ def test_the_first_start_on_a_terminal_says_all_that_is_needed(here, capsys, mon
     config, found = asyncio.run(pomex.detect(pomex.load_config("", "", os.environ), {"GROQ_API_KEY": "gsk_" + 20 * "x"}))
     said = announced(capsys, config, found, True, ledger)
     shown = re.sub(r"^  (anthropic|google) .*\n", "", said, flags=re.MULTILINE)     # where their wires are there
+    shown = re.sub(r"#login=\S+ ", "#login=LINK ", shown)
     assert re.sub(r"sk-rh-\w{32}", "KEY", shown) == f"""\
 Pomex {pomex.VERSION} on Python {sys.version.split()[0]}. No config file; using defaults.
 
@@ -353,7 +354,7 @@ Database      ~/.local/state/pomex/pomex.db (created, only you can read it)
 First API key, shown once:
   export POMEX_API_KEY="KEY"
 
-Codex: put this into ~/.codex/config.toml
+Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write
   model_provider = "pomex"
   model = "groq/openai/gpt-oss-120b"
 
@@ -366,6 +367,7 @@ Codex: put this into ~/.codex/config.toml
 
 Then, in another terminal: codex "What is 2 + 2?"
 
+Dashboard     http://127.0.0.1:7663/admin#login=LINK (one use, 10 minutes)
 Listening on  http://127.0.0.1:7663   Ctrl-C stops it
 """
     assert [key.name for key in ledger.list_keys()] == ["first"]

@@ -10,9 +10,12 @@ from __future__ import annotations
 import http.server
 import itertools
 import json
+import os
 import re
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +39,17 @@ class Refusal:
     status: int
     body: JSON
     headers: tuple[tuple[str, str], ...] = ()
+
+
+RESET, STALL = "reset", "stall"         # the connection breaks; nothing more comes
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An answer that goes wrong. `steps` is given the request and the answer as it would be sent, and says what goes over
+    the socket instead, from the status line on: bytes, RESET or STALL. The connection is closed at the end."""
+    answer: Answer
+    steps: Callable[[Seen, bytes], list[bytes | str]]
 
 
 def says(*items: Item | str, **how: Any) -> Answer:
@@ -407,7 +421,7 @@ class Script:
                     else json.dumps(events[0]).encode())
         return chat_bytes(body, answer) if seen.path.endswith("/chat/completions") else responses_bytes(body, answer)
 
-    def next(self) -> Answer | Raw | Refusal:
+    def next(self, seen: Seen) -> Answer | Raw | Refusal | Broken:
         if self.answers:
             return self.answers.pop(0)
         self.faults.append("a request came after the script's end")
@@ -424,8 +438,8 @@ class Script:
 class Upstream:
     """The provider's HTTP server, on a loopback port of its own. `/NAME/v1/...` is played by the script."""
 
-    def __init__(self) -> None:
-        self.script = Script()
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script or Script()
         self.catalogue: JSON = {"object": "list", "data": []}
         self.headers = [("openai-model", "upstreams-own-name")]     # Codex would say that the account was flagged
         script, answer_models, own_headers = self.script, lambda: self.catalogue, self.headers
@@ -440,9 +454,12 @@ class Upstream:
                 script.seen.append(seen)
                 complaint = script.complaint(seen)
                 script.refused += [complaint] if complaint else []
-                answer = refusal(complaint) if complaint else script.next()
+                answer = refusal(complaint) if complaint else script.next(seen)
                 if isinstance(answer, Raw):
                     self.play(answer.payload, stream=True)
+                    return
+                if isinstance(answer, Broken):
+                    self.fail(answer.steps(seen, script.render(seen, answer.answer)))
                     return
                 if isinstance(answer, Answer):
                     try:
@@ -477,6 +494,19 @@ class Upstream:
                     self.close_connection = True
                 else:
                     self.wfile.write(b"0\r\n\r\n")
+
+            def fail(self, steps: list[bytes | str]) -> None:
+                self.close_connection = True
+                for step in steps:
+                    if isinstance(step, bytes):
+                        self.wfile.write(step)
+                    elif step == STALL:
+                        self.connection.settimeout(30)
+                        self.connection.recv(1)             # until the gateway hangs up
+                    else:
+                        time.sleep(0.05)                    # what was sent is to be read: a reset may overtake it
+                        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                        os.close(self.connection.detach())
 
             def refuse(self, refusal: Refusal) -> None:
                 payload = json.dumps(refusal.body).encode()

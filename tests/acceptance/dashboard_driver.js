@@ -1,0 +1,130 @@
+// node dashboard_driver.js BASE LOGIN-TOKEN API-KEY SHOTS-FOLDER: walks the dashboard in headless Chromium and prints one
+// JSON object: {checks: {sentence: true | what went wrong}, axe: [...], faults: [...]}.
+const { chromium } = require("playwright-core"), fs = require("fs"), http = require("http");
+const [base, token, apiKey, shots] = process.argv.slice(2);
+const axe = fs.readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
+const checks = {}, faults = [], violations = [];
+const EVIL = "<img src=x onerror=alert(1)>", RTL = "\u202egnp.exe", LONG = "x".repeat(10000);
+const check = async (name, f) => { try { const r = await f(); checks[name] = r === undefined || r === true ? true : String(r); } catch (e) { checks[name] = String(e).slice(0, 300); } };
+function call(method, path, body, headers = {}) {
+  return new Promise((done, fail) => {
+    const q = http.request(base + path, { method, headers: { authorization: "Bearer " + apiKey, "content-type": "application/json", ...headers } }, r => {
+      let text = ""; r.on("data", d => text += d); r.on("end", () => done({ status: r.statusCode, text })); });
+    q.on("error", fail); q.end(body); });
+}
+function watch(page) {
+  page.on("console", m => { if (m.type() === "error" && !/status of 40[0-9]|status of 429/.test(m.text())) faults.push("console: " + m.text()); });
+  page.on("pageerror", e => faults.push("error: " + e.stack));
+  page.on("dialog", d => { if (d.type() !== "beforeunload") faults.push("dialog: " + d.message()); d.accept(); });
+  page.on("request", r => { if (!r.url().startsWith(base) && !/^(data|blob|about):/.test(r.url())) faults.push("host: " + r.url()); });
+}
+(async () => {
+  const browser = await chromium.launch({ executablePath: process.env.CHROMIUM || "/usr/bin/chromium", args: ["--no-sandbox", "--disable-gpu",
+    "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"] });
+  const context = await browser.newContext({ permissions: ["clipboard-read", "clipboard-write"] });
+  await context.addInitScript(() => addEventListener("securitypolicyviolation", e => console.error("CSP " + e.violatedDirective + " " + e.blockedURI)));
+  let page = await context.newPage(); watch(page);
+  const go = async r => { await page.goto(base + "/admin#" + r); await page.waitForTimeout(250); };
+  await page.goto(base + "/admin#login=" + token);
+  await check("the one-use link logs in and leaves the address", async () => { await page.waitForSelector("#nav"); return page.url() === base + "/admin#overview"; });
+  await check("an empty overview leads to the set-up", () => page.waitForSelector("text=No request yet", { timeout: 3000 }).then(() => true));
+  // the live set-up page
+  await go("setup");
+  const seen = async (title, cure) => { await page.waitForSelector(`td:has-text("${title}")`, { timeout: 1000 }); return (await page.textContent("#main")).includes(cure); };
+  const body = m => JSON.stringify({ model: m, input: "hi" });
+  for (const [name, path, text, headers, title, cure] of [
+    ["placeholder key", "/v1/responses", body("demo/echo"), { authorization: "Bearer sk-rh-xxxxxxxxxxxx" }, "The key was refused", "guide's placeholder"],
+    ["unexpanded variable", "/v1/responses", body("demo/echo"), { authorization: "Bearer $POMEX_API_KEY" }, "The key was refused", "the shell did not expand it"],
+    ["another provider's key", "/v1/responses", body("demo/echo"), { authorization: "Bearer sk-ant-1234" }, "The key was refused", "another provider's key"],
+    ["missing /v1", "/responses", body("demo/echo"), {}, "base_url lacks /v1", "base_url must end with /v1"],
+    ["chat endpoint", "/v1/chat/completions", "{}", {}, "The chat endpoint was called", "wire_api"],
+    ["wrong model", "/v1/responses", body("demo/ecko"), {}, "That model is not known", "Did you mean demo/echo"],
+    ["hostile model and User-Agent", "/v1/responses", body(EVIL), { "user-agent": EVIL }, "That model is not known", EVIL],
+  ]) await check("set-up names within a second: " + name, async () => { await call("POST", path, text, headers); return seen(title, cure); });
+  await check("set-up names within a second: WebSocket attempt", async () => {
+    await call("GET", "/v1/responses", undefined, { upgrade: "websocket", connection: "Upgrade" }).catch(() => 0); return seen("A WebSocket was tried", "wire_api"); });
+  await check("set-up turns green with the first request", async () => {
+    await call("POST", "/v1/responses", JSON.stringify({ model: "demo/echo", input: "hi", stream: true }), { originator: "codex_exec", "user-agent": "codex_exec/0.128.0" });
+    await page.waitForSelector("text=A request from Codex was received", { timeout: 3000 });
+    return (await page.textContent("#main")).includes("Its stream ended with response.completed"); });
+  await check("nothing hostile became an element", async () => await page.$$eval("#main img", x => x.length) === 0);
+  // keys, by keyboard alone
+  await go("keys");
+  let created = "";
+  await check("a key is created, copied and put away without a mouse", async () => {
+    await page.focus("input[name=name]"); await page.keyboard.type("walker"); await page.keyboard.press("Tab"); await page.keyboard.type("1.5");
+    await page.keyboard.press("Enter"); await page.waitForSelector("#kv"); created = await page.textContent("#kv");
+    await page.waitForFunction(() => document.activeElement.id === "copykey"); await page.keyboard.press("Enter"); await page.waitForTimeout(100);
+    const copied = await page.evaluate(() => navigator.clipboard.readText()); if (copied !== created) return "copied " + copied;
+    for (let i = 0; i < 3 && !(await page.evaluate(() => document.activeElement.getAttribute("role") === "tab")); i++) await page.keyboard.press("Tab");
+    await page.keyboard.press("ArrowRight"); if (!(await page.textContent("pre.code")).includes("export POMEX_API_KEY")) return "no tabs by arrows"; });
+  await check("the codex block never holds the key", async () => { await page.click("role=tab[name=Codex]"); const t = await page.textContent("pre.code");
+    return !t.includes(created) && t.includes(base + "/v1"); });
+  await check("leaving with an unstored key asks once", async () => { await page.click("#nav a[data-id=usage]"); await page.waitForSelector("dialog[open]");
+    await page.click("dialog >> text=Back to the key"); return (await page.$("#kv")) !== null; });
+  await check("the waiting step sees the first request of the key", async () => {
+    await call("POST", "/v1/responses", JSON.stringify({ model: "demo/echo", input: "hi", stream: true }), { authorization: "Bearer " + created, "user-agent": "codex/9" });
+    await page.waitForSelector("text=First request received: completed", { timeout: 4000 }); });
+  await check("a wrong budget is told at its field", async () => { await page.click("text=I have stored it"); await page.fill("input[name=name]", "other");
+    await page.fill("input[name=budget]", "many"); await page.keyboard.press("Enter"); await page.waitForSelector("#f-budget[aria-invalid]");
+    return (await page.textContent("#f-budget-e")).includes("amount"); });
+  await check("a name that is taken is told at its field", async () => { await page.fill("input[name=name]", "walker"); await page.fill("input[name=budget]", "");
+    await page.keyboard.press("Enter"); await page.waitForSelector("#f-name[aria-invalid]"); });
+  await check("edit keeps what is not touched", async () => { await page.click("[aria-label='Edit key walker']"); await page.fill("dialog input[name=rpm]", "7");
+    await page.click("dialog >> text=Save"); await page.waitForSelector("dialog", { state: "detached" });
+    const k = await page.evaluate(async () => (await (await fetch("/admin/api/keys")).json()).keys.find(k => k.name === "walker"));
+    return k.rpm === 7 && k.budget_nanos === 1500000000 && k.period === "month" || JSON.stringify(k); });
+  await check("Escape closes a dialog and focus returns", async () => { await page.focus("[aria-label='Revoke key walker']"); await page.keyboard.press("Enter");
+    await page.waitForSelector("dialog[open]"); await page.keyboard.press("Escape"); await page.waitForSelector("dialog", { state: "detached" });
+    return page.evaluate(() => document.activeElement.getAttribute("aria-label") === "Revoke key walker"); });
+  await check("a revoked key is refused and named", async () => { await page.click("[aria-label='Revoke key walker']"); await page.click("dialog >> text=/^Revoke$/");
+    await page.waitForSelector("dialog", { state: "detached" });
+    const r = await call("POST", "/v1/responses", body("demo/echo"), { authorization: "Bearer " + created });
+    await go("setup"); return r.status === 401 && (await seen("The key was refused", "Key walker was revoked")); });
+  // playground
+  await go("playground");
+  await check("the playground shows typed events and the answer", async () => { await page.fill("textarea[name=input]", EVIL); await page.click("text=Send");
+    await page.waitForSelector("text=response.completed after", { timeout: 5000 }); await page.waitForSelector("text=Show the request", { timeout: 5000 });
+    return (await page.textContent(".out")).includes(EVIL) && (await page.textContent(".ev")).includes("response.output_text.delta"); });
+  await check("the request stands in the log with its detail", async () => { await page.click("text=Show the request");
+    await page.waitForSelector("text=Terminal event"); return (await page.textContent("#main")).includes("response.completed"); });
+  await go("usage?model=nothing/here");
+  await check("a filter without a match offers to clear it", async () => { await page.click("text=Clear filters"); await page.waitForSelector("tbody tr"); });
+  await go("overview");
+  await check("the chart has the same data as a table", async () => { await page.click("text=View as table"); return (await page.textContent("caption + thead")).includes("Time"); });
+  // hostile text from everywhere at once
+  await check("hostile names change nothing", async () => {
+    for (const m of ["demo/" + EVIL, "demo/" + RTL, "demo/" + LONG, "demo/a\u0000b"])
+      await call("POST", "/v1/responses", body(m), { "user-agent": EVIL });
+    for (const r of ["overview", "keys", "usage", "models", "providers", "setup", "usage/" + encodeURIComponent(EVIL), "usage?key=" + encodeURIComponent(EVIL)]) await go(r);
+    return await page.$$eval("img,iframe,script[src]", x => x.length) === 0; });
+  // every route, both themes, two widths
+  const id = await page.evaluate(async () => (await (await fetch("/admin/api/usage?limit=1")).json()).rows[0].response_id);
+  const routes = ["overview", "keys", "usage", "usage/" + id, "models", "providers", "playground", "setup"];
+  const looser = await browser.newContext({ bypassCSP: true, storageState: await context.storageState() });
+  const other = await looser.newPage(); watch(other);
+  for (const scheme of ["light", "dark"]) for (const width of [1280, 390]) for (const r of routes) {
+    const name = r.replace(/\/.*/, "-one") + "-" + scheme + "-" + width;
+    await other.setViewportSize({ width, height: width > 500 ? 900 : 844 }); await other.emulateMedia({ colorScheme: scheme });
+    await other.goto("about:blank"); await other.goto(base + "/admin#" + r); await other.waitForTimeout(300);
+    if (shots) await other.screenshot({ path: shots + "/" + name + ".png", fullPage: true });
+    if (await other.evaluate(() => document.documentElement.scrollWidth > innerWidth)) faults.push("sideways scroll: " + name);
+    await other.addScriptTag({ content: axe });
+    for (const v of await other.evaluate(async () => (await axe.run()).violations.map(v => v.id + ": " + v.nodes[0].html.slice(0, 160)))) violations.push(name + " " + v);
+  }
+  for (const width of [390, 761, 900, 1024, 1600]) { await page.setViewportSize({ width, height: 900 }); for (const r of routes) { await go(r);
+    if (await page.evaluate(() => document.documentElement.scrollWidth > innerWidth)) faults.push("sideways scroll: " + r + " " + width); } }
+  // the holder's view
+  await check("logging out ends the session", async () => { await page.click("text=Log out"); await page.waitForSelector("input[name=token]");
+    return page.evaluate(async () => (await fetch("/admin/api/keys")).status === 401); });
+  await check("an API key opens its holder's view, and no more", async () => { await page.fill("input[name=token]", apiKey); await page.keyboard.press("Enter");
+    await page.waitForSelector("#nav"); const t = await page.textContent("#nav");
+    const s = await page.evaluate(async () => [(await fetch("/admin/api/keys")).status, (await fetch("/admin/api/providers")).status,
+      [...new Set((await (await fetch("/admin/api/usage?limit=500")).json()).rows.map(r => r.key))].join()]);
+    return !/Keys|Providers/.test(t) && s[0] === 403 && s[1] === 403 && s[2] === "walkers-own" || t + s; });
+  await other.goto("about:blank"); await looser.clearCookies(); await other.goto(base + "/admin"); await other.waitForSelector("input[name=token]");
+  await other.addScriptTag({ content: axe });
+  for (const v of await other.evaluate(async () => (await axe.run()).violations.map(v => v.id))) violations.push("login " + v);
+  console.log(JSON.stringify({ checks, axe: violations, faults }));
+  await browser.close();
+})().catch(e => { console.log(JSON.stringify({ checks, axe: violations, faults: [...faults, String(e.stack)] })); process.exit(1); });

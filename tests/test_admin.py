@@ -1,0 +1,398 @@
+"""The admin API: who may ask, from where, and what the answers hold. Real sockets on loopback."""
+import asyncio
+import contextlib
+import json
+import logging
+import time
+
+import pytest
+
+import pomex
+
+TOKEN = "machine-token-0123456789"
+ADMIN = {"authorization": f"Bearer {TOKEN}"}
+JSON_TYPE = {"content-type": "application/json"}
+
+
+class Gateway:
+    """A running gateway, and one request at a time to it."""
+
+    def __init__(self, server, ledger):
+        self.port, self.ledger, self.server = server.address[1], ledger, server
+        self.key = ledger.create_key("ana", time.time(), budget_nanos=5 * 10**9)
+        self.other = ledger.create_key("bo", time.time())
+
+    async def ask(self, method, path, body=None, headers=(), read=None):
+        """(status, headers, body); with `read` only so many bytes of a stream."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = {"host": f"127.0.0.1:{self.port}", "content-length": str(len(data)), "connection": "close", **dict(headers)}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        names = {line.partition(": ")[0]: line.partition(": ")[2] for line in head[1:] if line}
+        if read:
+            return int(head[0].split()[1]), names, reader, writer
+        answer = await reader.read()
+        writer.close()
+        return int(head[0].split()[1]), names, answer
+
+    async def get(self, path, headers=ADMIN):
+        status, _, body = await self.ask("GET", "/admin/api/" + path, headers=headers)
+        return status, json.loads(body)
+
+    async def post(self, path, body, headers=ADMIN):
+        status, names, answer = await self.ask("POST", "/admin/api/" + path, body, {**JSON_TYPE, **headers})
+        return status, json.loads(answer), names
+
+    async def answer(self, key, model="demo/echo", headers=()):
+        body = {"model": model, "input": "hello"}
+        return await self.ask("POST", "/v1/responses", body, {**JSON_TYPE, "authorization": f"Bearer {key}", **dict(headers)})
+
+    @property
+    def page(self):
+        return {"origin": f"http://127.0.0.1:{self.port}"}
+
+    async def session(self, token):
+        """The cookie of a login."""
+        status, body, names = await self.post("login", {"token": token}, self.page)
+        assert status == 200, body
+        return {"cookie": names["set-cookie"].partition(";")[0]}, names["set-cookie"]
+
+
+def gateway_test(test):
+    """Runs a test as a coroutine beside a gateway of its own."""
+    def run(tmp_path, *args, **kwargs):
+        async def inside():
+            text = f'[server]\nport = 0\nadmin_token = "{TOKEN}"\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n'
+            config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {})
+            with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+                async with pomex.running(config, ledger) as server:
+                    await test(Gateway(server, ledger), *args, **kwargs)
+        asyncio.run(inside())
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+def parametrized(names, rows):
+    def wrap(test):
+        inner = gateway_test(test)
+
+        @pytest.mark.parametrize("row", rows, ids=lambda row: str(row[0])[:40])
+        def run(tmp_path, row):
+            inner(tmp_path, *row)
+        run.__name__ = test.__name__
+        return run
+    return wrap
+
+
+@gateway_test
+async def test_the_page_is_served_to_anybody_gzipped_and_with_its_tag(gateway):
+    status, names, body = await gateway.ask("GET", "/admin")
+    assert status == 200 and body == pomex.PAGE.encode() and names["x-content-type-options"] == "nosniff"
+    status, names, zipped = await gateway.ask("GET", "/admin", headers={"accept-encoding": "br, gzip"})
+    assert names["content-encoding"] == "gzip" and len(zipped) < len(body) / 2
+    status, names, body = await gateway.ask("GET", "/admin", headers={"if-none-match": names["etag"]})
+    assert (status, body) == (304, b"")
+
+
+@gateway_test
+async def test_a_login_link_opens_one_session_once(gateway):
+    link = pomex.open_session(gateway.ledger, "link", 0, 600, time.time())
+    cookie, whole = await gateway.session(link)
+    assert "HttpOnly" in whole and "SameSite=Strict" in whole and "Path=/admin" in whole and "Secure" not in whole
+    assert (await gateway.get("session", cookie))[1]["role"] == "admin"
+    assert (await gateway.post("login", {"token": link}, gateway.page))[0] == 401
+    await gateway.post("logout", {}, {**cookie, **gateway.page})
+    assert (await gateway.get("session", cookie))[0] == 401
+
+
+@gateway_test
+async def test_a_login_link_ends_after_its_time_and_is_no_session_itself(gateway):
+    old = pomex.open_session(gateway.ledger, "link", 0, 600, time.time() - 601)
+    new = pomex.open_session(gateway.ledger, "link", 0, 600, time.time())
+    assert (await gateway.post("login", {"token": old}, gateway.page))[0] == 401
+    assert (await gateway.get("session", {"cookie": f"pomex_{gateway.port}={new}"}))[0] == 401
+    assert (await gateway.get("session", {"authorization": f"Bearer {new}"}))[0] == 401
+
+
+@gateway_test
+async def test_secure_is_set_where_the_browser_came_by_https(gateway):
+    _, whole = await gateway.session(TOKEN)
+    assert "Secure" not in whole
+    host = f"127.0.0.1:{gateway.port}"
+    _, _, names = await gateway.post("login", {"token": TOKEN}, {"origin": "https://" + host})
+    assert names["set-cookie"].endswith("Secure")
+
+
+@gateway_test
+async def test_five_failed_logins_close_the_door_for_a_minute(gateway):
+    seen = [await gateway.post("login", {"token": f"wrong-{n}"}, gateway.page) for n in range(6)]
+    assert [status for status, _, _ in seen] == [401] * 5 + [429]
+    assert 0 < int(seen[-1][2]["retry-after"]) <= 60
+    assert (await gateway.get("session"))[0] == 429         # the right one has to wait too
+
+
+@parametrized("headers status", [
+    ("another site", {"origin": "https://evil.example"}, 403),
+    ("another port of this machine", {"origin": "http://127.0.0.1:1"}, 403),
+    ("a sandboxed frame", {"origin": "null"}, 403),
+    ("no origin", {}, 403),
+    ("another site, as the browser says", {"sec-fetch-site": "cross-site"}, 403),
+    ("the same site, but another port", {"sec-fetch-site": "same-site"}, 403),
+    ("the page, as the browser says", {"sec-fetch-site": "same-origin"}, 200),
+    ("a form", {"origin": "PAGE", "content-type": "text/plain"}, 415),
+    ("a form of another kind", {"origin": "PAGE", "content-type": "application/x-www-form-urlencoded"}, 415),
+    ("the page", {"origin": "PAGE"}, 200),
+])
+async def test_changes_with_a_cookie_are_taken_from_the_page_only(gateway, _, headers, status):
+    cookie, _ = await gateway.session(TOKEN)
+    headers = {name: gateway.page["origin"] if value == "PAGE" else value for name, value in headers.items()}
+    assert (await gateway.post("keys", {"name": "new"}, {**cookie, **headers}))[0] == status
+    assert len(gateway.ledger.list_keys()) == (3 if status == 200 else 2)
+
+
+@parametrized("host status", [("evil.example", 421), ("127.0.0.1", 200), ("localhost:7", 200), ("[::1]:7", 200)])
+async def test_only_hosts_that_are_ours_are_answered(gateway, host, status):
+    assert (await gateway.ask("GET", "/admin", headers={"host": host}))[0] == status
+
+
+@parametrized("host status", [("evil.example", 421), ("10.1.2.3:7663", 200), ("[fe80::1]", 200), ("localhost", 200)])
+async def test_bound_to_every_interface_the_dashboard_still_answers_for_no_name(gateway, host, status):
+    gateway.server.any_host = True
+    assert (await gateway.ask("GET", "/admin", headers={"host": host}))[0] == status
+
+
+@gateway_test
+async def test_no_change_is_made_by_get(gateway):
+    for method, path in pomex.ADMIN_ROUTES:
+        if method == "POST" and ("GET", path) not in pomex.ADMIN_ROUTES:
+            assert (await gateway.get(path.replace("*", "1")))[0] == 404, path
+
+
+@gateway_test
+async def test_a_key_opens_the_view_of_its_holder_and_nothing_else(gateway):
+    await gateway.answer(gateway.key)
+    _, _, body = await gateway.answer(gateway.other)
+    await asyncio.sleep(0.25)
+    mine, theirs = {"authorization": f"Bearer {gateway.key}"}, json.loads(body)["id"]
+    cookie, _ = await gateway.session(gateway.key)
+    for who in (mine, cookie):
+        status, session = await gateway.get("session", who)
+        assert (session["role"], session["key"]["name"], session["key"]["budget_nanos"]) == ("key", "ana", 5 * 10**9)
+        assert {row["key"] for row in (await gateway.get("usage", who))[1]["rows"]} == {"ana"}
+        assert (await gateway.get("usage?key=bo", who))[1]["rows"] == []
+        assert (await gateway.get("usage/" + theirs, who))[0] == 404
+        assert (await gateway.get("overview", who))[1]["totals"]["requests"] == 1
+        for (method, path), route in pomex.ADMIN_ROUTES.items():
+            if route.who == "admin":
+                ask = gateway.get(path.replace("*", "1"), who) if method == "GET" else gateway.post(path.replace("*", "1"), {}, {**who, **gateway.page})
+                status, error = (await ask)[:2]
+                assert status == 403 and error["error"]["code"] == "admin_only", path
+    gateway.ledger.revoke_key("ana", time.time())
+    assert (await gateway.get("session", cookie))[0] == 401
+
+
+@gateway_test
+async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
+    await gateway.answer(gateway.key)
+    await gateway.answer(gateway.other)
+    await asyncio.sleep(0.25)
+    for kind in ("csv", "jsonl"):
+        _, names, body = await gateway.ask("GET", f"/admin/api/usage.{kind}", headers={"authorization": f"Bearer {gateway.key}"})
+        assert b"ana" in body and b",bo," not in body and b'"bo"' not in body and "attachment" in names["content-disposition"]
+
+
+@parametrized("headers path code message", [
+    ("no key", {"authorization": ""}, "/v1/responses", "invalid_api_key", "No API key was sent"),
+    ("placeholder", {"authorization": "Bearer sk-rh-xxxxxxxxxxxx"}, "/v1/responses", "invalid_api_key", "guide's placeholder"),
+    ("variable", {"authorization": "Bearer $POMEX_API_KEY"}, "/v1/responses", "invalid_api_key", "did not expand it"),
+    ("missing /v1", {}, "/responses", "wrong_base_url", "base_url must end with /v1"),
+    ("chat", {}, "/v1/chat/completions", "wrong_wire_api", "wire_api"),
+])
+async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(gateway, _, headers, path, code, message):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    pomex.log.addHandler(handler)
+    pomex.log.setLevel(logging.INFO)
+    try:
+        _, _, answer = await gateway.ask("POST", path, {"model": "demo/echo"}, {**JSON_TYPE, "authorization": "Bearer sk-rh-a",
+                                                                               "user-agent": "codex/1 <b>", **headers})
+    finally:
+        pomex.log.removeHandler(handler)
+    item, = (await gateway.get("setup"))[1]["refused"]
+    assert (item["code"], item["user_agent"]) == (code, "codex/1 <b>") and message in item["message"]
+    assert json.loads(answer)["error"]["message"] == item["message"]
+    assert any(message in record.getMessage() for record in records)
+    assert (await gateway.get("setup", {"authorization": f"Bearer {gateway.key}"}))[1]["refused"] == []
+
+
+@gateway_test
+async def test_refusals_are_kept_within_bounds(gateway):
+    for _ in range(60):
+        await gateway.ask("POST", "/responses", {})
+    assert len((await gateway.get("setup"))[1]["refused"]) == pomex.REFUSALS_KEPT
+
+
+@gateway_test
+async def test_the_live_feed_tells_of_rows_and_refusals_and_ends_with_the_gateway(gateway):
+    status, names, reader, writer = await gateway.ask("GET", "/admin/api/events", headers=ADMIN, read=True)
+    assert (status, names["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    await reader.readuntil(b": hello\n\n")
+    await gateway.ask("POST", "/responses", {})
+    await asyncio.wait_for(reader.readuntil(b"event: refused\n"), 1)
+    await gateway.answer(gateway.key)
+    await asyncio.wait_for(reader.readuntil(b"id: 1\nevent: usage\n"), 3)
+    row = json.loads((await reader.readline())[6:])
+    assert (row["key"], row["model"], row["result"]) == ("ana", "demo/echo", "completed")
+    again = await gateway.ask("GET", "/admin/api/events", headers={**ADMIN, "last-event-id": "0"}, read=True)
+    await asyncio.wait_for(again[2].readuntil(b"id: 1\nevent: usage\n"), 1)
+    started = time.monotonic()
+    await gateway.server.drain(5)
+    assert time.monotonic() - started < 3
+    writer.close()
+    again[3].close()
+
+
+@gateway_test
+async def test_a_holders_feed_has_nothing_of_others(gateway):
+    _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {gateway.key}"}, read=True)
+    await reader.readuntil(b": hello\n\n")
+    await gateway.ask("POST", "/responses", {})
+    await gateway.answer(gateway.other)
+    await gateway.answer(gateway.key)
+    got = await asyncio.wait_for(reader.readuntil(b"event: usage\n"), 3) + await reader.readline()
+    assert b"refused" not in got and b'"key":"ana"' in got
+    writer.close()
+
+
+@parametrized("body param", [
+    ({"name": "a b"}, "name"), ({"name": "ana"}, "name"), ({"name": "x", "budget": "many"}, "budget"), ({"name": "x", "budget": "-1"}, "budget"),
+    ({"name": "x", "budget": "1e400"}, "budget"), ({"name": "x", "budget": "NaN"}, "budget"), ({"name": "x", "period": "year"}, "period"),
+    ({"name": "x", "models": "ä"}, "models"), ({"name": "x", "rpm": "-3"}, "rpm"), ({"name": "x", "expires_days": "soon"}, "expires_days"),
+    ({"name": "x", "account": "nobody"}, "name"), ({"name": 5}, "name"),
+])
+async def test_a_wrong_field_is_named(gateway, body, param):
+    status, error, _ = await gateway.post("keys", body)
+    assert (status, error["error"]["param"]) == (400, param)
+    assert len(gateway.ledger.list_keys()) == 2
+
+
+@gateway_test
+async def test_a_key_is_made_edited_and_revoked(gateway):
+    status, made, _ = await gateway.post("keys", {"name": "new", "budget": "12.50", "period": "week", "models": "demo/*, openai/*"})
+    assert status == 200 and (await gateway.answer(made["token"]))[0] == 200
+    key = gateway.ledger.list_keys()[-1]
+    assert (key.budget_nanos, key.period, key.models) == (12_500_000_000, "week", "demo/* openai/*")
+    await gateway.post(f"keys/{key.id}", {"budget": "", "rpm": "5"})
+    key = gateway.ledger.list_keys()[-1]
+    assert (key.budget_nanos, key.rpm, key.period) == (None, 5, "week")
+    assert (await gateway.post(f"keys/{key.id}/revoke", {}))[0] == 200
+    assert (await gateway.answer(made["token"]))[0] == 401
+    assert (await gateway.post(f"keys/{key.id}/revoke", {}))[0] == 404
+    assert not any("token" in row or "digest" in row for row in (await gateway.get("keys"))[1]["keys"])
+
+
+@gateway_test
+async def test_an_account_gets_credit_and_a_statement(gateway):
+    await gateway.post("accounts", {"name": "team", "prepaid": "1"})
+    await gateway.post("accounts/team/credit", {"amount": "20"})
+    assert (await gateway.post("accounts/team/credit", {"amount": "-5"}))[0] == 400
+    await gateway.post("accounts/team/credit", {"amount": "-5", "reason": "refund"})
+    month = time.strftime("%Y-%m", time.gmtime())
+    bill = (await gateway.get(f"accounts/team/statement?month={month}"))[1]
+    assert (bill["after_nanos"], [entry["kind"] for entry in bill["credits"]]) == (15 * 10**9, ["top-up", "adjustment"])
+    assert (await gateway.get("accounts/team/statement?month=soon"))[0] == 400
+
+
+@gateway_test
+async def test_the_playground_bills_a_key_that_nobody_holds(gateway):
+    status, _, body = await gateway.ask("POST", "/admin/api/playground", {"model": "demo/echo", "input": "hi", "stream": True}, {**JSON_TYPE, **ADMIN})
+    assert status == 200 and b"event: response.completed" in body
+    await asyncio.sleep(0.25)
+    assert [row["key"] for row in (await gateway.get("usage"))[1]["rows"]] == [pomex.PLAY_KEY]
+
+
+HOSTILE = ["<img src=x onerror=alert(1)>", "'; DROP TABLE usage; --", "%", "a\x00b", "\u202e", "x" * 10_000, "\ud800"]
+
+
+@parametrized("text", [(text,) for text in HOSTILE])
+async def test_hostile_filters_find_nothing_and_break_nothing(gateway, text):
+    await gateway.answer(gateway.key)
+    await asyncio.sleep(0.25)
+    quoted = pomex.urllib.parse.quote(text.encode("utf-8", "surrogatepass"))
+    for name in ("key", "model", "provider", "text", "result"):
+        status, found = await gateway.get(f"usage?{name}={quoted}")
+        assert status == 414 and len(text) > 8000 or status == 200 and found["rows"] == [], name
+    assert (await gateway.get(f"usage/{quoted[:3000]}"))[0] == 404
+    assert (await gateway.get("usage"))[1]["sums"]["requests"] == 1
+
+
+@parametrized("query", [("cursor=x",), ("limit=9999",), ("from=now",), ("order=cost",), ("min_cost=-1",)])
+async def test_a_query_that_is_not_right_is_a_400(gateway, query):
+    assert (await gateway.get("usage?" + query))[0] == 400
+
+
+def entry(ledger, n, when_s, **fields):
+    key = ledger.list_keys()[n % 2]
+    values = {"provider": "openai", "upstream_model": "m", "input": 1000, "cached": 400, "output": 100, "first_ms": 500, "total_ms": 2000,
+              "attempts": 1, "price": "2 10 0.5", "cost_nanos": 2_400_000, **fields}
+    return pomex.Entry(f"resp_{n:012x}", f"req_{n}", int(when_s * 1000), key.id, "/v1/responses", f"openai/m{n % 3}", **values)
+
+
+@gateway_test
+async def test_the_overview_is_the_same_whether_its_rows_are_rolled_up_or_not(gateway):
+    now = time.time()
+    rows = [entry(gateway.ledger, n, now - n * 20, **({"status": "failed"} if n % 50 == 0 else {"attempts": 2} if n % 70 == 0 else {}),
+                  lost=[pomex.Line(f"resp_{n:012x}", 1, "azure", "m", "x", "", 5, 0, 0, 0, 0, 0, 0, "2 10", 10**6, 10_000)] if n % 70 == 0 else ())
+            for n in range(1, 1300)]
+    since = int((now - 86400) // 86400 * 86400)
+    seen = []
+    for least in (10**9, 1):
+        gateway.ledger._db.execute("DELETE FROM usage")
+        gateway.ledger._db.execute("DELETE FROM halfhours")
+        gateway.ledger._db.execute("DELETE FROM settings WHERE name = 'rolled_up'")
+        pomex.insert_entries(gateway.ledger._writer, rows)
+        if least == 1:
+            with pomex.transaction(gateway.ledger._writer):
+                pomex.roll_up(gateway.ledger._writer, 1)
+        reader = gateway.ledger.reader()
+        seen.append(await reader.ask(pomex.overview, since * 1000, 3_600_000, 48, now, 0))
+        seen.append(await reader.ask(pomex.overview, since * 1000, 3_600_000, 48, now, 1))
+        reader.close()
+    for whole in seen:
+        del whole["month"]          # of the daily sums, which know of both
+        for name in whole["by"]:
+            whole["by"][name].sort(key=lambda row: str(row["name"]))
+        whole["series"].sort(key=lambda row: row["name"])
+    assert seen[:2] == seen[2:]
+    assert seen[0]["totals"]["requests"] == 1299 and seen[0]["totals"]["cost_nanos"] == 1299 * 2_400_000 + 18 * 10_000
+    assert seen[0]["totals"]["saved_nanos"] == 1299 * 400 * 1500
+    assert sum(sum(line["cost_nanos"]) for line in seen[0]["series"]) == seen[0]["totals"]["cost_nanos"]
+
+
+@gateway_test
+async def test_one_request_shows_its_lines(gateway):
+    lost = pomex.Line("resp_000000000007", 1, "azure", "m", "overload", "", 100, 0, 0, 0, 0, 0, 0, "2 10", 10**6, 200_000)
+    pomex.insert_entries(gateway.ledger._writer, [entry(gateway.ledger, 7, time.time(), attempts=2, lost=[lost])])
+    found = (await gateway.get("usage/resp_000000000007"))[1]
+    assert found["row"]["cost_nanos"] == 2_600_000 and found["row"]["result"] == "failed over"
+    assert [[(part["what"], part["count"], part["nanos"]) for part in line["parts"]] for line in found["lines"]] == [
+        [("input", 100, 200_000)], [("input", 600, 1_200_000), ("cached input", 400, 200_000), ("output", 100, 1_000_000)]]
+
+
+@pytest.mark.parametrize("token, good", [("short", False), ("sk-rh-abcdefghijklmnop", False), ("with space in it 0123", False),
+                                         ("env:MISSING", False), ("long-enough-token", True), ("env:ADMIN", True)])
+def test_an_admin_token_is_long_and_no_key(token, good):
+    text = f'[server]\nadmin_token = "{token}"\n'
+    if good:
+        assert pomex.load_config(text, "pomex.toml", {"ADMIN": "another-long-token"}).server.admin_token
+    else:
+        with pytest.raises(pomex.ConfigError) as caught:
+            pomex.load_config(text, "pomex.toml", {})
+        assert token.startswith("env:") or token not in str(caught.value)
+
+
+def test_a_spreadsheet_takes_no_cell_for_a_formula():
+    assert pomex.csv_line(["=1+1", "a,b", 'say "x"', -5, "@x"]) == "'=1+1,\"a,b\",\"say \"\"x\"\"\",-5,'@x"

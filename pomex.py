@@ -87,6 +87,8 @@ import pathlib
 import random
 import re
 import secrets
+import selectors
+import shlex
 import signal
 import socket
 import sqlite3
@@ -95,7 +97,7 @@ import time
 import tomllib
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -156,6 +158,15 @@ class UpstreamTimeout(UpstreamError):
 
 class ContextTooLong(BadRequest):
     code = "context_length_exceeded"
+
+
+Raised = TypeVar("Raised", bound=Exception)
+
+
+def untraced(error: Raised) -> Raised:
+    """An error without the frames that it came through: kept with a request they would hold all of it, in a circle."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 class ConfigError(Exception):
@@ -929,6 +940,11 @@ def is_whole(data: str) -> bool:
         return False
 
 
+def is_torn(rest: bytes | bytearray) -> bool:
+    """Is what no empty line ended more than comments?"""
+    return any(line and not line.startswith(b":") for line in rest.split(b"\n"))
+
+
 class SSEDecoder:
     """Bytes in, events out. `id` and `retry` are passed over: no stream of ours is ever resumed."""
 
@@ -936,6 +952,7 @@ class SSEDecoder:
         self.max_event_bytes = max_event_bytes
         self._rest = bytearray()        # no empty line in it, but perhaps a line end as its last byte
         self._begun = False             # is a byte order mark out of the question?
+        self.torn = False               # after finish(): did the body end inside of an event?
         self._after_cr = False          # then a first LF belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
@@ -958,7 +975,9 @@ class SSEDecoder:
         rest = self._rest if self._begun else b""
         event = parse_block(rest.decode("utf-8", "replace").strip("\n"))
         self._rest = bytearray()
-        return [event] if event and (rest.endswith(b"\n") or is_whole(event.data)) else []
+        given = [event] if event and (rest.endswith(b"\n") or is_whole(event.data)) else []
+        self.torn = not given and is_torn(rest)
+        return given
 
     def _blocks(self) -> list[Event]:
         blocks = self._rest.decode("utf-8", "replace").split("\n\n")
@@ -2426,6 +2445,8 @@ class Relay(Attempt):
         try:
             response = json.loads(data)
             status = response["status"]
+            if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
+                raise ValueError("no answer")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider's answer is not a response object.") from None
         if self.answer.request.stream:
@@ -2441,6 +2462,8 @@ class Relay(Attempt):
         event = parse_block(self.buffer.decode("utf-8", "replace").strip("\n"))
         if event and is_whole(event.data):
             self.feed(b"\n\n")
+        elif is_torn(self.buffer):
+            return                      # its last event may have said anything
         if self.stop is None and (self.items or self.halves) and not self.open:
             self.stop = Stop("max_output_tokens" if self.halves or self.cut else "")
 
@@ -5446,13 +5469,17 @@ class Translation(Assembler):
             raise UpstreamError("The provider's answer is not JSON.") from None
         if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
-        for delta in self.decoder.whole(body):
+        try:
+            deltas = list(self.decoder.whole(body))
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise UpstreamError("The provider's answer has not the form that its API has.") from None
+        for delta in deltas:
             self.add(delta)
 
     def end(self) -> None:
         for event in self.events.finish():
             self._take(event.data)
-        for delta in self.decoder.end():
+        for delta in () if self.events.torn else self.decoder.end():
             self.add(delta)
 
 
@@ -5655,6 +5682,7 @@ def option(default: object, meaning: str, least: float = 0, most: float = 0, *,
 class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface")
     port: int = option(7663, "port to listen on; 0 takes a free one", 0, 65535)
+    workers: int = option(1, "processes that share port and database; one a core", 1, 64)
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
     tls_key: str = option("", "its private key (PEM file)")
     public_hosts: tuple[str, ...] = option((), "more names by which clients call it, e.g. a proxy's")
@@ -8525,7 +8553,7 @@ class Exchange:
             if isinstance(error, Expired):
                 raise self.timeout(phase, str(error)) from None
             if isinstance(error, (OSError, ProtocolError)):
-                raise self.error(phase, failure_text(error)) from error
+                raise self.error(phase, failure_text(untraced(error))) from None
             raise
 
     async def begin(self, wire: Link, method: str, request: bytes) -> None:
@@ -8992,6 +9020,7 @@ class Circuit:
     opened: int = 0         # times in a row that it was left out; 0: it is in use
     until: float = 0.0      # left out until then, afterwards one request may probe
     probed: bool = False    # that request is under way
+    giving: bool = False    # that request has got output: in use again, though its end will tell
 
 
 class Health:
@@ -9002,7 +9031,7 @@ class Health:
 
     def state(self, id: str, now: float) -> Literal["closed", "half-open", "open"]:
         circuit = self.circuits.get(id)
-        if circuit is None or not circuit.opened:
+        if circuit is None or not circuit.opened or circuit.giving:
             return "closed"
         return "open" if now < circuit.until or circuit.probed else "half-open"
 
@@ -9014,15 +9043,24 @@ class Health:
         if not (asked_s or circuit.opened or circuit.row >= course.opens) or now < circuit.until:
             return 0.0
         out_s = max(asked_s, min(course.out_s * 2.0 ** min(circuit.opened, 16), course.most_s))
-        circuit.opened, circuit.until, circuit.probed = circuit.opened + 1, now + out_s, False
+        circuit.opened, circuit.until, circuit.probed, circuit.giving = circuit.opened + 1, now + out_s, False, False
         return out_s
+
+    def began(self, id: str) -> bool:
+        """It gives output. True where it had been left out: it need not be so until a long answer ends. Its failures still
+        count until one does: a target may break every stream that it begins."""
+        circuit = self.circuits.get(id)
+        if circuit is None or not circuit.opened or circuit.giving:
+            return False
+        circuit.giving = True
+        return True
 
     def succeeded(self, id: str) -> bool:
         """It answered. True where it had been left out."""
         circuit = self.circuits.get(id)
         if circuit is None or not circuit.row:
             return False
-        was_out = circuit.opened > 0
+        was_out = circuit.opened > 0 and not circuit.giving
         self.circuits[id] = Circuit()
         return was_out
 
@@ -9361,7 +9399,7 @@ class Router:
         finally:
             if probe is not None:
                 probe.probed = False
-        down.attempt.finish(failure)
+        down.attempt.finish(failure and untraced(failure))
 
     async def exchanges(self, way: Way, call: Call, down: Downstream) -> None:
         """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
@@ -9425,8 +9463,8 @@ class Router:
     async def show(self, attempt: Relay | Translation, way: Way, down: Downstream) -> None:
         """What there is of output, to the client."""
         if attempt.out and attempt.begun and down.answer.request.stream:
-            if not down.first_ms:
-                self.answered(way)
+            if not down.first_ms and self.health.began(way.id):
+                log.warning("target %s answers again", way.id)
             await down.send(attempt.take())
 
 
@@ -9552,17 +9590,21 @@ ENDPOINT = "/v1/responses"
 class Gateway:
     """All that lives as long as the process: made once, handed down."""
 
-    def __init__(self, config: Config, ledger: Ledger, upstream: Upstream, found: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, config: Config, ledger: Ledger, upstream: Upstream, found: Mapping[str, Sequence[str]],
+                 old: Gateway | None = None) -> None:
+        """`old` had another configuration: what was counted, seen and learned outlives it."""
         self.config = config
         self.ledger = ledger
+        self.upstream = upstream
         self.catalogue = Catalogue(config, found)
-        self.router = Router(upstream)
+        self.router: Router = old.router if old else Router(upstream)
         self.prices = PriceBook(config)
-        self.metrics = Metrics(self.catalogue.names)
+        self.metrics: Metrics = old.metrics if old else Metrics(self.catalogue.names)
+        self.metrics.names = frozenset(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
-        self.started_s = int(time.time())
+        self.started_s: int = old.started_s if old else int(time.time())
         # the dashboard
-        self.watch = Watch(ledger)
+        self.watch: Watch = old.watch if old else Watch(ledger)
         self.guard = Guard(ledger, config.server)
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
 
@@ -10634,6 +10676,7 @@ REST_BYTES = 2**16          # an unread body up to this is read and dropped, to 
 LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
 REFUSED_CONNECTIONS = 64    # over max_connections so many at once are told so; further ones are just closed
+IDLE_GRACE_S = 0.25         # a request on its way to an idle connection when draining begins is still answered
 GRACE_S = 5.0               # cancelled handlers may still settle and write their terminal event
 CLIENT_LEFT = 499           # nginx's status, for the log: the client left before there was an answer
 
@@ -10829,7 +10872,7 @@ class Connection(Wire):
         """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
         limit = ""
         while self.parser.idle or not isinstance(part := self.parser.next(), RequestHead):
-            if self.ended or (self.server.draining and self.parser.idle):
+            if self.ended or (self.server.closing and self.parser.idle):
                 return None
             self.taken()
             wanted = "keep_alive_timeout_s" if self.parser.idle else "header_timeout_s"
@@ -10865,7 +10908,7 @@ class Connection(Wire):
             if not client.ended and not self.gone:
                 raise RuntimeError("the handler did not end its answer")
         except GatewayError as error:
-            await client.fail(error)
+            await client.fail(untraced(error))
         except ClientGone:
             raise
         except Exception:
@@ -11004,63 +11047,73 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     return context
 
 
+async def listen(config: ServerConfig) -> list[socket.socket]:
+    """A listening socket for each address of the host, all with one port."""
+    host, port = config.host, config.port
+    found = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
+                                                         flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, _, _, _, address in dict.fromkeys(found):
+        try:
+            sockets.append(socket.create_server((address[0], port), family=family, backlog=BACKLOG))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # as for ::1 without IPv6
+                for made in sockets:
+                    made.close()
+                raise
+            missing = error
+            continue
+        port = sockets[0].getsockname()[1]
+    if not sockets:
+        raise missing or OSError(errno.EADDRNOTAVAIL, "no address to listen on")
+    return sockets
+
+
 class Server:
     """Listens, and has each request answered by `handler`; `access(client, status)` is called after each."""
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
-        self.handler, self.config, self.access = handler, config, access
-        self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
+        self.handler, self.access = handler, access
+        self.use(config)
         self.address: tuple[str, int] = ("", 0)
         self.listeners: list[asyncio.Server] = []
+        self.sockets: Sequence[socket.socket] = []      # theirs
+        self.late: set[asyncio.Task[Any]] = set()       # connections taken when the listeners were closed
         self.connections: set[Connection] = set()       # all whose socket is open
         self.counted = 0                                # of those, the ones that max_connections limits
         self.open_requests = 0
-        self.draining = False
+        self.draining = False                           # takes no new connections, keeps none open
+        self.closing = False                            # draining, and idle connections are not waited for any more
         self.empty = asyncio.Event()                    # draining, and the last connection is gone
         self.date_s, self.date = 0, ""                  # the Date header, made once a second
+        self.context = tls_context(config)
+
+    def use(self, config: ServerConfig) -> None:
+        """The settings of the next connection and request; also while it runs. Host, port and tls_cert stay."""
+        self.config = config
+        self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
         self.hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]",
                       *(name.lower() for name in config.public_hosts)}
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
-    async def start(self, sockets: Sequence[socket.socket] = ()) -> None:
-        """Begins to accept, on sockets that are there already or on those of host and port."""
-        context = tls_context(self.config)
-        loop = asyncio.get_running_loop()
-        sockets = sockets or await self.listen()
+    async def start(self, sockets: Sequence[socket.socket] = (), accept: int = BACKLOG) -> None:
+        """Begins to accept, on sockets that are there already or on those of host and port; so many at a time."""
+        context, loop = self.context, asyncio.get_running_loop()
+        sockets = sockets or await listen(self.config)
         handshake_s = self.config.header_timeout_s if context else None
         for listener in sockets:
             self.listeners.append(await loop.create_server(
-                lambda: Connection(self), sock=listener, backlog=BACKLOG, ssl=context,
+                lambda: Connection(self), sock=listener, backlog=accept, ssl=context,
                 ssl_handshake_timeout=handshake_s))
-        self.address = sockets[0].getsockname()[:2]
-
-    async def listen(self) -> list[socket.socket]:
-        """A listening socket for each address of the host, all with one port."""
-        host, port = self.config.host, self.config.port
-        found = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
-                                                             flags=socket.AI_PASSIVE)
-        sockets: list[socket.socket] = []
-        missing: OSError | None = None
-        for family, _, _, _, address in dict.fromkeys(found):
-            try:
-                sockets.append(socket.create_server((address[0], port), family=family, backlog=BACKLOG))
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # as for ::1 without IPv6
-                    for made in sockets:
-                        made.close()
-                    raise
-                missing = error
-                continue
-            port = sockets[0].getsockname()[1]
-        if not sockets:
-            raise missing or OSError(errno.EADDRNOTAVAIL, "no address to listen on")
-        return sockets
+            listener.listen(BACKLOG)        # asyncio takes one number for both
+        self.sockets, self.address = sockets, sockets[0].getsockname()[:2]
 
     def admit(self, connection: Connection) -> bool:
         """Counts a new connection in; False if it is not even to be told that there are too many."""
         refused = len(self.connections) - self.counted
-        connection.counted = self.counted < self.config.max_connections and not self.draining
+        connection.counted = self.counted < self.config.max_connections and not self.closing
         if not connection.counted and refused >= REFUSED_CONNECTIONS:
             return False
         self.counted += connection.counted
@@ -11093,11 +11146,12 @@ class Server:
         own = [("date", self.date), ("server", "pomex"), ("x-request-id", request_id)]
         return response_head(status, own + headers)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Stops: no new connections; requests may end within timeout_s, then their handlers are cancelled."""
+    async def drain(self, timeout_s: float | None) -> None:
+        """Stops: no new connections; requests may end within timeout_s, then their handlers are cancelled. None: no limit."""
         self.draining = True
-        for listener in self.listeners:
-            listener.close()
+        await self.stop_listening()
+        await asyncio.sleep(IDLE_GRACE_S if timeout_s is None else min(IDLE_GRACE_S, timeout_s))
+        self.closing = True
         for connection in list(self.connections):
             connection.shut_if_idle()
         if not await self.emptied(timeout_s):
@@ -11109,7 +11163,24 @@ class Server:
             connection.abort()
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
-    async def emptied(self, timeout_s: float) -> bool:
+    async def stop_listening(self) -> None:
+        """Closes the listening sockets. Who has connected by then is still taken: the system would reset them."""
+        loop = asyncio.get_running_loop()
+        sockets, self.sockets = self.sockets, []
+        for listening in sockets:
+            with contextlib.suppress(NotImplementedError):      # Windows
+                loop.remove_reader(listening.fileno())
+        await asyncio.sleep(0)      # asyncio drops a connection that it took just before its listener was closed
+        await asyncio.sleep(0)
+        for listening in sockets:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken = loop.connect_accepted_socket(lambda: Connection(self), listening.accept()[0], ssl=self.context)
+                    self.late.add(loop.create_task(taken))
+        for listener in self.listeners:
+            listener.close()
+
+    async def emptied(self, timeout_s: float | None) -> bool:
         """Are all connections gone within that time?"""
         if self.connections:
             with contextlib.suppress(TimeoutError):
@@ -11117,7 +11188,67 @@ class Server:
         return not self.connections
 
 
-# --- 12.3 a running gateway -----------------------------------------------------------------------
+# --- 12.3 who started the process -----------------------------------------------------------------
+#
+# systemd hands over listening sockets (sd_listen_fds(3)) and wants to hear how the process does (sd_notify(3)).
+
+FIRST_HANDED_FD = 3
+
+
+def handed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The sockets that whoever started this process listens on for it. The variables go: no child is to see them."""
+    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    pid, count, _ = (environ.pop(name, "") for name in names)
+    if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", count):
+        return []
+    sockets = []
+    for fd in range(FIRST_HANDED_FD, FIRST_HANDED_FD + int(count)):
+        os.set_inheritable(fd, False)
+        made = socket.socket(fileno=fd)
+        if made.family not in (socket.AF_INET, socket.AF_INET6) or made.type != socket.SOCK_STREAM:
+            raise ConfigError("The socket unit must listen on TCP, like: ListenStream=127.0.0.1:7663")
+        sockets.append(made)
+    return sockets
+
+
+def listening_as(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
+    """The settings with the address that is really listened on: of several, one that is not only this machine's."""
+    addresses = sorted((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
+    return dataclasses.replace(config, host=addresses[0][0], port=addresses[0][1]) if sockets else config
+
+
+def notify(*states: str) -> None:
+    """Tells systemd, where it asked to be told."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path[:1] not in ("/", "@"):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
+        made.setblocking(False)
+        made.sendto("\n".join(states).encode(), "\0" + path[1:] if path[0] == "@" else path)
+
+
+def notify_reloading() -> None:
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+
+def watchdog_s(environ: Mapping[str, str]) -> float:
+    """How often systemd wants to hear of us, halved (sd_watchdog_enabled(3)); 0: never."""
+    usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", str(os.getpid()))
+    return int(usec) / 2e6 if re.fullmatch("[0-9]{1,15}", usec) and pid == str(os.getpid()) else 0.0
+
+
+async def feed_watchdog() -> None:
+    """As a task of the loop: a loop that stands still feeds nobody, and systemd starts the gateway anew."""
+    while interval_s := watchdog_s(os.environ):
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
+
+
+# --- 12.4 a running gateway -----------------------------------------------------------------------
+
+# What is taken up at start only: a running server keeps its port, and its ledger.
+FIXED = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
+
 
 def log_access(client: Client, status: int) -> None:
     """One line a request: status, then what its handler noted, or method and path."""
@@ -11127,12 +11258,39 @@ def log_access(client: Client, status: int) -> None:
     log.info("%d %s", status, client.note or f"-  {printable(head.method)} {printable(head.path)}")
 
 
+class GatewayServer(Server):
+    """A server of a Gateway; its configuration can be changed while it runs."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__(gateway.handle, gateway.config.server, log_access)
+        self.adopt(gateway)
+
+    def adopt(self, gateway: Gateway) -> None:
+        self.gateway, self.handler = gateway, gateway.handle
+        gateway.draining = lambda: self.draining
+
+    def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
+        """From the next request on. Those that run keep their Gateway, and with it the old settings, to their end.
+        ConfigError: all is as it was."""
+        old = self.gateway
+        fixed = {name: getattr(old.config.server, name) for name in FIXED}
+        if self.context is not None:        # a renewed certificate is taken up, a broken one refused
+            tls_context(old.config.server)
+            self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
+        fresh = Gateway(dataclasses.replace(config, server=dataclasses.replace(config.server, **fixed),
+                                            database=old.config.database), old.ledger, old.upstream, models or {}, old)
+        old.upstream.contexts.clear()       # certificates to trust may be new, too
+        self.use(fresh.config.server)
+        self.adopt(fresh)
+
+
 @contextlib.asynccontextmanager
 async def running(config: Config, ledger: Ledger | None = None, models: Mapping[str, Sequence[str]] | None = None,
-                  ) -> AsyncIterator[Server]:
+                  sockets: Sequence[socket.socket] = (), accept: int = BACKLOG) -> AsyncIterator[GatewayServer]:
     """A gateway that serves while the block runs: `async with pomex.running(config) as server: ... server.address`.
 
-    `ledger` is opened from the configuration where none is given; `models` are names that local servers have said."""
+    `ledger` is opened from the configuration where none is given; `models` are names that local servers have said;
+    `sockets` listen already, and `accept` is how many connections are taken from them at once."""
     async with contextlib.AsyncExitStack() as stack:
         if ledger is None:
             ledger = stack.enter_context(contextlib.closing(Ledger.open(config.database.path, config.database.durability)))
@@ -11141,9 +11299,8 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
         stack.callback(gateway.watch.reader.close)
-        server = Server(gateway.handle, config.server, log_access)
-        gateway.draining = lambda: server.draining
-        await server.start()
+        server = GatewayServer(gateway)
+        await server.start(sockets, accept)
         stack.push_async_callback(server.drain, 0.0)
         yield server
 
@@ -11206,6 +11363,9 @@ def command_parser() -> CommandParser:
     add_money_commands(commands, add, listing)
     add(commands, "models", run_models, "list the models that can be asked for", listing)
     add_first_run_commands(commands, add)
+    add(commands, "health", run_health, "ask whether the gateway answers; the exit code says it")
+    unit = add(commands, "unit", run_unit, "print a systemd unit")
+    unit.add_argument("--socket", action="store_true", help="the unit of its port: systemd listens, also below 1024")
     return parser
 
 
@@ -11249,12 +11409,12 @@ def config_warnings(config: Config) -> list[str]:
 
 # --- 13.2 what there is on this machine -----------------------------------------------------------
 
-async def get_json(url: str) -> Any:
-    """The JSON at a plain http address of this machine, or None where nothing of the kind answers in time."""
+async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SSLContext | None = None) -> Any:
+    """The JSON at an address of this machine, or None where nothing of the kind answers in time."""
     parts = urllib.parse.urlsplit(url)
     try:
-        async with asyncio.timeout(PROBE_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=context)
             try:
                 head = [("host", parts.netloc), ("accept", "application/json"), ("connection", "close")]
                 writer.write(request_bytes("GET", parts.path, head, b""))
@@ -11424,19 +11584,23 @@ def codex_model(config: Config, found: Mapping[str, Sequence[str]]) -> str:
 
 class JSONFormatter(logging.Formatter):
     """One JSON object a line. A record's `fields`, where it has them, are members of their own."""
+    which = False           # of several processes
+
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {"time": f"{moment}.{int(record.msecs):03}Z", "level": record.levelname.lower(),
-                "message": record.getMessage(), **getattr(record, "fields", {})}
+                **({"pid": record.process} if self.which else {}), "message": record.getMessage(),
+                **getattr(record, "fields", {})}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
-def set_up_logging(log_format: str) -> None:
+def set_up_logging(log_format: str, workers: int = 1) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    JSONFormatter.which = workers > 1
+    plain = logging.Formatter("%(asctime)s " + ("[%(process)d] " if workers > 1 else "") + "%(message)s", "%H:%M:%S")
     handler.setFormatter(JSONFormatter() if log_format == "json" else plain)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -11485,42 +11649,96 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
     if not is_loopback(config.server.host):
         say("Warning       Anybody on this network can reach Pomex. Keys are required on every call"
             + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
-    say("", dashboard_line(ledger, url), f"Listening on  {url}   Ctrl-C stops it")
+    several = f", {config.server.workers} workers" if config.server.workers > 1 else ""
+    say("", dashboard_line(ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
 
 
 def run_serve(args: argparse.Namespace) -> int:
     config = read_config(args)
-    set_up_logging(config.server.log_format)
-    return asyncio.run(serve(config, args.no_detect))
+    set_up_logging(config.server.log_format, config.server.workers)
+    sockets = handed_sockets(os.environ)
+    config = dataclasses.replace(config, server=listening_as(config.server, sockets))
+
+    async def reread() -> tuple[Config, Mapping[str, Sequence[str]]]:
+        fresh = read_config(args)
+        if config.path and not fresh.path:
+            raise ConfigError("it is gone.")
+        return await surveyed(dataclasses.replace(fresh, server=listening_as(fresh.server, sockets)), args.no_detect)
+
+    if config.server.workers > 1:
+        return serve_with_workers(config, args.no_detect, sockets, reread)
+    return asyncio.run(serve(config, args.no_detect, sockets, reread))
 
 
-async def serve(config: Config, no_detect: bool) -> int:
+async def serve(config: Config, no_detect: bool, sockets: Sequence[socket.socket], reread: Reread) -> int:
     is_new = not os.path.exists(config.database.path)
     looked = not config.path and not no_detect
     config, found = await surveyed(config, no_detect)
     with contextlib.closing(open_ledger(config)) as ledger:
         async with contextlib.AsyncExitStack() as stack:
             try:
-                server = await stack.enter_async_context(running(config, ledger, found))
+                server = await stack.enter_async_context(running(config, ledger, found, sockets))
             except OSError as error:
                 code, sentence = await no_listening(error, config.server)
                 say(sentence)
                 return code
             announce(config, found, looked, ledger, is_new, public_url(config.server, server.address))
-            gc.freeze()                             # what is there now stays: collections need not look at it,
-            gc.set_threshold(10_000, 20, 50)        # and requests leave no cycles behind (7 % less CPU a request)
-            return await until_stopped(server, config.server.drain_timeout_s)
+            settle_memory()
+            notify("READY=1")
+            feeding = asyncio.create_task(feed_watchdog())
+            code = await until_stopped(server, functools.partial(reload, server, reread))
+            feeding.cancel()
+            return code
 
 
-async def until_stopped(server: Server, drain_timeout_s: float) -> int:
+def settle_memory() -> None:
+    """What is there now stays, so collections need not look at it, and can be rare (7 % less CPU a request). Not too rare:
+    failed connections leave cycles, which hold what they were to send."""
+    gc.freeze()
+    gc.set_threshold(10_000, 5, 5)
+
+
+def serve_with_workers(config: Config, no_detect: bool, sockets: Sequence[socket.socket], reread: Reread) -> int:
+    """The same in several processes: what is to be said is said once, before there are any."""
+    if sys.platform == "win32":
+        raise ConfigError("[server] workers: several processes need another system than Windows.")
+    is_new = not os.path.exists(config.database.path)
+    looked = not config.path and not no_detect
+    config, found = asyncio.run(surveyed(config, no_detect))
+    tls_context(config.server)
+    try:
+        sockets = sockets or asyncio.run(listen(config.server))
+    except OSError as error:
+        code, sentence = asyncio.run(no_listening(error, config.server))
+        say(sentence)
+        return code
+    parent = Workers(config, found, sockets, reread)
+    parent.heed_signals()
+    with contextlib.closing(open_ledger(config)) as ledger:     # no database may be open when a process forks
+        announce(config, found, looked, ledger, is_new, public_url(config.server, sockets[0].getsockname()[:2]))
+    settle_memory()
+    return parent.run()
+
+
+def stopping_sentence(streams: int, drain_timeout_s: float) -> str:
+    return (f"Stopping: {plural(streams, 'stream')} open"
+            + (f", waiting up to {drain_timeout_s:g} s (Ctrl-C again to cut)." if streams else "."))
+
+
+async def until_stopped(server: Server, reload: Callable[[], Awaitable[None]]) -> int:
     """Waits for a stop signal, then for the open streams; a second signal ends them at once."""
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    on_terminal = sys.stderr.isatty()
+    hang_up: signal.Signals | None = getattr(signal, "SIGHUP", None)        # Windows has none
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, hang_up)):
         signal.signal(number, lambda got, frame: loop.call_soon_threadsafe(signals.put_nowait, got))
-    await signals.get()
-    streams = server.open_requests
-    say(f"Stopping: {plural(streams, 'stream')} open"
-        + (f", waiting up to {drain_timeout_s:g} s (Ctrl-C again to cut)." if streams else "."))
+    while await signals.get() == hang_up and on_terminal == sys.stderr.isatty():
+        await reload()          # if the terminal itself is gone it is the end
+    if hang_up is not None:
+        signal.signal(hang_up, signal.SIG_IGN)
+    drain_timeout_s = server.config.drain_timeout_s
+    notify("STOPPING=1")
+    say(stopping_sentence(server.open_requests, drain_timeout_s))
     draining = asyncio.create_task(server.drain(drain_timeout_s))
     again = asyncio.create_task(signals.get())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
@@ -11538,7 +11756,8 @@ async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
     if error.errno == errno.EADDRINUSE:
         return UNAVAILABLE, await port_taken(server)
     if error.errno == errno.EACCES and server.port < 1024:
-        return NO_PERMISSION, f"Port {server.port} needs privileges. Use a reverse proxy or a higher port."
+        return NO_PERMISSION, (f"Port {server.port} needs privileges. Use a reverse proxy, or systemd socket activation: "
+                               "python pomex.py unit --socket")
     return UNAVAILABLE, f"Cannot listen on {server.host} port {server.port}: {error.strerror or error}."
 
 
@@ -12402,6 +12621,376 @@ def run_backup(args: argparse.Namespace) -> int:
         ledger.backup(args.file)
     say(f"Copied to {args.file} (only you can read it).")
     return 0
+
+
+# --- 13.8 a new configuration ---------------------------------------------------------------------
+
+Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
+
+
+def config_changes(old: Config, new: Config) -> str:
+    """What differs, counted: `+1 provider, 2 prices changed`."""
+    said = []
+    for section in NAMED_SECTIONS:
+        before, after, noun = getattr(old, section), getattr(new, section), section.removesuffix("s")
+        changed = sum(before[name] != after[name] for name in before.keys() & after.keys())
+        said += [sign + plural(count, noun) + end for sign, count, end in (
+            ("+", len(after.keys() - before.keys()), ""), ("-", len(before.keys() - after.keys()), ""),
+            ("", changed, " changed")) if count]
+    settings = sum(getattr(old.server, name) != getattr(new.server, name) for name in settings_of(ServerConfig)
+                   if name not in FIXED)
+    return ", ".join(said + ([plural(settings, "setting") + " changed"] if settings else [])) or "nothing changed"
+
+
+def waiting_changes(old: Config, new: Config) -> str:
+    """What a running server does not take up."""
+    names = [name for name in FIXED if getattr(old.server, name) != getattr(new.server, name)]
+    names += ["[database]"] if old.database != new.database else []
+    return f"; only a restart changes {', '.join(names)}" if names else ""
+
+
+def reload_sentence(old: Config, new: Config, streams: int) -> str:
+    kept = f"; {plural(streams, 'open stream')} {'keeps' if streams == 1 else 'keep'} the old settings" if streams else ""
+    return f"Reloaded {home_short(new.path) or 'the defaults'}: {config_changes(old, new)}{kept}{waiting_changes(old, new)}."
+
+
+def refused_sentence(old: Config, error: Exception) -> str:
+    return f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}"
+
+
+async def reload(server: GatewayServer, reread: Reread) -> None:
+    """Takes up the configuration as it is now, whole or not at all."""
+    old = server.gateway.config
+    notify_reloading()
+    try:
+        config, found = await reread()
+        server.reload(config, found)
+    except (ConfigError, OSError) as error:
+        say(refused_sentence(old, error))
+    else:
+        say(reload_sentence(old, config, server.open_requests))
+    notify("READY=1")
+
+
+# --- 13.9 several processes -----------------------------------------------------------------------
+#
+# The parent holds the listening sockets, forks the workers, and does nothing else; so it can hardly fail. A socket that
+# all inherit loses no connection when one of them ends, where SO_REUSEPORT resets those in the queue of its own socket.
+# A worker tells its parent once a second how many requests it has open; its parent's silence for good (end of file)
+# means that the parent is gone, and so it goes, too. The parent ends a worker that says nothing: its loop stands still.
+
+TICK_S = 1.0
+HUNG_S = 30.0               # a checkpoint of the database on a bad disk may stop a loop for seconds
+SOUND_S = 60.0              # a worker that lived so long did not die of how it was started
+ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one has its turn
+DRAIN, RETIRE, CUT = b"d", b"r", b"c"       # to a worker: end within drain_timeout_s; without limit; now
+
+
+async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
+               channel: socket.socket) -> int:
+    """A worker's life."""
+    loop, orders = asyncio.get_running_loop(), asyncio.Queue[bytes]()
+    draining: asyncio.Task[None] | None = None
+    loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
+    loop.add_reader(channel, lambda: orders.put_nowait(heard(loop, channel)))
+    with contextlib.closing(open_ledger(config)) as ledger:
+        async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
+            telling = loop.create_task(tell(server, channel))
+            while draining is None or not draining.done():
+                waiting = loop.create_task(orders.get())
+                await asyncio.wait({waiting} | ({draining} if draining else set()), return_when=asyncio.FIRST_COMPLETED)
+                if waiting.done() and waiting.result() == CUT:
+                    break
+                if waiting.done():
+                    limit_s = None if waiting.result() == RETIRE else config.server.drain_timeout_s
+                    draining = loop.create_task(server.drain(limit_s))
+                waiting.cancel()
+            telling.cancel()
+    return 0
+
+
+def heard(loop: asyncio.AbstractEventLoop, channel: socket.socket) -> bytes:
+    order = channel.recv(1)
+    if not order:
+        loop.remove_reader(channel)         # the parent is gone
+    return order or DRAIN
+
+
+async def tell(server: Server, channel: socket.socket) -> None:
+    while True:
+        with contextlib.suppress(OSError):      # its end is heard elsewhere
+            channel.send(b"%d\n" % server.open_requests)
+        await asyncio.sleep(TICK_S)
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker as its parent sees it."""
+    pid: int
+    channel: socket.socket
+    generation: int             # of the configuration
+    started: float              # by the monotonic clock, as are all times here
+    heard: float
+    streams: int = 0
+    ready: bool = False
+    left: float = 0.0           # when it was told to go
+
+
+class Workers:
+    """The parent: keeps so many workers alive, and replaces them one after the other when the configuration changes."""
+
+    def __init__(self, config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
+                 reread: Reread) -> None:
+        self.config, self.found, self.sockets, self.reread = config, found, sockets, reread
+        self.workers: list[Worker] = []
+        self.generation = 0
+        self.stopping = False
+        self.code = 0
+        self.said_ready = False
+        self.not_before = 0.0       # no worker is started earlier: they die too fast
+        self.deaths = 0             # in a row
+        self.selector = selectors.DefaultSelector()
+        self.signals, self.wakeup = socket.socketpair()
+
+    def heed_signals(self) -> None:
+        self.signals.setblocking(False)
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda got, frame: None)
+        self.selector.register(self.signals, selectors.EVENT_READ)
+
+    def run(self) -> int:
+        fed, interval_s = 0.0, watchdog_s(os.environ)
+        while self.workers or not self.stopping:
+            self.step(time.monotonic())
+            if interval_s and time.monotonic() >= fed:
+                fed = time.monotonic() + interval_s
+                notify("WATCHDOG=1")
+            for key, _ in self.selector.select(min(TICK_S, interval_s or TICK_S)):
+                if key.data is not None:
+                    self.listen_to(key.data)
+                    continue
+                for got in self.signals.recv(64):
+                    if got == signal.SIGHUP:
+                        self.reload()
+                    elif got in (signal.SIGINT, signal.SIGTERM):
+                        self.stop()
+        say("Stopped.")
+        return self.code
+
+    # What is to be done now.
+
+    def step(self, now: float) -> None:
+        """Starts what is missing, lets go what is replaced, ends what hangs."""
+        for worker in self.workers:
+            if now - worker.heard > HUNG_S:
+                log.error("worker %d has said nothing for %d s and is ended", worker.pid, HUNG_S)
+                os.kill(worker.pid, signal.SIGKILL)
+        staying = [worker for worker in self.workers if not worker.left]
+        current = [worker for worker in staying if worker.generation == self.generation]
+        old = [worker for worker in staying if worker.generation != self.generation]
+        going = any(worker.left and now - worker.left < self.config.server.drain_timeout_s for worker in self.workers)
+        wanted = self.config.server.workers
+        if self.stopping or now < self.not_before:
+            return
+        for _ in range(min(wanted - len(current), wanted - len(staying) + (bool(old) and not going))):
+            self.start(now)
+        if old and not going and len(staying) > wanted and all(worker.ready for worker in current):
+            self.send(old[0], RETIRE)
+
+    def start(self, now: float) -> None:
+        ours, theirs = socket.socketpair()
+        sys.stderr.flush()
+        pid = os.fork()
+        if not pid:
+            self.become_worker(ours, theirs)
+        theirs.close()
+        worker = Worker(pid, ours, self.generation, now, now)
+        self.workers.append(worker)
+        self.selector.register(ours, selectors.EVENT_READ, worker)
+
+    def become_worker(self, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+        """In the new process: away with all that is the parent's, or the others could not see it end."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to all; the parent says what it means
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.environ.pop("NOTIFY_SOCKET", "")
+            self.selector.close()
+            for each in (ours, self.signals, self.wakeup, *(worker.channel for worker in self.workers)):
+                each.close()
+            theirs.setblocking(False)
+            code = asyncio.run(work(self.config, self.found, self.sockets, theirs))
+        except (ConfigError, GatewayError, OSError) as error:
+            log.error("worker %d cannot work: %s", os.getpid(), error)
+        except BaseException:
+            log.exception("worker %d", os.getpid())
+        finally:
+            os._exit(code)
+
+    # What is heard.
+
+    def listen_to(self, worker: Worker) -> None:
+        try:
+            said = worker.channel.recv(4096)
+        except OSError:
+            said = b""
+        if not said:
+            self.bury(worker)
+            return
+        worker.heard = time.monotonic()
+        worker.streams = int(said.split()[-1])
+        worker.ready = True
+        if not self.said_ready and all(each.ready for each in self.workers):
+            self.said_ready = True
+            notify("READY=1")
+
+    def bury(self, worker: Worker) -> None:
+        """A worker has ended. One that was not told to is replaced; ever later, if they die at their start."""
+        self.selector.unregister(worker.channel)
+        worker.channel.close()
+        self.workers.remove(worker)
+        status = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
+        if worker.left or self.stopping:
+            return
+        now = time.monotonic()
+        self.deaths = 0 if now - worker.started > SOUND_S else self.deaths + 1
+        self.not_before = now + (min(30.0, 0.1 * 2 ** min(self.deaths, 10)) if self.deaths > 1 else 0.0)
+        log.error("worker %d ended with %d and is replaced; its %s were cut", worker.pid, status,
+                  plural(worker.streams, "open request"))
+        if not self.said_ready and not worker.ready:
+            self.code = UNAVAILABLE         # it never was any good: who starts us is to know
+            self.stop()
+
+    def send(self, worker: Worker, order: bytes) -> None:
+        worker.left = worker.left or time.monotonic()
+        with contextlib.suppress(OSError):
+            worker.channel.send(order)
+
+    def stop(self) -> None:
+        streams = sum(worker.streams for worker in self.workers)
+        if not self.stopping:
+            notify("STOPPING=1")
+            say(stopping_sentence(streams, self.config.server.drain_timeout_s))
+        else:
+            self.code = INTERRUPTED
+        for listening in self.sockets:      # first: who came to ours, when the workers have closed theirs, would be cut
+            listening.close()
+        for worker in self.workers:
+            self.send(worker, CUT if self.stopping else DRAIN)
+        self.stopping = True
+
+    def reload(self) -> None:
+        if self.stopping:
+            return
+        notify_reloading()
+        try:
+            config, found = asyncio.run(self.reread())
+            if self.config.server.tls_cert:
+                tls_context(self.config.server)
+        except (ConfigError, OSError) as error:
+            say(refused_sentence(self.config, error))
+        else:
+            say(reload_sentence(self.config, config, sum(worker.streams for worker in self.workers)))
+            fixed = {name: getattr(self.config.server, name) for name in FIXED}
+            self.config = dataclasses.replace(config, database=self.config.database,
+                                              server=dataclasses.replace(config.server, **fixed))
+            self.found = found
+            self.generation += 1
+            self.deaths, self.not_before = 0, 0.0
+        notify("READY=1")
+
+
+# --- 13.10 unit and health ------------------------------------------------------------------------
+
+SERVICE_UNIT = """\
+[Unit]
+Description=Pomex, an LLM API gateway
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+ExecStart=@COMMAND@
+ExecReload=/bin/kill -HUP $MAINPID
+KillMode=mixed
+TimeoutStopSec=@STOP@
+WatchdogSec=30
+Restart=on-failure
+RestartPreventExitStatus=2 78
+LimitNOFILE=65536
+
+# The state lies in /var/lib/pomex, whatever the configuration says. Keys of providers: NAME=VALUE lines in
+# /etc/pomex/environment (mode 600), or LoadCredential=NAME:PATH and api_key = "file:/run/credentials/%n/NAME".
+StateDirectory=pomex
+Environment=POMEX_DATABASE_URL=sqlite:/var/lib/pomex/pomex.db
+EnvironmentFile=-/etc/pomex/environment
+
+DynamicUser=yes
+UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=@HOME@
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+
+[Install]
+WantedBy=multi-user.target
+"""
+SOCKET_UNIT = """\
+[Unit]
+Description=The port of Pomex, held open while it restarts
+
+[Socket]
+ListenStream=@ADDRESS@
+Backlog=@BACKLOG@
+
+[Install]
+WantedBy=sockets.target
+"""
+
+
+def run_unit(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    host, port = config.server.host, config.server.port
+    file = os.path.abspath(globals().get("__file__", ""))       # it may have come by a pipe
+    words = [sys.executable, file if os.path.isfile(file) else "/usr/local/lib/pomex/pomex.py", "serve",
+             *(["--config", os.path.abspath(config.path)] if config.path else [])]
+    home = any(word.startswith(("/home/", "/root/")) for word in words)     # where else could it be read from
+    values = {"@COMMAND@": shlex.join(words).replace("%", "%%"), "@STOP@": f"{config.server.drain_timeout_s + 10:.0f}",
+              "@HOME@": "read-only" if home else "yes", "@BACKLOG@": str(BACKLOG),
+              "@ADDRESS@": f"[{host}]:{port}" if ":" in host else f"{host}:{port}"}
+    text = SOCKET_UNIT if args.socket else SERVICE_UNIT
+    print(functools.reduce(lambda text, name: text.replace(name, values[name]), values, text), end="")
+    name = "pomex.socket" if args.socket else "pomex.service"
+    say(f"Write this to /etc/systemd/system/{name}, then: systemctl enable --now {name}")
+    return 0
+
+
+def run_health(args: argparse.Namespace) -> int:
+    server = read_config(args).server
+    url = public_url(server, (server.host, server.port))
+    context = None
+    if server.tls_cert:         # it has to show that very certificate, whatever name or authority that has
+        context = ssl.create_default_context(cafile=server.tls_cert)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    answer = asyncio.run(get_json(url + "/health", HEALTH_TIMEOUT_S, context))
+    healthy = isinstance(answer, dict) and answer.get("status") == "ok"
+    print(f"{url} {'answers' if healthy else 'does not answer'}")
+    return 0 if healthy else 1
+
+
+HEALTH_TIMEOUT_S = 5.0
 
 
 # === 14. data =====================================================================================

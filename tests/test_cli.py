@@ -457,6 +457,7 @@ def test_a_server_that_cannot_start_says_why(error, port, code, sentence):
 class Draining:
     """A server with streams that end when they are told to, or never."""
     address = ("127.0.0.1", 1)
+    config = pomex.ServerConfig()
 
     def __init__(self, streams, ends):
         self.open_requests, self.ends = streams, ends

@@ -887,7 +887,7 @@ def test_half_a_frame_at_the_end_is_not_shown_but_a_whole_one_without_its_empty_
     for cut in range(at + 1, len(stream) - 2, 13):
         raw, attempt = relayed([stream[:cut]])
         streams.check(raw)
-        assert (attempt.status, attempt.terminal_by) == ("completed", "gateway")
+        assert (attempt.status, attempt.terminal_by) == ("failed", "gateway")      # the torn event may have said anything
     raw, attempt = relayed([stream[:-2]])
     assert attempt.terminal_by == "upstream"
     middle = stream.index(b"event: response.output_text.done")

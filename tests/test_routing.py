@@ -490,16 +490,39 @@ def test_after_output_nothing_is_spliced(wire, tmp_path):
 
     async def main():
         ends = [b"", b"0\r\n\r\n", STALL, b"zz\r\n", pomex.chunk(sse(INBAND[wire])) + b"0\r\n\r\n"]
-        first = [stream(sse(*STREAMED[wire][:cut]), end) for end in ends]
-        scripted = Scripted(a=list(first), b=good(wire, True))
-        async with gateway(scripted, {"a": wire, "b": wire}, tmp_path) as (ask, ledger, _):
+        scripted = Scripted(a=[stream(sse(*STREAMED[wire][:cut]), end) for end in ends], b=good(wire, True))
+        async with gateway(scripted, {"a": wire, "b": wire}, tmp_path) as (ask, ledger, config):
             for end in ends:
+                config.models["x/m"] = pomex.ModelConfig("x/m", ((pomex.Target("a", f"m{ends.index(end)}"),), (pomex.Target("b", "m"),)))
                 status, headers, body = await ask()
                 response = check(body, relayed=wire == "bytes")
                 assert (status, response["status"]) == (200, "failed") and len(re.findall(rb'"delta": ?"hi"', body)) == 1, (end, body)
                 assert headers["x-pomex-attempts"] == "1"
         assert scripted.calls == ["a"] * len(ends)
     run(main)
+
+
+def test_a_target_that_breaks_every_stream_it_begins_is_left_out(tmp_path):
+    """Its beginnings are no answers: or else a client would be sent back to it until it gives up."""
+    async def main():
+        broken = stream(sse(*CHAT[:2]), b"")
+        scripted = Scripted(a=broken, b=good("chat", True))
+        async with gateway(scripted, {"a": "chat", "b": "chat"}, tmp_path) as (ask, _, __):
+            ends = [check((await ask())[2])["status"] for _ in range(5)]
+        assert ends == ["failed", "failed", "failed", "completed", "completed"]
+        assert "".join(scripted.calls) == "aaabb"
+    run(main)
+
+
+def test_a_target_that_gives_output_again_is_in_use_and_stays_on_probation():
+    health = pomex.Health()
+    health.failed("a", "rate", 10.0, 0.0)
+    assert health.probe("a", 20.0) is not None and health.state("a", 20.0) == "open"     # others keep away
+    assert health.began("a") and not health.began("a") and health.state("a", 20.0) == "closed"
+    assert health.failed("a", "network", None, 21.0) == 10.0 and health.state("a", 21.0) == "open"      # at once, and for longer
+    assert health.probe("a", 40.0) is not None and health.began("a")
+    assert not health.succeeded("a")            # that it is back was said before
+    assert health.failed("a", "network", None, 41.0) == 0.0 and health.state("a", 41.0) == "closed"
 
 
 def test_without_streaming_failover_goes_on_to_the_end(tmp_path):

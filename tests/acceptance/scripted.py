@@ -391,20 +391,25 @@ class Script:
             kept.clear()
         self.memory = Memory(recorded=b"".join(answer.payload for answer in answers if isinstance(answer, Raw)))
 
+    def memory_of(self, seen: Seen) -> Memory:
+        """What the provider that is asked has given out; all share one memory unless a script says otherwise."""
+        return self.memory
+
     def complaint(self, seen: Seen) -> str:
+        memory = self.memory_of(seen)
         if seen.path.endswith("/messages"):
-            return messages_complaint(seen.body, seen.headers, self.memory)
+            return messages_complaint(seen.body, seen.headers, memory)
         if "contents" in seen.body:
             model = gemini_model(seen.path)
-            return gemini_complaint(model, seen.body, seen.headers, self.memory) if model else f"no path: {seen.path}"
+            return gemini_complaint(model, seen.body, seen.headers, memory) if model else f"no path: {seen.path}"
         return ""
 
     def render(self, seen: Seen, answer: Answer) -> bytes:
-        body = seen.body
+        body, memory = seen.body, self.memory_of(seen)
         if seen.path.endswith("/messages"):
             blocks = messages_blocks(body, answer, plainly(body))
             thoughts = [block for block in blocks if block["type"] in THOUGHTS]
-            self.memory.thought_of.update({block["id"]: thoughts for block in blocks if block["type"] == "tool_use"})
+            memory.thought_of.update({block["id"]: thoughts for block in blocks if block["type"] == "tool_use"})
             self.signed += [block.get("signature") or block["data"] for block in thoughts]
             return b"".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n".encode()
                             for e in messages_events(body, answer, blocks))
@@ -416,7 +421,7 @@ class Script:
             self.signed += [part["thoughtSignature"] for part in sent if "thoughtSignature" in part]
             for part in sent:
                 if "functionCall" in part and "thoughtSignature" in part:
-                    self.memory.signed_calls[json.dumps(part["functionCall"], sort_keys=True)] = part["thoughtSignature"]
+                    memory.signed_calls[json.dumps(part["functionCall"], sort_keys=True)] = part["thoughtSignature"]
             return (b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in events) if seen.streams
                     else json.dumps(events[0]).encode())
         return chat_bytes(body, answer) if seen.path.endswith("/chat/completions") else responses_bytes(body, answer)

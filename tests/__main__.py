@@ -1,11 +1,12 @@
 """The tests, with nothing installed beforehand: python3 tests [pytest's arguments]
 
-Makes a private environment (.venv-tests, which git ignores), installs pytest into it and runs the core tests. The
-network is needed the first time only. This file itself runs on any Python 3, to be able to say which one is needed.
+Makes a private environment (.venv-tests, which git ignores), installs pytest into it and runs the core tests, in two
+halves side by side unless files are named. The network is needed the first time only. This file itself runs on any Python 3, to be able to say which one is needed.
 """
 import os
 import subprocess
 import sys
+import tempfile
 
 NEEDED = (3, 11)
 PYTEST = "pytest>=8,<10"
@@ -51,7 +52,18 @@ def main(arguments):
     trouble = None if has_pytest() else make_environment()
     if trouble:
         return trouble
-    return subprocess.call([PYTHON, "-m", "pytest"] + arguments, cwd=REPOSITORY)
+    command = [PYTHON, "-m", "pytest"] + arguments
+    if any(not argument.startswith("-") for argument in arguments) or (os.cpu_count() or 1) < 2:
+        return subprocess.call(command, cwd=REPOSITORY)
+    files = sorted(name for name in os.listdir(os.path.dirname(os.path.abspath(__file__))) if name.startswith("test_"))
+    halves = [["tests/" + name for name in files[start::2]] for start in (0, 1)]        # two cores, two runs
+    with tempfile.TemporaryFile() as kept:
+        beside = subprocess.Popen(command + halves[1], cwd=REPOSITORY, stdout=kept, stderr=subprocess.STDOUT)
+        first = subprocess.call(command + halves[0], cwd=REPOSITORY)
+        second = beside.wait()
+        kept.seek(0)
+        sys.stdout.write(kept.read().decode("utf-8", "replace"))
+    return first or second
 
 
 if __name__ == "__main__":

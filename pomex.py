@@ -8627,12 +8627,13 @@ class Exchange:
                 break
         return b"".join(pieces)[:max_bytes]
 
-    async def close(self) -> None:
-        """Gives the connection back if the answer ended and it may be kept; else closes it at once."""
+    async def close(self, sound: bool = True) -> None:
+        """Gives the connection back if the answer ended and it may be kept; else closes it at once. Also where what came made
+        no sense: it may have been left over from the request before, and ours would go to the one behind."""
         wire, self.wire = self.wire, None
         if wire is None:
             return
-        if self.keep_alive and not wire.lost and self.at_end(wire):
+        if sound and self.keep_alive and not wire.lost and self.at_end(wire):
             self.upstream.keep(self.origin, wire)
         else:
             wire.abort()
@@ -9283,7 +9284,7 @@ class DemoExchange:
     async def read_all(self, max_bytes: int) -> bytes:
         return b""
 
-    async def close(self) -> None:
+    async def close(self, sound: bool = True) -> None:
         """There is nothing to close."""
 
 
@@ -9409,9 +9410,10 @@ class Router:
             call = more
             if not down.count_call():
                 raise UpstreamError(f"The request has had its {MAX_CALLS} upstream calls.")
-            exchange = await self.open(way.provider, call, down)
+            exchange, sound = await self.open(way.provider, call, down), False
             try:
                 await self.read(exchange, call.attempt, way, down)
+                sound = call.attempt.error is None
                 more = call.resume()
             except GatewayError as error:
                 more = None if mended or call.attempt.begun or down.attempts >= MAX_CALLS else call.repair(error)
@@ -9419,7 +9421,7 @@ class Router:
                     raise
                 mended = True
             finally:
-                await exchange.close()
+                await exchange.close(sound)
 
     async def open(self, provider: ProviderConfig, call: Call, down: Downstream) -> Exchange | DemoExchange:
         if provider.wire_api == "demo":
@@ -9668,16 +9670,36 @@ async def responses(gateway: Gateway, client: Client) -> None:
 
 
 async def respond(gateway: Gateway, client: Client, key: Key) -> None:
-    """One request of a key: check, plan, intent, targets, settle, terminal event."""
+    """One request of a key: check, plan, money, intent, targets, settle, terminal event."""
     request = check_request(await client.body())
     manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
     tiers = gateway.catalogue.tiers(request.model)
     permit(key, request.model, manners)
     envelope = Envelope(gateway.ledger.secret, key.account)
     ways = planned(tiers, request, client.head.headers, envelope)
+    down, refused = await afforded(gateway, client, key, request, manners, ways)
+    if refused is not None:
+        await tell_refusal(gateway, key, down, refused)
+        return
+    await write_intent(gateway, key, down, ways[0])
+    try:
+        await gateway.router.route(ways, envelope, down)
+    except BaseException:               # the client left; what was generated is kept
+        down.attempt.finish(GatewayError("The client left.", code="client_gone"), told=False)
+        down.attempt.status = "cancelled"
+        await asyncio.shield(settle(gateway, key, down))
+        raise
+    finally:
+        down.stop()
+    await conclude(gateway, key, down)
+
+
+async def afforded(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
+                   ways: Sequence[Way]) -> tuple[Downstream, GatewayError | None]:
+    """The answer to be, its money reserved; and the error, where a limit of the key is in the way."""
+    estimate = input_estimate(request.raw)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
                 int(client.started_s * 1000))
-    estimate = input_estimate(request.raw)
     refused: GatewayError | None = None
     try:
         reserve = gateway.config.server.reserve_output_tokens
@@ -9688,42 +9710,39 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
         refused.headers += tuple(bill.headers(client.started_s))
     answer = Answer(request, bill.response_id, int(client.started_s), manners)
     answer.estimated_input = estimate
-    down = Downstream(client, answer, gateway.config.server, bill)
-    if refused is not None:
-        down.stop()
-        await tell_refusal(gateway, key, down, refused)
-        return
-    first, first_model = ways[0].provider.name, ways[0].model
-    price, nanos = bill.cost(first, first_model, Usage(estimate))
+    return Downstream(client, answer, gateway.config.server, bill), refused
+
+
+async def write_intent(gateway: Gateway, key: Key, down: Downstream, way: Way) -> None:
+    """Writes down what is about to be asked; where that fails nothing is asked, and nothing stays reserved."""
+    client, answer = down.client, down.answer
+    price, nanos = down.bill.cost(way.provider.name, way.model, Usage(answer.estimated_input))
     try:
-        await gateway.ledger.begin(Intent(answer.id, client.request_id, bill.started_ms, key.id, ENDPOINT, request.model,
-                                          key.account_id, first, first_model, estimate, price, key.multiplier, nanos))
+        await gateway.ledger.begin(Intent(
+            answer.id, client.request_id, down.bill.started_ms, key.id, ENDPOINT, answer.request.model, key.account_id,
+            way.provider.name, way.model, answer.estimated_input, price, key.multiplier, nanos))
     except BaseException:
         down.stop()
-        bill.settle(0, Usage())
+        down.bill.settle(0, Usage())
         raise
-    try:
-        await gateway.router.route(ways, envelope, down)
-    except BaseException:               # the client left; what was generated is kept
-        down.attempt.finish(GatewayError("The client left.", code="client_gone"), told=False)
-        down.attempt.status = "cancelled"
-        await asyncio.shield(settle(gateway, key, down))
-        raise
-    finally:
-        down.stop()
-    attempt = down.attempt
+
+
+async def conclude(gateway: Gateway, key: Key, down: Downstream) -> None:
+    """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
+    attempt, answer = down.attempt, down.answer
     if attempt.status == "failed":
         attempt.error = failure_for(gateway, down)
-    in_stream = request.stream and (down.head_sent or attempt.error is None or answered_in_stream(manners, attempt.error))
-    if attempt.error is not None and not in_stream:
+    error, stream = attempt.error, answer.request.stream
+    in_stream = stream and (down.head_sent or error is None or answered_in_stream(answer.manners, error))
+    if error is not None and not in_stream:
         await settle(gateway, key, down)
-        raise attempt.error
+        raise error
     last = attempt.terminal(int(time.time())) if in_stream else attempt.body(int(time.time())).encode()
     await settle(gateway, key, down)
     if in_stream:
         await down.end(last)
     else:
-        await client.answer(200, down.headers(), last)
+        await down.client.answer(200, down.headers(), last)
 
 
 def permit(key: Key, model: str, manners: Manners) -> None:
@@ -9741,6 +9760,7 @@ def capped(request: ResponsesRequest, tokens: int) -> ResponsesRequest:
 
 async def tell_refusal(gateway: Gateway, key: Key, down: Downstream, error: GatewayError) -> None:
     """The answer to a request that a limit of its key stopped: a status, or to Codex a stream that fails."""
+    down.stop()
     attempt = down.attempt
     attempt.refused = True
     attempt.finish(error)

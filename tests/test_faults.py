@@ -248,3 +248,42 @@ def test_the_log_has_no_traceback_no_secret_and_one_line_a_record(played):
     for word in (SECRET, played["key"], PROMPT):
         assert word not in text
     assert not [line for line in played["log"] if re.search(r"[\x00-\x1f\x7f]", line)]
+
+
+def test_an_answer_too_many_never_becomes_the_answer_to_another_request(tmp_path):
+    """An upstream sends a second answer behind the first, a moment late: the next request gets it, fails, and its own answer
+    must not be left for the one behind."""
+    seen = []
+
+    async def upstream(reader, writer):
+        try:
+            while True:
+                top = await reader.readuntil(b"\r\n\r\n")
+                asked = json.loads(await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", top)[1])))["model"]
+                seen.append(asked)
+                answer = json.dumps({**WIRES["chat"].whole, "choices": [{"index": 0, "finish_reason": "stop", "message": {
+                    "role": "assistant", "content": f"for {asked}"}}]}).encode()
+                await asyncio.sleep(0.15 * (asked != "first"))      # late enough for the leftover to be taken first
+                writer.write(faults.counted(200, answer)[0])
+                if asked == "first":
+                    await asyncio.sleep(0.05)
+                    writer.write(faults.counted(200, b"boo")[0])
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            writer.close()
+
+    async def scenario():
+        up = await asyncio.start_server(upstream, "127.0.0.1", 0)
+        config = pomex.load_config(
+            f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/pomex.db"\n[providers.chat]\nwire_api = "chat"\n'
+            f'base_url = "http://127.0.0.1:{up.sockets[0].getsockname()[1]}/v1"\n', f"{tmp_path}/pomex.toml", {})
+        ledger = pomex.Ledger.open(config.database.path)
+        key = ledger.create_key("k", time.time())
+        async with pomex.running(config, ledger) as server:
+            for number in range(4):
+                model = "first" if not number else f"m{number}"
+                status, raw, _ = await ask(server, key, f"chat/{model}", False)
+                assert status != 200 or text_of(json.loads(raw)) == f"for {model}", (model, raw)
+        ledger.close()
+        up.close()
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert seen.count("first") == 1

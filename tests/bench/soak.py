@@ -131,7 +131,7 @@ async def soak(folder, port, key, pid, seconds, streams):
     marks = []
     for until in (began + seconds / 2, began + seconds):
         await asyncio.gather(*(run.client(until) for _ in range(streams)))
-        await asyncio.sleep(3)          # what is left settles; idle upstream connections stay for 30 s
+        await asyncio.sleep(pomex.POOL_IDLE_S + 3)      # until idle upstream connections are closed, too
         marks.append(await asyncio.to_thread(measure, folder, family(pid)))
     return run, marks
 

@@ -464,14 +464,15 @@ def test_a_million_rows_are_summed_in_under_a_second(tmp_path: Path) -> None:
             SELECT printf('resp_%012d', n), 'r', ? - (n % 365) * 86400000, 1 + n % 3, '/v1/responses', 'plain/m' || (n % 10), 'plain',
                 'm', 'completed', '', 'upstream', '', 1000, 0, 0, 10, 0, 1, 2, 1, '1.5 10.25 0.1 1.875 - -', 1602500 FROM n""",
                    (int(time.time() * 1000),))
+        while pomex.rolled_up(db) < pomex.last_row_id(db):      # what the ledger does as rows come; these came past it
+            pomex.roll_up(db, 1)
         db.commit()
     slowest = 0.0
     for by in pomex.REPORT_BY:
         begun = time.monotonic()
         assert len(json.loads(command(config, "usage", "--since", "366d", "--by", by, "--json"))) >= 1
         slowest = max(slowest, time.monotonic() - begun)
-    settling()                  # sums up the half hours of the rows that came past the ledger: a million at once, here only
-    after = min(settling(), settling())
+    after = settling()
     begun = time.monotonic()
     command(config, "keys", "list")
     listed = time.monotonic() - begun

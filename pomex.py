@@ -156,10 +156,6 @@ class UpstreamTimeout(UpstreamError):
     status = 504
 
 
-class ContextTooLong(BadRequest):
-    code = "context_length_exceeded"
-
-
 Raised = TypeVar("Raised", bound=Exception)
 
 
@@ -6276,6 +6272,11 @@ def read_database(source: ConfigText, around: Surroundings) -> DatabaseConfig:
     return dataclasses.replace(database, url="sqlite:" + around.place(path))
 
 
+def fits_any(name: str, patterns: Iterable[str]) -> bool:
+    """Does a model's name fit one of these patterns, in which * and ? are wild?"""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def state_folder(environ: Mapping[str, str]) -> str:
     home = environ.get("HOME") or environ.get("USERPROFILE") or "."
     return (environ.get("XDG_STATE_HOME") or home + "/.local/state") + "/pomex"
@@ -6456,7 +6457,7 @@ class Key:
                     or self.tpm or self.concurrent)
 
     def may_use(self, model: str) -> bool:
-        return not self.models or any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models.split())
+        return not self.models or fits_any(model, self.models.split())
 
 
 # Named tuples, not dataclasses: they are the journal's lines and the table's rows as they stand.
@@ -8874,7 +8875,7 @@ class Catalogue:
     def serves(self, provider: ProviderConfig, name: str) -> bool:
         if provider.wire_api == "demo":
             return name in DEMO_MODELS
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in provider.models)
+        return fits_any(name, provider.models)
 
     def facts(self, name: str) -> ModelFacts | None:
         """What is known of a model: from the configuration, else from the table by its first target."""
@@ -8912,13 +8913,9 @@ def known_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]
         plain = [pattern for pattern in provider.models if not set(pattern) & set("*?[")]
         listed = list(DEMO_MODELS) if provider.wire_api == "demo" else [*plain, *found.get(name, ())]
         if not plain:
-            listed += [known for known in known_models(name) if fnmatch_any(known, provider.models)]
+            listed += [known for known in known_models(name) if fits_any(known, provider.models)]
         names.update(dict.fromkeys(f"{name}/{model}" for model in listed))
     return list(names)
-
-
-def fnmatch_any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @functools.cache

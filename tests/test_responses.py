@@ -630,7 +630,7 @@ def test_a_filtered_answer_says_why_in_the_form_that_the_client_shows():
 
 
 def test_a_failure_carries_the_code_and_to_standard_clients_an_error_event():
-    fail = [*TEXT, Fail(pomex.ContextTooLong("too long"))]
+    fail = [*TEXT, Fail(pomex.BadRequest("too long", code="context_length_exceeded"))]
     raw, _ = told(fail)
     assert streams.events(raw)[-2]["error"] == {"type": "invalid_request_error", "code": "context_length_exceeded", "message": "too long", "param": None}
     assert streams.check(raw)["error"] == {"code": "context_length_exceeded", "message": "too long"}

@@ -8636,8 +8636,10 @@ class Exchange:
             return
         if sound and self.keep_alive and not wire.lost and self.at_end(wire):
             self.upstream.keep(self.origin, wire)
-        else:
-            wire.abort()
+            return
+        if self.finished and not wire.ended and (wire.pieces or not wire.reader.idle):
+            self.upstream.distrust(self.origin)
+        wire.abort()
 
     def at_end(self, wire: Link) -> bool:
         """Has the whole answer come, and nothing behind it? A decoder may have stopped at the last event."""
@@ -8662,6 +8664,7 @@ class Upstream:
         self.idle: dict[Origin, list[Link]] = {}        # the newest last, and taken first
         self.places: dict[tuple[str, str, str], Place] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
+        self.distrusted: set[Origin] = set()            # they sent more than was asked for: a connection a request
         self.closed = False
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
@@ -8709,14 +8712,25 @@ class Upstream:
             wire.disarm()
             if not (wire.ended or wire.pieces or wire.expired):
                 return wire
+            if wire.pieces and not wire.ended:      # a 408 before an idle connection is closed is good manners
+                self.distrust(origin)
             wire.abort()
         return None
+
+    def distrust(self, origin: Origin) -> None:
+        """From now on each request has a connection of its own: an answer that nobody asked for, had it come a moment
+        later, would have been taken for the answer to the next request, which may be somebody else's."""
+        if origin not in self.distrusted:
+            self.distrusted.add(origin)
+            log.warning("%s sends more than it was asked for; its connections are not used again", origin.authority)
+        for wire in self.idle.pop(origin, []):
+            wire.abort()
 
     def keep(self, origin: Origin, wire: Link) -> None:
         wires = self.idle.setdefault(origin, [])
         if len(wires) >= POOL_SIZE:
             wires[:] = [other for other in wires if not other.ended]
-        if self.closed or len(wires) >= POOL_SIZE:
+        if self.closed or len(wires) >= POOL_SIZE or origin in self.distrusted:
             wire.abort()
             return
         wire.arm("idle", wire.loop.time() + POOL_IDLE_S)
@@ -9410,7 +9424,7 @@ class Router:
             exchange, sound = await self.open(way.provider, call, down), False
             try:
                 await self.read(exchange, call.attempt, way, down)
-                sound = call.attempt.error is None
+                sound = call.attempt.error is None and call.attempt.stop is not None
                 more = call.resume()
             except GatewayError as error:
                 more = None if mended or call.attempt.begun or down.attempts >= MAX_CALLS else call.repair(error)

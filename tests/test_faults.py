@@ -130,6 +130,7 @@ def played(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pomex.Ledger, "__enter__", lambda self: self, raising=False)
             patch.setattr(pomex.Ledger, "__exit__", lambda self, *_: self.close(), raising=False)
+            patch.setattr(pomex.Upstream, "distrust", lambda self, origin: None)     # all share an origin: it shall be used again
             results, left, rows, key = asyncio.run(asyncio.wait_for(scenario(), 120))
     finally:
         pomex.log.removeHandler(log)
@@ -250,40 +251,58 @@ def test_the_log_has_no_traceback_no_secret_and_one_line_a_record(played):
     assert not [line for line in played["log"] if re.search(r"[\x00-\x1f\x7f]", line)]
 
 
-def test_an_answer_too_many_never_becomes_the_answer_to_another_request(tmp_path):
+@pytest.mark.parametrize("trusted", [True, False], ids=["kept", "distrusted"])
+@pytest.mark.parametrize("name", [*PROVIDERS, "whole"])
+def test_an_answer_too_many_never_becomes_the_answer_to_another_request(tmp_path, monkeypatch, name, trusted):
     """An upstream sends a second answer behind the first, a moment late: the next request gets it, fails, and its own answer
-    must not be left for the one behind."""
-    seen = []
+    must not be left for the one behind. `trusted`: even if such an upstream's connections were used again."""
+    wire, streamed = WIRES[PROVIDERS.get(name, ("chat", ""))[0]], name != "whole"
+    seen, connections = [], []
+    if trusted:
+        monkeypatch.setattr(pomex.Upstream, "distrust", lambda self, origin: None)
 
     async def upstream(reader, writer):
+        connections.append(writer)
         try:
             while True:
                 top = await reader.readuntil(b"\r\n\r\n")
-                asked = json.loads(await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", top)[1])))["model"]
+                body = json.loads(await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", top)[1])))
+                asked = faults.asked(top.split(b" ", 2)[1].decode(), body)[1]
                 seen.append(asked)
-                answer = json.dumps({**WIRES["chat"].whole, "choices": [{"index": 0, "finish_reason": "stop", "message": {
-                    "role": "assistant", "content": f"for {asked}"}}]}).encode()
+                text = f'"Hello for {asked}"'.encode()
                 await asyncio.sleep(0.15 * (asked != "first"))      # late enough for the leftover to be taken first
-                writer.write(faults.counted(200, answer)[0])
+                writer.write(b"".join(faults.stream(faults.with_text(wire, text))) if streamed else faults.counted(200, {
+                    **wire.whole, "choices": [{"index": 0, "finish_reason": "stop", "message": {
+                        "role": "assistant", "content": f"Hello for {asked}"}}]})[0])
                 if asked == "first":
                     await asyncio.sleep(0.05)
-                    writer.write(faults.counted(200, b"boo")[0])
+                    writer.write(faults.counted(200, b"boo", kind="text/event-stream" if streamed else "application/json")[0])
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             writer.close()
 
     async def scenario():
         up = await asyncio.start_server(upstream, "127.0.0.1", 0)
+        kind, relay = PROVIDERS.get(name, ("chat", ""))
         config = pomex.load_config(
-            f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/pomex.db"\n[providers.chat]\nwire_api = "chat"\n'
-            f'base_url = "http://127.0.0.1:{up.sockets[0].getsockname()[1]}/v1"\n', f"{tmp_path}/pomex.toml", {})
+            f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/pomex.db"\n[providers.p]\nwire_api = "{kind}"\n'
+            + (f'relay = "{relay}"\n' if relay else "")
+            + f'base_url = "http://127.0.0.1:{up.sockets[0].getsockname()[1]}/v1"\n', f"{tmp_path}/pomex.toml", {})
         ledger = pomex.Ledger.open(config.database.path)
         key = ledger.create_key("k", time.time())
         async with pomex.running(config, ledger) as server:
-            for number in range(4):
-                model = "first" if not number else f"m{number}"
-                status, raw, _ = await ask(server, key, f"chat/{model}", False)
-                assert status != 200 or text_of(json.loads(raw)) == f"for {model}", (model, raw)
+            async def said(model):
+                status, raw, _ = await ask(server, key, f"p/{model}", streamed)
+                response = (outcome(raw, name == "relayed") if streamed else json.loads(raw)) if status == 200 else {"output": []}
+                told = text_of(response)
+                assert not told or told.startswith(f"Hello for {model}"), (model, told)
+                return bool(told)
+            answered = [await said(model) for model in ("first", "m1", "m2", "m3")]
+            if not trusted:
+                await asyncio.sleep(0.1)                # the surplus is here now, on a connection that waits
+                answered += [await said("first"), await asyncio.sleep(0.1) or await said("m4"), await said("m5")]
         ledger.close()
         up.close()
-    asyncio.run(asyncio.wait_for(scenario(), 30))
-    assert seen.count("first") == 1
+        return answered
+    answered = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert answered[0] and answered[2:4] == [True, True] and (trusted or answered[5:] == [True, True])
+    assert trusted or len(connections) == 4         # the one with the leftover, the next, and one each for m4 and m5

@@ -27,6 +27,7 @@ WIRES = {
     "messages": 'wire_api = "messages"',
     "gemini": 'wire_api = "gemini"',
 }
+ADMIN_TOKEN = "acceptance-admin-token"
 if DIRECT:
     WIRES = {"direct": ""}
 
@@ -44,7 +45,7 @@ def pomex(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Itera
     if DIRECT:
         yield direct(upstream)
         return
-    config = f'[server]\nport = {free_port()}\n[database]\nurl = "sqlite:pomex.db"\n'
+    config = f'[server]\nport = {free_port()}\nadmin_token = "{ADMIN_TOKEN}"\n[database]\nurl = "sqlite:pomex.db"\n'
     for name, lines in WIRES.items():
         config += (f'\n[providers.{name}]\n{lines}\nbase_url = "{upstream.base_url(name)}"\n'
                    f'env_key = "SCRIPTED_KEY"\nmodels = {json.dumps(MODELS)}\n')

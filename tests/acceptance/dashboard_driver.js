@@ -1,9 +1,9 @@
 // node dashboard_driver.js BASE LOGIN-TOKEN API-KEY SHOTS-FOLDER: walks the dashboard in headless Chromium and prints one
 // JSON object: {checks: {sentence: true | what went wrong}, axe: [...], faults: [...]}.
-const { chromium } = require("playwright-core"), fs = require("fs"), http = require("http");
+const { faults, open, watch } = require("./dashboard_browser.js"), fs = require("fs"), http = require("http");
 const [base, token, apiKey, shots] = process.argv.slice(2);
 const axe = fs.readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
-const checks = {}, faults = [], violations = [];
+const checks = {}, violations = [];
 const EVIL = "<img src=x onerror=alert(1)>", RTL = "\u202egnp.exe", LONG = "x".repeat(10000);
 const check = async (name, f) => { try { const r = await f(); checks[name] = r === undefined || r === true ? true : String(r); } catch (e) { checks[name] = String(e).slice(0, 300); } };
 function call(method, path, body, headers = {}) {
@@ -12,18 +12,8 @@ function call(method, path, body, headers = {}) {
       let text = ""; r.on("data", d => text += d); r.on("end", () => done({ status: r.statusCode, text })); });
     q.on("error", fail); q.end(body); });
 }
-function watch(page) {
-  page.on("console", m => { if (m.type() === "error" && !/status of 40[0-9]|status of 429/.test(m.text())) faults.push("console: " + m.text()); });
-  page.on("pageerror", e => faults.push("error: " + e.stack));
-  page.on("dialog", d => { if (d.type() !== "beforeunload") faults.push("dialog: " + d.message()); d.accept(); });
-  page.on("request", r => { if (!r.url().startsWith(base) && !/^(data|blob|about):/.test(r.url())) faults.push("host: " + r.url()); });
-}
 (async () => {
-  const browser = await chromium.launch({ executablePath: process.env.CHROMIUM || "/usr/bin/chromium", args: ["--no-sandbox", "--disable-gpu",
-    "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"] });
-  const context = await browser.newContext({ permissions: ["clipboard-read", "clipboard-write"] });
-  await context.addInitScript(() => addEventListener("securitypolicyviolation", e => console.error("CSP " + e.violatedDirective + " " + e.blockedURI)));
-  let page = await context.newPage(); watch(page);
+  const { browser, context, page } = await open(base);
   const go = async r => { await page.goto(base + "/admin#" + r); await page.waitForTimeout(250); };
   await page.goto(base + "/admin#login=" + token);
   await check("the one-use link logs in and leaves the address", async () => { await page.waitForSelector("#nav"); return page.url() === base + "/admin#overview"; });
@@ -102,7 +92,7 @@ function watch(page) {
   const id = await page.evaluate(async () => (await (await fetch("/admin/api/usage?limit=1")).json()).rows[0].response_id);
   const routes = ["overview", "keys", "usage", "usage/" + id, "models", "providers", "playground", "setup"];
   const looser = await browser.newContext({ bypassCSP: true, storageState: await context.storageState() });
-  const other = await looser.newPage(); watch(other);
+  const other = watch(await looser.newPage(), base);
   for (const scheme of ["light", "dark"]) for (const width of [1280, 390]) for (const r of routes) {
     const name = r.replace(/\/.*/, "-one") + "-" + scheme + "-" + width;
     await other.setViewportSize({ width, height: width > 500 ? 900 : 844 }); await other.emulateMedia({ colorScheme: scheme });

@@ -48,12 +48,17 @@ sys.modules["pomex"] = pomex = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pomex)
 sys.exit(pomex.main())"""
 
-if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "win32" and sys.argv[0].endswith(".py"):
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "win32" and sys.argv[0] in sys.orig_argv \
+        and sys.argv[0].endswith(".py"):
     # Python keeps the syntax tree of a script for as long as that runs: 14 MB of this one. So the server runs as a module,
-    # whose code is cached, too. `curl ... | python3 - serve` has no file to start from, and just runs.
+    # whose code is cached, too. `curl ... | python3 - serve` has no file to start from, `python3 -m pomex` names none: both
+    # just run.
     source, code = sys.argv[0], importlib.util.cache_from_source(sys.argv[0])
-    if not os.path.isfile(code) or os.path.getmtime(code) < os.path.getmtime(source):
-        py_compile.compile(source, quiet=2)
+    try:
+        if not os.path.isfile(code) or os.path.getmtime(code) < os.path.getmtime(source):
+            py_compile.compile(source, quiet=2)
+    except OSError:     # a folder that may not be written, as under systemd: then it is compiled at every start
+        pass
     options = sys.orig_argv[1:sys.orig_argv.index(source)]
     os.execv(sys.executable, [sys.executable, *options, "-c", LAUNCH, source, *sys.argv[1:]])  # noqa: S606
 
@@ -6584,7 +6589,8 @@ def unauthorized(sentence: str) -> Unauthorized:
 FILE_TROUBLE = {            # SQLite's primary result code: what the operator is told
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
-    sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user.",
+    sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
+                             "Another place: POMEX_DATABASE_URL=sqlite:FOLDER/pomex.db",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: look at the permissions of the file and of its folder.",
     sqlite3.SQLITE_PERM: "cannot be opened: look at the permissions of the file and of its folder.",
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full.",
@@ -13126,7 +13132,19 @@ def run_unit(args: argparse.Namespace) -> int:
     print(functools.reduce(lambda text, name: text.replace(name, values[name]), values, text), end="")
     name = "pomex.socket" if args.socket else "pomex.service"
     say(f"Write this to /etc/systemd/system/{name}, then: systemctl enable --now {name}")
+    if not args.socket:
+        say("Its database is its own. Other commands find it so: POMEX_DATABASE_URL=sqlite:/var/lib/pomex/pomex.db "
+            "python pomex.py keys list")
+        for path in (word for word in words if os.path.exists(word) and os.path.isabs(word)):
+            if closed_to_others(os.path.realpath(path)):
+                say(f"The service runs as a user of its own, who may not read {path}: put it where everybody may, such as "
+                    "/opt/pomex. Keys of providers belong into /etc/pomex/environment, not into a file that all can read.")
     return 0
+
+
+def closed_to_others(path: str) -> bool:
+    folders = pathlib.Path(path).parents
+    return not os.stat(path).st_mode & 0o004 or any(not os.stat(folder).st_mode & 0o001 for folder in folders)
 
 
 def run_health(args: argparse.Namespace) -> int:

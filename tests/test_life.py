@@ -4,6 +4,7 @@ Everything that is signalled here is a process of this test's own, by its id.
 """
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -343,6 +344,8 @@ def test_the_printed_units_are_good(tmp_path):
         done = subprocess.run([sys.executable, FILE, "unit", *filter(None, [flag]), "--config", "pomex.toml"],
                               cwd=tmp_path, capture_output=True, text=True, check=True)
         assert f"/etc/systemd/system/{name}" in done.stderr and "@" not in done.stdout
+        # pytest's folder is its owner's alone, and the service has a user of its own
+        assert (f"may not read {tmp_path}/pomex.toml: put it" in done.stderr) == (not flag), done.stderr
         (tmp_path / name).write_text(done.stdout)
     text = (tmp_path / "pomex.service").read_text()
     assert f"serve --config {tmp_path}/pomex.toml" in text and "TimeoutStopSec=40" in text and "Type=notify\n" in text
@@ -353,6 +356,28 @@ def test_the_printed_units_are_good(tmp_path):
                           capture_output=True, text=True)
     complaints = [line for line in done.stderr.splitlines() if "pomex" in line]
     assert not complaints, done.stderr
+
+
+@pytest.mark.parametrize("path, closed", [("/etc/passwd", False), ("/etc/shadow", True)])
+def test_a_file_that_a_service_could_not_read_is_seen(path, closed):
+    assert pomex.closed_to_others(path) is closed
+
+
+def test_it_starts_from_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    """As under systemd, or in a container: no compiled code can be kept beside the file. (Of root no folder is safe, so here
+    it is another place that cannot be made.)"""
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "/dev/null")
+    with running(tmp_path, url="http://127.0.0.1:9") as started:
+        assert started.ask("/health").startswith("HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("how", [["-m", "pomex"], ["-I", FILE], ["-OO", FILE], ["-"]], ids=lambda how: how[0])
+def test_it_serves_however_it_is_started(tmp_path, monkeypatch, how):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(FILE))
+    with open(FILE, "rb") as source, monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, stdin=source))      # what `-` reads
+        with running(tmp_path, command=[sys.executable, *how, "serve", "--config", "pomex.toml"]) as started:
+            assert started.ask("/health").startswith("HTTP/1.1 200")
 
 
 def test_health_says_by_its_exit_code_whether_the_gateway_answers(tmp_path):

@@ -170,6 +170,16 @@ def untraced(error: Raised) -> Raised:
     return error
 
 
+def trail(error: BaseException) -> str:
+    """Where a fault of our own came from, innermost first; not its text, which may hold what a client or provider sent."""
+    places, step = [], error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_globals is globals():
+            places.append(f"{step.tb_frame.f_code.co_name} line {step.tb_lineno}")
+        step = step.tb_next
+    return f"a fault of Pomex itself, {type(error).__name__} in {' < '.join(places[::-1])}"
+
+
 class ConfigError(Exception):
     """A configuration that cannot be used; the message names file, line or key path, and what would do."""
 
@@ -239,6 +249,14 @@ class Usage:
 
 
 MAX_TOKENS = 1 << 24            # no answer has had so many; a count beyond is a mistake, and would spoil every sum
+
+
+def count(holder: Any, *names: str) -> int:
+    """The first of these fields of a foreign object that counts something; 0 where none does. 1e999 has an end."""
+    for value in [holder.get(name) for name in names] if isinstance(holder, dict) else ():
+        if isinstance(value, (int, float)) and value is not True and value > 0:
+            return int(min(value, 2 * MAX_TOKENS))
+    return 0
 
 
 def checked_usage(usage: Usage) -> Usage:
@@ -1060,17 +1078,20 @@ def load_json(raw: bytes) -> Any:
     return value
 
 
-strict_dict = json.JSONDecoder(parse_constant=reject_constant).decode
-lenient_dict = json.JSONDecoder(parse_constant=reject_constant, strict=False).decode
+lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
 
 
-def json_dict(text: str, strict: bool = False) -> JSON | None:
-    """The JSON object that `text` is, if it is one. Without `strict` a model may leave line ends in strings as they are."""
+def json_dict(text: str) -> JSON | None:
+    """The JSON object that `text` is, if it is one. A model may leave line ends in strings as they are."""
     try:
-        value = (strict_dict if strict else lenient_dict)(text)
+        value = lenient_json(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def dicts_in(value: Any) -> list[JSON]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 class Rule(NamedTuple):
@@ -1108,6 +1129,7 @@ REQUEST_RULES: dict[str, Rule] = {
     "tool_choice": Rule((str, dict)),
     "truncation": Rule(TEXT, choices=("auto", "disabled")),
     "prompt_cache_key": Rule(TEXT),
+    "prompt_cache_options": Rule(OBJECT),
     "safety_identifier": Rule(TEXT, 0, 512),
     "user": Rule(TEXT),
     "service_tier": Rule(TEXT),
@@ -1533,16 +1555,27 @@ class Unwrapper:
     """
     # a text that begins with a fence is looked at whole, in finish()
     HEAD = re.compile(r'(\s*\{\s*"input"\s*:\s*")(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z)')
-    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                      r'|u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}))*')
+    # half a surrogate pair waits for what follows: its other half, or anything that is none
+    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}|u[dD][89abAB][0-9a-fA-F]{2}'
+                      r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))*')
+    LOOK = 1024                         # characters with nothing to show in them: then all is left to finish()
 
     def __init__(self) -> None:
         self.rest = ""                  # what has come and not been given
         self.within = False             # are we inside the string?
+        self.blind = False              # is the rest left to finish()?
         self.given: list[str] = []
 
     def feed(self, text: str) -> str:
+        if self.blind:
+            return ""
         self.rest += text
+        shown = self._show()
+        if len(self.rest) > self.LOOK:
+            self.blind, self.rest = True, ""
+        return shown
+
+    def _show(self) -> str:
         if not self.within:
             head = self.HEAD.match(self.rest)
             if head is None:
@@ -1605,7 +1638,11 @@ NO_OUTPUT = "no output was recorded for this call"
 def object_text(arguments: str) -> str:
     """A call's arguments as the text of a JSON object: servers that read them refuse a model's mistake with a 400."""
     arguments = arguments or "{}"
-    return arguments if json_dict(arguments, strict=True) is not None else compact({"_raw": arguments})
+    try:
+        sound = isinstance(load_json(arguments.encode()), dict)
+    except ValueError:
+        sound = False
+    return arguments if sound else compact({"_raw": arguments})
 
 
 def shell_action(item: JSON) -> str:
@@ -1677,19 +1714,24 @@ def plain_item(item: JSON, book: ToolBook) -> JSON | None:
 
 
 def unique_calls(items: list[JSON]) -> list[JSON]:
-    """Repeated call ids (local servers begin at call_0 in every turn) numbered apart, outputs with their calls."""
-    seen: collections.Counter[str] = collections.Counter()
+    """Repeated call ids (local servers begin at call_0 in every turn) numbered apart, outputs with their calls. What a
+    call is named follows from what came before it alone: a history that grows keeps its names."""
+    numbers: collections.Counter[str] = collections.Counter()
+    taken: set[str] = set()
     current: dict[str, collections.deque[str]] = {}
     result = []
     for item in items:
-        given = item.get("call_id")
-        if item["type"] == "function_call" and given is not None:
-            seen[given] += 1
-            unique = given if given and seen[given] == 1 else f"{given or 'call'}_{seen[given]}"
+        given = item.get("call_id", "")
+        if item["type"] == "function_call":
+            unique = given
+            while not unique or unique in taken:
+                numbers[given] += 1
+                unique = f"{given}_{numbers[given] + 1}" if given else f"call_{numbers[given]}"
+            taken.add(unique)
             current.setdefault(given, collections.deque()).append(unique)
             item = {**item, "call_id": unique}
-        elif item["type"] == "function_call_output" and current.get(given or ""):
-            item = {**item, "call_id": current[given or ""].popleft()}
+        elif item["type"] == "function_call_output" and current.get(given):
+            item = {**item, "call_id": current[given].popleft()}
         elif item["type"] == "function_call_output":     # an id made up for it would wedge the thread (CLIProxyAPI#5375)
             item = {"type": "message", "role": "user", "content": [
                 {"type": "input_text", "text": f"[tool output] {text_of(item['output'])}"}]}
@@ -1733,13 +1775,14 @@ def pair_calls(items: list[JSON]) -> list[JSON]:
 class Manners:
     """Where one client needs another form than the standard (CODEX.md 7; DESIGN section 5)."""
     cut_is_completed: bool = False      # a length cut or a filter ends with response.completed, without half a call
+    refusal_is_text: bool = False       # of a message it shows output_text only
     error_event: bool = True            # an `error` event goes before response.failed
     failure_in_stream: bool = False     # refusals that its HTTP retries would multiply become 200 + response.failed
     echo: bool = True                   # tools and instructions are repeated in every response object
 
 
 STANDARD = Manners()
-CODEX = Manners(cut_is_completed=True, error_event=False, failure_in_stream=True, echo=False)
+CODEX = Manners(cut_is_completed=True, refusal_is_text=True, error_event=False, failure_in_stream=True, echo=False)
 
 
 def manners_of(originator: str, user_agent: str) -> Manners:
@@ -1846,17 +1889,17 @@ def usage_object(usage: Usage) -> JSON:
             "total_tokens": usage.input + usage.output}
 
 
-def usage_from(given: Any) -> Usage | None:
-    """The usage of a response object; None where the upstream gave none that can be believed."""
+def usage_from(given: Any, asked_12h: bool = False) -> Usage | None:
+    """The usage of a response object; None where the upstream gave none that can be believed. Where it does not say how
+    long it keeps what it wrote to its cache, what the request asked for holds."""
     if not isinstance(given, dict):
         return None
-
-    def count(holder: Any, name: str) -> int:
-        value = holder.get(name) if isinstance(holder, dict) else None
-        return max(int(value), 0) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
     inputs, outputs = given.get("input_tokens_details"), given.get("output_tokens_details")
-    return Usage(count(given, "input_tokens"), count(inputs, "cached_tokens"), count(inputs, "cache_write_tokens"),
-                 count(given, "output_tokens"), count(outputs, "reasoning_tokens"))
+    written = count(inputs, "cache_write_tokens")
+    split = inputs.get("cache_write_tokens_details") if isinstance(inputs, dict) else None
+    kept_long = count(split, "ttl_12h_tokens") if isinstance(split, dict) else written if asked_12h else 0
+    return Usage(count(given, "input_tokens"), count(inputs, "cached_tokens"), written, count(given, "output_tokens"),
+                 count(outputs, "reasoning_tokens"), cache_write_1h=kept_long)
 
 
 def error_codes(error: GatewayError) -> JSON:
@@ -2008,7 +2051,8 @@ class Item:
     part: Part | None = None                            # the open one
     argument: list[str] = field(default_factory=list)   # a call's arguments or input
     unwrapper: Unwrapper | None = None
-    held: str = ""                                  # half a surrogate pair, or the white space a message began with
+    held: str = ""                                  # half a surrogate pair
+    blanks: list[str] = field(default_factory=list)     # the white space that a message began with
     shown: bool = False                             # output_item.added has been given
     closing: Close | None = None                    # the provider called it whole
 
@@ -2048,9 +2092,10 @@ class Assembler(Attempt):
         if not text:
             return
         if not item.shown:
-            if not text.strip():
-                item.held = text + item.held        # claude-opus-4-6 opens with "\n\n" before it thinks
+            item.blanks.append(text)
+            if not text.strip():                    # claude-opus-4-6 opens with "\n\n" before it thinks
                 return
+            text = "".join(item.blanks)
             self._show(item)
         self.written += len(text)
         if fragment.channel in PARTS:
@@ -2120,9 +2165,11 @@ class Assembler(Attempt):
             self.emit("response.web_search_call.searching", item.place)
 
     def _text(self, item: Item, fragment: Fragment, text: str) -> None:
-        part = item.part
-        if part is None or part.channel != fragment.channel or part.source < fragment.part:
-            part = self._open_part(item, fragment.channel, fragment.part)
+        part, channel = item.part, fragment.channel
+        if channel == "refusal" and self.answer.manners.refusal_is_text:
+            channel = "text"
+        if part is None or part.channel != channel or part.source < fragment.part:
+            part = self._open_part(item, channel, fragment.part)
         self._say(part, text)
 
     def _say(self, part: Part, text: str) -> None:
@@ -2243,7 +2290,7 @@ class Assembler(Attempt):
             if not self.silent() or any(item.opened.kind == "message" for item in self.open.values()):
                 return
             text = self.stop.explanation or FILTERED
-            channel = "text" if self.answer.manners.cut_is_completed else "refusal"
+            channel = "text" if self.answer.manners.refusal_is_text else "refusal"
         elif self.stop.incomplete or self.items or self.open:
             return
         item = self.open[-1] = Item("", -1, Open(-1, "message"), "")
@@ -2285,6 +2332,7 @@ def call_fields(opened: Open, argument: str) -> JSON:
 # --- 5.8 the relay: a Responses upstream's frames pass as they came -------------------------------
 
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+ALWAYS_COUNTED = (b'"cached_tokens"', b'"cache_write_tokens"', b'"reasoning_tokens"')   # what clients ask for in any usage
 
 
 class Relay(Attempt):
@@ -2413,12 +2461,19 @@ class Relay(Attempt):
         self._pass(frame)
 
     def _sealed(self, event: JSON, frame: bytes) -> bytes:
-        """The frame with the item's encrypted content in our envelope; `event` is changed likewise."""
+        """The frame with the item as the client can use it; `event` is changed likewise."""
         return sse_frame(event["type"], compact(event)) if self._sealed_item(event.get("item")) else frame
 
     def _sealed_item(self, item: Any) -> bool:
-        if not isinstance(item, dict) or not item.get("encrypted_content"):
+        """Puts an item's encrypted content into our envelope, and a refusal where it is seen: was there any?"""
+        if not isinstance(item, dict):
             return False
+        refusals = [part for part in dicts_in(item.get("content")) if part.get("type") == "refusal"] \
+            if self.answer.manners.refusal_is_text else []
+        for part in refusals:
+            part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
+        if not item.get("encrypted_content"):
+            return bool(refusals)
         item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
         return True
 
@@ -2429,9 +2484,8 @@ class Relay(Attempt):
         """The upstream's own end: the evidence and the usage."""
         self.last = True
         self.completed = response
-        self.usage = usage_from(response.get("usage")) or self.usage
-        if self.usage and (self.answer.request.get("prompt_cache_options") or {}).get("ttl") == "12h":
-            self.usage = dataclasses.replace(self.usage, cache_write_1h=self.usage.cache_write)
+        asked_12h = self.answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
+        self.usage = usage_from(response.get("usage"), asked_12h) or self.usage
         if status == "failed":
             self.error = self.error or self.failure(response.get("error"))
         else:
@@ -2505,7 +2559,7 @@ class Relay(Attempt):
     def _spliced(self, response: JSON) -> str:
         """The bytes as they came with our id and model; "" where it is not plain which bytes those are."""
         theirs = quote(str(response.get("id"))).encode()
-        if any(self.plain.count(once) != 1 for once in (theirs, b'"model"', b'"cached_tokens"', b'"reasoning_tokens"')):
+        if any(self.plain.count(once) != 1 for once in (theirs, b'"model"', *ALWAYS_COUNTED)):
             return ""
         named = self.plain.replace(theirs, quote(self.answer.id).encode())
         ours = f'"model":{quote(self.answer.request.model)}'.encode()
@@ -2700,10 +2754,6 @@ def fault_words(fields: JSON) -> list[str]:
         found.append(detail.get("reason"))
         found += [violation.get("quotaId") for violation in dicts_in(detail.get("violations"))]
     return [word.lower() for word in found if isinstance(word, str)]
-
-
-def dicts_in(value: Any) -> list[JSON]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def message_text(value: Any) -> str:
@@ -3423,13 +3473,6 @@ def is_base64(data: str) -> bool:
         return False
 
 
-def json_object(text: str) -> bool:
-    """Is the text one whole JSON object?"""
-    try:
-        return isinstance(json.loads(text, strict=False), dict)
-    except (ValueError, RecursionError):
-        return False
-
 
 # --- the answer
 
@@ -3488,11 +3531,20 @@ class ChatCall:
     name: str = ""
     slot: int = -1                  # -1: not opened yet, its name has not come
     pieces: list[str] = field(default_factory=list)
+    end: str = ""                   # their last letter that is not blank
     closed: bool = False
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    def add(self, arguments: str) -> None:
+        self.pieces.append(arguments)
+        self.end = arguments.rstrip()[-1:] or self.end
+
+    def is_whole(self) -> bool:
+        """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end."""
+        return self.end == "}" and json_dict(self.text) is not None
 
 
 @dataclass(slots=True)
@@ -3591,12 +3643,13 @@ class ChatDecoder:
             return
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
             for delta in dicts_in([choice.get("delta") or choice.get("message")]):
-                yield from self._delta(delta)
+                yield from self._delta(delta, whole=not choice.get("delta"))
             yield from self._finish_reason(choice)
         if usage is not None and self.stop is not None and not choices:
             yield dataclasses.replace(self.stop, last=True)     # OpenAI's order: finish, usage, [DONE]
 
-    def _delta(self, delta: JSON) -> Iterator[Delta]:
+    def _delta(self, delta: JSON, whole: bool) -> Iterator[Delta]:
+        """A piece of a message, or a `whole` one."""
         yield from self._reason(*reasoning_of(delta))
         content = delta.get("content")
         for part in [content] if isinstance(content, str) else dicts_in(content):      # Mistral: an array
@@ -3608,8 +3661,10 @@ class ChatDecoder:
                 yield from self._content(part["text"])
         if isinstance(delta.get("refusal"), str):
             yield from self._say(delta["refusal"], "refusal")
+        for cited in dicts_in(delta.get("annotations")):
+            yield from self._cite(cited.get("url_citation"))
         for call in calls_of(delta):
-            yield from self._call(call)
+            yield from self._call(call, whole)
 
     # text and thoughts
 
@@ -3659,6 +3714,13 @@ class ChatDecoder:
             yield Open(self.message, "message")
         yield Fragment(self.message, text, channel)
 
+    def _cite(self, cited: Any) -> Iterator[Delta]:
+        """Where the open message has something from, by OpenAI's and OpenRouter's search models."""
+        if self.message is not None and isinstance(cited, dict) and isinstance(cited.get("url"), str):
+            yield Annotation(self.message, {
+                "type": "url_citation", "start_index": count(cited, "start_index"), "end_index": count(cited, "end_index"),
+                "url": cited["url"], "title": str(cited.get("title") or "")})
+
     def _think(self, text: str, details: list[JSON]) -> Iterator[Delta]:
         if not text and not details:
             return
@@ -3682,15 +3744,18 @@ class ChatDecoder:
 
     # calls
 
-    def _call(self, given: JSON) -> Iterator[Delta]:
+    def _call(self, given: JSON, whole: bool) -> Iterator[Delta]:
         name, arguments = call_texts(given)
-        call_id = str(given.get("id") or "")
-        call = self._which(given.get("index"), call_id, name, arguments)
+        call_id, index = str(given.get("id") or ""), given.get("index")
+        known = None if whole and not isinstance(index, int) else self._known(index, call_id)
+        call = self._new_call() if known is None or begins_new_call(known, call_id, name, arguments) else known
+        if isinstance(index, int):
+            self.by_index[index] = call
         call.id, call.name = call.id or call_id, call.name or name
         if call.closed:                         # some servers repeat the whole call when it is done
             return
         if arguments:
-            call.pieces.append(arguments)
+            call.add(arguments)
         if call.slot < 0 and call.name:
             yield from self._open_call(call, given)
         elif call.slot >= 0 and arguments:
@@ -3712,30 +3777,24 @@ class ChatDecoder:
         if call.pieces:
             yield Fragment(call.slot, call.text, "arguments")
 
-    def _which(self, index: Any, call_id: str, name: str, arguments: str) -> ChatCall:
-        """The call that a piece belongs to: by its index, else by its id, else the newest."""
-        known: ChatCall | None = None
+    def _known(self, index: Any, call_id: str) -> ChatCall | None:
+        """The call that a piece goes on with: that of its index, else of its id, else the newest."""
         if isinstance(index, int):
-            known = self.by_index.get(index)
-        elif call_id:
-            known = next((call for call in self.calls if call.id == call_id), None)
-        elif self.calls:
-            known = self.calls[-1]
-        if known is None or begins_new_call(known, call_id, name, arguments):
-            known = ChatCall()
-            self.calls.append(known)
-        if isinstance(index, int):
-            self.by_index[index] = known
-        return known
+            return self.by_index.get(index)
+        if call_id:
+            return next((call for call in reversed(self.calls) if call.id == call_id), None)
+        return self.calls[-1] if self.calls else None
+
+    def _new_call(self) -> ChatCall:
+        self.calls.append(ChatCall())
+        return self.calls[-1]
 
     def _close_calls(self, ended: bool = False) -> Iterator[Delta]:
         """Ends the calls whose arguments are whole; at a proper end none at all is whole too."""
         for call in self.calls:
-            if call.slot >= 0 and not call.closed:
-                text = call.text
-                if json_object(text) or (ended and not text.strip()):
-                    call.closed = True
-                    yield Close(call.slot)
+            if call.slot >= 0 and not call.closed and (call.is_whole() or (ended and not call.end)):
+                call.closed = True
+                yield Close(call.slot)
 
     # the end
 
@@ -3789,15 +3848,16 @@ def split_tag_start(text: str, tag: str) -> tuple[str, str]:
 
 def begins_new_call(known: ChatCall, call_id: str, name: str, arguments: str) -> bool:
     """Does a piece at the place of a known call begin another? Ollama and many shims number all calls 0."""
-    if call_id and known.id and call_id != known.id:        # an id that only rotates comes without a name
-        half = name == known.name and bool(known.pieces) and not json_object(known.text)
-        return (bool(name) and not half) or json_object(known.text)
+    if name and known.name and name != known.name:
+        return True
+    if call_id and known.id and call_id != known.id:        # an id that only rotates comes without a name, or with the same
+        return (bool(name) and not (known.name and known.pieces)) or known.is_whole()
     again = bool(name) and bool(arguments.strip()) and not (call_id and call_id == known.id)
-    return again and json_object(known.text)
+    return again and known.is_whole()
 
 
 def calls_of(delta: JSON) -> list[JSON]:
-    """The pieces of calls in a delta; in a whole message without indices each is a call of its own."""
+    """The pieces of calls in a delta."""
     if isinstance(delta.get("function_call"), dict):        # before 2023-11, and some servers still
         return [{"index": 0, "function": delta["function_call"]}]
     return dicts_in(delta.get("tool_calls"))
@@ -3855,12 +3915,6 @@ def chat_usage(given: Any, reasoning_within: bool) -> Usage | None:
     """Token counts of any dialect; None where there are none."""
     if not isinstance(given, dict):
         return None
-
-    def count(holder: Any, *names: str) -> int:
-        for value in (holder.get(name) for name in names) if isinstance(holder, dict) else ():
-            if isinstance(value, (int, float)) and value is not True and 0 < value < 1e15:
-                return int(value)
-        return 0
     prompt, completion = given.get("prompt_tokens_details"), given.get("completion_tokens_details")
     inputs, outputs = count(given, "prompt_tokens"), count(given, "completion_tokens")
     reasoning = count(completion, "reasoning_tokens") or count(given, "reasoning_tokens")
@@ -4514,7 +4568,7 @@ class Block:
         if kind == "thinking":
             return {**self.start, "thinking": text, "signature": self.signature}
         if kind in ("tool_use", "server_tool_use") and text.strip():
-            return {**self.start, "input": json.loads(text) if json_object(text) else {}}
+            return {**self.start, "input": json_dict(text) or {}}
         return self.start
 
 
@@ -4720,7 +4774,7 @@ class MessagesDecoder:
             yield from self._text(block, compact(given))
         if not block.text.strip():
             self.empty_call = block.slot
-        elif json_object(block.text):
+        elif json_dict(block.text) is not None:
             yield Close(block.slot)
 
     def _search(self, block: Block, whole: JSON) -> Iterator[Delta]:
@@ -4769,16 +4823,13 @@ def url_citation(block: Block, citation: JSON, end: int) -> Iterator[Delta]:
 def messages_usage(counts: JSON) -> Usage:
     """Anthropic counts cached input apart. Where it worked in several passes (compaction, fallback, an advisor), its
     own sum is only the last pass's."""
-    def count(holder: Any, name: str) -> int:
-        value = holder.get(name) if isinstance(holder, dict) else None
-        return max(int(value), 0) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+    passes = dicts_in(counts.get("iterations")) or [counts]
 
     def total(name: str) -> int:
-        return sum(count(each, name) for each in dicts_in(counts.get("iterations")) or [counts])
+        return sum(count(each, name) for each in passes)
     read, written, output = total("cache_read_input_tokens"), total("cache_creation_input_tokens"), total("output_tokens")
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
-    long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens")
-               for each in dicts_in(counts.get("iterations")) or [counts])
+    long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     return Usage(total("input_tokens") + read + written, read, written, output, min(reasoning, output),
                  cache_write_1h=min(long, written), web_searches=count(counts.get("server_tool_use"), "web_search_requests"))
 
@@ -5397,7 +5448,7 @@ def citations(text: str, grounding: JSON) -> Iterator[JSON]:
         segment = support.get("segment")
         if not isinstance(segment, dict) or not isinstance(sources, list):
             continue
-        begin, end = (len(encoded[:int(segment.get(key) or 0)].decode("utf-8", "ignore")) for key in ("startIndex", "endIndex"))
+        begin, end = (len(encoded[:count(segment, key)].decode("utf-8", "ignore")) for key in ("startIndex", "endIndex"))
         cited = str(segment.get("text") or text[begin:end])
         if text[begin:end] != cited:
             begin = text.find(cited)
@@ -5421,16 +5472,12 @@ def gemini_usage(given: Any) -> Usage | None:
     """Gemini counts thoughts and what its own tools read apart; absent counts are nought."""
     if not isinstance(given, dict):
         return None
-
-    def count(name: str) -> int:
-        value = given.get(name)
-        return max(int(value), 0) if isinstance(value, (int, float)) and value is not True and value < 1e15 else 0
-    thoughts = count("thoughtsTokenCount")
-    inputs = count("promptTokenCount") + count("toolUsePromptTokenCount")
-    output = count("candidatesTokenCount") + thoughts
+    thoughts = count(given, "thoughtsTokenCount")
+    inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
+    output = count(given, "candidatesTokenCount") + thoughts
     if not inputs and not output:
         return None                         # Vertex: {"trafficType": ...} until the end
-    return Usage(inputs, min(count("cachedContentTokenCount"), inputs), 0, output, thoughts)
+    return Usage(inputs, min(count(given, "cachedContentTokenCount"), inputs), 0, output, thoughts)
 
 
 # --- 6.6 the table ---------------------------------------------------------------------------------

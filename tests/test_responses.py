@@ -970,7 +970,8 @@ def test_an_endless_frame_is_refused(monkeypatch):
 
 
 def test_an_answer_that_was_not_streamed_keeps_its_bytes():
-    plain = json.dumps(response("completed", output=[SAID], usage=GOOD_USAGE, other={"kept": 1.50})).encode()
+    usage = {**GOOD_USAGE, "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0}}
+    plain = json.dumps(response("completed", output=[SAID], usage=usage, other={"kept": 1.50})).encode()
     attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
     attempt.whole(plain)
     attempt.finish()
@@ -981,7 +982,7 @@ def test_an_answer_that_was_not_streamed_keeps_its_bytes():
 @pytest.mark.parametrize("fields", [
     {"output": [SAID, {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "gAAAA"}], "usage": GOOD_USAGE},
     {"output": [SAID], "metadata": {"model": "x"}, "usage": GOOD_USAGE}, {"output": [SAID], "usage": None}, {"output": None}, {"output": [5]},
-    {"object": None, "output": [SAID]},
+    {"object": None, "output": [SAID]}, {"output": [SAID], "usage": GOOD_USAGE},        # a count is missing
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
     attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)

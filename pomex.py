@@ -7627,8 +7627,9 @@ class Budgets:
                 await self.ask(renew_leases, self.process, rows, now_s)
         except LedgerError:     # tried again in a second; what stays in the table is too much, never too little
             return
+        gone = {limit.name for limit, keep in rows if not keep}     # others may have become empty while their rows were written
         for name, (limit, lease) in list(self.leases.items()):
-            if now_s > expiry(limit, now_s) if limit.slot else not (lease.held or lease.taken):
+            if now_s > expiry(limit, now_s) if limit.slot else name in gone and not (lease.held or lease.taken):
                 del self.leases[name]
 
 

@@ -378,6 +378,25 @@ def test_many_at_once_in_several_processes_never_exceed_a_budget_and_nothing_sta
     assert run(check()) >= 30
 
 
+def test_a_lease_whose_last_request_is_saved_while_it_is_renewed_goes_back(path):
+    async def check():
+        async with started(path) as (ledger,):
+            ledger.create_key("k", NOW, budget_nanos=550_000_000)
+            await bill_for(ledger, "k").reserve(TARGETS, 1000, 1000, 16384)
+            budgets, ask = ledger.budgets, ledger.budgets.ask
+            (_, lease), = budgets.leases.values()
+
+            async def ask_and_save(function, *args):
+                await ask(function, *args)
+                lease.held = lease.taken = 0            # as `saved` leaves it
+            budgets.ask = ask_and_save
+            await budgets._renew(time.time())
+            assert leased(path)
+            await budgets._renew(time.time())
+            assert not leased(path) and not budgets.leases
+    run(check())
+
+
 def test_a_rate_holds_over_processes_and_says_when_to_come_again(path):
     async def check():
         async with started(path, 2) as ledgers:

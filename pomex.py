@@ -6931,6 +6931,7 @@ class Ledger:
         self._keys: dict[bytes, Key] = {}   # by digest, revoked ones too: their sentence differs
         self._keys_revision = -1
         self._keys_read_s = 0.0
+        self.disabled: frozenset[str] = frozenset()     # providers that an administrator took out of use
         self._refresh_keys(0.0)
         # requests, once started
         self._journal: Journal | None = None
@@ -7021,11 +7022,20 @@ class Ledger:
             if revision != self._keys_revision:
                 rows = self._db.execute(SELECT_KEYS).fetchall()
                 self._keys = {key.digest: key for key in (Key(*row) for row in rows)}
+                names = self._db.execute("SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'")
+                self.disabled = frozenset(name for name, in names)
                 self._keys_revision = revision
         except sqlite3.Error as error:
             if self._keys_revision < 0:
                 raise
             log.error("%s The keys stay as they were.", database_trouble(self.name, error))
+
+    def use_provider(self, name: str, use: bool) -> None:
+        """Takes a provider out of use, or back, in every process of this ledger: they look at it as at the keys."""
+        change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, 1) ON CONFLICT DO NOTHING"
+        self.write(change, ("disabled/" + name,))
+        self.write("UPDATE settings SET value = value + 1 WHERE name = 'keys_revision'")
+        self._refresh_keys(0.0)
 
     # requests
 
@@ -7220,6 +7230,12 @@ class Ledger:
                 self._db.backup(copy)
         except (sqlite3.Error, OSError) as error:
             raise database_trouble(os.path.basename(path), error) from error
+
+    async def first_codex(self) -> bool:
+        """True once in the life of a database: nothing was known of Codex before."""
+        def note(db: sqlite3.Connection) -> bool:
+            return db.execute("INSERT INTO settings VALUES ('codex', 1) ON CONFLICT DO NOTHING").rowcount == 1
+        return bool(await self._ask(note))
 
     async def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function(db, ...)` on the writer thread."""
@@ -8895,6 +8911,7 @@ class Upstream:
 # Which targets may answer, and the loop over them. What is decided is decided by pure functions; the loop only waits.
 
 AFTER_STOP_S = 5.0              # chat servers send their usage after finish_reason: so long it is waited for
+UNREADABLE = "The gateway could not read the provider's answer."
 SLICE_BYTES = 1 << 16           # of a stream, translated at a time: that makes two to three times as much, which is held whole
 MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
@@ -8979,7 +8996,7 @@ class Catalogue:
 
     def unknown(self, model: str, sentence: str) -> BadRequest:
         guess = self.closest(model)
-        hint = f" Did you mean {guess}?" if guess else ""
+        hint = f" Did you mean {guess}?" if guess not in ("", model) else ""
         return BadRequest(f"{sentence}{hint} All names: GET /v1/models", param="model", code="model_not_found")
 
     def closest(self, model: str) -> str:
@@ -9270,9 +9287,12 @@ class Downstream:
         self.attempts = 0                               # upstream calls
         self.tries = 0                                  # of targets: a try may need several calls
         self.failures: list[Failure] = []               # the tries that came to nothing
+        self.failed_ms: list[int] = []                  # when each of them did
         self.turn_state = ""                            # names the target, for Codex
         self.dropped: list[str] = []                    # what the target could not carry
         self.first_ms = 0                               # when the first output left
+        self.asked_ms, self.answering_ms = 0, 0         # when the newest call began, and when the head of its answer came
+        self.upstream_id = ""                           # by which its provider knows it
         # the stream
         self.head_sent = False
         self.loop = asyncio.get_running_loop()
@@ -9300,10 +9320,13 @@ class Downstream:
         self.attempts += 1
         return True
 
+    def elapsed_ms(self) -> int:
+        return max(1, int((time.monotonic() - self.client.started) * 1000))
+
     async def send(self, block: bytes) -> None:
         """Output of the model. One write; it waits while the client does not take it."""
         if not self.first_ms:
-            self.first_ms = max(1, int((time.monotonic() - self.client.started) * 1000))
+            self.first_ms = self.elapsed_ms()
         if self.beats:                      # numbered before this block; and only one may wait for the client at a time
             await asyncio.wait(self.beats)
         self.writing = True
@@ -9434,9 +9457,10 @@ class Router:
         now, failure = down.loop.time(), failure_of(way.provider.name, error)
         wait_s: float | None = getattr(error, "retry_after_s", None)
         down.failures.append(failure)
+        down.failed_ms.append(down.elapsed_ms())
         log.warning("%s %s: %s", down.client.request_id, way.id, printable_text(str(error)))
         if now < down.due:
-            self.blame(way, failure.fault, wait_s, now)
+            self.blame(way, failure.fault, isinstance(error, ProviderError), wait_s, now)
         others = [each for each in ways if each.id not in tries]
         if COURSES[failure.fault].others == "larger":
             others = [each for each in others if each.window > way.window > 0]
@@ -9448,12 +9472,14 @@ class Router:
                       self.health.state(way.id, now) == "open")
         return decide(trial, random.random()), other            # noqa: S311 - spreads calls, guards nothing
 
-    def blame(self, way: Way, fault: str, wait_s: float | None, now: float) -> None:
-        """Takes note of a failure in the target's health; a name that a client made up is not the target's fault."""
+    def blame(self, way: Way, fault: str, said: bool, wait_s: float | None, now: float) -> None:
+        """Takes note of a failure in the target's health, where `said` tells that the target itself spoke of it; a name that
+        a client made up is not the target's fault."""
         if way.provider.wire_api == "demo" or (fault == "model_missing" and way.id.endswith(":*")):
             return
         if not COURSES[fault].opens:
-            self.answered(way)
+            if said:
+                self.answered(way)
         elif out_s := self.health.failed(way.id, fault, wait_s, now):
             log.warning("target %s is left out for %.0f s: %s", way.id, out_s, COURSES[fault].words)
 
@@ -9468,9 +9494,7 @@ class Router:
         down.provider, down.model, down.tries = provider.name, way.model, down.tries + 1
         down.attempt, down.dropped = Attempt(down.answer, 0), []
         try:
-            job = Job(down.answer, envelope, way.origin, way.model, provider.relay == "bytes", provider.dialect,
-                      provider.prompt_cache, provider.overrides, down.attempts + 1)
-            call = WIRES[provider.wire_api].call(job)
+            call = encoded(way, envelope, down)
             down.attempt, down.dropped = call.attempt, call.dropped
             async with asyncio.timeout_at(down.due):
                 await self.exchanges(way, call, down)
@@ -9482,13 +9506,17 @@ class Router:
             failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
         except ConnectionError:         # the client's: those of providers are GatewayErrors
             raise
-        except Exception:               # our own bug, or a wire misread: the client still gets its terminal event
-            log.exception("%s %s", down.client.request_id, way.id)
-            failure = UpstreamError("The gateway could not read the provider's answer.")
+        except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
+            log.error("%s %s: %s", down.client.request_id, way.id, trail(error))
+            failure = UpstreamError(UNREADABLE)
         finally:
             if probe is not None:
                 probe.probed = False
-        down.attempt.finish(failure and untraced(failure))
+        try:
+            down.attempt.finish(failure and untraced(failure))
+        except Exception as error:       # noqa: BLE001 - our own bug
+            log.error("%s %s: %s", down.client.request_id, way.id, trail(error))
+            down.attempt = broken(down.attempt)
 
     async def exchanges(self, way: Way, call: Call, down: Downstream) -> None:
         """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
@@ -9498,7 +9526,10 @@ class Router:
             call = more
             if not down.count_call():
                 raise UpstreamError(f"The request has had its {MAX_CALLS} upstream calls.")
+            down.asked_ms, down.answering_ms, down.upstream_id = down.elapsed_ms(), 0, ""
             exchange, sound = await self.open(way.provider, call, down), False
+            down.answering_ms = down.elapsed_ms()
+            down.upstream_id = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
             try:
                 await self.read(exchange, call.attempt, way, down)
                 sound = call.attempt.error is None and call.attempt.stop is not None
@@ -9556,6 +9587,27 @@ class Router:
             if not down.first_ms and self.health.began(way.id):
                 log.warning("target %s answers again", way.id)
             await down.send(attempt.take())
+
+
+def encoded(way: Way, envelope: Envelope, down: Downstream) -> Call:
+    """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
+    provider = way.provider
+    job = Job(down.answer, envelope, way.origin, way.model, provider.relay == "bytes", provider.dialect,
+              provider.prompt_cache, provider.overrides, down.attempts + 1)
+    try:
+        return WIRES[provider.wire_api].call(job)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        log.error("%s %s: %s", down.client.request_id, way.id, trail(error))
+        raise BadRequest("A field of the request has a type that it may not have.", code="invalid_type") from None
+
+
+def broken(attempt: Attempt) -> Attempt:
+    """A failure in the place of an attempt that cannot be ended by itself, with what came of it and what it has used."""
+    failed = Attempt(attempt.answer, attempt.estimated_input)
+    failed.out, failed.begun, failed.usage, failed.written = attempt.out, attempt.begun, attempt.usage, attempt.written
+    failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
+    failed.finish(UpstreamError(UNREADABLE))
+    return failed
 
 
 async def read_within(exchange: Exchange | DemoExchange, limit_s: float) -> bytes:
@@ -9764,12 +9816,13 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     tiers = gateway.catalogue.tiers(request.model)
     permit(key, request.model, manners)
     envelope = Envelope(gateway.ledger.secret, key.account)
-    ways = planned(tiers, request, client.head.headers, envelope)
+    ways = planned(in_use(tiers, gateway.ledger.disabled), request, client.head.headers, envelope)
     down, refused = await afforded(gateway, client, key, request, manners, ways)
     if refused is not None:
         await tell_refusal(gateway, key, down, refused)
         return
     await write_intent(gateway, key, down, ways[0])
+    gateway.watch.began(key, down)
     try:
         await gateway.router.route(ways, envelope, down)
     except BaseException:               # the client left; what was generated is kept
@@ -9780,6 +9833,16 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     finally:
         down.stop()
     await conclude(gateway, key, down)
+
+
+def in_use(tiers: Sequence[Sequence[Way]], disabled: frozenset[str]) -> list[list[Way]]:
+    """The targets whose provider no administrator disabled."""
+    left = [[way for way in tier if way.provider.name not in disabled] for tier in tiers]
+    if any(tiers) and not any(left):
+        names = " and ".join(dict.fromkeys(way.provider.name for tier in tiers for way in tier))
+        raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the Providers "
+                         "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
+    return left
 
 
 async def afforded(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
@@ -9822,15 +9885,27 @@ async def conclude(gateway: Gateway, key: Key, down: Downstream) -> None:
         attempt.error = failure_for(gateway, down)
     error, stream = attempt.error, answer.request.stream
     in_stream = stream and (down.head_sent or error is None or answered_in_stream(answer.manners, error))
-    if error is not None and not in_stream:
-        await settle(gateway, key, down)
-        raise error
-    last = attempt.terminal(int(time.time())) if in_stream else attempt.body(int(time.time())).encode()
+    last = last_words(down, in_stream)
     await settle(gateway, key, down)
     if in_stream:
         await down.end(last)
+    elif down.attempt.error is not None:
+        raise down.attempt.error
     else:
         await down.client.answer(200, down.headers(), last)
+
+
+def last_words(down: Downstream, in_stream: bool) -> bytes:
+    """The terminal event or the whole answer. One that cannot be told is a failure, for the row and an end come in any case."""
+    now_s = int(time.time())
+    if down.attempt.error is not None and not in_stream:
+        return b""
+    try:
+        return down.attempt.terminal(now_s) if in_stream else down.attempt.body(now_s).encode()
+    except Exception as error:       # noqa: BLE001 - our own bug
+        log.error("%s: %s", down.client.request_id, trail(error))
+        down.attempt = broken(down.attempt)
+        return down.attempt.terminal(now_s) if in_stream else b""
 
 
 def permit(key: Key, model: str, manners: Manners) -> None:
@@ -9908,6 +9983,19 @@ async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
     gateway.watch.settled(entry, down)
     gateway.metrics.count(entry)
     await gateway.ledger.settle(entry)
+    await greet_codex(gateway, down)
+
+
+async def greet_codex(gateway: Gateway, down: Downstream) -> None:
+    """A line for the first request of Codex ever: what was set up works, or how it does not."""
+    if down.answer.manners is not CODEX or down.attempt.status == "cancelled" or gateway.watch.codex_came:
+        return
+    gateway.watch.codex_came = True
+    with contextlib.suppress(LedgerError):
+        if await gateway.ledger.first_codex():
+            version = re.search(r"/([\w.-]{1,30})", down.client.head.headers.get("user-agent"))
+            log.info("First request from Codex %sreceived. It ended with response.%s.",
+                     f"{version[1]} " if version else "", down.attempt.status)
 
 
 def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
@@ -9917,7 +10005,7 @@ def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
     about = "~" if usage.estimated else ""
     first = f"first {down.first_ms / 1000:.1f}s " if down.first_ms else ""
     end = {"completed": "", "incomplete": "  incomplete", "cancelled": "  client left"}.get(
-        down.attempt.status, f"  failed: {printable(str(down.attempt.error))}")
+        down.attempt.status, f"  failed: {printable_sentence(str(down.attempt.error))}")
     return (f"{key} {printable(down.answer.request.model)} via{failed} {down.provider or 'nobody'}  "
             f"{about}{short_count(usage.input)} in{cached} {short_count(usage.output)} out  "
             f"{first}total {total_ms / 1000:.1f}s{end}")
@@ -9990,12 +10078,15 @@ async def models(gateway: Gateway, client: Client) -> None:
 
 
 async def model(gateway: Gateway, client: Client) -> None:
-    gateway.key(client)
+    """One model, listed or not: whether this key could ask for it, without asking."""
+    key = gateway.key(client)
     name = urllib.parse.unquote(client.head.path.removeprefix("/v1/models/"))
-    if name not in gateway.catalogue.names:
-        error = gateway.catalogue.unknown(name, f'Model "{printable(name)}" not found.')
+    try:
+        gateway.catalogue.tiers(name)
+    except BadRequest as error:
         error.status = 404
-        raise error
+        raise
+    permit(key, name, STANDARD)
     await client.answer(200, JSON_HEADERS, compact(model_object(gateway, name)).encode())
 
 
@@ -10069,7 +10160,7 @@ SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 
 
 class News(NamedTuple):
     """One event of the live feed."""
-    kind: str               # usage | refused | key
+    kind: str               # started | usage | refused | key | provider
     data: JSON
     key_id: int             # whose it is; 0: only the administrator sees it
     row_id: int = 0         # of the usage table, so that a browser that comes back gets what it missed
@@ -10082,10 +10173,12 @@ class Watch:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.reader = ledger, ledger.reader()
         self.refused: collections.deque[JSON] = collections.deque(maxlen=REFUSALS_KEPT)
+        self.running: dict[str, JSON] = {}              # by response id, of this process
         self.traces: dict[str, JSON] = {}               # by response id, the oldest first
         self.errors: dict[str, JSON] = {}               # the last of each provider
         self.watchers: dict[asyncio.Queue[News], int] = {}       # -> the key it is narrowed to; 0: none
         self.looking: asyncio.Task[None] | None = None
+        self.codex_came = False                         # since the start
         self.last_id = 0
 
     def refuse(self, client: Client, error: GatewayError) -> None:
@@ -10105,10 +10198,20 @@ class Watch:
         self.refused.appendleft(item)
         self.tell(News("refused", item, item["key_id"]))
 
+    def began(self, key: Key, down: Downstream) -> None:
+        """Tells that a request is under way: its row comes with its end."""
+        item: JSON = {
+            "response_id": down.answer.id, "started_ms": down.bill.started_ms, "model": down.answer.request.model,
+            "status": "in flight", "key": key.name, "key_id": key.id, "codex": down.answer.manners is CODEX,
+            "user_agent": printable(down.client.head.headers.get("user-agent"))}
+        self.running[down.answer.id] = item
+        self.tell(News("started", item, key.id))
+
     def settled(self, entry: Entry, down: Downstream) -> None:
         """Notes how a request went, beyond its row."""
         attempt, headers = down.attempt, down.client.head.headers
-        tried = tries_of(down)
+        self.running.pop(entry.response_id, None)
+        tried = [f"{each.provider}: {each.brief}" for each in down.failures]
         last = [f"{down.provider}: {attempt.error}"] if attempt.status == "failed" and attempt.error else []
         for text in [*tried, *last]:
             provider, _, reason = text.partition(": ")
@@ -10117,7 +10220,8 @@ class Watch:
             "response_id": entry.response_id, "started_ms": entry.started_ms, "model": entry.model, "status": entry.status,
             "key_id": entry.key_id, "user_agent": printable(headers.get("user-agent")), "tried": tried[:20],
             "codex": down.answer.manners is CODEX, "dropped": [printable(name) for name in down.dropped[:20]],
-            "error": str(attempt.error) if attempt.error else ""}
+            "error": str(attempt.error) if attempt.error else "", "upstream_id": printable(down.upstream_id),
+            "tried_ms": down.failed_ms[:20], "asked_ms": down.asked_ms, "answering_ms": down.answering_ms}
         while len(self.traces) > TRACES_KEPT:
             del self.traces[next(iter(self.traces))]
 
@@ -10158,13 +10262,8 @@ class Watch:
         trace = self.traces.get(row["response_id"], {})
         return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "codex": trace.get("codex", False),
                 "user_agent": trace.get("user_agent", ""),
-                "tried": [text.partition(":")[0] for text in trace.get("tried", ())]}
+                "tried": list(dict.fromkeys(text.partition(":")[0] for text in trace.get("tried", ())))}
 
-
-def tries_of(down: Downstream) -> list[str]:
-    """`anthropic: 529 overloaded`, of each try that came to nothing."""
-    failures = getattr(down, "failures", None)
-    return list(getattr(down, "tried", ())) if failures is None else [f"{each.provider}: {each.brief}" for each in failures]
 
 
 def printable_sentence(text: str) -> str:
@@ -10618,13 +10717,25 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     provider, model = targets[0]
     tariff, facts = gateway.prices.tariff(provider.name, model, name), gateway.catalogue.facts(name)
     configured = gateway.config.models.get(name)
-    return {"name": name, "targets": [f"{each.name}:{upstream}" for each, upstream in targets], "state": "ready",
-            "price": tariff.base.split() if tariff else None, "long_over": tariff.over if tariff else 0,
-            "long": tariff.long.split() if tariff else [], "peak": tariff.peak if tariff else 1,
+    return {"name": name, "targets": [f"{each.name}:{upstream}" for each, upstream in targets],
+            "state": model_state(gateway, name), "price": tariff.base.split() if tariff else None,
+            "long_over": tariff.over if tariff else 0, "long": tariff.long.split() if tariff else [],
+            "peak": tariff.peak if tariff else 1,
             "changes": [{"day": day, "price": text.split()} for day, text in tariff.changes] if tariff else [],
             "source": "pomex.toml" if f"{provider.name}/{model}" in gateway.prices.configured else f"table of {PRICES_DATE}",
             "context": facts.context_window if facts else 0, "max_output": facts.max_output if facts else 0,
             "description": configured.description if configured else DEMO_MODELS.get(model, "") * (provider.wire_api == "demo")}
+
+
+LEFT_OUT = {"open": "left out", "half-open": "recovering"}
+
+
+def model_state(gateway: Gateway, name: str) -> str:
+    """`ready`, where any of its targets would be asked now."""
+    health, now = gateway.router.health, asyncio.get_running_loop().time()
+    states = ["disabled" if way.provider.name in gateway.ledger.disabled else LEFT_OUT.get(health.state(way.id, now), "ready")
+              for tier in gateway.catalogue.tiers(name) for way in tier]
+    return "ready" if "ready" in states else states[0]
 
 
 async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
@@ -10660,11 +10771,33 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
 
 
 def left_out(gateway: Gateway) -> dict[str, tuple[str, int]]:
-    """provider -> (left out or recovering, seconds until it is tried again), where the router leaves a target out."""
-    health = getattr(gateway.router, "health", None)
-    rows = health.rows(asyncio.get_running_loop().time()) if health else []
-    words = {"open": "left out", "half-open": "recovering"}
-    return {re.split("[:#]", id)[0]: (words[state], math.ceil(left_s)) for id, state, _, left_s in rows if state in words}
+    """provider -> (left out, recovering or disabled, seconds until it is tried again), where not all its targets are asked."""
+    rows = gateway.router.health.rows(asyncio.get_running_loop().time())
+    out = {re.split("[:#]", id)[0]: (LEFT_OUT[state], math.ceil(left_s)) for id, state, _, left_s in rows if state in LEFT_OUT}
+    return {**out, **dict.fromkeys(gateway.ledger.disabled, ("disabled", 0))}
+
+
+def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
+    if name not in gateway.config.providers:
+        raise BadRequest("There is no such provider.", status=404, code="not_found")
+    return gateway.config.providers[name]
+
+
+async def disable_provider(gateway: Gateway, ask: Ask) -> JSON:
+    """No new request goes there, from any process of this ledger, until it is enabled again: a restart changes nothing."""
+    return use_provider(gateway, ask, False)
+
+
+async def enable_provider(gateway: Gateway, ask: Ask) -> JSON:
+    return use_provider(gateway, ask, True)
+
+
+def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
+    name = provider_named(gateway, ask.name).name
+    gateway.ledger.use_provider(name, use)
+    log.warning("%s %s the provider %s on the dashboard", ask.client.peer, "enabled" if use else "disabled", name)
+    gateway.watch.tell(News("provider", {"name": name}, 0))
+    return {"name": name}
 
 
 def provider_state(strip: Sequence[Sequence[int]]) -> str:
@@ -10673,27 +10806,30 @@ def provider_state(strip: Sequence[Sequence[int]]) -> str:
     return "no requests" if not seen else "failing" if seen[-1] > 0.5 else "recovering" if max(seen) > 0.5 else "healthy"
 
 
-async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
-    """Asks a provider for its list of models: proves address, certificate and key, and costs nothing."""
-    provider = gateway.config.providers.get(ask.name)
-    if provider is None:
-        raise BadRequest("There is no such provider.", status=404, code="not_found")
-    started = time.monotonic()
-    if provider.wire_api == "demo":
-        return {"ok": True, "ms": 0, "text": "The demo works offline."}
+async def contact(upstream: Upstream, provider: ProviderConfig) -> int:
+    """Asks a provider for its list of models: proves address, certificate and key, and costs nothing. The status, or
+    GatewayError says what is wrong."""
     headers = [("accept", "application/json"), *provider.http_headers.items()]
     headers += WIRES[provider.wire_api].auth(provider.api_key) if provider.api_key else []
+    exchange = await upstream.exchange(provider, "GET", "/models", headers, b"")
     try:
-        exchange = await gateway.router.upstream.exchange(provider, "GET", "/models", headers, b"")
-        try:
-            body = await exchange.read_all(1 << 22)
-        finally:
-            await exchange.close()
-        if exchange.status >= 400:
-            raise provider_error(exchange.status, exchange.headers, body, time.time())
+        body = await exchange.read_all(1 << 22)
+    finally:
+        await exchange.close()
+    if exchange.status >= 400:
+        raise provider_error(exchange.status, exchange.headers, body, time.time())
+    return exchange.status
+
+
+async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
+    provider, started = provider_named(gateway, ask.name), time.monotonic()
+    if provider.wire_api == "demo":
+        return {"ok": True, "ms": 0, "text": "The demo works offline."}
+    try:
+        status = await contact(gateway.router.upstream, provider)
     except GatewayError as error:
         return {"ok": False, "ms": int((time.monotonic() - started) * 1000), "text": str(error)}
-    return {"ok": True, "ms": int((time.monotonic() - started) * 1000), "text": f"It answers ({exchange.status})."}
+    return {"ok": True, "ms": int((time.monotonic() - started) * 1000), "text": f"It answers ({status})."}
 
 
 async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
@@ -10708,6 +10844,7 @@ async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
             "providers": [name for name in gateway.config.providers if name != "demo"],
             "demo": "demo" in gateway.config.providers, "codex": next((trace for trace in mine if trace["codex"]), None),
             "latest": watch.row_view(rows[0]) if rows else None,
+            "running": next((item for item in reversed(watch.running.values()) if ask.key_id in (0, item["key_id"])), None),
             "refused": [item for item in watch.refused if ask.key_id in (0, item["key_id"])]}
 
 
@@ -10776,6 +10913,8 @@ ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
     ("GET", "accounts/*/statement"): AdminRoute(show_statement),
     ("GET", "providers"): AdminRoute(show_providers),
     ("POST", "providers/*/test"): AdminRoute(test_provider),
+    ("POST", "providers/*/disable"): AdminRoute(disable_provider),
+    ("POST", "providers/*/enable"): AdminRoute(enable_provider),
 }
 
 
@@ -11070,8 +11209,8 @@ class Connection(Wire):
             await self.refuse(error)
         except (ClientGone, Expired, asyncio.CancelledError):
             pass                            # nobody waits for this task; the socket is closed below
-        except Exception:
-            log.exception("connection of %s", self.peer)
+        except Exception as error:       # noqa: BLE001 - our own bug
+            log.error("connection of %s: %s", self.peer, trail(error))
         finally:
             self.shut()
 
@@ -11118,8 +11257,8 @@ class Connection(Wire):
             await client.fail(untraced(error))
         except ClientGone:
             raise
-        except Exception:
-            log.exception("request %s", client.request_id)
+        except Exception as error:       # noqa: BLE001 - our own bug
+            log.error("request %s: %s", client.request_id, trail(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
 
@@ -11519,7 +11658,8 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
 
 UNAVAILABLE, NO_PERMISSION, BAD_CONFIG, INTERRUPTED = 69, 77, 78, 130   # sysexits.h; Windows lacks os.EX_*
 PROBE_TIMEOUT_S = 0.3           # for one question to a port of this machine: who is up answers in a few ms
-PROBE_MAX_BYTES = 1 << 20
+HEALTH_TIMEOUT_S = 5.0
+PROBE_MAX_BYTES = 1 << 24       # Codex's catalogue has 20 KB a model
 ALWAYS_LISTED = ("openai", "anthropic", "google")       # providers named at start even without a key
 
 # --- 13.1 arguments and configuration -------------------------------------------------------------
@@ -11566,7 +11706,8 @@ def command_parser() -> CommandParser:
         serve.add_argument("--" + name.replace("_", "-"), type=server_flag(name), help=rule.meaning)
     serve.add_argument("--no-detect", action="store_true",
                        help="look for no provider keys in the environment and no servers on local ports")
-    add(commands, "check", run_check, "check the configuration, contacting nobody")
+    add(commands, "check", run_check, "check the configuration, contacting nobody").add_argument(
+        "--live", action="store_true", help="ask each provider for its list of models, which costs nothing")
     add_money_commands(commands, add, listing)
     add(commands, "models", run_models, "list the models that can be asked for", listing)
     add_first_run_commands(commands, add)
@@ -11616,38 +11757,50 @@ def config_warnings(config: Config) -> list[str]:
 
 # --- 13.2 what there is on this machine -----------------------------------------------------------
 
+async def ask_http(url: str, context: ssl.SSLContext | None, timeout_s: float, key: str, method: str, path: str,
+                   body: JSON | None = None) -> tuple[int, bytes]:
+    """(status, body) of one request to this machine. OSError, ValueError or GatewayError: there was no answer."""
+    parts, data = urllib.parse.urlsplit(url), b"" if body is None else compact(body).encode()
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=context)
+        try:
+            head = [("host", parts.netloc), ("content-type", "application/json"), ("connection", "close"),
+                    ("content-length", str(len(data))), *([("authorization", f"Bearer {key}")] if key else [])]
+            writer.write(request_bytes(method, path, head, data))
+            answer, status, received = ResponseReader(Limits()), 0, b""
+            answer.start(method)
+            while (piece := answer.next()) is not END:
+                if piece is NEED_DATA:
+                    more = await reader.read(65536)
+                    answer.feed(more) if more else answer.feed_eof()
+                elif isinstance(piece, bytes):
+                    received += piece
+                else:
+                    status = piece.status
+                if len(received) > PROBE_MAX_BYTES:
+                    raise ValueError("its answer is too long")
+            return status, received
+        finally:
+            writer.close()
+
+
 async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SSLContext | None = None) -> Any:
     """The JSON at an address of this machine, or None where nothing of the kind answers in time."""
-    parts = urllib.parse.urlsplit(url)
     try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=context)
-            try:
-                head = [("host", parts.netloc), ("accept", "application/json"), ("connection", "close")]
-                writer.write(request_bytes("GET", parts.path, head, b""))
-                return json.loads(await read_answer(reader))
-            finally:
-                writer.close()
+        status, body = await ask_http(url, context, timeout_s, "", "GET", urllib.parse.urlsplit(url).path)
+        return json.loads(body) if status == 200 else None
     except (OSError, ValueError, GatewayError):     # TimeoutError is an OSError
         return None
 
 
-async def read_answer(reader: asyncio.StreamReader) -> bytes:
-    """The body of one answer with status 200."""
-    answer = ResponseReader(Limits())
-    answer.start("GET")
-    body = b""
-    while (piece := answer.next()) is not END:
-        if piece is NEED_DATA:
-            data = await reader.read(65536)
-            answer.feed(data) if data else answer.feed_eof()
-        elif isinstance(piece, bytes):
-            body += piece
-        elif piece.status != 200:
-            raise ValueError(f"status {piece.status}")
-        if len(body) > PROBE_MAX_BYTES:
-            raise ValueError("too long")
-    return body
+def own_certificate(server: ServerConfig) -> ssl.SSLContext | None:
+    """The gateway has to show the very certificate it was given, whatever name or authority that has."""
+    if not server.tls_cert:
+        return None
+    context = ssl.create_default_context(cafile=server.tls_cert)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 async def local_models(provider: ProviderConfig) -> list[str] | None:
@@ -11988,18 +12141,39 @@ def run_check(args: argparse.Namespace) -> int:
         config = dataclasses.replace(config, providers={**detected(os.environ), **config.providers})
     rows = [(config.path or "(no file)", "ok, " + plural(len(config.providers), "provider") + ", "
              + plural(len(config.models), "model") + " described")]
+    failures = asyncio.run(contact_all(config)) if args.live else {}
     for name, provider in config.providers.items():
         state = "set" if provider.key_source.startswith("env:") else "readable"
-        rows.append((f"  {name}", f"key from {provider.key_source}, {state}" if provider.api_key
-                     else provider.base_url or "works offline"))
+        said = f"key from {provider.key_source}, {state}" if provider.api_key else provider.base_url or "works offline"
+        answer = f", error: {failures[name]}" if failures.get(name) else ", it answers" if name in failures else ""
+        rows.append((f"  {name}", said + answer))
     for name, model in config.models.items():
         if model.targets:
             tiers = [" | ".join(map(":".join, tier)) for tier in model.targets]
             rows.append((f"  {name}", " -> ".join(tiers)))
     warnings = config_warnings(config)
     rows += [("warning", warning) for warning in warnings]
-    print(*table_lines(rows), f"{plural(len(warnings), 'warning')}, 0 errors", sep="\n")
-    return 0
+    errors = sum(map(bool, failures.values()))
+    print(*table_lines(rows), f"{plural(len(warnings), 'warning')}, {plural(errors, 'error')}"
+          + ("" if args.live else "            (add --live to contact each provider)"), sep="\n")
+    return 1 if errors else 0
+
+
+async def contact_all(config: Config) -> dict[str, str]:
+    """provider -> what is wrong with it; "" where it answers."""
+    upstream = Upstream(os.environ)
+
+    async def complaint(provider: ProviderConfig) -> str:
+        try:
+            await contact(upstream, provider)
+        except GatewayError as error:
+            return str(error)
+        return ""
+    asked = {name: provider for name, provider in config.providers.items() if provider.wire_api != "demo"}
+    try:
+        return dict(zip(asked, await asyncio.gather(*map(complaint, asked.values()))))
+    finally:
+        await upstream.close()
 
 
 def run_models(args: argparse.Namespace) -> int:
@@ -12050,7 +12224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # --- 13.7 the first five minutes ------------------------------------------------------------------
 
-DOCTOR_WAIT_S = 60.0            # for one answer of a model
+DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
 
 
 def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> None:
@@ -12063,10 +12237,18 @@ def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> 
     form.add_argument("--write", action="store_true", help="merge it into Codex's config.toml; a .bak is kept")
     form.add_argument("--undo", action="store_true", help="put the .bak back")
     form.add_argument("--run", dest="start", action="store_true", help="start codex with it, changing no file: --run -- PROMPT")
+    codex.add_argument("--profile", action="store_true", help="in a file of its own, pomex.config.toml: codex --profile pomex")
     codex.add_argument("prompt", nargs="*", metavar="PROMPT", help="arguments of codex")
     doctor = add(commands, "doctor", run_doctor, "find what keeps Codex from working")
     doctor.add_argument("--live", action="store_true", help="ask each provider, too; says what that cost")
-    add(commands, "completion", run_completion, "print a completion script").add_argument("shell", choices=("bash", "zsh"))
+    add(commands, "completion", run_completion, "print a completion script").add_argument(
+        "shell", choices=("bash", "zsh", "fish"))
+    add(commands, "version", run_version, "print the version")
+
+
+def run_version(args: argparse.Namespace) -> int:
+    print(f"Pomex {VERSION}")
+    return 0
 
 
 def own_url(config: Config) -> str:
@@ -12130,15 +12312,22 @@ def init_text(config: Config, found: Mapping[str, Sequence[str]], keep_database:
 
 # codex
 
+def codex_home() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+
+
 def run_codex(args: argparse.Namespace) -> int:
     config, found = asyncio.run(surveyed(read_config(args)))
     model = args.model or codex_model(config, found)
     block = codex_block(own_url(config), model)
-    folder = pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+    path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
     if args.undo:
-        return undo_codex(folder / "config.toml")
-    if args.write:
-        return write_codex(folder / "config.toml", block)
+        return undo_codex(path)
+    if args.write or args.profile:
+        code = write_codex(path, block)
+        if args.profile and code == 0:
+            say("Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: python pomex.py codex --run")
+        return code
     if args.start:
         return start_codex(config, block, args.prompt)
     print(*block, sep="\n")
@@ -12217,7 +12406,8 @@ def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
         replace_file(backup, before)
     replace_file(path, after)
     show_difference(path, before, after)
-    say("", f"Wrote {home_short(str(path))}; what was there is in {backup.name}. Back: python pomex.py codex --undo")
+    say("", f"Wrote {home_short(str(path))}; what was there is in {backup.name}. Back: python pomex.py codex --undo"
+        + (" --profile" if path.name == "pomex.config.toml" else ""))
     if not os.environ.get("POMEX_API_KEY"):
         say("Now export POMEX_API_KEY in the shell that starts codex. A new key: python pomex.py keys create NAME")
     return 0
@@ -12259,36 +12449,17 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
 
 # doctor
 
+CODEX_WRITE = "python pomex.py codex --write"
+
+
 class Finding(NamedTuple):
     what: str
-    state: str              # ok | wrong | missing
+    state: str              # ok | note | wrong | missing: the last two are problems
     text: str
     fix: str = ""
 
 
-async def ask_http(url: str, method: str, path: str, key: str, body: JSON | None = None) -> tuple[int, bytes]:
-    """(status, body) of one request to a gateway on this machine. OSError, or GatewayError: it did not answer."""
-    parts, data = urllib.parse.urlsplit(url), b"" if body is None else compact(body).encode()
-    async with asyncio.timeout(DOCTOR_WAIT_S):
-        context = ssl.create_default_context() if parts.scheme == "https" else None
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=context)
-        try:
-            head = [("host", parts.netloc), ("content-type", "application/json"), ("connection", "close"),
-                    ("content-length", str(len(data))), *([("authorization", f"Bearer {key}")] if key else [])]
-            writer.write(request_bytes(method, path, head, data))
-            answer, status, received = ResponseReader(Limits()), 0, b""
-            answer.start(method)
-            while (piece := answer.next()) is not END:
-                if piece is NEED_DATA:
-                    more = await reader.read(65536)
-                    answer.feed(more) if more else answer.feed_eof()
-                elif isinstance(piece, bytes):
-                    received += piece
-                else:
-                    status = piece.status
-            return status, received
-        finally:
-            writer.close()
+Asking = Callable[..., Awaitable[tuple[int, bytes]]]        # key, method, path, body -> status, body
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -12296,33 +12467,39 @@ def run_doctor(args: argparse.Namespace) -> int:
     findings = asyncio.run(examine(config, args.live))
     for line, finding in zip(table_lines([finding[:3] for finding in findings]), findings):
         print(line + (f"   fix: {finding.fix}" if finding.fix else ""))
-    problems = sum(finding.state != "ok" for finding in findings)
+    problems = sum(finding.state in ("wrong", "missing") for finding in findings)
     print(plural(problems, "problem"))
     return 1 if problems else 0
 
 
 async def examine(config: Config, live: bool) -> list[Finding]:
-    url, key = own_url(config), os.environ.get("POMEX_API_KEY", "")
-    health = await get_json(url + "/health")
-    up = isinstance(health, dict) and health.get("status") == "ok"
-    found = [Finding("gateway", "ok", f"{url} answers, Pomex {health['version']}") if up and isinstance(health, dict)
-             else Finding("gateway", "missing", f"nothing of Pomex answers at {url}", "python pomex.py serve")]
-    found += [await codex_program(), *codex_file(url)]
-    if not key:
-        return [*found, Finding("key", "missing", "POMEX_API_KEY is not set in this shell",
-                                'python pomex.py keys create NAME, then export POMEX_API_KEY="sk-rh-..."')]
-    if not up:
-        return found
+    file, codex, table = codex_file()
+    url, version = await find_gateway(config, str(table.get("base_url", "")))
+    found = [Finding("gateway", "ok", f"{url} answers, Pomex {version}") if version
+             else Finding("gateway", "missing", f"nothing of Pomex answers at {url}", "python pomex.py serve"),
+             await codex_program(), file, *(table_findings(table, url) if table else [])]
     try:
-        status, body = await ask_http(url, "GET", "/v1/key", key)
-        answer = json.loads(body)
-        if status != 200:
-            return [*found, Finding("key", "wrong", answer["error"]["message"], "python pomex.py keys create NAME")]
-        found.append(Finding("key", "ok", f"POMEX_API_KEY is set in this shell and is key {answer['data']['label']}"))
-        found += [await model_listed(url, key), *[await demo_stream(url, key, *row) for row in DEMO_CHECKS]]
-        return found + (await live_checks(config, url, key) if live else [])
+        ask = functools.partial(ask_http, url, own_certificate(config.server), DOCTOR_WAIT_S)
+        finding, key = await key_finding(ask if version else None, table)
+        found.append(finding)
+        if key and version:
+            found += [await model_listed(ask, key, codex), *[await demo_stream(ask, key, *row) for row in DEMO_CHECKS]]
+            found += await live_checks(config, ask, key) if live else []
     except (OSError, ValueError, GatewayError) as error:
-        return [*found, Finding("requests", "wrong", f"the gateway broke off: {error}")]
+        found.append(Finding("requests", "wrong", f"the gateway broke off: {error or type(error).__name__}"))
+    return found
+
+
+async def find_gateway(config: Config, base_url: str) -> tuple[str, str]:
+    """(address, version) of a gateway that runs: where Codex looks for it on this machine, else where the configuration says;
+    "" as its version where there is none."""
+    own, parts = own_url(config), urllib.parse.urlsplit(base_url)
+    there = is_loopback(parts.hostname or "") and own.startswith(parts.scheme + ":")
+    for url in (f"{parts.scheme}://{parts.netloc}", own) if there else (own,):
+        health = await get_json(url + "/health", HEALTH_TIMEOUT_S, own_certificate(config.server))
+        if isinstance(health, dict) and health.get("status") == "ok" and "version" in health:
+            return url, str(health["version"])
+    return own, ""
 
 
 async def codex_program() -> Finding:
@@ -12334,52 +12511,86 @@ async def codex_program() -> Finding:
     return Finding("codex", "ok", f"{printable(out.decode('utf-8', 'replace').strip())} in PATH")
 
 
-def codex_file(url: str) -> list[Finding]:
-    """What stands in Codex's config.toml, each mistake with its cure."""
-    folder = pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
-    path, fix = folder / "config.toml", "python pomex.py codex --write"
+def codex_file() -> tuple[Finding, JSON, JSON]:
+    """(how Codex's config.toml stands, what it says, the table of its provider)."""
+    path = codex_home() / "config.toml"
     shown = home_short(str(path))
     if not path.is_file():
-        other = f"; {folder / 'config.json'} is not read" if (folder / "config.json").is_file() else ""
-        return [Finding("config.toml", "missing", shown + other, fix)]
+        other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
+        return Finding("config.toml", "missing", f"there is no {shown}{other}: Codex asks OpenAI itself", CODEX_WRITE), {}, {}
     try:
-        codex = tomllib.loads(read_text(str(path)))
+        said = tomllib.loads(read_text(str(path)))
     except (OSError, ValueError) as error:
-        return [Finding("config.toml", "wrong", f"{shown}: {error}", "mend that line")]
-    profile = codex.get("profiles", {}).get(codex.get("profile", ""), {})
-    chosen = profile.get("model_provider", codex.get("model_provider"))
-    table = codex.get("model_providers", {}).get(chosen) if chosen else None
-    if table is None:
-        text = f'{shown}, model_provider "{chosen}" has no table of its name' if chosen else f"{shown} has no model_provider"
-        return [Finding("config.toml", "wrong", text, fix)]
-    base, env_key = str(table.get("base_url", "")), str(table.get("env_key", ""))
-    found = [Finding("config.toml", "ok", f'{shown}, model_provider "{chosen}"')]
-    found.append(Finding("  wire_api", "ok", '"responses"') if table.get("wire_api", "responses") == "responses"
-                 else Finding("  wire_api", "wrong", f'"{table["wire_api"]}"', fix))
+        line = re.search(r"line (\d+)", str(error))
+        fix = f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}"
+        return Finding("config.toml", "wrong", f"{shown}: {error}", fix), {}, {}
+    said |= inner(said, "profiles", str(said.get("profile")))
+    chosen = said.get("model_provider")
+    table = inner(said, "model_providers", str(chosen))
+    if table:
+        return Finding("config.toml", "ok", f'{shown}, model_provider "{chosen}"'), said, table
+    text = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
+            else "no model_provider, so Codex asks OpenAI itself")
+    return Finding("config.toml", "wrong", f"{shown}: {text}", CODEX_WRITE), said, {}
+
+
+def inner(values: Any, *names: str) -> JSON:
+    """A table within tables; {} where there is none."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def table_findings(table: JSON, url: str) -> list[Finding]:
+    """What stands in the provider's table, but for the key."""
+    wire_api, base = table.get("wire_api"), str(table.get("base_url", ""))
+    found = [Finding("  wire_api", "ok", '"responses"') if wire_api == "responses"
+             else Finding("  wire_api", "note", 'not set, which means "responses" to Codex 0.128.0 and newer', CODEX_WRITE)
+             if wire_api is None else Finding("  wire_api", "wrong", f'"{wire_api}" must be "responses"', CODEX_WRITE)]
     if table.get("supports_websockets"):
-        found.append(Finding("  websockets", "wrong", "supports_websockets = true", fix))
-    right = base.rstrip("/") == url + "/v1" or urllib.parse.urlsplit(base).hostname not in ("127.0.0.1", "localhost", "::1")
-    fault = "" if right else f"is not {url}/v1"
-    fault = fault if base.rstrip("/").endswith("/v1") else "lacks /v1"
-    found.append(Finding("  base_url", "wrong" if fault else "ok", f'"{base}" {fault}'.rstrip(), fix if fault else ""))
-    if env_key.startswith("sk-"):
-        found.append(Finding("  env_key", "wrong", "holds a key; it must hold the name of a variable", fix))
-    else:
-        found.append(Finding("  env_key", "ok", f"{env_key} is set in this shell") if os.environ.get(env_key) else
-                     Finding("  env_key", "missing", f"{env_key or 'none'} is not set in this shell", f"export {env_key}=..."))
+        found.append(Finding("  websockets", "wrong", "supports_websockets = true", "delete that line"))
+    fault = base_url_fault(base, url)
+    found.append(Finding("  base_url", "wrong", f'"{base}" {fault}', CODEX_WRITE) if fault
+                 else Finding("  base_url", "ok", f'"{base}"'))
     return found
 
 
-async def model_listed(url: str, key: str) -> Finding:
+def base_url_fault(base: str, url: str) -> str:
+    """Of an address on another machine no more is known than how it has to end."""
+    there, here = urllib.parse.urlsplit(base), urllib.parse.urlsplit(url)
+    if not base.rstrip("/").endswith("/v1"):
+        return "lacks /v1"
+    same = (there.scheme, there.netloc.rpartition(":")[2]) == (here.scheme, here.netloc.rpartition(":")[2])
+    return "" if same or not is_loopback(there.hostname or "") else f"is not {url}/v1"
+
+
+async def key_finding(ask: Asking | None, table: JSON) -> tuple[Finding, str]:
+    """(how the key stands that Codex would send, a key to go on with: "" where there is none)."""
+    what, name = ("  env_key", str(table.get("env_key", ""))) if table else ("key", "POMEX_API_KEY")
+    spare = os.environ.get("POMEX_API_KEY", "")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):       # not shown: it may be a key
+        return Finding(what, "wrong", "must be the name of a variable, which holds the key", CODEX_WRITE), spare
+    fresh = f'export {name}="$(python pomex.py keys create codex-{secrets.token_hex(2)})"'
+    key = os.environ.get(name, "")
+    if not key:
+        return Finding(what, "missing", f"{name} is not set in this shell", fresh), spare
+    if ask is None:
+        return Finding(what, "ok", f"{name} is set in this shell"), ""
+    status, body = await ask(key, "GET", "/v1/key")
+    answer = json.loads(body)
+    if status != 200:
+        return Finding(what, "wrong", answer["error"]["message"], fresh), ""
+    return Finding(what, "ok", f"{name} is set in this shell and is key {answer['data']['label']}"), key
+
+
+async def model_listed(ask: Asking, key: str, codex: JSON) -> Finding:
     """The model that Codex would ask for."""
-    path = pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex")) / "config.toml"
-    try:
-        name = str(tomllib.loads(read_text(str(path))).get("model", "demo/echo"))
-    except (OSError, ValueError):
-        name = "demo/echo"
-    status, body = await ask_http(url, "GET", "/v1/models/" + urllib.parse.quote(name, safe="/"), key)
+    name = codex.get("model") if codex else "demo/echo"
+    if not isinstance(name, str):
+        return Finding("model", "missing", "config.toml names none, and Codex's own has no provider/ in front", CODEX_WRITE)
+    status, body = await ask(key, "GET", "/v1/models/" + urllib.parse.quote(name, safe="/"))
     return Finding("model", "ok", name) if status == 200 else Finding(
-        "model", "wrong", json.loads(body)["error"]["message"], "python pomex.py codex --write")
+        "model", "wrong", json.loads(body)["error"]["message"], CODEX_WRITE)
 
 
 DEMO_CHECKS = (     # what, model, its right end, what that shows
@@ -12389,9 +12600,9 @@ DEMO_CHECKS = (     # what, model, its right end, what that shows
     ("cut stream", "demo/cut", "response.failed", "upstream cut on purpose, ended with response.failed, nothing half done"))
 
 
-async def streamed(url: str, key: str, body: JSON) -> tuple[list[str], JSON]:
+async def streamed(ask: Asking, key: str, body: JSON) -> tuple[list[str], JSON]:
     """(types of the events, the response of the last) of a streamed answer; its error where there is no stream."""
-    status, data = await ask_http(url, "POST", "/v1/responses", key, {**body, "stream": True})
+    status, data = await ask(key, "POST", "/v1/responses", {**body, "stream": True})
     if status != 200:
         return [], json.loads(data)
     decoder = SSEDecoder()
@@ -12399,47 +12610,125 @@ async def streamed(url: str, key: str, body: JSON) -> tuple[list[str], JSON]:
     return [event.event for event in events], json.loads(events[-1].data).get("response", {}) if events else {}
 
 
-async def demo_stream(url: str, key: str, what: str, model: str, end: str, text: str) -> Finding:
-    kinds, last = await streamed(url, key, {"model": model, "input": "What is 2 + 2?"})
+def ending(kinds: Sequence[str], last: JSON) -> str:
+    """How an answer ended that should have ended otherwise."""
+    error = last.get("error") or {}
+    return str(error.get("message") or f"ended with {kinds[-1] if kinds else 'nothing'}")
+
+
+async def demo_stream(ask: Asking, key: str, what: str, model: str, end: str, text: str) -> Finding:
+    kinds, last = await streamed(ask, key, {"model": model, "input": "What is 2 + 2?"})
     if kinds and kinds[-1] == end and kinds.count(end) == 1:
         return Finding(what, "ok", text.format(len(kinds)))
-    said = (last.get("error") or {}).get("message", "")
-    return Finding(what, "wrong", said or f"ended with {kinds[-1] if kinds else 'nothing'}")
+    untried = not kinds and inner(last, "error").get("param") == "model"        # no demo here, or not for this key
+    return Finding(what, "note" if untried else "wrong", ending(kinds, last))
 
+
+# doctor --live: each provider is asked for a stream, a tool call and the same long prompt twice
 
 PROBE_TOOL = {"type": "function", "name": "add", "description": "Adds two numbers.", "parameters": {
     "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}}
+LONG_PROMPT = 2500              # numbers: more than the 4,096 tokens below which some providers keep nothing
+Probing = Callable[[JSON], Awaitable[tuple[list[str], JSON]]]
 
 
-async def live_checks(config: Config, url: str, key: str) -> list[Finding]:
-    """Each provider: a stream, a tool call, and the same long prompt twice. Says what it cost."""
-    async def used() -> float:
-        return float(json.loads((await ask_http(url, "GET", "/v1/key", key))[1])["data"]["usage"])
-    names = [row["id"] for row in json.loads((await ask_http(url, "GET", "/v1/models", key))[1])["data"]]
-    found, before = [], await used()
-    long = "Here is a list of numbers to keep in mind. " + " ".join(map(str, range(2500)))
-    for provider in config.providers:
-        usual = f"{provider}/{CODING_MODELS.get(provider, '')}"
-        model = next((name for name in [usual, *names] if name in names and name.startswith(provider + "/")), "")
-        if provider == "demo" or not model:
-            continue
-        tools = {"tools": [PROBE_TOOL], "tool_choice": "required"}
-        kinds, last = await streamed(url, key, {"model": model, "input": "Say OK.", "max_output_tokens": 2000})
-        good = bool(kinds) and kinds[-1] == "response.completed"
-        said = (last.get("error") or {}).get("message", f"ended with {kinds[-1] if kinds else 'nothing'}")
-        found.append(Finding(provider, "ok" if good else "wrong", f"{model}, stream" if good else f"{model}: {said}"))
-        if not good:
-            continue
-        _, last = await streamed(url, key, {"model": model, "input": "Add 2 and 3 with the tool.", **tools})
-        called = any(item.get("type") == "function_call" for item in last.get("output", []))
-        found.append(Finding("  tool call", "ok" if called else "wrong", "made" if called else "none was made"))
-        cached = 0
-        for _ in range(2):
-            _, last = await streamed(url, key, {"model": model, "instructions": long, "input": "Say OK."})
-            cached = ((last.get("usage") or {}).get("input_tokens_details") or {}).get("cached_tokens", 0)
-        found.append(Finding("  cache", "ok", f"{cached} tokens read from it" if cached else "no hit: some caches take longer"))
+def sum_asked(a: int, b: int) -> list[JSON]:
+    """A sum and its way through the tool: shown two of them even a model of 135 million parameters calls for the third."""
+    call = {"type": "function_call", "call_id": f"call_{a}{b}", "name": "add", "arguments": compact({"a": a, "b": b})}
+    return [{"role": "user", "content": f"What is {a} + {b}?"}, call,
+            {"type": "function_call_output", "call_id": call["call_id"], "output": str(a + b)},
+            {"role": "assistant", "content": f"It is {a + b}."}]
+
+
+async def live_checks(config: Config, ask: Asking, key: str) -> list[Finding]:
+    """What each provider makes of it, and what that cost."""
+    taken: collections.Counter[str] = collections.Counter()
+
+    async def asked(body: JSON) -> tuple[list[str], JSON]:
+        try:
+            kinds, last = await streamed(ask, key, body)
+        except TimeoutError:
+            return [], {"error": {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}}
+        taken.update({name: count for name, count in (last.get("usage") or {}).items() if isinstance(count, int)})
+        return kinds, last
+
+    async def spent() -> float:
+        return float(json.loads((await ask(key, "GET", "/v1/key"))[1])["data"]["usage"])
+
+    names = [row["id"] for row in json.loads((await ask(key, "GET", "/v1/models"))[1])["data"]]
+    before = await spent()
+    config, _ = await surveyed(config)
+    models = probe_models(config, names)
+    found = await asyncio.gather(*(probe(asked, config.providers.get(name), name, model) for name, model in models.items()))
     await asyncio.sleep(SAVE_AFTER_S * 3)       # until the rows are in the sums
-    return [*found, Finding("cost", "ok", f"these checks cost ${max(await used() - before, 0):.4f}")]
+    cost = (f"${max(await spent() - before, 0):.4f} for {short_count(taken['input_tokens'])} tokens in, "
+            f"{short_count(taken['output_tokens'])} out; a model without a price counts nothing")
+    if not models:
+        return [Finding("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")]
+    return [*(row for rows in found for row in rows), Finding("cost", "ok", cost)]
+
+
+def probe_models(config: Config, names: Sequence[str]) -> dict[str, str]:
+    """provider -> a model that nobody else answers; "" where none is known by name. The gateway may know more providers than
+    this shell, and this shell more than the gateway."""
+    described = {name: model.targets for name, model in config.models.items() if model.targets}
+    usual = [name for name in (f"{provider}/{model}" for provider, model in CODING_MODELS.items()) if name in names]
+    targets = [f"{target.provider}/{target.model}" for tiers in described.values() for tier in tiers for target in tier]
+    known = [name for name in [*usual, *names, *targets] if name not in described]
+    providers = dict.fromkeys([*config.providers, *(name.partition("/")[0] for name in names if name not in config.models)])
+    return {provider: next((name for name in known if name.startswith(provider + "/")), "")
+            for provider in providers if provider != "demo"}
+
+
+async def probe(ask: Probing, provider: ProviderConfig | None, name: str, model: str) -> list[Finding]:
+    if not model:
+        return [Finding(name, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{name}]')]
+    kinds, last = await ask({"model": model, "input": "Say OK.", "max_output_tokens": 64})
+    if not answered(kinds):
+        said = ending(kinds, last)
+        cure = next(cure for pattern, cure in PROVIDER_CURES if re.search(pattern, said, re.IGNORECASE))
+        variable = provider.env_key if provider and provider.env_key else "its key's variable"
+        return [Finding(name, "wrong", f"{model}: {said}", cure.format(name=name, variable=variable))]
+    found = [Finding(name, "ok", f"{model}: a stream of {len(kinds)} events, ended with {kinds[-1]}")]
+    kinds, last = await ask({"model": model, "input": [*sum_asked(1, 2), *sum_asked(4, 5), *sum_asked(2, 3)[:1]],
+                             "tools": [PROBE_TOOL], "tool_choice": "required", "max_output_tokens": 1000})
+    called = any(item.get("type") == "function_call" for item in last.get("output", ()))
+    said = "none was made" if answered(kinds) else ending(kinds, last)
+    found.append(Finding("  tool call", "ok", "made") if called else
+                 Finding("  tool call", "wrong", f"{said}: Codex needs them", "python pomex.py models, then codex -m ANOTHER"))
+    return [*found, await cache_finding(ask, model)]
+
+
+async def cache_finding(ask: Probing, model: str) -> Finding:
+    async def twice(numbers: int) -> tuple[list[str], JSON]:
+        long = f"Numbers to keep in mind, of {secrets.token_hex(4)}: " + " ".join(map(str, range(numbers)))
+        body = {"model": model, "instructions": long, "input": "Say OK.", "max_output_tokens": 16}     # OpenAI's least
+        kinds, last = await ask(body)
+        return await ask(body) if answered(kinds) else (kinds, last)
+
+    kinds, last = await twice(LONG_PROMPT)
+    if inner(last, "error").get("code") == "context_length_exceeded":
+        kinds, last = await twice(LONG_PROMPT // 20)
+    if not answered(kinds):
+        return Finding("  cache", "wrong", ending(kinds, last))
+    cached = inner(last, "usage", "input_tokens_details").get("cached_tokens", 0)
+    return (Finding("  cache", "ok", f"{cached} of {last['usage']['input_tokens']} tokens came from it") if cached
+            else Finding("  cache", "note", "no hit: it keeps none, does not say so, or takes longer"))
+
+
+def answered(kinds: Sequence[str]) -> bool:
+    """A limit of ours may have ended it."""
+    return bool(kinds) and kinds[-1] in ("response.completed", "response.incomplete")
+
+
+PROVIDER_CURES = (      # what the gateway says of a provider -> what to do about it
+    (r"not configured", "restart Pomex in this shell, which has its key: python pomex.py serve"),
+    (r"credentials|\bkey\b", "export {variable}=... with a key that is valid, then restart Pomex"),
+    (r"while connecting|connection refused|could not be found", "start it, or put its right base_url into [providers.{name}]"),
+    (r"credit|quota|balance", "pay the provider, or: codex -m ANOTHER/MODEL"),
+    (r"no model", "put names that it has into models = [...] of [providers.{name}], then restart Pomex"),
+    (r"", "the gateway's log says more; or: codex -m ANOTHER/MODEL"),
+)
 
 
 # completion
@@ -12451,6 +12740,11 @@ def run_completion(args: argparse.Namespace) -> int:
         return [*action.option_strings, *(action.choices if isinstance(action.choices, dict) else ())]
     words = {name: sorted({word for action in each._actions for word in offered(action)})
              for name, each in commands.choices.items()}
+    if args.shell == "fish":
+        print(f"complete -c pomex.py -n __fish_use_subcommand -a '{' '.join(words)}'")
+        for name, each in words.items():
+            print(f"complete -c pomex.py -n '__fish_seen_subcommand_from {name}' -a '{' '.join(each)}'")
+        return 0
     cases = "\n".join(f"    {name}) words=\"{' '.join(each)}\" ;;" for name, each in words.items())
     if args.shell == "zsh":
         print("autoload -U +X bashcompinit && bashcompinit")
@@ -13198,18 +13492,11 @@ def closed_to_others(path: str) -> bool:
 def run_health(args: argparse.Namespace) -> int:
     server = read_config(args).server
     url = public_url(server, (server.host, server.port))
-    context = None
-    if server.tls_cert:         # it has to show that very certificate, whatever name or authority that has
-        context = ssl.create_default_context(cafile=server.tls_cert)
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    answer = asyncio.run(get_json(url + "/health", HEALTH_TIMEOUT_S, context))
+    answer = asyncio.run(get_json(url + "/health", HEALTH_TIMEOUT_S, own_certificate(server)))
     healthy = isinstance(answer, dict) and answer.get("status") == "ok"
     print(f"{url} {'answers' if healthy else 'does not answer'}")
     return 0 if healthy else 1
 
-
-HEALTH_TIMEOUT_S = 5.0
 
 
 # === 14. data =====================================================================================
@@ -13371,18 +13658,16 @@ PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>Pomex</title><link rel="icon" href="data:,">
 <style>
-:root{color-scheme:light dark;--bg:#f5f6f3;--surface:#fff;--sunken:#eceee9;--line:#dfe2da;--line2:#848d82;--ink:#151a16;
---ink2:#434b45;--ink3:#5d665f;--accent:#0b6650;--on-accent:#fff;--accent-soft:#e1f0ea;--ok:#0b6650;--warn:#855300;
---warn-soft:#fbf1dc;--bad:#ab231c;--bad-soft:#fbeae8;--s1:#0f7a60;--s2:#4a60cf;--s3:#b8690f;--s4:#9c4488;--s5:#6f7a72;
---shadow:0 1px 2px #151a160a,0 8px 24px -18px #151a1640}
-@media (prefers-color-scheme:dark){:root:not([data-theme=light]){--bg:#0f1210;--surface:#161a17;--sunken:#0b0d0c;
---line:#282e2a;--line2:#6f7a72;--ink:#ecefec;--ink2:#b9c1bb;--ink3:#929b94;--accent:#63cfa8;--on-accent:#05221a;
---accent-soft:#12322a;--ok:#63cfa8;--warn:#e6b65e;--warn-soft:#33280f;--bad:#ff938a;--bad-soft:#3a1a18;
---s1:#46b890;--s2:#8c9df7;--s3:#dd9a45;--s4:#d487c0;--s5:#8b958d;--shadow:none}}
-:root[data-theme=dark]{color-scheme:dark;--bg:#0f1210;--surface:#161a17;--sunken:#0b0d0c;
---line:#282e2a;--line2:#6f7a72;--ink:#ecefec;--ink2:#b9c1bb;--ink3:#929b94;--accent:#63cfa8;--on-accent:#05221a;
---accent-soft:#12322a;--ok:#63cfa8;--warn:#e6b65e;--warn-soft:#33280f;--bad:#ff938a;--bad-soft:#3a1a18;
---s1:#46b890;--s2:#8c9df7;--s3:#dd9a45;--s4:#d487c0;--s5:#8b958d;--shadow:none}
+:root{color-scheme:light dark;--bg:light-dark(#f5f6f3,#0f1210);--surface:light-dark(#fff,#161a17);
+--sunken:light-dark(#eceee9,#0b0d0c);--line:light-dark(#dfe2da,#282e2a);--line2:light-dark(#848d82,#6f7a72);
+--ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);--ink3:light-dark(#5d665f,#929b94);
+--accent:light-dark(#0b6650,#63cfa8);--on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
+--ok:light-dark(#0b6650,#63cfa8);--warn:light-dark(#855300,#e6b65e);--warn-soft:light-dark(#fbf1dc,#33280f);
+--bad:light-dark(#ab231c,#ff938a);--bad-soft:light-dark(#fbeae8,#3a1a18);--s1:light-dark(#0f7a60,#46b890);
+--s2:light-dark(#4a60cf,#8c9df7);--s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);
+--s5:light-dark(#6f7a72,#8b958d);
+--shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
+:root[data-theme=dark]{color-scheme:dark}
 :root[data-theme=light]{color-scheme:light}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
@@ -13465,7 +13750,7 @@ th{font-weight:500;color:var(--ink3);text-align:left;padding:0 12px 8px 0;font-s
 td,tbody th{padding:9px 12px 9px 0;border-top:1px solid var(--line);vertical-align:middle}
 td:last-child,th:last-child{padding-right:0}
 tfoot td{font-weight:600}
-.r{text-align:right}.nw{white-space:nowrap}.dim{color:var(--ink3)}td.wrap,.wrap{overflow-wrap:anywhere}
+.r{text-align:right}.nw{white-space:nowrap}.dim{color:var(--ink3)}td.mono{min-width:180px}.wrap{overflow-wrap:anywhere}
 tbody tr:hover td{background:linear-gradient(var(--sunken),var(--sunken)) no-repeat;background-size:100% 100%}
 .full{padding:18px 0 6px}.full .hd,.full>.note,.full>.pad2{padding:0 20px}.full>.note{margin:0 20px 12px;padding:10px 12px}
 .full th:first-child,.full td:first-child{padding-left:20px}.full th:last-child,.full td:last-child{padding-right:20px}
@@ -13505,7 +13790,7 @@ label{display:grid;gap:4px;font-size:13px;color:var(--ink2);font-weight:500;alig
 input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);color:var(--ink);
 font:inherit;padding:0 10px;min-width:0;width:100%}
 textarea{height:auto;padding:8px 10px;resize:vertical}input[aria-invalid]{border-color:var(--bad)}
-label.w{flex:1 1 220px}label.m{flex:1 1 128px}.stackform{display:grid;gap:12px}.gap{display:grid;gap:16px;align-content:start}
+label.w{flex:1 1 220px}label.m{flex:1 1 100px}.stackform{display:grid;gap:12px}.gap{display:grid;gap:16px;align-content:start}
 dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);padding:22px;
 width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
 dialog::backdrop{background:#0008}dialog h2{font-size:16px;margin-bottom:12px}dialog p{margin-bottom:12px}
@@ -13518,7 +13803,7 @@ grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0;list-style:n
 .ev summary::-webkit-details-marker{display:none}.out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
 .login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}.login .card{padding:28px}.login h1{margin:0 0 6px}
 .login form{display:grid;gap:14px;margin-top:18px}.login .brand{padding:0 0 18px}
-[hidden]{display:none!important}
+[hidden]{display:none!important}.only{display:none}
 @media (max-width:1080px){.sum{grid-template-columns:1fr}.money{border-right:0;border-bottom:1px solid var(--line)}
 .c8,.c7,.c6,.c5,.c4{grid-column:span 12}.two{grid-template-columns:minmax(0,1fr)}
 .two>div+div{border-left:0;border-top:1px solid var(--line)}}
@@ -13541,8 +13826,9 @@ table.stack td:nth-child(n){display:block;border:0;padding:0;background:none;ove
 table.stack td.opt:nth-child(n),table.stack td.opt2:nth-child(n){display:none}
 .feed tr{grid-template-areas:"m r" "k c"}.feed .fm{grid-area:m}.feed .fr{grid-area:r}.feed .fk{grid-area:k;color:var(--ink3)}
 .feed .fc{grid-area:c}.tkeys tr{grid-template-areas:"n s" "k k" "p p" "a a";gap:6px 12px}.tkeys .kn{grid-area:n}
-.tkeys .kk{grid-area:k}.tkeys .kp{grid-area:p}.tkeys .ks{grid-area:s}.tkeys .ka{grid-area:a;margin-left:-10px;text-align:left}
-label{flex:1 1 40%}label.w{flex-basis:100%}form.mk .btn{flex:1 1 100%}
+.tkeys .kk{grid-area:k}.tkeys .kp{grid-area:p}.tkeys .ks{grid-area:s}table.stack .ka{grid-column:1/-1;margin-left:-10px;text-align:left}
+.tkeys .ka{grid-area:a}.only{display:block}table.stack .ml{text-align:left;color:var(--ink3)}
+label,label.m{flex:1 1 40%}label.w{flex-basis:100%}form.mk .btn{flex:1 1 100%}
 input,select,textarea{height:40px;font-size:16px}textarea{height:auto}
 .keyv{flex-wrap:wrap}.keyv code{flex-basis:100%}.keyv .btn{flex:1}}
 @media (prefers-reduced-motion:reduce){*{animation:none!important}}
@@ -13584,26 +13870,37 @@ providers:"M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01",playground:"M4 3v10l9-
 const icon=d=>h("svg",{viewBox:"0 0 16 16","aria-hidden":"true"},h("path",{d,fill:"none",stroke:"currentColor",
 "stroke-width":1.5,"stroke-linecap":"round","stroke-linejoin":"round"}));
 const logo=()=>h("svg",{viewBox:"0 0 24 24","aria-hidden":"true"},
-h("path",{class:"acc",d:"M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 2.800-.5s1.8.5 "
+h("path",{class:"acc",d:"M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 2.8-.5s1.8.5 "
 +"2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8z"}),
-h("path",{class:"acc",d:"M12.600 5.2c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.500 3.8-3.7 3.9z"}),
-h("path",{d:"M7.5 13h8M13 10.2l2.9 2.800-2.9 2.8",fill:"none",stroke:"var(--on-accent)","stroke-width":1.9,
+h("path",{class:"acc",d:"M12.6 5.2c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
+h("path",{d:"M7.5 13h8M13 10.2l2.9 2.8-2.9 2.8",fill:"none",stroke:"var(--on-accent)","stroke-width":1.9,
 "stroke-linecap":"round","stroke-linejoin":"round"}));
-const bar=(f,c="acc",mark)=>h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},
-h("rect",{class:"trk",width:100,height:8}),f>0?h("rect",{class:c,width:Math.max(.6,Math.min(100,f*100)),height:8}):null,
+const lane=(...k)=>h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},piece("trk",0,
+100),k);
+const piece=(c,x,w)=>h("rect",{class:c,x,width:Math.max(.6,Math.min(100,w)),height:8});
+const bar=(f,c="acc",mark)=>lane(f>0?piece(c,0,f*100):null,
 mark?h("line",{class:"tick",x1:mark*100,x2:mark*100,y1:0,y2:8,"vector-effect":"non-scaling-stroke"}):null);
 const used=f=>f>=.95?"bd":f>=.8?"wrn":"acc";
-const th=(...n)=>h("thead",{},h("tr",{},n.map(x=>Array.isArray(x)?h("th",{class:x[1],scope:"col"},x[0])
+const th=(...n)=>h("thead",{},tr(n.map(x=>Array.isArray(x)?h("th",{class:x[1],scope:"col"},x[0])
 :h("th",{scope:"col"},x))));
-const td=(c,...k)=>h("td",{class:c},k);
+const made=t=>(c,...k)=>h(t,{class:c||null},k),td=made("td"),div=made("div"),txt=made("span"),para=made("p");
+const tr=(...k)=>h("tr",{},k),caption=t=>h("caption",{class:"sr"},t);
+const sheet=(c,title,heads,rows,foot)=>h("table",{class:c},caption(title),th(...heads),h("tbody",{},rows),foot);
+const h2=(...k)=>h("h2",{},k),mono=(...k)=>h("code",{},k);
 const btn=(t,c,onclick,more)=>h("button",{class:"btn "+c,type:"button",onclick,...more},t);
 function seg(label,items,chosen,pick){return h("div",{class:"seg",role:"group","aria-label":label},items.map(([v,t])=>
 h("button",{type:"button","data-f":label+v,"aria-pressed":String(v===chosen),onclick:e=>{
 for(const b of e.currentTarget.parentNode.children)b.setAttribute("aria-pressed",String(b===e.currentTarget));pick(v)}},t)))}
-const head=(t,...k)=>h("div",{class:"hd"},h("h2",{},t),k);
-const card=(c,...k)=>h("div",{class:"card "+c},k);
+const head=(t,...k)=>div("hd",h2(t),k);
+const facts=list=>h("dl",{class:"facts"},list.filter(Boolean).map(([a,b])=>[h("dt",{},a),h("dd",{},b)]));
+const keyless=list=>list.length?div("grid",card("pad c12",head("Providers without a key"),h("ul",{class:"rows"},list.map(p=>
+h("li",{},p.name,mono("export "+p.env_key+"=...")))),para("d","Then restart Pomex."))):null;
+const curlOf=body=>"curl -N "+location.origin+"/v1/responses \\\n  -H \"Authorization: Bearer $POMEX_API_KEY\" \\\n"+
+"  -H \"Content-Type: application/json\" \\\n  -d '"+JSON.stringify(body).replace(/'/g,"'\\''")+"'";
+const card=(c,...k)=>div("card "+c,k);
 function swap(el,...k){const f=document.activeElement,id=el.contains(f)?f.dataset.f||f.id:"";el.replaceChildren(...k.flat());
-if(id){const n=[...el.querySelectorAll("[data-f],[id]")].find(x=>x.dataset.f===id||x.id===id);if(n)n.focus({preventScroll:true})}}
+if(id){const n=[...el.querySelectorAll("[data-f],[id]")].find(x=>x.dataset.f===id||x.id===id);
+(n||$("#main")).focus({preventScroll:true})}}
 async function copy(text,b){try{await navigator.clipboard.writeText(text)}catch(e){const t=h("textarea",{value:text});
 (b.closest("dialog")||document.body).append(t);t.select();document.execCommand("copy");t.remove()}
 const old=b.dataset.t||b.textContent;b.dataset.t=old;b.textContent="Copied";say("Copied");
@@ -13612,23 +13909,26 @@ setTimeout(()=>b.textContent=old,1600);b.focus()}
 let me=null,page={},turn=0,feed=null,poll=0,fresh=null,asked=false,measure="",range="today",by="model";
 class Failure extends Error{}
 async function api(path,body){let r;
-try{r=await fetch("/admin/api/"+path,body?{method:"POST",headers:{"content-type":"application/json"},body:JSON.stringify(body)}:{})}
+try{r=await fetch("/admin/api/"+path,body?{method:"POST",headers:{"content-type":"application/json"},
+body:JSON.stringify(body)}:{})}
 catch(e){throw new Failure("The gateway does not answer. Is it running?")}
 const j=await r.json().catch(()=>({}));if(r.ok)return j;
-const e=Object.assign(new Failure(j.error?.message||"HTTP "+r.status),{param:j.error?.param,code:j.error?.code,status:r.status});
+const e=Object.assign(new Failure(j.error?.message||"HTTP "+r.status),{param:j.error?.param,code:j.error?.code,
+status:r.status});
 if(r.status===401&&path!=="login"){login(me?"The session has ended. Log in again.":"");}
 throw e}
-const errorBox=(e,retry)=>h("div",{class:"note bad",role:"alert"},h("span",{},clip(e.message,600)),
+const errorBox=(e,retry)=>h("div",{class:"note bad",role:"alert"},txt("",clip(e.message,600)),
 retry?btn("Retry","s",retry):null);
 async function fill(el,load,draw){const at=turn;try{const d=await load();if(at===turn)swap(el,draw(d))}
 catch(e){if(at===turn&&me)swap(el,errorBox(e,()=>fill(el,load,draw)))}}
 // --- login
-function login(note){me=null;closeFeed();turn++;document.title="Log in · Pomex";const err=h("p",{class:"err",id:"lerr",role:"alert"},note||"");
+function login(note){me=null;closeFeed();turn++;document.title="Log in · Pomex";const err=h("p",{class:"err",id:"lerr",
+role:"alert"},note||"");
 const f=h("input",{type:"password",name:"token",autocomplete:"off","aria-describedby":"lerr",required:true});
-$("#root").replaceChildren(h("main",{class:"login",id:"main",tabindex:-1},h("div",{class:"card"},
-h("div",{class:"brand"},logo(),"Pomex"),h("h1",{},"Log in"),
-h("p",{class:"sub"},"With the admin token, or with an API key to see its own usage. A login link comes from: ",
-h("code",{},"python pomex.py admin-url")),
+$("#root").replaceChildren(h("main",{class:"login",id:"main",tabindex:-1},div("card",
+div("brand",logo(),"Pomex"),h("h1",{},"Log in"),
+para("sub","With the admin token, or with an API key to see its own usage. A login link comes from: ",
+mono("python pomex.py admin-url")),
 h("form",{onsubmit:async e=>{e.preventDefault();err.textContent="";try{await api("login",{token:f.value.trim()});start()}
 catch(x){err.textContent=x.message;f.setAttribute("aria-invalid","true");f.focus()}}},
 h("label",{},"Admin token or API key",f),err,h("button",{class:"btn p"},"Log in")))));f.focus()}
@@ -13643,36 +13943,38 @@ frame();openFeed();route()}
 const PAGES=[["overview","Overview"],["keys","Keys",1],["usage","Usage log"],["models","Models"],["providers","Providers",1],
 ["playground","Playground"],["setup","Setup"]];
 function frame(){const links=PAGES.filter(p=>!p[2]||me.role==="admin");
-$("#root").replaceChildren(h("div",{class:"app"},h("header",{class:"rail"},h("div",{class:"brand"},logo(),"Pomex"),
-h("nav",{"aria-label":"Pages"},h("ul",{class:"nav",id:"nav"},links.map(([id,t])=>h("li",{},h("a",{href:"/admin#"+id,"data-id":id},
-icon(icons[id]),t,me.counts[id]!=null&&(id!=="keys"||me.role==="admin")?h("span",{class:"n"},me.counts[id]):null))))),
-h("div",{class:"foot"},h("div",{},btn("Light / dark","s g",theme),btn("Log out","s g",async()=>{
+$("#root").replaceChildren(div("app",h("header",{class:"rail"},div("brand",logo(),"Pomex"),
+h("nav",{"aria-label":"Pages"},h("ul",{class:"nav",id:"nav"},links.map(([id,t])=>h("li",{},h("a",{href:"/admin#"+id,
+"data-id":id},
+icon(icons[id]),t,me.counts[id]!=null&&(id!=="keys"||me.role==="admin")?txt("n",me.counts[id]):null))))),
+div("foot",div("",btn("Light / dark","s g",theme),btn("Log out","s g",async()=>{
 try{await api("logout",{})}catch(e){}login("Logged out.")})),
-h("p",{},me.key?["Key ",bdi(me.key.name,40),h("br")]:null,clip(me.address),h("br"),"pomex.py "+me.version,h("br"),
+para("",me.key?["Key ",bdi(me.key.name,40),h("br")]:null,clip(me.address),h("br"),"pomex.py "+me.version,h("br"),
 "up "+span(me.up_s)))),h("main",{id:"main",tabindex:-1})))}
 function theme(){const r=document.documentElement,dark=r.dataset.theme?r.dataset.theme==="dark"
 :matchMedia("(prefers-color-scheme:dark)").matches;localStorage.setItem("pomex-theme",r.dataset.theme=dark?"light":"dark")}
 function route(){if(!me)return;const [path,q]=(location.hash.slice(1)||"overview").split("?"),[id,...rest]=path.split("/");
-if(id==="main"||id==="login")return;
+
 const known=PAGES.find(p=>p[0]===id&&(!p[2]||me.role==="admin"));if(!known){location.replace("#overview");return}
 if(fresh&&id!=="keys"&&!asked){asked=true;history.replaceState(null,"","#keys");leave(path);return}
 turn++;page={};for(const a of document.querySelectorAll("#nav a"))
 a.dataset.id===id?a.setAttribute("aria-current","page"):a.removeAttribute("aria-current");
 document.title=known[1]+" · Pomex";const m=$("#main");m.replaceChildren();
 page=VIEWS[id](m,new URLSearchParams(q||""),rest.join("/"))||{};if(shown++){m.focus({preventScroll:true});scrollTo(0,0)}
-$("#nav [aria-current]").scrollIntoView({block:"nearest",inline:"nearest"})}
+$("#nav").scrollLeft=$("#nav [aria-current]").offsetLeft-80}
 let shown=0;addEventListener("hashchange",()=>/^#login=/.test(location.hash)?begin():route());
-const top_=(t,...k)=>h("div",{class:"top"},h("h1",{},t),k);
-function liveMark(n){return h("span",{class:"live",id:"live"},h("span",{class:feed&&feed.good?"dot":"dot off"}),
+const top_=(t,...k)=>div("top",h("h1",{},t),k);
+function liveMark(n){return h("span",{class:"live",id:"live"},txt(feed&&feed.good?"dot":"dot off"),
 feed&&feed.good?"Live"+(n?", "+n+(n>1?" streams":" stream")+" open":""):"Reconnecting")}
 const mark=n=>{const l=$("#live");if(l)l.replaceWith(liveMark(n))};
 // --- live: one connection, none while nobody looks
 function openFeed(){closeFeed();if(!me||document.hidden)return;const f=feed=new EventSource("/admin/api/events");
-f.onopen=()=>{f.good=true;clearInterval(poll);poll=0;mark()};
+f.onopen=()=>{if(poll)page.refresh?.();f.good=true;clearInterval(poll);poll=0;mark()};
 f.onerror=()=>{f.good=false;mark();if(!poll)poll=setInterval(()=>page.refresh?.(),10000);
 if(f.readyState===2)setTimeout(async()=>{if(feed===f)try{me=await api("session");openFeed()}catch(e){if(me)openFeed()}},3000)};
-for(const kind of["usage","refused","key"])f.addEventListener(kind,e=>{const d=JSON.parse(e.data);
-if(kind==="usage"&&fresh&&d.key===fresh.name&&!fresh.seen){fresh.seen=d;$("#freshstep")?.replaceWith(freshStep())}
+for(const kind of["started","usage","refused","key","provider"])f.addEventListener(kind,e=>{const d=JSON.parse(e.data);
+if(/started|usage/.test(kind)&&fresh&&d.key===fresh.name&&(fresh.seen||d).response_id===d.response_id){fresh.seen=d;
+$("#freshstep")?.replaceWith(freshStep())}
 page.live?.(kind,d)})}
 function closeFeed(){if(feed)feed.close();feed=null;clearInterval(poll);poll=0}
 document.addEventListener("visibilitychange",()=>{if(document.hidden)closeFeed();else if(me){openFeed();page.refresh?.()}});
@@ -13681,20 +13983,18 @@ Math.max(50,ms-(Date.now()-last)))}}
 // --- what several pages show
 const TAGS={completed:["ok","completed"],incomplete:["warn","incomplete"],"failed over":["warn","failed over"],
 "ended by gateway":["warn","ended by gateway"],failed:["bad","failed"],cancelled:["","client left"]};
-const tag=r=>{const [c,t]=TAGS[r.result]||["",r.result];return h("span",{class:"tag "+c},
+const tag=r=>{const [c,t]=TAGS[r.result]||["",r.result];return txt("tag "+c,
 r.result==="failed"&&r.error_code?clip(r.error_code,28):t)};
 const cost=r=>!r.price&&r.input+r.output>0?h("span",{class:"dim",title:"This model has no price"},"no price"):usd(r.cost_nanos);
-const path_=r=>h("span",{class:"hop"}," via ",r.tried.filter((p,i)=>r.status==="failed"?i<r.tried.length-1:p!==r.provider)
-.map(p=>[h("s",{},clip(p,30)),h("span",{class:"sr"}," failed, then"),h("span",{"aria-hidden":"true"}," → ")]),
+const path_=r=>txt("hop"," via ",r.tried.filter((p,i)=>r.status==="failed"?i<r.tried.length-1:p!==r.provider)
+.map(p=>[h("s",{},clip(p,30)),txt("sr"," failed, then"),h("span",{"aria-hidden":"true"}," → ")]),
 clip(r.provider||"nobody",30));
-const feedHead=()=>th(["Time","opt"],"Model and path","Key",["In / cached / out","r opt opt2"],["First token / total","r opt"],
-["Cost","r"],["Result","r"]);
-const feedRow=r=>h("tr",{},td("nw dim opt",when(r.started_ms)),td("fm",h("a",{class:"name",href:"#usage/"+
+const feedRow=r=>tr(td("nw dim opt",when(r.started_ms)),td("fm",h("a",{class:"name",href:"#usage/"+
 encodeURIComponent(r.response_id),"data-f":r.response_id},bdi(r.model,60)),path_(r)),td("fk",bdi(r.key||"deleted key",40)),
 td("r nw opt opt2",tok(r.input)+" / "+tok(r.cached)+" / "+tok(r.output)),
 td("r nw opt",(r.first_ms?secs(r.first_ms)+" / ":"")+secs(r.total_ms)+" s"),td("r nw fc",cost(r)),td("r fr",tag(r)));
-const feedTable=rows=>h("table",{class:"stack feed"},h("caption",{class:"sr"},"Requests, newest first"),feedHead(),
-h("tbody",{},rows.map(feedRow)));
+const feedTable=rows=>sheet("stack feed","Requests, newest first",[["Time","opt"],"Model and path","Key",
+["In / cached / out","r opt opt2"],["First token / total","r opt"],["Cost","r"],["Result","r"]],rows.map(feedRow));
 const KNOWN=["openai","anthropic","google"];
 function colour(names){const other=names.filter(n=>!KNOWN.includes(n)&&n!=="demo").sort()[0];
 return n=>KNOWN.includes(n)?KNOWN.indexOf(n)+1:n===other?4:5}
@@ -13703,7 +14003,7 @@ function nice(v){const p=10**Math.floor(Math.log10(v||1));return[1,2,2.5,5,10].m
 function bars(title,o){const n=o.slots,tot=Array.from({length:n},(_,i)=>o.series.reduce((a,s)=>a+s.values[i],0));
 let cur=Math.min(n-1,Math.max(0,o.now)),table=false;
 const read=h("p",{class:"read","aria-live":"polite"}),svg=h("svg",{class:"chart",id:"chart",role:"application",tabindex:0,
-"aria-label":title+", stacked by provider. Left and right arrow keys read each bar."}),box=h("div",{class:"grow"});
+"aria-label":title+", stacked by provider. Left and right arrow keys read each bar."}),box=div("grow");
 const tell=()=>read.replaceChildren(h("b",{},o.label(cur)),"  "+o.format(tot[cur]),
 o.series.filter(s=>s.values[cur]).map(s=>"  ·  "+clip(s.name,30)+" "+o.format(s.values[cur])).join(""));
 function draw(){const W=svg.clientWidth,H=Math.max(208,svg.clientHeight),L=44,B=22,T=8,bw=(W-L)/n;if(W<60)return;
@@ -13718,12 +14018,13 @@ svg.append(h("rect",{class:"k"+s.k,x:L+i*bw+bw*.16,width:bw*.68,y:t,height:Math.
 const st=Math.ceil(o.every*(W<520?2:1));for(let i=0;i<n;i+=st)svg.append(h("text",{x:L+i*bw+bw/2,y:H-5,
 "text-anchor":"middle"},o.tick(i)));tell()}
 const mv=i=>{cur=Math.max(0,Math.min(n-1,i));draw()};
-svg.addEventListener("pointermove",e=>{const r=svg.getBoundingClientRect();mv(Math.floor((e.clientX-r.left-44)/((r.width-44)/n)))});
+svg.addEventListener("pointermove",e=>{const r=svg.getBoundingClientRect();
+mv(Math.floor((e.clientX-r.left-44)/((r.width-44)/n)))});
 svg.addEventListener("keydown",e=>{const d={ArrowLeft:-1,ArrowRight:1}[e.key];if(d){mv(cur+d);e.preventDefault()}});
 new ResizeObserver(draw).observe(svg);
-const asTable=()=>h("div",{class:"scroll",tabindex:0,role:"group","aria-label":title+" as a table"},h("table",{},
-h("caption",{class:"sr"},title),th("Time",...o.series.map(s=>[clip(s.name,30),"r"]),["All","r"]),h("tbody",{},tot.map((t,i)=>
-t?h("tr",{},td("nw",o.label(i)),o.series.map(s=>td("r",o.format(s.values[i]))),td("r",o.format(t))):null))));
+const asTable=()=>h("div",{class:"scroll",tabindex:0,role:"group","aria-label":title+" as a table"},sheet("",title,
+["Time",...o.series.map(s=>[clip(s.name,30),"r"]),["All","r"]],tot.map((t,i)=>
+t?tr(td("nw",o.label(i)),o.series.map(s=>td("r",o.format(s.values[i]))),td("r",o.format(t))):null)));
 const flip=h("button",{class:"sub",type:"button","data-f":"flip",onclick:()=>{table=!table;show()}});
 function show(){flip.textContent=table?"View as chart":"View as table";table?swap(box,asTable()):swap(box,read,svg);draw()}
 show();return[head(title,o.pick,flip),h("ul",{class:"leg"},o.series.map(s=>h("li",{},h("svg",{viewBox:"0 0 10 10",
@@ -13736,21 +14037,19 @@ const d={ArrowLeft:-1,ArrowRight:1}[e.key];if(d){const n=tabs[(tabs.indexOf(e.cu
 n.focus();n.click()}}},t));
 function pick(t){now=t;code.replaceChildren();for(const ln of texts[t].split("\n")){const q=ln.lastIndexOf("#");
 const c=q>=0&&ln.slice(0,q).split('"').length%2?q:-1;
-(c<0?ln:ln.slice(0,c)).split(/("[^"]*")/).forEach(x=>code.append(x[0]==='"'?h("span",{class:"st1"},x):x));
-if(c>=0)code.append(h("span",{class:"cm"},ln.slice(c)));code.append("\n")}
+(c<0?ln:ln.slice(0,c)).split(/("[^"]*")/).forEach(x=>code.append(x[0]==='"'?txt("st1",x):x));
+if(c>=0)code.append(txt("cm",ln.slice(c)));code.append("\n")}
 for(const b of tabs){const on=b.textContent===t;b.setAttribute("aria-selected",String(on));b.tabIndex=on?0:-1}}
-pick(Object.keys(texts)[0]);return h("div",{},h("div",{class:"tb"},h("div",{class:"seg",role:"tablist","aria-label":label},tabs),
+pick(Object.keys(texts)[0]);return div("",div("tb",h("div",{class:"seg",role:"tablist","aria-label":label},tabs),
 btn("Copy","s",e=>copy(texts[now].trim(),e.currentTarget))),code)}
 function snippets(s,token){const o=location.origin;return{Codex:"# ~/.codex/config.toml\n"+
 s.block.map(l=>l.replace("{ORIGIN}",o)).join("\n"),Shell:"# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY=\""+
-(token||"sk-rh-…")+"\"\n\n# then\ncodex \"What is 2 + 2?\"",curl:"curl -N "+o+"/v1/responses \\\n"+
-'  -H "Authorization: Bearer $POMEX_API_KEY" \\\n  -H "Content-Type: application/json" \\\n'+
-"  -d '{\"model\":\"demo/echo\",\"input\":\"hello\",\"stream\":true}'"}}
-const step=(state,n,title,...k)=>h("li",{},h("span",{class:"st "+state},state==="done"?"✓":state==="now"?"":state==="bad"?"!":n),
-h("span",{},h("b",{},title),h("span",{class:"sr"},state==="done"?"Done. ":state==="now"?"Waiting. ":""),k));
+(token||"sk-rh-…")+"\"\n\n# then\ncodex \"What is 2 + 2?\"",curl:curlOf({model:"demo/echo",input:"hello",stream:true})}}
+const step=(state,n,title,...k)=>h("li",{},txt("st "+state,state==="done"?"✓":state==="now"?"":state==="bad"?"!":n),
+txt("",h("b",{},title),txt("sr",state==="done"?"Done. ":state==="now"?"Waiting. ":""),k));
 // --- the pages
 const VIEWS={overview,keys,usage,models,providers,playground,setup};
-function overview(m){const body=h("div"),at=turn;
+function overview(m){const body=div(),at=turn;
 const load=()=>{const [,days,stepMs,slots]=RANGES[range];
 return api("overview?since="+(midnight()-(days-1)*DAY)+"&step="+stepMs+"&slots="+slots)};
 const draw=()=>fill(body,load,d=>{if(at===turn)mark(d.open);return drawOverview(d,again)});const again=lazily(draw,50);
@@ -13770,55 +14069,56 @@ const kpis=[["Requests",num(t.requests),"",num(d.by.endpoint.find(e=>e.name==="/
 +num(res["failed over"]||0)]];
 const chart=bars((measure==="cost_nanos"?"Spend":measure==="requests"?"Requests":"Tokens")+" by "+unit,{slots:n,every,
 now:Math.floor((d.now_ms-d.since_ms)/d.step_ms),least:measure==="cost_nanos"?1e6:3,
-series:d.series.filter(s=>s[measure].some(Boolean)).map(s=>({name:s.name||"nobody",k:k(s.name),values:s[measure]})).sort((a,b)=>a.k-b.k||(a.name<b.name?-1:1)),
+series:d.series.filter(s=>s[measure].some(Boolean)).map(s=>({name:s.name||"nobody",k:k(s.name),values:s[measure]})).sort((a,
+b)=>a.k-b.k||(a.name<b.name?-1:1)),
 format:measure==="cost_nanos"?usd:measure==="tokens"?tok:num,
 axis:v=>!v?measure==="cost_nanos"?"$0":"0":measure==="cost_nanos"?v<1e7?"$"+(v/1e9).toFixed(3):v<1e9?"$"+(v/1e9).toFixed(2):usd(v,v%1e9?1:0):tok(v).replace(".0",""),
 label:i=>{const a=new Date(d.since_ms+i*d.step_ms),b=new Date(d.since_ms+(i+1)*d.step_ms);
 return days===30?day(a):(days>1?day(a)+" ":"")+clock(a)+" to "+clock(b)},
 tick:i=>{const a=new Date(d.since_ms+i*d.step_ms);return days===1?two(a.getHours()):day(a)},
-pick:seg("Measure",[["cost_nanos","Spend"],["requests","Requests"],["tokens","Tokens"]],measure,v=>{measure=v;touched=true;again()})});
-const rows=(list,cls)=>h("ul",{class:"rows"},list.filter(r=>r.requests).map(r=>h("li",{},h("span",{class:cls?"":"mono"},
-clip(cls?(TAGS[r.name]||[0,r.name])[1]:r.name)),h("span",{},num(r.requests),h("span",{class:"dim"},"  "+pct(r.requests,t.requests))),
+pick:seg("Measure",[["cost_nanos","Spend"],["requests","Requests"],["tokens","Tokens"]],measure,v=>{measure=v;touched=true;
+again()})});
+const rows=(list,cls)=>h("ul",{class:"rows"},list.filter(r=>r.requests).map(r=>h("li",{},txt(cls?"":"mono",
+clip(cls?(TAGS[r.name]||[0,r.name])[1]:r.name)),txt("",num(r.requests),txt("dim","  "+pct(r.requests,t.requests))),
 bar(r.requests/Math.max(1,t.requests),cls?{ok:"acc",warn:"wrn",bad:"bd"}[(TAGS[r.name]||["warn"])[0]]||"k5":"acc"))));
-const where=h("tbody");const fillWhere=()=>where.replaceChildren(...d.by[by].slice(0,8).map(r=>h("tr",{},
+const where=h("tbody");const fillWhere=()=>where.replaceChildren(...d.by[by].slice(0,8).map(r=>tr(
 td("",h("a",{class:"name",href:"#usage?"+new URLSearchParams({[by]:r.name})},bdi(r.name||"deleted key",60))),
 td("r opt",num(r.requests)),td("r opt",tok(r.input)),td("r opt",tok(r.cached)),
-td("r nw",r.unpriced&&!r.cost_nanos?h("span",{class:"dim"},"no price"):usd(r.cost_nanos)))));fillWhere();
-const out=[h("div",{class:"card sum"},h("div",{class:"money"},h("div",{class:"lab"},"Spent "+(range==="today"?"today":
-"in "+title)),h("div",{class:"big"},usd(t.cost_nanos,2)),h("p",{class:"sub"},usd(d.before_nanos,2)+" "+span_),monthBox(d),
-t.unpriced?h("p",{class:"d"},num(t.unpriced)+" requests had no price"):null),
-h("div",{class:"kpis"},kpis.map(x=>h("div",{class:"kpi"},h("div",{class:"lab"},x[0]),h("div",{class:"v"},x[1],
-x[2]?h("i",{},x[2]):null),h("div",{class:"d"},x[3])))))];
-const first=!t.requests&&!d.latest.length?card("c12 empty",h("h2",{},"No request yet"),h("p",{},
+td("r nw",r.unpriced&&!r.cost_nanos?txt("dim","no price"):usd(r.cost_nanos)))));fillWhere();
+const out=[div("card sum",div("money",div("lab","Spent "+(range==="today"?"today":
+"in "+title)),div("big",usd(t.cost_nanos,2)),para("sub",usd(d.before_nanos,2)+" "+span_),monthBox(d),
+t.unpriced?para("d",num(t.unpriced)+" requests had no price"):null),
+div("kpis",kpis.map(x=>div("kpi",div("lab",x[0]),div("v",x[1],
+x[2]?h("i",{},x[2]):null),div("d",x[3])))))];
+const first=!t.requests&&!d.latest.length?card("c12 empty",h2("No request yet"),para("",
 "Set up Codex, or try the demo in the playground: every number here comes from requests."),
 h("a",{class:"btn p",href:"#setup"},"Set up Codex")," ",h("a",{class:"btn",href:"#playground"},"Open the playground")):null;
-out.push(h("div",{class:"grid"},first,card("pad c8 grow",chart),card("pad c4",head("By endpoint",h("span",{},"requests")),
+out.push(div("grid",first,card("pad c8 grow",chart),card("pad c4",head("By endpoint",txt("","requests")),
 rows(d.by.endpoint),h("h2",{class:"n2"},"By result"),rows(d.by.result,true)),
-card("pad "+(me.role==="admin"?"c7":"c12"),h("div",{class:"tb"},h("h2",{},"Where it went"),me.role==="admin"?
-seg("Break down by",[["model","Model"],["key","Key"]],by,v=>{by=v;fillWhere()}):null),h("table",{},h("caption",{class:"sr"},
-"Where it went"),th("Name",["Requests","r opt"],["Input","r opt"],["Cached","r opt"],["Cost","r"]),where)),
-me.role==="admin"?card("pad c5",head("Providers",h("span",{},"first token, p50 to p95, last hour")),health(d.providers)):null,
+card("pad "+(me.role==="admin"?"c7":"c12"),div("tb",h2("Where it went"),me.role==="admin"?
+seg("Break down by",[["model","Model"],["key","Key"]],by,v=>{by=v;fillWhere()}):null),h("table",{},caption("Where it went"),
+th("Name",["Requests","r opt"],["Input","r opt"],["Cached","r opt"],["Cost","r"]),where)),
+me.role==="admin"?card("pad c5",head("Providers",txt("","first token, p50 to p95, last hour")),health(d.providers)):null,
 card("full c12",head("Latest requests",h("a",{class:"sub",href:"#usage"},"Open the usage log")),
-d.latest.length?feedTable(d.latest):h("p",{class:"empty"},"None yet."))));return out}
+d.latest.length?feedTable(d.latest):para("empty","None yet."))));return out}
 let touched=false;
 function monthBox(d){const own=me.key,m=d.month,a=m.first_day*DAY,b=m.next_day*DAY,part=(d.now_ms-a)/(b-a);
 const budget=own?own.budget_nanos||0:m.budget_nanos,spent=own&&budget?own.spent_nanos:m.spent_nanos;
-const monthly=!own||own.period==="month"||!budget,title=monthly?["January","February","March","April","May","June","July",
-"August","September","October","November","December"][new Date((a+b)/2).getUTCMonth()]:"Budget, "+own.period;
-return[h("div",{class:"hd"},h("h2",{},title),h("span",{},budget?usd(spent,2)+" of "+usd(budget,2):usd(spent,2)+", no budget")),
+const monthly=!own||own.period==="month"||!budget,title=monthly?new Date((a+b)/2).toLocaleString("en",{month:"long",timeZone:"UTC"}):"Budget, "+own.period;
+return[div("hd",h2(title),txt("",budget?usd(spent,2)+" of "+usd(budget,2):usd(spent,2)+", no budget")),
 budget?bar(spent/budget,used(spent/budget),monthly?part:0):null,
-monthly?h("p",{class:"d"},(budget?"The mark is today. ":"")+"At this pace the month ends at "+usd(Math.round(spent/Math.max(part,.02)),
+monthly?para("d",(budget?"The mark is today. ":"")+"At this pace the month ends at "+usd(Math.round(spent/Math.max(part,.02)),
 0)+"."):null]}
-const STATES={healthy:"",failing:"bad","left out":"bad",recovering:"warn","no requests":"off"};
-function health(list){const mx=Math.max(1,...list.map(p=>p.first_ms[1]));const bad=list.find(p=>/fail|out/.test(p.state)&&p.error);
-return[h("table",{},h("caption",{class:"sr"},"Providers in the last hour"),h("thead",{class:"sr"},h("tr",{},["Provider","State",
-"Range","p50 / p95"].map(t=>h("th",{scope:"col"},t)))),h("tbody",{},list.slice(0,8).map(p=>{const [a,b]=p.first_ms.map(v=>v/mx*100);
-return h("tr",{},td("nw name",h("span",{class:"dot "+STATES[p.state]}),"  "+clip(p.name,24)),td("nw",p.state),
-td("",h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},
-h("rect",{class:"trk",width:100,height:8}),b?[h("rect",{class:"acc soft",x:a,width:Math.max(1,b-a),height:8}),
-h("rect",{class:"acc",x:a,width:2,height:8})]:null)),
-td("r nw",b?secs(p.first_ms[0])+" / "+secs(p.first_ms[1])+" s":h("span",{class:"dim"},"-")))}))),
-bad?h("p",{class:"note"},clip(bad.name+": "+bad.error.message,300)+(bad.back_s?" Tried again in "+bad.back_s+" s.":"")):null]}
+const STATES={healthy:"ok",failing:"bad","left out":"bad",recovering:"warn","no requests":"off",disabled:"off"};
+function health(list){const mx=Math.max(1,...list.map(p=>p.first_ms[1]));
+const bad=list.find(p=>/fail|out/.test(p.state)&&p.error);
+return[h("table",{},caption("Providers in the last hour"),h("thead",{class:"sr"},tr(["Provider","State",
+"Range","p50 / p95"].map(t=>h("th",{scope:"col"},t)))),h("tbody",{},list.slice(0,8).map(p=>{const [a,
+b]=p.first_ms.map(v=>v/mx*100);
+return tr(td("nw name",txt("dot "+STATES[p.state]),"  "+clip(p.name,24)),td("nw",p.state),
+td("",lane(b?[piece("acc soft",a,b-a),piece("acc",Math.min(a,98),2)]:null)),
+td("r nw",b?secs(p.first_ms[0])+" / "+secs(p.first_ms[1])+" s":txt("dim","-")))}))),
+bad?para("note",clip(bad.name+": "+bad.error.message,300)+(bad.back_s?" Tried again in "+bad.back_s+" s.":"")):null]}
 // keys, accounts
 function field(label,name,attr,kind="input",opts){const id="f-"+name,e=h(kind,{name,id,"aria-describedby":id+"-e",...attr},
 opts?opts.map(([v,t])=>h("option",{value:v,selected:v===attr.value},t)):null);
@@ -13831,84 +14131,97 @@ if(i){i.setAttribute("aria-invalid","true");$("#"+i.id+"-e",f).textContent=clip(
 else{(f.querySelector(".err.all")||f.appendChild(h("p",{class:"err all",role:"alert"}))).textContent=clip(e.message,300)}}
 const PERIOD=[["month","monthly"],["week","weekly"],["day","daily"],["total","never"]];
 const EXPIRES=[["0","never"],["30","in 30 days"],["90","in 90 days"],["365","in a year"]];
-function dialog(title,...k){const d=h("dialog",{"aria-label":title,onclose:()=>d.remove()},h("h2",{},title),k);
+function dialog(title,...k){const d=h("dialog",{"aria-label":title,onclose:()=>d.remove()},h2(title),k);
 document.body.append(d);d.showModal();return d}
-function submit(f,run){return async e=>{e.preventDefault();const b=f().querySelector("button:not([type=button])");b.disabled=true;
+function submit(f,run){return async e=>{e.preventDefault();const b=f().querySelector("button:not([type=button])");
+b.disabled=true;
 wrong(f());try{await run(values(f()))}catch(x){wrong(f(),x)}b.disabled=false}}
-function keys(m){const body=h("div"),news=h("div");let f;
+function keys(m){const body=div(),news=div();let f;
 const load=async()=>[await api("keys"),fresh&&!fresh.setup?fresh.setup=await api("setup"):0];
-const draw=()=>fill(body,load,([d])=>{swap(news,freshPanel(draw));return drawKeys(d,draw)});
+const draw=()=>fill(body,load,([d])=>{if(news.of!==fresh)swap(news,freshPanel(draw));news.of=fresh;return drawKeys(d,draw)});
 const pats=me.role==="admin"?[["","all models"],["openai/*","openai/*"],["anthropic/*","anthropic/*"],["google/*","google/*"],
 ["demo/*","demo/*"]]:[];
-f=h("form",{class:"mk",novalidate:true,onsubmit:submit(()=>f,async v=>{fresh={...await api("keys",v),want:v};asked=false;f.reset();
+f=h("form",{class:"mk",novalidate:true,onsubmit:submit(()=>f,async v=>{fresh={...await api("keys",v),want:v};asked=false;
+f.reset();
 await draw();say("Key "+fresh.name+" created");$("#copykey")?.focus()})},field("Name","name",{c:"w",placeholder:"ci-runner",
 autocomplete:"off",spellcheck:"false",required:true}),field("Budget, USD","budget",{inputmode:"decimal",placeholder:"no limit",
 autocomplete:"off"}),field("Resets","period",{},"select",PERIOD),field("Models","models",{},"select",pats),
 field("Expires","expires_days",{},"select",EXPIRES),h("button",{class:"btn p"},"Create key"));
-m.append(top_("Keys"),news,h("div",{class:"grid"},card("pad c12",head("Create a key"),f)),body);draw();
+m.append(top_("Keys"),news,div("grid",card("pad c12",head("Create a key"),f)),body);draw();
 return{refresh:draw,live:lazily(draw,3000)}}
-function freshStep(){const s=fresh.seen;return h("li",{id:"freshstep"},h("span",{class:"st "+(s?"done":"now")},s?"✓":""),
+function freshStep(){const s=fresh.seen;return h("li",{id:"freshstep"},txt("st "+(s?"done":"now"),s?"✓":""),
 h("span",{role:"status"},h("b",{},s?"First request received: "+s.status:"Waiting for the first request from Codex…"),
 s?[clip(s.model,60)+", "+clip(s.user_agent,60)+" at ",when(s.started_ms)]:'Run: codex "What is 2 + 2?"'))}
 function freshPanel(draw){if(!fresh)return[];const w=fresh.want,s=fresh.setup;
-return[h("div",{class:"card new",role:"region","aria-labelledby":"nk"},h("div",{class:"hdr"},h("p",{},
-h("b",{id:"nk"},bdi(fresh.name)," is ready. Copy the key now."),h("br"),"Pomex keeps only its hash, so nobody can show it again."),
-btn("I have stored it","",()=>{fresh=null;draw();$("#main").focus()})),h("div",{class:"two"},h("div",{},
-h("div",{class:"lab"},"API key"),h("div",{class:"keyv"},h("code",{id:"kv"},fresh.token),
+return[h("div",{class:"card new",role:"region","aria-labelledby":"nk"},div("hdr",para("",
+h("b",{id:"nk"},bdi(fresh.name)," is ready. Copy the key now."),h("br"),
+"Pomex keeps only its hash, so nobody can show it again."),
+btn("I have stored it","",()=>{fresh=null;draw();$("#main").focus()})),div("two",div("",
+div("lab","API key"),div("keyv",h("code",{id:"kv"},fresh.token),
 btn("Copy","p",e=>copy(fresh.token,e.currentTarget),{id:"copykey","aria-label":"Copy the key"})),
-h("p",{class:"d"},(w.budget?"Budget $"+clip(w.budget,20)+" "+(PERIOD.find(p=>p[0]===w.period)||["",""])[1]:"No budget")+". Models: "
+para("d",(w.budget?"Budget $"+clip(w.budget,20)+" "+(PERIOD.find(p=>p[0]===w.period)||["",""])[1]:"No budget")+". Models: "
 +(w.models||"all")+". "+(w.expires_days>0?"Expires in "+w.expires_days+" days.":"No expiry.")),
-h("ol",{class:"steps"},step("done",1,"Gateway answers on "+location.host,me.counts.providers+" providers, "+me.counts.models+" models"),
+h("ol",{class:"steps"},step("done",1,"Gateway answers on "+location.host,
+me.counts.providers+" providers, "+me.counts.models+" models"),
 step("",2,"Paste the block into ~/.codex/config.toml","Then export POMEX_API_KEY in the same shell"),freshStep())),
 copyTabs("Set-up snippet",snippets(s,fresh.token))))]}
-function leave(to){const d=dialog("Have you stored the key of "+clip(fresh.name,64)+"?",h("p",{},
-"It is not shown again once you leave this page."),h("div",{class:"acts"},btn("Back to the key","p",()=>d.close()),
+function leave(to){const d=dialog("Have you stored the key of "+clip(fresh.name,64)+"?",para("",
+"It is not shown again once you leave this page."),div("acts",btn("Back to the key","p",()=>d.close()),
 btn("I have stored it","",()=>{fresh=null;d.close();location.hash=to})))}
 addEventListener("beforeunload",e=>{if(fresh)e.preventDefault()});
 function keyState(k,now){if(k.revoked_s)return["","revoked"];if(k.expires_s&&k.expires_s<=now)return["","expired"];
 const f=k.budget_nanos?k.spent_nanos/k.budget_nanos:k.budget_nanos===0?1:0;
 return f>=.8?[f>=.95?"bad":"warn",Math.floor(f*100)+" % used"]:k.last_ms?["ok","active"]:["","waiting"]}
 function drawKeys(d,draw){const act=d.keys.filter(k=>!k.revoked_s),sum=d.keys.reduce((a,k)=>a+k.month_nanos,0);
-const list=d.keys.length?h("table",{class:"stack tkeys"},h("caption",{class:"sr"},"All keys"),th("Name",["Key","kk"],["Models","opt"],"Spent",
-["Last used","opt"],"State",h("span",{class:"sr"},"Actions")),h("tbody",{},d.keys.map(k=>{const [c,t]=keyState(k,d.now_s);
-const f=k.budget_nanos?k.spent_nanos/k.budget_nanos:1;return h("tr",{},td("name kn",bdi(k.name,64)),
-td("nw dim kk",h("code",{},k.hint)),td("opt wrap",k.models?clip(k.models.split(" ").join(", "),60):"all models"),
-td("kp",k.budget_nanos!=null?[h("div",{class:"nw"},usd(k.spent_nanos,2)," ",h("span",{class:"dim"},"of "+usd(k.budget_nanos,
+$("#nav [data-id=keys] .n").textContent=act.length;
+if(!d.keys.length)$("#f-name").focus();const list=d.keys.length?sheet("stack tkeys","All keys",
+["Name",["Key","kk"],["Models","opt"],"Spent",["Last used","opt"],"State",txt("sr","Actions")],d.keys.map(k=>{const [c,
+t]=keyState(k,d.now_s);
+const f=k.budget_nanos?k.spent_nanos/k.budget_nanos:1;return tr(td("name kn",bdi(k.name,64)),
+td("nw dim kk",mono(k.hint)),td("opt wrap",k.models?clip(k.models.split(" ").join(", "),60):"all models"),
+td("kp",k.budget_nanos!=null?[div("nw",usd(k.spent_nanos,2)," ",txt("dim","of "+usd(k.budget_nanos,
 k.budget_nanos%1e9?2:0)+" "+PERIOD.find(p=>p[0]===k.period)[1].replace("never","in all"))),bar(f,used(f))]
-:h("span",{},usd(k.spent_nanos,2)," ",h("span",{class:"dim"},"no budget"))),td("nw opt",ago(k.last_ms)),
-td("ks",h("span",{class:"tag "+c},t)),td("r nw ka",h("a",{class:"btn s g",href:"#usage?"+new URLSearchParams({key:k.name}),
-"aria-label":"Usage of "+k.name},"Usage"),k.revoked_s?null:[btn("Edit","s g",()=>editKey(k,d,draw),{"aria-label":"Edit key "+k.name,
-"data-f":"e"+k.id}),btn("Revoke","s g del",()=>revoke(k,draw),{"aria-label":"Revoke key "+k.name,"data-f":"r"+k.id})]))})))
-:h("p",{class:"empty"},"No keys. Create the first one above.");
-return[h("div",{class:"grid"},card("full c12",head("All keys",h("span",{},act.length+" active, "+usd(sum,2)+" this month")),list),
-card("full c12",head("Accounts",h("span",{},"who pays: prepaid credit, a monthly limit, or neither"),
-btn("New account","s",()=>newAccount(draw))),h("table",{class:"stack"},h("caption",{class:"sr"},"Accounts"),th("Name",["Kind","opt"],
-["This month","r"],["Limit","r opt"],["Balance","r"],h("span",{class:"sr"},"Actions")),h("tbody",{},d.accounts.map(a=>h("tr",{},
+:txt("",usd(k.spent_nanos,2)," ",txt("dim","no budget"))),td("nw opt",ago(k.last_ms)),
+td("ks",txt("tag "+c,t)),td("r nw ka",h("a",{class:"btn s g",href:"#usage?"+new URLSearchParams({key:k.name}),
+"aria-label":"Usage of "+k.name},"Usage"),k.revoked_s?null:[btn("Edit","s g",()=>editKey(k,d,draw),
+{"aria-label":"Edit key "+k.name,
+"data-f":"e"+k.id}),btn("Revoke","s g del",()=>revoke(k,draw),{"aria-label":"Revoke key "+k.name,"data-f":"r"+k.id})]))}))
+:para("empty","No keys. Create the first one above.");
+return[div("grid",card("full c12",head("All keys",txt("",act.length+" active, "+usd(sum,2)+" this month")),list),
+card("full c12",head("Accounts",txt("","who pays: prepaid credit, a monthly limit, or neither"),
+btn("New account","s",()=>newAccount(draw))),sheet("stack","Accounts",["Name",["Kind","opt"],
+["This month","r"],["Limit","r opt"],["Balance","r"],txt("sr","Actions")],d.accounts.map(a=>tr(
 td("name",bdi(a.name,64)),td("opt",a.prepaid?"prepaid":a.limit_nanos!=null?"monthly limit":"open",a.multiplier!==1e6?
 " × "+a.multiplier/1e6:""),td("r nw",usd(a.month_nanos,2)),td("r nw opt",a.limit_nanos!=null?usd(a.limit_nanos,2):"none"),
-a.prepaid||a.credit_nanos?td("r nw",usd(a.credit_nanos-a.spent_nanos,2)):td("r opt","-"),td("r nw",btn("Add credit","s g",()=>credit(a,draw),{"aria-label":
+a.prepaid||a.credit_nanos?td("r nw",usd(a.credit_nanos-a.spent_nanos,2)):td("r opt","-"),td("r nw ka",btn("Add credit","s g",
+()=>credit(a,draw),{"aria-label":
 "Add credit to "+a.name,"data-f":"c"+a.id}),btn("Statement","s g",()=>statement(a),{"aria-label":"Statement of "+a.name,
-"data-f":"s"+a.id}))))))))]}
-function formDialog(title,fields,verb,run){let f;const d=dialog(title,f=h("form",{novalidate:true,onsubmit:submit(()=>f,async v=>{
-await run(v);d.close()})},h("div",{class:"fields"},fields),h("div",{class:"acts"},btn("Cancel","",()=>d.close()),
+"data-f":"s"+a.id})))))))]}
+function formDialog(title,fields,verb,run){let f;const d=dialog(title,f=h("form",{novalidate:true,onsubmit:submit(()=>f,
+async v=>{
+await run(v);d.close()})},div("fields",fields),div("acts",btn("Cancel","",()=>d.close()),
 h("button",{class:"btn p"},verb))))}
 const editKey=(k,d,draw)=>formDialog("Edit key "+k.name,[field("Budget, USD","budget",{value:k.budget_nanos==null?"":
-String(k.budget_nanos/1e9),inputmode:"decimal",placeholder:"no limit"}),field("Resets","period",{value:k.period},"select",PERIOD),
+String(k.budget_nanos/1e9),inputmode:"decimal",placeholder:"no limit"}),field("Resets","period",{value:k.period},"select",
+PERIOD),
 field("Models (patterns)","models",{value:k.models.split(" ").join(", "),placeholder:"all models"}),
 field("Account","account",{value:k.account},"select",d.accounts.map(a=>[a.name,a.name])),
 field("Requests a minute (0: any)","rpm",{value:String(k.rpm),inputmode:"numeric"}),
 field("Tokens a minute (0: any)","tpm",{value:String(k.tpm),inputmode:"numeric"}),
 field("Open at once (0: any)","concurrent",{value:String(k.concurrent),inputmode:"numeric"}),
-field("Expires","expires_days",{},"select",[["keep",k.expires_s?"on "+day(new Date(k.expires_s*1000)):"never, as now"],...EXPIRES])],
-"Save",async v=>{if(v.expires_days==="keep")delete v.expires_days;await api("keys/"+k.id,v);say("Key "+k.name+" saved");draw()});
-function revoke(k,draw){const d=dialog("Revoke key "+clip(k.name,64)+"?",h("p",{},
-"Its next request is refused. Streams in progress end normally. This cannot be undone."),h("div",{class:"acts"},
+field("Expires","expires_days",{},"select",[["keep",k.expires_s?"on "+day(new Date(k.expires_s*1000)):"never, as now"],
+...EXPIRES])],
+"Save",async v=>{if(v.expires_days==="keep")delete v.expires_days;await api("keys/"+k.id,v);say("Key "+k.name+" saved");
+draw()});
+function revoke(k,draw){const d=dialog("Revoke key "+clip(k.name,64)+"?",para("",
+"Its next request is refused. Streams in progress end normally. This cannot be undone."),div("acts",
 btn("Keep it","",()=>d.close()),btn("Revoke","p",async()=>{try{await api("keys/"+k.id+"/revoke",{});d.close();
 say("Key "+k.name+" revoked");draw()}catch(e){d.append(errorBox(e))}})))}
 const newAccount=draw=>formDialog("New account",[field("Name","name",{autocomplete:"off"}),
 field("Kind","prepaid",{},"select",[["","open, or limited a month"],["1","prepaid credit"]]),
 field("Limit a month, USD","limit",{inputmode:"decimal",placeholder:"none"}),
-field("Price multiplier","multiplier",{inputmode:"decimal",placeholder:"1"})],"Create account",async v=>{await api("accounts",v);draw()});
+field("Price multiplier","multiplier",{inputmode:"decimal",placeholder:"1"})],"Create account",async v=>{await api("accounts",
+v);draw()});
 const credit=(a,draw)=>formDialog("Add credit to "+a.name,[field("Amount, USD","amount",{inputmode:"decimal"}),
 field("Reason (makes it an adjustment)","reason",{})],"Add credit",async v=>{
 await api("accounts/"+encodeURIComponent(a.name)+"/credit",v);draw()});
@@ -13916,139 +14229,154 @@ function statement(a){const now=new Date(),body=h("div",{class:"scroll",tabindex
 const months=Array.from({length:12},(_,i)=>{const d=new Date(Date.UTC(now.getUTCFullYear(),now.getUTCMonth()-i,1));
 return[d.getUTCFullYear()+"-"+two(d.getUTCMonth()+1),MON[d.getUTCMonth()]+" "+d.getUTCFullYear()]});
 const load=async mth=>{try{const s=await api("accounts/"+encodeURIComponent(a.name)+"/statement?month="+mth);
-swap(body,h("table",{},h("caption",{class:"sr"},"Charges by model"),th("Model",["Requests","r"],["Tokens","r"],["USD","r"]),
-h("tbody",{},s.charges.map(c=>h("tr",{},td("wrap",bdi(c.model,60)),td("r",num(c.requests)),td("r",tok(c.input+c.output)),
-td("r",usd(c.cost_nanos,2)))),s.credits.map(c=>h("tr",{},td("wrap",c.kind+" "+clip(c.reason,80)),td("r"),td("r"),
-td("r",usd(c.nanos,2))))),h("tfoot",{},[["Balance before",s.before_nanos],["Charges",-s.spent_nanos],["Balance after",s.after_nanos]]
-.map(([t,v])=>h("tr",{},td("",t),td("r"),td("r"),td("r",usd(v,2)))))))}catch(e){swap(body,errorBox(e))}};
+swap(body,sheet("","Charges by model",["Model",["Requests","r"],["Tokens","r"],["USD","r"]],
+[s.charges.map(c=>tr(td("wrap",bdi(c.model,60)),td("r",num(c.requests)),td("r",tok(c.input+c.output)),
+td("r",usd(c.cost_nanos,2)))),s.credits.map(c=>tr(td("wrap",c.kind+" "+clip(c.reason,80)),td("r"),td("r"),
+td("r",usd(c.nanos,2))))],h("tfoot",{},[["Balance before",s.before_nanos],["Charges",-s.spent_nanos],["Balance after",
+s.after_nanos]]
+.map(([t,v])=>tr(td("",t),td("r"),td("r"),td("r",usd(v,2)))))))}catch(e){swap(body,errorBox(e))}};
 const d=dialog("Statement of "+clip(a.name,64),h("label",{},"Month (UTC)",h("select",{onchange:e=>load(e.target.value)},
-months.map(([v,t])=>h("option",{value:v},t)))),h("p"),body,h("div",{class:"acts"},btn("Close","",()=>d.close())));load(months[0][0])}
+months.map(([v,t])=>h("option",{value:v},t)))),para(),body,div("acts",btn("Close","",()=>d.close())));load(months[0][0])}
 // the log and one request
 const TIMES=[["","any time"],["today","today"],["1d","last 24 hours"],["7d","last 7 days"],["30d","last 30 days"]];
 function usage(m,q,id){if(id)return oneRequest(m,decodeURIComponent(id));
 const NAMES=["time","text","key","model","provider","endpoint","result","min_cost"];let cursor=null,rows=[];
-const box=h("div",{class:"card full"}),sums=h("p",{class:"sub pad2"}),more=h("div",{class:"acts pad2"}),links=h("span",{class:"acts n0"});
+const box=div("card full"),sums=para("sub pad2"),more=div("acts pad2"),links=txt("acts n0");
 const query=()=>{const p=new URLSearchParams();for(const n of NAMES){const v=q.get(n);if(!v)continue;
 if(n==="time")p.set("from",v==="today"?midnight():Date.now()-parseInt(v)*DAY);
 else if(n==="min_cost")p.set(n,Math.round(parseFloat(v)*1e9)||0);else p.set(n,v)}return p};
-const list=h("div"),draw=()=>fill(list,async()=>{cursor=null;const d=await api("usage?"+query());rows=d.rows;cursor=d.cursor;return d},d=>{
-const s=d.sums;sums.textContent=num(s.requests)+" requests, "+tok(s.input)+" in ("+pct(s.cached,s.input)+" cached), "+tok(s.output)+
+const list=div(),draw=()=>fill(list,async()=>{cursor=null;const d=await api("usage?"+query());rows=d.rows;cursor=d.cursor;
+return d},d=>{
+const s=d.sums;sums.textContent=num(s.requests)+" requests, "+tok(s.input)+" in ("+pct(s.cached,
+s.input)+" cached), "+tok(s.output)+
 " out, "+usd(s.cost_nanos)+(s.unpriced?"; "+num(s.unpriced)+" without a price":"");show();const p=query();
-links.replaceChildren(...[["csv","CSV"],["jsonl","JSONL"]].map(([k,t])=>h("a",{class:"btn s",download:"",href:"/admin/api/usage."+k+"?"+p},
+links.replaceChildren(...[["csv","CSV"],["jsonl","JSONL"]].map(([k,t])=>h("a",{class:"btn s",download:"",
+href:"/admin/api/usage."+k+"?"+p},
 "Export "+t)));
-return rows.length?feedTable(rows):h("div",{class:"empty"},h("h2",{},"Nothing matches"),h("p",{},"No request fits these filters."),
-btn("Clear filters","",()=>{location.hash=location.hash==="#usage"?"#usage?":"#usage"}))});
+return rows.length?feedTable(rows):q.size?div("empty",h2("Nothing matches"),para("","No request fits these filters."),
+btn("Clear filters","",()=>{location.hash=location.hash==="#usage"?"#usage?":"#usage"})):
+div("empty",h2("No request yet"),para("",h("a",{href:"#setup"},"Set up Codex"),", and each stands here."))});
 function show(){more.replaceChildren(...cursor?[btn("Show older","",async e=>{const b=e.currentTarget;b.disabled=true;
 try{const p=query();p.set("cursor",cursor);const d=await api("usage?"+p);rows.push(...d.rows);cursor=d.cursor;
 $("tbody",list).append(...d.rows.map(feedRow));show();more.firstChild?.focus()}catch(x){more.append(errorBox(x))}})]:[])}
 const set=(n,v)=>{v?q.set(n,v):q.delete(n);history.replaceState(null,"","#usage"+(q.size?"?"+q:""));draw()};let timer=0;
-const inp=(label,n,a={})=>field(label,n,{value:q.get(n)||"",autocomplete:"off",spellcheck:"false",oninput:e=>{clearTimeout(timer);
+const inp=(label,n,a={})=>field(label,n,{value:q.get(n)||"",autocomplete:"off",spellcheck:"false",
+oninput:e=>{clearTimeout(timer);
 const v=e.target.value.trim();timer=setTimeout(()=>set(n,v),300)},...a});
 const sel=(label,n,opts)=>field(label,n,{value:q.get(n)||"",onchange:e=>set(n,e.target.value)},"select",opts);
-m.append(top_("Usage log",liveMark(me.open),links),card("pad",h("form",{class:"mk",role:"search","aria-label":"Filters",onsubmit:e=>e.preventDefault()},
+m.append(top_("Usage log",liveMark(me.open),links),card("pad",h("form",{class:"mk",role:"search","aria-label":"Filters",
+onsubmit:e=>e.preventDefault()},
 sel("Time","time",TIMES),sel("Result","result",[["","any"],...Object.keys(TAGS).map(k=>[k,TAGS[k][1]])]),
-inp("Text in id or error","text",{c:"m"}),me.role==="admin"?inp("Key","key"):null,inp("Model","model"),inp("Provider","provider"),
-inp("Endpoint","endpoint"),inp("Cost from, USD","min_cost",{inputmode:"decimal"}))),h("div",{class:"grid"},
-h("div",{class:"card full c12 gap"},sums,list,more)));draw();
+inp("Id or error","text"),me.role==="admin"?inp("Key","key"):null,inp("Model","model"),inp("Provider","provider"),
+inp("Endpoint","endpoint"),inp("Cost from, USD","min_cost",{inputmode:"decimal"}))),div("grid",
+div("card full c12 gap",sums,list,more)));draw();
 return{refresh:draw,live:lazily(()=>{if(rows.length<=50)draw()},1500)}}
-function oneRequest(m,id){const body=h("div");m.append(top_("Request",h("a",{class:"btn s",href:"#usage"},"Back to the log")),body);
+function oneRequest(m,id){const body=div();m.append(top_("Request",h("a",{class:"btn s",href:"#usage"},"Back to the log")),
+body);
 fill(body,()=>api("usage/"+encodeURIComponent(id)),d=>{const r=d.row,t=d.trace,lines=d.lines.filter(l=>l.parts.length||l.lost);
-const hops=[...(t?t.tried:[]).map(x=>{const i=x.indexOf(": ");return[x.slice(0,i),x.slice(i+2),false]})];
+const hops=(t?t.tried:[]).map((x,n)=>{const i=x.indexOf(": ");
+return[x.slice(0,i),x.slice(i+2)+", after "+secs(t.tried_ms[n]-(t.tried_ms[n-1]||0))+" s",false]});
 if(!t)hops.push(...d.lines.slice(0,-1).map(l=>[l.provider,l.error_code,false]));
 if(r.status!=="failed"||!hops.length)hops.push([r.provider||"nobody",r.status==="failed"?t?.error||r.error_code:
 "answered"+(r.attempts>1&&!hops.length?", after "+(r.attempts-1)+" that failed":""),r.status!=="failed"]);
-const total=Math.max(1,r.total_ms),first=r.first_ms||total,wf=[["Until the first output",0,first,"wrn"],
-...(r.first_ms?[["Output and finish",first,total,"acc"]]:[])];
-const curl="curl -N "+location.origin+"/v1/responses \\\n  -H \"Authorization: Bearer $POMEX_API_KEY\" \\\n  -H \"Content-Type: application/json\" \\\n  -d '"
-+JSON.stringify({model:r.model,input:"…",stream:true}).replace(/'/g,"'\\''")+"'";
-return[h("div",{class:"grid"},card("pad c6",head("What happened",tag(r)),h("dl",{class:"facts"},[["Time",when(r.started_ms)],
+const total=Math.max(1,r.total_ms);let from=0;const wf=[...t?.answering_ms?[["Before "+r.provider+" was asked",t.asked_ms,"k5"],
+["Until it began to answer",t.answering_ms,"wrn"]]:[],...r.first_ms?[["Until the first output",r.first_ms,"wrn"]]:[],
+[r.first_ms?"Output and finish":"The whole answer",total,"acc"]];
+return[div("grid",card("pad c6",head("What happened",tag(r)),facts([["Time",when(r.started_ms)],
 ["Model",bdi(r.model,200)],["Key",bdi(r.key,64)],["Account",bdi(r.account,64)],["Endpoint",r.endpoint],
-["Client",t?bdi(t.user_agent||"-",200):"not kept"],["Response id",h("code",{},clip(r.response_id,80))],
-["x-request-id",h("code",{},clip(r.request_id,130))],
+["Client",t?bdi(t.user_agent||"-",200):"not kept"],["Response id",mono(clip(r.response_id,80))],
+["x-request-id",mono(clip(r.request_id,130))],t?.upstream_id?["Upstream id",mono(clip(t.upstream_id,100))]:null,
 ["Ended by",r.terminal_by==="gateway"?"the gateway, which made the terminal event":"the upstream's own terminal event"],
 ["Terminal event",r.status==="cancelled"?"none: the client left":"response."+r.status],
-r.error_code?["Error",h("span",{},h("code",{},clip(r.error_code,80))," ",clip(t?.error,600))]:null,
-t&&t.dropped.length?["Not carried",clip(t.dropped.join(", "),400)]:null,r.estimated?["Tokens","estimated: "+clip(r.estimated,200)]:null]
-.filter(Boolean).map(([a,b])=>[h("dt",{},a),h("dd",{},b)])),h("div",{class:"acts"},btn("Copy as curl","s",e=>copy(curl,e.currentTarget)))),
+r.error_code?["Error",txt("",mono(clip(r.error_code,80))," ",clip(t?.error,600))]:null,
+t&&t.dropped.length?["Not carried",clip(t.dropped.join(", "),400)]:null,r.estimated?["Tokens","estimated: "+clip(r.estimated,
+200)]:null]),div("acts",btn("Copy as curl","s",e=>copy(curlOf({model:r.model,input:"…",stream:true}),e.currentTarget)))),
 card("pad c6",head("Path"),h("ol",{class:"steps"},hops.map((x,i)=>step(x[2]?"done":"bad",i+1,clip(x[0],60),clip(x[1],400)))),
-h("h2",{class:"n2"},"Time"),h("ul",{class:"rows"},wf.map(([n,a,b,c])=>h("li",{},h("span",{},n),h("span",{},secs(b-a)+" s"),
-h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},h("rect",{class:"trk",width:100,height:8}),
-h("rect",{class:c,x:a/total*100,width:Math.max(.6,(b-a)/total*100),height:8}))))),
-h("p",{class:"d"},"In all "+secs(r.total_ms)+" s. Prompts and answers are not stored.")),
-card("full c12",head("Tokens and cost",h("span",{},tok(r.input)+" in ("+tok(r.cached)+" cached, "+tok(r.cache_write)+" written), "+
+h("h2",{class:"n2"},"Time"),h("ul",{class:"rows"},wf.map(([n,to,c])=>{const x=from;from=Math.max(x,to);
+return h("li",{},txt("",n),txt("",secs(from-x)+" s"),lane(piece(c,x/total*100,(from-x)/total*100)))})),
+para("d","In all "+secs(r.total_ms)+" s. Prompts and answers are not stored.")),
+card("full c12",head("Tokens and cost",txt("",tok(r.input)+" in ("+tok(r.cached)+" cached, "+tok(r.cache_write)+" written), "+
 tok(r.output)+" out ("+tok(r.reasoning)+" reasoning)")),
-lines.length?h("table",{class:"stack"},h("caption",{class:"sr"},"Cost lines"),th("What",["Provider","opt"],["Tokens","r"],
-["USD per million","r"],["Cost","r"]),h("tbody",{},lines.flatMap(l=>l.parts.map(p=>h("tr",{},td("",p.what),td("opt",clip(l.provider,40)+
-(l===d.lines[d.lines.length-1]?"":", given up")),td("r",num(p.count)),td("r",p.what==="web searches"?"$"+p.picos/1e9+" / 1,000":"$"+p.picos/1e6),
-td("r",usd(p.nanos,6)))))),h("tfoot",{},h("tr",{},td("","Total"+(r.multiplier!==1e6?" (prices × "+r.multiplier/1e6+")":"")),td("opt"),
-td("r"),td("r"),td("r",usd(r.cost_nanos,6))))):h("p",{class:"empty"},r.price?"No tokens were billed.":r.input+r.output?
+lines.length?sheet("stack","Cost lines",["What",["Provider","opt"],["Tokens","r"],
+["USD per million","r"],["Cost","r"]],lines.flatMap(l=>l.parts.map(p=>tr(td("",p.what),td("opt",clip(l.provider,40)+
+(l===d.lines[d.lines.length-1]?"":", given up")),td("r",num(p.count)),td("r ml",
+p.what==="web searches"?"$"+p.picos/1e9+" / 1,000":"$"+p.picos/1e6),
+td("r",usd(p.nanos,6))))),h("tfoot",{},tr(td("","Total"+(r.multiplier!==1e6?" (prices × "+r.multiplier/1e6+")":"")),td("opt"),
+td("r"),td("r"),td("r",usd(r.cost_nanos,6))))):para("empty",r.price?"No tokens were billed.":r.input+r.output?
 "This model has no price: set one under [prices] in pomex.toml.":"No tokens were used."))) ]})}
 // models and providers
 const ctx=n=>n?n>=1e6?(n/1e6).toFixed(n%1e6<5e4?0:1)+" M":Math.round(n/1e3)+" k":"-";
-function models(m){const body=h("div");let d=null,find="";
-const input=h("input",{type:"search",placeholder:"Find a model","aria-label":"Find a model",oninput:e=>{find=e.target.value.toLowerCase();
+function models(m){const body=div();let d=null,find="";
+const input=h("input",{type:"search",placeholder:"Find a model","aria-label":"Find a model",
+oninput:e=>{find=e.target.value.toLowerCase();
 swap(body,draw())}});
 const price=(p,i)=>p?p[i]==="-"||p[i]==null?"-":"$"+p[i]:"";
 function draw(){const list=d.models.filter(x=>x.name.toLowerCase().includes(find));
-return[card("full c12",head(list.length+" models",h("span",{},"US dollars per million tokens; prices of "+d.prices_date)),
-list.length?h("table",{class:"stack"},h("caption",{class:"sr"},"Models"),th("Name",["In","r opt"],["Cached","r opt"],["Out","r opt"],
-["Context","r opt"],["Goes to","opt opt2"],"State",h("span",{class:"sr"},"Actions")),h("tbody",{},list.slice(0,400).map(x=>h("tr",{},
-td("",h("span",{class:"name"},bdi(x.name,90)),x.description?h("div",{class:"d"},clip(x.description,90)):null,
-x.long_over?h("div",{class:"d"},"over "+ctx(x.long_over)+" input: $"+x.long[0]+" in, $"+x.long[1]+" out"):null,
-x.changes.map(c=>h("div",{class:"d"},"from "+new Date(c.day*DAY).toISOString().slice(0,10)+": $"+c.price[0]+" in, $"+c.price[1]+" out")),
-x.peak>1?h("div",{class:"d"},"× "+x.peak+" in peak hours"):null),
-td("r opt",price(x.price,0)),td("r opt",price(x.price,2)),td("r opt",price(x.price,1)),td("r opt nw",ctx(x.context)),
-td("opt opt2 dim wrap",clip(x.targets.join(" → "),90)),td("",x.state!=="ready"?h("span",{class:"tag warn",title:x.state},"not usable"):
-x.price?h("span",{class:"tag ok"},"ready"):h("span",{class:"tag warn"},"no price set")),
-td("r nw",btn("Copy","s g",e=>copy(x.name,e.currentTarget),{"aria-label":"Copy "+x.name}),
-h("a",{class:"btn s g",href:"#playground?model="+encodeURIComponent(x.name),"aria-label":"Try "+x.name},"Try")))))):
-h("p",{class:"empty"},"No model of that name.")),
-d.any.length?h("p",{class:"note ok"},"Any other model of "+d.any.join(", ")+" can be asked for too, as provider/model-name."):null,
-d.missing.length?card("pad c12",head("Providers without a key"),h("ul",{class:"rows"},d.missing.map(p=>h("li",{},p.name,
-h("code",{},"export "+p.env_key+"=...")))),h("p",{class:"d"},"Then restart Pomex.")):null].map(x=>x&&h("div",{class:"grid"},
-h("div",{class:"c12"},x))).filter(Boolean)}
-m.append(top_("Models",h("div",{},input)),body);fill(body,()=>api("models"),x=>{d=x;return draw()});return{}}
-function providers(m){const body=h("div"),results={};
-const test=async(p,e)=>{const b=e.currentTarget;b.disabled=true;try{results[p.name]=await api("providers/"+encodeURIComponent(p.name)+"/test",{})}
-catch(x){results[p.name]={ok:false,ms:0,text:x.message}}say(p.name+": "+results[p.name].text);draw()};
-const draw=()=>fill(body,()=>api("providers"),d=>[h("div",{class:"grid"},d.providers.map(p=>{const r=results[p.name];
-const mx=Math.max(1,...p.minutes.map(x=>x[0]));return card("pad c6",h("div",{class:"hd"},h("h2",{},h("span",{class:"dot "+STATES[p.state]}),
-"  "+clip(p.name,40)),h("span",{class:"tag "+({healthy:"ok",failing:"bad","left out":"bad",recovering:"warn"}[p.state]||"")},p.state+(p.back_s?", back in "+p.back_s+" s":""))),
-h("svg",{class:"strip",viewBox:"0 0 240 28",preserveAspectRatio:"none",role:"img","aria-label":p.requests+" requests in the last hour, "+
+return[div("grid",card("full c12",head(list.length+" models",txt("","US dollars per million tokens; prices of "+d.prices_date)),
+list.length?sheet("stack","Models",["Name",["In","r opt"],["Cached","r opt"],["Out","r opt"],
+["Context / output","r opt"],["Goes to","opt opt2"],"State",txt("sr","Actions")],list.slice(0,400).map(x=>tr(
+td("",txt("name",bdi(x.name,90)),x.description?div("d",clip(x.description,90)):null,
+x.price?div("d only","$"+x.price[0]+" in, $"+x.price[1]+" out per million"+(x.context?", "+ctx(x.context)+" context":"")):null,
+x.long_over?div("d","over "+ctx(x.long_over)+" input: $"+x.long[0]+" in, $"+x.long[1]+" out"):null,
+x.changes.map(c=>div("d","from "+new Date(c.day*DAY).toISOString().slice(0,10)+": $"+c.price[0]+" in, $"+c.price[1]+" out")),
+x.peak>1?div("d","× "+x.peak+" in peak hours"):null),
+td("r opt",price(x.price,0)),td("r opt",price(x.price,2)),td("r opt",price(x.price,1)),td("r opt nw",
+ctx(x.context)+(x.max_output?" / "+ctx(x.max_output):"")),
+td("opt opt2 dim wrap",clip(x.targets.join(" → "),90)),td("",x.state!=="ready"?h("span",
+{class:"tag "+(STATES[x.state]||"warn"),title:x.state},STATES[x.state]?x.state:"not usable"):
+x.price?h("span",{class:"tag ok",title:"Price from "+x.source},"ready"):txt("tag warn","no price set")),
+td("r nw ka",btn("Copy","s g",e=>copy(x.name,e.currentTarget),{"aria-label":"Copy "+x.name}),
+h("a",{class:"btn s g",href:"#playground?model="+encodeURIComponent(x.name),"aria-label":"Try "+x.name},"Try"))))):
+para("empty","No model of that name."))),
+d.any.length?para("note ok","Any other model of "+d.any.join(", ")+" can be asked for too, as provider/model-name."):"",
+keyless(d.missing)||""]}
+m.append(top_("Models",div("",input)),body);fill(body,()=>api("models"),x=>{d=x;return draw()});return{}}
+function providers(m){const body=div(),results={};
+const act=(p,verb,text)=>btn(text,"s",async e=>{e.currentTarget.disabled=true;
+const r=results[p.name]=await api("providers/"+encodeURIComponent(p.name)+"/"+verb,{}).catch(x=>({ok:false,text:x.message}));
+say(p.name+": "+(r.text||verb+"d"));draw()},{"aria-label":text+": "+p.name,"data-f":text[0]+p.name});
+const draw=()=>fill(body,()=>api("providers"),d=>[div("grid",d.providers.map(p=>{const r=results[p.name];
+const mx=Math.max(1,...p.minutes.map(x=>x[0]));return card("pad c6",div("hd",h2(txt("dot "+STATES[p.state]),
+"  "+clip(p.name,40)),txt("tag "+STATES[p.state],p.state+(p.back_s?", back in "+p.back_s+" s":""))),
+h("svg",{class:"strip",viewBox:"0 0 240 28",preserveAspectRatio:"none",role:"img",
+"aria-label":p.requests+" requests in the last hour, "+
 p.failed+" failed"},p.minutes.map(([n,f],i)=>[h("rect",{class:"trk",x:i*4,width:3,y:0,height:28}),
 n?h("rect",{class:"acc",x:i*4,width:3,y:28-28*n/mx,height:28*n/mx}):null,
 f?h("rect",{class:"bd",x:i*4,width:3,y:28-28*f/mx,height:28*f/mx}):null])),
-h("dl",{class:"facts"},[["Last hour",num(p.requests)+" requests, "+num(p.failed)+" failed"+(p.requests?" ("+pct(p.requests-p.failed,p.requests)+" good)":"")],
+facts([["Last hour",num(p.requests)+" requests, "+num(p.failed)+" failed"+(p.requests?" ("+pct(p.requests-p.failed,
+p.requests)+" good)":"")],
 ["In flight",num(p.open)],["First token",p.first_ms[1]?"p50 "+secs(p.first_ms[0])+" s, p95 "+secs(p.first_ms[1])+" s":"-"],
 ["Full response",p.total_ms[1]?"p50 "+secs(p.total_ms[0])+" s, p95 "+secs(p.total_ms[1])+" s":"-"],
 ["Speaks",p.wire_api+(p.base_url?" at "+clip(p.base_url,90):", offline")],p.key_source?["Key from",clip(p.key_source,60)]:null,
-p.error?["Last error",h("span",{},when(p.error.time_ms)," ",clip(p.error.message,500))]:null].filter(Boolean)
-.map(([a,b])=>[h("dt",{},a),h("dd",{},b)])),
-r?h("p",{class:"note "+(r.ok?"ok":"bad"),role:"status"},clip(r.text,500)+(r.ms?" "+r.ms+" ms.":"")):null,
-h("div",{class:"acts"},h("a",{class:"btn s",href:"#usage?provider="+encodeURIComponent(p.name),"aria-label":"Usage of "+p.name},"Usage"),
-btn("Test now","s",e=>test(p,e),{"aria-label":"Test now: "+p.name,"data-f":"t"+p.name})))}),
-d.missing.length?card("pad c12",head("Without a key"),h("ul",{class:"rows"},d.missing.map(p=>h("li",{},p.name,h("code",{},
-"export "+p.env_key+"=..."))))):null)]);
+p.error?["Last error",txt("",when(p.error.time_ms)," ",clip(p.error.message,500))]:null]),
+p.state==="disabled"?para("note","No new request goes there, also after a restart, until you enable it."):null,
+r?.text?h("p",{class:"note "+(r.ok?"ok":"bad"),role:"status"},clip(r.text,500)+(r.ms?" "+r.ms+" ms.":"")):null,
+div("acts",h("a",{class:"btn s",href:"#usage?provider="+encodeURIComponent(p.name),"aria-label":"Usage of "+p.name},"Usage"),
+act(p,"test","Test now"),p.state==="disabled"?act(p,"enable","Enable"):act(p,"disable","Disable")))})),keyless(d.missing)||""]);
 m.append(top_("Providers",liveMark(me.open)),body);draw();return{refresh:draw,live:lazily(draw,2000)}}
 // playground
 function playground(m,q){let stop=null,form;
-const out=h("div",{class:"out",tabindex:0,role:"group","aria-label":"Answer"}),evs=h("ol",{class:"ev scroll",tabindex:0,"aria-label":"Events"});
+const out=h("div",{class:"out",tabindex:0,role:"group","aria-label":"Answer"}),evs=h("ol",{class:"ev scroll",tabindex:0,
+"aria-label":"Events"});
 const status=h("p",{class:"sub",role:"status"},"Nothing sent yet."),list=h("datalist",{id:"names"});
 const send=h("button",{class:"btn p"},"Send"),halt=btn("Stop","",()=>stop&&stop.abort(),{disabled:true});
-const bodyOf=()=>{const v=values(form),b={model:v.model.trim(),input:v.input,stream:true};if(v.instructions.trim())b.instructions=v.instructions;
+const bodyOf=()=>{const v=values(form),b={model:v.model.trim(),input:v.input,stream:true};
+if(v.instructions.trim())b.instructions=v.instructions;
 if(v.effort)b.reasoning={effort:v.effort};if(v.tools.trim())b.tools=JSON.parse(v.tools);return b};
-const texts=()=>{const b=JSON.stringify(bodyOf()),o=location.origin;return{curl:"curl -N "+o+"/v1/responses -H \"Authorization: Bearer $POMEX_API_KEY\" "+
-"-H \"Content-Type: application/json\" -d '"+b.replace(/'/g,"'\\''")+"'",Codex:"codex -m "+bodyOf().model+" '"+
-bodyOf().input.replace(/'/g,"'\\''")+"'",Python:"from openai import OpenAI\nimport os\n\nclient = OpenAI(base_url=\""+o+
+const texts=()=>{const b=bodyOf();return{curl:curlOf(b),Codex:"codex -m "+b.model+" '"+b.input.replace(/'/g,"'\\''")+"'",
+Python:"from openai import OpenAI\nimport os\n\nclient = OpenAI(base_url=\""+location.origin+
 "/v1\", api_key=os.environ[\"POMEX_API_KEY\"])\nfor event in client.responses.create(**"+
-JSON.stringify(bodyOf()).replace(/\btrue\b/g,"True")+"):\n    print(event)"}};
-function add(t0,type,data){const ms=Math.round(performance.now()-t0);let seq="";try{seq=JSON.parse(data).sequence_number??""}catch(e){}
-const pre=h("pre",{class:"code wrap"});if(evs.childElementCount<600)evs.append(h("li",{},h("details",{ontoggle:()=>{if(!pre.firstChild){
+JSON.stringify(b).replace(/\btrue\b/g,"True")+"):\n    print(event)"}};
+function add(t0,type,data){const ms=Math.round(performance.now()-t0);let seq="";
+try{seq=JSON.parse(data).sequence_number??""}catch(e){}
+const pre=h("pre",{class:"code wrap"});if(evs.childElementCount<600)evs.append(h("li",{},h("details",
+{ontoggle:()=>{if(!pre.firstChild){
 let s=data;try{s=JSON.stringify(JSON.parse(data),null,1)}catch(e){}pre.append(clip(s,20000))}}},h("summary",{},
-h("span",{class:"dim r"},ms+" ms"),h("span",{class:"dim r"},String(seq)),h("span",{},clip(type,60))),pre)))}
+txt("dim r",ms+" ms"),txt("dim r",String(seq)),txt("",clip(type,60))),pre)))}
 async function run(body){const t0=performance.now();out.replaceChildren();evs.replaceChildren();stop=new AbortController();
 send.disabled=true;halt.disabled=false;status.textContent="Sent.";let id="";
-try{const r=await fetch("/admin/api/playground",{method:"POST",headers:{"content-type":"application/json"},body:JSON.stringify(body),
+try{const r=await fetch("/admin/api/playground",{method:"POST",headers:{"content-type":"application/json"},
+body:JSON.stringify(body),
 signal:stop.signal});
 if(!r.ok){const t=await r.text();status.textContent="HTTP "+r.status;out.append(clip(t,4000));return}
 const rd=r.body.pipeThrough(new TextDecoderStream()).getReader();let buf="";
@@ -14061,49 +14389,59 @@ if(type==="response.function_call_arguments.done")out.append("\n[call "+clip(d.n
 if(/^response\.(completed|incomplete|failed)$/.test(type)){const u=d.response.usage;status.textContent=type+" after "+
 secs(performance.now()-t0)+" s"+(u?", "+tok(u.input_tokens)+" in, "+tok(u.output_tokens)+" out":"")+
 (d.response.error?": "+clip(d.response.error.message,400):"")}}}
-if(id)setTimeout(async()=>{try{const x=await api("usage/"+id);status.append(", ",cost(x.row)," ",h("a",{href:"#usage/"+id},"Show the request"))}
+if(id)setTimeout(async()=>{try{const x=await api("usage/"+id);status.append(", ",cost(x.row)," ",h("a",{href:"#usage/"+id},
+"Show the request"))}
 catch(e){}},350)}catch(e){status.textContent=e.name==="AbortError"?"Stopped.":clip(e.message,300)}
 finally{send.disabled=false;halt.disabled=true;stop=null}}
 form=h("form",{class:"stackform",onsubmit:e=>{e.preventDefault();wrong(form);let b;try{b=bodyOf()}catch(x){
 wrong(form,{param:"tools",message:"The tools must be a JSON list: "+x.message});return}run(b)}},
-h("label",{},"Model",h("input",{name:"model",list:"names",value:q.get("model")||"demo/echo",spellcheck:"false",required:true}),list),
+h("label",{},"Model",h("input",{name:"model",list:"names",value:q.get("model")||"demo/echo",spellcheck:"false",
+required:true}),list),
 h("label",{},"Input",h("textarea",{name:"input",rows:4,required:true,value:"What is 2 + 2?"})),
 h("label",{},"Instructions",h("textarea",{name:"instructions",rows:2,placeholder:"none"})),
 field("Tools, as JSON","tools",{rows:2,placeholder:"[]",spellcheck:"false"},"textarea"),
 field("Reasoning effort","effort",{},"select",[["","as the model has it"],["low","low"],["medium","medium"],["high","high"]]),
-h("div",{class:"tb"},h("span",{},send," ",halt),h("span",{},["curl","Codex","Python"].map(k=>btn(k,"s g",e=>{const b=e.currentTarget;
+div("tb",txt("",send," ",halt),txt("sub","Copy as",["curl","Codex","Python"].map(k=>btn(k,"s g",e=>{const b=e.currentTarget;
 try{copy(texts()[k],b)}catch(x){say("The tools are not JSON")}},{"aria-label":"Copy as "+k})))));
-m.append(top_("Playground"),h("div",{class:"grid"},card("pad c5",form),h("div",{class:"c7 gap"},card("pad",head("Answer"),out,status),
-card("pad",head("Events",h("span",{},"time, sequence number, type")),evs))));
+m.append(top_("Playground"),div("grid",card("pad c5",form),div("c7 gap",card("pad",head("Answer"),out,status),
+card("pad",head("Events",txt("","time, sequence number, type")),evs))));
 api("models").then(d=>list.append(...d.models.slice(0,400).map(x=>h("option",{value:x.name})))).catch(()=>{});
 return{}}
 // set-up
-const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url lacks /v1",wrong_wire_api:"The chat endpoint was called",
-use_http_sse:"A WebSocket was tried",model_not_found:"That model is not known",model_not_allowed:"The key may not use that model",
-provider_not_configured:"That provider has no key",invalid_request_error:"The request was not right"};
-function setup(m){const body=h("div"),steps=h("div"),bad=h("div");let s=null;
-const draw=()=>fill(body,()=>api("setup"),d=>{s=d;paint();return[h("div",{class:"grid"},h("div",{class:"card c12 two"},h("div",{},
-head("Checks"),steps),h("div",{},copyTabs("Set-up snippet",snippets(d)))),h("div",{class:"card full c12"},head("Refused requests",
-h("span",{},"seen by this gateway; newest first")),bad))]});
-function paint(){const c=s.codex||s.latest,real=Boolean(s.codex),end=c&&c.status;
+const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url lacks /v1",
+wrong_wire_api:"The chat endpoint was called",
+use_http_sse:"A WebSocket was tried",model_not_found:"That model is not known",
+model_not_allowed:"The key may not use that model",
+provider_not_configured:"That provider has no key",provider_disabled:"That provider is disabled",
+invalid_request_error:"The request was not right"};
+function setup(m){const body=div(),steps=div(),bad=div();let s=null;
+const draw=()=>fill(body,()=>api("setup"),d=>{s=d;paint();return[div("grid",div("card c12 two",div("",
+head("Checks"),steps),div("",copyTabs("Set-up snippet",snippets(d)))),div("card full c12",head("Refused requests",
+txt("","seen by this gateway; newest first")),bad))]});
+function paint(){const run=s.running,c=run||s.codex||s.latest,end=run?"":c?.status;
 swap(steps,h("ol",{class:"steps"},step("done",1,"The gateway answers on "+location.host,"This page came from it."),
 s.providers.length?step("done",2,"Providers are configured",s.providers.join(", ")):step(s.demo?"done":"bad",2,
 s.demo?"The demo is ready":"No provider is ready",s.demo?"demo/echo works offline. For real models set a provider's key.":"Set a provider's key."),
-s.keys?step("done",3,s.keys===1?"A key exists":s.keys+" keys exist"):step("bad",3,"No key yet",h("a",{href:"#keys"},"Create a key")),
-h("li",{},h("span",{class:"st "+(c?"done":"now")},c?"✓":""),h("span",{role:"status"},h("b",{},c?(real?"A request from Codex was received":
-"A request was received"):"Waiting for the first request from Codex…"),c?[clip(c.model,60)+(c.user_agent?", "+clip(c.user_agent,80):"")+" at ",
-when(c.started_ms)]:'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"')),
-step(!c?"":end==="completed"?"done":"bad",5,c?"Its stream ended with response."+end:"The stream ends with response.completed",
+s.keys?step("done",3,s.keys===1?"A key exists":s.keys+" keys exist"):step("bad",3,"No key yet",h("a",{href:"#keys"},
+"Create a key")),
+h("li",{},txt("st "+(end?"done":"now"),end?"✓":""),h("span",{role:"status"},h("b",{},c?"A request "+(c.codex?"from Codex ":"")+
+(run?"is in flight":"was received"):"Waiting for the first request from Codex…"),c?[clip(c.model,60)+(c.user_agent?", "+
+clip(c.user_agent,80):"")+" at ",when(c.started_ms)]:'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"')),
+step(!end?"":end==="completed"?"done":"bad",5,!end?"The stream ends with response.completed":end==="cancelled"?
+"The client left before the end":"Its stream ended with response."+end,
 c?.error?clip(c.error,300):"")));
-swap(bad,s.refused.length?h("table",{class:"stack"},h("caption",{class:"sr"},"Refused requests"),th(["Time","opt"],"What and how to mend it",
-["Request","opt"],["Status","r"]),h("tbody",{},s.refused.slice(0,25).map(x=>h("tr",{},td("nw dim opt",when(x.time_ms)),
-td("",h("div",{class:"name"},CAUSES[x.code]||"The request was refused"),h("div",{class:"wrap"},bdi(x.message,600)),
-h("div",{class:"d"},x.key?["key ",bdi(x.key,64),", "]:null,bdi(x.user_agent||"no User-Agent",100))),
-td("opt mono wrap",bdi(x.method+" "+x.path,80)),td("r nw",h("span",{class:"tag bad"},String(x.status))))))):
-h("p",{class:"empty"},"None. A wrong key, model or address shows here within a second, with its cure."))}
+swap(bad,s.refused.length?sheet("stack","Refused requests",[["Time","opt"],"What and how to mend it",
+["Request","opt"],["Status","r"]],s.refused.slice(0,25).map(x=>tr(td("nw dim opt",when(x.time_ms)),
+td("",div("name",CAUSES[x.code]||"The request was refused"),div("wrap",bdi(x.message,600)),
+div("d",x.key?["key ",bdi(x.key,64),", "]:null,bdi(x.user_agent||"no User-Agent",100))),
+td("opt mono wrap",bdi(x.method+" "+x.path,80)),td("r nw",txt("tag bad",String(x.status)))))):
+para("empty","None. A wrong key, model or address shows here within a second, with its cure."))}
 m.append(top_("Setup",liveMark(me.open)),body);draw();
-return{refresh:draw,live:(kind,d)=>{if(!s)return;if(kind==="refused"){s.refused.unshift(d);paint();say((CAUSES[d.code]||"Refused")+": "+d.message)}
-if(kind==="usage"){if(d.codex)s.codex=d;s.latest=d;paint()}if(kind==="key")draw()}}}
+return{refresh:draw,live:(kind,d)=>{if(!s)return;if(kind==="refused"){s.refused.unshift(d);paint();
+say((CAUSES[d.code]||"Refused")+": "+d.message)}
+if(kind==="started"){s.running=d;paint()}if(kind==="usage"){if(d.codex)s.codex=d;s.latest=d;
+if(s.running?.response_id===d.response_id)s.running=null;paint()}if(kind==="key")draw()}}}
+$(".skip").onclick=e=>{e.preventDefault();$("#main").focus()};
 begin();
 </script></body></html>
 """     # noqa: E501

@@ -256,6 +256,32 @@ async def test_the_live_feed_tells_of_rows_and_refusals_and_ends_with_the_gatewa
 
 
 @gateway_test
+async def test_the_live_feed_tells_that_a_request_began_and_the_set_up_page_that_it_runs(gateway):
+    _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers=ADMIN, read=True)
+    asking = asyncio.ensure_future(gateway.answer(gateway.key, "demo/slow", {"user-agent": "codex_exec/9", "originator": "codex_exec"}))
+    while not (line := await asyncio.wait_for(reader.readline(), 5)).startswith(b"event"):
+        pass
+    assert line == b"event: started\n"
+    told = json.loads((await reader.readline())[6:])
+    assert (told["model"], told["key"], told["codex"], told["user_agent"]) == ("demo/slow", "ana", True, "codex_exec/9")
+    assert (await gateway.get("setup"))[1]["running"] == told
+    asking.cancel()
+    writer.close()
+
+
+@gateway_test
+async def test_a_request_that_ended_does_not_run_and_shows_when_its_provider_was_asked_and_began(gateway):
+    await gateway.answer(gateway.key, "demo/flaky")
+    assert (await gateway.get("setup"))[1]["running"] is None
+    while not (rows := (await gateway.get("usage"))[1]["rows"]):        # gathered for a moment
+        await asyncio.sleep(pomex.SAVE_AFTER_S)
+    row = rows[0]
+    trace = (await gateway.get("usage/" + row["response_id"]))[1]["trace"]
+    assert row["tried"] == ["demo"] and len(trace["tried"]) == 1
+    assert 0 < trace["tried_ms"][0] <= trace["asked_ms"] <= trace["answering_ms"] <= row["total_ms"]
+
+
+@gateway_test
 async def test_a_holders_feed_has_nothing_of_others(gateway):
     _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {gateway.key}"}, read=True)
     await reader.readuntil(b": hello\n\n")
@@ -304,6 +330,41 @@ async def test_an_account_gets_credit_and_a_statement(gateway):
     bill = (await gateway.get(f"accounts/team/statement?month={month}"))[1]
     assert (bill["after_nanos"], [entry["kind"] for entry in bill["credits"]]) == (15 * 10**9, ["top-up", "adjustment"])
     assert (await gateway.get("accounts/team/statement?month=soon"))[0] == 400
+
+
+@gateway_test
+async def test_a_disabled_provider_is_not_asked_by_any_process_until_it_is_enabled(gateway):
+    assert (await gateway.post("providers/demo/disable", {}))[:2] == (200, {"name": "demo"})
+    status, _, body = await gateway.answer(gateway.key)
+    error = json.loads(body)["error"]
+    assert status == 400 and error["code"] == "provider_disabled" and "disabled demo" in error["message"]
+    assert (await gateway.get("providers"))[1]["providers"][0]["state"] == "disabled"
+    assert {model["state"] for model in (await gateway.get("models"))[1]["models"]} == {"disabled"}
+    with contextlib.closing(pomex.Ledger.open(gateway.ledger._path)) as other:     # another process, or after a restart
+        assert other.disabled == {"demo"}
+        other.use_provider("demo", True)
+    await asyncio.sleep(pomex.KEYS_POLL_S)
+    assert (await gateway.answer(gateway.key))[0] == 200
+    assert (await gateway.post("providers/nobody/disable", {}))[0] == 404
+
+
+def test_of_several_targets_those_of_a_disabled_provider_are_passed_over():
+    text = """
+[providers.one]
+base_url = "http://127.0.0.1:9/v1"
+wire_api = "chat"
+[providers.two]
+base_url = "http://127.0.0.1:9/v1"
+wire_api = "chat"
+[models."team/both"]
+targets = ["one:m", "two:m"]
+"""
+    tiers = pomex.Catalogue(pomex.load_config(text, "pomex.toml", {}), {}).tiers("team/both")
+    def left(*names):
+        return [way.provider.name for tier in pomex.in_use(tiers, frozenset(names)) for way in tier]
+    assert left() == ["one", "two"] and left("one") == ["two"] and left("other") == ["one", "two"]
+    with pytest.raises(pomex.BadRequest, match="disabled one and two"):
+        left("one", "two")
 
 
 @gateway_test

@@ -207,8 +207,19 @@ pomex.toml   ok, 3 providers, 1 model described
   local      http://10.0.0.7:8000/v1
   demo       works offline
   my/coder   openai:gpt-5.3-codex -> local:qwen | local:tiny-1
-0 warnings, 0 errors
+0 warnings, 0 errors            (add --live to contact each provider)
 """
+
+
+def test_check_live_asks_each_provider_for_its_models(here, capsys):
+    with small_server('{"data": []}') as url:
+        (here / "pomex.toml").write_text(f'[providers.up]\nwire_api = "chat"\nbase_url = "{url}/v1"\n[providers.gone]\n'
+                                         f'wire_api = "messages"\nbase_url = "http://127.0.0.1:{free_port()}/v1"\n')
+        assert pomex.main(["check", "--live"]) == 1
+        said = capsys.readouterr().out
+        assert re.search(r"^  up +http\S+, it answers$", said, re.MULTILINE)
+        assert re.search(r"^  gone +http\S+, error: .*connection refused", said, re.MULTILINE) and said.endswith("\n0 warnings, 1 error\n")
+        assert pomex.main(["check"]) == 0
 
 
 def test_check_warns_of_a_key_that_others_can_read(here, capsys):
@@ -216,11 +227,11 @@ def test_check_warns_of_a_key_that_others_can_read(here, capsys):
     (here / "pomex.toml").chmod(0o644)
     assert pomex.main(["check"]) == 0
     out = capsys.readouterr().out
-    assert "pomex.toml holds a key and others can read it; chmod 600 pomex.toml\n1 warning, 0 errors\n" in out
+    assert "pomex.toml holds a key and others can read it; chmod 600 pomex.toml\n1 warning, 0 errors            (add --live to contact each provider)\n" in out
     assert "0123456789" not in out
     (here / "pomex.toml").chmod(0o600)
     pomex.main(["check"])
-    assert "0 warnings, 0 errors\n" in capsys.readouterr().out
+    assert "0 warnings, 0 errors            (add --live to contact each provider)\n" in capsys.readouterr().out
 
 
 def test_models_lists_what_is_known_by_name(configured, capsys):

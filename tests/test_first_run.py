@@ -101,7 +101,7 @@ def test_init_writes_a_file_that_check_takes(home, environ, monkeypatch, capsys)
     assert pomex.main(["init"]) == 1 and "nothing was written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_offers_the_commands(shell, capsys):
     assert pomex.main(["completion", shell]) == 0
     script = capsys.readouterr().out
@@ -111,6 +111,7 @@ def test_completion_offers_the_commands(shell, capsys):
         assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True).stdout.split() == ["admin-url", "create"]
     else:
         assert "admin-url" in script
+        assert shell == "zsh" or "complete -c pomex.py -n '__fish_seen_subcommand_from doctor' -a '" in script
 
 
 GOOD = "\n".join(BLOCK)
@@ -167,7 +168,7 @@ def test_doctor_finds_each_planted_fault_and_names_the_cure(doctor, fault):
 @pytest.mark.parametrize("key, message", [("", "not set"), ("sk-rh-xxxxxxxxxxxx", "placeholder"), ("sk-ant-1", "another provider")])
 def test_doctor_finds_a_key_that_does_not_work(doctor, key, message):
     rows, wrong = doctor(lambda text: text, key)
-    assert wrong[-1] == "key" and message in rows[-1].text and rows[-1].fix
+    assert wrong[-1] == "env_key" and message in rows[-1].text and "keys create" in rows[-1].fix
 
 
 def test_doctor_says_where_no_gateway_is(home, capsys):

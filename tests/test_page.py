@@ -66,8 +66,8 @@ def test_every_endpoint_that_the_page_asks_is_there():
 
 def test_every_colour_of_text_has_its_contrast():
     def rgb(name, theme):
-        block = STYLE[:STYLE.index("@media")] if theme == "light" else STYLE[STYLE.index(":root[data-theme=dark]"):]
-        text = re.search(rf"--{name}:#([0-9a-f]+)", block)[1]
+        light, dark = re.search(rf"--{name}:light-dark\(#([0-9a-f]+),#([0-9a-f]+)\)", STYLE).groups()
+        text = light if theme == "light" else dark
         text = "".join(c * 2 for c in text) if len(text) == 3 else text
         parts = [int(text[i:i + 2], 16) / 255 for i in (0, 2, 4)]
         return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), parts))

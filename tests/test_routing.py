@@ -656,6 +656,58 @@ def test_a_lost_target_is_left_out_shown_and_probed_by_one(tmp_path, caplog, mon
     assert "target a:m is left out for 0 s: quota used up" in caplog.text and "target a:m answers again" in caplog.text
 
 
+def stumbles(*_, **__):
+    raise KeyError("PROMPT-TEXT")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("place", ["settle_items", "output", "feed"])
+def test_where_an_answer_cannot_be_told_there_is_an_end_and_a_row(place, streaming, tmp_path, monkeypatch, caplog):
+    """A fault of our own, wherever it strikes: one terminal event or a status, one row, and no word of the text in the log."""
+    monkeypatch.setattr(pomex.Translation if place == "feed" else pomex.Assembler, place, stumbles)
+    monkeypatch.setattr(pomex.Translation, "whole", stumbles if place == "feed" else pomex.Translation.whole)
+
+    async def main():
+        async with gateway(Scripted(a=good("chat", streaming)), {"a": "chat"}, tmp_path) as (ask, ledger, _):
+            status, _, body = await ask(stream=streaming)
+            if status == 200:
+                assert check(body)["status"] == "failed" and b"could not read the provider" in body
+            else:
+                assert status == 502 and json.loads(body)["error"]["code"] == "server_error", body
+            assert (status == 200) == (streaming and place != "feed")
+            (row,) = await rows_of(ledger)
+            assert row["status"] == "failed" and (place == "feed" or (row["input"], row["output"]) == (7, 3))
+    run(main)
+    assert "a fault of Pomex itself, KeyError in " in caplog.text
+    assert "PROMPT-TEXT" not in caplog.text and "Traceback" not in caplog.text
+
+
+def test_what_an_encoder_stumbles_over_blames_no_target_and_praises_none(tmp_path, monkeypatch, caplog):
+    async def main():
+        scripted = Scripted(a=[FAULTS["401"]("chat", True), good("chat", True)], b=good("chat", True))
+        async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path) as (ask, ledger, _):
+            await ask()                                 # a is left out by its own fault
+            with monkeypatch.context() as patch:
+                patch.setitem(pomex.WIRES, "chat", pomex.WIRES["chat"]._replace(encode=stumbles))
+                for _ in range(4):
+                    status, _, body = await ask()
+                    assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_type")
+            assert scripted.calls == ["a", "b"]
+            await ask()
+            assert scripted.calls == ["a", "b", "b"] and len(await rows_of(ledger, 6)) == 6
+    run(main)
+    assert "target b" not in caplog.text and "answers again" not in caplog.text
+
+
+def test_a_refusal_of_the_request_itself_shows_that_its_target_answers():
+    router, target = pomex.Router(None), way("a")
+    router.blame(target, "auth", True, None, 0.0)
+    router.blame(target, "bad_request", False, None, 1.0)
+    assert router.health.state(target.id, 1.0) == "open"
+    router.blame(target, "bad_request", True, None, 1.0)
+    assert router.health.state(target.id, 1.0) != "open"
+
+
 def test_a_name_that_a_client_made_up_leaves_no_target_out(tmp_path):
     async def main():
         scripted = Scripted(a=FAULTS["404"]("chat", True))

@@ -37,6 +37,11 @@ function call(method, path, body, headers = {}) {
     await call("POST", "/v1/responses", JSON.stringify({ model: "demo/echo", input: "hi", stream: true }), { originator: "codex_exec", "user-agent": "codex_exec/0.128.0" });
     await page.waitForSelector("text=A request from Codex was received", { timeout: 3000 });
     return (await page.textContent("#main")).includes("Its stream ended with response.completed"); });
+  await check("set-up shows a request in flight, and that its client left", async () => {
+    const q = http.request(base + "/v1/responses", { method: "POST", headers: { authorization: "Bearer " + apiKey, "content-type": "application/json" } });
+    q.on("error", () => 0); q.end(JSON.stringify({ model: "demo/slow", input: "hi", stream: true }));
+    await page.waitForSelector("text=A request is in flight", { timeout: 1000 }); q.destroy();
+    await page.waitForSelector("text=A request from Codex was received", { timeout: 3000 }); });
   await check("nothing hostile became an element", async () => await page.$$eval("#main img", x => x.length) === 0);
   // keys, by keyboard alone
   await go("keys");
@@ -78,6 +83,18 @@ function call(method, path, body, headers = {}) {
     return (await page.textContent(".out")).includes(EVIL) && (await page.textContent(".ev")).includes("response.output_text.delta"); });
   await check("the request stands in the log with its detail", async () => { await page.click("text=Show the request");
     await page.waitForSelector("text=Terminal event"); return (await page.textContent("#main")).includes("response.completed"); });
+  await go("providers");
+  await check("a provider is disabled and enabled again, and stays what it is over a test", async () => {
+    const ask = async () => (await call("POST", "/v1/responses", body("demo/echo"))).status, seen = [await ask()];
+    await page.click("text=/^Disable$/"); await page.waitForSelector("text=No new request goes there"); seen.push(await ask());
+    await page.click("text=Test now"); await page.waitForSelector("text=The demo works offline"); await page.waitForSelector(".tag >> text=disabled");
+    await go("models"); seen.push(await page.textContent("tbody tr .tag")); await go("providers");
+    await page.click("text=/^Enable$/"); await page.waitForSelector("text=/^Disable$/"); seen.push(await ask());
+    return seen.join() === "200,400,disabled,200" || seen.join(); });
+  await check("a panel that fails says why and offers to try again", async () => {
+    await page.route("**/admin/api/models", r => r.fulfill({ status: 404, json: { error: { message: "The ledger is locked." } } }));
+    await go("models"); await page.waitForSelector("[role=alert] >> text=The ledger is locked."); await page.unroute("**/admin/api/models");
+    await page.click("text=Retry"); await page.waitForSelector("tbody >> text=demo/echo"); });
   await go("usage?model=nothing/here");
   await check("a filter without a match offers to clear it", async () => { await page.click("text=Clear filters"); await page.waitForSelector("tbody tr"); });
   await go("overview");
@@ -102,7 +119,7 @@ function call(method, path, body, headers = {}) {
     await other.addScriptTag({ content: axe });
     for (const v of await other.evaluate(async () => (await axe.run()).violations.map(v => v.id + ": " + v.nodes[0].html.slice(0, 160)))) violations.push(name + " " + v);
   }
-  for (const width of [390, 761, 900, 1024, 1600]) { await page.setViewportSize({ width, height: 900 }); for (const r of routes) { await go(r);
+  for (const r of routes) { await go(r); for (const width of [390, 761, 900, 1024, 1600]) { await page.setViewportSize({ width, height: 900 });
     if (await page.evaluate(() => document.documentElement.scrollWidth > innerWidth)) faults.push("sideways scroll: " + r + " " + width); } }
   // the holder's view
   await check("logging out ends the session", async () => { await page.click("text=Log out"); await page.waitForSelector("input[name=token]");

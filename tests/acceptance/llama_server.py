@@ -27,6 +27,7 @@ params.model.path = str(next(pathlib.Path(package).glob("*.gguf")))
 params.model_alias = {"smollm2"}
 params.chat_template = TEMPLATE
 params.n_ctx = 4096
+params.sampling.temp = 0            # for who asks for no temperature: the same answer each time
 params.port = 0
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)

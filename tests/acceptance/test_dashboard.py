@@ -4,16 +4,20 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import time
+import urllib.request
 
+import dashboard_pictures
 import pytest
-from harness import TOOLS, required
+from harness import CODEX_VERSIONS, TOOLS, Codex, free_port, required, running_pomex
 
 import pomex
 
 HERE = pathlib.Path(__file__).resolve().parent
+ANEW = os.environ.get("POMEX_SHOTS") == "1"
 CHROMIUM = pathlib.Path(os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium")
 
 
@@ -28,7 +32,7 @@ def packages():
 def walk(packages, tmp_path_factory):
     """What the driver saw: one run for all tests."""
     folder = tmp_path_factory.mktemp("dashboard")
-    shots = os.environ.get("POMEX_SHOTS", "")
+    shots = os.environ.get("POMEX_SURVEY", "")         # a folder: every route in both themes at both widths
 
     async def run():
         config = pomex.load_config(f'[server]\nport = 0\n[database]\nurl = "sqlite:{folder}/p.db"\n', str(folder / "pomex.toml"), {})
@@ -55,3 +59,101 @@ def test_no_console_error_no_other_host_no_csp_report_no_dialog_no_sideways_scro
 
 def test_axe_finds_nothing_on_any_route_in_both_themes_at_both_widths(walk):
     assert walk["axe"] == []
+
+
+# --- from the login link on, as a person goes ------------------------------------------------------
+
+class Walk:
+    """dashboard_walks.js with a page of its own, and what it says."""
+
+    def __init__(self, way, link, packages, folder=""):
+        self.process = subprocess.Popen(
+            ["node", str(HERE / "dashboard_walks.js"), way, link.partition("/admin")[0], link, str(folder)], text=True,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "NODE_PATH": str(packages), "CHROMIUM": str(CHROMIUM)})
+
+    def hear(self):
+        said = json.loads(self.process.stdout.readline() or '{"error": "the walk ended"}')
+        assert "error" not in said, said
+        return said
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+
+def printed_link(gateway):
+    """The login link that `serve` printed at its start."""
+    return re.search(r"http://\S+#login=\S+", "".join(gateway.log))[0]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Where pictures go: with POMEX_SHOTS=1 those of the README are made anew."""
+    return HERE.parent / "shots" if ANEW else tmp_path
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    """A new machine: no configuration, no database, the gateway started in a terminal."""
+    with running_pomex(tmp_path / "pomex", arguments=("--port", str(free_port()), "--no-detect")) as started:
+        yield started
+
+
+@pytest.mark.parametrize("version", CODEX_VERSIONS)
+def test_a_key_and_a_block_from_the_page_bring_codex_in_and_a_revoked_key_keeps_it_out(
+        version, gateway, packages, pictures, tmp_path):
+    with Walk("mouse", printed_link(gateway), packages, pictures) as walk:
+        copied = walk.hear()
+        codex = Codex(version, tmp_path / "codex", copied["block"], copied["key"])
+        assert "What is 2 + 2?" in codex.exec("What is 2 + 2?").answer
+        seen = walk.hear()
+        assert f"A request from Codex was receiveddemo/echo, codex_exec/{version.replace('latest', '')}" in seen["steps"][3]
+        assert "Its stream ended with response.completed" in seen["steps"][4]
+        assert seen["greenMs"] < 3000                   # since the request began, Codex and all
+        assert "/v1/responses" in seen["detail"] and "response.completed" in seen["detail"] and "codex_exec" in seen["detail"]
+        assert "demo/echo" in seen["row"] and "laptop" in seen["row"] and "$0" in seen["row"] and "completed" in seen["row"]
+        assert seen["endpoint"].startswith("/v1/responses")
+
+        refused = codex.exec("And now?")
+        assert refused.code != 0
+        assert "Key laptop was revoked on" in refused.stdout + refused.stderr
+        last = walk.hear()
+        assert "The key was refused" in last["refused"] and "Key laptop was revoked" in last["refused"]
+        assert last["refusedMs"] < 1500
+        assert last["faults"] == []
+
+
+def test_everything_from_the_login_to_a_revoked_key_goes_by_keyboard_with_the_focus_in_sight(gateway, packages):
+    with Walk("keyboard", printed_link(gateway), packages) as walk:
+        assert walk.hear()["faults"] == []
+
+
+def test_while_there_is_no_key_and_no_request_every_page_says_what_to_do(packages, tmp_path):
+    async def run():
+        text = f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n'
+        config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {})
+        with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+            async with pomex.running(config, ledger) as server:
+                link = pomex.open_session(ledger, "link", 0, 600, time.time())
+                with Walk("empty", "http://%s:%d/admin#login=%s" % (*server.address, link), packages) as walk:
+                    return await asyncio.to_thread(walk.hear)
+    assert asyncio.run(run())["faults"] == []
+
+
+def test_the_pictures_of_the_readme_show_a_request_that_failed_over_and_are_small(packages, pictures, tmp_path):
+    async def run():
+        async with dashboard_pictures.demo(tmp_path) as (base, token, key):
+            with Walk("pictures", f"{base}/admin#login={token}", packages, pictures) as walk:
+                await asyncio.to_thread(walk.hear)
+                body = b'{"model": "team/coder", "input": "Does it build?", "stream": true}'
+                ask = urllib.request.Request(f"{base}/v1/responses", body, {
+                    "authorization": f"Bearer {key}", "content-type": "application/json", "user-agent": "builder/1.0"})
+                assert b"response.completed" in await asyncio.to_thread(lambda: urllib.request.urlopen(ask).read())
+                return await asyncio.to_thread(walk.hear)
+    assert asyncio.run(run())["faults"] == []
+    sizes = {name: (pictures / f"{name}.png").stat().st_size for name in ("overview", "request", "keys")}
+    assert max(sizes.values()) < 65_000, sizes

@@ -1,0 +1,633 @@
+"""The first run as its user meets it: from the clone to Codex's first answer, every mistake of FIRST-RUN.md and of the guide
+made for real, what doctor says of it, and its cure typed as it is printed."""
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pomex as program
+import pytest
+from harness import (DIRECT, HERE, JSON, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary, found_in_log, free_port,
+                     keep_lines, llama_python, running_pomex)
+from scripted import Answer, Call, Refusal, Upstream, says
+
+pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
+
+
+# --- a shell, as its user has one -------------------------------------------------------------------
+
+@dataclass
+class Shell:
+    """A home with a checkout in it, and codex and python in PATH."""
+    home: Path
+    environment: dict[str, str]
+
+    def type(self, *lines: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", "-c", "\n".join(lines)], env={**self.environment, **more}, cwd=self.home / "pomex",
+                              text=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL, check=False)
+
+    def doctor(self, *before: str, **more: str) -> Doctor:
+        done = self.type(*before, "python pomex.py doctor", **more)
+        return Doctor(done.returncode, done.stdout, done.stderr)
+
+    @property
+    def config(self) -> Path:
+        return self.home / ".codex" / "config.toml"
+
+    def configure(self, text: str | None) -> None:
+        """Nothing but this in Codex's folder; None: not even that."""
+        shutil.rmtree(self.config.parent)
+        self.config.parent.mkdir()
+        if text is not None:
+            self.config.write_text(text)
+
+
+@dataclass
+class Doctor:
+    code: int
+    out: str
+    err: str
+
+    def row(self, what: str) -> str:
+        found = [line for line in self.out.splitlines() if re.match(rf" *{re.escape(what)} ", line)]
+        assert len(found) == 1, self
+        return found[0]
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is a problem, by the second column."""
+        found = re.findall(r"^ *(\S+(?: \S+)*?)  +(?:wrong|missing) ", self.out, re.M)
+        counted = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        assert self.out.endswith(f"\n{counted}\n") and self.code == bool(found), self
+        return found
+
+    def fix(self, what: str) -> str:
+        return self.row(what).partition("   fix: ")[2]
+
+
+def shell(home: Path, **more: str) -> Shell:
+    for folder in ("bin", "pomex", ".codex"):
+        (home / folder).mkdir(parents=True)
+    (home / "pomex" / "pomex.py").symlink_to(POMEX)
+    for name in ("python", "python3"):
+        (home / "bin" / name).symlink_to(sys.executable)
+    (home / "bin" / "codex").symlink_to(codex_binary("latest"))
+    environment = clean_environment(home, **more)
+    return Shell(home, {**environment, "PATH": f"{home / 'bin'}:{environment['PATH']}"})
+
+
+def without(line: str) -> Callable[[str], str]:
+    return lambda text: "".join(each for each in text.splitlines(keepends=True) if not each.startswith(line))
+
+
+def swap(old: str, new: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        assert re.search(old, text), text
+        return re.sub(old, new, text)
+    return change
+
+
+# --- doctor: planted faults, and their cures as they are printed -------------------------------------
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Shell, Pomex]]:
+    """A gateway, and a shell beside it that uses the same database."""
+    home = tmp_path_factory.mktemp("doctor")
+    with running_pomex(home / "gateway", f"[server]\nport = {free_port()}\n") as gateway:
+        made = shell(home, POMEX_CONFIG=str(home / "gateway" / "pomex.toml"), POMEX_API_KEY=gateway.key)
+        made.configure(gateway.codex_block())
+        yield made, gateway
+
+
+@dataclass
+class Fault:
+    what: str                               # the row that names it
+    says: str                               # part of it
+    change: Callable[[str], str | None] = lambda text: text         # of config.toml
+    key: str | None = None                  # in the variable; "" is not set
+    typed: bool = True                      # the cure is a command that can be typed here
+    wrong: bool = True                      # counted as a problem
+
+
+FAULTS = {
+    "no file": Fault("config.toml", "there is no ~/.codex/config.toml: Codex asks OpenAI itself", lambda text: None),
+    "no model_provider": Fault("config.toml", "no model_provider, so Codex asks OpenAI", without("model_provider =")),
+    "another table": Fault("config.toml", 'model_provider is "pomex", but there is no [model_providers.pomex]',
+                           swap(r"providers\.pomex\]", "providers.pomx]")),
+    "no wire_api": Fault("wire_api", 'not set, which means "responses"', without("wire_api"), wrong=False),
+    "chat": Fault("wire_api", '"chat" must be "responses"', swap('"responses"', '"chat"')),
+    "no /v1": Fault("base_url", '" lacks /v1', swap(r'(base_url = ".*)/v1"', r'\1"')),
+    "another port": Fault("base_url", '" is not http://127.0.0.1:', swap(r'(base_url = ".*):\d+/v1"', r'\1:1/v1"')),
+    "https": Fault("base_url", '" is not http://127.0.0.1:', swap('base_url = "http:', 'base_url = "https:')),
+    "websockets": Fault("websockets", "supports_websockets = true", lambda text: f"{text}supports_websockets = true\n",
+                        typed=False),
+    "no env_key": Fault("env_key", "must be the name of a variable", without("env_key")),
+    "the key as env_key": Fault("env_key", "must be the name of a variable", swap('"POMEX_API_KEY"', '"sk-rh-0123456789abcdef"')),
+    "a dollar in env_key": Fault("env_key", "must be the name of a variable", swap('"POMEX_API_KEY"', '"$POMEX_API_KEY"')),
+    "another variable": Fault("env_key", "OTHER_KEY is not set in this shell", swap('"POMEX_API_KEY"', '"OTHER_KEY"')),
+    "not exported": Fault("env_key", "POMEX_API_KEY is not set in this shell", key=""),
+    "the placeholder": Fault("env_key", "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx).", key="sk-rh-xxxxxxxxxxxx"),
+    "single quotes": Fault("env_key", 'The key arrived as the text "$POMEX_API_KEY"; the shell did not', key="$POMEX_API_KEY"),
+    "another provider's": Fault("env_key", "This looks like another provider's key.", key="sk-proj-0123456789"),
+    "mistyped": Fault("env_key", "This key is mistyped or cut (sk-rh-7Qm2…Ja1U)", key="sk-rh-7Qm2vKx9Tn4bWc8RzLp5HdYf3Gs6Ja1U"),
+    "unknown": Fault("env_key", "This key is not known here (sk-rh-", key="ELSEWHERE"),
+    "revoked": Fault("env_key", "Key gone was revoked on 20", key="REVOKED"),
+    "unknown model": Fault("model", 'Model "demo/ecko" not found. Did you mean demo/echo?', swap("demo/echo", "demo/ecko")),
+    "no model": Fault("model", "config.toml names none", without("model =")),
+    "a provider without key": Fault("model", "openai is not configured. Set OPENAI_API_KEY", swap("demo/echo", "openai/gpt-5.5")),
+    "no TOML": Fault("config.toml", "(at line 3, column ", lambda text: text.replace("\n", "\n\nmodel_provider pomex\n", 1)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_doctor_names_a_fault_and_its_cure_works_as_it_is_printed(place: tuple[Shell, Pomex], name: str, tmp_path: Path) -> None:
+    made, gateway = place
+    fault, block = FAULTS[name], gateway.codex_block()
+    made.configure(fault.change(block))
+    key = gateway.key if fault.key is None else fault.key
+    if key == "REVOKED":
+        key = gateway.command("keys", "create", "gone").strip()
+        gateway.command("keys", "revoke", "gone")
+    if key == "ELSEWHERE":
+        key = made.type("python pomex.py keys create laptop", POMEX_CONFIG="").stdout.strip()
+    editor = tmp_path / "editor"            # goes to the line, as its user would
+    editor.write_text('#!/bin/sh\nsed -i "${1#+}d" "$2"\n')
+    editor.chmod(0o755)
+    found = made.doctor(POMEX_API_KEY=key, EDITOR=str(editor))
+    assert fault.says in found.row(fault.what) and (found.wrong == [fault.what]) is fault.wrong, found
+    assert key not in found.out or key.startswith(("$", "sk-rh-xxxx")) or not key
+    fix = found.fix(fault.what)
+    assert fix, found
+    if fault.typed:
+        cured = made.doctor(fix, POMEX_API_KEY=key, EDITOR=str(editor))
+        assert cured.wrong == [] and "fix:" not in cured.out, (fix, cured)
+
+
+def test_doctor_finds_the_old_name_of_codexs_file(place: tuple[Shell, Pomex]) -> None:
+    made, gateway = place
+    made.configure(None)
+    made.config.with_suffix(".json").write_text("{}")
+    found = made.doctor()
+    assert "there is no ~/.codex/config.toml, and config.json is not read" in found.row("config.toml")
+    assert found.wrong == ["config.toml"]
+
+
+def test_doctor_finds_that_codex_is_not_installed(place: tuple[Shell, Pomex]) -> None:
+    made, gateway = place
+    made.configure(gateway.codex_block())
+    (made.home / "without").mkdir()
+    (made.home / "without" / "python").symlink_to(sys.executable)
+    found = made.doctor(PATH=f"{made.home / 'without'}:/usr/bin:/bin")
+    assert found.wrong == ["codex"] and found.fix("codex") == "npm install -g @openai/codex"
+
+
+def test_doctor_finds_that_no_gateway_runs_and_its_cure_starts_one(tmp_path: Path) -> None:
+    port = free_port()
+    made = shell(tmp_path, POMEX_PORT=str(port))
+    made.type("python pomex.py codex --write")
+    key = made.type("python pomex.py keys create laptop").stdout.strip()
+    found = made.doctor(POMEX_API_KEY=key)
+    assert found.wrong == ["gateway"] and f"nothing of Pomex answers at http://127.0.0.1:{port}" in found.row("gateway")
+    started = subprocess.Popen(["bash", "-c", f"exec {found.fix('gateway')}"], cwd=tmp_path / "pomex", text=True,
+                               env=made.environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert started.stderr is not None
+    with contextlib.closing(started.stderr):
+        assert any(line.startswith("Listening on") for line in started.stderr)
+        assert made.doctor(POMEX_API_KEY=key).wrong == []
+        started.terminate()
+        started.wait(20)
+
+
+def test_doctor_goes_to_the_gateway_that_codex_uses(place: tuple[Shell, Pomex]) -> None:
+    """serve --port, and no word of it in a configuration."""
+    made, gateway = place
+    made.configure(gateway.codex_block())
+    found = made.doctor(POMEX_PORT=str(free_port()))
+    assert found.wrong == [] and gateway.url.removesuffix("/v1") in found.row("gateway")
+
+
+# --- doctor --live: real and scripted providers ------------------------------------------------------
+
+LONG = says("OK.", input_tokens=6000, cached_tokens=0), says("OK.", input_tokens=6000, cached_tokens=5800)
+SUM = says(Call("add", {"a": 2, "b": 3}))
+PROVIDERS: dict[str, tuple[str, tuple[Answer | Refusal, ...], tuple[str, ...]]] = {   # name -> wire, what it does, its rows
+    "anthropic": ("messages", (says("OK."), SUM, *LONG), (
+        r"anthropic/claude-sonnet-5-5: a stream of \d+ events, ended with response.completed", "made", "5800 of 6000 tokens came from it")),
+    "google": ("gemini", (says("OK."), SUM, *LONG), (
+        r"google/gemini-pro-latest: a stream of \d+ events, ended with response.completed", "made", "5800 of 6000 tokens came from it")),
+    "openai": ("responses", (Refusal(401, {"error": {"message": "Incorrect API key provided: sk-1", "type": "invalid_request_error",
+                                                     "code": "invalid_api_key"}}),), (
+        r"openai/gpt-5.3-codex: The provider refused the gateway's credentials.   fix: export SCRIPTED_KEY=... with a key that is "
+        "valid, then restart Pomex",)),
+    "gone": ("chat", (), (r"gone/x: gone: connection refused \(127.0.0.1:\d+, \d tries\). No provider left.   fix: start it, or put "
+                          r"its right base_url into \[providers.gone\]",)),
+    "cut": ("chat", (says("This one is cut in the middle.", end="cut"),), (
+        r"cut/x: Provider cut .* The connection ended in the middle of a message.   fix: the gateway's log says more.*",)),
+    "toolless": ("chat", (says("OK.", end="length"), says("Five."), *LONG[:1] * 2), (
+        r"toolless/x: a stream of \d+ events, ended with response.incomplete",
+        "none was made: Codex needs them   fix: python pomex.py models, then codex -m ANOTHER", "no hit: it keeps none.*")),
+    "poor": ("chat", (Refusal(402, {"error": {"message": "Insufficient balance"}}),), (
+        "poor/x: Insufficient balance   fix: pay the provider, or: codex -m ANOTHER/MODEL",)),
+    "empty": ("chat", (Refusal(404, {"error": {"message": "The model `x` does not exist"}}),), (
+        r'empty/x: empty has no model "x". All names: GET /v1/models   fix: put names that it has into models .*',)),
+}
+
+
+def test_doctor_asks_every_provider_and_says_what_it_cost(tmp_path: Path) -> None:
+    """Anthropic and Gemini in their own wires, and six ways to fail, each with its cure."""
+    config, upstreams = f"[server]\nport = {free_port()}\n", []
+    for name, (wire, answers, _) in PROVIDERS.items():
+        address = f"http://127.0.0.1:{free_port()}/x/v1"
+        if answers:
+            upstreams.append(Upstream())
+            upstreams[-1].script.play(*answers * (6 if len(answers) == 1 else 1))
+            address = upstreams[-1].base_url(name)
+        models = "" if name in ("anthropic", "google", "openai") else 'models = ["x"]\n'
+        config += f'[providers.{name}]\nwire_api = "{wire}"\nbase_url = "{address}"\nenv_key = "SCRIPTED_KEY"\n{models}'
+    config += '[providers.nameless]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:1/v1"\n'
+    with running_pomex(tmp_path / "gateway", config, {"SCRIPTED_KEY": "upstream-secret"}) as gateway:
+        made = shell(tmp_path / "shell", POMEX_CONFIG=str(tmp_path / "gateway" / "pomex.toml"), POMEX_API_KEY=gateway.key,
+                     SCRIPTED_KEY="upstream-secret")
+        made.configure(gateway.codex_block())
+        found = made.type("python pomex.py doctor --live")
+        spent = json.loads(gateway.command("usage", "--since", "1d", "--by", "key", "--json"))
+    for upstream in upstreams:
+        upstream.close()
+    rows = re.split(r"\n(?=\w)", found.stdout)[-len(PROVIDERS) - 3:]
+    for name, (_, _, said) in PROVIDERS.items():
+        row = next(row for row in rows if row.startswith(name + " "))
+        for line, words in zip(row.splitlines(), said, strict=True):
+            good = "fix" not in words
+            assert re.fullmatch(rf" *\S+(?: call)? +{'(?:ok|note)' if good else 'wrong'} +{words}", line), line
+    assert re.match(r'nameless +missing +no model of it is known by name   fix: models = \["NAME"\] in \[providers.nameless\]', rows[-3])
+    cost = re.fullmatch(r"cost +ok +\$(0\.\d{4}) for (\S+)k tokens in, (\d+) out; a model without a price counts nothing", rows[-2])
+    assert cost and float(cost[1]) > 0.02 and abs(float(cost[1]) - spent[0]["cost_nanos"] / 1e9) < 0.0001, (rows[-2], spent)
+    assert rows[-1] == "7 problems\n" and found.returncode == 1, found
+
+
+def test_doctor_asks_a_real_llamacpp_over_three_wires(tmp_path: Path) -> None:
+    with subprocess.Popen([str(llama_python()), str(HERE / "llama_server.py")], text=True, stderr=subprocess.DEVNULL,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdin is not None and server.stdout is not None
+        origin = server.stdout.readline().strip()
+        config = f"[server]\nport = {free_port()}\n" + "".join(
+            f'[providers.{name}]\nwire_api = "{name}"\nbase_url = "{origin}/v1"\nmodels = ["smollm2"]\n'
+            for name in ("chat", "responses", "messages"))
+        with running_pomex(tmp_path / "gateway", config) as gateway:
+            made = shell(tmp_path / "shell", POMEX_CONFIG=str(tmp_path / "gateway" / "pomex.toml"), POMEX_API_KEY=gateway.key)
+            made.configure(gateway.codex_block())
+            found = made.type("python pomex.py doctor --live")
+        server.stdin.close()
+    for name in ("chat", "responses", "messages"):
+        assert re.search(rf"^{name} +ok +{name}/smollm2: a stream of \d+ events, ended with response.\w+\n  tool call +ok +made\n"
+                         r"  cache +ok +\d+ of \d+ tokens came from it$", found.stdout, re.M), found.stdout
+    assert found.returncode == 0 and found.stdout.endswith("\n0 problems\n"), found
+
+
+def test_doctor_says_where_there_is_no_provider_but_the_demo(place: tuple[Shell, Pomex]) -> None:
+    made, gateway = place
+    made.configure(gateway.codex_block())
+    found = made.type("python pomex.py doctor --live")
+    assert re.search(r"^providers +note +none but the demo   fix: export OPENAI_API_KEY=", found.stdout, re.M)
+    assert found.returncode == 0
+
+
+# --- the troubleshooting table of FIRST-RUN.md, made for real ----------------------------------------
+
+TOKEN = "0123456789abcdef-admin"
+
+
+@dataclass
+class Setup:
+    """A gateway with everything that can go wrong, and what its Setup page is told, as it is told."""
+    gateway: Pomex
+    upstream: Upstream
+    keys: dict[str, str]
+    news: list[tuple[str, JSON]] = field(default_factory=list)
+
+    def listen(self) -> None:
+        self.news.extend(self.feed())
+
+    def feed(self) -> Iterator[tuple[str, JSON]]:
+        request = urllib.request.Request(self.gateway.url.replace("/v1", "/admin/api/events"),
+                                         headers={"authorization": f"Bearer {TOKEN}"})
+        kind = ""
+        with contextlib.suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=60) as lines:
+            for line in lines:
+                name, _, value = line.decode().rstrip("\n").partition(": ")
+                kind = value if name == "event" else kind
+                if name == "data":
+                    yield kind, json.loads(value)
+
+    def page(self) -> JSON:
+        request = urllib.request.Request(self.gateway.url.replace("/v1", "/admin/api/setup"),
+                                         headers={"authorization": f"Bearer {TOKEN}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            found: JSON = json.load(answer)
+        return found
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    upstream = Upstream()
+    config = f"""[server]
+port = {free_port()}
+admin_token = "{TOKEN}"
+[providers.up]
+wire_api = "chat"
+base_url = "{upstream.base_url("up")}"
+models = ["m"]
+[providers.gone]
+wire_api = "chat"
+base_url = "http://127.0.0.1:{free_port()}/v1"
+models = ["m"]
+[models."team/coder"]
+targets = ["gone:m", "up:m"]
+[prices."up/m"]
+input = 1000
+output = 1
+"""
+    with running_pomex(tmp_path_factory.mktemp("setup"), config) as gateway:
+        keys = {"good": gateway.key, "none": "", "placeholder": "sk-rh-xxxxxxxxxxxx", "literal": "$POMEX_API_KEY",
+                "theirs": "sk-ant-api03-abcdefghijkl"}
+        for name, limits in {"gone": (), "poor": ("--budget", "0.05/month"), "narrow": ("--models", "up/*"),
+                             "late": ("--expires", "2025-01-31")}.items():
+            keys[name] = gateway.command("keys", "create", name, *limits).strip()
+        keys["unknown"] = program.new_key()
+        gateway.command("keys", "revoke", "gone")
+        upstream.script.play(says("Much", input_tokens=120, cached_tokens=0))       # the estimate was less
+        assert gateway.post({"model": "up/m", "input": "Hi", "max_output_tokens": 1}, key=keys["poor"]).status == 200
+        made = Setup(gateway, upstream, keys)
+        threading.Thread(target=made.listen, daemon=True).start()
+        time.sleep(1.1)                     # until the feed is open
+        yield made
+    upstream.close()
+
+
+@dataclass
+class Mistake:
+    sentence: str
+    code: str
+    status: int
+    change: Callable[[str], str] = lambda text: text            # of config.toml
+    key: str = "good"
+    model: str = "demo/echo"
+    answers: tuple[Refusal | Answer, ...] = ()
+
+    @property
+    def planned(self) -> bool:
+        """It has a row in the ledger; to Codex its status is a 200 and the sentence the end of its stream."""
+        return self.status == 200
+
+
+DOWN = Refusal(529, {"error": {"message": "Overloaded", "type": "overloaded_error"}})
+MISTAKES = {
+    "no key": Mistake("No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in this shell, "
+                      "then start codex again.", "invalid_api_key", 401, without("env_key")),
+    "unknown key": Mistake(r"This key is not known here (sk-rh-....….{4}). List keys with: python pomex.py keys list",
+                           "invalid_api_key", 401, key="unknown"),
+    "placeholder": Mistake("That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY.",
+                           "invalid_api_key", 401, key="placeholder"),
+    "literal": Mistake('The key arrived as the text "$POMEX_API_KEY"; the shell did not expand it. Use double quotes.',
+                       "invalid_api_key", 401, key="literal"),
+    "their key": Mistake("This looks like another provider's key. Clients need a Pomex key (sk-rh-…); the provider's key belongs "
+                         "in Pomex's config.", "invalid_api_key", 401, key="theirs"),
+    "revoked": Mistake(r"Key gone was revoked on 20..-..-.. ..:...", "invalid_api_key", 401, key="gone"),
+    "expired": Mistake(r"Key late expired on 20..-..-.. ..:...", "invalid_api_key", 401, key="late"),
+    "wrong model": Mistake('Model "demo/ecko" not found. Did you mean demo/echo? All names: GET /v1/models', "model_not_found",
+                           400, model="demo/ecko"),
+    "no prefix": Mistake("Model names are provider/model-name. Did you mean demo/echo? All names: GET /v1/models",
+                         "model_not_found", 400, model="echo"),
+    "provider without key": Mistake("anthropic/claude-sonnet-5-5 cannot be used: anthropic is not configured. Set "
+                                    "ANTHROPIC_API_KEY and restart, or add it to pomex.toml.", "provider_not_configured", 400,
+                                    model="anthropic/claude-sonnet-5-5"),
+    "not for this key": Mistake("Key narrow may use up/*.", "model_not_allowed", 400, key="narrow"),
+    "no /v1": Mistake(r"base_url must end with /v1: http://127.0.0.1:\d+/v1", "wrong_base_url", 404,
+                      swap('(base_url = ".*)/v1"', r'\1"')),
+    "budget": Mistake("Key poor has used 0.12 of 0.05 USD this month; it resets on 1 [A-Z][a-z]+.", "insufficient_quota", 200,
+                      key="poor", model="up/m"),
+    "all failed": Mistake(r"gone: connection refused (127.0.0.1:\d+, \d tries); up: 529 overloaded (\d tries). No provider left.",
+                          "server_error", 200, model="team/coder", answers=(DOWN,) * 6),
+    "cut": Mistake("Provider up (127.0.0.1:\\d+) failed while reading the answer: The connection ended in the middle of a message.",
+                   "server_error", 200, model="up/m", answers=(says("This one is cut in the middle", end="cut"),) * 6),
+}
+ONCE = [word for name in ("request", "stream") for word in ("-c", f"model_providers.pomex.{name}_max_retries=0")]
+OLD_TOO = ("placeholder", "wrong model", "budget")
+
+
+def pattern(sentence: str) -> str:
+    """The sentence, in which `.` and `\\d` stay what they are."""
+    return sentence.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?").replace("*", r"\*").replace("$", r"\$")
+
+
+@pytest.mark.parametrize("version, name", [*(("latest", name) for name in MISTAKES), *(("0.128.0", name) for name in OLD_TOO)])
+def test_codex_the_log_and_the_setup_page_say_the_same_sentence(setup: Setup, version: str, name: str, tmp_path: Path) -> None:
+    mistake, gateway = MISTAKES[name], setup.gateway
+    codex = Codex(version, tmp_path, mistake.change(gateway.codex_block()), setup.keys[mistake.key])
+    codex.model = mistake.model
+    setup.upstream.script.play(*mistake.answers)
+    seen, logged = len(setup.news), len(gateway.log)
+    turn = codex.exec("Hello", *ONCE)
+    ended = time.time()
+    shown, printed = pattern(mistake.sentence), "".join(turn.errors).replace('\\"', '"')       # 0.128.0 prints some bodies raw
+    assert turn.code == 1 and re.search(shown, printed), turn
+    kind = "usage" if mistake.planned else "refused"
+    told: JSON = {}
+    while time.time() < ended + 2 and not told:         # new Codex asks for the models first, and is refused there, too
+        time.sleep(0.02)
+        told = next((data for of, data in setup.news[seen:] if of == kind and data.get("path") != "/v1/models"), {})
+    assert told and time.time() < ended + 1.3, setup.news[seen:]
+    if mistake.planned:
+        assert told["error_code"] == mistake.code and setup.page()["codex"]["error"], told
+        sentence = setup.page()["codex"]["error"]
+    else:
+        assert (told["status"], told["code"]) == (mistake.status, mistake.code) and told["user_agent"].startswith("codex"), told
+        assert setup.page()["refused"][0] == told
+        sentence = told["message"]
+    assert re.fullmatch(shown, sentence), sentence
+    lines = [line for line in gateway.log[logged:] if sentence in line]
+    assert lines and lines[-1].split()[1] == str(mistake.status), gateway.log[logged:]
+
+
+@pytest.mark.parametrize("version", ["0.128.0", "latest"])
+def test_codex_that_tries_a_websocket_is_told_so_and_goes_on_over_http(setup: Setup, version: str, tmp_path: Path) -> None:
+    block = setup.gateway.codex_block() + "\nsupports_websockets = true\n"
+    codex, seen = Codex(version, tmp_path, block, setup.keys["good"]), len(setup.news)
+    codex.model = "demo/echo"
+    assert "offline demo" in codex.exec("What is 2 + 2?").answer
+    sentence = ('Codex tried a WebSocket. Set wire_api = "responses" in [model_providers.pomex] (and supports_websockets = false if '
+                "present).")
+    told = next(data for kind, data in setup.news[seen:] if kind == "refused")
+    assert (told["status"], told["code"], told["message"]) == (426, "use_http_sse", sentence)
+    assert any(f" 426 -  GET /v1/responses  {sentence}" in line for line in setup.gateway.log)
+
+
+RAW = {     # what real Codex cannot be made to send any more
+    "chat": ("/v1/chat/completions", 404, "wrong_wire_api", 'Pomex serves /v1/responses. In Codex set wire_api = "responses".'),
+    "no JSON": ("/v1/responses", 400, "invalid_json", "The body is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_raw_mistake_is_told_the_same_way(setup: Setup, name: str) -> None:
+    path, status, code, sentence = RAW[name]
+    seen = len(setup.news)
+    request = urllib.request.Request(setup.gateway.url.removesuffix("/v1") + path, b"{", {
+        "authorization": f"Bearer {setup.keys['good']}", "content-type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=10)
+    error = json.load(caught.value)["error"]
+    assert (caught.value.code, error["code"]) == (status, code) and sentence in error["message"], error
+    time.sleep(0.1)
+    told = next(data for kind, data in setup.news[seen:] if kind == "refused")
+    assert (told["status"], told["code"], told["message"]) == (status, code, error["message"])
+    assert any(f" {status} -  POST {path}  {error['message']}" in line for line in setup.gateway.log)
+
+
+def test_a_busy_limit_is_told_to_codex_as_a_wait(setup: Setup, tmp_path: Path) -> None:
+    """Codex waits by itself and asks again: nobody needs to do anything."""
+    key = setup.gateway.command("keys", "create", "slow", "--rpm", "1").strip()
+    codex = Codex("latest", tmp_path, setup.gateway.codex_block(), key)
+    codex.model = "demo/echo"
+    assert setup.gateway.post({"model": "demo/echo", "input": "Hi"}, key=key).status == 200
+    turn = codex.exec("Hello", *ONCE)
+    assert re.search(r"Key slow may .*1 request.* a minute", "".join(turn.errors)), turn.errors
+    assert re.search(r"try again in \d+", "".join(turn.errors)), turn.errors
+
+
+# --- from the clone to Codex's first answer ----------------------------------------------------------
+
+QUESTION = "What is 2 + 2?"
+ANSWER = f"This is Pomex's offline demo, no model was asked. You sent: {QUESTION}"
+
+
+@contextlib.contextmanager
+def typed_in_a_terminal(made: Shell, line: str) -> Iterator[list[str]]:
+    """A command that goes on in another terminal, and what that shows."""
+    screen, end = os.openpty()
+    process = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=made.home / "pomex", env=made.environment, stdin=end,
+                               stdout=end, stderr=end)
+    os.close(end)
+    shown: list[str] = []
+    reader = threading.Thread(target=keep_lines, args=(screen, shown), daemon=True)
+    reader.start()
+    try:
+        found_in_log(process, shown, "(Ctrl-C stops it)")
+        yield shown
+    finally:
+        process.terminate()
+        process.wait(20)
+        reader.join(5)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Shell:
+    """A new machine with Python, git and Codex, and what the README says to begin with: a clone."""
+    made = shell(tmp_path, POMEX_PORT=str(free_port()), HTTPS_PROXY="http://127.0.0.1:1")      # Codex looks for updates
+    (made.home / "pomex" / "pomex.py").unlink()
+    subprocess.run(["git", "clone", "-q", str(ROOT), "."], cwd=made.home / "pomex", check=True)
+    (made.home / "pomex" / "pomex.py").write_bytes(POMEX.read_bytes())          # as it is, committed or not
+    return made
+
+
+@pytest.mark.parametrize("version", ["0.128.0", "latest"])
+def test_from_the_clone_to_codexs_first_answer(clone: Shell, version: str) -> None:
+    use_codex(clone, version)
+    command = re.findall(r"^```sh\n(\S+ pomex\.py \S+)", (ROOT / "README.md").read_text(), re.M)[0]
+    began = time.monotonic()
+    with typed_in_a_terminal(clone, command) as shown:
+        lines = [line.rstrip() for line in shown]
+        export = next(line for line in lines if line.startswith("  export POMEX_API_KEY="))
+        start, end = (next(i for i, line in enumerate(lines) if line.startswith(sign)) for sign in ("Codex: put this into", "Then, in"))
+        clone.config.write_text("\n".join(lines[start + 1:end]))
+        asked = lines[end].partition("terminal: codex ")[2]
+        assert asked == f'"{QUESTION}"', lines[end]
+        turn = clone.type(export, f"codex exec {asked}")
+        seconds = time.monotonic() - began
+        assert turn.returncode == 0 and ANSWER in turn.stdout, turn
+        again = clone.type(export, f"codex exec {asked}")
+        assert again.returncode == 0, again
+    print(f"Codex {version}: from `{command}` to the first answer {seconds:.1f} s")
+    assert seconds < 20
+    number = re.search(r"\d+\.\d+\.\d+", clone.type("codex --version").stdout)
+    greeting = [line for line in shown if "First request from Codex" in line]
+    assert number and [line.split(" ", 1)[1].strip() for line in greeting] == [
+        f"First request from Codex {number[0]} received. It ended with response.completed."], greeting
+    with typed_in_a_terminal(clone, command) as shown:
+        assert any(line.startswith("Keys          1 active.") for line in shown)
+        assert not any("sk-rh-" in line or "model_provider" in line for line in shown)
+        assert clone.type(export, f"codex exec {asked}").returncode == 0
+    assert not any("First request" in line for line in shown)
+
+
+def use_codex(made: Shell, version: str) -> None:
+    (made.home / "bin" / "codex").unlink()
+    (made.home / "bin" / "codex").symlink_to(codex_binary(version))
+
+
+def test_write_run_profile_and_undo_with_real_codex(clone: Shell) -> None:
+    """Codex had a provider of its own before, and has it again after."""
+    with typed_in_a_terminal(clone, "python3 pomex.py serve") as shown:
+        export = next(line.strip() for line in shown if line.startswith("  export POMEX_API_KEY="))
+        port = clone.environment["POMEX_PORT"]
+        before = (f'# mine\nmodel = "demo/think"   # for now\nmodel_provider = "mine"\n\n[model_providers.mine]\nname = "Mine"\n'
+                  f'base_url = "http://127.0.0.1:{port}/v1"\nenv_key = "MY_KEY"\n')
+        clone.config.write_text(before)
+        ask = f'codex exec "{QUESTION}"'
+
+        once = clone.type(f'python3 pomex.py codex --run -- exec "{QUESTION}"')         # with a key of its own
+        assert once.returncode == 0 and ANSWER in once.stdout and "it ends in a day" in once.stderr, once
+        assert clone.config.read_text() == before
+
+        written = clone.type(export, "python3 pomex.py codex --write")
+        assert "+model_provider" in written.stderr and "-model_provider" in written.stderr, written
+        done = clone.type(export, ask)
+        assert done.returncode == 0 and ANSWER in done.stdout and "provider: pomex" in done.stderr, done
+        assert "# mine" in clone.config.read_text()
+        undone = clone.type("python3 pomex.py codex --undo")
+        assert undone.returncode == 0 and clone.config.read_text() == before, undone
+        mine = clone.type(export, 'export MY_KEY="$POMEX_API_KEY"', ask)
+        assert mine.returncode == 0 and "provider: mine" in mine.stderr, mine
+
+        profile = clone.type(export, "python3 pomex.py codex --profile")
+        assert clone.config.read_text() == before and "codex --profile pomex" in profile.stderr, profile
+        done = clone.type(export, f'codex --profile pomex exec "{QUESTION}"')
+        assert done.returncode == 0 and ANSWER in done.stdout and "provider: pomex" in done.stderr, done
+        clone.type("python3 pomex.py codex --undo --profile")
+        assert sorted(file.name for file in clone.config.parent.glob("*.toml*")) == ["config.toml"]
+        use_codex(clone, "0.128.0")
+        old = clone.type(export, f'python3 pomex.py codex --run -- exec "{QUESTION}"')
+        assert old.returncode == 0 and ANSWER in old.stdout, old
+
+
+def test_without_config_toml_codex_goes_to_openai_whatever_openai_base_url_says(place: tuple[Shell, Pomex]) -> None:
+    """The guide's first trouble. In a network of its own, in which there is nobody: nothing may leave this machine."""
+    made, gateway = place
+    made.configure(None)
+    alone = ["unshare", "--map-root-user", "--net"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network namespaces here")
+    codex = subprocess.Popen([*alone, "codex", "exec", "--skip-git-repo-check", "Hello"], cwd=made.home / "pomex", text=True,
+                             env={**made.environment, "OPENAI_BASE_URL": gateway.url, "OPENAI_API_KEY": gateway.key},
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    assert codex.stderr is not None
+    with contextlib.closing(codex.stderr):
+        assert any("failed to connect to Responses WebSocket" in line or "wss://api.openai.com" in line for line in codex.stderr)
+        os.killpg(codex.pid, signal.SIGKILL)
+        codex.wait(10)
+    found = made.doctor()
+    assert found.wrong == ["config.toml"] and "Codex asks OpenAI itself" in found.row("config.toml")

@@ -83,6 +83,7 @@ import gc
 import hashlib
 import hmac
 import http
+import io
 import ipaddress
 import itertools
 import json
@@ -1925,7 +1926,7 @@ class Attempt:
         self.stop: Stop | None = None
         self.error: GatewayError | None = None
         self.status = "in_progress"
-        self.terminal_by = "gateway"
+        self.terminal_by = "gateway"                # "": an error's status took the place of a stream
         self.written = 0                            # characters of output, for estimates
         self.refused = False                        # the provider did nothing for it, and will not bill it
 
@@ -5728,7 +5729,7 @@ def option(default: object, meaning: str, least: float = 0, most: float = 0, *,
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface", least=1)
     port: int = option(7663, "port to listen on; 0 takes a free one", 0, 65535)
     workers: int = option(1, "processes that share port and database; one a core", 1, 64)
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
@@ -5812,8 +5813,8 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class PriceConfig:
     """US dollars per million tokens. What is left out of the cache prices costs what plain input costs."""
-    input: decimal.Decimal = option(decimal.Decimal(), "input that is not cached", 0, 100000)
-    output: decimal.Decimal = option(decimal.Decimal(), "output, reasoning included", 0, 100000)
+    input: decimal.Decimal | None = option(None, "input that is not cached; 0 is free", 0, 100000)
+    output: decimal.Decimal | None = option(None, "output, reasoning included", 0, 100000)
     cache_read: decimal.Decimal | None = option(None, "input read from the provider's cache", 0, 100000)
     cache_write: decimal.Decimal | None = option(None, "input written to it", 0, 100000)
     cache_write_1h: decimal.Decimal | None = option(None, "input written to be kept long: 1 h at Anthropic", 0, 100000)
@@ -5836,6 +5837,7 @@ class Config:
     prices: dict[str, PriceConfig] = field(default_factory=dict, hash=False)
     path: str = ""                      # the file it came from; "" for none
     warnings: tuple[str, ...] = ()
+    flags: tuple[tuple[str, str], ...] = ()         # what the command line said of all this: name, value
 
 
 SECTIONS: dict[str, type[Any]] = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
@@ -5923,7 +5925,6 @@ READINGS: dict[str, Reading] = {
     "bool": Reading("true or false", exactly(bool), lambda text: {"true": True, "false": False}[text]),
     "int": Reading("a whole number", exactly(int), int),
     "float": Reading("a number", exactly(int, float), float),
-    "decimal.Decimal": Reading("an amount of dollars with at most six decimals", amount),
     "decimal.Decimal | None": Reading("an amount of dollars with at most six decimals", amount),
     "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
     "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', string_table),
@@ -5937,15 +5938,19 @@ def read_value(key: dataclasses.Field[Any], value: Any, from_text: bool = False)
     """The value as the key wants it; ValueError says what it must be."""
     rule: KeyRule = key.metadata["rule"]
     words, from_toml, text_reader = READINGS[str(key.type)]
+    needed = bool(rule.least and not rule.most)         # of a string: it must not be empty
     if rule.choices:
         words = "one of " + ", ".join(f'"{choice}"' for choice in rule.choices)
     elif rule.most:
         words += f" from {rule.least} to {rule.most}"
+    elif needed:
+        words += " that is not empty"
     try:
         result = (text_reader if from_text else from_toml)(value)
     except (ValueError, KeyError):
         raise ValueError(f"must be {words}") from None
-    if rule.choices and result not in rule.choices or rule.most and not rule.least <= result <= rule.most:
+    if (rule.choices and result not in rule.choices or rule.most and not rule.least <= result <= rule.most
+            or needed and not result):
         raise ValueError(f"must be {words}")
     return result
 
@@ -6269,6 +6274,8 @@ def read_prices(source: ConfigText, name: str) -> PriceConfig:
     if not MODEL_NAME.fullmatch(name):
         raise source.error(path, f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
     prices = PriceConfig(**source.settings(PriceConfig, *path))
+    if prices.input is None or prices.output is None:
+        raise source.error(path, f"[{toml_name(path)}] needs input and output, in US dollars per million tokens; 0 is free.")
     if prices.long_over and (prices.long_input is None or prices.long_output is None):
         raise source.error((*path, "long_over"), f"[{toml_name(path)}] long_over needs long_input and long_output.")
     return prices
@@ -6315,11 +6322,12 @@ def read_admin_token(source: ConfigText, reference: str, around: Surroundings) -
 def read_database(source: ConfigText, around: Surroundings) -> DatabaseConfig:
     """Beside the configuration file; without one in the user's state folder, never in the current one."""
     default = {} if source.name else {"url": "sqlite:" + state_folder(around.environ) + "/pomex.db"}
-    values = {**default, **source.settings(DatabaseConfig, "database"),
-              **from_environment(DatabaseConfig, "POMEX_DATABASE_", around.environ)}
-    database = DatabaseConfig(**values)
+    environment = from_environment(DatabaseConfig, "POMEX_DATABASE_", around.environ)
+    database = DatabaseConfig(**{**default, **source.settings(DatabaseConfig, "database"), **environment})
     scheme, _, path = database.url.partition(":")
     if scheme != "sqlite" or not path or path.startswith("//"):
+        if "url" in environment:
+            raise ConfigError('POMEX_DATABASE_URL must be like "sqlite:pomex.db".')
         raise source.value_error(("database", "url"), scheme + ":...", 'must be like "sqlite:pomex.db"')
     return dataclasses.replace(database, url="sqlite:" + around.place(path))
 
@@ -6543,7 +6551,7 @@ class Entry(NamedTuple):
     upstream_model: str = ""
     status: str = "completed"       # completed | incomplete | failed | cancelled
     error_code: str = ""
-    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream
+    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": none was, the answer is a status
     estimated: str = ""             # why the tokens are not the provider's own count; "" where they are
     input: int = 0                  # tokens, as in Usage
     cached: int = 0
@@ -6579,6 +6587,15 @@ def key_check(body: str) -> str:
     """The last characters of a key whose random part is `body`."""
     number = zlib.crc32(body.encode("utf-8", "replace"))
     return "".join(BASE62[number // 62 ** place % 62] for place in range(KEY_CHECK))
+
+
+def model_patterns(text: str) -> str:
+    """Which models a key may use, as it is stored: names with * and ? in them, a blank between; "" for all. ValueError for an
+    empty text: that is more likely a variable that is not set."""
+    found = text.replace(",", " ").split()
+    if not found or not re.fullmatch("[!-~ ]+", " ".join(found)):
+        raise ValueError
+    return "" if found == ["all"] else " ".join(found)
 
 
 def new_key() -> str:
@@ -6974,7 +6991,7 @@ class Ledger:
             self.write(f"INSERT INTO keys ({KEY_COLUMNS}{more}) VALUES (NULL, ?, ?, ?, ?, ?, 0{', ?' * len(settings)})",
                        (name, key_digest(token), key_hint(token), int(now_s), expires_s, *settings.values()))
         except sqlite3.IntegrityError:
-            raise BadRequest(f"There is an active key named {name} already. Revoke it first with: "
+            raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
                              f"python pomex.py keys revoke {name}", param="name") from None
         self._refresh_keys(now_s)
         return token
@@ -7871,10 +7888,17 @@ def account_named(ledger: Ledger, name: str) -> int:
     return int(found[0][0])
 
 
-def add_credit(ledger: Ledger, name: str, nanos: int, kind: str, reason: str, now_s: float) -> None:
-    """A top-up, or an adjustment with its reason. Entries are only ever added: a mistake is put right by another."""
+def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float) -> str:
+    """A top-up, or with a reason an adjustment: which of them. Entries are only ever added: a mistake is put right by
+    another."""
+    if not nanos:
+        raise BadRequest("The amount of a credit must not be 0.", param="amount")
+    if nanos < 0 and not reason:
+        raise BadRequest("Taking credit away needs its reason.", param="reason")
+    kind = "adjustment" if reason else "top-up"
     ledger.write("INSERT INTO credits (account_id, created_s, kind, nanos, reason) VALUES (?, ?, ?, ?, ?)",
                  (account_named(ledger, name), int(now_s), kind, nanos, reason))
+    return kind
 
 
 def key_spending(ledger: Ledger, now_s: float) -> dict[int, tuple[int, int]]:
@@ -7904,6 +7928,13 @@ def usage_report(ledger: Ledger, by: str, first_day: int, last_day: int, account
     rows = ledger.read(f"SELECT coalesce({REPORT_BY[by]}, '') AS name, {sums} FROM daily WHERE day BETWEEN ? AND ? "
                        f"AND ? IN (0, account_id) GROUP BY 1 ORDER BY {order}", (first_day, last_day, account_id))
     return [dict(zip((by, *SUMS), row)) for row in rows]
+
+
+def month_bounds(text: str) -> tuple[int, int]:
+    """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
+    start = datetime.date.fromisoformat(text + "-01")
+    after = (start + datetime.timedelta(days=31)).replace(day=1)
+    return start.toordinal() - EPOCH, after.toordinal() - EPOCH - 1
 
 
 def statement_rows(ledger: Ledger, account_id: int, first_day: int, last_day: int) -> JSON:
@@ -8003,6 +8034,7 @@ FILTERS: dict[str, str] = {         # of the usage log: name in its URL -> condi
     "text": "instr(response_id || ' ' || request_id || ' ' || error_code, ?)",
 }
 NUMERIC_FILTERS = ("from", "to", "min_cost")
+RESULTS = ("completed", "incomplete", "failed over", "ended by gateway", "failed", "cancelled")
 LOST_NANOS = "(SELECT coalesce(sum(cost_nanos), 0) FROM attempts WHERE attempts.response_id = usage.response_id)"
 ROW_COLUMNS = ("id", "key", "account", "result", "lost_nanos", *USAGE_COLUMNS)
 SELECT_ROWS = f"""SELECT usage.id, coalesce((SELECT name FROM keys WHERE id = key_id), ''),
@@ -8184,7 +8216,8 @@ def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]
     """The condition of a filtered log and its values. An unknown filter, or no number where one belongs: BadRequest."""
     where, values = ["1" + only(key_id)], []
     for name, text in filters.items():
-        if name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text):
+        if (name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text)
+                or name == "result" and text not in RESULTS):
             raise BadRequest(f"{name[:40]!r} is no filter, or its value is not right.", param=name[:40])
         values.append(int(text) if name in NUMERIC_FILTERS else text.encode("utf-8", "replace").decode())
         where.append(FILTERS[name])
@@ -8997,7 +9030,7 @@ class Catalogue:
     def unknown(self, model: str, sentence: str) -> BadRequest:
         guess = self.closest(model)
         hint = f" Did you mean {guess}?" if guess not in ("", model) else ""
-        return BadRequest(f"{sentence}{hint} All names: GET /v1/models", param="model", code="model_not_found")
+        return BadRequest(f"{sentence}{hint} All names: GET /v1/models or /admin#models", param="model", code="model_not_found")
 
     def closest(self, model: str) -> str:
         """The known name that is most like it; "" where none is near. Only on the error path: difflib is slow."""
@@ -9311,7 +9344,8 @@ class Downstream:
             return [*plain, *self.bill.headers(time.time())]
         named = [("x-pomex-dropped", printable_list(self.dropped)), ("x-codex-turn-state", self.turn_state)]
         return [*plain, ("x-pomex-provider", self.provider), ("x-pomex-attempts", str(self.attempts)),
-                *(header for header in named if header[1]), *self.bill.headers(time.time())]
+                ("openai-processing-ms", str(self.elapsed_ms())), *(header for header in named if header[1]),
+                *self.bill.headers(time.time())]
 
     def count_call(self) -> bool:
         """One more upstream call; False where the request has had all it may."""
@@ -9640,7 +9674,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_upstream_attempts_total": ("counter", "tries of targets, by how they went", ("provider", "result")),
     "pomex_failovers_total": ("counter", "requests that went on to another target, by why", ("provider", "fault")),
     "pomex_circuit_state": ("gauge", "targets that ever failed: 0 in use, 1 about to be tried again, 2 left out", ("target",)),
-    "pomex_terminal_fallbacks_total": ("counter", "streams that the gateway ended", ("provider", "cause")),
+    "pomex_terminal_fallbacks_total": ("counter", "streams that the gateway ended", ("provider", "status")),
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
@@ -9657,19 +9691,20 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def lines(self, name: str, labels: str) -> Iterator[str]:
+    def lines(self, name: str, written: Callable[[Mapping[str, str]], str], labels: Mapping[str, str]) -> Iterator[str]:
         for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts)):
-            yield f'{name}_bucket{{{labels},le="{bound}"}} {count}'
-        yield f"{name}_sum{{{labels}}} {self.sum:.6f}"
-        yield f"{name}_count{{{labels}}} {sum(self.counts)}"
+            yield f"{name}_bucket{written({**labels, 'le': str(bound)})} {count}"
+        yield f"{name}_sum{written(labels)} {self.sum:.6f}"
+        yield f"{name}_count{written(labels)} {sum(self.counts)}"
 
 
 class Metrics:
     """Counters of this process, for Prometheus. Models that are not known by name count as "other": a client cannot make
     more series than there are names."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], workers: int) -> None:
         self.names = frozenset(names)
+        self.own = {"worker": str(os.getpid())} if workers > 1 else {}      # its series are no other process's
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()      # (name, label values...)
         self.spent: dict[tuple[str, str], Sequence[int]] = {}   # (model, provider) -> tokens by kind, nano-dollars
         self.histograms: dict[tuple[str, ...], Histogram] = {}
@@ -9701,25 +9736,29 @@ class Metrics:
         for target, (*tokens, nanos) in self.spent.items():
             counters[("pomex_cost_usd_total", *target)] = nanos
             counters.update({("pomex_tokens_total", *target, kind): count for kind, count in zip(TOKEN_KINDS, tokens)})
-        lines = ["# TYPE pomex_build_info gauge", f'pomex_build_info{{version="{VERSION}"}} 1',
-                 "# TYPE pomex_streams_open gauge", f"pomex_streams_open {streams_open}",
-                 "# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {self.started_s:.3f}",
-                 "# TYPE process_cpu_seconds_total counter", f"process_cpu_seconds_total {time.process_time():.3f}"]
+        facts = [("pomex_build_info", "gauge", {"version": VERSION}, "1"),
+                 ("pomex_streams_open", "gauge", {}, str(streams_open)),
+                 ("process_start_time_seconds", "gauge", {}, f"{self.started_s:.3f}"),
+                 ("process_cpu_seconds_total", "counter", {}, f"{time.process_time():.3f}")]
+        lines: list[str] = []
+        for name, kind, labels, text in facts:
+            lines += [f"# TYPE {name} {kind}", f"{name}{self.labels(labels)} {text}"]
         for name, (kind, meaning, label_names) in METRICS.items():
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
             for series, count in sorted(counters.items()):
                 if series[0] == name:
                     value = usd(count, 9) if name == "pomex_cost_usd_total" else str(count)
-                    lines.append(f"{name}{{{label_text(label_names, series[1:])}}} {value}")
+                    lines.append(f"{name}{self.labels(dict(zip(label_names, series[1:])))} {value}")
             for series, histogram in sorted(self.histograms.items(), key=lambda each: each[0]):
                 if series[0] == name:
-                    lines += histogram.lines(name, label_text(label_names, series[1:]))
+                    lines += histogram.lines(name, self.labels, dict(zip(label_names, series[1:])))
         return "\n".join(lines) + "\n"
 
-
-def label_text(names: Sequence[str], values: Sequence[str]) -> str:
-    escaped = (value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for value in values)
-    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped))
+    def labels(self, labels: Mapping[str, str]) -> str:
+        """As they stand behind a metric's name; "" for none."""
+        escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+                   for name, value in {**labels, **self.own}.items()}
+        return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}" if escaped else ""
 
 
 # === 11. handlers =================================================================================
@@ -9741,7 +9780,7 @@ class Gateway:
         self.catalogue = Catalogue(config, found)
         self.router: Router = old.router if old else Router(upstream)
         self.prices = PriceBook(config)
-        self.metrics: Metrics = old.metrics if old else Metrics(self.catalogue.names)
+        self.metrics: Metrics = old.metrics if old else Metrics(self.catalogue.names, config.server.workers)
         self.metrics.names = frozenset(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
         self.started_s: int = old.started_s if old else int(time.time())
@@ -9794,8 +9833,8 @@ def not_found(head: RequestHead) -> BadRequest:
     if head.path.startswith(ENDPOINT + "/"):
         return BadRequest("Pomex stores no responses, so there is none to fetch, cancel or continue.", status=404,
                           code="not_found")
-    return BadRequest(f"There is nothing at {printable(head.path)}. Pomex serves POST /v1/responses and GET /v1/models.",
-                      status=404, code="not_found")
+    return BadRequest(f"There is nothing at {printable(head.path)}. Pomex serves POST /v1/responses and GET /v1/models; its "
+                      "dashboard is at /admin.", status=404, code="not_found")
 
 
 # --- 11.1 POST /v1/responses ----------------------------------------------------------------------
@@ -9886,6 +9925,8 @@ async def conclude(gateway: Gateway, key: Key, down: Downstream) -> None:
     error, stream = attempt.error, answer.request.stream
     in_stream = stream and (down.head_sent or error is None or answered_in_stream(answer.manners, error))
     last = last_words(down, in_stream)
+    if down.attempt.error is not None and not in_stream:
+        down.attempt.terminal_by = ""
     await settle(gateway, key, down)
     if in_stream:
         await down.end(last)
@@ -9929,6 +9970,7 @@ async def tell_refusal(gateway: Gateway, key: Key, down: Downstream, error: Gate
     attempt.finish(error)
     in_stream = down.answer.request.stream and answered_in_stream(down.answer.manners, error)
     last = attempt.terminal(int(time.time())) if in_stream else b""
+    attempt.terminal_by = "gateway" if in_stream else ""
     await settle(gateway, key, down)
     if not in_stream:
         raise error
@@ -10132,9 +10174,12 @@ def limit_used(ledger: Ledger, key: Key, start: int) -> int:
 
 
 async def metrics(gateway: Gateway, client: Client) -> None:
-    """Prometheus text. On this machine for anybody, elsewhere with a key."""
-    if not is_loopback(client.peer):
-        gateway.key(client)
+    """Prometheus text: all that is spent. For anybody on this machine, where no proxy makes others look so; else for the
+    administrator."""
+    headers = client.head.headers
+    proxied = gateway.config.server.public_hosts or headers.get("x-forwarded-for") or headers.get("forwarded")
+    if (proxied or not is_loopback(client.peer)) and gateway.guard.who(client) is not None:
+        raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
     text = gateway.metrics.text(client.connection.server.open_requests, gateway.router.metrics(time.monotonic()))
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
@@ -10154,6 +10199,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
 # --- 11.5 what the dashboard shows live ------------------------------------------------------------
 
 REFUSALS_KEPT, TRACES_KEPT = 50, 500        # about 0.5 KB each
+RUNNING_SHOWN_S = 600.0                     # beyond, its process may have died before it could tell of the end
 LOOK_EVERY_S = 1.0
 SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 s
 
@@ -10168,18 +10214,44 @@ class News(NamedTuple):
 
 class Watch:
     """Feeds the open dashboards: with the ledger's new rows, looked for in one place while anybody watches, and with what
-    no ledger keeps, which is of this process only and bounded: refused requests, and how the latest ones went."""
+    no ledger keeps, bounded: refused requests, those under way, and how the latest ones went. Of several processes each
+    tells the others, but for what is too much (`quota`)."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.reader = ledger, ledger.reader()
         self.refused: collections.deque[JSON] = collections.deque(maxlen=REFUSALS_KEPT)
-        self.running: dict[str, JSON] = {}              # by response id, of this process
+        self.running: dict[str, JSON] = {}              # by response id, the oldest first
         self.traces: dict[str, JSON] = {}               # by response id, the oldest first
         self.errors: dict[str, JSON] = {}               # the last of each provider
         self.watchers: dict[asyncio.Queue[News], int] = {}       # -> the key it is narrowed to; 0: none
         self.looking: asyncio.Task[None] | None = None
         self.codex_came = False                         # since the start
         self.last_id = 0
+        self.share: Callable[[bytes], None] | None = None       # with the other processes
+        self.quota = 0                                  # so much more may be shared in this second
+
+    def note(self, kind: str, item: JSON) -> None:
+        """Something happened here."""
+        self.take(kind, item)
+        if self.share is not None and self.quota > 0:
+            self.quota -= 1
+            self.share(compact([kind, item]).encode())
+
+    def hear(self, told: bytes) -> None:
+        """Something happened in another process."""
+        self.take(*json.loads(told))
+
+    def take(self, kind: str, item: JSON) -> None:
+        if kind == "ended":
+            self.running.pop(item["trace"]["response_id"], None)
+            self.errors.update(item["errors"])
+            keep(self.traces, item["trace"])
+            return
+        if kind == "refused":
+            self.refused.appendleft(item)
+        elif kind == "started":
+            keep(self.running, item)
+        self.tell(News(kind, item, item.get("key_id", 0)))
 
     def refuse(self, client: Client, error: GatewayError) -> None:
         """Notes a request that was refused before it was planned: it has no row."""
@@ -10191,39 +10263,31 @@ class Watch:
             key = self.ledger.authorise(head.headers.get("authorization"), client.started_s)
         except GatewayError:
             key = None
-        item: JSON = {"time_ms": int(client.started_s * 1000), "method": printable(head.method), "path": printable(head.path),
-                "status": error.status, "code": error.code, "message": str(error), "key": key.name if key else "",
-                "key_id": key.id if key else 0, "user_agent": printable(head.headers.get("user-agent")),
-                "request_id": client.request_id}
-        self.refused.appendleft(item)
-        self.tell(News("refused", item, item["key_id"]))
+        self.note("refused", {
+            "time_ms": int(client.started_s * 1000), "method": printable(head.method), "path": printable(head.path),
+            "status": error.status, "code": error.code, "message": str(error), "key": key.name if key else "",
+            "key_id": key.id if key else 0, "user_agent": printable(head.headers.get("user-agent")),
+            "request_id": client.request_id})
 
     def began(self, key: Key, down: Downstream) -> None:
         """Tells that a request is under way: its row comes with its end."""
-        item: JSON = {
+        self.note("started", {
             "response_id": down.answer.id, "started_ms": down.bill.started_ms, "model": down.answer.request.model,
             "status": "in flight", "key": key.name, "key_id": key.id, "codex": down.answer.manners is CODEX,
-            "user_agent": printable(down.client.head.headers.get("user-agent"))}
-        self.running[down.answer.id] = item
-        self.tell(News("started", item, key.id))
+            "user_agent": printable(down.client.head.headers.get("user-agent"))})
 
     def settled(self, entry: Entry, down: Downstream) -> None:
         """Notes how a request went, beyond its row."""
         attempt, headers = down.attempt, down.client.head.headers
-        self.running.pop(entry.response_id, None)
-        tried = [f"{each.provider}: {each.brief}" for each in down.failures]
-        last = [f"{down.provider}: {attempt.error}"] if attempt.status == "failed" and attempt.error else []
-        for text in [*tried, *last]:
-            provider, _, reason = text.partition(": ")
-            self.errors[provider] = {"time_ms": entry.started_ms, "message": reason}
-        self.traces[entry.response_id] = {
+        self.note("ended", {"errors": {
+            each.provider: {"time_ms": entry.started_ms, "message": printable_text(str(each.error))} for each in down.failures
+        }, "trace": {
             "response_id": entry.response_id, "started_ms": entry.started_ms, "model": entry.model, "status": entry.status,
-            "key_id": entry.key_id, "user_agent": printable(headers.get("user-agent")), "tried": tried[:20],
-            "codex": down.answer.manners is CODEX, "dropped": [printable(name) for name in down.dropped[:20]],
+            "key_id": entry.key_id, "user_agent": printable(headers.get("user-agent")), "codex": down.answer.manners is CODEX,
+            "tried": [f"{each.provider}: {each.brief}" for each in down.failures[:20]],
+            "dropped": [printable(name) for name in down.dropped[:20]],
             "error": str(attempt.error) if attempt.error else "", "upstream_id": printable(down.upstream_id),
-            "tried_ms": down.failed_ms[:20], "asked_ms": down.asked_ms, "answering_ms": down.answering_ms}
-        while len(self.traces) > TRACES_KEPT:
-            del self.traces[next(iter(self.traces))]
+            "tried_ms": down.failed_ms[:20], "asked_ms": down.asked_ms, "answering_ms": down.answering_ms}})
 
     def tell(self, news: News) -> None:
         for queue, key_id in list(self.watchers.items()):
@@ -10264,6 +10328,12 @@ class Watch:
                 "user_agent": trace.get("user_agent", ""),
                 "tried": list(dict.fromkeys(text.partition(":")[0] for text in trace.get("tried", ())))}
 
+
+def keep(kept: dict[str, JSON], item: JSON) -> None:
+    """Adds a request to the latest ones."""
+    kept[item["response_id"]] = item
+    while len(kept) > TRACES_KEPT:
+        del kept[next(iter(kept))]
 
 
 def printable_sentence(text: str) -> str:
@@ -10461,19 +10531,24 @@ async def admin(gateway: Gateway, client: Client) -> None:
         if ask.key is not None and route.who == "admin":
             raise Forbidden(ADMIN_ONLY, code="admin_only")
     if head.method == "POST" and route.function is not play:
-        ask.body = body_object(await client.body())
+        ask.body = body_object(await client.body(), route.fields.split())
     answer = await route.function(gateway, ask)
     if answer is not None:
         await client.answer(200, API_HEADERS, compact(answer).encode())
 
 
-def body_object(data: bytes) -> JSON:
+def body_object(data: bytes, fields: Sequence[str]) -> JSON:
+    """A body whose fields are all known: a mistyped limit would be none."""
     try:
         body = json.loads(data or b"{}")
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.")
+    for name in body:
+        if name not in fields:
+            hint = did_you_mean(name, fields) or (f" It has {', '.join(fields)}." if fields else "")
+            raise BadRequest(f"The body has no field {printable(name)!r}.{hint}", param=printable(name))
     return body
 
 
@@ -10513,7 +10588,10 @@ async def show_session(gateway: Gateway, ask: Ask) -> JSON:
 
 
 def open_count(gateway: Gateway, key_id: int) -> int:
-    return sum(key_id in (0, intent.key_id) for intent in gateway.ledger.open_requests())
+    """Requests under way: here all, of other processes those they told of."""
+    here = {intent.response_id: intent.key_id for intent in gateway.ledger.open_requests()}
+    others = {id: item["key_id"] for id, item in gateway.watch.running.items()}
+    return sum(key_id in (0, each) for each in {**others, **here}.values())
 
 
 async def key_budget(gateway: Gateway, key: Key) -> JSON:
@@ -10610,7 +10688,9 @@ def whole(body: JSON, name: str, most: int = 10**9) -> int:
 
 def money(body: JSON, name: str, unit: int = 10**9, least: int = 0) -> int | None:
     """US dollars as they were typed, in nano-dollars; None where the field is empty."""
-    text = text_field(body, name, most=30).replace(",", "").removeprefix("$")
+    given = body.get(name)
+    given = {name: str(given)} if type(given) in (int, float) else body
+    text = text_field(given, name, most=30).replace(",", "").removeprefix("$")
     if not text:
         return None
     try:
@@ -10632,9 +10712,10 @@ def key_changes(gateway: Gateway, body: JSON) -> dict[str, Any]:
         if changes["period"] not in PERIODS:
             raise BadRequest(f"period must be one of {', '.join(PERIODS)}.", param="period")
     if "models" in body:
-        changes["models"] = " ".join(text_field(body, "models").replace(",", " ").split())
-        if not re.fullmatch(r"[!-~ ]*", changes["models"]):
-            raise BadRequest("Models are patterns like openai/*, with commas between them.", param="models")
+        try:
+            changes["models"] = model_patterns(text_field(body, "models") or "all")
+        except ValueError:
+            raise BadRequest("Models are patterns like openai/*, with commas between them.", param="models") from None
     if "expires_days" in body:
         days = whole(body, "expires_days", 36500)
         changes["expires_s"] = int(time.time()) + days * 86400 if days else 0
@@ -10647,7 +10728,7 @@ async def create_key(gateway: Gateway, ask: Ask) -> JSON:
     """The one answer that holds a key."""
     name = text_field(ask.body, "name")
     token = gateway.ledger.create_key(name, time.time(), **key_changes(gateway, ask.body))
-    gateway.watch.tell(News("key", {"name": name}, 0))
+    gateway.watch.note("key", {"name": name})
     return {"name": name, "token": token}
 
 
@@ -10662,42 +10743,43 @@ async def edit_key(gateway: Gateway, ask: Ask) -> JSON:
     name, changes = active_name(gateway, ask), key_changes(gateway, ask.body)
     if changes:
         gateway.ledger.edit_key(name, time.time(), **changes)
-    gateway.watch.tell(News("key", {"name": name}, 0))
+    gateway.watch.note("key", {"name": name})
     return {"name": name}
 
 
 async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
     name = active_name(gateway, ask)
     gateway.ledger.revoke_key(name, time.time())
-    gateway.watch.tell(News("key", {"name": name}, 0))
+    gateway.watch.note("key", {"name": name})
     return {"name": name}
+
+
+PREPAID: dict[object, bool] = {"": False, "0": False, False: False, "1": True, True: True}
 
 
 async def new_account(gateway: Gateway, ask: Ask) -> JSON:
     name, multiplier = text_field(ask.body, "name"), money(ask.body, "multiplier", ONE)
-    create_account(gateway.ledger, name, bool(ask.body.get("prepaid")), money(ask.body, "limit"),
+    prepaid = ask.body.get("prepaid", "")
+    if prepaid not in PREPAID:
+        raise BadRequest("prepaid must be true or false.", param="prepaid")
+    create_account(gateway.ledger, name, PREPAID[prepaid], money(ask.body, "limit"),
                    ONE if multiplier is None else multiplier, time.time())
     return {"name": name}
 
 
 async def enter_credit(gateway: Gateway, ask: Ask) -> JSON:
-    nanos, reason = money(ask.body, "amount", least=-2**60), text_field(ask.body, "reason", most=200)
-    if not nanos:
-        raise BadRequest("This must be an amount like 50 or 12.50.", param="amount")
-    if nanos < 0 and not reason:
-        raise BadRequest("Taking credit away needs its reason.", param="reason")
-    add_credit(gateway.ledger, ask.name, nanos, "adjustment" if reason else "top-up", reason, time.time())
+    add_credit(gateway.ledger, ask.name, money(ask.body, "amount", least=-2**60) or 0,
+               text_field(ask.body, "reason", most=200), time.time())
     return {"name": ask.name}
 
 
 async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
     try:
-        month = datetime.datetime.strptime(ask.query.get("month", ""), "%Y-%m").replace(tzinfo=datetime.UTC)
-    except ValueError:
+        first, last = month_bounds(ask.query.get("month", ""))
+    except (ValueError, OverflowError):
         raise BadRequest("month must be like 2026-11.", param="month") from None
-    first, after = period_bounds("month", month.timestamp())
-    return {"account": ask.name, "first_day": first, "last_day": after - 1,
-            **statement_rows(gateway.ledger, account_named(gateway.ledger, ask.name), first, after - 1)}
+    return {"account": ask.name, "first_day": first, "last_day": last,
+            **statement_rows(gateway.ledger, account_named(gateway.ledger, ask.name), first, last)}
 
 
 async def show_models(gateway: Gateway, ask: Ask) -> JSON:
@@ -10796,7 +10878,7 @@ def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
     name = provider_named(gateway, ask.name).name
     gateway.ledger.use_provider(name, use)
     log.warning("%s %s the provider %s on the dashboard", ask.client.peer, "enabled" if use else "disabled", name)
-    gateway.watch.tell(News("provider", {"name": name}, 0))
+    gateway.watch.note("provider", {"name": name})
     return {"name": name}
 
 
@@ -10844,7 +10926,8 @@ async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
             "providers": [name for name in gateway.config.providers if name != "demo"],
             "demo": "demo" in gateway.config.providers, "codex": next((trace for trace in mine if trace["codex"]), None),
             "latest": watch.row_view(rows[0]) if rows else None,
-            "running": next((item for item in reversed(watch.running.values()) if ask.key_id in (0, item["key_id"])), None),
+            "running": next((item for item in reversed(watch.running.values()) if ask.key_id in (0, item["key_id"])
+                             and item["started_ms"] > (time.time() - RUNNING_SHOWN_S) * 1000), None),
             "refused": [item for item in watch.refused if ask.key_id in (0, item["key_id"])]}
 
 
@@ -10889,10 +10972,12 @@ def news_frame(news: News) -> bytes:
 class AdminRoute(NamedTuple):
     function: Callable[[Gateway, Ask], Awaitable[JSON | None]]
     who: str = "admin"          # admin | holder: the administrator too, the answer narrowed to the key | anybody
+    fields: str = ""            # that its body may have
 
 
+KEY_FIELDS = "name budget period models rpm tpm concurrent expires_days account"
 ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
-    ("POST", "login"): AdminRoute(log_in, "anybody"),
+    ("POST", "login"): AdminRoute(log_in, "anybody", "token"),
     ("POST", "logout"): AdminRoute(log_out, "anybody"),
     ("GET", "session"): AdminRoute(show_session, "holder"),
     ("GET", "overview"): AdminRoute(show_overview, "holder"),
@@ -10905,11 +10990,11 @@ ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
     ("GET", "events"): AdminRoute(live, "holder"),
     ("POST", "playground"): AdminRoute(play, "holder"),
     ("GET", "keys"): AdminRoute(show_keys),
-    ("POST", "keys"): AdminRoute(create_key),
-    ("POST", "keys/*"): AdminRoute(edit_key),
+    ("POST", "keys"): AdminRoute(create_key, fields=KEY_FIELDS),
+    ("POST", "keys/*"): AdminRoute(edit_key, fields=KEY_FIELDS.removeprefix("name ")),
     ("POST", "keys/*/revoke"): AdminRoute(revoke_key),
-    ("POST", "accounts"): AdminRoute(new_account),
-    ("POST", "accounts/*/credit"): AdminRoute(enter_credit),
+    ("POST", "accounts"): AdminRoute(new_account, fields="name prepaid limit multiplier"),
+    ("POST", "accounts/*/credit"): AdminRoute(enter_credit, fields="amount reason"),
     ("GET", "accounts/*/statement"): AdminRoute(show_statement),
     ("GET", "providers"): AdminRoute(show_providers),
     ("POST", "providers/*/test"): AdminRoute(test_provider),
@@ -11668,7 +11753,7 @@ class CommandParser(argparse.ArgumentParser):
     """argparse, with a suggestion for a mistyped command."""
 
     def error(self, message: str) -> NoReturn:
-        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+        if found := re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
             message = f"unknown command {found[1]}.{did_you_mean(found[1], re.findall(r'[a-z]+', found[2]))}"
         super().error(message)
 
@@ -11681,6 +11766,15 @@ def server_flag(name: str) -> Callable[[str], Any]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
     return read
+
+
+def server_flags(*names: str) -> CommandParser:
+    """A parent with flags that win over keys of [server]."""
+    parent = CommandParser(add_help=False)
+    for name in names:
+        rule: KeyRule = settings_of(ServerConfig)[name].metadata["rule"]
+        parent.add_argument("--" + name.replace("_", "-"), type=server_flag(name), help=rule.meaning)
+    return parent
 
 
 def command_parser() -> CommandParser:
@@ -11700,10 +11794,7 @@ def command_parser() -> CommandParser:
         return command
 
     commands = parser.add_subparsers(metavar="COMMAND")
-    serve = add(commands, "serve", run_serve, "run the gateway")
-    for name in ("host", "port", "log_format"):
-        rule: KeyRule = settings_of(ServerConfig)[name].metadata["rule"]
-        serve.add_argument("--" + name.replace("_", "-"), type=server_flag(name), help=rule.meaning)
+    serve = add(commands, "serve", run_serve, "run the gateway", server_flags("host", "port", "log_format"))
     serve.add_argument("--no-detect", action="store_true",
                        help="look for no provider keys in the environment and no servers on local ports")
     add(commands, "check", run_check, "check the configuration, contacting nobody").add_argument(
@@ -11711,7 +11802,7 @@ def command_parser() -> CommandParser:
     add_money_commands(commands, add, listing)
     add(commands, "models", run_models, "list the models that can be asked for", listing)
     add_first_run_commands(commands, add)
-    add(commands, "health", run_health, "ask whether the gateway answers; the exit code says it")
+    add(commands, "health", run_health, "ask whether the gateway answers; the exit code says it", server_flags("host", "port"))
     unit = add(commands, "unit", run_unit, "print a systemd unit")
     unit.add_argument("--socket", action="store_true", help="the unit of its port: systemd listens, also below 1024")
     return parser
@@ -11740,7 +11831,15 @@ def read_config(args: argparse.Namespace) -> Config:
     config = load_config(text, path, os.environ, read_text)
     flags = {name: getattr(args, name, None) for name in ("host", "port", "log_format")}
     given = {name: value for name, value in flags.items() if value is not None}
-    return dataclasses.replace(config, server=dataclasses.replace(config.server, **given))
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, **given), flags=tuple(
+        (name, str(value)) for name, value in [("config", args.config), *given.items()] if value is not None))
+
+
+def next_command(config: Config, command: str) -> str:
+    """A command to type next, that finds the same gateway: with what this one was told on the command line."""
+    taken = ("config",) if command.startswith("keys") else ("config", "host", "port")
+    flags = (f" --{name} {shlex.quote(value)}" for name, value in config.flags if name in taken)
+    return f"python pomex.py {command}{''.join(flags)}"
 
 
 def config_warnings(config: Config) -> list[str]:
@@ -11850,7 +11949,12 @@ def process_age_s(pid: int) -> float:
 # --- 13.3 words -----------------------------------------------------------------------------------
 
 def say(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    """To who started the program; of a server that logs JSON each line is a record of its log."""
+    if any(isinstance(handler.formatter, JSONFormatter) for handler in log.handlers):
+        for line in filter(None, map(str.strip, lines)):
+            log.info("%s", line)
+    else:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def print_json(value: object) -> None:
@@ -11946,7 +12050,6 @@ class JSONFormatter(logging.Formatter):
     """One JSON object a line. A record's `fields`, where it has them, are members of their own."""
     which = False           # of several processes
 
-
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {"time": f"{moment}.{int(record.msecs):03}Z", "level": record.levelname.lower(),
@@ -11998,10 +12101,10 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
     if keys := ledger.list_keys():
         active = sum(key_state(key, time.time()) == "active" for key in keys)
-        say(f"Keys          {active} active. New one: python pomex.py keys create NAME")
+        say(f"Keys          {active} active. New one: {next_command(config, 'keys create NAME')}")
     else:
         say("", *first_key_lines(ledger.create_key("first", time.time()), config.database.path),
-            "", "Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write",
+            "", f"Codex: put this into ~/.codex/config.toml, or run: {next_command(config, 'codex --write')}",
             *(f"  {line}".rstrip() for line in codex_block(url, codex_model(config, found))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
     for warning in config_warnings(config) if config.path else ():
@@ -12010,7 +12113,7 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
         say("Warning       Anybody on this network can reach Pomex. Keys are required on every call"
             + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
     several = f", {config.server.workers} workers" if config.server.workers > 1 else ""
-    say("", dashboard_line(ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
+    say("", dashboard_line(config, ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -12042,11 +12145,12 @@ async def serve(config: Config, no_detect: bool, sockets: Sequence[socket.socket
                 code, sentence = await no_listening(error, config.server)
                 say(sentence)
                 return code
+            signals = heed_signals()        # before anybody reads that it listens
             announce(config, found, looked, ledger, is_new, public_url(config.server, server.address))
             settle_memory()
             notify("READY=1")
             feeding = asyncio.create_task(feed_watchdog())
-            code = await until_stopped(server, functools.partial(reload, server, reread))
+            code = await until_stopped(server, signals, functools.partial(reload, server, reread))
             feeding.cancel()
             return code
 
@@ -12085,17 +12189,24 @@ def stopping_sentence(streams: int, drain_timeout_s: float) -> str:
             + (f", waiting up to {drain_timeout_s:g} s (Ctrl-C again to cut)." if streams else "."))
 
 
-async def until_stopped(server: Server, reload: Callable[[], Awaitable[None]]) -> int:
-    """Waits for a stop signal, then for the open streams; a second signal ends them at once."""
+HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)        # Windows has none
+
+
+def heed_signals() -> asyncio.Queue[int]:
+    """The signals that come from now on."""
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
-    on_terminal = sys.stderr.isatty()
-    hang_up: signal.Signals | None = getattr(signal, "SIGHUP", None)        # Windows has none
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, hang_up)):
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)):
         signal.signal(number, lambda got, frame: loop.call_soon_threadsafe(signals.put_nowait, got))
-    while await signals.get() == hang_up and on_terminal == sys.stderr.isatty():
+    return signals
+
+
+async def until_stopped(server: Server, signals: asyncio.Queue[int], reload: Callable[[], Awaitable[None]]) -> int:
+    """Waits for a stop signal, then for the open streams; a second signal ends them at once."""
+    on_terminal = sys.stderr.isatty()
+    while await signals.get() == HANG_UP and on_terminal == sys.stderr.isatty():
         await reload()          # if the terminal itself is gone it is the end
-    if hang_up is not None:
-        signal.signal(hang_up, signal.SIG_IGN)
+    if HANG_UP is not None:
+        signal.signal(HANG_UP, signal.SIG_IGN)
     drain_timeout_s = server.config.drain_timeout_s
     notify("STOPPING=1")
     say(stopping_sentence(server.open_requests, drain_timeout_s))
@@ -12151,12 +12262,21 @@ def run_check(args: argparse.Namespace) -> int:
         if model.targets:
             tiers = [" | ".join(map(":".join, tier)) for tier in model.targets]
             rows.append((f"  {name}", " -> ".join(tiers)))
-    warnings = config_warnings(config)
+    warnings = [*config_warnings(config), *unpriced(config)]
     rows += [("warning", warning) for warning in warnings]
     errors = sum(map(bool, failures.values()))
     print(*table_lines(rows), f"{plural(len(warnings), 'warning')}, {plural(errors, 'error')}"
           + ("" if args.live else "            (add --live to contact each provider)"), sep="\n")
     return 1 if errors else 0
+
+
+def unpriced(config: Config) -> list[str]:
+    """Warnings: of the targets that are known by name, those without a price."""
+    catalogue, book = Catalogue(config, {}), PriceBook(config)
+    targets = {(provider.name, model): name for name in listed_models(config, {})
+               for provider, model in catalogue.targets(name)}
+    return [f"{provider}/{model} has no price; it will be billed as 0" for (provider, model), name in targets.items()
+            if book.tariff(provider, model, name) is None]
 
 
 async def contact_all(config: Config) -> dict[str, str]:
@@ -12201,11 +12321,14 @@ def run_models(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = command_parser()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # a locale that lacks the … of a key
     try:
         args = parser.parse_args(argv)
         if not hasattr(args, "run"):
             parser.error("a command is needed, like: python pomex.py serve")
         code: int = args.run(args)
+        sys.stdout.flush()                  # here a full disk can still be told
         return code
     except SystemExit as stop:              # argparse: --help, --version, wrong usage
         return stop.code if isinstance(stop.code, int) else 0
@@ -12218,6 +12341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:                # a file or folder that cannot be written, a full disk
+        say(f"{error.filename or 'Output'}: {error.strerror or error}.")
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -12228,10 +12354,11 @@ DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
 
 
 def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> None:
-    add(commands, "admin-url", run_admin_url, "print a link that opens the dashboard once")
+    place = server_flags("host", "port")
+    add(commands, "admin-url", run_admin_url, "print a link that opens the dashboard once", place)
     add(commands, "init", run_init, "write a pomex.toml of what is found on this machine").add_argument(
         "file", metavar="FILE", nargs="?", default="pomex.toml")
-    codex = add(commands, "codex", run_codex, "print the configuration for Codex, or put it in place")
+    codex = add(commands, "codex", run_codex, "print the configuration for Codex, or put it in place", place)
     codex.add_argument("--model", help="the model to begin with")
     form = codex.add_mutually_exclusive_group()
     form.add_argument("--write", action="store_true", help="merge it into Codex's config.toml; a .bak is kept")
@@ -12239,7 +12366,7 @@ def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> 
     form.add_argument("--run", dest="start", action="store_true", help="start codex with it, changing no file: --run -- PROMPT")
     codex.add_argument("--profile", action="store_true", help="in a file of its own, pomex.config.toml: codex --profile pomex")
     codex.add_argument("prompt", nargs="*", metavar="PROMPT", help="arguments of codex")
-    doctor = add(commands, "doctor", run_doctor, "find what keeps Codex from working")
+    doctor = add(commands, "doctor", run_doctor, "find what keeps Codex from working", place)
     doctor.add_argument("--live", action="store_true", help="ask each provider, too; says what that cost")
     add(commands, "completion", run_completion, "print a completion script").add_argument(
         "shell", choices=("bash", "zsh", "fish"))
@@ -12267,11 +12394,11 @@ def run_admin_url(args: argparse.Namespace) -> int:
     return 0
 
 
-def dashboard_line(ledger: Ledger, url: str) -> str:
+def dashboard_line(config: Config, ledger: Ledger, url: str) -> str:
     """The link itself is a secret: on a terminal only."""
     if sys.stderr.isatty():
         return f"Dashboard     {login_link(ledger, url)} (one use, 10 minutes)"
-    return f"Dashboard     {url}/admin (log in with a link: python pomex.py admin-url)"
+    return f"Dashboard     {url}/admin (log in with a link: {next_command(config, 'admin-url')})"
 
 
 # init
@@ -12288,7 +12415,9 @@ def run_init(args: argparse.Namespace) -> int:
         return 1
     providers = sum(name != "demo" for name in config.providers)
     lines = text.count("\n")
-    say(f"Wrote {args.file} (mode 600, {lines} lines, {plural(providers, 'provider')} found). Check it: python pomex.py check")
+    named = "" if args.file == "pomex.toml" else f" --config {shlex.quote(args.file)}"
+    say(f"Wrote {args.file} (mode 600, {lines} lines, {plural(providers, 'provider')} found). "
+        f"Check it: python pomex.py check{named}")
     return 0
 
 
@@ -12359,7 +12488,11 @@ def with_block(text: str, block: Sequence[str]) -> str:
         else:
             after[at] = line
     merged = "\n".join(after) + "\n"
-    if others(tomllib.loads(merged), wanted) != others(before, wanted) or not holds(tomllib.loads(merged), wanted):
+    try:
+        result = tomllib.loads(merged)
+    except tomllib.TOMLDecodeError:         # an inline table, for one
+        result = {}
+    if others(result, wanted) != others(before, wanted) or not holds(result, wanted):
         raise ConfigError("Its form is one that cannot be changed safely here. Put this in by hand:\n\n" + "\n".join(block))
     return merged
 
@@ -12394,10 +12527,11 @@ def replace_file(path: pathlib.Path, text: str) -> None:
 def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path = path.resolve()                   # dotfiles are often links into a repository
-    before, backup = read_text(str(path)) if path.exists() else "", path.with_name(path.name + ".bak")
+    backup = path.with_name(path.name + ".bak")
     try:
+        before = read_text(str(path)) if path.exists() else ""
         after = with_block(before, block)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:             # UnicodeDecodeError is one, too
         raise ConfigError(f"{home_short(str(path))} is not TOML: {error}. Nothing was changed.") from None
     if after == before:
         say(f"{home_short(str(path))} has it already.")
@@ -12783,7 +12917,8 @@ def add_money_commands(commands: Any, add: Callable[..., CommandParser], listing
     create.add_argument("--multiplier", type=millionths, default=ONE, help="of all prices, e.g. 1.2")
     credit = add(accounts, "credit", run_accounts_credit, "add a top-up, or with --reason an adjustment")
     credit.add_argument("name", metavar="NAME")
-    credit.add_argument("amount", type=dollars, metavar="USD", help="below nought it takes credit away: write -- before it")
+    credit.add_argument("amount", type=signed_dollars, metavar="USD",
+                        help="below nought it takes credit away: write -- before it")
     credit.add_argument("--reason", default="", help="why; makes it an adjustment")
     add(accounts, "list", run_accounts_list, "list the accounts", listing)
     usage = add(commands, "usage", run_usage, "sums of what was used", listing)
@@ -12826,10 +12961,10 @@ def argument(reader: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
     return read
 
 
-def fraction(text: str, unit: int) -> int:
+def fraction(text: str, unit: int, least: int = 0) -> int:
     """A decimal number in whole units of 1/unit; ValueError for what does not come out even."""
     number = decimal.Decimal(text) * unit
-    if number != int(number) or abs(number) >= 2**60:
+    if not number.is_finite() or number != int(number) or not least <= number < 2**60:
         raise ValueError
     return int(number)
 
@@ -12839,9 +12974,15 @@ def read_budget(text: str) -> tuple[int | None, str]:
     if text == "none":
         return None, "month"
     nanos = fraction(amount_text, 10**9)
-    if period not in PERIODS or nanos < 0:
+    if period not in PERIODS:
         raise ValueError
     return nanos, period
+
+
+def read_whole(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError
+    return int(text)
 
 
 def read_day(text: str) -> int:
@@ -12854,24 +12995,22 @@ def read_day(text: str) -> int:
 def read_expiry(text: str) -> int:
     if text == "never":
         return 0
-    found = re.fullmatch(r"([0-9]{1,5})d", text)
-    return int(time.time()) + int(found[1]) * 86400 if found else read_day(text) * 86400
-
-
-def read_month(text: str) -> tuple[int, int]:
-    start = datetime.date.fromisoformat(text + "-01")
-    after = (start + datetime.timedelta(days=31)).replace(day=1)
-    return start.toordinal() - EPOCH, after.toordinal() - EPOCH - 1
+    found, now_s = re.fullmatch(r"([0-9]{1,5})d", text), int(time.time())
+    end_s = now_s + int(found[1]) * 86400 if found else read_day(text) * 86400
+    if end_s <= now_s:
+        raise ValueError
+    return end_s
 
 
 dollars = argument(lambda text: fraction(text, 10**9), "an amount of dollars like 12.50")
+signed_dollars = argument(lambda text: fraction(text, 10**9, least=-2**60), "an amount of dollars like 12.50")
 millionths = argument(lambda text: fraction(text, ONE), "a number like 1.2")
 budget = argument(read_budget, "like 50/month (day, week, month, total), or none")
-patterns = argument(lambda text: "" if text == "all" else " ".join(text.replace(",", " ").split()), "patterns")
-whole_number = argument(lambda text: {True: int(text)}[text.isdecimal()], "a whole number")
+patterns = argument(model_patterns, "patterns like 'openai/*,demo/echo', or all")
+whole_number = argument(read_whole, "a whole number of at most nine digits")
 first_day = argument(read_day, "like 7d or 2026-11-01")
-expiry_time = argument(read_expiry, "like 30d, 2027-01-31 or never")
-month_days = argument(read_month, "a month like 2026-11")
+expiry_time = argument(read_expiry, "a time to come, like 30d or 2027-01-31, or never")
+month_days = argument(month_bounds, "a month like 2026-11")
 
 
 def key_settings(ledger: Ledger, args: argparse.Namespace) -> dict[str, Any]:
@@ -12922,7 +13061,7 @@ def run_keys_edit(args: argparse.Namespace) -> int:
 def run_keys_revoke(args: argparse.Namespace) -> int:
     with with_ledger(args) as ledger:
         key = ledger.revoke_key(args.name, time.time())
-    say(f"Key {key.name} ({key.hint}) revoked.")
+    say(f"Key {key.name} ({key.hint}) revoked. What is being answered ends normally.")
     return 0
 
 
@@ -12967,10 +13106,7 @@ def run_accounts_create(args: argparse.Namespace) -> int:
 
 def run_accounts_credit(args: argparse.Namespace) -> int:
     with with_ledger(args) as ledger:
-        kind = "adjustment" if args.reason or args.amount < 0 else "top-up"
-        if kind == "adjustment" and not args.reason:
-            raise BadRequest("An adjustment needs its --reason.")
-        add_credit(ledger, args.name, args.amount, kind, args.reason, time.time())
+        kind = add_credit(ledger, args.name, args.amount, args.reason, time.time())
         account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
     say(f"{kind.capitalize()} of {usd(args.amount)} USD entered for account {args.name}; its balance is "
         f"{usd(account.credit_nanos - account.spent_nanos)} USD.")
@@ -13179,8 +13315,11 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
 # all inherit loses no connection when one of them ends, where SO_REUSEPORT resets those in the queue of its own socket.
 # A worker tells its parent once a second how many requests it has open; its parent's silence for good (end of file)
 # means that the parent is gone, and so it goes, too. The parent ends a worker that says nothing: its loop stands still.
+# What the dashboard shows live (JSON, so it begins with a bracket) the parent passes on to the other workers.
 
 TICK_S = 1.0
+SHARED_A_TICK = 50          # events that a worker tells the others in a tick: enough for eyes, and no load
+MAX_MESSAGE_BYTES = 32768
 HUNG_S = 30.0               # a checkpoint of the database on a bad disk may stop a loop for seconds
 SOUND_S = 60.0              # a worker that lived so long did not die of how it was started
 ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one has its turn
@@ -13193,9 +13332,11 @@ async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequ
     loop, orders = asyncio.get_running_loop(), asyncio.Queue[bytes]()
     draining: asyncio.Task[None] | None = None
     loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
-    loop.add_reader(channel, lambda: orders.put_nowait(heard(loop, channel)))
     with contextlib.closing(open_ledger(config)) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
+            watch = server.gateway.watch
+            watch.share = functools.partial(send_away, channel)
+            loop.add_reader(channel, lambda: hear(loop, channel, watch, orders))
             telling = loop.create_task(tell(server, channel))
             while draining is None or not draining.done():
                 waiting = loop.create_task(orders.get())
@@ -13210,18 +13351,28 @@ async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequ
     return 0
 
 
-def heard(loop: asyncio.AbstractEventLoop, channel: socket.socket) -> bytes:
-    order = channel.recv(1)
-    if not order:
+def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, watch: Watch, orders: asyncio.Queue[bytes]) -> None:
+    said = channel.recv(MAX_MESSAGE_BYTES)
+    if said.startswith(b"["):               # what happened in another worker
+        watch.hear(said)
+        return
+    if not said:
         loop.remove_reader(channel)         # the parent is gone
-    return order or DRAIN
+    orders.put_nowait(said or DRAIN)
 
 
-async def tell(server: Server, channel: socket.socket) -> None:
+async def tell(server: GatewayServer, channel: socket.socket) -> None:
     while True:
-        with contextlib.suppress(OSError):      # its end is heard elsewhere
-            channel.send(b"%d\n" % server.open_requests)
+        server.gateway.watch.quota = SHARED_A_TICK
+        send_away(channel, b"%d" % server.open_requests)
         await asyncio.sleep(TICK_S)
+
+
+def send_away(channel: socket.socket, message: bytes) -> None:
+    """A message that may be lost, where nobody takes it: the end of the other side is heard elsewhere."""
+    if len(message) <= MAX_MESSAGE_BYTES:
+        with contextlib.suppress(OSError):
+            channel.send(message, socket.MSG_DONTWAIT)
 
 
 @dataclass(slots=True, eq=False)
@@ -13301,7 +13452,7 @@ class Workers:
             self.send(old[0], RETIRE)
 
     def start(self, now: float) -> None:
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)        # whole messages, and an end
         sys.stderr.flush()
         pid = os.fork()
         if not pid:
@@ -13335,14 +13486,19 @@ class Workers:
 
     def listen_to(self, worker: Worker) -> None:
         try:
-            said = worker.channel.recv(4096)
+            said = worker.channel.recv(MAX_MESSAGE_BYTES)
         except OSError:
             said = b""
         if not said:
             self.bury(worker)
             return
+        if said.startswith(b"["):
+            for other in self.workers:
+                if other is not worker:
+                    send_away(other.channel, said)
+            return
         worker.heard = time.monotonic()
-        worker.streams = int(said.split()[-1])
+        worker.streams = int(said)
         worker.ready = True
         if not self.said_ready and all(each.ready for each in self.workers):
             self.said_ready = True
@@ -14286,8 +14442,9 @@ return[div("grid",card("pad c6",head("What happened",tag(r)),facts([["Time",when
 ["Model",bdi(r.model,200)],["Key",bdi(r.key,64)],["Account",bdi(r.account,64)],["Endpoint",r.endpoint],
 ["Client",t?bdi(t.user_agent||"-",200):"not kept"],["Response id",mono(clip(r.response_id,80))],
 ["x-request-id",mono(clip(r.request_id,130))],t?.upstream_id?["Upstream id",mono(clip(t.upstream_id,100))]:null,
-["Ended by",r.terminal_by==="gateway"?"the gateway, which made the terminal event":"the upstream's own terminal event"],
-["Terminal event",r.status==="cancelled"?"none: the client left":"response."+r.status],
+["Ended by",r.terminal_by==="gateway"?"the gateway, which made the terminal event":r.terminal_by?
+"the upstream's own terminal event":"an error's status"],
+["Terminal event",r.status==="cancelled"?"none: the client left":r.terminal_by?"response."+r.status:"none"],
 r.error_code?["Error",txt("",mono(clip(r.error_code,80))," ",clip(t?.error,600))]:null,
 t&&t.dropped.length?["Not carried",clip(t.dropped.join(", "),400)]:null,r.estimated?["Tokens","estimated: "+clip(r.estimated,
 200)]:null]),div("acts",btn("Copy as curl","s",e=>copy(curlOf({model:r.model,input:"…",stream:true}),e.currentTarget)))),
@@ -14417,19 +14574,17 @@ invalid_request_error:"The request was not right"};
 function setup(m){const body=div(),steps=div(),bad=div();let s=null;
 const draw=()=>fill(body,()=>api("setup"),d=>{s=d;paint();return[div("grid",div("card c12 two",div("",
 head("Checks"),steps),div("",copyTabs("Set-up snippet",snippets(d)))),div("card full c12",head("Refused requests",
-txt("","seen by this gateway; newest first")),bad))]});
-function paint(){const run=s.running,c=run||s.codex||s.latest,end=run?"":c?.status;
+txt("","newest first")),bad))]});
+function paint(){const run=s.running,c=run?.codex?run:s.codex,o=c?null:run||s.latest,end=c===run?"":c?.status;
 swap(steps,h("ol",{class:"steps"},step("done",1,"The gateway answers on "+location.host,"This page came from it."),
 s.providers.length?step("done",2,"Providers are configured",s.providers.join(", ")):step(s.demo?"done":"bad",2,
 s.demo?"The demo is ready":"No provider is ready",s.demo?"demo/echo works offline. For real models set a provider's key.":"Set a provider's key."),
-s.keys?step("done",3,s.keys===1?"A key exists":s.keys+" keys exist"):step("bad",3,"No key yet",h("a",{href:"#keys"},
-"Create a key")),
-h("li",{},txt("st "+(end?"done":"now"),end?"✓":""),h("span",{role:"status"},h("b",{},c?"A request "+(c.codex?"from Codex ":"")+
-(run?"is in flight":"was received"):"Waiting for the first request from Codex…"),c?[clip(c.model,60)+(c.user_agent?", "+
-clip(c.user_agent,80):"")+" at ",when(c.started_ms)]:'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"')),
+s.keys?step("done",3,s.keys===1?"A key exists":s.keys+" keys exist"):step("bad",3,"No key yet",
+h("a",{href:"#keys"},"Create a key")),h("li",{},txt("st "+(end?"done":"now"),end?"✓":""),h("span",{role:"status"},h("b",{},c?"A request from Codex "+
+(end?"was received":"is in flight"):"Waiting for the first request from Codex…"),c?[clip(c.model,60)+", "+clip(c.user_agent,80)+" at ",when(c.started_ms)]:
+['Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"',o?[" Another client at ",when(o.started_ms)]:""])),
 step(!end?"":end==="completed"?"done":"bad",5,!end?"The stream ends with response.completed":end==="cancelled"?
-"The client left before the end":"Its stream ended with response."+end,
-c?.error?clip(c.error,300):"")));
+"The client left":"Its stream ended with response."+end,clip(c?.error,300))));
 swap(bad,s.refused.length?sheet("stack","Refused requests",[["Time","opt"],"What and how to mend it",
 ["Request","opt"],["Status","r"]],s.refused.slice(0,25).map(x=>tr(td("nw dim opt",when(x.time_ms)),
 td("",div("name",CAUSES[x.code]||"The request was refused"),div("wrap",bdi(x.message,600)),

@@ -320,6 +320,54 @@ async def test_a_key_is_made_edited_and_revoked(gateway):
     assert not any("token" in row or "digest" in row for row in (await gateway.get("keys"))[1]["keys"])
 
 
+@parametrized("path, body, said", [
+    ("keys", {"name": "y", "bugdet": "50"}, "no field 'bugdet'. Did you mean budget?"),
+    ("keys", {"name": "y", "expires": "30d"}, "Did you mean expires_days?"), ("keys/1", {"name": "y"}, "no field 'name'"),
+    ("keys/1/revoke", {"now": True}, "no field 'now'"), ("keys", {"name": "y", "models": ","}, "patterns like openai/*"),
+    ("keys", {"name": "y", "models": "\u043e/*"}, "patterns like openai/*"), ("keys", {"name": "y", "budget": -1}, "an amount like"),
+    ("accounts", {"name": "y", "prepaid": "no"}, "true or false"), ("accounts", {"name": "y", "multiplier": "-1"}, "an amount like"),
+    ("accounts/default/credit", {"amount": 0}, "must not be 0"), ("accounts/default/credit", {}, "must not be 0"),
+    ("accounts/default/credit", {"amount": "-1"}, "needs its reason"),
+])
+async def test_a_field_that_is_not_right_changes_nothing(gateway, path, body, said):
+    before = (await gateway.get("keys"))[1]
+    status, answer, _ = await gateway.post(path, body)
+    assert status == 400 and said in answer["error"]["message"], answer
+    after = (await gateway.get("keys"))[1]
+    assert [before["keys"], before["accounts"]] == [after["keys"], after["accounts"]]
+
+
+@gateway_test
+async def test_amounts_and_truths_may_be_json(gateway):
+    assert (await gateway.post("keys", {"name": "y", "budget": 12.5, "rpm": 3}))[0] == 200
+    assert [key["budget_nanos"] for key in (await gateway.get("keys"))[1]["keys"] if key["name"] == "y"] == [12_500_000_000]
+    for name, prepaid, stored in (("a", "0", 0), ("b", True, 1), ("c", "1", 1), ("d", "", 0)):
+        assert (await gateway.post("accounts", {"name": name, "prepaid": prepaid}))[0] == 200
+        assert [each["prepaid"] for each in (await gateway.get("keys"))[1]["accounts"] if each["name"] == name] == [stored]
+    assert (await gateway.get("accounts/default/statement?month=9999-12"))[0] == 400
+
+
+@gateway_test
+async def test_what_all_spend_is_for_this_machine_and_the_administrator(gateway):
+    assert (await gateway.ask("GET", "/metrics"))[0] == 200
+    proxied = {"x-forwarded-for": "203.0.113.5"}
+    assert (await gateway.ask("GET", "/metrics", headers=proxied))[0] == 401
+    assert (await gateway.ask("GET", "/metrics", headers={**proxied, "authorization": f"Bearer {gateway.key}"}))[0] == 403
+    status, _, text = await gateway.ask("GET", "/metrics", headers={**proxied, **ADMIN})
+    assert status == 200 and b"pomex_requests_total" in text
+
+
+@gateway_test
+async def test_a_providers_last_error_is_its_own_and_a_refusal_is_no_ended_stream(gateway):
+    await gateway.answer(gateway.key, "demo/error")
+    error = (await gateway.get("providers"))[1]["providers"][0]["error"]["message"]
+    assert "No provider left" not in error and not error.startswith("demo:"), error
+    while not (rows := (await gateway.get("usage"))[1]["rows"]):
+        await asyncio.sleep(pomex.SAVE_AFTER_S)
+    assert (rows[0]["status"], rows[0]["terminal_by"]) == ("failed", "")
+    assert b"pomex_terminal_fallbacks_total{" not in (await gateway.ask("GET", "/metrics"))[2]
+
+
 @gateway_test
 async def test_an_account_gets_credit_and_a_statement(gateway):
     await gateway.post("accounts", {"name": "team", "prepaid": "1"})
@@ -383,14 +431,15 @@ async def test_hostile_filters_find_nothing_and_break_nothing(gateway, text):
     await gateway.answer(gateway.key)
     await asyncio.sleep(0.25)
     quoted = pomex.urllib.parse.quote(text.encode("utf-8", "surrogatepass"))
-    for name in ("key", "model", "provider", "text", "result"):
+    assert (await gateway.get(f"usage?result={quoted}"))[0] == (414 if len(text) > 8000 else 400)
+    for name in ("key", "model", "provider", "text"):
         status, found = await gateway.get(f"usage?{name}={quoted}")
         assert status == 414 and len(text) > 8000 or status == 200 and found["rows"] == [], name
     assert (await gateway.get(f"usage/{quoted[:3000]}"))[0] == 404
     assert (await gateway.get("usage"))[1]["sums"]["requests"] == 1
 
 
-@parametrized("query", [("cursor=x",), ("limit=9999",), ("from=now",), ("order=cost",), ("min_cost=-1",)])
+@parametrized("query", [("cursor=x",), ("limit=9999",), ("from=now",), ("order=cost",), ("min_cost=-1",), ("result=good",)])
 async def test_a_query_that_is_not_right_is_a_400(gateway, query):
     assert (await gateway.get("usage?" + query))[0] == 400
 

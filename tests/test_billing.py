@@ -162,7 +162,8 @@ def test_what_has_no_price_is_not_guessed(provider, model, asked, known):
 @pytest.mark.parametrize("text, words", [
     ('[prices."x/y"]\ninput = "1"', "must be an amount"), ('[prices."x/y"]\ninput = 0.0000001', "at most six decimals"),
     ('[prices."x/y"]\ninput = -1', "must be"), ('[prices."xy"]\ninput = 1', "must be like"),
-    ('[prices."x/y"]\nin = 1', "Known keys: input, output"), ('[prices."x/y"]\nlong_over = 5', "needs long_input"),
+    ('[prices."x/y"]\nin = 1', "Known keys: input, output"), ('[prices."x/y"]\nlong_over = 5\ninput = 1\noutput = 1', "needs long_input"),
+    ('[prices."x/y"]\ninput = 1', "needs input and output"), ('[prices."x/y"]\noutput = 1', "0 is free"),
     ('[prices."x/y"]\ninput = nan', "must be an amount"),
 ])
 def test_a_wrong_price_is_told_with_its_line(text, words):
@@ -205,8 +206,8 @@ def test_verify_finds_what_was_changed(ledger, spoil, said):
 
 def test_a_balance_is_the_sum_of_entries_that_can_only_be_added(ledger):
     pomex.create_account(ledger, "acme", True, None, 1_200_000, NOW)
-    pomex.add_credit(ledger, "acme", 5 * NANO, "top-up", "", NOW)
-    pomex.add_credit(ledger, "acme", -1 * NANO, "adjustment", "double payment", NOW)
+    pomex.add_credit(ledger, "acme", 5 * NANO, "", NOW)
+    pomex.add_credit(ledger, "acme", -1 * NANO, "double payment", NOW)
     pomex.insert_entries(ledger._writer, [entry("r1", account_id=2, cost_nanos=NANO)])
     account = pomex.list_accounts(ledger, NOW)[1]
     assert (account.name, account.credit_nanos, account.spent_nanos, account.month_nanos) == ("acme", 4 * NANO, NANO, NANO)
@@ -214,7 +215,7 @@ def test_a_balance_is_the_sum_of_entries_that_can_only_be_added(ledger):
         with pytest.raises(sqlite3.IntegrityError, match="stay"):
             ledger.write(sql)
     with pytest.raises(pomex.BadRequest, match="no account named nobody"):
-        pomex.add_credit(ledger, "nobody", 1, "top-up", "", NOW)
+        pomex.add_credit(ledger, "nobody", 1, "", NOW)
     with pytest.raises(pomex.BadRequest, match="already"):
         pomex.create_account(ledger, "acme", False, None, pomex.ONE, NOW)
 
@@ -222,8 +223,8 @@ def test_a_balance_is_the_sum_of_entries_that_can_only_be_added(ledger):
 def test_a_statements_lines_add_up_to_the_cent(ledger):
     rows = [entry(f"r{n}", model=f"m{n}", input=1, cost_nanos=3_333_333) for n in range(3)]
     pomex.insert_entries(ledger._writer, [*rows, entry("old", started_ms=NOW_MS - 40 * pomex.DAY_MS, cost_nanos=NANO)])
-    pomex.add_credit(ledger, "default", 2 * NANO, "top-up", "", NOW - 40 * 86400)
-    first, last = pomex.read_month("2026-11")
+    pomex.add_credit(ledger, "default", 2 * NANO, "", NOW - 40 * 86400)
+    first, last = pomex.month_bounds("2026-11")
     bill = pomex.statement_rows(ledger, 1, first, last)
     assert (bill["before_nanos"], bill["spent_nanos"], bill["after_nanos"]) == (NANO, 9_999_999, NANO - 9_999_999)
     cents = pomex.apportion([row["cost_nanos"] for row in bill["charges"]], 10**7)
@@ -698,7 +699,8 @@ def test_keys_accounts_and_bills_by_command(here, capsys):
     assert said.err.startswith("Account acme created.")
     assert "balance is 20.00 USD" in told(capsys, "accounts", "credit", "acme", "20").err
     assert "balance is 19.50 USD" in told(capsys, "accounts", "credit", "acme", "--reason", "mistake", "--", "-0.5").err
-    assert "needs its --reason" in told(capsys, "accounts", "credit", "acme", "--", "-1", code=1).err
+    assert "needs its reason" in told(capsys, "accounts", "credit", "acme", "--", "-1", code=1).err
+    assert "must not be 0" in told(capsys, "accounts", "credit", "acme", "0", code=1).err
     said = told(capsys, "keys", "create", "laptop", "--budget", "50/month", "--models", "openai/*", "--account", "acme", "--rpm", "60")
     assert re.fullmatch(r"sk-rh-\w{32}\n", said.out)
     assert said.err == ("Key laptop created: 50.00 USD a month, models openai/*, 60 requests a minute, account acme. "

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -108,7 +109,7 @@ def serving(*argv, **more):
     said = ""
     for line in process.stderr:
         said += line
-        if found := re.match(r"Listening on  (\S+)", line):
+        if found := re.search(r"Listening on  (http[^\s\"]+)", line):
             break
     else:
         raise AssertionError(said)
@@ -207,8 +208,68 @@ pomex.toml   ok, 3 providers, 1 model described
   local      http://10.0.0.7:8000/v1
   demo       works offline
   my/coder   openai:gpt-5.3-codex -> local:qwen | local:tiny-1
-0 warnings, 0 errors            (add --live to contact each provider)
+warning      local/qwen has no price; it will be billed as 0
+warning      local/tiny-1 has no price; it will be billed as 0
+2 warnings, 0 errors            (add --live to contact each provider)
 """
+
+
+@pytest.mark.parametrize("command, complaint", [
+    ("keys create k --models ''", "must be patterns like"), ("keys create k --models ,", "must be patterns like"),
+    ("keys create k --models \u043e/*", "must be patterns like"), ("keys create k --rpm 9999999999", "at most nine digits"),
+    ("keys create k --rpm -1", "at most nine digits"), ("keys create k --budget=-5/month", "must be like 50/month"),
+    ("keys create k --budget inf/month", "must be like 50/month"), ("keys create k --expires 0d", "a time to come"),
+    ("keys create k --expires 2001-01-01", "a time to come"), ("accounts create a --multiplier -1", "must be a number like 1.2"),
+    ("accounts create a --limit -5", "must be an amount"), ("serve --host ''", "must be a string that is not empty"),
+    ("usage --by nope", "argument --by: invalid choice: 'nope'"), ("completion tcsh", "argument shell: invalid choice: 'tcsh'"),
+    ("serv", "unknown command serv. Did you mean serve?"),
+])
+def test_a_wrong_argument_says_what_would_do(here, capsys, command, complaint):
+    assert pomex.main(shlex.split(command)) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prepare, command, said", [
+    (lambda here: (here / "file").write_text(""), ["init", "file/pomex.toml"], "file/pomex.toml: Not a directory."),
+    (lambda here: None, ["init", "no/where.toml"], "no/where.toml: No such file or directory."),
+    (lambda here: (here / ".codex").write_text(""), ["codex", "--write"], ".codex: File exists."),
+    (lambda here: [(here / ".codex").mkdir(), (here / ".codex" / "config.toml").write_bytes(b"\xff")], ["codex", "--write"],
+     "config.toml is not TOML"),
+])
+def test_what_cannot_be_written_or_read_is_a_sentence(here, monkeypatch, capsys, prepare, command, said):
+    monkeypatch.setenv("HOME", str(here))
+    prepare(here)
+    assert pomex.main(command) in (1, pomex.BAD_CONFIG)
+    assert said in capsys.readouterr().err
+
+
+def test_a_disk_without_room_and_a_locale_without_the_dots_are_no_tracebacks(configured):
+    assert run("keys", "create", "ana").returncode == 0
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, FILE, "keys", "list"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Output: No space left on device.\n")
+    done = run("keys", "list", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "ana" in done.stdout and not done.stderr
+
+
+def test_what_to_type_next_finds_the_gateway_that_runs(here):
+    (here / "my.toml").write_text(f'[database]\nurl = "sqlite:{here}/x.db"\n')
+    with serving("--config", "my.toml") as (process, url, said):
+        port = url.rpartition(":")[2]
+        hint = re.search(r"run: python pomex\.py (codex --write.*)\n", said)[1]
+        assert hint == "codex --write --config my.toml --port 0" and "python pomex.py admin-url --config my.toml --port 0" in said
+        done = run("codex", "--config", "my.toml", "--port", port)
+        assert f'base_url = "{url}/v1"' in done.stdout
+        assert run("health", "--config", "my.toml", "--port", port).stdout == f"{url} answers\n"
+        assert run("admin-url", "--config", "my.toml", "--port", port).stdout.startswith(f"{url}/admin#login=")
+
+
+def test_with_json_logs_every_line_is_an_object(here):
+    with serving("--log-format", "json") as (process, url, said):
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    lines = [json.loads(line)["message"] for line in (said + rest).splitlines()]
+    assert lines[-1] == "Stopped." and any(line.startswith("Listening on") for line in lines)
 
 
 def test_check_live_asks_each_provider_for_its_models(here, capsys):
@@ -282,13 +343,13 @@ def test_keys_are_created_listed_and_revoked(here, capsys):
     assert re.fullmatch(r"sk-rh-[0-9A-Za-z]{32}\n", token)
     assert err == "Key laptop created. It is not shown again.\n"
     assert pomex.main(["keys", "create", "laptop"]) == 1
-    assert "There is an active key named laptop already." in capsys.readouterr().err
+    assert "There is a key named laptop already that is not revoked." in capsys.readouterr().err
     hint = f"{token[:10]}…{token[-5:-1]}"
     assert pomex.main(["keys", "list"]) == 0
     assert re.fullmatch(rf"NAME +KEY +MODELS +SPENT +BUDGET +LAST USED +STATE\nlaptop +{hint} +all +0\.00 +none +never +active\n",
                         capsys.readouterr().out)
     assert pomex.main(["keys", "revoke", "laptop"]) == 0
-    assert capsys.readouterr() == ("", f"Key laptop ({hint}) revoked.\n")
+    assert capsys.readouterr() == ("", f"Key laptop ({hint}) revoked. What is being answered ends normally.\n")
     assert pomex.main(["keys", "list", "--json"]) == 0
     row, = json.loads(capsys.readouterr().out)
     assert (row["name"], row["key"], row["expires_at"]) == ("laptop", hint, None)
@@ -491,7 +552,7 @@ def test_a_signal_stops_and_a_second_one_cuts(capsys, streams, ends, signals, co
         loop = asyncio.get_running_loop()
         for number in range(signals):
             loop.call_later(0.02 + 0.05 * number, os.kill, os.getpid(), signal.SIGINT)
-        return await pomex.until_stopped(Draining(streams, ends), 30)
+        return await pomex.until_stopped(Draining(streams, ends), pomex.heed_signals(), 30)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

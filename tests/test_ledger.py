@@ -175,7 +175,7 @@ def test_a_key_name_that_could_spoil_a_line_is_refused(ledger, name):
 
 def test_a_name_is_unique_among_active_keys_and_only_those_can_be_revoked(ledger):
     ledger.create_key("ci", NOW)
-    with pytest.raises(pomex.BadRequest, match="active key named ci"):
+    with pytest.raises(pomex.BadRequest, match="key named ci already that is not revoked"):
         ledger.create_key("ci", NOW)
     with pytest.raises(pomex.BadRequest, match="no active key"):
         ledger.revoke_key("other", NOW)

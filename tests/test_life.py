@@ -423,6 +423,35 @@ def test_workers_share_port_and_ledger_and_one_that_is_killed_loses_its_own_stre
         assert [row["error_code"] for row in rows].count("interrupted") == 24 - sum(whole)
 
 
+def test_what_one_worker_sees_live_the_others_show_too(tmp_path):
+    token = "machine-token-0123456789"
+    with gateway(tmp_path, workers=3, POMEX_ADMIN_TOKEN=token) as pomex_:
+        until(lambda: len(set(re.findall(r"\[(\d+)\] 200 -  GET /health", pomex_.said + pomex_.ask("/health")[:0]))) == 3)
+
+        def show(path):
+            head = f"GET /admin/api/{path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer {token}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", pomex_.port), timeout=5) as link:
+                link.sendall(head.encode())
+                return json.loads(b"".join(iter(lambda: link.recv(65536), b"")).partition(b"\r\n\r\n")[2])
+        link = pomex_.stream()
+        begun(link)
+        assert all(show("setup")["running"]["model"] == "local/paced" for _ in range(9))
+        assert {show("session")["open"] for _ in range(9)} == {1}
+        rest_until_end(link)
+        for number in range(6):
+            assert " 404 " in pomex_.ask(f"/nothing/{number}")
+        assert b"response.failed" in rest_until(pomex_.stream("demo/cut"), b"[DONE]")
+        (row,) = [row for row in pomex_.settled(2) if row["model"] == "demo/cut"]
+
+        def alike():
+            pages = [show("setup") for _ in range(12)]
+            return (all(page["running"] is None and len(page["refused"]) == 6 for page in pages)
+                    and all(show("usage/" + row["response_id"])["trace"]["error"] for _ in range(12)))
+        until(alike)
+        own = set(re.findall(r'pomex_build_info\{version="\w+",worker="(\d+)"\}', "".join(pomex_.ask("/metrics") for _ in range(12))))
+        assert own <= set(map(str, pomex_.workers)) and own
+
+
 def rest_until_end(link):
     data = b""
     with contextlib.closing(link), contextlib.suppress(ConnectionResetError):

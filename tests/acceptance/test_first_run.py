@@ -243,7 +243,7 @@ PROVIDERS: dict[str, tuple[str, tuple[Answer | Refusal, ...], tuple[str, ...]]] 
     "poor": ("chat", (Refusal(402, {"error": {"message": "Insufficient balance"}}),), (
         "poor/x: Insufficient balance   fix: pay the provider, or: codex -m ANOTHER/MODEL",)),
     "empty": ("chat", (Refusal(404, {"error": {"message": "The model `x` does not exist"}}),), (
-        r'empty/x: empty has no model "x". All names: GET /v1/models   fix: put names that it has into models .*',)),
+        r'empty/x: empty has no model "x". All names: GET /v1/models or /admin#models   fix: put names that it has into models .*',)),
 }
 
 
@@ -408,9 +408,9 @@ MISTAKES = {
                          "in Pomex's config.", "invalid_api_key", 401, key="theirs"),
     "revoked": Mistake(r"Key gone was revoked on 20..-..-.. ..:...", "invalid_api_key", 401, key="gone"),
     "expired": Mistake(r"Key late expired on 20..-..-.. ..:...", "invalid_api_key", 401, key="late"),
-    "wrong model": Mistake('Model "demo/ecko" not found. Did you mean demo/echo? All names: GET /v1/models', "model_not_found",
+    "wrong model": Mistake('Model "demo/ecko" not found. Did you mean demo/echo? All names: GET /v1/models or /admin#models', "model_not_found",
                            400, model="demo/ecko"),
-    "no prefix": Mistake("Model names are provider/model-name. Did you mean demo/echo? All names: GET /v1/models",
+    "no prefix": Mistake("Model names are provider/model-name. Did you mean demo/echo? All names: GET /v1/models or /admin#models",
                          "model_not_found", 400, model="echo"),
     "provider without key": Mistake("anthropic/claude-sonnet-5-5 cannot be used: anthropic is not configured. Set "
                                     "ANTHROPIC_API_KEY and restart, or add it to pomex.toml.", "provider_not_configured", 400,

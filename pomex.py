@@ -99,9 +99,11 @@ import signal
 import socket
 import sqlite3
 import ssl
+import threading
 import time
 import tomllib
 import urllib.parse
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +111,7 @@ from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, NoReturn,
 
 if sys.platform != "win32":
     import fcntl
+    import resource
 
 JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; its shape is named by the function that takes it
 
@@ -2659,8 +2662,8 @@ SECRET = re.compile(
     re.IGNORECASE)
 HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 HTML_TAG = re.compile(r"<(style|script)\b.*?</\1\s*>|<[^>]*>", re.IGNORECASE | re.DOTALL)
-DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-TRY_AGAIN = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+|\d+(?:\.\d+)?)",
+DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|s|m|h)")      # bounded: of n digits \d+ makes n * n steps
+TRY_AGAIN = re.compile(r"(?:try again|retry) in ((?:\d{1,12}(?:\.\d{1,12})?(?:ms|h|m|s))+|\d{1,12}(?:\.\d{1,12})?)",
                        re.IGNORECASE)
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -2765,8 +2768,9 @@ def message_text(value: Any) -> str:
 
 def plain_text(text: str) -> str:
     """A body that is no JSON, for people: the title of an HTML page, else its words."""
+    text = text[:8192]          # both patterns look for an end from every beginning
     title = HTML_TITLE.search(text)
-    return " ".join(title.group(1).split() if title else HTML_TAG.sub(" ", text[:65_536]).split())
+    return " ".join(title.group(1).split() if title else HTML_TAG.sub(" ", text).split())
 
 
 def redacted(text: str) -> str:
@@ -5976,7 +5980,7 @@ class ConfigText:
         self.name = name
         try:
             self.toml: JSON = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:       # a number of 5,000 digits, brackets in brackets
             raise ConfigError(self.syntax_complaint(str(error))) from None
 
     def syntax_complaint(self, message: str) -> str:
@@ -8618,12 +8622,13 @@ def failure_text(error: BaseException) -> str:
 
 
 NO_HEADERS = Headers([])
+OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # no provider's fault
 
 
 class Exchange:
     """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
     __slots__ = ("upstream", "provider", "origin", "status", "headers", "wire", "keep_alive", "answered",
-                 "finished", "total_due", "inflater", "packed")
+                 "finished", "total_due", "paused_since", "inflater", "packed")
 
     def __init__(self, upstream: Upstream, provider: ProviderConfig, origin: Origin) -> None:
         self.upstream, self.provider, self.origin = upstream, provider, origin
@@ -8634,6 +8639,7 @@ class Exchange:
         self.answered = False                   # a byte of the answer has come
         self.finished = False                   # the body was read to its end
         self.total_due = asyncio.get_running_loop().time() + provider.total_timeout_s
+        self.paused_since = 0.0                 # nobody reads on since then; 0.0: somebody does
         self.inflater: Inflater | None = None
         self.packed = b""                       # compressed bytes that were not inflated yet
 
@@ -8715,10 +8721,13 @@ class Exchange:
                 if data := self.inflate(wire):
                     return data
                 continue
+            if self.paused_since:
+                self.total_due += wire.loop.time() - self.paused_since
             if not wire.pieces:
                 self.arm(wire, "idle_timeout_s")
             part = await self.next(wire, "body")
             wire.disarm()       # while nobody reads it is the client that is slow, not the provider
+            self.paused_since = wire.loop.time()
             if not isinstance(part, bytes):
                 self.finished = True
                 self.inflate(wire)
@@ -8790,6 +8799,7 @@ class Upstream:
         self.idle: dict[Origin, list[Link]] = {}        # the newest last, and taken first
         self.places: dict[tuple[str, str, str], Place] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
+        self.lookups: dict[str, asyncio.Future[list[str] | OSError]] = {}      # of names, under way
         self.distrusted: set[Origin] = set()            # they sent more than was asked for: a connection a request
         self.closed = False
 
@@ -8880,19 +8890,35 @@ class Upstream:
         except (OSError, ProtocolError, ValueError) as error:
             if limit.expired():
                 raise exchange.timeout(phase, "connect_timeout_s", sent=False) from None
+            if isinstance(error, OSError) and error.errno in OUR_LIMITS:
+                raise GatewayError(f"The gateway has no room for another connection: {failure_text(error)}.", status=503,
+                                   code="overloaded", headers=(("retry-after", "1"),)) from None
             raise exchange.error(phase, failure_text(error), sent=False) from error
 
     async def dial(self, origin: Origin) -> Link:
         host, port = origin.host, origin.port
         if origin.proxy:
             host, port, _ = proxy_address(origin.proxy)
-        loop = asyncio.get_running_loop()
-        _, wire = await loop.create_connection(Link, host, port, happy_eyeballs_delay=0.25)     # RFC 8305 5
+        wire = await first_of(await self.addresses(host, port))
         peer = wire.transport.get_extra_info("socket")      # asyncio itself sets TCP_NODELAY
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):     # NATs forget a silent connection after some minutes
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return wire
+
+    async def addresses(self, host: str, port: int) -> list[tuple[str, int]]:
+        """Where a name leads. All who wait for a name share one look-up, in a thread of its own that nobody waits for at the
+        end: a nameserver that does not answer must not hold the threads that other names need, as asyncio's own would."""
+        with contextlib.suppress(ValueError):
+            return [(str(ipaddress.ip_address(host)), port)]
+        if host not in self.lookups:
+            loop, self.lookups[host] = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+            threading.Thread(target=look_up, args=(loop, self.lookups[host], host), daemon=True).start()
+            self.lookups[host].add_done_callback(lambda done: self.lookups.pop(host))
+        found = await asyncio.shield(self.lookups[host])
+        if isinstance(found, OSError):
+            raise found
+        return [(address, port) for address in found]
 
     async def tunnel(self, wire: Wire, origin: Origin) -> None:
         """CONNECT, where there is a proxy: from its 2xx on, the wire leads to the origin (RFC 9110 9.3.6)."""
@@ -8937,6 +8963,55 @@ class Upstream:
                 wire.abort()
         self.idle.clear()
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
+
+
+def look_up(loop: asyncio.AbstractEventLoop, result: asyncio.Future[list[str] | OSError], host: str) -> None:
+    """In a thread: the addresses of a name, the families in turn, as RFC 8305 4 has it."""
+    found: list[str] | OSError
+    try:
+        rows = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        first = rows[0][0]
+        families = [[str(row[4][0]) for row in rows if (row[0] == first) == wanted] for wanted in (True, False)]
+        found = [address for pair in itertools.zip_longest(*families) for address in pair if address]
+    except (OSError, UnicodeError) as error:
+        found = error if isinstance(error, OSError) else socket.gaierror(socket.EAI_NONAME, "")
+
+    def tell() -> None:
+        if not result.done():
+            result.set_result(found)
+    with contextlib.suppress(RuntimeError):     # the loop has ended
+        loop.call_soon_threadsafe(tell)
+
+
+async def first_of(addresses: Sequence[tuple[str, int]]) -> Link:
+    """A connection to the first address that answers; each has 0.25 s before the next is tried beside it (RFC 8305 5)."""
+    ahead, trying = collections.deque(addresses), set[asyncio.Task[Link]]()
+    failure: BaseException = OSError(errno.EHOSTUNREACH, "")
+    try:
+        while ahead or trying:
+            if ahead:
+                trying.add(asyncio.create_task(link_to(*ahead.popleft())))
+            done, _ = await asyncio.wait(trying, timeout=0.25 if ahead else None, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                trying.discard(task)
+                if (error := task.exception()) is None:
+                    return task.result()
+                failure = error
+        raise failure
+    finally:
+        for task in trying:
+            task.add_done_callback(close_late)
+            task.cancel()
+
+
+async def link_to(host: str, port: int) -> Link:
+    return (await asyncio.get_running_loop().create_connection(Link, host, port))[1]
+
+
+def close_late(task: asyncio.Task[Link]) -> None:
+    """Another address was faster."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().abort()
 
 
 # === 10. routing ==================================================================================
@@ -9216,6 +9291,11 @@ class Health:
         ready = next((way for way in left if self.state(way.id, now) != "open"), None)
         return ready or min(left, key=lambda way: self.circuits[way.id].until, default=None)
 
+    def forget(self, providers: set[str]) -> None:
+        """Of providers that are gone, or that may have been mended, nothing is held against them."""
+        for id in [id for id in self.circuits if re.split("[#:]", id, maxsplit=1)[0] in providers]:
+            del self.circuits[id]
+
     def rows(self, now: float) -> list[tuple[str, str, str, float]]:
         """(target, state, fault, seconds left) of all that ever failed, for metrics and the status page."""
         return [(id, self.state(id, now), each.fault, max(0.0, each.until - now)) for id, each in self.circuits.items()]
@@ -9461,7 +9541,7 @@ class Router:
             if down.client.gone or task is None:
                 raise
             task.uncancel()             # the gateway stops: the client is still there, and gets its terminal event
-            down.attempt.finish(GatewayError("The gateway is stopping; ask again."))
+            down.attempt.finish(stopping())
 
     async def tries(self, ways: Sequence[Way], envelope: Envelope, down: Downstream) -> None:
         tries: collections.Counter[str] = collections.Counter()         # by Way.id
@@ -9494,7 +9574,7 @@ class Router:
         down.failed_ms.append(down.elapsed_ms())
         log.warning("%s %s: %s", down.client.request_id, way.id, printable_text(str(error)))
         if now < down.due:
-            self.blame(way, failure.fault, isinstance(error, ProviderError), wait_s, now)
+            self.blame(way, error, wait_s, now)
         others = [each for each in ways if each.id not in tries]
         if COURSES[failure.fault].others == "larger":
             others = [each for each in others if each.window > way.window > 0]
@@ -9506,13 +9586,15 @@ class Router:
                       self.health.state(way.id, now) == "open")
         return decide(trial, random.random()), other            # noqa: S311 - spreads calls, guards nothing
 
-    def blame(self, way: Way, fault: str, said: bool, wait_s: float | None, now: float) -> None:
-        """Takes note of a failure in the target's health, where `said` tells that the target itself spoke of it; a name that
-        a client made up is not the target's fault."""
-        if way.provider.wire_api == "demo" or (fault == "model_missing" and way.id.endswith(":*")):
+    def blame(self, way: Way, error: GatewayError, wait_s: float | None, now: float) -> None:
+        """Takes note of a failure in the target's health; a name that a client made up, or that the credentials are not good
+        for, is not the target's fault."""
+        fault, said = fault_class(error), isinstance(error, ProviderError)
+        unknown = fault == "model_missing" or getattr(error, "upstream_status", 0) == 403
+        if way.provider.wire_api == "demo" or (unknown and way.id.endswith(":*")):
             return
         if not COURSES[fault].opens:
-            if said:
+            if said:                # so it answers
                 self.answered(way)
         elif out_s := self.health.failed(way.id, fault, wait_s, now):
             log.warning("target %s is left out for %.0f s: %s", way.id, out_s, COURSES[fault].words)
@@ -9590,15 +9672,15 @@ class Router:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
         kind, stream = exchange.headers.get("content-type"), down.answer.request.stream
         if exchange.status >= 400:
-            raise provider_error(exchange.status, exchange.headers, await exchange.read_all(1 << 20), time.time())
+            raise provider_error(exchange.status, exchange.headers, await reason_of(exchange), time.time())
         if kind.startswith("text/html"):            # a login page, a proxy's apology
             page = plain_text((await exchange.read_all(1 << 16)).decode("utf-8", "replace"))
             raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
         if not kind.startswith("text/event-stream") and not stream:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return
-        first = True
-        while data := await (read_within(exchange, AFTER_STOP_S) if attempt.stop or attempt.error else exchange.read()):
+        first, due = True, math.inf         # when what follows the model's end is not waited for any more
+        while data := await read_until(exchange, due):
             if first and data.lstrip()[:1] in (b"{", b"["):     # asked for a stream, it answered with an object
                 attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
                 break
@@ -9608,6 +9690,8 @@ class Router:
                 await self.show(attempt, way, down)
             if attempt.last or (attempt.error and not attempt.begun):
                 return
+            if attempt.stop or attempt.error:
+                due = min(due, down.loop.time() + AFTER_STOP_S)
             if down.bill.held and attempt.stop is None and not await down.bill.cover(attempt.written):
                 attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
                 return
@@ -9621,6 +9705,16 @@ class Router:
             if not down.first_ms and self.health.began(way.id):
                 log.warning("target %s answers again", way.id)
             await down.send(attempt.take())
+
+
+async def reason_of(exchange: Exchange | DemoExchange) -> bytes:
+    """The body of an error answer, as far as it comes soon: what its status says is known without it."""
+    body = b""
+    with contextlib.suppress(TimeoutError, LinkError):
+        async with asyncio.timeout(AFTER_STOP_S):
+            while len(body) < 1 << 20 and (data := await exchange.read()):
+                body += data
+    return body
 
 
 def encoded(way: Way, envelope: Envelope, down: Downstream) -> Call:
@@ -9644,10 +9738,16 @@ def broken(attempt: Attempt) -> Attempt:
     return failed
 
 
-async def read_within(exchange: Exchange | DemoExchange, limit_s: float) -> bytes:
-    """The next piece. The limit's passing counts as the end: the model had finished, only the rest was missing."""
+def stopping() -> GatewayError:
+    return GatewayError("The gateway is stopping; ask again.", status=503, code="server_error", headers=(("retry-after", "1"),))
+
+
+async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
+    """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
+    if due == math.inf:
+        return await exchange.read()
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(limit_s):
+        async with asyncio.timeout_at(due):
             return await exchange.read()
     return b""
 
@@ -9678,6 +9778,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
+OUTCOMES_KEPT = 60
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 
 
@@ -9705,6 +9806,7 @@ class Metrics:
     def __init__(self, names: Iterable[str], workers: int) -> None:
         self.names = frozenset(names)
         self.own = {"worker": str(os.getpid())} if workers > 1 else {}      # its series are no other process's
+        self.outcomes: set[str] = set()         # codes, some of them of providers' choice
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()      # (name, label values...)
         self.spent: dict[tuple[str, str], Sequence[int]] = {}   # (model, provider) -> tokens by kind, nano-dollars
         self.histograms: dict[tuple[str, ...], Histogram] = {}
@@ -9714,7 +9816,13 @@ class Metrics:
         """One settled request."""
         add, provider = self.counters, entry.provider
         model = entry.model if entry.model in self.names else "other"
-        add["pomex_requests_total", entry.endpoint, model, provider, entry.error_code or entry.status] += 1
+        outcome = entry.error_code or entry.status
+        if outcome not in self.outcomes:
+            if len(self.outcomes) < OUTCOMES_KEPT:
+                self.outcomes.add(outcome)
+            else:
+                outcome = entry.status
+        add["pomex_requests_total", entry.endpoint, model, provider, outcome] += 1
         amounts = (entry.input, entry.cached, entry.cache_write, entry.output, entry.reasoning, entry.cost_nanos)
         spent = self.spent.get((model, provider), (0,) * len(amounts))
         self.spent[model, provider] = [total + amount for total, amount in zip(spent, amounts)]
@@ -9779,6 +9887,8 @@ class Gateway:
         self.upstream = upstream
         self.catalogue = Catalogue(config, found)
         self.router: Router = old.router if old else Router(upstream)
+        if old:
+            self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
         self.prices = PriceBook(config)
         self.metrics: Metrics = old.metrics if old else Metrics(self.catalogue.names, config.server.workers)
         self.metrics.names = frozenset(self.catalogue.names)
@@ -11108,6 +11218,7 @@ LINGER_BYTES = 2**20        # after an early answer so much is read and dropped:
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
 REFUSED_CONNECTIONS = 64    # over max_connections so many at once are told so; further ones are just closed
 IDLE_GRACE_S = 0.25         # a request on its way to an idle connection when draining begins is still answered
+FIRST_GRACE_S = 2.0         # so is the first request of one that has only just connected
 GRACE_S = 5.0               # cancelled handlers may still settle and write their terminal event
 CLIENT_LEFT = 499           # nginx's status, for the log: the client left before there was an answer
 
@@ -11242,12 +11353,16 @@ class Connection(Wire):
         self.counted = False            # among those that max_connections limits
         self.linger_bytes = -1          # how much more may be dropped; -1: not lingering
         self.peer = ""
+        self.served = False             # it has brought a request
         self.task: asyncio.Task[None] | None = None
+        if server.context is not None:
+            server.opening.add(self)
 
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.server.opening.discard(self)
         self.peer = (transport.get_extra_info("peername") or ("",))[0]
         if not self.server.admit(self):
             self.abort()
@@ -11287,8 +11402,10 @@ class Connection(Wire):
             if not self.counted:
                 raise GatewayError("No more connections are taken now. Try again in a moment.", status=503,
                                    code="overloaded", headers=(("retry-after", "1"),))
-            while (head := await self.next_head()) is not None and await self.serve(Client(self, head)):
-                pass
+            while (head := await self.next_head()) is not None:
+                self.served = True
+                if not await self.serve(Client(self, head)):
+                    break
         except GatewayError as error:       # before there was a head to answer to
             log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
@@ -11342,6 +11459,10 @@ class Connection(Wire):
             await client.fail(untraced(error))
         except ClientGone:
             raise
+        except asyncio.CancelledError:
+            if self.gone or client.status or not self.server.closing:
+                raise
+            await client.fail(stopping())           # its request was still coming in
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("request %s: %s", client.request_id, trail(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
@@ -11445,8 +11566,9 @@ class Connection(Wire):
         try:
             await self.drain()
         except Expired:
-            self.gone = True
+            self.gone = asyncio.current_task() is self.task     # a heartbeat's: connection_lost cancels the handler
             self.abort()
+            raise ClientGone("the client takes nothing") from None
         self.disarm()
         if self.gone:
             raise ClientGone("the client left or takes nothing")
@@ -11513,6 +11635,7 @@ class Server:
         self.sockets: Sequence[socket.socket] = []      # theirs
         self.late: set[asyncio.Task[Any]] = set()       # connections taken when the listeners were closed
         self.connections: set[Connection] = set()       # all whose socket is open
+        self.opening: weakref.WeakSet[Connection] = weakref.WeakSet()       # those that set up TLS
         self.counted = 0                                # of those, the ones that max_connections limits
         self.open_requests = 0
         self.draining = False                           # takes no new connections, keeps none open
@@ -11581,7 +11704,13 @@ class Server:
         """Stops: no new connections; requests may end within timeout_s, then their handlers are cancelled. None: no limit."""
         self.draining = True
         await self.stop_listening()
-        await asyncio.sleep(IDLE_GRACE_S if timeout_s is None else min(IDLE_GRACE_S, timeout_s))
+        loop, most_s = asyncio.get_running_loop(), math.inf if timeout_s is None else timeout_s
+        until = loop.time() + min(FIRST_GRACE_S, most_s)
+        await asyncio.sleep(min(IDLE_GRACE_S, most_s))
+        for connection in [each for each in self.connections if each.served]:
+            connection.shut_if_idle()
+        while loop.time() < until and (self.opening or not all(each.served for each in self.connections)):
+            await asyncio.sleep(0.02)
         self.closing = True
         for connection in list(self.connections):
             connection.shut_if_idle()
@@ -11829,6 +11958,12 @@ def read_config(args: argparse.Namespace) -> Config:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"{path} cannot be read: {reason}.") from None
     config = load_config(text, path, os.environ, read_text)
+    for provider in config.providers.values():
+        try:
+            if provider.ca_file:
+                ssl.create_default_context(cafile=provider.ca_file)
+        except OSError as error:            # ssl.SSLError is one
+            raise ConfigError(f"{path}: [providers.{provider.name}] ca_file cannot be used: {failure_text(error)}.") from None
     flags = {name: getattr(args, name, None) for name in ("host", "port", "log_format")}
     given = {name: value for name, value in flags.items() if value is not None}
     return dataclasses.replace(config, server=dataclasses.replace(config.server, **given), flags=tuple(
@@ -11925,14 +12060,20 @@ async def surveyed(config: Config, no_detect: bool = False) -> tuple[Config, dic
     return (config, {}) if config.path or no_detect else await detect(config, os.environ)
 
 
-def port_holder(port: int) -> tuple[int, str] | None:
-    """(pid, program) of what listens on a port, where /proc shows it."""
+def port_holder(host: str, port: int) -> tuple[int, str] | None:
+    """(pid, program) of what listens on a port of this address, or of all, where /proc shows it."""
+    numeric = re.fullmatch(r"[0-9.]+", host) and host != "0.0.0.0"      # noqa: S104 - only compared
+    ours = socket.inet_aton(host)[::-1].hex().upper() if numeric else ""
+
+    def is_it(local: str, state: str) -> bool:
+        address, _, number = local.partition(":")
+        same = not ours or address == ours or not int(address, 16)
+        return state == "0A" and int(number, 16) == port and same       # 0A: listening
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             rows = [line.split() for line in pathlib.Path(table).read_text().splitlines()[1:]]
-            sockets |= {f"socket:[{row[9]}]" for row in rows
-                        if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}   # 0A: listening
+            sockets |= {f"socket:[{row[9]}]" for row in rows if is_it(row[1], row[3])}
     for path in pathlib.Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(path) in sockets:
@@ -12116,8 +12257,17 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
     say("", dashboard_line(config, ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
 
 
+def allow_files() -> None:
+    """As many open files as the system lets us have: a stream takes two, and shells often give 1,024."""
+    if sys.platform != "win32":
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):      # macOS calls a number unlimited that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def run_serve(args: argparse.Namespace) -> int:
     config = read_config(args)
+    allow_files()
     set_up_logging(config.server.log_format, config.server.workers)
     sockets = handed_sockets(os.environ)
     config = dataclasses.replace(config, server=listening_as(config.server, sockets))
@@ -12234,7 +12384,7 @@ async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
 
 async def port_taken(server: ServerConfig) -> str:
     health = await get_json(public_url(ServerConfig(), (server.host, server.port)) + "/health")
-    holder = port_holder(server.port)
+    holder = port_holder(server.host, server.port)
     advice = f"python pomex.py serve --port {server.port + 1 if server.port < 65535 else 7663}."
     if isinstance(health, dict) and health.get("status") == "ok" and "version" in health:
         who = f" (pid {holder[0]}, up {time_span(process_age_s(holder[0]))})" if holder else ""
@@ -13352,7 +13502,10 @@ async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequ
 
 
 def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, watch: Watch, orders: asyncio.Queue[bytes]) -> None:
-    said = channel.recv(MAX_MESSAGE_BYTES)
+    try:
+        said = channel.recv(MAX_MESSAGE_BYTES)
+    except OSError:
+        said = b""
     if said.startswith(b"["):               # what happened in another worker
         watch.hear(said)
         return
@@ -13401,6 +13554,7 @@ class Workers:
         self.said_ready = False
         self.not_before = 0.0       # no worker is started earlier: they die too fast
         self.deaths = 0             # in a row
+        self.stepped = math.inf     # when we looked last
         self.selector = selectors.DefaultSelector()
         self.signals, self.wakeup = socket.socketpair()
 
@@ -13435,6 +13589,10 @@ class Workers:
 
     def step(self, now: float) -> None:
         """Starts what is missing, lets go what is replaced, ends what hangs."""
+        if now - self.stepped > 5 * TICK_S:     # we stood still ourselves (a paused container, Ctrl-Z): nobody was to be heard
+            for worker in self.workers:
+                worker.heard = now
+        self.stepped = now
         for worker in self.workers:
             if now - worker.heard > HUNG_S:
                 log.error("worker %d has said nothing for %d s and is ended", worker.pid, HUNG_S)
@@ -13447,14 +13605,23 @@ class Workers:
         if self.stopping or now < self.not_before:
             return
         for _ in range(min(wanted - len(current), wanted - len(staying) + (bool(old) and not going))):
-            self.start(now)
+            try:
+                self.start(now)
+            except OSError as error:        # too many processes or files: the others go on
+                log.error("no worker can be started: %s; tried again in a second", failure_text(error))
+                self.not_before = now + TICK_S
+                break
         if old and not going and len(staying) > wanted and all(worker.ready for worker in current):
             self.send(old[0], RETIRE)
 
     def start(self, now: float) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)        # whole messages, and an end
         sys.stderr.flush()
-        pid = os.fork()
+        with contextlib.ExitStack() as made:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)     # whole messages, and an end
+            made.callback(theirs.close)
+            made.callback(ours.close)
+            pid = os.fork()
+            made.pop_all()
         if not pid:
             self.become_worker(ours, theirs)
         theirs.close()
@@ -13567,6 +13734,7 @@ SERVICE_UNIT = """\
 Description=Pomex, an LLM API gateway
 Wants=network-online.target
 After=network-online.target
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
@@ -13576,6 +13744,7 @@ KillMode=mixed
 TimeoutStopSec=@STOP@
 WatchdogSec=30
 Restart=on-failure
+RestartSec=2
 RestartPreventExitStatus=2 78
 LimitNOFILE=65536
 

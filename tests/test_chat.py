@@ -1561,7 +1561,7 @@ DELAYS: list[tuple[dict[str, str], str, float | None]] = [
     ({}, "Please try again in 1m2s", 60),
     ({}, "Please retry in 48.9s.", 48.9),
     ({}, "try again in 7", 7),
-    ({}, "try again in a while", None),
+    ({}, "try again in a while", None), ({}, "try again in " + "1" * 30_000, 60), ({"x-ratelimit-reset-requests": "1" * 30_000}, "x", None),
     (
         {
             "x-ratelimit-reset-tokens": "11.054s",

@@ -59,6 +59,8 @@ COMPLAINTS = {
     "a number for text": ("[server]\nhost = 1\n", "pomex.toml line 2: [server] host = 1: must be a string that is not empty."),
     "no host, which is every interface": ('[server]\nhost = ""\n',
                                           'pomex.toml line 2: [server] host = "": must be a string that is not empty.'),
+    "brackets in brackets": ("[server]\nport = " + "[" * 5000, "pomex.toml: "),
+    "a number of 5,000 digits": ("[server]\nport = " + "9" * 5000, "pomex.toml: Exceeds the limit"),
     "a number for a truth": ("[demo]\nenabled = 1\n",
                              "pomex.toml line 2: [demo] enabled = 1: must be true or false."),
     "an unknown choice": ('[server]\nlog_format = "xml"\n',

@@ -4,6 +4,7 @@ Everything that is signalled here is a process of this test's own, by its id.
 """
 import asyncio
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -497,8 +498,23 @@ def test_a_worker_that_hangs_is_ended_and_replaced(monkeypatch):
     parent.start = started.append
     for pid, heard in ((1, 0.0), (2, 20.0)):
         parent.workers.append(pomex.Worker(pid, None, 0, 0.0, heard, ready=True))
-    parent.step(31.0)
+    for now in range(29, 32):
+        parent.step(float(now))
     assert ended == [(1, signal.SIGKILL)] and not started
+    parent.step(100.0)                          # all stood still: who was to be heard meanwhile?
+    assert len(ended) == 1
+    parent.selector.close(), parent.signals.close(), parent.wakeup.close()
+
+
+def test_where_no_process_can_be_made_the_others_go_on(monkeypatch, caplog):
+    def no_room():
+        raise BlockingIOError(errno.EAGAIN, "")
+    monkeypatch.setattr(os, "fork", no_room)
+    parent = pomex.Workers(pomex.load_config("[server]\nworkers = 2", "", {}), {}, [], None)
+    open_files = len(os.listdir("/proc/self/fd"))
+    parent.step(100.0)
+    assert "no worker can be started" in caplog.text and len(os.listdir("/proc/self/fd")) == open_files
+    assert parent.not_before == 100.0 + pomex.TICK_S and not parent.workers
     parent.selector.close(), parent.signals.close(), parent.wakeup.close()
 
 

@@ -3,6 +3,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import errno
 import dataclasses
 import gzip
 import json
@@ -701,16 +702,17 @@ def test_what_an_encoder_stumbles_over_blames_no_target_and_praises_none(tmp_pat
 
 def test_a_refusal_of_the_request_itself_shows_that_its_target_answers():
     router, target = pomex.Router(None), way("a")
-    router.blame(target, "auth", True, None, 0.0)
-    router.blame(target, "bad_request", False, None, 1.0)
+    router.blame(target, pomex.provider_error(401, pomex.Headers([]), b"", 0.0), None, 0.0)
+    router.blame(target, pomex.BadRequest("our own word"), None, 1.0)
     assert router.health.state(target.id, 1.0) == "open"
-    router.blame(target, "bad_request", True, None, 1.0)
+    router.blame(target, pomex.provider_error(400, pomex.Headers([]), b"", 0.0), None, 1.0)
     assert router.health.state(target.id, 1.0) != "open"
 
 
-def test_a_name_that_a_client_made_up_leaves_no_target_out(tmp_path):
+@pytest.mark.parametrize("refusal", [FAULTS["404"]("chat", True), http(403, b'{"error":{"message":"not for you"}}')])
+def test_a_name_that_a_client_made_up_leaves_no_target_out(refusal, tmp_path):
     async def main():
-        scripted = Scripted(a=FAULTS["404"]("chat", True))
+        scripted = Scripted(a=refusal)
         async with gateway(scripted, {"a": "chat"}, tmp_path) as (ask, _, _):
             for n in range(3):
                 await ask(body={"model": f"a/made-up-{n}"})
@@ -748,6 +750,91 @@ def test_failover_goes_on_behind_an_early_200(tmp_path):
                 assert got == 200 and response["status"] == status and body.count(b"event: response.in_progress") > 1
                 assert "x-pomex-provider" not in headers and "x-codex-turn-state" not in headers     # not known when they went
                 assert set(scripted.calls) == set("abc")
+    run(main)
+
+
+def drips(head, every_s=0.003):
+    """An answer whose body goes on for ever."""
+    async def answer(writer):
+        with contextlib.suppress(OSError):
+            writer.write(head)
+            while not writer.is_closing():
+                writer.write(b"5\r\n: x\n\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(every_s)
+    return answer
+
+
+def test_an_answer_that_goes_on_behind_its_end_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(pomex, "AFTER_STOP_S", 0.3)
+
+    async def main():
+        scripted = Scripted(a=drips(stream(sse(*CHAT[:3]), b"")))
+        async with gateway(scripted, {"a": "chat"}, tmp_path) as (ask, _, _):
+            begun = time.monotonic()
+            status, _, body = await ask()
+            assert (status, check(body)["status"]) == (200, "completed") and 0.25 < time.monotonic() - begun < 2
+    run(main)
+
+
+@pytest.mark.parametrize("status, fault", [(503, "overload"), (402, "quota")])
+@pytest.mark.parametrize("cut", [True, False])
+def test_what_an_errors_status_says_does_not_wait_for_its_body(status, fault, cut, tmp_path, monkeypatch):
+    monkeypatch.setattr(pomex, "AFTER_STOP_S", 0.2)
+    head = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n" % status
+
+    async def main():
+        scripted = Scripted(a=head + b"5\r\n{\"err" if cut else drips(head), b=good("chat", True))
+        async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, _):
+            begun = time.monotonic()
+            got, headers, _ = await ask()
+            assert (got, headers["x-pomex-provider"]) == (200, "b") and time.monotonic() - begun < 3
+            counted = (await ask(path="/metrics"))[2].decode()
+            assert re.search(rf'pomex_upstream_attempts_total\{{provider="a",result="{fault}"\}} \d', counted), counted
+    run(main)
+
+
+def test_a_provider_that_was_mended_or_taken_away_is_not_held_to_its_past(tmp_path):
+    async def main():
+        scripted = Scripted(a=FAULTS["401"]("chat", True), b=good("chat", True))
+        async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, config):
+            await ask()
+            assert json.loads((await ask(path="/ready"))[2])["checks"]["targets"] == "degraded"
+            upstream = pomex.Upstream()
+            old = pomex.Gateway(config, pomex.Ledger.open(str(tmp_path / "other.db")), upstream, {})
+            for id in ("a:m", "a#1234abcd:m", "b:m"):
+                old.router.health.failed(id, "auth", None, 0.0)
+            providers = {**config.providers, "a": pomex.dataclasses.replace(config.providers["a"], api_key="mended")}
+            new = pomex.Gateway(pomex.dataclasses.replace(config, providers=providers), old.ledger, upstream, {}, old)
+            assert list(new.router.health.circuits) == ["b:m"]
+            gone = pomex.dataclasses.replace(config, providers={"a": providers["a"]}, models={})
+            assert not pomex.Gateway(gone, old.ledger, upstream, {}, new).router.health.circuits
+            old.watch.reader.close()
+            old.ledger.close()
+    run(main)
+
+
+def test_when_the_gateway_has_no_more_files_no_target_is_to_blame(tmp_path, monkeypatch):
+    async def no_room(*_):
+        raise OSError(errno.EMFILE, "")
+    monkeypatch.setattr(pomex, "first_of", no_room)
+
+    async def main():
+        async with gateway(Scripted(a=b"", b=b""), dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, _):
+            status, headers, body = await ask()
+            assert (status, headers["retry-after"]) == (503, "1") and b"no room for another connection" in body
+            assert json.loads((await ask(path="/ready"))[2])["checks"]["targets"] == "ok"
+    run(main)
+
+
+def test_codes_of_providers_choice_make_no_endless_series(tmp_path):
+    async def main():
+        wrong = [http(400, json.dumps({"error": {"message": "no", "code": f"code{n}"}}).encode()) for n in range(100)]
+        async with gateway(Scripted(a=wrong), {"a": "chat"}, tmp_path) as (ask, _, _):
+            for _ in range(100):
+                await ask()
+            counted = re.findall(r'^pomex_requests_total\{.*outcome="(\w+)"\} (\d+)$', (await ask(path="/metrics"))[2].decode(), re.M)
+            assert len(counted) == pomex.OUTCOMES_KEPT + 1 and dict(counted)["failed"] == str(100 - pomex.OUTCOMES_KEPT)
     run(main)
 
 

@@ -507,6 +507,57 @@ def test_a_client_that_takes_nothing_is_gone_after_the_write_limit():
     run(main)
 
 
+def test_where_a_heartbeat_finds_that_the_client_takes_nothing_the_handler_ends_too():
+    async def main():
+        async with serving(write_timeout_s=0.1) as (server, handler):
+            async def waits(client):            # for its provider, while another task says that it lives
+                await client.start(200, [])
+                client.connection.transport.set_write_buffer_limits(high=0)
+                client.connection.transport.write(bytes(2 * 10**7))
+                beat = asyncio.ensure_future(client.write(b": alive\n\n"))
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    assert isinstance((await asyncio.gather(beat, return_exceptions=True))[0], pomex.ClientGone)
+            handler.waits = waits
+            async with connected(server, limit=1024) as (reader, writer):
+                writer.transport.pause_reading()
+                writer.write(GET.replace(b"/", b"/waits", 1))
+                await until(lambda: handler.ends == ["CancelledError"])
+                await until(lambda: not server.connections)
+    run(main)
+
+
+def test_a_request_that_still_comes_in_at_the_stop_is_told_to_come_again():
+    async def main():
+        async with serving() as (server, handler):
+            async with connected(server) as (reader, writer):
+                writer.write(post(b"x" * 100)[:-50])
+                await until(lambda: handler.running == 1)
+                await server.drain(0.05)
+                said = await reader.read()
+                assert said.startswith(b"HTTP/1.1 503") and b"retry-after: 1\r\n" in said.lower(), said
+    run(main)
+
+
+@pytest.mark.parametrize("limit_s", [None, 5.0])
+def test_a_stop_waits_for_the_first_request_of_who_has_just_connected(limit_s):
+    async def main():
+        async with serving() as (server, handler):
+            async with connected(server) as (reader, writer), connected(server) as (kept, used):
+                used.write(GET)
+                await answer(kept)
+                draining = asyncio.ensure_future(server.drain(limit_s))
+                await asyncio.sleep(pomex.IDLE_GRACE_S + 0.15)
+                assert await kept.read() == b""         # it has had its answer
+                writer.write(GET)
+                assert (await reader.read()).startswith(b"HTTP/1.1 200")
+                begun = time.monotonic()
+                await draining
+                assert time.monotonic() - begun < 0.5   # and nobody else is waited for
+    run(main)
+
+
 def test_an_answer_that_is_never_taken_does_not_keep_the_socket():
     async def main():
         async with serving(write_timeout_s=0.1) as (server, handler):

@@ -115,6 +115,64 @@ async def upstream_of(environ=None):
         await upstream.close()
 
 
+# --- where a name leads ----------------------------------------------------------------------------
+
+def names(monkeypatch, **rows):
+    """name -> addresses, or seconds that the nameserver takes to say that there is none."""
+    def getaddrinfo(host, *_, **__):
+        found = rows[host.replace(".", "_")]
+        if not isinstance(found, list):
+            time.sleep(found)
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return [(socket.AF_INET6 if ":" in each else socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 0)) for each in found]
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_a_nameserver_that_is_silent_holds_nobody_elses_names_and_not_the_end(monkeypatch):
+    names(monkeypatch, dead_example=3.0, well_example=["127.0.0.1"])
+
+    async def main():
+        async with Scripted(says(*[ANSWER] * 99)) as server, upstream_of() as upstream:
+            to = provider(server.port, host="dead.example", connect_timeout_s=0.1)
+            begun = time.monotonic()
+            failed = await asyncio.gather(*(ask(upstream, to) for _ in range(40)), return_exceptions=True)
+            assert {type(error) for error in failed} == {pomex.LinkTimeout} and len(upstream.lookups) == 1
+            assert await ask(upstream, provider(server.port, host="well.example")) == (200, b"hello")
+            assert time.monotonic() - begun < 1.5
+    begun = time.monotonic()
+    run(main)
+    assert time.monotonic() - begun < 2.5
+
+
+def test_of_several_addresses_the_first_that_answers_is_taken(monkeypatch):
+    names(monkeypatch, some_example=["::1", "127.0.0.9", "127.0.0.1"], missing_example=0.0)
+
+    async def main():
+        async with Scripted(says(ANSWER)) as server, upstream_of() as upstream:
+            assert await ask(upstream, provider(server.port, host="some.example")) == (200, b"hello")
+            with pytest.raises(pomex.LinkError, match="the name cannot be resolved"):
+                await ask(upstream, provider(server.port, host="missing.example"))
+            assert not upstream.lookups
+    run(main)
+
+
+def test_an_address_that_is_silent_gives_way_to_the_next():
+    async def main():
+        async with Scripted(says(ANSWER)) as server:
+            real = pomex.link_to
+
+            async def link_to(host, port):
+                await asyncio.sleep(60 if host == "silent" else 0.3 if host == "late" else 0)
+                return await real("127.0.0.1", port)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pomex, "link_to", link_to)
+                begun = time.monotonic()
+                link = await pomex.first_of([("silent", server.port), ("late", server.port), ("fast", server.port)])
+                assert 0.45 < time.monotonic() - begun < 0.9
+                link.abort()
+    run(main)
+
+
 # --- what goes out and comes back -----------------------------------------------------------------
 
 def test_the_request_is_sent_whole_with_what_http_needs():

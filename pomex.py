@@ -3661,7 +3661,7 @@ class ChatDecoder:
             if isinstance(part, str):
                 yield from self._content(part)
             elif part.get("type") == "thinking":
-                yield from self._think(thinking_text(part.get("thinking")), [])
+                yield from self._think(text_of(part.get("thinking")), [])
             elif isinstance(part.get("text"), str):
                 yield from self._content(part["text"])
         if isinstance(delta.get("refusal"), str):
@@ -3892,13 +3892,6 @@ def reasoning_of(delta: JSON) -> tuple[str, list[JSON]]:
     return "".join(text for text in texts if isinstance(text, str)), details
 
 
-def thinking_text(thinking: Any) -> str:
-    """The text of a Mistral thinking chunk, which is a list of parts, or a string."""
-    if isinstance(thinking, str):
-        return thinking
-    return "".join(part["text"] for part in dicts_in(thinking) if isinstance(part.get("text"), str))
-
-
 def chat_failure(chunk: JSON, choices: list[JSON]) -> Any:
     """The error that a chunk or a 200 answer carries, in any dialect; None where it carries none."""
     if chunk.get("error"):
@@ -3971,7 +3964,7 @@ def demo_steps(request: ResponsesRequest, history: History, model: str, book: To
     if model == "error" or (model == "flaky" and calls == 1):
         yield DemoStep(0, error=ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529))
         return
-    text, call = demo_answer(request, history, model, book)
+    text, call = demo_answer(history, model, book)
     wait_s = 0.5 if model == "slow" else 0.0
     words = re.findall(r"\S+\s*|\s+", text)
     if model == "think":
@@ -3991,20 +3984,16 @@ def demo_steps(request: ResponsesRequest, history: History, model: str, book: To
         yield DemoStep(0, error=UpstreamError("The demo provider dropped its terminal event on purpose."))
         return
     counts = {"prompt_tokens": -(-len(request.raw) // 4), "completion_tokens": len(words) + (10 if call else 0)}
-    yield DemoStep(0, sse_data(compact({"choices": [], "usage": counts})))
-    yield DemoStep(0, sse_data("[DONE]"))
-
-
-def sse_data(data: str) -> bytes:
-    return f"data: {data}\n\n".encode()
+    yield DemoStep(0, sse_frame("", compact({"choices": [], "usage": counts})))
+    yield DemoStep(0, DONE_FRAME)
 
 
 def demo_chunk(delta: JSON, finish_reason: str | None = None, wait_s: float = 0.0) -> DemoStep:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return DemoStep(wait_s, sse_data(compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]})))
+    return DemoStep(wait_s, sse_frame("", compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]})))
 
 
-def demo_answer(request: ResponsesRequest, history: History, model: str, book: ToolBook) -> tuple[str, tuple[str, JSON] | None]:
+def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tuple[str, JSON] | None]:
     """What it says, and the call it makes."""
     last = history.items[-1] if history.items else {}
     if model == "tools":

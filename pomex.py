@@ -1501,10 +1501,6 @@ class ToolBook:
         bare = collections.Counter(tool.name for tool in self.by_flat.values())
         self.by_bare = {tool.name: tool for tool in self.by_flat.values() if bare[tool.name] == 1}
 
-    def flat(self, name: str, namespace: str = "") -> str:
-        """The upstream name of a call in the history, whether or not its tool is still offered."""
-        return flat_name(name, namespace)
-
     def open(self, slot: int, call_id: str, flat: str) -> Open:
         """The item that a call of `flat` opens. A bare name that only one namespace has is understood too."""
         tool = self.by_flat.get(flat) or self.by_bare.get(flat) or Tool("function_call", flat, "")
@@ -1653,14 +1649,14 @@ def shell_action(item: JSON) -> str:
     return compact({k: v for k, v in (item.get("action") or {}).items() if k != "type" and v})
 
 
-# item type -> its upstream name and arguments
-PLAIN_CALLS: dict[str, Callable[[JSON, ToolBook], tuple[str, str]]] = {
-    "function_call": lambda i, book: (book.flat(i["name"], i.get("namespace") or ""), object_text(i["arguments"])),
-    "custom_tool_call": lambda i, book: (book.flat(i["name"], i.get("namespace") or ""), compact({"input": i["input"]})),
-    "tool_search_call": lambda i, book: ("tool_search", object_text(compact(i.get("arguments") or {}))),
-    "local_shell_call": lambda i, book: ("local_shell", shell_action(i)),
-    "shell_call": lambda i, book: ("shell", shell_action(i)),
-    "apply_patch_call": lambda i, book: ("apply_patch", object_text(compact(i.get("operation") or {}))),
+# item type -> its upstream name, whether or not the tool is still offered, and arguments
+PLAIN_CALLS: dict[str, Callable[[JSON], tuple[str, str]]] = {
+    "function_call": lambda i: (flat_name(i["name"], i.get("namespace") or ""), object_text(i["arguments"])),
+    "custom_tool_call": lambda i: (flat_name(i["name"], i.get("namespace") or ""), compact({"input": i["input"]})),
+    "tool_search_call": lambda i: ("tool_search", object_text(compact(i.get("arguments") or {}))),
+    "local_shell_call": lambda i: ("local_shell", shell_action(i)),
+    "shell_call": lambda i: ("shell", shell_action(i)),
+    "apply_patch_call": lambda i: ("apply_patch", object_text(compact(i.get("operation") or {}))),
 }
 PLAIN_OUTPUTS: dict[str, Callable[[JSON], Any]] = {
     "function_call_output": lambda i: i["output"],
@@ -1674,12 +1670,12 @@ PLAIN_TEXTS = frozenset(("agent_message", "compaction", "compaction_summary", "c
 NOT_HISTORY = frozenset(("additional_tools",))      # its tools are offered; it says nothing itself
 
 
-def plain_history(request: ResponsesRequest, items: Sequence[JSON], book: ToolBook) -> History:
+def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
     """`items` are the request's, already unsealed for the provider (unseal_items)."""
     plain: list[JSON] = []
     dropped: list[str] = []
     for item in items:
-        made = plain_item(item, book)
+        made = plain_item(item)
         if made is not None:
             plain.append(made)
         elif item["type"] not in NOT_HISTORY and not shown_only(item):
@@ -1697,7 +1693,7 @@ def shown_only(item: JSON) -> bool:
     return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
 
 
-def plain_item(item: JSON, book: ToolBook) -> JSON | None:
+def plain_item(item: JSON) -> JSON | None:
     kind = item["type"]
     if kind == "message":
         content = item["content"]
@@ -1707,7 +1703,7 @@ def plain_item(item: JSON, book: ToolBook) -> JSON | None:
     if kind == "reasoning":
         return {"type": "reasoning", "pomex_replay": item["pomex_replay"]} if "pomex_replay" in item else None
     if kind in PLAIN_CALLS:
-        name, arguments = PLAIN_CALLS[kind](item, book)
+        name, arguments = PLAIN_CALLS[kind](item)
         return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name, "arguments": arguments}
     if kind in PLAIN_OUTPUTS:
         return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": PLAIN_OUTPUTS[kind](item)}
@@ -3261,7 +3257,7 @@ def chat_tool_choice(choice: Any, book: ToolBook) -> Any:
         forced = mode == "required" and len(allowed) == 1
         return chat_tool_choice({"type": "", **allowed[0]}, book) if forced else mode
     name = choice.get("name") or choice["type"]
-    flat = book.flat(str(name), choice.get("namespace") or "")
+    flat = flat_name(str(name), choice.get("namespace") or "")
     if flat not in book.by_flat:
         flat = next((flat for flat, tool in book.by_flat.items() if tool.name == name), "")
     return {"type": "function", "function": {"name": flat}} if flat else None
@@ -5549,7 +5545,7 @@ class Job:
     def plain(self, book: ToolBook) -> tuple[History, list[str]]:
         """The conversation for a provider that knows only functions, and what it cannot carry."""
         items, dropped = self.unsealed()
-        history = plain_history(self.answer.request, items, book)
+        history = plain_history(self.answer.request, items)
         return history, dropped + book.dropped + history.dropped
 
     def unsealed(self) -> tuple[list[JSON], list[str]]:

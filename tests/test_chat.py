@@ -855,7 +855,7 @@ def output(call_id: str, value: Any = "ok") -> JSON:
 def encode(body: JSON, dialect: str = "generic", model: str = "m") -> tuple[JSON, list[str]]:
     request = pomex.check_request(json.dumps(body).encode())
     book = pomex.ToolBook(request.tools)
-    history = pomex.plain_history(request, request.input, book)
+    history = pomex.plain_history(request, request.input)
     encoded_body, dropped = pomex.encode_chat(request, history, model, book, pomex.DIALECTS[dialect])
     return encoded_body, [*book.dropped, *history.dropped, *dropped]
 

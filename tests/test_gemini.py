@@ -509,7 +509,7 @@ def replay(**fields: Any) -> JSON:
 def encode(items: list[JSON] | str, model: str = PRO, overrides: Any = None, **fields: Any) -> tuple[JSON, list[str]]:
     request = pomex.check_request(json.dumps({"model": "google/x", "input": items, **fields}).encode())
     book = pomex.ToolBook(request.tools, searches=True)
-    history = pomex.plain_history(request, request.input, book)
+    history = pomex.plain_history(request, request.input)
     body, dropped = pomex.encode_gemini(request, history, model, book, overrides)
     check_body(body, model)
     return body, [*book.dropped, *history.dropped, *dropped]
@@ -762,7 +762,7 @@ def replayed(items: list[JSON], model: str = PRO) -> tuple[list[JSON], list[str]
     """The contents of items whose envelopes have been opened."""
     request = pomex.check_request(json.dumps({"model": "google/x", "input": "q"}).encode())
     book = pomex.ToolBook(request.tools, searches=True)
-    history = pomex.plain_history(request, items, book)
+    history = pomex.plain_history(request, items)
     body, dropped = pomex.encode_gemini(request, history, model, book)
     check_body(body, model)
     return body["contents"], dropped

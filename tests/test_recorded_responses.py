@@ -412,7 +412,7 @@ def test_every_tool_that_codex_offers_comes_back_as_its_own_kind(path):
             assert f"tools:{tool['type']}" in book.dropped
             continue
         name = tool.get("name", tool["type"])
-        flat = book.flat(name, namespace)
+        flat = pomex.flat_name(name, namespace)
         assert offered[flat]["parameters"]["type"] == "object"
         deltas = [book.open(0, "c", flat), pomex.Fragment(0, '{"input":"x"}', "arguments"), pomex.Close(0), pomex.Stop()]
         attempt = pomex.Assembler(pomex.Answer(request, "resp_1", 1_700_000_000, pomex.CODEX), 0, str)

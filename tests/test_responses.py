@@ -167,8 +167,8 @@ def test_what_is_unknown_or_null_is_tolerated(fields):
     request = ask(**fields)
     assert all(isinstance(i["type"], str) for i in request.input)
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    book = pomex.ToolBook(request.tools)
-    pomex.plain_history(request, items, book)
+    pomex.ToolBook(request.tools)
+    pomex.plain_history(request, items)
     pomex.compact(pomex.echo_fields(request, True))
 
 
@@ -226,7 +226,7 @@ def test_garbage_made_of_good_requests_gives_nothing_but_bad_requests():
         except pomex.BadRequest:
             continue
         book = pomex.ToolBook(request.tools)
-        history = pomex.plain_history(request, request.input, book)
+        history = pomex.plain_history(request, request.input)
         pomex.encode_responses(request, history, "m", book)
         pomex.encode_chat(request, history, "m", book, pomex.DIALECTS["generic"])
         pomex.Answer(request, "resp_1", 1, pomex.STANDARD).response("in_progress")
@@ -404,7 +404,7 @@ NONE = pomex.NO_OUTPUT
 ], ids=str)
 def test_a_history_is_mended_into_pairs(given, plain):
     request = ask(input=given)
-    history = pomex.plain_history(request, request.input, pomex.ToolBook([]))
+    history = pomex.plain_history(request, request.input)
     assert [{k: v for k, v in i.items()} for i in history.items] == plain
     calls = [i["call_id"] for i in history.items if i["type"] == "function_call"]
     assert sorted(calls) == sorted(i["call_id"] for i in history.items if i["type"] == "function_call_output")
@@ -413,7 +413,7 @@ def test_a_history_is_mended_into_pairs(given, plain):
 def test_leading_instructions_are_collected_and_what_is_lost_is_named():
     request = ask(instructions="one", input=[message("two", "developer"), message("three", "system"), message("x"),
                                              {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
-    history = pomex.plain_history(request, request.input, pomex.ToolBook([]))
+    history = pomex.plain_history(request, request.input)
     assert history.system == ["one", "two", "three"]
     assert history.dropped == ["input:web_search_call"]
 

@@ -5655,24 +5655,14 @@ def demo_call(job: Job) -> Call:
     return Call("", b"", attempt, dropped, steps)
 
 
-def bearer(key: str) -> list[tuple[str, str]]:
-    return [("authorization", f"Bearer {key}")]
-
-
-def x_api_key(key: str) -> list[tuple[str, str]]:
-    return [("x-api-key", key)]
-
-
-def x_goog_api_key(key: str) -> list[tuple[str, str]]:
-    """In a header: an address is written into logs."""
-    return [("x-goog-api-key", key)]
-
-
 class WireApi(NamedTuple):
     """One wire API: what to send and who reads it, and how a key is shown."""
     encode: Callable[[Job], Call]
-    auth: Callable[[str], list[tuple[str, str]]]
+    key_header: str = "authorization"   # a header with all of them: an address is written into logs
     facts: Mapping[str, Any] = {}       # what the configuration may say otherwise of a model, with what is assumed
+
+    def auth(self, key: str) -> list[tuple[str, str]]:
+        return [(self.key_header, f"Bearer {key}" if self.key_header == "authorization" else key)]
 
     def call(self, job: Job) -> Call:
         try:
@@ -5682,12 +5672,12 @@ class WireApi(NamedTuple):
 
 
 WIRES: dict[str, WireApi] = {
-    "responses": WireApi(responses_call, bearer),
-    "chat": WireApi(chat_call, bearer, {f.name: f.default for f in dataclasses.fields(Dialect)
-                                         if isinstance(f.default, (str, bool))}),
-    "messages": WireApi(messages_call, x_api_key, Claude._field_defaults),
-    "gemini": WireApi(gemini_call, x_goog_api_key, Gemini._field_defaults),
-    "demo": WireApi(demo_call, bearer),
+    "responses": WireApi(responses_call),
+    "chat": WireApi(chat_call, facts={f.name: f.default for f in dataclasses.fields(Dialect)
+                                      if isinstance(f.default, (str, bool))}),
+    "messages": WireApi(messages_call, "x-api-key", Claude._field_defaults),
+    "gemini": WireApi(gemini_call, "x-goog-api-key", Gemini._field_defaults),
+    "demo": WireApi(demo_call),
 }
 
 

@@ -1018,7 +1018,7 @@ def test_the_call_names_the_model_in_its_path_and_the_key_in_a_header() -> None:
     body = {"model": "google/x", "input": "q"}
     assert pomex.gemini_call(job_of({**body, "stream": True})).path == f"/models/{PRO}:streamGenerateContent?alt=sse"
     assert pomex.gemini_call(job_of(body, "models/a/../b")).path == "/models/a%2F..%2Fb:generateContent"
-    assert pomex.x_goog_api_key("secret") == [("x-goog-api-key", "secret")]
+    assert pomex.WIRES["gemini"].auth("secret") == [("x-goog-api-key", "secret")]
 
 
 def test_45_a_whole_answer_keeps_its_calls_and_its_signature() -> None:

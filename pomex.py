@@ -1769,6 +1769,23 @@ def pair_calls(items: list[JSON]) -> list[JSON]:
     return result
 
 
+def carried(content: str | list[JSON], encode: Callable[[JSON], JSON | None], dropped: list[str]) -> list[JSON]:
+    """A content in the parts of a provider; those that it cannot take are named, empty texts left out."""
+    parts = []
+    for given in [{"type": "input_text", "text": content}] if isinstance(content, str) else content:
+        part = encode(given)
+        if part is None:
+            dropped.append(f"content:{given['type']}")
+        elif part.get("text") != "":
+            parts.append(part)
+    return parts
+
+
+def said_in(part: JSON) -> str | None:
+    text = part.get("refusal" if part["type"] == "refusal" else "text")
+    return text if isinstance(text, str) else None
+
+
 # --- 5.5 client manners ---------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
@@ -3328,7 +3345,7 @@ class ChatMessages:
     # one method a kind of item
 
     def _message(self, item: JSON) -> None:
-        parts = self._parts(item["content"])
+        parts = carried(item["content"], self._part, self.dropped)
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if item["role"] == "assistant":
             self._assistant().texts += [text] if text else []
@@ -3351,7 +3368,7 @@ class ChatMessages:
 
     def _output(self, item: JSON) -> None:
         step = self.step or ChatStep()
-        parts = self._parts(item["output"])
+        parts = carried(item["output"], self._part, self.dropped)
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
         others = [part for part in parts if part["type"] != "text"]
         content: Any = text
@@ -3417,19 +3434,6 @@ class ChatMessages:
 
     # parts
 
-    def _parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content as chat parts; those that the server cannot take are named."""
-        if isinstance(content, str):
-            return [{"type": "text", "text": content}] if content else []
-        parts = []
-        for given in content:
-            part = self._part(given)
-            if part is None:
-                self.dropped.append(f"content:{given['type']}")
-            elif part.get("text") != "":
-                parts.append(part)
-        return parts
-
     def _part(self, part: JSON) -> JSON | None:
         kind = part["type"]
         if kind == "input_image" and isinstance(part.get("image_url"), str):
@@ -3439,8 +3443,8 @@ class ChatMessages:
             return {"type": "image_url", "image_url": shown}
         if kind == "input_file":
             return self._file(part)
-        text = part.get("refusal" if kind == "refusal" else "text")
-        return {"type": "text", "text": text} if isinstance(text, str) else None
+        text = said_in(part)
+        return {"type": "text", "text": text} if text is not None else None
 
     def _file(self, part: JSON) -> JSON | None:
         """A text file as text, another where the server reads it; ids and addresses of files are OpenAI's."""
@@ -4378,21 +4382,18 @@ class MessagesTurns:
 
     def _blocks(self, content: str | list[JSON]) -> list[JSON]:
         """Content as blocks; those that cannot be taken are named, blank texts are a 400."""
-        blocks = []
-        for part in [{"type": "input_text", "text": content}] if isinstance(content, str) else content:
-            block = self._block(part)
-            if block is None:
-                self.dropped.append(f"content:{part['type']}")
-            elif block["type"] != "text" or block["text"].strip():
-                own = part.get("cache_control")
-                blocks.append({**block, "cache_control": own} if isinstance(own, dict) else block)
-        return blocks
+        blocks = carried(content, self._marked, self.dropped)
+        return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
+
+    def _marked(self, part: JSON) -> JSON | None:
+        block, own = self._block(part), part.get("cache_control")
+        return {**block, "cache_control": own} if block and isinstance(own, dict) else block
 
     def _block(self, part: JSON) -> JSON | None:
         kind = part["type"]
         if kind not in ("input_image", "input_file"):
-            text = part.get("refusal" if kind == "refusal" else "text")
-            return {"type": "text", "text": text} if isinstance(text, str) else None
+            text = said_in(part)
+            return {"type": "text", "text": text} if text is not None else None
         url = part.get("image_url" if kind == "input_image" else "file_url")
         if isinstance(url, str) and re.match("https?://", url):
             return {"type": "image" if kind == "input_image" else "document", "source": {"type": "url", "url": url}}
@@ -5036,7 +5037,7 @@ class GeminiContents:
     # one method a kind of item
 
     def _message(self, item: JSON) -> None:
-        parts = self._parts(item["content"])
+        parts = carried(item["content"], gemini_part, self.dropped)
         if item["role"] in ("system", "developer"):
             text = "\n\n".join(part["text"] for part in parts if "text" in part)
             parts = [{"text": LATER_SYSTEM.format(text)}] if text else []
@@ -5078,7 +5079,7 @@ class GeminiContents:
         self._add("model", {**part, "thoughtSignature": signature} if signature else part)
 
     def _output(self, item: JSON) -> None:
-        parts = self._parts(item["output"])
+        parts = carried(item["output"], gemini_part, self.dropped)
         text = "\n".join(part["text"] for part in parts if "text" in part)
         media = [part for part in parts if "text" not in part]
         within = [part for part in media if self.row.mixes and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
@@ -5087,21 +5088,6 @@ class GeminiContents:
         if within:
             response["parts"] = within
         self._add("user", {"functionResponse": response}, *(part for part in media if part not in within))
-
-    # parts
-
-    def _parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content as parts; those that Gemini cannot take are named."""
-        if isinstance(content, str):
-            return [{"text": content}] if content else []
-        parts = []
-        for given in content:
-            part = gemini_part(given)
-            if part is None:
-                self.dropped.append(f"content:{given['type']}")
-            elif part.get("text") != "":
-                parts.append(part)
-        return parts
 
     HANDLERS: ClassVar[dict[str, Callable[[GeminiContents, JSON], None]]] = {
         "message": _message, "reasoning": _reasoning, "function_call": _call,
@@ -5114,8 +5100,8 @@ def gemini_part(part: JSON) -> JSON | None:
         return media_part(part.get("image_url"), "")
     if kind == "input_file":
         return media_part(part.get("file_data") or part.get("file_url"), part.get("filename") or "")
-    text = part.get("refusal" if kind == "refusal" else "text")
-    return {"text": text} if isinstance(text, str) else None
+    text = said_in(part)
+    return {"text": text} if text is not None else None
 
 
 def media_part(given: Any, name: str) -> JSON | None:

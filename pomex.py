@@ -3124,6 +3124,33 @@ class ResponsesDecoder:
         "error": _error, **dict.fromkeys(RESPONSES_DELTAS, _delta)}
 
 
+class ItemDecoder:
+    """What the decoders of the other wires share: they number their items themselves, as they open."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix            # of call ids that are minted: unique in the conversation
+        self.slots = 0
+        self.failed = False
+
+    def end(self) -> Iterator[Delta]:
+        """The body ended cleanly; without evidence before that the model had finished, that says nothing."""
+        yield from ()
+
+    def _slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+    def _carry(self, replay: JSON) -> Iterator[Delta]:
+        """What must come back with the next turn, in a reasoning item of its own."""
+        slot = self._slot()
+        yield Open(slot, "reasoning")
+        yield Close(slot, {"pomex_replay": replay})
+
+    def _fail(self, error: GatewayError) -> Fail:
+        self.failed = True
+        return Fail(error)
+
+
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
 #
 # One wire, spoken by some forty kinds of server, each with habits. Habits that are values stand in DIALECTS;
@@ -3585,7 +3612,7 @@ class Thought:
         return {form: text} if form and text else {}
 
 
-class ChatDecoder:
+class ChatDecoder(ItemDecoder):
     """One chat stream, or one whole answer, as deltas.
 
     Chat never says that an item ends. A message or a thought ends when something else begins; a call ends
@@ -3594,10 +3621,9 @@ class ChatDecoder:
     """
 
     def __init__(self, book: ToolBook, dialect: Dialect, prefix: str = "call_") -> None:
+        super().__init__(prefix)
         self.book = book
         self.dialect = dialect
-        self.prefix = prefix                    # of the ids that are minted: unique in the conversation
-        self.slots = 0
         self.message: int | None = None         # the open message
         self.thought: Thought | None = None
         self.calls: list[ChatCall] = []
@@ -3606,7 +3632,6 @@ class ChatDecoder:
         self.think = "start" if dialect.think_tags else ""      # place in <think>: start, in, after, or past
         self.held = ""                          # content that may be the beginning of a tag
         self.stop: Stop | None = None
-        self.failed = False
         self.frame = ChatFrame("", "", "")      # of the newest piece of text
 
     def feed(self, data: str) -> Iterator[Delta]:
@@ -3631,10 +3656,6 @@ class ChatDecoder:
         """An answer that was not streamed."""
         yield from self._chunk(body)
         yield from self._done()
-
-    def end(self) -> Iterator[Delta]:
-        """The body ended cleanly; without a finish_reason or [DONE] before, that says nothing."""
-        yield from ()
 
     def _chunk(self, chunk: JSON) -> Iterator[Delta]:
         choices = dicts_in(chunk.get("choices"))
@@ -3775,9 +3796,7 @@ class ChatDecoder:
         call_id = f"{call_id}_{call.slot}" if call_id in self.ids else call_id
         self.ids.add(call_id)
         if given.get("extra_content"):          # Gemini's OpenAI endpoint: a signature, in an item of its own
-            slot, extra = self._slot(), {"id": call_id, "extra_content": given["extra_content"]}
-            yield Open(slot, "reasoning")
-            yield Close(slot, {"pomex_replay": {"extra_content": [extra]}})
+            yield from self._carry({"extra_content": [{"id": call_id, "extra_content": given["extra_content"]}]})
         yield self.book.open(call.slot, call_id, call.name)
         if call.pieces:
             yield Fragment(call.slot, call.text, "arguments")
@@ -3835,14 +3854,6 @@ class ChatDecoder:
             yield self._fail(ProviderError("The provider's answer is empty.", kind="overload"))
         else:
             yield dataclasses.replace(self.stop or Stop(), last=True)
-
-    def _fail(self, error: GatewayError) -> Fail:
-        self.failed = True
-        return Fail(error)
-
-    def _slot(self) -> int:
-        self.slots += 1
-        return self.slots - 1
 
 
 def split_tag_start(text: str, tag: str) -> tuple[str, str]:
@@ -4563,7 +4574,7 @@ class Block:
         return self.start
 
 
-class MessagesDecoder:
+class MessagesDecoder(ItemDecoder):
     """One Messages stream, or one whole answer, as deltas; after a pause the next stream goes on with the same items.
 
     Texts that follow each other are one message: citations cut a sentence into blocks. Only what is known opens an
@@ -4571,9 +4582,8 @@ class MessagesDecoder:
     """
 
     def __init__(self, book: MessagesBook, prefix: str = "call_") -> None:
+        super().__init__(prefix)
         self.book = book
-        self.prefix = prefix                    # of ids that the provider leaves out
-        self.slots = 0
         self.id: str | None = None              # of the message that is being read
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
         self.message: int | None = None         # the open message item
@@ -4610,10 +4620,6 @@ class MessagesDecoder:
             yield from self._block_stop({"index": index})
         yield from self._message_delta({"delta": body, "usage": body.get("usage")})
         yield from self._message_stop(body)
-
-    def end(self) -> Iterator[Delta]:
-        """The body ended cleanly; without a stop_reason before, that says nothing."""
-        yield from ()
 
     def resume(self) -> list[JSON] | None:
         """What goes back to the provider where it paused its turn, else None. The next stream is taken as its rest."""
@@ -4793,10 +4799,6 @@ class MessagesDecoder:
         for slot in self.searches.values():
             yield Close(slot, {"status": "failed"})
         self.searches.clear()
-
-    def _slot(self) -> int:
-        self.slots += 1
-        return self.slots - 1
 
     HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], Iterator[Delta]]]] = {
         "message_start": _message_start, "content_block_start": _start, "content_block_delta": _delta,
@@ -5189,7 +5191,7 @@ class FunctionCall:
     signature: str = ""
 
 
-class GeminiDecoder:
+class GeminiDecoder(ItemDecoder):
     """One Gemini stream, or one whole answer, as deltas.
 
     Parts follow each other, so that only one item is open at a time. The message stays open after its signature:
@@ -5197,10 +5199,9 @@ class GeminiDecoder:
     """
 
     def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
+        super().__init__(prefix)
         self.book = book
-        self.prefix = prefix                    # of the ids that are minted: unique in the conversation
         self.names = {gemini_name(flat): flat for flat in book.by_flat}
-        self.slots = 0
         self.message: int | None = None         # the open message
         self.texts: list[str] = []              # what it said
         self.signature: JSON | None = None      # of the text that was last: for an item behind the message
@@ -5209,7 +5210,6 @@ class GeminiDecoder:
         self.ids: set[str] = set()
         self.grounding: JSON = {}
         self.searched = False                   # a web_search_call has been given
-        self.failed = False
 
     def feed(self, data: str) -> Iterator[Delta]:
         """One event's data. UpstreamError where it is not JSON."""
@@ -5226,10 +5226,6 @@ class GeminiDecoder:
         for chunk in dicts_in(body if isinstance(body, list) else [body]):
             if not self.failed:
                 yield from self._chunk(chunk)
-
-    def end(self) -> Iterator[Delta]:
-        """The body ended cleanly; without a finishReason before, that says nothing."""
-        yield from ()
 
     def _chunk(self, chunk: JSON) -> Iterator[Delta]:
         usage = gemini_usage(chunk.get("usageMetadata"))
@@ -5306,12 +5302,6 @@ class GeminiDecoder:
         action = {"type": "search", "query": asked[0] if asked else "", "queries": asked}
         yield Whole({"type": "web_search_call", "status": "completed", "action": action})
 
-    def _carry(self, replay: JSON) -> Iterator[Delta]:
-        """What must come back with the next turn, in a reasoning item of its own."""
-        slot = self._slot()
-        yield Open(slot, "reasoning")
-        yield Close(slot, {"pomex_replay": replay})
-
     def _close_texts(self) -> Iterator[Delta]:
         if self.thought is not None:
             yield Close(self.thought)
@@ -5381,14 +5371,6 @@ class GeminiDecoder:
         filtered = incomplete == "content_filter"
         yield Stop(incomplete, explanation=explained("stopped this answer", candidate, "finishReason", "finishMessage")
                    if filtered else "")
-
-    def _fail(self, error: GatewayError) -> Fail:
-        self.failed = True
-        return Fail(error)
-
-    def _slot(self) -> int:
-        self.slots += 1
-        return self.slots - 1
 
 
 def put_argument(args: JSON, piece: JSON) -> None:

@@ -1610,12 +1610,13 @@ def strip_fence(text: str) -> str:
     return fenced[1] if fenced else text
 
 
-def overridden(row: Any, overrides: Mapping[str, JSON], model: str) -> Any:
+Row = TypeVar("Row", bound=NamedTuple)
+
+
+def overridden(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
     """A row of knowledge with the fields that the configuration says otherwise; the longest prefix of the model counts."""
     fitting = [prefix for prefix in overrides if model.startswith(prefix)]
-    changed = overrides[max(fitting, key=len)] if fitting else {}
-    replace = getattr(row, "_replace", None)        # a named tuple's
-    return replace(**changed) if replace else dataclasses.replace(row, **changed)
+    return row._replace(**overrides[max(fitting, key=len)]) if fitting else row
 
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
@@ -3177,10 +3178,8 @@ OPENAI_EFFORTS = (EffortRule("gpt-3"), EffortRule("gpt-4"), EffortRule("chat-lat
                   EffortRule("", "effort", AS_ASKED))
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(NamedTuple):
     """The habits of one kind of chat server: values only."""
-    name: str
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # how reasoning goes back
     replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
@@ -3200,36 +3199,29 @@ class Dialect:
 OPENAI_FIELDS = ("verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
                  "service_tier")
 NO_FIELDS = ("top_logprobs", "max_tool_calls")      # chat has none, or gives what Responses has no place for
-DIALECTS: dict[str, Dialect] = {row.name: row for row in (
-    Dialect("generic"),
-    Dialect("openai", "max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, mid_system=True,
-            strict_tools=True, files=True, passed=OPENAI_FIELDS),
-    Dialect("azure", "max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, mid_system=True,
-            strict_tools=True, passed=OPENAI_FIELDS[:-1]),
-    Dialect("deepseek", replay="reasoning_content", replay_always=True, think_tags=False, json_schema=False,
-            forced_choice=False,        # "Thinking mode does not support this tool_choice"
-            efforts=(EffortRule("", "thinking_effort", "disabled low low high high high max"),)),
-    Dialect("openrouter", replay="reasoning_details", think_tags=False, files=True, reasoning_within=True,
-            efforts=(EffortRule("", "reasoning", "none minimal low medium high xhigh xhigh"),)),
-    Dialect("groq", "max_completion_tokens", tool_parts=True, passed=("service_tier",), efforts=(
+DIALECTS: dict[str, Dialect] = {
+    **dict.fromkeys(("generic", "together", "fireworks", "ollama", "lmstudio"), Dialect()),
+    **dict.fromkeys(("vllm", "llama.cpp", "llamacpp"), Dialect(efforts=OPEN_TEMPLATES)),
+    "openai": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, mid_system=True,
+                      strict_tools=True, files=True, passed=OPENAI_FIELDS),
+    "azure": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, mid_system=True,
+                     strict_tools=True, passed=OPENAI_FIELDS[:-1]),
+    "deepseek": Dialect(
+        replay="reasoning_content", replay_always=True, think_tags=False, json_schema=False,
+        forced_choice=False,            # "Thinking mode does not support this tool_choice"
+        efforts=(EffortRule("", "thinking_effort", "disabled low low high high high max"),)),
+    "openrouter": Dialect(replay="reasoning_details", think_tags=False, files=True, reasoning_within=True,
+                          efforts=(EffortRule("", "reasoning", "none minimal low medium high xhigh xhigh"),)),
+    "groq": Dialect("max_completion_tokens", tool_parts=True, passed=("service_tier",), efforts=(
         *OPEN_MODELS, EffortRule("qwen3", "effort", "none default default default default default default"))),
-    Dialect("xai", think_tags=False, efforts=(
-        EffortRule("mini", "effort", "low low low low high high high"),)),
-    Dialect("mistral", replay="thinking", think_tags=False, tool_parts=True, short_ids=True,
-            efforts=(EffortRule("small", "effort", "none high high high high high high"),)),
-    Dialect("cerebras", "max_completion_tokens"),
-    Dialect("together"),
-    Dialect("fireworks"),
-    Dialect("ollama"),
-    Dialect("vllm", efforts=OPEN_TEMPLATES),
-    Dialect("llama.cpp", efforts=OPEN_TEMPLATES),
-    Dialect("lmstudio"),
-    Dialect("moonshot", replay="reasoning_content", replay_always=True, think_tags=False, efforts=(
+    "xai": Dialect(think_tags=False, efforts=(EffortRule("mini", "effort", "low low low low high high high"),)),
+    "mistral": Dialect(replay="thinking", think_tags=False, tool_parts=True, short_ids=True,
+                       efforts=(EffortRule("small", "effort", "none high high high high high high"),)),
+    "cerebras": Dialect("max_completion_tokens"),
+    "moonshot": Dialect(replay="reasoning_content", replay_always=True, think_tags=False, efforts=(
         EffortRule("k3", "effort", "low low low high high high max"), EffortRule("k2.", "thinking", SWITCH))),
-    Dialect("zai", replay="reasoning_content", think_tags=False, efforts=(
-        EffortRule("", "thinking", SWITCH),)),
-)}
-DIALECTS["llamacpp"] = DIALECTS["llama.cpp"]
+    "zai": Dialect(replay="reasoning_content", think_tags=False, efforts=(EffortRule("", "thinking", SWITCH),)),
+}
 
 
 # --- the request
@@ -4085,8 +4077,7 @@ THOUGHTS = frozenset(("thinking", "redacted_thinking"))
 def claude(model: str, overrides: Mapping[str, JSON] | None = None) -> Claude:
     """The row of a model; `overrides` maps prefixes to fields that differ."""
     name = model[max(model.find("claude-"), 0):].replace(".", "-")      # routers and clouds name the vendor before it
-    row: Claude = overridden(next(row for row in CLAUDES if name.startswith(row.prefix)), overrides or {}, name)
-    return row
+    return overridden(next(row for row in CLAUDES if name.startswith(row.prefix)), overrides or {}, name)
 
 
 def table_of(value: Any) -> JSON:
@@ -4859,8 +4850,7 @@ GEMINIS = (
 def gemini_row(model: str, overrides: Mapping[str, JSON] | None = None) -> Gemini:
     """The row of a model; `overrides` maps prefixes to fields that differ."""
     name = model.removeprefix("models/")
-    row: Gemini = overridden(next(row for row in GEMINIS if name.startswith(row.prefix)), overrides or {}, name)
-    return row
+    return overridden(next(row for row in GEMINIS if name.startswith(row.prefix)), overrides or {}, name)
 
 
 def gemini_name(flat: str) -> str:
@@ -5641,8 +5631,8 @@ class WireApi(NamedTuple):
 
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(responses_call),
-    "chat": WireApi(chat_call, facts={f.name: f.default for f in dataclasses.fields(Dialect)
-                                      if isinstance(f.default, (str, bool))}),
+    "chat": WireApi(chat_call, facts={name: usual for name, usual in Dialect._field_defaults.items()
+                                      if isinstance(usual, (str, bool))}),
     "messages": WireApi(messages_call, "x-api-key", Claude._field_defaults),
     "gemini": WireApi(gemini_call, "x-goog-api-key", Gemini._field_defaults),
     "demo": WireApi(demo_call),

@@ -1171,20 +1171,24 @@ JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true
               list: "an array", type(None): "null"}
 
 
+def unfit(param: str, words: str, code: str = "invalid_value") -> BadRequest:
+    """The field, then what is wrong with it or what it must be."""
+    return BadRequest(f"{param}{words}", param=param, code=code)
+
+
 def check_value(value: Any, rule: Rule, param: str) -> None:
     if value is None and type(None) not in rule.types:
         raise BadRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
-    fits = isinstance(value, rule.types) and (not isinstance(value, bool) or bool in rule.types)
-    if not fits:
+    if not isinstance(value, rule.types) or (isinstance(value, bool) and bool not in rule.types):
         wanted = " or ".join(JSON_NAMES[t] for t in rule.types if not (t is int and float in rule.types))
-        raise BadRequest(f"{param} must be {wanted}, not {JSON_NAMES[type(value)]}.", param=param, code="invalid_type")
+        raise unfit(param, f" must be {wanted}, not {JSON_NAMES[type(value)]}.", "invalid_type")
     size: Any = len(value) if isinstance(value, str) else value
     if (rule.low is not None and size < rule.low) or (rule.high is not None and size > rule.high):
         what = "length" if isinstance(value, str) else "value"
         limits = f"at least {rule.low:g}" if rule.high is None else f"between {rule.low:g} and {rule.high:g}"
-        raise BadRequest(f"{param}: its {what} must be {limits}.", param=param, code="invalid_value")
+        raise unfit(param, f": its {what} must be {limits}.")
     if rule.choices and value not in rule.choices:
-        raise BadRequest(f"{param} must be one of {', '.join(rule.choices)}.", param=param, code="invalid_value")
+        raise unfit(param, f" must be one of {', '.join(rule.choices)}.")
 
 
 def check_fields(holder: JSON, rules: Mapping[str, Rule], param: str) -> None:
@@ -1197,46 +1201,42 @@ def check_fields(holder: JSON, rules: Mapping[str, Rule], param: str) -> None:
 def check_metadata(metadata: JSON) -> None:
     count, key_length, value_length = MAX_METADATA
     if len(metadata) > count:
-        raise BadRequest(f"metadata may have at most {count} entries.", param="metadata", code="invalid_value")
+        raise unfit("metadata", f" may have at most {count} entries.")
     for key, value in metadata.items():
         if not isinstance(value, str) or len(key) > key_length or len(value) > value_length:
-            raise BadRequest(f"metadata maps keys of at most {key_length} to strings of at most {value_length} "
-                             "characters.", param="metadata", code="invalid_value")
+            raise unfit("metadata", f" maps keys of at most {key_length} to strings of at most {value_length} characters.")
 
 
 def check_parts(content: Any, param: str) -> None:
     if isinstance(content, str):
         return
     if not isinstance(content, list):
-        raise BadRequest(f"{param} must be a string or an array of parts.", param=param, code="invalid_type")
+        raise unfit(param, " must be a string or an array of parts.", "invalid_type")
     for index, part in enumerate(content):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise BadRequest(f"{param}[{index}] must be an object with a type.", param=f"{param}[{index}]",
-                             code="invalid_type")
+            raise unfit(f"{param}[{index}]", " must be an object with a type.", "invalid_type")
         if part["type"] in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-            raise BadRequest(f"{param}[{index}].text must be a string.", param=f"{param}[{index}].text",
-                             code="invalid_type")
+            raise unfit(f"{param}[{index}].text", " must be a string.", "invalid_type")
 
 
 def check_item(given: Any, param: str) -> JSON:
     """One input item with its `type` filled in; only a message (by its role) may come without."""
     if not isinstance(given, dict):
-        raise BadRequest(f"{param} must be an object.", param=param, code="invalid_type")
+        raise unfit(param, " must be an object.", "invalid_type")
     item: JSON = given
     kind = item.get("type")
     if kind is None:
         kind = "message" if "role" in item else "item_reference" if "id" in item else None
         item = {"type": kind, **{k: v for k, v in item.items() if k != "type"}}
     if not isinstance(kind, str):
-        raise BadRequest(f"{param}.type must be a string.", param=f"{param}.type", code="missing_required_parameter")
+        raise unfit(f"{param}.type", " must be a string.", "missing_required_parameter")
     rules = ITEM_RULES.get(kind, {})
     check_fields(item, rules, param)
     if kind == "message":
         check_value(item.get("role"), ROLE, f"{param}.role")
         check_parts(item.get("content"), f"{param}.content")
     elif kind == "item_reference":
-        raise BadRequest(f"{param}: Pomex stores no items: send the item itself.", param=param,
-                         code="previous_response_not_found")
+        raise unfit(param, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
     if rules.get("output") is OUTPUT:
         check_parts(item["output"], f"{param}.output")
     if "tools" in rules:
@@ -1248,10 +1248,10 @@ def check_tools(tools: Sequence[Any], param: str) -> None:
     for index, tool in enumerate(tools):
         here = f"{param}[{index}]"
         if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            raise BadRequest(f"{here} must be an object with a type.", param=here, code="invalid_type")
+            raise unfit(here, " must be an object with a type.", "invalid_type")
         if "name" not in tool and isinstance(tool.get("function"), dict):
-            raise BadRequest(f"{here}.name is missing: tools are flat here, without a function object inside.",
-                             param=f"{here}.name", code="missing_required_parameter")
+            raise unfit(f"{here}.name", " is missing: tools are flat here, without a function object inside.",
+                        "missing_required_parameter")
         check_fields(tool, TOOL_RULES.get(tool["type"], {}), here)
         if tool["type"] == "namespace":
             check_tools(tool["tools"], f"{here}.tools")
@@ -1262,8 +1262,7 @@ def check_format(text: JSON) -> None:
     if shape is None:
         return
     if not isinstance(shape, dict) or shape.get("type") not in ("text", "json_object", "json_schema"):
-        raise BadRequest("text.format.type must be text, json_object or json_schema.", param="text.format.type",
-                         code="invalid_value")
+        raise unfit("text.format.type", " must be text, json_object or json_schema.")
     if shape["type"] == "json_schema":
         check_value(shape.get("name"), Rule(TEXT, 1, 64), "text.format.name")
         check_value(shape.get("schema"), Rule(OBJECT), "text.format.schema")
@@ -1271,14 +1270,12 @@ def check_format(text: JSON) -> None:
 
 def check_tool_choice(choice: Any, tools: Sequence[JSON]) -> None:
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        raise BadRequest("tool_choice must be none, auto, required or an object.", param="tool_choice",
-                         code="invalid_value")
+        raise unfit("tool_choice", " must be none, auto, required or an object.")
     if isinstance(choice, dict):
         if not isinstance(choice.get("type"), str):
-            raise BadRequest("tool_choice.type must be a string.", param="tool_choice.type", code="invalid_value")
+            raise unfit("tool_choice.type", " must be a string.")
         if choice["type"] in ("function", "custom") and choice.get("name") not in list(tool_names(tools)):
-            raise BadRequest(f"tool_choice names {str(choice.get('name'))[:64]!r}, which is not among the tools.",
-                             param="tool_choice", code="invalid_value")
+            raise unfit("tool_choice", f" names {str(choice.get('name'))[:64]!r}, which is not among the tools.")
 
 
 def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
@@ -1346,7 +1343,7 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
     for name in ("model", "input"):
         check_value(body.get(name), REQUEST_RULES[name], name)
     if not body["model"].isprintable():
-        raise BadRequest("model holds characters that no name has.", param="model", code="invalid_value")
+        raise unfit("model", " holds characters that no name has.")
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) is not None:
             raise BadRequest(sentence, param=name, code=code)
@@ -1359,7 +1356,7 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else \
         [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
     if not items:
-        raise BadRequest("input is empty: send at least one item.", param="input", code="invalid_value")
+        raise unfit("input", " is empty: send at least one item.")
     tools = list(body.get("tools") or [])
     check_tools(tools, "tools")
     tools += [tool for item in items if item["type"] in ("additional_tools", "tool_search_output") for tool in item["tools"]]

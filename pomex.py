@@ -134,10 +134,11 @@ class GatewayError(Exception):
     retryable: bool = False         # may another target, or the same one later, do better?
     ledger_code: str = ""           # what the ledger calls it, where one client must be told another code
 
-    def __init__(self, message: str, *, status: int = 0, code: str | None = None, param: str | None = None,
+    def __init__(self, message: str, *, status: int = 0, type: str = "", code: str | None = None, param: str | None = None,
                  headers: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
         self.status = status or self.status
+        self.type = type or self.type
         self.code = code or self.code
         self.param = param
         self.headers = headers      # for the answer, e.g. (("retry-after", "3"),)
@@ -2687,10 +2688,10 @@ class ProviderError(UpstreamError):
                  upstream_status: int = 0) -> None:
         fault = FAULTS[kind]
         wait = () if retry_after_s is None else (("retry-after", str(max(1, int(retry_after_s + 0.999)))),)
-        super().__init__(message, status=status or fault.status or 400, code=code or fault.code, param=param,
+        super().__init__(message, status=status or fault.status or 400, type=fault.type, code=code or fault.code, param=param,
                          headers=wait if kind in ("rate", "overload") else ())
         self.kind: FaultKind = kind
-        self.type, self.retryable = fault.type, fault.retryable
+        self.retryable = fault.retryable
         self.retry_after_s = retry_after_s
         self.upstream_status = upstream_status      # 0: it came inside a stream, or nothing came
 
@@ -7759,13 +7760,11 @@ def refusal(ledger: Ledger, key: Key, no: Exceeded, now_s: float, to_codex: bool
         sentence = {"requests": f"Key {key.name} may send {no.limit.most} requests a minute.",
                     "tokens": f"Key {key.name} may use {no.limit.most} tokens a minute.",
                     "open": f"Key {key.name} may have {no.limit.most} requests open at once."}[no.limit.unit]
-        error = GatewayError(f"{sentence} Please try again in {wait_s}s.", status=429, code="rate_limit_exceeded",
-                             headers=(("retry-after", str(wait_s)),))
-        error.type = "rate_limit_error"
-        return error
-    error = GatewayError(quota_sentence(ledger, key, no, now_s), status=429, headers=(("x-should-retry", "false"),),
-                         code="invalid_prompt" if to_codex else "insufficient_quota")
-    error.type, error.ledger_code = "insufficient_quota", "insufficient_quota"
+        return GatewayError(f"{sentence} Please try again in {wait_s}s.", status=429, type="rate_limit_error",
+                            code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
+    error = GatewayError(quota_sentence(ledger, key, no, now_s), status=429, type="insufficient_quota",
+                         code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
+    error.ledger_code = "insufficient_quota"
     return error
 
 
@@ -10037,9 +10036,8 @@ def failure_for(gateway: Gateway, down: Downstream) -> GatewayError:
     if kinds == {"rate"} and waits and manners.failure_in_stream:
         message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
     headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
-    told = GatewayError(message, status=status, code=code, param=error.param, headers=headers)
-    told.type = "server_error" if status >= 500 else error.type
-    return told
+    return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
+                        param=error.param, headers=headers)
 
 
 def answered_in_stream(manners: Manners, error: GatewayError) -> bool:

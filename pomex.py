@@ -6312,9 +6312,15 @@ def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
 
-ADD_TO_DAILY = "ON CONFLICT DO UPDATE SET " + ", ".join(f"{name} = {name} + excluded.{name}" for name in (
-    "requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos",
-)) + ", last_ms = max(last_ms, excluded.last_ms)"
+SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
+
+
+def add_up(names: Iterable[str]) -> str:
+    """The end of an INSERT of sums: where the row is there already, they are added to it."""
+    return "ON CONFLICT DO UPDATE SET " + ", ".join(f"{name} = {name} + excluded.{name}" for name in names)
+
+
+ADD_TO_DAILY = add_up(SUMS) + ", last_ms = max(last_ms, excluded.last_ms)"      # part of a migration: never edited
 
 MIGRATIONS: list[tuple[str, ...]] = [   # one step a schema version; never edited, only added to
     (
@@ -6650,6 +6656,18 @@ def schema_version(db: sqlite3.Connection) -> int:
     return version
 
 
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing, and no other writer in between."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        db.rollback()
+        raise
+
+
 def migrate(db: sqlite3.Connection, name: str) -> None:
     """Brings the schema up to date in one transaction; a file that is newer, or not ours, is left alone."""
     version = schema_version(db)
@@ -6664,8 +6682,7 @@ def migrate(db: sqlite3.Connection, name: str) -> None:
     use_wal(db)
     if version == len(MIGRATIONS):
         return
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(db):
         for step in MIGRATIONS[schema_version(db):]:       # another process may have been quicker
             for statement in step:
                 db.execute(statement)
@@ -6673,10 +6690,6 @@ def migrate(db: sqlite3.Connection, name: str) -> None:
                    (secrets.token_bytes(32),))
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        db.execute("COMMIT")
-    except BaseException:
-        db.rollback()
-        raise
 
 
 def sound(value: int | str) -> bool:
@@ -6688,18 +6701,6 @@ def cleaned(value: Any) -> int | str:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     return int(max(0, min(value, MAX_NUMBER))) if isinstance(value, (int, float)) else 0
-
-
-@contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing, and no other writer in between."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        db.rollback()
-        raise
 
 
 def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], process: str = "",
@@ -7502,10 +7503,7 @@ class Budgets:
         return known[2]
 
     def lease(self, limit: Limit) -> Lease:
-        found = self.leases.get(limit.name)
-        if found is None:
-            found = self.leases[limit.name] = limit, Lease()
-        return found[1]
+        return self.leases.setdefault(limit.name, (limit, Lease()))[1]
 
     async def take(self, needs: Sequence[tuple[Limit, int]]) -> None:
         """All of them, or Exceeded and none."""
@@ -7847,7 +7845,6 @@ def key_spending(ledger: Ledger, now_s: float) -> dict[int, tuple[int, int]]:
 
 # --- 8.9 reports and care -------------------------------------------------------------------------
 
-SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
 REPORT_BY: dict[str, str] = {           # --by -> the column of `daily`, or the name of what it numbers
     "model": "model", "provider": "provider", "endpoint": "endpoint", "day": "date(day * 86400, 'unixepoch')",
     "key": "(SELECT name FROM keys WHERE id = key_id)", "account": "(SELECT name FROM accounts WHERE id = account_id)",
@@ -8019,7 +8016,7 @@ SUM_PARTS = """count(*), sum(input), sum(cached), sum(cache_write), sum(output),
     sum(price = '' AND input + output > 0), sum(saved_nanos(price, cached))"""
 DIMENSIONS = {"provider": "provider", "model": "model", "key": "key_id", "endpoint": "endpoint", "result": RESULT}
 LOST_DIMENSIONS = {"provider": "attempts.provider", "model": "model", "key": "key_id", "endpoint": "endpoint"}
-ADD_PARTS = "ON CONFLICT DO UPDATE SET " + ", ".join(f"{name} = {name} + excluded.{name}" for name in PART_SUMS)
+ADD_PARTS = add_up(PART_SUMS)
 
 
 def saved_nanos(price: str, cached: int) -> int:

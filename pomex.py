@@ -7131,19 +7131,6 @@ class Ledger:
 
     # reading
 
-    def recent(self, limit: int) -> list[JSON]:
-        """The newest rows, newest first, with the key's name."""
-        columns = ", ".join(f"usage.{name}" for name in USAGE_COLUMNS)
-        rows = self.read(f"SELECT coalesce(keys.name, ''), {columns} FROM usage "
-                          "LEFT JOIN keys ON keys.id = usage.key_id ORDER BY usage.id DESC LIMIT ?", (limit,))
-        return [dict(zip(("key", *USAGE_COLUMNS), row)) for row in rows]
-
-    def totals(self) -> JSON:
-        """Sums over all rows."""
-        counts = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
-        rows = self.read(f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in counts)} FROM daily")
-        return dict(zip(counts, rows[0]))
-
     def used_nanos(self, limit: Limit) -> int:
         """What is spent of a limit."""
         return limit.most - int(self.read(ROOM[limit.room], limit.values)[0][0])

@@ -6,6 +6,7 @@ import logging
 import time
 
 import pytest
+from ledgers import recent
 
 import pomex
 
@@ -516,7 +517,7 @@ async def test_openais_usage_tools_read_their_own_shapes(gateway):
     for key in (gateway.key, gateway.key, gateway.other):
         await gateway.answer(key)
     await asyncio.sleep(0.3)                    # rows are gathered for a tenth of a second
-    row = gateway.ledger.recent(1)[0]
+    row = recent(gateway.ledger, 1)[0]
     start = int(time.time()) - 120
 
     async def report(path):

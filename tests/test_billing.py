@@ -11,6 +11,7 @@ import time
 
 import pytest
 from conftest import REPOSITORY
+from ledgers import recent, totals
 
 import pomex
 from pomex import Usage
@@ -179,7 +180,7 @@ def test_sums_follow_their_rows_once_and_lines_of_lost_attempts_are_among_them(l
                   lost=(line("r1"),))
     for _ in range(2):          # as after a crash: the second time nothing is added
         pomex.insert_entries(ledger._writer, [usual, entry("r2", status="failed", estimated="why")])
-    assert ledger.totals() == {"requests": 2, "input": 1010, "cached": 400, "cache_write": 0, "output": 55, "reasoning": 0,
+    assert totals(ledger) == {"requests": 2, "input": 1010, "cached": 400, "cache_write": 0, "output": 55, "reasoning": 0,
                                "cost_nanos": 1_850_000}
     by_provider = {row["provider"]: (row["requests"], row["cost_nanos"]) for row in
                    pomex.usage_report(ledger, "provider", 0, 10**6)}
@@ -237,9 +238,9 @@ def test_pruning_removes_lines_and_keeps_every_sum(ledger, path):
     old, new = NOW_MS - 3 * pomex.DAY_MS, NOW_MS
     pomex.insert_entries(ledger._writer, [entry("r1", started_ms=old, cost_nanos=5, lost=(line("r1"),)),
                                           entry("r2", started_ms=new, cost_nanos=0)])
-    before = ledger.totals()
+    before = totals(ledger)
     assert pomex.prune(ledger, new // pomex.DAY_MS) == 1
-    assert ledger.totals() == before and pomex.verify(ledger) == (1, [])
+    assert totals(ledger) == before and pomex.verify(ledger) == (1, [])
     assert ledger.read("SELECT count(*) FROM attempts") == [(0,)]
     copy = path + "-copy"
     ledger.backup(copy)
@@ -261,7 +262,7 @@ def test_a_file_of_the_first_schema_is_upgraded_with_its_sums(path, monkeypatch)
                        entry("r1", input=7)[:len(first)])
             db.execute("INSERT INTO keys (name, digest, hint, created_s) VALUES ('old', x'00', 'h', 1)")
     with contextlib.closing(pomex.Ledger.open(path)) as ledger:
-        assert ledger.totals()["input"] == 7 and pomex.verify(ledger) == (1, [])
+        assert totals(ledger)["input"] == 7 and pomex.verify(ledger) == (1, [])
         old = key_of(ledger, "old")
         assert not old.limited and old.account == "default" and old.may_use("any/thing")
 
@@ -275,7 +276,7 @@ def test_what_was_begun_and_never_settled_is_billed_for_its_estimated_input(path
         os.close(ledger._journal.fd)        # as the end of a process does
     asyncio.run(leave())
     with contextlib.closing(pomex.Ledger.open(path)) as ledger:
-        row, = ledger.recent(9)
+        row, = recent(ledger, 9)
         assert (row["error_code"], row["provider"], row["input"], row["cost_nanos"]) == ("interrupted", "openai", 1000, 5_000_000)
         assert row["estimated"] and pomex.verify(ledger) == (1, [])
 
@@ -372,7 +373,7 @@ def test_many_at_once_in_several_processes_never_exceed_a_budget_and_nothing_sta
                 await asyncio.sleep(0.03)
                 if not leased(path) and not any(ledger._unsaved or ledger.budgets.leases for ledger in ledgers):
                     break
-            spent = ledgers[0].totals()["cost_nanos"]
+            spent = totals(ledgers[0])["cost_nanos"]
             assert 30 <= served and spent <= 550_000_000
             assert leased(path) == 0 and not any(ledger.budgets.leases for ledger in ledgers)
             return served
@@ -480,7 +481,7 @@ def test_what_a_killed_process_held_is_free_after_seconds_and_its_rows_count_fir
         assert granted == 0 and room < 50
         (granted, room, _), = pomex.grant(ledger._writer, path, "us", [(limit, 50)], time.time() + pomex.LEASE_S + 1)
         assert granted >= 50 and granted + room == 75
-        assert ledger.totals()["cost_nanos"] == 25
+        assert totals(ledger)["cost_nanos"] == 25
 
 
 def test_keys_without_a_limit_touch_no_lease(path):
@@ -565,10 +566,10 @@ COUNTED = {"prompt_tokens": 100, "completion_tokens": 10, "prompt_tokens_details
 
 async def row_of(ledger, count=1):
     for _ in range(100):
-        if len(ledger.recent(99)) >= count:
+        if len(recent(ledger, 99)) >= count:
             break
         await asyncio.sleep(0.02)
-    return ledger.recent(99)[0]
+    return recent(ledger, 99)[0]
 
 
 def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
@@ -661,7 +662,7 @@ def test_a_model_that_the_key_may_not_use_is_refused_and_not_listed(path):
                 assert (status, error["code"], error["message"]) == (wanted, "model_not_allowed", "Key ci may use demo/*.")
             names = [each["id"] for each in json.loads((await ask(server, token, None, "/v1/models"))[2])["data"]]
             assert names and all(name.startswith("demo/") for name in names)
-            assert ledger.recent(9) == []
+            assert recent(ledger, 9) == []
     run(check())
 
 

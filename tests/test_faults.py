@@ -14,6 +14,7 @@ import pytest
 import faults
 import pomex
 import streams
+from ledgers import recent
 from faults import COMPLETED, FAILED, INCOMPLETE, SECRET, WHOLES, WIRES, stream_faults
 
 PROVIDERS = {"responses": ("responses", "normalise"), "relayed": ("responses", "bytes"), "chat": ("chat", ""),
@@ -125,7 +126,7 @@ def played(tmp_path_factory):
                 left = upstream.live, server.open_requests, len(asyncio.all_tasks())
             ledger.close()
         with pomex.Ledger.open(config.database.path) as ledger_again:
-            return results, left, ledger_again.recent(10**6), key
+            return results, left, recent(ledger_again, 10**6), key
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pomex.Ledger, "__enter__", lambda self: self, raising=False)

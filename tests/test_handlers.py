@@ -6,6 +6,7 @@ import json
 
 import pytest
 import streams
+from ledgers import recent
 
 import pomex
 
@@ -115,8 +116,8 @@ class World:
 
     async def row(self):
         for _ in range(100):
-            if self.ledger.recent(1):
-                return self.ledger.recent(1)[0]
+            if recent(self.ledger, 1):
+                return recent(self.ledger, 1)[0]
             await asyncio.sleep(0.01)
         raise AssertionError("no usage row")
 
@@ -182,7 +183,7 @@ def test_every_mistake_gets_its_status_code_and_cure(tmp_path):
             assert (got, told(raw)[0]) == (status, code), name
             assert words in told(raw)[1], name
             assert headers["x-request-id"], name
-        assert not world.ledger.recent(1)       # what is refused before planning makes no row
+        assert not recent(world.ledger, 1)       # what is refused before planning makes no row
     run(tmp_path, scenario, {})
 
 

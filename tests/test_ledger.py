@@ -12,6 +12,7 @@ import time
 
 import pomex
 import pytest
+from ledgers import recent, totals
 
 NOW = 1_763_629_920.0       # 2025-11-20 09:12 UTC
 
@@ -57,7 +58,7 @@ def rows(path):
     """The table as it is after whoever had it open is gone: (response_id, status, error_code), in order."""
     ledger = pomex.Ledger.open(path)
     try:
-        got = ledger.recent(10 ** 6)
+        got = recent(ledger, 10 ** 6)
         return sorted((row["response_id"], row["status"], row["error_code"]) for row in got)
     finally:
         ledger.close()
@@ -343,10 +344,10 @@ def test_a_settled_request_is_one_row_that_says_what_was_said(path):
             await ledger.begin(intent("r1", key_id=key.id))
             said = entry("r1", key_id=key.id, provider="demo", estimated="cut")
             await ledger.settle(said)
-            await until(lambda: ledger.recent(5))
-            row, = ledger.recent(5)
+            await until(lambda: recent(ledger, 5))
+            row, = recent(ledger, 5)
             assert {**row, "lost": ()} == {"key": "laptop", **said._asdict()}
-            assert ledger.totals() == {"requests": 1, "input": 9, "cached": 4, "cache_write": 0, "output": 3,
+            assert totals(ledger) == {"requests": 1, "input": 9, "cached": 4, "cache_write": 0, "output": 3,
                                        "reasoning": 1, "cost_nanos": 0}
     asyncio.run(check())
     assert journals(path) == []
@@ -357,7 +358,7 @@ def test_of_several_settlements_of_one_response_the_first_counts(path):
         async with started(path) as ledger:
             await ledger.settle(entry("r1"))                            # without an intent
             await ledger.settle(entry("r1", status="failed"))       # while the first is not in the table yet
-            await until(lambda: ledger.recent(5))
+            await until(lambda: recent(ledger, 5))
             await ledger.settle(entry("r1", status="cancelled"))    # and after
             await ledger.settle(entry("r2"))
     asyncio.run(check())
@@ -387,7 +388,7 @@ def test_a_row_of_odd_values_is_stored_and_does_not_stop_the_others(path):
             for name, fields in HOSTILE.items():
                 await ledger.settle(entry(name, **fields))
             await ledger.settle(entry("plain"))
-            await until(lambda: ledger.totals()["requests"] == len(HOSTILE) + 1)
+            await until(lambda: totals(ledger)["requests"] == len(HOSTILE) + 1)
             assert ledger.healthy
     asyncio.run(check())
     assert {row[0] for row in rows(path)} == {*HOSTILE, "plain"}
@@ -426,7 +427,7 @@ def test_a_long_journal_is_renewed_and_keeps_what_still_matters(path, monkeypatc
                 for number in range(20):
                     await ledger.begin(intent(f"r{turn}-{number}"))
                     await ledger.settle(entry(f"r{turn}-{number}"))
-                await until(lambda turn=turn: ledger.totals()["requests"] == 20 * turn + 20)
+                await until(lambda turn=turn: totals(ledger)["requests"] == 20 * turn + 20)
                 await until(lambda: journals(path)[0].stat().st_size < 1000)
                 assert len(journals(path)) == 1
     asyncio.run(check())
@@ -498,7 +499,7 @@ def test_a_broken_journal_is_replaced_and_the_table_holds_the_row_before_settle_
             await ledger.begin(intent("r1"))
             break_journal(ledger)
             await ledger.settle(entry("r1"))
-            assert [row["response_id"] for row in ledger.recent(5)] == ["r1"]
+            assert [row["response_id"] for row in recent(ledger, 5)] == ["r1"]
             await until(lambda: ledger.healthy)
             break_journal(ledger)
             with pytest.raises(pomex.LedgerError):
@@ -520,10 +521,10 @@ def test_when_nothing_can_be_written_the_answer_goes_out_after_a_while_and_the_r
             break_journal(ledger)
             begun = time.monotonic()
             await ledger.settle(entry("r1", model="m" * 9000))
-            assert 0.1 < time.monotonic() - begun < 1 and not ledger.healthy and ledger.recent(5) == []
+            assert 0.1 < time.monotonic() - begun < 1 and not ledger.healthy and recent(ledger, 5) == []
             fill(ledger, False)
             await until(lambda: ledger.healthy)
-            assert [row["response_id"] for row in ledger.recent(5)] == ["r1"]
+            assert [row["response_id"] for row in recent(ledger, 5)] == ["r1"]
     asyncio.run(check())
     assert rows(path) == [("r1", "completed", "")]
 
@@ -543,7 +544,7 @@ def test_another_program_that_locks_the_file_delays_no_answer(path, monkeypatch)
             await until(lambda: not ledger.healthy)
             other.execute("COMMIT")
             other.close()
-            await until(lambda: ledger.healthy and ledger.recent(1))
+            await until(lambda: ledger.healthy and recent(ledger, 1))
     asyncio.run(check())
 
 

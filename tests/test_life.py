@@ -21,6 +21,7 @@ import pytest
 
 import faults
 import pomex
+from ledgers import recent
 
 FILE = pomex.__file__
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
@@ -112,7 +113,7 @@ class Gateway:
         """The usage rows, once there are so many."""
         def rows():
             with contextlib.closing(pomex.Ledger.open(str(self.folder / "pomex.db"))) as ledger:
-                found = ledger.recent(10**6)
+                found = recent(ledger, 10**6)
                 return found if len(found) >= count else None
         return until(rows)
 

@@ -12,6 +12,7 @@ import socket
 import time
 
 import pytest
+from ledgers import recent
 from streams import check
 
 import pomex
@@ -399,7 +400,7 @@ async def gateway(scripted, providers, path, targets=None, server="", fields="")
 async def rows_of(ledger, count=1):
     """The newest rows, as soon as there are so many."""
     for _ in range(100):
-        if len(rows := ledger.recent(100)) >= count:
+        if len(rows := recent(ledger, 100)) >= count:
             return rows
         await asyncio.sleep(0.01)
     raise AssertionError("no row")
@@ -869,7 +870,7 @@ def test_when_the_client_leaves_the_upstream_is_closed_and_the_rest_is_billed(ph
         server = "early_200_after_s = 0.1\nheartbeat_s = 0.1" if phase == "pinged" else ""
         async with gateway(scripted, {"a": "chat"}, tmp_path, server=server, fields="idle_timeout_s = 5") as (ask, ledger, _):
             for streaming in (True, False):
-                count = len(ledger.recent(9))
+                count = len(recent(ledger, 9))
                 reader, writer = await ask(leave=True, stream=streaming)
                 await asyncio.sleep(0.25 if phase == "pinged" else 0.1)
                 assert len(scripted.calls) == count + 1 and (scripted.open == 1 or phase == "backing off")

@@ -1,0 +1,18 @@
+"""What tests look at of a ledger: its newest rows, and the sums of all."""
+import pomex
+
+COUNTS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
+
+
+def recent(ledger, limit):
+    """The newest rows, newest first, with the key's name."""
+    columns = ", ".join(f"usage.{name}" for name in pomex.USAGE_COLUMNS)
+    rows = ledger.read(f"SELECT coalesce(keys.name, ''), {columns} FROM usage "
+                       "LEFT JOIN keys ON keys.id = usage.key_id ORDER BY usage.id DESC LIMIT ?", (limit,))
+    return [dict(zip(("key", *pomex.USAGE_COLUMNS), row)) for row in rows]
+
+
+def totals(ledger):
+    """Sums over all rows."""
+    rows = ledger.read(f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in COUNTS)} FROM daily")
+    return dict(zip(COUNTS, rows[0]))

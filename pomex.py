@@ -5818,10 +5818,13 @@ def strings(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def string_table(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
-        raise ValueError
-    return value
+def table_with(kind: type) -> Callable[[Any], Any]:
+    """A reader of tables whose values are all of one type."""
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict) or not all(isinstance(each, kind) for each in value.values()):
+            raise ValueError
+        return value
+    return read
 
 
 def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
@@ -5831,12 +5834,6 @@ def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
     if not all(tier and all(provider and model for provider, _, model in tier) for tier in parts):
         raise ValueError
     return tuple(tuple(Target(provider, model) for provider, _, model in tier) for tier in parts)
-
-
-def table_of_tables(value: Any) -> dict[str, JSON]:
-    if not isinstance(value, dict) or not all(isinstance(each, dict) for each in value.values()):
-        raise ValueError
-    return value
 
 
 def amount(value: Any) -> decimal.Decimal:
@@ -5862,8 +5859,8 @@ READINGS: dict[str, Reading] = {
     "float": Reading("a number", exactly(int, float), float),
     "decimal.Decimal | None": Reading("an amount of dollars with at most six decimals", amount),
     "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
-    "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', string_table),
-    "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_of_tables),
+    "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', table_with(str)),
+    "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_with(dict)),
     "tuple[tuple[Target, ...], ...]": Reading('a list of "provider:model"; a list inside it is one tier',
                                               target_tiers),
 }
@@ -9031,9 +9028,9 @@ class Catalogue:
         return near[0] if near else ""
 
 
-def printable(text: str) -> str:
-    """What a caller sent, short and without control characters, fit for an error or a log line."""
-    return re.sub(r"[^\x20-\x7e]", "?", text[:100])
+def printable(text: str, most: int = 100) -> str:
+    """What a caller sent, short and without control characters, fit for an error, a header or a log line."""
+    return re.sub(r"[^\x20-\x7e]", "?", text[:most])
 
 
 def known_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
@@ -9335,7 +9332,8 @@ class Downstream:
         plain = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS
         if early:                                       # who will answer is not known yet
             return [*plain, *self.bill.headers(time.time())]
-        named = [("x-pomex-dropped", printable_list(self.dropped)), ("x-codex-turn-state", self.turn_state)]
+        named = [("x-pomex-dropped", printable(", ".join(dict.fromkeys(self.dropped)), 1000)),
+                 ("x-codex-turn-state", self.turn_state)]
         return [*plain, ("x-pomex-provider", self.provider), ("x-pomex-attempts", str(self.attempts)),
                 ("openai-processing-ms", str(self.elapsed_ms())), *(header for header in named if header[1]),
                 *self.bill.headers(time.time())]
@@ -9663,12 +9661,6 @@ async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
         async with asyncio.timeout_at(due):
             return await exchange.read()
     return b""
-
-
-def printable_list(names: Sequence[str]) -> str:
-    """A header value of names that a caller chose: short, and nothing but visible ASCII."""
-    return re.sub(r"[^\x21-\x7e, ]", "?", ", ".join(dict.fromkeys(names)))[:1000]
-
 
 
 def printable_text(text: str) -> str:

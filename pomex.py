@@ -5705,8 +5705,7 @@ class DemoConfig:
 @dataclass(frozen=True, slots=True)
 class ProviderConfig:
     name: str
-    wire_api: str = option("", "the API it speaks",
-                           choices=("responses", "chat", "messages", "gemini", "demo"))
+    wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
     base_url: str = option("", "its address with its version; Pomex appends e.g. /chat/completions")
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
@@ -6112,8 +6111,6 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(path, f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    if provider.wire_api not in WIRES:
-        raise bad("wire_api", "this version of Pomex does not speak it; it has " + ", ".join(WIRES))
     if provider.dialect and provider.dialect not in DIALECTS:
         raise bad("dialect", "must be one of " + ", ".join(DIALECTS))
     check_overrides(source, path, provider)
@@ -6229,7 +6226,7 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
                                  admin_token=read_admin_token(source, server.admin_token, around))
     demo = DemoConfig(**source.settings(DemoConfig, "demo"))
     providers = {each: read_provider(source, each, around) for each in source.table("providers")}
-    if demo.enabled and "demo" in WIRES:
+    if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
     return Config(server, read_database(source, around), demo, providers,
                   {each: read_model(source, each, providers) for each in source.table("models")},
@@ -6282,10 +6279,9 @@ def cleartext_warnings(providers: Iterable[ProviderConfig]) -> Iterator[str]:
 
 def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
     """The built-in providers whose key is in the environment."""
-    spoken = {name: row for name, row in BUILTIN_PROVIDERS.items() if row.wire_api in WIRES}
-    keys = {name: environ.get(row.env_key, "").strip() for name, row in spoken.items()}
+    keys = {name: environ.get(row.env_key, "").strip() for name, row in BUILTIN_PROVIDERS.items()}
     return {name: dataclasses.replace(row, api_key=keys[name], key_source="env:" + row.env_key)
-            for name, row in spoken.items() if KEY_VALUE.fullmatch(keys[name])}
+            for name, row in BUILTIN_PROVIDERS.items() if KEY_VALUE.fullmatch(keys[name])}
 
 
 # === 8. ledger ====================================================================================
@@ -11952,7 +11948,7 @@ async def local_models(provider: ProviderConfig) -> list[str] | None:
 async def detect(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, list[str]]]:
     """(the configuration with all that is there, the models of local servers). Keys are only looked at, the
     local ports are asked once, in parallel. No call leaves this machine."""
-    rows = [row for row in BUILTIN_PROVIDERS.values() if row.local and row.wire_api in WIRES]
+    rows = [row for row in BUILTIN_PROVIDERS.values() if row.local]
     answers = await asyncio.gather(*map(local_models, rows))
     found = {row.name: models for row, models in zip(rows, answers) if models is not None}
     there = {**detected(environ), **{name: BUILTIN_PROVIDERS[name] for name in found}, **config.providers}
@@ -12054,8 +12050,8 @@ def readiness(provider: ProviderConfig, models: Sequence[str] | None) -> str:
 
 def provider_lines(config: Config, found: Mapping[str, Sequence[str]], looked: bool) -> list[str]:
     """One line a provider: those that are ready, and where Pomex looked around, those that might be."""
-    missing = [row for name, row in BUILTIN_PROVIDERS.items() if looked and row.wire_api in WIRES
-               and name not in config.providers and (row.local or name in ALWAYS_LISTED)]
+    missing = [row for name, row in BUILTIN_PROVIDERS.items()
+               if looked and name not in config.providers and (row.local or name in ALWAYS_LISTED)]
     order = [*BUILTIN_PROVIDERS, *config.providers] if looked else [*config.providers]
     rows = {row.name: (("not found", origin(row)) if row.local else ("no key", f"export {row.env_key}=..."))
             for row in missing}

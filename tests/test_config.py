@@ -154,13 +154,6 @@ def test_a_complaint_names_the_place_the_value_and_what_would_do(text, sentence)
     assert "secret" not in message
 
 
-def test_a_wire_that_is_not_built_yet_is_said_to_be_so(monkeypatch):
-    monkeypatch.setattr(pomex, "WIRES", {"responses": 1, "chat": 1})
-    with pytest.raises(pomex.ConfigError, match='"gemini": this version of Pomex does not speak it; it has responses'):
-        load(provider('wire_api = "gemini"'))
-    assert pomex.detected({"GEMINI_API_KEY": "k", "OPENAI_API_KEY": "k"}).keys() == {"openai"}
-
-
 PLACES = {
     "indented": "[server]\n\n   port = 'x'\n",
     "quoted": "[server]\n# port = 1\n\"port\" = 'x'\n",

@@ -8382,6 +8382,15 @@ class Wire(asyncio.Protocol):
         self.held = 0
         return data
 
+    async def fill(self, reader: ResponseReader) -> bool:
+        """What comes next goes into the reader; False at the end, which it is told of."""
+        data = await self.read()
+        if data:
+            reader.feed(data)
+        else:
+            reader.feed_eof()
+        return bool(data)
+
     async def drain(self) -> None:
         while self.choked and not self.lost:
             await self.change()
@@ -8577,12 +8586,7 @@ class Exchange:
         try:
             part = reader.next() if self.answered else NEED_DATA
             while part is NEED_DATA:
-                data = await wire.read()
-                if data:
-                    self.answered = True
-                    reader.feed(data)
-                else:
-                    reader.feed_eof()
+                self.answered = await wire.fill(reader) or self.answered
                 part = reader.next()
             return part
         except BaseException as error:
@@ -8835,11 +8839,7 @@ class Upstream:
         reader = ResponseReader()
         reader.start("CONNECT")
         while (head := reader.next()) is NEED_DATA:
-            data = await wire.read()
-            if data:
-                reader.feed(data)
-            else:
-                reader.feed_eof()
+            await wire.fill(reader)
         assert isinstance(head, ResponseHead)
         if not 200 <= head.status < 300:
             raise ConnectionError(f"the proxy answered {head.status} to CONNECT")
@@ -11893,35 +11893,24 @@ def config_warnings(config: Config) -> list[str]:
 
 async def ask_http(url: str, context: ssl.SSLContext | None, timeout_s: float, key: str, method: str, path: str,
                    body: JSON | None = None) -> tuple[int, bytes]:
-    """(status, body) of one request to this machine. OSError, ValueError or GatewayError: there was no answer."""
-    parts, data = urllib.parse.urlsplit(url), b"" if body is None else compact(body).encode()
-    async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=context)
-        try:
-            head = [("host", parts.netloc), ("content-type", "application/json"), ("connection", "close"),
-                    ("content-length", str(len(data))), *([("authorization", f"Bearer {key}")] if key else [])]
-            writer.write(request_bytes(method, path, head, data))
-            answer, status, received = ResponseReader(Limits()), 0, b""
-            answer.start(method)
-            while (piece := answer.next()) is not END:
-                if piece is NEED_DATA:
-                    more = await reader.read(65536)
-                    answer.feed(more) if more else answer.feed_eof()
-                elif isinstance(piece, bytes):
-                    received += piece
-                else:
-                    status = piece.status
-                if len(received) > PROBE_MAX_BYTES:
-                    raise ValueError("its answer is too long")
-            return status, received
-        finally:
-            writer.close()
+    """(status, body) of one request to this machine. OSError or GatewayError: there was no answer."""
+    upstream, there = Upstream(), ProviderConfig("Pomex", base_url=url)
+    upstream.contexts.update({"": context} if context else {})
+    headers = [("content-type", "application/json"), *(WIRES["chat"].auth(key) if key else [])]
+    try:
+        async with asyncio.timeout(timeout_s):
+            exchange = await upstream.exchange(there, method, path, headers, b"" if body is None else compact(body).encode())
+            received = await exchange.read_all(PROBE_MAX_BYTES)
+            await exchange.close()
+            return exchange.status, received
+    finally:
+        await upstream.close()
 
 
 async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SSLContext | None = None) -> Any:
     """The JSON at an address of this machine, or None where nothing of the kind answers in time."""
     try:
-        status, body = await ask_http(url, context, timeout_s, "", "GET", urllib.parse.urlsplit(url).path)
+        status, body = await ask_http(url, context, timeout_s, "", "GET", "")
         return json.loads(body) if status == 200 else None
     except (OSError, ValueError, GatewayError):     # TimeoutError is an OSError
         return None

@@ -6791,12 +6791,8 @@ def discard_file(path: str, fd: int) -> None:
     os.close(fd)
 
 
-def intent_line(intent: Intent) -> bytes:
-    return b"I" + encode_line(intent).encode() + b"\n"
-
-
-def entry_line(entry: Entry) -> bytes:
-    return b"S" + encode_line(entry).encode() + b"\n"
+def journal_line(row: Intent | Entry) -> bytes:
+    return (b"I" if isinstance(row, Intent) else b"S") + encode_line(row).encode() + b"\n"
 
 
 def journal_entries(text: bytes) -> list[Entry]:
@@ -7001,7 +6997,7 @@ class Ledger:
             raise self._unwell()
         try:
             self._open[intent.response_id] = intent
-            self._journal.write(intent_line(intent))
+            self._journal.write(journal_line(intent))
             if self._journal.power:
                 await self._sync()
         except BaseException as error:      # a cancelled caller sends nothing either
@@ -7024,7 +7020,7 @@ class Ledger:
         try:
             if self._journal is None:
                 raise OSError(errno.EIO, "the journal is closed")
-            self._journal.write(entry_line(entry))
+            self._journal.write(journal_line(entry))
             if self._journal.power:
                 await self._sync()
         except OSError as error:
@@ -7093,10 +7089,7 @@ class Ledger:
         journal = self._journal
         if journal is not None and (journal.torn or journal.bytes > JOURNAL_BYTES):
             async with self._journal_lock:
-                journal.renew(self._journal_lines())
-
-    def _journal_lines(self) -> bytes:
-        return b"".join([*map(intent_line, self._open.values()), *map(entry_line, self._unsaved.values())])
+                journal.renew(b"".join([*map(journal_line, self._open.values()), *map(journal_line, self._unsaved.values())]))
 
     def close(self) -> None:
         """Saves what is left; what cannot be saved, or was never settled, stays in the journal for the next
@@ -7350,7 +7343,6 @@ class Limit(NamedTuple):
     room: str               # of ROOM
     values: tuple[int, ...]
     slot: int = 0           # of a rate: when it began, Unix time
-    name: str = ""          # meter and slot
 
 
 class Exceeded(Exception):
@@ -7399,10 +7391,10 @@ def limits_of(key: Key, now_s: float) -> list[Limit]:
     slot = int(now_s) // RATE_SLOT_S * RATE_SLOT_S
     for unit, most in (("requests", key.rpm), ("tokens", key.tpm)):
         if most:
-            found.append(Limit(f"key {key.id} {unit}", unit, most, "rate", (most,), slot, f"key {key.id} {unit} {slot}"))
+            found.append(Limit(f"key {key.id} {unit}", unit, most, "rate", (most,), slot))
     if key.concurrent:
         found.append(Limit(f"key {key.id} open", "open", key.concurrent, "rate", (key.concurrent,)))
-    return [limit if limit.name else limit._replace(name=limit.meter) for limit in found]
+    return found
 
 
 def lease_room(db: sqlite3.Connection, limit: Limit) -> int:
@@ -7414,8 +7406,7 @@ def lease_room(db: sqlite3.Connection, limit: Limit) -> int:
 
 LEASE_MORE = """INSERT INTO leases (meter, slot, process, amount, expires_s) VALUES (?, ?, ?, ?, ?)
     ON CONFLICT DO UPDATE SET amount = amount + excluded.amount, expires_s = excluded.expires_s"""
-LEASE_EXACTLY = """INSERT INTO leases (meter, slot, process, amount, expires_s) VALUES (?, ?, ?, ?, ?)
-    ON CONFLICT DO UPDATE SET amount = excluded.amount, expires_s = excluded.expires_s"""
+LEASE_EXACTLY = LEASE_MORE.replace("amount + excluded.amount", "excluded.amount")
 
 
 def expiry(limit: Limit, now_s: float) -> float:
@@ -7469,7 +7460,7 @@ class Budgets:
         self.path = path
         self.process = secrets.token_hex(6)
         self.known: dict[int, tuple[Key, int, list[Limit]]] = {}    # by key: what its limits were in the newest slot
-        self.leases: dict[str, tuple[Limit, Lease]] = {}
+        self.leases: dict[tuple[str, int], tuple[Limit, Lease]] = {}    # by meter and slot
         self.charged: dict[str, list[tuple[Limit, int]]] = {}      # by response: settled, its row not yet saved
         self.lock = asyncio.Lock()
         self.tending: asyncio.Task[None] | None = None
@@ -7483,7 +7474,7 @@ class Budgets:
         return known[2]
 
     def lease(self, limit: Limit) -> Lease:
-        return self.leases.setdefault(limit.name, (limit, Lease()))[1]
+        return self.leases.setdefault((limit.meter, limit.slot), (limit, Lease()))[1]
 
     async def take(self, needs: Sequence[tuple[Limit, int]]) -> None:
         """All of them, or Exceeded and none."""
@@ -7573,10 +7564,10 @@ class Budgets:
                 await self.ask(renew_leases, self.process, rows, now_s)
         except LedgerError:     # tried again in a second; what stays in the table is too much, never too little
             return
-        gone = {limit.name for limit, keep in rows if not keep}     # others may have become empty while their rows were written
-        for name, (limit, lease) in list(self.leases.items()):
-            if now_s > expiry(limit, now_s) if limit.slot else name in gone and not (lease.held or lease.taken):
-                del self.leases[name]
+        gone = {limit.meter for limit, keep in rows if not keep}    # others may have become empty while their rows were written
+        for place, (limit, lease) in list(self.leases.items()):
+            if now_s > expiry(limit, now_s) if limit.slot else limit.meter in gone and not (lease.held or lease.taken):
+                del self.leases[place]
 
 
 # --- 8.7 the bill of one request ------------------------------------------------------------------
@@ -10166,8 +10157,7 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
     """The key's own limits, in OpenRouter's manner (amounts in USD)."""
     key, now_s = gateway.key(client), client.started_s
     start, end = period_bounds(key.period, now_s)
-    spent = limit_used(gateway.ledger, key, start)
-    limit = key.budget_nanos
+    spent, limit = gateway.ledger.used_nanos(Limit("", "nanos", 0, "key", (0, key.id, start))), key.budget_nanos
     reset = datetime.date.fromordinal(end + EPOCH).isoformat() + "T00:00:00Z" if limit is not None and end else None
     rates = {name: most or None for name, most in
              (("requests_per_minute", key.rpm), ("tokens_per_minute", key.tpm), ("concurrent_requests", key.concurrent))}
@@ -10176,11 +10166,6 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
             "limit_reset": reset, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
             "rate_limit": rates}
     await client.answer(200, JSON_HEADERS, compact({"data": data}).encode())
-
-
-def limit_used(ledger: Ledger, key: Key, start: int) -> int:
-    """What a key has spent since a day."""
-    return ledger.used_nanos(Limit("", "nanos", 0, "key", (0, key.id, start)))
 
 
 async def metrics(gateway: Gateway, client: Client) -> None:

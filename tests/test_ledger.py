@@ -406,7 +406,7 @@ def test_what_was_begun_and_never_settled_is_interrupted_at_the_next_start_once(
 
 
 def test_a_journal_cut_anywhere_gives_its_whole_lines(path):
-    lines = [pomex.intent_line(intent("r1")), pomex.entry_line(entry("r1")), pomex.intent_line(intent("r2"))]
+    lines = [pomex.journal_line(intent("r1")), pomex.journal_line(entry("r1")), pomex.journal_line(intent("r2"))]
     text = b"".join(lines)
     expected = [[], [("r1", "interrupted")], [("r1", "")], [("r1", ""), ("r2", "interrupted")]]
     for cut in range(len(text) + 1):

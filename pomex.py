@@ -1824,7 +1824,8 @@ def echo_tool(tool: JSON) -> JSON:
 def echo_fields(request: ResponsesRequest, echo: bool) -> JSON:
     """The part of a response object that only repeats the request, with the defaults of RESPONSES.md section 4."""
     get, body = request.get, request.body
-    text, reasoning, choice = get("text", {}), get("reasoning", {}), get("tool_choice", "auto")
+    text, reasoning = get("text", {}), get("reasoning", {})
+    choice, tier = get("tool_choice", "auto"), get("service_tier", "auto")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         choice = {"mode": "auto", **choice}
     fields: JSON = {
@@ -1833,7 +1834,7 @@ def echo_fields(request: ResponsesRequest, echo: bool) -> JSON:
         "parallel_tool_calls": get("parallel_tool_calls", True), "previous_response_id": None,
         "prompt_cache_key": get("prompt_cache_key"),
         "reasoning": {"effort": None, "summary": None, **reasoning},
-        "safety_identifier": get("safety_identifier"), "service_tier": served_tier(get("service_tier", "auto")),
+        "safety_identifier": get("safety_identifier"), "service_tier": "default" if tier == "auto" else tier,
         "store": get("store", False), "background": False,
         "temperature": get("temperature", 1), "top_p": get("top_p", 1), "top_logprobs": get("top_logprobs", 0),
         "presence_penalty": get("presence_penalty", 0), "frequency_penalty": get("frequency_penalty", 0),
@@ -1841,10 +1842,6 @@ def echo_fields(request: ResponsesRequest, echo: bool) -> JSON:
         "tool_choice": choice, "tools": [echo_tool(t) for t in get("tools", [])] if echo else [],
         "truncation": get("truncation", "disabled"), "metadata": get("metadata", {})}
     return fields if body.get("user") is None else {**fields, "user": body["user"]}
-
-
-def served_tier(asked: str) -> str:
-    return "default" if asked == "auto" else asked
 
 
 class Answer:
@@ -3082,14 +3079,15 @@ class ResponsesDecoder:
 
     def _fill(self, slot: int, item: JSON) -> Iterator[Delta]:
         """What the final item has beyond its deltas: it may fill, never shrink."""
-        for field_name, channel in (("arguments", "arguments"), ("input", "input")):
-            if isinstance(item.get(field_name), str):
-                yield from self._rest(slot, channel, 0, item[field_name])        # type: ignore[arg-type]
+        arguments: tuple[Channel, ...] = ("arguments", "input")
+        for channel in arguments:
+            if isinstance(item.get(channel), str):
+                yield from self._rest(slot, channel, 0, item[channel])
         for parts in (item.get("summary"), item.get("content")):
             for index, part in enumerate(parts or []):
                 if isinstance(part, dict) and part.get("type") in PART_CHANNEL:
-                    channel_, text_field = PART_CHANNEL[part["type"]]
-                    yield from self._rest(slot, channel_, index, part.get(text_field) or "")
+                    channel, text_field = PART_CHANNEL[part["type"]]
+                    yield from self._rest(slot, channel, index, part.get(text_field) or "")
                     for annotation in (part.get("annotations") or [])[self.noted[slot, index]:]:
                         yield Annotation(slot, annotation)
 
@@ -4036,12 +4034,9 @@ BUDGET = Claude("", "budget", "", "", 64_000, sampling=True, forced_choice=True,
                 web_search="web_search_20250305")
 # Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence their usual_tokens.
 CLAUDES = (
-    Claude("claude-fable-5-1", mid_system=True),
-    Claude("claude-fable-5-2", mid_system=True),
-    Claude("claude-fable-5", mid_system=True, forced_choice=True),
-    Claude("claude-mythos-5-1", mid_system=True),
-    Claude("claude-mythos-5-2", mid_system=True),
-    Claude("claude-mythos-5", mid_system=True, forced_choice=True),
+    *(Claude(series, mid_system=True) for series in (
+        "claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-1", "claude-mythos-5-2")),
+    *(Claude(series, mid_system=True, forced_choice=True) for series in ("claude-fable-5", "claude-mythos-5")),
     Claude("claude-opus-5-5", mid_system=True, shown=True),
     Claude("claude-opus-5", off="disabled", mid_system=True, forced_choice=True),
     Claude("claude-sonnet-5-5", off="between_tools", shown=True),
@@ -4049,8 +4044,8 @@ CLAUDES = (
     Claude("claude-haiku-5-5", off="disabled", forced_choice=True, shown=True),
     Claude("claude-opus-4-8", off="", mid_system=True, forced_choice=True),
     Claude("claude-opus-4-7", off="", forced_choice=True),
-    Claude("claude-opus-4-6", off="", efforts="low medium high max", sampling=True, forced_choice=True),
-    Claude("claude-sonnet-4-6", off="", efforts="low medium high max", sampling=True, forced_choice=True),
+    *(Claude(series, off="", efforts="low medium high max", sampling=True, forced_choice=True) for series in (
+        "claude-opus-4-6", "claude-sonnet-4-6")),
     BUDGET._replace(prefix="claude-opus-4-5", efforts="low medium high"),
     BUDGET._replace(prefix="claude-sonnet-4-5"),
     BUDGET._replace(prefix="claude-haiku-4-5"),

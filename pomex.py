@@ -6073,12 +6073,6 @@ def check_base_url(url: str, has_key: bool) -> tuple[str, bool]:
 PROXY = re.compile(r"http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?")
 
 
-def check_proxy(url: str) -> str:
-    if url not in ("off", "env") and not PROXY.fullmatch(url):
-        raise ValueError('must be "off", "env" or an address like "http://proxy.example:3128"')
-    return url
-
-
 # --- 7.4 providers and models ---------------------------------------------------------------------
 
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -6114,15 +6108,13 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
         return provider
     if not provider.base_url:
         raise source.error(path, f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
-    key = "base_url"
     try:
         url, local = check_base_url(provider.base_url, bool(provider.api_key or provider.env_http_headers))
-        key = "proxy"
-        proxy = check_proxy(provider.proxy)
     except ValueError as error:
-        raise bad(key, error) from None
-    return dataclasses.replace(provider, base_url=url, local=local, proxy=proxy,
-                               ca_file=around.place(provider.ca_file))
+        raise bad("base_url", error) from None
+    if provider.proxy not in ("off", "env") and not PROXY.fullmatch(provider.proxy):
+        raise bad("proxy", 'must be "off", "env" or an address like "http://proxy.example:3128"')
+    return dataclasses.replace(provider, base_url=url, local=local, ca_file=around.place(provider.ca_file))
 
 
 def check_overrides(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig) -> None:
@@ -9029,7 +9021,7 @@ def known_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]
 @functools.cache
 def known_models(provider: str) -> dict[str, ModelFacts]:
     """The models that the built-in table knows of one provider."""
-    rows = (line.split() for line in MODEL_TABLE.splitlines() if line and not line.startswith("#"))
+    rows = (line.split() for line in MODEL_TABLE.splitlines())
     return {name.partition("/")[2]: ModelFacts(int(context), int(output)) for name, context, output, *_ in rows
             if name.partition("/")[0] == provider}
 

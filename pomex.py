@@ -11125,11 +11125,9 @@ class Client:
         """The whole body, decoded; ProtocolError when it is too long, too slow, or not as its headers say."""
         if self.data is None:
             data = await self.connection.read_body(self.head)
-            coding = self.head.headers.get("content-encoding", "identity").strip().lower()
-            if coding != "identity":
-                inflater = Inflater(coding, self.connection.server.config.max_body_bytes)
-                data = inflater.feed(data)
-                inflater.finish()
+            inflater = Inflater(self.head.headers.get("content-encoding"), self.connection.server.config.max_body_bytes)
+            data = inflater.feed(data)
+            inflater.finish()
             self.data = data
         return self.data
 
@@ -11152,7 +11150,7 @@ class Client:
         """One write. Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or is stuck."""
         if self.head.method == "HEAD":
             data = b""
-        elif self.chunked and data:
+        elif self.chunked:
             data = chunk(data)
         await self.send(self.pending + data if self.pending else data)
 
@@ -11161,7 +11159,7 @@ class Client:
         if self.head.method == "HEAD":
             data = b""
         elif self.chunked:
-            data = (chunk(data) if data else b"") + LAST_CHUNK
+            data = chunk(data) + LAST_CHUNK
         self.ended = True
         await self.send(self.pending + data)
 
@@ -11682,6 +11680,12 @@ async def feed_watchdog() -> None:
 FIXED = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
+def taken_up(old: Config, new: Config) -> Config:
+    """The new configuration as a running server has it: with what is fixed as it was."""
+    fixed = {name: getattr(old.server, name) for name in FIXED}
+    return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
+
+
 def log_access(client: Client, status: int) -> None:
     """One line a request: status, then what its handler noted, or method and path."""
     head = client.head
@@ -11705,12 +11709,10 @@ class GatewayServer(Server):
         """From the next request on. Those that run keep their Gateway, and with it the old settings, to their end.
         ConfigError: all is as it was."""
         old = self.gateway
-        fixed = {name: getattr(old.config.server, name) for name in FIXED}
         if self.context is not None:        # a renewed certificate is taken up, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
-        fresh = Gateway(dataclasses.replace(config, server=dataclasses.replace(config.server, **fixed),
-                                            database=old.config.database), old.ledger, old.upstream, models or {}, old)
+        fresh = Gateway(taken_up(old.config, config), old.ledger, old.upstream, models or {}, old)
         old.upstream.contexts.clear()       # certificates to trust may be new, too
         self.use(fresh.config.server)
         self.adopt(fresh)
@@ -13579,10 +13581,7 @@ class Workers:
             say(refused_sentence(self.config, error))
         else:
             say(reload_sentence(self.config, config, sum(worker.streams for worker in self.workers)))
-            fixed = {name: getattr(self.config.server, name) for name in FIXED}
-            self.config = dataclasses.replace(config, database=self.config.database,
-                                              server=dataclasses.replace(config.server, **fixed))
-            self.found = found
+            self.config, self.found = taken_up(self.config, config), found
             self.generation += 1
             self.deaths, self.not_before = 0, 0.0
         notify("READY=1")

@@ -3121,6 +3121,13 @@ class ResponsesDecoder:
         "error": _error, **dict.fromkeys(RESPONSES_DELTAS, _delta)}
 
 
+def provider_json(data: str | bytes, complaint: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise UpstreamError(complaint) from None
+
+
 class ItemDecoder:
     """What the decoders of the other wires share: they number their items themselves, as they open."""
 
@@ -3309,22 +3316,22 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     return {"type": "json_schema", "json_schema": schema}, ""
 
 
+EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # form -> the request fields of a value
+    "effort": lambda value: {"reasoning_effort": value},
+    "reasoning": lambda value: {"reasoning": {"effort": value}},
+    "template": lambda value: {"chat_template_kwargs": {"enable_thinking": value == "enabled"}},
+    "thinking": lambda value: {"thinking": {"type": value}},
+    "thinking_effort": lambda value: {"thinking": {"type": "enabled"}, "reasoning_effort": value}
+    if value != "disabled" else {"thinking": {"type": value}},
+}
+
+
 def effort_fields(effort: Any, model: str, dialect: Dialect) -> JSON:
     """The request fields for a reasoning effort; an unknown one counts as high (TRANSLATION.md 1.3)."""
     place = EFFORTS.index(effort if effort in EFFORTS else "high")
     rule = next((rule for rule in dialect.efforts if rule.model in model.lower()), EffortRule(""))
     value = rule.values.split()[place]
-    if value == "-":
-        return {}
-    if rule.form == "effort":
-        return {"reasoning_effort": value}
-    if rule.form == "reasoning":
-        return {"reasoning": {"effort": value}}
-    if rule.form == "template":
-        return {"chat_template_kwargs": {"enable_thinking": value == "enabled"}}
-    if rule.form == "thinking" or value == "disabled":
-        return {"thinking": {"type": value}}
-    return {"thinking": {"type": "enabled"}, "reasoning_effort": value}
+    return {} if value == "-" else EFFORT_FORMS[rule.form](value)
 
 
 @dataclass(slots=True)
@@ -3632,10 +3639,7 @@ class ChatDecoder(ItemDecoder):
             return
         if not data.strip():
             return
-        try:
-            chunk = json.loads(data)
-        except (ValueError, RecursionError):
-            raise UpstreamError("The provider sent an event that is not JSON.") from None
+        chunk = provider_json(data, "The provider sent an event that is not JSON.")
         if isinstance(chunk, dict):
             yield from self._chunk(chunk)
             self.frame = chat_frame(data, chunk)
@@ -5198,11 +5202,7 @@ class GeminiDecoder(ItemDecoder):
         """One event's data. UpstreamError where it is not JSON."""
         if not data.strip() or data.strip() == "[DONE]":
             return
-        try:
-            chunk = json.loads(data)
-        except (ValueError, RecursionError):
-            raise UpstreamError("The provider sent an event that is not JSON.") from None
-        yield from self.whole(chunk)
+        yield from self.whole(provider_json(data, "The provider sent an event that is not JSON."))
 
     def whole(self, body: Any) -> Iterator[Delta]:
         """An answer that was not streamed; without alt=sse even a stream is one array."""
@@ -5452,10 +5452,7 @@ class Translation(Assembler):
             self.add(delta)
 
     def whole(self, data: bytes) -> None:
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            raise UpstreamError("The provider's answer is not JSON.") from None
+        body = provider_json(data, "The provider's answer is not JSON.")
         if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
         try:

@@ -7968,7 +7968,8 @@ HALF_HOUR_MS = 1_800_000
 ROLL_ROWS, ROLL_AT_ONCE = 500, 5000
 PART_SUMS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos", "unpriced", "saved_nanos")
 SUM_PARTS = """count(*), sum(input), sum(cached), sum(cache_write), sum(output), sum(reasoning), sum(cost_nanos),
-    sum(price = '' AND input + output > 0), sum(saved_nanos(price, cached))"""
+    sum(price = '' AND input + output > 0), sum(saved_nanos(price, cached)) FROM usage"""
+LOST_PARTS = "0, 0, 0, 0, 0, 0, sum(attempts.cost_nanos), 0, 0 FROM usage JOIN attempts USING (response_id)"
 DIMENSIONS = {"provider": "provider", "model": "model", "key": "key_id", "endpoint": "endpoint", "result": RESULT}
 LOST_DIMENSIONS = {"provider": "attempts.provider", "model": "model", "key": "key_id", "endpoint": "endpoint"}
 ADD_PARTS = add_up(PART_SUMS)
@@ -7988,14 +7989,10 @@ def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
         return
     last = min(last, done + ROLL_AT_ONCE)
     db.create_function("saved_nanos", 2, saved_nanos, deterministic=True)
-    for key in ("0", "key_id"):
-        for dimension, name in DIMENSIONS.items():
-            db.execute(f"INSERT INTO halfhours SELECT {key}, '{dimension}', started_ms / {HALF_HOUR_MS}, {name}, {SUM_PARTS} "
-                       f"FROM usage WHERE id > ? AND id <= ? GROUP BY 1, 2, 3, 4 {ADD_PARTS}", (done, last))
-        for dimension, name in LOST_DIMENSIONS.items():
-            db.execute(f"INSERT INTO halfhours SELECT {key}, '{dimension}', started_ms / {HALF_HOUR_MS}, {name}, "
-                       "0, 0, 0, 0, 0, 0, sum(attempts.cost_nanos), 0, 0 FROM usage JOIN attempts USING (response_id) "
-                       f"WHERE id > ? AND id <= ? GROUP BY 1, 2, 3, 4 {ADD_PARTS}", (done, last))
+    sources = [(*each, SUM_PARTS) for each in DIMENSIONS.items()] + [(*each, LOST_PARTS) for each in LOST_DIMENSIONS.items()]
+    for key, (dimension, name, sums) in itertools.product(("0", "key_id"), sources):
+        db.execute(f"INSERT INTO halfhours SELECT {key}, '{dimension}', started_ms / {HALF_HOUR_MS}, {name}, {sums} "
+                   f"WHERE id > ? AND id <= ? GROUP BY 1, 2, 3, 4 {ADD_PARTS}", (done, last))
     db.execute("INSERT INTO settings VALUES ('rolled_up', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (last,))
 
 
@@ -8013,12 +8010,9 @@ def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, u
                       (since_ms, step_ms, key_id, dimension, since_ms // HALF_HOUR_MS, until_ms // HALF_HOUR_MS)).fetchall()
     where = f"id > ? AND started_ms >= ? AND started_ms < ?{only(key_id)} GROUP BY 1, 2"
     values = (since_ms, step_ms, done, since_ms, until_ms)
-    rows += db.execute(f"SELECT (started_ms - ?) / ?, {DIMENSIONS[dimension]}, {SUM_PARTS} FROM usage NOT INDEXED "
-                       f"WHERE {where}", values)
+    rows += db.execute(f"SELECT (started_ms - ?) / ?, {DIMENSIONS[dimension]}, {SUM_PARTS} NOT INDEXED WHERE {where}", values)
     if dimension in LOST_DIMENSIONS and has_rows(db, "attempts"):
-        rows += db.execute(f"SELECT (started_ms - ?) / ?, {LOST_DIMENSIONS[dimension]}, 0, 0, 0, 0, 0, 0, "
-                           f"sum(attempts.cost_nanos), 0, 0 FROM usage JOIN attempts USING (response_id) "
-                           f"WHERE {where}", values)
+        rows += db.execute(f"SELECT (started_ms - ?) / ?, {LOST_DIMENSIONS[dimension]}, {LOST_PARTS} WHERE {where}", values)
     return [(slot, name, dict(zip(PART_SUMS, numbers))) for slot, name, *numbers in rows]
 
 

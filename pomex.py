@@ -10433,7 +10433,7 @@ class Guard:
 
     def log_in(self, client: Client, token: str, link: bool = True) -> tuple[str, Key | None]:
         """("admin", None) or ("key", the key) of a token that was typed or came in a link or header."""
-        now_s, admin_token = client.started_s, self.server.admin_token.encode()
+        now_s, admin_token = client.started_s, self.server.admin_token
         failed = self.failures.setdefault(client.peer, collections.deque(maxlen=LOGIN_FAILURES))
         if len(failed) == LOGIN_FAILURES and now_s - failed[0] < LOGIN_WINDOW_S:
             wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0]))
@@ -10442,10 +10442,8 @@ class Guard:
         try:
             if token.startswith(KEY_PREFIX):
                 return "key", self.ledger.authorise("Bearer " + token, now_s)
-            if admin_token and hmac.compare_digest(hashlib.sha256(token.encode("utf-8", "replace")).digest(),
-                                                   hashlib.sha256(admin_token).digest()):
-                return "admin", None
-            if link and use_login_link(self.ledger, token, now_s):
+            if (admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token))) \
+                    or (link and use_login_link(self.ledger, token, now_s)):
                 return "admin", None
             raise Unauthorized(BAD_LOGIN, code="bad_login")
         except Unauthorized:
@@ -10755,13 +10753,16 @@ async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
             **statement_rows(gateway.ledger, account_named(gateway.ledger, ask.name), first, last)}
 
 
+def missing_keys(gateway: Gateway) -> list[JSON]:
+    return [{"name": row.name, "env_key": row.env_key} for name, row in BUILTIN_PROVIDERS.items()
+            if name not in gateway.config.providers and row.env_key]
+
+
 async def show_models(gateway: Gateway, ask: Ask) -> JSON:
     """What can be asked for, what it costs, and what a missing key would add."""
     rows = [model_view(gateway, name) for name in model_names(gateway, ask.key)]
-    missing = [{"name": row.name, "env_key": row.env_key} for name, row in BUILTIN_PROVIDERS.items()
-               if name not in gateway.config.providers and row.env_key]
     open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
-    return {"models": rows, "missing": [] if ask.key else missing, "any": open_ended, "prices_date": PRICES_DATE}
+    return {"models": rows, "missing": [] if ask.key else missing_keys(gateway), "any": open_ended, "prices_date": PRICES_DATE}
 
 
 def model_view(gateway: Gateway, name: str) -> JSON:
@@ -10794,9 +10795,7 @@ def model_state(gateway: Gateway, name: str) -> str:
 
 
 async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
-    missing = [{"name": row.name, "env_key": row.env_key} for name, row in BUILTIN_PROVIDERS.items()
-               if name not in gateway.config.providers and row.env_key]
-    return {"providers": await provider_views(gateway), "missing": missing}
+    return {"providers": await provider_views(gateway), "missing": missing_keys(gateway)}
 
 
 async def provider_views(gateway: Gateway) -> list[JSON]:

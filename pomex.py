@@ -13588,10 +13588,10 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-ExecStart=@COMMAND@
+ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 KillMode=mixed
-TimeoutStopSec=@STOP@
+TimeoutStopSec={stop}
 WatchdogSec=30
 Restart=on-failure
 RestartSec=2
@@ -13609,7 +13609,7 @@ UMask=0077
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=strict
-ProtectHome=@HOME@
+ProtectHome={home}
 PrivateDevices=yes
 ProtectKernelTunables=yes
 ProtectKernelModules=yes
@@ -13627,8 +13627,8 @@ SOCKET_UNIT = """\
 Description=The port of Pomex, held open while it restarts
 
 [Socket]
-ListenStream=@ADDRESS@
-Backlog=@BACKLOG@
+ListenStream={address}
+Backlog={backlog}
 
 [Install]
 WantedBy=sockets.target
@@ -13642,11 +13642,10 @@ def run_unit(args: argparse.Namespace) -> int:
     words = [sys.executable, file if os.path.isfile(file) else "/usr/local/lib/pomex/pomex.py", "serve",
              *(["--config", os.path.abspath(config.path)] if config.path else [])]
     home = any(word.startswith(("/home/", "/root/")) for word in words)     # where else could it be read from
-    values = {"@COMMAND@": shlex.join(words).replace("%", "%%"), "@STOP@": f"{config.server.drain_timeout_s + 10:.0f}",
-              "@HOME@": "read-only" if home else "yes", "@BACKLOG@": str(BACKLOG),
-              "@ADDRESS@": f"[{host}]:{port}" if ":" in host else f"{host}:{port}"}
     text = SOCKET_UNIT if args.socket else SERVICE_UNIT
-    print(functools.reduce(lambda text, name: text.replace(name, values[name]), values, text), end="")
+    print(text.format(command=shlex.join(words).replace("%", "%%"), stop=f"{config.server.drain_timeout_s + 10:.0f}",
+                      home="read-only" if home else "yes", backlog=BACKLOG,
+                      address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}"), end="")
     name = "pomex.socket" if args.socket else "pomex.service"
     say(f"Write this to /etc/systemd/system/{name}, then: systemctl enable --now {name}")
     if not args.socket:

@@ -6051,9 +6051,11 @@ def check_url(url: str) -> urllib.parse.SplitResult:
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
     try:
-        return parts if parts.port != 0 else urllib.parse.urlsplit("http://:")
+        if parts.port == 0:
+            raise ValueError
     except ValueError:
         raise ValueError("the port must be from 1 to 65535") from None
+    return parts
 
 
 def check_base_url(url: str, has_key: bool) -> tuple[str, bool]:

@@ -93,6 +93,7 @@ COMPLAINTS = {
                                "must have no user, query or fragment"),
     "an address with a bad port": (provider('base_url = "https://a.example:99999/v1"'),
                                    "the port must be from 1 to 65535."),
+    "an address with port 0": (provider('base_url = "https://a.example:0/v1"'), "the port must be from 1 to 65535."),
     "an address with its endpoint": (provider('base_url = "https://a.example/v1/chat/completions"'),
                                      "leave out /chat/completions: Pomex appends it."),
     "a key over plain http": (provider('base_url = "http://llm.example.com/v1"\napi_key = "k"'),

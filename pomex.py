@@ -253,6 +253,7 @@ class Usage:
     broken: str = ""            # how the provider's count contradicted itself
 
 
+COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
 MAX_TOKENS = 1 << 24            # no answer has had so many; a count beyond is a mistake, and would spoil every sum
 
 
@@ -275,7 +276,7 @@ def checked_usage(usage: Usage) -> Usage:
     sound = dataclasses.replace(usage, input=whole, cached=cached, cache_write=written, output=output,
                                 cache_write_1h=min(usage.cache_write_1h, written), reasoning=min(usage.reasoning, output),
                                 web_searches=min(usage.web_searches, MAX_TOKENS))
-    names = [each.name for each in dataclasses.fields(Usage) if getattr(sound, each.name) != getattr(usage, each.name)]
+    names = [name for name in COUNTED if getattr(sound, name) != getattr(usage, name)]
     return dataclasses.replace(sound, estimated=True, broken=f"the provider's count of {', '.join(names)} cannot be")
 
 
@@ -1441,7 +1442,7 @@ FREEFORM_PARAMETERS: JSON = {
     "type": "object", "additionalProperties": False, "required": ["input"],
     "properties": {"input": {"type": "string", "description": "The raw text, as the tool's description asks."}}}
 LOCAL_SHELL: JSON = {
-    "name": "local_shell", "description": "Runs a command on the user's machine and returns its output.",
+    "description": "Runs a command on the user's machine and returns its output.",
     "parameters": {"type": "object", "additionalProperties": False, "required": ["command"], "properties": {
         "command": {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."},
         "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}}}}
@@ -4662,10 +4663,7 @@ class MessagesDecoder(ItemDecoder):
 
     def _usage(self) -> Usage:
         now, before = messages_usage(self.counts), self.earlier
-        return Usage(before.input + now.input, before.cached + now.cached, before.cache_write + now.cache_write,
-                     before.output + now.output, before.reasoning + now.reasoning,
-                     cache_write_1h=before.cache_write_1h + now.cache_write_1h,
-                     web_searches=before.web_searches + now.web_searches)
+        return Usage(**{name: getattr(before, name) + getattr(now, name) for name in COUNTED})
 
     # blocks
 
@@ -7847,18 +7845,15 @@ def apportion(parts: Sequence[int], unit: int) -> list[int]:
     return down
 
 
-BILLED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-
-
 def verify(ledger: Ledger) -> tuple[int, list[str]]:
     """(lines checked, what is wrong): each cost again from its price, the daily sums from the rows, the file's own check."""
     wrong, checked = [], 0
-    columns = ", ".join(BILLED)
+    columns = ", ".join(COUNTED)
     for table in ("usage", "attempts"):
         for row in ledger.iterate(f"SELECT response_id, price, multiplier, cost_nanos, {columns} FROM {table}"):
             checked += 1
             response_id, price, multiplier, nanos = row[:4]
-            given = Usage(**dict(zip(BILLED, row[4:])))
+            given = Usage(**dict(zip(COUNTED, row[4:])))
             try:
                 right = cost_nanos(price, multiplier, given)
             except (ValueError, ArithmeticError, LookupError):

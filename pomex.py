@@ -6434,6 +6434,9 @@ class Key:
         return bool(self.budget_nanos is not None or self.prepaid or self.account_limit_nanos is not None or self.rpm
                     or self.tpm or self.concurrent)
 
+    def state(self, now_s: float) -> str:
+        return "revoked" if self.revoked_s else "expired" if 0 < self.expires_s <= now_s else "active"
+
     def may_use(self, model: str) -> bool:
         return not self.models or fits_any(model, self.models.split())
 
@@ -7289,6 +7292,14 @@ def usd(nanos: int, places: int = 2) -> str:
     unit = int(10 ** (9 - places))
     sign, amount = "-" if nanos < 0 else "", (abs(nanos) + unit // 2) // unit
     return f"{sign}{amount // 10**places}.{amount % 10**places:0{places}}"
+
+
+def fraction(text: str, unit: int, least: int = 0) -> int:
+    """A decimal number in whole units of 1/unit; ValueError or ArithmeticError for what does not come out even."""
+    number = decimal.Decimal(text) * unit
+    if not number.is_finite() or number != int(number) or not least <= number < 2**60:
+        raise ValueError
+    return int(number)
 
 
 # --- 8.6 limits -----------------------------------------------------------------------------------
@@ -8237,7 +8248,7 @@ def close_session(ledger: Ledger, token: str) -> None:
 def key_of_id(ledger: Ledger, key_id: int, now_s: float) -> Key | None:
     """An active key."""
     found = [Key(*row) for row in ledger.read(SELECT_KEYS + " WHERE keys.id = ?", (key_id,))]
-    return next((key for key in found if not key.revoked_s and not 0 < key.expires_s <= now_s), None)
+    return next((key for key in found if key.state(now_s) == "active"), None)
 
 
 # === 9. upstream ==================================================================================
@@ -8935,7 +8946,7 @@ class Catalogue:
         return [way[:2] for tier in self.tiers(model) for way in tier]
 
     def ways(self, provider_name: str, model: str, known_as: str) -> list[Way]:
-        window = known_models(provider_name).get(model, ModelFacts(0, 0)).context_window
+        window = known_models(provider_name).get(model, ModelFacts()).context_window
         found = []
         for provider, mark in self.keyed[provider_name]:
             bound = mark if mark and re.fullmatch(ACCOUNT_BOUND.get(provider.wire_api, ""), model) else ""
@@ -8965,14 +8976,14 @@ class Catalogue:
             return name in DEMO_MODELS
         return fits_any(name, provider.models)
 
-    def facts(self, name: str) -> ModelFacts | None:
+    def facts(self, name: str) -> ModelFacts:
         """What is known of a model: from the configuration, else from the table by its first target."""
         configured = self.config.models.get(name)
         if configured is not None and configured.context_window:
-            return ModelFacts(configured.context_window, 0)
+            return ModelFacts(configured.context_window)
         first = next((target for tier in configured.targets for target in tier), None) if configured is not None else None
         provider, model = first or (name.partition("/")[0], name.partition("/")[2])
-        return known_models(provider).get(model)
+        return known_models(provider).get(model, ModelFacts())
 
     def unknown(self, model: str, sentence: str) -> BadRequest:
         guess = self.closest(model)
@@ -9015,8 +9026,8 @@ def known_models(provider: str) -> dict[str, ModelFacts]:
 
 
 class ModelFacts(NamedTuple):
-    context_window: int
-    max_output: int
+    context_window: int = 0     # 0: not known
+    max_output: int = 0
 
 
 # --- 10.2 the decision ----------------------------------------------------------------------------
@@ -10055,8 +10066,7 @@ def model_object(gateway: Gateway, name: str) -> JSON:
 
 def codex_entry(gateway: Gateway, name: str, priority: int) -> JSON:
     """Codex's catalogue entry (CODEX.md 6): the fields that both versions require, and what brings apply_patch."""
-    facts = gateway.catalogue.facts(name)
-    window = facts.context_window if facts else DEFAULT_CONTEXT_WINDOW
+    window = gateway.catalogue.facts(name).context_window or DEFAULT_CONTEXT_WINDOW
     configured = gateway.config.models.get(name)
     return {
         "slug": name, "display_name": name, "description": configured.description if configured else "",
@@ -10455,12 +10465,12 @@ class Guard:
 @functools.cache
 def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
     """(the page, the same gzipped, its headers). Its one script and one style are allowed by what they are."""
-    page, packer = PAGE.encode(), zlib.compressobj(9, zlib.DEFLATED, 31)        # 31: with gzip's head
+    page = PAGE.encode()
     hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
               for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
     policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
               "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
-    return page, packer.compress(page) + packer.flush(), [
+    return page, zlib.compress(page, 9, 31), [       # 31: with gzip's head
         ("content-type", "text/html; charset=utf-8"), ("cache-control", "no-cache"), ("vary", "accept-encoding"),
         ("etag", f'"{hashlib.sha256(page).hexdigest()[:32]}"'), ("content-security-policy", policy), *PAGE_HEADERS]
 
@@ -10548,10 +10558,11 @@ async def log_out(gateway: Gateway, ask: Ask) -> None:
 
 async def show_session(gateway: Gateway, ask: Ask) -> JSON:
     now_s, host, key = time.time(), ask.client.connection.server.address, ask.key
-    keys = [each for each in gateway.ledger.list_keys() if not each.revoked_s and not 0 < each.expires_s <= now_s]
-    budget = await key_budget(gateway, key) if key else None
+    keys = [each for each in gateway.ledger.list_keys() if each.state(now_s) == "active"]
+    budgets = await gateway.watch.reader.ask(key_rows, now_s) if key else []
     return {"role": "key" if key else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
-            "address": f"{host[0]}:{host[1]}", "open": open_count(gateway, ask.key_id), "key": budget,
+            "address": f"{host[0]}:{host[1]}", "open": open_count(gateway, ask.key_id),
+            "key": next((row for row in budgets if row["id"] == ask.key_id), None),
             "counts": {"keys": len(keys), "models": len(model_names(gateway, key)), "providers": len(gateway.config.providers)}}
 
 
@@ -10560,11 +10571,6 @@ def open_count(gateway: Gateway, key_id: int) -> int:
     here = {intent.response_id: intent.key_id for intent in gateway.ledger.open_requests()}
     others = {id: item["key_id"] for id, item in gateway.watch.running.items()}
     return sum(key_id in (0, each) for each in {**others, **here}.values())
-
-
-async def key_budget(gateway: Gateway, key: Key) -> JSON:
-    row = next(row for row in await gateway.watch.reader.ask(key_rows, time.time()) if row["id"] == key.id)
-    return row
 
 
 def model_names(gateway: Gateway, key: Key | None) -> list[str]:
@@ -10662,12 +10668,9 @@ def money(body: JSON, name: str, unit: int = 10**9, least: int = 0) -> int | Non
     if not text:
         return None
     try:
-        number = decimal.Decimal(text) * unit
-        if not number.is_finite() or number != int(number) or not least <= number < 2**60:
-            raise ValueError
+        return fraction(text, unit, least)
     except (ValueError, ArithmeticError):
         raise BadRequest("This must be an amount like 50 or 12.50.", param=name) from None
-    return int(number)
 
 
 def key_changes(gateway: Gateway, body: JSON) -> dict[str, Any]:
@@ -10692,12 +10695,17 @@ def key_changes(gateway: Gateway, body: JSON) -> dict[str, Any]:
     return changes
 
 
+def changed(gateway: Gateway, kind: str, name: str) -> JSON:
+    """Tells those who watch; the answer to who did it."""
+    gateway.watch.note(kind, {"name": name})
+    return {"name": name}
+
+
 async def create_key(gateway: Gateway, ask: Ask) -> JSON:
     """The one answer that holds a key."""
     name = text_field(ask.body, "name")
     token = gateway.ledger.create_key(name, time.time(), **key_changes(gateway, ask.body))
-    gateway.watch.note("key", {"name": name})
-    return {"name": name, "token": token}
+    return {**changed(gateway, "key", name), "token": token}
 
 
 def active_name(gateway: Gateway, ask: Ask) -> str:
@@ -10711,15 +10719,13 @@ async def edit_key(gateway: Gateway, ask: Ask) -> JSON:
     name, changes = active_name(gateway, ask), key_changes(gateway, ask.body)
     if changes:
         gateway.ledger.edit_key(name, time.time(), **changes)
-    gateway.watch.note("key", {"name": name})
-    return {"name": name}
+    return changed(gateway, "key", name)
 
 
 async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
     name = active_name(gateway, ask)
     gateway.ledger.revoke_key(name, time.time())
-    gateway.watch.note("key", {"name": name})
-    return {"name": name}
+    return changed(gateway, "key", name)
 
 
 PREPAID: dict[object, bool] = {"": False, "0": False, False: False, "1": True, True: True}
@@ -10768,15 +10774,14 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     except BadRequest as error:         # described, but of a provider that is not configured
         return {"name": name, "targets": [], "price": None, "state": str(error)}
     provider, model = targets[0]
-    tariff, facts = gateway.prices.tariff(provider.name, model, name), gateway.catalogue.facts(name)
+    tariff, facts = gateway.prices.tariff(provider.name, model, name) or Tariff(""), gateway.catalogue.facts(name)
     configured = gateway.config.models.get(name)
     return {"name": name, "targets": [f"{each.name}:{upstream}" for each, upstream in targets],
-            "state": model_state(gateway, name), "price": tariff.base.split() if tariff else None,
-            "long_over": tariff.over if tariff else 0, "long": tariff.long.split() if tariff else [],
-            "peak": tariff.peak if tariff else 1,
-            "changes": [{"day": day, "price": text.split()} for day, text in tariff.changes] if tariff else [],
+            "state": model_state(gateway, name), "price": tariff.base.split() or None,
+            "long_over": tariff.over, "long": tariff.long.split(), "peak": tariff.peak,
+            "changes": [{"day": day, "price": text.split()} for day, text in tariff.changes],
             "source": "pomex.toml" if f"{provider.name}/{model}" in gateway.prices.configured else f"table of {PRICES_DATE}",
-            "context": facts.context_window if facts else 0, "max_output": facts.max_output if facts else 0,
+            "context": facts.context_window, "max_output": facts.max_output,
             "description": configured.description if configured else DEMO_MODELS.get(model, "") * (provider.wire_api == "demo")}
 
 
@@ -10834,21 +10839,12 @@ def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
     return gateway.config.providers[name]
 
 
-async def disable_provider(gateway: Gateway, ask: Ask) -> JSON:
-    """No new request goes there, from any process of this ledger, until it is enabled again: a restart changes nothing."""
-    return use_provider(gateway, ask, False)
-
-
-async def enable_provider(gateway: Gateway, ask: Ask) -> JSON:
-    return use_provider(gateway, ask, True)
-
-
-def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
+async def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
+    """To one out of use no new request goes, from any process of this ledger, until it is back: a restart changes nothing."""
     name = provider_named(gateway, ask.name).name
     gateway.ledger.use_provider(name, use)
     log.warning("%s %s the provider %s on the dashboard", ask.client.peer, "enabled" if use else "disabled", name)
-    gateway.watch.note("provider", {"name": name})
-    return {"name": name}
+    return changed(gateway, "provider", name)
 
 
 def provider_state(strip: Sequence[Sequence[int]]) -> str:
@@ -10877,20 +10873,20 @@ async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
     if provider.wire_api == "demo":
         return {"ok": True, "ms": 0, "text": "The demo works offline."}
     try:
-        status = await contact(gateway.router.upstream, provider)
+        good, text = True, f"It answers ({await contact(gateway.router.upstream, provider)})."
     except GatewayError as error:
-        return {"ok": False, "ms": int((time.monotonic() - started) * 1000), "text": str(error)}
-    return {"ok": True, "ms": int((time.monotonic() - started) * 1000), "text": f"It answers ({status})."}
+        good, text = False, str(error)
+    return {"ok": good, "ms": int((time.monotonic() - started) * 1000), "text": text}
 
 
 async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
     """What the set-up page checks. {ORIGIN} is where the browser found the page: the page itself puts it in."""
-    watch, now_s = gateway.watch, time.time()
+    watch = gateway.watch
     names = model_names(gateway, ask.key)
     model = best_model(gateway.config, [name for name in names if not name.startswith("demo/")], ask.key)
     mine = [trace for trace in reversed(watch.traces.values()) if ask.key_id in (0, trace["key_id"])]
     rows = await watch.reader.ask(usage_rows, {}, MAX_NUMBER, 1, ask.key_id)
-    keys = [key for key in gateway.ledger.list_keys() if not key.revoked_s and not 0 < key.expires_s <= now_s]
+    keys = [key for key in gateway.ledger.list_keys() if key.state(time.time()) == "active"]
     return {"model": model, "block": codex_block("{ORIGIN}", model), "keys": 1 if ask.key else len(keys),
             "providers": [name for name in gateway.config.providers if name != "demo"],
             "demo": "demo" in gateway.config.providers, "codex": next((trace for trace in mine if trace["codex"]), None),
@@ -10967,8 +10963,8 @@ ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
     ("GET", "accounts/*/statement"): AdminRoute(show_statement),
     ("GET", "providers"): AdminRoute(show_providers),
     ("POST", "providers/*/test"): AdminRoute(test_provider),
-    ("POST", "providers/*/disable"): AdminRoute(disable_provider),
-    ("POST", "providers/*/enable"): AdminRoute(enable_provider),
+    ("POST", "providers/*/disable"): AdminRoute(functools.partial(use_provider, use=False)),
+    ("POST", "providers/*/enable"): AdminRoute(functools.partial(use_provider, use=True)),
 }
 
 
@@ -12077,10 +12073,6 @@ def first_key_lines(token: str, database: str) -> list[str]:
     return [f"First API key written to {home_short(path)} (only you can read it)"]
 
 
-def key_state(key: Key, now_s: float) -> str:
-    return "revoked" if key.revoked_s else "expired" if 0 < key.expires_s <= now_s else "active"
-
-
 def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, ledger: Ledger, is_new: bool,
              url: str) -> None:
     """All that is said at start."""
@@ -12091,7 +12083,7 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
         "Providers", *provider_lines(config, found, looked),
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
     if keys := ledger.list_keys():
-        active = sum(key_state(key, time.time()) == "active" for key in keys)
+        active = sum(key.state(time.time()) == "active" for key in keys)
         say(f"Keys          {active} active. New one: {next_command(config, 'keys create NAME')}")
     else:
         say("", *first_key_lines(ledger.create_key("first", time.time()), config.database.path),
@@ -12303,7 +12295,7 @@ def run_models(args: argparse.Namespace) -> int:
     for name, providers in listed_models(config, found).items():
         first, model = catalogue.targets(name)[0]
         facts, tariff = catalogue.facts(name), book.tariff(first.name, model, name)
-        rows.append((name, providers, tariff.base.split() if tariff else [], facts.context_window if facts else 0))
+        rows.append((name, providers, tariff.base.split() if tariff else [], facts.context_window))
     if args.json:
         print_json([{"model": name, "providers": providers, "context_window": window or None,
                      "price": dict(zip(PRICE_COLUMNS, price)) or None} for name, providers, price, window in rows])
@@ -12961,14 +12953,6 @@ def argument(reader: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
     return read
 
 
-def fraction(text: str, unit: int, least: int = 0) -> int:
-    """A decimal number in whole units of 1/unit; ValueError for what does not come out even."""
-    number = decimal.Decimal(text) * unit
-    if not number.is_finite() or number != int(number) or not least <= number < 2**60:
-        raise ValueError
-    return int(number)
-
-
 def read_budget(text: str) -> tuple[int | None, str]:
     amount_text, _, period = text.partition("/")
     if text == "none":
@@ -13080,7 +13064,7 @@ def run_keys_list(args: argparse.Namespace) -> int:
     rows = [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE")]
     for key in keys:
         spent, last_ms = spending[key.id]
-        state = key_state(key, now_s)
+        state = key.state(now_s)
         if key.budget_nanos and state == "active" and spent * 5 >= key.budget_nanos * 4:
             state = f"{spent * 100 // key.budget_nanos} % used"
         rows.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),

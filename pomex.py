@@ -9250,14 +9250,15 @@ class Failure(NamedTuple):
     where: str              # host:port, where it failed below HTTP
     fault: str              # of COURSES
     error: GatewayError
+    at_ms: int              # since the request
 
 
-def failure_of(provider: str, error: GatewayError) -> Failure:
+def failure_of(provider: str, error: GatewayError, at_ms: int) -> Failure:
     fault = fault_class(error)
+    words, status = COURSES[fault].words, getattr(error, "upstream_status", 0)
     if isinstance(error, LinkError):
-        return Failure(provider, error.brief or COURSES[fault].words, error.where, fault, error)
-    status = getattr(error, "upstream_status", 0)
-    return Failure(provider, f"{status} {COURSES[fault].words}" if status else COURSES[fault].words, "", fault, error)
+        return Failure(provider, error.brief or words, error.where, fault, error, at_ms)
+    return Failure(provider, f"{status} {words}" if status else words, "", fault, error, at_ms)
 
 
 def what_was_tried(failures: Sequence[Failure]) -> Iterator[str]:
@@ -9283,7 +9284,6 @@ class Downstream:
         self.attempts = 0                               # upstream calls
         self.tries = 0                                  # of targets: a try may need several calls
         self.failures: list[Failure] = []               # the tries that came to nothing
-        self.failed_ms: list[int] = []                  # when each of them did
         self.turn_state = ""                            # names the target, for Codex
         self.dropped: list[str] = []                    # what the target could not carry
         self.first_ms = 0                               # when the first output left
@@ -9452,10 +9452,9 @@ class Router:
     def judge(self, error: GatewayError, way: Way, ways: Sequence[Way], tries: Mapping[str, int], down: Downstream,
               ) -> tuple[Move, Way | None]:
         """Takes note of a failure; where the request goes, and the target that would be the next."""
-        now, failure = down.loop.time(), failure_of(way.provider.name, error)
+        now, failure = down.loop.time(), failure_of(way.provider.name, error, down.elapsed_ms())
         wait_s: float | None = getattr(error, "retry_after_s", None)
         down.failures.append(failure)
-        down.failed_ms.append(down.elapsed_ms())
         log.warning("%s %s: %s", down.client.request_id, way.id, printable_text(str(error)))
         if now < down.due:
             self.blame(way, error, wait_s, now)
@@ -10267,7 +10266,8 @@ class Watch:
             "tried": [f"{each.provider}: {each.brief}" for each in down.failures[:20]],
             "dropped": [printable(name) for name in down.dropped[:20]],
             "error": str(attempt.error) if attempt.error else "", "upstream_id": printable(down.upstream_id),
-            "tried_ms": down.failed_ms[:20], "asked_ms": down.asked_ms, "answering_ms": down.answering_ms}})
+            "tried_ms": [each.at_ms for each in down.failures[:20]], "asked_ms": down.asked_ms,
+            "answering_ms": down.answering_ms}})
 
     def tell(self, news: News) -> None:
         for queue, key_id in list(self.watchers.items()):

@@ -11806,6 +11806,12 @@ def read_text(path: str) -> str:
     return pathlib.Path(path).read_text(encoding="utf-8-sig")      # Windows editors put a BOM before the text
 
 
+def write_new(path: str | pathlib.Path, text: str) -> None:
+    """A file for this user alone; FileExistsError where there is one."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def read_config(args: argparse.Namespace) -> Config:
     """The configuration as the flags, the environment, the file and the defaults have it, in this order."""
     path = find_config(args.config or os.environ.get("POMEX_CONFIG", ""), os.environ)
@@ -11871,6 +11877,12 @@ async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SS
         return json.loads(body) if status == 200 else None
     except (OSError, ValueError, GatewayError):     # TimeoutError is an OSError
         return None
+
+
+async def version_at(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SSLContext | None = None) -> str:
+    """The version of a Pomex at an address of this machine; "" where there is none, or it is not well."""
+    health = await get_json(url + "/health", timeout_s, context)
+    return str(health.get("version", "")) if isinstance(health, dict) and health.get("status") == "ok" else ""
 
 
 def own_certificate(server: ServerConfig) -> ssl.SSLContext | None:
@@ -11972,9 +11984,11 @@ def home_short(path: str) -> str:
     return "~" + path[len(home):] if path.startswith(home + os.sep) else path
 
 
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Columns of equal width; those of numbers are set to the `right`."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return ["   ".join(cell.rjust(width) if at in right else cell.ljust(width)
+                       for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
 def origin(provider: ProviderConfig) -> str:
@@ -12068,8 +12082,7 @@ def first_key_lines(token: str, database: str) -> list[str]:
     path = os.path.join(os.path.dirname(database), "first-key")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-        file.write(token + "\n")
+    write_new(path, token + "\n")
     return [f"First API key written to {home_short(path)} (only you can read it)"]
 
 
@@ -12225,12 +12238,12 @@ async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
 
 
 async def port_taken(server: ServerConfig) -> str:
-    health = await get_json(public_url(ServerConfig(), (server.host, server.port)) + "/health")
+    version = await version_at(public_url(ServerConfig(), (server.host, server.port)))
     holder = port_holder(server.host, server.port)
     advice = f"python pomex.py serve --port {server.port + 1 if server.port < 65535 else 7663}."
-    if isinstance(health, dict) and health.get("status") == "ok" and "version" in health:
+    if version:
         who = f" (pid {holder[0]}, up {time_span(process_age_s(holder[0]))})" if holder else ""
-        other = f"another Pomex {health['version']}{who}"
+        other = f"another Pomex {version}{who}"
         return f"Port {server.port} is taken by {other}. Use that one, or: {advice}"
     who = f" ({holder[1]}, pid {holder[0]})" if holder else ""
     return f"Port {server.port} is taken by another program{who}. Use another: {advice}"
@@ -12400,8 +12413,7 @@ def run_init(args: argparse.Namespace) -> int:
     config, found = asyncio.run(detect(load_config("", "", os.environ, read_text), os.environ))
     text = init_text(config, found, os.path.isfile(config.database.path))
     try:
-        with open(os.open(args.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
+        write_new(args.file, text)
     except FileExistsError:
         say(f"{args.file} is there already; nothing was written.")
         return 1
@@ -12511,8 +12523,7 @@ def show_difference(path: pathlib.Path, before: str, after: str) -> None:
 def replace_file(path: pathlib.Path, text: str) -> None:
     """Whole or not at all, for this user alone."""
     fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
+    write_new(fresh, text)
     os.replace(fresh, path)
 
 
@@ -12622,9 +12633,8 @@ async def find_gateway(config: Config, base_url: str) -> tuple[str, str]:
     own, parts = own_url(config), urllib.parse.urlsplit(base_url)
     there = is_loopback(parts.hostname or "") and own.startswith(parts.scheme + ":")
     for url in (f"{parts.scheme}://{parts.netloc}", own) if there else (own,):
-        health = await get_json(url + "/health", HEALTH_TIMEOUT_S, own_certificate(config.server))
-        if isinstance(health, dict) and health.get("status") == "ok" and "version" in health:
-            return url, str(health["version"])
+        if version := await version_at(url, HEALTH_TIMEOUT_S, own_certificate(config.server)):
+            return url, version
     return own, ""
 
 
@@ -13070,15 +13080,8 @@ def run_keys_list(args: argparse.Namespace) -> int:
         rows.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),
                      "none" if key.budget_nanos is None else f"{usd(key.budget_nanos)}/{key.period}",
                      time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
-    print(*money_table(rows, (3,)), sep="\n")
+    print(*table_lines(rows, (3,)), sep="\n")
     return 0
-
-
-def money_table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-    """table_lines, with numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return table_lines([[cell.rjust(widths[index]) if index in right else cell for index, cell in enumerate(row)]
-                        for row in rows])
 
 
 def run_accounts_create(args: argparse.Namespace) -> int:
@@ -13111,7 +13114,7 @@ def run_accounts_list(args: argparse.Namespace) -> int:
     rows += [(each.name, "prepaid" if each.prepaid else "monthly" if each.limit_nanos is not None else "open",
               usd(each.month_nanos), "none" if each.limit_nanos is None else usd(each.limit_nanos),
               usd(each.credit_nanos - each.spent_nanos), f"x {each.multiplier / ONE:g}") for each in accounts]
-    print(*money_table(rows, (2, 3, 4)), sep="\n")
+    print(*table_lines(rows, (2, 3, 4)), sep="\n")
     return 0
 
 
@@ -13154,7 +13157,7 @@ def usage_table(by: str, rows: Sequence[JSON]) -> list[str]:
     total = {by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
     cells = [(str(row[by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
               millions(row["output"]), usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
-    return money_table([(by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
+    return table_lines([(by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
 
 
 def no_price(row: JSON) -> str:
@@ -13180,13 +13183,13 @@ def run_statement(args: argparse.Namespace) -> int:
                          for name in ("requests", "input", "cached", "cache_write", "output")),
               usd(sum(cents) * 10**7), "")]
     print(f"Statement of account {args.account}, {day_text(first)} to {day_text(last)} (UTC), in USD", "",
-          *money_table([("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""), *rows], range(1, 7)),
+          *table_lines([("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""), *rows], range(1, 7)),
           sep="\n")
     if entries or bill["before_nanos"]:
         steps = apportion([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]], 10**7)
         names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
                                      for entry in entries), "charges above", "balance after"]
-        print("", *money_table([*zip(names, [usd(step * 10**7) for step in (*steps, sum(steps))])], (1,)), sep="\n")
+        print("", *table_lines([*zip(names, [usd(step * 10**7) for step in (*steps, sum(steps))])], (1,)), sep="\n")
     return 0
 
 
@@ -13209,7 +13212,7 @@ def run_prices_show(args: argparse.Namespace) -> int:
         print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
         return 0
     head = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
-    print(*money_table([head, *rows], range(1, 7)), sep="\n")
+    print(*table_lines([head, *rows], range(1, 7)), sep="\n")
     return 0
 
 
@@ -13645,12 +13648,11 @@ def closed_to_others(path: str) -> bool:
 
 
 def run_health(args: argparse.Namespace) -> int:
-    server = read_config(args).server
-    url = public_url(server, (server.host, server.port))
-    answer = asyncio.run(get_json(url + "/health", HEALTH_TIMEOUT_S, own_certificate(server)))
-    healthy = isinstance(answer, dict) and answer.get("status") == "ok"
-    print(f"{url} {'answers' if healthy else 'does not answer'}")
-    return 0 if healthy else 1
+    config = read_config(args)
+    url = own_url(config)
+    version = asyncio.run(version_at(url, HEALTH_TIMEOUT_S, own_certificate(config.server)))
+    print(f"{url} {'answers' if version else 'does not answer'}")
+    return 0 if version else 1
 
 
 

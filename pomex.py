@@ -3932,86 +3932,6 @@ def chat_usage(given: Any, reasoning_within: bool) -> Usage | None:
     return Usage(inputs, min(cached, inputs), written, outputs, min(reasoning, outputs))
 
 
-# --- 6.5 demo: a provider that works offline -------------------------------------------------------
-#
-# It speaks chat completions to the gateway, so that everything behind it is what a real provider meets.
-
-DEMO_SAYS = "This is Pomex's offline demo, no model was asked."
-DEMO_MODELS = {
-    "echo": "repeats what you sent, word by word",
-    "tools": "asks for one shell call, then finishes on its output",
-    "think": "thinks aloud before it answers",
-    "slow": "answers a word every half second",
-    "drop": "finishes, but its stream is cut before the terminal event",
-    "cut": "is cut in the middle of its answer",
-    "flaky": "fails at the first call, and answers the second",
-    "error": "fails before it answers",
-}
-MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
-# the shell tools of Codex and its kin -> the arguments for one harmless command
-DEMO_SHELLS: dict[str, JSON] = {
-    "exec_command": {"cmd": "echo hello from pomex"}, "shell_command": {"command": "echo hello from pomex"},
-    "shell": {"command": ["echo", "hello from pomex"]}, "local_shell": {"command": ["echo", "hello from pomex"]},
-    "functions__exec_command": {"cmd": "echo hello from pomex"},
-}
-
-
-class DemoStep(NamedTuple):
-    """One thing the demo does: wait, then send `data`, or break off with `error`."""
-    wait_s: float
-    data: bytes = b""
-    error: GatewayError | None = None
-
-
-def demo_steps(request: ResponsesRequest, history: History, model: str, book: ToolBook, calls: int = 1) -> Iterator[DemoStep]:
-    """The answer of demo/MODEL to the request's first, second ... call, as chat completion chunks."""
-    if model == "error" or (model == "flaky" and calls == 1):
-        yield DemoStep(0, error=ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529))
-        return
-    text, call = demo_answer(history, model, book)
-    wait_s = 0.5 if model == "slow" else 0.0
-    words = re.findall(r"\S+\s*|\s+", text)
-    if model == "think":
-        for word in ("I was asked ", "something, ", "and I only ", "repeat it."):
-            yield demo_chunk({"reasoning_content": word})
-    for index, word in enumerate(words):
-        if model == "cut" and index == len(words) // 2:
-            yield DemoStep(0, error=UpstreamError("The demo provider cut its stream on purpose."))
-            return
-        yield demo_chunk({"content": word}, wait_s=wait_s)
-    if call:
-        name, arguments = call
-        yield demo_chunk({"tool_calls": [{"index": 0, "id": f"call_{len(history.items)}_demo", "type": "function",
-                                          "function": {"name": name, "arguments": compact(arguments)}}]})
-    yield demo_chunk({}, "tool_calls" if call else "stop")
-    if model == "drop":
-        yield DemoStep(0, error=UpstreamError("The demo provider dropped its terminal event on purpose."))
-        return
-    counts = {"prompt_tokens": -(-len(request.raw) // 4), "completion_tokens": len(words) + (10 if call else 0)}
-    yield DemoStep(0, sse_frame("", compact({"choices": [], "usage": counts})))
-    yield DemoStep(0, DONE_FRAME)
-
-
-def demo_chunk(delta: JSON, finish_reason: str | None = None, wait_s: float = 0.0) -> DemoStep:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return DemoStep(wait_s, sse_frame("", compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]})))
-
-
-def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tuple[str, JSON] | None]:
-    """What it says, and the call it makes."""
-    last = history.items[-1] if history.items else {}
-    if model == "tools":
-        if last.get("type") == "function_call_output":
-            return f"{DEMO_SAYS} The command printed: {text_of(last['output']).strip()[:MAX_DEMO_TEXT]}", None
-        offered = {function["name"] for function in book.functions}
-        for name, arguments in DEMO_SHELLS.items():
-            if name in offered:
-                return "", (name, arguments)
-        return f"{DEMO_SAYS} You offered no shell tool, so there is nothing to run.", None
-    said = [text_of(i["content"]) for i in history.items if i.get("role") == "user"]
-    return f"{DEMO_SAYS} You sent: {said[-1].strip()[:MAX_DEMO_TEXT] if said else ''}", None
-
-
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------
 #
 # What differs from model to model stands in CLAUDES, and nowhere else. Thinking comes in blocks that must go back
@@ -5417,6 +5337,86 @@ def gemini_usage(given: Any) -> Usage | None:
     if not inputs and not output:
         return None                         # Vertex: {"trafficType": ...} until the end
     return Usage(inputs, min(count(given, "cachedContentTokenCount"), inputs), 0, output, thoughts)
+
+
+# --- 6.5 demo: a provider that works offline -------------------------------------------------------
+#
+# It speaks chat completions to the gateway, so that everything behind it is what a real provider meets.
+
+DEMO_SAYS = "This is Pomex's offline demo, no model was asked."
+DEMO_MODELS = {
+    "echo": "repeats what you sent, word by word",
+    "tools": "asks for one shell call, then finishes on its output",
+    "think": "thinks aloud before it answers",
+    "slow": "answers a word every half second",
+    "drop": "finishes, but its stream is cut before the terminal event",
+    "cut": "is cut in the middle of its answer",
+    "flaky": "fails at the first call, and answers the second",
+    "error": "fails before it answers",
+}
+MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
+# the shell tools of Codex and its kin -> the arguments for one harmless command
+DEMO_SHELLS: dict[str, JSON] = {
+    "exec_command": {"cmd": "echo hello from pomex"}, "shell_command": {"command": "echo hello from pomex"},
+    "shell": {"command": ["echo", "hello from pomex"]}, "local_shell": {"command": ["echo", "hello from pomex"]},
+    "functions__exec_command": {"cmd": "echo hello from pomex"},
+}
+
+
+class DemoStep(NamedTuple):
+    """One thing the demo does: wait, then send `data`, or break off with `error`."""
+    wait_s: float
+    data: bytes = b""
+    error: GatewayError | None = None
+
+
+def demo_steps(request: ResponsesRequest, history: History, model: str, book: ToolBook, calls: int = 1) -> Iterator[DemoStep]:
+    """The answer of demo/MODEL to the request's first, second ... call, as chat completion chunks."""
+    if model == "error" or (model == "flaky" and calls == 1):
+        yield DemoStep(0, error=ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529))
+        return
+    text, call = demo_answer(history, model, book)
+    wait_s = 0.5 if model == "slow" else 0.0
+    words = re.findall(r"\S+\s*|\s+", text)
+    if model == "think":
+        for word in ("I was asked ", "something, ", "and I only ", "repeat it."):
+            yield demo_chunk({"reasoning_content": word})
+    for index, word in enumerate(words):
+        if model == "cut" and index == len(words) // 2:
+            yield DemoStep(0, error=UpstreamError("The demo provider cut its stream on purpose."))
+            return
+        yield demo_chunk({"content": word}, wait_s=wait_s)
+    if call:
+        name, arguments = call
+        yield demo_chunk({"tool_calls": [{"index": 0, "id": f"call_{len(history.items)}_demo", "type": "function",
+                                          "function": {"name": name, "arguments": compact(arguments)}}]})
+    yield demo_chunk({}, "tool_calls" if call else "stop")
+    if model == "drop":
+        yield DemoStep(0, error=UpstreamError("The demo provider dropped its terminal event on purpose."))
+        return
+    counts = {"prompt_tokens": -(-len(request.raw) // 4), "completion_tokens": len(words) + (10 if call else 0)}
+    yield DemoStep(0, sse_frame("", compact({"choices": [], "usage": counts})))
+    yield DemoStep(0, DONE_FRAME)
+
+
+def demo_chunk(delta: JSON, finish_reason: str | None = None, wait_s: float = 0.0) -> DemoStep:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return DemoStep(wait_s, sse_frame("", compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]})))
+
+
+def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tuple[str, JSON] | None]:
+    """What it says, and the call it makes."""
+    last = history.items[-1] if history.items else {}
+    if model == "tools":
+        if last.get("type") == "function_call_output":
+            return f"{DEMO_SAYS} The command printed: {text_of(last['output']).strip()[:MAX_DEMO_TEXT]}", None
+        offered = {function["name"] for function in book.functions}
+        for name, arguments in DEMO_SHELLS.items():
+            if name in offered:
+                return "", (name, arguments)
+        return f"{DEMO_SAYS} You offered no shell tool, so there is nothing to run.", None
+    said = [text_of(i["content"]) for i in history.items if i.get("role") == "user"]
+    return f"{DEMO_SAYS} You sent: {said[-1].strip()[:MAX_DEMO_TEXT] if said else ''}", None
 
 
 # --- 6.6 the table ---------------------------------------------------------------------------------
@@ -12353,6 +12353,358 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+# --- 13.6 keys, accounts and bills ----------------------------------------------------------------
+
+PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
+
+
+def add_money_commands(commands: Any, add: Callable[..., CommandParser], listing: CommandParser) -> None:
+    def group(name: str, meaning: str) -> Any:
+        return commands.add_parser(name, help=meaning).add_subparsers(metavar="COMMAND", required=True)
+
+    keys = group("keys", "create, edit, list and revoke clients' keys")
+    for name, run in (("create", run_keys_create), ("edit", run_keys_edit), ("revoke", run_keys_revoke)):
+        command = add(keys, name, run, f"{name} a key")
+        command.add_argument("name", metavar="NAME")
+        if name != "revoke":
+            add_key_settings(command)
+    add(keys, "list", run_keys_list, "list the keys", listing)
+    accounts = group("accounts", "create and list accounts, and give them credit")
+    create = add(accounts, "create", run_accounts_create, "create an account")
+    create.add_argument("name", metavar="NAME")
+    create.add_argument("--prepaid", action="store_true", help="it can spend its credit, and no more")
+    create.add_argument("--limit", type=dollars, metavar="USD", help="it can spend so much a month")
+    create.add_argument("--multiplier", type=millionths, default=ONE, help="of all prices, e.g. 1.2")
+    credit = add(accounts, "credit", run_accounts_credit, "add a top-up, or with --reason an adjustment")
+    credit.add_argument("name", metavar="NAME")
+    credit.add_argument("amount", type=signed_dollars, metavar="USD",
+                        help="below nought it takes credit away: write -- before it")
+    credit.add_argument("--reason", default="", help="why; makes it an adjustment")
+    add(accounts, "list", run_accounts_list, "list the accounts", listing)
+    usage = add(commands, "usage", run_usage, "sums of what was used", listing)
+    usage.add_argument("--since", type=first_day, default="7d", metavar="7d|DATE", help="whole days (UTC), with today")
+    usage.add_argument("--by", choices=sorted(REPORT_BY), default="model")
+    usage.add_argument("--csv", action="store_true")
+    usage.add_argument("--jsonl", action="store_true")
+    statement = add(commands, "statement", run_statement, "an account's bill of one month", listing)
+    statement.add_argument("account", metavar="ACCOUNT")
+    statement.add_argument("--month", type=month_days, default=time.strftime("%Y-%m", time.gmtime()), metavar="YYYY-MM")
+    add(group("prices", "what tokens cost"), "show", run_prices_show, "list all prices", listing)
+    ledger = group("ledger", "check and export the ledger")
+    add(ledger, "verify", run_verify, "compute every cost and sum again", listing)
+    export = add(ledger, "export", run_export, "print every line")
+    export.add_argument("--since", type=first_day, default="1970-01-01", metavar="7d|DATE")
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--csv", action="store_true")
+    form.add_argument("--jsonl", action="store_true")
+    add(commands, "prune", run_prune, "remove old lines; the sums of each day stay").add_argument(
+        "--older", type=first_day, required=True, metavar="90d|DATE", help="than so many days, or than this day")
+    add(commands, "backup", run_backup, "copy the database while servers run").add_argument("file", metavar="FILE")
+
+
+def add_key_settings(command: CommandParser) -> None:
+    command.add_argument("--budget", type=budget, metavar="USD/PERIOD", help="e.g. 50/month; day, week, month or total; none")
+    command.add_argument("--models", type=patterns, help="patterns of names it may use, e.g. 'openai/*,anthropic/*'; all")
+    for name, meaning in (("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")):
+        command.add_argument(f"--{name}", type=whole_number, metavar="N", help=f"{meaning}; 0: any number")
+    command.add_argument("--expires", type=expiry_time, metavar="30d|DATE", help="when it ends; never")
+    command.add_argument("--account", metavar="NAME", help="who pays")
+
+
+def argument(reader: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
+    """An argparse type: what `reader` makes of the text, or a complaint that says what is wanted."""
+    def read(text: str) -> Any:
+        try:
+            return reader(text)
+        except (ValueError, ArithmeticError, KeyError):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
+    return read
+
+
+def read_budget(text: str) -> tuple[int | None, str]:
+    amount_text, _, period = text.partition("/")
+    if text == "none":
+        return None, "month"
+    nanos = fraction(amount_text, 10**9)
+    if period not in PERIODS:
+        raise ValueError
+    return nanos, period
+
+
+def read_whole(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError
+    return int(text)
+
+
+def read_day(text: str) -> int:
+    """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
+    if found := re.fullmatch(r"([0-9]{1,5})d", text):
+        return int(time.time()) // 86400 - int(found[1]) + 1
+    return datetime.date.fromisoformat(text).toordinal() - EPOCH
+
+
+def read_expiry(text: str) -> int:
+    if text == "never":
+        return 0
+    found, now_s = re.fullmatch(r"([0-9]{1,5})d", text), int(time.time())
+    end_s = now_s + int(found[1]) * 86400 if found else read_day(text) * 86400
+    if end_s <= now_s:
+        raise ValueError
+    return end_s
+
+
+dollars = argument(lambda text: fraction(text, 10**9), "an amount of dollars like 12.50")
+signed_dollars = argument(lambda text: fraction(text, 10**9, least=-2**60), "an amount of dollars like 12.50")
+millionths = argument(lambda text: fraction(text, ONE), "a number like 1.2")
+budget = argument(read_budget, "like 50/month (day, week, month, total), or none")
+patterns = argument(model_patterns, "patterns like 'openai/*,demo/echo', or all")
+whole_number = argument(read_whole, "a whole number of at most nine digits")
+first_day = argument(read_day, "like 7d or 2026-11-01")
+expiry_time = argument(read_expiry, "a time to come, like 30d or 2027-01-31, or never")
+month_days = argument(month_bounds, "a month like 2026-11")
+
+
+def key_settings(ledger: Ledger, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    given = {"models": args.models, "rpm": args.rpm, "tpm": args.tpm, "concurrent": args.concurrent, "expires_s": args.expires}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if args.budget is not None:
+        settings["budget_nanos"], settings["period"] = args.budget
+    if args.account is not None:
+        settings["account_id"] = account_named(ledger, args.account)
+    return settings
+
+
+def with_ledger(args: argparse.Namespace) -> contextlib.closing[Ledger]:
+    return contextlib.closing(open_ledger(read_config(args)))
+
+
+def key_words(key: Key) -> str:
+    """`50.00 USD a month, models openai/*`"""
+    words = [f"{usd(key.budget_nanos)} USD " + ("in total" if key.period == "total" else f"a {key.period}")
+             ] if key.budget_nanos is not None else []
+    words += [f"models {', '.join(key.models.split())}"] if key.models else []
+    words += [f"{most} {what}" for most, what in ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"),
+                                                  (key.concurrent, "at once")) if most]
+    words += [f"account {key.account}"] if key.account_id != 1 else []
+    words += [f"until {utc_minute(key.expires_s)} UTC"] if key.expires_s else []
+    return ", ".join(words)
+
+
+def run_keys_create(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        print(ledger.create_key(args.name, time.time(), **key_settings(ledger, args)), flush=True)
+        words = key_words(ledger.list_keys()[-1])
+    say(f"Key {args.name} created{': ' + words if words else ''}. It is not shown again.")
+    return 0
+
+
+def run_keys_edit(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        settings = key_settings(ledger, args)
+        if not settings:
+            raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
+        key = ledger.edit_key(args.name, time.time(), **settings)
+    say(f"Key {key.name} ({key.hint}): {key_words(key) or 'no limits'}.")
+    return 0
+
+
+def run_keys_revoke(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        key = ledger.revoke_key(args.name, time.time())
+    say(f"Key {key.name} ({key.hint}) revoked. What is being answered ends normally.")
+    return 0
+
+
+def run_keys_list(args: argparse.Namespace) -> int:
+    now_s = time.time()
+    with with_ledger(args) as ledger:
+        keys, spending = ledger.list_keys(), key_spending(ledger, now_s)
+    if args.json:
+        print_json([{"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
+                     "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),
+                     "spent_usd": usd(spending[key.id][0], 9), "budget_period": key.period,
+                     "budget_usd": None if key.budget_nanos is None else usd(key.budget_nanos, 9),
+                     "last_used_at": spending[key.id][1] // 1000 or None, "requests_per_minute": key.rpm or None,
+                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None} for key in keys])
+        return 0
+    rows = [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE")]
+    for key in keys:
+        spent, last_ms = spending[key.id]
+        state = key.state(now_s)
+        if key.budget_nanos and state == "active" and spent * 5 >= key.budget_nanos * 4:
+            state = f"{spent * 100 // key.budget_nanos} % used"
+        rows.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),
+                     "none" if key.budget_nanos is None else f"{usd(key.budget_nanos)}/{key.period}",
+                     time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
+    print(*table_lines(rows, (3,)), sep="\n")
+    return 0
+
+
+def run_accounts_create(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        create_account(ledger, args.name, args.prepaid, args.limit, args.multiplier, time.time())
+    say(f"Account {args.name} created. Give it a key: python pomex.py keys create NAME --account {args.name}")
+    return 0
+
+
+def run_accounts_credit(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        kind = add_credit(ledger, args.name, args.amount, args.reason, time.time())
+        account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
+    say(f"{kind.capitalize()} of {usd(args.amount)} USD entered for account {args.name}; its balance is "
+        f"{usd(account.credit_nanos - account.spent_nanos)} USD.")
+    return 0
+
+
+def run_accounts_list(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        accounts = list_accounts(ledger, time.time())
+    if args.json:
+        print_json([{"name": each.name, "prepaid": bool(each.prepaid), "multiplier": usd(each.multiplier * 1000, 6),
+                     "limit_usd": None if each.limit_nanos is None else usd(each.limit_nanos, 9),
+                     "credit_usd": usd(each.credit_nanos, 9), "spent_usd": usd(each.spent_nanos, 9),
+                     "spent_this_month_usd": usd(each.month_nanos, 9),
+                     "balance_usd": usd(each.credit_nanos - each.spent_nanos, 9)} for each in accounts])
+        return 0
+    rows = [("NAME", "KIND", "THIS MONTH", "LIMIT", "BALANCE", "PRICES")]
+    rows += [(each.name, "prepaid" if each.prepaid else "monthly" if each.limit_nanos is not None else "open",
+              usd(each.month_nanos), "none" if each.limit_nanos is None else usd(each.limit_nanos),
+              usd(each.credit_nanos - each.spent_nanos), f"x {each.multiplier / ONE:g}") for each in accounts]
+    print(*table_lines(rows, (2, 3, 4)), sep="\n")
+    return 0
+
+
+def spaced(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else spaced(count)
+
+
+def percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def print_rows(rows: Iterable[JSON], csv: bool) -> None:
+    """Lines of JSON, or of CSV with a head."""
+    for number, row in enumerate(rows):
+        if not csv:
+            print(encode_line(row))
+            continue
+        if number == 0:
+            print(csv_line(row))
+        print(csv_line(row.values()))
+
+
+def run_usage(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        rows = usage_report(ledger, args.by, args.since, int(time.time()) // 86400)
+    if args.json:
+        print_json(rows)
+    elif args.csv or args.jsonl:
+        print_rows(rows, args.csv)
+    else:
+        print(*usage_table(args.by, rows), sep="\n")
+    return 0
+
+
+def usage_table(by: str, rows: Sequence[JSON]) -> list[str]:
+    total = {by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
+    cells = [(str(row[by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
+              millions(row["output"]), usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
+    return table_lines([(by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
+
+
+def no_price(row: JSON) -> str:
+    """Said wherever a sum stands that lacks something."""
+    if not row["unpriced"]:
+        return ""
+    return "no price" if row["unpriced"] == row["requests"] else f"{spaced(row['unpriced'])} without a price"
+
+
+def run_statement(args: argparse.Namespace) -> int:
+    first, last = args.month
+    with with_ledger(args) as ledger:
+        bill = statement_rows(ledger, account_named(ledger, args.account), first, last)
+    if args.json:
+        print_json({"account": args.account, "first_day": day_text(first), "last_day": day_text(last), **bill})
+        return 0
+    charges, entries = bill["charges"], bill["credits"]
+    cents = apportion([row["cost_nanos"] for row in charges], 10**7)
+    rows: list[Sequence[str]] = []
+    rows += [(row["model"], spaced(row["requests"]), spaced(row["input"]), spaced(row["cached"]), spaced(row["cache_write"]),
+              spaced(row["output"]), usd(amount_cents * 10**7), no_price(row)) for row, amount_cents in zip(charges, cents)]
+    rows += [("total", *(spaced(sum(row[name] for row in charges))
+                         for name in ("requests", "input", "cached", "cache_write", "output")),
+              usd(sum(cents) * 10**7), "")]
+    print(f"Statement of account {args.account}, {day_text(first)} to {day_text(last)} (UTC), in USD", "",
+          *table_lines([("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""), *rows], range(1, 7)),
+          sep="\n")
+    if entries or bill["before_nanos"]:
+        steps = apportion([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]], 10**7)
+        names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
+                                     for entry in entries), "charges above", "balance after"]
+        print("", *table_lines([*zip(names, [usd(step * 10**7) for step in (*steps, sum(steps))])], (1,)), sep="\n")
+    return 0
+
+
+def day_text(day: int) -> str:
+    return datetime.date.fromordinal(day + EPOCH).isoformat()
+
+
+def run_prices_show(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    book = PriceBook(config)
+    tariffs = {**dict.fromkeys(builtin_tariffs(), f"table of {PRICES_DATE}"), **dict.fromkeys(book.configured, config.path)}
+    rows = []
+    for name, source in sorted(tariffs.items()):
+        tariff = book.configured.get(name) or builtin_tariffs()[name]
+        notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
+        notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
+        notes += [f"x {tariff.peak} in peak hours"] if tariff.peak > 1 else []
+        rows.append((name, *(f"{tariff.base} -".split()[:6]), source, "; ".join(notes)))
+    if args.json:
+        print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
+        return 0
+    head = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
+    print(*table_lines([head, *rows], range(1, 7)), sep="\n")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        checked, wrong = verify(ledger)
+        balances = {each.name: usd(each.credit_nanos - each.spent_nanos, 9) for each in list_accounts(ledger, time.time())}
+    if args.json:
+        print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
+    else:
+        print(*wrong[:100], f"{spaced(checked)} lines computed again, {plural(len(wrong), 'problem')}.", sep="\n")
+    return 1 if wrong else 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        print_rows(export_rows(ledger, args.since), args.csv)
+    return 0
+
+
+def run_prune(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        gone = prune(ledger, args.older)
+    say(f"{spaced(gone)} lines from before {day_text(args.older)} removed; the sums of their days stay.")
+    return 0
+
+
+def run_backup(args: argparse.Namespace) -> int:
+    with with_ledger(args) as ledger:
+        ledger.backup(args.file)
+    say(f"Copied to {args.file} (only you can read it).")
+    return 0
+
+
 # --- 13.7 the first five minutes ------------------------------------------------------------------
 
 DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
@@ -12892,358 +13244,6 @@ def run_completion(args: argparse.Namespace) -> int:
   COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _pomex pomex pomex.py ./pomex.py""")
-    return 0
-
-
-# --- 13.6 keys, accounts and bills ----------------------------------------------------------------
-
-PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
-
-
-def add_money_commands(commands: Any, add: Callable[..., CommandParser], listing: CommandParser) -> None:
-    def group(name: str, meaning: str) -> Any:
-        return commands.add_parser(name, help=meaning).add_subparsers(metavar="COMMAND", required=True)
-
-    keys = group("keys", "create, edit, list and revoke clients' keys")
-    for name, run in (("create", run_keys_create), ("edit", run_keys_edit), ("revoke", run_keys_revoke)):
-        command = add(keys, name, run, f"{name} a key")
-        command.add_argument("name", metavar="NAME")
-        if name != "revoke":
-            add_key_settings(command)
-    add(keys, "list", run_keys_list, "list the keys", listing)
-    accounts = group("accounts", "create and list accounts, and give them credit")
-    create = add(accounts, "create", run_accounts_create, "create an account")
-    create.add_argument("name", metavar="NAME")
-    create.add_argument("--prepaid", action="store_true", help="it can spend its credit, and no more")
-    create.add_argument("--limit", type=dollars, metavar="USD", help="it can spend so much a month")
-    create.add_argument("--multiplier", type=millionths, default=ONE, help="of all prices, e.g. 1.2")
-    credit = add(accounts, "credit", run_accounts_credit, "add a top-up, or with --reason an adjustment")
-    credit.add_argument("name", metavar="NAME")
-    credit.add_argument("amount", type=signed_dollars, metavar="USD",
-                        help="below nought it takes credit away: write -- before it")
-    credit.add_argument("--reason", default="", help="why; makes it an adjustment")
-    add(accounts, "list", run_accounts_list, "list the accounts", listing)
-    usage = add(commands, "usage", run_usage, "sums of what was used", listing)
-    usage.add_argument("--since", type=first_day, default="7d", metavar="7d|DATE", help="whole days (UTC), with today")
-    usage.add_argument("--by", choices=sorted(REPORT_BY), default="model")
-    usage.add_argument("--csv", action="store_true")
-    usage.add_argument("--jsonl", action="store_true")
-    statement = add(commands, "statement", run_statement, "an account's bill of one month", listing)
-    statement.add_argument("account", metavar="ACCOUNT")
-    statement.add_argument("--month", type=month_days, default=time.strftime("%Y-%m", time.gmtime()), metavar="YYYY-MM")
-    add(group("prices", "what tokens cost"), "show", run_prices_show, "list all prices", listing)
-    ledger = group("ledger", "check and export the ledger")
-    add(ledger, "verify", run_verify, "compute every cost and sum again", listing)
-    export = add(ledger, "export", run_export, "print every line")
-    export.add_argument("--since", type=first_day, default="1970-01-01", metavar="7d|DATE")
-    form = export.add_mutually_exclusive_group(required=True)
-    form.add_argument("--csv", action="store_true")
-    form.add_argument("--jsonl", action="store_true")
-    add(commands, "prune", run_prune, "remove old lines; the sums of each day stay").add_argument(
-        "--older", type=first_day, required=True, metavar="90d|DATE", help="than so many days, or than this day")
-    add(commands, "backup", run_backup, "copy the database while servers run").add_argument("file", metavar="FILE")
-
-
-def add_key_settings(command: CommandParser) -> None:
-    command.add_argument("--budget", type=budget, metavar="USD/PERIOD", help="e.g. 50/month; day, week, month or total; none")
-    command.add_argument("--models", type=patterns, help="patterns of names it may use, e.g. 'openai/*,anthropic/*'; all")
-    for name, meaning in (("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")):
-        command.add_argument(f"--{name}", type=whole_number, metavar="N", help=f"{meaning}; 0: any number")
-    command.add_argument("--expires", type=expiry_time, metavar="30d|DATE", help="when it ends; never")
-    command.add_argument("--account", metavar="NAME", help="who pays")
-
-
-def argument(reader: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: what `reader` makes of the text, or a complaint that says what is wanted."""
-    def read(text: str) -> Any:
-        try:
-            return reader(text)
-        except (ValueError, ArithmeticError, KeyError):
-            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
-    return read
-
-
-def read_budget(text: str) -> tuple[int | None, str]:
-    amount_text, _, period = text.partition("/")
-    if text == "none":
-        return None, "month"
-    nanos = fraction(amount_text, 10**9)
-    if period not in PERIODS:
-        raise ValueError
-    return nanos, period
-
-
-def read_whole(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError
-    return int(text)
-
-
-def read_day(text: str) -> int:
-    """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
-    if found := re.fullmatch(r"([0-9]{1,5})d", text):
-        return int(time.time()) // 86400 - int(found[1]) + 1
-    return datetime.date.fromisoformat(text).toordinal() - EPOCH
-
-
-def read_expiry(text: str) -> int:
-    if text == "never":
-        return 0
-    found, now_s = re.fullmatch(r"([0-9]{1,5})d", text), int(time.time())
-    end_s = now_s + int(found[1]) * 86400 if found else read_day(text) * 86400
-    if end_s <= now_s:
-        raise ValueError
-    return end_s
-
-
-dollars = argument(lambda text: fraction(text, 10**9), "an amount of dollars like 12.50")
-signed_dollars = argument(lambda text: fraction(text, 10**9, least=-2**60), "an amount of dollars like 12.50")
-millionths = argument(lambda text: fraction(text, ONE), "a number like 1.2")
-budget = argument(read_budget, "like 50/month (day, week, month, total), or none")
-patterns = argument(model_patterns, "patterns like 'openai/*,demo/echo', or all")
-whole_number = argument(read_whole, "a whole number of at most nine digits")
-first_day = argument(read_day, "like 7d or 2026-11-01")
-expiry_time = argument(read_expiry, "a time to come, like 30d or 2027-01-31, or never")
-month_days = argument(month_bounds, "a month like 2026-11")
-
-
-def key_settings(ledger: Ledger, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line."""
-    given = {"models": args.models, "rpm": args.rpm, "tpm": args.tpm, "concurrent": args.concurrent, "expires_s": args.expires}
-    settings = {name: value for name, value in given.items() if value is not None}
-    if args.budget is not None:
-        settings["budget_nanos"], settings["period"] = args.budget
-    if args.account is not None:
-        settings["account_id"] = account_named(ledger, args.account)
-    return settings
-
-
-def with_ledger(args: argparse.Namespace) -> contextlib.closing[Ledger]:
-    return contextlib.closing(open_ledger(read_config(args)))
-
-
-def key_words(key: Key) -> str:
-    """`50.00 USD a month, models openai/*`"""
-    words = [f"{usd(key.budget_nanos)} USD " + ("in total" if key.period == "total" else f"a {key.period}")
-             ] if key.budget_nanos is not None else []
-    words += [f"models {', '.join(key.models.split())}"] if key.models else []
-    words += [f"{most} {what}" for most, what in ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"),
-                                                  (key.concurrent, "at once")) if most]
-    words += [f"account {key.account}"] if key.account_id != 1 else []
-    words += [f"until {utc_minute(key.expires_s)} UTC"] if key.expires_s else []
-    return ", ".join(words)
-
-
-def run_keys_create(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        print(ledger.create_key(args.name, time.time(), **key_settings(ledger, args)), flush=True)
-        words = key_words(ledger.list_keys()[-1])
-    say(f"Key {args.name} created{': ' + words if words else ''}. It is not shown again.")
-    return 0
-
-
-def run_keys_edit(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        settings = key_settings(ledger, args)
-        if not settings:
-            raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
-        key = ledger.edit_key(args.name, time.time(), **settings)
-    say(f"Key {key.name} ({key.hint}): {key_words(key) or 'no limits'}.")
-    return 0
-
-
-def run_keys_revoke(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        key = ledger.revoke_key(args.name, time.time())
-    say(f"Key {key.name} ({key.hint}) revoked. What is being answered ends normally.")
-    return 0
-
-
-def run_keys_list(args: argparse.Namespace) -> int:
-    now_s = time.time()
-    with with_ledger(args) as ledger:
-        keys, spending = ledger.list_keys(), key_spending(ledger, now_s)
-    if args.json:
-        print_json([{"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
-                     "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),
-                     "spent_usd": usd(spending[key.id][0], 9), "budget_period": key.period,
-                     "budget_usd": None if key.budget_nanos is None else usd(key.budget_nanos, 9),
-                     "last_used_at": spending[key.id][1] // 1000 or None, "requests_per_minute": key.rpm or None,
-                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None} for key in keys])
-        return 0
-    rows = [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE")]
-    for key in keys:
-        spent, last_ms = spending[key.id]
-        state = key.state(now_s)
-        if key.budget_nanos and state == "active" and spent * 5 >= key.budget_nanos * 4:
-            state = f"{spent * 100 // key.budget_nanos} % used"
-        rows.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),
-                     "none" if key.budget_nanos is None else f"{usd(key.budget_nanos)}/{key.period}",
-                     time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
-    print(*table_lines(rows, (3,)), sep="\n")
-    return 0
-
-
-def run_accounts_create(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        create_account(ledger, args.name, args.prepaid, args.limit, args.multiplier, time.time())
-    say(f"Account {args.name} created. Give it a key: python pomex.py keys create NAME --account {args.name}")
-    return 0
-
-
-def run_accounts_credit(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        kind = add_credit(ledger, args.name, args.amount, args.reason, time.time())
-        account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
-    say(f"{kind.capitalize()} of {usd(args.amount)} USD entered for account {args.name}; its balance is "
-        f"{usd(account.credit_nanos - account.spent_nanos)} USD.")
-    return 0
-
-
-def run_accounts_list(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        accounts = list_accounts(ledger, time.time())
-    if args.json:
-        print_json([{"name": each.name, "prepaid": bool(each.prepaid), "multiplier": usd(each.multiplier * 1000, 6),
-                     "limit_usd": None if each.limit_nanos is None else usd(each.limit_nanos, 9),
-                     "credit_usd": usd(each.credit_nanos, 9), "spent_usd": usd(each.spent_nanos, 9),
-                     "spent_this_month_usd": usd(each.month_nanos, 9),
-                     "balance_usd": usd(each.credit_nanos - each.spent_nanos, 9)} for each in accounts])
-        return 0
-    rows = [("NAME", "KIND", "THIS MONTH", "LIMIT", "BALANCE", "PRICES")]
-    rows += [(each.name, "prepaid" if each.prepaid else "monthly" if each.limit_nanos is not None else "open",
-              usd(each.month_nanos), "none" if each.limit_nanos is None else usd(each.limit_nanos),
-              usd(each.credit_nanos - each.spent_nanos), f"x {each.multiplier / ONE:g}") for each in accounts]
-    print(*table_lines(rows, (2, 3, 4)), sep="\n")
-    return 0
-
-
-def spaced(count: int) -> str:
-    return f"{count:,}".replace(",", " ")
-
-
-def millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 100_000 else spaced(count)
-
-
-def percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
-def print_rows(rows: Iterable[JSON], csv: bool) -> None:
-    """Lines of JSON, or of CSV with a head."""
-    for number, row in enumerate(rows):
-        if not csv:
-            print(encode_line(row))
-            continue
-        if number == 0:
-            print(csv_line(row))
-        print(csv_line(row.values()))
-
-
-def run_usage(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        rows = usage_report(ledger, args.by, args.since, int(time.time()) // 86400)
-    if args.json:
-        print_json(rows)
-    elif args.csv or args.jsonl:
-        print_rows(rows, args.csv)
-    else:
-        print(*usage_table(args.by, rows), sep="\n")
-    return 0
-
-
-def usage_table(by: str, rows: Sequence[JSON]) -> list[str]:
-    total = {by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
-    cells = [(str(row[by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
-              millions(row["output"]), usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
-    return table_lines([(by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
-
-
-def no_price(row: JSON) -> str:
-    """Said wherever a sum stands that lacks something."""
-    if not row["unpriced"]:
-        return ""
-    return "no price" if row["unpriced"] == row["requests"] else f"{spaced(row['unpriced'])} without a price"
-
-
-def run_statement(args: argparse.Namespace) -> int:
-    first, last = args.month
-    with with_ledger(args) as ledger:
-        bill = statement_rows(ledger, account_named(ledger, args.account), first, last)
-    if args.json:
-        print_json({"account": args.account, "first_day": day_text(first), "last_day": day_text(last), **bill})
-        return 0
-    charges, entries = bill["charges"], bill["credits"]
-    cents = apportion([row["cost_nanos"] for row in charges], 10**7)
-    rows: list[Sequence[str]] = []
-    rows += [(row["model"], spaced(row["requests"]), spaced(row["input"]), spaced(row["cached"]), spaced(row["cache_write"]),
-              spaced(row["output"]), usd(amount_cents * 10**7), no_price(row)) for row, amount_cents in zip(charges, cents)]
-    rows += [("total", *(spaced(sum(row[name] for row in charges))
-                         for name in ("requests", "input", "cached", "cache_write", "output")),
-              usd(sum(cents) * 10**7), "")]
-    print(f"Statement of account {args.account}, {day_text(first)} to {day_text(last)} (UTC), in USD", "",
-          *table_lines([("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""), *rows], range(1, 7)),
-          sep="\n")
-    if entries or bill["before_nanos"]:
-        steps = apportion([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]], 10**7)
-        names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
-                                     for entry in entries), "charges above", "balance after"]
-        print("", *table_lines([*zip(names, [usd(step * 10**7) for step in (*steps, sum(steps))])], (1,)), sep="\n")
-    return 0
-
-
-def day_text(day: int) -> str:
-    return datetime.date.fromordinal(day + EPOCH).isoformat()
-
-
-def run_prices_show(args: argparse.Namespace) -> int:
-    config = read_config(args)
-    book = PriceBook(config)
-    tariffs = {**dict.fromkeys(builtin_tariffs(), f"table of {PRICES_DATE}"), **dict.fromkeys(book.configured, config.path)}
-    rows = []
-    for name, source in sorted(tariffs.items()):
-        tariff = book.configured.get(name) or builtin_tariffs()[name]
-        notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
-        notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
-        notes += [f"x {tariff.peak} in peak hours"] if tariff.peak > 1 else []
-        rows.append((name, *(f"{tariff.base} -".split()[:6]), source, "; ".join(notes)))
-    if args.json:
-        print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
-        return 0
-    head = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
-    print(*table_lines([head, *rows], range(1, 7)), sep="\n")
-    return 0
-
-
-def run_verify(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        checked, wrong = verify(ledger)
-        balances = {each.name: usd(each.credit_nanos - each.spent_nanos, 9) for each in list_accounts(ledger, time.time())}
-    if args.json:
-        print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
-    else:
-        print(*wrong[:100], f"{spaced(checked)} lines computed again, {plural(len(wrong), 'problem')}.", sep="\n")
-    return 1 if wrong else 0
-
-
-def run_export(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        print_rows(export_rows(ledger, args.since), args.csv)
-    return 0
-
-
-def run_prune(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        gone = prune(ledger, args.older)
-    say(f"{spaced(gone)} lines from before {day_text(args.older)} removed; the sums of their days stay.")
-    return 0
-
-
-def run_backup(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        ledger.backup(args.file)
-    say(f"Copied to {args.file} (only you can read it).")
     return 0
 
 

@@ -11833,11 +11833,16 @@ def read_config(args: argparse.Namespace) -> Config:
         (name, str(value)) for name, value in [("config", args.config), *given.items()] if value is not None))
 
 
-def next_command(config: Config, command: str) -> str:
-    """A command to type next, that finds the same gateway: with what this one was told on the command line."""
-    taken = ("config",) if command.startswith("keys") else ("config", "host", "port")
-    flags = (f" --{name} {shlex.quote(value)}" for name, value in config.flags if name in taken)
-    return f"python pomex.py {command}{''.join(flags)}"
+COMMAND_TO_TYPE = re.compile(r"python pomex\.py ([a-z-]+)(?: --write| create [\w-]+)?")
+ADDRESSED = ("serve", "codex", "admin-url", "doctor", "health")     # they take --host and --port
+
+
+def retyped(config: Config, text: str) -> str:
+    """A text whose commands find the same gateway: with what this one was told on the command line."""
+    def flagged(found: re.Match[str]) -> str:
+        taken = ("config", "host", "port") if found[1] in ADDRESSED else ("config",)
+        return found[0] + "".join(f" --{name} {shlex.quote(value)}" for name, value in config.flags if name in taken)
+    return COMMAND_TO_TYPE.sub(flagged, text)
 
 
 def config_warnings(config: Config) -> list[str]:
@@ -12097,10 +12102,10 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
     if keys := ledger.list_keys():
         active = sum(key.state(time.time()) == "active" for key in keys)
-        say(f"Keys          {active} active. New one: {next_command(config, 'keys create NAME')}")
+        say(retyped(config, f"Keys          {active} active. New one: python pomex.py keys create NAME"))
     else:
         say("", *first_key_lines(ledger.create_key("first", time.time()), config.database.path),
-            "", f"Codex: put this into ~/.codex/config.toml, or run: {next_command(config, 'codex --write')}",
+            "", retyped(config, "Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write"),
             *(f"  {line}".rstrip() for line in codex_block(url, codex_model(config, found))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
     for warning in config_warnings(config) if config.path else ():
@@ -12755,7 +12760,7 @@ def dashboard_line(config: Config, ledger: Ledger, url: str) -> str:
     """The link itself is a secret: on a terminal only."""
     if sys.stderr.isatty():
         return f"Dashboard     {login_link(ledger, url)} (one use, 10 minutes)"
-    return f"Dashboard     {url}/admin (log in with a link: {next_command(config, 'admin-url')})"
+    return retyped(config, f"Dashboard     {url}/admin (log in with a link: python pomex.py admin-url)")
 
 
 # init
@@ -12955,7 +12960,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     config = read_config(args)
     findings = asyncio.run(examine(config, args.live))
     for line, finding in zip(table_lines([finding[:3] for finding in findings]), findings):
-        print(line + (f"   fix: {finding.fix}" if finding.fix else ""))
+        print(line + (f"   fix: {retyped(config, finding.fix)}" if finding.fix else ""))
     problems = sum(finding.state in ("wrong", "missing") for finding in findings)
     print(plural(problems, "problem"))
     return 1 if problems else 0

@@ -260,6 +260,7 @@ GOOD = {
     "late-garbage": lambda w: stream([*w.frames, b"\x00\xff garbage"]),
     "rst-after-all": lambda w: [*stream(w.frames, end=b""), RST],
     "stall-after-all": lambda w: [*stream(w.frames, end=b""), STALL_S],
+    "pings-after-all": lambda w: [*stream(w.frames, end=b""), *[chunk(b": ping\n\n"), 0.05] * 200],
     "bytes-behind-the-answer": lambda w: [*stream(w.frames), b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nboo"],
     "giant-frame": lambda w: stream(with_text(w, f'"Hello{GIANT}"'.encode())),
     "giant-frame-in-splinters": lambda w: stream([b"".join(with_text(w, f'"Hello{GIANT}"'.encode()))[at:at + 50_000]
@@ -324,6 +325,9 @@ FAULTS = {
     "giant-number": Fault(lambda w: stream([sse('{"a":' + "9" * 10_000 + "}")]), FAILED, True),
     "html": Fault(lambda w: counted(200, HTML, kind="text/html"), FAILED, True),
     "html-as-stream": Fault(lambda w: counted(200, HTML, kind="text/event-stream"), FAILED, True),
+    "error-that-drips": Fault(lambda w: [head(503, "application/json", "transfer-encoding: chunked"), *[chunk(b" "), 0.05] * 200],
+                              FAILED, True),
+    "error-that-is-cut": Fault(lambda w: [head(529, "application/json", "content-length: 99") + b'{"error":', FIN], FAILED, True),
     "error-object-with-200": Fault(lambda w: counted(200, {"error": {"message": "broke", "code": 500}}), FAILED, True),
     "error-list-with-200": Fault(lambda w: counted(200, [{"error": {"message": "broke", "code": 500}}]), FAILED, True),
     "not-gzip": Fault(lambda w: stream(w.frames, "content-encoding: gzip"), FAILED, True),

@@ -11072,8 +11072,8 @@ REST_BYTES = 2**16          # an unread body up to this is read and dropped, to 
 LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
 REFUSED_CONNECTIONS = 64    # over max_connections so many at once are told so; further ones are just closed
-IDLE_GRACE_S = 0.25         # a request on its way to an idle connection when draining begins is still answered
-FIRST_GRACE_S = 2.0         # so is the first request of one that has only just connected
+IDLE_GRACE_S = 0.25         # draining, so long a connection is kept behind its last answer
+FIRST_GRACE_S = 2.0         # and so long one that has not brought any request yet
 GRACE_S = 5.0               # cancelled handlers may still settle and write their terminal event
 CLIENT_LEFT = 499           # nginx's status, for the log: the client left before there was an answer
 
@@ -11279,7 +11279,7 @@ class Connection(Wire):
             wanted = "keep_alive_timeout_s" if self.parser.idle else "header_timeout_s"
             if wanted != limit:
                 limit = wanted
-                self.arm_setting(limit)
+                self.arm_idle() if self.parser.idle else self.arm_setting(limit)
             try:
                 await self.change()
             except Expired:
@@ -11432,9 +11432,18 @@ class Connection(Wire):
         self.arm_setting("write_timeout_s")
         self.transport.close()
 
-    def shut_if_idle(self) -> None:
+    def arm_idle(self) -> None:
+        """So long the next request is waited for. Draining, it may be on its way: the last answer may have promised that one
+        will be taken, and who has just connected was promised it by that."""
+        wait_s = self.server.config.keep_alive_timeout_s
+        if self.server.draining:
+            wait_s = IDLE_GRACE_S if self.served else FIRST_GRACE_S
+        self.arm("keep_alive_timeout_s", self.loop.time() + wait_s)
+
+    def hurry(self) -> None:
+        """Draining has begun."""
         if self.client is None and self.parser.idle and self.linger_bytes < 0:
-            self.shut()
+            self.arm_idle()
 
 
 # --- 12.2 the server ------------------------------------------------------------------------------
@@ -11492,7 +11501,7 @@ class Server:
         self.counted = 0                                # of those, the ones that max_connections limits
         self.open_requests = 0
         self.draining = False                           # takes no new connections, keeps none open
-        self.closing = False                            # draining, and idle connections are not waited for any more
+        self.closing = False                            # draining, and nobody is waited for any more
         self.empty = asyncio.Event()                    # draining, and the last connection is gone
         self.date_s, self.date = 0, ""                  # the Date header, made once a second
         self.context = tls_context(config)
@@ -11557,17 +11566,13 @@ class Server:
         """Stops: no new connections; requests may end within timeout_s, then their handlers are cancelled. None: no limit."""
         self.draining = True
         await self.stop_listening()
-        loop, most_s = asyncio.get_running_loop(), math.inf if timeout_s is None else timeout_s
-        until = loop.time() + min(FIRST_GRACE_S, most_s)
-        await asyncio.sleep(min(IDLE_GRACE_S, most_s))
-        for connection in [each for each in self.connections if each.served]:
-            connection.shut_if_idle()
-        while loop.time() < until and (self.opening or not all(each.served for each in self.connections)):
+        for connection in self.connections:
+            connection.hurry()
+        until = time.monotonic() + (FIRST_GRACE_S if timeout_s is None else min(FIRST_GRACE_S, timeout_s))
+        while self.opening and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        self.closing = True
-        for connection in list(self.connections):
-            connection.shut_if_idle()
         if not await self.emptied(timeout_s):
+            self.closing = True
             for connection in list(self.connections):
                 if connection.task is not None:
                     connection.task.cancel()

@@ -361,12 +361,15 @@ targets = ["gone:m", "up:m"]
 input = 1000
 output = 1
 """
-    with running_pomex(tmp_path_factory.mktemp("setup"), config) as gateway:
+    home = tmp_path_factory.mktemp("setup")
+    with running_pomex(home, config) as gateway:
         keys = {"good": gateway.key, "none": "", "placeholder": "sk-rh-xxxxxxxxxxxx", "literal": "$POMEX_API_KEY",
                 "theirs": "sk-ant-api03-abcdefghijkl"}
         for name, limits in {"gone": (), "poor": ("--budget", "0.05/month"), "narrow": ("--models", "up/*"),
-                             "late": ("--expires", "2025-01-31")}.items():
+                             "late": ("--expires", "1d")}.items():
             keys[name] = gateway.command("keys", "create", name, *limits).strip()
+        with contextlib.closing(program.Ledger.open(str(home / "pomex.db"))) as ledger:
+            ledger.edit_key("late", time.time(), expires_s=int(time.time()) - 1)        # a day has passed
         keys["unknown"] = program.new_key()
         gateway.command("keys", "revoke", "gone")
         upstream.script.play(says("Much", input_tokens=120, cached_tokens=0))       # the estimate was less

@@ -1100,6 +1100,10 @@ def dicts_in(value: Any) -> list[JSON]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
+def table_of(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
 class Rule(NamedTuple):
     """What a request field may hold. `low` and `high` bound a number, or the length of a string."""
     types: tuple[type, ...]
@@ -1528,6 +1532,7 @@ class ToolBook:
     def _offer(self, tool: Tool, description: Any, parameters: Any, strict: Any = None) -> None:
         name = flat_name(tool.name, tool.namespace)
         if name in self.by_flat:        # the first of two equal names wins: the second could never be told apart
+            self.dropped += [f"tools:{name}"] if self.by_flat[name] != tool else []
             return
         self.by_flat[name] = tool
         offered = {"name": name, "description": description or "",
@@ -1607,6 +1612,28 @@ def strip_fence(text: str) -> str:
     """A patch in a markdown fence without the fence; anything else unchanged."""
     fenced = re.fullmatch(r"\s*```[a-z]*\n(\*\*\* Begin Patch\n.*?)\n?```\s*", text, re.DOTALL)
     return fenced[1] if fenced else text
+
+
+STRING_PART = re.compile(r'\\.|["\\\x00-\x1f]', re.DOTALL)
+CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+def escaped_controls(text: str, state: str) -> tuple[str, str]:
+    """A piece of JSON with the control characters of its strings as escapes: models leave line ends as they are, and no
+    strict reader, Codex's among them, takes them so. `state` is where a piece begins, and where this one ends: "" outside
+    of strings, '"' within one, a backslash behind one in there."""
+    head, state = (text[:1], '"') if state == "\\" else ("", state)
+
+    def escape(found: re.Match[str]) -> str:
+        nonlocal state
+        if found[0] == '"':
+            state = "" if state else '"'
+        elif found[0] == "\\":
+            state = state and "\\"
+        elif state and len(found[0]) == 1:
+            return quote(found[0])[1:-1]
+        return found[0]
+    return head + STRING_PART.sub(escape, text[len(head):]), state
 
 
 Row = TypeVar("Row", bound=NamedTuple)
@@ -2064,6 +2091,8 @@ class Item:
     parts: list[Part] = field(default_factory=list)     # finished ones
     part: Part | None = None                            # the open one
     argument: list[str] = field(default_factory=list)   # a call's arguments or input
+    scanned: int = 0                                # of its pieces so many were looked through for their strings,
+    state: str = ""                                 # and there they stand: see escaped_controls
     unwrapper: Unwrapper | None = None
     held: str = ""                                  # half a surrogate pair
     blanks: list[str] = field(default_factory=list)     # the white space that a message began with
@@ -2211,6 +2240,10 @@ class Assembler(Attempt):
         item.part = None
 
     def _argue(self, item: Item, channel: str, text: str) -> None:
+        if item.opened.kind == "function_call" and CONTROL.search(text):
+            _, state = escaped_controls("".join(item.argument[item.scanned:]), item.state)
+            text, item.state = escaped_controls(text, state)
+            item.scanned = len(item.argument) + 1
         item.argument.append(text)
         if item.unwrapper is not None and channel == "arguments":
             text = item.unwrapper.feed(text)
@@ -2492,7 +2525,8 @@ class Relay(Attempt):
         return True
 
     def _terminal(self, event: JSON, frame: bytes) -> None:
-        self._end(event["type"].removeprefix("response."), event.get("response") or {})
+        response = event.get("response") or {}
+        self._end(end_of(event["type"].removeprefix("response."), response), response)
 
     def _end(self, status: str, response: JSON) -> None:
         """The upstream's own end: the evidence and the usage."""
@@ -2533,7 +2567,8 @@ class Relay(Attempt):
             self.feed(b"\n\n")
         elif is_torn(self.buffer):
             return                      # its last event may have said anything
-        if self.stop is None and (self.items or self.halves) and not self.open:
+        told = self.halves or any('"type":"reasoning"' not in item for item in self.items.values())
+        if self.stop is None and told and not self.open:        # a thought alone is no answer yet: what it led to was cut
             self.stop = Stop("max_output_tokens" if self.halves or self.cut else "")
 
     def settle_items(self) -> None:
@@ -2582,8 +2617,8 @@ class Relay(Attempt):
     def _usage(self) -> JSON:
         """Theirs, with every field that clients ask for (TRANSLATION.md 1.3)."""
         assert self.usage is not None
-        given = self.completed.get("usage") or {}
-        return {**given, **{name: {**(given.get(name) or {}), **value} if isinstance(value, dict) else value
+        given = table_of(self.completed.get("usage"))
+        return {**given, **{name: {**table_of(given.get(name)), **value} if isinstance(value, dict) else value
                             for name, value in usage_object(self.usage).items()}}
 
     HANDLERS: ClassVar[dict[str, Callable[[Relay, JSON, bytes], None]]] = {
@@ -2591,6 +2626,12 @@ class Relay(Attempt):
         "response.output_item.added": _added, "response.output_item.done": _done,
         "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal,
         "error": _error}
+
+
+def end_of(status: str, response: JSON) -> str:
+    """How an answer ended by its terminal event. To Codex a cut is told as `completed`, and the object inside says the
+    truth: so does this gateway, and so may the one before it."""
+    return "incomplete" if status == "completed" and response.get("status") == "incomplete" else status
 
 
 def half_call(item: Any) -> bool:
@@ -2650,7 +2691,8 @@ FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
      (429,), ""),
     ("model_missing", "model_not_found invalid_model deploymentnotfound", (),      # DeepSeek, OpenRouter: 400
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    ("bad_request", "", (), r"requires moderation|input was flagged"),              # OpenRouter: 403
+    # OpenRouter: 403; OpenAI's 404 for a thought that it did not store says nothing of the model
+    ("bad_request", "", (), r"requires moderation|input was flagged|items are not persisted"),
     ("auth", "permission_error permission_denied", (403,), ""),
     ("model_missing", "", (404,), ""),
     # llama.cpp answers 500 to what it was not started for: every other target would be asked in vain
@@ -2717,7 +2759,8 @@ def fault_of(status: int, fields: JSON, wait_s: float | None) -> ProviderError:
     if kind == "auth":          # an upstream's remarks on our key are nobody else's
         message = "The provider refused the gateway's credentials."
     else:
-        message = redacted(text) or f"The provider answered HTTP {status} without a reason."
+        message = redacted(text) or (f"The provider answered HTTP {status} without a reason." if status else
+                                     "The provider failed without a reason.")
     code = next((word for word in words if word == "server_is_overloaded"), None)
     if kind == "bad_request" and isinstance(fields.get("code"), str) and not fields["code"].isdecimal():
         code = fields["code"][:64]
@@ -2898,18 +2941,20 @@ NORMALISED_FIELDS = ("max_output_tokens", "temperature", "top_p", "text", "reaso
 NOT_NORMALISED = ("top_logprobs", "max_tool_calls")       # named when they are asked for
 
 
-def encode_responses(request: ResponsesRequest, history: History, model: str, book: ToolBook) -> JSON:
-    """The body for a server that knows messages, functions and reasoning, and refuses the rest."""
+def encode_responses(request: ResponsesRequest, history: History, model: str, book: ToolBook) -> tuple[JSON, list[str]]:
+    """The body for a server that knows messages, functions and reasoning, and refuses the rest, and what it cannot carry
+    besides what history and book name."""
+    dropped = [name for name in NOT_NORMALISED if request.get(name)]
     body: JSON = {"model": model}
     if history.system:
         body["instructions"] = "\n\n".join(history.system)
     body["input"] = [plain_input(item, index) for index, item in enumerate(history.items)]
     if book.functions:
         body["tools"] = [{"type": "function", "strict": None, **function} for function in book.functions]
-        body["tool_choice"] = plain_choice(request.get("tool_choice", "auto"), book)
+        body["tool_choice"] = plain_choice(request.get("tool_choice", "auto"), book, dropped)
         body["parallel_tool_calls"] = request.get("parallel_tool_calls", True)
     body.update({name: request.get(name) for name in NORMALISED_FIELDS if request.get(name) not in (None, [], {})})
-    return {**body, "stream": request.stream, "store": False}
+    return {**body, "stream": request.stream, "store": False}, dropped
 
 
 def plain_input(item: JSON, index: int) -> JSON:
@@ -2936,14 +2981,11 @@ def plain_part(part: JSON, assistant: bool) -> JSON:
     return {"detail": "auto", **part} if part["type"] == "input_image" else part
 
 
-def plain_choice(choice: Any, book: ToolBook) -> Any:
-    """tool_choice in flat names; a choice that functions cannot express becomes auto or required."""
-    if not isinstance(choice, dict):
-        return choice
-    if choice["type"] in ("function", "custom"):
-        return {"type": "function", "name": next((flat for flat, tool in book.by_flat.items() if tool.name == choice["name"]),
-                                                 choice["name"])}
-    return choice.get("mode", "auto") if choice["type"] == "allowed_tools" else "auto"
+def plain_choice(choice: Any, book: ToolBook, dropped: list[str]) -> Any:
+    """tool_choice in flat names; one that functions cannot express is named, and becomes auto."""
+    found = chat_tool_choice(choice, book)
+    dropped += ["tool_choice"] if found is None else barred(choice, found, book)
+    return {"type": "function", **found["function"]} if isinstance(found, dict) else found or "auto"
 
 
 # event -> the channel of its text and the field with its part number
@@ -2983,6 +3025,7 @@ class ResponsesDecoder:
         self.seen: set[int] = set()
         self.awaited: set[int] = set()                  # added, and not done by the server's own word
         self.half = False                               # was an item done, and incomplete?
+        self.told = False                               # was there more than thoughts? They alone are no answer
         self.ids: dict[str, int] = {}                   # slots of items that come without output_index
 
     def feed(self, data: str) -> Iterator[Delta]:
@@ -2991,9 +3034,10 @@ class ResponsesDecoder:
             return
         try:
             event = json.loads(data)
-            if event["type"] in self.HANDLERS:
+            kind = event_type(event)
+            if kind in self.HANDLERS:
                 event.setdefault("output_index", self._slot(event))
-                yield from self.HANDLERS[event["type"]](self, event)
+                yield from self.HANDLERS[kind](self, event)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
@@ -3007,7 +3051,7 @@ class ResponsesDecoder:
 
     def end(self) -> Iterator[Delta]:
         """The body ended cleanly: with every item done, the model had finished."""
-        if self.seen and not self.awaited:
+        if self.told and not self.awaited:
             yield Stop("max_output_tokens" if self.half else "")
 
     def _slot(self, event: JSON) -> int:
@@ -3021,10 +3065,7 @@ class ResponsesDecoder:
     def _open(self, slot: int, item: JSON) -> Iterator[Delta]:
         if slot in self.seen:
             return
-        for other in [s for s, kind in self.open.items() if kind in ("message", "reasoning")]:
-            del self.open[other]                        # vLLM sends `done` only when the next message starts
-            yield Close(other)
-        self.seen.add(slot)
+        self.seen.add(slot)                             # others stay open till their own `done`: it may bring more
         self.awaited.add(slot)
         kind = item.get("type")
         self.open[slot] = kind if kind in ("message", "reasoning", "function_call", "custom_tool_call") else None
@@ -3059,6 +3100,7 @@ class ResponsesDecoder:
         slot, item = event["output_index"], event.get("item") or {}
         yield from self._open(slot, item)
         self.awaited.discard(slot)
+        self.told = self.told or item.get("type") != "reasoning"
         if slot not in self.open:
             return
         kind = self.open[slot]
@@ -3076,6 +3118,8 @@ class ResponsesDecoder:
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed:
             fields["pomex_replay"] = {"encrypted_content": sealed}
+            if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
+                fields["pomex_replay"]["id"] = item["id"]
         yield Close(slot, fields)
 
     def _fill(self, slot: int, item: JSON) -> Iterator[Delta]:
@@ -3110,7 +3154,8 @@ class ResponsesDecoder:
             if unheard or index in self.open:
                 yield from self._done({"output_index": index, "item": item})
         reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
-        yield Stop(reason if event["type"] == "response.incomplete" else "", last=True)
+        status = end_of(event["type"].removeprefix("response."), response)
+        yield Stop(reason if status == "incomplete" else "", last=True)
 
     def _error(self, event: JSON) -> Iterator[Delta]:
         yield Fail(responses_error(event.get("error") or event))
@@ -3120,6 +3165,11 @@ class ResponsesDecoder:
         "response.output_text.annotation.added": _annotation,
         "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal,
         "error": _error, **dict.fromkeys(RESPONSES_DELTAS, _delta)}
+
+
+def event_type(event: JSON) -> Any:
+    """What an event says it is. Without a type it is an error, or a proxy's sign of life (`event: ping`, `data: {}`)."""
+    return event["type"] if "type" in event else "error" if event.get("error") else ""
 
 
 def provider_json(data: str | bytes, complaint: str) -> Any:
@@ -3266,6 +3316,7 @@ def chat_tools(request: ResponsesRequest, book: ToolBook, dialect: Dialect, may_
         dropped.append("tool_choice")
     elif choice != "auto":                      # auto is everybody's own
         fields["tool_choice"] = choice
+    dropped += barred(request.get("tool_choice"), choice, book)
     if request.get("parallel_tool_calls") is not None:
         fields["parallel_tool_calls"] = request.get("parallel_tool_calls")
     return fields
@@ -3286,6 +3337,15 @@ def chat_tool(function: JSON, dialect: Dialect) -> JSON:
     """Only some servers take `strict`; others refuse the tool for it."""
     return {"type": "function", "function": {key: value for key, value in function.items()
                                              if key != "strict" or dialect.strict_tools}}
+
+
+def barred(choice: Any, given: Any, book: ToolBook) -> list[str]:
+    """The name of what is lost where an allowed_tools bars a tool that is offered: only one that is forced says so."""
+    if not isinstance(choice, dict) or choice["type"] != "allowed_tools" or isinstance(given, dict):
+        return []
+    found = (chat_tool_choice({"type": "", **tool}, book) for tool in dicts_in(choice.get("tools")))
+    allowed = {each["function"]["name"] for each in found if isinstance(each, dict)}
+    return ["tool_choice.tools"] if book.by_flat.keys() - allowed else []
 
 
 def chat_tool_choice(choice: Any, book: ToolBook) -> Any:
@@ -3929,7 +3989,7 @@ def chat_usage(given: Any, reasoning_within: bool) -> Usage | None:
     cached = count(prompt, "cached_tokens") or \
         count(given, "prompt_cache_hit_tokens", "cached_tokens")        # DeepSeek, Moonshot
     written = count(prompt, "cache_write_tokens")
-    return Usage(inputs, min(cached, inputs), written, outputs, min(reasoning, outputs))
+    return Usage(inputs, cached, written, outputs, min(reasoning, outputs))     # OpenRouter's is at times one more
 
 
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------
@@ -3996,10 +4056,6 @@ def claude(model: str, overrides: Mapping[str, JSON] | None = None) -> Claude:
     """The row of a model; `overrides` maps prefixes to fields that differ."""
     name = model[max(model.find("claude-"), 0):].replace(".", "-")      # routers and clouds name the vendor before it
     return overridden(next(row for row in CLAUDES if name.startswith(row.prefix)), overrides or {}, name)
-
-
-def table_of(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
 
 
 class MessagesBook(ToolBook):
@@ -4106,6 +4162,7 @@ def messages_tool_choice(request: ResponsesRequest, book: MessagesBook, thinking
         given: Any = {"function": {"name": "web_search"}}
     else:
         given = chat_tool_choice(asked, book)
+    dropped += barred(asked, given, book)
     single: JSON = {"disable_parallel_tool_use": True} if request.get("parallel_tool_calls") is False else {}
     if given == "none":
         return {"type": "none"}, ""
@@ -4128,7 +4185,8 @@ def messages_tool(function: JSON) -> JSON:
 def object_root(schema: JSON, root: JSON) -> JSON:
     """A tool's schema with `type: object` at its root, where no anyOf, oneOf, allOf or $ref may stand: their branches
     become one object, which requires what all of them require."""
-    target = table_of(table_of(root.get("$defs")).get(str(schema.get("$ref")).rpartition("/")[2]))
+    defined = {**table_of(root.get("definitions")), **table_of(root.get("$defs"))}      # the first: zod-to-json-schema
+    target = table_of(defined.get(str(schema.get("$ref")).rpartition("/")[2]))
     options = [object_root(branch, root) for key in ("anyOf", "oneOf") for branch in dicts_in(schema.get(key))]
     merged = [object_root(branch, root) for branch in dicts_in(schema.get("allOf"))]
     merged += [object_root(target, root)] if target else []
@@ -4510,9 +4568,9 @@ class MessagesDecoder(ItemDecoder):
         """One event's data. UpstreamError where it is not JSON, or belongs to a block that never began."""
         try:
             event = json.loads(data)
-            handler = self.HANDLERS.get(event["type"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UpstreamError("The provider sent an event that is not JSON with a type.") from None
+            handler = self.HANDLERS.get(event_type(event))
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise UpstreamError("The provider sent an event that is not a JSON object.") from None
         if handler is not None:
             yield from handler(self, event)
 
@@ -4894,7 +4952,10 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
     made: JSON = {}
     for key, value in schema.items():
         if key in SCHEMA_MAPS and isinstance(value, dict):
-            made[key] = {name: gemini_schema(each, refused) for name, each in value.items()}
+            key = "$defs" if key == "definitions" else key          # the draft of 2019 renamed it; Gemini knows no other
+            made[key] = {**made.get(key, {}), **{name: gemini_schema(each, refused) for name, each in value.items()}}
+        elif key == "$ref" and isinstance(value, str):
+            made[key] = value.replace("#/definitions/", "#/$defs/", 1)
         elif key == "const":
             made |= {"enum": [value], "type": schema.get("type") or JSON_TYPES[type(value)]}
         elif key not in UNKNOWN_KEYWORDS and key != refused:
@@ -5512,7 +5573,8 @@ class Call(NamedTuple):
 
 # Sealed by another organisation, region or key: without a retry the conversation would be refused for good. Some relays drop
 # the code (lidge-jun/opencodex#2269).
-SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified", re.IGNORECASE)
+SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
+                          r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
 
 
 def responses_call(job: Job) -> Call:
@@ -5520,6 +5582,11 @@ def responses_call(job: Job) -> Call:
     attempt: Relay | Translation
     if job.relay:
         items, dropped = job.unsealed()
+        # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
+        kept = [item for item in items if "pomex_replay" in item or not shown_only(item)]
+        dropped += ["input:reasoning"] if len(kept) < len(items) else []
+        items = kept
+        whole = relay_body(request, items, dropped, job.model)
         attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, ResponsesDecoder(ToolBook(())).whole)
 
         def body(items: list[JSON]) -> bytes:
@@ -5528,18 +5595,20 @@ def responses_call(job: Job) -> Call:
         book = ToolBook(request.tools)
         history, dropped = job.plain(book)
         items = history.items
-        dropped += [name for name in NOT_NORMALISED if request.get(name)]
+        up, lost = encode_responses(request, history, job.model, book)
+        whole, dropped = compact(up).encode(), [*dropped, *lost]
         attempt = Translation(job, ResponsesDecoder(book))
 
         def body(items: list[JSON]) -> bytes:
-            return compact(encode_responses(request, history._replace(items=items), job.model, book)).encode()
-    call = Call("/responses", body(items), attempt, dropped)
+            return compact(encode_responses(request, history._replace(items=items), job.model, book)[0]).encode()
+    call = Call("/responses", whole, attempt, dropped)
 
     def repair(error: GatewayError) -> Call | None:
         if not SEAL_REFUSED.search(f"{error.code} {error}"):
             return None
         dropped.append("encrypted_content:refused")
-        return call._replace(body=body([item for item in items if not item.keys() & {"pomex_replay", "encrypted_content"}]))
+        return call._replace(body=body([item for item in items if item["type"] != "reasoning"
+                                        and not item.keys() & {"pomex_replay", "encrypted_content"}]))
     return call._replace(repair=repair)
 
 

@@ -718,6 +718,10 @@ USAGES: dict[str, tuple[JSON, pomex.Usage]] = {
         },
         pomex.Usage(9, 0, 2, 5),
     ),
+    "cached is not within, so it is not cut in silence": (
+        {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 50}},
+        pomex.Usage(9, 50, 0, 5),
+    ),
     "nulls": ({"prompt_tokens": 9, "completion_tokens": None, "prompt_tokens_details": None}, pomex.Usage(9)),
     "floats": ({"prompt_tokens": 9.0, "completion_tokens": 5.0}, pomex.Usage(9, 0, 0, 5)),
 }
@@ -725,6 +729,7 @@ USAGES: dict[str, tuple[JSON, pomex.Usage]] = {
 
 @pytest.mark.parametrize("given, usage", USAGES.values(), ids=USAGES)
 def test_usage_is_counted_one_way(given: JSON, usage: pomex.Usage) -> None:
+    assert pomex.checked_usage(usage).estimated == (usage.cached > usage.input)
     assert view_of([{"choices": [], "usage": given}]).usage == usage
     assert view_of([{"choices": [], "x_groq": {"usage": given}}]).usage == usage
 

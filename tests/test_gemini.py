@@ -942,6 +942,7 @@ def test_structured_output_stands_beside_functions_only_since_gemini_3(model: st
     ({"type": "string", "format": "uri", "description": "d"}, {"type": "string", "description": "d (format: uri)"}),
     ({"type": "number", "format": "double"}, {"type": "number", "format": "double"}),
     ({"$ref": "#/$defs/a", "description": "d"}, {"$ref": "#/$defs/a"}),
+    ({"$ref": "#/definitions/a", "definitions": {"a": {"title": "A"}}}, {"$ref": "#/$defs/a", "$defs": {"a": {}}}),
     ({"anyOf": [{"const": 1}, {"type": ["string", "null"]}]}, {"anyOf": [{"enum": [1], "type": "integer"}, {"type": ["string", "null"]}]}),
     ({"properties": {"title": {"title": "T"}, "const": {"const": 1}, "format": {"type": "string"}}, "required": ["title"]},
      {"properties": {"title": {}, "const": {"enum": [1], "type": "integer"}, "format": {"type": "string"}}, "required": ["title"]}),

@@ -358,7 +358,7 @@ def test_a_call_is_finished_only_when_its_arguments_are_whole(events: list[JSON]
     assert view.end() == end and [item["closed"] for item in view.all("function_call")] == closed
 
 
-@pytest.mark.parametrize("data", ["{", "[]", "null", "{}",
+@pytest.mark.parametrize("data", ["{", "[]", "null",
                                   '{"type":"content_block_delta","index":3,"delta":{"type":"text_delta","text":"a"}}'])
 def test_what_cannot_be_read_is_the_upstreams_error(data: str) -> None:
     with pytest.raises(pomex.UpstreamError):
@@ -985,7 +985,16 @@ def test_tool_choice_is_forced_where_it_may_be(model: str, asked: JSON, choice: 
     assert ("Answer this turn with a call" in json.dumps(body["messages"])) is in_words
 
 
+def test_tools_that_may_not_be_called_and_are_still_offered_are_named() -> None:
+    other = {**TOOL, "name": "g"}
+    for choice, lost in ((ONLY, ["tool_choice.tools"]), ({**ONLY, "mode": "required"}, []),
+                         ({**ONLY, "tools": [*ONLY["tools"], {"type": "function", "name": "g"}]}, [])):
+        assert encoded({"input": "q", "tools": [TOOL, other], "tool_choice": choice}, BUDGET)[1] == lost
+
+
 ROOTS: list[tuple[JSON, JSON]] = [
+    ({"$ref": "#/definitions/X", "definitions": {"X": {"properties": {"x": {}}, "required": ["x"]}}},     # zod-to-json-schema
+     {"type": "object", "properties": {"x": {}}, "required": ["x"], "definitions": {"X": {"properties": {"x": {}}, "required": ["x"]}}}),
     ({}, {"type": "object", "properties": {}}),
     ({"properties": {"a": {}}}, {"type": "object", "properties": {"a": {}}}),
     ({"anyOf": [{"properties": {"a": {"type": "string"}}, "required": ["a"]},

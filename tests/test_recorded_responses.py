@@ -87,7 +87,8 @@ class Exchange:
             status = last["type"].removeprefix("response.")
         else:
             half = any(item.get("status") == "incomplete" for item in done.values())
-            status = "failed" if not done or set(done) != added else "incomplete" if half else "completed"
+            answered = any(item["type"] != "reasoning" for item in done.values())       # a thought leads to something
+            status = "failed" if not answered or set(done) != added else "incomplete" if half else "completed"
         items = [done[index] for index in sorted(done)]
         return status, items, (last or {}).get("response", {}).get("usage")
 
@@ -201,9 +202,11 @@ def test_what_the_relay_sealed_goes_up_again_as_it_was(stream):
     raw = run(stream.attempt(relay=True), [stream.raw])
     output = streams.check(raw, relayed=True)["output"]
     _, items, _ = stream.held()
-    job = stream.job(True, input=[{"role": "user", "content": "again"}, *output])
-    up = json.loads(pomex.WIRES["responses"].call(job).body)
-    assert up["input"][1:] == items and up["model"] == "m" and up["store"] is False
+    call = pomex.WIRES["responses"].call(stream.job(True, input=[{"role": "user", "content": "again"}, *output]))
+    up = json.loads(call.body)
+    known = [i for i in items if i["type"] != "reasoning" or i.get("encrypted_content") or i.get("content")]
+    assert up["input"][1:] == known and up["model"] == "m" and up["store"] is False
+    assert call.dropped == (["input:reasoning"] if len(known) < len(items) else [])
 
 
 # --- not streamed
@@ -352,12 +355,42 @@ def test_usage_is_counted_whatever_the_end():
         assert (attempt.usage.input, attempt.usage.output, attempt.usage.estimated) == (7, 2, False)
 
 
-@pytest.mark.parametrize("data", ["nonsense", "[]", "5", "{}", '{"type":[]}', '{"type":"response.output_item.added","item":5}',
+@pytest.mark.parametrize("data", ["nonsense", "[]", "5", '{"type":[]}', '{"type":"response.output_item.added","item":5}',
                                   '{"type":"response.output_item.done","output_index":[],"item":{}}', '{"type":"response.completed","response":5}',
                                   '{"type":"response.completed","response":{"output":[5]}}', "{" * 100_000])
 def test_garbage_is_the_upstreams_error(data):
     with pytest.raises(pomex.UpstreamError):
         list(pomex.ResponsesDecoder(pomex.ToolBook([])).feed(data))
+
+
+def test_an_event_without_a_type_is_an_error_or_a_sign_of_life():
+    final, _ = translated({}, ADDED, {}, HEL, LO, DONE, {}, {"type": "response.completed", "response": {}})
+    assert (final["status"], len(final["output"])) == ("completed", 1)
+    final, _ = translated(ADDED, HEL, {"error": {"message": "boom", "code": "rate_limit_exceeded"}})
+    assert final["error"] == {"code": "rate_limit_exceeded", "message": "boom"}
+
+
+def test_items_that_are_told_in_turns_lose_nothing():
+    call = part("output_item.added", output_index=1, item={**CALL, "arguments": ""})
+    thought = {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "gAAA"}
+    told = [ADDED, HEL, call, LO, DONE, part("output_item.added", output_index=2, item={**thought, "encrypted_content": None}),
+            part("output_item.done", output_index=1, item=CALL), part("output_item.done", output_index=2, item=thought)]
+    for end in ([], [{"type": "response.completed", "response": {}}]):
+        assert [essence(i) for i in translated(*told, *end)[0]["output"]] == [essence(i) for i in (MESSAGE, CALL, thought)]
+
+
+def test_a_cut_that_was_told_as_completed_is_a_cut():
+    cut = {"type": "response.completed", "response": {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}}
+    final, _ = translated(ADDED, HEL, LO, DONE, cut)
+    assert (final["status"], final["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+
+
+def test_a_thought_goes_back_under_the_id_it_is_bound_to():
+    thought = {"type": "reasoning", "id": "rs_theirs", "summary": [], "encrypted_content": "gAAA"}
+    output = translated(part("output_item.done", item=thought), part("output_item.done", output_index=1, item=MESSAGE))[0]["output"]
+    request = pomex.check_request(json.dumps({"model": "m/x", "input": [{"role": "user", "content": "q"}, *output]}).encode())
+    job = pomex.Job(pomex.Answer(request, "resp_2", 1_700_000_000, pomex.STANDARD), ENVELOPE, "p", "up", False, "")
+    assert json.loads(pomex.WIRES["responses"].call(job).body)["input"][1] == thought
 
 
 def test_deltas_of_kinds_that_pass_whole_say_nothing():

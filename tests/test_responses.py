@@ -480,6 +480,15 @@ def test_every_kind_of_item_has_its_events(deltas, expected):
     assert attempt.status == "completed"
 
 
+@pytest.mark.parametrize("pieces, arguments", [
+    (['{\n "a": "x\ny\tz"\n}'], '{\n "a": "x\\ny\\tz"\n}'), (['{"a":"x', '\n', 'y"}'], '{"a":"x\\ny"}'),
+    (['{"a":"\\"', '\n"', '}\n'], '{"a":"\\"\\n"}\n'), (['{"a":"\\\\', '"', '\n}'], '{"a":"\\\\"\n}'),
+])
+def test_arguments_are_json_for_strict_readers_too(pieces, arguments):
+    raw, _ = told([Open(0, "function_call", "c1", "exec"), *(Fragment(0, piece, "arguments") for piece in pieces), Close(0), Stop()])
+    assert streams.check(raw)["output"][0]["arguments"] == arguments and json.loads(arguments)
+
+
 def test_two_calls_may_come_in_turns():
     raw, _ = told([Open(0, "function_call", "a", "f"), Open(1, "function_call", "b", "g"), Fragment(1, "{", "arguments"),
                    Fragment(0, "{", "arguments"), Fragment(1, "}", "arguments"), Close(1), Fragment(0, "}", "arguments"), Close(0), Stop()])
@@ -760,6 +769,42 @@ def test_what_another_provider_sealed_does_not_go_up():
     assert dropped == ["reasoning:q"] and up["input"] == item("message")
 
 
+def test_a_thought_without_a_seal_does_not_go_up_where_nothing_is_stored():
+    """Clients that ask for no encrypted_content, and other providers' thoughts under our ids: "Item with id 'rs_1' not found"."""
+    shown = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]}
+    raw = {"type": "reasoning", "id": "rs_2", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    call = pomex.WIRES["responses"].call(relay_job(ask(input=[message("x"), shown, raw, message("y", "assistant")])))
+    assert call.dropped == ["input:reasoning"]
+    assert json.loads(call.body)["input"] == [message("x"), raw, message("y", "assistant")]
+    text = "Item with id 'rs_2' not found. Items are not persisted when `store` is set to false. Try again with `store` set to true."
+    error = pomex.provider_error(404, pomex.Headers([]), json.dumps({"error": {"message": text, "code": None, "param": "input"}}).encode())
+    assert error.kind == "bad_request", "the model is there"
+    assert json.loads(call.repair(error).body)["input"] == [message("x"), message("y", "assistant")]
+
+
+def relay_job(request, relay=True):
+    return pomex.Job(pomex.Answer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
+
+
+@pytest.mark.parametrize("choice, up, dropped", [
+    ("required", "required", []), ({"type": "function", "name": "look"}, {"type": "function", "name": "ns__look"}, []),
+    ({"type": "function", "name": "look", "namespace": "other"}, {"type": "function", "name": "other__look"}, []),
+    ({"type": "local_shell"}, {"type": "function", "name": "local_shell"}, []),
+    ({"type": "mcp", "server_label": "x"}, "auto", ["tool_choice"]),
+    ({"type": "allowed_tools", "tools": [{"type": "function", "name": "look"}]}, "auto", ["tool_choice.tools"]),
+], ids=str)
+def test_a_choice_goes_up_in_flat_names_or_is_named(choice, up, dropped):
+    spaces = [{"type": "namespace", "name": name, "tools": [{"type": "function", "name": "look"}]} for name in ("ns", "other")]
+    call = pomex.WIRES["responses"].call(relay_job(ask(tools=[*spaces, {"type": "local_shell"}], tool_choice=choice), relay=False))
+    assert (json.loads(call.body)["tool_choice"], call.dropped) == (up, dropped)
+
+
+def test_of_two_tools_that_flatten_alike_the_second_is_named():
+    look, space = {"type": "function", "name": "ns__look"}, {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "look"}]}
+    assert pomex.ToolBook([look, space]).dropped == ["tools:ns__look"]
+    assert pomex.ToolBook([look, look, space["tools"][0]]).dropped == [], "the same tool twice is no loss"
+
+
 # --- the relay of frames
 
 def frame(kind, number=None, **fields):
@@ -870,6 +915,8 @@ def test_numbers_move_once_frames_of_ours_went_in():
 @pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 @pytest.mark.parametrize("clean", [True, False])
 def test_a_lost_terminal_event_is_supplied_by_the_evidence(manners, clean):
+    thought = theirs(0, {"type": "reasoning", "id": "rs_1", "summary": []})
+    assert relayed(numbered([*BEGIN, *thought]), manners, None if clean else BROKEN, clean)[1].status == "failed", "it led to nothing yet"
     stream = numbered([*BEGIN, *SAYING, *RUNNING])
     for cut in range(len(stream) + 1):
         raw, attempt = relayed(stream[:cut], manners, None if clean else BROKEN, clean)
@@ -908,6 +955,8 @@ def test_done_of_theirs_never_goes_before_the_terminal_event():
     ([*BEGIN, *SAYING, *CUT_RUN, *end("incomplete", incomplete_details={"reason": "max_output_tokens"})], ["message", "function_call"], ["message"]),
     ([*BEGIN, *SAYING, *CUT_RUN, frame("response.new"), *end("incomplete")], ["message", "function_call"], ["message"]),
     ([*BEGIN, *end("incomplete", incomplete_details={"reason": "content_filter"})], [], ["message"]),
+    ([*BEGIN, *SAYING, frame("response.completed", response=response("incomplete", incomplete_details={"reason": "max_output_tokens"}))],
+     ["message"], ["message"]),
 ])
 def test_codex_is_told_of_a_cut_as_of_an_end(stream, standard, codex):
     raw, attempt = relayed([b"".join(numbered(stream))])
@@ -927,7 +976,7 @@ def test_codex_is_told_of_a_cut_as_of_an_end(stream, standard, codex):
     ({"code": "invalid_prompt", "message": "policy"}, "invalid_prompt", 400, False),
     ({"code": "cyber_policy", "message": "policy"}, "cyber_policy", 400, False),
     ({"code": "invalid_image_url", "message": "404"}, "invalid_image_url", 400, False),
-    ({}, "server_error", 503, True), (None, "server_error", 503, True), ("text", "server_error", 503, True),
+    ({"message": ""}, "server_error", 503, True), ({}, "server_error", 503, True), (None, "server_error", 503, True), ("text", "server_error", 503, True),
 ])
 @pytest.mark.parametrize("first", [True, False])
 def test_an_error_of_theirs_keeps_what_clients_act_on(error, code, status, retryable, first):
@@ -937,6 +986,7 @@ def test_an_error_of_theirs_keeps_what_clients_act_on(error, code, status, retry
         assert (attempt.status, attempt.error.code, attempt.error.status, attempt.error.retryable) == ("failed", code, status, retryable)
         final = streams.check(raw, manners is pomex.CODEX)
         assert final["error"]["code"] == code and len(final["output"]) == first
+        assert "HTTP 0" not in final["error"]["message"]
 
 
 def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
@@ -957,6 +1007,7 @@ def test_a_frame_that_must_be_read_and_cannot_is_the_upstreams_error(garbage):
 @pytest.mark.parametrize("odd", [
     frame("response.output_item.done", output_index=0), frame("response.output_item.done", output_index=0, item=5),
     frame("response.output_item.added", item=None), frame("response.created", response=None), frame("error"), frame("error", error="text"),
+    *(frame("response.completed", response={**response("completed"), "usage": usage}) for usage in ([1], 5, "x", {**GOOD_USAGE, "input_tokens_details": [1], "output_tokens_details": 7})),
 ])
 def test_odd_frames_do_no_harm(odd):
     raw, _ = relayed([*BEGIN, odd, *SAYING, *end()])

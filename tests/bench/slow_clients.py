@@ -45,6 +45,11 @@ def rss(pid):
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_s(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def gateway(port, pipe):
     async def main():
         config = pomex.load_config(f'[server]\nport = 0\n[providers.a]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:{port}/v1"\n', "p.toml", {})
@@ -80,10 +85,10 @@ async def measure():
     before = rss(pid)
     clients = [await asyncio.to_thread(connect, address, token) for _ in range(COUNT)]
     moved = 1
-    while moved:                                # until all buffers are full
-        before_pause = sum(sent)
+    while moved:                                # until all buffers are full, and what is in them is translated
+        before_pause, busy_s = sum(sent), cpu_s(pid)
         await asyncio.sleep(PAUSE_S)
-        moved = sum(sent) - before_pause
+        moved = sum(sent) - before_pause or cpu_s(pid) - busy_s > PAUSE_S / 10
     held = rss(pid)
     print(f"{len(sent)} streams; rss {before >> 20} -> {held >> 20} MiB: {(held - before) / COUNT / 1024:.0f} KiB a stream; each took "
           f"{sum(sent) / max(1, len(sent)) / 1024:.0f} KiB of its upstream (kernel buffers included), then nothing for {PAUSE_S:g} s")

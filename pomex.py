@@ -862,6 +862,10 @@ DECOMPRESSORS: dict[str, Callable[[bytes], Decompressor]] = {
     "deflate": deflate_decompressor, "zstd": zstd_decompressor}
 
 
+MAX_RATIO = 200             # of a request's body to its compressed size: prompts have 3 to 20; a small request costs
+RATIO_FREE_BYTES = 4 << 20  # seconds where it grows to millions of empty objects. So much may come of any
+
+
 class Inflater:
     """Takes one content coding off a body. What comes out is counted as it comes: 413 over `max_bytes`."""
 
@@ -874,6 +878,7 @@ class Inflater:
             self._errors = (zstd_module().ZstdError,)
         self._max_bytes = max_bytes
         self._room = sys.maxsize if max_bytes is None else max_bytes + 1
+        self._packed = 0                    # bytes of the coded body so far
         self._held = b""                    # a first byte that says nothing alone
         self._members = 0
         self._inner: Decompressor | None = None
@@ -882,8 +887,12 @@ class Inflater:
         """All that can be had of the body so far."""
         if self._coding in ("", "identity"):
             return self._counted(data)
-        starts = range(0, len(data), INFLATE_SLICE)
-        return b"".join([self._inflate(data[start:start + INFLATE_SLICE]) for start in starts])
+        pieces = []
+        for start in range(0, len(data), INFLATE_SLICE):
+            piece = data[start:start + INFLATE_SLICE]
+            self._packed += len(piece)
+            pieces.append(self._inflate(piece))
+        return b"".join(pieces)
 
     def finish(self) -> None:
         """The body is over; an empty one is as good in any coding."""
@@ -921,6 +930,8 @@ class Inflater:
             self._room -= len(data)
             if self._room <= 0:
                 raise ProtocolError(f"The decompressed body is over {self._max_bytes} bytes.", 413)
+            if self._packed and self._max_bytes - self._room > max(RATIO_FREE_BYTES, MAX_RATIO * self._packed):
+                raise ProtocolError(f"The body grows to more than {MAX_RATIO} times its size.", 413)
         return data
 
 
@@ -1316,7 +1327,7 @@ class ResponsesRequest:
         return given or hashlib.sha256(beginning.encode()).hexdigest()[:32]
 
 
-INLINE_DATA = re.compile(rb"[A-Za-z0-9+/=_-]{1024,}")       # images and files
+INLINE_DATA = re.compile(rb"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{1024,}")     # images and files; each run is tried once
 INLINE_DATA_TOKENS = 1500       # what one of those is taken for: a large image at the providers that say
 
 
@@ -1387,6 +1398,7 @@ def text_of(content: Any) -> str:
 
 ENVELOPE_PREFIX = "pmx1."
 MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
+MAX_ENVELOPES_BYTES = 32 << 20      # of a request's together: 1,500 bytes can hold a megabyte, and stand there a thousand times
 
 
 class Envelope:
@@ -1396,6 +1408,7 @@ class Envelope:
     def __init__(self, secret: bytes, account: str) -> None:
         self.secret = secret
         self.account = account.encode()
+        self.inflated = 0               # bytes of all that were opened
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         plain = json.dumps({"p": provider, "m": model, "b": replay}, separators=(",", ":"), sort_keys=True)
@@ -1409,8 +1422,9 @@ class Envelope:
             data = base64.urlsafe_b64decode(encoded.encode("ascii") + b"=" * (-len(encoded) % 4))
             if not hmac.compare_digest(self.mac(data[16:]), data[:16]):
                 return None
-            inflate = zlib.decompressobj()
-            origin = json.loads(inflate.decompress(data[16:], MAX_ENVELOPE_BYTES))
+            plain = zlib.decompressobj().decompress(data[16:], MAX_ENVELOPE_BYTES)
+            self.inflated += len(plain)
+            origin = json.loads(plain)
             return str(origin["p"]), str(origin["m"]), dict(origin["b"])
         except (ValueError, KeyError, TypeError, zlib.error):
             return None
@@ -1424,6 +1438,7 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
     gets `pomex_replay`; one of another provider, or one that does not verify, is left out. Content that was never ours
     (no prefix) stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
+    before = envelope.inflated
     for item in items:
         if "pomex_replay" in item:                  # a client's own: only what an envelope held is believed
             item = {name: value for name, value in item.items() if name != "pomex_replay"}
@@ -1432,6 +1447,9 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
             kept.append(item)
             continue
         opened = envelope.open(sealed)
+        if envelope.inflated - before > MAX_ENVELOPES_BYTES:
+            raise BadRequest(f"The sealed reasoning in input is over {MAX_ENVELOPES_BYTES} bytes.", param="input", status=413,
+                             code="request_too_large")
         if opened is None or opened[0] != provider:
             dropped.append(f"{item['type']}:unverified" if opened is None else f"{item['type']}:{opened[0]}")
             continue
@@ -2378,7 +2396,7 @@ def call_fields(opened: Open, argument: str) -> JSON:
 
 # --- 5.8 the relay: a Responses upstream's frames pass as they came -------------------------------
 
-MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
 ALWAYS_COUNTED = (b'"cached_tokens"', b'"cache_write_tokens"', b'"reasoning_tokens"')   # what clients ask for in any usage
 
 
@@ -2763,7 +2781,7 @@ def fault_of(status: int, fields: JSON, wait_s: float | None) -> ProviderError:
                                      "The provider failed without a reason.")
     code = next((word for word in words if word == "server_is_overloaded"), None)
     if kind == "bad_request" and isinstance(fields.get("code"), str) and not fields["code"].isdecimal():
-        code = fields["code"][:64]
+        code = re.sub(r"[^!-~]", "?", fields["code"][:64])
     param = fields.get("param")
     return ProviderError(message, kind=kind, code=code, param=param if isinstance(param, str) else None,
                          status=status if kind == "bad_request" and 400 <= status < 500 else 0,
@@ -4179,17 +4197,19 @@ def messages_tool_choice(request: ResponsesRequest, book: MessagesBook, thinking
 def messages_tool(function: JSON) -> JSON:
     """Not `strict`: 20 strict tools and 24 optional parameters are the most that a request may have."""
     described = {"description": function["description"]} if function["description"] else {}
-    return {"name": function["name"], **described, "input_schema": object_root(function["parameters"], function["parameters"])}
+    schema = function["parameters"]
+    defs = {**table_of(schema.get("definitions")), **table_of(schema.get("$defs"))}     # the first: zod-to-json-schema
+    return {"name": function["name"], **described, "input_schema": object_root(schema, defs)}
 
 
-def object_root(schema: JSON, root: JSON) -> JSON:
+def object_root(schema: JSON, defs: JSON) -> JSON:
     """A tool's schema with `type: object` at its root, where no anyOf, oneOf, allOf or $ref may stand: their branches
-    become one object, which requires what all of them require."""
-    defined = {**table_of(root.get("definitions")), **table_of(root.get("$defs"))}      # the first: zod-to-json-schema
-    target = table_of(defined.get(str(schema.get("$ref")).rpartition("/")[2]))
-    options = [object_root(branch, root) for key in ("anyOf", "oneOf") for branch in dicts_in(schema.get(key))]
-    merged = [object_root(branch, root) for branch in dicts_in(schema.get("allOf"))]
-    merged += [object_root(target, root)] if target else []
+    become one object, which requires what all of them require. Each of `defs` is taken where it is first named: two names
+    in each of n would make 2 ** n."""
+    target = table_of(defs.pop(str(schema.get("$ref")).rpartition("/")[2], None))
+    options = [object_root(branch, defs) for key in ("anyOf", "oneOf") for branch in dicts_in(schema.get(key))]
+    merged = [object_root(branch, defs) for branch in dicts_in(schema.get("allOf"))]
+    merged += [object_root(target, defs)] if target else []
     rest = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf", "allOf", "$ref")}
     if not options and not merged:
         return {**rest, "type": "object"}
@@ -4198,14 +4218,14 @@ def object_root(schema: JSON, root: JSON) -> JSON:
         for name, inner in table_of(branch.get("properties")).items():
             known = properties.setdefault(name, inner)
             properties[name] = known if known == inner else {"anyOf": [known, inner]}
-    required = [name for name in properties if any(needs(branch, name) for branch in (rest, *merged))
-                or (options and all(needs(branch, name) for branch in options))]
+    needed = set().union(*map(required_by, (rest, *merged)), set.intersection(*map(required_by, options)) if options else ())
+    required = [name for name in properties if name in needed]
     return {**rest, "type": "object", "properties": properties, **({"required": required} if required else {})}
 
 
-def needs(schema: JSON, name: str) -> bool:
+def required_by(schema: JSON) -> set[str]:
     required = schema.get("required")
-    return isinstance(required, list) and name in required
+    return {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
 
 
 def output_format(shape: JSON, row: Claude) -> tuple[JSON | None, str]:
@@ -7725,10 +7745,11 @@ class Bill:
         self.reserved_output += output
 
     async def cover(self, written: int) -> bool:
-        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow."""
+        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Where the cap
+        is reserved it should not have to: but a budget for thoughts comes on top of it, and some servers know no cap."""
         if not self.limits:
             return True
-        while written // 4 + RESERVED_STEP // 2 > self.reserved_output and not 0 < self.cap <= self.reserved_output:
+        while written // 4 + (0 if 0 < self.cap <= self.reserved_output else RESERVED_STEP // 2) > self.reserved_output:
             if self.refused:
                 return written // 4 < self.reserved_output
             try:
@@ -8276,8 +8297,9 @@ def bucket_sums(db: sqlite3.Connection, width_s: int, first_s: int, after_s: int
 
 
 def csv_line(cells: Iterable[object]) -> str:
-    """One line of CSV. Text that a spreadsheet would take for a formula is set apart."""
-    texts = (re.sub(r"^(?=[=+@-])", "'", cell) if isinstance(cell, str) else str(cell) for cell in cells)
+    """One line of CSV. Text that a spreadsheet would take for a formula is set apart: also behind a semicolon, at which many
+    a country's spreadsheet parts its cells."""
+    texts = (re.sub(r'(^|;"*)(?=[=+@-])', r"\1'", cell) if isinstance(cell, str) else str(cell) for cell in cells)
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
 
 
@@ -9706,7 +9728,7 @@ async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
 
 def printable_text(text: str) -> str:
     """An upstream's words, on one line of the log."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
+    return "".join(each if each.isprintable() else " " for each in text)       # nor with marks that turn its direction
 
 
 # --- 10.6 what a process counts -------------------------------------------------------------------
@@ -10226,7 +10248,9 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     administrator."""
     headers = client.head.headers
     proxied = gateway.config.server.public_hosts or headers.get("x-forwarded-for") or headers.get("forwarded")
-    if (proxied or not is_loopback(client.peer)) and gateway.guard.who(client) is not None:
+    if not proxied and is_loopback(client.peer):
+        gateway.guard.check_host(client)        # a page of another name may have been pointed here
+    elif gateway.guard.who(client) is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
     text = gateway.metrics.text(client.connection.server.open_requests, gateway.router.metrics(time.monotonic()))
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
@@ -10417,6 +10441,7 @@ def codex_block(url: str, model: str) -> list[str]:
 
 LOGIN_FAILURES, LOGIN_WINDOW_S = 5, 60.0
 ADDRESSES_KEPT = 1000
+MAX_FORM_BYTES = 1 << 16        # of a login or a form: anybody may send one, and it is read before it is known who does
 PAGE_HEADERS = [("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"), ("x-frame-options", "DENY"),
                 ("cross-origin-opener-policy", "same-origin")]
 API_HEADERS = [*JSON_HEADERS, ("x-content-type-options", "nosniff")]
@@ -10482,7 +10507,7 @@ class Guard:
         if headers.get("content-type").partition(";")[0].strip().lower() != "application/json":
             raise BadRequest("Changes are sent as content-type: application/json.", status=415, code="unsupported_media_type")
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        ours = urllib.parse.urlsplit(origin).netloc in (headers.get("host"), *self.server.public_hosts)
+        ours = origin.partition("://")[2] in (headers.get("host"), *self.server.public_hosts)
         if origin and not ours or site not in ("", "same-origin") or not (origin or site or headers.get("authorization")):
             raise Forbidden("Changes are taken from the dashboard's own page only (its Origin), or with an Authorization "
                             "header.", code="cross_origin")
@@ -10493,7 +10518,7 @@ class Guard:
 
     def who(self, client: Client) -> Key | None:
         """The holder of a key, or None for the administrator; Unauthorized for anybody else."""
-        header, now_s = client.head.headers.get("authorization"), client.started_s
+        header, now_s = client.head.headers.get("authorization"), time.time()      # of a live feed the start is long ago
         if header:
             return self.log_in(client, header[7:].strip(" \t"), link=False)[1]
         cookies = dict(pair.strip().partition("=")[::2] for pair in client.head.headers.get("cookie").split(";"))
@@ -10509,7 +10534,7 @@ class Guard:
 
     def log_in(self, client: Client, token: str, link: bool = True) -> tuple[str, Key | None]:
         """("admin", None) or ("key", the key) of a token that was typed or came in a link or header."""
-        now_s, admin_token = client.started_s, self.server.admin_token
+        now_s, admin_token = time.time(), self.server.admin_token
         failed = self.failures.setdefault(client.peer, collections.deque(maxlen=LOGIN_FAILURES))
         if len(failed) == LOGIN_FAILURES and now_s - failed[0] < LOGIN_WINDOW_S:
             wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0]))
@@ -10578,7 +10603,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
         if ask.key is not None and route.who == "admin":
             raise Forbidden(ADMIN_ONLY, code="admin_only")
     if head.method == "POST" and route.function is not play:
-        ask.body = body_object(await client.body(), route.fields.split())
+        ask.body = body_object(await client.body(MAX_FORM_BYTES), route.fields.split())
     answer = await route.function(gateway, ask)
     if answer is not None:
         await client.answer(200, API_HEADERS, compact(answer).encode())
@@ -10601,8 +10626,8 @@ def body_object(data: bytes, fields: Sequence[str]) -> JSON:
 
 def text_field(body: JSON, name: str, default: str = "", most: int = 1000) -> str:
     value = body.get(name, default)
-    if not isinstance(value, str) or len(value) > most:
-        raise BadRequest(f"{name} must be text.", param=name)
+    if not isinstance(value, str) or len(value) > most or not value.strip().isprintable():
+        raise BadRequest(f"{name} must be text, on one line.", param=name)
     return value.strip()
 
 
@@ -10681,6 +10706,7 @@ async def export_usage(gateway: Gateway, ask: Ask) -> None:
     client, before, csv = ask.client, MAX_NUMBER, ask.client.head.path.endswith(".csv")
     filters = {name: text for name, text in ask.query.items() if name not in PAGING and text}
     kind = "text/csv" if csv else "application/jsonl"
+    usage_where(filters, ask.key_id)        # a wrong filter is said while that can be
     await client.start(200, [("content-type", f"{kind}; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
                              ("content-disposition", f"attachment; filename=pomex-usage.{'csv' if csv else 'jsonl'}")])
     await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if csv else b"")
@@ -10803,7 +10829,7 @@ PREPAID: dict[object, bool] = {"": False, "0": False, False: False, "1": True, T
 async def new_account(gateway: Gateway, ask: Ask) -> JSON:
     name, multiplier = text_field(ask.body, "name"), money(ask.body, "multiplier", ONE)
     prepaid = ask.body.get("prepaid", "")
-    if prepaid not in PREPAID:
+    if not isinstance(prepaid, (str, int)) or prepaid not in PREPAID:
         raise BadRequest("prepaid must be true or false.", param="prepaid")
     create_account(gateway.ledger, name, PREPAID[prepaid], money(ask.body, "limit"),
                    ONE if multiplier is None else multiplier, time.time())
@@ -11173,11 +11199,12 @@ class Client:
     def gone(self) -> bool:
         return self.connection.gone
 
-    async def body(self) -> bytes:
+    async def body(self, most_bytes: int = sys.maxsize) -> bytes:
         """The whole body, decoded; ProtocolError when it is too long, too slow, or not as its headers say."""
         if self.data is None:
-            data = await self.connection.read_body(self.head)
-            inflater = Inflater(self.head.headers.get("content-encoding"), self.connection.server.config.max_body_bytes)
+            most_bytes = min(most_bytes, self.connection.server.config.max_body_bytes)
+            data = await self.connection.read_body(self.head, most_bytes)
+            inflater = Inflater(self.head.headers.get("content-encoding"), most_bytes)
             data = inflater.feed(data)
             inflater.finish()
             self.data = data
@@ -11328,6 +11355,8 @@ class Connection(Wire):
                 self.served = True
                 if not await self.serve(Client(self, head)):
                     break
+                if not self.parser.idle:
+                    await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
         except GatewayError as error:       # before there was a head to answer to
             log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
@@ -11390,11 +11419,12 @@ class Connection(Wire):
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
 
-    async def read_body(self, head: RequestHead) -> bytes:
-        pieces, armed = [], False
-        while (part := self.parser.next()) is not END:
+    async def read_body(self, head: RequestHead, most_bytes: int) -> bytes:
+        pieces, size, armed = [], head.length or 0, False
+        while size <= most_bytes and (part := self.parser.next()) is not END:
             if isinstance(part, bytes):
                 pieces.append(part)
+                size += len(part) if head.chunked else 0
                 continue
             self.taken()
             if self.ended:
@@ -11408,6 +11438,8 @@ class Connection(Wire):
                 await self.change()
             except Expired as error:
                 raise self.too_slow("request body", str(error)) from None
+        if size > most_bytes:
+            raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
         self.finish_body()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

@@ -329,6 +329,8 @@ async def test_a_key_is_made_edited_and_revoked(gateway):
     ("accounts", {"name": "y", "prepaid": "no"}, "true or false"), ("accounts", {"name": "y", "multiplier": "-1"}, "an amount like"),
     ("accounts/default/credit", {"amount": 0}, "must not be 0"), ("accounts/default/credit", {}, "must not be 0"),
     ("accounts/default/credit", {"amount": "-1"}, "needs its reason"),
+    ("accounts", {"name": "y", "prepaid": []}, "true or false"), ("accounts/default/credit", {"amount": "1", "reason": "a\x1b[31m"}, "on one line"),
+    ("accounts/default/credit", {"amount": "1", "reason": "\ud800"}, "on one line"), ("keys", {"name": "y", "account": "\u202ex"}, "on one line"),
 ])
 async def test_a_field_that_is_not_right_changes_nothing(gateway, path, body, said):
     before = (await gateway.get("keys"))[1]
@@ -346,6 +348,29 @@ async def test_amounts_and_truths_may_be_json(gateway):
         assert (await gateway.post("accounts", {"name": name, "prepaid": prepaid}))[0] == 200
         assert [each["prepaid"] for each in (await gateway.get("keys"))[1]["accounts"] if each["name"] == name] == [stored]
     assert (await gateway.get("accounts/default/statement?month=9999-12"))[0] == 400
+
+
+@gateway_test
+async def test_the_feed_of_a_key_ends_with_the_key(gateway):
+    token = gateway.ledger.create_key("soon", time.time(), expires_s=int(time.time()) + 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pomex, "SIGN_OF_LIFE_S", 0.2)
+        _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {token}"}, read=True)
+        await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+
+
+@gateway_test
+async def test_an_origin_that_is_no_address_is_refused_like_another(gateway):
+    for origin in ("http://[", "null", "http://evil.example", "http://127.0.0.1"):
+        status, answer, _ = await gateway.post("login", {"token": "x"}, {"origin": origin})
+        assert (status, answer["error"]["code"]) == (403, "cross_origin"), origin
+
+
+@gateway_test
+async def test_a_wrong_filter_of_an_export_is_said(gateway):
+    for name in ("usage.csv", "usage.jsonl"):
+        assert (await gateway.get(name + "?bogus=1"))[0] == 400
 
 
 @gateway_test
@@ -507,6 +532,7 @@ def test_an_admin_token_is_long_and_no_key(token, good):
 
 def test_a_spreadsheet_takes_no_cell_for_a_formula():
     assert pomex.csv_line(["=1+1", "a,b", 'say "x"', -5, "@x"]) == "'=1+1,\"a,b\",\"say \"\"x\"\"\",-5,'@x"
+    assert pomex.csv_line(["a;=1+1", 'a;"@x', "a;b"]) == "a;'=1+1,\"a;\"\"'@x\",a;b", "where a semicolon parts cells"
 
 
 # --- OpenAI's admin shapes ------------------------------------------------------------------------

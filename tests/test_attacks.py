@@ -25,6 +25,10 @@ url = "sqlite:pomex.db"
 wire_api = "chat"
 base_url = "{url}/v1"
 api_key = "{secret}"
+[providers.claude]
+wire_api = "messages"
+base_url = "{url}/v1"
+api_key = "{secret}"
 [providers.gemini]
 wire_api = "gemini"
 base_url = "{url}/v1beta"
@@ -309,6 +313,66 @@ def test_compressed_bodies_cannot_grow_without_bound(tmp_path):
             assert statuses(await gateway.post(gzip.compress(b"{}"), f"content-encoding: {coding}")) == [415], coding
         assert statuses(await gateway.post(b"\x1f\x8b garbage", "content-encoding: gzip")) == [400]
         assert statuses(await gateway.post(gzip.compress(b'{"model":1}')[:-4], "content-encoding: gzip")) == [400]
+    play(tmp_path, scenario)
+
+
+def doubling(depth):
+    """A tool whose schema names each definition twice: 2 ** depth, for who walks all of it."""
+    ref = [{"$ref": f"#/$defs/d{n}"} for n in range(depth + 1)]
+    defs = {f"d{n}": {"anyOf": [ref[n + 1], ref[n + 1]]} for n in range(depth)}
+    return [{"type": "function", "name": "f", "parameters": {**ref[0], "$defs": defs}}]
+
+
+COSTLY = {      # a body that is cheap to send -> what it may be answered
+    "a schema that doubles": (lambda: {"model": "claude/m", "input": "x", "tools": doubling(40)}, 503),
+    "runs just too short for an image": (lambda: {"model": "chat/m", "input": ";base64," + ("a" * 1023 + " ") * 4000}, 503),
+    "millions of objects": (lambda: gzip.compress(b'{"model":"chat/m","input":[' + b"{}," * 2_500_000 + b"{}]}"), 413),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_what_is_cheap_to_send_is_cheap_to_answer(name, tmp_path):
+    make, expected = COSTLY[name]
+
+    async def scenario(gateway):
+        body = make()
+        began = time.monotonic()
+        asked = asyncio.ensure_future(gateway.post(body, *["content-encoding: gzip"] * isinstance(body, bytes)))
+        while not asked.done():
+            looked = time.monotonic()
+            await gateway.alive()
+            assert time.monotonic() - looked < BLOCKED_S, "others waited"
+        assert statuses(asked.result())[0] in (expected, 401, 502), asked.result()[:300]
+        assert time.monotonic() - began < 3
+    play(tmp_path, scenario)
+
+
+def test_a_login_is_small(tmp_path):
+    async def scenario(gateway):
+        head = f"POST /admin/api/login HTTP/1.1\r\nhost: localhost:{gateway.server.address[1]}\r\nauthorization: x\r\nconnection: close\r\n"
+        head += "content-type: application/json\r\n"
+        bomb = gzip.compress(b'{"' + b"x" * 7_000_000 + b'":1}')
+        began = time.monotonic()
+        answer = await gateway.raw((head + f"content-encoding: gzip\r\ncontent-length: {len(bomb)}\r\n\r\n").encode() + bomb)
+        assert statuses(answer) == [413] and time.monotonic() - began < 1
+        answer = await gateway.raw(head.encode() + b"content-length: 70000\r\n\r\n" + b"x" * 70_000)
+        assert statuses(answer) == [413]
+        answer = await gateway.raw(head.encode() + b"transfer-encoding: chunked\r\n\r\n" + (b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 5 + b"0\r\n\r\n")
+        assert statuses(answer) == [413]
+    play(tmp_path, scenario)
+
+
+def test_thousands_of_pipelined_requests_keep_nobody_waiting(tmp_path):
+    async def scenario(gateway):
+        reader, writer = await asyncio.open_connection(*gateway.server.address)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * 20_000)
+        taken = asyncio.ensure_future(reader.read(-1))
+        for _ in range(5):
+            looked = time.monotonic()
+            await gateway.alive()
+            assert time.monotonic() - looked < 0.4
+        taken.cancel()
+        writer.transport.abort()
     play(tmp_path, scenario)
 
 

@@ -447,6 +447,18 @@ def test_money_for_less_output_lowers_the_cap_and_for_too_little_refuses(path):
     run(check())
 
 
+def test_a_cap_on_the_answer_is_none_on_the_money_where_thoughts_come_on_top(path):
+    async def check():
+        async with started(path) as (ledger,):
+            ledger.create_key("k", NOW, budget_nanos=31_000_000)
+            bill = bill_for(ledger, "k")
+            await bill.reserve(TARGETS, 1000, 1025, 16384)
+            assert bill.reserved_output == 1025 and await bill.cover(4 * 1025) and bill.reserved_output == 1025
+            assert await bill.cover(4 * 1100) and bill.reserved_output > 1100
+            assert not await bill.cover(4 * 3001)
+    run(check())
+
+
 def test_a_reservation_grows_with_the_output_until_the_money_ends(path):
     async def check():
         async with started(path) as (ledger,):

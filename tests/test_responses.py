@@ -769,6 +769,18 @@ def test_what_another_provider_sealed_does_not_go_up():
     assert dropped == ["reasoning:q"] and up["input"] == item("message")
 
 
+def test_seals_that_hold_more_than_a_request_may_are_too_many(monkeypatch):
+    monkeypatch.setattr(pomex, "MAX_ENVELOPES_BYTES", 5_000_000)
+    envelope = pomex.Envelope(SECRET, "a")
+    sealed = envelope.seal("p", "m", {"text": "a" * 1_000_000})
+    assert len(sealed) < 2000
+    items = [{"type": "reasoning", "summary": [], "encrypted_content": sealed}] * 6
+    with pytest.raises(pomex.BadRequest, match="sealed reasoning") as told:
+        pomex.unseal_items(items, envelope, "p")
+    assert told.value.status == 413
+    assert len(pomex.unseal_items(items[:4], envelope, "p")[0]) == 4, "counted anew for each call to a provider"
+
+
 def test_a_thought_without_a_seal_does_not_go_up_where_nothing_is_stored():
     """Clients that ask for no encrypted_content, and other providers' thoughts under our ids: "Item with id 'rs_1' not found"."""
     shown = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]}

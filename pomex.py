@@ -9644,13 +9644,13 @@ class Router:
 
     async def read(self, exchange: Exchange | DemoExchange, attempt: Relay | Translation, way: Way, down: Downstream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
-        kind, stream = exchange.headers.get("content-type"), down.answer.request.stream
+        kind = exchange.headers.get("content-type")
         if exchange.status >= 400:
             raise provider_error(exchange.status, exchange.headers, await reason_of(exchange), time.time())
         if kind.startswith("text/html"):            # a login page, a proxy's apology
-            page = plain_text((await exchange.read_all(1 << 16)).decode("utf-8", "replace"))
+            page = plain_text((await reason_of(exchange)).decode("utf-8", "replace"))
             raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
-        if not kind.startswith("text/event-stream") and not stream:
+        if not kind.startswith("text/event-stream") and not down.answer.request.stream:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return
         first, due = True, math.inf         # when what follows the model's end is not waited for any more
@@ -9682,7 +9682,7 @@ class Router:
 
 
 async def reason_of(exchange: Exchange | DemoExchange) -> bytes:
-    """The body of an error answer, as far as it comes soon: what its status says is known without it."""
+    """The body of what is no answer, as far as it comes soon: that it is none is known without it."""
     body = b""
     with contextlib.suppress(TimeoutError, LinkError):
         async with asyncio.timeout(AFTER_STOP_S):
@@ -13517,7 +13517,12 @@ class Workers:
     def run(self) -> int:
         fed, interval_s = 0.0, watchdog_s(os.environ)
         while self.workers or not self.stopping:
-            self.step(time.monotonic())
+            self.watch_over(time.monotonic())
+            try:
+                self.step(time.monotonic())
+            except OSError as error:        # too many processes or files: the others go on
+                log.error("no worker can be started: %s; tried again in a second", failure_text(error))
+                self.not_before = time.monotonic() + TICK_S
             if interval_s and time.monotonic() >= fed:
                 fed = time.monotonic() + interval_s
                 notify("WATCHDOG=1")
@@ -13535,8 +13540,8 @@ class Workers:
 
     # What is to be done now.
 
-    def step(self, now: float) -> None:
-        """Starts what is missing, lets go what is replaced, ends what hangs."""
+    def watch_over(self, now: float) -> None:
+        """Ends what hangs."""
         if now - self.stepped > 5 * TICK_S:     # we stood still ourselves (a paused container, Ctrl-Z): nobody was to be heard
             for worker in self.workers:
                 worker.heard = now
@@ -13545,6 +13550,9 @@ class Workers:
             if now - worker.heard > HUNG_S:
                 log.error("worker %d has said nothing for %d s and is ended", worker.pid, HUNG_S)
                 os.kill(worker.pid, signal.SIGKILL)
+
+    def step(self, now: float) -> None:
+        """Starts what is missing, lets go what is replaced."""
         staying = [worker for worker in self.workers if not worker.left]
         current = [worker for worker in staying if worker.generation == self.generation]
         old = [worker for worker in staying if worker.generation != self.generation]
@@ -13553,12 +13561,7 @@ class Workers:
         if self.stopping or now < self.not_before:
             return
         for _ in range(min(wanted - len(current), wanted - len(staying) + (bool(old) and not going))):
-            try:
-                self.start(now)
-            except OSError as error:        # too many processes or files: the others go on
-                log.error("no worker can be started: %s; tried again in a second", failure_text(error))
-                self.not_before = now + TICK_S
-                break
+            self.start(now)
         if old and not going and len(staying) > wanted and all(worker.ready for worker in current):
             self.send(old[0], RETIRE)
 

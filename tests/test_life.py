@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -500,9 +501,9 @@ def test_a_worker_that_hangs_is_ended_and_replaced(monkeypatch):
     for pid, heard in ((1, 0.0), (2, 20.0)):
         parent.workers.append(pomex.Worker(pid, None, 0, 0.0, heard, ready=True))
     for now in range(29, 32):
-        parent.step(float(now))
+        parent.watch_over(float(now))
     assert ended == [(1, signal.SIGKILL)] and not started
-    parent.step(100.0)                          # all stood still: who was to be heard meanwhile?
+    parent.watch_over(100.0)                    # all stood still: who was to be heard meanwhile?
     assert len(ended) == 1
     parent.selector.close(), parent.signals.close(), parent.wakeup.close()
 
@@ -511,11 +512,17 @@ def test_where_no_process_can_be_made_the_others_go_on(monkeypatch, caplog):
     def no_room():
         raise BlockingIOError(errno.EAGAIN, "")
     monkeypatch.setattr(os, "fork", no_room)
+    monkeypatch.setattr(pomex, "TICK_S", 0.1)
     parent = pomex.Workers(pomex.load_config("[server]\nworkers = 2", "", {}), {}, [], None)
+    parent.signals.setblocking(False)
+    parent.selector.register(parent.signals, selectors.EVENT_READ)
     open_files = len(os.listdir("/proc/self/fd"))
-    parent.step(100.0)
-    assert "no worker can be started" in caplog.text and len(os.listdir("/proc/self/fd")) == open_files
-    assert parent.not_before == 100.0 + pomex.TICK_S and not parent.workers
+    stop = threading.Timer(0.35, lambda: parent.wakeup.send(bytes([signal.SIGTERM])))
+    stop.start()
+    assert parent.run() == 0
+    stop.join()
+    assert 2 <= caplog.text.count("no worker can be started: resource temporarily unavailable") <= 5
+    assert len(os.listdir("/proc/self/fd")) == open_files and not parent.workers
     parent.selector.close(), parent.signals.close(), parent.wakeup.close()
 
 

@@ -3440,6 +3440,8 @@ class ChatMessages:
         self._flush()
         if self.out and self.out[-1]["role"] == "assistant":    # Mistral, Claude behind a router: refused
             self._user([{"type": "text", "text": "Continue."}])
+        if not self.out:                                        # only instructions, or an empty input: no request at all
+            self._user([{"type": "text", "text": "(continue)"}])
         system = "\n\n".join(text for text in (*self.history.system, closing) if text)
         return [{"role": "system", "content": system}, *self.out] if system else self.out
 
@@ -5512,6 +5514,12 @@ class Decoder(Protocol):
         """The deltas that a clean end of the body stands for."""
 
 
+def error_data(data: str) -> str:
+    """The data of an `event: error` as all decoders know it: some say it by the event's name alone."""
+    said = json_dict(data)
+    return data if said is None or "error" in said else compact({"error": said})
+
+
 class Translation(Assembler):
     """An attempt over a provider's stream: bytes to events to deltas to frames."""
 
@@ -5522,7 +5530,7 @@ class Translation(Assembler):
 
     def feed(self, data: bytes) -> None:
         for event in self.events.feed(data):
-            self._take(event.data)
+            self._take(event.data if event.event != "error" else error_data(event.data))
 
     def _take(self, data: str) -> None:
         if not data or self.last:

@@ -59,7 +59,8 @@ def chat():
              "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]}
     error = {"message": "upstream broke", "type": "server_error", "code": 500}
     return Wire("chat", frames, 1, 9, (6, 7, 8), whole, {
-        "openai": sse({"error": error}), "groq": sse({"error": error}, "error"), "string": sse({"error": "upstream broke"}),
+        "openai": sse({"error": error}), "groq": sse({"error": error}, "error"),
+        "named": sse({"message": "upstream broke"}, "error") + sse("[DONE]"), "string": sse({"error": "upstream broke"}),
         "openrouter": sse({"id": "c1", "error": error, "choices": [{"index": 0, "delta": {"content": ""},
                                                                   "finish_reason": None}]}) + sse("[DONE]"),
     }, length=[chunk({}, "length"), sse("[DONE]")], half=[chunk({}, "tool_calls"), sse("[DONE]")])

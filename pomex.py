@@ -14177,7 +14177,9 @@ h("li",{},p.name,mono("export "+p.env_key+"=...")))),para("d","Then restart Pome
 const curlOf=body=>"curl -N "+location.origin+"/v1/responses \\\n  -H \"Authorization: Bearer $POMEX_API_KEY\" \\\n"+
 "  -H \"Content-Type: application/json\" \\\n  -d '"+JSON.stringify(body).replace(/'/g,"'\\''")+"'";
 const card=(c,...k)=>div("card "+c,k);
-function swap(el,...k){const f=document.activeElement,id=el.contains(f)?f.dataset.f||f.id:"";el.replaceChildren(...k.flat());
+let held=0;addEventListener("pointerdown",()=>held=Date.now());addEventListener("click",()=>held=0,true);
+function swap(el,...k){if(Date.now()-held<999)return setTimeout(swap,50,el,...k);
+const f=document.activeElement,id=el.contains(f)?f.dataset.f||f.id:"";el.replaceChildren(...k.flat());
 if(id){const n=[...el.querySelectorAll("[data-f],[id]")].find(x=>x.dataset.f===id||x.id===id);
 (n||$("#main")).focus({preventScroll:true})}}
 async function copy(text,b){try{await navigator.clipboard.writeText(text)}catch(e){const t=h("textarea",{value:text});
@@ -14233,7 +14235,6 @@ para("",me.key?["Key ",bdi(me.key.name,40),h("br")]:null,clip(me.address),h("br"
 function theme(){const r=document.documentElement,dark=r.dataset.theme?r.dataset.theme==="dark"
 :matchMedia("(prefers-color-scheme:dark)").matches;localStorage.setItem("pomex-theme",r.dataset.theme=dark?"light":"dark")}
 function route(){if(!me)return;const [path,q]=(location.hash.slice(1)||"overview").split("?"),[id,...rest]=path.split("/");
-
 const known=PAGES.find(p=>p[0]===id&&(!p[2]||me.role==="admin"));if(!known){location.replace("#overview");return}
 if(fresh&&id!=="keys"&&!asked){asked=true;history.replaceState(null,"","#keys");leave(path);return}
 turn++;page={};for(const a of document.querySelectorAll("#nav a"))
@@ -14278,7 +14279,7 @@ const KNOWN=["openai","anthropic","google"];
 function colour(names){const other=names.filter(n=>!KNOWN.includes(n)&&n!=="demo").sort()[0];
 return n=>KNOWN.includes(n)?KNOWN.indexOf(n)+1:n===other?4:5}
 function nice(v){const p=10**Math.floor(Math.log10(v||1));return[1,2,2.5,5,10].map(x=>x*p).find(x=>x>=v)||v}
-// stacked bars; the same as a table; read out above the plot by pointer, touch and arrow keys
+// stacked bars, the same as a table, and a line that reads them out
 function bars(title,o){const n=o.slots,tot=Array.from({length:n},(_,i)=>o.series.reduce((a,s)=>a+s.values[i],0));
 let cur=Math.min(n-1,Math.max(0,o.now)),table=false;
 const read=h("p",{class:"read","aria-live":"polite"}),svg=h("svg",{class:"chart",id:"chart",role:"application",tabindex:0,
@@ -14629,7 +14630,7 @@ p.requests)+" good)":"")],
 ["Full response",p.total_ms[1]?"p50 "+secs(p.total_ms[0])+" s, p95 "+secs(p.total_ms[1])+" s":"-"],
 ["Speaks",p.wire_api+(p.base_url?" at "+clip(p.base_url,90):", offline")],p.key_source?["Key from",clip(p.key_source,60)]:null,
 p.error?["Last error",txt("",when(p.error.time_ms)," ",clip(p.error.message,500))]:null]),
-p.state==="disabled"?para("note","No new request goes there, also after a restart, until you enable it."):null,
+p.state==="disabled"?para("note","No new request goes there until you enable it."):null,
 r?.text?h("p",{class:"note "+(r.ok?"ok":"bad"),role:"status"},clip(r.text,500)+(r.ms?" "+r.ms+" ms.":"")):null,
 div("acts",h("a",{class:"btn s",href:"#usage?provider="+encodeURIComponent(p.name),"aria-label":"Usage of "+p.name},"Usage"),
 act(p,"test","Test now"),p.state==="disabled"?act(p,"enable","Enable"):act(p,"disable","Disable")))})),keyless(d.missing)||""]);
@@ -14692,8 +14693,7 @@ const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url lac
 wrong_wire_api:"The chat endpoint was called",
 use_http_sse:"A WebSocket was tried",model_not_found:"That model is not known",
 model_not_allowed:"The key may not use that model",
-provider_not_configured:"That provider has no key",provider_disabled:"That provider is disabled",
-invalid_request_error:"The request was not right"};
+provider_not_configured:"That provider has no key",provider_disabled:"That provider is disabled"};
 function setup(m){const body=div(),steps=div(),bad=div();let s=null;
 const draw=()=>fill(body,()=>api("setup"),d=>{s=d;paint();return[div("grid",div("card c12 two",div("",
 head("Checks"),steps),div("",copyTabs("Set-up snippet",snippets(d)))),div("card full c12",head("Refused requests",

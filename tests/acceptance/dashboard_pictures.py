@@ -36,9 +36,9 @@ MODELS = {  # how often, median seconds to the first output
 HOURS = (1, 1, 0, 0, 0, 0, 1, 4, 9, 13, 15, 11, 6, 10, 15, 14, 11, 7, 4, 3, 2, 2, 1, 1)      # of a working day
 
 
-def month(ledger, config, now_s):
+def month(ledger, config, now_s, seed=11):
     """Rows of thirty days up to now, the same in every run but for their times."""
-    chance, book = random.Random(11), pomex.PriceBook(config)
+    chance, book = random.Random(seed), pomex.PriceBook(config)
     keys = {key.name: key.id for key in ledger.list_keys()}
     for hour in range(30 * 24, -1, -1):
         start_s = now_s - hour * 3600

@@ -1,11 +1,13 @@
 """The dashboard in a real browser: Debian's chromium, driven by playwright-core, looked over by axe-core (npm)."""
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import time
 import urllib.request
@@ -157,3 +159,48 @@ def test_the_pictures_of_the_readme_show_a_request_that_failed_over_and_are_smal
     assert asyncio.run(run())["faults"] == []
     sizes = {name: (pictures / f"{name}.png").stat().st_size for name in ("overview", "request", "keys")}
     assert max(sizes.values()) < 65_000, sizes
+
+
+# --- with many rows ---------------------------------------------------------------------------------
+
+ROWS, MOST_MS = 100_000, 200
+PAGES = {   # the page -> what it asks for
+    "overview": "overview?since={today}&step=3600000&slots=24", "overview, 30 days": "overview?since={month}&step=86400000&slots=30",
+    "keys": "keys", "usage": "usage", "usage of a result": "usage?result=failed&model=openai/gpt-5.3-codex",
+    "usage by text": "usage?text=resp_", "a later page": "usage?cursor={middle}", "a request": "usage/{id}", "models": "models",
+    "providers": "providers", "set-up": "setup", "session": "session", "statement": "accounts/default/statement?month={this_month}"}
+
+
+def test_with_100_000_rows_every_page_has_its_data_soon(tmp_path):
+    async def run():
+        async with dashboard_pictures.demo(tmp_path) as (base, _, _):
+            with contextlib.closing(pomex.Ledger.open(str(tmp_path / "pictures.db"))) as ledger:
+                config = pomex.load_config(dashboard_pictures.CONFIG.format(port=1), str(tmp_path / "pomex.toml"), {})
+                made = itertools.islice(itertools.chain.from_iterable(
+                    dashboard_pictures.month(ledger, config, time.time(), seed) for seed in itertools.count()), ROWS)
+                while batch := list(itertools.islice(made, 1000)):
+                    pomex.insert_entries(ledger._writer, batch)
+                while pomex.rolled_up(ledger._writer) < pomex.last_row_id(ledger._writer):       # as it goes on the way of requests
+                    with pomex.transaction(ledger._writer):
+                        pomex.roll_up(ledger._writer, 1)
+                (rows, middle), = ledger.read("SELECT count(*), max(id) / 2 FROM usage")
+                (found,), = ledger.read("SELECT response_id FROM usage WHERE id = ?", (middle,))
+                token = pomex.open_session(ledger, "admin", 0, 600, time.time())
+            assert rows >= ROWS
+            day = time.time() // 86400 * 86_400_000
+            words = {"today": int(day), "month": int(day) - 29 * 86_400_000, "middle": middle, "id": found, "this_month": time.strftime("%Y-%m")}
+            cookie = {"cookie": f"pomex_{base.rpartition(':')[2]}={token}"}
+            taken = {}
+            for name, path in PAGES.items():
+                request = urllib.request.Request(f"{base}/admin/api/{path.format(**words)}", headers=cookie)
+                times = []
+                for _ in range(5):
+                    await asyncio.sleep(1.05 if name.startswith("overview") else 0)         # its answer is shared for a second
+                    begun = time.monotonic()
+                    assert json.loads(await asyncio.to_thread(lambda request=request: urllib.request.urlopen(request).read()))
+                    times.append((time.monotonic() - begun) * 1000)
+                taken[name] = round(statistics.median(times))
+            return taken
+    taken = asyncio.run(run())
+    print(f"{ROWS} rows, ms: {taken}")
+    assert max(taken.values()) < MOST_MS, taken

@@ -9102,6 +9102,8 @@ class Catalogue:
 
 def printable(text: str, most: int = 100) -> str:
     """What a caller sent, short and without control characters, fit for an error, a header or a log line."""
+    if len(text) <= most and text.isascii() and text.isprintable():         # nearly all is: a tenth of the time
+        return text
     return re.sub(r"[^\x20-\x7e]", "?", text[:most])
 
 

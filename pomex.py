@@ -5609,16 +5609,15 @@ def responses_call(job: Job) -> Call:
     request = job.answer.request
     attempt: Relay | Translation
     if job.relay:
-        items, dropped = job.unsealed()
+        unsealed, dropped = job.unsealed()
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
-        kept = [item for item in items if "pomex_replay" in item or not shown_only(item)]
-        dropped += ["input:reasoning"] if len(kept) < len(items) else []
-        items = kept
-        whole = relay_body(request, items, dropped, job.model)
+        items = [item for item in unsealed if "pomex_replay" in item or not shown_only(item)]
+        dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
         attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, ResponsesDecoder(ToolBook(())).whole)
 
         def body(items: list[JSON]) -> bytes:
             return relay_body(request, items, dropped, job.model)
+        whole = body(items)
     else:
         book = ToolBook(request.tools)
         history, dropped = job.plain(book)
@@ -8898,9 +8897,10 @@ class Upstream:
         with contextlib.suppress(ValueError):
             return [(str(ipaddress.ip_address(host)), port)]
         if host not in self.lookups:
-            loop, self.lookups[host] = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-            threading.Thread(target=look_up, args=(loop, self.lookups[host], host), daemon=True).start()
-            self.lookups[host].add_done_callback(lambda done: self.lookups.pop(host))
+            loop = asyncio.get_running_loop()
+            self.lookups[host] = result = loop.create_future()
+            result.add_done_callback(lambda done: self.lookups.pop(host))
+            threading.Thread(target=look_up, args=(loop, result, host), daemon=True).start()
         found = await asyncio.shield(self.lookups[host])
         if isinstance(found, OSError):
             raise found
@@ -9962,8 +9962,10 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     await conclude(gateway, key, down)
 
 
-def in_use(tiers: Sequence[Sequence[Way]], disabled: frozenset[str]) -> list[list[Way]]:
+def in_use(tiers: Sequence[Sequence[Way]], disabled: frozenset[str]) -> Sequence[Sequence[Way]]:
     """The targets whose provider no administrator disabled."""
+    if not disabled:
+        return tiers
     left = [[way for way in tier if way.provider.name not in disabled] for tier in tiers]
     if any(tiers) and not any(left):
         names = " and ".join(dict.fromkeys(way.provider.name for tier in tiers for way in tier))

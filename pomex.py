@@ -8280,29 +8280,6 @@ def provider_minutes(db: sqlite3.Connection, since_ms: int) -> list[tuple[str, i
                       "WHERE started_ms >= ? GROUP BY 1, 2", (since_ms, since_ms)).fetchall()
 
 
-BUCKET_SUMS = ("requests", "input", "cached", "cache_write", "output", "cost_nanos")
-BY_DAY = f"""SELECT day * 86400 AS at_s, key_id, account_id, model, {', '.join(BUCKET_SUMS)} FROM daily
-    WHERE at_s >= ?1 AND at_s < ?2"""
-BY_ROW = """SELECT started_ms / 1000 AS at_s, key_id, account_id, model, 1 AS requests, input, cached, cache_write, output,
-    cost_nanos FROM usage WHERE started_ms >= ?1 * 1000 AND started_ms < ?2 * 1000 UNION ALL
-    SELECT started_ms / 1000, key_id, account_id, model, 0, attempts.input, attempts.cached, attempts.cache_write,
-    attempts.output, attempts.cost_nanos FROM usage JOIN attempts USING (response_id)
-    WHERE started_ms >= ?1 * 1000 AND started_ms < ?2 * 1000"""
-
-
-def bucket_sums(db: sqlite3.Connection, width_s: int, first_s: int, after_s: int, groups: Sequence[str],
-                wanted: Mapping[str, Sequence[str]]) -> list[tuple[Any, ...]]:
-    """(number of the bucket, a value for each column of `groups`, then BUCKET_SUMS), of the rows that have one of the values
-    `wanted` of a column. Whole days are read from the daily sums, which outlive the rows."""
-    where = [f"{column} IN ({', '.join('?' * len(values))})" for column, values in wanted.items()]
-    columns = [f"(at_s - ?1) / {int(width_s)}", *groups]
-    return db.execute(f"""SELECT {', '.join([*columns, *(f'sum({name})' for name in BUCKET_SUMS)])}
-        FROM ({BY_DAY if width_s == 86400 else BY_ROW}) AS sums
-        LEFT JOIN keys ON keys.id = key_id LEFT JOIN accounts ON accounts.id = sums.account_id
-        WHERE {' AND '.join(['1', *where])} GROUP BY {', '.join(columns)} ORDER BY 1""",
-                      (first_s, after_s, *(value for values in wanted.values() for value in values))).fetchall()
-
-
 def csv_line(cells: Iterable[object]) -> str:
     """One line of CSV. Text that a spreadsheet would take for a formula is set apart: also behind a semicolon, at which many
     a country's spreadsheet parts its cells."""
@@ -11073,98 +11050,6 @@ ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
     ("POST", "providers/*/disable"): AdminRoute(functools.partial(use_provider, use=False)),
     ("POST", "providers/*/enable"): AdminRoute(functools.partial(use_provider, use=True)),
 }
-
-
-# --- 11.8 OpenAI's admin shapes --------------------------------------------------------------------
-
-MAX_SECONDS = 2**37          # the year 6325
-
-
-class Report(NamedTuple):
-    """What OpenAI's own usage tools read (developers.openai.com, API reference, Usage and Costs). An API key is named by
-    its name, a project is an account."""
-    result: str                                     # the object of each result
-    widths: dict[str, tuple[int, int, int]]         # bucket_width -> seconds, buckets if not said, at most; the first is usual
-    groups: dict[str, str]                          # group_by -> column; with an s behind it is a filter
-    view: Callable[[dict[str, Any]], JSON]
-
-
-def usage_result(sums: dict[str, Any]) -> JSON:
-    return {"input_tokens": sums["input"], "input_cached_tokens": sums["cached"],
-            "input_cache_write_tokens": sums["cache_write"],
-            "input_uncached_tokens": sums["input"] - sums["cached"] - sums["cache_write"], "output_tokens": sums["output"],
-            "num_model_requests": sums["requests"], "user_id": None, "batch": None, "service_tier": None}
-
-
-def costs_result(sums: dict[str, Any]) -> JSON:
-    return {"amount": {"value": sums["cost_nanos"] / 10**9, "currency": "usd"}, "quantity": None, "quantity_unit": None}
-
-
-KEY_AND_PROJECT = {"api_key_id": "keys.name", "project_id": "accounts.name"}
-REPORTS = {
-    "/v1/organization/usage/completions": Report(
-        "organization.usage.completions.result", {"1d": (86400, 7, 31), "1h": (3600, 24, 168), "1m": (60, 60, 1440)},
-        {**KEY_AND_PROJECT, "model": "model"}, usage_result),
-    "/v1/organization/costs": Report(
-        "organization.costs.result", {"1d": (86400, 7, 180)}, {**KEY_AND_PROJECT, "line_item": "model"}, costs_result),
-}
-
-
-class Buckets(NamedTuple):
-    """The part of a report that is asked for."""
-    start_s: int
-    width_s: int
-    slots: int
-    more: bool                  # are there later ones?
-    groups: list[str]
-    wanted: dict[str, list[str]]        # column -> values
-
-
-def asked_buckets(report: Report, query: str, now_s: int) -> Buckets:
-    fields: dict[str, list[str]] = {}
-    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
-        fields.setdefault(name.removesuffix("[]"), []).append(value)        # OpenAI's SDKs write lists with brackets
-    filters = {f"{group}s": column for group, column in report.groups.items()}
-    for name, known in (("bucket_width", [*report.widths]), ("group_by", [*report.groups])):
-        if wrong := [value for value in fields.get(name, ()) if value not in known]:
-            raise BadRequest(f"{name} must be one of {', '.join(known)}; {printable(wrong[0])} is not.", param=name)
-    for name in fields.keys() - filters.keys() - {"start_time", "end_time", "bucket_width", "limit", "page", "group_by"}:
-        raise BadRequest(f"{printable(name)} is nothing that this report is asked with.", param=printable(name))
-    if "start_time" not in fields:
-        raise BadRequest("start_time is required: seconds since 1970.", param="start_time")
-    last = {name: values[-1] for name, values in fields.items()}
-    width_s, usual, most = report.widths[last.get("bucket_width", "1d")]
-    start_s = number_in(last, "start_time", 0, MAX_SECONDS)
-    start_s = number_in({"page": last.get("page", "").removeprefix("page_")}, "page", start_s, MAX_SECONDS) // width_s * width_s
-    end_s = number_in(last, "end_time", now_s + 1, MAX_SECONDS)
-    left = max(math.ceil((end_s - start_s) / width_s), 0)
-    slots = min(max(number_in(last, "limit", usual, most), 1), left)
-    return Buckets(start_s, width_s, slots, slots < left, list(dict.fromkeys(fields.get("group_by", ()))),
-                   {column: fields[name] for name, column in filters.items() if name in fields})
-
-
-async def organization(gateway: Gateway, client: Client) -> None:
-    """GET /v1/organization/usage/completions and /v1/organization/costs, for the administrator."""
-    gateway.guard.check_host(client)
-    if gateway.guard.who(client) is not None:
-        raise Forbidden(ADMIN_ONLY, code="admin_only")
-    report = REPORTS[client.head.path]
-    asked = asked_buckets(report, client.head.query, int(client.started_s))
-    times = [asked.start_s + at * asked.width_s for at in range(asked.slots + 1)]
-    rows = await gateway.watch.reader.ask(bucket_sums, asked.width_s, times[0], times[-1],
-                                          [report.groups[group] for group in asked.groups], asked.wanted)
-    results: list[list[JSON]] = [[] for _ in range(asked.slots)]
-    for number, *values in rows:
-        sums = dict(zip(BUCKET_SUMS, values[len(asked.groups):]))
-        results[number].append({"object": report.result, **report.view(sums), **dict.fromkeys(report.groups),
-                                **dict(zip(asked.groups, values))})
-    data = [{"object": "bucket", "start_time": start, "end_time": start + asked.width_s, "results": each}
-            for start, each in zip(times, results)]
-    page = {"object": "page", "data": data, "has_more": asked.more, "next_page": f"page_{times[-1]}" if asked.more else None}
-    await client.answer(200, API_HEADERS, compact(page).encode())
-
-
-ROUTES.update(dict.fromkeys(REPORTS, {"GET": organization}))
 
 
 # === 12. server ===================================================================================

@@ -6,7 +6,6 @@ import logging
 import time
 
 import pytest
-from ledgers import recent
 
 import pomex
 
@@ -533,57 +532,3 @@ def test_an_admin_token_is_long_and_no_key(token, good):
 def test_a_spreadsheet_takes_no_cell_for_a_formula():
     assert pomex.csv_line(["=1+1", "a,b", 'say "x"', -5, "@x"]) == "'=1+1,\"a,b\",\"say \"\"x\"\"\",-5,'@x"
     assert pomex.csv_line(["a;=1+1", 'a;"@x', "a;b"]) == "a;'=1+1,\"a;\"\"'@x\",a;b", "where a semicolon parts cells"
-
-
-# --- OpenAI's admin shapes ------------------------------------------------------------------------
-
-@gateway_test
-async def test_openais_usage_tools_read_their_own_shapes(gateway):
-    """Of three answers of two keys: whole days and minutes give the same sums, grouped or not."""
-    for key in (gateway.key, gateway.key, gateway.other):
-        await gateway.answer(key)
-    await asyncio.sleep(0.3)                    # rows are gathered for a tenth of a second
-    row = recent(gateway.ledger, 1)[0]
-    start = int(time.time()) - 120
-
-    async def report(path):
-        status, _, body = await gateway.ask("GET", f"/v1/organization/{path}", headers=ADMIN)
-        page = json.loads(body)
-        assert status == 200 and page["object"] == "page", body
-        return page, [result for bucket in page["data"] for result in bucket["results"]]
-    for width in ("1d", "1h", "1m"):
-        page, results = await report(f"usage/completions?start_time={start}&bucket_width={width}&limit=3")
-        assert sum(result["num_model_requests"] for result in results) == 3, page
-        assert sum(result["input_tokens"] for result in results) == 3 * row["input"]
-        assert all(bucket["end_time"] - bucket["start_time"] == {"1d": 86400, "1h": 3600, "1m": 60}[width] for bucket in page["data"])
-        assert all(result["model"] is result["api_key_id"] is None for result in results)
-    _, results = await report(f"usage/completions?start_time={start}&group_by%5B%5D=api_key_id&group_by%5B%5D=model&group_by=project_id")
-    assert {result["api_key_id"]: result["num_model_requests"] for result in results} == {"ana": 2, "bo": 1}
-    assert {(result["model"], result["project_id"]) for result in results} == {("demo/echo", "default")}
-    _, results = await report(f"usage/completions?start_time={start}&api_key_ids=bo&models%5B%5D=demo/echo&models%5B%5D=x")
-    assert [result["num_model_requests"] for result in results] == [1]
-    _, results = await report(f"costs?start_time={start}&group_by=line_item&limit=180")
-    assert [(result["line_item"], result["amount"]) for result in results] == [("demo/echo", {"value": 0.0, "currency": "usd"})]
-    page, results = await report(f"usage/completions?start_time={start - 86400 * 9}&limit=8")
-    assert page["has_more"] and not results and len(page["data"]) == 8
-    page, results = await report(f"usage/completions?start_time={start - 86400 * 9}&limit=8&page={page['next_page']}")
-    assert not page["has_more"] and results and page["next_page"] is None
-
-
-@parametrized("path, param", [
-    ("usage/completions", "start_time"), ("usage/completions?start_time=x", "start_time"),
-    ("usage/completions?start_time=1&bucket_width=2d", "bucket_width"), ("costs?start_time=1&bucket_width=1h", "bucket_width"),
-    ("usage/completions?start_time=1&group_by=color", "group_by"), ("costs?start_time=1&group_by=model", "group_by"),
-    ("usage/completions?start_time=1&limit=32", "limit"), ("usage/completions?start_time=1&page=page_x", "page"),
-    ("usage/completions?start_time=1&batch=true", "batch"), ("costs?start_time=1&models=x", "models"),
-    ("usage/completions?start_time=999999999999999", "start_time"),
-])
-async def test_a_report_that_cannot_be_asked_for_is_a_400(gateway, path, param):
-    status, _, body = await gateway.ask("GET", f"/v1/organization/{path}", headers=ADMIN)
-    assert (status, json.loads(body)["error"]["param"]) == (400, param), body
-
-
-@gateway_test
-async def test_reports_are_the_administrators(gateway):
-    for headers, status in (({}, 401), ({"authorization": f"Bearer {gateway.key}"}, 403), (ADMIN, 200)):
-        assert (await gateway.ask("GET", "/v1/organization/costs?start_time=0&end_time=1", headers=headers))[0] == status

@@ -71,16 +71,6 @@ def models(client, arguments):
     return [model.id for model in client.models.list()]
 
 
-def report(client, arguments):
-    """The organization's usage and costs, by the SDK's admin client, with all of its pages."""
-    usage = client.admin.organization.usage
-    which = {"completions": usage.completions, "costs": usage.costs}[arguments.pop("which")]
-    pages = [which(**arguments)]
-    while pages[-1].has_more:
-        pages.append(which(**arguments, page=pages[-1].next_page))
-    return [bucket for page in pages for bucket in dump(page)["data"]]
-
-
 def validate(client, arguments):
     """The findings of validate_stream.py on captures: [{"capture", "body"}] -> [[[severity, code, message]]]."""
     spec = importlib.util.spec_from_file_location("validate_stream", arguments["tool"])
@@ -97,12 +87,11 @@ def validate(client, arguments):
     return found
 
 
-DO = {f.__name__: f for f in (create, create_stream, stream, parse, stream_parse, tool_loop, models, report, validate)}
+DO = {f.__name__: f for f in (create, create_stream, stream, parse, stream_parse, tool_loop, models, validate)}
 
 
 def answer(request):
-    admin = {"admin_api_key": request["key"]} if request["do"] == "report" else {}
-    client = openai.OpenAI(base_url=request["base_url"], api_key=request["key"], max_retries=0, timeout=60, **admin)
+    client = openai.OpenAI(base_url=request["base_url"], api_key=request["key"], max_retries=0, timeout=60)
     try:
         return {"result": DO[request["do"]](client, request["arguments"])}
     except openai.APIStatusError as error:

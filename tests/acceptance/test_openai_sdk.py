@@ -1,10 +1,9 @@
 """The `openai` package, lines 1.x, 2.x and 3.x, against Pomex: its own parsing is the judge."""
 from __future__ import annotations
 
-import time
 
 import pytest
-from conftest import ADMIN_TOKEN, model_of
+from conftest import model_of
 from harness import JSON, SDK_LINES, Pomex, Sdk
 from scripted import Call, Reasoning, Script, Seen, flat_text, says
 
@@ -138,26 +137,3 @@ def test_the_demo_answers(sdk: Sdk) -> None:
         "additionalProperties": False}}]
     called = sdk("stream", model="demo/tools", input="Look", tools=tools)["final"]["output"]
     assert [item["type"] for item in called].count("function_call") == 1
-
-
-@pytest.mark.parametrize("line", SDK_LINES[1:])         # 1.x has no admin client
-def test_the_admin_client_reads_usage_and_costs(pomex: Pomex, script: Script, line: int) -> None:
-    """A request of known size, and the day's sums before and after it, over nine days in pages of four."""
-    asked = {"start_time": int(time.time()) - 8 * 86400, "limit": 4, "group_by": ["model"]}
-    with Sdk(line, pomex.url, ADMIN_TOKEN) as admin, Sdk(line, pomex.url, pomex.key) as user:
-        def sums() -> dict[str, int]:
-            buckets = admin("report", which="completions", **asked)
-            assert len(buckets) == 9 and [bucket["start_time"] % 86400 for bucket in buckets] == [0] * 9
-            mine = [each for bucket in buckets for each in bucket["results"] if each["model"] == "chat/plain-model"]
-            return {name: sum(each[name] for each in mine) for name in ("input_tokens", "input_cached_tokens", "output_tokens",
-                                                                        "num_model_requests")}
-        before = sums()
-        script.play(says("Hello", input_tokens=50, cached_tokens=10, output_tokens=7))
-        user("create", model="chat/plain-model", input="Hi")
-        time.sleep(0.3)             # rows are gathered for a tenth of a second
-        grown = {name: count - before[name] for name, count in sums().items()}
-        assert grown == {"input_tokens": 50, "input_cached_tokens": 10, "output_tokens": 7, "num_model_requests": 1}
-        costs = admin("report", which="costs", start_time=asked["start_time"], group_by=["line_item"])
-        amounts = [each["amount"] for bucket in costs for each in bucket["results"] if each["line_item"] == "chat/plain-model"]
-        assert amounts and all(amount["currency"] == "usd" for amount in amounts)
-        assert user.error("report", which="costs", start_time=0)["type"] == "PermissionDeniedError"

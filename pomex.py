@@ -12733,8 +12733,6 @@ def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> 
     codex.add_argument("prompt", nargs="*", metavar="PROMPT", help="arguments of codex")
     doctor = add(commands, "doctor", run_doctor, "find what keeps Codex from working", place)
     doctor.add_argument("--live", action="store_true", help="ask each provider, too; says what that cost")
-    add(commands, "completion", run_completion, "print a completion script").add_argument(
-        "shell", choices=("bash", "zsh", "fish"))
     add(commands, "version", run_version, "print the version")
 
 
@@ -13225,34 +13223,6 @@ PROVIDER_CURES = (      # what the gateway says of a provider -> what to do abou
     (r"no model", "put names that it has into models = [...] of [providers.{name}], then restart Pomex"),
     (r"", "the gateway's log says more; or: codex -m ANOTHER/MODEL"),
 )
-
-
-# completion
-
-def run_completion(args: argparse.Namespace) -> int:
-    commands = next(action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
-
-    def offered(action: argparse.Action) -> list[str]:
-        return [*action.option_strings, *(action.choices if isinstance(action.choices, dict) else ())]
-    words = {name: sorted({word for action in each._actions for word in offered(action)})
-             for name, each in commands.choices.items()}
-    if args.shell == "fish":
-        print(f"complete -c pomex.py -n __fish_use_subcommand -a '{' '.join(words)}'")
-        for name, each in words.items():
-            print(f"complete -c pomex.py -n '__fish_seen_subcommand_from {name}' -a '{' '.join(each)}'")
-        return 0
-    cases = "\n".join(f"    {name}) words=\"{' '.join(each)}\" ;;" for name, each in words.items())
-    if args.shell == "zsh":
-        print("autoload -U +X bashcompinit && bashcompinit")
-    print(f"""_pomex() {{
-  local words="{' '.join(words)}" word
-  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do case "$word" in
-{cases}
-  esac; done
-  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
-}}
-complete -o default -F _pomex pomex pomex.py ./pomex.py""")
-    return 0
 
 
 # --- 13.8 a new configuration ---------------------------------------------------------------------

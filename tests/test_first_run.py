@@ -1,11 +1,9 @@
-"""The first five minutes: admin-url, init, codex --write and --undo, doctor, completion."""
+"""The first five minutes: admin-url, init, codex --write and --undo, doctor."""
 import asyncio
 import contextlib
 import os
 import pathlib
 import re
-import shutil
-import subprocess
 import time
 import tomllib
 
@@ -99,19 +97,6 @@ def test_init_writes_a_file_that_check_takes(home, environ, monkeypatch, capsys)
     config = pomex.read_config(pomex.command_parser().parse_args(["check"]))
     assert {"openai", "google"} <= set(config.providers) or not environ
     assert pomex.main(["init"]) == 1 and "nothing was written" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_offers_the_commands(shell, capsys):
-    assert pomex.main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    if shell == "bash" and shutil.which("bash"):
-        ask = script + '\nCOMP_WORDS=(pomex ad); COMP_CWORD=1; _pomex; echo "${COMPREPLY[@]}"\n' \
-                       'COMP_WORDS=(pomex keys cr); COMP_CWORD=2; _pomex; echo "${COMPREPLY[@]}"\n'
-        assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True).stdout.split() == ["admin-url", "create"]
-    else:
-        assert "admin-url" in script
-        assert shell == "zsh" or "complete -c pomex.py -n '__fish_seen_subcommand_from doctor' -a '" in script
 
 
 GOOD = "\n".join(BLOCK)

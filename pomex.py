@@ -821,67 +821,22 @@ MAX_MEMBERS = 1024          # a body of countless empty gzip members is all work
 INFLATE_SLICE = 65536       # zlib copies the rest of its input at each member's end
 
 
-class Decompressor(Protocol):
-    """What zlib and compression.zstd have in common."""
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
-
-
-def zstd_module() -> Any:
-    try:
-        return importlib.import_module("compression.zstd")
-    except ImportError:
-        found = sys.version.split()[0]
-        raise ProtocolError(f"Content-Encoding zstd needs Python 3.14 or newer; this is {found}."
-                            " Send the body as gzip or uncompressed.", 415) from None
-
-
-def zstd_decompressor(_: bytes) -> Decompressor:
-    """RFC 9659: windows over 8 MiB (2**23) are not to be used in a content coding."""
-    zstd = zstd_module()
-    made: Decompressor = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
-    return made
-
-
-def gzip_decompressor(_: bytes) -> Decompressor:
-    return zlib.decompressobj(16 + zlib.MAX_WBITS)
-
-
-def deflate_decompressor(start: bytes) -> Decompressor:
-    """RFC 9110 8.4.1.2: `deflate` is the zlib format; old servers send it bare."""
-    zlib_header = start[0] & 0x0f == 8 and int.from_bytes(start[:2], "big") % 31 == 0
-    return zlib.decompressobj(zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS)
-
-
-# By name: what takes the next member apart, given its beginning.
-DECOMPRESSORS: dict[str, Callable[[bytes], Decompressor]] = {
-    "gzip": gzip_decompressor, "x-gzip": gzip_decompressor,
-    "deflate": deflate_decompressor, "zstd": zstd_decompressor}
-
-
 MAX_RATIO = 200             # of a request's body to its compressed size: prompts have 3 to 20; a small request costs
 RATIO_FREE_BYTES = 4 << 20  # seconds where it grows to millions of empty objects. So much may come of any
 
 
 class Inflater:
-    """Takes one content coding off a body. What comes out is counted as it comes: 413 over `max_bytes`."""
+    """Takes gzip (RFC 9110 8.4.1.3), if that is the coding, off a body. Output is counted as it comes: 413 over `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         self._coding = encoding.strip(" \t").lower()
-        if self._coding not in ("", "identity", *DECOMPRESSORS):
-            raise ProtocolError("Content-Encoding must be one of gzip, deflate, zstd or none.", 415)
-        self._errors: tuple[type[Exception], ...] = (zlib.error,)
-        if self._coding == "zstd":
-            self._errors = (zstd_module().ZstdError,)
+        if self._coding not in ("", "identity", "gzip", "x-gzip"):
+            raise ProtocolError("Content-Encoding must be gzip or none.", 415)
         self._max_bytes = max_bytes
         self._room = sys.maxsize if max_bytes is None else max_bytes + 1
         self._packed = 0                    # bytes of the coded body so far
-        self._held = b""                    # a first byte that says nothing alone
         self._members = 0
-        self._inner: Decompressor | None = None
+        self._inner: zlib._Decompress | None = None
 
     def feed(self, data: bytes) -> bytes:
         """All that can be had of the body so far."""
@@ -896,34 +851,23 @@ class Inflater:
 
     def finish(self) -> None:
         """The body is over; an empty one is as good in any coding."""
-        if self._held or (self._inner is not None and not self._inner.eof):
-            raise ProtocolError(f"The {self._coding} body is cut short.")
+        if self._inner is not None and not self._inner.eof:
+            raise ProtocolError("The gzip body is cut short.")
 
     def _inflate(self, data: bytes) -> bytes:
         pieces = []
         while data:
             if self._inner is None or self._inner.eof:
-                data, self._held = self._held + data, b""
-                if len(data) < 2:
-                    self._held = data
-                    break
-                self._inner = self._next_member(data)
-            pieces.append(self._counted(self._decompress(self._inner, data)))
+                self._members += 1          # RFC 1952 2.2: members may follow each other
+                if self._members > MAX_MEMBERS:
+                    raise ProtocolError(f"The gzip body has more than {MAX_MEMBERS} members.")
+                self._inner = zlib.decompressobj(16 + zlib.MAX_WBITS)
+            try:
+                pieces.append(self._counted(self._inner.decompress(data, self._room)))
+            except zlib.error as error:
+                raise ProtocolError("The body is not valid gzip.") from error
             data = self._inner.unused_data
         return b"".join(pieces)
-
-    def _next_member(self, start: bytes) -> Decompressor:
-        """RFC 1952 2.2, RFC 8878 3.1: members and frames may follow each other. All else is garbage."""
-        self._members += 1
-        if self._members > (1 if self._coding == "deflate" else MAX_MEMBERS):
-            raise ProtocolError(f"The {self._coding} body is followed by something else.")
-        return DECOMPRESSORS[self._coding](start)
-
-    def _decompress(self, inner: Decompressor, data: bytes) -> bytes:
-        try:
-            return inner.decompress(data, self._room)
-        except self._errors as error:
-            raise ProtocolError(f"The body is not valid {self._coding}.") from error
 
     def _counted(self, data: bytes) -> bytes:
         if self._max_bytes is not None:

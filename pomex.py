@@ -7184,12 +7184,6 @@ class Ledger:
         except (sqlite3.Error, OSError) as error:
             raise database_trouble(os.path.basename(path), error) from error
 
-    async def first_codex(self) -> bool:
-        """True once in the life of a database: nothing was known of Codex before."""
-        def note(db: sqlite3.Connection) -> bool:
-            return db.execute("INSERT INTO settings VALUES ('codex', 1) ON CONFLICT DO NOTHING").rowcount == 1
-        return bool(await self._ask(note))
-
     async def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function(db, ...)` on the writer thread."""
         try:
@@ -10035,19 +10029,6 @@ async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
     gateway.watch.settled(entry, down)
     gateway.metrics.count(entry)
     await gateway.ledger.settle(entry)
-    await greet_codex(gateway, down)
-
-
-async def greet_codex(gateway: Gateway, down: Downstream) -> None:
-    """A line for the first request of Codex ever: what was set up works, or how it does not."""
-    if down.answer.manners is not CODEX or down.attempt.status == "cancelled" or gateway.watch.codex_came:
-        return
-    gateway.watch.codex_came = True
-    with contextlib.suppress(LedgerError):
-        if await gateway.ledger.first_codex():
-            version = re.search(r"/([\w.-]{1,30})", down.client.head.headers.get("user-agent"))
-            log.info("First request from Codex %sreceived. It ended with response.%s.",
-                     f"{version[1]} " if version else "", down.attempt.status)
 
 
 def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
@@ -10230,7 +10211,6 @@ class Watch:
         self.errors: dict[str, JSON] = {}               # the last of each provider
         self.watchers: dict[asyncio.Queue[News], int] = {}       # -> the key it is narrowed to; 0: none
         self.looking: asyncio.Task[None] | None = None
-        self.codex_came = False                         # since the start
         self.last_id = 0
         self.share: Callable[[bytes], None] | None = None       # with the other processes
         self.quota = 0                                  # so much more may be shared in this second
@@ -11870,33 +11850,6 @@ async def surveyed(config: Config, no_detect: bool = False) -> tuple[Config, dic
     return (config, {}) if config.path or no_detect else await detect(config, os.environ)
 
 
-def port_holder(host: str, port: int) -> tuple[int, str] | None:
-    """(pid, program) of what listens on a port of this address, or of all, where /proc shows it."""
-    numeric = re.fullmatch(r"[0-9.]+", host) and host != "0.0.0.0"      # noqa: S104 - only compared
-    ours = socket.inet_aton(host)[::-1].hex().upper() if numeric else ""
-
-    def is_it(local: str, state: str) -> bool:
-        address, _, number = local.partition(":")
-        same = not ours or address == ours or not int(address, 16)
-        return state == "0A" and int(number, 16) == port and same       # 0A: listening
-    sockets = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError):
-            rows = [line.split() for line in pathlib.Path(table).read_text().splitlines()[1:]]
-            sockets |= {f"socket:[{row[9]}]" for row in rows if is_it(row[1], row[3])}
-    for path in pathlib.Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(path) in sockets:
-                return int(path.parts[2]), (path.parents[1] / "comm").read_text().strip()
-    return None
-
-
-def process_age_s(pid: int) -> float:
-    """Seconds since a process started (proc(5): field 22 of its stat, in clock ticks since boot)."""
-    started = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    return float(pathlib.Path("/proc/uptime").read_text().split()[0]) - started / os.sysconf("SC_CLK_TCK")
-
-
 # --- 13.3 words -----------------------------------------------------------------------------------
 
 def say(*lines: str) -> None:
@@ -12191,14 +12144,10 @@ async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
 
 async def port_taken(server: ServerConfig) -> str:
     version = await version_at(public_url(ServerConfig(), (server.host, server.port)))
-    holder = port_holder(server.host, server.port)
     advice = f"python pomex.py serve --port {server.port + 1 if server.port < 65535 else 7663}."
     if version:
-        who = f" (pid {holder[0]}, up {time_span(process_age_s(holder[0]))})" if holder else ""
-        other = f"another Pomex {version}{who}"
-        return f"Port {server.port} is taken by {other}. Use that one, or: {advice}"
-    who = f" ({holder[1]}, pid {holder[0]})" if holder else ""
-    return f"Port {server.port} is taken by another program{who}. Use another: {advice}"
+        return f"Port {server.port} is taken by another Pomex {version}. Use that one, or: {advice}"
+    return f"Port {server.port} is taken by another program. Use another: {advice}"
 
 
 # --- 13.5 the other commands ----------------------------------------------------------------------

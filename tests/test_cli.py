@@ -497,8 +497,7 @@ def test_serve_serves_until_it_is_told_to_stop(here):
         assert b" 200 " in answer.split(b"\r\n")[0] and pomex.VERSION.encode() in answer
         taken = run("serve", "--no-detect", "--port", port)
         assert taken.returncode == 69
-        who = rf"\(pid {process.pid}, up \d+ s\)" if os.path.isdir("/proc/self/fd") else ""
-        assert re.fullmatch(rf"Port {port} is taken by another Pomex {pomex.VERSION} ?{who}\. Use that one, or: "
+        assert re.fullmatch(rf"Port {port} is taken by another Pomex {pomex.VERSION}\. Use that one, or: "
                             rf"python pomex.py serve --port {int(port) + 1}\.\n", taken.stderr)
         process.send_signal(signal.SIGTERM)
         assert process.stderr.read().endswith("Stopping: 0 streams open.\nStopped.\n")
@@ -509,8 +508,7 @@ def test_a_port_that_another_program_holds_is_said_to_be_so(here, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert pomex.main(["serve", "--no-detect", "--port", str(port)]) == 69
-    who = rf" \(\S+, pid {os.getpid()}\)" if os.path.isdir("/proc/self/fd") else ""
-    assert re.fullmatch(rf"Port {port} is taken by another program{who}\. Use another: .*\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"Port {port} is taken by another program\. Use another: .*\n", capsys.readouterr().err)
 
 
 REFUSALS = {

@@ -566,15 +566,10 @@ def test_from_the_clone_to_codexs_first_answer(clone: Shell, version: str) -> No
         assert again.returncode == 0, again
     print(f"Codex {version}: from `{command}` to the first answer {seconds:.1f} s")
     assert seconds < 20
-    number = re.search(r"\d+\.\d+\.\d+", clone.type("codex --version").stdout)
-    greeting = [line for line in shown if "First request from Codex" in line]
-    assert number and [line.split(" ", 1)[1].strip() for line in greeting] == [
-        f"First request from Codex {number[0]} received. It ended with response.completed."], greeting
     with typed_in_a_terminal(clone, command) as shown:
         assert any(line.startswith("Keys          1 active.") for line in shown)
         assert not any("sk-rh-" in line or "model_provider" in line for line in shown)
         assert clone.type(export, f"codex exec {asked}").returncode == 0
-    assert not any("First request" in line for line in shown)
 
 
 def use_codex(made: Shell, version: str) -> None:

@@ -5930,10 +5930,9 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
 # --- 7.2 the file ---------------------------------------------------------------------------------
 
 class ConfigText:
-    """One configuration file: its sections, and for every complaint the line it is about."""
+    """One configuration file: its sections, and complaints that name the file and the key."""
 
     def __init__(self, text: str, name: str) -> None:
-        self.text = text
         self.name = name
         try:
             self.toml: JSON = tomllib.loads(text)
@@ -5946,33 +5945,20 @@ class ConfigText:
             return f"{self.name}: {message}"
         return f"{self.name} line {found[2]}: {found[1]} (column {found[3]})"
 
-    def error(self, path: tuple[str, ...], sentence: str) -> ConfigError:
-        line = self.line(path)
-        return ConfigError(f"{self.name} line {line}: {sentence}" if line else f"{self.name}: {sentence}")
-
-    def line(self, path: tuple[str, ...]) -> int:
-        """The line of a key, else of the nearest table around it; 0 where none is found (odd spelling)."""
-        lines: dict[tuple[str, ...], int] = {}
-        header: tuple[str, ...] = ()
-        for number, line in enumerate(self.text.splitlines(), 1):
-            if line.lstrip().startswith("["):
-                header = toml_path(line.strip()) or header
-                lines.setdefault(header, number)
-            elif "=" in line:
-                lines.setdefault(header + toml_path(line.partition("=")[0] + "= 0"), number)
-        return next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 0)
+    def error(self, sentence: str) -> ConfigError:
+        return ConfigError(f"{self.name}: {sentence}")
 
     def value_error(self, path: tuple[str, ...], value: object, sentence: str,
                     secret: bool = False) -> ConfigError:
         shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
         end = "" if sentence.endswith("?") else "."
-        return self.error(path, f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}{end}")
+        return self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}{end}")
 
     def table(self, *path: str) -> JSON:
         """A table of the file, empty where it is left out."""
         table: Any = functools.reduce(lambda inner, key: inner.get(key, {}), path, self.toml)
         if not isinstance(table, dict):
-            raise self.error(path, f"{toml_name(path)} must be a table: [{toml_name(path)}]")
+            raise self.error(f"{toml_name(path)} must be a table: [{toml_name(path)}]")
         return table
 
     def check_sections(self) -> None:
@@ -5981,10 +5967,10 @@ class ConfigText:
                 continue
             if isinstance(value, dict):
                 hint = did_you_mean(name, (*SECTIONS, *NAMED_SECTIONS), "[%s]")
-                raise self.error((name,), f"unknown section [{toml_name((name,))}].{hint}")
+                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
             home = [section for section, cls in SECTIONS.items() if name in settings_of(cls)]
-            raise self.error((name,), f'key "{name}" stands outside any section.'
-                                      + (f" Put it under [{home[0]}]." if home else ""))
+            raise self.error(f'key "{name}" stands outside any section.'
+                             + (f" Put it under [{home[0]}]." if home else ""))
 
     def settings(self, section: type[Any], *path: str) -> dict[str, Any]:
         """The checked values of a section, under the names of its dataclass."""
@@ -5992,7 +5978,7 @@ class ConfigText:
         for name, value in self.table(*path).items():
             if name not in keys:
                 hint = did_you_mean(name, keys) or f" Known keys: {', '.join(keys)}."
-                raise self.error((*path, name), f'unknown key "{name}" in [{toml_name(path)}].{hint}')
+                raise self.error(f'unknown key "{name}" in [{toml_name(path)}].{hint}')
             try:
                 values[name] = read_value(keys[name], value)
             except ValueError as error:
@@ -6123,7 +6109,7 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
     """One [providers.NAME]. A built-in provider's table needs only what differs."""
     path = ("providers", name)
     if not PROVIDER_NAME.fullmatch(name):
-        raise source.error(path, f'provider name "{name}": use small letters, digits, "_", "." and "-".')
+        raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
     values = source.settings(ProviderConfig, *path)
 
     def bad(key: str, sentence: object) -> ConfigError:
@@ -6136,7 +6122,7 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
         base = dataclasses.replace(base, relay="normalise")
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
-        raise source.error(path, f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
+        raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
     if provider.dialect and provider.dialect not in DIALECTS:
         raise bad("dialect", "must be one of " + ", ".join(DIALECTS))
     check_overrides(source, path, provider)
@@ -6144,7 +6130,7 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
     if provider.wire_api == "demo":
         return provider
     if not provider.base_url:
-        raise source.error(path, f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
+        raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
     try:
         url, local = check_base_url(provider.base_url, bool(provider.api_key or provider.env_http_headers))
     except ValueError as error:
@@ -6171,7 +6157,7 @@ def with_key(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig
     """The provider with its key, or keys, fetched from where the file says they lie."""
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
     if len(given) > 1:
-        raise source.error((*path, given[0]), f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
+        raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
     if not given:
         return provider
     references = provider.api_keys or (provider.api_key or f"env:{provider.env_key}",)
@@ -6210,14 +6196,14 @@ def read_model(source: ConfigText, name: str, providers: Mapping[str, ProviderCo
     """One [models."provider/name"]; without targets it only describes the model."""
     path = ("models", name)
     if not MODEL_NAME.fullmatch(name):
-        raise source.error(path, f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
+        raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
     model = ModelConfig(name, **source.settings(ModelConfig, *path))
     for target in itertools.chain.from_iterable(model.targets):
         if target.provider not in providers:
             add = f" Add [{toml_name(('providers', target.provider))}]."
             hint = did_you_mean(target.provider, providers) or add
             asked = f'[{toml_name(path)}] targets: "{":".join(target)}"'
-            raise source.error((*path, "targets"), f"{asked} names no configured provider.{hint}")
+            raise source.error(f"{asked} names no configured provider.{hint}")
     return model
 
 
@@ -6225,12 +6211,12 @@ def read_prices(source: ConfigText, name: str) -> PriceConfig:
     """One [prices."provider/model"]."""
     path = ("prices", name)
     if not MODEL_NAME.fullmatch(name):
-        raise source.error(path, f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
+        raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
     prices = PriceConfig(**source.settings(PriceConfig, *path))
     if prices.input is None or prices.output is None:
-        raise source.error(path, f"[{toml_name(path)}] needs input and output, in US dollars per million tokens; 0 is free.")
+        raise source.error(f"[{toml_name(path)}] needs input and output, in US dollars per million tokens; 0 is free.")
     if prices.long_over and (prices.long_input is None or prices.long_output is None):
-        raise source.error((*path, "long_over"), f"[{toml_name(path)}] long_over needs long_input and long_output.")
+        raise source.error(f"[{toml_name(path)}] long_over needs long_input and long_output.")
     return prices
 
 
@@ -6245,7 +6231,7 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
     server = ServerConfig(**{**source.settings(ServerConfig, "server"),
                              **from_environment(ServerConfig, "POMEX_", environ)})
     if bool(server.tls_cert) != bool(server.tls_key):
-        raise source.error(("server",), "[server] tls_cert and tls_key need each other.")
+        raise source.error("[server] tls_cert and tls_key need each other.")
     server = dataclasses.replace(server, tls_cert=around.place(server.tls_cert), tls_key=around.place(server.tls_key),
                                  admin_token=read_admin_token(source, server.admin_token, around))
     demo = DemoConfig(**source.settings(DemoConfig, "demo"))

@@ -150,7 +150,7 @@ def test_a_bad_file_ends_every_command_with_78(here, capsys):
     (here / "pomex.toml").write_text("[server]\nprot = 1\n")
     for argv in (["serve"], ["check"], ["models"], ["codex"], ["keys", "list"]):
         assert pomex.main(argv) == 78
-        assert capsys.readouterr().err == ('pomex.toml line 2: unknown key "prot" in [server]. Did you mean port?\n')
+        assert capsys.readouterr().err == ('pomex.toml: unknown key "prot" in [server]. Did you mean port?\n')
 
 
 def test_a_database_that_cannot_be_used_ends_with_69_and_a_sentence(here, capsys):

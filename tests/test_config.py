@@ -31,58 +31,58 @@ COMPLAINTS = {
     # of the file
     "a key of another spelling": (
         "[server]\n\n[providers.local]\nbase-url = 'http://10.0.0.7:8000/v1'\n",
-        'pomex.toml line 4: unknown key "base-url" in [providers.local]. Did you mean base_url?'),
+        'pomex.toml: unknown key "base-url" in [providers.local]. Did you mean base_url?'),
     "an unknown key": (
         "[database]\nzzz = 1\n",
-        'pomex.toml line 2: unknown key "zzz" in [database]. Known keys: url, durability.'),
+        'pomex.toml: unknown key "zzz" in [database]. Known keys: url, durability.'),
     "an unknown section": ("\n[sever]\nport = 1\n",
-                           "pomex.toml line 2: unknown section [sever]. Did you mean [server]?"),
+                           "pomex.toml: unknown section [sever]. Did you mean [server]?"),
     "a key before the first section": (
-        "# mine\nport = 80\n", 'pomex.toml line 2: key "port" stands outside any section. Put it under [server].'),
+        "# mine\nport = 80\n", 'pomex.toml: key "port" stands outside any section. Put it under [server].'),
     "an unknown key before the first section": ("zzz = 80\n",
-                                                'pomex.toml line 1: key "zzz" stands outside any section.'),
+                                                'pomex.toml: key "zzz" stands outside any section.'),
     "broken TOML": ("[server]\nport 80\n",
                     "pomex.toml line 2: Expected '=' after a key in a key/value pair (column 6)"),
     "TOML that ends early": ('[server]\nhost = "', "pomex.toml: Unterminated string (at end of document)"),
-    "a section that is a value": ("server = 5\n", "pomex.toml line 1: server must be a table: [server]"),
+    "a section that is a value": ("server = 5\n", "pomex.toml: server must be a table: [server]"),
     "a provider that is a value": ("[providers]\nx = 5\n",
-                                   "pomex.toml line 2: providers.x must be a table: [providers.x]"),
+                                   "pomex.toml: providers.x must be a table: [providers.x]"),
     # of one value
     "text for a number": ('[server]\nport = "80"\n',
-                          'pomex.toml line 2: [server] port = "80": must be a whole number from 0 to 65535.'),
+                          'pomex.toml: [server] port = "80": must be a whole number from 0 to 65535.'),
     "a port out of range": ("[server]\nport = 70000\n",
-                            "pomex.toml line 2: [server] port = 70000: must be a whole number from 0 to 65535."),
+                            "pomex.toml: [server] port = 70000: must be a whole number from 0 to 65535."),
     "true for a number": ("[server]\nport = true\n",
-                          "pomex.toml line 2: [server] port = true: must be a whole number from 0 to 65535."),
+                          "pomex.toml: [server] port = true: must be a whole number from 0 to 65535."),
     "a number that is none": ("[server]\nheartbeat_s = nan\n",
-                              "pomex.toml line 2: [server] heartbeat_s = NaN: must be a number from 0.1 to 3600."),
-    "a number for text": ("[server]\nhost = 1\n", "pomex.toml line 2: [server] host = 1: must be a string that is not empty."),
+                              "pomex.toml: [server] heartbeat_s = NaN: must be a number from 0.1 to 3600."),
+    "a number for text": ("[server]\nhost = 1\n", "pomex.toml: [server] host = 1: must be a string that is not empty."),
     "no host, which is every interface": ('[server]\nhost = ""\n',
-                                          'pomex.toml line 2: [server] host = "": must be a string that is not empty.'),
+                                          'pomex.toml: [server] host = "": must be a string that is not empty.'),
     "brackets in brackets": ("[server]\nport = " + "[" * 5000, "pomex.toml: "),
     "a number of 5,000 digits": ("[server]\nport = " + "9" * 5000, "pomex.toml: Exceeds the limit"),
     "a number for a truth": ("[demo]\nenabled = 1\n",
-                             "pomex.toml line 2: [demo] enabled = 1: must be true or false."),
+                             "pomex.toml: [demo] enabled = 1: must be true or false."),
     "an unknown choice": ('[server]\nlog_format = "xml"\n',
-                          'pomex.toml line 2: [server] log_format = "xml": must be one of "plain", "json".'),
+                          'pomex.toml: [server] log_format = "xml": must be one of "plain", "json".'),
     "text for a list": ('[server]\npublic_hosts = "a.example"\n',
-                        'pomex.toml line 2: [server] public_hosts = "a.example": must be a list of strings.'),
+                        'pomex.toml: [server] public_hosts = "a.example": must be a list of strings.'),
     "a certificate alone": ('[server]\ntls_cert = "a.pem"\n',
-                            "pomex.toml line 1: [server] tls_cert and tls_key need each other."),
+                            "pomex.toml: [server] tls_cert and tls_key need each other."),
     "another database": ('[database]\nurl = "mysql://me:secret@host/db"\n',
-                         'pomex.toml line 2: [database] url = "mysql:...": must be like "sqlite:pomex.db".'),
+                         'pomex.toml: [database] url = "mysql:...": must be like "sqlite:pomex.db".'),
     # of providers
-    "a name in capitals": ("[providers.OpenAI]\n", 'pomex.toml line 1: provider name "OpenAI": use small letters, '
+    "a name in capitals": ("[providers.OpenAI]\n", 'pomex.toml: provider name "OpenAI": use small letters, '
                                                    'digits, "_", "." and "-".'),
     "no wire": ("[providers.x]\nbase_url = 'https://a.example/v1'\n",
-                "pomex.toml line 1: [providers.x] lacks wire_api, one of responses, chat"),
+                "pomex.toml: [providers.x] lacks wire_api, one of responses, chat"),
     "no address": ("[providers.x]\nwire_api = 'chat'\n",
-                   'pomex.toml line 1: [providers.x] lacks base_url, like "https://api.example.com/v1".'),
+                   'pomex.toml: [providers.x] lacks base_url, like "https://api.example.com/v1".'),
     "an unknown wire": ("[providers.x]\nwire_api = 'soap'\n",
-                        'pomex.toml line 2: [providers.x] wire_api = "soap": must be one of "responses", "chat", '
+                        'pomex.toml: [providers.x] wire_api = "soap": must be one of "responses", "chat", '
                         '"messages", "gemini", "demo".'),
     "an address without scheme": (provider('base_url = "llm.example.com/v1"'),
-                                  'pomex.toml line 3: [providers.x] base_url = "llm.example.com/v1": must be an '
+                                  'pomex.toml: [providers.x] base_url = "llm.example.com/v1": must be an '
                                   'address like "https://api.example.com/v1".'),
     "an address of another scheme": (provider('base_url = "ftp://a.example"'), "must be an address like"),
     "an address with a space": (provider('base_url = "https://a.example/v 1"'), "must be an address like"),
@@ -99,18 +99,18 @@ COMPLAINTS = {
     "a key over plain http": (provider('base_url = "http://llm.example.com/v1"\napi_key = "k"'),
                               "http would send the key for everybody on the way to read; use https."),
     "two keys": (provider('env_key = "OPENAI_API_KEY"\napi_key = "k"'),
-                 "pomex.toml line 4: [providers.x] has both env_key and api_key; keep one."),
+                 "pomex.toml: [providers.x] has both env_key and api_key; keep one."),
     "a variable that is not set": (
         "[providers.openai]\napi_key = \"env:OPENAI_KEY\"\n",
-        'pomex.toml line 2: [providers.openai] api_key = "env:OPENAI_KEY": that variable is not set. OPENAI_API_KEY '
+        'pomex.toml: [providers.openai] api_key = "env:OPENAI_KEY": that variable is not set. OPENAI_API_KEY '
         'is; is that it?'),
     "a variable that is not set, and nothing near": (
-        provider('env_key = "ZZZ"'), 'pomex.toml line 4: [providers.x] env_key = "ZZZ": that variable is not set.'),
+        provider('env_key = "ZZZ"'), 'pomex.toml: [providers.x] env_key = "ZZZ": that variable is not set.'),
     "a built-in without its key": (
-        "[providers.groq]\n", 'pomex.toml line 1: [providers.groq] env_key = "GROQ_API_KEY": that variable is not set'),
+        "[providers.groq]\n", 'pomex.toml: [providers.groq] env_key = "GROQ_API_KEY": that variable is not set'),
     "a file that is not there": (
         provider('api_key = "file:/run/x"'),
-        'pomex.toml line 4: [providers.x] api_key = "file:/run/x": that file cannot be read (No such file or '
+        'pomex.toml: [providers.x] api_key = "file:/run/x": that file cannot be read (No such file or '
         'directory).'),
     "a file with nothing in it": (provider('api_key = "file:/empty"'), "the key is empty."),
     "a key with a space": (provider('api_key = "sk secret"'),
@@ -118,7 +118,7 @@ COMPLAINTS = {
     "a key that is a number": (provider("api_key = 12345"), "api_key = (hidden): must be a string."),
     "a header from an unset variable": (
         provider('env_http_headers = { "x-key" = "NOT_SET" }'),
-        'pomex.toml line 4: [providers.x.env_http_headers] x-key = "NOT_SET": that variable is not set'),
+        'pomex.toml: [providers.x.env_http_headers] x-key = "NOT_SET": that variable is not set'),
     "a header with a line break": (provider('http_headers = { "x-a" = "1\\r\\nhost: evil" }'),
                                    "a header needs a plain name and a value of one line."),
     "a header with a bad name": (provider('http_headers = { "x a" = "1" }'), "a header needs a plain name"),
@@ -131,18 +131,18 @@ COMPLAINTS = {
                              'must be "off", "env" or an address like "http://proxy.example:3128".'),
     # of models
     "a model without its provider": ('[models."gpt-5"]\n',
-                                     'pomex.toml line 1: model name "gpt-5": it must be like "openai/gpt-5.3-codex".'),
+                                     'pomex.toml: model name "gpt-5": it must be like "openai/gpt-5.3-codex".'),
     "a target that is none": ('[models."a/b"]\ntargets = ["openai"]\n',
-                              'pomex.toml line 2: [models."a/b"] targets = ["openai"]: must be a list of '
+                              'pomex.toml: [models."a/b"] targets = ["openai"]: must be a list of '
                               '"provider:model"; a list inside it is one tier.'),
     "an empty tier": ('[models."a/b"]\ntargets = [[]]\n', "must be a list of"),
     "tiers in tiers": ('[models."a/b"]\ntargets = [["a:b", ["c:d"]]]\n', "must be a list of"),
     "a target nobody serves": (
         provider("", "azure") + '[models."a/b"]\ntargets = ["azur:m"]\n',
-        'pomex.toml line 6: [models."a/b"] targets: "azur:m" names no configured provider. Did you mean azure?'),
+        'pomex.toml: [models."a/b"] targets: "azur:m" names no configured provider. Did you mean azure?'),
     "a target of a provider that is not in the file": (
         '[demo]\nenabled = false\n[models."a/b"]\ntargets = ["openai:m"]\n',
-        'pomex.toml line 4: [models."a/b"] targets: "openai:m" names no configured provider. Add [providers.openai].'),
+        'pomex.toml: [models."a/b"] targets: "openai:m" names no configured provider. Add [providers.openai].'),
 }
 
 
@@ -153,22 +153,6 @@ def test_a_complaint_names_the_place_the_value_and_what_would_do(text, sentence)
     message = str(caught.value)
     assert message.startswith(sentence) if sentence.startswith("pomex.toml") else sentence in message
     assert "secret" not in message
-
-
-PLACES = {
-    "indented": "[server]\n\n   port = 'x'\n",
-    "quoted": "[server]\n# port = 1\n\"port\" = 'x'\n",
-    "dotted": "# one\n# two\nserver.port = 'x'\n",
-    "in a table whose name has a space": "[ server ]\n\nport='x'\n",
-    "after a list that looks like a heading": "[server]\npublic_hosts = [\n'a']\nport = 'x'\n",
-}
-
-
-@pytest.mark.parametrize("text", PLACES.values(), ids=PLACES)
-def test_the_line_is_found_in_every_spelling(text):
-    line = next(number for number, line in enumerate(text.splitlines(), 1) if "'x'" in line)
-    with pytest.raises(pomex.ConfigError, match=f"^pomex.toml line {line}: "):
-        load(text)
 
 
 def test_nothing_at_all_gives_the_defaults_and_a_database_in_the_state_folder():

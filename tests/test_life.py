@@ -231,7 +231,7 @@ def rest_until(link, mark):
 
 
 @pytest.mark.parametrize("text, said", {
-    "a wrong key": ("[server]\nport = 0\n[providers.local]\nbase-url = 'x'", r"line 4: unknown key \"base-url\" in"),
+    "a wrong key": ("[server]\nport = 0\n[providers.local]\nbase-url = 'x'", r"unknown key \"base-url\" in"),
     "not TOML": ("[server]\nport = ]", "line 2: "),
     "gone": (None, "cannot be read: No such file"),
 }.values(), ids=["a wrong key", "not TOML", "gone"])

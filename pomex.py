@@ -105,7 +105,18 @@ import tomllib
 import urllib.parse
 import weakref
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -528,21 +539,22 @@ def parse_request(line: bytes, headers: Headers, max_body_bytes: int | None) -> 
 class Reader(Generic[Head]):
     """What both sides share: the buffer, and bodies by length, by chunks, or up to the end of the connection.
 
-    next() gives a head, then the body in pieces (each is all that is at hand, not copied where that can be),
-    then END; or NEED_DATA. After feed_eof() it raises where the message is not whole.
+    next() returns the head, then the body in pieces as they come (not copied where that can be), then END; or NEED_DATA
+    where more input is required. After feed_eof() it raises if the message is not whole. What a message is made of is
+    read from top to bottom by generators, which yield what next() returns.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._data = b""
         self._at = 0                    # what is before it was given out
-        self._scanned = 0               # so many bytes from there hold no end of the section
+        self._scanned = 0               # this many bytes from there hold no end of the header block
         self._eof = False
         self._error: ProtocolError | None = None
-        self._step: Callable[[], Head | bytes | Signal] = self._pause
-        self._after: Callable[[], Head | bytes | Signal] = self._pause      # the step after END
-        self._left = 0                  # bytes to come of the body, or of this chunk and its CRLF
-        self._total = 0                 # size of the body as far as announced
+        self._parts: Iterator[Head | bytes | Signal] = self._messages()
+
+    def _messages(self) -> Iterator[Head | bytes | Signal]:
+        raise NotImplementedError
 
     def feed(self, data: bytes) -> None:
         self._data = self._data[self._at:] + data
@@ -556,28 +568,27 @@ class Reader(Generic[Head]):
         if self._error is not None:
             raise self._error
         try:
-            piece = self._step()
-            if piece is NEED_DATA:
-                self._starve()
-            return piece
+            return next(self._parts)
         except ProtocolError as error:
             self._error = error
             raise
 
-    def _starve(self) -> None:
-        self._data, self._at = self._data[self._at:], 0     # an idle connection keeps no read buffer alive
-        if self._eof and self._step != self._pause and (self._step != self._after or self._data):
+    def _free(self) -> None:
+        """Drops what was given out: an idle connection, or a request in its handler, keeps no read buffer alive."""
+        self._data, self._at = self._data[self._at:], 0
+
+    def _more_data(self) -> Signal:
+        """What to yield in the middle of a message."""
+        if self._eof:
             raise ProtocolError("The connection ended in the middle of a message.")
+        return self._pause()
 
     def _pause(self) -> Signal:
+        """What to yield where the connection may end as well."""
+        self._free()
         return NEED_DATA
 
-    def _finish(self) -> Signal:
-        self._step, self._scanned = self._after, 0
-        self._data, self._at = self._data[self._at:], 0     # or a large body would live as long as its handler
-        return END
-
-    def _section(self, limit: int) -> bytes | None:
+    def _header_block(self, limit: int) -> bytes | None:
         """The lines before the next empty line, without their last CRLF; None while that is not here yet."""
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
@@ -591,34 +602,49 @@ class Reader(Generic[Head]):
         self._scanned = len(data) - at
         return None
 
-    def _begin_body(self, length: int, chunked: bool) -> None:
-        self._left, self._total = length, 0
-        self._step = self._chunked if chunked else self._counted
+    def _body(self, length: int, chunked: bool) -> Iterator[bytes | Signal]:
+        yield from self._chunks() if chunked else self._counted(length)
+        self._free()
 
-    def _counted(self) -> bytes | Signal:
-        if not self._left:
-            return self._finish()
-        piece = self._data[self._at:self._at + self._left]
-        self._at += len(piece)
-        self._left -= len(piece)
-        return piece or NEED_DATA
+    def _counted(self, left: int) -> Iterator[bytes | Signal]:
+        while left:
+            piece = self._data[self._at:self._at + left]
+            self._at += len(piece)
+            left -= len(piece)
+            yield piece or self._more_data()
 
-    def _until_close(self) -> bytes | Signal:
-        piece, self._at = self._data[self._at:], len(self._data)
-        if not piece and self._eof:
-            return self._finish()
-        return piece or NEED_DATA
+    def _until_close(self) -> Iterator[bytes | Signal]:
+        while not self._eof or self._at < len(self._data):
+            piece, self._at = self._data[self._at:], len(self._data)
+            yield piece or self._pause()
 
-    def _chunked(self) -> bytes | Signal:
-        """The data of all chunks at hand, joined. What is wrong is said after the good before it is out."""
-        if self._at == len(self._data):
-            return NEED_DATA
-        pieces = [self._rest_of_chunk()] if self._left else []
-        if not self._left:
-            pieces += self._whole_chunks()
-            if self._open_chunk():
-                pieces.append(self._rest_of_chunk())
-        return b"".join(pieces) or self._odd_chunk()
+    def _chunks(self) -> Iterator[bytes | Signal]:
+        """RFC 9112 7.1. The data of the whole chunks at hand comes joined; the size is checked before the data is read."""
+        total = 0
+        while True:
+            if pieces := self._whole_chunks():
+                total += sum(map(len, pieces))
+                self._check_size(total)
+                yield b"".join(pieces)
+            line = CHUNK_LINE.match(self._data, self._at, self._at + MAX_CHUNK_LINE_BYTES)
+            if line is None:
+                rest = self._data[self._at:self._at + MAX_CHUNK_LINE_BYTES]
+                if len(rest) == MAX_CHUNK_LINE_BYTES or not CHUNK_START.fullmatch(rest):
+                    raise ProtocolError("The line before a chunk is malformed or too long.")
+                yield self._more_data()
+                continue
+            size, self._at = int(line[1], 16), line.end()
+            if not size:
+                break
+            total += size
+            self._check_size(total)
+            yield from self._counted(size)
+            while not self._data.startswith(CRLF, self._at):
+                if not CRLF.startswith(self._data[self._at:self._at + 2]):      # CVE-2025-43859: look at both
+                    raise ProtocolError("The data of a chunk is not followed by CRLF.")
+                yield self._more_data()
+            self._at += 2
+        yield from self._trailers()
 
     def _whole_chunks(self) -> list[bytes]:
         data, at, match, pieces = self._data, self._at, CHUNK_LINE.match, []
@@ -630,87 +656,57 @@ class Reader(Generic[Head]):
             pieces.append(data[start:end])
             at = end + 2
         self._at = at
-        self._announce(sum(map(len, pieces)))
         return pieces
 
-    def _open_chunk(self) -> bool:
-        """Is there the beginning of a chunk? Then its line is taken."""
-        line = CHUNK_LINE.match(self._data, self._at, self._at + MAX_CHUNK_LINE_BYTES)
-        size = int(line[1], 16) if line else 0
-        if line is None or not size:
-            return False
-        self._announce(size)
-        self._at, self._left = line.end(), size + 2
-        return True
-
-    def _rest_of_chunk(self) -> bytes:
-        piece = self._data[self._at:self._at + self._left - 2]
-        self._at += len(piece)
-        self._left -= len(piece)
-        if self._left == 2 and self._data.startswith(CRLF, self._at):
-            self._at, self._left = self._at + 2, 0
-        return piece
-
-    def _odd_chunk(self) -> Signal:
-        """No data: a last chunk, an unfinished line, or what is wrong."""
-        rest = self._data[self._at:self._at + MAX_CHUNK_LINE_BYTES]
-        if self._left:
-            if self._left == 2 and not CRLF.startswith(rest[:2]):       # CVE-2025-43859: look at both
-                raise ProtocolError("The data of a chunk is not followed by CRLF.")
-            return NEED_DATA
-        line = CHUNK_LINE.match(rest)
-        if line:
-            self._at += line.end()
-            self._step = self._trailers
-            return self._trailers()
-        if len(rest) == MAX_CHUNK_LINE_BYTES or not CHUNK_START.fullmatch(rest):
-            raise ProtocolError("The line before a chunk is malformed or too long.")
-        return NEED_DATA
-
-    def _trailers(self) -> Signal:
+    def _trailers(self) -> Iterator[Signal]:
         """Trailer fields are checked and thrown away (RFC 9110 6.5.1)."""
-        if self._data.startswith(CRLF, self._at):
-            self._at += 2
-            return self._finish()
-        section = self._section(self.limits.max_line_bytes)
-        if section is None:
-            return NEED_DATA
-        parse_fields(section, self.limits.max_headers)
-        return self._finish()
+        while not self._data.startswith(CRLF, self._at):
+            section = self._header_block(self.limits.max_line_bytes)
+            if section is not None:
+                parse_fields(section, self.limits.max_headers)
+                return
+            yield self._more_data()
+        self._at += 2
 
-    def _announce(self, size: int) -> None:
-        """So much more of the body will come; refused before it is read."""
-        self._total, limit = self._total + size, self.limits.max_body_bytes
-        if limit is not None and self._total > limit:
+    def _check_size(self, total: int) -> None:
+        limit = self.limits.max_body_bytes
+        if limit is not None and total > limit:
             raise ProtocolError(f"The body is over {limit} bytes.", 413)
 
 
 class RequestReader(Reader[RequestHead]):
     """The server's side. After END the next call begins with the next request, unless the last one closes."""
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits)
-        self._step = self._after = self._head
-        self._blank_skipped = False
+    _between = True         # no request is under way
 
     @property
     def idle(self) -> bool:
         """Between requests, with nothing of the next one here."""
-        return self._step == self._head and self._at == len(self._data)
+        return self._between and self._at == len(self._data)
 
-    def _head(self) -> RequestHead | Signal:
-        if not self._blank_skipped and self._data.startswith(CRLF, self._at):   # RFC 9112 2.2
-            self._at, self._blank_skipped = self._at + 2, True
-        self._check_start()
-        section = self._section(self.limits.max_head_bytes)
-        if section is None:
-            return NEED_DATA
+    def _messages(self) -> Iterator[RequestHead | bytes | Signal]:
+        keep_alive = True
+        while keep_alive:
+            head = yield from self._head()
+            self._between, keep_alive = False, head.keep_alive
+            yield head
+            yield from self._body(head.length or 0, head.chunked)
+            self._between = keep_alive
+            yield END
+        while True:         # what follows the last request is not read
+            yield self._pause()
+
+    def _head(self) -> Generator[Signal, None, RequestHead]:
+        blank_skipped = False
+        while True:
+            if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
+                self._at, blank_skipped = self._at + 2, True
+            self._check_start()
+            section = self._header_block(self.limits.max_head_bytes)
+            if section is not None:
+                break
+            yield self._pause() if self.idle else self._more_data()
         line, _, fields = section.partition(CRLF)
-        head = parse_request(line, parse_fields(fields, self.limits.max_headers), self.limits.max_body_bytes)
-        self._blank_skipped = False
-        self._after = self._head if head.keep_alive else self._pause
-        self._begin_body(head.length or 0, head.chunked)
-        return head
+        return parse_request(line, parse_fields(fields, self.limits.max_headers), self.limits.max_body_bytes)
 
     def _check_start(self) -> None:
         """What cannot become a request is refused before any CRLF: a TLS hello, NULs, an endless line."""
@@ -723,21 +719,21 @@ class RequestReader(Reader[RequestHead]):
 
 class ResponseReader(Reader[ResponseHead]):
     """The client's side. Its errors are the upstream's doing: 502, retryable."""
+    _method = ""            # of the request that is out; "": none is
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         super().__init__(limits)
-        self._method = ""
 
     @property
     def idle(self) -> bool:
         """Between answers, with nothing here that nobody asked for: the connection can be used again."""
-        return self._step == self._pause and self._at == len(self._data)
+        return not self._method and self._at == len(self._data)
 
     def start(self, method: str) -> None:
         """A request of that method goes out. Bytes that came before it would be taken for its answer."""
         if not self.idle:
             raise RuntimeError("the connection is not ready for another request")
-        self._method, self._step = method, self._head
+        self._method = method
 
     def next(self) -> ResponseHead | bytes | Signal:
         try:
@@ -746,36 +742,43 @@ class ResponseReader(Reader[ResponseHead]):
             error.status, error.type, error.code, error.retryable = 502, "server_error", "server_error", True
             raise
 
-    def _head(self) -> ResponseHead | Signal:
+    def _messages(self) -> Iterator[ResponseHead | bytes | Signal]:
+        while True:
+            while not self._method:
+                yield self._pause()
+            line, headers = yield from self._head()
+            version, status, reason = (1, int(line[1])), int(line[2]), (line[3] or b"").decode("latin-1")
+            keep_alive = keeps_alive(headers, version)
+            length: int | None = 0
+            chunked = False
+            if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
+                length = None
+            elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
+                length, chunked = framing(headers, version)
+            framed = chunked or length is not None
+            self._check_size(length or 0)
+            yield ResponseHead(status, reason, version, headers, keep_alive and framed, length, chunked)
+            yield from self._body(length or 0, chunked) if framed else self._until_close()
+            self._method = ""
+            yield END
+
+    def _head(self) -> Generator[Signal, None, tuple[re.Match[bytes], Headers]]:
+        """Status line and headers of the final answer; those of 1xx answers are passed over."""
         while True:
             beginning = self._data[self._at:self._at + 7]
             if not b"HTTP/1.".startswith(beginning):
                 raise ProtocolError("The answer does not begin with HTTP/1.1.")
-            section = self._section(self.limits.max_head_bytes)
+            section = self._header_block(self.limits.max_head_bytes)
             if section is None:
-                return NEED_DATA
+                yield self._more_data()
+                continue
             line, _, fields = section.partition(CRLF)
             match = STATUS_LINE.fullmatch(line)
             if match is None or match[2] == b"101":     # an upgrade is never asked for
                 raise ProtocolError("The answer's status line is malformed, or switches protocols.")
             headers = parse_fields(fields, self.limits.max_headers)
             if match[2] >= b"200":
-                return self._final(match, headers)
-
-    def _final(self, line: re.Match[bytes], headers: Headers) -> ResponseHead:
-        version, status, reason = (1, int(line[1])), int(line[2]), (line[3] or b"").decode("latin-1")
-        keep_alive = keeps_alive(headers, version)
-        if self._method == "HEAD" or status in (204, 304):      # RFC 9112 6.3: no body in any case
-            self._begin_body(0, False)
-            return ResponseHead(status, reason, version, headers, keep_alive, 0, False)
-        tunnel = self._method == "CONNECT" and 200 <= status < 300     # RFC 9110 9.3.6: no framing
-        length, chunked = (None, False) if tunnel else framing(headers, version)
-        if length is None and not chunked:
-            self._step, keep_alive = self._until_close, False
-        else:
-            self._begin_body(length or 0, chunked)
-            self._announce(length or 0)
-        return ResponseHead(status, reason, version, headers, keep_alive, length, chunked)
+                return match, headers
 
 
 # --- writers --------------------------------------------------------------------------------------

@@ -219,11 +219,11 @@ def test_a_body_is_not_copied_when_the_reads_hold_nothing_else():
     assert reader.next() is END
 
 
-def test_all_chunks_at_hand_are_one_piece():
+def test_all_whole_chunks_at_hand_are_one_piece():
     reader = RequestReader(Limits())
     reader.feed(CHUNKED + b"".join(chunk(b"x" * n) for n in range(1, 40)) + b"64\r\nyy")
     reader.next()
-    assert reader.next() == b"x" * 780 + b"yy"
+    assert [reader.next(), reader.next()] == [b"x" * 780, b"yy"]
     assert reader.next() is NEED_DATA
     reader.feed(b"z" * 98 + b"\r\n" + LAST_CHUNK)
     assert [reader.next(), reader.next(), reader.next()] == [b"z" * 98, END, NEED_DATA]

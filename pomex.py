@@ -8299,6 +8299,8 @@ class Wire(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        with contextlib.suppress(OSError):      # asyncio leaves out what socket.create_server accepts
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
         self.pieces.append(data)
@@ -8789,7 +8791,7 @@ class Upstream:
         if origin.proxy:
             host, port, _ = proxy_address(origin.proxy)
         wire = await first_of(await self.addresses(host, port))
-        peer = wire.transport.get_extra_info("socket")      # asyncio itself sets TCP_NODELAY
+        peer = wire.transport.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):     # NATs forget a silent connection after some minutes
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)

@@ -707,6 +707,57 @@ def test_a_taken_port_is_an_error_and_a_given_socket_is_used():
     run(main)
 
 
+def nodelay(wire):
+    return wire.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def handed(host, family):
+    """A listener as systemd and a parent process hand it over: known by its number alone."""
+    return socket.socket(fileno=socket.create_server((host, 0), family=family).detach())
+
+
+LISTENERS = {
+    "our own": lambda: (),
+    "made without a protocol": lambda: [socket.create_server(("127.0.0.1", 0))],
+    "handed over": lambda: [handed("127.0.0.1", socket.AF_INET)],
+    "handed over, IPv6": lambda: [handed("::1", socket.AF_INET6)],
+}
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("name", LISTENERS)
+def test_no_token_waits_for_an_acknowledgement(name, tls, request):
+    """Nagle's algorithm holds a small write back until the one before it is acknowledged, which a client may put off by 40 ms."""
+    if "IPv6" in name and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    fields = request.getfixturevalue("certificate") if tls else {}
+    context = ssl._create_unverified_context() if tls else None
+    handler = Handler()
+
+    async def main():
+        server = pomex.Server(handler, pomex.ServerConfig(**{**LIMITS, **fields}), handler.access)
+        await server.start(LISTENERS[name]())
+        async with connected(server, ssl=context) as (reader, writer):
+            for _ in range(2):          # the second on the connection that was kept
+                writer.write(GET)
+                assert (await answer(reader))[0] == 200
+                assert [nodelay(wire) != 0 for wire in server.connections] == [True]
+        await server.drain(0)
+    run(main)
+
+
+def test_a_wire_may_be_a_socket_without_the_option():
+    async def main():
+        ours, theirs = socket.socketpair()
+        transport, wire = await asyncio.get_running_loop().create_connection(pomex.Wire, sock=ours)
+        theirs.sendall(b"hello")
+        await until(lambda: wire.pieces)
+        assert wire.pieces == [b"hello"]
+        transport.abort()
+        theirs.close()
+    run(main)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     if not shutil.which("openssl"):

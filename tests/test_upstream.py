@@ -278,6 +278,23 @@ def test_a_connection_is_used_again():
     run(main)
 
 
+def options_of(upstream):
+    """TCP_NODELAY of every connection that is kept."""
+    kept = [wire.transport.get_extra_info("socket") for wires in upstream.idle.values() for wire in wires]
+    return [made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0 for made in kept]
+
+
+def test_a_request_does_not_wait_for_an_acknowledgement(certificates):
+    async def main():
+        async with Scripted(says(ANSWER)) as server, upstream_of() as upstream:
+            await ask(upstream, provider(server.port))
+            assert options_of(upstream) == [True]
+        async with Scripted(says(ANSWER), ssl=server_context(certificates)) as server, upstream_of() as upstream:
+            await ask(upstream, provider(server.port, "https", "localhost", ca_file=str(certificates / "ca.pem")))
+            assert options_of(upstream) == [True]
+    run(main)
+
+
 def test_a_decoder_that_stops_at_the_last_event_still_gives_the_connection_back():
     async def main():
         async with Scripted(says(CHUNKED, ANSWER)) as server, upstream_of() as upstream:

@@ -1,7 +1,8 @@
 """What a request costs: python3 tests/bench
 
 CPU time of Pomex beside that of nginx as a plain reverse proxy, in the same minutes, with keys and usage rows on;
-memory at rest; time to the first answer. Figures are multiples, since only those can be compared between machines.
+memory at rest; time to the first answer. Figures are multiples, since only those can be compared between machines;
+but for the latency of a token over a kept-alive connection, in ms, beside that of a connection straight to the provider.
 Needs Linux, gcc, nginx and the load rig in ../shared/rig beside the repository; says what is missing.
 Exit code 1: a target is missed.
 """
@@ -9,20 +10,25 @@ import argparse
 import contextlib
 import functools
 import http.client
+import http.server
 import importlib.util
+import json
 import pathlib
+import re
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RIG = REPOSITORY.parent / "shared" / "rig"
 BARE = "import asyncio, ssl, sqlite3, tomllib"      # what the start is measured against
-MAX_RSS_MB, MAX_START = 30.0, 4.0
+MAX_RSS_MB, MAX_START, MAX_TOKEN_MS = 30.0, 4.0, 3.0
+TOKENS, TOKEN_S = 60, 0.005         # of one answer, and between two of them
 
 # scenario of the rig, the model asked for ("paced/..." goes to the paced upstream), CPU counted per, at most x nginx
 SCENARIOS = [
@@ -60,6 +66,15 @@ api_key = "env:MOCK_KEY"
 [providers.pacedchat]
 wire_api = "chat"
 base_url = "http://127.0.0.1:{paced}/v1"
+api_key = "env:MOCK_KEY"
+[providers.tokens]
+wire_api = "responses"
+relay = "bytes"
+base_url = "http://127.0.0.1:{tokens}/v1"
+api_key = "env:MOCK_KEY"
+[providers.tokenschat]
+wire_api = "chat"
+base_url = "http://127.0.0.1:{tokens}/v1"
 api_key = "env:MOCK_KEY"
 """
 
@@ -110,10 +125,10 @@ class Bench:
     def __init__(self, folder, program):
         self.folder = folder
         self.program = [sys.executable, str(program)]
-        self.ports = {name: free_port() for name in ("pomex", "blast", "paced", "nginx_blast", "nginx_paced")}
+        self.ports = {name: free_port() for name in ("pomex", "blast", "paced", "nginx_blast", "nginx_paced", "tokens")}
         self.environ = {"MOCK_KEY": "sk-upstream", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
         (folder / "pomex.toml").write_text(CONFIG.format(
-            port=self.ports["pomex"], blast=self.ports["blast"], paced=self.ports["paced"]))
+            port=self.ports["pomex"], blast=self.ports["blast"], paced=self.ports["paced"], tokens=self.ports["tokens"]))
         self.key = self.run("keys", "create", "bench").strip()
 
     def command(self, *arguments):
@@ -174,6 +189,58 @@ class Bench:
         if got.get("errors") or not got.get("done"):
             sys.exit(f"{target['name']}, {scenario}: {got.get('first_error') or got}")
         return got
+
+
+class TokenProvider(http.server.BaseHTTPRequestHandler):
+    """Sends a token every 5 ms, on the wire that it is asked on; its text is the moment of its sending, in ns."""
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):      # Pomex ends with a connection kept
+            super().handle()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        head, token, tail = responses_frames() if self.path.endswith("/responses") else chat_frames()
+        self.send(*head)
+        for _ in range(TOKENS):
+            time.sleep(TOKEN_S)
+            self.send(token(str(time.perf_counter_ns())))
+        self.send(*tail)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def send(self, *frames):
+        data = "".join(f"data: {json.dumps(frame)}\n\n" for frame in frames).encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def log_message(self, *_):
+        pass
+
+
+def chat_frames():
+    """What comes before the tokens, a token, and what comes behind them."""
+    def choice(delta, reason=None):
+        return {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": TOKENS}}
+    return [choice({"role": "assistant"})], lambda text: choice({"content": text}), [choice({}, "stop"), usage]
+
+
+def responses_frames():
+    response = {"id": "resp_1", "object": "response", "status": "in_progress", "model": "m", "output": []}
+    item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+    done = {**item, "status": "completed", "content": [{"type": "output_text", "text": "x", "annotations": []}]}
+    usage = {"input_tokens": 9, "output_tokens": TOKENS, "total_tokens": 9 + TOKENS}
+    where = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    head = [{"type": "response.created", "response": response},
+            {"type": "response.output_item.added", "output_index": 0, "item": item}]
+    tail = [{"type": "response.output_item.done", "output_index": 0, "item": done},
+            {"type": "response.completed", "response": {**response, "status": "completed", "output": [done], "usage": usage}}]
+    return head, lambda text: {"type": "response.output_text.delta", **where, "delta": text}, tail
 
 
 @functools.cache
@@ -247,9 +314,47 @@ def measure_start(bench, repeat):
     return row("start to first answer", ratio, MAX_START, f"{mine:.3f} s against {other:.3f} s of bare imports")
 
 
+def measure_latency(bench, repeat):
+    """From the provider's write of a token to its arrival, over one connection that is kept; and without Pomex."""
+    provider = http.server.ThreadingHTTPServer(("127.0.0.1", bench.ports["tokens"]), TokenProvider)
+    provider.daemon_threads = True
+    threading.Thread(target=provider.serve_forever, daemon=True).start()
+    kept = True
+    with bench.gateway() as gateway:
+        wait_for(bench.ports["pomex"], gateway, "Pomex")
+        for title, model, path in (("token passed, p90, ms", "tokens/m", "/v1/responses"),
+                                   ("token from chat, p90, ms", "tokenschat/m", "/v1/chat/completions")):
+            direct = token_latencies(bench.ports["tokens"], path, model, bench.key, repeat)
+            ours = token_latencies(bench.ports["pomex"], "/v1/responses", model, bench.key, repeat)
+            kept &= row(title, ours[1], MAX_TOKEN_MS, "p50 {:.2f}, max {:.2f}; direct p50 {:.2f}, p90 {:.2f}, max {:.2f}"
+                        .format(ours[0], ours[2], *direct))
+    provider.shutdown()
+    provider.server_close()
+    return kept
+
+
+def token_latencies(port, path, model, key, repeat):
+    """p50, p90 and the longest, in ms, of the answers to some requests one after the other."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    body = json.dumps({"model": model, "stream": True, "input": "Hello", "messages": []})
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    found = []
+    for _ in range(4 * repeat):
+        connection.request("POST", path, body, headers)
+        answer = connection.getresponse()
+        while line := answer.readline():
+            if sent := re.search(rb'"(?:delta|content)": ?"(\d+)"', line):
+                found.append((time.perf_counter_ns() - int(sent[1])) / 1e6)
+    connection.close()
+    if len(found) != 4 * repeat * TOKENS:
+        sys.exit(f"port {port}: {len(found)} tokens came of {4 * repeat * TOKENS}")
+    found.sort()
+    return found[len(found) // 2], found[len(found) * 9 // 10], found[-1]
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python3 tests/bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("only", nargs="*", help="parts of names: json big sse paced chat; rest, start")
+    parser.add_argument("only", nargs="*", help="parts of names: json big sse paced chat; rest, start, latency")
     parser.add_argument("-r", "--repeat", type=int, default=3, help="pairs of runs a scenario (default 3)")
     parser.add_argument("-t", "--seconds", type=int, default=2, help="of one run (default 2)")
     parser.add_argument("--program", default=REPOSITORY / "pomex.py", help="the pomex.py to measure")
@@ -264,11 +369,13 @@ def main():
             kept &= measure_rest(bench)
         if not args.only or "start" in args.only:
             kept &= measure_start(bench, 2 * args.repeat + 1)
+        if not args.only or "latency" in args.only:
+            kept &= measure_latency(bench, args.repeat)
         if lacking := missing():
             print("CPU beside nginx: not measured. Missing: " + "; ".join(lacking))
-        elif set(args.only) - {"rest", "start"} or not args.only:
+        elif set(args.only) - {"rest", "start", "latency"} or not args.only:
             bench.build_rig()
-            kept &= measure_load(bench, args.repeat, args.seconds, set(args.only) - {"rest", "start"})
+            kept &= measure_load(bench, args.repeat, args.seconds, set(args.only) - {"rest", "start", "latency"})
     return 0 if kept else 1
 
 

@@ -870,7 +870,7 @@ def encoded(items: list[JSON], dialect: str = "generic", model: str = "m", **fie
 
 
 def recorded_requests() -> Iterator[pathlib.Path]:
-    yield from sorted((SHARED / "codex-requests").glob("*/*.json"))
+    yield from sorted((SHARED / "codex-requests").glob("*/[0-9]*.json"))
     yield from exchanges("responses", "request.json")
 
 

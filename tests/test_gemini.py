@@ -635,7 +635,7 @@ def check_config(body: JSON, model: str, new: bool, thinks: bool) -> None:
 
 
 def recorded_requests() -> Iterator[pathlib.Path]:
-    yield from sorted((SHARED / "codex-requests").glob("*/*.json"))
+    yield from sorted((SHARED / "codex-requests").glob("*/[0-9]*.json"))
     yield from sorted(RECORDED.glob("responses/*/request.json"))
 
 
@@ -1123,7 +1123,7 @@ def test_18_after_another_provider_its_reasoning_is_named_and_the_dummy_steps_in
 
 def codex_conversations() -> list[tuple[JSON, JSON]]:
     """Pairs of recorded requests of which one goes on where the other ends."""
-    bodies = [json.loads(path.read_bytes()) for path in sorted((SHARED / "codex-requests").glob("*/*.json"))]
+    bodies = [json.loads(path.read_bytes()) for path in sorted((SHARED / "codex-requests").glob("*/[0-9]*.json"))]
     return [(a, b) for a in bodies for b in bodies
             if len(a["input"]) < len(b["input"]) and b["input"][:len(a["input"])] == a["input"] and a.get("tools") == b.get("tools")]
 

@@ -662,7 +662,7 @@ def check_strict(schema: Any) -> None:
 def asked_bodies() -> list[tuple[str, JSON]]:
     """Every request of Codex, and every recorded Responses request that this gateway takes."""
     found = []
-    for path in [*sorted(SHARED.glob("codex-requests/*/*.json")), *exchanges("request.json", "responses")]:
+    for path in [*sorted(SHARED.glob("codex-requests/*/[0-9]*.json")), *exchanges("request.json", "responses")]:
         body = json.loads(path.read_bytes())
         body = body.get("body", body) if "input" not in body else body
         try:

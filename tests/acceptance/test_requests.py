@@ -9,7 +9,7 @@ import pytest
 from harness import HERE, POMEX, SHARED, clean_environment, package_python
 from strict import CLAUDES, Claude, Refused, check_contents, check_gemini_tools, check_generation, check_messages
 
-CODEX = sorted((SHARED / "codex-requests").glob("*/*.json"))
+CODEX = sorted((SHARED / "codex-requests").glob("*/[0-9]*.json"))
 RECORDED = sorted((SHARED / "recorded" / "responses").glob("*/request.json"))
 REQUESTS = [*CODEX, *RECORDED]
 pytestmark = pytest.mark.skipif(not CODEX, reason="../shared/codex-requests does not lie beside the repository")

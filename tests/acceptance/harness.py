@@ -27,7 +27,9 @@ ROOT = HERE.parent.parent
 POMEX = Path(os.environ.get("POMEX_FILE") or ROOT / "pomex.py")
 SHARED = ROOT.parent / "shared"
 TOOLS = Path(os.environ.get("POMEX_TOOLS") or Path.home() / ".cache" / "pomex-tools")
-CODEX_VERSIONS = ("0.128.0", "latest")
+PINNED_CODEX = re.findall(r"^codex-(\S+) +npm", (ROOT / ".ci" / "run").read_text().split("NEWEST=")[0], re.M)
+CODEX_VERSIONS = tuple(os.environ.get("POMEX_CODEX", "").split() or PINNED_CODEX)       # the oldest supported first
+NEWEST_CODEX = CODEX_VERSIONS[-1]
 SDK_LINES = (1, 2, 3)
 REQUIRE_TOOLS = os.environ.get("POMEX_REQUIRE_TOOLS") == "1"
 DIRECT = os.environ.get("POMEX_ACCEPTANCE_DIRECT") == "1"      # see conftest.py

@@ -2,19 +2,19 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import DIRECT, HERE, Codex, Hung, Pomex, free_port, running_pomex
-from scripted import Call, Custom, Reasoning, Refusal, Script, Seen, flat_text, offered, says
+from harness import DIRECT, HERE, NEWEST_CODEX, Codex, Hung, Pomex, Turn, free_port, running_pomex
+from scripted import Answer, Call, Custom, Reasoning, Refusal, Script, Seen, flat_text, offered, says
 
 ONE_RETRY = ("-c", "model_providers.pomex.stream_max_retries=1")        # of five: the tests need not wait for all
-newest = pytest.mark.parametrize("version", ["latest"])                 # what older ones do not do
+newest = pytest.mark.parametrize("version", [NEWEST_CODEX])             # what older ones do not do
 through_pomex_only = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
 
 
@@ -120,17 +120,31 @@ def unescaped(seen: Seen) -> str:
 def test_parallel_calls_come_back_as_one_batch_in_order(codex: Codex, script: Script) -> None:
     words = ("first", "second", "third")
     calls = says(*(Call("exec_command", {"cmd": f"echo {word}-$((1 + 1))"}) for word in words))
-    for _ in range(3):
-        script.play(calls, says("All ran."))
-        with contextlib.suppress(Hung):     # 0.128.0 does, once in some hundred times, also without Pomex in between
-            turn = codex.exec("Run three", timeout=20)
-            break
+    turn = turn_with_parallel_calls(codex, script, calls, says("All ran."))
     assert turn.answer == "All ran."
     assert len(turn.items("command_execution")) == 3
     results = script.seen[1].tool_results
     assert [word in result for word, result in zip(words, results, strict=True)] == [True] * 3
     assert calls_before_outputs(script.seen[1]) == "cccooo"
     script.played_out(requests=2)
+
+
+def turn_with_parallel_calls(codex: Codex, script: Script, *answers: Answer) -> Turn:
+    """Codex 0.128.0 hangs by itself at three `exec_command` at once, once in some fifteen turns, also without Pomex in between:
+    it has six tries, and its own log of each hang is kept and told as a warning. No other test tries anything twice."""
+    if codex.version != "0.128.0":
+        script.play(*answers)
+        return codex.exec("Run three")
+    codex.environment["RUST_LOG"] = "info"
+    for number in range(6):
+        script.play(*answers)
+        try:
+            return codex.exec("Run three", timeout=8)
+        except Hung as hung:
+            log = codex.home.parent / f"hung-{number}.log"
+            log.write_text(str(hung))
+            warnings.warn(f"{len(script.seen)} requests came; kept as {log}:\n{str(hung)[-3000:]}", stacklevel=2)
+    raise Hung("Codex 0.128.0 hung six times: see the warnings")
 
 
 def calls_before_outputs(seen: Seen) -> str:

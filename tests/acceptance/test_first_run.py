@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pomex as program
 import pytest
-from harness import (DIRECT, HERE, JSON, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary, found_in_log, free_port,
-                     keep_lines, llama_python, running_pomex)
+from harness import (CODEX_VERSIONS, DIRECT, HERE, JSON, NEWEST_CODEX, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary,
+                     found_in_log, free_port, keep_lines, llama_python, running_pomex)
 from scripted import Answer, Call, Refusal, Upstream, says
 
 pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
@@ -85,7 +85,7 @@ def shell(home: Path, **more: str) -> Shell:
     (home / "pomex" / "pomex.py").symlink_to(POMEX)
     for name in ("python", "python3"):
         (home / "bin" / name).symlink_to(sys.executable)
-    (home / "bin" / "codex").symlink_to(codex_binary("latest"))
+    (home / "bin" / "codex").symlink_to(codex_binary(NEWEST_CODEX))
     environment = clean_environment(home, **more)
     return Shell(home, {**environment, "PATH": f"{home / 'bin'}:{environment['PATH']}"})
 
@@ -437,7 +437,7 @@ def pattern(sentence: str) -> str:
     return sentence.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?").replace("*", r"\*").replace("$", r"\$")
 
 
-@pytest.mark.parametrize("version, name", [*(("latest", name) for name in MISTAKES), *(("0.128.0", name) for name in OLD_TOO)])
+@pytest.mark.parametrize("version, name", [*((NEWEST_CODEX, name) for name in MISTAKES), *(("0.128.0", name) for name in OLD_TOO)])
 def test_codex_the_log_and_the_setup_page_say_the_same_sentence(setup: Setup, version: str, name: str, tmp_path: Path) -> None:
     mistake, gateway = MISTAKES[name], setup.gateway
     codex = Codex(version, tmp_path, mistake.change(gateway.codex_block()), setup.keys[mistake.key])
@@ -466,7 +466,7 @@ def test_codex_the_log_and_the_setup_page_say_the_same_sentence(setup: Setup, ve
     assert lines and lines[-1].split()[1] == str(mistake.status), gateway.log[logged:]
 
 
-@pytest.mark.parametrize("version", ["0.128.0", "latest"])
+@pytest.mark.parametrize("version", CODEX_VERSIONS)
 def test_codex_that_tries_a_websocket_is_told_so_and_goes_on_over_http(setup: Setup, version: str, tmp_path: Path) -> None:
     block = setup.gateway.codex_block() + "\nsupports_websockets = true\n"
     codex, seen = Codex(version, tmp_path, block, setup.keys["good"]), len(setup.news)
@@ -504,7 +504,7 @@ def test_a_raw_mistake_is_told_the_same_way(setup: Setup, name: str) -> None:
 def test_a_busy_limit_is_told_to_codex_as_a_wait(setup: Setup, tmp_path: Path) -> None:
     """Codex waits by itself and asks again: nobody needs to do anything."""
     key = setup.gateway.command("keys", "create", "slow", "--rpm", "1").strip()
-    codex = Codex("latest", tmp_path, setup.gateway.codex_block(), key)
+    codex = Codex(NEWEST_CODEX, tmp_path, setup.gateway.codex_block(), key)
     codex.model = "demo/echo"
     assert setup.gateway.post({"model": "demo/echo", "input": "Hi"}, key=key).status == 200
     turn = codex.exec("Hello", *ONCE)
@@ -547,7 +547,7 @@ def clone(tmp_path: Path) -> Shell:
     return made
 
 
-@pytest.mark.parametrize("version", ["0.128.0", "latest"])
+@pytest.mark.parametrize("version", CODEX_VERSIONS)
 def test_from_the_clone_to_codexs_first_answer(clone: Shell, version: str) -> None:
     use_codex(clone, version)
     command = re.findall(r"^```sh\n(\S+ pomex\.py \S+)", (ROOT / "README.md").read_text(), re.M)[0]

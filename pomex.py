@@ -99,6 +99,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import threading
 import time
 import tomllib
@@ -6003,6 +6004,34 @@ def toml_path(line: str) -> tuple[str, ...]:
     return tuple(path)
 
 
+KeyPath = tuple[str, ...]
+TOML_PARTS = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|'
+                         r'[^"\'#\n\[\]{}=]+|.', re.DOTALL)
+
+
+def toml_statements(text: str) -> list[tuple[KeyPath, str]]:
+    """(key path, text) of each header and pair of a valid document, and of each line that is neither, with path (). A piece
+    ends with its newline; together they are the document."""
+    found: list[tuple[KeyPath, str]] = []
+    header: KeyPath = ()
+    piece = key = ""
+    depth = 0
+    for part in TOML_PARTS.findall(text):
+        if part == "=" and not key:
+            key = piece
+        piece += part
+        depth += (part in "[{") - (part in "]}")
+        if part != "\n" or depth:
+            continue
+        if piece.lstrip().startswith("["):
+            header = toml_path(piece.strip())
+            found.append((header, piece))
+        else:
+            found.append((header + toml_path(key + "= 0") if key else (), piece))
+        piece = key = ""
+    return found
+
+
 def toml_name(path: tuple[str, ...]) -> str:
     """A key path as a user writes it."""
     return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
@@ -11726,7 +11755,7 @@ def read_text(path: str) -> str:
 
 def write_new(path: str | pathlib.Path, text: str) -> None:
     """A file for this user alone; FileExistsError where there is one."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
@@ -11875,8 +11904,8 @@ def time_span(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def home_short(path: str) -> str:
-    home = os.path.expanduser("~")
+def home_short(path: str | pathlib.Path) -> str:
+    home, path = os.path.expanduser("~"), str(path)
     return "~" + path[len(home):] if path.startswith(home + os.sep) else path
 
 
@@ -12610,8 +12639,8 @@ def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> 
     codex = add(commands, "codex", run_codex, "print the configuration for Codex, or put it in place", place)
     codex.add_argument("--model", help="the model to begin with")
     form = codex.add_mutually_exclusive_group()
-    form.add_argument("--write", action="store_true", help="merge it into Codex's config.toml; a .bak is kept")
-    form.add_argument("--undo", action="store_true", help="put the .bak back")
+    form.add_argument("--write", action="store_true", help="merge it into Codex's config.toml; a backup is kept")
+    form.add_argument("--undo", action="store_true", help="take it out again; what has changed since stays")
     form.add_argument("--run", dest="start", action="store_true", help="start codex with it, changing no file: --run -- PROMPT")
     codex.add_argument("--profile", action="store_true", help="in a file of its own, pomex.config.toml: codex --profile pomex")
     codex.add_argument("prompt", nargs="*", metavar="PROMPT", help="arguments of codex")
@@ -12692,12 +12721,12 @@ def codex_home() -> pathlib.Path:
 
 
 def run_codex(args: argparse.Namespace) -> int:
-    config, found = asyncio.run(surveyed(read_config(args)))
-    model = args.model or codex_model(config, found)
-    block = codex_block(own_url(config), model)
     path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
     if args.undo:
         return undo_codex(path)
+    config, found = asyncio.run(surveyed(read_config(args)))
+    model = args.model or codex_model(config, found)
+    block = codex_block(own_url(config), model)
     if args.write or args.profile:
         code = write_codex(path, block)
         if args.profile and code == 0:
@@ -12709,83 +12738,127 @@ def run_codex(args: argparse.Namespace) -> int:
     return 0
 
 
+# Codex writes to its config.toml as well, so what is ours there is known by these keys. Each is taken back as a whole: Codex
+# refuses a part of a provider's table.
+CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), ("model_providers", "pomex"))
+
+
+def toml_leaves(text: str) -> dict[KeyPath, Any]:
+    """key path -> value, of everything that is not a table."""
+    def walk(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
+        if not isinstance(value, dict):
+            yield path, value
+            return
+        for key, inner in value.items():
+            yield from walk((*path, key), inner)
+    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff"))))
+
+
+def with_values(text: str, values: Mapping[KeyPath, Any], keys: Sequence[KeyPath]) -> str:
+    """A document with these values in place of all that it says of these CODEX_KEYS. ConfigError if its form does not allow
+    that."""
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    mark = "\ufeff" * text.startswith("\ufeff")
+    ours = {path: value for path, value in values.items() if path[:2] in keys}
+    top, table = ([f"{toml_name(path[start:])} = {json.dumps(value, ensure_ascii=False, default=str)}{line_end}"
+                   for path, value in ours.items() if (len(path) > 1) == bool(start)] for start in (0, 2))
+    top += [piece for path, piece in toml_statements(re.sub(r"\r?\n|(?<=[^\n])\Z", line_end, text.removeprefix(mark)))
+            if path[:2] not in keys]
+    if table:
+        table.insert(0, f"{line_end}[{toml_name(CODEX_KEYS[-1])}]{line_end}")
+    changed = mark + "".join(top).rstrip() + line_end + "".join(table)
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        others = {path: value for path, value in toml_leaves(text).items() if path[:2] not in keys}
+        if toml_leaves(changed) == {**others, **ours}:
+            return changed
+    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it by hand: "
+                      f"{', '.join(map(toml_name, keys))}. Pomex's lines: python pomex.py codex")
+
+
 def with_block(text: str, block: Sequence[str]) -> str:
-    """The text of a config.toml with our keys in it. ConfigError where more than those would change."""
-    wanted = tomllib.loads("\n".join(block))
-    split = block.index("")
-    before, after = tomllib.loads(text), text.splitlines()
-    headers = [number for number, line in enumerate(after) if re.match(r"\s*\[", line)]
-    tables = {toml_path(after[number].strip()): number for number in headers}
-    ours = tables.get(("model_providers", "pomex"))
-    if ours is None:
-        after += [*([""] if not after or after[-1].strip() else []), *block[split + 1:]]
-    else:
-        end = next((number for number in headers if number > ours), len(after))
-        kept = [line for line in after[ours + 1:end]
-                if toml_path(line)[:1] not in [(name,) for name in wanted["model_providers"]["pomex"]]]
-        after[ours + 1:end] = [*block[split + 2:], *kept]
-    top = headers[0] if headers else (len(after) if ours else len(text.splitlines()))
-    for line in reversed(block[:split]):
-        name = toml_path(line)
-        at = next((number for number in range(top) if toml_path(after[number]) == name), None)
-        if at is None:
-            after.insert(0, line)
-            top += 1
-        else:
-            after[at] = line
-    merged = "\n".join(after) + "\n"
+    """The text of a config.toml with our keys in it. What else stands in our table stays, but for another catalogue."""
+    table = CODEX_KEYS[-1]
+    there = {path: value for path, value in toml_leaves(text).items() if path != (*table, "model_catalog_url")}
+    return with_values(text, {**there, **toml_leaves("\n".join(block))}, CODEX_KEYS)
+
+
+def without_pomex(now: str, record: Mapping[str, str]) -> tuple[str | None, list[KeyPath]]:
+    """(the text without what `codex --write` changed; None: there was no file, the keys that were changed since and stay)."""
+    before = record.get("before")
+    if now == record["after"]:
+        return before, []
+    written, present = toml_leaves(record["after"]), toml_leaves(now)
+    changed = {path[:2] for path in {**written, **present} if written.get(path) != present.get(path)}
+    text = with_values(now, toml_leaves(before or ""), [key for key in CODEX_KEYS if key not in changed])
+    return text if text.strip() or before is not None else None, [key for key in CODEX_KEYS if key in changed]
+
+
+def codex_text(path: pathlib.Path) -> str | None:
+    """A TOML file as it is; None where there is none. ConfigError where it cannot be read."""
     try:
-        result = tomllib.loads(merged)
-    except tomllib.TOMLDecodeError:         # an inline table, for one
-        result = {}
-    if others(result, wanted) != others(before, wanted) or not holds(result, wanted):
-        raise ConfigError("Its form is one that cannot be changed safely here. Put this in by hand:\n\n" + "\n".join(block))
-    return merged
-
-
-def others(config: JSON, wanted: JSON) -> JSON:
-    """A configuration without what is ours."""
-    left = {name: value for name, value in config.items() if name not in wanted}
-    providers = {name: value for name, value in config.get("model_providers", {}).items() if name != "pomex"}
-    pomex = {name: value for name, value in config.get("model_providers", {}).get("pomex", {}).items()
-             if name not in wanted["model_providers"]["pomex"]}
-    return {**left, "model_providers": {**providers, **({"pomex": pomex} if pomex else {})}}
-
-
-def holds(config: JSON, wanted: JSON) -> bool:
-    return all(holds(config.get(name, {}), value) if isinstance(value, dict) else config.get(name) == value
-               for name, value in wanted.items())
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(f"{home_short(path)} is not a regular file. Nothing was changed.")
+        text = path.read_bytes().decode()
+        toml_leaves(text)
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
+        raise ConfigError(f"{home_short(path)} is not TOML: {error}. Nothing was changed.") from None
+    return text
 
 
 def show_difference(path: pathlib.Path, before: str, after: str) -> None:
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), home_short(str(path)), "after", "", "", 2, "")
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, "")
     say(*lines)
 
 
 def replace_file(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all, for this user alone."""
+    """Whole or not at all, with the mode that it had; a new one is for this user alone."""
     fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    write_new(fresh, text)
-    os.replace(fresh, path)
+    try:
+        write_new(fresh, text)
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(fresh, stat.S_IMODE(os.stat(path).st_mode))
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def keep_copy(path: pathlib.Path, text: str) -> str:
+    """The name of the new file: with a number where there is one already."""
+    names = (path.with_name(path.name + f".{number}" * (number > 0)) for number in itertools.count())
+    copy = next(each for each in names if not os.path.lexists(each))
+    replace_file(copy, text)
+    return copy.name
+
+
+def codex_record(path: pathlib.Path) -> pathlib.Path:
+    """What `codex --write` did, as TOML: the texts `after` and `before` it, the name of the `backup` of the latter. A text that
+    is missing: there was no file."""
+    return path.with_name(path.name + ".pomex-undo")
 
 
 def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path = path.resolve()                   # dotfiles are often links into a repository
-    backup = path.with_name(path.name + ".bak")
-    try:
-        before = read_text(str(path)) if path.exists() else ""
-        after = with_block(before, block)
-    except ValueError as error:             # UnicodeDecodeError is one, too
-        raise ConfigError(f"{home_short(str(path))} is not TOML: {error}. Nothing was changed.") from None
-    if after == before:
-        say(f"{home_short(str(path))} has it already.")
+    path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
+    now = codex_text(path)
+    record = tomllib.loads(codex_text(codex_record(path)) or "")
+    after = with_block(now or "", block)
+    if now is not None and toml_leaves(after) == toml_leaves(now):
+        say(f"{home_short(path)} has these settings already; nothing was changed.")
         return 0
-    if not backup.exists():                 # an older one holds what was there before Pomex
-        replace_file(backup, before)
+    before = without_pomex(now or "", record)[0] if record else now
+    values, kept = {"after": after}, "there was none before"
+    if before is not None:
+        known = before == record.get("before")
+        backup = record["backup"] if known else keep_copy(path.with_name(path.name + ".pomex-bak"), before)
+        values |= {"before": before, "backup": backup}
+        kept = f"without Pomex it is kept as {backup}"
+    replace_file(codex_record(path), "".join(f"{name} = {json.dumps(text, ensure_ascii=False)}\n"
+                                             for name, text in values.items()))
     replace_file(path, after)
-    show_difference(path, before, after)
-    say("", f"Wrote {home_short(str(path))}; what was there is in {backup.name}. Back: python pomex.py codex --undo"
+    show_difference(path, now or "", after)
+    say("", f"Wrote {home_short(path)}; {kept}. To undo: python pomex.py codex --undo"
         + (" --profile" if path.name == "pomex.config.toml" else ""))
     if not os.environ.get("POMEX_API_KEY"):
         say("Now export POMEX_API_KEY in the shell that starts codex. A new key: python pomex.py keys create NAME")
@@ -12793,19 +12866,31 @@ def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
 
 
 def undo_codex(path: pathlib.Path) -> int:
-    path = path.resolve()
-    backup = path.with_name(path.name + ".bak")
-    if not backup.exists():
-        say(f"There is no {home_short(str(backup))}: nothing to undo.")
+    path = pathlib.Path(os.path.realpath(path))
+    now, record = codex_text(path), tomllib.loads(codex_text(codex_record(path)) or "")
+    if not record or now is None:
+        say(f"There is no {home_short(path if record else codex_record(path))}: nothing to undo.")
         return 1
-    now, before = read_text(str(path)) if path.exists() else "", read_text(str(backup))
-    show_difference(path, now, before)
-    if before:
-        os.replace(backup, path)
-    else:                                   # there was no file
-        path.unlink(missing_ok=True)
-        backup.unlink()
-    say("", f"{home_short(str(path))} is as it was before Pomex.")
+    text, stay = without_pomex(now, record)
+    show_difference(path, now, text or "")
+    said = [f"{home_short(path)} is as it was before Pomex." if now == record["after"] else
+            f"Pomex's settings are out of {home_short(path)}."]
+    if stay:
+        said.append(f"Changed since, so left alone: {', '.join(map(toml_name, stay))}.")
+    if now != record["after"]:
+        said.append(f"A copy from before this: {keep_copy(path.with_name(path.name + '.before-undo'), now)}.")
+    if text is None:
+        path.unlink()
+        said[0] = f"{home_short(path)} is gone again: there was none before Pomex."
+    else:
+        replace_file(path, text)
+    codex_record(path).unlink()
+    if "backup" in record:
+        if text == record["before"]:
+            path.with_name(record["backup"]).unlink(missing_ok=True)
+        else:
+            said.append(f"The file before Pomex: {record['backup']}.")
+    say("", " ".join(said))
     return 0
 
 
@@ -12815,9 +12900,8 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
     if not path:
         say("There is no codex in PATH. Install it with: npm install -g @openai/codex")
         return UNAVAILABLE
-    split = block.index("")
-    names = [*block[:split], *(f"model_providers.pomex.{line.replace(' = ', '=', 1)}" for line in block[split + 2:])]
-    overrides = [word for line in names for word in ("-c", line.replace(" = ", "=", 1))]
+    values = toml_leaves("\n".join(block))
+    overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
         with contextlib.closing(open_ledger(config)) as ledger:
             name = f"codex-run-{secrets.token_hex(3)}"
@@ -12892,7 +12976,7 @@ async def codex_program() -> Finding:
 def codex_file() -> tuple[Finding, JSON, JSON]:
     """(how Codex's config.toml stands, what it says, the table of its provider)."""
     path = codex_home() / "config.toml"
-    shown = home_short(str(path))
+    shown = home_short(path)
     if not path.is_file():
         other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
         return Finding("config.toml", "missing", f"there is no {shown}{other}: Codex asks OpenAI itself", CODEX_WRITE), {}, {}

@@ -5,14 +5,13 @@ import os
 import pathlib
 import re
 import time
-import tomllib
 
 import pytest
 
 import pomex
 
 BLOCK = pomex.codex_block("http://127.0.0.1:7663", "demo/echo")
-WANTED = tomllib.loads("\n".join(BLOCK))
+WANTED = pomex.toml_leaves("\n".join(BLOCK))
 
 MERGES = {
     "nothing": "",
@@ -20,31 +19,56 @@ MERGES = {
     "other keys": 'approval_policy = "never"\nmodel = "gpt-5"   # old\n',
     "other tables": 'model = "gpt-5"\n\n[tools]\nweb_search = true\n\n[model_providers.other]\nbase_url = "http://x/v1"\n',
     "an older block": 'model_provider = "pomex"\n\n[model_providers.pomex]\nbase_url = "http://127.0.0.1:1"\nwire_api = "chat"\n'
-                      'request_max_retries = 4\n\n[mcp_servers.a]\ncommand = "x"\n',
+                      'name = "x"\nrequest_max_retries = 4\n\n[mcp_servers.a]\ncommand = "x"\n',
     "only tables": '[a]\nb = 1\n[[c]]\nd = 2\n',
     "an inner table of ours": '[model_providers.pomex]\nname = "x"\n[model_providers.pomex.http_headers]\nx-a = "b"\n',
     "windows line ends": 'model = "gpt-5"\r\n[a]\r\nb = 1\r\n',
+    "a byte order mark": '\ufeffmodel = "gpt-5"\n[a]\nb = 1\n',
+    "no newline at the end": '[a]\nb = 1',
+    "dotted": 'model_providers.pomex.name = "x"\nmodel_providers.pomex.base_url = "http://x/v1"\n[a]\nb = 1\n',
+    "inline in the table of providers": '[model_providers]\npomex = { name = "x", http_headers = { a = "b" } }\n'
+                                        'other = { name = "y" }\n',
+    "dotted in the table of providers": '[model_providers]\npomex.name = "x"\n[a]\nb = 1\n',
+    "quoted keys": '"model" = "x"\n["model_providers"."pomex"]\n"name" = "y"\n',
+    "a header inside a text": 'a = """\n[model_providers.pomex]\nmodel = 1\n"""\n',
+    "values of several lines": 'model_provider = """\nx"""\nb = [\n  "]", # ]\n  "model = 1",\n]\nc = \'\'\'\n[a]\'\'\'\n',
 }
+IMPOSSIBLE = {
+    "an inline table of providers": 'model_providers = { other = { name = "x" } }\n',
+    "providers that are no table": "model_providers = 5\n",
+    "a provider with a list of tables": '[model_providers.pomex]\nname = "x"\nlist = [{ a = 1 }]\n',
+}
+
+
+def others(text):
+    """What a configuration says beside our keys."""
+    return {path: value for path, value in pomex.toml_leaves(text).items() if path[:2] not in pomex.CODEX_KEYS}
 
 
 @pytest.mark.parametrize("text", MERGES.values(), ids=MERGES)
 def test_the_block_is_merged_and_all_else_stays(text):
     merged = pomex.with_block(text, BLOCK)
-    before, after = tomllib.loads(text), tomllib.loads(merged)
-    assert pomex.holds(after, WANTED) and pomex.others(after, WANTED) == pomex.others(before, WANTED)
+    before, after = pomex.toml_leaves(text), pomex.toml_leaves(merged)
+    assert after.items() >= WANTED.items() and after.keys() == {*before, *WANTED} and others(merged) == others(text)
     assert pomex.with_block(merged, BLOCK) == merged
     comments = [line for line in text.splitlines() if line.startswith("#")]
     assert all(line in merged for line in comments)
+    assert merged.startswith("\ufeff") == text.startswith("\ufeff")
+    assert merged.count("\r\n") == merged.count("\n") * ("\r\n" in text)
 
 
-@pytest.mark.parametrize("text", [
-    'model_providers = { other = { base_url = "x" } }\n', 'model_providers.pomex.name = "x"\n',
-    'a = """\n[model_providers.pomex]\n"""\n', '"model" = "x"\nmodel_provider = """\nx"""\n',
-], ids=["inline", "dotted", "a header inside a text", "a value of two lines"])
+@pytest.mark.parametrize("text", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_what_cannot_be_merged_safely_is_refused(text):
-    with pytest.raises((pomex.ConfigError, tomllib.TOMLDecodeError)):
-        merged = pomex.with_block(text, BLOCK)
-        assert not merged       # shown where it was merged after all
+    with pytest.raises(pomex.ConfigError, match="nothing was changed"):
+        pomex.with_block(text, BLOCK)
+
+
+@pytest.mark.parametrize("text", [*MERGES.values(), *IMPOSSIBLE.values()], ids=[*MERGES, *IMPOSSIBLE])
+def test_the_statements_of_a_document_are_the_document(text):
+    text += "\n"
+    assert "".join(piece for _, piece in pomex.toml_statements(text)) == text
+    assert {path for path, _ in pomex.toml_statements(text)} - {()} <= {
+        path[:n] for path in [*pomex.toml_leaves(text), ("c", "d")] for n in range(9)}
 
 
 @pytest.fixture
@@ -56,26 +80,180 @@ def home(tmp_path, monkeypatch):
     return folder / "config.toml"
 
 
-@pytest.mark.parametrize("before", ["", 'model = "gpt-5"\n\n[tools]\nweb_search = true\n'], ids=["no file", "a file"])
-def test_write_keeps_a_backup_and_undo_puts_it_back(home, before, capsys):
-    if before:
-        home.parent.mkdir()
-        home.write_text(before)
-    assert pomex.main(["codex", "--write"]) == 0
-    assert tomllib.loads(home.read_text())["model_provider"] == "pomex" and home.stat().st_mode & 0o77 == 0
-    assert "+model_provider" in capsys.readouterr().err
-    assert pomex.main(["codex", "--write"]) == 0 and "has it already" in capsys.readouterr().err
-    assert pomex.main(["codex", "--write", "--model", "demo/tools"]) == 0       # the backup stays the first
-    assert pomex.main(["codex", "--undo"]) == 0
-    assert (home.read_text() if home.exists() else "") == before
-    assert pomex.main(["codex", "--undo"]) == 1
+# --- codex --write, edits by others, --undo ----------------------------------------------------------
+
+def codex(*words):
+    return pomex.main(["codex", *words])
 
 
-def test_a_broken_file_is_left_alone(home):
+def put(file, text):
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(text.encode())
+
+
+def beside(file):
+    """The other files in Codex's folder: their names and what they hold."""
+    return {each.name: each.read_bytes().decode() for each in file.parent.iterdir() if each.name != file.name}
+
+
+ADDED = {("mcp_servers", "docs", "command"): "npx", ("projects", "/work", "trust_level"): "trusted"}
+ADDS = '[mcp_servers.docs]\ncommand = "npx"\n\n[projects."/work"]\ntrust_level = "trusted"\n'
+
+
+def reordered(text):
+    """As a program writes it that knows the values only: our table first, no comment, other spellings."""
+    leaves = pomex.toml_leaves(text)
+    return "".join(f"{pomex.toml_name(path)} = {str(value).replace(': ', ' = ')}\n" if isinstance(value, list) else
+                   f"{pomex.toml_name(path)} = {pomex.json.dumps(value)}\n" for path, value in reversed(leaves.items()))
+
+
+EDITS = {       # what is done to the text that write left, and what of ours stays as it was made
+    "nothing": (lambda text: text, []),
+    "tables at the end": (lambda text: text + "\n" + ADDS, []),
+    "tables before ours": (lambda text: text.replace("[model_providers.pomex]", ADDS + "[model_providers.pomex]"), []),
+    "other line ends": (lambda text: text.replace("\r", "").replace("\n", "\r\n") + ADDS, []),
+    "written anew": (lambda text: reordered(text + "\n" + ADDS), []),
+    "another model": (lambda text: text.replace("demo/echo", "demo/tools") + "\n" + ADDS, [("model",)]),
+    "another provider": (lambda text: text.replace('er = "pomex"', 'er = "mine"') + "\n" + ADDS, [("model_provider",)]),
+    "our table": (lambda text: text.replace("http://127.0.0.1:7663/v1\"\nenv", "http://10.0.0.1/v1\"\nenv"),
+                  [("model_providers", "pomex")]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("before", [None, *MERGES.values()], ids=["no file", *MERGES])
+def test_undo_gives_the_file_before_with_the_edits_since(home, capsys, before, edit):
+    change, stays = EDITS[edit]
+    if before is not None:
+        put(home, before)
+    assert codex("--write", "--model", "demo/echo") == 0
+    written = home.read_bytes().decode()
+    assert (beside(home).get("config.toml.pomex-bak") == before) and written != before
+    edited = change(written)
+    put(home, edited)
+    capsys.readouterr()
+    assert codex("--undo") == 0
+    said = capsys.readouterr().err
+    if edited == written:
+        assert (home.read_bytes().decode() if home.exists() else None) == before and not beside(home)
+        return
+    old, new = (pomex.toml_leaves(each) for each in (before or "", edited))
+    kept = {path: value for path, value in new.items() if path[:2] in stays or path[:2] not in pomex.CODEX_KEYS}
+    back = {path: value for path, value in old.items() if path[:2] in set(pomex.CODEX_KEYS) - {*stays}}
+    assert pomex.toml_leaves(home.read_bytes().decode()) == {**kept, **back}
+    left = {"config.toml.before-undo": edited, **({} if before is None else {"config.toml.pomex-bak": before})}
+    assert beside(home) == left and all(name in said for name in left)
+    assert ("so left alone: " + ", ".join(map(pomex.toml_name, stays)) in said) if stays else "so left" not in said
+    assert codex("--undo") == 1 and "nothing to undo" in capsys.readouterr().err
+
+
+def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
+    put(home, 'model = "gpt-5"   # mine\n')
+    said = []
+    for words in (["--undo"], ["--write"], ["--write"], ["--write", "--model", "demo/tools"], ["--undo"], ["--undo"]):
+        said.append((codex(*words), capsys.readouterr().err))
+    nothing = "There is no ~/codexhome/config.toml.pomex-undo: nothing to undo.\n"
+    assert [code for code, _ in said] == [1, 0, 0, 0, 0, 1] and said[0][1] == said[5][1] == nothing
+    assert "+model_provider" in said[1][1] and "without Pomex it is kept as config.toml.pomex-bak. To undo: " in said[1][1]
+    assert said[2][1] == "~/codexhome/config.toml has these settings already; nothing was changed.\n"
+    assert "without Pomex it is kept as config.toml.pomex-bak." in said[3][1]           # the same one
+    assert said[4][1].endswith("config.toml is as it was before Pomex.\n")
+    assert home.read_text() == 'model = "gpt-5"   # mine\n' and not beside(home)
+
+
+def test_what_is_added_between_two_writes_outlives_the_undo(home):
+    put(home, 'model = "gpt-5"\n')
+    assert codex("--write") == 0
+    put(home, home.read_text() + ADDS)
+    assert codex("--write", "--model", "demo/tools") == 0 and codex("--undo") == 0
+    assert pomex.toml_leaves(home.read_text()) == {("model",): "gpt-5", **ADDED}
+    assert beside(home) == {"config.toml.pomex-bak": 'model = "gpt-5"\n'}
+
+
+def test_no_file_of_another_name_or_time_is_taken_for_the_backup(home, capsys):
+    put(home, 'model = "current"\n')
+    strangers = {"config.toml.bak": "ancient", "config.toml.pomex-bak": 'model = "older"\n', "config.toml.before-undo": "x"}
+    for name, text in strangers.items():
+        put(home.with_name(name), text)
+    assert codex("--write") == 0 and "kept as config.toml.pomex-bak.1." in capsys.readouterr().err
+    put(home, home.read_text() + ADDS)
+    edited = home.read_text()
+    assert codex("--undo") == 0 and pomex.tomllib.loads(home.read_text())["model"] == "current"
+    assert beside(home) == {**strangers, "config.toml.pomex-bak.1": 'model = "current"\n', "config.toml.before-undo.1": edited}
+
+
+def test_settings_that_were_taken_out_by_hand_do_not_come_back(home):
+    put(home, 'model = "ancient"\n')
+    assert codex("--write") == 0
+    put(home, 'model = "mine"\n')                  # by hand
+    assert codex("--write") == 0 and codex("--undo") == 0
+    assert home.read_text() == 'model = "mine"\n' and beside(home) == {"config.toml.pomex-bak": 'model = "ancient"\n'}
+
+
+def test_a_file_that_is_gone_needs_no_undo(home, capsys):
+    put(home, 'model = "gpt-5"\n')
+    assert codex("--write") == 0
+    home.unlink()
+    capsys.readouterr()
+    assert codex("--undo") == 1 and "no ~/codexhome/config.toml: nothing to undo" in capsys.readouterr().err
+    assert beside(home)["config.toml.pomex-bak"] == 'model = "gpt-5"\n' and not home.exists()
+
+
+@pytest.mark.parametrize("link", ["dotfiles/codex.toml", "{home}/dotfiles/codex.toml"], ids=["relative", "absolute"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link_and_the_mode_of_its_file_stays(home, tmp_path, link, exists):
     home.parent.mkdir()
-    home.write_text("model = \n")
-    assert pomex.main(["codex", "--write"]) == pomex.BAD_CONFIG
-    assert home.read_text() == "model = \n" and os.listdir(home.parent) == ["config.toml"]
+    target = home.parent / "dotfiles" / "codex.toml"
+    target.parent.mkdir()
+    home.symlink_to(link.format(home=home.parent))
+    if exists:
+        target.write_text('model = "gpt-5"\n')
+        target.chmod(0o644)
+    assert codex("--write") == 0
+    assert home.is_symlink() and target.stat().st_mode & 0o777 == (0o644 if exists else 0o600)
+    assert all(each.stat().st_mode & 0o77 == 0 for each in target.parent.iterdir() if each != target)
+    assert codex("--undo") == 0 and home.is_symlink()
+    assert {each.name: each.read_text() for each in target.parent.iterdir()} == ({target.name: 'model = "gpt-5"\n'} if exists else {})
+
+
+def a_loop(file):
+    file.symlink_to(file.name)
+
+
+HOSTILE = {     # what is done at the place of the file, what is said
+    "a loop of links": (a_loop, "config.toml: Too many levels of symbolic links."),
+    "a pipe": (os.mkfifo, "config.toml is not a regular file. Nothing was changed."),
+    "a folder": (os.mkdir, "config.toml is not a regular file. Nothing was changed."),
+    "no UTF-8": (lambda file: file.write_bytes(b"\xff"), "config.toml is not TOML: 'utf-8' codec"),
+    "no TOML": (lambda file: file.write_text("model = \n"), "config.toml is not TOML: Invalid value (at line 1"),
+    "too deep": (lambda file: file.write_text("a = " + "[" * 5000 + "]" * 5000), "config.toml is not TOML"),
+    "a link to nowhere": (lambda file: file.symlink_to("no/where"), "No such file or directory."),
+}
+
+
+@pytest.mark.parametrize("words", [["--write"], ["--undo"]], ids=["write", "undo"])
+@pytest.mark.parametrize("case, name", [(case, name) for case in HOSTILE for name in ("config.toml", "config.toml.pomex-undo")
+                                        if (case, name) != ("a link to nowhere", "config.toml.pomex-undo")])
+def test_what_is_no_file_of_codexs_is_left_alone_and_named(home, capsys, case, name, words):
+    make, said = HOSTILE[case]
+    home.parent.mkdir()
+    make(home.with_name(name))
+    code = codex(*words)
+    shown = capsys.readouterr().err
+    assert code in (1, pomex.BAD_CONFIG) and shown.count("\n") == 1
+    assert said.replace("config.toml", name) in shown or (words == ["--undo"] and "nothing to undo" in shown)
+    assert os.listdir(home.parent) == [name]
+
+
+def test_a_disk_that_is_full_changes_nothing(home, monkeypatch):
+    put(home, 'model = "gpt-5"\n')
+
+    def full(path, text):
+        pathlib.Path(path).write_text(text[:3])
+        raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(pomex, "write_new", full)
+    assert codex("--write") == 1
+    assert home.read_text() == 'model = "gpt-5"\n' and not beside(home)
 
 
 def test_admin_url_prints_a_link_that_works_once(home, capsys):
@@ -173,5 +351,5 @@ def test_run_starts_codex_with_overrides_and_a_key_and_changes_no_file(home, mon
     pomex.main(["codex", "--run", "--", "exec", "What is 2 + 2?"])
     (path, words, key), = started
     assert path == str(program) and words[-2:] == ["exec", "What is 2 + 2?"] and key.startswith("sk-rh-")
-    given = tomllib.loads("\n".join(word for flag, word in zip(words, words[1:]) if flag == "-c"))
-    assert pomex.holds(given, WANTED) and not home.exists()
+    given = pomex.toml_leaves("\n".join(word for flag, word in zip(words, words[1:]) if flag == "-c"))
+    assert given == WANTED and not home.exists()

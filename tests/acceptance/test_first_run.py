@@ -612,6 +612,25 @@ def test_write_run_profile_and_undo_with_real_codex(clone: Shell) -> None:
         assert old.returncode == 0 and ANSWER in old.stdout, old
 
 
+@pytest.mark.parametrize("before", [None, 'model = "gpt-5.5"   # mine\n'], ids=["no file", "a file"])
+@pytest.mark.parametrize("version", ["0.128.0", "latest"])
+def test_what_codex_itself_writes_between_write_and_undo_stays(tmp_path: Path, version: str, before: str | None) -> None:
+    made = shell(tmp_path)
+    use_codex(made, version)
+    made.configure(before)
+    added = made.type("python pomex.py codex --write --model demo/echo", "codex mcp add docs -- npx docs-server")
+    assert added.returncode == 0 and "model_providers.pomex" in made.config.read_text(), added
+    undone = made.type("python pomex.py codex --undo", "codex mcp list")
+    assert undone.returncode == 0 and "docs-server" in undone.stdout and "before-undo" in undone.stderr, undone
+    mine = {} if before is None else {"model": "gpt-5.5"}
+    assert program.tomllib.loads(made.config.read_text()) == {**mine, "mcp_servers": {
+        "docs": {"command": "npx", "args": ["docs-server"]}}}
+    assert made.type("codex mcp remove docs").returncode == 0
+    again = made.type("python pomex.py codex --write", "python pomex.py codex --undo", "python pomex.py codex --undo")
+    assert again.returncode == 1 and "nothing to undo" in again.stderr, again
+    assert program.tomllib.loads(made.config.read_text() if made.config.exists() else "") == mine
+
+
 def test_without_config_toml_codex_goes_to_openai_whatever_openai_base_url_says(place: tuple[Shell, Pomex]) -> None:
     """The guide's first trouble. In a network of its own, in which there is nobody: nothing may leave this machine."""
     made, gateway = place

@@ -10347,17 +10347,27 @@ def printable_sentence(text: str) -> str:
     return re.sub(r"[^\x20-\x7e…]", "?", text[:400])
 
 
-CODING_MODELS = {       # for the block that is printed; a client may ask for any other
-    "openai": "gpt-5.3-codex", "anthropic": "claude-sonnet-5-5", "google": "gemini-pro-latest",
-    "openrouter": "openai/gpt-5.3-codex", "xai": "grok-build-latest", "deepseek": "deepseek-v4-pro",
-    "mistral": "devstral-latest", "groq": "openai/gpt-oss-120b",
+CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
+    "openai": ("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna",
+               "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.3-codex"),     # as Codex 0.171 lists them
+    "anthropic": ("claude-sonnet-5-5",), "google": ("gemini-pro-latest",), "openrouter": ("openai/gpt-5.5",),
+    "xai": ("grok-build-latest",), "deepseek": ("deepseek-v4-pro",), "mistral": ("devstral-latest",),
+    "groq": ("openai/gpt-oss-120b",),
 }
 
 
-def best_model(config: Config, known: Sequence[str], key: Key | None = None) -> str:
+def coding_models(providers: Iterable[str]) -> list[str]:
+    return [f"{name}/{model}" for name in providers for model in CODING_MODELS.get(name, ())]
+
+
+def best_model(catalogue: Catalogue, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
-    usual = [f"{name}/{CODING_MODELS[name]}" for name in config.providers if name in CODING_MODELS]
-    return next((name for name in [*config.models, *usual, *known] if key is None or key.may_use(name)), "demo/echo")
+    known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
+    for name in (*catalogue.config.models, *coding_models(catalogue.config.providers), *known):
+        with contextlib.suppress(BadRequest):       # a provider may be asked for some models only
+            if catalogue.tiers(name) and (key is None or key.may_use(name)):
+                return name
+    return "PROVIDER/NAME"
 
 
 def codex_block(url: str, model: str) -> list[str]:
@@ -10910,8 +10920,7 @@ async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
 async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
     """What the set-up page checks. {ORIGIN} is where the browser found the page: the page itself puts it in."""
     watch = gateway.watch
-    names = model_names(gateway, ask.key)
-    model = best_model(gateway.config, [name for name in names if not name.startswith("demo/")], ask.key)
+    model = best_model(gateway.catalogue, ask.key)
     mine = [trace for trace in reversed(watch.traces.values()) if ask.key_id in (0, trace["key_id"])]
     rows = await watch.reader.ask(usage_rows, {}, MAX_NUMBER, 1, ask.key_id)
     keys = [key for key in gateway.ledger.list_keys() if key.state(time.time()) == "active"]
@@ -11964,12 +11973,6 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
     return models
 
 
-def codex_model(config: Config, found: Mapping[str, Sequence[str]]) -> str:
-    """The model to begin with: the first configured, else the best of the first provider that is ready."""
-    known = [name for name, providers in listed_models(config, found).items() if providers != ["demo"]]
-    return best_model(config, known)
-
-
 # --- 13.4 serve -----------------------------------------------------------------------------------
 
 class JSONFormatter(logging.Formatter):
@@ -12026,7 +12029,7 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
     else:
         say("", *first_key_lines(ledger.create_key("first", time.time()), config.database.path),
             "", retyped(config, "Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write"),
-            *(f"  {line}".rstrip() for line in codex_block(url, codex_model(config, found))),
+            *(f"  {line}".rstrip() for line in codex_block(url, best_model(Catalogue(config, found)))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
     for warning in config_warnings(config) if config.path else ():
         say(f"Warning       {warning}")
@@ -12725,7 +12728,14 @@ def run_codex(args: argparse.Namespace) -> int:
     if args.undo:
         return undo_codex(path)
     config, found = asyncio.run(surveyed(read_config(args)))
-    model = args.model or codex_model(config, found)
+    catalogue = Catalogue(config, found)
+    model = args.model or best_model(catalogue)
+    try:
+        catalogue.tiers(model)
+    except BadRequest as error:
+        say(f"{error} A model that can be used: {best_model(catalogue)}")
+        if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
+            return 1
     block = codex_block(own_url(config), model)
     if args.write or args.profile:
         code = write_codex(path, block)
@@ -12771,8 +12781,8 @@ def with_values(text: str, values: Mapping[KeyPath, Any], keys: Sequence[KeyPath
         others = {path: value for path, value in toml_leaves(text).items() if path[:2] not in keys}
         if toml_leaves(changed) == {**others, **ours}:
             return changed
-    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it by hand: "
-                      f"{', '.join(map(toml_name, keys))}. Pomex's lines: python pomex.py codex")
+    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it "
+                      f"by hand: {', '.join(map(toml_name, keys))}. Pomex's lines: python pomex.py codex")
 
 
 def with_block(text: str, block: Sequence[str]) -> str:
@@ -13134,7 +13144,7 @@ def probe_models(config: Config, names: Sequence[str]) -> dict[str, str]:
     """provider -> a model that nobody else answers; "" where none is known by name. The gateway may know more providers than
     this shell, and this shell more than the gateway."""
     described = {name: model.targets for name, model in config.models.items() if model.targets}
-    usual = [name for name in (f"{provider}/{model}" for provider, model in CODING_MODELS.items()) if name in names]
+    usual = [name for name in coding_models(CODING_MODELS) if name in names]
     targets = [f"{target.provider}/{target.model}" for tiers in described.values() for tier in tiers for target in tier]
     known = [name for name in [*usual, *names, *targets] if name not in described]
     providers = dict.fromkeys([*config.providers, *(name.partition("/")[0] for name in names if name not in config.models)])

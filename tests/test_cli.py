@@ -313,7 +313,18 @@ def test_models_lists_what_is_known_by_name(configured, capsys):
 BLOCKS = {
     "nothing but the demo": ("", {}, "demo/echo", "http://127.0.0.1:7663"),
     "the first model described": (CONFIG, {}, "my/coder", "http://127.0.0.1:7663"),
-    "a key in the environment": (None, {"OPENAI_API_KEY": "sk-1"}, "openai/gpt-5.3-codex", "http://127.0.0.1:7663"),
+    "a key in the environment": (None, {"OPENAI_API_KEY": "sk-1"}, "openai/gpt-6.2-sol", "http://127.0.0.1:7663"),
+    "a provider of one model": ('[providers.openai]\napi_key = "x"\nmodels = ["gpt-6-sol"]\n', {}, "openai/gpt-6-sol",
+                                "http://127.0.0.1:7663"),
+    "a provider of some models": ('[providers.openai]\napi_key = "x"\nmodels = ["gpt-5*", "gpt-4o"]\n', {}, "openai/gpt-5.6-sol",
+                                  "http://127.0.0.1:7663"),
+    "a provider of other models": ('[providers.openai]\napi_key = "x"\nmodels = ["gpt-4o"]\n', {}, "openai/gpt-4o",
+                                   "http://127.0.0.1:7663"),
+    "a provider of nothing known": ('[providers.openai]\napi_key = "x"\nmodels = ["ft:*"]\n', {}, "demo/echo",
+                                    "http://127.0.0.1:7663"),
+    "a model described whose provider is missing": (
+        '[providers.groq]\napi_key = "x"\n[models."openai/gpt-6-sol"]\ndescription = "x"\n', {}, "groq/openai/gpt-oss-120b",
+        "http://127.0.0.1:7663"),
     "a port and every interface": ('[server]\nhost = "0.0.0.0"\nport = 80\n', {}, "demo/echo", "http://127.0.0.1:80"),
     "an IPv6 address": ('[server]\nhost = "::1"\n', {}, "demo/echo", "http://[::1]:7663"),
     "https": ('[server]\ntls_cert = "a"\ntls_key = "a"\n', {}, "demo/echo", "https://127.0.0.1:7663"),
@@ -332,9 +343,35 @@ def test_codex_prints_the_block(here, capsys, monkeypatch, local_ports, text, en
         monkeypatch.setenv(name, value)
     assert pomex.main(["codex"]) == 0
     block = pomex.tomllib.loads(capsys.readouterr().out)
+    catalogue = {} if model.rpartition("/")[2] in pomex.KNOWN_TO_CODEX else {"model_catalog_url": url + "/v1/models"}
     assert block == {"model_provider": "pomex", "model": model, "model_providers": {"pomex": {
-        "name": "Pomex API", "base_url": url + "/v1", "env_key": "POMEX_API_KEY", "wire_api": "responses",
-        "model_catalog_url": url + "/v1/models"}}}
+        "name": "Pomex API", "base_url": url + "/v1", "env_key": "POMEX_API_KEY", "wire_api": "responses", **catalogue}}}
+
+
+ONE = '[demo]\nenabled = false\n[providers.openai]\napi_key = "x"\nmodels = ["gpt-6-sol"]\n'
+ASKED = {       # the configuration, --model -> exit code, what is said
+    "known": (ONE, "openai/gpt-6-sol", 0, ""),
+    "not of this provider": (ONE, "openai/gpt-5.5", 1, 'Model "openai/gpt-5.5" not found. Did you mean openai/gpt-6-sol?'),
+    "no such provider": (ONE, "nope/x", 1, "A model that can be used: openai/gpt-6-sol"),
+    "a provider without its key": (ONE, "groq/x", 1, "groq is not configured."),
+    "a key that only the gateway may have": (None, "groq/x", 0, "groq is not configured."),
+    "none, and none is known": (ONE.replace("gpt-6-sol", "ft:*"), "", 1, 'Model "PROVIDER/NAME" not found.'),
+}
+
+
+@pytest.mark.parametrize("form", [[], ["--write"]], ids=["print", "write"])
+@pytest.mark.parametrize("text, model, code, said", ASKED.values(), ids=ASKED)
+def test_codex_is_given_no_model_that_the_gateway_refuses(here, capsys, monkeypatch, local_ports, text, model, code, said, form):
+    local_ports()
+    monkeypatch.setenv("HOME", str(here))
+    if text is not None:
+        (here / "pomex.toml").write_text(text)
+    assert pomex.main(["codex", *form, "--model", model]) == code
+    out, err = capsys.readouterr()
+    file = here / ".codex" / "config.toml"
+    shown = out + (file.read_text() if file.exists() else "")
+    assert said in err and (f'model = "{model}"' in shown) == (code == 0)
+    assert file.exists() == (form == ["--write"] and code == 0)
 
 
 def test_keys_are_created_listed_and_revoked(here, capsys):

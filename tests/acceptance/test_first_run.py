@@ -231,7 +231,7 @@ PROVIDERS: dict[str, tuple[str, tuple[Answer | Refusal, ...], tuple[str, ...]]] 
         r"google/gemini-pro-latest: a stream of \d+ events, ended with response.completed", "made", "5800 of 6000 tokens came from it")),
     "openai": ("responses", (Refusal(401, {"error": {"message": "Incorrect API key provided: sk-1", "type": "invalid_request_error",
                                                      "code": "invalid_api_key"}}),), (
-        r"openai/gpt-5.3-codex: The provider refused the gateway's credentials.   fix: export SCRIPTED_KEY=... with a key that is "
+        r"openai/gpt-6.2-sol: The provider refused the gateway's credentials.   fix: export SCRIPTED_KEY=... with a key that is "
         "valid, then restart Pomex",)),
     "gone": ("chat", (), (r"gone/x: gone: connection refused \(127.0.0.1:\d+, \d tries\). No provider left.   fix: start it, or put "
                           r"its right base_url into \[providers.gone\]",)),

@@ -6623,6 +6623,9 @@ def why_not(header: str) -> str:
     return f"This key is not known here ({key_hint(token)}). List keys with: python pomex.py keys list"
 
 
+NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
+
+
 def unauthorized(sentence: str) -> Unauthorized:
     return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"),))    # RFC 9110 11.6.1
 
@@ -9842,7 +9845,14 @@ class Gateway:
         await route[method](self, client)
 
     def key(self, client: Client) -> Key:
-        return self.ledger.authorise(client.head.headers.get("authorization"), client.started_s)
+        headers = client.head.headers
+        try:
+            return self.ledger.authorise(headers.get("authorization"), client.started_s)
+        except Unauthorized as error:
+            if headers.get("originator") != "codex-tui":
+                raise
+            raise unauthorized(f"{error} Newer Codex keeps the key of its first start in a background server: run {NEW_KEY} "
+                               "in the shell that has the right key.") from None
 
 
 def not_found(head: RequestHead) -> BadRequest:
@@ -10375,7 +10385,8 @@ def codex_block(url: str, model: str) -> list[str]:
     models from it, so it is left out for a model of which they know more than we do."""
     lines = ['model_provider = "pomex"', f"model = {json.dumps(model)}", "", "[model_providers.pomex]",
              'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
-             f'base_url = "{url}/v1"', 'env_key = "POMEX_API_KEY"', 'wire_api = "responses"']
+             f'base_url = "{url}/v1"', f'env_key = "POMEX_API_KEY"    # another key later: {NEW_KEY}',
+             'wire_api = "responses"']
     known = model.rpartition("/")[2] in KNOWN_TO_CODEX
     return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
 
@@ -12951,6 +12962,8 @@ async def examine(config: Config, live: bool) -> list[Finding]:
     found = [Finding("gateway", "ok", f"{url} answers, Pomex {version}") if version
              else Finding("gateway", "missing", f"nothing of Pomex answers at {url}", "python pomex.py serve"),
              await codex_program(), file, *(table_findings(table, url) if table else [])]
+    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+        found.append(Finding("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
     try:
         ask = functools.partial(ask_http, url, own_certificate(config.server), DOCTOR_WAIT_S)
         finding, key = await key_finding(ask if version else None, table)

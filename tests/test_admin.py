@@ -207,6 +207,9 @@ async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     ("no key", {"authorization": ""}, "/v1/responses", "invalid_api_key", "No API key was sent"),
     ("placeholder", {"authorization": "Bearer sk-rh-xxxxxxxxxxxx"}, "/v1/responses", "invalid_api_key", "guide's placeholder"),
     ("variable", {"authorization": "Bearer $POMEX_API_KEY"}, "/v1/responses", "invalid_api_key", "did not expand it"),
+    ("codex exec", {"originator": "codex_exec"}, "/v1/responses", "invalid_api_key", "mistyped or cut"),
+    ("the TUI's background server", {"originator": "codex-tui"}, "/v1/responses", "invalid_api_key",
+     "mistyped or cut (sk-rh-…): its checksum does not fit. Copy the whole key again. Newer Codex keeps the key of its first start"),
     ("missing /v1", {}, "/responses", "wrong_base_url", "base_url must end with /v1"),
     ("chat", {}, "/v1/chat/completions", "wrong_wire_api", "wire_api"),
 ])
@@ -223,6 +226,7 @@ async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(
         pomex.log.removeHandler(handler)
     item, = (await gateway.get("setup"))[1]["refused"]
     assert (item["code"], item["user_agent"]) == (code, "codex/1 <b>") and message in item["message"]
+    assert ("codex app-server daemon restart" in item["message"]) == (headers.get("originator") == "codex-tui")
     assert json.loads(answer)["error"]["message"] == item["message"]
     assert any(message in record.getMessage() for record in records)
     assert (await gateway.get("setup", {"authorization": f"Bearer {gateway.key}"}))[1]["refused"] == []

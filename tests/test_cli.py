@@ -470,7 +470,7 @@ Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write
   [model_providers.pomex]
   name = "Pomex API"
   base_url = "http://127.0.0.1:7663/v1"
-  env_key = "POMEX_API_KEY"
+  env_key = "POMEX_API_KEY"    # another key later: codex app-server daemon restart
   wire_api = "responses"
   model_catalog_url = "http://127.0.0.1:7663/v1/models"
 

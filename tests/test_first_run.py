@@ -308,7 +308,7 @@ def doctor(home, monkeypatch, tmp_path):
                 port = server.address[1]
                 text = change(GOOD.replace("7663", "PORT"))
                 if text is not None:
-                    home.parent.mkdir()
+                    home.parent.mkdir(exist_ok=True)
                     home.write_text(text.replace("PORT", str(port)))
                 config = pomex.dataclasses.replace(config, server=pomex.dataclasses.replace(config.server, port=port))
                 return await pomex.examine(config, False)
@@ -332,6 +332,16 @@ def test_doctor_finds_each_planted_fault_and_names_the_cure(doctor, fault):
 def test_doctor_finds_a_key_that_does_not_work(doctor, key, message):
     rows, wrong = doctor(lambda text: text, key)
     assert wrong[-1] == "env_key" and message in rows[-1].text and "keys create" in rows[-1].fix
+
+
+def test_doctor_names_the_background_server_that_keeps_an_older_key(doctor, home):
+    def change(text):
+        socket = home.parent / "app-server-control" / "app-server-control.sock"
+        socket.parent.mkdir(parents=True)
+        socket.touch()
+        return text
+    rows, wrong = doctor(change)
+    assert wrong == ["server"] and [row.fix for row in rows if row.state == "note"] == ["codex app-server daemon restart"]
 
 
 def test_doctor_says_where_no_gateway_is(home, capsys):

@@ -5991,47 +5991,6 @@ class ConfigText:
         return values
 
 
-def toml_path(line: str) -> tuple[str, ...]:
-    """The keys down to the one value of a one-line TOML text; () where it is something else."""
-    try:
-        inner: Any = tomllib.loads(line)
-    except tomllib.TOMLDecodeError:
-        return ()
-    path: list[str] = []
-    while isinstance(inner, dict) and len(inner) == 1:
-        (key, inner), = inner.items()
-        path.append(key)
-    return tuple(path)
-
-
-KeyPath = tuple[str, ...]
-TOML_PARTS = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|'
-                         r'[^"\'#\n\[\]{}=]+|.', re.DOTALL)
-
-
-def toml_statements(text: str) -> list[tuple[KeyPath, str]]:
-    """(key path, text) of each header and pair of a valid document, and of each line that is neither, with path (). A piece
-    ends with its newline; together they are the document."""
-    found: list[tuple[KeyPath, str]] = []
-    header: KeyPath = ()
-    piece = key = ""
-    depth = 0
-    for part in TOML_PARTS.findall(text):
-        if part == "=" and not key:
-            key = piece
-        piece += part
-        depth += (part in "[{") - (part in "]}")
-        if part != "\n" or depth:
-            continue
-        if piece.lstrip().startswith("["):
-            header = toml_path(piece.strip())
-            found.append((header, piece))
-        else:
-            found.append((header + toml_path(key + "= 0") if key else (), piece))
-        piece = key = ""
-    return found
-
-
 def toml_name(path: tuple[str, ...]) -> str:
     """A key path as a user writes it."""
     return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
@@ -12736,6 +12695,7 @@ def codex_home() -> pathlib.Path:
 
 def run_codex(args: argparse.Namespace) -> int:
     path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
+    path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
     if args.undo:
         return undo_codex(path)
     config, found = asyncio.run(surveyed(read_config(args)))
@@ -12759,9 +12719,47 @@ def run_codex(args: argparse.Namespace) -> int:
     return 0
 
 
+KeyPath: TypeAlias = tuple[str, ...]
 # Codex writes to its config.toml as well, so what is ours there is known by these keys. Each is taken back as a whole: Codex
 # refuses a part of a provider's table.
 CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), ("model_providers", "pomex"))
+
+
+def toml_path(line: str) -> KeyPath:
+    """The key path of a line that is one header, or one pair with a plain value."""
+    path: KeyPath = ()
+    inner: Any = tomllib.loads(line)
+    while isinstance(inner, dict) and inner:
+        (key, inner), = inner.items()
+        path += (key,)
+    return path
+
+
+TOML_PARTS = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|'
+                         r'[^"\'#\n\[\]{}=]+|.', re.DOTALL)
+
+
+def toml_statements(text: str) -> list[tuple[KeyPath, str]]:
+    """(key path, text) of each header and pair of a valid document, and of each line that is neither, with path (). A piece
+    ends with its newline; together they are the document."""
+    found: list[tuple[KeyPath, str]] = []
+    header: KeyPath = ()
+    piece = key = ""
+    depth = 0
+    for part in TOML_PARTS.findall(text):
+        if part == "=" and not key:
+            key = piece
+        piece += part
+        depth += (part in "[{") - (part in "]}")
+        if part != "\n" or depth:
+            continue
+        if piece.lstrip().startswith("["):
+            header = toml_path(piece.strip())
+            found.append((header, piece))
+        else:
+            found.append((header + toml_path(key + "= 0") if key else (), piece))
+        piece = key = ""
+    return found
 
 
 def toml_leaves(text: str) -> dict[KeyPath, Any]:
@@ -12781,8 +12779,9 @@ def with_values(text: str, values: Mapping[KeyPath, Any], keys: Sequence[KeyPath
     line_end = "\r\n" if "\r\n" in text else "\n"
     mark = "\ufeff" * text.startswith("\ufeff")
     ours = {path: value for path, value in values.items() if path[:2] in keys}
-    top, table = ([f"{toml_name(path[start:])} = {json.dumps(value, ensure_ascii=False, default=str)}{line_end}"
-                   for path, value in ours.items() if (len(path) > 1) == bool(start)] for start in (0, 2))
+    pairs = {path: f"{toml_name(path[2:] or path)} = {json.dumps(value, ensure_ascii=False, default=str)}{line_end}"
+             for path, value in ours.items()}
+    top, table = ([pair for path, pair in pairs.items() if (len(path) > 1) == inner] for inner in (False, True))
     top += [piece for path, piece in toml_statements(re.sub(r"\r?\n|(?<=[^\n])\Z", line_end, text.removeprefix(mark)))
             if path[:2] not in keys]
     if table:
@@ -12861,33 +12860,31 @@ def codex_record(path: pathlib.Path) -> pathlib.Path:
 
 def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
     now = codex_text(path)
     record = tomllib.loads(codex_text(codex_record(path)) or "")
     after = with_block(now or "", block)
     if now is not None and toml_leaves(after) == toml_leaves(now):
         say(f"{home_short(path)} has these settings already; nothing was changed.")
         return 0
-    before = without_pomex(now or "", record)[0] if record else now
+    before = without_pomex(now, record)[0] if record and now is not None else now
     values, kept = {"after": after}, "there was none before"
     if before is not None:
         known = before == record.get("before")
         backup = record["backup"] if known else keep_copy(path.with_name(path.name + ".pomex-bak"), before)
         values |= {"before": before, "backup": backup}
-        kept = f"without Pomex it is kept as {backup}"
+        kept = f"the file without Pomex is kept beside it as {backup}"
     replace_file(codex_record(path), "".join(f"{name} = {json.dumps(text, ensure_ascii=False)}\n"
                                              for name, text in values.items()))
     replace_file(path, after)
     show_difference(path, now or "", after)
     say("", f"Wrote {home_short(path)}; {kept}. To undo: python pomex.py codex --undo"
-        + (" --profile" if path.name == "pomex.config.toml" else ""))
+        + " --profile" * (path.name == "pomex.config.toml"))
     if not os.environ.get("POMEX_API_KEY"):
         say("Now export POMEX_API_KEY in the shell that starts codex. A new key: python pomex.py keys create NAME")
     return 0
 
 
 def undo_codex(path: pathlib.Path) -> int:
-    path = pathlib.Path(os.path.realpath(path))
     now, record = codex_text(path), tomllib.loads(codex_text(codex_record(path)) or "")
     if not record or now is None:
         say(f"There is no {home_short(path if record else codex_record(path))}: nothing to undo.")

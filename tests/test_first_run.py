@@ -65,7 +65,7 @@ def test_what_cannot_be_merged_safely_is_refused(text):
 
 @pytest.mark.parametrize("text", [*MERGES.values(), *IMPOSSIBLE.values()], ids=[*MERGES, *IMPOSSIBLE])
 def test_the_statements_of_a_document_are_the_document(text):
-    text += "\n"
+    text = text.removeprefix("\ufeff") + "\n"
     assert "".join(piece for _, piece in pomex.toml_statements(text)) == text
     assert {path for path, _ in pomex.toml_statements(text)} - {()} <= {
         path[:n] for path in [*pomex.toml_leaves(text), ("c", "d")] for n in range(9)}
@@ -154,9 +154,9 @@ def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
         said.append((codex(*words), capsys.readouterr().err))
     nothing = "There is no ~/codexhome/config.toml.pomex-undo: nothing to undo.\n"
     assert [code for code, _ in said] == [1, 0, 0, 0, 0, 1] and said[0][1] == said[5][1] == nothing
-    assert "+model_provider" in said[1][1] and "without Pomex it is kept as config.toml.pomex-bak. To undo: " in said[1][1]
+    assert "+model_provider" in said[1][1] and "without Pomex is kept beside it as config.toml.pomex-bak. To undo: " in said[1][1]
     assert said[2][1] == "~/codexhome/config.toml has these settings already; nothing was changed.\n"
-    assert "without Pomex it is kept as config.toml.pomex-bak." in said[3][1]           # the same one
+    assert "without Pomex is kept beside it as config.toml.pomex-bak." in said[3][1]           # the same one
     assert said[4][1].endswith("config.toml is as it was before Pomex.\n")
     assert home.read_text() == 'model = "gpt-5"   # mine\n' and not beside(home)
 
@@ -175,7 +175,7 @@ def test_no_file_of_another_name_or_time_is_taken_for_the_backup(home, capsys):
     strangers = {"config.toml.bak": "ancient", "config.toml.pomex-bak": 'model = "older"\n', "config.toml.before-undo": "x"}
     for name, text in strangers.items():
         put(home.with_name(name), text)
-    assert codex("--write") == 0 and "kept as config.toml.pomex-bak.1." in capsys.readouterr().err
+    assert codex("--write") == 0 and "kept beside it as config.toml.pomex-bak.1." in capsys.readouterr().err
     put(home, home.read_text() + ADDS)
     edited = home.read_text()
     assert codex("--undo") == 0 and pomex.tomllib.loads(home.read_text())["model"] == "current"
@@ -197,6 +197,7 @@ def test_a_file_that_is_gone_needs_no_undo(home, capsys):
     capsys.readouterr()
     assert codex("--undo") == 1 and "no ~/codexhome/config.toml: nothing to undo" in capsys.readouterr().err
     assert beside(home)["config.toml.pomex-bak"] == 'model = "gpt-5"\n' and not home.exists()
+    assert codex("--write") == 0 and codex("--undo") == 0 and not home.exists()
 
 
 @pytest.mark.parametrize("link", ["dotfiles/codex.toml", "{home}/dotfiles/codex.toml"], ids=["relative", "absolute"])
@@ -227,13 +228,12 @@ HOSTILE = {     # what is done at the place of the file, what is said
     "no UTF-8": (lambda file: file.write_bytes(b"\xff"), "config.toml is not TOML: 'utf-8' codec"),
     "no TOML": (lambda file: file.write_text("model = \n"), "config.toml is not TOML: Invalid value (at line 1"),
     "too deep": (lambda file: file.write_text("a = " + "[" * 5000 + "]" * 5000), "config.toml is not TOML"),
-    "a link to nowhere": (lambda file: file.symlink_to("no/where"), "No such file or directory."),
 }
 
 
 @pytest.mark.parametrize("words", [["--write"], ["--undo"]], ids=["write", "undo"])
-@pytest.mark.parametrize("case, name", [(case, name) for case in HOSTILE for name in ("config.toml", "config.toml.pomex-undo")
-                                        if (case, name) != ("a link to nowhere", "config.toml.pomex-undo")])
+@pytest.mark.parametrize("name", ["config.toml", "config.toml.pomex-undo"])
+@pytest.mark.parametrize("case", HOSTILE)
 def test_what_is_no_file_of_codexs_is_left_alone_and_named(home, capsys, case, name, words):
     make, said = HOSTILE[case]
     home.parent.mkdir()

@@ -12720,46 +12720,10 @@ def run_codex(args: argparse.Namespace) -> int:
 
 
 KeyPath: TypeAlias = tuple[str, ...]
+
 # Codex writes to its config.toml as well, so what is ours there is known by these keys. Each is taken back as a whole: Codex
 # refuses a part of a provider's table.
 CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), ("model_providers", "pomex"))
-
-
-def toml_path(line: str) -> KeyPath:
-    """The key path of a line that is one header, or one pair with a plain value."""
-    path: KeyPath = ()
-    inner: Any = tomllib.loads(line)
-    while isinstance(inner, dict) and inner:
-        (key, inner), = inner.items()
-        path += (key,)
-    return path
-
-
-TOML_PARTS = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|'
-                         r'[^"\'#\n\[\]{}=]+|.', re.DOTALL)
-
-
-def toml_statements(text: str) -> list[tuple[KeyPath, str]]:
-    """(key path, text) of each header and pair of a valid document, and of each line that is neither, with path (). A piece
-    ends with its newline; together they are the document."""
-    found: list[tuple[KeyPath, str]] = []
-    header: KeyPath = ()
-    piece = key = ""
-    depth = 0
-    for part in TOML_PARTS.findall(text):
-        if part == "=" and not key:
-            key = piece
-        piece += part
-        depth += (part in "[{") - (part in "]}")
-        if part != "\n" or depth:
-            continue
-        if piece.lstrip().startswith("["):
-            header = toml_path(piece.strip())
-            found.append((header, piece))
-        else:
-            found.append((header + toml_path(key + "= 0") if key else (), piece))
-        piece = key = ""
-    return found
 
 
 def toml_leaves(text: str) -> dict[KeyPath, Any]:
@@ -12771,6 +12735,34 @@ def toml_leaves(text: str) -> dict[KeyPath, Any]:
         for key, inner in value.items():
             yield from walk((*path, key), inner)
     return dict(walk((), tomllib.loads(text.removeprefix("\ufeff"))))
+
+
+TOML_PARTS = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|'
+                         r'[^"\'#\n\[\]{}=]+|.', re.DOTALL)
+
+
+def toml_statements(text: str) -> list[tuple[KeyPath, str]]:
+    """(key path, text) of each header and pair of a valid document, and of each line that is neither, with path (). A piece
+    ends with its newline; together they are the document."""
+    found: list[tuple[KeyPath, str]] = []
+    header = piece = key = ""
+    depth = 0
+    for part in TOML_PARTS.findall(text):
+        if part == "=" and not key:
+            key = piece
+        piece += part
+        depth += (part in "[{") - (part in "]}")
+        if part != "\n" or depth:
+            continue
+        path: KeyPath = ()
+        if piece.lstrip().startswith("["):
+            header = piece
+            path = next(iter(toml_leaves(header + "_ = 0")))[:-1]
+        elif key:
+            path = next(iter(toml_leaves(f"{header}{key}= 0")))
+        found.append((path, piece))
+        piece = key = ""
+    return found
 
 
 def with_values(text: str, values: Mapping[KeyPath, Any], keys: Sequence[KeyPath]) -> str:
@@ -12885,21 +12877,22 @@ def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
 
 
 def undo_codex(path: pathlib.Path) -> int:
+    shown = home_short(path)
     now, record = codex_text(path), tomllib.loads(codex_text(codex_record(path)) or "")
     if not record or now is None:
-        say(f"There is no {home_short(path if record else codex_record(path))}: nothing to undo.")
+        say(f"Nothing to undo: there is no {shown if record else home_short(codex_record(path))}.")
         return 1
     text, stay = without_pomex(now, record)
     show_difference(path, now, text or "")
-    said = [f"{home_short(path)} is as it was before Pomex." if now == record["after"] else
-            f"Pomex's settings are out of {home_short(path)}."]
+    said = [f"{shown} is as it was before Pomex." if now == record["after"] else
+            f"Pomex's settings are out of {shown}."]
     if stay:
         said.append(f"Changed since, so left alone: {', '.join(map(toml_name, stay))}.")
     if now != record["after"]:
         said.append(f"A copy from before this: {keep_copy(path.with_name(path.name + '.before-undo'), now)}.")
     if text is None:
         path.unlink()
-        said[0] = f"{home_short(path)} is gone again: there was none before Pomex."
+        said[0] = f"Removed {shown}: there was no such file before Pomex."
     else:
         replace_file(path, text)
     codex_record(path).unlink()

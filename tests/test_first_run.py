@@ -57,6 +57,12 @@ def test_the_block_is_merged_and_all_else_stays(text):
     assert merged.count("\r\n") == merged.count("\n") * ("\r\n" in text)
 
 
+def test_a_model_that_codex_knows_takes_the_catalogue_out_again():
+    known = pomex.codex_block("http://127.0.0.1:7663", "openai/gpt-6-sol")
+    merged = pomex.with_block(pomex.with_block("", BLOCK), known)
+    assert "model_catalog_url" not in merged and pomex.toml_leaves(merged) == pomex.toml_leaves("\n".join(known))
+
+
 @pytest.mark.parametrize("text", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_what_cannot_be_merged_safely_is_refused(text):
     with pytest.raises(pomex.ConfigError, match="nothing was changed"):
@@ -144,7 +150,7 @@ def test_undo_gives_the_file_before_with_the_edits_since(home, capsys, before, e
     left = {"config.toml.before-undo": edited, **({} if before is None else {"config.toml.pomex-bak": before})}
     assert beside(home) == left and all(name in said for name in left)
     assert ("so left alone: " + ", ".join(map(pomex.toml_name, stays)) in said) if stays else "so left" not in said
-    assert codex("--undo") == 1 and "nothing to undo" in capsys.readouterr().err
+    assert codex("--undo") == 1 and "Nothing to undo" in capsys.readouterr().err
 
 
 def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
@@ -152,7 +158,7 @@ def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
     said = []
     for words in (["--undo"], ["--write"], ["--write"], ["--write", "--model", "demo/tools"], ["--undo"], ["--undo"]):
         said.append((codex(*words), capsys.readouterr().err))
-    nothing = "There is no ~/codexhome/config.toml.pomex-undo: nothing to undo.\n"
+    nothing = "Nothing to undo: there is no ~/codexhome/config.toml.pomex-undo.\n"
     assert [code for code, _ in said] == [1, 0, 0, 0, 0, 1] and said[0][1] == said[5][1] == nothing
     assert "+model_provider" in said[1][1] and "without Pomex is kept beside it as config.toml.pomex-bak. To undo: " in said[1][1]
     assert said[2][1] == "~/codexhome/config.toml has these settings already; nothing was changed.\n"
@@ -195,7 +201,7 @@ def test_a_file_that_is_gone_needs_no_undo(home, capsys):
     assert codex("--write") == 0
     home.unlink()
     capsys.readouterr()
-    assert codex("--undo") == 1 and "no ~/codexhome/config.toml: nothing to undo" in capsys.readouterr().err
+    assert codex("--undo") == 1 and "Nothing to undo: there is no ~/codexhome/config.toml." in capsys.readouterr().err
     assert beside(home)["config.toml.pomex-bak"] == 'model = "gpt-5"\n' and not home.exists()
     assert codex("--write") == 0 and codex("--undo") == 0 and not home.exists()
 
@@ -241,7 +247,7 @@ def test_what_is_no_file_of_codexs_is_left_alone_and_named(home, capsys, case, n
     code = codex(*words)
     shown = capsys.readouterr().err
     assert code in (1, pomex.BAD_CONFIG) and shown.count("\n") == 1
-    assert said.replace("config.toml", name) in shown or (words == ["--undo"] and "nothing to undo" in shown)
+    assert said.replace("config.toml", name) in shown or (words == ["--undo"] and "Nothing to undo" in shown)
     assert os.listdir(home.parent) == [name]
 
 

@@ -627,7 +627,7 @@ def test_what_codex_itself_writes_between_write_and_undo_stays(tmp_path: Path, v
         "docs": {"command": "npx", "args": ["docs-server"]}}}
     assert made.type("codex mcp remove docs").returncode == 0
     again = made.type("python pomex.py codex --write", "python pomex.py codex --undo", "python pomex.py codex --undo")
-    assert again.returncode == 1 and "nothing to undo" in again.stderr, again
+    assert again.returncode == 1 and "Nothing to undo" in again.stderr, again
     assert program.tomllib.loads(made.config.read_text() if made.config.exists() else "") == mine
 
 

@@ -8977,9 +8977,14 @@ class Catalogue:
         configured = self.config.models.get(name)
         if configured is not None and configured.context_window:
             return ModelFacts(configured.context_window)
-        first = next((target for tier in configured.targets for target in tier), None) if configured is not None else None
-        provider, model = first or (name.partition("/")[0], name.partition("/")[2])
+        provider, model = self.first_target(name)
         return known_models(provider).get(model, ModelFacts())
+
+    def first_target(self, name: str) -> tuple[str, str]:
+        configured = self.config.models.get(name)
+        if configured is not None and configured.targets:
+            return configured.targets[0][0]
+        return name.partition("/")[0], name.partition("/")[2]
 
     def unknown(self, model: str, sentence: str) -> BadRequest:
         guess = self.closest(model)
@@ -10058,31 +10063,48 @@ def model_object(gateway: Gateway, name: str) -> JSON:
 
 
 def codex_entry(gateway: Gateway, name: str, priority: int) -> JSON:
-    """Codex's catalogue entry (CODEX.md 6): the fields that both versions require, and what brings apply_patch."""
+    """Codex's catalogue entry (CODEX.md 6): the fields that both versions require, and all that Codex could ask for."""
+    configured, known = gateway.config.models.get(name, ModelConfig(name)), codex_fields(name, CODEX_TABLE)
     window = gateway.catalogue.facts(name).context_window or DEFAULT_CONTEXT_WINDOW
-    configured = gateway.config.models.get(name)
+    windows = {"context_window": window, "max_context_window": window}
+    provider = gateway.config.providers.get(gateway.catalogue.first_target(name)[0])
+    carried = provider is not None and provider.wire_api == "responses"
     return {
-        "slug": name, "display_name": name, "description": configured.description if configured else "",
+        "slug": name, "display_name": name, "description": configured.description,
         "visibility": "list", "supported_in_api": True, "priority": priority, "shell_type": "shell_command",
-        "base_instructions": BASE_INSTRUCTIONS, "support_verbosity": False,
+        "base_instructions": BASE_INSTRUCTIONS, "support_verbosity": carried, "service_tiers": CODEX_TIERS if carried else [],
         "truncation_policy": {"mode": "tokens", "limit": 10000}, "experimental_supported_tools": [],
         "supports_reasoning_summaries": True, "supports_parallel_tool_calls": True,
-        "supported_reasoning_levels": [{"effort": effort, "description": ""} for effort in ("low", "medium", "high")],
-        "default_reasoning_level": "medium", "default_reasoning_summary": "auto", "apply_patch_tool_type": "freeform",
-        "web_search_tool_type": "text", "context_window": window, "max_context_window": window,
-        "input_modalities": ["text", "image"], **KNOWN_TO_CODEX.get(name.rpartition("/")[2], {})}
+        "supported_reasoning_levels": [{"effort": effort, "description": ""} for effort in EFFORTS],
+        "supports_search_tool": bool(known),        # for others it would hide MCP and agent tools behind a search
+        "default_reasoning_level": "medium", "default_reasoning_summary": "none" if known else "auto",
+        "apply_patch_tool_type": "freeform", "web_search_tool_type": "text", "input_modalities": ["text", "image"],
+        **windows, **(known or codex_fields(name, CODEX_OLD_TABLE)), **(windows if configured.context_window else {})}
 
 
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
+CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a higher price"},
+               {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
 
-# What Codex 0.169 knows of models itself, and takes from a catalogue instead where it is given one: without these fields it
-# would lose its code mode and the deferred tools. Its prompts (21 KB each) cannot be given back: see codex_block.
-CODEX_SEARCH: JSON = {"supports_search_tool": True, "support_verbosity": True, "default_verbosity": "low"}
-CODEX_LITE: JSON = {**CODEX_SEARCH, "use_responses_lite": True, "tool_mode": "code_mode_only", "multi_agent_version": "v2"}
-KNOWN_TO_CODEX: dict[str, JSON] = {"gpt-5.5": CODEX_SEARCH, **dict.fromkeys(
-    ("gpt-5.6-luna", "gpt-5.6-sol", "gpt-5.6-terra", "gpt-6-astra", "gpt-6-luna", "gpt-6-sol", "gpt-6.1-sol", "gpt-6.1-terra"),
-    CODEX_LITE)}
+def codex_fields(model: str, table: str) -> JSON:
+    """What Codex itself knows of a model, as fields of a catalogue entry: it looks for a name that this one begins with.
+    {} where there is none."""
+    bare = model.rpartition("/")[2]
+    for line in table.splitlines():
+        name, visibility, effort, verbosity, efforts, window, most, *more = line.split()
+        if bare.startswith(name):
+            agents, subagent_effort, *tools = [None if word == "-" else word for word in more]
+            return {
+                "visibility": visibility, "support_verbosity": True, "default_verbosity": verbosity,
+                "default_reasoning_level": effort, "service_tiers": CODEX_TIERS,
+                "supported_reasoning_levels": [{"effort": each, "description": ""} for each in efforts.split(",")],
+                "context_window": int(window), "max_context_window": int(most), "experimental_supported_tools": tools,
+                "web_search_tool_type": "text_and_image", "supports_image_detail_original": True,
+                "use_responses_lite": bool(agents), "tool_mode": "code_mode_only" if agents else None,
+                "multi_agent_version": agents, "multi_agent_reasoning_effort": subagent_effort,
+                "supports_reasoning_effort_updates": bool(subagent_effort)}
+    return {}
 
 
 async def models(gateway: Gateway, client: Client) -> None:
@@ -10346,7 +10368,7 @@ def codex_block(url: str, model: str) -> list[str]:
              'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
              f'base_url = "{url}/v1"', f'env_key = "POMEX_API_KEY"    # another key later: {NEW_KEY}',
              'wire_api = "responses"']
-    known = model.rpartition("/")[2] in KNOWN_TO_CODEX
+    known = model.count("/") < 2 and codex_fields(model, CODEX_TABLE)       # Codex takes one prefix off, not two
     return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
 
 
@@ -13729,6 +13751,35 @@ xai/grok-build-0.1               256000  256000    1    2   0.2     -    -  over
 xai/grok-build-latest            500000  500000    2    6   0.3     -    -  over199999=4/12/0.6
 xai/grok-code-fast               256000  256000    1    2   0.2     -    -  over199999=2/4/0.4
 """
+
+# What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
+# name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
+# of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
+# (20 KB each) cannot be given back: see codex_block.
+CODEX_TABLE = """\
+gpt-6.2-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh request_user_input_async \
+send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
+gpt-6.2-astra list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh request_user_input_async \
+send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
+gpt-6.1-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6.1-terra list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6-astra   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh send_user_message_async clock
+gpt-6-sol     list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -     send_user_message_async clock
+gpt-6-luna    list medium low low,medium,high,xhigh,max       272000 872000 v2 -     send_user_message_async clock
+gpt-5.6-sol   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
+gpt-5.6-terra list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
+gpt-5.6-luna  list medium low low,medium,high,xhigh,max       272000 872000 v1 -
+gpt-5.5       list medium low low,medium,high,xhigh           272000 272000 -  -
+gpt-daybreak-blue-latest hide low    low  low,medium,high,xhigh,max,ultra 272000 872000 v2 -
+gpt-daybreak-red-latest  hide medium high low,medium,high,xhigh,max,ultra 372000 372000 v2 -
+codex-auto-review        hide medium low  low,medium,high,xhigh,max       272000 872000 v1 -
+"""
+CODEX_OLD_TABLE = """\
+gpt-5.4-mini  list medium medium low,medium,high,xhigh 272000 272000  - -
+gpt-5.4       list xhigh  low    low,medium,high,xhigh 272000 1000000 - -
+gpt-5.3-codex list medium low    low,medium,high,xhigh 272000 272000  - -
+gpt-5.2       list medium low    low,medium,high,xhigh 272000 272000  - -
+"""             # these only 0.128 knows
 
 # The base prompt of catalogue entries: Codex sends none of its own for a model that a catalogue describes.
 BASE_INSTRUCTIONS = """\

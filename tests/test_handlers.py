@@ -215,6 +215,59 @@ def test_one_body_is_openais_list_and_codexs_catalogue(tmp_path):
         more='[models."big/one"]\ntargets = ["up:one"]\ncontext_window = 1234\n')
 
 
+# model -> window, the largest; default effort, the highest; has code mode, a service tier, and a default verbosity
+ENTRIES = {
+    "gpt-6.2-sol": (500000, 872000, "low", "ultra", True, True, "low"),
+    "gpt-6.2-astra": (272000, 872000, "low", "ultra", True, True, "low"),
+    "gpt-6.1-terra-2026-10-01": (500000, 872000, "low", "ultra", True, True, "low"),
+    "gpt-6-luna": (272000, 872000, "medium", "max", True, True, "low"),
+    "gpt-5.5": (272000, 272000, "medium", "xhigh", False, True, "low"),
+    "gpt-daybreak-red-latest": (372000, 372000, "medium", "ultra", True, True, "high"),
+    "gpt-5.4": (272000, 1000000, "xhigh", "xhigh", False, True, "low"),
+    "gpt-5.4-mini": (272000, 272000, "medium", "xhigh", False, True, "medium"),
+    "own": (128000, 128000, "medium", "max", False, True, None),
+}
+
+
+def test_a_catalogue_entry_has_all_that_codex_knows_of_a_model():
+    text = f"""
+[providers.openai]
+wire_api = "responses"
+base_url = "http://127.0.0.1:1/v1"
+models = {json.dumps(list(ENTRIES))}
+[providers.talk]
+wire_api = "chat"
+base_url = "http://127.0.0.1:1/v1"
+[models."openai/gpt-5.5-small"]
+targets = ["openai:gpt-5.5"]
+context_window = 4321
+[models."talk/other"]
+targets = ["talk:other"]
+"""
+    class Running:
+        config = pomex.load_config(text, "pomex.toml", {})
+        catalogue = pomex.Catalogue(config, {})
+
+    def summary(name):
+        entry = pomex.codex_entry(Running, name, 0)
+        assert entry["support_verbosity"] is bool(entry["service_tiers"])
+        return (entry["context_window"], entry["max_context_window"], entry["default_reasoning_level"],
+                entry["supported_reasoning_levels"][-1]["effort"], entry.get("tool_mode") == "code_mode_only",
+                bool(entry["service_tiers"]), entry.get("default_verbosity"))
+
+    assert {name: summary(f"openai/{name}") for name in ENTRIES} == ENTRIES
+    assert summary("openai/gpt-5.5-small") == (4321, 4321, *ENTRIES["gpt-5.5"][2:])      # what the operator says wins
+    assert summary("talk/other") == (128000, 128000, "medium", "max", False, False, None)    # this wire carries neither
+
+
+@pytest.mark.parametrize("model, known", [
+    ("openai/gpt-6.2-astra", True), ("openai/gpt-5.5-2026-01-01", True), ("gpt-6-sol", True), ("openai/gpt-5.3-codex", False),
+    ("openrouter/openai/gpt-6-sol", False), ("anthropic/claude-opus-5-5", False)])
+def test_the_printed_block_leaves_codex_its_own_idea_of_a_model(model, known):
+    block = "\n".join(pomex.codex_block("http://127.0.0.1:7663", model))
+    assert ("model_catalog_url" in block) is not known
+
+
 def test_health_and_readiness_ask_for_no_key(tmp_path):
     async def scenario(world):
         for path in ("/health", "/healthz", "/livez"):

@@ -14,8 +14,8 @@ import pytest
 from harness import CODEX_VERSIONS, DIRECT, NEWEST_CODEX, SHARED, Codex, Pomex, free_port, running_pomex
 from scripted import Script, Upstream
 
-MODELS = ("gpt-5.3-codex", "gpt-5.5", "gpt-5.6-sol", "plain-model", "claude-sonnet-4-5", "claude-opus-4-8",
-          "claude-opus-5-5", "gemini-2.5-flash", "gemini-3.7-flash")
+MODELS = ("gpt-5.3-codex", "gpt-5.5", "gpt-5.6-luna", "gpt-5.6-sol", "gpt-6-sol", "gpt-6.2-sol", "plain-model",
+          "claude-sonnet-4-5", "claude-opus-4-8", "claude-opus-5-5", "gemini-2.5-flash", "gemini-3.7-flash")
 # The model of a wire: of two generations that differ in all that matters, one for each version of Codex.
 OWN_MODELS = {"messages": {"0.128.0": "claude-sonnet-4-5", NEWEST_CODEX: "claude-opus-5-5", "": "claude-opus-4-8"},
               "gemini": {"0.128.0": "gemini-2.5-flash", NEWEST_CODEX: "gemini-3.7-flash", "": "gemini-3.7-flash"}}

@@ -286,6 +286,9 @@ def test_a_context_that_is_too_long_is_named_as_such_at_once(codex: Codex, scrip
 
 # --- what newer Codex does with models that it knows ------------------------------------------------
 
+KNOBS = ("-c", 'model_reasoning_effort="xhigh"', "-c", 'service_tier="fast"', "-c", 'model_verbosity="high"')
+
+
 def without_catalogue(codex: Codex) -> None:
     """Codex's own idea of the model: the line with the catalogue's address goes."""
     config = codex.home / "config.toml"
@@ -319,13 +322,21 @@ def test_code_mode_runs_a_script(codex: Codex, wire: str, script: Script) -> Non
 @through_pomex_only
 @newest
 @pytest.mark.parametrize("wire", ["native"])            # here the offer arrives as Codex makes it
-@pytest.mark.parametrize("model", ["gpt-5.3-codex", "gpt-5.5", "gpt-5.6-sol"])
-def test_the_catalogue_takes_no_tool_from_a_model(codex: Codex, wire: str, script: Script, model: str) -> None:
+@pytest.mark.parametrize("model", ["gpt-5.3-codex", "gpt-5.5", "gpt-5.6-luna", "gpt-5.6-sol", "gpt-6-sol", "gpt-6.2-sol"])
+@pytest.mark.parametrize("knobs", [(), KNOBS])
+def test_the_catalogue_takes_nothing_from_a_model(codex: Codex, wire: str, script: Script, model: str, knobs: tuple[str]) -> None:
     codex.model = f"{wire}/{model}"
     script.play(says("With."), says("Without."))
-    assert codex.exec("Hello").answer == "With."
+    turn = codex.exec("Hello", *knobs)
+    assert turn.answer == "With." and "not advertised" not in turn.stdout
     without_catalogue(codex)
-    assert codex.exec("Hello").messages == ["Without."]
-    with_it, without = ({tool["name"] for tool in offered(seen.body)} for seen in script.seen)
-    assert without - {"tool_search"} <= with_it
-    assert "apply_patch" in with_it or "exec" in with_it
+    assert codex.exec("Hello", *knobs).messages == ["Without."]
+    with_it, without = (seen.body for seen in script.seen)
+    for field in ("reasoning", "text"):
+        assert (without.get(field) or {}).items() <= (with_it.get(field) or {}).items()
+    for field in ("service_tier", "include"):
+        assert without.get(field) in (None, with_it.get(field))
+    names, own_names = ({tool["name"] for tool in offered(body)} for body in (with_it, without))
+    assert own_names - {"tool_search"} <= names
+    assert "apply_patch" in names or "exec" in names
+    assert not knobs or (with_it["service_tier"], with_it["reasoning"]["effort"]) == ("priority", "xhigh")

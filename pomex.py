@@ -6184,11 +6184,12 @@ def with_headers(source: ConfigText, path: tuple[str, ...], provider: ProviderCo
 
 
 def read_model(source: ConfigText, name: str, providers: Mapping[str, ProviderConfig]) -> ModelConfig:
-    """One [models."provider/name"]; without targets it only describes the model."""
+    """One [models."provider/name"], or [models."name"]; without targets it only describes the model."""
     path = ("models", name)
-    if not MODEL_NAME.fullmatch(name):
-        raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
     model = ModelConfig(name, **source.settings(ModelConfig, *path))
+    bare = model.targets and "/" not in name and KEY_VALUE.fullmatch(name)
+    if not bare and not MODEL_NAME.fullmatch(name):
+        raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex", or have targets.')
     for target in itertools.chain.from_iterable(model.targets):
         if target.provider not in providers:
             add = f" Add [{toml_name(('providers', target.provider))}]."
@@ -8934,7 +8935,11 @@ class Catalogue:
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
         self.config = config
-        self.names = known_names(config, found)
+        listed = listed_names(config, found)
+        self.names = list(dict.fromkeys([*config.models, *listed]))
+        self.by_bare_name: dict[str, list[str]] = {}
+        for name in listed:
+            self.by_bare_name.setdefault(name.partition("/")[2], []).append(name)
         self.keyed = {name: keyed(provider) for name, provider in config.providers.items()}
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
@@ -8949,21 +8954,31 @@ class Catalogue:
             found.append(Way(provider, model, f"{provider_name}{mark}:{known_as}", provider_name + bound, window))
         return found
 
+    def full_name(self, model: str) -> str:
+        """provider/model-name for a name that may lack its provider: of the one that lists the model, in use or not, so that
+        no outage moves a name to another vendor. Else of the vendor that is known for it."""
+        if "/" in model or model in self.config.models:
+            return model
+        found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in BUILTIN_PROVIDERS
+                                                 if model in known_models(vendor)]
+        if len(found) == 1:
+            return found[0]
+        reason = "several providers have this one" if found else f'no provider lists "{printable(model)}"'
+        raise self.unknown(model, f"Model names are provider/model-name, and {reason}.", found)
+
     def tiers(self, model: str) -> list[list[Way]]:
         """The targets of a model, tier after tier. BadRequest says what is wrong with the name."""
         configured = self.config.models.get(model)
         if configured is not None and configured.targets:
             return [[way for target in tier for way in self.ways(*target, target.model)] for tier in configured.targets]
-        provider_name, slash, name = model.partition("/")
+        provider_name, _, name = model.partition("/")
         provider = self.config.providers.get(provider_name)
-        if not slash or not name:
-            raise self.unknown(model, "Model names are provider/model-name.")
         if provider is None and provider_name in BUILTIN_PROVIDERS:
             env_key = BUILTIN_PROVIDERS[provider_name].env_key
             cure = f"Set {env_key} and restart, or add it to pomex.toml." if env_key else "Start it, then restart Pomex."
             raise BadRequest(f"{printable(model)} cannot be used: {provider_name} is not configured. {cure}", param="model",
                              code="provider_not_configured")
-        if provider is None or not self.serves(provider, name):
+        if provider is None or not name or not self.serves(provider, name):
             raise self.unknown(model, f'Model "{printable(model)}" not found.')
         return [self.ways(provider_name, name, "*")]      # a name of the caller's choice is none to keep count of
 
@@ -8986,9 +9001,9 @@ class Catalogue:
             return configured.targets[0][0]
         return name.partition("/")[0], name.partition("/")[2]
 
-    def unknown(self, model: str, sentence: str) -> BadRequest:
-        guess = self.closest(model)
-        hint = f" Did you mean {guess}?" if guess not in ("", model) else ""
+    def unknown(self, model: str, sentence: str, meant: Sequence[str] = ()) -> BadRequest:
+        guesses = " or ".join(meant) or self.closest(model)
+        hint = f" Did you mean {guesses}?" if guesses not in ("", model) else ""
         return BadRequest(f"{sentence}{hint} All names: GET /v1/models or /admin#models", param="model", code="model_not_found")
 
     def closest(self, model: str) -> str:
@@ -9009,8 +9024,9 @@ def printable(text: str, most: int = 100) -> str:
     return re.sub(r"[^\x20-\x7e]", "?", text[:most])
 
 
-def known_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
-    names = dict.fromkeys(config.models)
+def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
+    """The models that providers list, as provider/model-name: in the configuration, by themselves, or in the built-in table."""
+    names: dict[str, None] = {}
     for name, provider in config.providers.items():
         plain = [pattern for pattern in provider.models if not set(pattern) & set("*?[")]
         listed = list(DEMO_MODELS) if provider.wire_api == "demo" else [*plain, *found.get(name, ())]
@@ -9849,6 +9865,8 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     """One request of a key: check, plan, money, intent, targets, settle, terminal event."""
     request = check_request(await client.body())
     manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
+    if (name := gateway.catalogue.full_name(request.model)) != request.model:
+        request = dataclasses.replace(request, model=name)
     tiers = gateway.catalogue.tiers(request.model)
     permit(key, request.model, manners)
     envelope = Envelope(gateway.ledger.secret, key.account)
@@ -10125,6 +10143,7 @@ async def model(gateway: Gateway, client: Client) -> None:
     key = gateway.key(client)
     name = urllib.parse.unquote(client.head.path.removeprefix("/v1/models/"))
     try:
+        name = gateway.catalogue.full_name(name)
         gateway.catalogue.tiers(name)
     except BadRequest as error:
         error.status = 404

@@ -131,7 +131,7 @@ COMPLAINTS = {
                              'must be "off", "env" or an address like "http://proxy.example:3128".'),
     # of models
     "a model without its provider": ('[models."gpt-5"]\n',
-                                     'pomex.toml: model name "gpt-5": it must be like "openai/gpt-5.3-codex".'),
+                                     'pomex.toml: model name "gpt-5": it must be like "openai/gpt-5.3-codex", or have targets.'),
     "a target that is none": ('[models."a/b"]\ntargets = ["openai"]\n',
                               'pomex.toml: [models."a/b"] targets = ["openai"]: must be a list of '
                               '"provider:model"; a list inside it is one tier.'),

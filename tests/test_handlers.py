@@ -158,8 +158,10 @@ MISTAKES = {
     "a key on models": (("GET", "/v1/models", None, ""), 401, "invalid_api_key", "No API key was sent."),
     "a typo in the model": (("POST", "/v1/responses", {**GOOD, "model": "demo/ecko"}, None), 400, "model_not_found",
                             "Did you mean demo/echo?"),
-    "no prefix": (("POST", "/v1/responses", {**GOOD, "model": "echo"}, None), 400, "model_not_found",
-                  "Model names are provider/model-name. Did you mean demo/echo?"),
+    "no provider": (("POST", "/v1/responses", {**GOOD, "model": "ecko"}, None), 400, "model_not_found",
+                    'Model names are provider/model-name, and no provider lists "ecko". Did you mean demo/echo?'),
+    "no key for a bare name": (("POST", "/v1/responses", {**GOOD, "model": "claude-opus-5"}, None), 400,
+                               "provider_not_configured", "anthropic/claude-opus-5 cannot be used"),
     "no key for it": (("POST", "/v1/responses", {**GOOD, "model": "openai/gpt-5.5"}, None), 400, "provider_not_configured",
                       "Set OPENAI_API_KEY and restart"),
     "no /v1": (("POST", "/responses", GOOD, None), 404, "wrong_base_url", "base_url must end with /v1: http://127.0.0.1:"),
@@ -279,6 +281,69 @@ def test_health_and_readiness_ask_for_no_key(tmp_path):
         refused = await world.post("demo/echo")
         assert (refused[0], told(refused[2])[0]) == (503, "ledger_unavailable")
     run(tmp_path, scenario, {})
+
+
+# --- names without a provider -----------------------------------------------------------------------
+
+PROVIDERS = """
+[providers.openai]
+wire_api = "responses"
+base_url = "http://127.0.0.1:1/v1"
+[providers.azure]
+wire_api = "responses"
+base_url = "http://127.0.0.1:1/v1"
+models = ["gpt-5.5", "gpt-4*", "mine"]
+[providers.local]
+wire_api = "chat"
+base_url = "http://127.0.0.1:1/v1"
+[providers.any]
+wire_api = "chat"
+base_url = "http://127.0.0.1:1/v1"
+[models."quick"]
+targets = ["local:x"]
+[models."gpt-6-luna"]
+targets = ["azure:mine"]
+[models."team/gpt-6-sol"]
+targets = ["local:x"]
+"""
+NAMES = {       # bare name -> the full one, or a part of the refusal
+    "quick": "quick", "gpt-6-luna": "gpt-6-luna",                       # a [models] entry comes first
+    "gpt-6-sol": "openai/gpt-6-sol",                                    # the vendor's table; team/... is nobody's list
+    "mine": "azure/mine",                                               # the configuration
+    "tiny": "local/tiny", "echo": "demo/echo",                          # what a server lists
+    "gpt-4o": "openai/gpt-4o",                                          # azure's pattern lists no name
+    "gpt-5.5": "several providers have this one. Did you mean openai/gpt-5.5 or azure/gpt-5.5?",
+    "gpt-9": "no provider lists \"gpt-9\".", "gpt-6-sool": "Did you mean team/gpt-6-sol?",
+    "any/x": "any/x", "openai/gpt-5.5": "openai/gpt-5.5", "nobody/x": "nobody/x",
+    "claude-opus-5": "anthropic/claude-opus-5",                         # whose key is what is missing
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bare_name_is_that_of_the_one_provider_that_lists_it(name):
+    catalogue = pomex.Catalogue(pomex.load_config(PROVIDERS, "pomex.toml", {}), {"local": ["tiny"]})
+    try:
+        assert catalogue.full_name(name) == NAMES[name]
+    except pomex.BadRequest as error:
+        assert NAMES[name] in str(error) and (error.status, error.code, error.param) == (400, "model_not_found", "model")
+
+
+def test_what_is_allowed_counted_and_answered_is_the_full_name(tmp_path):
+    async def scenario(world):
+        world.ledger.edit_key("laptop", 1_800_000_000, models="up/*")
+        status, _, raw = await world.post("gpt-x", stream=False)
+        assert (status, json.loads(raw)["model"], (await world.row())["model"]) == (200, "up/gpt-x", "up/gpt-x")
+        assert world.upstreams["up"].asked[0][1]["model"] == "gpt-x"
+        assert json.loads((await world.get("/v1/models/gpt-x"))[2])["id"] == "up/gpt-x"
+        status, headers, raw = await world.post("echo")
+        assert (status, told(raw)[0]) == (403, "model_not_allowed")
+        world.ledger.edit_key("laptop", 1_800_000_000, models="gpt-x")
+        assert (await world.post("gpt-x"))[0] == 403
+        world.ledger.edit_key("laptop", 1_800_000_000, models="")
+        world.ledger.use_provider("up", False)          # out of use, its name stays its own
+        status, _, raw = await world.post("gpt-x")
+        assert (status, told(raw)[0]) == (400, "provider_disabled")
+    run(tmp_path, scenario, {"up": ("responses", "bytes", [sse(*native())])}, more='models = ["gpt-x"]\n')
 
 
 # --- what is answered -----------------------------------------------------------------------------

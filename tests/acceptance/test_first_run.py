@@ -413,8 +413,8 @@ MISTAKES = {
     "expired": Mistake(r"Key late expired on 20..-..-.. ..:...", "invalid_api_key", 401, key="late"),
     "wrong model": Mistake('Model "demo/ecko" not found. Did you mean demo/echo? All names: GET /v1/models or /admin#models', "model_not_found",
                            400, model="demo/ecko"),
-    "no prefix": Mistake("Model names are provider/model-name. Did you mean demo/echo? All names: GET /v1/models or /admin#models",
-                         "model_not_found", 400, model="echo"),
+    "no provider": Mistake('Model names are provider/model-name, and no provider lists "ecko". Did you mean demo/echo? All names: '
+                           "GET /v1/models or /admin#models", "model_not_found", 400, model="ecko"),
     "provider without key": Mistake("anthropic/claude-sonnet-5-5 cannot be used: anthropic is not configured. Set "
                                     "ANTHROPIC_API_KEY and restart, or add it to pomex.toml.", "provider_not_configured", 400,
                                     model="anthropic/claude-sonnet-5-5"),

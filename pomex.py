@@ -145,6 +145,7 @@ class GatewayError(Exception):
     code: str | None = "server_error"
     retryable: bool = False         # may another target, or the same one later, do better?
     ledger_code: str = ""           # what the ledger calls it, where one client must be told another code
+    plain: bool = False             # the sentence alone is the answer, for a client that shows bodies as they are
 
     def __init__(self, message: str, *, status: int = 0, type: str = "", code: str | None = None, param: str | None = None,
                  headers: tuple[tuple[str, str], ...] = ()) -> None:
@@ -9322,7 +9323,7 @@ class Downstream:
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
         """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
         plain = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS
-        if early:                                       # who will answer is not known yet
+        if early:                                       # nobody has answered yet
             return [*plain, *self.bill.headers(time.time())]
         named = [("x-pomex-dropped", printable(", ".join(dict.fromkeys(self.dropped)), 1000)),
                  ("x-codex-turn-state", self.turn_state)]
@@ -9356,7 +9357,7 @@ class Downstream:
             await asyncio.wait(self.beats)
         if not self.head_sent:
             self.head_sent = True
-            await self.client.start(200, self.headers())
+            await self.client.start(200, self.headers(early=not self.attempts))
         await self.client.end(block)
 
     async def _write(self, block: bytes) -> None:
@@ -9770,6 +9771,7 @@ class Metrics:
 # One function an endpoint, and the table of routes. To read one request from top to bottom, begin at `responses`.
 
 ENDPOINT = "/v1/responses"
+SHOWS_BODIES = re.compile(r"codex[\w-]*/0\.(?:\d\d|1[0-5]\d|16[0-8])\.")      # Codex before 0.169: a 400's whole body as it is
 
 
 class Gateway:
@@ -9801,6 +9803,11 @@ class Gateway:
             await self.dispatch(client)
         except GatewayError as error:
             self.watch.refuse(client, error)
+            agent = client.head.headers.get("user-agent")
+            if error.status == 400 and manners_of(client.head.headers.get("originator"), agent) is CODEX:
+                error.headers += (("x-pomex-error", printable(error.code or "")),)
+                error.plain = SHOWS_BODIES.match(agent) is not None
+                make_codex_show(error, ("model_not_found", "invalid_prompt", "cyber_policy", "context_length_exceeded"))
             raise
 
     async def dispatch(self, client: Client) -> None:
@@ -9873,7 +9880,10 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     ways = planned(in_use(tiers, gateway.ledger.disabled), request, client.head.headers, envelope)
     down, refused = await afforded(gateway, client, key, request, manners, ways)
     if refused is not None:
-        await tell_refusal(gateway, key, down, refused)
+        down.stop()
+        down.attempt.refused = True
+        down.attempt.finish(refused)
+        await conclude(gateway, key, down)
         return
     await write_intent(gateway, key, down, ways[0])
     gateway.watch.began(key, down)
@@ -9941,6 +9951,8 @@ async def conclude(gateway: Gateway, key: Key, down: Downstream) -> None:
         attempt.error = failure_for(gateway, down)
     error, stream = attempt.error, answer.request.stream
     in_stream = stream and (down.head_sent or error is None or answered_in_stream(answer.manners, error))
+    if error is not None and in_stream and answer.manners.failure_in_stream:
+        make_codex_show(error, ("context_length_exceeded",))
     last = last_words(down, in_stream)
     if down.attempt.error is not None and not in_stream:
         down.attempt.terminal_by = ""
@@ -9979,27 +9991,12 @@ def capped(request: ResponsesRequest, tokens: int) -> ResponsesRequest:
     return dataclasses.replace(request, body=body, raw=compact(body).encode())
 
 
-async def tell_refusal(gateway: Gateway, key: Key, down: Downstream, error: GatewayError) -> None:
-    """The answer to a request that a limit of its key stopped: a status, or to Codex a stream that fails."""
-    down.stop()
-    attempt = down.attempt
-    attempt.refused = True
-    attempt.finish(error)
-    in_stream = down.answer.request.stream and answered_in_stream(down.answer.manners, error)
-    last = attempt.terminal(int(time.time())) if in_stream else b""
-    attempt.terminal_by = "gateway" if in_stream else ""
-    await settle(gateway, key, down)
-    if not in_stream:
-        raise error
-    down.head_sent = True
-    await down.client.start(200, [*STREAM_HEADERS, *down.bill.headers(time.time())])
-    await down.client.end(last)
-
-
 def failure_for(gateway: Gateway, down: Downstream) -> GatewayError:
     """What the client is told: the last target's error, or what was tried where there was more than one try."""
     error = down.attempt.error or GatewayError("The request failed.")
     manners, failures = down.answer.manners, down.failures
+    if not failures:
+        return error
     kinds = {failure.fault for failure in failures}
     if kinds == {"model_missing"}:
         return gateway.catalogue.unknown(down.answer.request.model, f'{down.provider} has no model "{printable(down.model)}".')
@@ -10016,6 +10013,14 @@ def failure_for(gateway: Gateway, down: Downstream) -> GatewayError:
     headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
     return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
                         param=error.param, headers=headers)
+
+
+def make_codex_show(error: GatewayError, shown: Sequence[str]) -> None:
+    """What is the request's own fault gets a code whose text Codex shows, and after which it does not ask again; `shown` are
+    those where it does so already. The ledger keeps the exact one."""
+    if error.status == 400 and error.code not in shown:
+        error.ledger_code = error.ledger_code or error.code or ""
+        error.code = "model_not_found" if error.param == "model" and "model_not_found" in shown else "invalid_prompt"
 
 
 def answered_in_stream(manners: Manners, error: GatewayError) -> bool:
@@ -11140,11 +11145,11 @@ def request_id_for(wanted: str) -> str:
 
 
 def error_headers(error: GatewayError) -> list[tuple[str, str]]:
-    return [("content-type", "application/json"), *error.headers]
+    return [("content-type", "text/plain; charset=utf-8" if error.plain else "application/json"), *error.headers]
 
 
 def error_body(error: GatewayError) -> bytes:
-    return json.dumps(error.body()).encode()
+    return str(error).encode() if error.plain else json.dumps(error.body()).encode()
 
 
 # --- 12.1 one connection --------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ledgers import recent
 import pomex
 
 CODEX = {"originator": "codex_exec"}
+OLD_CODEX = {"originator": "codex_exec", "user-agent": "codex_exec/0.128.0 (Linux)"}
 
 
 def chat(*deltas, finish="stop", usage=True, done=True):
@@ -438,7 +439,7 @@ FAILURES = {
     "context": (http_answer(400, {"error": {"message": "too long", "code": "context_length_exceeded"}}),
                 (400, "context_length_exceeded"), (200, "context_length_exceeded")),
     "bad request": (http_answer(400, {"error": {"message": "no such field", "param": "x"}}), (400, "invalid_request_error"),
-                    (400, "invalid_request_error")),
+                    (400, "invalid_prompt")),
     "no such model": (http_answer(404, {"error": {"message": "nope", "code": "model_not_found"}}), (400, "model_not_found"),
                       (400, "model_not_found")),
     "redirect": (http_answer(302, b"", "text/plain", "location: http://127.0.0.1:1/"), (502, "server_error"),
@@ -493,6 +494,76 @@ def test_after_output_no_other_target_is_asked(tmp_path):
     run(tmp_path, scenario, {"bad": ("chat", "normalise", [sse(chat({"content": "Half"}, finish="", usage=False, done=False),
                                                                cut=True)]), "good": WIRES["chat"]},
         more='[models."two/m"]\ntargets = ["bad:m", "good:m"]\n')
+
+
+# DESIGN 8. What is asked -> for a standard client: status, code; for Codex: the same, the exact code in header or ledger
+BAD_400 = http_answer(400, {"error": {"message": "no such field", "code": "unknown_parameter"}})
+REFUSALS = {
+    "unknown model": ({"model": "demo/ecko"}, (400, "model_not_found"), (400, "model_not_found", "model_not_found")),
+    "not configured": ({"model": "xai/x"}, (400, "provider_not_configured"), (400, "model_not_found", "provider_not_configured")),
+    "disabled": ({"model": "off/x"}, (400, "provider_disabled"), (400, "model_not_found", "provider_disabled")),
+    "not allowed": ({"key": "narrow", "model": "demo/echo"}, (403, "model_not_allowed"),
+                    (400, "model_not_found", "model_not_allowed")),
+    "a bad model": ({"model": 7}, (400, "invalid_type"), (400, "model_not_found", "invalid_type")),
+    "a bad parameter": ({"temperature": 9}, (400, "invalid_value"), (400, "invalid_prompt", "invalid_value")),
+    "a bad item": ({"input": [{"role": "nobody"}]}, (400, "invalid_value"), (400, "invalid_prompt", "invalid_value")),
+    "a needless field": ({"background": True}, (400, "unsupported_parameter"), (400, "invalid_prompt", "unsupported_parameter")),
+    "no JSON": (b"{", (400, "invalid_json"), (400, "invalid_prompt", "invalid_json")),
+    "budget": ({"key": "poor", "model": "up/m"}, (429, "insufficient_quota"), (200, "invalid_prompt", "insufficient_quota")),
+    "rate": ({"key": "slow"}, (429, "rate_limit_exceeded"), (200, "rate_limit_exceeded", "rate_limit_exceeded")),
+    "the provider's 400": ({"model": "bad/x"}, (400, "unknown_parameter"), (400, "invalid_prompt", "unknown_parameter")),
+    "every target failed": ({"model": "team/x"}, (503, "upstream_unavailable"), (200, "server_error", "server_error")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_each_kind_of_client_is_refused_in_a_form_whose_text_it_shows(tmp_path, name):
+    asked, standard, codex = REFUSALS[name]
+
+    async def scenario(world):
+        now = 1_800_000_000
+        keys = {"narrow": world.ledger.create_key("narrow", now, models="up/*"),
+                "poor": world.ledger.create_key("poor", now, budget_nanos=1), "slow": world.ledger.create_key("slow", now, rpm=1)}
+        world.ledger.use_provider("off", False)
+        fields = asked if isinstance(asked, dict) else {}
+        key = keys.get(fields.get("key"))
+        body = {**GOOD, "stream": True, **{k: v for k, v in fields.items() if k != "key"}}
+
+        async def ask(headers):
+            sent = body if isinstance(asked, dict) else asked
+            return await asyncio.to_thread(lambda: world.ask("POST", "/v1/responses", sent, key, **headers))
+
+        if name == "rate":
+            await ask({})
+        status, headers, raw = await ask({})
+        assert (status, told(raw)[0], "x-pomex-error" in headers) == (*standard, False)
+        sentence = told(raw)[1]
+        assert name != "budget" or headers["x-should-retry"] == "false"
+        status, headers, raw = await ask(CODEX)
+        if codex[0] == 200:
+            error = streams.check(raw, codex=True)["error"]
+            while len(recent(world.ledger, 9)) < (3 if name == "rate" else 2):
+                await asyncio.sleep(0.01)
+            assert (status, error["code"], recent(world.ledger, 1)[0]["error_code"]) == codex
+            assert name in ("rate", "every target failed") or error["message"] == sentence
+        else:
+            assert (status, told(raw)[0], headers["x-pomex-error"]) == codex and told(raw)[1] == sentence
+            status, headers, raw = await ask(OLD_CODEX)     # it shows the body of a 400 as it is
+            assert (status, raw.decode(), headers["x-pomex-error"]) == (400, sentence, codex[2])
+            assert headers["content-type"] == "text/plain; charset=utf-8"
+    failing = ("chat", "normalise", [http_answer(503, {"error": {"message": "busy"}})])
+    run(tmp_path, scenario, {"up": WIRES["chat"], "off": WIRES["chat"], "bad": ("chat", "normalise", [BAD_400]), "one": failing,
+                             "two": failing},
+        more='[models."team/x"]\ntargets = ["one:x", "two:x"]\n[prices."up/m"]\ninput = 1\noutput = 1\n')
+
+
+def test_behind_an_early_200_codex_does_not_repeat_what_the_provider_refused(tmp_path):
+    async def scenario(world):
+        status, _, raw = await world.post("up/m", headers=CODEX)
+        error = streams.check(raw, codex=True)["error"]
+        assert (status, error["code"], error["message"]) == (200, "invalid_prompt", "no such field")
+        assert (await world.row())["error_code"] == "unknown_parameter"
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [[0.3, BAD_400]])}, IMPATIENT)
 
 
 # --- leaving and stopping -------------------------------------------------------------------------

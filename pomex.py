@@ -1110,6 +1110,7 @@ NEEDS_STATE = {
     "previous_response_id": ("previous_response_not_found", "Pomex stores no responses: send the whole history in input."),
     "conversation": ("unsupported_parameter", "Pomex stores no conversations: send the whole history in input."),
     "prompt": ("unsupported_parameter", "Pomex stores no prompt templates: send instructions and input."),
+    "background": ("unsupported_parameter", "Pomex runs no background responses: send background: false."),
 }
 
 # Known input items and tools: the fields that we read, where they are. Unknown items and tools are never refused.
@@ -1306,16 +1307,13 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
     for name, value in body.items():
         if value is not None and name in REQUEST_RULES:
             check_value(value, REQUEST_RULES[name], name)
-    for name in ("model", "input"):
+    for name, (code, sentence) in NEEDS_STATE.items():
+        if body.get(name) not in (None, False):
+            raise BadRequest(sentence, param=name, code=code)
+    for name in ("model", "input"):                 # both may be missing beside a prompt template
         check_value(body.get(name), REQUEST_RULES[name], name)
     if not body["model"].isprintable():
         raise unfit("model", " holds characters that no name has.")
-    for name, (code, sentence) in NEEDS_STATE.items():
-        if body.get(name) is not None:
-            raise BadRequest(sentence, param=name, code=code)
-    if body.get("background"):
-        raise BadRequest("Pomex runs no background responses: send background: false.", param="background",
-                         code="unsupported_parameter")
     check_metadata(body.get("metadata") or {})
     check_format(body.get("text") or {})
     given = body["input"]
@@ -1830,7 +1828,7 @@ def echo_fields(request: ResponsesRequest, echo: bool) -> JSON:
         "prompt_cache_key": get("prompt_cache_key"),
         "reasoning": {"effort": None, "summary": None, **reasoning},
         "safety_identifier": get("safety_identifier"), "service_tier": "default" if tier == "auto" else tier,
-        "store": get("store", False), "background": False,
+        "store": False, "background": False,        # as it is, not as it was asked for: nothing is kept
         "temperature": get("temperature", 1), "top_p": get("top_p", 1), "top_logprobs": get("top_logprobs", 0),
         "presence_penalty": get("presence_penalty", 0), "frequency_penalty": get("frequency_penalty", 0),
         "text": {"format": {"type": "text"}, "verbosity": "medium", **{k: v for k, v in text.items() if v is not None}},
@@ -6410,6 +6408,7 @@ KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists s
 KEY_CHECK = 4               # of a checksum over those: one mistyped key in 15 million passes as unknown
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OTHER_KEYS = re.compile(r"sk-(?!rh-)|gsk_|xai-|AIza|AQ\.|hf_|pplx-|r8_|nvapi-|csk-|fw_|eyJ")     # of vendors; and JWTs
 UNEXPANDED = re.compile(r"\$[A-Z0-9_]{1,64}|\$\{[A-Z0-9_]{1,64}\}|\$env:[A-Z0-9_]{1,64}|%[A-Z0-9_]{1,64}%")
 
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
@@ -6572,9 +6571,13 @@ def why_not(header: str) -> str:
         return "The Authorization header must read: Bearer sk-rh-…"
     if UNEXPANDED.fullmatch(token):
         return f'The key arrived as the text "{token}"; the shell did not expand it. Use double quotes.'
-    if not token.startswith(KEY_PREFIX):
+    if token.lower().startswith("bearer "):
+        return 'The key was sent with "Bearer " in it. Put the key alone, from sk-rh- on, into POMEX_API_KEY.'
+    if OTHER_KEYS.match(token):
         return ("This looks like another provider's key. Clients need a Pomex key (sk-rh-…); the provider's "
                 "key belongs in Pomex's config.")
+    if not token.startswith(KEY_PREFIX):
+        return "This is no Pomex key: those begin with sk-rh-. List keys with: python pomex.py keys list"
     body = token[len(KEY_PREFIX):]
     if body and not body.strip("x"):
         return "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."
@@ -9819,7 +9822,7 @@ class Gateway:
         if route is None and head.path.startswith("/v1/models/"):
             route = MODEL_ROUTE
         if route is None:
-            raise not_found(head)
+            raise not_found(head, bool(self.config.server.tls_cert))
         if head.headers.get("upgrade").lower() == "websocket":
             raise BadRequest("Codex tried a WebSocket. Set wire_api = \"responses\" in [model_providers.pomex] (and "
                              "supports_websockets = false if present).", status=426, code="use_http_sse",
@@ -9842,19 +9845,42 @@ class Gateway:
                                "in the shell that has the right key.") from None
 
 
-def not_found(head: RequestHead) -> BadRequest:
+NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself unless its provider is named \"OpenAI\": set "
+                 "name = \"Pomex API\" in [model_providers.pomex].")
+# What clients ask for in vain: (paths, code, what is wrong and what to do). The first that fits counts.
+NOT_SERVED: tuple[tuple[str, str, str], ...] = (
+    (r"/v1/(chat/)?completions", "wrong_wire_api",
+     "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
+     "in Codex by wire_api = \"responses\"."),
+    (r"/v1/messages(/(count_tokens|batches.*))?", "wrong_wire_api",
+     "Pomex does not serve the Anthropic Messages API, only the Responses API: POST {base}/responses. Use a client that speaks "
+     "it."),
+    (r"/v1beta/.*", "wrong_wire_api",
+     "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
+    (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
+     "base_url must end with /v1: {base}. The client adds the rest; this request came to {path}."),
+    (r"/v1/responses/input_tokens", "not_found",
+     "Pomex does not count tokens beforehand: usage in the answer has the true counts."),
+    (r"/v1/responses/compact", "not_found", NO_COMPACTION),
+    (r"/v1/responses/.*", "not_found",
+     "Pomex stores no responses, so there is none to fetch, cancel or continue. Send the whole history in input."),
+    (r"/v1/conversations(/.*)?", "not_found", "Pomex stores no conversations. Send the whole history in input."),
+    (r"/v1/alpha/search", "not_found",
+     "Pomex has no search service of its own. Leave supports_standalone_web_search out of [model_providers.pomex]: "
+     "web_search is then a tool of the model."),
+    (r"/v1/(embeddings|images|audio|moderations|files|uploads|batches|fine_tuning|vector_stores|realtime|assistants|threads)"
+     r"(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
+
+
+def not_found(head: RequestHead, tls: bool) -> BadRequest:
     """404, with the cure for the mistakes that people make (FIRST-RUN.md 3)."""
-    host = printable(head.headers.get("host"))
-    if head.path in ("/responses", "/models", "/chat/completions"):
-        return BadRequest(f"base_url must end with /v1: http://{host}/v1", status=404, code="wrong_base_url")
-    if head.path == "/v1/chat/completions":
-        return BadRequest("Pomex serves /v1/responses. In Codex set wire_api = \"responses\".", status=404,
-                          code="wrong_wire_api")
-    if head.path.startswith(ENDPOINT + "/"):
-        return BadRequest("Pomex stores no responses, so there is none to fetch, cancel or continue.", status=404,
-                          code="not_found")
-    return BadRequest(f"There is nothing at {printable(head.path)}. Pomex serves POST /v1/responses and GET /v1/models; its "
-                      "dashboard is at /admin.", status=404, code="not_found")
+    scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
+    base, path = f"{scheme}://{printable(head.headers.get('host'))}/v1", printable(head.path)
+    for paths, code, sentence in NOT_SERVED:
+        if re.fullmatch(paths, head.path):
+            return BadRequest(sentence.format(base=base, path=path), status=404, code=code)
+    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses and GET /v1/models; its dashboard is at "
+                      "/admin.", status=404, code="not_found")
 
 
 # --- 11.1 POST /v1/responses ----------------------------------------------------------------------
@@ -9878,6 +9904,8 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     permit(key, request.model, manners)
     envelope = Envelope(gateway.ledger.secret, key.account)
     ways = planned(in_use(tiers, gateway.ledger.disabled), request, client.head.headers, envelope)
+    if request.input[-1]["type"] == "compaction_trigger" and ways[0].provider.relay != "bytes":
+        raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
     down, refused = await afforded(gateway, client, key, request, manners, ways)
     if refused is not None:
         down.stop()
@@ -10164,6 +10192,14 @@ async def health(gateway: Gateway, client: Client) -> None:
     await client.answer(200, JSON_HEADERS, compact({"status": "ok", "version": VERSION}).encode())
 
 
+async def root(gateway: Gateway, client: Client) -> None:
+    """A browser is sent to the dashboard; to others (Claude Code asks before it begins) the process answers."""
+    if "text/html" in client.head.headers.get("accept"):
+        await client.answer(303, [("location", "/admin")], b"")
+    else:
+        await health(gateway, client)
+
+
 async def ready(gateway: Gateway, client: Client) -> None:
     """Whether requests should be sent here. Says no more than a word of each check: it asks for no key."""
     checks = {"ledger": gateway.ledger.healthy, "providers": bool(gateway.config.providers),
@@ -10212,6 +10248,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/models": {"GET": models},
     "/v1/key": {"GET": key_facts},
     "/metrics": {"GET": metrics},
+    "/": {"GET": root},
     **dict.fromkeys(("/health", "/healthz", "/livez"), {"GET": health}),
     **dict.fromkeys(("/ready", "/readyz"), {"GET": ready}),
 }
@@ -14604,8 +14641,8 @@ card("pad",head("Events",txt("","time, sequence number, type")),evs))));
 api("models").then(d=>list.append(...d.models.slice(0,400).map(x=>h("option",{value:x.name})))).catch(()=>{});
 return{}}
 // set-up
-const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url lacks /v1",
-wrong_wire_api:"The chat endpoint was called",
+const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url is wrong",
+wrong_wire_api:"Another API was called",
 use_http_sse:"A WebSocket was tried",model_not_found:"That model is not known",
 model_not_allowed:"The key may not use that model",
 provider_not_configured:"That provider has no key",provider_disabled:"That provider is disabled"};

@@ -165,12 +165,40 @@ MISTAKES = {
                                "provider_not_configured", "anthropic/claude-opus-5 cannot be used"),
     "no key for it": (("POST", "/v1/responses", {**GOOD, "model": "openai/gpt-5.5"}, None), 400, "provider_not_configured",
                       "Set OPENAI_API_KEY and restart"),
-    "no /v1": (("POST", "/responses", GOOD, None), 404, "wrong_base_url", "base_url must end with /v1: http://127.0.0.1:"),
-    "chat": (("POST", "/v1/chat/completions", GOOD, None), 404, "wrong_wire_api", 'wire_api = "responses"'),
+    "a foreign word as key": (("POST", "/v1/responses", GOOD, "bad"), 401, "invalid_api_key", "This is no Pomex key"),
+    "Bearer twice": (("POST", "/v1/responses", GOOD, "Bearer sk-rh-a"), 401, "invalid_api_key", 'The key was sent with "Bearer "'),
+    **{path: (("POST", path, GOOD, None), 404, "wrong_base_url", f"The client adds the rest; this request came to {path}.")
+       for path in ("/responses", "/models", "/chat/completions", "/v1/responses/responses", "/v1/responses/models", "/v1//responses",
+                    "/v1/v1/responses", "/v1/v1/models", "/v1/chat/completions/responses", "/openai/v1/responses",
+                    "/v1/messages/chat/completions", "/v1/v1/messages/count_tokens")},
+    "no /v1": (("GET", "/models", None, None), 404, "wrong_base_url", "base_url must end with /v1: http://127.0.0.1:"),
+    **{path: (("POST", path, GOOD, None), 404, code, words) for path, code, words in (
+        ("/v1/chat/completions", "wrong_wire_api", "does not serve Chat Completions, only the Responses API: POST http://127.0.0.1:"),
+        ("/v1/completions", "wrong_wire_api", 'in Codex by wire_api = "responses"'),
+        ("/v1/messages", "wrong_wire_api", "does not serve the Anthropic Messages API"),
+        ("/v1/messages/count_tokens", "wrong_wire_api", "does not serve the Anthropic Messages API"),
+        ("/v1beta/models/m:generateContent", "wrong_wire_api", "does not serve the Gemini API"),
+        ("/v1/embeddings", "not_found", "not /v1/embeddings. Send this to the provider itself."),
+        ("/v1/images/generations", "not_found", "not /v1/images/generations."),
+        ("/v1/audio/speech", "not_found", "not /v1/audio/speech."), ("/v1/files/file_1/content", "not_found", "provider itself"),
+        ("/v1/responses/input_tokens", "not_found", "does not count tokens beforehand"),
+        ("/v1/responses/compact", "not_found", 'set name = "Pomex API"'),
+        ("/v1/responses/resp_1/cancel", "not_found", "stores no responses"),
+        ("/v1/alpha/search", "not_found", "Leave supports_standalone_web_search out"),
+        ("/v1/conversations", "not_found", "stores no conversations"),
+        ("/v1/conversations/conv_1/items", "not_found", "stores no conversations"))},
     "a stored response": (("GET", "/v1/responses/resp_1", None, None), 404, "not_found", "stores no responses"),
+    "a prompt template": (("POST", "/v1/responses", {"prompt": {"id": "pmpt_1"}}, None), 400, "unsupported_parameter",
+                          "Pomex stores no prompt templates: send instructions and input."),
+    "a conversation": (("POST", "/v1/responses", {"model": "demo/echo", "conversation": "conv_1"}, None), 400,
+                       "unsupported_parameter", "stores no conversations"),
+    "in the background": (("POST", "/v1/responses", {**GOOD, "background": True}, None), 400, "unsupported_parameter",
+                          "runs no background responses"),
     "elsewhere": (("GET", "/x%E9", None, None), 404, "not_found",
                   "There is nothing at /x%E9"),
     "the wrong method": (("GET", "/v1/responses", None, None), 405, "method_not_allowed", "POST is"),
+    "compaction": (("POST", "/v1/responses", {**GOOD, "input": [{"role": "user", "content": "Hi"}, {"type": "compaction_trigger"}]},
+                    None), 400, "unsupported_parameter", 'Codex does it by itself unless its provider is named "OpenAI"'),
     "no JSON": (("POST", "/v1/responses", b"{", None), 400, "invalid_json", "not valid JSON"),
     "no input": (("POST", "/v1/responses", {"model": "demo/echo"}, None), 400, "missing_required_parameter", "input"),
     "too old": (("POST", "/v1/responses", {**GOOD, "previous_response_id": "resp_1"}, None), 400,
@@ -188,6 +216,32 @@ def test_every_mistake_gets_its_status_code_and_cure(tmp_path):
             assert headers["x-request-id"], name
         assert not recent(world.ledger, 1)       # what is refused before planning makes no row
     run(tmp_path, scenario, {})
+
+
+def test_the_root_sends_a_browser_to_the_dashboard_and_answers_others(tmp_path):
+    async def scenario(world):
+        status, headers, _ = await world.get("/", key="", accept="text/html,application/xhtml+xml;q=0.9")
+        assert (status, headers["location"]) == (303, "/admin")
+        for accept in ("*/*", "application/json"):
+            status, _, raw = await world.get("/", key="", accept=accept)
+            assert (status, json.loads(raw)["status"]) == (200, "ok")
+        status, _, raw = await asyncio.to_thread(world.ask, "HEAD", "/", key="")
+        assert (status, raw) == (200, b"")
+        assert (await asyncio.to_thread(world.ask, "POST", "/", GOOD))[0] == 405
+        status, _, raw = await world.get("/", host="evil.example", accept="text/html")
+        assert (status, told(raw)[0]) == (421, "misdirected_request")
+    run(tmp_path, scenario, {})
+
+
+@pytest.mark.parametrize("wire", ["chat", "relayed", "normalised"])
+def test_store_is_told_as_it_is_kept(tmp_path, wire):
+    async def scenario(world):
+        for stream in (True, False):
+            _, _, raw = await world.post("up/m", stream, store=True)
+            final = streams.check(raw, relayed=wire == "relayed") if stream else json.loads(raw)
+            assert wire == "relayed" or final["store"] is False         # there the provider says it itself
+        assert all(body.get("store", False) is False for _, body in world.upstreams["up"].asked)
+    run(tmp_path, scenario, {"up": WIRES[wire]})
 
 
 def test_a_websocket_is_refused_with_426(tmp_path):

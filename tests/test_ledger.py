@@ -100,6 +100,8 @@ OTHER = ("This looks like another provider's key. Clients need a Pomex key (sk-r
          "belongs in Pomex's config.")
 PLACEHOLDER = "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."
 LITERAL = 'The key arrived as the text "%s"; the shell did not expand it. Use double quotes.'
+NOT_OURS = "This is no Pomex key: those begin with sk-rh-. List keys with: python pomex.py keys list"
+TWICE = 'The key was sent with "Bearer " in it. Put the key alone, from sk-rh- on, into POMEX_API_KEY.'
 SCHEME = "The Authorization header must read: Bearer sk-rh-…"
 CUT = "This key is mistyped or cut (sk-rh-…): its checksum does not fit. Copy the whole key again."
 REFUSED = {
@@ -116,7 +118,13 @@ REFUSED = {
     "Bearer sk-ant-REDACTED": OTHER,
     "Bearer sk-proj-abcdefghijklmnopqrstuvwxyz": OTHER,
     "Bearer AIzaSyA-abcdefghijklmnop": OTHER,
-    "Bearer $secret": OTHER,
+    "Bearer $secret": NOT_OURS,
+    "Bearer bad": NOT_OURS,
+    "Bearer Bearer bad": TWICE,
+    f"Bearer Bearer {UNKNOWN}": TWICE,
+    f"Bearer bearer  {UNKNOWN}": TWICE,
+    "Bearer gsk_abcdefghijklmnop": OTHER,
+    "Bearer sk-or-v1-abcdef": OTHER,
     "Basic dXNlcjpwYXNz": SCHEME,
     UNKNOWN: SCHEME,
     f"Bearer {UNKNOWN}": f"This key is not known here (sk-rh-aaaa…{UNKNOWN[-4:]}). "
@@ -126,8 +134,8 @@ REFUSED = {
     "Bearer sk-rh-abcd1234": CUT,
     "Bearer sk-rh-" + "é" * 32: CUT,
     "Bearer sk-rh-" + "a" * 30 + "\n\x1b": CUT,
-    "Bearer kéy\xff": OTHER,
-    "Bearer \ud800": OTHER,
+    "Bearer kéy\xff": NOT_OURS,
+    "Bearer \ud800": NOT_OURS,
 }
 
 

@@ -419,7 +419,8 @@ MISTAKES = {
                                     "ANTHROPIC_API_KEY and restart, or add it to pomex.toml.", "provider_not_configured", 400,
                                     model="anthropic/claude-sonnet-5-5"),
     "not for this key": Mistake("Key narrow may use up/*.", "model_not_allowed", 400, key="narrow"),
-    "no /v1": Mistake(r"base_url must end with /v1: http://127.0.0.1:\d+/v1", "wrong_base_url", 404,
+    "no /v1": Mistake(r"base_url must end with /v1: http://127.0.0.1:\d+/v1. The client adds the rest; this request came to "
+                      r"/responses.", "wrong_base_url", 404,
                       swap('(base_url = ".*)/v1"', r'\1"')),
     "budget": Mistake("Key poor has used 0.12 of 0.05 USD this month; it resets on 1 [A-Z][a-z]+.", "insufficient_quota", 200,
                       key="poor", model="up/m"),
@@ -481,7 +482,7 @@ def test_codex_that_tries_a_websocket_is_told_so_and_goes_on_over_http(setup: Se
 
 
 RAW = {     # what real Codex cannot be made to send any more
-    "chat": ("/v1/chat/completions", 404, "wrong_wire_api", 'Pomex serves /v1/responses. In Codex set wire_api = "responses".'),
+    "chat": ("/v1/chat/completions", 404, "wrong_wire_api", "Pomex does not serve Chat Completions, only the Responses API"),
     "no JSON": ("/v1/responses", 400, "invalid_json", "The body is not valid JSON"),
 }
 

@@ -9774,7 +9774,6 @@ class Metrics:
 # One function an endpoint, and the table of routes. To read one request from top to bottom, begin at `responses`.
 
 ENDPOINT = "/v1/responses"
-SHOWS_BODIES = re.compile(r"codex[\w-]*/0\.(?:\d\d|1[0-5]\d|16[0-8])\.")      # Codex before 0.169: a 400's whole body as it is
 
 
 class Gateway:
@@ -9809,7 +9808,7 @@ class Gateway:
             agent = client.head.headers.get("user-agent")
             if error.status == 400 and manners_of(client.head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", printable(error.code or "")),)
-                error.plain = SHOWS_BODIES.match(agent) is not None
+                error.plain = 0 < codex_release(agent) < NEW_CODEX          # those show the whole body as it is
                 make_codex_show(error, ("model_not_found", "invalid_prompt", "cyber_policy", "context_length_exceeded"))
             raise
 
@@ -10113,14 +10112,20 @@ def model_object(gateway: Gateway, name: str) -> JSON:
     return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0]}
 
 
-def codex_entry(gateway: Gateway, name: str, priority: int) -> JSON:
-    """Codex's catalogue entry (CODEX.md 6): the fields that both versions require, and all that Codex could ask for."""
+def codex_release(text: str) -> int:
+    """128 of codex_exec/0.128.0 and of client_version=0.128.0; 0 where none is named."""
+    found = re.search(r"\b0\.(\d{1,6})\.", text)
+    return int(found[1]) if found else 0
+
+
+def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSON:
+    """Codex's catalogue entry (CODEX.md 6): the fields that all versions require, and all that this one could ask for."""
     configured, known = gateway.config.models.get(name, ModelConfig(name)), codex_fields(name, CODEX_TABLE)
     window = gateway.catalogue.facts(name).context_window or DEFAULT_CONTEXT_WINDOW
     windows = {"context_window": window, "max_context_window": window}
     provider = gateway.config.providers.get(gateway.catalogue.first_target(name)[0])
     carried = provider is not None and provider.wire_api == "responses"
-    return {
+    entry = {
         "slug": name, "display_name": name, "description": configured.description,
         "visibility": "list", "supported_in_api": True, "priority": priority, "shell_type": "shell_command",
         "base_instructions": BASE_INSTRUCTIONS, "support_verbosity": carried, "service_tiers": CODEX_TIERS if carried else [],
@@ -10131,8 +10136,13 @@ def codex_entry(gateway: Gateway, name: str, priority: int) -> JSON:
         "default_reasoning_level": "medium", "default_reasoning_summary": "none" if known else "auto",
         "apply_patch_tool_type": "freeform", "web_search_tool_type": "text", "input_modalities": ["text", "image"],
         **windows, **(known or codex_fields(name, CODEX_OLD_TABLE)), **(windows if configured.context_window else {})}
+    if release < NEW_CODEX:             # 0.128 reads no list with these, a file neither
+        entry["supported_reasoning_levels"] = [level for level in entry["supported_reasoning_levels"]
+                                               if level["effort"] not in ("max", "ultra")]
+    return entry
 
 
+NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
 CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a higher price"},
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
@@ -10161,9 +10171,9 @@ def codex_fields(model: str, table: str) -> JSON:
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex gives it five seconds."""
     key = gateway.key(client)
-    names = [name for name in gateway.catalogue.names if key.may_use(name)]
+    names, release = [name for name in gateway.catalogue.names if key.may_use(name)], codex_release(client.head.query)
     body = compact({"object": "list", "data": [model_object(gateway, name) for name in names],
-                    "models": [codex_entry(gateway, name, index) for index, name in enumerate(names)]}).encode()
+                    "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}).encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     if tag in client.head.headers.get("if-none-match"):
         await client.answer(304, [("etag", tag)], b"")

@@ -263,9 +263,12 @@ def test_one_body_is_openais_list_and_codexs_catalogue(tmp_path):
         assert {"demo/echo", "up/*"} & set(names) == {"demo/echo"}
         first = body["models"][0]
         assert first["context_window"] == 1234 and first["base_instructions"] and first["apply_patch_tool_type"] == "freeform"
-        again, headers_again, empty = await world.get("/v1/models", **{"if-none-match": headers["etag"]})
+        again, headers_again, empty = await world.get("/v1/models?client_version=0.169.0", **{"if-none-match": headers["etag"]})
         assert (again, empty, headers_again["etag"]) == (304, b"", headers["etag"])
         assert json.loads((await world.get("/v1/models/demo/echo"))[2])["id"] == "demo/echo"
+        for query, last in (("?client_version=0.171.0", "max"), ("?client_version=0.128.0", "xhigh"), ("", "xhigh")):
+            entry = json.loads((await world.get(f"/v1/models{query}"))[2])["models"][0]
+            assert entry["supported_reasoning_levels"][-1]["effort"] == last       # 0.128 reads no list with a level it does not know
         missing = await world.get("/v1/models/demo/ecko")
         assert missing[0] == 404 and "Did you mean demo/echo?" in told(missing[2])[1]
     run(tmp_path, scenario, {"up": ("chat", "normalise", [b""])},
@@ -306,7 +309,11 @@ targets = ["talk:other"]
         catalogue = pomex.Catalogue(config, {})
 
     def summary(name):
-        entry = pomex.codex_entry(Running, name, 0)
+        entry = pomex.codex_entry(Running, name, 0, 171)
+        old = pomex.codex_entry(Running, name, 0, 128)
+        levels = [level["effort"] for level in entry["supported_reasoning_levels"]]
+        assert [level["effort"] for level in old.pop("supported_reasoning_levels")] == levels[:levels.index("xhigh") + 1]
+        assert old == {field: value for field, value in entry.items() if field != "supported_reasoning_levels"}
         assert entry["support_verbosity"] is bool(entry["service_tiers"])
         return (entry["context_window"], entry["max_context_window"], entry["default_reasoning_level"],
                 entry["supported_reasoning_levels"][-1]["effort"], entry.get("tool_mode") == "code_mode_only",

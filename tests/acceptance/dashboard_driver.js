@@ -26,8 +26,8 @@ function call(method, path, body, headers = {}) {
     ["placeholder key", "/v1/responses", body("demo/echo"), { authorization: "Bearer sk-rh-xxxxxxxxxxxx" }, "The key was refused", "guide's placeholder"],
     ["unexpanded variable", "/v1/responses", body("demo/echo"), { authorization: "Bearer $POMEX_API_KEY" }, "The key was refused", "the shell did not expand it"],
     ["another provider's key", "/v1/responses", body("demo/echo"), { authorization: "Bearer sk-ant-1234" }, "The key was refused", "another provider's key"],
-    ["missing /v1", "/responses", body("demo/echo"), {}, "base_url lacks /v1", "base_url must end with /v1"],
-    ["chat endpoint", "/v1/chat/completions", "{}", {}, "The chat endpoint was called", "wire_api"],
+    ["missing /v1", "/responses", body("demo/echo"), {}, "base_url is wrong", "base_url must end with /v1"],
+    ["chat endpoint", "/v1/chat/completions", "{}", {}, "Another API was called", "wire_api"],
     ["wrong model", "/v1/responses", body("demo/ecko"), {}, "That model is not known", "Did you mean demo/echo"],
     ["hostile model and User-Agent", "/v1/responses", body(EVIL), { "user-agent": EVIL }, "That model is not known", EVIL],
   ]) await check("set-up names within a second: " + name, async () => { await call("POST", path, text, headers); return seen(title, cure); });

@@ -3541,6 +3541,7 @@ CHAT_FAULTS: dict[str, FaultKind] = {
     **dict.fromkeys(("malformed_function_call", "malformed_response", "unexpected_tool_call",
                      "too_many_tool_calls"), "tool_generation")}
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
+SAID_IN = ("content", "tool_calls", "function_call", "refusal", "reasoning_details", *REASONING_FIELDS)
 THINK, END_THINK = "<think>", "</think>"
 
 
@@ -3586,20 +3587,44 @@ class ChatCall:
     name: str = ""
     slot: int = -1                  # -1: not opened yet, its name has not come
     pieces: list[str] = field(default_factory=list)
+    length: int = 0                 # of them together
     end: str = ""                   # their last letter that is not blank
+    waiting: str = ""               # a piece that may be a placeholder, or a snapshot: the next one tells
+    streamed: bool = False          # came in more than one piece
+    named_again: bool = False       # by a piece without arguments: another call may follow
     closed: bool = False
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(self.pieces) + self.waiting
 
-    def add(self, arguments: str) -> None:
+    def _add(self, arguments: str) -> str:
         self.pieces.append(arguments)
+        self.length += len(arguments)
         self.end = arguments.rstrip()[-1:] or self.end
+        return arguments
+
+    def take(self, piece: str) -> str:
+        """Takes more of the arguments, or a snapshot: some servers repeat what came before. The empty piece is their end.
+        What is new in them; what came is joined only where the piece is long enough to repeat it."""
+        nested = self.waiting and (piece or json_dict(self.text) is not None)
+        held, self.waiting = self.waiting, ""
+        if held and not piece.lstrip().startswith(held.rstrip(" }")):
+            return self._add(held if nested else held[self.length:]) + self.take(piece)
+        text = self.text if self.length <= 2 * len(piece) else ""
+        if not self.end and json_dict(piece) == {}:
+            self.waiting, piece = piece, ""
+        elif text.lstrip().startswith("{") and piece.startswith(text):
+            if self.end in ":[,":                   # {"a": and {"a":1}: is the second in the first?
+                self.waiting = piece
+            piece = "" if self.waiting else piece[self.length:]
+        elif self.end == "}" and (again := json_dict(piece)) and again == json_dict(text):
+            piece = ""
+        return self._add(piece)
 
     def is_whole(self) -> bool:
         """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end."""
-        return self.end == "}" and json_dict(self.text) is not None
+        return (self.end == "}" or bool(self.waiting)) and json_dict(self.text) is not None
 
 
 @dataclass(slots=True)
@@ -3653,6 +3678,10 @@ class ChatDecoder(ItemDecoder):
         self.by_index: dict[int, ChatCall] = {}     # the newest call of each index
         self.ids: set[str] = set()
         self.think = "start" if dialect.think_tags else ""      # place in <think>: start, in, after, or past
+        self.twice: list[str] | None = None     # what the tags say of a thought that a field began
+        self.seen: dict[str, list[str]] = {"text": [], "refusal": [], "thought": []}    # what has been said
+        self.cited = False
+        self.streamed = False                   # did anything come in a delta? Then a message is a snapshot
         self.held = ""                          # content that may be the beginning of a tag
         self.stop: Stop | None = None
         self.frame = ChatFrame("", "", "")      # of the newest piece of text
@@ -3688,36 +3717,39 @@ class ChatDecoder(ItemDecoder):
             yield self._fail(inband_error(failure))
             return
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
-            for delta in dicts_in([choice.get("delta") or choice.get("message")]):
-                yield from self._delta(delta, whole=not choice.get("delta"))
+            delta = table_of(choice.get("delta"))
+            self.streamed = self.streamed or any(map(delta.get, SAID_IN))
+            yield from self._delta(delta)
+            yield from self._delta(table_of(choice.get("message")), whole=True)
             yield from self._finish_reason(choice)
         if usage is not None and self.stop is not None and not choices:
             yield dataclasses.replace(self.stop, last=True)     # OpenAI's order: finish, usage, [DONE]
 
-    def _delta(self, delta: JSON, whole: bool) -> Iterator[Delta]:
-        """A piece of a message, or a `whole` one."""
-        yield from self._reason(*reasoning_of(delta))
+    def _delta(self, delta: JSON, whole: bool = False) -> Iterator[Delta]:
+        """A piece of a message, or a `whole` one: the answer itself, or behind pieces their snapshot."""
+        snapshot = whole and self.streamed
+        left = {name: "".join(texts) for name, texts in self.seen.items()} if snapshot else {}
+        thought, details = reasoning_of(delta)
+        yield from self._reason(unseen(left, "thought", thought), [] if snapshot and self.seen["thought"] else details)
         content = delta.get("content")
         for part in [content] if isinstance(content, str) else dicts_in(content):      # Mistral: an array
             if isinstance(part, str):
-                yield from self._content(part)
+                yield from self._content(unseen(left, "text", part))
             elif part.get("type") == "thinking":
-                yield from self._think(text_of(part.get("thinking")), [])
+                yield from self._think(unseen(left, "thought", text_of(part.get("thinking"))), [])
             elif isinstance(part.get("text"), str):
-                yield from self._content(part["text"])
+                yield from self._content(unseen(left, "text", part["text"]))
         if isinstance(delta.get("refusal"), str):
-            yield from self._say(delta["refusal"], "refusal")
-        for cited in dicts_in(delta.get("annotations")):
+            yield from self._say(unseen(left, "refusal", delta["refusal"]), "refusal")
+        for cited in [] if snapshot and self.cited else dicts_in(delta.get("annotations")):
             yield from self._cite(cited.get("url_citation"))
-        for call in calls_of(delta):
-            yield from self._call(call, whole)
+        for place, call in enumerate(calls_of(delta)):
+            yield from self._call(call, whole, self._repeated(place, call) if snapshot else None)
 
     # text and thoughts
 
     def _reason(self, thought: str, details: list[JSON]) -> Iterator[Delta]:
-        if thought or details:
-            yield from self._leave_tags()
-            yield from self._think(thought, details)
+        yield from self._think("" if self.think == "in" and self.twice is None else thought, details)
 
     def _content(self, text: str) -> Iterator[Delta]:
         """Content, which may begin with a thought in tags."""
@@ -3729,10 +3761,14 @@ class ChatDecoder(ItemDecoder):
                 self.held = text
                 return
             self.think, text = ("in", bare[len(THINK):]) if bare.startswith(THINK) else ("", text)
+            self.twice = [] if self.seen["thought"] else None
         if self.think == "in":
             inside, tag, text = text.partition(END_THINK)
             if not tag:
                 inside, self.held = split_tag_start(inside, END_THINK)
+            if self.twice is not None:
+                self.twice.append(inside)
+                inside = "".join(self.twice) if tag and not self._is_double() else ""
             yield from self._think(inside, [])
             self.think = "after" if tag else "in"
         if self.think == "after":
@@ -3743,11 +3779,18 @@ class ChatDecoder(ItemDecoder):
     def _leave_tags(self) -> Iterator[Delta]:
         """No tag can come any more: what was held was text, or the end of a thought."""
         held, self.held = self.held, ""
-        if self.think == "in":
-            yield from self._think(held, [])
-        else:
+        state, self.think = self.think, ""
+        if state != "in":
             yield from self._say(held)
-        self.think = ""
+        elif self.twice is None:
+            yield from self._think(held, [])
+        elif not self._is_double():             # a tag that never ends is text
+            yield from self._say("".join((THINK, *self.twice, held)))
+
+    def _is_double(self) -> bool:
+        """Do the tags say what the field says? One of them may lag behind."""
+        field, tags = ("".join("".join(texts).split()) for texts in (self.seen["thought"], self.twice or ()))
+        return tags != "" and (field.startswith(tags) or tags.startswith(field))
 
     def _say(self, text: str, channel: Channel = "text") -> Iterator[Delta]:
         if not text:
@@ -3758,11 +3801,13 @@ class ChatDecoder(ItemDecoder):
                 yield from self._close_calls()
             self.message = self._slot()
             yield Open(self.message, "message")
+        self.seen[channel].append(text)
         yield Fragment(self.message, text, channel)
 
     def _cite(self, cited: Any) -> Iterator[Delta]:
         """Where the open message has something from, by OpenAI's and OpenRouter's search models."""
         if self.message is not None and isinstance(cited, dict) and isinstance(cited.get("url"), str):
+            self.cited = True
             yield Annotation(self.message, {
                 "type": "url_citation", "start_index": count(cited, "start_index"), "end_index": count(cited, "end_index"),
                 "url": cited["url"], "title": str(cited.get("title") or "")})
@@ -3775,6 +3820,7 @@ class ChatDecoder(ItemDecoder):
             yield from self._close_calls()
             self.thought = Thought(self._slot())
             yield Open(self.thought.slot, "reasoning")
+        self.seen["thought"].append(text)
         self.thought.texts.append(text)
         self.thought.add(details)
         if text:
@@ -3790,22 +3836,38 @@ class ChatDecoder(ItemDecoder):
 
     # calls
 
-    def _call(self, given: JSON, whole: bool) -> Iterator[Delta]:
+    def _call(self, given: JSON, whole: bool, repeated: ChatCall | None) -> Iterator[Delta]:
         name, arguments = call_texts(given)
         call_id, index = str(given.get("id") or ""), given.get("index")
-        known = None if whole and not isinstance(index, int) else self._known(index, call_id)
-        call = self._new_call() if known is None or begins_new_call(known, call_id, name, arguments) else known
+        known = call = repeated or (None if whole and not isinstance(index, int) else self._known(index, call_id))
+        if call is None or (not repeated and begins_new_call(call, call_id, name, arguments)):
+            call = self._new_call()
+            name = known.name if known and known.named_again and not name else name
         if isinstance(index, int):
             self.by_index[index] = call
         call.id, call.name = call.id or call_id, call.name or name
         if call.closed:                         # some servers repeat the whole call when it is done
             return
-        if arguments:
-            call.add(arguments)
+        if not arguments:
+            call.named_again = bool(call.end and name and not call_id)
+        news = call.take(arguments) if arguments else ""
         if call.slot < 0 and call.name:
             yield from self._open_call(call, given)
         elif call.slot >= 0 and arguments:
-            yield Fragment(call.slot, arguments, "arguments")
+            call.streamed = True
+            yield from self._argue(call, news)
+
+    def _argue(self, call: ChatCall, text: str) -> Iterator[Delta]:
+        if text:
+            yield Fragment(call.slot, text, "arguments")
+
+    def _repeated(self, place: int, given: JSON) -> ChatCall | None:
+        """The call that one in a snapshot repeats: that of its id, else the one at its place, if it is the same so far."""
+        name, arguments = call_texts(given)
+        named = [call for call in self.calls if call.id and call.id == given.get("id")]
+        same = (call for call in self.calls[place:place + 1] if call.name == name
+                and (arguments.startswith(call.text) or json_dict(arguments) == json_dict(call.text)))
+        return next(iter(named), next(same, None))
 
     def _open_call(self, call: ChatCall, given: JSON) -> Iterator[Delta]:
         yield from self._leave_tags()
@@ -3818,8 +3880,7 @@ class ChatDecoder(ItemDecoder):
         if given.get("extra_content"):          # Gemini's OpenAI endpoint: a signature, in an item of its own
             yield from self._carry({"extra_content": [{"id": call_id, "extra_content": given["extra_content"]}]})
         yield self.book.open(call.slot, call_id, call.name)
-        if call.pieces:
-            yield Fragment(call.slot, call.text, "arguments")
+        yield from self._argue(call, "".join(call.pieces))
 
     def _known(self, index: Any, call_id: str) -> ChatCall | None:
         """The call that a piece goes on with: that of its index, else of its id, else the newest."""
@@ -3836,7 +3897,11 @@ class ChatDecoder(ItemDecoder):
     def _close_calls(self, ended: bool = False) -> Iterator[Delta]:
         """Ends the calls whose arguments are whole; at a proper end none at all is whole too."""
         for call in self.calls:
-            if call.slot >= 0 and not call.closed and (call.is_whole() or (ended and not call.end)):
+            if call.slot < 0 or call.closed:
+                continue
+            if ended:
+                yield from self._argue(call, call.take(""))
+            if (call.is_whole() and not call.waiting) or (ended and not call.end):
                 call.closed = True
                 yield Close(call.slot)
 
@@ -3888,8 +3953,21 @@ def begins_new_call(known: ChatCall, call_id: str, name: str, arguments: str) ->
         return True
     if call_id and known.id and call_id != known.id:        # an id that only rotates comes without a name, or with the same
         return (bool(name) and not (known.name and known.pieces)) or known.is_whole()
-    again = bool(name) and bool(arguments.strip()) and not (call_id and call_id == known.id)
-    return again and known.is_whole()
+    if not arguments.strip() or (call_id and call_id == known.id) or not (name or known.named_again) or not known.is_whole():
+        return False
+    # what came in pieces, or with an id, is repeated without one as a snapshot; two whole calls may well be the same
+    snapshot = not known.named_again and (known.streamed or (known.id and not call_id))
+    return not snapshot or json_dict(arguments) != json_dict(known.text)
+
+
+def unseen(left: dict[str, str], channel: str, text: str) -> str:
+    """What a snapshot's text has beyond its pieces; `left` is what they said and the snapshot has not repeated yet."""
+    said = left.get(channel, "").lstrip()
+    if not said:
+        return text
+    text = text.lstrip()
+    left[channel] = said.removeprefix(text) if not text.startswith(said) else ""
+    return text[len(said):] if text.startswith(said) else ""
 
 
 def calls_of(delta: JSON) -> list[JSON]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -399,6 +400,247 @@ def test_calls_of_every_habit_come_out_whole(chunks: list[Any], calls: list[tupl
     view = view_of(chunks)
     assert view.calls() == calls
     assert all(item["closed"] for item in view.items.values()) and view.end() == "completed"
+
+
+def message(finish: str | None = None, /, delta: Any = None, **fields: Any) -> JSON:
+    """A whole message in a chunk of a stream."""
+    return {"choices": [{"index": 0, "delta": delta, "message": fields, "finish_reason": finish}]}
+
+
+def told(call_id: str | None, arguments: str, name: str = "f") -> JSON:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+PIECES = [call(0, "call_1", "f"), call(0, None, None, '{"a"'), call(0, None, None, ":1}")]
+NESTED = [("call_1", "f", '{"a":{"a":1}}')]
+DEEP = [call(0, "call_1", "f"), call(0, None, None, '{"a":')]
+# chunks, what was said, thought and called
+SNAPSHOTS: dict[str, tuple[list[Any], str, str, list[tuple[str, str, str]]]] = {
+    "text": ([piece(content="hel"), piece(content="lo"), message("stop", content="hello")], "hello", "", []),
+    "text, beside an empty delta": (
+        [piece(content="hel"), piece(content="lo"), message("stop", delta={}, content="hello")],
+        "hello",
+        "",
+        [],
+    ),
+    "text, beside a filled delta": (
+        [piece(content="hel"), message("stop", delta={"content": "lo"}, content="hello")],
+        "hello",
+        "",
+        [],
+    ),
+    "text with more than its pieces": (
+        [piece(content="hel"), message("stop", content="hello")],
+        "hello",
+        "",
+        [],
+    ),
+    "text without its first blanks": (
+        [piece(content="\n\nhel"), piece(content="lo"), message("stop", content="hello")],
+        "\n\nhello",
+        "",
+        [],
+    ),
+    "text in parts": (
+        [
+            piece(content="hel"),
+            message("stop", content=[{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]),
+        ],
+        "hello",
+        "",
+        [],
+    ),
+    "a thought": (
+        [piece(reasoning="r"), piece(content="a"), message("stop", reasoning="r", content="a")],
+        "a",
+        "r",
+        [],
+    ),
+    "a thought in tags": (
+        [piece(content="<think>r</think>a"), message("stop", reasoning="r", content="a")],
+        "a",
+        "r",
+        [],
+    ),
+    "a refusal": ([piece(refusal="n"), piece(refusal="o"), message("stop", refusal="no")], "", "", []),
+    "all after a role": (
+        [piece(role="assistant"), message("tool_calls", content="a", tool_calls=[told("call_1", '{"a":1}')])],
+        "a",
+        "",
+        ONE,
+    ),
+    "messages in the place of deltas": ([message(content="ha"), message("stop", content="ha")], "haha", "", []),
+    "text that repeats": ([piece(content="ha"), piece(content="ha"), STOPPED], "haha", "", []),
+    "a call": ([*PIECES, message("tool_calls", tool_calls=[told("call_1", '{"a": 1}')])], "", "", ONE),
+    "a call without its id": (
+        [*PIECES, message("tool_calls", tool_calls=[told(None, '{"a":1}')])],
+        "",
+        "",
+        ONE,
+    ),
+    "a call with the rest of it": (
+        [*PIECES[:2], message("tool_calls", tool_calls=[told("call_1", '{"a":1}')])],
+        "",
+        "",
+        ONE,
+    ),
+    "a call, and one that is new": (
+        [*PIECES, message("tool_calls", tool_calls=[told("call_1", '{"a":1}'), told("call_2", '{"a":2}')])],
+        "",
+        "",
+        TWO,
+    ),
+    "two whole calls without ids": (
+        [
+            call(0, None, "f", '{"a":1}'),
+            call(1, None, "f", '{"a":1}'),
+            message("tool_calls", tool_calls=[told(None, '{"a":1}')] * 2),
+        ],
+        "",
+        "",
+        [("call_new_0", "f", '{"a":1}'), ("call_new_1", "f", '{"a":1}')],
+    ),
+    "arguments, same id": ([*PIECES, call(0, "call_1", "f", '{"a":1}'), CALLED], "", "", ONE),
+    "arguments, same id, other blanks": ([*PIECES, call(0, "call_1", "f", '{"a": 1}'), CALLED], "", "", ONE),
+    "arguments, no id": ([*PIECES, call(0, None, "f", '{"a":1}'), CALLED], "", "", ONE),
+    "arguments, no id or name": ([*PIECES, call(0, None, None, '{"a":1}'), CALLED], "", "", ONE),
+    "arguments, an id at last": (
+        [call(0, None, "f"), call(0, None, None, '{"a":1}'), call(0, "call_1", "f", '{"a":1}'), CALLED],
+        "",
+        "",
+        [("call_new_0", "f", '{"a":1}')],
+    ),
+    "arguments, all the time": (
+        [call(0, "call_1", "f", '{"a"'), *[call(0, None, None, '{"a":1}')] * 3, CALLED],
+        "",
+        "",
+        ONE,
+    ),
+    "arguments, cumulative from the brace on": (
+        [call(0, "call_1", "f", text) for text in ("", "{", '{"a"', '{"a":', '{"a":1', '{"a":1}')] + [CALLED],
+        "",
+        "",
+        ONE,
+    ),
+    "a placeholder": (
+        [call(0, "call_1", "f", "{}"), call(0, None, None, '{"a"'), call(0, None, None, ":1}"), CALLED],
+        "",
+        "",
+        ONE,
+    ),
+    "placeholders of parallel calls": (
+        [
+            call(0, "call_1", "f", "{}"),
+            call(1, "call_2", "f", "{ }"),
+            call(0, None, None, '{"a":1}'),
+            call(1, None, None, '{"a":2}'),
+            CALLED,
+        ],
+        "",
+        "",
+        TWO,
+    ),
+    "no placeholder": ([call(0, "call_1", "f", "{}"), CALLED], "", "", [("call_1", "f", "{}")]),
+    "no placeholders, no ids": (
+        [call(0, None, "f", "{}"), call(0, None, "f", "{}"), CALLED],
+        "",
+        "",
+        [("call_new_0", "f", "{}"), ("call_new_1", "f", "{}")],
+    ),
+    "an object in an object": ([*DEEP, call(0, None, None, '{"a":1}'), call(0, None, None, "}"), CALLED], "", "", NESTED),
+    "an object in an object, at the end": ([*DEEP, call(0, None, None, '{"a":1}}'), CALLED], "", "", NESTED),
+    "no object in an object": ([*DEEP, call(0, None, None, '{"a":1}'), CALLED], "", "", ONE),
+    "two equal calls": (
+        [call(0, "call_1", "f", '{"a":1}'), call(0, "call_2", "f", '{"a":1}'), CALLED],
+        "",
+        "",
+        [("call_1", "f", '{"a":1}'), ("call_2", "f", '{"a":1}')],
+    ),
+    "two equal calls in pieces": (
+        [*PIECES, call(0, "call_2", "f"), *PIECES[1:], CALLED],
+        "",
+        "",
+        [("call_1", "f", '{"a":1}'), ("call_2", "f", '{"a":1}')],
+    ),
+    "two equal calls without ids": (
+        [call(0, None, "f", '{"a":1}'), call(0, None, "f", '{"a":1}'), CALLED],
+        "",
+        "",
+        [("call_new_0", "f", '{"a":1}'), ("call_new_1", "f", '{"a":1}')],
+    ),
+    "two equal calls without ids, in pieces": (
+        [call(0, None, "f"), call(0, None, None, '{"a":1}')] * 2 + [CALLED],
+        "",
+        "",
+        [("call_new_0", "f", '{"a":1}'), ("call_new_1", "f", '{"a":1}')],
+    ),
+    "a field and tags": (
+        [
+            piece(content="<think>The ", reasoning="The "),
+            piece(content="user</think>\n\nHi", reasoning="user"),
+            piece(content="!"),
+            STOPPED,
+        ],
+        "Hi!",
+        "The user",
+        [],
+    ),
+    "tags, and a field that comes later": (
+        [piece(content="<think>r"), piece(reasoning="r"), piece(content="</think>a"), STOPPED],
+        "a",
+        "r",
+        [],
+    ),
+    "a field, then tags": ([piece(reasoning="r"), piece(content="<think>\nr\n</think>a"), STOPPED], "a", "r", []),
+    "a field, then tags with another thought": (
+        [piece(reasoning="r"), piece(content="<think>other</think>a"), STOPPED],
+        "a",
+        "rother",
+        [],
+    ),
+    "a field, then a tag that never ends": (
+        [piece(reasoning="r"), piece(content="<think> is "), piece(content="a tag"), STOPPED],
+        "<think> is a tag",
+        "r",
+        [],
+    ),
+    "a tag after the thought": (
+        [piece(content="<think>r</think>a <think>b</think>"), STOPPED],
+        "a <think>b</think>",
+        "r",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("chunks, text, thought, calls", SNAPSHOTS.values(), ids=SNAPSHOTS)
+def test_a_snapshot_is_not_one_more_piece(
+    chunks: list[Any], text: str, thought: str, calls: list[tuple[str, str, str]]
+) -> None:
+    strange = ["", "null", '{"choices":[]}', '{"choices":[{"delta":{"new":1},"message":null}]}']
+    for given in (chunks, [mixed for known in chunks for mixed in (*strange, known)]):
+        view = view_of(given)
+        assert (view.text(), view.text("summary"), view.calls(), view.end()) == (text, thought, calls, "completed")
+        assert len([kind for kind in view.kinds() if kind == "reasoning"]) == bool(thought)
+        assert all(item["closed"] for item in view.items.values())
+    for count in range(len(chunks)):        # cut after any event nothing is done that is not what it was to be
+        view = view_of([*chunks[:count], piece("length")])
+        assert text.startswith(view.text()) and thought.startswith(view.text("summary"))
+        for item, whole in zip([i for i in view.items.values() if i["kind"] == "function_call"], calls):
+            assert whole[2].startswith(item["arguments"]) and (not item["closed"] or item["arguments"] == whole[2])
+
+
+def test_what_contradicts_the_pieces_of_a_call_makes_no_call() -> None:
+    for other in ('{"a":2}', "}", '{"b"'):
+        view = view_of([*PIECES, call(0, "call_1", "f", other), CALLED])
+        assert not view.items[0]["closed"]
+
+
+def test_snapshots_are_read_in_linear_time() -> None:
+    text = json.dumps({"input": "{}{\"a\":1}" * 20_000})
+    began = time.process_time()
+    chunks = [call(0, "c", "f"), *(call(0, None, None, text[at : at + 2]) for at in range(0, len(text), 2)), CALLED]
+    assert view_of(chunks).calls() == [("c", "f", text)] and time.process_time() - began < 10
 
 
 STREAM_QUIRKS: dict[str, tuple[list[Any], list[str], str, str]] = {

@@ -1455,6 +1455,10 @@ def clean_schema(schema: Any) -> Any:
             for key, value in schema.items() if not (key == "encrypted" and isinstance(value, bool))}
 
 
+# what templates leave in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
+TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
+
+
 class ToolBook:
     """The request's tools under names that go up and come back; rebuilt from each request, so there is no state."""
 
@@ -1470,9 +1474,19 @@ class ToolBook:
         self.by_bare = {tool.name: tool for tool in self.by_flat.values() if bare[tool.name] == 1}
 
     def open(self, slot: int, call_id: str, flat: str) -> Open:
-        """The item that a call of `flat` opens. A bare name that only one namespace has is understood too."""
-        tool = self.by_flat.get(flat) or self.by_bare.get(flat) or Tool("function_call", flat, "")
+        """The item that a call of `flat` opens."""
+        tool = self.find(flat) or Tool("function_call", flat, "")
         return Open(slot, tool.kind, call_id, tool.name, tool.namespace)
+
+    def find(self, flat: str) -> Tool | None:
+        """The tool that a model means: a bare name that only one namespace has is understood too."""
+        bare = TEMPLATE_REMAINS.sub("", flat)
+        return self.by_flat.get(flat) or self.by_bare.get(flat) or self.by_flat.get(bare) or self.by_bare.get(bare)
+
+    def renamed(self, item: JSON) -> JSON:
+        """A call of the history by the name that its tool has now: else it would go back as it was misspelt."""
+        tool = self.find(item.get("name") or "") if item["type"] == "function_call" and not item.get("namespace") else None
+        return item if tool is None else {**item, "name": tool.name, "namespace": tool.namespace}
 
     def _add(self, tool: JSON, namespace: str) -> None:
         kind = tool["type"]
@@ -5214,7 +5228,7 @@ class GeminiDecoder(ItemDecoder):
     def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
-        self.names = {gemini_name(flat): flat for flat in book.by_flat}
+        book.by_flat = {**{gemini_name(flat): tool for flat, tool in book.by_flat.items()}, **book.by_flat}
         self.message: int | None = None         # the open message
         self.texts: list[str] = []              # what it said
         self.signature: JSON | None = None      # of the text that was last: for an item behind the message
@@ -5350,10 +5364,8 @@ class GeminiDecoder(ItemDecoder):
         self.ids.add(call_id)
         if call.signature:
             yield from self._carry({"for": call_id, "signature": call.signature})
-        slot, bare = self._slot(), call.name
-        if bare not in self.names:          # the name of its own namespace for functions slips out at times
-            bare = re.sub(r"^default_api[:.]", "", bare)
-        yield self.book.open(slot, call_id, self.names.get(bare, bare))
+        slot = self._slot()
+        yield self.book.open(slot, call_id, call.name)
         text = json.dumps(call.args, ensure_ascii=False)
         yield Fragment(slot, text[:-1] if cut else text, "arguments")
         if not cut:
@@ -5605,7 +5617,7 @@ class Job:
     def plain(self, book: ToolBook) -> tuple[History, list[str]]:
         """The conversation for a provider that knows only functions, and what it cannot carry."""
         items, dropped = self.unsealed()
-        history = plain_history(self.answer.request, items)
+        history = plain_history(self.answer.request, [book.renamed(item) for item in items])
         return history, dropped + book.dropped + history.dropped
 
     def unsealed(self) -> tuple[list[JSON], list[str]]:

@@ -917,6 +917,59 @@ def test_3_4_namespaces_and_custom_tools_come_back_as_they_were_asked() -> None:
     assert seen == [("function_call", "add", "mcp__demo"), ("custom_tool_call", "apply_patch", "")]
 
 
+DOTTED: list[JSON] = [
+    *TOOLS,
+    {"type": "function", "name": "functions.dotted", "parameters": {}},
+    {"type": "namespace", "name": "one", "tools": [{"type": "function", "name": "both", "parameters": {}}]},
+    {"type": "namespace", "name": "two", "tools": [{"type": "function", "name": "both", "parameters": {}}]},
+    {"type": "function", "name": "functions.plain", "parameters": {}},
+]
+LEAKED = {
+    "plain<|channel|>commentary": ("", "plain"),
+    "plain <|constrain|>json": ("", "plain"),
+    "default_api:plain": ("", "plain"),
+    "default_api.plain": ("", "plain"),
+    "default_api:plain:0": ("", "plain"),
+    "functions.apply_patch": ("", "apply_patch"),
+    "functions.apply_patch:1<|channel|>": ("", "apply_patch"),
+    "functions.mcp__demo__add": ("mcp__demo", "add"),
+    "functions.add": ("mcp__demo", "add"),
+    "functions.plain": ("", "functions.plain"),
+    "functions.dotted": ("", "functions.dotted"),
+    "functions.dotted<|channel|>": ("", "functions.dotted<|channel|>"),
+    "functions.both": ("", "functions.both"),
+    "functions.none": ("", "functions.none"),
+    "other.plain": ("", "other.plain"),
+    "none<|channel|>commentary": ("", "none<|channel|>commentary"),
+}
+
+
+@pytest.mark.parametrize("name", LEAKED)
+def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> None:
+    said = [call(0, "a", name, "{}"), CALLED]
+    book = pomex.ToolBook(DOTTED)
+    event = {"type": "response.output_item.added", "output_index": 0, "item": {"type": "function_call", "call_id": "a", "name": name}}
+    candidate = {"content": {"parts": [{"functionCall": {"name": name, "args": {}}}]}, "finishReason": "STOP"}
+    block = {"type": "tool_use", "id": "a", "name": name, "input": {}}
+    opened = [
+        *pomex.ChatDecoder(book, pomex.DIALECTS["generic"]).feed(json.dumps(said[0])),
+        *pomex.ResponsesDecoder(book).feed(json.dumps(event)),
+        *pomex.GeminiDecoder(book).whole({"candidates": [candidate]}),
+        *pomex.MessagesDecoder(pomex.MessagesBook(DOTTED, pomex.claude("claude-opus-5"))).whole({"content": [block]}),
+    ]
+    found = [(delta.namespace, delta.name) for delta in opened if isinstance(delta, pomex.Open)]
+    assert found == [LEAKED[name]] * 4
+
+
+def test_a_misspelt_name_of_the_history_goes_back_as_its_tools() -> None:
+    book = pomex.ToolBook(DOTTED)
+    for name, meant in LEAKED.items():
+        item = {"type": "function_call", "call_id": "a", "name": name, "arguments": "{}"}
+        sent = book.renamed(item)
+        assert (sent.get("namespace", ""), sent["name"]) == meant
+        assert book.renamed({**item, "namespace": "other"})["name"] == name
+
+
 USAGES: dict[str, tuple[JSON, pomex.Usage]] = {
     "openai": (
         {

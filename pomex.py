@@ -1901,6 +1901,9 @@ class Answer:
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}').encode()
 
 
+TOTALS = (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens"))
+
+
 def usage_object(usage: Usage) -> JSON:
     """All fields always, integers: a missing one costs Codex the turn (TRANSLATION.md 1.3)."""
     return {"input_tokens": usage.input,
@@ -1909,17 +1912,32 @@ def usage_object(usage: Usage) -> JSON:
             "total_tokens": usage.input + usage.output}
 
 
-def usage_from(given: Any, asked_12h: bool = False) -> Usage | None:
-    """The usage of a response object; None where the upstream gave none that can be believed. Where it does not say how
-    long it keeps what it wrote to its cache, what the request asked for holds."""
-    if not isinstance(given, dict):
+def usage_from(given: Any, asked_12h: bool = False, reasoning_within: bool = True) -> Usage | None:
+    """The usage of an answer, in the words of Responses or Chat; None where none of them stands there. Where it does not say
+    how long it keeps what it wrote to its cache, what the request asked for holds."""
+    if not isinstance(given, dict) or not any(type(given.get(name)) in (int, float) for names in TOTALS for name in names):
         return None
-    inputs, outputs = given.get("input_tokens_details"), given.get("output_tokens_details")
+    inputs, outputs = ({**table_of(given.get(chat)), **table_of(given.get(own))} for own, chat in (
+        ("input_tokens_details", "prompt_tokens_details"), ("output_tokens_details", "completion_tokens_details")))
+    whole, output = (count(given, *names) for names in TOTALS)
+    reasoning = count(outputs, "reasoning_tokens") or count(given, "reasoning_tokens")
+    # xAI, also behind Azure, counts reasoning apart and in the total; Vercel apart (Gemini), not in the total
+    apart = count(given, "total_tokens") == whole + output + reasoning or (reasoning > output and not reasoning_within)
+    if reasoning and apart:
+        output += reasoning
+    cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")  # DeepSeek, Moonshot
     written = count(inputs, "cache_write_tokens")
-    split = inputs.get("cache_write_tokens_details") if isinstance(inputs, dict) else None
+    split = inputs.get("cache_write_tokens_details")
     kept_long = count(split, "ttl_12h_tokens") if isinstance(split, dict) else written if asked_12h else 0
-    return Usage(count(given, "input_tokens"), count(inputs, "cached_tokens"), written, count(given, "output_tokens"),
-                 count(outputs, "reasoning_tokens"), cache_write_1h=kept_long)
+    return Usage(whole, cached, written, output, reasoning, cache_write_1h=kept_long)
+
+
+def merge_counts(held: JSON, given: Any) -> JSON:
+    """The counts with those of a later usage: what it leaves out, or gives as null, stays."""
+    for name, value in table_of(given).items():
+        if value is not None:
+            held[name] = merge_counts(table_of(held.get(name)), value) if isinstance(value, dict) else value
+    return held
 
 
 def error_codes(error: GatewayError) -> JSON:
@@ -1972,6 +1990,10 @@ class Attempt:
         refused = self.refused or (self.error is not None and not self.written)     # in its stream, in place of output
         if self.error is None and self.stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
+        elif self.error is None and self.counts_nothing():
+            self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
+        elif self.usage == Usage():                 # of an answer that is not empty: it does not count
+            self.usage = None
         if told:
             self.settle_items()
         if self.error is not None:
@@ -1984,6 +2006,11 @@ class Attempt:
             known = self.usage or Usage(0 if refused else self.estimated_input, estimated=not refused)
             self.usage = dataclasses.replace(known, output=max(known.output, -(-self.written // 4)))
         self.usage = checked_usage(self.usage)
+
+    def counts_nothing(self) -> bool:
+        """Is it an empty answer, by its provider's own count too?"""
+        output = self.begun or self.usage is None or self.usage.estimated or self.usage.output
+        return not output and self.stop is not None and not self.stop.incomplete
 
     def settle_items(self) -> None:
         """Closes or leaves what is still open; called once, before the status is decided."""
@@ -2153,7 +2180,8 @@ class Assembler(Attempt):
         self.items[index] = text
 
     def _usage(self, usage: Usage) -> None:
-        self.usage = usage
+        if usage.input or usage.output or not self.usage or self.usage.estimated:
+            self.usage = usage
 
     def _stop(self, stop: Stop) -> None:
         self.last = self.last or stop.last
@@ -2537,7 +2565,7 @@ class Relay(Attempt):
             self.plain = data
             self.altered = any([self._sealed_item(item) for item in response.get("output") or []])
         self._end(status, response)
-        self.begun = True
+        self.begun = self.begun or bool(response.get("output"))
 
     def end(self) -> None:
         """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
@@ -3695,6 +3723,7 @@ class ChatDecoder(ItemDecoder):
         self.twice: list[str] | None = None     # what the tags say of a thought that a field began
         self.seen: dict[str, list[str]] = {"text": [], "refusal": [], "thought": []}    # what has been said
         self.cited = False
+        self.counts: JSON = {}                  # all that usages have said
         self.streamed = False                   # did anything come in a delta? Then a message is a snapshot
         self.held = ""                          # content that may be the beginning of a tag
         self.stop: Stop | None = None
@@ -3722,11 +3751,11 @@ class ChatDecoder(ItemDecoder):
 
     def _chunk(self, chunk: JSON) -> Iterator[Delta]:
         choices = dicts_in(chunk.get("choices"))
-        holders = dicts_in([chunk, chunk.get("x_groq")])
+        holders = dicts_in([chunk, chunk.get("x_groq"), *choices])
         counts = next((holder["usage"] for holder in holders if holder.get("usage")), None)
-        usage = chat_usage(counts, self.dialect.reasoning_within)
-        if usage is not None:
-            yield usage
+        usage = usage_from(counts and merge_counts(self.counts, counts), reasoning_within=self.dialect.reasoning_within)
+        if usage is not None:           # OpenRouter's reasoning is at times one more
+            yield dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output))
         if failure := chat_failure(chunk, choices):
             yield self._fail(inband_error(failure))
             return
@@ -4030,25 +4059,6 @@ def filter_explanation(choice: JSON) -> str:
     named = results.items() if isinstance(results, dict) else ()
     struck = [name for name, result in named if isinstance(result, dict) and result.get("filtered")]
     return f"The provider's content filter stopped this answer: {', '.join(struck)}." if struck else ""
-
-
-def chat_usage(given: Any, reasoning_within: bool) -> Usage | None:
-    """Token counts of any dialect; None where there are none."""
-    if not isinstance(given, dict):
-        return None
-    prompt, completion = given.get("prompt_tokens_details"), given.get("completion_tokens_details")
-    inputs, outputs = count(given, "prompt_tokens"), count(given, "completion_tokens")
-    reasoning = count(completion, "reasoning_tokens") or count(given, "reasoning_tokens")
-    # xAI, also behind Azure, counts reasoning apart and in the total; Vercel apart (Gemini), not in the total
-    if reasoning and (count(given, "total_tokens") == inputs + outputs + reasoning or
-                      (reasoning > outputs and not reasoning_within)):
-        outputs += reasoning
-    if not inputs and not outputs:
-        return None
-    cached = count(prompt, "cached_tokens") or \
-        count(given, "prompt_cache_hit_tokens", "cached_tokens")        # DeepSeek, Moonshot
-    written = count(prompt, "cache_write_tokens")
-    return Usage(inputs, cached, written, outputs, min(reasoning, outputs))     # OpenRouter's is at times one more
 
 
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------
@@ -4698,7 +4708,7 @@ class MessagesDecoder(ItemDecoder):
 
     def _count(self, usage: Any) -> None:
         """Counts are cumulative: a later one replaces an earlier one, and one left out stays."""
-        self.counts.update({k: v for k, v in (usage or {}).items() if v is not None})
+        merge_counts(self.counts, usage)
 
     def _usage(self) -> Usage:
         now, before = messages_usage(self.counts), self.earlier
@@ -5236,6 +5246,7 @@ class GeminiDecoder(ItemDecoder):
         self.call: FunctionCall | None = None
         self.ids: set[str] = set()
         self.grounding: JSON = {}
+        self.counts: JSON = {}                  # all that usageMetadata has said
         self.searched = False                   # a web_search_call has been given
 
     def feed(self, data: str) -> Iterator[Delta]:
@@ -5251,7 +5262,7 @@ class GeminiDecoder(ItemDecoder):
                 yield from self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> Iterator[Delta]:
-        usage = gemini_usage(chunk.get("usageMetadata"))
+        usage = gemini_usage(merge_counts(self.counts, chunk.get("usageMetadata")))
         if usage is not None:
             yield usage
         if chunk.get("error"):
@@ -5447,15 +5458,13 @@ def explained(what: str, holder: JSON, reason: str, message: str) -> str:
     return f"The provider {what} ({words[:200]}){': ' + more if more else '.'}"
 
 
-def gemini_usage(given: Any) -> Usage | None:
+def gemini_usage(given: JSON) -> Usage | None:
     """Gemini counts thoughts and what its own tools read apart; absent counts are nought."""
-    if not isinstance(given, dict):
-        return None
+    if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
+        return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
     output = count(given, "candidatesTokenCount") + thoughts
-    if not inputs and not output:
-        return None                         # Vertex: {"trafficType": ...} until the end
     return Usage(inputs, min(count(given, "cachedContentTokenCount"), inputs), 0, output, thoughts)
 
 
@@ -10067,7 +10076,9 @@ async def conclude(gateway: Gateway, key: Key, down: Downstream) -> None:
     if attempt.status == "failed":
         attempt.error = failure_for(gateway, down)
     error, stream = attempt.error, answer.request.stream
-    in_stream = stream and (down.head_sent or error is None or answered_in_stream(answer.manners, error))
+    # an empty answer has had its end: to a 5xx an SDK would ask on by itself, and pay for the input every time
+    ended = down.head_sent or attempt.stop is not None
+    in_stream = stream and (ended or error is None or answered_in_stream(answer.manners, error))
     if error is not None and in_stream and answer.manners.failure_in_stream:
         make_codex_show(error, ("context_length_exceeded",))
     last = last_words(down, in_stream)

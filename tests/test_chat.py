@@ -1019,6 +1019,16 @@ USAGES: dict[str, tuple[JSON, pomex.Usage]] = {
     ),
     "nulls": ({"prompt_tokens": 9, "completion_tokens": None, "prompt_tokens_details": None}, pomex.Usage(9)),
     "floats": ({"prompt_tokens": 9.0, "completion_tokens": 5.0}, pomex.Usage(9, 0, 0, 5)),
+    "the words of responses": (
+        {
+            "input_tokens": 9,
+            "output_tokens": 5,
+            "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 2},
+            "output_tokens_details": {"reasoning_tokens": 3},
+        },
+        pomex.Usage(9, 4, 2, 5, 3),
+    ),
+    "nothing": ({"prompt_tokens": 0, "completion_tokens": 0}, pomex.Usage()),
 }
 
 
@@ -1027,13 +1037,40 @@ def test_usage_is_counted_one_way(given: JSON, usage: pomex.Usage) -> None:
     assert pomex.checked_usage(usage).estimated == (usage.cached > usage.input)
     assert view_of([{"choices": [], "usage": given}]).usage == usage
     assert view_of([{"choices": [], "x_groq": {"usage": given}}]).usage == usage
+    assert view_of([{"choices": [{"delta": {}, "usage": given}]}]).usage == usage      # Moonshot
 
 
 @pytest.mark.parametrize(
-    "given", [None, {}, [], "x", {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": True}]
+    "given", [None, {}, [], "x", {"tokens": 7}, {"prompt_tokens": True}, {"prompt_tokens": "7"}]
 )
 def test_no_usage_is_no_usage(given: Any) -> None:
     assert view_of([{"choices": [], "usage": given}]).usage is None
+
+
+FIRST = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 2}}
+LATER: dict[str, tuple[JSON, pomex.Usage]] = {
+    "details left out": ({"prompt_tokens": 9, "completion_tokens": 5}, pomex.Usage(9, 4, 2, 5)),
+    "details null": (
+        {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": None},
+        pomex.Usage(9, 4, 2, 5),
+    ),
+    "one of the details": (
+        {"completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": None}},
+        pomex.Usage(9, 3, 2, 5),
+    ),
+    "details alone": ({"completion_tokens_details": {"reasoning_tokens": 1}}, pomex.Usage(9, 4, 2, 1, 1)),
+    "another count": (
+        {"prompt_tokens": 8, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0}},
+        pomex.Usage(8, 0, 2, 5),
+    ),
+    "nothing": ({}, pomex.Usage(9, 4, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("later, usage", LATER.values(), ids=LATER)
+def test_a_count_that_a_later_usage_leaves_out_stays(later: JSON, usage: pomex.Usage) -> None:
+    chunks = [{"choices": [], "usage": FIRST}, piece(content="a"), STOPPED, {"choices": [], "usage": later}]
+    assert view_of(chunks).usage == usage
 
 
 # --- reasoning, there and back

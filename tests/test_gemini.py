@@ -481,6 +481,8 @@ def test_usage_is_the_last_that_says_anything() -> None:
               "candidatesTokenCount": 2, "thoughtsTokenCount": 7}, {"trafficType": "ON_DEMAND"}, {}]
     view = view_of([{"usageMetadata": count} for count in counts])
     assert view.usage == pomex.Usage(input=8, cached=4, output=9, reasoning=7)
+    view = view_of([{"usageMetadata": count} for count in [*counts, {"promptTokenCount": 6, "candidatesTokenCount": None}]])
+    assert view.usage == pomex.Usage(input=9, cached=4, output=9, reasoning=7)
 
 
 # --- the request

@@ -671,7 +671,9 @@ def test_usage_is_the_providers_or_marked_as_estimated():
 
 
 @pytest.mark.parametrize("given, usage", [
-    (None, None), ([], None), ({}, Usage()), ({"input_tokens": "5", "output_tokens": -5}, Usage()),
+    (None, None), ([], None), ({}, None), ({"tokens": 5}, None), ({"input_tokens": "5", "output_tokens": -5}, Usage()),
+    ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3},
+      "completion_tokens_details": {"reasoning_tokens": 1}}, Usage(5, 3, 0, 2, 1)),
     ({"input_tokens": 5.0, "output_tokens": True}, Usage(5)),
     ({"input_tokens": 5, "input_tokens_details": {"cached_tokens": 3}, "output_tokens": 2, "output_tokens_details": None}, Usage(5, 3, 0, 2)),
 ])

@@ -584,6 +584,63 @@ def test_who_is_left_without_a_provider_is_told_what_was_tried(name, tmp_path):
     run(main)
 
 
+def empty(wire, streaming, tokens):
+    """An answer that ends as it should, holds nothing, and whose usage counts `tokens` of input and none of output."""
+    words = {"chat": ("prompt_tokens", "completion_tokens"), "gemini": ("promptTokenCount", "candidatesTokenCount")}
+    usage = dict(zip(words.get(wire, ("input_tokens", "output_tokens")), (tokens, 0)))
+    whole = {"chat": {"choices": [{"index": 0, "message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}], "usage": usage},
+             "messages": {**WHOLE["messages"], "content": [], "usage": usage},
+             "gemini": {"candidates": [{"content": {"role": "model"}, "finishReason": "STOP"}], "usageMetadata": usage},
+             "responses": {**FINAL, "output": [], "usage": usage}}[wire.replace("bytes", "responses")]
+    if not streaming:
+        return http(200, json.dumps(whole).encode())
+    end = {"chat": [CHAT[0], CHAT[2], {"choices": [], "usage": usage}], "gemini": [whole],
+           "messages": [{"type": "message_start", "message": {"id": "m", "usage": usage}},
+                        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 0}}, MESSAGES[-1]],
+           "responses": [*RESPONSES[:2], {"type": "response.completed", "sequence_number": 2, "response": whole}]}
+    return stream(sse(*end[wire.replace("bytes", "responses")]))
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("wire", WIRES)
+def test_an_empty_answer_that_counts_no_output_is_no_success(wire, streaming, tmp_path):
+    async def main():
+        scripted = Scripted(a=[empty(wire, streaming, 5), empty(wire, streaming, 0)], b=good(wire, streaming),
+                            alone=empty(wire, streaming, 5), nothing=empty(wire, streaming, 0))
+        async with gateway(scripted, {"a": wire, "b": wire}, tmp_path) as (ask, ledger, _):
+            status, _, body = await ask(stream=streaming)
+            assert status == 200 and scripted.calls == ["a", "a", "b"]
+            assert text_of(check(body, relayed=wire == "bytes") if streaming else json.loads(body)) == "hi"
+            await rows_of(ledger)
+            assert ledger.read("SELECT provider, input, output, estimated FROM attempts") == [("a", 5, 0, "")]   # what counts nothing costs nothing
+        for name, tokens in (("alone", 5), ("nothing", 0)):
+            home = tmp_path / name
+            home.mkdir()
+            async with gateway(scripted, {name: wire}, home) as (ask, ledger, _):
+                status, _, body = await ask(stream=streaming)
+                response = check(body) if streaming else json.loads(body)
+                assert (status, response.get("status")) == ((200, "failed") if streaming else (502, None))
+                assert "nothing that is an answer (2 tries)" in response["error"]["message"]
+                row = (await rows_of(ledger))[0]
+                assert (row["status"], row["input"], row["output"], row["estimated"]) == ("failed", tokens, 0, "")
+                assert ledger.read("SELECT input FROM attempts") == [(5,)] * bool(tokens)
+    run(main)
+
+
+@pytest.mark.parametrize("wire", ["chat", "responses", "messages", "gemini", "bytes"])
+def test_a_usage_of_nothing_beside_an_answer_is_none(wire, tmp_path):
+    nothing = {"chat": {"usage": {"prompt_tokens": 0, "completion_tokens": 0}}, "messages": {"usage": {"input_tokens": 0, "output_tokens": 0}},
+               "gemini": {"usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": 0}}}
+    whole = {**WHOLE[wire], **nothing.get(wire, {"usage": {"input_tokens": 0, "output_tokens": 0}})}
+
+    async def main():
+        async with gateway(Scripted(a=http(200, json.dumps(whole).encode())), {"a": wire}, tmp_path) as (ask, ledger, _):
+            status, _, body = await ask(stream=False)
+            row = (await rows_of(ledger))[0]
+            assert (status, row["estimated"], row["input"] > 0) == (200, "no count from the provider", True)
+    run(main)
+
+
 def test_a_bad_request_is_asked_once_and_told_as_it_is(tmp_path):
     async def main():
         scripted = Scripted(a=http(400, b'{"error":{"message":"temperature is wrong","param":"temperature"}}'), b=good("chat", True))

@@ -2688,18 +2688,19 @@ FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
     ("tool_generation", "tool_use_failed", (), ""),
     ("context", "context_length_exceeded exceed_context_size_error model_context_window_exceeded", (),
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
-     r"|exceeds? (the )?max(imum)? context"),
+     r"|exceeds? (the )?max(imum)? context|range of input length"),
     # xAI reports an empty purse as 403; Gemini says "quota" for every limit, only PerDay means a long one
     ("quota", "insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached", (402,),
-     r"perday|insufficient balance|credit balance|(out of|any|more) credits|spend(ing)? limit"),
+     r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit|arrearage"),
     ("auth", "api_key_invalid authentication_error invalid_api_key unauthenticated", (401,), ""),
     ("rate", "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests",
-     (429,), ""),
+     (429,), r"rate.?limit|too many requests|throttling"),
     ("model_missing", "model_not_found invalid_model deploymentnotfound", (),      # DeepSeek, OpenRouter: 400
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
     # OpenRouter: 403; OpenAI's 404 for a thought that it did not store says nothing of the model
-    ("bad_request", "", (), r"requires moderation|input was flagged|items are not persisted"),
+    ("bad_request", "", (), r"requires moderation|input was flagged|items are not persisted"
+     r"|inappropriate content|invalidparameter"),
     ("auth", "permission_error permission_denied", (403,), ""),
     ("model_missing", "", (404,), ""),
     # llama.cpp answers 500 to what it was not started for: every other target would be asked in vain
@@ -2719,6 +2720,12 @@ SECRET = re.compile(
     r"|bearer\s+[^\s\"',]+|eyJ[\w-]{8,}\.[\w.-]+|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
+# where errors of all forms stand, and what they are called
+ERROR_FIELDS = ("error", "base_resp", "errors", "ret", "detail")
+MESSAGE_FIELDS = ("message", "msg", "error_msg", "errorMessage", "status_msg", "errmsg")
+CODE_FIELDS = ("code", "error_code", "errorCode", "statusCode", "status_code", "errcode")
+ANSWER_FIELDS = ("choices", "candidates", "content", "output")
+SUCCESS = re.compile(r"|0+|2\d\d|ok|null|none|true|success.*", re.IGNORECASE | re.DOTALL)
 HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 HTML_TAG = re.compile(r"<(style|script)\b.*?</\1\s*>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|s|m|h)")      # bounded: of n digits \d+ makes n * n steps
@@ -2745,11 +2752,8 @@ class ProviderError(UpstreamError):
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
     """The failure that an answer with an error status stands for."""
-    try:
-        decoded = json.loads(body)
-    except (ValueError, RecursionError):
-        decoded = plain_text(body.decode("utf-8", "replace"))
-    return fault_of(status, error_object(decoded), retry_after_s(headers, decoded, now_s))
+    decoded = decode_error(body.decode("utf-8", "replace"))
+    return fault_of(status, decoded, retry_after_s(headers, decoded, now_s))
 
 
 def inband_error(error: Any) -> ProviderError:
@@ -2757,13 +2761,14 @@ def inband_error(error: Any) -> ProviderError:
     fields = error_object(error)
     numbers = (str(fields.get(key)) for key in ("status_code", "code", "status", "raw_status_code"))
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9][0-9]", number)), 0)
-    return fault_of(status, fields, retry_after_s(Headers([]), error, 0.0))
+    return fault_of(status, error, retry_after_s(Headers([]), error, 0.0))
 
 
-def fault_of(status: int, fields: JSON, wait_s: float | None) -> ProviderError:
-    words, text = fault_words(fields), message_text(fields.get("message"))
+def fault_of(status: int, decoded: Any, wait_s: float | None) -> ProviderError:
+    fields = error_object(decoded)
+    words, text = fault_words(fields), message_text(fields.get("message")) or (compact(decoded) if decoded else "")
     kind = fault_kind(status, words, text + " " + " ".join(words))
-    if kind == "auth":          # an upstream's remarks on our key are nobody else's
+    if kind == "auth" and not re.search("country|territory", text):      # an upstream's remarks on our key are nobody else's
         message = "The provider refused the gateway's credentials."
     else:
         message = redacted(text) or (f"The provider answered HTTP {status} without a reason." if status else
@@ -2790,20 +2795,49 @@ def fault_kind(status: int, words: Sequence[str], text: str) -> FaultKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message` and its like, out of any shape of error body."""
+    """The object with `message`, `code` and their like, out of any form of error. What is within wins, where it says something:
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's `detail`, and
+    what OpenRouter's provider said itself."""
     if isinstance(decoded, list):               # Gemini wraps one in an array; FastAPI lists its complaints
-        return error_object(decoded[0]) if decoded else {}
+        texts = [each for each in decoded if isinstance(each, str)]
+        return {"message": "; ".join(texts)} if texts else error_object(decoded[0]) if decoded else {}
     if not isinstance(decoded, dict):
         return {"message": message_text(decoded)}
-    if decoded.get("error"):
-        inner = error_object(decoded["error"])      # Venice: a string
-        return inner if inner.get("message") else {**inner, "message": message_text(decoded.get("message"))}
-    if "detail" in decoded:                     # ChatGPT backend: a string; FastAPI: [{"loc", "msg"}]
-        return error_object(decoded["detail"])
-    if "msg" in decoded:
-        where = ".".join(str(part) for part in decoded.get("loc") or ())
-        return {"message": f"{where}: {message_text(decoded['msg'])}".lstrip(": "), "param": where or None}
-    return decoded                              # Mistral: bare
+    where = ".".join(str(part) for part in decoded.get("loc") or ())
+    text = message_text(next(filter(None, map(decoded.get, MESSAGE_FIELDS)), None))
+    codes = (decoded[name] for name in CODE_FIELDS if decoded.get(name) is not None)
+    fields = {"param": where or None, **decoded, "message": f"{where}: {text}".lstrip(": "), "code": next(codes, None)}
+    raw = table_of(decoded.get("metadata")).get("raw")
+    for inner in (decode_error(raw) if isinstance(raw, str) else raw, *map(decoded.get, ERROR_FIELDS)):
+        if inner and isinstance(inner, (str, list, dict)):
+            return {**fields, **{name: value for name, value in error_object(inner).items() if value not in (None, "")}}
+    return fields
+
+
+def decode_error(text: str) -> Any:
+    """An error's JSON, which may stand in an SSE event, else its words."""
+    event = re.search(r"^data: ?(\{.*)", text, re.MULTILINE)
+    try:
+        return json.loads(event[1] if event else text)
+    except (ValueError, RecursionError):
+        return plain_text(text)
+
+
+def states_error(body: JSON, whole: bool = False) -> bool:
+    """Does an event, or a `whole` answer with 200, say of itself that it is an error? Beside an answer only `error` says so,
+    and MiniMax's status; a code that means success never does."""
+    if body.get("error") or is_failure(table_of(body.get("base_resp")).get("status_code")):
+        return True
+    if any(map(body.get, ANSWER_FIELDS)):
+        return False
+    fields = error_object(body)
+    named = body.get("object") == "error" or body.get("errors") or body.get("detail")
+    return bool(named) or (is_failure(fields["message"]) and (whole or is_failure(fields["code"]) or "ret" in body))
+
+
+def is_failure(code: Any) -> bool:
+    """Is it a code, or a word, that does not mean success?"""
+    return isinstance(code, (int, str)) and not SUCCESS.fullmatch(str(code))
 
 
 def fault_words(fields: JSON) -> list[str]:
@@ -3176,7 +3210,7 @@ class ResponsesDecoder:
 
 def event_type(event: JSON) -> Any:
     """What an event says it is. Without a type it is an error, or a proxy's sign of life (`event: ping`, `data: {}`)."""
-    return event["type"] if "type" in event else "error" if event.get("error") else ""
+    return event["type"] if "type" in event else "error" if states_error(event) else ""
 
 
 def provider_json(data: str | bytes, complaint: str) -> Any:
@@ -3193,10 +3227,12 @@ class ItemDecoder:
         self.prefix = prefix            # of call ids that are minted: unique in the conversation
         self.slots = 0
         self.failed = False
+        self.notice: GatewayError | None = None     # what may have been an error, should nothing else come
 
     def end(self) -> Iterator[Delta]:
         """The body ended cleanly; without evidence before that the model had finished, that says nothing."""
-        yield from ()
+        if self.notice and not self.slots:
+            yield self._fail(self.notice)
 
     def _slot(self) -> int:
         self.slots += 1
@@ -3574,8 +3610,8 @@ def is_base64(data: str) -> bool:
 # --- the answer
 
 CHAT_STOP = {
-    **dict.fromkeys(("length", "max_tokens", "model_length", "model_context_window_exceeded"),
-                    "max_output_tokens"),
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded",
+                     "repetition"), "max_output_tokens"),
     **dict.fromkeys(("content_filter", "safety", "sensitive", "refusal"), "content_filter")}
 # reasons that are failures; shown as a success, an agent would see an empty answer and ask on (coder#28470)
 CHAT_FAULTS: dict[str, FaultKind] = {
@@ -3756,9 +3792,12 @@ class ChatDecoder(ItemDecoder):
         usage = usage_from(counts and merge_counts(self.counts, counts), reasoning_within=self.dialect.reasoning_within)
         if usage is not None:           # OpenRouter's reasoning is at times one more
             yield dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output))
-        if failure := chat_failure(chunk, choices):
+        failure = next((choice["error"] for choice in choices if choice.get("error")), chunk if states_error(chunk) else None)
+        if failure is not None:
             yield self._fail(inband_error(failure))
             return
+        if not choices and isinstance(chunk.get("message"), str):
+            self.notice = inband_error(chunk)
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
             delta = table_of(choice.get("delta"))
             self.streamed = self.streamed or any(map(delta.get, SAID_IN))
@@ -3951,7 +3990,8 @@ class ChatDecoder(ItemDecoder):
     # the end
 
     def _finish_reason(self, choice: JSON) -> Iterator[Delta]:
-        reason = str(choice.get("finish_reason") or "").lower()
+        given = choice.get("finish_reason")
+        reason = str((given.get("type") or given.get("reason") if isinstance(given, dict) else given) or "").lower()
         native = str(choice.get("native_finish_reason") or "").lower()
         if not reason:
             return
@@ -3961,7 +4001,7 @@ class ChatDecoder(ItemDecoder):
             yield self._fail(ProviderError(f"The provider broke off its answer: {said}.",
                                            kind=kind or "tool_generation"))
             return
-        self.stop = Stop(CHAT_STOP.get(reason, ""), explanation=filter_explanation(choice))
+        self.stop = Stop(CHAT_STOP.get(reason) or CHAT_STOP.get(native, ""), explanation=filter_explanation(choice))
         yield from self._close_all()
         yield self.stop
 
@@ -3979,7 +4019,7 @@ class ChatDecoder(ItemDecoder):
             nameless = "The provider sent a tool call without a name."
             yield self._fail(ProviderError(nameless, kind="tool_generation"))
         elif self.stop is None and not self.slots:
-            yield self._fail(ProviderError("The provider's answer is empty.", kind="overload"))
+            yield self._fail(self.notice or ProviderError("The provider's answer is empty.", kind="overload"))
         else:
             yield dataclasses.replace(self.stop or Stop(), last=True)
 
@@ -4042,15 +4082,6 @@ def reasoning_of(delta: JSON) -> tuple[str, list[JSON]]:
             return delta[name], details
     texts = (detail.get("text") or detail.get("summary") for detail in details)      # Snowflake: only details
     return "".join(text for text in texts if isinstance(text, str)), details
-
-
-def chat_failure(chunk: JSON, choices: list[JSON]) -> Any:
-    """The error that a chunk or a 200 answer carries, in any dialect; None where it carries none."""
-    if chunk.get("error"):
-        return chunk["error"]
-    if not choices and (chunk.get("object") == "error" or "detail" in chunk):
-        return chunk
-    return next((choice["error"] for choice in choices if choice.get("error")), None)
 
 
 def filter_explanation(choice: JSON) -> str:
@@ -5265,8 +5296,8 @@ class GeminiDecoder(ItemDecoder):
         usage = gemini_usage(merge_counts(self.counts, chunk.get("usageMetadata")))
         if usage is not None:
             yield usage
-        if chunk.get("error"):
-            yield self._fail(inband_error(chunk["error"]))
+        if states_error(chunk):
+            yield self._fail(inband_error(chunk))
             return
         candidates = dicts_in(chunk.get("candidates"))
         for candidate in candidates[:1]:
@@ -5562,8 +5593,8 @@ class Decoder(Protocol):
 
 def error_data(data: str) -> str:
     """The data of an `event: error` as all decoders know it: some say it by the event's name alone."""
-    said = json_dict(data)
-    return data if said is None or "error" in said else compact({"error": said})
+    said = json_dict(data) or {"message": plain_text(data)}
+    return data if said.get("error") else compact({"error": said})
 
 
 class Translation(Assembler):
@@ -5588,6 +5619,8 @@ class Translation(Assembler):
         body = provider_json(data, "The provider's answer is not JSON.")
         if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
+        if isinstance(body, dict) and not body.get("error") and states_error(body, whole=True):
+            raise inband_error(body)
         try:
             deltas = list(self.decoder.whole(body))
         except (LookupError, TypeError, ValueError, AttributeError):
@@ -9386,9 +9419,11 @@ def failure_of(provider: str, error: GatewayError, at_ms: int) -> Failure:
 def what_was_tried(failures: Sequence[Failure]) -> Iterator[str]:
     """`openai: connection refused (api.openai.com:443, 2 tries)`, `anthropic: 529 overloaded`"""
     for (provider, brief, where), same in itertools.groupby(failures, key=lambda failure: failure[:3]):
-        tries = len(list(same))
-        notes = ", ".join(filter(None, (where, f"{tries} tries" if tries > 1 else "")))
-        yield f"{provider}: {brief}" + (f" ({notes})" if notes else "")
+        tries = list(same)
+        notes = ", ".join(filter(None, (where, f"{len(tries)} tries" if len(tries) > 1 else "")))
+        said = str(tries[-1].error).rstrip(".")
+        words = "" if where or tries[-1].fault == "auth" or said.endswith("without a reason") else f": {said}"
+        yield f"{provider}: {brief}" + (f" ({notes})" if notes else "") + words
 
 
 class Downstream:

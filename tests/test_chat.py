@@ -1846,6 +1846,134 @@ def test_errors_inside_a_stream_are_told_apart(error: Any, kind: str) -> None:
     assert pomex.inband_error(error).kind == kind
 
 
+# every form that an error has somewhere: its words, and its kind inside a 200
+FORMS: dict[str, tuple[JSON, str, str]] = {
+    "base_resp": (
+        {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}},
+        "insufficient balance",
+        "quota",
+    ),
+    "error_code": ({"error_code": 17, "error_msg": "Open api daily request limit"}, "Open api daily request limit", "overload"),
+    "errors": (
+        {"errors": [{"message": "AiError: too many images", "code": 5006}], "success": False, "result": {}, "messages": []},
+        "AiError: too many images",
+        "overload",
+    ),
+    "ret": ({"ret": ["FAIL_SYS", "RGV587_ERROR::SM::busy"], "data": {}}, "FAIL_SYS; RGV587_ERROR::SM::busy", "overload"),
+    "code and msg": ({"code": 500, "msg": "no server", "data": None}, "no server", "overload"),
+    "code and message": ({"code": "Throttling.RateQuota", "message": "slow", "request_id": "r"}, "slow", "rate"),
+    "code in words": (
+        {"code": "DataInspectionFailed", "message": "Input may contain inappropriate content."},
+        "Input may contain inappropriate content.",
+        "bad_request",
+    ),
+    "code in a string": ({"code": "429", "msg": "busy"}, "busy", "rate"),
+    "status code": ({"statusCode": 500, "message": "Internal server error"}, "Internal server error", "overload"),
+    "a string": ({"error": "no more credits", "success": False}, "no more credits", "quota"),
+    "true": ({"error": True, "message": "broke"}, "broke", "overload"),
+    "detail": ({"detail": "broke"}, "broke", "overload"),
+    "raw, in JSON": (
+        {
+            "error": {
+                "message": "Provider returned error",
+                "code": 400,
+                "metadata": {"raw": '{"error":{"message":"maximum context length is 9 tokens"}}', "provider_name": "X"},
+            }
+        },
+        "maximum context length is 9 tokens",
+        "context",
+    ),
+    "raw, an event": (
+        {"error": {"message": "Provider returned error", "code": 502, "metadata": {"raw": 'event: error\ndata: {"message":"broke"}'}}},
+        "broke",
+        "overload",
+    ),
+    "raw, in words": (
+        {"error": {"message": "Provider returned error", "code": 429, "metadata": {"raw": "m is rate-limited upstream"}}},
+        "m is rate-limited upstream",
+        "rate",
+    ),
+    "no raw": ({"error": {"message": "broke", "code": 502, "metadata": {"raw": ""}}}, "broke", "overload"),
+    "nothing known": ({"error": {"why": "the moon"}}, '{"error":{"why":"the moon"}}', "overload"),
+}
+
+
+@pytest.mark.parametrize("body, words, kind", FORMS.values(), ids=FORMS)
+def test_the_words_and_the_kind_of_an_error_are_found_in_any_form(body: JSON, words: str, kind: str) -> None:
+    text = json.dumps(body)
+    for given in (text, f"event: error\n:HTTP_STATUS/400\ndata: {text}\n\n"):
+        assert str(pomex.provider_error(400, pomex.Headers([]), given.encode())) == words
+    for view in (view_of([text]), view_of([pomex.error_data(text)]), View().add(decoder().whole(body))):
+        assert isinstance(view.error, pomex.ProviderError) and view.items == {}
+        assert view.error.kind == kind and (str(view.error) == words or "the moon" in str(view.error))
+    broken = view_of([piece(content="a"), text])
+    assert (broken.end(), broken.text()) == ("failed", "a")
+
+
+def test_a_message_alone_is_an_error_where_nothing_else_comes() -> None:
+    alone = {"message": "the moon is down", "id": "x"}
+    for view in (view_of([alone, "[DONE]"]), View().add(decoder().whole(alone))):
+        assert str(view.error) == "the moon is down"
+    reader = decoder()
+    assert str(View().add(reader.feed(json.dumps(alone))).add(reader.end()).error) == "the moon is down"
+    assert view_of([alone, piece(content="a"), STOPPED, "[DONE]"]).outcome()[-1] == "completed"
+    assert "the moon is down" in pomex.error_data("the moon is down")
+
+
+NO_ERRORS: list[JSON] = [
+    {"base_resp": {"status_code": 0, "status_msg": ""}},
+    {"base_resp": {"status_code": 0, "status_msg": "success"}, "choices": []},
+    {"code": 0, "message": "ok"},
+    {"code": "200", "msg": "done"},
+    {"code": "Success", "message": "fine"},
+    {"code": None, "message": None},
+    {"error_code": 0, "error_msg": "queued"},
+    {"errors": []},
+    {"error": None},
+    {"detail": None},
+    {"ret": ["SUCCESS::ok"]},
+    {"code": 1, "message": "success"},
+]
+
+
+@pytest.mark.parametrize("fields", NO_ERRORS, ids=json.dumps)
+def test_an_answer_is_never_taken_for_an_error(fields: JSON) -> None:
+    chunks = [piece(content="a"), {**fields}, STOPPED, "[DONE]"]
+    assert view_of(chunks).end() == "completed"
+    body = {"code": 7, "message": "m", **fields, "choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}
+    assert View().add(decoder().whole(body)).end() == "completed" and not pomex.states_error({**body, "ret": ["x"]})
+    for name in pomex.ANSWER_FIELDS:
+        assert not pomex.states_error({name: [1], "message": "m", "code": 7, "detail": "d", **fields}, whole=True)
+
+
+def test_a_country_that_is_refused_is_said() -> None:
+    text = "Country, region, or territory not supported"
+    error = pomex.provider_error(403, pomex.Headers([]), json.dumps({"error": {"message": text}}).encode())
+    assert (error.kind, str(error)) == ("auth", text)
+
+
+FINISHES: list[tuple[Any, str | None, str]] = [
+    ("tool_calls", "MAX_TOKENS", "max_output_tokens"),
+    ("stop", "max_output_tokens", "max_output_tokens"),
+    ("stop", "SAFETY", "content_filter"),
+    ("length", "stop", "max_output_tokens"),
+    ("stop", "STOP", "completed"),
+    ("max_output_tokens", None, "max_output_tokens"),
+    ("repetition", None, "max_output_tokens"),
+    ({"type": "length"}, None, "max_output_tokens"),
+    ({"reason": "stop"}, None, "completed"),
+    ({}, None, "none"),
+]
+
+
+@pytest.mark.parametrize("reason, native, end", FINISHES)
+def test_the_end_is_read_in_the_words_of_the_router_and_of_its_provider(reason: Any, native: str | None, end: str) -> None:
+    finish = {"choices": [{"delta": {}, "finish_reason": reason, "native_finish_reason": native}]}
+    view = view_of([call(0, "call_1", "f", '{"a":1}'), call(1, "call_2", "f", '{"a"'), finish])
+    assert view.end() == end
+    assert [item["closed"] for item in view.items.values()] == [True, False]
+
+
 SECRETS = [
     "sk-proj-abcdefgh12345678",
     "Bearer abc.def.ghi",

@@ -549,18 +549,18 @@ def test_at_most_six_upstream_calls_and_one_sentence_about_them(tmp_path, caplog
             error = json.loads(body)["error"]
             assert len(scripted.calls) == 6 and (await rows_of(ledger))[0]["attempts"] == 6
             assert (status, error["code"]) == (503, "upstream_unavailable")
-            assert error["message"] == ("a: 529 overloaded (2 tries); b: 529 overloaded (2 tries); c: 529 overloaded (2 tries). "
-                                        "No provider left.")
+            assert error["message"] == ("a: 529 overloaded (2 tries): Overloaded; b: 529 overloaded (2 tries): Overloaded; "
+                                        "c: 529 overloaded (2 tries): Overloaded. No provider left.")
     run(main)
     assert "via a x 529 (2 tries), b x 529 (2 tries), c x 529, c " in caplog.text
 
 
 TOLD = {
     "mixed": (["refused", "529"], {}, 503, "upstream_unavailable",
-              r"refused: connection refused \(127\.0\.0\.1:1, 2 tries\); b: 529 overloaded \(3 tries\)\. No provider left\.", None),
+              r"refused: connection refused \(127\.0\.0\.1:1, 2 tries\); b: 529 overloaded \(3 tries\): Overloaded\. No provider left\.", None),
     "mixed, to Codex": (["refused", "529"], {"originator": "codex_exec"}, 200, "server_error", r".*No provider left\.", None),
-    "all rate limited": (["429", "429"], {}, 429, "rate_limit_exceeded", r"a: 429 rate limited; b: 429 rate limited\. No provider left\.", "20"),
-    "one of them rate limited": (["402", "429"], {}, 503, "upstream_unavailable", r"a: 402 quota used up; b: 429 rate limited\..*", "20"),
+    "all rate limited": (["429", "429"], {}, 429, "rate_limit_exceeded", r"a: 429 rate limited: slow down; b: 429 rate limited: slow down\. No provider left\.", "20"),
+    "one of them rate limited": (["402", "429"], {}, 503, "upstream_unavailable", r"a: 402 quota used up: pay; b: 429 rate limited: slow down\. .*", "20"),
     "all rate limited, to Codex": (["429", "429"], {"originator": "codex_exec"}, 200, "rate_limit_exceeded", r".*try again in 20s\.", None),
     "one target, one try": (["401"], {}, 502, "server_error", r"The provider refused the gateway's credentials\.", None),
     "no model": (["404", "404"], {}, 404, "model_not_found", r"b has no model .*", None),
@@ -582,6 +582,28 @@ def test_who_is_left_without_a_provider_is_told_what_was_tried(name, tmp_path):
                 assert got == status
             assert fields.get("retry-after") == wait
     run(main)
+
+
+WORDS = {"error_code": 7, "error_msg": "the moon is down, sk-abcdefgh1234"}
+SAID = {
+    "whole": lambda: http(200, json.dumps(WORDS).encode()),
+    "data": lambda: stream(sse(WORDS)),
+    "event: error": lambda: stream(b"event: error\n" + sse(WORDS)),
+    "500": lambda: http(500, json.dumps(WORDS).encode()),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("wire", ["chat", "messages", "gemini", "responses"])
+def test_the_words_of_an_unknown_error_reach_answer_and_log_after_several_tries(wire, said, tmp_path, caplog):
+    async def main():
+        scripted = Scripted(a=SAID[said](), b=SAID[said]())
+        async with gateway(scripted, dict.fromkeys("ab", wire), tmp_path) as (ask, _, _):
+            status, _, body = await ask()
+            message = json.loads(body)["error"]["message"]
+            assert (status, len(scripted.calls)) == (503, 5) and message.count("the moon is down, [redacted]") == 2, message
+    run(main)
+    assert caplog.text.count("the moon is down, [redacted]") >= 5 and "sk-abcdefgh1234" not in caplog.text
 
 
 def empty(wire, streaming, tokens):

@@ -1943,7 +1943,7 @@ def test_an_answer_is_never_taken_for_an_error(fields: JSON) -> None:
     body = {"code": 7, "message": "m", **fields, "choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}
     assert View().add(decoder().whole(body)).end() == "completed" and not pomex.states_error({**body, "ret": ["x"]})
     for name in pomex.ANSWER_FIELDS:
-        assert not pomex.states_error({name: [1], "message": "m", "code": 7, "detail": "d", **fields}, whole=True)
+        assert not pomex.states_error({"message": "m", "code": 7, "detail": "d", **fields, name: [1]}, whole=True)
 
 
 def test_a_country_that_is_refused_is_said() -> None:

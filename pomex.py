@@ -1485,8 +1485,8 @@ class ToolBook:
 
     def renamed(self, item: JSON) -> JSON:
         """A call of the history by the name that its tool has now: else it would go back as it was misspelt."""
-        tool = self.find(item.get("name") or "") if item["type"] == "function_call" and not item.get("namespace") else None
-        return item if tool is None else {**item, "name": tool.name, "namespace": tool.namespace}
+        tool = self.find(item["name"]) if item["type"] == "function_call" and not item.get("namespace") else None
+        return {**item, "name": tool.name, "namespace": tool.namespace} if tool else item
 
     def _add(self, tool: JSON, namespace: str) -> None:
         kind = tool["type"]
@@ -1988,11 +1988,13 @@ class Attempt:
         self.ended = True
         self.terminal_by = "upstream" if self.last else "gateway"
         refused = self.refused or (self.error is not None and not self.written)     # in its stream, in place of output
-        if self.error is None and self.stop is None:
+        usage, stop = self.usage, self.stop
+        if self.error is None and stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif self.error is None and self.counts_nothing():
+        elif not (self.error or self.begun or stop is None or stop.incomplete
+                  or usage is None or usage.estimated or usage.output):
             self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
-        elif self.usage == Usage():                 # of an answer that is not empty: it does not count
+        elif usage == Usage():                      # of an answer that is not empty: it does not count
             self.usage = None
         if told:
             self.settle_items()
@@ -2006,11 +2008,6 @@ class Attempt:
             known = self.usage or Usage(0 if refused else self.estimated_input, estimated=not refused)
             self.usage = dataclasses.replace(known, output=max(known.output, -(-self.written // 4)))
         self.usage = checked_usage(self.usage)
-
-    def counts_nothing(self) -> bool:
-        """Is it an empty answer, by its provider's own count too?"""
-        output = self.begun or self.usage is None or self.usage.estimated or self.usage.output
-        return not output and self.stop is not None and not self.stop.incomplete
 
     def settle_items(self) -> None:
         """Closes or leaves what is still open; called once, before the status is decided."""
@@ -2803,7 +2800,8 @@ def error_object(decoded: Any) -> JSON:
         return {"message": "; ".join(texts)} if texts else error_object(decoded[0]) if decoded else {}
     if not isinstance(decoded, dict):
         return {"message": message_text(decoded)}
-    where = ".".join(str(part) for part in decoded.get("loc") or ())
+    place = decoded.get("loc")
+    where = ".".join(map(str, place)) if isinstance(place, list) else ""
     text = message_text(next(filter(None, map(decoded.get, MESSAGE_FIELDS)), None))
     codes = (decoded[name] for name in CODE_FIELDS if decoded.get(name) is not None)
     fields = {"param": where or None, **decoded, "message": f"{where}: {text}".lstrip(": "), "code": next(codes, None)}
@@ -3619,7 +3617,6 @@ CHAT_FAULTS: dict[str, FaultKind] = {
     **dict.fromkeys(("malformed_function_call", "malformed_response", "unexpected_tool_call",
                      "too_many_tool_calls"), "tool_generation")}
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
-SAID_IN = ("content", "tool_calls", "function_call", "refusal", "reasoning_details", *REASONING_FIELDS)
 THINK, END_THINK = "<think>", "</think>"
 
 
@@ -3690,15 +3687,20 @@ class ChatCall:
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
             return self._add(held if nested else held[self.length:]) + self.take(piece)
         text = self.text if self.length <= 2 * len(piece) else ""
-        if not self.end and json_dict(piece) == {}:
+        cumulative = text.lstrip().startswith("{") and piece.startswith(text)
+        # {} may be a placeholder; is the second of {"a": and {"a":1} in the first, or does it repeat it?
+        if (not self.end and json_dict(piece) == {}) or (cumulative and self.end in ":[,"):
             self.waiting, piece = piece, ""
-        elif text.lstrip().startswith("{") and piece.startswith(text):
-            if self.end in ":[,":                   # {"a": and {"a":1}: is the second in the first?
-                self.waiting = piece
-            piece = "" if self.waiting else piece[self.length:]
-        elif self.end == "}" and (again := json_dict(piece)) and again == json_dict(text):
+        elif cumulative:
+            piece = piece[self.length:]
+        elif text and self.end == "}" and self.is_repeated_by(piece):
             piece = ""
         return self._add(piece)
+
+    def is_repeated_by(self, arguments: str) -> bool:
+        """Are they the same as far as these have come, or the same object spelt otherwise?"""
+        known = json_dict(self.text)
+        return arguments.startswith(self.text) or (known is not None and known == json_dict(arguments))
 
     def is_whole(self) -> bool:
         """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end."""
@@ -3800,7 +3802,7 @@ class ChatDecoder(ItemDecoder):
             self.notice = inband_error(chunk)
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
             delta = table_of(choice.get("delta"))
-            self.streamed = self.streamed or any(map(delta.get, SAID_IN))
+            self.streamed = self.streamed or bool(delta)
             yield from self._delta(delta)
             yield from self._delta(table_of(choice.get("message")), whole=True)
             yield from self._finish_reason(choice)
@@ -3870,9 +3872,9 @@ class ChatDecoder(ItemDecoder):
             yield from self._say("".join((THINK, *self.twice, held)))
 
     def _is_double(self) -> bool:
-        """Do the tags say what the field says? One of them may lag behind."""
-        field, tags = ("".join("".join(texts).split()) for texts in (self.seen["thought"], self.twice or ()))
-        return tags != "" and (field.startswith(tags) or tags.startswith(field))
+        """Do the tags say what the field has said?"""
+        tags = "".join(self.twice or ()).strip()
+        return tags != "" and tags in "".join(self.seen["thought"])
 
     def _say(self, text: str, channel: Channel = "text") -> Iterator[Delta]:
         if not text:
@@ -3923,7 +3925,8 @@ class ChatDecoder(ItemDecoder):
         call_id, index = str(given.get("id") or ""), given.get("index")
         known = call = repeated or (None if whole and not isinstance(index, int) else self._known(index, call_id))
         if call is None or (not repeated and begins_new_call(call, call_id, name, arguments)):
-            call = self._new_call()
+            call = ChatCall()
+            self.calls.append(call)
             name = known.name if known and known.named_again and not name else name
         if isinstance(index, int):
             self.by_index[index] = call
@@ -3947,9 +3950,8 @@ class ChatDecoder(ItemDecoder):
         """The call that one in a snapshot repeats: that of its id, else the one at its place, if it is the same so far."""
         name, arguments = call_texts(given)
         named = [call for call in self.calls if call.id and call.id == given.get("id")]
-        same = (call for call in self.calls[place:place + 1] if call.name == name
-                and (arguments.startswith(call.text) or json_dict(arguments) == json_dict(call.text)))
-        return next(iter(named), next(same, None))
+        same = [call for call in self.calls[place:place + 1] if call.name == name and call.is_repeated_by(arguments)]
+        return next(iter(named or same), None)
 
     def _open_call(self, call: ChatCall, given: JSON) -> Iterator[Delta]:
         yield from self._leave_tags()
@@ -3971,10 +3973,6 @@ class ChatDecoder(ItemDecoder):
         if call_id:
             return next((call for call in reversed(self.calls) if call.id == call_id), None)
         return self.calls[-1] if self.calls else None
-
-    def _new_call(self) -> ChatCall:
-        self.calls.append(ChatCall())
-        return self.calls[-1]
 
     def _close_calls(self, ended: bool = False) -> Iterator[Delta]:
         """Ends the calls whose arguments are whole; at a proper end none at all is whole too."""
@@ -4040,7 +4038,7 @@ def begins_new_call(known: ChatCall, call_id: str, name: str, arguments: str) ->
         return False
     # what came in pieces, or with an id, is repeated without one as a snapshot; two whole calls may well be the same
     snapshot = not known.named_again and (known.streamed or (known.id and not call_id))
-    return not snapshot or json_dict(arguments) != json_dict(known.text)
+    return not snapshot or not known.is_repeated_by(arguments)
 
 
 def unseen(left: dict[str, str], channel: str, text: str) -> str:

@@ -617,7 +617,7 @@ SNAPSHOTS: dict[str, tuple[list[Any], str, str, list[tuple[str, str, str]]]] = {
 def test_a_snapshot_is_not_one_more_piece(
     chunks: list[Any], text: str, thought: str, calls: list[tuple[str, str, str]]
 ) -> None:
-    strange = ["", "null", '{"choices":[]}', '{"choices":[{"delta":{"new":1},"message":null}]}']
+    strange = ["", "null", '{"choices":[]}', '{"choices":[{"delta":{},"message":null,"new":1}]}']
     for given in (chunks, [mixed for known in chunks for mixed in (*strange, known)]):
         view = view_of(given)
         assert (view.text(), view.text("summary"), view.calls(), view.end()) == (text, thought, calls, "completed")

@@ -2824,7 +2824,7 @@ def decode_error(text: str) -> Any:
 def states_error(body: JSON, whole: bool = False) -> bool:
     """Does an event, or a `whole` answer with 200, say of itself that it is an error? Beside an answer only `error` says so,
     and MiniMax's status; a code that means success never does."""
-    if body.get("error") or is_failure(table_of(body.get("base_resp")).get("status_code")):
+    if body.get("error") or ("base_resp" in body and is_failure(table_of(body["base_resp"]).get("status_code"))):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
         return False
@@ -3682,10 +3682,11 @@ class ChatCall:
     def take(self, piece: str) -> str:
         """Takes more of the arguments, or a snapshot: some servers repeat what came before. The empty piece is their end.
         What is new in them; what came is joined only where the piece is long enough to repeat it."""
-        nested = self.waiting and (piece or json_dict(self.text) is not None)
-        held, self.waiting = self.waiting, ""
-        if held and not piece.lstrip().startswith(held.rstrip(" }")):
-            return self._add(held if nested else held[self.length:]) + self.take(piece)
+        if self.waiting:
+            nested = piece or json_dict(self.text) is not None
+            held, self.waiting = self.waiting, ""
+            if not piece.lstrip().startswith(held.rstrip(" }")):
+                return self._add(held if nested else held[self.length:]) + self.take(piece)
         text = self.text if self.length <= 2 * len(piece) else ""
         cumulative = text.lstrip().startswith("{") and piece.startswith(text)
         # {} may be a placeholder; is the second of {"a": and {"a":1} in the first, or does it repeat it?
@@ -3801,17 +3802,16 @@ class ChatDecoder(ItemDecoder):
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = inband_error(chunk)
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
-            delta = table_of(choice.get("delta"))
-            self.streamed = self.streamed or bool(delta)
-            yield from self._delta(delta)
-            yield from self._delta(table_of(choice.get("message")), whole=True)
+            for field in ("delta", "message"):
+                if isinstance(said := choice.get(field), dict) and said:
+                    yield from self._delta(said, whole=field == "message")
             yield from self._finish_reason(choice)
         if usage is not None and self.stop is not None and not choices:
             yield dataclasses.replace(self.stop, last=True)     # OpenAI's order: finish, usage, [DONE]
 
     def _delta(self, delta: JSON, whole: bool = False) -> Iterator[Delta]:
         """A piece of a message, or a `whole` one: the answer itself, or behind pieces their snapshot."""
-        snapshot = whole and self.streamed
+        self.streamed, snapshot = self.streamed or not whole, whole and self.streamed
         left = {name: "".join(texts) for name, texts in self.seen.items()} if snapshot else {}
         thought, details = reasoning_of(delta)
         yield from self._reason(unseen(left, "thought", thought), [] if snapshot and self.seen["thought"] else details)
@@ -3833,7 +3833,8 @@ class ChatDecoder(ItemDecoder):
     # text and thoughts
 
     def _reason(self, thought: str, details: list[JSON]) -> Iterator[Delta]:
-        yield from self._think("" if self.think == "in" and self.twice is None else thought, details)
+        if thought or details:
+            yield from self._think("" if self.think == "in" and self.twice is None else thought, details)
 
     def _content(self, text: str) -> Iterator[Delta]:
         """Content, which may begin with a thought in tags."""
@@ -3940,11 +3941,8 @@ class ChatDecoder(ItemDecoder):
             yield from self._open_call(call, given)
         elif call.slot >= 0 and arguments:
             call.streamed = True
-            yield from self._argue(call, news)
-
-    def _argue(self, call: ChatCall, text: str) -> Iterator[Delta]:
-        if text:
-            yield Fragment(call.slot, text, "arguments")
+            if news:
+                yield Fragment(call.slot, news, "arguments")
 
     def _repeated(self, place: int, given: JSON) -> ChatCall | None:
         """The call that one in a snapshot repeats: that of its id, else the one at its place, if it is the same so far."""
@@ -3964,7 +3962,8 @@ class ChatDecoder(ItemDecoder):
         if given.get("extra_content"):          # Gemini's OpenAI endpoint: a signature, in an item of its own
             yield from self._carry({"extra_content": [{"id": call_id, "extra_content": given["extra_content"]}]})
         yield self.book.open(call.slot, call_id, call.name)
-        yield from self._argue(call, "".join(call.pieces))
+        if call.length:
+            yield Fragment(call.slot, "".join(call.pieces), "arguments")
 
     def _known(self, index: Any, call_id: str) -> ChatCall | None:
         """The call that a piece goes on with: that of its index, else of its id, else the newest."""
@@ -3979,8 +3978,8 @@ class ChatDecoder(ItemDecoder):
         for call in self.calls:
             if call.slot < 0 or call.closed:
                 continue
-            if ended:
-                yield from self._argue(call, call.take(""))
+            if ended and (rest := call.take("")):
+                yield Fragment(call.slot, rest, "arguments")
             if (call.is_whole() and not call.waiting) or (ended and not call.end):
                 call.closed = True
                 yield Close(call.slot)
@@ -3989,10 +3988,11 @@ class ChatDecoder(ItemDecoder):
 
     def _finish_reason(self, choice: JSON) -> Iterator[Delta]:
         given = choice.get("finish_reason")
-        reason = str((given.get("type") or given.get("reason") if isinstance(given, dict) else given) or "").lower()
-        native = str(choice.get("native_finish_reason") or "").lower()
-        if not reason:
+        if isinstance(given, dict):
+            given = given.get("type") or given.get("reason")
+        if not given:
             return
+        reason, native = str(given).lower(), str(choice.get("native_finish_reason") or "").lower()
         kind = CHAT_FAULTS.get(reason) or CHAT_FAULTS.get(native)
         if kind or reason.startswith("function_call_filter"):
             said = (native if native in CHAT_FAULTS else reason)[:64]

@@ -3802,9 +3802,9 @@ class ChatDecoder(ItemDecoder):
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = inband_error(chunk)
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
-            for field in ("delta", "message"):
-                if isinstance(said := choice.get(field), dict) and said:
-                    yield from self._delta(said, whole=field == "message")
+            for name in ("delta", "message"):
+                if isinstance(said := choice.get(name), dict) and said:
+                    yield from self._delta(said, whole=name == "message")
             yield from self._finish_reason(choice)
         if usage is not None and self.stop is not None and not choices:
             yield dataclasses.replace(self.stop, last=True)     # OpenAI's order: finish, usage, [DONE]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+from streams import check
 
 import pomex
 
@@ -628,6 +629,36 @@ def test_a_snapshot_is_not_one_more_piece(
         assert text.startswith(view.text()) and thought.startswith(view.text("summary"))
         for item, whole in zip([i for i in view.items.values() if i["kind"] == "function_call"], calls):
             assert whole[2].startswith(item["arguments"]) and (not item["closed"] or item["arguments"] == whole[2])
+
+
+def answered(pieces: Iterable[bytes]) -> JSON:
+    """The final response that the client sees of these bytes, every rule of its stream kept."""
+    request = pomex.check_request(b'{"model":"p/m","input":"hi","stream":true}')
+    job = pomex.Job(
+        pomex.Answer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(b"s" * 32, "a"), "p", "m", False, ""
+    )
+    attempt, shown = pomex.WIRES["chat"].call(job).attempt, b""
+    for data in pieces:
+        attempt.feed(data)
+        shown += attempt.take()
+    attempt.end()
+    attempt.finish()
+    return check(shown + attempt.terminal(2))
+
+
+@pytest.mark.parametrize("chunks, text, thought, calls", SNAPSHOTS.values(), ids=SNAPSHOTS)
+def test_snapshots_are_the_same_to_the_client_however_they_come(
+    chunks: list[Any], text: str, thought: str, calls: list[tuple[str, str, str]]
+) -> None:
+    frames = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
+    data = b"".join(frames)
+    whole = answered([data])
+    assert whole["status"] == "completed" and answered(data[i : i + 1] for i in range(len(data))) == whole
+    assert [i["arguments"] for i in whole["output"] if i["type"] == "function_call"] == [c[2] for c in calls]
+    for count in range(len(frames)):        # without its end nothing is called done
+        cut = answered(frames[:count])
+        assert cut["status"] == "failed"
+        assert {i["arguments"] for i in cut["output"] if i["type"] == "function_call"} <= {c[2] for c in calls}
 
 
 def test_what_contradicts_the_pieces_of_a_call_makes_no_call() -> None:

@@ -2404,7 +2404,7 @@ class Relay(Attempt):
         self.seal = seal
         self.failure = failure                      # what an error object of the upstream's stands for
         self.read = read                            # the deltas of a whole response
-        self.buffer = b""                           # the beginning of a frame that has not come whole
+        self.buffer = bytearray()                   # the beginning of a frame that has not come whole
         self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
         self.open: set[int] = set()                 # output indices added and not done
         self.halves: list[tuple[JSON, bytes]] = []  # done events of half calls: shown only if the answer is incomplete
@@ -2415,14 +2415,21 @@ class Relay(Attempt):
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they come. UpstreamError where a frame that must be read is not JSON."""
-        data = self.buffer + data if self.buffer else data
+        if self.buffer:                             # an empty line may have begun in its last bytes
+            data = bytes(self.buffer[-3:]) + data
+            del self.buffer[-3:]
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n")
         end = data.rfind(b"\n\n") + 2
-        end = 0 if end == 1 else end
-        self.buffer = data[end:]
-        if len(self.buffer) > MAX_EVENT_BYTES:
-            raise UpstreamError(f"The upstream sent an event of more than {MAX_EVENT_BYTES} bytes.")
+        if end == 1:
+            self.buffer += data
+            if len(self.buffer) > MAX_EVENT_BYTES:
+                raise UpstreamError(f"The upstream sent an event of more than {MAX_EVENT_BYTES} bytes.")
+            return
+        if self.buffer or end < len(data):
+            end += len(self.buffer)
+            data = bytes(self.buffer) + data
+            self.buffer[:] = data[end:]
         at = 0                                      # where a frame begins
         for found in self.READ.finditer(data, 0, end):
             if found.start() < at or self.last:

@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+import time
 import zlib
 
 import pytest
@@ -1075,6 +1076,15 @@ def test_an_object_in_the_place_of_a_stream_becomes_a_stream(manners):
     final = streams.check(attempt.terminal(1_700_000_009), manners is pomex.CODEX)
     assert [i["type"] for i in final["output"]] == ["message", "function_call"] + ["function_call"] * (manners is pomex.STANDARD)
     assert final["output"][1]["namespace"] == "ns"
+
+
+def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
+    attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+    picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (12 << 20)})
+    begun = time.process_time()
+    for at in range(0, len(picture), 4096):
+        attempt.feed(picture[at:at + 4096])
+    assert attempt.begun and time.process_time() - begun < 3        # 8 s where each piece was joined to all before
 
 
 # --- the demo

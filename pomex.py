@@ -518,7 +518,7 @@ def parse_request(line: bytes, headers: Headers, max_body_bytes: int | None) -> 
         raise ProtocolError("The request line is not 'METHOD target HTTP/1.1'.")
     version = int(match[3]), int(match[4])
     if version not in ((1, 0), (1, 1)):
-        raise ProtocolError("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505)
+        raise ProtocolError("Only HTTP/1.1 and HTTP/1.0 are has_content here.", 505)
     method = match[1].decode()
     path, query, authority = parse_target(method, match[2])
     headers = with_host(headers, authority, version)
@@ -2264,8 +2264,8 @@ class Assembler(Attempt):
             return item.unwrapper.finish(raw)
         if item.opened.kind == "custom_tool_call":
             return raw
-        if not raw.strip():
-            return raw + "{}"                       # a tool without arguments; a placeholder is not JSON
+        if not raw.strip():                         # a tool without arguments; a placeholder is not JSON
+            return raw + "{}" if item.closing else None
         if item.opened.kind != "function_call":
             return raw if json_dict(raw) is not None else None
         try:
@@ -2380,38 +2380,256 @@ def call_fields(opened: Open, argument: str) -> JSON:
     return {**fields, "namespace": opened.namespace} if opened.namespace else fields
 
 
-# --- 5.8 the relay: a Responses upstream's frames pass as they came -------------------------------
+# --- 5.8 the items of a Responses upstream --------------------------------------------------------
+
+# family of .delta and .done events -> channel, field with the part's number, kind of item, field with the whole text
+TEXT_EVENTS: dict[str, tuple[Channel, str, str, str]] = {
+    "response.output_text": ("text", "content_index", "message", "text"),
+    "response.refusal": ("refusal", "content_index", "message", "refusal"),
+    "response.reasoning_summary_text": ("summary", "summary_index", "reasoning", "text"),
+    "response.reasoning_text": ("raw", "content_index", "reasoning", "text"),
+    "response.reasoning": ("raw", "content_index", "reasoning", "text"),          # the Open Responses name
+    "response.function_call_arguments": ("arguments", "", "call", "arguments"),
+    "response.custom_tool_call_input": ("input", "", "call", "input"),
+}
+PART_FAMILY = {shape.type: shape.delta for shape in PARTS.values()}
+TEXT_KINDS = ("message", "reasoning", "call")
+PART_DONE = ("response.content_part.done", "response.reasoning_summary_part.done")
+
+
+@dataclass(slots=True)
+class UpstreamText:
+    """One text of an item: a part, or a call's arguments."""
+    channel: Channel
+    place: int
+    pieces: list[str] = field(default_factory=list)
+    sent: bool = False
+    done: bool = False
+    noted: int = 0              # annotations that came with events of their own
+
+    def so_far(self) -> str:
+        self.pieces[:] = ["".join(self.pieces)]
+        return self.pieces[0]
+
+
+@dataclass(slots=True)
+class UpstreamItem:
+    """An item as far as it has come."""
+    slot: int
+    kind: Any                   # "message", "reasoning", "call", or the type of another item
+    index: Any                  # the server's number of it
+    first: JSON                 # as it was added
+    item: JSON                  # as it was told last
+    done: bool = False          # by the server's own word
+    shown: bool = False
+    closed: bool = False
+    texts: list[UpstreamText] = field(default_factory=list)
+    numbered: dict[tuple[str, Any], UpstreamText] = field(default_factory=dict)
+
+    def part(self, channel: Channel, number: Any, whole: str | None = None) -> UpstreamText:
+        """The text that a piece belongs to, or the one that a `done` event gives the whole of: that one may bear
+        another number there than its pieces had."""
+        part = self.numbered.get((channel, number))
+        if part and whole is None and not part.done:
+            return part
+        last = self.texts[-1] if self.texts else None
+        if part is None and whole is not None and last and last.channel == channel and not last.done \
+                and whole.startswith(last.so_far()):
+            part = last
+        if part is None or part.done and whole is None:
+            part = UpstreamText(channel, len(self.texts))
+            self.texts.append(part)
+        part.done = whole is not None
+        self.numbered[channel, number] = part
+        return part
+
+    def complete(self) -> bool:
+        """Has a call without its `done` all of its arguments?"""
+        text = self.texts[0] if self.texts and self.first.get("name") else None
+        return text is not None and (text.channel == "input" or json_dict(text.so_far()) is not None)
+
+
+def item_kind(item: JSON) -> Any:
+    return "call" if item.get("type") in CALL_FIELD else item.get("type")
+
+
+def item_content(item: JSON) -> str:
+    return compact({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
+
+
+def paired(given: Sequence[Any], known: Sequence[Any],
+           levels: Sequence[tuple[Callable[[Any], Any], Callable[[Any], Any]]]) -> dict[int, int]:
+    """The place of the known one that each of the given is, by its place: the first that has the same key, each once.
+    A later level of keys is for those that no earlier one found; the key None is no key."""
+    found: dict[int, int] = {}
+    for given_key, known_key in levels:
+        if len(found) == len(given):
+            break
+        taken, free = set(found.values()), collections.defaultdict[Any, "collections.deque[int]"](collections.deque)
+        for place, each in enumerate(known):
+            if place not in taken:
+                free[known_key(each)].append(place)
+        free.pop(None, None)
+        for place, each in enumerate(given):
+            if place not in found and free.get(given_key(each)):
+                found[place] = free[given_key(each)].popleft()
+    return found
+
+
+class UpstreamItems:
+    """Which item an event is about. Servers give an item a new id in every event (Copilot), tell items apart by their ids
+    alone (llama.cpp) or by nothing at all, count from 1, or give one number to all."""
+
+    def __init__(self) -> None:
+        self.all: list[UpstreamItem] = []
+        self.named: dict[tuple[Any, Any], UpstreamItem] = {}        # by kind and id or call_id
+        self.placed: dict[Any, UpstreamItem] = {}                   # by output_index
+        self.waiting: dict[Any, collections.deque[UpstreamItem]] = collections.defaultdict(collections.deque)    # by kind
+
+    def find(self, event: JSON, item: JSON, kind: Any, opens: bool = False) -> UpstreamItem | None:
+        """The item of an event, which `opens` one if it says `added`; None if it is about a new one."""
+        index, item_id, call_id = event.get("output_index"), event.get("item_id") or item.get("id"), item.get("call_id")
+        placed = self.placed.get(index)
+        if placed and item_id and placed.item.get("id") == item_id and placed.kind == kind:
+            return placed if not call_id or placed.item.get("call_id") in (None, call_id) else None
+        for named in (self.named.get((kind, call_id)), self.named.get((kind, item_id))):
+            if named and (index is None or named.index in (None, index) or not (named.done or opens)
+                          or call_id and named.item.get("id") == item_id):
+                return named
+        piece = "delta" in event
+        if index is None:
+            waiting = self.waiting[kind]
+            while len(waiting) > 1 and waiting[0].done:
+                waiting.popleft()
+            placed = waiting[-1 if piece or waiting and waiting[0].done else 0] if waiting else None
+        if placed is None or placed.kind != kind:
+            return placed if placed and not (item or placed.done or placed.kind in TEXT_KINDS) else None
+        renamed = item_id and placed.item.get("id") and item_id != placed.item["id"]
+        recalled = call_id and placed.item.get("call_id") and call_id != placed.item["call_id"]
+        other = renamed or recalled
+        if opens:
+            apart = other or index is None or placed.done
+        elif not placed.done:
+            apart = index is None and (recalled or piece and renamed)
+        elif piece:
+            apart = renamed or index is None
+        else:                                       # told once more, or another in its place
+            apart = item and (other or item_content(item) != item_content(placed.item))
+        return None if apart else placed
+
+    def add(self, event: JSON, item: JSON, kind: Any) -> UpstreamItem:
+        known = UpstreamItem(len(self.all), kind, event.get("output_index"), item, {"id": event.get("item_id"), **item})
+        self.all.append(known)
+        self.waiting[kind].append(known)
+        if known.index is not None:
+            self.placed[known.index] = known
+        return self.name(known, known.item)
+
+    def name(self, known: UpstreamItem, item: JSON) -> UpstreamItem:
+        for name in (item.get("id"), item.get("call_id")):
+            if name:
+                self.named[known.kind, name] = known
+        return known
+
+    def take(self, event: JSON, item: JSON, opens: bool = False) -> UpstreamItem:
+        """The item of an event that holds it, a new one if need be."""
+        kind = item_kind(item)
+        known = self.find(event, item, kind, opens)
+        return self.name(known, item) if known else self.add(event, item, kind)
+
+    def of_text(self, event: JSON, kind: str) -> UpstreamItem:
+        """The item of a text event; one of another kind where its texts are not read."""
+        return self.find(event, {}, kind) or self.add(event, {}, kind)
+
+    def last(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
+        """The items of a final response, each with what is known of it: by its ids, by what it says, by its place among its
+        kind. A call that is done is no other call for want of a better one."""
+        found = paired(output, self.all, (
+            (lambda item: (item_kind(item), item.get("call_id") or item.get("id")),
+             lambda known: (known.kind, name) if (name := known.item.get("call_id") or known.item.get("id")) else None),
+            (lambda item: item_content(item), lambda known: item_content(known.item) if known.done else None),
+            (lambda item: (item_kind(item), item.get("name")),
+             lambda known: None if known.kind == "call" and known.done else (known.kind, known.item.get("name")))))
+        return [(self.all[found[place]] if place in found else self.add({}, item, item_kind(item)), item)
+                for place, item in enumerate(output)]
+
+    def stop(self) -> Stop | None:
+        """What a clean end of the body stands for: with every item done the model had finished, unless it had only thought."""
+        if all(known.kind == "reasoning" for known in self.all) or not all(known.done for known in self.all):
+            return None
+        return Stop("max_output_tokens" if any(known.item.get("status") == "incomplete" for known in self.all) else "")
+
+
+def whole_text(event: JSON) -> tuple[Channel, Any, str, Any]:
+    """Of a `done` event: the channel and number of its text, its kind of item, and the whole text."""
+    part = event.get("part")
+    family: str = PART_FAMILY.get(part["type"], "") if isinstance(part, dict) else event["type"].removesuffix(".done")
+    if family not in TEXT_EVENTS:
+        return "text", 0, "", ""
+    channel, number, kind, whole = TEXT_EVENTS[family]
+    return channel, event.get(number, 0), kind, as_text((part or event).get(whole))
+
+
+def as_text(value: Any) -> str:
+    """Arguments, which some servers give as an object."""
+    return value if isinstance(value, str) else compact(value) if isinstance(value, dict) else ""
+
+
+def has_content(item: JSON) -> bool:
+    """Does it say anything, in the form that clients read?"""
+    if item_kind(item) == "call":
+        said = item.get(CALL_FIELD[item["type"]][1])
+        return isinstance(said, str) and said.strip() not in ("", "{}")
+    parts = dicts_in(item.get("content"))
+    return item.get("type") != "message" or any(
+        part.get("type") not in PART_FAMILY or whole_text({"part": part})[3] for part in parts)
+
+
+def fill_item(item: JSON, known: UpstreamItem) -> bool:
+    """Gives an item that says nothing what its events said: was there need?"""
+    if has_content(item):
+        return False
+    said = "".join(text.so_far() for text in known.texts)
+    if known.kind != "call":
+        item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
+                           for text in known.texts]
+    elif item["type"] == "function_call":
+        item["arguments"] = said or "{}"
+    else:
+        item["input"] = said if known.texts and known.texts[0].channel == "input" else unwrap(said) or said
+    return True
+
+
+# --- 5.9 the relay: a Responses upstream's frames pass as they came -------------------------------
 
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
-ALWAYS_COUNTED = (b'"cached_tokens"', b'"cache_write_tokens"', b'"reasoning_tokens"')   # what clients ask for in any usage
 
 
 class Relay(Attempt):
-    """Frames of a Responses upstream, unread but for those that carry the response object or a whole item.
+    """Frames of a Responses upstream, unread but for those that carry the response object, an item or a whole text.
 
-    The response id and `model` are ours; the terminal frame is ours to send; where frames of ours went in, or some of
-    theirs were left out, the later sequence numbers are moved.
+    The response id and `model` are ours; the terminal frame is ours to send, and before it what the final response alone
+    holds; where frames of ours went in, or some of theirs were left out, the later sequence numbers are moved.
     """
-    READ = re.compile(rb'"type": ?"(response\.(?:created|queued|in_progress|completed|failed|incomplete|output_item\.added|'
-                      rb'output_item\.done)|error)"')
+    READ = re.compile(rb'"type": ?"(response\.(?:created|queued|in_progress|completed|failed|incomplete|refusal\.done|'
+                      rb'output_(?:item\.(?:added|done)|text\.done)|content_part\.done|'
+                      rb'(?:function_call_arguments|custom_tool_call_input)\.done)|error)"')
     OUTPUT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
     FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
     NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
     def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str],
-                 failure: Callable[[Any], GatewayError], read: Callable[[JSON], Iterable[Delta]]) -> None:
+                 failure: Callable[[Any], GatewayError], decoder: Any) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
         self.failure = failure                      # what an error object of the upstream's stands for
-        self.read = read                            # the deltas of a whole response
+        self.decoder = decoder                      # a ResponsesDecoder: it reads along what is not passed unread
         self.buffer = bytearray()                   # the beginning of a frame that has not come whole
         self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
-        self.open: set[int] = set()                 # output indices added and not done
-        self.halves: list[tuple[JSON, bytes]] = []  # done events of half calls: shown only if the answer is incomplete
-        self.cut = False                            # was something else left incomplete?
+        self.open = [0, 0]                          # so many other items and calls are open
+        self.kept: list[bytes] = []                 # what came in a call: its arguments may stand in deltas alone
+        self.halves: dict[int, tuple[JSON, bytes]] = {}     # done events of half calls: shown only if the answer is incomplete
         self.completed: JSON = {}                   # the upstream's own final response
-        self.plain = b""                            # the same as it came, where it was not streamed
-        self.altered = False                        # have we sealed something in it?
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they come. UpstreamError where a frame that must be read is not JSON."""
@@ -2454,6 +2672,8 @@ class Relay(Attempt):
         if not self.begun:
             self._begin()
         self._give(block)
+        if self.open[True] or not self.open[False]:
+            self.kept.append(block)
         self.written += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
 
     def _begin(self) -> None:
@@ -2488,8 +2708,11 @@ class Relay(Attempt):
             raise UpstreamError("The provider sent an event that is not JSON.") from None
         if handler is None:                         # the pattern met a nested object of that type
             self._pass(frame)
-        else:
+            return
+        try:
             handler(self, content, frame)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def _handshake(self, event: JSON, frame: bytes) -> None:
         if not self.begun:
@@ -2501,22 +2724,68 @@ class Relay(Attempt):
         return {**response, "id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
 
     def _added(self, event: JSON, frame: bytes) -> None:
-        self.open.add(event.get("output_index", -1))
+        if isinstance(event.get("item"), dict):
+            list(self.decoder.read(event))
+            self._count(event["item"], 1)
         self._pass(self._sealed(event, frame))
 
-    def _done(self, event: JSON, frame: bytes) -> None:
-        item = event.get("item")
-        self.open.discard(event.get("output_index", -1))
-        if half_call(item):
-            self.halves.append((event, frame))
-        elif isinstance(item, dict):
-            self.cut = self.cut or item.get("status") == "incomplete"
-            self._accept(event, frame)
-
-    def _accept(self, event: JSON, frame: bytes) -> None:
-        frame = self._sealed(event, frame)
-        self.items[event.get("output_index", -1)] = compact(event["item"])
+    def _text_done(self, event: JSON, frame: bytes) -> None:
+        list(self.decoder.read(event))
         self._pass(frame)
+
+    def _done(self, event: JSON, frame: bytes) -> None:
+        """An item is done; one that says nothing waits for what the final response has of it."""
+        item = event.get("item")
+        if not isinstance(item, dict):
+            return
+        known = self.decoder.items.take(event, item)
+        if known.closed:
+            return
+        if known.kind == "call" and not has_content(item):
+            self._recall()
+        self._count(item, -1)
+        list(self.decoder.finish(known, item))
+        if known.closed:
+            self._accept(known, event, frame)
+
+    def _count(self, item: JSON, step: int) -> None:
+        call = item_kind(item) == "call"
+        self.open[call] = max(self.open[call] + step, 0)
+        if not self.open[True]:
+            self.kept.clear()
+
+    def _recall(self) -> None:
+        """Reads what has passed unread since a call began."""
+        for block in b"".join(self.kept).split(b"\n\n"):
+            event = parse_block(block.decode("utf-8", "replace")) if b".delta" in block else None
+            if event:
+                list(self.decoder.feed(event.data))
+        self.kept.clear()
+
+    def _accept(self, known: UpstreamItem, event: JSON, frame: bytes = b"", new: bool = False) -> None:
+        """Gives out an item as the client can use it."""
+        item = event["item"]
+        if half_call(item) and known.slot not in self.halves:
+            self.halves[known.slot] = event, frame
+            return
+        filled = fill_item(item, known)
+        if self._sealed_item(item) or filled or not frame:
+            frame = sse_frame(event["type"], compact(event))
+        if new:
+            self._pass(frame.replace(b"output_item.done", b"output_item.added", 2))
+        self.items[known.slot] = compact(item)
+        self._pass(frame)
+
+    def _release(self, streamed: int) -> None:
+        """The items that only the final response holds, and those that waited for it; so many were `streamed`."""
+        items = self.decoder.items.all
+        shift = max([known.index + 1 - streamed for known in items if isinstance(known.index, int)], default=0)
+        for known in items:
+            if known.closed and known.slot not in self.items and known.slot not in self.halves:
+                new = known.slot >= streamed
+                index = known.slot + max(shift, 0) if new else known.index
+                self._accept(known, {"type": "response.output_item.done", "sequence_number": 0, "output_index": index,
+                                     "item": known.item}, new=new)
 
     def _sealed(self, event: JSON, frame: bytes) -> bytes:
         """The frame with the item as the client can use it; `event` is changed likewise."""
@@ -2537,6 +2806,10 @@ class Relay(Attempt):
 
     def _terminal(self, event: JSON, frame: bytes) -> None:
         response = event.get("response") or {}
+        streamed = len(self.decoder.items.all)
+        self._recall()
+        list(self.decoder.read(event))
+        self._release(streamed)
         self._end(end_of(event["type"].removeprefix("response."), response), response)
 
     def _end(self, status: str, response: JSON) -> None:
@@ -2563,11 +2836,11 @@ class Relay(Attempt):
                 raise ValueError("no answer")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider's answer is not a response object.") from None
+        deltas = [*self.decoder.whole({**response, "output": dicts_in(response.get("output"))})]
         if self.answer.request.stream:
-            self._say(*self.read(response))
+            self._say(*deltas)
         else:
-            self.plain = data
-            self.altered = any([self._sealed_item(item) for item in response.get("output") or []])
+            self._release(0)
         self._end(status, response)
         self.begun = self.begun or bool(response.get("output"))
 
@@ -2578,16 +2851,17 @@ class Relay(Attempt):
             self.feed(b"\n\n")
         elif is_torn(self.buffer):
             return                      # its last event may have said anything
-        told = self.halves or any('"type":"reasoning"' not in item for item in self.items.values())
-        if self.stop is None and told and not self.open:        # a thought alone is no answer yet: what it led to was cut
-            self.stop = Stop("max_output_tokens" if self.halves or self.cut else "")
+        for delta in self.decoder.end() if self.stop is None else ():
+            if isinstance(delta, Stop):
+                self.stop = delta
+        self._release(len(self.decoder.items.all))
 
     def settle_items(self) -> None:
         if self.error is not None or self.stop is None or not self.stop.incomplete:
             return
         if not self.answer.manners.cut_is_completed:
-            for event, frame in self.halves:
-                self._accept(event, frame)
+            for slot, (event, frame) in self.halves.items():
+                self._accept(self.decoder.items.all[slot], event, frame)
         elif self.stop.incomplete == "content_filter" and self.silent():
             self._say(Open(0, "message"), Fragment(0, FILTERED), Close(0))
 
@@ -2606,24 +2880,13 @@ class Relay(Attempt):
         """The upstream's own response where it gave one, with our id and model, and the items as they were sent."""
         if self.status == "failed" or not self.completed.get("object"):
             return super().body(now_s)
-        if self.plain and not self.altered and (spliced := self._spliced(self.completed)):
-            return spliced
         theirs = {**self._ours(self.completed), "status": self.status, "usage": self._usage()}
         if self.status == "completed":
             theirs["completed_at"] = now_s              # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
             theirs["incomplete_details"] = {"reason": self.stop.incomplete}
-        items = theirs.pop("output", None) or []
-        return f'{compact(theirs)[:-1]},"output":{compact(items) if self.plain else self.output()}}}'
-
-    def _spliced(self, response: JSON) -> str:
-        """The bytes as they came with our id and model; "" where it is not plain which bytes those are."""
-        theirs = quote(str(response.get("id"))).encode()
-        if any(self.plain.count(once) != 1 for once in (theirs, b'"model"', *ALWAYS_COUNTED)):
-            return ""
-        named = self.plain.replace(theirs, quote(self.answer.id).encode())
-        ours = f'"model":{quote(self.answer.request.model)}'.encode()
-        return MODEL_FIELD.sub(lambda m: ours, named, count=1).decode(errors="replace")
+        theirs.pop("output", None)
+        return f'{compact(theirs)[:-1]},"output":{self.output()}}}'
 
     def _usage(self) -> JSON:
         """Theirs, with every field that clients ask for (TRANSLATION.md 1.3)."""
@@ -2635,8 +2898,8 @@ class Relay(Attempt):
     HANDLERS: ClassVar[dict[str, Callable[[Relay, JSON, bytes], None]]] = {
         "response.created": _handshake, "response.queued": _handshake, "response.in_progress": _handshake,
         "response.output_item.added": _added, "response.output_item.done": _done,
-        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal,
-        "error": _error}
+        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
+        **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), *PART_DONE], _text_done)}
 
 
 def end_of(status: str, response: JSON) -> str:
@@ -3034,20 +3297,6 @@ def plain_choice(choice: Any, book: ToolBook, dropped: list[str]) -> Any:
     return {"type": "function", **found["function"]} if isinstance(found, dict) else found or "auto"
 
 
-# event -> the channel of its text and the field with its part number
-RESPONSES_DELTAS: dict[str, tuple[Channel, str, Kind]] = {
-    "response.output_text.delta": ("text", "content_index", "message"),
-    "response.refusal.delta": ("refusal", "content_index", "message"),
-    "response.reasoning_summary_text.delta": ("summary", "summary_index", "reasoning"),
-    "response.reasoning_text.delta": ("raw", "content_index", "reasoning"),
-    "response.reasoning.delta": ("raw", "content_index", "reasoning"),          # the Open Responses name
-    "response.function_call_arguments.delta": ("arguments", "", "function_call"),
-    "response.custom_tool_call_input.delta": ("input", "", "custom_tool_call"),
-}
-PART_CHANNEL: dict[str, tuple[Channel, str]] = {"output_text": ("text", "text"), "refusal": ("refusal", "refusal"),
-                                                "summary_text": ("summary", "text"), "reasoning_text": ("raw", "text")}
-
-
 # codes of refusals: another target would refuse too, and clients act on them (CODEX.md 7.3)
 REFUSED = re.compile(r"invalid_\w+|\w*image\w*|\w+_policy(_violation)?")
 
@@ -3060,32 +3309,27 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class ResponsesDecoder:
-    """A Responses stream of any server, read by `output_index`: Copilot gives an item a new id in every event, others
-    leave out `added`, the deltas, `done` or the final output; what one of them has is taken once."""
+    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: what one of them
+    has is taken once."""
 
     def __init__(self, book: ToolBook) -> None:
         self.book = book
-        self.open: dict[int, Kind | None] = {}          # by output_index; None: a kind that passes whole
-        self.sent: dict[tuple[int, Channel, int], list[str]] = {}
-        self.noted: collections.Counter[tuple[int, int]] = collections.Counter()     # annotations of a part
-        self.seen: set[int] = set()
-        self.awaited: set[int] = set()                  # added, and not done by the server's own word
-        self.half = False                               # was an item done, and incomplete?
-        self.told = False                               # was there more than thoughts? They alone are no answer
-        self.ids: dict[str, int] = {}                   # slots of items that come without output_index
+        self.items = UpstreamItems()
+        self.ended = False
 
     def feed(self, data: str) -> Iterator[Delta]:
         """The deltas of one event. Unknown events say nothing; UpstreamError where it is not JSON, or no event."""
         if data.strip() == "[DONE]":
             return
         try:
-            event = json.loads(data)
-            kind = event_type(event)
-            if kind in self.HANDLERS:
-                event.setdefault("output_index", self._slot(event))
-                yield from self.HANDLERS[kind](self, event)
+            yield from self.read(json.loads(data))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
+
+    def read(self, event: JSON) -> Iterator[Delta]:
+        kind = event_type(event)
+        if kind in self.HANDLERS:
+            yield from self.HANDLERS[kind](self, event)
 
     def whole(self, body: JSON) -> Iterator[Delta]:
         """An answer that was not streamed: the last event of one that was."""
@@ -3096,96 +3340,125 @@ class ResponsesDecoder:
         yield from self.feed(compact({"type": f"response.{kind}", "response": body}))
 
     def end(self) -> Iterator[Delta]:
-        """The body ended cleanly: with every item done, the model had finished."""
-        if self.told and not self.awaited:
-            yield Stop("max_output_tokens" if self.half else "")
-
-    def _slot(self, event: JSON) -> int:
-        """The slot of an event without `output_index`: llama.cpp tells its items apart by their ids alone."""
-        item_id = event.get("item_id") or (event.get("item") or {}).get("id")
-        return self.ids.setdefault(item_id, len(self.ids)) if item_id else max(self.seen, default=0)
+        stop = self.items.stop()
+        if stop is not None and not self.ended:
+            yield from self._last([], stop)
 
     def _added(self, event: JSON) -> Iterator[Delta]:
-        yield from self._open(event["output_index"], event.get("item") or {})
+        item = event.get("item") or {}
+        known = self.items.take(event, item, opens=True)
+        if known.kind != "call" or item.get("name"):
+            yield from self._open(known, item)
 
-    def _open(self, slot: int, item: JSON) -> Iterator[Delta]:
-        if slot in self.seen:
+    def _open(self, known: UpstreamItem, item: JSON) -> Iterator[Delta]:
+        if known.shown:
             return
-        self.seen.add(slot)                             # others stay open till their own `done`: it may bring more
-        self.awaited.add(slot)
-        kind = item.get("type")
-        self.open[slot] = kind if kind in ("message", "reasoning", "function_call", "custom_tool_call") else None
-        call_id = item.get("call_id") or f"call_{slot}"
-        if kind == "function_call" and not item.get("namespace"):
-            yield self.book.open(slot, call_id, item.get("name") or "")
+        known.shown = True                              # others stay open till their own `done`: it may bring more
+        kind, slot = item.get("type"), known.slot
+        call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
+        if kind == "function_call" and not space:
+            yield self.book.open(slot, call_id or f"call_{slot}", name)
         elif kind == "function_call" or kind == "custom_tool_call":
-            yield Open(slot, kind, call_id, item.get("name") or "", item.get("namespace") or "")
+            yield Open(slot, kind, call_id or f"call_{slot}", name, space)
         elif kind == "message" or kind == "reasoning":
             yield Open(slot, kind, fields={"phase": item["phase"]} if item.get("phase") else {})
+        for part in known.texts:
+            yield from self._say(known, part, "")
 
     def _delta(self, event: JSON) -> Iterator[Delta]:
-        channel, index_field, kind = RESPONSES_DELTAS[event["type"]]
-        slot, text = event["output_index"], event.get("delta")
-        if slot not in self.seen and kind in ("message", "reasoning"):
-            yield from self._open(slot, {"type": kind})             # a delta before its `added` (litellm#22102)
-        if self.open.get(slot) is not None and isinstance(text, str):
-            yield from self._text(slot, channel, event.get(index_field, 0) if index_field else 0, text)
+        channel, number, kind, _ = TEXT_EVENTS[event["type"][:-6]]
+        text = event.get("delta")
+        if isinstance(text, str) and text:
+            known = self.items.of_text(event, kind)
+            if known.kind == kind:
+                yield from self._say(known, known.part(channel, event.get(number, 0)), text)
 
-    def _text(self, slot: int, channel: Channel, part: int, text: str) -> Iterator[Delta]:
-        if text:
-            self.sent.setdefault((slot, channel, part), []).append(text)
-            yield Fragment(slot, text, channel, part)
+    def _say(self, known: UpstreamItem, part: UpstreamText, text: str) -> Iterator[Delta]:
+        """More of a text. Arguments that say nothing yet wait: `{}` may only hold the place of those to come."""
+        if not known.shown and known.kind != "call":    # before its `added` (litellm#22102); a call needs a name
+            yield from self._open(known, {"type": known.kind})
+        part.pieces.append(text)
+        if known.closed or not known.shown:
+            return
+        if not part.sent:
+            text = part.so_far()
+            if part.channel == "arguments":
+                text = part.pieces[0] = text.lstrip().removeprefix("{}").lstrip()
+            part.sent = text not in ("", "{")
+        if part.sent:
+            yield Fragment(known.slot, text, part.channel, part.place)
+
+    def _text_done(self, event: JSON) -> Iterator[Delta]:
+        channel, number, kind, whole = whole_text(event)
+        known = self.items.of_text(event, kind) if whole else None
+        if known and known.kind == kind:
+            yield from self._rest(known, known.part(channel, number, whole), whole)
 
     def _annotation(self, event: JSON) -> Iterator[Delta]:
-        slot = event["output_index"]
-        if self.open.get(slot) == "message" and isinstance(event.get("annotation"), dict):
-            self.noted[slot, event.get("content_index", 0)] += 1
-            yield Annotation(slot, event["annotation"])
+        known = self.items.find(event, {}, "message")
+        if known and known.shown and not known.closed and isinstance(event.get("annotation"), dict):
+            number = event.get("content_index", 0)
+            (known.numbered.get(("text", number)) or known.part("text", number)).noted += 1
+            yield Annotation(known.slot, event["annotation"])
 
     def _done(self, event: JSON) -> Iterator[Delta]:
-        slot, item = event["output_index"], event.get("item") or {}
-        yield from self._open(slot, item)
-        self.awaited.discard(slot)
-        self.told = self.told or item.get("type") != "reasoning"
-        if slot not in self.open:
+        item = event.get("item") or {}
+        yield from self.finish(self.items.take(event, item), item)
+
+    def finish(self, known: UpstreamItem, item: JSON) -> Iterator[Delta]:
+        """An item that its server calls done. Without a word in it, it waits for what the final response has of it."""
+        yield from self._open(known, item)
+        if known.closed:
             return
-        kind = self.open[slot]
-        if kind is None:
-            del self.open[slot]
+        known.done, known.item = True, item
+        if known.kind not in TEXT_KINDS:
+            known.closed = True
             yield Whole(item)
             return
-        yield from self._fill(slot, item)
-        del self.open[slot]
-        half = item.get("status") == "incomplete"
-        self.half = self.half or half
+        yield from self._fill(known, item)
         if half_call(item):
-            return                                                  # it is never closed
-        fields: JSON = {"status": "incomplete"} if half else {}
+            known.closed = True                                     # it is never closed
+        elif known.texts or known.kind == "reasoning":
+            yield from self._close(known)
+
+    def _close(self, known: UpstreamItem) -> Iterator[Delta]:
+        for part in known.texts:
+            if not part.sent and part.so_far():                     # the beginning of arguments
+                yield Fragment(known.slot, part.so_far(), part.channel, part.place)
+        known.closed, item = True, known.item
+        fields: JSON = {"status": "incomplete"} if item.get("status") == "incomplete" else {}
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed:
             fields["pomex_replay"] = {"encrypted_content": sealed}
             if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
                 fields["pomex_replay"]["id"] = item["id"]
-        yield Close(slot, fields)
+        yield Close(known.slot, fields)
 
-    def _fill(self, slot: int, item: JSON) -> Iterator[Delta]:
-        """What the final item has beyond its deltas: it may fill, never shrink."""
-        arguments: tuple[Channel, ...] = ("arguments", "input")
-        for channel in arguments:
-            if isinstance(item.get(channel), str):
-                yield from self._rest(slot, channel, 0, item[channel])
-        for parts in (item.get("summary"), item.get("content")):
-            for index, part in enumerate(parts or []):
-                if isinstance(part, dict) and part.get("type") in PART_CHANNEL:
-                    channel, text_field = PART_CHANNEL[part["type"]]
-                    yield from self._rest(slot, channel, index, part.get(text_field) or "")
-                    for annotation in (part.get("annotations") or [])[self.noted[slot, index]:]:
-                        yield Annotation(slot, annotation)
+    def _fill(self, known: UpstreamItem, item: JSON) -> Iterator[Delta]:
+        """What an item has beyond its deltas: it may fill, never shrink."""
+        for name in ("arguments", "input"):
+            value = as_text(item.get(name))
+            channel: Channel = "input" if value == item.get(name) and name == "input" else "arguments"
+            if value.strip() not in ("", "{}" if channel == "arguments" else ""):
+                yield from self._rest(known, known.part(channel, 0, value), value)
+        told = [(*whole_text({"part": part}), part) for name in ("summary", "content") for part in dicts_in(item.get(name))
+                if part.get("type") in PART_FAMILY]
+        found = paired(told, known.texts, ((lambda told: (told[0], told[3]), lambda text: (text.channel, text.so_far())),
+                                           (lambda told: told[0], lambda text: text.channel)))
+        for place, (channel, _, _, whole, part) in enumerate(told):
+            text = known.texts[found[place]] if place in found else known.part(channel, ("final", place)) if whole else None
+            if text is not None:
+                yield from self._rest(known, text, whole)
+                for annotation in (part.get("annotations") or [])[text.noted:]:
+                    yield Annotation(known.slot, annotation)
 
-    def _rest(self, slot: int, channel: Channel, part: int, whole: str) -> Iterator[Delta]:
-        sent = "".join(self.sent.get((slot, channel, part), []))
-        if whole.startswith(sent):
-            yield from self._text(slot, channel, part, whole[len(sent):])
+    def _rest(self, known: UpstreamItem, text: UpstreamText, whole: str) -> Iterator[Delta]:
+        said = text.so_far()
+        if not text.sent and said.strip() == "{}":
+            text.pieces.clear()
+            said = ""
+        if text is known.texts[-1] and whole != said and whole.startswith(said):
+            yield from self._say(known, text, whole[len(said):])
 
     def _terminal(self, event: JSON) -> Iterator[Delta]:
         response = event.get("response") or {}
@@ -3195,13 +3468,24 @@ class ResponsesDecoder:
         if event["type"] == "response.failed":
             yield Fail(responses_error(response.get("error") or {}))
             return
-        unheard = not self.seen
-        for index, item in enumerate(response.get("output") or []):
-            if unheard or index in self.open:
-                yield from self._done({"output_index": index, "item": item})
         reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
         status = end_of(event["type"].removeprefix("response."), response)
-        yield Stop(reason if status == "incomplete" else "", last=True)
+        yield from self._last(response.get("output") or [], Stop(reason if status == "incomplete" else "", last=True))
+
+    def _last(self, output: list[JSON], stop: Stop) -> Iterator[Delta]:
+        """What only the final response holds, then what waited for it."""
+        for known, item in self.items.last(output):
+            if not known.closed:
+                yield from self.finish(known, item)
+        for known in self.items.all:
+            if known.kind == "call" and not known.done and not stop.incomplete and known.complete():
+                yield from self.finish(known, {**known.first, "status": "completed"})
+            if known.done and not known.closed:
+                yield from self._fill(known, known.first)
+                if known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete:
+                    yield from self._close(known)
+        self.ended = True
+        yield stop
 
     def _error(self, event: JSON) -> Iterator[Delta]:
         yield Fail(responses_error(event.get("error") or event))
@@ -3209,8 +3493,9 @@ class ResponsesDecoder:
     HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], Iterator[Delta]]]] = {
         "response.output_item.added": _added, "response.output_item.done": _done,
         "response.output_text.annotation.added": _annotation,
-        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal,
-        "error": _error, **dict.fromkeys(RESPONSES_DELTAS, _delta)}
+        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
+        **dict.fromkeys([f"{family}.delta" for family in TEXT_EVENTS], _delta),
+        **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), *PART_DONE], _text_done)}
 
 
 def event_type(event: JSON) -> Any:
@@ -3256,7 +3541,7 @@ class ItemDecoder:
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
 #
-# One wire, spoken by some forty kinds of server, each with habits. Habits that are values stand in DIALECTS;
+# One wire, has_content by some forty kinds of server, each with habits. Habits that are values stand in DIALECTS;
 # those of streams are harmless to expect from everybody, and so the decoder has hardly a branch by dialect.
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -5697,7 +5982,7 @@ def responses_call(job: Job) -> Call:
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
         items = [item for item in unsealed if "pomex_replay" in item or not shown_only(item)]
         dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
-        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, ResponsesDecoder(ToolBook(())).whole)
+        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, ResponsesDecoder(ToolBook(())))
 
         def body(items: list[JSON]) -> bytes:
             return relay_body(request, items, dropped, job.model)

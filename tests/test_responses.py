@@ -867,7 +867,7 @@ def end(kind="completed", **fields):
 
 def relayed(pieces, manners=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
     ours = ours or answer(manners)
-    attempt = pomex.Relay(ours, 100, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+    attempt = pomex.Relay(ours, 100, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
     raw = early
     for piece in pieces:
         attempt.feed(piece)
@@ -911,7 +911,7 @@ def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
 
 def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
-        attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+        attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
         attempt.feed(b"".join(stream))
         assert not attempt.begun and not attempt.take() and attempt.answer.sequence == 0
 
@@ -1035,13 +1035,13 @@ def test_an_endless_frame_is_refused(monkeypatch):
         relayed([b"data: " + b"x" * 600, b"x" * 600])
 
 
-def test_an_answer_that_was_not_streamed_keeps_its_bytes():
+def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     usage = {**GOOD_USAGE, "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0}}
     plain = json.dumps(response("completed", output=[SAID], usage=usage, other={"kept": 1.50})).encode()
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
     attempt.whole(plain)
     attempt.finish()
-    assert attempt.body(1).encode() == plain.replace(b"resp_theirs", b"resp_1").replace(b'"model": "gpt"', b'"model":"m/x"')
+    assert json.loads(attempt.body(1)) == {**json.loads(plain), "id": "resp_1", "model": "m/x", "completed_at": 1}
     assert attempt.usage.input == 9
 
 
@@ -1051,7 +1051,7 @@ def test_an_answer_that_was_not_streamed_keeps_its_bytes():
     {"object": None, "output": [SAID]}, {"output": [SAID], "usage": GOOD_USAGE},        # a count is missing
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
     attempt.whole(json.dumps(response("completed", **fields)).encode())
     attempt.finish()
     final = json.loads(attempt.body(1))
@@ -1063,13 +1063,13 @@ def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
 def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
     with pytest.raises(pomex.UpstreamError):
-        pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole).whole(body)
+        pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([]))).whole(body)
 
 
 @pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 def test_an_object_in_the_place_of_a_stream_becomes_a_stream(manners):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
-    attempt = pomex.Relay(answer(manners), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+    attempt = pomex.Relay(answer(manners), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
     looked = {**RUN, "namespace": "ns", "status": "completed"}
     attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
@@ -1078,13 +1078,188 @@ def test_an_object_in_the_place_of_a_stream_becomes_a_stream(manners):
     assert final["output"][1]["namespace"] == "ns"
 
 
+# --- one table of streams, both roads
+
+def ev(kind, **fields):
+    return {"type": f"response.{kind}", **fields}
+
+
+def added(item, **at):
+    return ev("output_item.added", item=item, **at)
+
+
+def done(item, **at):
+    return ev("output_item.done", item=item, **at)
+
+
+def over(*output, kind="completed", **fields):
+    return ev(kind, response=response(kind, output=list(output), usage=GOOD_USAGE, **fields))
+
+
+def says(text, item_id="msg_1", **fields):
+    return {"id": item_id, "type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text, "annotations": []}], **fields}
+
+
+def asks(arguments='{"a":1}', call_id="c1", item_id="fc_1", **fields):
+    return {"id": item_id, "type": "function_call", "call_id": call_id, "name": "f", "arguments": arguments, **fields}
+
+
+def patches(text, **fields):
+    return {"id": "ctc_1", "type": "custom_tool_call", "call_id": "c1", "name": "apply_patch", "input": text, **fields}
+
+
+def thinks(text, item_id="rs_1"):
+    return {"id": item_id, "type": "reasoning", "summary": [{"type": "summary_text", "text": text}]}
+
+
+def without(item, *names):
+    return {name: value for name, value in item.items() if name not in names}
+
+
+BLANK, ASKED, PATCHED = {"id": "msg_1", "type": "message", "role": "assistant", "content": []}, asks(""), patches("")
+AT0, OF_CALL, OF_TEXT = {"output_index": 0}, {"output_index": 0, "item_id": "fc_1"}, {"output_index": 0, "item_id": "msg_1"}
+ARGS_MORE, ARGS_DONE, TEXT_MORE, TEXT_DONE = ("function_call_arguments.delta", "function_call_arguments.done", "output_text.delta", "output_text.done")
+CALLED, CALLED_2 = ("f", "c1", '{"a":1}'), ("f", "c2", '{"a":1}')
+EMPTY = ("f", "c1", "{}")
+STREAMS = {
+    # which item is which
+    "an index that another id bears": ([added(thinks("hm"), **AT0), done(thinks("hm"), **AT0), added(ASKED, **AT0), ev(ARGS_MORE, delta='{"a":1}', **OF_CALL),
+                                        done(asks(), **AT0), over()], ["hm", CALLED]),
+    "an index for all, ids of their own": ([done(says("A", "m1"), **AT0), done(says("A", "m2"), **AT0), done(asks(), **AT0), done(asks(call_id="c2", item_id="fc_2"), **AT0),
+                                            over()], ["A", "A", CALLED, CALLED_2]),
+    "an id for all, indices of their own": ([part for at, text in enumerate("AB") for part in (
+        added(BLANK, output_index=at), ev(TEXT_MORE, delta=text, output_index=at, item_id="msg_1"), done(says(text), output_index=at))] + [over(says("A"), says("B"))], ["A", "B"]),
+    "both open at once under one id": ([added(BLANK, **AT0), added(BLANK, output_index=1), ev(TEXT_MORE, delta="A", **OF_TEXT),
+                                        ev(TEXT_MORE, delta="B", output_index=1, item_id="msg_1"), done(says("A"), **AT0), done(says("B"), output_index=1), over()], ["A", "B"]),
+    "neither index nor id": ([added(without(BLANK, "id")), ev(TEXT_MORE, delta="A"), done(without(says("A"), "id")), added(without(ASKED, "id")), ev(ARGS_MORE, delta='{"a":1}'),
+                              done(without(asks(), "id")), over()], ["A", CALLED]),
+    "neither, two calls alike": ([done(without(asks(), "id")), done(without(asks(call_id="c2"), "id")), over()], [CALLED, CALLED_2]),
+    "neither, two messages": ([part for text in "AB" for part in (added(without(BLANK, "id")), ev(TEXT_MORE, delta=text), done(without(says(text), "id")))] + [over()], ["A", "B"]),
+    "numbered from 1": ([added(BLANK, output_index=1), ev(TEXT_MORE, delta="A", output_index=1, item_id="msg_1"), done(says("A"), output_index=1), added(ASKED, output_index=2),
+                         done(asks(), output_index=2), over(says("A"), asks())], ["A", CALLED]),
+    "another id in done": ([added(BLANK, **AT0), ev(TEXT_MORE, delta="A", **OF_TEXT), done(says("A", "msg_9"), **AT0), added(ASKED, output_index=1),
+                            done(asks(item_id="fc_9"), output_index=1), over(says("A", "msg_8"), asks(item_id="fc_8"))], ["A", CALLED]),
+    "done twice": ([done(says("A"), **AT0), done(says("A"), **AT0), done(asks(), output_index=1), done(asks(), output_index=1), over(says("A"), asks())], ["A", CALLED]),
+    "two calls alike": ([done(asks(), **AT0), done(asks(call_id="c2", item_id="fc_2"), output_index=1), over(asks(), asks(call_id="c2", item_id="fc_2"))], [CALLED, CALLED_2]),
+    # what only the end holds
+    "a call in the end alone": ([added(BLANK, **AT0), ev(TEXT_MORE, delta="A", **OF_TEXT), done(says("A"), **AT0), over(says("A"), asks())], ["A", CALLED]),
+    "a text in the end alone": ([added(thinks("hm"), **AT0), done(thinks("hm"), **AT0), over(thinks("hm"), says("A"))], ["hm", "A"]),
+    "one of two messages in the end alone": ([done(says("B", "m2"), **AT0), over(says("A", "m1"), says("B", "m2"))], ["B", "A"]),
+    "the same under another id, and another": ([done(says("B", "m2"), **AT0), over(says("A", "m8"), says("B", "m9"))], ["B", "A"]),
+    "all in the end": ([over(thinks("hm"), says("A"), asks(), asks(call_id="c2", item_id="fc_2"))], ["hm", "A", CALLED, CALLED_2]),
+    "a second call in the end alone, numbered from 1": ([done(asks(), output_index=1), over(asks(), asks(call_id="c2", item_id="fc_2"))], [CALLED, CALLED_2]),
+    "arguments in the end alone": ([added(ASKED, **AT0), ev(ARGS_DONE, arguments="", **OF_CALL), done(ASKED, **AT0), over(asks())], [CALLED]),
+    "a placeholder, then arguments in the end": ([added(asks("{}"), **AT0), done(asks("{}"), **AT0), over(asks())], [CALLED]),
+    "text in the end of an item that was done": ([added(BLANK, **AT0), done(BLANK, **AT0), over(says("A"))], ["A"]),
+    "never done, whole in the end": ([added(ASKED, **AT0), added(BLANK, output_index=1), over(asks(), says("A"))], [CALLED, "A"]),
+    "never done, nor in the end": ([added(ASKED, **AT0), ev(ARGS_MORE, delta='{"a":1}', **OF_CALL), over()], [CALLED]),
+    "no end": ([added(ASKED, **AT0), ev(ARGS_DONE, arguments='{"a":1}', **OF_CALL), done(ASKED, **AT0)], [CALLED]),
+    "an end of null": ([added(BLANK, **AT0), ev(TEXT_MORE, delta="A", **OF_TEXT), done(says("A"), **AT0),
+                        ev("completed", response={**response("completed"), "output": None, "usage": GOOD_USAGE})], ["A"]),
+    # what only the done events hold
+    "arguments in done alone": ([added(ASKED, **AT0), ev(ARGS_DONE, arguments='{"a":1}', **OF_CALL), done(ASKED, **AT0), over(ASKED)], [CALLED]),
+    "arguments in deltas alone": ([added(ASKED, **AT0), ev(ARGS_MORE, delta='{"a"', **OF_CALL), ev(ARGS_MORE, delta=":1}", **OF_CALL), done(ASKED, **AT0), over(ASKED)], [CALLED]),
+    "arguments in added alone": ([added(asks(), **AT0), done(ASKED, **AT0), over(ASKED)], [CALLED]),
+    "arguments before added": ([ev(ARGS_MORE, delta='{"a":1}', **OF_CALL), added(ASKED, **AT0), done(ASKED, **AT0), over()], [CALLED]),
+    "an object": ([added(ASKED, **AT0), done(asks({"a": 1}), **AT0), over(asks({"a": 1}))], [CALLED]),
+    "an object in done": ([added(ASKED, **AT0), ev(ARGS_DONE, arguments={"a": 1}, **OF_CALL), done(ASKED, **AT0), over(ASKED)], [CALLED]),
+    "an object in the end alone": ([done(says("A"), **AT0), over(says("A"), asks({"a": 1}))], ["A", CALLED]),
+    "no arguments at all": ([added(ASKED, **AT0), done(ASKED, **AT0), over(ASKED)], [EMPTY]),
+    "no arguments, as they say": ([added(ASKED, **AT0), ev(ARGS_DONE, arguments="{}", **OF_CALL), done(asks("{}"), **AT0), over(asks("{}"))], [EMPTY]),
+    "a patch in done alone": ([added(PATCHED, **AT0), ev("custom_tool_call_input.done", input="*** p", output_index=0, item_id="ctc_1"), done(PATCHED, **AT0), over(PATCHED)],
+                              [("apply_patch", "c1", "*** p")]),
+    "a patch in the end alone": ([added(PATCHED, **AT0), done(PATCHED, **AT0), over(patches("*** p"))], [("apply_patch", "c1", "*** p")]),
+    "a patch in an object": ([added(PATCHED, **AT0), done(patches({"input": "*** p"}), **AT0), over()], [("apply_patch", "c1", "*** p")]),
+    "an empty patch": ([added(PATCHED, **AT0), done(PATCHED, **AT0), over(PATCHED)], [("apply_patch", "c1", "")]),
+    "text in done alone": ([added(BLANK, **AT0), ev(TEXT_DONE, text="A", content_index=0, **OF_TEXT), done(BLANK, **AT0), over()], ["A"]),
+    "text in the part's done": ([added(BLANK, **AT0), ev("content_part.done", content_index=0, part={"type": "output_text", "text": "A"}, **OF_TEXT), done(BLANK, **AT0), over()], ["A"]),
+    "a refusal in done alone": ([added(BLANK, **AT0), ev("refusal.done", refusal="A", content_index=0, **OF_TEXT), done(BLANK, **AT0), over()], ["A"]),
+    "two texts in done alone": ([added(BLANK, **AT0), ev(TEXT_DONE, text="A", content_index=0, **OF_TEXT), ev(TEXT_DONE, text="B", content_index=1, **OF_TEXT), done(BLANK, **AT0), over()],
+                                ["AB"]),
+    # parts by whatever number
+    "parts from 1": ([added(BLANK, **AT0), ev(TEXT_MORE, delta="A", content_index=1, **OF_TEXT), ev(TEXT_DONE, text="A", content_index=1, **OF_TEXT), done(says("A"), **AT0), over(says("A"))], ["A"]),
+    "another number in done": ([added(BLANK, **AT0), ev(TEXT_MORE, delta="A", **OF_TEXT), ev(TEXT_DONE, text="A", content_index=3, **OF_TEXT), done(says("A"), **AT0), over(says("A"))], ["A"]),
+    "parts with a gap": ([added(BLANK, **AT0), *(ev(TEXT_MORE, delta=text, content_index=at, **OF_TEXT) for at, text in ((2, "A"), (5, "B"))),
+                          done({**BLANK, "content": [*says("A")["content"], *says("B")["content"]]}, **AT0), over()], ["AB"]),
+    "parts that are all 0": ([added(BLANK, **AT0), *(ev(kind, content_index=0, **{field: text}, **OF_TEXT) for text in "AB" for kind, field in ((TEXT_MORE, "delta"), (TEXT_DONE, "text"))),
+                              done({**BLANK, "content": [*says("A")["content"], *says("B")["content"]]}, **AT0), over()], ["AB"]),
+    "summaries from 1": ([added(without(thinks(""), "summary"), **AT0), ev("reasoning_summary_text.delta", delta="hm", summary_index=1, output_index=0, item_id="rs_1"),
+                          ev("reasoning_summary_text.done", text="hm", summary_index=1, output_index=0, item_id="rs_1"), done(thinks("hm"), **AT0), done(says("A"), output_index=1), over()],
+                         ["hm", "A"]),
+}
+
+
+def facts(item):
+    if "call_id" in item:
+        return item["name"], item["call_id"], item.get("arguments", item.get("input"))
+    return "".join(part.get("text", part.get("refusal")) for part in item.get("content") or item.get("summary"))
+
+
+def decoded(pieces, manners=pomex.STANDARD):
+    attempt = pomex.WIRES["responses"].call(pomex.Job(answer(manners), pomex.Envelope(SECRET, "a"), "p", "m", False, "")).attempt
+    raw = b""
+    for piece in pieces:
+        attempt.feed(piece)
+        raw += attempt.take()
+    attempt.end()
+    attempt.finish()
+    return raw + attempt.terminal(1_700_000_009), attempt
+
+
+def cuts(blocks):
+    whole = b"".join(blocks)
+    return [[whole], [whole[at:at + 1] for at in range(len(whole))], blocks, [b for block in blocks for b in (frame("response.new", delta="x"), block)]]
+
+
+@pytest.mark.parametrize("road", [decoded, relayed])
+@pytest.mark.parametrize("stream, items", STREAMS.values(), ids=STREAMS)
+def test_every_item_comes_whole_once_and_in_order(stream, items, road):
+    blocks = [*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)]
+    for manners, pieces in itertools.product((pomex.STANDARD, pomex.CODEX), cuts(blocks)):
+        raw, attempt = road(pieces, manners)
+        told = streams.events(raw)
+        assert [facts(item) for item in told[-1]["response"]["output"]] == items
+        assert sorted(map(str, items)) == sorted(str(facts(e["item"])) for e in told if e["type"] == "response.output_item.done"), "what Codex reads"
+        assert attempt.status == "completed" and told[-1]["type"] == "response.completed"
+        if road is decoded:
+            streams.check(raw, codex=manners is pomex.CODEX)
+
+
+@pytest.mark.parametrize("road", [decoded, relayed])
+@pytest.mark.parametrize("stream, items", STREAMS.values(), ids=STREAMS)
+def test_cut_after_any_event_nothing_is_made_up(stream, items, road):
+    blocks = [*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)]
+    for count in range(len(blocks)):
+        raw, attempt = road(blocks[:count])
+        finished = [e["item"] for e in streams.events(raw) if e["type"] == "response.output_item.done" and e["item"].get("status") != "incomplete"]
+        calls = [facts(item) for item in finished if "call_id" in item]
+        assert len(set(calls)) == len(calls) and all(call in items or call[2] in ("", "{}") for call in calls), count
+
+
+def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
+    decoder = pomex.ResponsesDecoder(pomex.ToolBook([]))
+    for at in range(1000):
+        list(decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}"))))
+    assert (len(decoder.items.all), len(decoder.items.named), len(decoder.items.placed)) == (1, 1, 1)
+
+
 def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
-    attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+    attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
     picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (12 << 20)})
     begun = time.process_time()
     for at in range(0, len(picture), 4096):
         attempt.feed(picture[at:at + 4096])
     assert attempt.begun and time.process_time() - begun < 3        # 8 s where each piece was joined to all before
+
+
+@pytest.mark.parametrize("road", [decoded, relayed])
+@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_a_call_cut_before_its_arguments_is_never_done(road, manners):
+    cut = over(ASKED, kind="incomplete", incomplete_details={"reason": "max_output_tokens"})
+    for stream in ([added(ASKED, **AT0), done(ASKED, **AT0), cut], [added(ASKED, **AT0), cut], [added(ASKED, **AT0), over()]):
+        raw, attempt = road([*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)], manners)
+        finished = [e["item"] for e in streams.events(raw) if e["type"] == "response.output_item.done"]
+        assert [item for item in finished if item.get("status") != "incomplete"] == [], finished
 
 
 # --- the demo

@@ -1427,7 +1427,7 @@ class Tool(NamedTuple):
 def flat_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
-    safe = re.sub(r"[^a-zA-Z0-9_-]", "_", full)
+    safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
     if len(safe) <= MAX_NAME and safe == full:
         return safe
     digest = hashlib.sha256(full.encode("utf-8", "surrogatepass")).hexdigest()
@@ -5218,11 +5218,6 @@ def gemini_row(model: str, overrides: Mapping[str, JSON] | None = None) -> Gemin
     return overridden(next(row for row in GEMINIS if name.startswith(row.prefix)), overrides or {}, name)
 
 
-def gemini_name(flat: str) -> str:
-    """A flat name as Gemini takes it: it must begin with a letter or an underscore."""
-    return flat if re.match("[A-Za-z_]", flat) else flat_name("_" + flat, "")
-
-
 # --- the request
 
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()    # ai.google.dev, thought-signatures
@@ -5272,7 +5267,7 @@ def gemini_tools(request: ResponsesRequest, book: ToolBook, row: Gemini, dropped
 
 
 def gemini_function(function: JSON) -> JSON:
-    return {"name": gemini_name(function["name"]), "description": function["description"],
+    return {"name": function["name"], "description": function["description"],
             "parametersJsonSchema": gemini_schema(function["parameters"])}
 
 
@@ -5282,7 +5277,7 @@ def calling_mode(choice: Any, book: ToolBook, row: Gemini) -> JSON | None:
         return {"none": {"mode": "NONE"}, "required": {"mode": "ANY"}}.get(choice, {})
     allowed = dicts_in(choice.get("tools")) if choice["type"] == "allowed_tools" else [choice]
     found = (chat_tool_choice({"type": "function", **each}, book) for each in allowed)
-    names = [gemini_name(each["function"]["name"]) for each in found if each]
+    names = [each["function"]["name"] for each in found if each]
     if not names:
         return None
     forced = choice["type"] != "allowed_tools" or choice.get("mode") == "required"
@@ -5430,7 +5425,7 @@ class GeminiContents:
 
     def _call(self, item: JSON) -> None:
         call_id = item["call_id"]
-        self.calls[call_id] = {"name": gemini_name(item["name"])}
+        self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
             self.calls[call_id]["id"] = call_id
         part: JSON = {"functionCall": {**self.calls[call_id], "args": json_dict(item["arguments"]) or {}}}
@@ -5537,16 +5532,6 @@ GEMINI_STOP = {
 GEMINI_FAULTS = frozenset(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE",
                            "TOO_MANY_TOOL_CALLS", "OTHER", "MISSING_THOUGHT_SIGNATURE"))
 UNSPECIFIED = ("", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
-PATH_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]")
-
-
-@dataclass(slots=True)
-class FunctionCall:
-    """A call that has begun; its arguments are whole with the same part, unless Vertex streams them."""
-    name: str
-    id: str
-    args: JSON
-    signature: str = ""
 
 
 class GeminiDecoder(ItemDecoder):
@@ -5559,16 +5544,15 @@ class GeminiDecoder(ItemDecoder):
     def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
-        book.by_flat = {**{gemini_name(flat): tool for flat, tool in book.by_flat.items()}, **book.by_flat}
         self.message: int | None = None         # the open message
         self.texts: list[str] = []              # what it said
         self.signature: JSON | None = None      # of the text that was last: for an item behind the message
         self.thought: int | None = None         # the open reasoning item
-        self.call: FunctionCall | None = None
         self.ids: set[str] = set()
+        self.counts: JSON = {}                  # the newest of each count
         self.grounding: JSON = {}
-        self.counts: JSON = {}                  # all that usageMetadata has said
         self.searched = False                   # a web_search_call has been given
+        self.finished = False                   # something was said, and a finishReason came
 
     def feed(self, data: str) -> Iterator[Delta]:
         """One event's data. UpstreamError where it is not JSON."""
@@ -5583,11 +5567,14 @@ class GeminiDecoder(ItemDecoder):
                 yield from self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> Iterator[Delta]:
-        usage = gemini_usage(merge_counts(self.counts, chunk.get("usageMetadata")))
-        if usage is not None:
+        given = table_of(chunk.get("usageMetadata"))
+        self.counts.update({name: value for name, value in given.items() if value is not None and
+                            (not self.finished or count(given, name) > count(self.counts, name))})
+        if given and (usage := gemini_usage(self.counts)):
             yield usage
         if states_error(chunk):
             yield self._fail(inband_error(chunk))
+        if self.failed or self.finished:
             return
         candidates = dicts_in(chunk.get("candidates"))
         for candidate in candidates[:1]:
@@ -5610,9 +5597,7 @@ class GeminiDecoder(ItemDecoder):
         text, signature = part.get("text"), given if isinstance(given, str) else ""
         if isinstance(part.get("functionCall"), dict):
             yield from self._function_call(part["functionCall"], signature)
-            return
-        yield from self._end_call()
-        if isinstance(text, str) and part.get("thought"):
+        elif isinstance(text, str) and part.get("thought"):
             yield from self._think(text)
         elif isinstance(text, str):
             yield from self._say(text, signature)
@@ -5673,35 +5658,22 @@ class GeminiDecoder(ItemDecoder):
 
     def _function_call(self, given: JSON, signature: str) -> Iterator[Delta]:
         name, args = given.get("name"), given.get("args")
-        if isinstance(name, str) and name:
-            yield from self._end_call()
-            yield from self._close_texts()
-            self.call = FunctionCall(name, str(given.get("id") or ""), dict(args) if isinstance(args, dict) else {})
-        elif self.call is None and args:
-            yield self._fail(ProviderError("The provider sent a tool call without a name.", kind="tool_generation"))
-        if self.call is None:
-            return                          # the end of one that has ended already
-        self.call.signature = self.call.signature or signature
-        for piece in dicts_in(given.get("partialArgs")):
-            put_argument(self.call.args, piece)
-        if not given.get("willContinue"):
-            yield from self._end_call()
-
-    def _end_call(self, cut: bool = False) -> Iterator[Delta]:
-        call, self.call = self.call, None
-        if call is None:
+        if (args and not name) or given.get("partialArgs") or given.get("willContinue"):    # Vertex's pieces: not asked for
+            said = "The provider sent a tool call without a name, or in pieces."
+            yield self._fail(ProviderError(said, kind="tool_generation"))
+        if self.failed or not isinstance(name, str) or not name:
             return
-        call_id = call.id or f"{self.prefix}g{self.slots}"
+        yield from self._close_texts()
+        call_id = str(given.get("id") or f"{self.prefix}g{self.slots}")
         call_id = f"{call_id}_{self.slots}" if call_id in self.ids else call_id
         self.ids.add(call_id)
-        if call.signature:
-            yield from self._carry({"for": call_id, "signature": call.signature})
+        if signature:
+            yield from self._carry({"for": call_id, "signature": signature})
         slot = self._slot()
-        yield self.book.open(slot, call_id, call.name)
-        text = json.dumps(call.args, ensure_ascii=False)
-        yield Fragment(slot, text[:-1] if cut else text, "arguments")
-        if not cut:
-            yield Close(slot)
+        yield self.book.open(slot, call_id, name)
+        args = {} if args in (None, "") else args
+        yield Fragment(slot, args if isinstance(args, str) else json.dumps(args, ensure_ascii=False), "arguments")
+        yield Close(slot)
 
     # the end
 
@@ -5717,39 +5689,13 @@ class GeminiDecoder(ItemDecoder):
                              if reason == "MISSING_THOUGHT_SIGNATURE" else ProviderError(said, kind="tool_generation"))
             return
         incomplete = GEMINI_STOP.get(reason, "")
-        yield from self._end_call(cut=bool(incomplete))
         yield from self._close_texts()
+        self.finished = self.slots > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             yield from self._search(self.grounding["webSearchQueries"])
         filtered = incomplete == "content_filter"
         yield Stop(incomplete, explanation=explained("stopped this answer", candidate, "finishReason", "finishMessage")
                    if filtered else "")
-
-
-def put_argument(args: JSON, piece: JSON) -> None:
-    """Puts one of Vertex's partialArgs where its jsonPath leads; pieces of a string follow each other."""
-    steps = [name or quoted or int(index) for name, index, quoted in PATH_STEP.findall(str(piece.get("jsonPath")))]
-    given = [piece[key] for key in ("stringValue", "numberValue", "boolValue") if key in piece]
-    value: Any = given[0] if given else None
-    holder: Any = args
-    try:
-        for step, following in zip(steps, steps[1:]):
-            holder = place_in(holder, step, [] if isinstance(following, int) else {})
-        before = place_in(holder, steps[-1], None)
-    except (TypeError, IndexError):
-        raise UpstreamError("The provider sent arguments for a place that does not exist.") from None
-    holder[steps[-1]] = before + value if isinstance(before, str) and isinstance(value, str) else value
-
-
-def place_in(holder: Any, step: str | int, empty: Any) -> Any:
-    """What stands at one step, made if it is new; a list grows by one at a time."""
-    if isinstance(step, int) != isinstance(holder, list):
-        raise TypeError
-    if isinstance(holder, dict):
-        return holder.setdefault(step, empty)
-    if step == len(holder):
-        holder.append(empty)
-    return holder[step]
 
 
 def citations(text: str, grounding: JSON) -> Iterator[JSON]:

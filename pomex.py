@@ -221,6 +221,7 @@ class Open:
     name: str = ""
     namespace: str = ""
     fields: JSON = field(default_factory=dict)      # more of the item's own fields, e.g. {"phase": "commentary"}
+    fitted: Mapping[str, str] = field(default_factory=dict)     # parameters by the client's name -> by the provider's
 
 
 @dataclass(frozen=True, slots=True)
@@ -1422,6 +1423,28 @@ class Tool(NamedTuple):
     kind: Kind
     name: str
     namespace: str
+    fitted: Mapping[str, str] = {}      # parameters that go up under another name: theirs -> that
+
+
+# what some vendors ask of the parameters in a tool's schema: Anthropic's error says it, Google's reference
+PARAMETER_NAMES = {"claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"), "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}")}
+ANY_NAME = re.compile("(?s:.*)")
+
+
+def fit_parameter_names(names: Iterable[str], rule: re.Pattern[str]) -> dict[str, str]:
+    """Those of one tool's parameters that do not fit the rule, each with the name that stands for it."""
+    if all(map(rule.fullmatch, names)):
+        return {}
+    safe = {name: name if rule.fullmatch(name) else re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+            for name in names}
+    times = collections.Counter(safe.values())
+    return {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in safe.items() if fit != name}
+
+
+def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
+    """A call's arguments with other keys in their objects, where `names` has one."""
+    return compact(json.loads(arguments, strict=False, object_hook=lambda given: {
+        names.get(key, key): value for key, value in given.items()}))
 
 
 def flat_name(name: str, namespace: str) -> str:
@@ -1430,6 +1453,10 @@ def flat_name(name: str, namespace: str) -> str:
     safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
     if len(safe) <= MAX_NAME and safe == full:
         return safe
+    return with_digest(safe, full)
+
+
+def with_digest(safe: str, full: str) -> str:
     digest = hashlib.sha256(full.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{safe[:MAX_NAME - 9]}_{digest[:8]}"
 
@@ -1444,15 +1471,31 @@ def freeform_description(tool: JSON) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-def clean_schema(schema: Any) -> Any:
-    """A JSON schema without Codex's own boolean keyword `encrypted` (openai/codex#27331), which others refuse."""
+SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"))
+SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "examples"))
+
+
+def map_schema(schema: Any, change: Callable[[JSON], JSON], names: Mapping[str, str]) -> Any:
+    """A copy of a JSON schema with its properties under other names and every schema object in it changed, the inner ones
+    first; `change` may alter what it is given."""
     if isinstance(schema, list):
-        return [clean_schema(entry) for entry in schema]
+        return [map_schema(entry, change, names) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    return {key: {name: clean_schema(s) for name, s in value.items()} if key == "properties" and isinstance(value, dict)
-            else clean_schema(value)
-            for key, value in schema.items() if not (key == "encrypted" and isinstance(value, bool))}
+    made = dict(schema)
+    for key, value in schema.items():
+        if not isinstance(value, (dict, list)):
+            continue
+        if key in SCHEMA_MAPS and isinstance(value, dict):
+            renamed = names if key == "properties" else {}
+            made[key] = {renamed.get(name, name): map_schema(inner, change, names) for name, inner in value.items()}
+        elif key == "required" and names:
+            made[key] = [names.get(str(name), name) for name in value]
+        elif key not in SCHEMA_DATA:
+            made[key] = map_schema(value, change, names)
+    if names and isinstance(schema.get("$ref"), str):
+        made["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda found: names.get(found[0], found[0]), schema["$ref"])
+    return change(made)
 
 
 # what templates leave in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
@@ -1462,7 +1505,9 @@ TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$
 class ToolBook:
     """The request's tools under names that go up and come back; rebuilt from each request, so there is no state."""
 
-    def __init__(self, tools: Sequence[JSON], searches: bool = False) -> None:
+    def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
+        rules = (rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
+        self.parameter_names = next(rules, ANY_NAME)
         self.functions: list[JSON] = []         # what is offered: name, description, parameters, strict?
         self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
         self.dropped: list[str] = []            # what cannot be, as "tools:TYPE"
@@ -1476,7 +1521,7 @@ class ToolBook:
     def open(self, slot: int, call_id: str, flat: str) -> Open:
         """The item that a call of `flat` opens."""
         tool = self.find(flat) or Tool("function_call", flat, "")
-        return Open(slot, tool.kind, call_id, tool.name, tool.namespace)
+        return Open(slot, tool.kind, call_id, tool.name, tool.namespace, fitted=tool.fitted)
 
     def find(self, flat: str) -> Tool | None:
         """The tool that a model means: a bare name that only one namespace has is understood too."""
@@ -1494,13 +1539,12 @@ class ToolBook:
             for member in tool["tools"]:
                 self._add(member, tool["name"])
         elif kind == "function":
-            self._offer(Tool("function_call", tool["name"], namespace), tool.get("description"),
-                        clean_schema(tool.get("parameters")), tool.get("strict"))
+            self._offer(Tool("function_call", tool["name"], namespace), tool.get("description"), tool.get("parameters"),
+                        tool.get("strict"))
         elif kind == "custom":
             self._offer(Tool("custom_tool_call", tool["name"], namespace), freeform_description(tool), FREEFORM_PARAMETERS)
         elif kind == "tool_search" and tool.get("execution") == "client":
-            self._offer(Tool("tool_search_call", "tool_search", ""), tool.get("description"),
-                        clean_schema(tool.get("parameters")))
+            self._offer(Tool("tool_search_call", "tool_search", ""), tool.get("description"), tool.get("parameters"))
         elif kind == "local_shell":
             self._offer(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL["description"], LOCAL_SHELL["parameters"])
         elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
@@ -1511,11 +1555,22 @@ class ToolBook:
     def _offer(self, tool: Tool, description: Any, parameters: Any, strict: Any = None) -> None:
         name = flat_name(tool.name, tool.namespace)
         if name in self.by_flat:        # the first of two equal names wins: the second could never be told apart
-            self.dropped += [f"tools:{name}"] if self.by_flat[name] != tool else []
+            self.dropped += [f"tools:{name}"] if self.by_flat[name][:3] != tool[:3] else []
             return
+        found: JSON = {}
+
+        def clean(schema: JSON) -> JSON:        # of Codex's own boolean keyword (openai/codex#27331), which others refuse
+            if isinstance(schema.get("encrypted"), bool):
+                del schema["encrypted"]
+            if "properties" in schema:
+                found.update(table_of(schema["properties"]))
+            return schema
+        schema = map_schema(parameters or {"type": "object", "properties": {}}, clean, {})
+        fitted = fit_parameter_names(found, self.parameter_names)
+        if fitted:
+            schema, tool = map_schema(schema, dict, fitted), tool._replace(fitted=fitted)
         self.by_flat[name] = tool
-        offered = {"name": name, "description": description or "",
-                   "parameters": parameters or {"type": "object", "properties": {}}}
+        offered = {"name": name, "description": description or "", "parameters": schema}
         self.functions.append(offered if strict is None else {**offered, "strict": strict})
 
 
@@ -1531,7 +1586,8 @@ def mend(text: str) -> str:
 
 
 class Unwrapper:
-    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions.
+    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions; or the
+    arguments of a function whose parameters are `fitted`, which are shown when they are whole.
 
     `feed` gives what can be shown already; `finish` gives the whole text, of which everything given before is the
     beginning, or None where the JSON is not whole.
@@ -1543,10 +1599,11 @@ class Unwrapper:
                       r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))*')
     LOOK = 1024                         # characters with nothing to show in them: then all is left to finish()
 
-    def __init__(self) -> None:
+    def __init__(self, fitted: Mapping[str, str]) -> None:
+        self.theirs = {fit: given for given, fit in fitted.items()}
         self.rest = ""                  # what has come and not been given
         self.within = False             # are we inside the string?
-        self.blind = False              # is the rest left to finish()?
+        self.blind = bool(fitted)       # is the rest left to finish()?
         self.given: list[str] = []
 
     def feed(self, text: str) -> str:
@@ -1571,6 +1628,11 @@ class Unwrapper:
         return self.given[-1]
 
     def finish(self, raw: str) -> str | None:
+        if self.theirs:
+            raw = raw if raw.strip() else "{}"
+            with contextlib.suppress(RecursionError):
+                return None if json_dict(raw) is None else rename_keys(raw, self.theirs)
+            return None
         whole, given = unwrap(raw), "".join(self.given)
         return whole if whole is None or whole.startswith(given) else given
 
@@ -2125,8 +2187,8 @@ class Assembler(Attempt):
     def _open(self, opened: Open) -> None:
         item = Item("", -1, opened, "")
         self.open[opened.slot] = item
-        if opened.kind == "custom_tool_call":
-            item.unwrapper = Unwrapper()
+        if opened.kind == "custom_tool_call" or opened.fitted:
+            item.unwrapper = Unwrapper(opened.fitted)
         if opened.kind != "message":            # a message shows itself with its first visible character
             self._show(item)
 
@@ -4452,7 +4514,7 @@ class MessagesBook(ToolBook):
     """The tools of a provider that may search the web itself."""
 
     def __init__(self, tools: Sequence[JSON], row: Claude) -> None:
-        super().__init__(tools, bool(row.web_search))
+        super().__init__(tools, bool(row.web_search), "claude")
         self.row = row
 
     def server_tools(self) -> list[JSON]:
@@ -4578,7 +4640,7 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     """A tool's schema with `type: object` at its root, where no anyOf, oneOf, allOf or $ref may stand: their branches
     become one object, which requires what all of them require. Each of `defs` is taken where it is first named: two names
     in each of n would make 2 ** n."""
-    target = table_of(defs.pop(str(schema.get("$ref")).rpartition("/")[2], None))
+    target = table_of(defs.pop(schema["$ref"].rpartition("/")[2], None)) if isinstance(schema.get("$ref"), str) else {}
     options = [object_root(branch, defs) for key in ("anyOf", "oneOf") for branch in dicts_in(schema.get(key))]
     merged = [object_root(branch, defs) for branch in dicts_in(schema.get("allOf"))]
     merged += [object_root(target, defs)] if target else []
@@ -4606,39 +4668,41 @@ def output_format(shape: JSON, row: Claude) -> tuple[JSON | None, str]:
         return None, JSON_ONLY
     if shape.get("type") != "json_schema":
         return None, ""
-    if not row.json_schema:
-        return None, f"{JSON_ONLY} It fits this JSON schema:\n{compact(shape['schema'])}"
-    return {"type": "json_schema", "schema": strict_schema(shape["schema"])}, ""
+    with contextlib.suppress(ValueError):
+        if row.json_schema:
+            return {"type": "json_schema", "schema": strict_schema(shape["schema"])}, ""
+    return None, f"{JSON_ONLY} It fits this JSON schema:\n{compact(shape['schema'])}"
 
 
-STRICT_KEYWORDS = frozenset(("type", "enum", "const", "description", "title", "required"))
+STRICT_KEYWORDS = frozenset(("type", "enum", "const", "description", "title", "required", "properties", "$defs", "definitions",
+                             "items", "anyOf", "allOf", "$ref"))
 STRICT_FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"))
 
 
-def strict_schema(schema: Any) -> JSON:
-    """A schema in the part of JSON Schema that output_config.format takes; the rest goes into the description."""
-    given = table_of(schema)
-    result: JSON = {}
-    lost: JSON = {}
-    for key, value in given.items():
-        if key in ("properties", "$defs", "definitions"):
-            result[key] = {name: strict_schema(inner) for name, inner in table_of(value).items()}
-        elif key in ("anyOf", "oneOf", "allOf"):
-            result["allOf" if key == "allOf" else "anyOf"] = [strict_schema(inner) for inner in dicts_in(value)]
-        elif key == "items":
-            result[key] = strict_schema(value)
-        elif key in STRICT_KEYWORDS or (key, value) in (("minItems", 0), ("minItems", 1)) or \
-                (key == "format" and value in STRICT_FORMATS):
-            result[key] = value
-        elif key not in ("additionalProperties", "$schema", "$ref"):
-            lost[key] = value
-    if "$ref" in given:                     # nothing else may stand beside it
-        return {"$ref": given["$ref"], **{k: result[k] for k in ("$defs", "definitions") if k in result}}
-    if lost:
-        result["description"] = "\n\n".join(part for part in (result.get("description"), compact(lost)) if part)
-    if "properties" in result or "object" in result.get("type", ""):
-        result["additionalProperties"] = False
-    return result
+def strict_schema(schema: JSON) -> Any:
+    """A schema in the part of JSON Schema that output_config.format takes; the rest goes into the description. ValueError
+    where that would take something away: an object with members of any name."""
+    def change(given: JSON) -> JSON:
+        result: JSON = {}
+        lost: JSON = {}
+        for key, value in given.items():
+            if key == "oneOf":
+                result["anyOf"] = value
+            elif key in STRICT_KEYWORDS or (key, value) in (("minItems", 0), ("minItems", 1)) or \
+                    (key == "format" and value in STRICT_FORMATS):
+                result[key] = value
+            elif key not in ("additionalProperties", "$schema"):
+                lost[key] = value
+        if "$ref" in given:                     # nothing else may stand beside it
+            return {key: result[key] for key in ("$ref", "$defs", "definitions") if key in result}
+        if lost:
+            result["description"] = "\n\n".join(part for part in (result.get("description"), compact(lost)) if part)
+        if "properties" in result or "object" in (result.get("type") or ""):
+            if "properties" not in result or given.get("additionalProperties") or given.get("patternProperties"):
+                raise ValueError("a map")
+            result["additionalProperties"] = False
+        return result
+    return map_schema(schema, change, {})
 
 
 DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?,(.*)", re.DOTALL)
@@ -5324,35 +5388,28 @@ def thinking_config(reasoning: JSON, row: Gemini) -> JSON:
 # --- its schemas
 
 UNKNOWN_KEYWORDS = frozenset(("$schema", "discriminator", "examples", "title", "exclusiveMinimum", "exclusiveMaximum"))
-SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"))
-DATA_KEYWORDS = frozenset(("enum", "default", "required", "example"))
 JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
               type(None): "null"}
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
     """A JSON schema without the keywords that Gemini refuses, nor `refused`; a string's format is told in words."""
-    if isinstance(schema, list):
-        return [gemini_schema(entry, refused) for entry in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made: JSON = {}
-    for key, value in schema.items():
-        if key in SCHEMA_MAPS and isinstance(value, dict):
-            key = "$defs" if key == "definitions" else key          # the draft of 2019 renamed it; Gemini knows no other
-            made[key] = {**made.get(key, {}), **{name: gemini_schema(each, refused) for name, each in value.items()}}
-        elif key == "$ref" and isinstance(value, str):
-            made[key] = value.replace("#/definitions/", "#/$defs/", 1)
-        elif key == "const":
-            made |= {"enum": [value], "type": schema.get("type") or JSON_TYPES[type(value)]}
-        elif key not in UNKNOWN_KEYWORDS and key != refused:
-            made[key] = value if key in DATA_KEYWORDS else gemini_schema(value, refused)
-    if "$ref" in made:              # "no other properties, except for those starting as a $, may be set"
-        return {key: value for key, value in made.items() if key.startswith("$")}
-    if made.get("type") == "string" and "format" in made:
-        form = made.pop("format")
-        made["description"] = f"{made['description']} (format: {form})" if made.get("description") else f"Format: {form}"
-    return made
+    def change(made: JSON) -> JSON:
+        for key in made.keys() & {*UNKNOWN_KEYWORDS, refused}:
+            del made[key]
+        if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
+            made["$defs"] = {**table_of(made.pop("definitions")), **table_of(made.get("$defs"))}
+        if isinstance(made.get("$ref"), str):       # "no other properties, except for those starting as a $, may be set"
+            made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
+            return {key: value for key, value in made.items() if key.startswith("$")}
+        if "const" in made:
+            value = made.pop("const")
+            made |= {"enum": [value], "type": made.get("type") or JSON_TYPES[type(value)]}
+        if made.get("type") == "string" and "format" in made:
+            form = made.pop("format")
+            made["description"] = f"{made['description']} (format: {form})" if made.get("description") else f"Format: {form}"
+        return made
+    return map_schema(schema, change, {})
 
 
 # --- its contents
@@ -5896,6 +5953,10 @@ class Job:
         """The conversation for a provider that knows only functions, and what it cannot carry."""
         items, dropped = self.unsealed()
         history = plain_history(self.answer.request, [book.renamed(item) for item in items])
+        for item in history.items:
+            tool = book.by_flat.get(item.get("name", ""))
+            if tool and tool.fitted:
+                item["arguments"] = rename_keys(item["arguments"], tool.fitted)
         return history, dropped + book.dropped + history.dropped
 
     def unsealed(self) -> tuple[list[JSON], list[str]]:
@@ -5934,7 +5995,7 @@ def responses_call(job: Job) -> Call:
             return relay_body(request, items, dropped, job.model)
         whole = body(items)
     else:
-        book = ToolBook(request.tools)
+        book = ToolBook(request.tools, model=job.model)
         history, dropped = job.plain(book)
         items = history.items
         up, lost = encode_responses(request, history, job.model, book)
@@ -5956,7 +6017,7 @@ def responses_call(job: Job) -> Call:
 
 def chat_call(job: Job) -> Call:
     request = job.answer.request
-    book = ToolBook(request.tools)
+    book = ToolBook(request.tools, model=job.model)
     history, dropped = job.plain(book)
     dialect = overridden(DIALECTS[job.dialect or "generic"], job.overrides, job.model)
     encoded, more = encode_chat(request, history, job.model, book, dialect)
@@ -5989,7 +6050,7 @@ def messages_exchange(body: JSON, decoder: MessagesDecoder, attempt: Translation
 
 def gemini_call(job: Job) -> Call:
     request = job.answer.request
-    book = ToolBook(request.tools, searches=True)
+    book = ToolBook(request.tools, searches=True, model="gemini")
     history, dropped = job.plain(book)
     body, more = encode_gemini(request, history, job.model, book, job.overrides)
     attempt = Translation(job, GeminiDecoder(book, job.call_prefix))

@@ -1511,6 +1511,16 @@ def test_files_go_as_text_or_as_files() -> None:
     }
 
 
+def test_parameters_fit_the_vendor_behind_a_router() -> None:
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"$top": {"type": "integer"}}}}
+    body = {"model": "x/m", "input": [user("q"), function_call("a", '{"$top":5}'), output("a")], "tools": [tool]}
+    for model, name in (("anthropic/claude-opus-5", "_top"), ("google/gemini-3-pro", "_top"), ("openai/gpt-6", "$top")):
+        answer = pomex.Answer(pomex.check_request(json.dumps(body).encode()), "resp_0123456789abcdef", 0, pomex.STANDARD)
+        made = json.loads(pomex.chat_call(pomex.Job(answer, pomex.Envelope(b"s", "a"), "p", model, False, "openrouter")).body)
+        assert list(made["tools"][0]["function"]["parameters"]["properties"]) == [name]
+        assert json.loads(made["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {name: 5}
+
+
 def test_1_3_tools_of_every_kind_are_offered_as_functions() -> None:
     body, dropped = encode(
         {

@@ -1020,10 +1020,10 @@ def test_an_answers_schema_keeps_what_is_known_and_says_the_rest() -> None:
     schema = {"$schema": "x", "type": "object", "properties": {
         "n": {"type": "integer", "minimum": 1, "description": "count"},
         "s": {"type": "string", "format": "date", "pattern": "^x"},
-        "u": {"type": "string", "format": "uri-template"}, "l": {"type": "array", "items": {"type": "object"}, "minItems": 2},
+        "u": {"type": "string", "format": "uri-template"}, "l": {"type": "array", "items": {"type": "string"}, "minItems": 2},
         "o": {"oneOf": [{"type": "null"}, {"$ref": "#/$defs/D", "description": "gone"}]}, "e": {"enum": ["a"]}},
               "required": ["n"],
-        "additionalProperties": True, "$defs": {"D": {"type": ["object", "null"], "properties": {}}}}
+        "additionalProperties": False, "$defs": {"D": {"type": ["object", "null"], "properties": {}}}}
     asked = {"input": "q", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}
     body, _ = encoded(asked)
     check_body(body, BUDGET)
@@ -1032,7 +1032,7 @@ def test_an_answers_schema_keeps_what_is_known_and_says_the_rest() -> None:
             "n": {"type": "integer", "description": 'count\n\n{"minimum":1}'},
             "s": {"type": "string", "format": "date", "description": '{"pattern":"^x"}'},
             "u": {"type": "string", "description": '{"format":"uri-template"}'},
-            "l": {"type": "array", "items": {"type": "object", "additionalProperties": False}, "description": '{"minItems":2}'},
+            "l": {"type": "array", "items": {"type": "string"}, "description": '{"minItems":2}'},
             "o": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/D"}]}, "e": {"enum": ["a"]}}, "required": ["n"],
         "$defs": {"D": {"type": ["object", "null"], "properties": {}, "additionalProperties": False}},
         "additionalProperties": False}
@@ -1040,6 +1040,36 @@ def test_an_answers_schema_keeps_what_is_known_and_says_the_rest() -> None:
     assert "output_config" not in in_words and "JSON schema" in in_words["system"][0]["text"]
     plain, _ = encoded({"input": "q", "instructions": "i", "text": {"format": {"type": "json_object"}}})
     assert [block["text"] for block in plain["system"]] == ["i", pomex.JSON_ONLY]
+
+
+@pytest.mark.parametrize("inner", [
+    {"type": "object", "additionalProperties": {"type": "integer"}}, {"type": "object"}, {"type": ["object", "null"], "properties": {}, "additionalProperties": True},
+    {"type": "object", "properties": {"a": {}}, "patternProperties": {"^x": {}}}, {"anyOf": [{"type": "null"}, {"type": "object"}]}])
+def test_a_schema_with_a_map_is_told_in_words_and_not_narrowed(inner: JSON) -> None:
+    schema = {"type": "object", "properties": {"m": inner}, "required": ["m"], "additionalProperties": False}
+    body, _ = encoded({"input": "q", "text": {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": schema}}})
+    assert "output_config" not in body and json.dumps(schema, separators=(",", ":")) in body["system"][0]["text"]
+
+
+def test_a_definition_named_none_is_not_merged_into_a_schema_without_a_reference() -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "string"}}, "$defs": {"None": {"properties": {"b": {}}}}}
+    body, _ = encoded({"input": "q", "tools": [TOOL | {"parameters": parameters}]})
+    assert list(body["tools"][0]["input_schema"]["properties"]) == ["a"]
+
+
+def test_parameters_go_up_under_fitting_names_in_tools_and_history_alike() -> None:
+    tool = TOOL | {"parameters": {"type": "object", "properties": {"$top": {"type": "integer"}}, "required": ["$top"]}}
+    items = [user(), fcall("c", arguments='{"$top":5}'), fout("c"), fcall("d", arguments='{"$top"'), fout("d")]
+    body, dropped = encoded({"input": items, "tools": [tool]})
+    assert body["tools"][0]["input_schema"]["required"] == ["_top"] and not dropped
+    assert [block["input"] for block in body["messages"][1]["content"]] == [{"_top": 5}]
+    assert body["messages"][3]["content"][0]["input"] == {"_raw": '{"$top"'}
+    events = [{"type": "message_start", "message": {"id": "m", "usage": {}}},
+              {"type": "content_block_start", "index": 0, "content_block": {"type": "tool_use", "id": "t", "name": "f", "input": {}}},
+              *({"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": text}} for text in ('{"_t', 'op": 5}')),
+              {"type": "content_block_stop", "index": 0}, {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}},
+              {"type": "message_stop"}]
+    assert output_of(as_bytes(events), {"input": "q", "tools": [tool]})["output"][0]["arguments"] == '{"$top":5}'
 
 
 # --- web search

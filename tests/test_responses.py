@@ -354,7 +354,51 @@ def test_a_book_offers_functions_and_names_what_it_cannot():
 
 def test_codex_own_schema_keyword_is_taken_out_but_not_a_property_of_that_name():
     schema = {"type": "object", "properties": {"encrypted": {"type": "string", "encrypted": True}}, "items": [{"encrypted": False}]}
-    assert pomex.clean_schema(schema) == {"type": "object", "properties": {"encrypted": {"type": "string"}}, "items": [{}]}
+    offered = pomex.ToolBook([{"type": "function", "name": "f", "parameters": schema}]).functions[0]["parameters"]
+    assert offered == {"type": "object", "properties": {"encrypted": {"type": "string"}}, "items": [{}]}
+
+
+ODD = {"type": "function", "name": "odd", "parameters": {
+    "type": "object", "required": ["$top", "plain"], "properties": {
+        "$top": {"type": "integer"}, "@top": {"type": "integer"}, "plain": {"type": "string"}, "a.b": {"enum": ["$top"]}, "1st": {},
+        "x" * 70: {}, "": {}, "list[]": {"type": "array", "items": {"$ref": "#/$defs/Row[int]"}}, "twin": {"$ref": "#/properties/$top"}},
+    "$defs": {"Row[int]": {"type": "object", "properties": {"größe": {"type": "integer"}}, "required": ["größe"]}}}}
+
+
+@pytest.mark.parametrize("model, rule", [("claude-opus-5", r"[a-zA-Z0-9_.-]{1,64}"), ("google/gemini-3-pro", "[a-zA-Z_][a-zA-Z0-9_]{0,63}")])
+def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_back_under_their_own(model, rule):
+    book = pomex.ToolBook([ODD], model=model)
+    schema = book.functions[0]["parameters"]
+    fitted = book.by_flat["odd"].fitted
+    names = [*schema["properties"], *schema["$defs"]["Row[int]"]["properties"]]
+    assert all(pomex.re.fullmatch(rule, name) for name in names) and len(set(names)) == 10
+    assert schema["required"] == [fitted["$top"], "plain"] and schema["$defs"]["Row[int]"]["required"] == [fitted["größe"]]
+    assert schema["properties"]["twin"] == {"$ref": f"#/properties/{fitted['$top']}"}
+    assert schema["properties"][fitted.get("a.b", "a.b")] == {"enum": ["$top"]}         # a value is no name
+    assert schema["properties"][fitted["list[]"]]["items"] == {"$ref": "#/$defs/Row[int]"}
+    assert book.functions == pomex.ToolBook([ODD], model=model).functions
+    given = {"$top": 5, "a.b": "$top", "list[]": [{"größe": 1, "free": {"x": None}}], "x" * 70: 1.5}
+    theirs = pomex.rename_keys(json.dumps(given), fitted)
+    deltas = [book.open(0, "c", "odd"), *(Fragment(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), Close(0), Stop()]
+    raw, attempt = told(deltas)
+    assert json.loads(json.loads(attempt.output())[0]["arguments"]) == given
+    assert raw.count(b"event: response.function_call_arguments.delta") == 1
+
+
+def test_other_tools_and_vendors_keep_their_names_and_stream_on():
+    for book, name in ((pomex.ToolBook([ODD], model="gpt-5"), "odd"), (pomex.ToolBook([ODD, EXEC], model="claude-opus-5"), "exec")):
+        assert not book.by_flat[name].fitted
+        raw, _ = told([book.open(0, "c", name), Fragment(0, '{"$t', "arguments"), Fragment(0, 'op":1}', "arguments"), Close(0), Stop()])
+        assert raw.count(b"event: response.function_call_arguments.delta") == 2
+
+
+@pytest.mark.parametrize("arguments, whole", [("", "{}"), (" ", "{}"), ('{"_top"', None), ("[1]", None), ('{"_top": NaN}', None),
+                                              ('{"a":' * 99_999, None)], ids=lambda value: str(value)[:12])
+def test_fitted_arguments_are_whole_or_not_at_all(arguments, whole):
+    book = pomex.ToolBook([{**ODD, "parameters": {"properties": {"$top": {}}}}], model="claude-opus-5")
+    _, attempt = told([book.open(0, "c", "odd"), *([Fragment(0, arguments, "arguments")] if arguments else []), Close(0), Stop()])
+    assert [item["arguments"] for item in json.loads(attempt.output())] == ([] if whole is None else [whole])
+    assert attempt.status == ("failed" if whole is None else "completed")
 
 
 # --- history for providers that know only functions

@@ -1849,9 +1849,56 @@ def carried(content: str | list[JSON], encode: Callable[[JSON], JSON | None], dr
     return parts
 
 
-def said_in(part: JSON) -> str | None:
+def text_part(part: JSON) -> JSON | None:
     text = part.get("refusal" if part["type"] == "refusal" else "text")
-    return text if isinstance(text, str) else None
+    return {"type": "text", "text": text} if isinstance(text, str) else None
+
+
+class Attachment(NamedTuple):
+    """An image or a file: an address, or bytes."""
+    mime: str                   # what the bytes are, else what was declared, else by its ending; "" where nothing tells
+    name: str
+    url: str = ""
+    data: str = ""              # clean base64
+    text: str | None = None     # of a text file
+
+
+MAGIC = re.compile(rb"(\x89PNG\r\n\x1a\n)|(\xff\xd8\xff)|(GIF8[79]a)|(RIFF....WEBP)|(....ftyp(?:hei[cx]|mif1))|(%PDF-)",
+                   re.DOTALL)
+MAGIC_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/heic", "application/pdf")
+IMAGE_TYPES = frozenset(MAGIC_TYPES[:4])        # what is known everywhere
+TYPE_BY_ENDING = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "gif": "image/gif", "webp": "image/webp",
+                  "heic": "image/heic", "pdf": "application/pdf", "txt": "text/plain", "mp4": "video/mp4"}
+
+
+def read_attachment(part: JSON) -> Attachment | None:
+    """The image or file in a part. None where there is none, or only its id at OpenAI's, or no base64: in the history, every
+    turn would be refused from then on."""
+    if part["type"] not in ("input_image", "input_file"):
+        return None
+    name = str(part.get("filename") or "")
+    given = next((part[key] for key in ("file_data", "image_url", "file_url") if isinstance(part.get(key), str)), "")
+    url = given if re.match("(https?|gs)://", given) else ""
+    declared = TYPE_BY_ENDING.get((url.split("?")[0] or name).rpartition(".")[2].lower(), "")
+    if url:
+        return Attachment(declared or ("image/" if part["type"] == "input_image" else ""), name, url)
+    head, comma, encoded = given.partition(",")
+    # without line ends, with padding, in no letters of URLs
+    bare = "".join((encoded if comma else given).split()).rstrip("=").replace("-", "+").replace("_", "/")
+    data = bare + "=" * (-len(bare) % 4)
+    try:
+        content = base64.b64decode(data, validate=True)
+    except ValueError:
+        return None
+    if not content or (comma and not head.endswith(";base64")):
+        return None
+    mime = (head.removeprefix("data:").partition(";")[0].lower() if comma else "") or declared
+    if magic := MAGIC.match(content):
+        mime = MAGIC_TYPES[(magic.lastindex or 1) - 1]
+    elif part["type"] == "input_file" and b"\0" not in content and not re.match("(image|audio|video)/(?!svg)", mime):
+        with contextlib.suppress(UnicodeDecodeError):
+            return Attachment("text/plain", name, "", data, content.decode("utf-8-sig"))
+    return Attachment("image/jpeg" if mime == "image/jpg" else mime, name, "", data)
 
 
 # --- 5.5 client manners ---------------------------------------------------------------------------
@@ -3677,8 +3724,6 @@ DIALECTS: dict[str, Dialect] = {
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
 MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string with maximum length 40"
-TEXT_FILE = re.compile(r"text/|application/(json|xml|toml|yaml|x-yaml|javascript|x-sh|sql)\b"
-                       r"|[^;]*\+(json|xml)\b")
 
 
 def encode_chat(request: ResponsesRequest, history: History, model: str, book: ToolBook,
@@ -3915,48 +3960,24 @@ class ChatMessages:
     # parts
 
     def _part(self, part: JSON) -> JSON | None:
-        kind = part["type"]
-        if kind == "input_image" and isinstance(part.get("image_url"), str):
-            shown = {"url": part["image_url"]}
-            if part.get("detail") in ("low", "high"):   # auto is the default; others know no more than these
-                shown["detail"] = part["detail"]
-            return {"type": "image_url", "image_url": shown}
-        if kind == "input_file":
-            return self._file(part)
-        text = said_in(part)
-        return {"type": "text", "text": text} if text is not None else None
-
-    def _file(self, part: JSON) -> JSON | None:
-        """A text file as text, another where the server reads it; ids and addresses of files are OpenAI's."""
-        data, name = part.get("file_data"), part.get("filename") or "file"
-        if not isinstance(data, str):
+        file = read_attachment(part)
+        if file is None:
+            return text_part(part)
+        name = file.name or "file"
+        if file.text is not None:
+            return {"type": "text", "text": f'<file name="{name}">\n{file.text}\n</file>'}
+        data_url = f"data:{file.mime};base64,{file.data}"
+        if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
+            # auto is the default; others know no more than these
+            detail = {"detail": part["detail"]} if part.get("detail") in ("low", "high") else {}
+            return {"type": "image_url", "image_url": {"url": file.url or data_url, **detail}}
+        if file.url or not file.mime or not self.dialect.files:
             return None
-        head, comma, encoded = data.partition(",")
-        by_name = "application/pdf" if name.lower().endswith(".pdf") else "text/plain"
-        mime = head.removeprefix("data:") if comma else by_name
-        if TEXT_FILE.match(mime):
-            try:
-                text = base64.b64decode(encoded if comma else data, validate=True).decode()
-            except ValueError:
-                return None
-            return {"type": "text", "text": f'<file name="{name}">\n{text}\n</file>'}
-        if not self.dialect.files:
-            return None
-        whole = data if comma else f"data:{mime};base64,{data}"
-        return {"type": "file", "file": {"filename": name, "file_data": whole}}
+        return {"type": "file", "file": {"filename": name, "file_data": data_url}}
 
     HANDLERS: ClassVar[dict[str, Callable[[ChatMessages, JSON], None]]] = {
         "message": _message, "reasoning": _reasoning, "function_call": _call,
         "function_call_output": _output}
-
-
-def is_base64(data: str) -> bool:
-    """Is it what a provider would take for bytes? If not, in the history, every turn would be refused from then on."""
-    try:
-        return bool(base64.b64decode(data, validate=True))
-    except ValueError:
-        return False
-
 
 
 # --- the answer
@@ -4705,11 +4726,7 @@ def strict_schema(schema: JSON) -> Any:
     return map_schema(schema, change, {})
 
 
-DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?,(.*)", re.DOTALL)
-IMAGE_TYPES = {"image/jpeg": "image/jpeg", "image/jpg": "image/jpeg", "image/png": "image/png", "image/gif": "image/gif",
-               "image/webp": "image/webp"}
 TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-FOREIGN_FILE = "file_id names a file that this provider does not have: send the file itself."
 
 
 class MessagesTurns:
@@ -4824,43 +4841,19 @@ class MessagesTurns:
         return {**block, "cache_control": own} if block and isinstance(own, dict) else block
 
     def _block(self, part: JSON) -> JSON | None:
-        kind = part["type"]
-        if kind not in ("input_image", "input_file"):
-            text = said_in(part)
-            return {"type": "text", "text": text} if text is not None else None
-        url = part.get("image_url" if kind == "input_image" else "file_url")
-        if isinstance(url, str) and re.match("https?://", url):
-            return {"type": "image" if kind == "input_image" else "document", "source": {"type": "url", "url": url}}
-        data = url if isinstance(url, str) else part.get("file_data")
-        if isinstance(data, str):
-            return image_block(data) if kind == "input_image" else document_block(data, part.get("filename"))
-        if part.get("file_id"):
-            raise BadRequest(f"{kind}: {FOREIGN_FILE}", param="input", code="invalid_value")
-        return None
-
-
-def image_block(data: str) -> JSON | None:
-    found = DATA_URL.match(data)
-    media_type = IMAGE_TYPES.get(found[1].lower()) if found else None
-    return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": found[2]}} \
-        if found and media_type and is_base64(found[2]) else None
-
-
-def document_block(data: str, filename: Any) -> JSON | None:
-    """A PDF as it is, a text file as text; None for any other."""
-    name = filename if isinstance(filename, str) else ""
-    found = DATA_URL.match(data)
-    encoded = found[2] if found else data
-    mime = found[1].lower() if found else "application/pdf" if name.lower().endswith(".pdf") else "text/plain"
-    title = {"title": name} if name else {}
-    if mime == "application/pdf":
-        return {"type": "document", "source": {"type": "base64", "media_type": mime, "data": encoded}, **title} \
-            if is_base64(encoded) else None
-    try:
-        text = base64.b64decode(encoded, validate=True).decode() if TEXT_FILE.match(mime) else ""
-    except ValueError:
-        return None
-    return {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}, **title} if text else None
+        file = read_attachment(part)
+        if file is None:
+            return text_part(part)
+        source = {"type": "base64", "media_type": file.mime, "data": file.data}
+        if file.url:
+            source = {"type": "url", "url": file.url}
+        elif file.text is not None:
+            source = {"type": "text", "media_type": file.mime, "data": file.text}
+        elif file.mime not in IMAGE_TYPES and file.mime != "application/pdf":
+            return None
+        if file.mime.startswith("image/"):
+            return {"type": "image", "source": source}
+        return {"type": "document", "source": source, **({"title": file.name} if file.name else {})}
 
 
 def tool_use_id(given: str) -> str:
@@ -5286,11 +5279,9 @@ def gemini_row(model: str, overrides: Mapping[str, JSON] | None = None) -> Gemin
 
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()    # ai.google.dev, thought-signatures
 MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")      # ids that GeminiDecoder made up: Gemini never saw them
-# what functionResponse.parts may hold, what a content may hold, and what an address says of it
+# what functionResponse.parts may hold, and a content
 RESULT_MEDIA = frozenset(("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"))
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
-MEDIA_BY_ENDING = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp",
-                   "heic": "image/heic", "pdf": "application/pdf", "txt": "text/plain", "mp4": "video/mp4"}
 
 
 def encode_gemini(request: ResponsesRequest, history: History, model: str, book: ToolBook,
@@ -5507,30 +5498,13 @@ class GeminiContents:
 
 
 def gemini_part(part: JSON) -> JSON | None:
-    kind = part["type"]
-    if kind == "input_image":
-        return media_part(part.get("image_url"), "")
-    if kind == "input_file":
-        return media_part(part.get("file_data") or part.get("file_url"), part.get("filename") or "")
-    text = said_in(part)
-    return {"text": text} if text is not None else None
-
-
-def media_part(given: Any, name: str) -> JSON | None:
-    """inlineData of a data URL or of bare base64, fileData of an address; None for what Gemini does not read."""
-    if not isinstance(given, str):
-        return None
-    if re.match(r"(https?|gs)://", given):
-        known = MEDIA_BY_ENDING.get(given.split("?")[0].rpartition(".")[2].lower())
-        return {"fileData": {"fileUri": given, **({"mimeType": known} if known else {})}}
-    head, comma, data = given.partition(",")
-    if comma and not head.endswith(";base64"):
-        return None
-    guessed = MEDIA_BY_ENDING.get(name.rpartition(".")[2].lower(), "text/plain")
-    mime = head.removeprefix("data:").partition(";")[0].lower() if comma else guessed
-    mime = "image/jpeg" if mime == "image/jpg" else "text/plain" if TEXT_FILE.match(mime) else mime
-    whole = GEMINI_MEDIA.match(mime) and is_base64(data if comma else given)
-    return {"inlineData": {"mimeType": mime, "data": data if comma else given}} if whole else None
+    file = read_attachment(part)
+    if file is None:
+        text = text_part(part)
+        return {"text": text["text"]} if text else None
+    if file.url:
+        return {"fileData": {"fileUri": file.url, **({"mimeType": file.mime} if file.mime[-1:] not in "/" else {})}}
+    return {"inlineData": {"mimeType": file.mime, "data": file.data}} if GEMINI_MEDIA.match(file.mime) else None
 
 
 def sign_step(content: JSON, replace: bool) -> None:

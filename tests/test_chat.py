@@ -1511,6 +1511,36 @@ def test_files_go_as_text_or_as_files() -> None:
     }
 
 
+def data_url(mime: str, data: str, kind: str = "input_image") -> JSON:
+    where = {"image_url": f"data:{mime};base64,{data}"} if kind == "input_image" else {"filename": "a.bin", "file_data": f"data:{mime};base64,{data}"}
+    return {"type": kind, **where}
+
+
+SHOWN: list[tuple[JSON, str, JSON | None]] = [
+    (data_url("image/jpeg", "iVBORw0KGgo="), "generic", {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}),
+    ({"type": "input_image", "image_url": "iVBORw0KGgo="}, "generic", {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}),
+    (data_url("", "_9j_\n4AA"), "generic", {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9j/4AA="}}),
+    (data_url("image/png", "cut off..."), "generic", None),
+    (data_url("image/svg+xml", "PHN2Zz4="), "generic", None),
+    ({"type": "input_image", "image_url": "https://x/y"}, "generic", {"type": "image_url", "image_url": {"url": "https://x/y"}}),
+    (data_url("text/plain", "UEsDBBQABgA=", "input_file"), "generic", None),
+    (data_url("application/octet-stream", "R0lGODlhAQ==", "input_file"), "generic", {"type": "image_url", "image_url": {"url": "data:image/gif;base64,R0lGODlhAQ=="}}),
+    (data_url("image/png", "JVBERi0xLjQ="), "openai", {"type": "file", "file": {"filename": "file", "file_data": "data:application/pdf;base64,JVBERi0xLjQ="}}),
+    ({"type": "input_file", "filename": "a.docx", "file_data": "UEsDBBQABgA="}, "openai", None),
+    ({"type": "input_file", "filename": "a.svg", "file_data": "PHN2Zz4="}, "openai", {"type": "text", "text": '<file name="a.svg">\n<svg>\n</file>'}),
+]
+
+
+@pytest.mark.parametrize(("part", "dialect", "sent"), SHOWN)
+def test_images_and_files_go_as_what_their_bytes_are_or_are_named(part: JSON, dialect: str, sent: JSON | None) -> None:
+    text = {"type": "input_text", "text": "q"}
+    body, dropped = encode({"model": "x/m", "input": [{"type": "message", "role": "user", "content": [text, part]}]}, dialect)
+    content = body["messages"][0]["content"]
+    texts = "q\n\n" + str((sent or {}).get("text")) if sent and sent["type"] == "text" else "q"
+    assert content == (texts if sent is None or sent["type"] == "text" else [{"type": "text", "text": "q"}, sent])
+    assert (f"content:{part['type']}" in dropped) == (sent is None)
+
+
 def test_parameters_fit_the_vendor_behind_a_router() -> None:
     tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"$top": {"type": "integer"}}}}
     body = {"model": "x/m", "input": [user("q"), function_call("a", '{"$top":5}'), output("a")], "tools": [tool]}

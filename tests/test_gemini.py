@@ -649,7 +649,8 @@ def test_every_recorded_request_can_be_sent(path: pathlib.Path) -> None:
         assert json.dumps(once) == json.dumps(again)
 
 
-PNG = base64.b64encode(b"\x89PNG").decode()
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\nIHDR").decode()
 IMAGE = {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"}
 INLINE = {"inlineData": {"mimeType": "image/png", "data": PNG}}
 
@@ -721,17 +722,24 @@ def test_37_images_of_results_go_inside_or_behind_all_results() -> None:
 
 MEDIA: list[tuple[JSON, JSON | None]] = [
     (IMAGE, INLINE),
-    ({"type": "input_image", "image_url": f"data:image/jpg;base64,{PNG}"}, {"inlineData": {"mimeType": "image/jpeg", "data": PNG}}),
-    ({"type": "input_image", "image_url": f"data:image/gif;base64,{PNG}"}, None),
+    ({"type": "input_image", "image_url": "data:image/jpg;base64,AAAA"}, {"inlineData": {"mimeType": "image/jpeg", "data": "AAAA"}}),
+    ({"type": "input_image", "image_url": f"data:image/gif;base64,{PNG}"}, INLINE),      # its bytes say what it is
+    ({"type": "input_image", "image_url": PNG}, INLINE),
+    ({"type": "input_image", "image_url": f"data:;base64,{PNG[:4]}\n{PNG[4:].rstrip('=')}"}, INLINE),
+    ({"type": "input_image", "image_url": "data:image/png;base64,R0lGODlhAQ=="}, None),
+    ({"type": "input_image", "image_url": "AAAA"}, None),
     ({"type": "input_image", "image_url": "data:image/png,raw"}, None),
     ({"type": "input_image", "image_url": "data:image/png;base64,cut off..."}, None),
     ({"type": "input_image", "image_url": "data:image/png;base64,"}, None),
     ({"type": "input_image", "image_url": "https://x/y.PNG?z=1"}, {"fileData": {"fileUri": "https://x/y.PNG?z=1", "mimeType": "image/png"}}),
     ({"type": "input_image", "image_url": "gs://x/y"}, {"fileData": {"fileUri": "gs://x/y"}}),
     ({"type": "input_image", "file_id": "file-1"}, None),
-    ({"type": "input_file", "filename": "a.pdf", "file_data": PNG}, {"inlineData": {"mimeType": "application/pdf", "data": PNG}}),
-    ({"type": "input_file", "filename": "a.py", "file_data": f"data:text/x-python;base64,{PNG}"}, {"inlineData": {"mimeType": "text/plain", "data": PNG}}),
-    ({"type": "input_file", "filename": "a.zip", "file_data": f"data:application/zip;base64,{PNG}"}, None),
+    ({"type": "input_file", "filename": "a.pdf", "file_data": PNG}, INLINE),
+    ({"type": "input_file", "filename": "a.pdf", "file_data": "AAAA"}, {"inlineData": {"mimeType": "application/pdf", "data": "AAAA"}}),
+    ({"type": "input_file", "filename": "a.py", "file_data": "data:text/x-python;base64,eD0x"}, {"inlineData": {"mimeType": "text/plain", "data": "eD0x"}}),
+    ({"type": "input_file", "filename": "a.zip", "file_data": "data:application/zip;base64,UEsDBBQABgA="}, None),
+    ({"type": "input_file", "filename": "a.docx", "file_data": "UEsDBBQABgA="}, None),
+    ({"type": "input_file", "filename": "a.mp4", "file_data": "AAAAGA=="}, {"inlineData": {"mimeType": "video/mp4", "data": "AAAAGA=="}}),
     ({"type": "input_file", "file_url": "https://x/y.pdf"}, {"fileData": {"fileUri": "https://x/y.pdf", "mimeType": "application/pdf"}}),
     ({"type": "input_new", "x": 1}, None),
     ({"type": "refusal", "refusal": "No."}, {"text": "No."}),

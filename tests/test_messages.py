@@ -851,6 +851,31 @@ PARTS: dict[str, tuple[JSON, JSON | None]] = {
     "a file of another kind": ({"type": "input_file", "filename": "a.zip", "file_data": "data:application/zip;base64,AA=="},
                                None),
     "a part that nobody knows": ({"type": "input_smell"}, None),
+    "image, called otherwise": ({"type": "input_image", "image_url": "data:image/jpeg;base64,iVBORw0KGgo="},
+                                {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}),
+    "image, without a type": ({"type": "input_image", "image_url": "data:;base64,iVBORw0KGgo="},
+                              {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}),
+    "image, bare": ({"type": "input_image", "image_url": "/9j/4AAQSkZJRg=="},
+                    {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "/9j/4AAQSkZJRg=="}}),
+    "image, with line ends, for URLs, unpadded": (
+        {"type": "input_image", "image_url": "data:image/png;base64,_9j_\r\n4AAQ SkZJRg"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "/9j/4AAQSkZJRg=="}}),
+    "image, no base64": ({"type": "input_image", "image_url": "data:image/png;base64,?"}, None),
+    "image, no base64 by its word": ({"type": "input_image", "image_url": "data:image/png,AAAA"}, None),
+    "image, at OpenAI's": ({"type": "input_image", "file_id": "file-1"}, None),
+    "file, at OpenAI's": ({"type": "input_file", "file_id": "file-1"}, None),
+    "image as a file": ({"type": "input_file", "filename": "a.pdf", "file_data": "R0lGODlhAQ=="},
+                        {"type": "image", "source": {"type": "base64", "media_type": "image/gif", "data": "R0lGODlhAQ=="}}),
+    "pdf as an image": ({"type": "input_image", "image_url": "data:image/png;base64,JVBERi0xLjQ="},
+                        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQ="}}),
+    "binary file": ({"type": "input_file", "filename": "a.docx", "file_data": "UEsDBBQABgA="}, None),
+    "binary file that is called text": ({"type": "input_file", "filename": "a.txt", "file_data": "data:text/plain;base64,UEsDBBQABgA="}, None),
+    "text file of no known kind": ({"type": "input_file", "filename": "Makefile", "file_data": f"data:application/octet-stream;base64,{b64('all:')}"},
+                                   {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "all:"},
+                                    "title": "Makefile"}),
+    "text file with a byte order mark": ({"type": "input_file", "filename": "a.csv", "file_data": "77u/YTti"},
+                                         {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a;b"},
+                                          "title": "a.csv"}),
 }
 
 
@@ -859,12 +884,6 @@ def test_parts_become_blocks(part: JSON, block: JSON | None) -> None:
     body, dropped = encoded({"input": [user([{"type": "input_text", "text": "q"}, part])]})
     assert body["messages"][0]["content"][1:] == ([block] if block else [])
     assert (f"content:{part['type']}" in dropped) is (block is None)
-
-
-@pytest.mark.parametrize("kind", ["input_image", "input_file"])
-def test_a_file_of_another_providers_is_refused(kind: str) -> None:
-    with pytest.raises(pomex.BadRequest, match="send the file itself"):
-        encoded({"input": [user([{"type": kind, "file_id": "file-1"}])]})
 
 
 # --- thinking, limits, sampling

@@ -2123,7 +2123,7 @@ class Attempt:
 
     def silent(self) -> bool:
         """No message among the finished items?"""
-        return not any('"type":"message"' in item for item in self.items.values())
+        return not any(json.loads(item)["type"] == "message" for item in self.items.values())
 
     def output(self) -> str:
         return "[" + ",".join(self.items[index] for index in sorted(self.items)) + "]"
@@ -2281,6 +2281,8 @@ class Assembler(Attempt):
         item = delta.item if delta.item.get("id") else {**delta.item, "id": self._mint(prefix, index)}
         self.begun = True
         text = compact(item)
+        if json_dict(text) is None:
+            raise UpstreamError("The provider sent an item with a number that is not JSON.")
         self.emit("response.output_item.added", f'"output_index":{index},"item":{text}')
         self.emit("response.output_item.done", f'"output_index":{index},"item":{text}')
         self.items[index] = text
@@ -2375,13 +2377,7 @@ class Assembler(Attempt):
             return raw
         if not raw.strip():                         # a tool without arguments; a placeholder is not JSON
             return raw + "{}" if item.closing else None
-        if item.opened.kind != "function_call":
-            return raw if json_dict(raw) is not None else None
-        try:
-            json.loads(raw, strict=False)
-        except (ValueError, RecursionError):
-            return None
-        return raw
+        return raw if json_dict(raw) is not None else None
 
     def _complete(self, slot: int, item: Item) -> None:
         """Finishes the item, unless it is a call whose arguments are cut."""

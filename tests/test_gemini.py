@@ -393,7 +393,11 @@ def test_a_call_in_pieces_fails_rather_than_lose_its_arguments(given: JSON) -> N
     assert view.end() == "failed" and not view.calls()
 
 
-BEGUN = chunk({"functionCall": {"name": "f", "willContinue": True}})
+@pytest.mark.parametrize("args", [[1], 3, "x", "[1]", {"a": float("nan")}, {"a": float("inf")}, True])
+def test_arguments_that_are_no_object_are_no_call(args: Any) -> None:
+    call = pomex.gemini_call(job_of({"model": "google/x", "input": "q", "tools": TOOLS}))
+    answer = answer_of(call, [chunk({"text": "Hm"}), chunk({"functionCall": {"name": "f", "args": args}}), STOPPED])
+    assert answer["status"] == "failed" and [item["type"] for item in answer["output"]] == ["message"]
 
 
 @pytest.mark.parametrize(("given", "arguments"), [({}, "{}"), ({"args": None}, "{}"), ({"args": '{"a": 1}'}, '{"a": 1}')])

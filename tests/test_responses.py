@@ -1057,6 +1057,27 @@ def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
     assert opened == [("p", "m", {"encrypted_content": "gAAAA"}), ("p", "m", {"encrypted_content": "gBBBB"})]
 
 
+NO_OBJECTS = ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', "[1]", "3", '"x"', "null", '{"a"', "{} {}"]
+
+
+@pytest.mark.parametrize("arguments", NO_OBJECTS)
+@pytest.mark.parametrize("kind", ["function_call", "tool_search_call", "local_shell_call"])
+def test_arguments_that_are_no_json_object_finish_no_call(arguments, kind):
+    _, attempt = told([*TEXT, Close(0), Open(1, kind, "c", "f"), Fragment(1, arguments, "arguments"), Close(1), Stop()])
+    assert attempt.status == "failed" and [item["type"] for item in json.loads(attempt.output())] == ["message"]
+
+
+def test_an_item_of_theirs_with_a_number_that_is_no_json_is_the_upstreams_error():
+    with pytest.raises(pomex.UpstreamError):
+        told([pomex.Whole({"type": "tool_search_call", "call_id": "c", "arguments": {"a": float("nan")}}), Stop()])
+
+
+def test_a_filters_explanation_is_not_fooled_by_arguments():
+    _, attempt = told([Open(0, "tool_search_call", "c", "s"), Fragment(0, '{"type":"message"}', "arguments"), Close(0),
+                       Stop("content_filter", explanation="why")])
+    assert [item["type"] for item in json.loads(attempt.output())] == ["tool_search_call", "message"]
+
+
 @pytest.mark.parametrize("garbage", [b'data: {"type":"response.completed"\n\n', b'data: {"type":"response.output_item.done",]\n\n'])
 def test_a_frame_that_must_be_read_and_cannot_is_the_upstreams_error(garbage):
     with pytest.raises(pomex.UpstreamError):

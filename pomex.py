@@ -2925,6 +2925,8 @@ class Relay(Attempt):
         self.usage = usage_from(response.get("usage"), asked_12h) or self.usage
         if status == "failed":
             self.error = self.error or self.failure(response.get("error"))
+        elif status == "completed" and (self.halves or any(map(half_call, dicts_in(response.get("output"))))):
+            self.error = self.error or UpstreamError("The provider ended, but the arguments of a call are not whole JSON.")
         else:
             reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
             self.stop = Stop(reason if status == "incomplete" else "", last=True)
@@ -3014,8 +3016,12 @@ def end_of(status: str, response: JSON) -> str:
 
 
 def half_call(item: Any) -> bool:
-    """A call that its provider calls incomplete: nobody may run it."""
-    return isinstance(item, dict) and item.get("status") == "incomplete" and "call_id" in item
+    """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
+    if not isinstance(item, dict) or "call_id" not in item:
+        return False
+    arguments = item.get("arguments")
+    broken = isinstance(arguments, str) and arguments.strip() and json_dict(arguments) is None
+    return bool(broken) or item.get("status") == "incomplete"
 
 
 # === 6. providers =================================================================================

@@ -1067,6 +1067,19 @@ def test_arguments_that_are_no_json_object_finish_no_call(arguments, kind):
     assert attempt.status == "failed" and [item["type"] for item in json.loads(attempt.output())] == ["message"]
 
 
+@pytest.mark.parametrize("arguments", NO_OBJECTS)
+def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
+    bad = {**RUN, "arguments": arguments}
+    for stream in ([*SAYING, *theirs(1, bad), *end()], [*SAYING, *end(output=[SAID, bad])]):
+        raw, attempt = relayed([b"".join(numbered([*BEGIN, *stream]))])
+        assert attempt.status == "failed" and [item["type"] for item in streams.check(raw)["output"]] == ["message"]
+    for streamed in (True, False):
+        attempt = pomex.Relay(answer(stream=streamed), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+        attempt.whole(json.dumps(response("completed", output=[bad], usage=GOOD_USAGE)).encode())
+        attempt.finish()
+        assert json.loads(attempt.body(1))["status"] == "failed"
+
+
 def test_an_item_of_theirs_with_a_number_that_is_no_json_is_the_upstreams_error():
     with pytest.raises(pomex.UpstreamError):
         told([pomex.Whole({"type": "tool_search_call", "call_id": "c", "arguments": {"a": float("nan")}}), Stop()])

@@ -1734,7 +1734,8 @@ PLAIN_OUTPUTS: dict[str, Callable[[JSON], Any]] = {
     "shell_call_output": lambda i: compact(i.get("output") or []),
     "apply_patch_call_output": lambda i: i.get("output") or i.get("status") or "",
 }
-PLAIN_TEXTS = frozenset(("agent_message", "compaction", "compaction_summary", "context_compaction"))   # where they hold text
+PLAIN_TEXTS = frozenset(("compaction", "compaction_summary", "context_compaction"))     # where they hold text
+CIPHER = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
 NOT_HISTORY = frozenset(("additional_tools",))      # its tools are offered; it says nothing itself
 
 
@@ -1743,7 +1744,7 @@ def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
     plain: list[JSON] = []
     dropped: list[str] = []
     for item in items:
-        made = plain_item(item)
+        made = plain_item(item, dropped)
         if made is not None:
             plain.append(made)
         elif item["type"] not in NOT_HISTORY and not shown_only(item):
@@ -1761,13 +1762,22 @@ def shown_only(item: JSON) -> bool:
     return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
 
 
-def plain_item(item: JSON) -> JSON | None:
+def plain_item(item: JSON, dropped: list[str]) -> JSON | None:
     kind = item["type"]
-    if kind == "message":
-        content = item["content"]
-        if isinstance(content, str):
-            content = [{"type": "output_text" if item["role"] == "assistant" else "input_text", "text": content}]
-        return {"type": "message", "role": item["role"], "content": content}
+    if kind == "message" or kind == "agent_message":
+        role, content, parts = item.get("role") or "user", item.get("content"), []
+        text_type = "output_text" if role == "assistant" else "input_text"
+        for part in [{"type": text_type, "text": content}] if isinstance(content, str) else dicts_in(content):
+            # what a model wrote for another agent is encrypted at OpenAI and plain at anybody else's
+            sealed = str(part.get("encrypted_content") or "")
+            if CIPHER.fullmatch(sealed):
+                dropped.append("content:encrypted_content")
+            else:
+                parts.append({"type": text_type, "text": sealed} if sealed else {"type": "unknown", **part})
+        return {"type": "message", "role": role, "content": parts} if parts or kind == "message" else None
+    if kind == "image_generation_call" and item.get("result"):
+        shown = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
+        return {"type": "message", "role": "user", "content": [shown], "generated": True}
     if kind == "reasoning":
         return {"type": "reasoning", "pomex_replay": item["pomex_replay"]} if "pomex_replay" in item else None
     if kind in PLAIN_CALLS:

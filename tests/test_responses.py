@@ -445,6 +445,13 @@ NONE = pomex.NO_OUTPUT
      [call("a", name="shell", arguments='{"commands":["ls"]}'), output("a", "[]")]),
     ([{"type": "reasoning", "summary": []}, message("x")], [message("x")]),
     ([{"type": "agent_message", "content": [{"type": "input_text", "text": "hi"}]}], [message("hi")]),
+    ([{"type": "agent_message", "content": "hi"}], [message("hi")]),
+    ([{"type": "agent_message", "content": [{"type": "input_text", "text": "Payload:\n"}, {"type": "encrypted_content", "encrypted_content": "sum 42"}]}],
+     [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Payload:\n"}, {"type": "input_text", "text": "sum 42"}]}]),
+    ([message("x"), {"type": "message", "role": "assistant", "content": [{"type": "encrypted_content", "encrypted_content": "said"}]}],
+     [message("x"), {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "said"}]}]),
+    ([{"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "AAAA"}],
+     [{"type": "message", "role": "user", "generated": True, "content": [{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]}]),
     ([message("later", "developer"), message("x"), message("mid", "developer")], [message("x"), message("mid", "developer")]),
 ], ids=str)
 def test_a_history_is_mended_into_pairs(given, plain):
@@ -1055,6 +1062,16 @@ def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
     assert b"gAAAA" not in raw and b"gBBBB" not in raw
     opened = [pomex.Envelope(SECRET, "a").open(i["encrypted_content"]) for i in streams.check(raw)["output"]]
     assert opened == [("p", "m", {"encrypted_content": "gAAAA"}), ("p", "m", {"encrypted_content": "gBBBB"})]
+
+
+@pytest.mark.parametrize("sealed, named", [
+    ("gAAAAABo" + "x" * 40, True), ("pmx1.AAAA", True), ("Ab3+/" * 30, True), ("gAAAA is no cipher", False), ("look at src/" + "a/" * 60 + "b.py", False)])
+@pytest.mark.parametrize("kind", [{"type": "agent_message"}, {"type": "message", "role": "user"}], ids=str)
+def test_what_another_agent_was_told_is_text_unless_it_is_a_cipher(sealed, named, kind):
+    request = ask(input=[{**kind, "content": [{"type": "input_text", "text": "a"}, {"type": "encrypted_content", "encrypted_content": sealed}]}])
+    history = pomex.plain_history(request, request.input)
+    assert [part["text"] for part in history.items[0]["content"]] == (["a"] if named else ["a", sealed])
+    assert history.dropped == (["content:encrypted_content"] if named else [])
 
 
 NO_OBJECTS = ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', "[1]", "3", '"x"', "null", '{"a"', "{} {}"]

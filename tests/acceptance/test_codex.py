@@ -340,3 +340,26 @@ def test_the_catalogue_takes_nothing_from_a_model(codex: Codex, wire: str, scrip
     assert own_names - {"tool_search"} <= names
     assert "apply_patch" in names or "exec" in names
     assert not knobs or (with_it["service_tier"], with_it["reasoning"]["effort"]) == ("priority", "xhigh")
+
+
+# --- agents of agents ------------------------------------------------------------------------------
+
+@newest
+@through_pomex_only
+def test_a_sub_agent_is_told_its_task(codex: Codex, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multi-agent v2 hands the task on as an `encrypted_content` part, whose text is plain where the model is not OpenAI's."""
+    task = "compute-42 PLEASE"
+
+    def next_answer(seen: Seen) -> Answer:
+        """The parent spawns, waits and ends; the child answers."""
+        if "NEW_TASK" in seen.text:
+            return says("child says 42")
+        if not seen.tool_results:
+            return says(Call("spawn_agent", {"message": task, "task_name": "one"}))
+        if "child says 42" in seen.text:
+            return says("parent done")
+        return says(Call("wait_agent", {"timeout_ms": 10_000}))
+    monkeypatch.setattr(script, "next", next_answer)
+    assert codex.exec("What is 6 times 7?", "--enable", "multi_agent_v2").answer == "parent done"
+    child = next(seen for seen in script.seen if "NEW_TASK" in seen.text)
+    assert task in child.text.partition("NEW_TASK")[2]

@@ -208,13 +208,13 @@ class ConfigError(Exception):
 # numbers, never ends, never counts time. `slot` is the decoder's own number of an item, unique in a stream.
 
 Kind: TypeAlias = Literal["message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
-                          "local_shell_call", "web_search_call"]
+                          "local_shell_call", "web_search_call", "image_generation_call"]
 Channel: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", "input"]
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """An output item begins. The last three are for calls only."""
+    """An output item begins. What has a default is for calls only, but for `fields`."""
     slot: int
     kind: Kind
     call_id: str = ""
@@ -1691,9 +1691,10 @@ def overridden(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
 class History(NamedTuple):
     """A conversation in four plain items, its calls and outputs mended into pairs (TRANSLATION.md 3.3):
 
-    message {role, content: [part]}, reasoning {pomex_replay}, function_call {call_id, name, arguments} with a flat
-    name and arguments that are a JSON object, function_call_output {call_id, output: str | [part]}. Every run of calls
-    is followed by its outputs, in the order of the calls. `system` holds the leading instructions, in order.
+    message {role, content: [part], generated?: it is an image that the model made}, reasoning {pomex_replay}, function_call
+    {call_id, name, arguments} with a flat name and arguments that are a JSON object, function_call_output {call_id, output:
+    str | [part]}. Every run of calls is followed by its outputs, in the order of the calls. `system` holds the leading
+    instructions, in order.
     """
     system: list[str]
     items: list[JSON]
@@ -2179,7 +2180,9 @@ PARTS: dict[str, PartShape] = {
     "raw": PartShape("response.content_part", "content_index", "reasoning_text", "text", "response.reasoning_text", ""),
 }
 ID_PREFIX: dict[str, str] = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "custom_tool_call": "ctc_",
-                             "tool_search_call": "tsc_", "local_shell_call": "lsh_", "web_search_call": "ws_"}
+                             "tool_search_call": "tsc_", "local_shell_call": "lsh_", "web_search_call": "ws_",
+                             "image_generation_call": "ig_"}
+HOSTED_STEPS = {"web_search_call": ("in_progress", "searching"), "image_generation_call": ("in_progress", "generating")}
 CALL_FIELD: dict[str, tuple[str, str]] = {      # kind -> event family, the item's field
     "function_call": ("response.function_call_arguments", "arguments"),
     "custom_tool_call": ("response.custom_tool_call_input", "input"),
@@ -2328,9 +2331,8 @@ class Assembler(Attempt):
         item.shown = self.begun = True
         opening = compact(self._json(item, "in_progress"))
         self.emit("response.output_item.added", f'"output_index":{item.index},"item":{opening}')
-        if kind == "web_search_call":
-            self.emit("response.web_search_call.in_progress", item.place)
-            self.emit("response.web_search_call.searching", item.place)
+        for step in HOSTED_STEPS.get(kind, ()):
+            self.emit(f"response.{kind}.{step}", item.place)
 
     def _text(self, item: Item, fragment: Fragment, text: str) -> None:
         part, channel = item.part, fragment.channel
@@ -2400,8 +2402,8 @@ class Assembler(Attempt):
         self._close_part(item)
         if item.opened.kind in CALL_FIELD:
             self._finish_argument(item, argument)
-        if item.opened.kind == "web_search_call":
-            self.emit("response.web_search_call.completed", item.place)
+        if item.opened.kind in HOSTED_STEPS:
+            self.emit(f"response.{item.opened.kind}.completed", item.place)
         text = compact(self._json(item, status, argument))
         self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
         self.items[item.index] = text
@@ -3655,6 +3657,11 @@ class ItemDecoder:
         yield Open(slot, "reasoning")
         yield Close(slot, {"pomex_replay": replay})
 
+    def _image(self, data: str) -> Iterator[Delta]:
+        slot = self._slot()
+        yield Open(slot, "image_generation_call", fields={"result": None})
+        yield Close(slot, {"result": data})
+
     def _fail(self, error: GatewayError) -> Fail:
         self.failed = True
         return Fail(error)
@@ -4145,6 +4152,7 @@ class ChatDecoder(ItemDecoder):
         self.calls: list[ChatCall] = []
         self.by_index: dict[int, ChatCall] = {}     # the newest call of each index
         self.ids: set[str] = set()
+        self.images: set[str] = set()
         self.think = "start" if dialect.think_tags else ""      # place in <think>: start, in, after, or past
         self.twice: list[str] | None = None     # what the tags say of a thought that a field began
         self.seen: dict[str, list[str]] = {"text": [], "refusal": [], "thought": []}    # what has been said
@@ -4212,6 +4220,8 @@ class ChatDecoder(ItemDecoder):
                 yield from self._content(unseen(left, "text", part["text"]))
         if isinstance(delta.get("refusal"), str):
             yield from self._say(unseen(left, "refusal", delta["refusal"]), "refusal")
+        for image in dicts_in(delta.get("images")):         # OpenRouter's
+            yield from self._show_image(table_of(image.get("image_url")).get("url"))
         for cited in [] if snapshot and self.cited else dicts_in(delta.get("annotations")):
             yield from self._cite(cited.get("url_citation"))
         for place, call in enumerate(calls_of(delta)):
@@ -4276,6 +4286,15 @@ class ChatDecoder(ItemDecoder):
         self.seen[channel].append(text)
         yield Fragment(self.message, text, channel)
 
+    def _show_image(self, url: Any) -> Iterator[Delta]:
+        head, comma, data = str(url).partition(";base64,")
+        if comma and data not in self.images:       # the whole message may repeat it
+            self.images.add(data)
+            yield from self._leave_item()
+            yield from self._image(data)
+        elif not comma and isinstance(url, str):
+            yield from self._content(url)
+
     def _cite(self, cited: Any) -> Iterator[Delta]:
         """Where the open message has something from, by OpenAI's and OpenRouter's search models."""
         if self.message is not None and isinstance(cited, dict) and isinstance(cited.get("url"), str):
@@ -4339,9 +4358,7 @@ class ChatDecoder(ItemDecoder):
         return next(iter(named or same), None)
 
     def _open_call(self, call: ChatCall, given: JSON) -> Iterator[Delta]:
-        yield from self._leave_tags()
-        yield from self._close_texts()
-        yield from self._close_calls()
+        yield from self._leave_item()
         call.slot = self._slot()
         call_id = call.id or f"{self.prefix}{call.slot}"
         call_id = f"{call_id}_{call.slot}" if call_id in self.ids else call_id
@@ -4390,10 +4407,13 @@ class ChatDecoder(ItemDecoder):
         yield from self._close_all()
         yield self.stop
 
-    def _close_all(self) -> Iterator[Delta]:
+    def _leave_item(self, ended: bool = False) -> Iterator[Delta]:
         yield from self._leave_tags()
         yield from self._close_texts()
-        yield from self._close_calls(ended=self.stop is None or not self.stop.incomplete)
+        yield from self._close_calls(ended)
+
+    def _close_all(self) -> Iterator[Delta]:
+        yield from self._leave_item(ended=self.stop is None or not self.stop.incomplete)
 
     def _done(self) -> Iterator[Delta]:
         """[DONE], or the end of a whole answer."""
@@ -5456,7 +5476,7 @@ class GeminiContents:
         if item["role"] in ("system", "developer"):
             text = "\n\n".join(part["text"] for part in parts if "text" in part)
             parts = [{"text": LATER_SYSTEM.format(text)}] if text else []
-        self._add("model" if item["role"] == "assistant" else "user", *parts)
+        self._add("model" if item["role"] == "assistant" or "generated" in item else "user", *parts)
 
     def _reasoning(self, item: JSON) -> None:
         replay = item["pomex_replay"]
@@ -5470,11 +5490,13 @@ class GeminiContents:
             self.dropped.append("reasoning:signature")
 
     def _sign_text(self, signature: str, characters: int) -> bool:
-        """Signs the last `characters` of the text before, which were one part; none is a part of its own."""
-        if not characters:
-            self._add("model", {"text": "", "thoughtSignature": signature})
-            return True
+        """Signs the last `characters` of the text before, which were one part; none is an image, or a part of its own."""
         parts = self.out[-1]["parts"] if self.out and self.out[-1]["role"] == "model" else []
+        if not characters and not (parts and "inlineData" in parts[-1]):
+            self._add("model", {"text": ""})
+        if not characters:
+            self.out[-1]["parts"][-1]["thoughtSignature"] = signature
+            return True
         at = next((i for i in reversed(range(len(parts))) if parts[i].get("text") and len(parts[i]) == 1), None)
         if at is None:
             return False
@@ -5636,7 +5658,7 @@ class GeminiDecoder(ItemDecoder):
     # parts
 
     def _part(self, part: JSON) -> Iterator[Delta]:
-        given = part.get("thoughtSignature")
+        given, media = part.get("thoughtSignature"), table_of(part.get("inlineData"))
         text, signature = part.get("text"), given if isinstance(given, str) else ""
         if isinstance(part.get("functionCall"), dict):
             yield from self._function_call(part["functionCall"], signature)
@@ -5646,7 +5668,11 @@ class GeminiDecoder(ItemDecoder):
             yield from self._say(text, signature)
         elif part.get("toolCall") or part.get("toolResponse"):
             yield from self._server_tool(part)
-        # else code that ran at Google's, its result, pictures: there is no item for them
+        elif str(media.get("mimeType")).startswith("image/") and not part.get("thought"):
+            yield from self._close_texts()
+            yield from self._image(str(media.get("data")))
+            self.signature = {"signature": signature, "characters": 0} if signature else None
+        # else code that ran at Google's, its result, sound: there is no item for them
 
     def _say(self, text: str, signature: str) -> Iterator[Delta]:
         if text and (self.message is None or self.signature):       # a signed part takes no more text

@@ -1541,6 +1541,25 @@ def test_images_and_files_go_as_what_their_bytes_are_or_are_named(part: JSON, di
     assert (f"content:{part['type']}" in dropped) == (sent is None)
 
 
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+
+
+@pytest.mark.parametrize("chunks", [
+    [piece(content="Here"), piece(images=[PICTURE]), piece(content="!"), piece("stop")],
+    [{"choices": [{"message": {"content": "Here!", "images": [PICTURE]}, "finish_reason": "stop"}]}],
+    [piece(content="Here"), piece(images=[PICTURE]), piece(images=[PICTURE]), piece("stop", content="!")],
+])
+def test_images_of_openrouter_are_items_once(chunks: list[JSON]) -> None:
+    view = view_of(chunks, "openrouter")
+    assert [item["fields"] for item in view.items.values() if item["kind"] == "image_generation_call"] == [{"result": "iVBORw0KGgo="}]
+    assert view.text() == "Here!" and view.end() == "completed"
+
+
+def test_an_image_at_an_address_is_told_as_text() -> None:
+    view = view_of([piece("stop", images=[{"image_url": {"url": "https://a.example/x.png"}}, {"image_url": 5}, 7])])
+    assert view.text() == "https://a.example/x.png"
+
+
 def test_parameters_fit_the_vendor_behind_a_router() -> None:
     tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"$top": {"type": "integer"}}}}
     body = {"model": "x/m", "input": [user("q"), function_call("a", '{"$top":5}'), output("a")], "tools": [tool]}

@@ -328,7 +328,7 @@ def test_what_is_not_json_is_the_upstreams_error(data: str) -> None:
 
 
 STRANGE_VALUES: list[Any] = [None, 1, "s", [], {}, [[]], [None], {"a": None}, True]
-FIELDS = ["candidates", "content", "parts", "functionCall", "args", "partialArgs", "text", "thoughtSignature", "toolCall",
+FIELDS = ["candidates", "content", "parts", "functionCall", "args", "inlineData", "mimeType", "data", "text", "thoughtSignature", "toolCall",
           "groundingMetadata", "groundingChunks", "groundingSupports", "segment", "usageMetadata", "promptTokenCount",
           "promptFeedback", "finishReason", "webSearchQueries", "safetyRatings", "name", "id", "web", "groundingChunkIndices"]
 
@@ -338,7 +338,7 @@ def test_a_field_of_any_shape_gives_deltas_or_the_upstreams_error(field: str) ->
     whole: JSON = {
         "candidates": [{"content": {"parts": [
             {"text": "a", "thoughtSignature": "s"}, {"functionCall": {"name": "f", "id": "i", "args": {}}},
-            {"functionCall": {"name": "g", "willContinue": True, "partialArgs": [{"jsonPath": "$.a", "stringValue": "b"}]}},
+            {"inlineData": {"mimeType": "image/png", "data": "AAAA"}},
             {"toolCall": {"toolType": "GOOGLE_SEARCH_WEB", "args": {}}}, {"text": "b"}]},
             "finishReason": "SAFETY", "safetyRatings": [],
             "groundingMetadata": {"webSearchQueries": ["q"], "groundingChunks": [{"web": {"uri": "u"}}], "groundingSupports": [
@@ -425,6 +425,16 @@ def test_an_empty_end_before_the_answer_is_none_and_counts_left_out_stay() -> No
     assert view.text() == "ab" and view.usage == pomex.Usage(1000, 600, 0, 50)
 
 
+def test_images_are_items_and_go_back_signed_as_the_models_own() -> None:
+    call = pomex.gemini_call(job_of({"model": "google/x", "input": "q", "stream": True}))
+    image = {"inlineData": {"mimeType": "image/png", "data": PIXEL}, "thoughtSignature": "SIG"}
+    draft = {"inlineData": {"mimeType": "image/png", "data": "AAAA"}, "thought": True}
+    answer = answer_of(call, [chunk({"text": "Here"}), chunk(draft), chunk(image), chunk({"text": "!"}, {"inlineData": {"mimeType": "audio/wav", "data": "AA"}}, reason="STOP")])
+    assert [item["type"] for item in answer["output"]] == ["message", "image_generation_call", "reasoning", "message"]
+    assert (answer["output"][1]["status"], answer["output"][1]["result"]) == ("completed", PIXEL)
+    again = pomex.gemini_call(job_of({"model": "google/x", "input": [user("q"), *answer["output"], user("blue")]}))
+    assert not again.dropped
+    assert json.loads(again.body)["contents"][1] == {"role": "model", "parts": [{"text": "Here"}, image, {"text": "!"}]}
 
 
 NAMESPACE = {"type": "namespace", "name": "mcp__x", "tools": [{"type": "function", "name": "look", "parameters": {"type": "object"}}]}

@@ -1102,6 +1102,16 @@ def test_an_item_of_theirs_with_a_number_that_is_no_json_is_the_upstreams_error(
         told([pomex.Whole({"type": "tool_search_call", "call_id": "c", "arguments": {"a": float("nan")}}), Stop()])
 
 
+def test_an_image_is_an_item_with_the_events_that_clients_know():
+    raw, attempt = told([Open(0, "image_generation_call", fields={"result": None}), Close(0, {"result": "AAAA"}), Stop()])
+    kinds = [event["type"] for event in streams.events(raw)][2:-1]
+    assert kinds == ["response.output_item.added", "response.image_generation_call.in_progress",
+                     "response.image_generation_call.generating", "response.image_generation_call.completed", "response.output_item.done"]
+    (item,) = json.loads(attempt.output())
+    assert item == {"id": "ig_1_0", "type": "image_generation_call", "status": "completed", "result": "AAAA"}
+    assert raw.count(b"AAAA") == 2                  # in `done` and at the end, not in `added`
+
+
 def test_a_filters_explanation_is_not_fooled_by_arguments():
     _, attempt = told([Open(0, "tool_search_call", "c", "s"), Fragment(0, '{"type":"message"}', "arguments"), Close(0),
                        Stop("content_filter", explanation="why")])

@@ -4151,6 +4151,7 @@ class ChatDecoder(ItemDecoder):
         self.thought: Thought | None = None
         self.calls: list[ChatCall] = []
         self.by_index: dict[int, ChatCall] = {}     # the newest call of each index
+        self.by_id: dict[str, ChatCall] = {}
         self.ids: set[str] = set()
         self.images: set[str] = set()
         self.think = "start" if dialect.think_tags else ""      # place in <think>: start, in, after, or past
@@ -4230,8 +4231,13 @@ class ChatDecoder(ItemDecoder):
     # text and thoughts
 
     def _reason(self, thought: str, details: list[JSON]) -> Iterator[Delta]:
+        if thought and self.think == "in" and self.twice is None:
+            if any(map(str.strip, self.seen["thought"])):
+                thought = ""                    # the tags say it
+            else:
+                self.twice = []
         if thought or details:
-            yield from self._think("" if self.think == "in" and self.twice is None else thought, details)
+            yield from self._think(thought, details)
 
     def _content(self, text: str) -> Iterator[Delta]:
         """Content, which may begin with a thought in tags."""
@@ -4270,9 +4276,8 @@ class ChatDecoder(ItemDecoder):
             yield from self._say("".join((THINK, *self.twice, held)))
 
     def _is_double(self) -> bool:
-        """Do the tags say what the field has said?"""
-        tags = "".join(self.twice or ()).strip()
-        return tags != "" and tags in "".join(self.seen["thought"])
+        """Do the tags say nothing but what the field has said?"""
+        return "".join(self.twice or ()).strip() in "".join(self.seen["thought"])
 
     def _say(self, text: str, channel: Channel = "text") -> Iterator[Delta]:
         if not text:
@@ -4338,6 +4343,8 @@ class ChatDecoder(ItemDecoder):
         if isinstance(index, int):
             self.by_index[index] = call
         call.id, call.name = call.id or call_id, call.name or name
+        if call.id:
+            self.by_id[call.id] = call
         if call.closed:                         # some servers repeat the whole call when it is done
             return
         if not arguments:
@@ -4353,9 +4360,8 @@ class ChatDecoder(ItemDecoder):
     def _repeated(self, place: int, given: JSON) -> ChatCall | None:
         """The call that one in a snapshot repeats: that of its id, else the one at its place, if it is the same so far."""
         name, arguments = call_texts(given)
-        named = [call for call in self.calls if call.id and call.id == given.get("id")]
         same = [call for call in self.calls[place:place + 1] if call.name == name and call.is_repeated_by(arguments)]
-        return next(iter(named or same), None)
+        return self.by_id.get(str(given.get("id") or "")) or next(iter(same), None)
 
     def _open_call(self, call: ChatCall, given: JSON) -> Iterator[Delta]:
         yield from self._leave_item()
@@ -4374,7 +4380,7 @@ class ChatDecoder(ItemDecoder):
         if isinstance(index, int):
             return self.by_index.get(index)
         if call_id:
-            return next((call for call in reversed(self.calls) if call.id == call_id), None)
+            return self.by_id.get(call_id)
         return self.calls[-1] if self.calls else None
 
     def _close_calls(self, ended: bool = False) -> Iterator[Delta]:

@@ -592,6 +592,12 @@ SNAPSHOTS: dict[str, tuple[list[Any], str, str, list[tuple[str, str, str]]]] = {
         "r",
         [],
     ),
+    "a tag, and a field in its place": (
+        [piece(content="<think>\n"), piece(reasoning="r"), piece(content="</think>a"), STOPPED],
+        "a",
+        "\nr",
+        [],
+    ),
     "a field, then tags": ([piece(reasoning="r"), piece(content="<think>\nr\n</think>a"), STOPPED], "a", "r", []),
     "a field, then tags with another thought": (
         [piece(reasoning="r"), piece(content="<think>other</think>a"), STOPPED],
@@ -745,8 +751,8 @@ STREAM_QUIRKS: dict[str, tuple[list[Any], list[str], str, str]] = {
     "half a tag at the end": ([piece(content="<th"), STOPPED], ["message"], "<th", "completed"),
     "a tag after a reasoning field": (
         [piece(reasoning="r"), piece(content="<think>"), STOPPED],
-        ["reasoning", "message"],
-        "<think>",
+        ["reasoning"],
+        "",
         "completed",
     ),
     "chunks after the finish": (

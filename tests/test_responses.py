@@ -1091,7 +1091,7 @@ def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
         raw, attempt = relayed([b"".join(numbered([*BEGIN, *stream]))])
         assert attempt.status == "failed" and [item["type"] for item in streams.check(raw)["output"]] == ["message"]
     for streamed in (True, False):
-        attempt = pomex.Relay(answer(stream=streamed), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])).whole)
+        attempt = pomex.Relay(answer(stream=streamed), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
         attempt.whole(json.dumps(response("completed", output=[bad], usage=GOOD_USAGE)).encode())
         attempt.finish()
         assert json.loads(attempt.body(1))["status"] == "failed"

@@ -202,55 +202,14 @@ class ConfigError(Exception):
     """A configuration that cannot be used; the message names file, line or key path, and what would do."""
 
 
-# === 2. the waist =================================================================================
+# === 2. stream events =============================================================================
 #
-# All that a provider can say to the Responses stream. A decoder yields these and nothing else: it never
-# numbers, never ends, never counts time. `slot` is the decoder's own number of an item, unique in a stream.
+# All that a provider can say to the client's stream: the calls of a Sink. A decoder makes these calls and nothing else: it
+# never numbers, never ends a stream, never counts time.
 
 Kind: TypeAlias = Literal["message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
                           "local_shell_call", "web_search_call", "image_generation_call"]
 Channel: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", "input"]
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """An output item begins. What has a default is for calls only, but for `fields`."""
-    slot: int
-    kind: Kind
-    call_id: str = ""
-    name: str = ""
-    namespace: str = ""
-    fields: JSON = field(default_factory=dict)      # more of the item's own fields, e.g. {"phase": "commentary"}
-    fitted: Mapping[str, str] = field(default_factory=dict)     # parameters by the client's name -> by the provider's
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """More text of an open item. Which text: message `text`/`refusal`, reasoning `summary`/`raw`, call `arguments`
-    (JSON text), custom call `input` (raw text)."""
-    slot: int
-    text: str
-    channel: Channel = "text"
-    part: int = 0           # summary or content part; a higher one than before closes that before
-
-
-@dataclass(frozen=True, slots=True)
-class Annotation:
-    slot: int
-    annotation: JSON
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """The item is whole. `fields` complete the item: encrypted_content, action, status ..."""
-    slot: int
-    fields: JSON = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """An item of a kind that the assembler does not build, passed on as it is."""
-    item: JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,13 +261,32 @@ class Stop:
     explanation: str = ""   # why a content filter stopped it, for the user
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """An error that the upstream reported inside its stream: it wins over any evidence of an end."""
-    error: GatewayError
+class Sink(Protocol):
+    """What a decoder calls. An item has a key that is unique in the stream, or None: of those only one is open, and it ends
+    when any other item begins.
 
-
-Delta: TypeAlias = Open | Fragment | Annotation | Close | Whole | Usage | Stop | Fail
+    >>> sink.reasoning("Hm."); sink.text("Hello"); sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
+    """
+    def text(self, text: str, channel: Channel = "text") -> None:
+        """More of the message without a key, which begins with its first visible character."""
+    def reasoning(self, text: str) -> None:
+        """More of the summary of the reasoning item without a key; "" only begins it."""
+    def open(self, key: Any, kind: Kind, **fields: Any) -> None:
+        """An item begins, with these of its own fields."""
+    def call(self, key: Any, call_id: str, tool: Tool) -> None:
+        """A tool call begins."""
+    def add(self, key: Any, text: str, channel: Channel, part: int = 0) -> None:
+        """More of an item: a message's text or refusal, a reasoning item's summary or raw text, a call's arguments (JSON
+        text), a custom call's input (raw text). A higher part than before begins another summary or content part."""
+    def annotate(self, annotation: JSON, key: Any = None) -> None: ...
+    def done(self, key: Any = None, **fields: Any) -> None:
+        """The item is whole; `fields` complete it: encrypted_content, action, status ... Nothing where it is not open."""
+    def item(self, item: JSON) -> None:
+        """An item of a kind that is not built here, passed on as it is."""
+    def set_usage(self, usage: Usage) -> None: ...
+    def set_stop(self, stop: Stop) -> None: ...
+    def fail(self, error: GatewayError) -> None:
+        """An error that the upstream reported inside its stream: it wins over any evidence of an end."""
 
 
 # === 3. HTTP/1.1 ==================================================================================
@@ -1518,10 +1496,9 @@ class ToolBook:
         bare = collections.Counter(tool.name for tool in self.by_flat.values())
         self.by_bare = {tool.name: tool for tool in self.by_flat.values() if bare[tool.name] == 1}
 
-    def open(self, slot: int, call_id: str, flat: str) -> Open:
-        """The item that a call of `flat` opens."""
-        tool = self.find(flat) or Tool("function_call", flat, "")
-        return Open(slot, tool.kind, call_id, tool.name, tool.namespace, fitted=tool.fitted)
+    def tool(self, flat: str) -> Tool:
+        """The tool that a call of `flat` is for; a function of that name where none is offered."""
+        return self.find(flat) or Tool("function_call", flat, "")
 
     def find(self, flat: str) -> Tool | None:
         """The tool that a model means: a bare name that only one namespace has is understood too."""
@@ -2209,20 +2186,23 @@ class Part:
 @dataclass(slots=True)
 class Item:
     """An output item that is being built."""
-    id: str
-    index: int
-    opened: Open
-    place: str                                      # `"item_id":..,"output_index":..`
+    kind: Kind
+    fields: JSON                                    # the item's own, e.g. {"phase": "commentary"}
+    call_id: str = ""
+    tool: Tool | None = None                        # of a call
+    unwrapper: Unwrapper | None = None
+    id: str = ""
+    index: int = -1
+    place: str = ""                                 # `"item_id":..,"output_index":..`
     parts: list[Part] = field(default_factory=list)     # finished ones
     part: Part | None = None                            # the open one
     argument: list[str] = field(default_factory=list)   # a call's arguments or input
     scanned: int = 0                                # of its pieces so many were looked through for their strings,
     state: str = ""                                 # and there they stand: see escaped_controls
-    unwrapper: Unwrapper | None = None
     held: str = ""                                  # half a surrogate pair
     blanks: list[str] = field(default_factory=list)     # the white space that a message began with
     shown: bool = False                             # output_item.added has been given
-    closing: Close | None = None                    # the provider called it whole
+    done: bool = False                              # the provider called it whole
 
     def sent(self) -> str:
         """What the deltas of a call have shown."""
@@ -2230,31 +2210,98 @@ class Item:
 
 
 class Assembler(Attempt):
-    """Deltas in, Responses events out: every event numbered, every item whole, in order and once."""
+    """The Sink whose events are those of Responses: every event numbered, every item whole, in order and once."""
 
     def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str]) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
-        self.open: dict[int, Item] = {}             # by slot
+        self.unfinished: dict[Any, Item] = {}       # by key
         self.next_index = 0
 
-    def add(self, delta: Delta) -> None:
-        """Takes one delta. A fragment of an item that is not open is the upstream's error, and raises UpstreamError."""
-        self.HANDLERS[type(delta)](self, delta)
+    # what a decoder calls
 
-    # one method a delta
+    def text(self, text: str, channel: Channel = "text") -> None:
+        item = self.unfinished.get(None)
+        if item is None or item.kind != "message":
+            item = self._begin(None, Item("message", {}))
+        self._add(item, text, channel, 0)
 
-    def _open(self, opened: Open) -> None:
-        item = Item("", -1, opened, "")
-        self.open[opened.slot] = item
-        if opened.kind == "custom_tool_call" or opened.fitted:
-            item.unwrapper = Unwrapper(opened.fitted)
-        if opened.kind != "message":            # a message shows itself with its first visible character
+    def reasoning(self, text: str) -> None:
+        item = self.unfinished.get(None)
+        if item is None or item.kind != "reasoning":
+            item = self._begin(None, Item("reasoning", {}))
+        self._add(item, text, "summary", 0)
+
+    def open(self, key: Any, kind: Kind, **fields: Any) -> None:
+        self._begin(key, Item(kind, fields))
+
+    def call(self, key: Any, call_id: str, tool: Tool) -> None:
+        wrapped = tool.kind == "custom_tool_call" or tool.fitted
+        self._begin(key, Item(tool.kind, {}, call_id, tool, Unwrapper(tool.fitted) if wrapped else None))
+
+    def add(self, key: Any, text: str, channel: Channel, part: int = 0) -> None:
+        if key not in self.unfinished:
+            raise UpstreamError(f"The provider sent a piece of item {key}, which is not open.")
+        self._add(self.unfinished[key], text, channel, part)
+
+    def annotate(self, annotation: JSON, key: Any = None) -> None:
+        item = self.unfinished.get(key)
+        if item is None or item.part is None or item.part.channel != "text":
+            return
+        item.part.annotations.append(annotation)
+        self.emit("response.output_text.annotation.added",
+                  f'{item.place},"content_index":{item.part.index},"annotation_index":{len(item.part.annotations) - 1},'
+                  f'"annotation":{compact(annotation)}')
+
+    def done(self, key: Any = None, **fields: Any) -> None:
+        item = self.unfinished.get(key)
+        if item is None:
+            return
+        if not item.shown:                          # nothing but white space: no item
+            del self.unfinished[key]
+            return
+        item.done = True
+        if replay := fields.pop("pomex_replay", None):
+            fields["encrypted_content"] = self.seal(replay)
+        item.fields |= fields
+        self._complete(key, item)
+
+    def item(self, item: JSON) -> None:
+        self.done()
+        index, self.next_index = self.next_index, self.next_index + 1
+        if not item.get("id"):
+            item = {**item, "id": self._mint(ID_PREFIX.get(item.get("type", ""), "item_"), index)}
+        self.begun = True
+        text = compact(item)
+        if json_dict(text) is None:
+            raise UpstreamError("The provider sent an item with a number that is not JSON.")
+        self.emit("response.output_item.added", f'"output_index":{index},"item":{text}')
+        self.emit("response.output_item.done", f'"output_index":{index},"item":{text}')
+        self.items[index] = text
+
+    def set_usage(self, usage: Usage) -> None:
+        if usage.input or usage.output or not self.usage or self.usage.estimated:
+            self.usage = usage
+
+    def set_stop(self, stop: Stop) -> None:
+        self.last = self.last or stop.last
+        if self.stop is None or stop.incomplete:
+            self.stop = stop
+
+    def fail(self, error: GatewayError) -> None:
+        self.error = error
+        self.last = True
+
+    # items
+
+    def _begin(self, key: Any, item: Item) -> Item:
+        self.done()
+        self.unfinished[key] = item
+        if item.kind != "message":              # a message shows itself with its first visible character
             self._show(item)
+        return item
 
-    def _fragment(self, fragment: Fragment) -> None:
-        item = self._item(fragment.slot)
-        text = fragment.text
+    def _add(self, item: Item, text: str, channel: Channel, source: int) -> None:
         if item.held or not text.isascii():
             text, item.held = whole_characters(item.held + text)
         if not text:
@@ -2266,65 +2313,25 @@ class Assembler(Attempt):
             text = "".join(item.blanks)
             self._show(item)
         self.written += len(text)
-        if fragment.channel in PARTS:
-            self._text(item, fragment, text)
-        else:
-            self._argue(item, fragment.channel, text)
-
-    def _close(self, close: Close) -> None:
-        item = self._item(close.slot)
-        item.closing = close
-        if not item.shown:                          # nothing but white space: no item
-            del self.open[close.slot]
-        else:
-            self._complete(close.slot, item)
-
-    def _annotate(self, delta: Annotation) -> None:
-        item = self._item(delta.slot)
-        if item.part is None or item.part.channel != "text":
+        if channel not in PARTS:
+            self._argue(item, channel, text)
             return
-        item.part.annotations.append(delta.annotation)
-        self.emit("response.output_text.annotation.added",
-                  f'{item.place},"content_index":{item.part.index},"annotation_index":{len(item.part.annotations) - 1},'
-                  f'"annotation":{compact(delta.annotation)}')
+        if channel == "refusal" and self.answer.manners.refusal_is_text:
+            channel = "text"
+        part = item.part
+        if part is None or part.channel != channel or part.source < source:
+            part = self._open_part(item, channel, source)
+        self._say(part, text)
 
-    def _whole(self, delta: Whole) -> None:
-        index, self.next_index = self.next_index, self.next_index + 1
-        prefix = ID_PREFIX.get(delta.item.get("type", ""), "item_")
-        item = delta.item if delta.item.get("id") else {**delta.item, "id": self._mint(prefix, index)}
-        self.begun = True
-        text = compact(item)
-        if json_dict(text) is None:
-            raise UpstreamError("The provider sent an item with a number that is not JSON.")
-        self.emit("response.output_item.added", f'"output_index":{index},"item":{text}')
-        self.emit("response.output_item.done", f'"output_index":{index},"item":{text}')
-        self.items[index] = text
-
-    def _usage(self, usage: Usage) -> None:
-        if usage.input or usage.output or not self.usage or self.usage.estimated:
-            self.usage = usage
-
-    def _stop(self, stop: Stop) -> None:
-        self.last = self.last or stop.last
-        if self.stop is None or stop.incomplete:
-            self.stop = stop
-
-    def _fail(self, fail: Fail) -> None:
-        self.error = fail.error
-        self.last = True
-
-    # items
-
-    def _item(self, slot: int) -> Item:
-        if slot not in self.open:
-            raise UpstreamError(f"The provider sent a piece of item {slot}, which is not open.")
-        return self.open[slot]
+    def _say(self, part: Part, text: str) -> None:
+        part.text.append(text)
+        self.emit(part.delta, f"{part.delta_head}{quote(text)}{part.delta_tail}")
 
     def _mint(self, prefix: str, index: int) -> str:
         return f"{prefix}{self.answer.id.removeprefix('resp_')}_{index}"
 
     def _show(self, item: Item) -> None:
-        kind = item.opened.kind
+        kind = item.kind
         item.index, self.next_index = self.next_index, self.next_index + 1
         item.id = self._mint(ID_PREFIX[kind], item.index)
         item.place = f'"item_id":{quote(item.id)},"output_index":{item.index}'
@@ -2333,18 +2340,6 @@ class Assembler(Attempt):
         self.emit("response.output_item.added", f'"output_index":{item.index},"item":{opening}')
         for step in HOSTED_STEPS.get(kind, ()):
             self.emit(f"response.{kind}.{step}", item.place)
-
-    def _text(self, item: Item, fragment: Fragment, text: str) -> None:
-        part, channel = item.part, fragment.channel
-        if channel == "refusal" and self.answer.manners.refusal_is_text:
-            channel = "text"
-        if part is None or part.channel != channel or part.source < fragment.part:
-            part = self._open_part(item, channel, fragment.part)
-        self._say(part, text)
-
-    def _say(self, part: Part, text: str) -> None:
-        part.text.append(text)
-        self.emit(part.delta, f"{part.delta_head}{quote(text)}{part.delta_tail}")
 
     def _open_part(self, item: Item, channel: str, source: int = 0) -> Part:
         self._close_part(item)
@@ -2367,7 +2362,7 @@ class Assembler(Attempt):
         item.part = None
 
     def _argue(self, item: Item, channel: str, text: str) -> None:
-        if item.opened.kind == "function_call" and CONTROL.search(text):
+        if item.kind == "function_call" and CONTROL.search(text):
             _, state = escaped_controls("".join(item.argument[item.scanned:]), item.state)
             text, item.state = escaped_controls(text, state)
             item.scanned = len(item.argument) + 1
@@ -2376,8 +2371,8 @@ class Assembler(Attempt):
             text = item.unwrapper.feed(text)
         elif item.unwrapper is not None:
             item.unwrapper = None                   # the provider sends raw input: nothing is wrapped
-        if text and item.opened.kind in CALL_FIELD:
-            family, _ = CALL_FIELD[item.opened.kind]
+        if text and item.kind in CALL_FIELD:
+            family, _ = CALL_FIELD[item.kind]
             self.emit(f"{family}.delta", f'{item.place},"delta":{quote(text)}')
 
     def _argument(self, item: Item) -> str | None:
@@ -2385,66 +2380,62 @@ class Assembler(Attempt):
         raw = "".join(item.argument)
         if item.unwrapper is not None:
             return item.unwrapper.finish(raw)
-        if item.opened.kind == "custom_tool_call":
+        if item.kind == "custom_tool_call":
             return raw
         if not raw.strip():                         # a tool without arguments; a placeholder is not JSON
-            return raw + "{}" if item.closing else None
+            return raw + "{}" if item.done else None
         return raw if json_dict(raw) is not None else None
 
-    def _complete(self, slot: int, item: Item) -> None:
+    def _complete(self, key: Any, item: Item) -> None:
         """Finishes the item, unless it is a call whose arguments are cut."""
-        argument = self._argument(item) if item.opened.call_id else ""
+        argument = self._argument(item) if item.tool else ""
         if argument is not None:
-            self._finish_item(slot, item, "completed", argument)
+            self._finish_item(key, item, "completed", argument)
 
-    def _finish_item(self, slot: int, item: Item, status: str, argument: str) -> None:
-        del self.open[slot]
+    def _finish_item(self, key: Any, item: Item, status: str, argument: str) -> None:
+        del self.unfinished[key]
         self._close_part(item)
-        if item.opened.kind in CALL_FIELD:
-            self._finish_argument(item, argument)
-        if item.opened.kind in HOSTED_STEPS:
-            self.emit(f"response.{item.opened.kind}.completed", item.place)
+        if item.tool and item.kind in CALL_FIELD:
+            self._finish_argument(item, item.tool.name, argument)
+        if item.kind in HOSTED_STEPS:
+            self.emit(f"response.{item.kind}.completed", item.place)
         text = compact(self._json(item, status, argument))
         self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
         self.items[item.index] = text
 
-    def _finish_argument(self, item: Item, argument: str) -> None:
-        family, name = CALL_FIELD[item.opened.kind]
+    def _finish_argument(self, item: Item, tool_name: str, argument: str) -> None:
+        family, name = CALL_FIELD[item.kind]
         rest = argument.removeprefix(item.sent())   # what could not be shown as it came: a fence, no arguments at all
         if rest:
             self.emit(f"{family}.delta", f'{item.place},"delta":{quote(rest)}')
-        extra = f',"name":{quote(item.opened.name)}' if name == "arguments" else ""
+        extra = f',"name":{quote(tool_name)}' if name == "arguments" else ""
         self.emit(f"{family}.done", f'{item.place},"{name}":{quote(argument)}{extra}')
 
     def _json(self, item: Item, status: str, argument: str = "") -> JSON:
-        opened = item.opened
-        whole: JSON = {"id": item.id, "type": opened.kind, "status": status, **opened.fields}
+        whole: JSON = {"id": item.id, "type": item.kind, "status": status}
         parts = [part.as_json() for part in item.parts if PARTS[part.channel].at == "content_index"]
-        if opened.kind == "message":
-            return {**whole, "role": "assistant", "content": parts}
-        if opened.kind == "reasoning":
+        if item.kind == "message":
+            whole |= {"role": "assistant", "content": parts}
+        elif item.kind == "reasoning":
             whole["summary"] = [part.as_json() for part in item.parts if part.channel == "summary"]
             if parts:
                 whole["content"] = parts
-        if opened.call_id:
-            whole["call_id"] = opened.call_id
-            whole.update(call_fields(opened, argument))
-        for name, value in (item.closing.fields if item.closing else {}).items():
-            whole.update({"encrypted_content": self.seal(value)} if name == "pomex_replay" else {name: value})
-        return whole
+        elif item.tool:
+            whole |= {"call_id": item.call_id, **call_fields(item.tool, argument)}
+        return whole | item.fields
 
     # the end
 
     def settle_items(self) -> None:
         finished = self.error is None and self.stop is not None
         cut = finished and bool(self.stop and self.stop.incomplete)
-        for slot, item in list(self.open.items()):
+        for key, item in list(self.unfinished.items()):
             if not item.shown:
-                del self.open[slot]
+                del self.unfinished[key]
             elif finished and (not cut or json_dict("".join(item.argument)) is not None):
-                self._complete(slot, item)
-        if finished and not cut and self.open:
-            names = ", ".join(item.opened.name for item in self.open.values())
+                self._complete(key, item)
+        if finished and not cut and self.unfinished:
+            names = ", ".join(item.tool.name for item in self.unfinished.values() if item.tool)
             self.error = UpstreamError(f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
         self._explain()
         self._show_halves()
@@ -2455,46 +2446,40 @@ class Assembler(Attempt):
             return
         text, channel = "", "text"
         if self.stop.incomplete == "content_filter":
-            if not self.silent() or any(item.opened.kind == "message" for item in self.open.values()):
+            if not self.silent() or any(item.kind == "message" for item in self.unfinished.values()):
                 return
             text = self.stop.explanation or FILTERED
             channel = "text" if self.answer.manners.refusal_is_text else "refusal"
-        elif self.stop.incomplete or self.items or self.open:
+        elif self.stop.incomplete or self.items or self.unfinished:
             return
-        item = self.open[-1] = Item("", -1, Open(-1, "message"), "")
+        item = self._begin(None, Item("message", {}))
         self._show(item)
         part = self._open_part(item, channel)
         if text:
             self._say(part, text)
-        self._finish_item(-1, item, "completed", "")
+        self.done()
 
     def _show_halves(self) -> None:
         """Unfinished items: a client that runs what is done must not see half a call; text is worth keeping."""
-        for slot, item in list(self.open.items()):
-            if item.opened.call_id and (self.error is not None or self.answer.manners.cut_is_completed):
+        for key, item in list(self.unfinished.items()):
+            if item.tool and (self.error is not None or self.answer.manners.cut_is_completed):
                 continue
             if self.error is not None and self.answer.manners.failure_in_stream:
                 continue                            # Codex asks again: half a message would stay in its history
             status = "completed" if self.answer.manners.cut_is_completed else "incomplete"
-            self._finish_item(slot, item, status, item.sent())
-
-    # functions, not bound methods: a table of those in each object would be a cycle, and keep it until a collection
-    HANDLERS: ClassVar[dict[type, Callable[[Assembler, Any], None]]] = {
-        Fragment: _fragment, Open: _open, Close: _close, Annotation: _annotate,
-        Whole: _whole, Usage: _usage, Stop: _stop, Fail: _fail}
+            self._finish_item(key, item, status, item.sent())
 
 
-def call_fields(opened: Open, argument: str) -> JSON:
+def call_fields(tool: Tool, argument: str) -> JSON:
     """A call's own fields, by its kind."""
-    if opened.kind == "tool_search_call":
+    if tool.kind == "tool_search_call":
         return {"execution": "client", "arguments": json_dict(argument) or {}}
-    if opened.kind == "local_shell_call":
+    if tool.kind == "local_shell_call":
         known = {k: v for k, v in (json_dict(argument) or {}).items()
                  if k in ("command", "timeout_ms", "working_directory", "user")}
         return {"action": {"type": "exec", "command": [], "env": {}, **known}}
-    _, name = CALL_FIELD[opened.kind]
-    fields: JSON = {"name": opened.name, name: argument}
-    return {**fields, "namespace": opened.namespace} if opened.namespace else fields
+    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind][1]: argument}
+    return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
 # --- 5.8 the items of a Responses upstream --------------------------------------------------------
@@ -2722,6 +2707,18 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
 
 
+class Unheard:
+    """A Sink that keeps nothing but the end."""
+    ended: Stop | None = None
+
+    def set_stop(self, stop: Stop) -> None:
+        self.ended = stop
+
+    def ignore(self, *_: Any, **__: Any) -> None:
+        pass
+    text = reasoning = open = call = add = annotate = done = item = set_usage = fail = ignore
+
+
 class Relay(Attempt):
     """Frames of a Responses upstream, unread but for those that carry the response object, an item or a whole text.
 
@@ -2741,6 +2738,7 @@ class Relay(Attempt):
         self.seal = seal
         self.failure = failure                      # what an error object of the upstream's stands for
         self.decoder = decoder                      # a ResponsesDecoder: it reads along what is not passed unread
+        self.decoder.sink = self.unheard = Unheard()
         self.buffer = bytearray()                   # the beginning of a frame that has not come whole
         self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
         self.open = [0, 0]                          # so many other items and calls are open
@@ -2842,12 +2840,12 @@ class Relay(Attempt):
 
     def _added(self, event: JSON, frame: bytes) -> None:
         if isinstance(event.get("item"), dict):
-            list(self.decoder.read(event))
+            self.decoder.read(event)
             self._count(event["item"], 1)
         self._pass(self._sealed(event, frame))
 
     def _text_done(self, event: JSON, frame: bytes) -> None:
-        list(self.decoder.read(event))
+        self.decoder.read(event)
         self._pass(frame)
 
     def _done(self, event: JSON, frame: bytes) -> None:
@@ -2861,7 +2859,7 @@ class Relay(Attempt):
         if known.kind == "call" and not has_content(item):
             self._recall()
         self._count(item, -1)
-        list(self.decoder.finish(known, item))
+        self.decoder.finish(known, item)
         if known.closed:
             self._accept(known, event, frame)
 
@@ -2876,7 +2874,7 @@ class Relay(Attempt):
         for block in b"".join(self.kept).split(b"\n\n"):
             event = parse_block(block.decode("utf-8", "replace")) if b".delta" in block else None
             if event:
-                list(self.decoder.feed(event.data))
+                self.decoder.feed(event.data)
         self.kept.clear()
 
     def _accept(self, known: UpstreamItem, event: JSON, frame: bytes = b"", new: bool = False) -> None:
@@ -2925,7 +2923,7 @@ class Relay(Attempt):
         response = event.get("response") or {}
         streamed = len(self.decoder.items.all)
         self._recall()
-        list(self.decoder.read(event))
+        self.decoder.read(event)
         self._release(streamed)
         self._end(end_of(event["type"].removeprefix("response."), response), response)
 
@@ -2955,10 +2953,12 @@ class Relay(Attempt):
                 raise ValueError("no answer")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider's answer is not a response object.") from None
-        deltas = [*self.decoder.whole({**response, "output": dicts_in(response.get("output"))})]
+        given = {**response, "output": dicts_in(response.get("output"))}
         if self.answer.request.stream:
-            self._say(*deltas)
+            with self._voice() as self.decoder.sink:
+                self.decoder.whole(given)
         else:
+            self.decoder.whole(given)
             self._release(0)
         self._end(status, response)
         self.begun = self.begun or bool(response.get("output"))
@@ -2970,9 +2970,9 @@ class Relay(Attempt):
             self.feed(b"\n\n")
         elif is_torn(self.buffer):
             return                      # its last event may have said anything
-        for delta in self.decoder.end() if self.stop is None else ():
-            if isinstance(delta, Stop):
-                self.stop = delta
+        if self.stop is None:
+            self.decoder.end()
+            self.stop = self.unheard.ended
         self._release(len(self.decoder.items.all))
 
     def settle_items(self) -> None:
@@ -2982,14 +2982,16 @@ class Relay(Attempt):
             for slot, (event, frame) in self.halves.items():
                 self._accept(self.decoder.items.all[slot], event, frame)
         elif self.stop.incomplete == "content_filter" and self.silent():
-            self._say(Open(0, "message"), Fragment(0, FILTERED), Close(0))
+            with self._voice() as voice:
+                voice.text(FILTERED)
+                voice.done()
 
-    def _say(self, *deltas: Delta) -> None:
-        """Items in frames of ours."""
+    @contextlib.contextmanager
+    def _voice(self) -> Iterator[Assembler]:
+        """A sink for items in frames of ours."""
         voice = Assembler(self.answer, 0, self.seal)
         voice.next_index = max(self.items, default=-1) + 1
-        for delta in deltas:
-            voice.add(delta)
+        yield voice
         voice.finish()
         self.begun = True
         self.out.append(voice.take())
@@ -3434,72 +3436,73 @@ def responses_error(error: Any) -> GatewayError:
 class ResponsesDecoder:
     """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: what one of them
     has is taken once."""
+    sink: Sink
 
     def __init__(self, book: ToolBook) -> None:
         self.book = book
         self.items = UpstreamItems()
         self.ended = False
 
-    def feed(self, data: str) -> Iterator[Delta]:
-        """The deltas of one event. Unknown events say nothing; UpstreamError where it is not JSON, or no event."""
+    def feed(self, data: str) -> None:
+        """One event's data. Unknown events say nothing; UpstreamError where it is not JSON, or no event."""
         if data.strip() == "[DONE]":
             return
         try:
-            yield from self.read(json.loads(data))
+            self.read(json.loads(data))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
-    def read(self, event: JSON) -> Iterator[Delta]:
+    def read(self, event: JSON) -> None:
         kind = event_type(event)
         if kind in self.HANDLERS:
-            yield from self.HANDLERS[kind](self, event)
+            self.HANDLERS[kind](self, event)
 
-    def whole(self, body: JSON) -> Iterator[Delta]:
+    def whole(self, body: JSON) -> None:
         """An answer that was not streamed: the last event of one that was."""
         if not isinstance(body.get("output"), list) and not body.get("error"):
             raise UpstreamError("The provider's answer is not a response object.")
         status = body.get("status")
         kind = status if status in ("incomplete", "failed") else "failed" if body.get("error") else "completed"
-        yield from self.feed(compact({"type": f"response.{kind}", "response": body}))
+        self.feed(compact({"type": f"response.{kind}", "response": body}))
 
-    def end(self) -> Iterator[Delta]:
+    def end(self) -> None:
         stop = self.items.stop()
         if stop is not None and not self.ended:
-            yield from self._last([], stop)
+            self._last([], stop)
 
-    def _added(self, event: JSON) -> Iterator[Delta]:
+    def _added(self, event: JSON) -> None:
         item = event.get("item") or {}
         known = self.items.take(event, item, opens=True)
         if known.kind != "call" or item.get("name"):
-            yield from self._open(known, item)
+            self._open(known, item)
 
-    def _open(self, known: UpstreamItem, item: JSON) -> Iterator[Delta]:
+    def _open(self, known: UpstreamItem, item: JSON) -> None:
         if known.shown:
             return
         known.shown = True                              # others stay open till their own `done`: it may bring more
         kind, slot = item.get("type"), known.slot
         call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
         if kind == "function_call" and not space:
-            yield self.book.open(slot, call_id or f"call_{slot}", name)
+            self.sink.call(slot, call_id or f"call_{slot}", self.book.tool(name))
         elif kind == "function_call" or kind == "custom_tool_call":
-            yield Open(slot, kind, call_id or f"call_{slot}", name, space)
+            self.sink.call(slot, call_id or f"call_{slot}", Tool(kind, name, space))
         elif kind == "message" or kind == "reasoning":
-            yield Open(slot, kind, fields={"phase": item["phase"]} if item.get("phase") else {})
+            self.sink.open(slot, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
         for part in known.texts:
-            yield from self._say(known, part, "")
+            self._say(known, part, "")
 
-    def _delta(self, event: JSON) -> Iterator[Delta]:
+    def _delta(self, event: JSON) -> None:
         channel, number, kind, _ = TEXT_EVENTS[event["type"][:-6]]
         text = event.get("delta")
         if isinstance(text, str) and text:
             known = self.items.of_text(event, kind)
             if known.kind == kind:
-                yield from self._say(known, known.part(channel, event.get(number, 0)), text)
+                self._say(known, known.part(channel, event.get(number, 0)), text)
 
-    def _say(self, known: UpstreamItem, part: UpstreamText, text: str) -> Iterator[Delta]:
+    def _say(self, known: UpstreamItem, part: UpstreamText, text: str) -> None:
         """More of a text. Arguments that say nothing yet wait: `{}` may only hold the place of those to come."""
         if not known.shown and known.kind != "call":    # before its `added` (litellm#22102); a call needs a name
-            yield from self._open(known, {"type": known.kind})
+            self._open(known, {"type": known.kind})
         part.pieces.append(text)
         if known.closed or not known.shown:
             return
@@ -3509,45 +3512,45 @@ class ResponsesDecoder:
                 text = part.pieces[0] = text.lstrip().removeprefix("{}").lstrip()
             part.sent = text not in ("", "{")
         if part.sent:
-            yield Fragment(known.slot, text, part.channel, part.place)
+            self.sink.add(known.slot, text, part.channel, part.place)
 
-    def _text_done(self, event: JSON) -> Iterator[Delta]:
+    def _text_done(self, event: JSON) -> None:
         channel, number, kind, whole = whole_text(event)
         known = self.items.of_text(event, kind) if whole else None
         if known and known.kind == kind:
-            yield from self._rest(known, known.part(channel, number, whole), whole)
+            self._rest(known, known.part(channel, number, whole), whole)
 
-    def _annotation(self, event: JSON) -> Iterator[Delta]:
+    def _annotation(self, event: JSON) -> None:
         known = self.items.find(event, {}, "message")
         if known and known.shown and not known.closed and isinstance(event.get("annotation"), dict):
             number = event.get("content_index", 0)
             (known.numbered.get(("text", number)) or known.part("text", number)).noted += 1
-            yield Annotation(known.slot, event["annotation"])
+            self.sink.annotate(event["annotation"], known.slot)
 
-    def _done(self, event: JSON) -> Iterator[Delta]:
+    def _done(self, event: JSON) -> None:
         item = event.get("item") or {}
-        yield from self.finish(self.items.take(event, item), item)
+        self.finish(self.items.take(event, item), item)
 
-    def finish(self, known: UpstreamItem, item: JSON) -> Iterator[Delta]:
+    def finish(self, known: UpstreamItem, item: JSON) -> None:
         """An item that its server calls done. Without a word in it, it waits for what the final response has of it."""
-        yield from self._open(known, item)
+        self._open(known, item)
         if known.closed:
             return
         known.done, known.item = True, item
         if known.kind not in TEXT_KINDS:
             known.closed = True
-            yield Whole(item)
+            self.sink.item(item)
             return
-        yield from self._fill(known, item)
+        self._fill(known, item)
         if half_call(item):
             known.closed = True                                     # it is never closed
         elif known.texts or known.kind == "reasoning":
-            yield from self._close(known)
+            self._close(known)
 
-    def _close(self, known: UpstreamItem) -> Iterator[Delta]:
+    def _close(self, known: UpstreamItem) -> None:
         for part in known.texts:
             if not part.sent and part.so_far():                     # the beginning of arguments
-                yield Fragment(known.slot, part.so_far(), part.channel, part.place)
+                self.sink.add(known.slot, part.so_far(), part.channel, part.place)
         known.closed, item = True, known.item
         fields: JSON = {"status": "incomplete"} if item.get("status") == "incomplete" else {}
         sealed = item.get("encrypted_content")
@@ -3555,15 +3558,15 @@ class ResponsesDecoder:
             fields["pomex_replay"] = {"encrypted_content": sealed}
             if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
                 fields["pomex_replay"]["id"] = item["id"]
-        yield Close(known.slot, fields)
+        self.sink.done(known.slot, **fields)
 
-    def _fill(self, known: UpstreamItem, item: JSON) -> Iterator[Delta]:
+    def _fill(self, known: UpstreamItem, item: JSON) -> None:
         """What an item has beyond its deltas: it may fill, never shrink."""
         for name in ("arguments", "input"):
             value = as_text(item.get(name))
             channel: Channel = "input" if value == item.get(name) and name == "input" else "arguments"
             if value.strip() not in ("", "{}" if channel == "arguments" else ""):
-                yield from self._rest(known, known.part(channel, 0, value), value)
+                self._rest(known, known.part(channel, 0, value), value)
         told = [(*whole_text({"part": part}), part) for name in ("summary", "content") for part in dicts_in(item.get(name))
                 if part.get("type") in PART_FAMILY]
         found = paired(told, known.texts, ((lambda told: (told[0], told[3]), lambda text: (text.channel, text.so_far())),
@@ -3571,49 +3574,49 @@ class ResponsesDecoder:
         for place, (channel, _, _, whole, part) in enumerate(told):
             text = known.texts[found[place]] if place in found else known.part(channel, ("final", place)) if whole else None
             if text is not None:
-                yield from self._rest(known, text, whole)
+                self._rest(known, text, whole)
                 for annotation in (part.get("annotations") or [])[text.noted:]:
-                    yield Annotation(known.slot, annotation)
+                    self.sink.annotate(annotation, known.slot)
 
-    def _rest(self, known: UpstreamItem, text: UpstreamText, whole: str) -> Iterator[Delta]:
+    def _rest(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
         said = text.so_far()
         if not text.sent and said.strip() == "{}":
             text.pieces.clear()
             said = ""
         if text is known.texts[-1] and whole != said and whole.startswith(said):
-            yield from self._say(known, text, whole[len(said):])
+            self._say(known, text, whole[len(said):])
 
-    def _terminal(self, event: JSON) -> Iterator[Delta]:
+    def _terminal(self, event: JSON) -> None:
         response = event.get("response") or {}
         usage = usage_from(response.get("usage"))
         if usage is not None:
-            yield usage
+            self.sink.set_usage(usage)
         if event["type"] == "response.failed":
-            yield Fail(responses_error(response.get("error") or {}))
+            self.sink.fail(responses_error(response.get("error") or {}))
             return
         reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
         status = end_of(event["type"].removeprefix("response."), response)
-        yield from self._last(response.get("output") or [], Stop(reason if status == "incomplete" else "", last=True))
+        self._last(response.get("output") or [], Stop(reason if status == "incomplete" else "", last=True))
 
-    def _last(self, output: list[JSON], stop: Stop) -> Iterator[Delta]:
+    def _last(self, output: list[JSON], stop: Stop) -> None:
         """What only the final response holds, then what waited for it."""
         for known, item in self.items.last(output):
             if not known.closed:
-                yield from self.finish(known, item)
+                self.finish(known, item)
         for known in self.items.all:
             if known.kind == "call" and not known.done and not stop.incomplete and known.complete():
-                yield from self.finish(known, {**known.first, "status": "completed"})
+                self.finish(known, {**known.first, "status": "completed"})
             if known.done and not known.closed:
-                yield from self._fill(known, known.first)
+                self._fill(known, known.first)
                 if known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete:
-                    yield from self._close(known)
+                    self._close(known)
         self.ended = True
-        yield stop
+        self.sink.set_stop(stop)
 
-    def _error(self, event: JSON) -> Iterator[Delta]:
-        yield Fail(responses_error(event.get("error") or event))
+    def _error(self, event: JSON) -> None:
+        self.sink.fail(responses_error(event.get("error") or event))
 
-    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], Iterator[Delta]]]] = {
+    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], None]]] = {
         "response.output_item.added": _added, "response.output_item.done": _done,
         "response.output_text.annotation.added": _annotation,
         "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
@@ -3634,37 +3637,37 @@ def provider_json(data: str | bytes, complaint: str) -> Any:
 
 
 class ItemDecoder:
-    """What the decoders of the other wires share: they number their items themselves, as they open."""
+    """What the decoders of the other wires share: they number their calls themselves, as they begin."""
+    sink: Sink
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix            # of call ids that are minted: unique in the conversation
-        self.slots = 0
+        self.slots = 0                  # so many items have begun
         self.failed = False
         self.notice: GatewayError | None = None     # what may have been an error, should nothing else come
 
-    def end(self) -> Iterator[Delta]:
+    def end(self) -> None:
         """The body ended cleanly; without evidence before that the model had finished, that says nothing."""
         if self.notice and not self.slots:
-            yield self._fail(self.notice)
+            self._fail(self.notice)
 
     def _slot(self) -> int:
         self.slots += 1
         return self.slots - 1
 
-    def _carry(self, replay: JSON) -> Iterator[Delta]:
+    def _carry(self, replay: JSON) -> None:
         """What must come back with the next turn, in a reasoning item of its own."""
-        slot = self._slot()
-        yield Open(slot, "reasoning")
-        yield Close(slot, {"pomex_replay": replay})
+        self.sink.open(None, "reasoning")
+        self.sink.done(pomex_replay=replay)
 
-    def _image(self, data: str) -> Iterator[Delta]:
-        slot = self._slot()
-        yield Open(slot, "image_generation_call", fields={"result": None})
-        yield Close(slot, {"result": data})
+    def _image(self, data: str) -> None:
+        self._slot()
+        self.sink.open(None, "image_generation_call", result=None)
+        self.sink.done(result=data)
 
-    def _fail(self, error: GatewayError) -> Fail:
+    def _fail(self, error: GatewayError) -> None:
         self.failed = True
-        return Fail(error)
+        self.sink.fail(error)
 
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
@@ -4105,7 +4108,6 @@ class ChatCall:
 @dataclass(slots=True)
 class Thought:
     """The open reasoning item, and what must come back with the next turn."""
-    slot: int
     texts: list[str] = field(default_factory=list)
     details: dict[tuple[Any, ...], tuple[JSON, list[str]]] = field(default_factory=dict)
 
@@ -4147,7 +4149,7 @@ class ChatDecoder(ItemDecoder):
         super().__init__(prefix)
         self.book = book
         self.dialect = dialect
-        self.message: int | None = None         # the open message
+        self.message = False                    # is a message open?
         self.thought: Thought | None = None
         self.calls: list[ChatCall] = []
         self.by_index: dict[int, ChatCall] = {}     # the newest call of each index
@@ -4164,82 +4166,82 @@ class ChatDecoder(ItemDecoder):
         self.stop: Stop | None = None
         self.frame = ChatFrame("", "", "")      # of the newest piece of text
 
-    def feed(self, data: str) -> Iterator[Delta]:
+    def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
         if (text := self.frame.text_in(data)) is not None:
-            yield from self._content(text) if self.frame.name == "content" else self._reason(text, [])
+            self._content(text) if self.frame.name == "content" else self._reason(text, [])
             return
         if data.strip() == "[DONE]":
-            yield from self._done()
+            self._done()
             return
         if not data.strip():
             return
         chunk = provider_json(data, "The provider sent an event that is not JSON.")
         if isinstance(chunk, dict):
-            yield from self._chunk(chunk)
+            self._chunk(chunk)
             self.frame = chat_frame(data, chunk)
 
-    def whole(self, body: JSON) -> Iterator[Delta]:
+    def whole(self, body: JSON) -> None:
         """An answer that was not streamed."""
-        yield from self._chunk(body)
-        yield from self._done()
+        self._chunk(body)
+        self._done()
 
-    def _chunk(self, chunk: JSON) -> Iterator[Delta]:
+    def _chunk(self, chunk: JSON) -> None:
         choices = dicts_in(chunk.get("choices"))
         holders = dicts_in([chunk, chunk.get("x_groq"), *choices])
         counts = next((holder["usage"] for holder in holders if holder.get("usage")), None)
         usage = usage_from(counts and merge_counts(self.counts, counts), reasoning_within=self.dialect.reasoning_within)
         if usage is not None:           # OpenRouter's reasoning is at times one more
-            yield dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output))
+            self.sink.set_usage(dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output)))
         failure = next((choice["error"] for choice in choices if choice.get("error")), chunk if states_error(chunk) else None)
         if failure is not None:
-            yield self._fail(inband_error(failure))
+            self._fail(inband_error(failure))
             return
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = inband_error(chunk)
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
             for name in ("delta", "message"):
                 if isinstance(said := choice.get(name), dict) and said:
-                    yield from self._delta(said, whole=name == "message")
-            yield from self._finish_reason(choice)
+                    self._delta(said, whole=name == "message")
+            self._finish_reason(choice)
         if usage is not None and self.stop is not None and not choices:
-            yield dataclasses.replace(self.stop, last=True)     # OpenAI's order: finish, usage, [DONE]
+            self.sink.set_stop(dataclasses.replace(self.stop, last=True))       # OpenAI's order: finish, usage, [DONE]
 
-    def _delta(self, delta: JSON, whole: bool = False) -> Iterator[Delta]:
+    def _delta(self, delta: JSON, whole: bool = False) -> None:
         """A piece of a message, or a `whole` one: the answer itself, or behind pieces their snapshot."""
         self.streamed, snapshot = self.streamed or not whole, whole and self.streamed
         left = {name: "".join(texts) for name, texts in self.seen.items()} if snapshot else {}
         thought, details = reasoning_of(delta)
-        yield from self._reason(unseen(left, "thought", thought), [] if snapshot and self.seen["thought"] else details)
+        self._reason(unseen(left, "thought", thought), [] if snapshot and self.seen["thought"] else details)
         content = delta.get("content")
         for part in [content] if isinstance(content, str) else dicts_in(content):      # Mistral: an array
             if isinstance(part, str):
-                yield from self._content(unseen(left, "text", part))
+                self._content(unseen(left, "text", part))
             elif part.get("type") == "thinking":
-                yield from self._think(unseen(left, "thought", text_of(part.get("thinking"))), [])
+                self._think(unseen(left, "thought", text_of(part.get("thinking"))), [])
             elif isinstance(part.get("text"), str):
-                yield from self._content(unseen(left, "text", part["text"]))
+                self._content(unseen(left, "text", part["text"]))
         if isinstance(delta.get("refusal"), str):
-            yield from self._say(unseen(left, "refusal", delta["refusal"]), "refusal")
+            self._say(unseen(left, "refusal", delta["refusal"]), "refusal")
         for image in dicts_in(delta.get("images")):         # OpenRouter's
-            yield from self._show_image(table_of(image.get("image_url")).get("url"))
+            self._show_image(table_of(image.get("image_url")).get("url"))
         for cited in [] if snapshot and self.cited else dicts_in(delta.get("annotations")):
-            yield from self._cite(cited.get("url_citation"))
+            self._cite(cited.get("url_citation"))
         for place, call in enumerate(calls_of(delta)):
-            yield from self._call(call, whole, self._repeated(place, call) if snapshot else None)
+            self._call(call, whole, self._repeated(place, call) if snapshot else None)
 
     # text and thoughts
 
-    def _reason(self, thought: str, details: list[JSON]) -> Iterator[Delta]:
+    def _reason(self, thought: str, details: list[JSON]) -> None:
         if thought and self.think == "in" and self.twice is None:
             if any(map(str.strip, self.seen["thought"])):
                 thought = ""                    # the tags say it
             else:
                 self.twice = []
         if thought or details:
-            yield from self._think(thought, details)
+            self._think(thought, details)
 
-    def _content(self, text: str) -> Iterator[Delta]:
+    def _content(self, text: str) -> None:
         """Content, which may begin with a thought in tags."""
         text = self.held + text
         self.held = ""
@@ -4257,82 +4259,78 @@ class ChatDecoder(ItemDecoder):
             if self.twice is not None:
                 self.twice.append(inside)
                 inside = "".join(self.twice) if tag and not self._is_double() else ""
-            yield from self._think(inside, [])
+            self._think(inside, [])
             self.think = "after" if tag else "in"
         if self.think == "after":
             text = text.lstrip()
             self.think = "" if text else "after"
-        yield from self._say(text)
+        self._say(text)
 
-    def _leave_tags(self) -> Iterator[Delta]:
+    def _leave_tags(self) -> None:
         """No tag can come any more: what was held was text, or the end of a thought."""
         held, self.held = self.held, ""
         state, self.think = self.think, ""
         if state != "in":
-            yield from self._say(held)
+            self._say(held)
         elif self.twice is None:
-            yield from self._think(held, [])
+            self._think(held, [])
         elif not self._is_double():             # a tag that never ends is text
-            yield from self._say("".join((THINK, *self.twice, held)))
+            self._say("".join((THINK, *self.twice, held)))
 
     def _is_double(self) -> bool:
         """Do the tags say nothing but what the field has said?"""
         return "".join(self.twice or ()).strip() in "".join(self.seen["thought"])
 
-    def _say(self, text: str, channel: Channel = "text") -> Iterator[Delta]:
+    def _say(self, text: str, channel: Channel = "text") -> None:
         if not text:
             return
-        if self.message is None:
-            yield from self._close_texts()
+        if not self.message:
+            self._close_texts()
             if text.strip():                    # Kimi sends blanks around its calls
-                yield from self._close_calls()
-            self.message = self._slot()
-            yield Open(self.message, "message")
+                self._close_calls()
+            self.message = True
+            self._slot()
         self.seen[channel].append(text)
-        yield Fragment(self.message, text, channel)
+        self.sink.text(text, channel)
 
-    def _show_image(self, url: Any) -> Iterator[Delta]:
+    def _show_image(self, url: Any) -> None:
         head, comma, data = str(url).partition(";base64,")
         if comma and data not in self.images:       # the whole message may repeat it
             self.images.add(data)
-            yield from self._leave_item()
-            yield from self._image(data)
+            self._leave_item()
+            self._image(data)
         elif not comma and isinstance(url, str):
-            yield from self._content(url)
+            self._content(url)
 
-    def _cite(self, cited: Any) -> Iterator[Delta]:
+    def _cite(self, cited: Any) -> None:
         """Where the open message has something from, by OpenAI's and OpenRouter's search models."""
-        if self.message is not None and isinstance(cited, dict) and isinstance(cited.get("url"), str):
+        if self.message and isinstance(cited, dict) and isinstance(cited.get("url"), str):
             self.cited = True
-            yield Annotation(self.message, {
+            self.sink.annotate({
                 "type": "url_citation", "start_index": count(cited, "start_index"), "end_index": count(cited, "end_index"),
                 "url": cited["url"], "title": str(cited.get("title") or "")})
 
-    def _think(self, text: str, details: list[JSON]) -> Iterator[Delta]:
+    def _think(self, text: str, details: list[JSON]) -> None:
         if not text and not details:
             return
         if self.thought is None:
-            yield from self._close_texts()
-            yield from self._close_calls()
-            self.thought = Thought(self._slot())
-            yield Open(self.thought.slot, "reasoning")
+            self._close_texts()
+            self._close_calls()
+            self.thought = Thought()
+            self._slot()
         self.seen["thought"].append(text)
         self.thought.texts.append(text)
         self.thought.add(details)
-        if text:
-            yield Fragment(self.thought.slot, text, "summary")
+        self.sink.reasoning(text)
 
-    def _close_texts(self) -> Iterator[Delta]:
-        if self.message is not None:
-            yield Close(self.message)
-        if self.thought is not None:
-            replay = self.thought.replay(self.dialect.replay)
-            yield Close(self.thought.slot, {"pomex_replay": replay} if replay else {})
-        self.message = self.thought = None
+    def _close_texts(self) -> None:
+        replay = self.thought.replay(self.dialect.replay) if self.thought else {}
+        self.sink.done(pomex_replay=replay)
+        self.message, self.thought = False, None
 
     # calls
 
-    def _call(self, given: JSON, whole: bool, repeated: ChatCall | None) -> Iterator[Delta]:
+    def _call(self, given: JSON, whole: bool, repeated: ChatCall | None) -> None:
         name, arguments = call_texts(given)
         call_id, index = str(given.get("id") or ""), given.get("index")
         known = call = repeated or (None if whole and not isinstance(index, int) else self._known(index, call_id))
@@ -4351,11 +4349,11 @@ class ChatDecoder(ItemDecoder):
             call.named_again = bool(call.end and name and not call_id)
         news = call.take(arguments) if arguments else ""
         if call.slot < 0 and call.name:
-            yield from self._open_call(call, given)
+            self._open_call(call, given)
         elif call.slot >= 0 and arguments:
             call.streamed = True
             if news:
-                yield Fragment(call.slot, news, "arguments")
+                self.sink.add(call.slot, news, "arguments")
 
     def _repeated(self, place: int, given: JSON) -> ChatCall | None:
         """The call that one in a snapshot repeats: that of its id, else the one at its place, if it is the same so far."""
@@ -4363,17 +4361,17 @@ class ChatDecoder(ItemDecoder):
         same = [call for call in self.calls[place:place + 1] if call.name == name and call.is_repeated_by(arguments)]
         return self.by_id.get(str(given.get("id") or "")) or next(iter(same), None)
 
-    def _open_call(self, call: ChatCall, given: JSON) -> Iterator[Delta]:
-        yield from self._leave_item()
+    def _open_call(self, call: ChatCall, given: JSON) -> None:
+        self._leave_item()
         call.slot = self._slot()
         call_id = call.id or f"{self.prefix}{call.slot}"
         call_id = f"{call_id}_{call.slot}" if call_id in self.ids else call_id
         self.ids.add(call_id)
         if given.get("extra_content"):          # Gemini's OpenAI endpoint: a signature, in an item of its own
-            yield from self._carry({"extra_content": [{"id": call_id, "extra_content": given["extra_content"]}]})
-        yield self.book.open(call.slot, call_id, call.name)
+            self._carry({"extra_content": [{"id": call_id, "extra_content": given["extra_content"]}]})
+        self.sink.call(call.slot, call_id, self.book.tool(call.name))
         if call.length:
-            yield Fragment(call.slot, "".join(call.pieces), "arguments")
+            self.sink.add(call.slot, "".join(call.pieces), "arguments")
 
     def _known(self, index: Any, call_id: str) -> ChatCall | None:
         """The call that a piece goes on with: that of its index, else of its id, else the newest."""
@@ -4383,20 +4381,20 @@ class ChatDecoder(ItemDecoder):
             return self.by_id.get(call_id)
         return self.calls[-1] if self.calls else None
 
-    def _close_calls(self, ended: bool = False) -> Iterator[Delta]:
+    def _close_calls(self, ended: bool = False) -> None:
         """Ends the calls whose arguments are whole; at a proper end none at all is whole too."""
         for call in self.calls:
             if call.slot < 0 or call.closed:
                 continue
             if ended and (rest := call.take("")):
-                yield Fragment(call.slot, rest, "arguments")
+                self.sink.add(call.slot, rest, "arguments")
             if (call.is_whole() and not call.waiting) or (ended and not call.end):
                 call.closed = True
-                yield Close(call.slot)
+                self.sink.done(call.slot)
 
     # the end
 
-    def _finish_reason(self, choice: JSON) -> Iterator[Delta]:
+    def _finish_reason(self, choice: JSON) -> None:
         given = choice.get("finish_reason")
         if isinstance(given, dict):
             given = given.get("type") or given.get("reason")
@@ -4406,33 +4404,33 @@ class ChatDecoder(ItemDecoder):
         kind = CHAT_FAULTS.get(reason) or CHAT_FAULTS.get(native)
         if kind or reason.startswith("function_call_filter"):
             said = (native if native in CHAT_FAULTS else reason)[:64]
-            yield self._fail(ProviderError(f"The provider broke off its answer: {said}.",
+            self._fail(ProviderError(f"The provider broke off its answer: {said}.",
                                            kind=kind or "tool_generation"))
             return
         self.stop = Stop(CHAT_STOP.get(reason) or CHAT_STOP.get(native, ""), explanation=filter_explanation(choice))
-        yield from self._close_all()
-        yield self.stop
+        self._close_all()
+        self.sink.set_stop(self.stop)
 
-    def _leave_item(self, ended: bool = False) -> Iterator[Delta]:
-        yield from self._leave_tags()
-        yield from self._close_texts()
-        yield from self._close_calls(ended)
+    def _leave_item(self, ended: bool = False) -> None:
+        self._leave_tags()
+        self._close_texts()
+        self._close_calls(ended)
 
-    def _close_all(self) -> Iterator[Delta]:
-        yield from self._leave_item(ended=self.stop is None or not self.stop.incomplete)
+    def _close_all(self) -> None:
+        self._leave_item(ended=self.stop is None or not self.stop.incomplete)
 
-    def _done(self) -> Iterator[Delta]:
+    def _done(self) -> None:
         """[DONE], or the end of a whole answer."""
         if self.failed:
             return
-        yield from self._close_all()
+        self._close_all()
         if any(call.slot < 0 and call.pieces for call in self.calls):
             nameless = "The provider sent a tool call without a name."
-            yield self._fail(ProviderError(nameless, kind="tool_generation"))
+            self._fail(ProviderError(nameless, kind="tool_generation"))
         elif self.stop is None and not self.slots:
-            yield self._fail(self.notice or ProviderError("The provider's answer is empty.", kind="overload"))
+            self._fail(self.notice or ProviderError("The provider's answer is empty.", kind="overload"))
         else:
-            yield dataclasses.replace(self.stop or Stop(), last=True)
+            self.sink.set_stop(dataclasses.replace(self.stop or Stop(), last=True))
 
 
 def split_tag_start(text: str, tag: str) -> tuple[str, str]:
@@ -5006,7 +5004,7 @@ BLOCK_TEXT = {"text_delta": "text", "thinking_delta": "thinking", "input_json_de
 class Block:
     """A content block that is being streamed."""
     start: JSON                                         # as content_block_start gave it
-    slot: int = -1                                      # -1: it has no item, or not yet
+    slot: int
     pieces: list[str] = field(default_factory=list)     # text, thinking or partial_json
     signature: str = ""
     citations: list[JSON] = field(default_factory=list)
@@ -5040,8 +5038,7 @@ class MessagesDecoder(ItemDecoder):
         self.book = book
         self.id: str | None = None              # of the message that is being read
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
-        self.message: int | None = None         # the open message item
-        self.said = 0                           # characters of its text
+        self.said = 0                           # characters of the open message
         self.empty_call: int | None = None      # a call without arguments: cut, or without any? what follows tells
         self.searches: dict[str, int] = {}      # web searches without their results, by id
         self.counts: JSON = {}                  # usage of this stream
@@ -5051,7 +5048,7 @@ class MessagesDecoder(ItemDecoder):
         self.pauses = 0
         self.stop: Stop | None = None
 
-    def feed(self, data: str) -> Iterator[Delta]:
+    def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON, or belongs to a block that never began."""
         try:
             event = json.loads(data)
@@ -5059,21 +5056,21 @@ class MessagesDecoder(ItemDecoder):
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise UpstreamError("The provider sent an event that is not a JSON object.") from None
         if handler is not None:
-            yield from handler(self, event)
+            handler(self, event)
 
-    def whole(self, body: JSON) -> Iterator[Delta]:
+    def whole(self, body: JSON) -> None:
         """An answer that was not streamed."""
         if body.get("type") == "error":
-            yield from self._error(body)
+            self._error(body)
             return
         if not isinstance(body.get("content"), list):
             raise UpstreamError("The provider's answer is not a message.")
-        yield from self._message_start({"message": body})
+        self._message_start({"message": body})
         for index, block in enumerate(dicts_in(body["content"])):
-            yield from self._start({"index": index, "content_block": block})
-            yield from self._block_stop({"index": index})
-        yield from self._message_delta({"delta": body, "usage": body.get("usage")})
-        yield from self._message_stop(body)
+            self._start({"index": index, "content_block": block})
+            self._block_stop({"index": index})
+        self._message_delta({"delta": body, "usage": body.get("usage")})
+        self._message_stop(body)
 
     def resume(self) -> list[JSON] | None:
         """What goes back to the provider where it paused its turn, else None. The next stream is taken as its rest."""
@@ -5086,41 +5083,42 @@ class MessagesDecoder(ItemDecoder):
 
     # messages
 
-    def _message_start(self, event: JSON) -> Iterator[Delta]:
+    def _message_start(self, event: JSON) -> None:
         message = event.get("message") or {}
         given = str(message.get("id") or "")
         if self.id is not None:         # some proxies repeat it, others splice in a second answer (vercel/ai's fixtures)
             if given != self.id and (self.blocks or self.slots):
-                yield Fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
+                self.sink.fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
             return
         self.id = given
         self._count(message.get("usage"))
-        yield dataclasses.replace(self._usage(), estimated=True)        # the output's count comes with the end
+        self.sink.set_usage(dataclasses.replace(self._usage(), estimated=True))     # the output's count comes with the end
 
-    def _message_delta(self, event: JSON) -> Iterator[Delta]:
+    def _message_delta(self, event: JSON) -> None:
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
         self._count(event.get("usage"))
-        yield dataclasses.replace(self._usage(), estimated="output_tokens" not in (event.get("usage") or {}))
+        counted = "output_tokens" in (event.get("usage") or {})
+        self.sink.set_usage(dataclasses.replace(self._usage(), estimated=not counted))
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.pauses = True, self.pauses + 1
-            yield from self._close_message()
+            self.sink.done()
         elif reason:
             details = delta.get("stop_details") or {}
             incomplete = "max_output_tokens" if reason == "pause_turn" else MESSAGES_STOP.get(reason, "")
-            yield from self._close_all(incomplete)
+            self._close_all(incomplete)
             self.stop = Stop(incomplete, explanation=details.get("explanation") or "")
-            yield self.stop
+            self.sink.set_stop(self.stop)
 
-    def _message_stop(self, event: JSON) -> Iterator[Delta]:
+    def _message_stop(self, event: JSON) -> None:
         if self.paused:
             return
         if self.stop is None:
-            yield from self._close_all("")
-        yield dataclasses.replace(self.stop or Stop(), last=True)
+            self._close_all("")
+        self.sink.set_stop(dataclasses.replace(self.stop or Stop(), last=True))
 
-    def _error(self, event: JSON) -> Iterator[Delta]:
-        yield Fail(inband_error(event))
+    def _error(self, event: JSON) -> None:
+        self.sink.fail(inband_error(event))
 
     def _count(self, usage: Any) -> None:
         """Counts are cumulative: a later one replaces an earlier one, and one left out stays."""
@@ -5132,64 +5130,58 @@ class MessagesDecoder(ItemDecoder):
 
     # blocks
 
-    def _start(self, event: JSON) -> Iterator[Delta]:
-        block = Block(event.get("content_block") or {})
+    def _start(self, event: JSON) -> None:
+        block = Block(event.get("content_block") or {}, self._slot())
         kind = block.start.get("type")
         self.blocks[event.get("index", 0)] = block
-        yield from self._close_empty_call()
-        if kind != "text":
-            yield from self._close_message()
+        self._close_empty_call()
         if kind == "text":
-            if self.message is None:
-                self.message, self.said = self._slot(), 0
-                yield Open(self.message, "message")
-            block.slot, block.begin = self.message, self.said
+            block.begin = self.said
             block.citations = dicts_in(block.start.get("citations"))
-            yield from self._text(block, block.start.get("text") or "")
-        elif kind == "thinking":
+            self._text(block, block.start.get("text") or "")
+            return
+        self.sink.done()
+        self.said = 0
+        if kind == "thinking":
             block.signature = block.start.get("signature") or ""
-            yield from self._text(block, block.start.get("thinking") or "")
+            self._text(block, block.start.get("thinking") or "")
         elif kind == "tool_use":
-            block.slot = self._slot()
             call_id = str(block.start.get("id") or f"{self.prefix}{block.slot}")
-            yield self.book.open(block.slot, call_id, str(block.start.get("name") or ""))
+            self.sink.call(block.slot, call_id, self.book.tool(str(block.start.get("name") or "")))
         elif kind == "web_search_tool_result":
             found = str(block.start.get("tool_use_id"))
             found = found if found in self.searches else next(iter(self.searches), "")
             if found:
                 status = "completed" if isinstance(block.start.get("content"), list) else "failed"
-                yield Close(self.searches.pop(found), {"status": status})
+                self.sink.done(self.searches.pop(found), status=status)
 
-    def _delta(self, event: JSON) -> Iterator[Delta]:
+    def _delta(self, event: JSON) -> None:
         block = self.blocks.get(event.get("index", 0))
         if block is None:
             raise UpstreamError("The provider sent a piece of a block that is not open.")
         delta = event.get("delta") or {}
         kind = delta.get("type")
         if kind in BLOCK_TEXT:
-            yield from self._text(block, delta.get(BLOCK_TEXT[kind]) or "")
+            self._text(block, delta.get(BLOCK_TEXT[kind]) or "")
         elif kind == "signature_delta":
             block.signature = delta.get("signature") or ""
         elif kind == "citations_delta" and isinstance(delta.get("citation"), dict):
             block.citations.append(delta["citation"])
 
-    def _text(self, block: Block, text: str) -> Iterator[Delta]:
+    def _text(self, block: Block, text: str) -> None:
         if not text:
             return
         kind = block.start.get("type")
         block.pieces.append(text)
         if kind == "text":
             self.said += len(text)
-            yield Fragment(block.slot, text)
+            self.sink.text(text)
         elif kind == "thinking":
-            if block.slot < 0:
-                block.slot = self._slot()
-                yield Open(block.slot, "reasoning")
-            yield Fragment(block.slot, text, "summary")
+            self.sink.reasoning(text)
         elif kind == "tool_use":
-            yield Fragment(block.slot, text, "arguments")
+            self.sink.add(block.slot, text, "arguments")
 
-    def _block_stop(self, event: JSON) -> Iterator[Delta]:
+    def _block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
             return
@@ -5197,71 +5189,59 @@ class MessagesDecoder(ItemDecoder):
         whole = block.whole() if kind else {}
         if kind == "text":
             for citation in block.citations:
-                yield from url_citation(block, citation, self.said)
+                if isinstance(citation.get("url"), str):        # those of documents name files that no client knows
+                    self.sink.annotate({"type": "url_citation", "start_index": block.begin, "end_index": self.said,
+                                        "url": citation["url"], "title": citation.get("title") or ""})
         elif kind in THOUGHTS:
-            yield from self._thought(block, whole)
+            self._thought(block, whole)
         elif kind == "tool_use":
-            yield from self._end_call(block)
+            self._end_call(block)
         elif kind == "server_tool_use" and block.start.get("name") == "web_search":
-            yield from self._search(block, whole)
+            self._search(block, whole)
         if self.book.hosted and kind and (kind != "text" or whole["text"]):     # only then can a turn be paused
             self.content.append(whole)
 
-    def _thought(self, block: Block, whole: JSON) -> Iterator[Delta]:
+    def _thought(self, block: Block, whole: JSON) -> None:
         """A thought ends. Without a signature it cannot be given back; with nothing else it must be."""
         sealed = whole.get("signature") or whole.get("data")
-        if block.slot < 0 and sealed:
-            block.slot = self._slot()
-            yield Open(block.slot, "reasoning")
-        if block.slot >= 0:
-            yield Close(block.slot, {"pomex_replay": {"blocks": [whole]}} if sealed else {})
+        if sealed or block.pieces:
+            self.sink.reasoning("")
+            self.sink.done(pomex_replay={"blocks": [whole]} if sealed else None)
 
-    def _end_call(self, block: Block) -> Iterator[Delta]:
+    def _end_call(self, block: Block) -> None:
         given = block.start.get("input")
         if not block.text.strip() and given:        # some servers give the whole input at once
-            yield from self._text(block, compact(given))
+            self._text(block, compact(given))
         if not block.text.strip():
             self.empty_call = block.slot
         elif json_dict(block.text) is not None:
-            yield Close(block.slot)
+            self.sink.done(block.slot)
 
-    def _search(self, block: Block, whole: JSON) -> Iterator[Delta]:
+    def _search(self, block: Block, whole: JSON) -> None:
         query = str((whole.get("input") or {}).get("query") or "")
-        slot = self.searches[str(block.start.get("id"))] = self._slot()
-        yield Open(slot, "web_search_call", fields={"action": {"type": "search", "query": query, "queries": [query]}})
+        self.searches[str(block.start.get("id"))] = block.slot
+        self.sink.open(block.slot, "web_search_call", action={"type": "search", "query": query, "queries": [query]})
 
-    def _close_message(self) -> Iterator[Delta]:
-        if self.message is not None:
-            yield Close(self.message)
-        self.message = None
-
-    def _close_empty_call(self) -> Iterator[Delta]:
+    def _close_empty_call(self) -> None:
         if self.empty_call is not None:
-            yield Close(self.empty_call)
+            self.sink.done(self.empty_call)
         self.empty_call = None
 
-    def _close_all(self, incomplete: str) -> Iterator[Delta]:
+    def _close_all(self, incomplete: str) -> None:
         """The model has finished. A call that was cut stays open, and one that is empty then counts as cut."""
         for index in [i for i, block in self.blocks.items() if block.start.get("type") != "tool_use"]:
-            yield from self._block_stop({"index": index})
-        yield from self._close_message()
+            self._block_stop({"index": index})
+        self.sink.done()
         if not incomplete:
-            yield from self._close_empty_call()
+            self._close_empty_call()
         for slot in self.searches.values():
-            yield Close(slot, {"status": "failed"})
+            self.sink.done(slot, status="failed")
         self.searches.clear()
 
-    HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], Iterator[Delta]]]] = {
+    HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], None]]] = {
         "message_start": _message_start, "content_block_start": _start, "content_block_delta": _delta,
         "content_block_stop": _block_stop, "message_delta": _message_delta, "message_stop": _message_stop,
         "error": _error}
-
-
-def url_citation(block: Block, citation: JSON, end: int) -> Iterator[Delta]:
-    """A citation of the web; those of documents name files that no Responses client knows."""
-    if isinstance(citation.get("url"), str):
-        yield Annotation(block.slot, {"type": "url_citation", "start_index": block.begin, "end_index": end,
-                                      "url": citation["url"], "title": citation.get("title") or ""})
 
 
 def messages_usage(counts: JSON) -> Usage:
@@ -5615,36 +5595,36 @@ class GeminiDecoder(ItemDecoder):
     def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
-        self.message: int | None = None         # the open message
+        self.message = False                    # is a message open?
         self.texts: list[str] = []              # what it said
         self.signature: JSON | None = None      # of the text that was last: for an item behind the message
-        self.thought: int | None = None         # the open reasoning item
+        self.thought = False                    # is a reasoning item open?
         self.ids: set[str] = set()
         self.counts: JSON = {}                  # the newest of each count
         self.grounding: JSON = {}
         self.searched = False                   # a web_search_call has been given
         self.finished = False                   # something was said, and a finishReason came
 
-    def feed(self, data: str) -> Iterator[Delta]:
+    def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
         if not data.strip() or data.strip() == "[DONE]":
             return
-        yield from self.whole(provider_json(data, "The provider sent an event that is not JSON."))
+        self.whole(provider_json(data, "The provider sent an event that is not JSON."))
 
-    def whole(self, body: Any) -> Iterator[Delta]:
+    def whole(self, body: Any) -> None:
         """An answer that was not streamed; without alt=sse even a stream is one array."""
         for chunk in dicts_in(body if isinstance(body, list) else [body]):
             if not self.failed:
-                yield from self._chunk(chunk)
+                self._chunk(chunk)
 
-    def _chunk(self, chunk: JSON) -> Iterator[Delta]:
+    def _chunk(self, chunk: JSON) -> None:
         given = table_of(chunk.get("usageMetadata"))
         self.counts.update({name: value for name, value in given.items() if value is not None and
                             (not self.finished or count(given, name) > count(self.counts, name))})
         if given and (usage := gemini_usage(self.counts)):
-            yield usage
+            self.sink.set_usage(usage)
         if states_error(chunk):
-            yield self._fail(inband_error(chunk))
+            self._fail(inband_error(chunk))
         if self.failed or self.finished:
             return
         candidates = dicts_in(chunk.get("candidates"))
@@ -5652,107 +5632,105 @@ class GeminiDecoder(ItemDecoder):
             content = candidate.get("content")
             for part in dicts_in(content.get("parts") if isinstance(content, dict) else None):
                 if not self.failed:
-                    yield from self._part(part)
+                    self._part(part)
             grounding = candidate.get("groundingMetadata")
             self.grounding = grounding if grounding and isinstance(grounding, dict) else self.grounding
-            yield from self._finish(candidate)
+            self._finish(candidate)
         feedback = chunk.get("promptFeedback")
         if not candidates and isinstance(feedback, dict) and feedback.get("blockReason", "") not in UNSPECIFIED:
-            yield Stop("content_filter", explanation=explained("blocked this prompt", feedback, "blockReason",
-                                                               "blockReasonMessage"))
+            said = explained("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
+            self.sink.set_stop(Stop("content_filter", explanation=said))
 
     # parts
 
-    def _part(self, part: JSON) -> Iterator[Delta]:
+    def _part(self, part: JSON) -> None:
         given, media = part.get("thoughtSignature"), table_of(part.get("inlineData"))
         text, signature = part.get("text"), given if isinstance(given, str) else ""
         if isinstance(part.get("functionCall"), dict):
-            yield from self._function_call(part["functionCall"], signature)
+            self._function_call(part["functionCall"], signature)
         elif isinstance(text, str) and part.get("thought"):
-            yield from self._think(text)
+            self._think(text)
         elif isinstance(text, str):
-            yield from self._say(text, signature)
+            self._say(text, signature)
         elif part.get("toolCall") or part.get("toolResponse"):
-            yield from self._server_tool(part)
+            self._server_tool(part)
         elif str(media.get("mimeType")).startswith("image/") and not part.get("thought"):
-            yield from self._close_texts()
-            yield from self._image(str(media.get("data")))
+            self._close_texts()
+            self._image(str(media.get("data")))
             self.signature = {"signature": signature, "characters": 0} if signature else None
         # else code that ran at Google's, its result, sound: there is no item for them
 
-    def _say(self, text: str, signature: str) -> Iterator[Delta]:
-        if text and (self.message is None or self.signature):       # a signed part takes no more text
-            yield from self._close_texts()
-            self.message = self._slot()
-            yield Open(self.message, "message")
-        if text and self.message is not None:
+    def _say(self, text: str, signature: str) -> None:
+        if text and (not self.message or self.signature):       # a signed part takes no more text
+            self._close_texts()
+            self.message = True
+            self._slot()
+        if text:
             self.texts.append(text)
-            yield Fragment(self.message, text)
+            self.sink.text(text)
         if signature and self.signature:
-            yield from self._close_texts()
+            self._close_texts()
         if signature:
             self.signature = {"signature": signature, "characters": len(text)}
 
-    def _think(self, text: str) -> Iterator[Delta]:
+    def _think(self, text: str) -> None:
         if not text:
             return
-        if self.thought is None:
-            yield from self._close_texts()
-            self.thought = self._slot()
-            yield Open(self.thought, "reasoning")
-        yield Fragment(self.thought, text, "summary")
+        if not self.thought:
+            self._close_texts()
+            self.thought = True
+            self._slot()
+        self.sink.reasoning(text)
 
-    def _server_tool(self, part: JSON) -> Iterator[Delta]:
+    def _server_tool(self, part: JSON) -> None:
         """A search that the model combined with functions: both halves must come back as they are."""
-        yield from self._close_texts()
-        yield from self._carry({"part": part})
+        self._close_texts()
+        self._carry({"part": part})
         call = part.get("toolCall")
         if isinstance(call, dict) and str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
             args = call.get("args")
-            yield from self._search(args.get("queries") if isinstance(args, dict) else None)
+            self._search(args.get("queries") if isinstance(args, dict) else None)
 
-    def _search(self, queries: Any) -> Iterator[Delta]:
+    def _search(self, queries: Any) -> None:
         self.searched = True
         asked = [query for query in queries or [] if isinstance(query, str)] if isinstance(queries, list) else []
         action = {"type": "search", "query": asked[0] if asked else "", "queries": asked}
-        yield Whole({"type": "web_search_call", "status": "completed", "action": action})
+        self.sink.item({"type": "web_search_call", "status": "completed", "action": action})
 
-    def _close_texts(self) -> Iterator[Delta]:
-        if self.thought is not None:
-            yield Close(self.thought)
-        if self.message is not None:
-            for annotation in citations("".join(self.texts), self.grounding):
-                yield Annotation(self.message, annotation)
-            yield Close(self.message)
+    def _close_texts(self) -> None:
+        for annotation in citations("".join(self.texts), self.grounding) if self.message else ():
+            self.sink.annotate(annotation)
+        self.sink.done()
         if self.signature is not None:
-            yield from self._carry(self.signature)
-        self.message = self.thought = self.signature = None
+            self._carry(self.signature)
+        self.message = self.thought = False
+        self.signature = None
         self.texts.clear()
 
     # calls
 
-    def _function_call(self, given: JSON, signature: str) -> Iterator[Delta]:
+    def _function_call(self, given: JSON, signature: str) -> None:
         name, args = given.get("name"), given.get("args")
         if (args and not name) or given.get("partialArgs") or given.get("willContinue"):    # Vertex's pieces: not asked for
             said = "The provider sent a tool call without a name, or in pieces."
-            yield self._fail(ProviderError(said, kind="tool_generation"))
+            self._fail(ProviderError(said, kind="tool_generation"))
         if self.failed or not isinstance(name, str) or not name:
             return
-        yield from self._close_texts()
+        self._close_texts()
         call_id = str(given.get("id") or f"{self.prefix}g{self.slots}")
         call_id = f"{call_id}_{self.slots}" if call_id in self.ids else call_id
         self.ids.add(call_id)
         if signature:
-            yield from self._carry({"for": call_id, "signature": signature})
+            self._carry({"for": call_id, "signature": signature})
         slot = self._slot()
-        yield self.book.open(slot, call_id, name)
+        self.sink.call(slot, call_id, self.book.tool(name))
         args = {} if args in (None, "") else args
-        yield Fragment(slot, args if isinstance(args, str) else json.dumps(args, ensure_ascii=False), "arguments")
-        yield Close(slot)
+        self.sink.add(slot, args if isinstance(args, str) else json.dumps(args, ensure_ascii=False), "arguments")
+        self.sink.done(slot)
 
     # the end
 
-    def _finish(self, candidate: JSON) -> Iterator[Delta]:
+    def _finish(self, candidate: JSON) -> None:
         reason = str(candidate.get("finishReason") or "")
         if reason in UNSPECIFIED or self.failed:
             return
@@ -5760,17 +5738,17 @@ class GeminiDecoder(ItemDecoder):
             # without its finishMessage: that repeats what the model wrote, and failures are logged
             said = explained("broke off its answer", candidate, "finishReason", "")
             # its own validator found a signature missing in what we sent: nothing another target is asked for
-            yield self._fail(ProviderError(said, kind="bad_request", code="invalid_prompt")
+            self._fail(ProviderError(said, kind="bad_request", code="invalid_prompt")
                              if reason == "MISSING_THOUGHT_SIGNATURE" else ProviderError(said, kind="tool_generation"))
             return
         incomplete = GEMINI_STOP.get(reason, "")
-        yield from self._close_texts()
+        self._close_texts()
         self.finished = self.slots > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
-            yield from self._search(self.grounding["webSearchQueries"])
+            self._search(self.grounding["webSearchQueries"])
         filtered = incomplete == "content_filter"
-        yield Stop(incomplete, explanation=explained("stopped this answer", candidate, "finishReason", "finishMessage")
-                   if filtered else "")
+        said = explained("stopped this answer", candidate, "finishReason", "finishMessage") if filtered else ""
+        self.sink.set_stop(Stop(incomplete, explanation=said))
 
 
 def citations(text: str, grounding: JSON) -> Iterator[JSON]:
@@ -5893,13 +5871,14 @@ def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tupl
 # --- 6.6 the table ---------------------------------------------------------------------------------
 
 class Decoder(Protocol):
-    """One upstream stream being read. Pure: no clock, no socket, no log; it never numbers, never ends."""
-    def feed(self, data: str) -> Iterator[Delta]:
-        """The deltas of one event's data; UpstreamError where it cannot be read."""
-    def whole(self, body: Any) -> Iterator[Delta]:
-        """The deltas of an answer that was not streamed: an object, from Gemini perhaps an array of them."""
-    def end(self) -> Iterator[Delta]:
-        """The deltas that a clean end of the body stands for."""
+    """One upstream stream being read, told to `sink`. Pure: no clock, no socket, no log."""
+    sink: Sink
+    def feed(self, data: str) -> None:
+        """One event's data; UpstreamError where it cannot be read."""
+    def whole(self, body: Any) -> None:
+        """An answer that was not streamed: an object, from Gemini perhaps an array of them."""
+    def end(self) -> None:
+        """The body has ended cleanly."""
 
 
 def error_data(data: str) -> str:
@@ -5914,6 +5893,7 @@ class Translation(Assembler):
     def __init__(self, job: Job, decoder: Decoder) -> None:
         super().__init__(job.answer, job.answer.estimated_input, job.seal)
         self.decoder = decoder
+        self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
         self.events = SSEDecoder()
 
     def feed(self, data: bytes) -> None:
@@ -5923,8 +5903,7 @@ class Translation(Assembler):
     def _take(self, data: str) -> None:
         if not data or self.last:
             return
-        for delta in self.decoder.feed(data):
-            self.add(delta)
+        self.decoder.feed(data)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data, "The provider's answer is not JSON.")
@@ -5933,17 +5912,15 @@ class Translation(Assembler):
         if isinstance(body, dict) and not body.get("error") and states_error(body, whole=True):
             raise inband_error(body)
         try:
-            deltas = list(self.decoder.whole(body))
+            self.decoder.whole(body)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UpstreamError("The provider's answer has not the form that its API has.") from None
-        for delta in deltas:
-            self.add(delta)
 
     def end(self) -> None:
         for event in self.events.finish():
             self._take(event.data)
-        for delta in () if self.events.torn else self.decoder.end():
-            self.add(delta)
+        if not self.events.torn:
+            self.decoder.end()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+import sinks
+from sinks import whole
 from streams import check
 
 import pomex
@@ -21,88 +23,25 @@ NO_RECORDINGS = pytest.mark.skipif(
 )
 
 
-# --- what deltas amount to
+# --- what a decoder says
 
 
-class View:
-    """Deltas put together, with the rules that every decoder keeps checked on the way."""
-
-    def __init__(self) -> None:
-        self.items: dict[int, JSON] = {}
-        self.usage: pomex.Usage | None = None
-        self.stops: list[pomex.Stop] = []
-        self.error: pomex.GatewayError | None = None
-
-    def add(self, deltas: Iterable[pomex.Delta]) -> View:
-        for delta in deltas:
-            if isinstance(delta, pomex.Open):
-                assert delta.slot not in self.items
-                for item in self.items.values():
-                    assert item["closed"] or item["kind"].endswith("_call"), (
-                        "an item opened while a text was open"
-                    )
-                self.items[delta.slot] = {
-                    "kind": delta.kind,
-                    "id": delta.call_id,
-                    "name": delta.name,
-                    "namespace": delta.namespace,
-                    "text": "",
-                    "refusal": "",
-                    "summary": "",
-                    "arguments": "",
-                    "closed": False,
-                    "fields": {},
-                }
-            elif isinstance(delta, pomex.Fragment):
-                assert not self.items[delta.slot]["closed"] and delta.text
-                self.items[delta.slot][delta.channel] += delta.text
-            elif isinstance(delta, pomex.Close):
-                item = self.items[delta.slot]
-                assert not item["closed"]
-                item.update(closed=True, fields=delta.fields)
-                if item["kind"].endswith("_call"):
-                    json.loads(item["arguments"] or "{}")
-            elif isinstance(delta, pomex.Usage):
-                self.usage = delta
-            elif isinstance(delta, pomex.Stop):
-                self.stops.append(delta)
-            elif isinstance(delta, pomex.Fail):
-                self.error = delta.error
-            else:
-                raise AssertionError(delta)
-        return self
-
-    def text(self, channel: str = "text") -> str:
-        return "".join(item[channel] for item in self.items.values())
-
+class View(sinks.View):
     def calls(self) -> list[tuple[str, str, str]]:
-        return [
-            (i["id"], i["name"], i["arguments"]) for i in self.items.values() if i["kind"].endswith("_call")
-        ]
-
-    def end(self) -> str:
-        if self.error is not None:
-            return "failed"
-        if not self.stops:
-            return "none"
-        return self.stops[-1].incomplete or "completed"
+        return [(i["id"], i["name"], i["arguments"]) for i in self.items.values() if i["kind"].endswith("_call")]
 
     def outcome(self) -> tuple[Any, ...]:
-        return self.text(), self.text("refusal"), self.text("summary"), self.calls(), self.usage, self.end()
-
-    def kinds(self) -> list[str]:
-        return [item["kind"] for item in self.items.values()]
+        return self.said(), self.said("refusal"), self.said("summary"), self.calls(), self.usage, self.end()
 
 
 def decoder(dialect: str = "generic", tools: Iterable[JSON] = ()) -> pomex.ChatDecoder:
-    return pomex.ChatDecoder(pomex.ToolBook(list(tools)), pomex.DIALECTS[dialect], "call_new_")
+    made = pomex.ChatDecoder(pomex.ToolBook(list(tools)), pomex.DIALECTS[dialect], "call_new_")
+    made.sink = View()
+    return made
 
 
 def view_of(chunks: Iterable[Any], dialect: str = "generic", tools: Iterable[JSON] = ()) -> View:
-    reader, view = decoder(dialect, tools), View()
-    for chunk in chunks:
-        view.add(reader.feed(chunk if isinstance(chunk, str) else json.dumps(chunk)))
-    return view
+    return sinks.feed_all(decoder(dialect, tools), chunks)
 
 
 def piece(finish: str | None = None, /, **delta: Any) -> JSON:
@@ -214,13 +153,7 @@ def end_of(chunks: list[JSON]) -> str:
 
 
 def feed_bytes(path: pathlib.Path, pieces: Iterable[bytes]) -> View:
-    reader, events, view = decoder(dialect_of(path)), pomex.SSEDecoder(), View()
-    for data in pieces:
-        for event in events.feed(data):
-            view.add(reader.feed(event.data))
-    for event in events.finish():
-        view.add(reader.feed(event.data))
-    return view.add(reader.end())
+    return sinks.feed_bytes(decoder(dialect_of(path)), pieces)
 
 
 @NO_RECORDINGS
@@ -280,7 +213,7 @@ def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> N
     body = json.loads(path.read_bytes())
     if "choices" not in body:
         pytest.skip("an error: see below")
-    view = View().add(decoder(dialect_of(path)).whole(body))
+    view = whole(decoder(dialect_of(path)), body)
     assert view.outcome() == expected_of(
         [c.get("message", {}) for c in body["choices"]], [body], "openrouter" in named(path)
     )
@@ -627,14 +560,14 @@ def test_a_snapshot_is_not_one_more_piece(
     strange = ["", "null", '{"choices":[]}', '{"choices":[{"delta":{},"message":null,"new":1}]}']
     for given in (chunks, [mixed for known in chunks for mixed in (*strange, known)]):
         view = view_of(given)
-        assert (view.text(), view.text("summary"), view.calls(), view.end()) == (text, thought, calls, "completed")
+        assert (view.said(), view.said("summary"), view.calls(), view.end()) == (text, thought, calls, "completed")
         assert len([kind for kind in view.kinds() if kind == "reasoning"]) == bool(thought)
         assert all(item["closed"] for item in view.items.values())
     for count in range(len(chunks)):        # cut after any event nothing is done that is not what it was to be
         view = view_of([*chunks[:count], piece("length")])
-        assert text.startswith(view.text()) and thought.startswith(view.text("summary"))
-        for item, whole in zip([i for i in view.items.values() if i["kind"] == "function_call"], calls):
-            assert whole[2].startswith(item["arguments"]) and (not item["closed"] or item["arguments"] == whole[2])
+        assert text.startswith(view.said()) and thought.startswith(view.said("summary"))
+        for item, given in zip([i for i in view.items.values() if i["kind"] == "function_call"], calls):
+            assert given[2].startswith(item["arguments"]) and (not item["closed"] or item["arguments"] == given[2])
 
 
 def answered(pieces: Iterable[bytes]) -> JSON:
@@ -806,12 +739,12 @@ STREAM_QUIRKS: dict[str, tuple[list[Any], list[str], str, str]] = {
 @pytest.mark.parametrize("chunks, kinds, text, end", STREAM_QUIRKS.values(), ids=STREAM_QUIRKS)
 def test_streams_of_every_habit_end_truly(chunks: list[Any], kinds: list[str], text: str, end: str) -> None:
     view = view_of(chunks)
-    assert (view.kinds(), view.text(), view.end()) == (kinds, text, end)
-    assert view.text("summary") in ("", "r", "r</thi")
+    assert (view.kinds(), view.said(), view.end()) == (kinds, text, end)
+    assert view.said("summary") in ("", "r", "r</thi")
 
 
 def test_tags_are_text_where_the_dialect_has_none() -> None:
-    assert view_of([piece(content="<think>a"), STOPPED], "openai").text() == "<think>a"
+    assert view_of([piece(content="<think>a"), STOPPED], "openai").said() == "<think>a"
 
 
 def test_a_call_cut_by_length_is_never_closed() -> None:
@@ -821,9 +754,10 @@ def test_a_call_cut_by_length_is_never_closed() -> None:
 
 
 def test_a_whole_call_is_closed_as_soon_as_the_next_begins() -> None:
-    reader, view = decoder(), View()
+    reader = decoder()
+    view = reader.sink
     for chunk in (call(0, "call_1", "f", '{"a":1}'), call(1, "call_2", "f", '{"a"')):
-        view.add(reader.feed(json.dumps(chunk)))
+        reader.feed(json.dumps(chunk))
     assert [item["closed"] for item in view.items.values()] == [True, False]
 
 
@@ -854,7 +788,7 @@ def test_what_is_not_json_is_the_upstreams_error(data: str) -> None:
     ids=json.dumps,
 )
 def test_a_whole_answer_without_an_answer_fails(body: JSON) -> None:
-    assert View().add(decoder().whole(body)).end() == "failed"
+    assert whole(decoder(), body).end() == "failed"
 
 
 STRANGE: list[Any] = [
@@ -915,12 +849,9 @@ def test_45_a_whole_answer_keeps_its_calls() -> None:
         {"id": f"call_{n}", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": n})}}
         for n in (1, 2)
     ]
-    view = View().add(
-        decoder().whole(
-            {"choices": [{"message": {"content": "t", "tool_calls": calls}, "finish_reason": "tool_calls"}]}
-        )
-    )
-    assert [i[2] for i in view.calls()] == ['{"a": 1}', '{"a": 2}'] and view.text() == "t"
+    answer = {"choices": [{"message": {"content": "t", "tool_calls": calls}, "finish_reason": "tool_calls"}]}
+    view = whole(decoder(), answer)
+    assert [i[2] for i in view.calls()] == ['{"a": 1}', '{"a": 2}'] and view.said() == "t"
 
 
 TOOLS: list[JSON] = [
@@ -988,13 +919,17 @@ def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> No
     event = {"type": "response.output_item.added", "output_index": 0, "item": {"type": "function_call", "call_id": "a", "name": name}}
     candidate = {"content": {"parts": [{"functionCall": {"name": name, "args": {}}}]}, "finishReason": "STOP"}
     block = {"type": "tool_use", "id": "a", "name": name, "input": {}}
-    opened = [
-        *pomex.ChatDecoder(book, pomex.DIALECTS["generic"]).feed(json.dumps(said[0])),
-        *pomex.ResponsesDecoder(book).feed(json.dumps(event)),
-        *pomex.GeminiDecoder(book).whole({"candidates": [candidate]}),
-        *pomex.MessagesDecoder(pomex.MessagesBook(DOTTED, pomex.claude("claude-opus-5"))).whole({"content": [block]}),
+    readers = [
+        (pomex.ChatDecoder(book, pomex.DIALECTS["generic"]), "feed", json.dumps(said[0])),
+        (pomex.ResponsesDecoder(book), "feed", json.dumps(event)),
+        (pomex.GeminiDecoder(book), "whole", {"candidates": [candidate]}),
+        (pomex.MessagesDecoder(pomex.MessagesBook(DOTTED, pomex.claude("claude-opus-5"))), "whole", {"content": [block]}),
     ]
-    found = [(delta.namespace, delta.name) for delta in opened if isinstance(delta, pomex.Open)]
+    found = []
+    for reader, method, given in readers:
+        reader.sink = View()
+        getattr(reader, method)(given)
+        found += [(item["namespace"], item["name"]) for item in reader.sink.items.values()]
     assert found == [LEAKED[name]] * 4
 
 
@@ -1199,8 +1134,8 @@ def test_48_a_signature_of_gemini_behind_its_openai_endpoint_comes_back_on_its_c
     extra = {"google": {"thought_signature": "s"}}
     given = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}, "extra_content": extra}
     view = view_of([piece(tool_calls=[given]), CALLED])
-    replay = view.items[1]["fields"]["pomex_replay"]
-    assert view.items[1]["kind"] == "reasoning"
+    replay = view.items[0]["fields"]["pomex_replay"]
+    assert view.items[0]["kind"] == "reasoning"
     message = encoded(
         [user("q"), {"type": "reasoning", "pomex_replay": replay}, function_call("c"), output("c")]
     )["messages"][1]
@@ -1558,12 +1493,12 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO
 def test_images_of_openrouter_are_items_once(chunks: list[JSON]) -> None:
     view = view_of(chunks, "openrouter")
     assert [item["fields"] for item in view.items.values() if item["kind"] == "image_generation_call"] == [{"result": "iVBORw0KGgo="}]
-    assert view.text() == "Here!" and view.end() == "completed"
+    assert view.said() == "Here!" and view.end() == "completed"
 
 
 def test_an_image_at_an_address_is_told_as_text() -> None:
     view = view_of([piece("stop", images=[{"image_url": {"url": "https://a.example/x.png"}}, {"image_url": 5}, 7])])
-    assert view.text() == "https://a.example/x.png"
+    assert view.said() == "https://a.example/x.png"
 
 
 def test_parameters_fit_the_vendor_behind_a_router() -> None:
@@ -1999,19 +1934,21 @@ def test_the_words_and_the_kind_of_an_error_are_found_in_any_form(body: JSON, wo
     text = json.dumps(body)
     for given in (text, f"event: error\n:HTTP_STATUS/400\ndata: {text}\n\n"):
         assert str(pomex.provider_error(400, pomex.Headers([]), given.encode())) == words
-    for view in (view_of([text]), view_of([pomex.error_data(text)]), View().add(decoder().whole(body))):
+    for view in (view_of([text]), view_of([pomex.error_data(text)]), whole(decoder(), body)):
         assert isinstance(view.error, pomex.ProviderError) and view.items == {}
         assert view.error.kind == kind and (str(view.error) == words or "the moon" in str(view.error))
     broken = view_of([piece(content="a"), text])
-    assert (broken.end(), broken.text()) == ("failed", "a")
+    assert (broken.end(), broken.said()) == ("failed", "a")
 
 
 def test_a_message_alone_is_an_error_where_nothing_else_comes() -> None:
     alone = {"message": "the moon is down", "id": "x"}
-    for view in (view_of([alone, "[DONE]"]), View().add(decoder().whole(alone))):
+    for view in (view_of([alone, "[DONE]"]), whole(decoder(), alone)):
         assert str(view.error) == "the moon is down"
     reader = decoder()
-    assert str(View().add(reader.feed(json.dumps(alone))).add(reader.end()).error) == "the moon is down"
+    reader.feed(json.dumps(alone))
+    reader.end()
+    assert str(reader.sink.error) == "the moon is down"
     assert view_of([alone, piece(content="a"), STOPPED, "[DONE]"]).outcome()[-1] == "completed"
     assert "the moon is down" in pomex.error_data("the moon is down")
 
@@ -2037,7 +1974,7 @@ def test_an_answer_is_never_taken_for_an_error(fields: JSON) -> None:
     chunks = [piece(content="a"), {**fields}, STOPPED, "[DONE]"]
     assert view_of(chunks).end() == "completed"
     body = {"code": 7, "message": "m", **fields, "choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}
-    assert View().add(decoder().whole(body)).end() == "completed" and not pomex.states_error({**body, "ret": ["x"]})
+    assert whole(decoder(), body).end() == "completed" and not pomex.states_error({**body, "ret": ["x"]})
     for name in pomex.ANSWER_FIELDS:
         assert not pomex.states_error({"message": "m", "code": 7, "detail": "d", **fields, name: [1]}, whole=True)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+import sinks
+from sinks import whole
 
 import pomex
 
@@ -24,65 +26,10 @@ PRO, FLASH3, FLASH25, FLASH20 = "gemini-3.1-pro-preview", "gemini-3.5-flash", "g
 MODELS = (PRO, FLASH3, FLASH25, FLASH20)
 
 
-# --- what deltas amount to
+# --- what a decoder says
 
 
-class View:
-    """Deltas put together, with the rules that every decoder keeps checked on the way."""
-
-    def __init__(self) -> None:
-        self.items: dict[int, JSON] = {}
-        self.usage: pomex.Usage | None = None
-        self.stops: list[pomex.Stop] = []
-        self.error: pomex.GatewayError | None = None
-        self.handlers = {
-            pomex.Open: self._open, pomex.Fragment: self._fragment, pomex.Close: self._close,
-            pomex.Annotation: self._annotation, pomex.Whole: self._whole, pomex.Usage: self._usage,
-            pomex.Stop: lambda stop: self.stops.append(stop), pomex.Fail: self._fail,
-        }
-
-    def add(self, deltas: Iterable[pomex.Delta]) -> View:
-        for delta in deltas:
-            assert self.error is None, "something after a failure"
-            self.handlers[type(delta)](delta)
-        return self
-
-    def _open(self, opened: pomex.Open) -> None:
-        assert opened.slot not in self.items
-        assert all(item["closed"] for item in self.items.values()), "an item opened while another was open"
-        self.items[opened.slot] = {
-            "kind": opened.kind, "id": opened.call_id, "name": opened.name, "namespace": opened.namespace,
-            "text": "", "summary": "", "arguments": "", "closed": False, "fields": {}, "annotations": [],
-        }
-
-    def _fragment(self, fragment: pomex.Fragment) -> None:
-        assert not self.items[fragment.slot]["closed"] and fragment.text
-        self.items[fragment.slot][fragment.channel] += fragment.text
-
-    def _close(self, close: pomex.Close) -> None:
-        item = self.items[close.slot]
-        assert not item["closed"]
-        item.update(closed=True, fields=close.fields)       # whether its arguments are whole is the assembler's to say
-
-    def _annotation(self, delta: pomex.Annotation) -> None:
-        assert not self.items[delta.slot]["closed"]
-        self.items[delta.slot]["annotations"].append(delta.annotation)
-
-    def _whole(self, delta: pomex.Whole) -> None:
-        self.items[-1 - len(self.items)] = {
-            "kind": delta.item["type"], "id": "", "closed": True, "text": "", "summary": "", "arguments": "",
-            "fields": delta.item, "annotations": [],
-        }
-
-    def _usage(self, usage: pomex.Usage) -> None:
-        self.usage = usage
-
-    def _fail(self, fail: pomex.Fail) -> None:
-        self.error = fail.error
-
-    def text(self, channel: str = "text") -> str:
-        return "".join(item[channel] for item in self.items.values())
-
+class View(sinks.View):
     def calls(self) -> list[tuple[str, JSON]]:
         return [(i["name"], json.loads(i["arguments"])) for i in self.items.values() if i["id"]]
 
@@ -92,27 +39,21 @@ class View:
     def replays(self) -> list[JSON]:
         return [i["fields"]["pomex_replay"] for i in self.items.values() if "pomex_replay" in i["fields"]]
 
-    def kinds(self) -> list[str]:
-        return [item["kind"] for item in self.items.values()]
-
-    def end(self) -> str:
-        if self.error is not None:
-            return "failed"
-        return (self.stops[-1].incomplete or "completed") if self.stops else "none"
-
     def outcome(self) -> tuple[Any, ...]:
-        return self.text(), self.text("summary"), self.calls(), self.replays(), self.usage, self.end(), self.kinds()
+        return self.said(), self.said("summary"), self.calls(), self.replays(), self.usage, self.end(), self.kinds()
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.GeminiDecoder:
-    return pomex.GeminiDecoder(pomex.ToolBook(list(tools), searches=True), "call_0123456789ab_")
+    made = pomex.GeminiDecoder(pomex.ToolBook(list(tools), searches=True), "call_0123456789ab_")
+    made.sink = View()
+    return made
 
 
 def view_of(chunks: Iterable[Any], tools: Iterable[JSON] = ()) -> View:
-    reader, view = decoder(tools), View()
-    for chunk in chunks:
-        view.add(reader.feed(chunk if isinstance(chunk, str) else json.dumps(chunk)))
-    return view.add(reader.end())
+    reader = decoder(tools)
+    sinks.feed_all(reader, chunks)
+    reader.end()
+    return reader.sink
 
 
 def chunk(*parts: JSON, reason: str | None = None, **more: Any) -> JSON:
@@ -192,18 +133,12 @@ def end_of(chunks: list[JSON]) -> str:
 
 
 def feed_bytes(path: pathlib.Path, pieces: Iterable[bytes]) -> View:
-    reader, events, view = decoder(), pomex.SSEDecoder(), View()
-    for data in pieces:
-        for event in events.feed(data):
-            view.add(reader.feed(event.data))
-    for event in events.finish():
-        view.add(reader.feed(event.data))
-    return view.add(reader.end())
+    return sinks.feed_bytes(decoder(), pieces)
 
 
 def check_against(view: View, chunks: list[JSON]) -> None:
     text, thought, calls, signatures, usage, end = expected_of(chunks)
-    assert (view.text(), view.text("summary"), view.usage, view.end()) == (text, thought, usage, end)
+    assert (view.said(), view.said("summary"), view.usage, view.end()) == (text, thought, usage, end)
     assert view.calls() == calls
     assert [replay["signature"] for replay in view.replays()] == signatures
     assert len(set(view.call_ids())) == len(view.call_ids())
@@ -227,7 +162,7 @@ class TestEveryRecordedStream:
         for count in range(len(chunks)):
             view = view_of(chunks[:count])
             assert view.end() == end_of(chunks[:count])
-            assert view.text() == expected_of(chunks[:count])[0]
+            assert view.said() == expected_of(chunks[:count])[0]
             assert all(item["closed"] for item in view.items.values() if item["id"])
 
     def test_passes_over_events_that_nobody_knows(self, path: pathlib.Path) -> None:
@@ -245,7 +180,7 @@ class TestEveryRecordedStream:
 @NO_RECORDINGS
 @pytest.mark.parametrize("path", WHOLES, ids=named)
 def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> None:
-    view = View().add(decoder().whole(json.loads(path.read_bytes())))
+    view = whole(decoder(), json.loads(path.read_bytes()))
     check_against(view, recorded_chunks(path))
 
 
@@ -414,7 +349,7 @@ COUNTS = {"promptTokenCount": 1000, "cachedContentTokenCount": 600, "candidatesT
 def test_what_follows_the_end_changes_neither_the_answer_nor_counts(later: JSON, usage: tuple[int, ...]) -> None:
     ended = {**chunk({"text": "done"}, reason="STOP"), "usageMetadata": COUNTS}
     view = view_of([ended, {**chunk({"text": " more"}, fc("f")), "usageMetadata": later}])
-    assert (view.text(), view.calls(), view.end()) == ("done", [], "completed") and view.usage is not None
+    assert (view.said(), view.calls(), view.end()) == ("done", [], "completed") and view.usage is not None
     assert (view.usage.input, view.usage.cached, view.usage.output, view.usage.reasoning) == usage
     assert view_of([ended, {"error": {"code": 500, "message": "m"}}]).end() == "failed"
 
@@ -422,7 +357,7 @@ def test_what_follows_the_end_changes_neither_the_answer_nor_counts(later: JSON,
 def test_an_empty_end_before_the_answer_is_none_and_counts_left_out_stay() -> None:
     view = view_of([chunk(reason="STOP"), {**chunk({"text": "a"}), "usageMetadata": COUNTS},
                     {**chunk({"text": "b"}, reason="STOP"), "usageMetadata": {"candidatesTokenCount": 50}}])
-    assert view.text() == "ab" and view.usage == pomex.Usage(1000, 600, 0, 50)
+    assert view.said() == "ab" and view.usage == pomex.Usage(1000, 600, 0, 50)
 
 
 def test_images_are_items_and_go_back_signed_as_the_models_own() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import sinks
+from sinks import whole
 
 import pomex
 
@@ -25,54 +27,9 @@ SEARCH = {"type": "web_search"}
 TOOL = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
 
 
-# --- what deltas amount to
+# --- what a decoder says
 
-class View:
-    """Deltas put together, with the rules that every decoder keeps checked on the way."""
-
-    def __init__(self) -> None:
-        self.items: dict[int, JSON] = {}
-        self.usage: pomex.Usage | None = None
-        self.stops: list[pomex.Stop] = []
-        self.error: pomex.GatewayError | None = None
-
-    def add(self, deltas: Iterable[pomex.Delta]) -> View:
-        for delta in deltas:
-            if isinstance(delta, pomex.Open):
-                assert delta.slot not in self.items
-                for item in self.items.values():
-                    assert item["closed"] or item["kind"].endswith("_call"), "an item opened while a text was open"
-                self.items[delta.slot] = {"kind": delta.kind, "id": delta.call_id, "name": delta.name, "text": "",
-                                          "summary": "",
-                                          "arguments": "", "closed": False, "annotations": [], "fields": dict(delta.fields)}
-            elif isinstance(delta, pomex.Fragment):
-                assert not self.items[delta.slot]["closed"] and delta.text
-                self.items[delta.slot][delta.channel] += delta.text
-            elif isinstance(delta, pomex.Annotation):
-                assert not self.items[delta.slot]["closed"]
-                self.items[delta.slot]["annotations"].append(delta.annotation)
-            elif isinstance(delta, pomex.Close):
-                item = self.items[delta.slot]
-                assert not item["closed"]
-                item["closed"] = True
-                item["fields"].update(delta.fields)
-                json.loads(item["arguments"] or "{}")
-            elif isinstance(delta, pomex.Usage):
-                self.usage = delta
-            elif isinstance(delta, pomex.Stop):
-                self.stops.append(delta)
-            elif isinstance(delta, pomex.Fail):
-                self.error = self.error or delta.error
-            else:
-                raise AssertionError(delta)
-        return self
-
-    def all(self, kind: str) -> list[JSON]:
-        return [item for item in self.items.values() if item["kind"] == kind]
-
-    def text(self, channel: str = "text") -> str:
-        return "".join(item[channel] for item in self.items.values())
-
+class View(sinks.View):
     def calls(self) -> list[tuple[str, str, str]]:
         return [(i["id"], i["name"], i["arguments"]) for i in self.all("function_call")]
 
@@ -85,14 +42,9 @@ class View:
         return [(item["text"][a["start_index"]:a["end_index"]], a["url"]) for item in self.items.values()
                 for a in item["annotations"]]
 
-    def end(self) -> str:
-        if self.error is not None:
-            return "failed"
-        return (self.stops[-1].incomplete or "completed") if self.stops else "none"
-
     def outcome(self) -> tuple[Any, ...]:
         searches = [i["fields"]["action"]["query"] for i in self.all("web_search_call")]
-        return (self.text(), self.text("summary"), self.calls(), self.thoughts(), searches, self.citations(), self.usage,
+        return (self.said(), self.said("summary"), self.calls(), self.thoughts(), searches, self.citations(), self.usage,
                 self.end())
 
 
@@ -101,14 +53,13 @@ def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.MessagesBook:
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.MessagesDecoder:
-    return pomex.MessagesDecoder(book(tools), "call_new_")
+    made = pomex.MessagesDecoder(book(tools), "call_new_")
+    made.sink = View()
+    return made
 
 
 def view_of(events: Iterable[Any], reader: pomex.MessagesDecoder | None = None) -> View:
-    reader, view = reader or decoder([SEARCH]), View()
-    for event in events:
-        view.add(reader.feed(event if isinstance(event, str) else json.dumps(event)))
-    return view
+    return sinks.feed_all(reader or decoder([SEARCH]), events)
 
 
 # --- every recorded exchange
@@ -181,13 +132,7 @@ def expected_of(message: JSON) -> tuple[Any, ...]:
 
 
 def feed_bytes(pieces: Iterable[bytes]) -> View:
-    reader, events, view = decoder([SEARCH]), pomex.SSEDecoder(), View()
-    for data in pieces:
-        for event in events.feed(data):
-            view.add(reader.feed(event.data))
-    for event in events.finish():
-        view.add(reader.feed(event.data))
-    return view.add(reader.end())
+    return sinks.feed_bytes(decoder([SEARCH]), pieces)
 
 
 SPLICED = "spliced-message-start-stream"
@@ -217,12 +162,14 @@ class TestEveryRecordedStream:
         assert feed_bytes(data[i:i + size] for i in range(0, len(data), size)).outcome() == feed_bytes([data]).outcome()
 
     def test_cut_after_any_event_claims_no_more_than_came(self, path: pathlib.Path) -> None:
-        reader, view, finished = decoder([SEARCH]), View(), False
+        reader, finished = decoder([SEARCH]), False
+        view = reader.sink
         for data in recorded_data(path):
             event = json.loads(data)
             reason = (event.get("delta") or {}).get("stop_reason") if event["type"] == "message_delta" else None
             finished = finished or event["type"] == "message_stop" or bool(reason and reason != "pause_turn")
-            view.add(reader.feed(data)).add(reader.end())
+            reader.feed(data)
+            reader.end()
             assert bool(view.stops) <= finished
             for item in view.all("function_call"):
                 assert not item["closed"] or isinstance(json.loads(item["arguments"] or "{}"), dict)
@@ -246,7 +193,7 @@ def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> N
     body = json.loads(path.read_bytes())
     if body["type"] == "error":
         pytest.skip("an error: see below")
-    view = View().add(decoder([SEARCH]).whole(copy.deepcopy(body)))
+    view = whole(decoder([SEARCH]), copy.deepcopy(body))
     assert view.outcome() == expected_of({**body, "content": [{"json": "", **block} for block in body["content"]]})
     assert view.stops[-1].last and all(item["closed"] for item in view.items.values())
 
@@ -263,7 +210,7 @@ def test_every_recorded_error_is_of_its_kind(path: pathlib.Path) -> None:
     headers = pomex.Headers(list(meta.get("response_headers", {}).items()))
     error = pomex.provider_error(meta["status"], headers, path.read_bytes())
     assert error.kind == KINDS.get(named(path), "bad_request")
-    inside = View().add(decoder().whole(json.loads(path.read_bytes())))
+    inside = whole(decoder(), json.loads(path.read_bytes()))
     assert inside.error is not None and (inside.error.kind == error.kind
                                          or meta["status"] == 404)     # type: ignore[attr-defined]
 
@@ -334,7 +281,7 @@ STREAMS: dict[str, tuple[list[JSON], list[str], str, str]] = {
 @pytest.mark.parametrize("events, kinds, text, end", STREAMS.values(), ids=STREAMS)
 def test_streams_of_every_shape_end_as_they_should(events: list[JSON], kinds: list[str], text: str, end: str) -> None:
     view = view_of(events)
-    assert ([item["kind"] for item in view.items.values()], view.text(), view.end()) == (kinds, text, end)
+    assert ([item["kind"] for item in view.items.values()], view.said(), view.end()) == (kinds, text, end)
     assert end in ("failed", "none") or all(item["closed"] for item in view.items.values())
 
 
@@ -402,7 +349,7 @@ def test_a_paused_turn_goes_on_with_the_recorded_request_in_the_same_answer() ->
     assert shape(sent["messages"][-1]["content"]) == shape(recorded["messages"][-1]["content"])
     assert sent["messages"][:-1] == recorded["messages"][:-1] and reader.resume() is None
     for data in recorded_data(resumed / "response.sse"):
-        view.add(reader.feed(data))
+        reader.feed(data)
     assert view.end() == "completed" and all(item["closed"] for item in view.items.values())
     assert view.usage.input == first.input + 482529 and view.usage.output == first.output + 1310
     assert len(view.all("web_search_call")) == 15

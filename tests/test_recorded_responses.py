@@ -9,6 +9,7 @@ import re
 
 import pytest
 import streams
+from sinks import adds, calls, ends, tell
 
 import pomex
 
@@ -360,7 +361,7 @@ def test_usage_is_counted_whatever_the_end():
                                   '{"type":"response.completed","response":{"output":[5]}}', "{" * 100_000])
 def test_garbage_is_the_upstreams_error(data):
     with pytest.raises(pomex.UpstreamError):
-        list(pomex.ResponsesDecoder(pomex.ToolBook([])).feed(data))
+        pomex.ResponsesDecoder(pomex.ToolBook([])).feed(data)
 
 
 def test_an_event_without_a_type_is_an_error_or_a_sign_of_life():
@@ -447,10 +448,8 @@ def test_every_tool_that_codex_offers_comes_back_as_its_own_kind(path):
         name = tool.get("name", tool["type"])
         flat = pomex.flat_name(name, namespace)
         assert offered[flat]["parameters"]["type"] == "object"
-        deltas = [book.open(0, "c", flat), pomex.Fragment(0, '{"input":"x"}', "arguments"), pomex.Close(0), pomex.Stop()]
         attempt = pomex.Assembler(pomex.Answer(request, "resp_1", 1_700_000_000, pomex.CODEX), 0, str)
-        for delta in deltas:
-            attempt.add(delta)
+        tell(attempt, [calls(0, "c", book.tool(flat)), adds(0, '{"input":"x"}', "arguments"), ends(0), pomex.Stop()])
         attempt.finish()
         item = streams.check(attempt.terminal(1_700_000_002), codex=True)["output"][0]
         assert item["type"] == kinds[tool["type"]] and item["call_id"] == "c"

@@ -9,7 +9,8 @@ import pytest
 import streams
 
 import pomex
-from pomex import Annotation, Close, Fail, Fragment, Open, Stop, Usage, Whole
+from pomex import Stop, Usage
+from sinks import adds, begins, calls, ends, tell
 
 SECRET = b"s" * 32
 EXEC = {"type": "function", "name": "exec", "description": "runs", "parameters": {"type": "object", "properties": {}}, "strict": False}
@@ -34,11 +35,10 @@ def seal(replay):
     return pomex.Envelope(SECRET, "a").seal("p", "m", replay)
 
 
-def told(deltas, manners=pomex.STANDARD, error=None, **fields):
-    """The stream that `deltas` make, and the attempt that made it."""
+def told(said, manners=pomex.STANDARD, error=None, **fields):
+    """The stream that these calls of a sink make, and the attempt that made it."""
     attempt = pomex.Assembler(answer(manners, **fields), 100, seal)
-    for delta in deltas:
-        attempt.add(delta)
+    tell(attempt, said)
     attempt.finish(error)
     raw = attempt.terminal(1_700_000_009)
     streams.check(raw, codex=manners is pomex.CODEX)
@@ -340,8 +340,7 @@ def test_flat_names_are_short_plain_and_the_same_every_time(name, namespace, fla
     (EXEC, "never_offered", "function_call", "never_offered", ""),
 ], ids=lambda value: str(value)[:30])
 def test_what_is_offered_comes_back_as_what_it_was(tool, flat, kind, name, namespace):
-    opened = pomex.ToolBook([tool]).open(3, "c", flat)
-    assert opened == Open(3, kind, "c", name, namespace)
+    assert pomex.ToolBook([tool]).tool(flat) == pomex.Tool(kind, name, namespace)
 
 
 def test_a_book_offers_functions_and_names_what_it_cannot():
@@ -379,7 +378,7 @@ def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_bac
     assert book.functions == pomex.ToolBook([ODD], model=model).functions
     given = {"$top": 5, "a.b": "$top", "list[]": [{"größe": 1, "free": {"x": None}}], "x" * 70: 1.5}
     theirs = pomex.rename_keys(json.dumps(given), fitted)
-    deltas = [book.open(0, "c", "odd"), *(Fragment(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), Close(0), Stop()]
+    deltas = [calls(0, "c", book.tool("odd")), *(adds(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), ends(0), Stop()]
     raw, attempt = told(deltas)
     assert json.loads(json.loads(attempt.output())[0]["arguments"]) == given
     assert raw.count(b"event: response.function_call_arguments.delta") == 1
@@ -388,7 +387,7 @@ def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_bac
 def test_other_tools_and_vendors_keep_their_names_and_stream_on():
     for book, name in ((pomex.ToolBook([ODD], model="gpt-5"), "odd"), (pomex.ToolBook([ODD, EXEC], model="claude-opus-5"), "exec")):
         assert not book.by_flat[name].fitted
-        raw, _ = told([book.open(0, "c", name), Fragment(0, '{"$t', "arguments"), Fragment(0, 'op":1}', "arguments"), Close(0), Stop()])
+        raw, _ = told([calls(0, "c", book.tool(name)), adds(0, '{"$t', "arguments"), adds(0, 'op":1}', "arguments"), ends(0), Stop()])
         assert raw.count(b"event: response.function_call_arguments.delta") == 2
 
 
@@ -396,7 +395,7 @@ def test_other_tools_and_vendors_keep_their_names_and_stream_on():
                                               ('{"a":' * 99_999, None)], ids=lambda value: str(value)[:12])
 def test_fitted_arguments_are_whole_or_not_at_all(arguments, whole):
     book = pomex.ToolBook([{**ODD, "parameters": {"properties": {"$top": {}}}}], model="claude-opus-5")
-    _, attempt = told([book.open(0, "c", "odd"), *([Fragment(0, arguments, "arguments")] if arguments else []), Close(0), Stop()])
+    _, attempt = told([calls(0, "c", book.tool("odd")), *([adds(0, arguments, "arguments")] if arguments else []), ends(0), Stop()])
     assert [item["arguments"] for item in json.loads(attempt.output())] == ([] if whole is None else [whole])
     assert attempt.status == ("failed" if whole is None else "completed")
 
@@ -476,54 +475,54 @@ CREATED = ["created in_progress []", "in_progress in_progress []"]
 
 
 @pytest.mark.parametrize("deltas, expected", [
-    ([Open(0, "message"), Fragment(0, "Hel"), Fragment(0, "lo"), Close(0)], [
+    ([begins(0, "message"), adds(0, "Hel"), adds(0, "lo"), ends(0)], [
         'output_item.added 0 {"content": [], "role": "assistant", "status": "in_progress", "type": "message"}',
         'content_part.added 0 0 {"type": "output_text", "text": "", "annotations": [], "logprobs": []}',
         "output_text.delta 0 0 Hel", "output_text.delta 0 0 lo", "output_text.done 0 0 Hello",
         'content_part.done 0 0 {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}',
         'output_item.done 0 {"content": [{"annotations": [], "logprobs": [], "text": "Hello", "type": "output_text"}], "role": "assistant", "status": "completed", "type": "message"}']),
-    ([Open(0, "message", fields={"phase": "commentary"}), Fragment(0, "No", "refusal"), Close(0)], [
+    ([begins(0, "message", fields={"phase": "commentary"}), adds(0, "No", "refusal"), ends(0)], [
         'output_item.added 0 {"content": [], "phase": "commentary", "role": "assistant", "status": "in_progress", "type": "message"}',
         'content_part.added 0 0 {"type": "refusal", "refusal": ""}', "refusal.delta 0 0 No", "refusal.done 0 0 No",
         'content_part.done 0 0 {"type": "refusal", "refusal": "No"}',
         'output_item.done 0 {"content": [{"refusal": "No", "type": "refusal"}], "phase": "commentary", "role": "assistant", "status": "completed", "type": "message"}']),
-    ([Open(0, "message"), Fragment(0, "a"), Annotation(0, {"type": "url_citation"}), Close(0)], [
+    ([begins(0, "message"), adds(0, "a"), lambda sink: sink.annotate({"type": "url_citation"}, 0), ends(0)], [
         'output_item.added 0 {"content": [], "role": "assistant", "status": "in_progress", "type": "message"}',
         'content_part.added 0 0 {"type": "output_text", "text": "", "annotations": [], "logprobs": []}', "output_text.delta 0 0 a",
         'output_text.annotation.added 0 0 0 {"type": "url_citation"}', "output_text.done 0 0 a",
         'content_part.done 0 0 {"type": "output_text", "text": "a", "annotations": [{"type": "url_citation"}], "logprobs": []}',
         'output_item.done 0 {"content": [{"annotations": [{"type": "url_citation"}], "logprobs": [], "text": "a", "type": "output_text"}], "role": "assistant", "status": "completed", "type": "message"}']),
-    ([Open(0, "reasoning"), Fragment(0, "a", "summary", 1), Fragment(0, "b", "summary", 1), Fragment(0, "c", "summary", 2), Close(0)], [
+    ([begins(0, "reasoning"), adds(0, "a", "summary", 1), adds(0, "b", "summary", 1), adds(0, "c", "summary", 2), ends(0)], [
         'output_item.added 0 {"status": "in_progress", "summary": [], "type": "reasoning"}',
         'reasoning_summary_part.added 0 0 {"type": "summary_text", "text": ""}', "reasoning_summary_text.delta 0 0 a", "reasoning_summary_text.delta 0 0 b",
         "reasoning_summary_text.done 0 0 ab", 'reasoning_summary_part.done 0 0 {"type": "summary_text", "text": "ab"}',
         'reasoning_summary_part.added 0 1 {"type": "summary_text", "text": ""}', "reasoning_summary_text.delta 0 1 c",
         "reasoning_summary_text.done 0 1 c", 'reasoning_summary_part.done 0 1 {"type": "summary_text", "text": "c"}',
         'output_item.done 0 {"status": "completed", "summary": [{"text": "ab", "type": "summary_text"}, {"text": "c", "type": "summary_text"}], "type": "reasoning"}']),
-    ([Open(0, "reasoning"), Fragment(0, "hm", "raw"), Close(0)], [
+    ([begins(0, "reasoning"), adds(0, "hm", "raw"), ends(0)], [
         'output_item.added 0 {"status": "in_progress", "summary": [], "type": "reasoning"}',
         'content_part.added 0 0 {"type": "reasoning_text", "text": ""}', "reasoning_text.delta 0 0 hm", "reasoning_text.done 0 0 hm",
         'content_part.done 0 0 {"type": "reasoning_text", "text": "hm"}',
         'output_item.done 0 {"content": [{"text": "hm", "type": "reasoning_text"}], "status": "completed", "summary": [], "type": "reasoning"}']),
-    ([Open(0, "function_call", "c1", "look", "ns"), Fragment(0, '{"a"', "arguments"), Fragment(0, ":1}", "arguments"), Close(0)], [
+    ([begins(0, "function_call", "c1", "look", "ns"), adds(0, '{"a"', "arguments"), adds(0, ":1}", "arguments"), ends(0)], [
         'output_item.added 0 {"arguments": "", "call_id": "c1", "name": "look", "namespace": "ns", "status": "in_progress", "type": "function_call"}',
         'function_call_arguments.delta 0 {"a"', "function_call_arguments.delta 0 :1}", 'function_call_arguments.done 0 {"a":1} look',
         'output_item.done 0 {"arguments": "{\\"a\\":1}", "call_id": "c1", "name": "look", "namespace": "ns", "status": "completed", "type": "function_call"}']),
-    ([Open(0, "function_call", "c1", "exec"), Close(0)], [
+    ([begins(0, "function_call", "c1", "exec"), ends(0)], [
         'output_item.added 0 {"arguments": "", "call_id": "c1", "name": "exec", "status": "in_progress", "type": "function_call"}',
         "function_call_arguments.delta 0 {}", "function_call_arguments.done 0 {} exec",
         'output_item.done 0 {"arguments": "{}", "call_id": "c1", "name": "exec", "status": "completed", "type": "function_call"}']),
-    ([Open(0, "custom_tool_call", "c1", "apply_patch"), Fragment(0, "raw ", "input"), Fragment(0, "text", "input"), Close(0)], [
+    ([begins(0, "custom_tool_call", "c1", "apply_patch"), adds(0, "raw ", "input"), adds(0, "text", "input"), ends(0)], [
         'output_item.added 0 {"call_id": "c1", "input": "", "name": "apply_patch", "status": "in_progress", "type": "custom_tool_call"}',
         "custom_tool_call_input.delta 0 raw ", "custom_tool_call_input.delta 0 text", "custom_tool_call_input.done 0 raw text",
         'output_item.done 0 {"call_id": "c1", "input": "raw text", "name": "apply_patch", "status": "completed", "type": "custom_tool_call"}']),
-    ([Open(0, "tool_search_call", "c1", "tool_search"), Fragment(0, '{"q":"x"}', "arguments"), Close(0)], [
+    ([begins(0, "tool_search_call", "c1", "tool_search"), adds(0, '{"q":"x"}', "arguments"), ends(0)], [
         'output_item.added 0 {"arguments": {}, "call_id": "c1", "execution": "client", "status": "in_progress", "type": "tool_search_call"}',
         'output_item.done 0 {"arguments": {"q": "x"}, "call_id": "c1", "execution": "client", "status": "completed", "type": "tool_search_call"}']),
-    ([Open(0, "local_shell_call", "c1", "local_shell"), Fragment(0, '{"command":["ls"],"extra":1}', "arguments"), Close(0)], [
+    ([begins(0, "local_shell_call", "c1", "local_shell"), adds(0, '{"command":["ls"],"extra":1}', "arguments"), ends(0)], [
         'output_item.added 0 {"action": {"command": [], "env": {}, "type": "exec"}, "call_id": "c1", "status": "in_progress", "type": "local_shell_call"}',
         'output_item.done 0 {"action": {"command": ["ls"], "env": {}, "type": "exec"}, "call_id": "c1", "status": "completed", "type": "local_shell_call"}']),
-    ([Whole({"type": "web_search_call", "status": "completed"})], [
+    ([lambda sink: sink.item({"type": "web_search_call", "status": "completed"})], [
         'output_item.added 0 {"status": "completed", "type": "web_search_call"}', 'output_item.done 0 {"status": "completed", "type": "web_search_call"}']),
 ], ids=lambda value: type(value[0]).__name__ + str(value[0])[:40])
 def test_every_kind_of_item_has_its_events(deltas, expected):
@@ -537,18 +536,18 @@ def test_every_kind_of_item_has_its_events(deltas, expected):
     (['{"a":"\\"', '\n"', '}\n'], '{"a":"\\"\\n"}\n'), (['{"a":"\\\\', '"', '\n}'], '{"a":"\\\\"\n}'),
 ])
 def test_arguments_are_json_for_strict_readers_too(pieces, arguments):
-    raw, _ = told([Open(0, "function_call", "c1", "exec"), *(Fragment(0, piece, "arguments") for piece in pieces), Close(0), Stop()])
+    raw, _ = told([begins(0, "function_call", "c1", "exec"), *(adds(0, piece, "arguments") for piece in pieces), ends(0), Stop()])
     assert streams.check(raw)["output"][0]["arguments"] == arguments and json.loads(arguments)
 
 
 def test_two_calls_may_come_in_turns():
-    raw, _ = told([Open(0, "function_call", "a", "f"), Open(1, "function_call", "b", "g"), Fragment(1, "{", "arguments"),
-                   Fragment(0, "{", "arguments"), Fragment(1, "}", "arguments"), Close(1), Fragment(0, "}", "arguments"), Close(0), Stop()])
+    raw, _ = told([begins(0, "function_call", "a", "f"), begins(1, "function_call", "b", "g"), adds(1, "{", "arguments"),
+                   adds(0, "{", "arguments"), adds(1, "}", "arguments"), ends(1), adds(0, "}", "arguments"), ends(0), Stop()])
     assert [(i["call_id"], i["arguments"]) for i in streams.check(raw)["output"]] == [("a", "{}"), ("b", "{}")]
 
 
 def test_sealed_reasoning_comes_with_the_finished_item_only():
-    raw, _ = told([Open(0, "reasoning"), Close(0, {"pomex_replay": {"k": 1}}), Stop()])
+    raw, _ = told([begins(0, "reasoning"), ends(0, {"pomex_replay": {"k": 1}}), Stop()])
     added, done = (e["item"] for e in streams.events(raw) if "item" in e)
     assert "encrypted_content" not in added
     assert pomex.Envelope(SECRET, "a").open(done["encrypted_content"]) == ("p", "m", {"k": 1})
@@ -559,23 +558,25 @@ def test_sealed_reasoning_comes_with_the_finished_item_only():
     (["a\ud83d", "b"], "a\ufffdb"), (["\ude00x"], "\ufffdx"), (["x\ud83d"], "x"), (["\n\n", " ", "x"], "\n\n x"), (["x", "", "y"], "xy"),
 ])
 def test_text_is_whole_however_it_was_cut(pieces, text):
-    raw, _ = told([Open(0, "message"), *(Fragment(0, piece) for piece in pieces), Close(0), Stop()])
+    raw, _ = told([begins(0, "message"), *(adds(0, piece) for piece in pieces), ends(0), Stop()])
     assert streams.check(raw)["output"][0]["content"][0]["text"] == text
     assert not any("\ud800" <= letter <= "\udfff" for event in streams.events(raw) for letter in json.dumps(event, ensure_ascii=False))
 
 
 def test_a_message_of_white_space_is_none_but_an_answer_of_nothing_is_one():
-    raw, _ = told([Open(0, "message"), Fragment(0, "\n\n"), Close(0), Open(1, "function_call", "c", "f"), Close(1), Stop()])
+    raw, _ = told([begins(0, "message"), adds(0, "\n\n"), ends(0), begins(1, "function_call", "c", "f"), ends(1), Stop()])
     assert [i["type"] for i in streams.check(raw)["output"]] == ["function_call"]
-    raw, _ = told([Open(0, "message"), Fragment(0, " "), Stop()])
+    raw, _ = told([begins(0, "message"), adds(0, " "), Stop()])
     assert [i["content"][0]["text"] for i in streams.check(raw)["output"]] == [""]
 
 
 def test_a_fragment_of_nothing_open_is_the_upstreams_error():
     attempt = pomex.Assembler(answer(), 0, seal)
-    for delta in (Fragment(0, "x"), Close(0), Annotation(0, {})):
-        with pytest.raises(pomex.UpstreamError):
-            attempt.add(delta)
+    with pytest.raises(pomex.UpstreamError):
+        attempt.add(0, "x", "text")
+    attempt.done(0)
+    attempt.annotate({}, 0)
+    assert attempt.items == {} and attempt.out == []
 
 
 # --- custom tools inside JSON
@@ -603,20 +604,20 @@ WRAPPED = [
 def test_a_custom_tools_text_comes_out_of_its_json_however_that_is_cut(arguments, text):
     cuts = [[arguments], list(arguments)] + [[arguments[:n], arguments[n:]] for n in range(1, len(arguments))]
     for pieces in cuts:
-        raw, _ = told([Open(0, "custom_tool_call", "c", "t"), *(Fragment(0, p, "arguments") for p in pieces if p), Close(0), Stop()])
+        raw, _ = told([begins(0, "custom_tool_call", "c", "t"), *(adds(0, p, "arguments") for p in pieces if p), ends(0), Stop()])
         assert streams.check(raw)["output"][0]["input"] == text, pieces
 
 
 def test_a_custom_tools_text_is_shown_while_it_comes():
-    raw, _ = told([Open(0, "custom_tool_call", "c", "t"), *(Fragment(0, p, "arguments") for p in ('{"input":"one', " two", "\\", 'n three"}')), Close(0), Stop()])
+    raw, _ = told([begins(0, "custom_tool_call", "c", "t"), *(adds(0, p, "arguments") for p in ('{"input":"one', " two", "\\", 'n three"}')), ends(0), Stop()])
     assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {t}" for t in ("one", " two", "\n three")]
 
 
 @pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 def test_a_custom_call_that_is_cut_is_never_done(manners):
     whole = WRAPPED[0][0]
-    for cut, end in itertools.product(range(1, len(whole) - 1), ([], [Close(0), Stop()], [Stop()], [Stop("max_output_tokens")])):
-        deltas = [Open(0, "custom_tool_call", "c", "t"), Fragment(0, whole[:cut], "arguments")]
+    for cut, end in itertools.product(range(1, len(whole) - 1), ([], [ends(0), Stop()], [Stop()], [Stop("max_output_tokens")])):
+        deltas = [begins(0, "custom_tool_call", "c", "t"), adds(0, whole[:cut], "arguments")]
         raw, attempt = told(deltas + end, manners)
         final = streams.check(raw, manners is pomex.CODEX)
         assert not [i for i in final["output"] if i["type"] == "custom_tool_call" and i["status"] == "completed"]
@@ -625,52 +626,52 @@ def test_a_custom_call_that_is_cut_is_never_done(manners):
 
 # --- the end
 
-TEXT, HALF = [Open(0, "message"), Fragment(0, "Hi")], [Open(1, "function_call", "c", "f"), Fragment(1, '{"a":', "arguments")]
-CALL = [Open(1, "function_call", "c", "f"), Fragment(1, "{}", "arguments")]
+TEXT, HALF = [begins(0, "message"), adds(0, "Hi")], [begins(1, "function_call", "c", "f"), adds(1, '{"a":', "arguments")]
+CALL = [begins(1, "function_call", "c", "f"), adds(1, "{}", "arguments")]
 BROKEN = pomex.UpstreamTimeout("silent")
 
 
 @pytest.mark.parametrize("deltas, error, standard, codex, items", [
     # finished, and said so
-    ([*TEXT, Close(0), Stop()], None, "completed", "completed", ["message completed"]),
+    ([*TEXT, ends(0), Stop()], None, "completed", "completed", ["message completed"]),
     ([*TEXT, Stop()], None, "completed", "completed", ["message completed"]),
-    ([*TEXT, Close(0), *CALL, Stop()], None, "completed", "completed", ["message completed", "function_call completed"]),
+    ([*TEXT, ends(0), *CALL, Stop()], None, "completed", "completed", ["message completed", "function_call completed"]),
     # finished, and then the connection broke
     ([*TEXT, Stop()], BROKEN, "completed", "completed", ["message completed"]),
-    ([*TEXT, Close(0), *CALL, Stop()], BROKEN, "completed", "completed", ["message completed", "function_call completed"]),
+    ([*TEXT, ends(0), *CALL, Stop()], BROKEN, "completed", "completed", ["message completed", "function_call completed"]),
     ([*TEXT, Stop("max_output_tokens")], BROKEN, "incomplete", "completed", {"standard": ["message incomplete"], "codex": ["message completed"]}),
     # no evidence
     ([], None, "failed", "failed", []),
     ([], BROKEN, "failed", "failed", []),
     (TEXT, None, "failed", "failed", {"standard": ["message incomplete"], "codex": []}),
-    ([*TEXT, Close(0)], BROKEN, "failed", "failed", ["message completed"]),
-    ([*TEXT, Close(0), *CALL], None, "failed", "failed", ["message completed"]),
-    ([*TEXT, Close(0), *CALL, Close(1)], None, "failed", "failed", ["message completed", "function_call completed"]),
-    ([*TEXT, Close(0), *HALF], BROKEN, "failed", "failed", ["message completed"]),
+    ([*TEXT, ends(0)], BROKEN, "failed", "failed", ["message completed"]),
+    ([*TEXT, ends(0), *CALL], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, ends(0), *CALL, ends(1)], None, "failed", "failed", ["message completed", "function_call completed"]),
+    ([*TEXT, ends(0), *HALF], BROKEN, "failed", "failed", ["message completed"]),
     # said to be finished, but half a call
-    ([*TEXT, Close(0), *HALF, Stop()], None, "failed", "failed", ["message completed"]),
-    ([*TEXT, Close(0), *HALF, Close(1), Stop()], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, ends(0), *HALF, Stop()], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, ends(0), *HALF, ends(1), Stop()], None, "failed", "failed", ["message completed"]),
     # an error that the upstream reports wins
-    ([*TEXT, Close(0), Fail(pomex.UpstreamError("no", code="slow_down"))], None, "failed", "failed", ["message completed"]),
-    ([*TEXT, Close(0), Stop(), Fail(pomex.UpstreamError("no"))], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, ends(0), lambda sink: sink.fail(pomex.UpstreamError("no", code="slow_down"))], None, "failed", "failed", ["message completed"]),
+    ([*TEXT, ends(0), Stop(), lambda sink: sink.fail(pomex.UpstreamError("no"))], None, "failed", "failed", ["message completed"]),
     # cut by length
     ([*TEXT, Stop("max_output_tokens")], None, "incomplete", "completed", {"standard": ["message incomplete"], "codex": ["message completed"]}),
-    ([*TEXT, Close(0), *HALF, Stop("max_output_tokens")], None, "incomplete", "completed",
+    ([*TEXT, ends(0), *HALF, Stop("max_output_tokens")], None, "incomplete", "completed",
      {"standard": ["message completed", "function_call incomplete"], "codex": ["message completed"]}),
-    ([*TEXT, Close(0), *CALL, Stop("max_output_tokens")], None, "incomplete", "completed", ["message completed", "function_call completed"]),
-    ([*TEXT, Close(0), Open(1, "function_call", "c", "f"), Stop("max_output_tokens")], None, "incomplete", "completed",
+    ([*TEXT, ends(0), *CALL, Stop("max_output_tokens")], None, "incomplete", "completed", ["message completed", "function_call completed"]),
+    ([*TEXT, ends(0), begins(1, "function_call", "c", "f"), Stop("max_output_tokens")], None, "incomplete", "completed",
      {"standard": ["message completed", "function_call incomplete"], "codex": ["message completed"]}),
-    ([*TEXT, Close(0), Open(1, "custom_tool_call", "c", "f"), Fragment(1, "*** Begin", "input"), Stop("max_output_tokens")], None, "incomplete", "completed",
+    ([*TEXT, ends(0), begins(1, "custom_tool_call", "c", "f"), adds(1, "*** Begin", "input"), Stop("max_output_tokens")], None, "incomplete", "completed",
      {"standard": ["message completed", "custom_tool_call incomplete"], "codex": ["message completed"]}),
-    ([Open(1, "tool_search_call", "c", "s"), Fragment(1, '{"q', "arguments"), Stop("max_output_tokens")], None, "incomplete", "completed",
+    ([begins(1, "tool_search_call", "c", "s"), adds(1, '{"q', "arguments"), Stop("max_output_tokens")], None, "incomplete", "completed",
      {"standard": ["tool_search_call incomplete"], "codex": []}),
-    ([Open(1, "local_shell_call", "c", "s"), Fragment(1, '["x"]', "arguments"), Stop()], None, "failed", "failed", []),
-    ([Open(0, "reasoning"), Fragment(0, "hm", "raw"), Stop("max_output_tokens")], None, "incomplete", "completed",
+    ([begins(1, "local_shell_call", "c", "s"), adds(1, '["x"]', "arguments"), Stop()], None, "failed", "failed", []),
+    ([begins(0, "reasoning"), adds(0, "hm", "raw"), Stop("max_output_tokens")], None, "incomplete", "completed",
      {"standard": ["reasoning incomplete"], "codex": ["reasoning completed"]}),
     ([Stop("max_output_tokens")], None, "incomplete", "completed", []),
     # a filter
     ([Stop("content_filter", explanation="why")], None, "incomplete", "completed", ["message completed"]),
-    ([Open(0, "reasoning"), Close(0), Stop("content_filter")], None, "incomplete", "completed", ["reasoning completed", "message completed"]),
+    ([begins(0, "reasoning"), ends(0), Stop("content_filter")], None, "incomplete", "completed", ["reasoning completed", "message completed"]),
     ([*TEXT, Stop("content_filter")], None, "incomplete", "completed", {"standard": ["message incomplete"], "codex": ["message completed"]}),
     # nothing to say is a way to end
     ([Stop()], None, "completed", "completed", ["message completed"]),
@@ -691,16 +692,16 @@ def test_a_filtered_answer_says_why_in_the_form_that_the_client_shows():
 
 
 def test_a_failure_carries_the_code_and_to_standard_clients_an_error_event():
-    fail = [*TEXT, Fail(pomex.BadRequest("too long", code="context_length_exceeded"))]
+    fail = [*TEXT, lambda sink: sink.fail(pomex.BadRequest("too long", code="context_length_exceeded"))]
     raw, _ = told(fail)
     assert streams.events(raw)[-2]["error"] == {"type": "invalid_request_error", "code": "context_length_exceeded", "message": "too long", "param": None}
     assert streams.check(raw)["error"] == {"code": "context_length_exceeded", "message": "too long"}
     assert streams.check(told(fail, pomex.CODEX)[0], True)["error"]["code"] == "context_length_exceeded"
 
 
-MIXED = [Open(0, "reasoning"), Fragment(0, "hm", "summary"), Close(0, {"pomex_replay": {"k": 1}}), Open(1, "message"), Fragment(1, "Hel"),
-         Fragment(1, "lo"), Close(1), Open(2, "function_call", "a", "f"), Open(3, "custom_tool_call", "b", "t"), Fragment(2, '{"x":', "arguments"),
-         Fragment(3, '{"input":"p', "arguments"), Fragment(2, "1}", "arguments"), Fragment(3, 'q"}', "arguments"), Close(2), Close(3),
+MIXED = [begins(0, "reasoning"), adds(0, "hm", "summary"), ends(0, {"pomex_replay": {"k": 1}}), begins(1, "message"), adds(1, "Hel"),
+         adds(1, "lo"), ends(1), begins(2, "function_call", "a", "f"), begins(3, "custom_tool_call", "b", "t"), adds(2, '{"x":', "arguments"),
+         adds(3, '{"input":"p', "arguments"), adds(2, "1}", "arguments"), adds(3, 'q"}', "arguments"), ends(2), ends(3),
          Usage(5, output=3), Stop()]
 
 
@@ -709,7 +710,7 @@ def test_a_stream_cut_anywhere_ends_once_and_truly(manners):
     for cut in range(len(MIXED) + 1):
         raw, attempt = told(MIXED[:cut], manners, None if cut == len(MIXED) else BROKEN)
         assert attempt.status == ("completed" if cut == len(MIXED) else "failed"), cut
-        closed = sum(isinstance(d, Close) for d in MIXED[:cut])
+        closed = sum(each.__qualname__.startswith("ends") for each in MIXED[:cut] if callable(each))
         assert sum(i["status"] == "completed" for i in streams.check(raw, manners is pomex.CODEX)["output"]) == closed, cut
 
 
@@ -718,7 +719,7 @@ def test_usage_is_the_providers_or_marked_as_estimated():
     assert pomex.usage_object(attempt.usage) == {
         "input_tokens": 10, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 3}, "output_tokens": 20,
         "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 30}
-    _, attempt = told([Open(0, "message"), Fragment(0, "x" * 41), Stop()])
+    _, attempt = told([begins(0, "message"), adds(0, "x" * 41), Stop()])
     assert attempt.usage == Usage(100, output=11, estimated=True)
 
 
@@ -735,8 +736,7 @@ def test_a_foreign_usage_is_read_as_far_as_it_can_be_believed(given, usage):
 
 def test_without_stream_there_are_no_frames_and_one_body():
     attempt = pomex.Assembler(answer(stream=False), 0, seal)
-    for delta in MIXED:
-        attempt.add(delta)
+    tell(attempt, MIXED)
     attempt.finish()
     assert attempt.take() == b""
     final = json.loads(attempt.body(1_700_000_009))
@@ -748,8 +748,8 @@ def test_a_heartbeat_is_numbered_like_every_event():
     ours = answer()
     attempt = pomex.Assembler(ours, 0, seal)
     raw = ours.start() + ours.heartbeat()
-    for delta in MIXED:
-        attempt.add(delta)
+    for each in MIXED:
+        tell(attempt, [each])
         raw += attempt.take() + ours.heartbeat()
     attempt.finish()
     streams.check(raw + attempt.terminal(1_700_000_009))
@@ -1080,7 +1080,7 @@ NO_OBJECTS = ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', "[1]", "3", '"x"
 @pytest.mark.parametrize("arguments", NO_OBJECTS)
 @pytest.mark.parametrize("kind", ["function_call", "tool_search_call", "local_shell_call"])
 def test_arguments_that_are_no_json_object_finish_no_call(arguments, kind):
-    _, attempt = told([*TEXT, Close(0), Open(1, kind, "c", "f"), Fragment(1, arguments, "arguments"), Close(1), Stop()])
+    _, attempt = told([*TEXT, ends(0), begins(1, kind, "c", "f"), adds(1, arguments, "arguments"), ends(1), Stop()])
     assert attempt.status == "failed" and [item["type"] for item in json.loads(attempt.output())] == ["message"]
 
 
@@ -1099,11 +1099,11 @@ def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
 
 def test_an_item_of_theirs_with_a_number_that_is_no_json_is_the_upstreams_error():
     with pytest.raises(pomex.UpstreamError):
-        told([pomex.Whole({"type": "tool_search_call", "call_id": "c", "arguments": {"a": float("nan")}}), Stop()])
+        told([lambda sink: sink.item({"type": "tool_search_call", "call_id": "c", "arguments": {"a": float("nan")}}), Stop()])
 
 
 def test_an_image_is_an_item_with_the_events_that_clients_know():
-    raw, attempt = told([Open(0, "image_generation_call", fields={"result": None}), Close(0, {"result": "AAAA"}), Stop()])
+    raw, attempt = told([begins(0, "image_generation_call", fields={"result": None}), ends(0, {"result": "AAAA"}), Stop()])
     kinds = [event["type"] for event in streams.events(raw)][2:-1]
     assert kinds == ["response.output_item.added", "response.image_generation_call.in_progress",
                      "response.image_generation_call.generating", "response.image_generation_call.completed", "response.output_item.done"]
@@ -1113,7 +1113,7 @@ def test_an_image_is_an_item_with_the_events_that_clients_know():
 
 
 def test_a_filters_explanation_is_not_fooled_by_arguments():
-    _, attempt = told([Open(0, "tool_search_call", "c", "s"), Fragment(0, '{"type":"message"}', "arguments"), Close(0),
+    _, attempt = told([begins(0, "tool_search_call", "c", "s"), adds(0, '{"type":"message"}', "arguments"), ends(0),
                        Stop("content_filter", explanation="why")])
     assert [item["type"] for item in json.loads(attempt.output())] == ["tool_search_call", "message"]
 
@@ -1343,8 +1343,9 @@ def test_cut_after_any_event_nothing_is_made_up(stream, items, road):
 
 def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
     decoder = pomex.ResponsesDecoder(pomex.ToolBook([]))
+    decoder.sink = pomex.Unheard()
     for at in range(1000):
-        list(decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}"))))
+        decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}")))
     assert (len(decoder.items.all), len(decoder.items.named), len(decoder.items.placed)) == (1, 1, 1)
 
 

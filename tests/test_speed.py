@@ -3,6 +3,7 @@ import gc
 import json
 
 import pytest
+from sinks import Recorder
 
 import pomex
 
@@ -40,14 +41,15 @@ SPELLINGS = {"compact": {"separators": (",", ":")}, "spaced": {}, "as it is": {"
 
 
 def said(stream, spelling):
-    """All deltas, and how many events took the short road."""
-    decoder, deltas, short = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"]), [], 0
+    """All calls of the sink, and how many events took the short road."""
+    decoder, short = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"]), 0
+    decoder.sink = Recorder()
     for event in stream:
         data = json.dumps(event, **spelling)
         short += decoder.frame.text_in(data) is not None
-        deltas += decoder.feed(data)
-    deltas += decoder.feed("[DONE]")
-    return [(type(delta), delta.error.args if isinstance(delta, pomex.Fail) else delta) for delta in deltas], short
+        decoder.feed(data)
+    decoder.feed("[DONE]")
+    return decoder.sink.made, short
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
@@ -67,11 +69,12 @@ def test_only_text_takes_the_short_road():
 @pytest.mark.parametrize("data", ['{"a":"content', '{"delta":{"content":"x', "{"])
 def test_a_broken_event_is_an_error_on_both_roads(data):
     decoder = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"])
+    decoder.sink = Recorder()
     whole = json.dumps(SAID[0])
-    list(decoder.feed(whole))
+    decoder.feed(whole)
     for broken in (data, whole[:whole.index("Hel") + 2], whole[:-1], whole.replace("Hel", "\n")):
         with pytest.raises(pomex.UpstreamError):
-            list(decoder.feed(broken))
+            decoder.feed(broken)
 
 
 @pytest.mark.parametrize("wire", sorted(set(pomex.WIRES) - {"demo"}))

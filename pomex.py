@@ -1256,20 +1256,33 @@ class ResponsesRequest:
         return given or hashlib.sha256(beginning.encode()).hexdigest()[:32]
 
 
-INLINE_DATA = re.compile(rb"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{1024,}")     # images and files; each run is tried once
+INLINE_DATA = (b";base64,", b'"file_data":"')       # behind these images and files begin, up to a quotation mark
+INLINE_DATA_BYTES = 1024        # a shorter one is counted as the text that it may be
 INLINE_DATA_TOKENS = 1500       # what one of those is taken for: a large image at the providers that say
 
 
 def input_estimate(raw: bytes) -> int:
     """Tokens of a request whose provider gave no count: a quarter of its bytes."""
-    if b";base64," not in raw:
-        return len(raw) // 4
-    found = INLINE_DATA.findall(raw)
-    return (len(raw) - sum(map(len, found))) // 4 + INLINE_DATA_TOKENS * len(found)
+    text, tokens = len(raw), 0
+    for mark in INLINE_DATA:
+        end = 0
+        while (at := raw.find(mark, end) + len(mark)) >= len(mark):
+            end = raw.find(b'"', at) % (len(raw) + 1)       # none: up to the end
+            if end - at >= INLINE_DATA_BYTES and not raw.startswith(b"data:", at):
+                text, tokens = text - (end - at), tokens + INLINE_DATA_TOKENS
+    return text // 4 + tokens
+
+
+MAX_INPUT_ITEMS = 100_000       # a conversation of weeks has some thousands
+MAX_JSON_VALUES = 2_000_000     # read, each takes a hundred bytes and a tenth of a microsecond
+COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
 def check_request(raw: bytes) -> ResponsesRequest:
     """The body of POST /v1/responses. BadRequest names the field, what is wrong and what would do."""
+    if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.", status=413,
+                         code="request_too_large")
     try:
         body = load_json(raw)
     except ValueError as error:
@@ -1296,6 +1309,8 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
     check_metadata(body.get("metadata") or {})
     check_format(body.get("text") or {})
     given = body["input"]
+    if isinstance(given, list) and len(given) > MAX_INPUT_ITEMS:
+        raise unfit("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.", "array_above_max_length")
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else \
         [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
     if not items:
@@ -3861,7 +3876,7 @@ def effort_fields(effort: Any, model: str, dialect: Dialect) -> JSON:
 class ChatStep:
     """One assistant message that is being put together, and the results of its calls."""
     texts: list[str] = field(default_factory=list)
-    replay: JSON = field(default_factory=dict)      # reasoning in the provider's own form
+    replay: dict[str, list[Any]] = field(default_factory=dict)      # pieces of reasoning in the provider's own form
     calls: list[JSON] = field(default_factory=list)
     results: list[JSON] = field(default_factory=list)
     images: list[JSON] = field(default_factory=list)    # of results, for the user message after them
@@ -3886,6 +3901,10 @@ class ChatMessages:
             self._user([{"type": "text", "text": "Continue."}])
         if not self.out:                                        # only instructions, or an empty input: no request at all
             self._user([{"type": "text", "text": "(continue)"}])
+        for message in self.out:                                # joined once: each neighbour by itself takes n * n steps
+            parts = message["content"]
+            if message["role"] == "user" and all(part["type"] == "text" for part in parts):
+                message["content"] = "\n\n".join(part["text"] for part in parts)
         system = "\n\n".join(text for text in (*self.history.system, closing) if text)
         return [{"role": "system", "content": system}, *self.out] if system else self.out
 
@@ -3907,7 +3926,7 @@ class ChatMessages:
     def _reasoning(self, item: JSON) -> None:
         replay = self._assistant().replay
         for name, value in item["pomex_replay"].items():    # several items of one turn follow each other
-            replay[name] = replay[name] + value if name in replay else value
+            replay.setdefault(name, []).append(value)
 
     def _call(self, item: JSON) -> None:
         function = {"name": item["name"], "arguments": item["arguments"]}
@@ -3945,13 +3964,15 @@ class ChatMessages:
 
     def _assistant_message(self, step: ChatStep) -> JSON:
         text, form = "\n\n".join(step.texts), self.dialect.replay
+        replay = {name: "".join(values) if isinstance(values[0], str) else [*itertools.chain(*values)]
+                  for name, values in step.replay.items()}
         message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
-        if form == "thinking" and step.replay.get(form):
-            message["content"] = [*step.replay[form], *([{"type": "text", "text": text}] if text else [])]
-        elif form and (step.replay.get(form) or (self.dialect.replay_always and step.calls)):
-            message[form] = step.replay.get(form, "")
+        if form == "thinking" and replay.get(form):
+            message["content"] = [*replay[form], *([{"type": "text", "text": text}] if text else [])]
+        elif form and (replay.get(form) or (self.dialect.replay_always and step.calls)):
+            message[form] = replay.get(form, "")
         if step.calls:
-            extras = {extra["id"]: extra["extra_content"] for extra in step.replay.get("extra_content", [])}
+            extras = {extra["id"]: extra["extra_content"] for extra in replay.get("extra_content", [])}
             for call in step.calls:
                 if call["id"] in extras:
                     call["extra_content"] = extras[call["id"]]
@@ -3964,13 +3985,9 @@ class ChatMessages:
         self._flush()
         if not parts:
             return
-        if self.out and self.out[-1]["role"] == "user":
-            before = self.out.pop()["content"]
-            parts = ([{"type": "text", "text": before}] if isinstance(before, str) else before) + parts
-        if all(part["type"] == "text" for part in parts):
-            self.out.append({"role": "user", "content": "\n\n".join(part["text"] for part in parts)})
-        else:
-            self.out.append({"role": "user", "content": parts})
+        if not self.out or self.out[-1]["role"] != "user":
+            self.out.append({"role": "user", "content": []})
+        self.out[-1]["content"] += parts
 
     def _id(self, given: str) -> str:
         fits = re.fullmatch(r"[a-zA-Z0-9]{9}", given) if self.dialect.short_ids else len(given) <= MAX_CALL_ID

@@ -326,6 +326,9 @@ def doubling(depth):
 COSTLY = {      # a body that is cheap to send -> what it may be answered
     "a schema that doubles": (lambda: {"model": "claude/m", "input": "x", "tools": doubling(40)}, 503),
     "runs just too short for an image": (lambda: {"model": "chat/m", "input": ";base64," + ("a" * 1023 + " ") * 4000}, 503),
+    "many more items than a conversation has": (lambda: {"model": "chat/m", "input": [{}] * 100_001}, 400),
+    "neighbours to be joined": (lambda: {"model": "chat/m", "input": [
+        {"role": "user", "content": [{"type": "input_image", "image_url": "x"}] if n % 2 else "a"} for n in range(90_000)]}, 502),
     "millions of objects": (lambda: gzip.compress(b'{"model":"chat/m","input":[' + b"{}," * 2_500_000 + b"{}]}"), 413),
 }
 
@@ -345,6 +348,43 @@ def test_what_is_cheap_to_send_is_cheap_to_answer(name, tmp_path):
         assert statuses(asked.result())[0] in (expected, 401, 502), asked.result()[:300]
         assert time.monotonic() - began < 3
     play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "thought"])
+def test_neighbours_become_one_message_in_linear_time(kind):
+    def encode(count):
+        thought = {"type": "reasoning", "pomex_replay": {"reasoning_content": "a" * 500}}
+        part = {"type": "input_text", "text": "b" * 500} if kind == "text" else {"type": "input_image", "image_url": "c" * 500}
+        item = thought if kind == "thought" else {"type": "message", "role": "user", "content": [part]}
+        last = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+        history = pomex.History([], [*[item] * count, last], [])
+        began = time.perf_counter()
+        [message, *_] = pomex.ChatMessages(history, pomex.DIALECTS["deepseek"], []).encode("")
+        return time.perf_counter() - began, message
+    took_s, message = encode(40_000)
+    assert took_s < 1.0, "40,000 of them took minutes before"
+    whole = message.get("reasoning_content") or message["content"]
+    assert len(whole) == {"text": 40_000 * 502 - 2, "image": 40_000, "thought": 20_000_000}[kind]
+
+
+def test_the_values_of_a_long_body_are_counted_before_it_is_read():
+    body = b'{"model":"chat/m","input":"x","metadata":[' + b"{}," * 3_000_000 + b"{}]}"
+    began = time.perf_counter()
+    with pytest.raises(pomex.BadRequest, match="more than 2000000 JSON values") as refused:
+        pomex.check_request(body)
+    assert refused.value.status == 413 and time.perf_counter() - began < 0.3
+
+
+@pytest.mark.parametrize("body, tokens", [
+    (b'{"image_url":"data:image/png;base64,' + b"a" * 4096 + b'"}', 1500 + 9),
+    (b'{"file_data":"' + b"a" * 4096 + b'"}', 1500 + 4),
+    (b'{"file_data":"data:text/plain;base64,' + b"a" * 4096 + b'"}', 1500 + 9),
+    (b'{"image_url":"data:image/png;base64,' + b"a" * 1000 + b'"}', 259),
+    (b';base64,"' * 1_000_000, 2_250_000), (b";base64," * 1_000_000, 1502)], ids=range(6))
+def test_the_estimate_of_a_request_takes_no_look_at_each_sign(body, tokens):
+    began = time.perf_counter()
+    assert pomex.input_estimate(body) == tokens
+    assert time.perf_counter() - began < 1.0
 
 
 def test_a_login_is_small(tmp_path):

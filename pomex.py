@@ -1969,6 +1969,8 @@ class Answer:
     Attempts (Assembler, Relay) write through it; only one of them ever gets to the client.
     """
 
+    max_chars, max_items = 32 << 20, 4096           # of one attempt's output; the configuration says otherwise
+
     def __init__(self, request: ResponsesRequest, response_id: str, created_s: int, manners: Manners) -> None:
         self.request = request
         self.id = response_id
@@ -2077,6 +2079,7 @@ class Attempt:
         self.status = "in_progress"
         self.terminal_by = "gateway"                # "": an error's status took the place of a stream
         self.written = 0                            # characters of output, for estimates
+        self.room, self.items_left = answer.max_chars, answer.max_items     # how far `written` may go, and what else is held
         self.refused = False                        # the provider did nothing for it, and will not bill it
 
     def take(self) -> bytes:
@@ -2120,6 +2123,16 @@ class Attempt:
             known = self.usage or Usage(0 if refused else self.estimated_input, estimated=not refused)
             self.usage = dataclasses.replace(known, output=max(known.output, -(-self.written // 4)))
         self.usage = checked_usage(self.usage)
+
+    def grew(self, chars: int = 0, items: int = 0) -> None:
+        """Counts what is held beside the output in `written`; the failure of an answer that is longer than one may be."""
+        self.room -= chars
+        self.items_left -= items
+        if self.written > self.room or self.items_left < 0:
+            self.error = GatewayError(
+                f"The provider's answer is longer than max_answer_chars = {self.answer.max_chars} and max_answer_items = "
+                f"{self.answer.max_items} in [server] allow.", status=502, headers=(("x-should-retry", "false"),))
+            raise self.error
 
     def settle_items(self) -> None:
         """Closes or leaves what is still open; called once, before the status is decided."""
@@ -2264,9 +2277,11 @@ class Assembler(Attempt):
         if item is None or item.part is None or item.part.channel != "text":
             return
         item.part.annotations.append(annotation)
+        text = compact(annotation)
+        self.grew(len(text))
         self.emit("response.output_text.annotation.added",
                   f'{item.place},"content_index":{item.part.index},"annotation_index":{len(item.part.annotations) - 1},'
-                  f'"annotation":{compact(annotation)}')
+                  f'"annotation":{text}')
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.unfinished.get(key)
@@ -2290,6 +2305,7 @@ class Assembler(Attempt):
         text = compact(item)
         if json_dict(text) is None:
             raise UpstreamError("The provider sent an item with a number that is not JSON.")
+        self.grew(len(text), 1)
         self.emit("response.output_item.added", f'"output_index":{index},"item":{text}')
         self.emit("response.output_item.done", f'"output_index":{index},"item":{text}')
         self.items[index] = text
@@ -2312,6 +2328,7 @@ class Assembler(Attempt):
     def _begin(self, key: Any, item: Item) -> Item:
         self.done()
         self.unfinished[key] = item
+        self.grew(items=1)
         if item.kind != "message":              # a message shows itself with its first visible character
             self._show(item)
         return item
@@ -2324,10 +2341,13 @@ class Assembler(Attempt):
         if not item.shown:
             item.blanks.append(text)
             if not text.strip():                    # claude-opus-4-6 opens with "\n\n" before it thinks
+                self.grew(len(text))
                 return
             text = "".join(item.blanks)
             self._show(item)
         self.written += len(text)
+        if self.written > self.room:
+            self.grew()
         if channel not in PARTS:
             self._argue(item, channel, text)
             return
@@ -2793,11 +2813,12 @@ class Relay(Attempt):
     def _pass(self, block: bytes) -> None:
         """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
         if self.FOREIGN.search(b"\n" + block):
-            block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if b'"type"' in frame)
+            block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if b'"response.' in frame)
         if not block:
             return
         if not self.begun and not self.OUTPUT.search(block):
             self.held += [block] if self.held else []       # nothing goes before response.created
+            self.grew(len(block))
             return
         if not self.begun:
             self._begin()
@@ -2805,6 +2826,7 @@ class Relay(Attempt):
         if self.open[True] or not self.open[False]:
             self.kept.append(block)
         self.written += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
+        self.grew()
 
     def _begin(self) -> None:
         """Output begins: what was held goes first, unless a beginning of ours has gone already."""
@@ -2846,6 +2868,7 @@ class Relay(Attempt):
 
     def _handshake(self, event: JSON, frame: bytes) -> None:
         if not self.begun:
+            self.grew(len(frame))
             response = self._ours(event.get("response") or {})
             self.held.append(sse_frame(event["type"], compact({**event, "response": response})))
 
@@ -2855,6 +2878,7 @@ class Relay(Attempt):
 
     def _added(self, event: JSON, frame: bytes) -> None:
         if isinstance(event.get("item"), dict):
+            self.grew(items=1)
             self.decoder.read(event)
             self._count(event["item"], 1)
         self._pass(self._sealed(event, frame))
@@ -2868,7 +2892,9 @@ class Relay(Attempt):
         item = event.get("item")
         if not isinstance(item, dict):
             return
+        before = len(self.decoder.items.all)
         known = self.decoder.items.take(event, item)
+        self.grew(len(frame), len(self.decoder.items.all) - before)
         if known.closed:
             return
         if known.kind == "call" and not has_content(item):
@@ -2969,6 +2995,7 @@ class Relay(Attempt):
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider's answer is not a response object.") from None
         given = {**response, "output": dicts_in(response.get("output"))}
+        self.grew(len(data), len(given["output"]))
         if self.answer.request.stream:
             with self._voice() as self.decoder.sink:
                 self.decoder.whole(given)
@@ -3964,8 +3991,9 @@ class ChatMessages:
 
     def _assistant_message(self, step: ChatStep) -> JSON:
         text, form = "\n\n".join(step.texts), self.dialect.replay
-        replay = {name: "".join(values) if isinstance(values[0], str) else [*itertools.chain(*values)]
-                  for name, values in step.replay.items()}
+        replay: JSON = {
+            name: "".join(values) if isinstance(values[0], str) else [*itertools.chain(*values)]
+            for name, values in step.replay.items()}
         message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
         if form == "thinking" and replay.get(form):
             message["content"] = [*replay[form], *([{"type": "text", "text": text}] if text else [])]
@@ -6157,6 +6185,9 @@ class ServerConfig:
     request_deadline_s: float = option(3600.0, "longest request, all tries together: a turn of hours is stuck", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
     admin_token: str = option("", 'opens the admin API to machines: "env:NAME", "file:PATH", or 16 signs or more', secret=True)
+    max_answer_chars: int = option(33554432, "longest answer: its text, thoughts and arguments; real ones end below 1 MB",
+                                   1024, 4294967296)
+    max_answer_items: int = option(4096, "output items of one answer; real ones have below 100", 1, 1000000)
     reserve_output_tokens: int = option(16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
 
 
@@ -6195,7 +6226,7 @@ class ProviderConfig:
     proxy: str = option("off", '"http://host:port", or "env": what HTTPS_PROXY says', secret=True)
     connect_timeout_s: float = option(10.0, "longest wait for a connection, TLS included", 0.1, 3600)
     first_byte_timeout_s: float = option(300.0, "longest wait for the answer's head", 0.1, 86400)
-    idle_timeout_s: float = option(120.0, "longest silence inside an answer", 0.1, 86400)
+    idle_timeout_s: float = option(300.0, "longest silence inside an answer; pings are silence", 0.1, 86400)
     total_timeout_s: float = option(3600.0, "longest answer", 0.1, 86400)
     prompt_cache: str = option("5m", "how long a messages provider is asked to keep prompts",
                                choices=("5m", "1h", "off"))
@@ -8961,7 +8992,7 @@ OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAD
 class Exchange:
     """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
     __slots__ = ("upstream", "provider", "origin", "status", "headers", "wire", "keep_alive", "answered",
-                 "finished", "total_due", "paused_since", "inflater", "packed")
+                 "finished", "total_due", "idle_due", "paused_since", "inflater", "packed")
 
     def __init__(self, upstream: Upstream, provider: ProviderConfig, origin: Origin) -> None:
         self.upstream, self.provider, self.origin = upstream, provider, origin
@@ -8972,7 +9003,8 @@ class Exchange:
         self.answered = False                   # a byte of the answer has come
         self.finished = False                   # the body was read to its end
         self.total_due = asyncio.get_running_loop().time() + provider.total_timeout_s
-        self.paused_since = 0.0                 # nobody reads on since then; 0.0: somebody does
+        self.idle_due = 0.0                     # when the silence inside the answer has been too long
+        self.paused_since = math.inf            # when the latest piece was given out
         self.inflater: Inflater | None = None
         self.packed = b""                       # compressed bytes that were not inflated yet
 
@@ -8991,8 +9023,7 @@ class Exchange:
         message = f"{self.who} took longer than {limit} = {seconds:g} s while {PHASES[phase]}."
         return LinkTimeout(message, phase, sent, f"no answer in {seconds:g} s", self.origin.authority)
 
-    def arm(self, wire: Wire, limit: str) -> None:
-        due = wire.loop.time() + float(getattr(self.provider, limit))
+    def arm(self, wire: Wire, limit: str, due: float) -> None:
         if due < self.total_due:
             wire.arm(limit, due)
         else:
@@ -9021,7 +9052,7 @@ class Exchange:
         """Sends the request and waits for the head of its answer."""
         self.wire = wire
         wire.reader.start(method)
-        self.arm(wire, "first_byte_timeout_s")
+        self.arm(wire, "first_byte_timeout_s", wire.loop.time() + self.provider.first_byte_timeout_s)
         wire.transport.write(request)
         head = await self.next(wire, "head")
         wire.disarm()
@@ -9040,22 +9071,33 @@ class Exchange:
             self.wire.abort()
         return self.error("head", reason)
 
-    async def read(self) -> bytes:
-        """The next decoded piece of the body, all that has come; b"" at its clean end."""
+    async def read(self, heard: bool = True) -> bytes:
+        """The next decoded piece of the body, all that has come; b"" at its clean end. Where the one before said something,
+        the provider was not idle, and it is the client that was slow to take it; of comments and pings neither is so."""
         wire = self.wire
         assert wire is not None
+        now = wire.loop.time()
+        if heard:
+            self.idle_due = now + self.provider.idle_timeout_s
+            self.total_due += max(0.0, now - self.paused_since)
+        elif now >= self.total_due:
+            wire.abort()
+            raise self.timeout("body", "total_timeout_s")
+        try:
+            return await self.piece(wire)
+        finally:
+            self.paused_since = wire.loop.time()
+
+    async def piece(self, wire: Link) -> bytes:
         while not self.finished:
             if self.packed:
                 if data := self.inflate(wire):
                     return data
                 continue
-            if self.paused_since:
-                self.total_due += wire.loop.time() - self.paused_since
             if not wire.pieces:
-                self.arm(wire, "idle_timeout_s")
+                self.arm(wire, "idle_timeout_s", self.idle_due)
             part = await self.next(wire, "body")
-            wire.disarm()       # while nobody reads it is the client that is slow, not the provider
-            self.paused_since = wire.loop.time()
+            wire.disarm()
             if not isinstance(part, bytes):
                 self.finished = True
                 self.inflate(wire)
@@ -9848,7 +9890,7 @@ class DemoExchange:
         self.status, self.headers = 200, Headers([("content-type", "text/event-stream")])
         self.steps = iter(steps)
 
-    async def read(self) -> bytes:
+    async def read(self, heard: bool = True) -> bytes:
         step = next(self.steps, DemoStep(0))
         if step.wait_s:
             await asyncio.sleep(step.wait_s)
@@ -10029,7 +10071,8 @@ class Router:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return
         first, due = True, math.inf         # when what follows the model's end is not waited for any more
-        while data := await read_until(exchange, due):
+        heard, size = True, -math.inf       # did the latest piece make the answer longer?
+        while data := await read_until(exchange, due, heard):
             if first and data.lstrip()[:1] in (b"{", b"["):     # asked for a stream, it answered with an object
                 attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
                 break
@@ -10037,6 +10080,8 @@ class Router:
             for at in range(0, len(data), SLICE_BYTES):
                 attempt.feed(data[at:at + SLICE_BYTES])
                 await self.show(attempt, way, down)
+            before, size = size, attempt.written - attempt.room - attempt.items_left
+            heard = size > before
             if attempt.last or (attempt.error and not attempt.begun):
                 return
             if attempt.stop or attempt.error:
@@ -10091,13 +10136,13 @@ def stopping() -> GatewayError:
     return GatewayError("The gateway is stopping; ask again.", status=503, code="server_error", headers=(("retry-after", "1"),))
 
 
-async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
+async def read_until(exchange: Exchange | DemoExchange, due: float, heard: bool) -> bytes:
     """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
     if due == math.inf:
-        return await exchange.read()
+        return await exchange.read(heard)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(due):
-            return await exchange.read()
+            return await exchange.read(heard)
     return b""
 
 
@@ -10397,6 +10442,7 @@ async def afforded(gateway: Gateway, client: Client, key: Key, request: Response
         refused.headers += tuple(bill.headers(client.started_s))
     answer = Answer(request, bill.response_id, int(client.started_s), manners)
     answer.estimated_input = estimate
+    answer.max_chars, answer.max_items = gateway.config.server.max_answer_chars, gateway.config.server.max_answer_items
     return Downstream(client, answer, gateway.config.server, bill), refused
 
 

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import dataclasses
 import gzip
+import itertools
 import json
 import re
 import socket
 import time
 
+import faults
 import pytest
 from ledgers import recent
 from streams import check
@@ -845,12 +847,124 @@ def drips(head, every_s=0.003):
     return answer
 
 
+def endless(begin, frame):
+    """A stream that goes on for ever: `frame` is what it repeats, or gives the frame of a number."""
+    make = frame if callable(frame) else lambda number: frame
+
+    async def answer(writer):
+        with contextlib.suppress(OSError):
+            writer.write(b"".join([*begin, faults.chunk(make(1))]))
+            await asyncio.sleep(0.05)
+            for start in itertools.count(2, 50):
+                if writer.is_closing():
+                    break
+                writer.write(faults.chunk(b"".join(map(make, range(start, start + 50)))))
+                await writer.drain()
+                await asyncio.sleep(0)
+    return answer
+
+
+def flood(wire, kind):
+    """(what the answer begins with, what it repeats): text in an item, or items one behind the other."""
+    played = faults.WIRES[wire.replace("bytes", "responses")]
+    at, frame = faults.text_frame(played, b'"%s"' % (b"x" * 100))
+    if wire == "bytes":
+        frame = re.sub(rb'"sequence_number":\d+,', b"", frame)
+    if kind == "text":
+        return faults.begun(played, at + 1), frame
+    if played.name == "chat":
+        return faults.begun(played, at), lambda number: sse({"choices": [{"index": 0, "delta": {"tool_calls": [
+            {"id": f"call_{number}", "index": number, "type": "function", "function": {"name": "f", "arguments": "{}"}}]}}]})
+    if played.name == "gemini":
+        return faults.begun(played, 1), sse({"candidates": [{"content": {"parts": [{"functionCall": {"name": "f", "args": {}}}]}}]})
+    if played.name == "messages":
+        return faults.begun(played, 1), lambda number: sse(
+            {"type": "content_block_start", "index": number, "content_block": {"type": "tool_use", "id": f"toolu_{number}", "name": "f", "input": {}}},
+            {"type": "content_block_stop", "index": number})
+    item = {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "shell", "arguments": "{}", "status": "completed"}
+    return faults.begun(played, 2), lambda number: sse(
+        *[{"type": f"response.output_item.{kind}", "output_index": number, "item": {**item, "id": f"fc_{number}", "call_id": f"call_{number}"}}
+          for kind in ("added", "done")])
+
+
+@pytest.mark.parametrize("wire", ["chat", "messages", "gemini", "responses", "bytes"])
+@pytest.mark.parametrize("kind, streaming", [("text", True), ("items", True), ("text", False), ("items", False)])
+def test_an_endless_answer_is_ended_kept_billed_and_not_asked_for_again(wire, kind, streaming, tmp_path):
+    begin, frame = flood(wire, kind)
+
+    async def main():
+        scripted = Scripted(a=endless(begin, frame), b=good("chat", True))
+        limits = "max_answer_chars = 100000\nmax_answer_items = 20"
+        async with gateway(scripted, {"a": wire, "b": "chat"}, tmp_path, server=limits, fields="idle_timeout_s = 5") as (ask, ledger, _):
+            status, headers, body = await ask(stream=streaming)
+            [row] = await rows_of(ledger)
+            assert scripted.calls == ["a"] and (row["status"], row["error_code"], row["terminal_by"]) == ("failed", "server_error", "gateway" * streaming)
+            assert row["output"] > 0 and row["input"] > 0 and (row["estimated"] or wire == "gemini")       # which counts in every chunk
+            if not streaming:
+                assert status == 502 and "max_answer_chars = 100000" in json.loads(body)["error"]["message"]
+                assert headers["x-should-retry"] == "false"
+                return
+            response = check(body, relayed=wire == "bytes")
+            assert (status, response["status"], response["error"]["code"]) == (200, "failed", "server_error")
+            assert "max_answer_items = 20 in [server] allow" in response["error"]["message"]
+            assert len(response["output"]) <= 20 and len(body) < 1_000_000
+            assert kind == "text" or len(response["output"]) > 5, "what was finished is kept"
+    run(main)
+
+
+@pytest.mark.parametrize("kind, streaming", [("text", True), ("items", False), ("text", False)])
+@pytest.mark.parametrize("wire", ["chat", "bytes"])
+def test_an_answer_that_comes_whole_has_the_same_limits(wire, kind, streaming, tmp_path):
+    whole = json.loads(json.dumps(faults.WIRES[wire.replace("bytes", "responses")].whole))
+    if wire == "chat":
+        message = whole["choices"][0]["message"]
+        message.update({"content": "x" * 200_000} if kind == "text" else {"tool_calls": message["tool_calls"] * 30})
+    else:
+        whole["output"] = [{**whole["output"][0], "content": [{"type": "output_text", "text": "x" * 200_000, "annotations": []}]}] \
+            if kind == "text" else whole["output"] * 30
+
+    async def main():
+        scripted = Scripted(a=http(200, json.dumps(whole).encode()), b=good("chat", True))
+        async with gateway(scripted, {"a": wire, "b": "chat"}, tmp_path, server="max_answer_chars = 100000\nmax_answer_items = 20") as (ask, ledger, _):
+            status, _, body = await ask(stream=streaming)
+            [row] = await rows_of(ledger)
+            assert scripted.calls == ["a"] and (row["status"], row["error_code"]) == ("failed", "server_error") and row["input"] > 0
+            assert status == 502 and "max_answer_chars" in json.loads(body)["error"]["message"]        # no stream had begun
+    run(main)
+
+
+IDLE = {        # what a provider may send for ever without saying anything
+    "comments": b": OPENROUTER PROCESSING\n\n", "pings": b'event: ping\ndata: {"type": "ping"}\n\n',
+    "keepalives": b'event: keepalive\ndata: {"type":"keepalive","sequence_number":3}\n\n',
+    "chunks without anything": sse({"id": "c1", "choices": [{"index": 0, "delta": {}, "finish_reason": None}]}),
+}
+
+
+@pytest.mark.parametrize("wire", ["chat", "messages", "gemini", "responses", "bytes"])
+@pytest.mark.parametrize("name", IDLE)
+@pytest.mark.parametrize("limit", ["idle_timeout_s", "total_timeout_s"])
+def test_who_only_pings_is_idle_and_a_flood_moves_no_deadline(wire, name, limit, tmp_path):
+    if wire not in ("chat",) and name.startswith("chunks") or wire not in ("responses", "bytes") and name == "keepalives":
+        pytest.skip("no such thing there")
+    played = faults.WIRES[wire.replace("bytes", "responses")]
+
+    async def main():
+        scripted = Scripted(a=endless(faults.begun(played, played.output + 3), IDLE[name]))
+        fields = f"idle_timeout_s = 0.3\ntotal_timeout_s = {9 if limit.startswith('idle') else 0.3}"
+        async with gateway(scripted, {"a": wire}, tmp_path, fields=fields) as (ask, ledger, _):
+            begun = time.monotonic()
+            _, _, body = await ask()
+            assert 0.2 < time.monotonic() - begun < 2
+            assert f"{limit} = 0.3 s while reading" in check(body, relayed=wire == "bytes")["error"]["message"]
+    run(main)
+
+
 def test_an_answer_that_goes_on_behind_its_end_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(pomex, "AFTER_STOP_S", 0.3)
 
     async def main():
         scripted = Scripted(a=drips(stream(sse(*CHAT[:3]), b"")))
-        async with gateway(scripted, {"a": "chat"}, tmp_path) as (ask, _, _):
+        async with gateway(scripted, {"a": "chat"}, tmp_path, fields="idle_timeout_s = 5") as (ask, _, _):
             begun = time.monotonic()
             status, _, body = await ask()
             assert (status, check(body)["status"]) == (200, "completed") and 0.25 < time.monotonic() - begun < 2

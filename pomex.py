@@ -6172,6 +6172,7 @@ class ServerConfig:
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
     tls_key: str = option("", "its private key (PEM file)")
     public_hosts: tuple[str, ...] = option((), "more names by which clients call it, e.g. a proxy's")
+    trusted_proxies: tuple[str, ...] = option((), "addresses and networks whose X-Forwarded-For tells who asks")
     header_timeout_s: float = option(30.0, "longest wait for a whole request head", 0.1, 3600)
     body_timeout_s: float = option(120.0, "longest wait for a whole body: MBs on a slow line", 0.1, 3600)
     keep_alive_timeout_s: float = option(75.0, "how long an idle client connection is kept", 0.1, 3600)
@@ -6181,7 +6182,10 @@ class ServerConfig:
     early_200_after_s: float = option(20.0, "wait for output before 200 and heartbeats", 0.1, 3600)
     max_head_bytes: int = option(65536, "longest request head; real ones have about 2 KB", 1024, 16777216)
     max_body_bytes: int = option(67108864, "longest request body; images come inline", 1024, 4294967296)
+    max_bodies_bytes: int = option(1073741824, "request bodies in memory at once, of all requests under way", 1024, 1 << 50)
+    max_bodies_bytes_each: int = option(268435456, "of those, the share of one key or one address", 1024, 1 << 50)
     max_connections: int = option(4096, "client connections at once; a stream takes two files", 1, 1000000)
+    max_connections_per_address: int = option(512, "of those from one address; a whole office may be behind it", 1, 1000000)
     request_deadline_s: float = option(3600.0, "longest request, all tries together: a turn of hours is stuck", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
     admin_token: str = option("", 'opens the admin API to machines: "env:NAME", "file:PATH", or 16 signs or more', secret=True)
@@ -6565,6 +6569,7 @@ HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")       # RFC 9110, 5.6.2
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")          # 5.5, as latin-1
 KEY_VALUE = re.compile(r"[!-~]+")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
+PUBLIC_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 def read_provider(source: ConfigText, name: str, around: Surroundings) -> ProviderConfig:
@@ -6695,6 +6700,7 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
                              **from_environment(ServerConfig, "POMEX_", environ)})
     if bool(server.tls_cert) != bool(server.tls_key):
         raise source.error("[server] tls_cert and tls_key need each other.")
+    check_names(source, server)
     server = dataclasses.replace(server, tls_cert=around.place(server.tls_cert), tls_key=around.place(server.tls_key),
                                  admin_token=read_admin_token(source, server.admin_token, around))
     demo = DemoConfig(**source.settings(DemoConfig, "demo"))
@@ -6705,6 +6711,19 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
                   {each: read_model(source, each, providers) for each in source.table("models")},
                   {each: read_prices(source, each) for each in source.table("prices")},
                   name, tuple(cleartext_warnings(providers.values())))
+
+
+def check_names(source: ConfigText, server: ServerConfig) -> None:
+    """Names and addresses that no request could ever match are mistakes."""
+    for name in server.public_hosts:
+        if not PUBLIC_HOST.fullmatch(name):
+            raise source.value_error(("server", "public_hosts"), name, "must be plain names, without scheme, port or wildcard")
+    for proxy in server.trusted_proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            sentence = 'must be addresses and networks, like "10.0.0.7" or "10.0.0.0/8"'
+            raise source.value_error(("server", "trusted_proxies"), proxy, sentence) from None
 
 
 def read_admin_token(source: ConfigText, reference: str, around: Surroundings) -> str:
@@ -10383,7 +10402,9 @@ async def responses(gateway: Gateway, client: Client) -> None:
 
 async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     """One request of a key: check, plan, money, intent, targets, settle, terminal event."""
-    request = check_request(await client.body())
+    request = check_request(await client.body(key=f"key {key.id}"))
+    if len(request.input) > 1000:
+        await asyncio.sleep(0)              # a body at its limits takes half a second so far, and as much again
     manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
     if (name := gateway.catalogue.full_name(request.model)) != request.model:
         request = dataclasses.replace(request, model=name)
@@ -10742,6 +10763,7 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
 
+HEALTH_PATHS = ("/health", "/healthz", "/livez")        # answered also where there is no room for another connection
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[None]]
 MODEL_ROUTE: dict[str, Handler] = {"GET": model}
 ROUTES: dict[str, dict[str, Handler]] = {
@@ -10750,7 +10772,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/key": {"GET": key_facts},
     "/metrics": {"GET": metrics},
     "/": {"GET": root},
-    **dict.fromkeys(("/health", "/healthz", "/livez"), {"GET": health}),
+    **dict.fromkeys(HEALTH_PATHS, {"GET": health}),
     **dict.fromkeys(("/ready", "/readyz"), {"GET": ready}),
 }
 
@@ -11570,7 +11592,11 @@ PIPELINE_BYTES = 2**18      # bytes kept while a handler runs; beyond, reading p
 REST_BYTES = 2**16          # an unread body up to this is read and dropped, to keep the connection
 LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
-REFUSED_CONNECTIONS = 64    # over max_connections so many at once are told so; further ones are just closed
+ACCEPT_STEP = 64            # so many are taken before anything else has its turn
+REFUSED_CONNECTIONS = 64    # over max_connections so many at once may ask for /health, or are told so; the oldest goes first
+REFUSED_WAIT_S = 1.0        # for so long they may say what they want
+IDLE_SAFE_S = 5.0           # a younger connection is not given up for a new one: its request may be on the way
+OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger, its journals and the log
 IDLE_GRACE_S = 0.25         # draining, so long a connection is kept behind its last answer
 FIRST_GRACE_S = 2.0         # and so long one that has not brought any request yet
 GRACE_S = 5.0               # cancelled handlers may still settle and write their terminal event
@@ -11584,7 +11610,7 @@ class ClientGone(ConnectionError):
 class Client:
     """One request and the way to answer it: body() first, then answer(), or start(), write()s and end()."""
     __slots__ = ("connection", "head", "peer", "request_id", "started_s", "started", "status", "sent_bytes",
-                 "ended", "keep", "pending", "chunked", "data", "note")
+                 "ended", "keep", "pending", "chunked", "data", "note", "held", "holders")
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
@@ -11597,22 +11623,43 @@ class Client:
         self.pending = b""              # the answer's head, which goes out with the first bytes of its body
         self.chunked = False
         self.data: bytes | None = None
+        self.held, self.holders = 0, [""]       # bytes of the body, and for whom they count: all, a key, an address
         self.note = ""                  # what the access line says of it, from its handler
 
     @property
     def gone(self) -> bool:
         return self.connection.gone
 
-    async def body(self, most_bytes: int = sys.maxsize) -> bytes:
-        """The whole body, decoded; ProtocolError when it is too long, too slow, or not as its headers say."""
+    async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
+        """The whole body, decoded; ProtocolError when it is too long, too slow, or not as its headers say. `key`: whose it is."""
         if self.data is None:
-            most_bytes = min(most_bytes, self.connection.server.config.max_body_bytes)
-            data = await self.connection.read_body(self.head, most_bytes)
-            inflater = Inflater(self.head.headers.get("content-encoding"), most_bytes)
+            server, coding = self.connection.server, self.head.headers.get("content-encoding")
+            most_bytes = min(most_bytes, server.config.max_body_bytes)
+            self.holders += filter(None, (key, "" if is_loopback(self.peer) or server.trusts(self.peer) else self.peer))
+            self.hold(min(self.head.length or 0, most_bytes))
+            data = await self.connection.read_body(self, most_bytes)
+            if coding:
+                self.hold(min(most_bytes, max(RATIO_FREE_BYTES, MAX_RATIO * len(data))))
+            inflater = Inflater(coding, most_bytes)
             data = inflater.feed(data)
             inflater.finish()
+            self.hold(len(data))
             self.data = data
         return self.data
+
+    def hold(self, size: int) -> None:
+        """Counts so many bytes for this request's body, before they are there; a GatewayError where they are too many."""
+        held, config, more = self.connection.server.held, self.connection.server.config, size - self.held
+        for holder in self.holders:
+            name = "max_bodies_bytes_each" if holder else "max_bodies_bytes"
+            if more > 0 and held[holder] + more > getattr(config, name):
+                raise overloaded(f"The requests under way hold all the bytes that {name} in [server] allows.",
+                                 429 if holder else 503)
+        self.held = size
+        for holder in self.holders:
+            held[holder] += more
+            if not held[holder]:
+                del held[holder]
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """The whole answer in one write."""
@@ -11695,9 +11742,9 @@ def error_body(error: GatewayError) -> bytes:
 class Connection(Wire):
     """One client connection and the task that answers its requests, one after the other."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, peer: str) -> None:
         super().__init__()
-        self.server = server
+        self.server, self.peer = server, peer
         self.parser = RequestReader(server.limits)
         self.unread = 0                 # bytes fed to the parser and perhaps not taken from it
         self.body_done = True           # the current request was read to its end
@@ -11705,21 +11752,13 @@ class Connection(Wire):
         self.gone = False
         self.counted = False            # among those that max_connections limits
         self.linger_bytes = -1          # how much more may be dropped; -1: not lingering
-        self.peer = ""
         self.served = False             # it has brought a request
         self.task: asyncio.Task[None] | None = None
-        if server.context is not None:
-            server.opening.add(self)
 
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.server.opening.discard(self)
-        self.peer = (transport.get_extra_info("peername") or ("",))[0]
-        if not self.server.admit(self):
-            self.abort()
-            return
         self.task = self.loop.create_task(self.run())
 
     def data_received(self, data: bytes) -> None:
@@ -11748,19 +11787,36 @@ class Connection(Wire):
             if self.client is not None and not self.client.ended and self.task is not None:
                 self.task.cancel()
 
+    def abort(self) -> None:
+        if hasattr(self, "transport"):
+            super().abort()
+        elif self.task is not None:             # it is still setting up TLS
+            self.task.cancel()
+
     # The task.
+
+    async def open(self, made: socket.socket) -> None:
+        """Begins on an accepted socket: where TLS is spoken, with its handshake."""
+        context, limit_s = self.server.context, self.server.config.header_timeout_s
+        try:
+            await self.loop.connect_accepted_socket(lambda: self, made, ssl=context,
+                                                    ssl_handshake_timeout=limit_s if context else None)
+        except OSError as error:
+            log.info("connection of %s: %s", self.peer, failure_text(error))
+        finally:
+            if not hasattr(self, "transport"):
+                self.server.release(self)
 
     async def run(self) -> None:
         try:
-            if not self.counted:
-                raise GatewayError("No more connections are taken now. Try again in a moment.", status=503,
-                                   code="overloaded", headers=(("retry-after", "1"),))
             while (head := await self.next_head()) is not None:
                 self.served = True
                 if not await self.serve(Client(self, head)):
                     break
                 if not self.parser.idle:
                     await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
+            if not (self.counted or self.served):
+                raise overloaded(NO_ROOM)
         except GatewayError as error:       # before there was a head to answer to
             log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
@@ -11774,6 +11830,8 @@ class Connection(Wire):
     async def next_head(self) -> RequestHead | None:
         """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
         limit = ""
+        if self.counted:
+            self.server.idle.setdefault(self, self.loop.time())
         while self.parser.idle or not isinstance(part := self.parser.next(), RequestHead):
             if self.ended or (self.server.closing and self.parser.idle):
                 return None
@@ -11789,6 +11847,7 @@ class Connection(Wire):
                     return None
                 raise self.too_slow("request head", limit) from None
         self.disarm()
+        self.server.idle.pop(self, None)
         self.body_done = False
         return part
 
@@ -11800,13 +11859,17 @@ class Connection(Wire):
             await self.handle(client)
         finally:
             self.client = None
+            client.hold(0)
             self.server.open_requests -= 1
             self.server.access(client, client.status or CLIENT_LEFT)
         return not self.gone and await self.rest(client)
 
     async def handle(self, client: Client) -> None:
         try:
+            if not self.counted and client.head.path not in HEALTH_PATHS:
+                raise overloaded(NO_ROOM)
             self.server.check_host(client.head)
+            client.peer = self.server.who_asks(self.peer, client.head.headers)
             await self.server.handler(client)
             if not client.ended and not self.gone:
                 raise RuntimeError("the handler did not end its answer")
@@ -11823,12 +11886,15 @@ class Connection(Wire):
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
 
-    async def read_body(self, head: RequestHead, most_bytes: int) -> bytes:
+    async def read_body(self, client: Client, most_bytes: int) -> bytes:
+        head = client.head
         pieces, size, armed = [], head.length or 0, False
         while size <= most_bytes and (part := self.parser.next()) is not END:
             if isinstance(part, bytes):
                 pieces.append(part)
-                size += len(part) if head.chunked else 0
+                if head.chunked:
+                    size += len(part)
+                    client.hold(size)
                 continue
             self.taken()
             if self.ended:
@@ -11914,7 +11980,7 @@ class Connection(Wire):
         """May the connection go on after an answer that begins now? What is unread must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
-            return (self.skip() or coming) and not self.server.draining and not self.ended
+            return (self.skip() or coming) and self.counted and not self.server.draining and not self.ended
         except ProtocolError:
             return False
 
@@ -11943,6 +12009,8 @@ class Connection(Wire):
         wait_s = self.server.config.keep_alive_timeout_s
         if self.server.draining:
             wait_s = IDLE_GRACE_S if self.served else FIRST_GRACE_S
+        elif not self.counted:
+            wait_s = REFUSED_WAIT_S
         self.arm("keep_alive_timeout_s", self.loop.time() + wait_s)
 
     def hurry(self) -> None:
@@ -11951,7 +12019,22 @@ class Connection(Wire):
             self.arm_idle()
 
 
+NO_ROOM = "No more connections are taken now."
+
+
+def overloaded(sentence: str, status: int = 503) -> GatewayError:
+    return GatewayError(sentence + " Try again in a moment.", status=status, code="overloaded", headers=(("retry-after", "1"),))
+
+
 # --- 12.2 the server ------------------------------------------------------------------------------
+
+def connections_that_fit() -> int:
+    """Into the files that this process may open: a stream takes two."""
+    if sys.platform == "win32":
+        return sys.maxsize
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if files == resource.RLIM_INFINITY else max((files - OWN_FILES) // 2, files // 8)
+
 
 def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     if not config.tls_cert:
@@ -11998,12 +12081,14 @@ class Server:
         self.handler, self.access = handler, access
         self.use(config)
         self.address: tuple[str, int] = ("", 0)
-        self.listeners: list[asyncio.Server] = []
-        self.sockets: Sequence[socket.socket] = []      # theirs
-        self.late: set[asyncio.Task[Any]] = set()       # connections taken when the listeners were closed
-        self.connections: set[Connection] = set()       # all whose socket is open
-        self.opening: weakref.WeakSet[Connection] = weakref.WeakSet()       # those that set up TLS
+        self.sockets: Sequence[socket.socket] = []      # listened on
+        self.accepting: list[asyncio.Task[None]] = []   # a task for each of them
+        self.connections: set[Connection] = set()       # all whose socket is open, those that set up TLS too
         self.counted = 0                                # of those, the ones that max_connections limits
+        self.addresses: collections.Counter[str] = collections.Counter()    # where those come from
+        self.idle: dict[Connection, float] = {}         # without a request, the longest first, and since when
+        self.refused: dict[Connection, float] = {}      # for which there was no room, the oldest first
+        self.held: collections.Counter[str] = collections.Counter()         # bytes of request bodies, by whose they are
         self.open_requests = 0
         self.draining = False                           # takes no new connections, keeps none open
         self.closing = False                            # draining, and nobody is waited for any more
@@ -12015,38 +12100,89 @@ class Server:
         """The settings of the next connection and request; also while it runs. Host, port and tls_cert stay."""
         self.config = config
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
+        self.max_connections = min(config.max_connections, connections_that_fit())
+        self.proxies = [ipaddress.ip_network(proxy) for proxy in config.trusted_proxies]
         self.hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]",
                       *(name.lower() for name in config.public_hosts)}
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
-    async def start(self, sockets: Sequence[socket.socket] = (), accept: int = BACKLOG) -> None:
+    async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
         """Begins to accept, on sockets that are there already or on those of host and port; so many at a time."""
-        context, loop = self.context, asyncio.get_running_loop()
-        sockets = sockets or await listen(self.config)
-        handshake_s = self.config.header_timeout_s if context else None
-        for listener in sockets:
-            self.listeners.append(await loop.create_server(
-                lambda: Connection(self), sock=listener, backlog=accept, ssl=context,
-                ssl_handshake_timeout=handshake_s))
-            listener.listen(BACKLOG)        # asyncio takes one number for both
-        self.sockets, self.address = sockets, sockets[0].getsockname()[:2]
+        loop = asyncio.get_running_loop()
+        self.sockets = sockets or await listen(self.config)
+        self.address = self.sockets[0].getsockname()[:2]
+        for listening in self.sockets:
+            listening.setblocking(False)
+            listening.listen(BACKLOG)
+            self.accepting.append(loop.create_task(self.accept(listening, at_once)))
 
-    def admit(self, connection: Connection) -> bool:
-        """Counts a new connection in; False if it is not even to be told that there are too many."""
-        refused = len(self.connections) - self.counted
-        connection.counted = self.counted < self.config.max_connections and not self.closing
-        if not connection.counted and refused >= REFUSED_CONNECTIONS:
-            return False
-        self.counted += connection.counted
+    async def accept(self, listening: socket.socket, at_once: int) -> None:
+        loop = asyncio.get_running_loop()
+        for number in itertools.count(1):
+            try:
+                self.take(*await loop.sock_accept(listening))
+                if self.draining:
+                    return
+                pause_s = 0.0
+            except OSError as error:
+                short = error.errno in OUR_LIMITS and not self.give_up(self.idle, IDLE_SAFE_S)
+                if short:
+                    log.error("no connection can be taken: %s; tried again in a second", failure_text(error))
+                pause_s = 1.0 if short else 0.01
+            if pause_s or number % at_once == 0:
+                await asyncio.sleep(pause_s)
+
+    def take(self, made: socket.socket, address: Sequence[Any]) -> None:
+        """Counts a new connection in: among those that are served, or among the few that may only ask for /health."""
+        loop = asyncio.get_running_loop()
+        connection, peer = Connection(self, str(address[0])), str(address[0])
+        if self.counted >= self.max_connections:
+            self.give_up(self.idle, IDLE_SAFE_S)
+        fits = is_loopback(peer) or self.trusts(peer) or self.addresses[peer] < self.config.max_connections_per_address
+        connection.counted = fits and self.counted < self.max_connections and not self.closing
+        if connection.counted:
+            self.counted += 1
+            self.addresses[peer] += 1
+        elif len(self.refused) >= REFUSED_CONNECTIONS:
+            self.give_up(self.refused, 0.0)
+        (self.idle if connection.counted else self.refused)[connection] = loop.time()
         self.connections.add(connection)
+        connection.task = loop.create_task(connection.open(made))
+
+    def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> bool:
+        """Closes the connection that has waited longest, if that is long enough."""
+        connection = next(iter(waiting), None)
+        if connection is None or connection.loop.time() - waiting[connection] < least_s:
+            return False
+        self.release(connection)
+        connection.abort()
         return True
 
     def release(self, connection: Connection) -> None:
         if connection in self.connections:
             self.connections.remove(connection)
+            self.idle.pop(connection, None)
+            self.refused.pop(connection, None)
             self.counted -= connection.counted
+            self.addresses[connection.peer] -= connection.counted
+            if not self.addresses[connection.peer]:
+                del self.addresses[connection.peer]
         if self.draining and not self.connections:
             self.empty.set()
+
+    def trusts(self, peer: str) -> bool:
+        """Is it one of the proxies in front?"""
+        return any(ipaddress.ip_address(peer) in network for network in self.proxies)
+
+    def who_asks(self, peer: str, headers: Headers) -> str:
+        """The client's address: behind trusted proxies, the last in X-Forwarded-For that is none of them."""
+        entries = list_values(headers, "x-forwarded-for")
+        while entries and self.trusts(peer):
+            try:
+                peer = str(ipaddress.ip_address(entries.pop()))
+            except ValueError:
+                raise ProtocolError("X-Forwarded-For must be a list of addresses.") from None
+        return peer
 
     def check_host(self, head: RequestHead) -> None:
         """Refuses names that are not ours: a page elsewhere could point its own here (DNS rebinding)."""
@@ -12073,9 +12209,6 @@ class Server:
         await self.stop_listening()
         for connection in self.connections:
             connection.hurry()
-        until = time.monotonic() + (FIRST_GRACE_S if timeout_s is None else min(FIRST_GRACE_S, timeout_s))
-        while self.opening and time.monotonic() < until:
-            await asyncio.sleep(0.02)
         if not await self.emptied(timeout_s):
             self.closing = True
             for connection in list(self.connections):
@@ -12093,15 +12226,15 @@ class Server:
         for listening in sockets:
             with contextlib.suppress(NotImplementedError):      # Windows
                 loop.remove_reader(listening.fileno())
-        await asyncio.sleep(0)      # asyncio drops a connection that it took just before its listener was closed
+        await asyncio.sleep(0)      # who was accepted in this very moment is taken
         await asyncio.sleep(0)
+        for task in self.accepting:
+            task.cancel()
         for listening in sockets:
             with contextlib.suppress(OSError):
                 while True:
-                    taken = loop.connect_accepted_socket(lambda: Connection(self), listening.accept()[0], ssl=self.context)
-                    self.late.add(loop.create_task(taken))
-        for listener in self.listeners:
-            listener.close()
+                    self.take(*listening.accept())
+            listening.close()
 
     async def emptied(self, timeout_s: float | None) -> bool:
         """Are all connections gone within that time?"""
@@ -12213,7 +12346,7 @@ class GatewayServer(Server):
 
 @contextlib.asynccontextmanager
 async def running(config: Config, ledger: Ledger | None = None, models: Mapping[str, Sequence[str]] | None = None,
-                  sockets: Sequence[socket.socket] = (), accept: int = BACKLOG) -> AsyncIterator[GatewayServer]:
+                  sockets: Sequence[socket.socket] = (), accept: int = ACCEPT_STEP) -> AsyncIterator[GatewayServer]:
     """A gateway that serves while the block runs: `async with pomex.running(config) as server: ... server.address`.
 
     `ledger` is opened from the configuration where none is given; `models` are names that local servers have said;
@@ -12590,6 +12723,9 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
     if not is_loopback(config.server.host):
         say("Warning       Anybody on this network can reach Pomex. Keys are required on every call"
             + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
+    if (fit := connections_that_fit()) < config.server.max_connections:
+        say(f"Warning       {fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
+            "open no more files (ulimit -n).")
     several = f", {config.server.workers} workers" if config.server.workers > 1 else ""
     say("", dashboard_line(config, ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
 

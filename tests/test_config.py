@@ -74,6 +74,10 @@ COMPLAINTS = {
     # of providers
     "a name in capitals": ("[providers.OpenAI]\n", 'pomex.toml: provider name "OpenAI": use small letters, '
                                                    'digits, "_", "." and "-".'),
+    **{f"public host {name}": (f"[server]\npublic_hosts = ['a.example', '{name}']", "must be plain names, without scheme, port or wildcard.")
+       for name in ("*", "https://a.example/", "a.example:8443", "*.a.example")},
+    **{f"proxy {name}": (f"[server]\ntrusted_proxies = ['{name}']", 'must be addresses and networks, like "10.0.0.7" or "10.0.0.0/8".')
+       for name in ("proxy.example", "10.0.0.1/8", "*", "10.0.0.0/33")},
     "no wire": ("[providers.x]\nbase_url = 'https://a.example/v1'\n",
                 "pomex.toml: [providers.x] lacks wire_api, one of responses, chat"),
     "no address": ("[providers.x]\nwire_api = 'chat'\n",

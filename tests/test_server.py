@@ -1,6 +1,7 @@
 """Floor 12: client connections, against scripted raw clients on loopback."""
 import asyncio
 import contextlib
+import errno
 import gzip
 import json
 import logging
@@ -50,6 +51,9 @@ class Handler:
     async def echo(self, client):
         body = await client.body()
         await client.answer(200, [("content-type", "text/plain")], b"%d:" % len(body) + body[:50])
+
+    async def health(self, client):
+        await client.answer(200, [], client.peer.encode())
 
     async def early(self, client):
         raise pomex.Unauthorized("No such key.", headers=(("www-authenticate", "Bearer"),))
@@ -593,6 +597,162 @@ def test_too_many_connections_are_told_to_come_again(monkeypatch):
     run(main)
 
 
+HEALTH = GET.replace(b" / ", b" /health ")
+
+
+def test_where_there_is_no_room_health_is_still_answered_and_who_says_nothing_is_told(monkeypatch):
+    monkeypatch.setattr(pomex, "REFUSED_WAIT_S", 0.1)
+    monkeypatch.setattr(pomex, "LINGER_S", 0.1)
+
+    async def main():
+        async with serving(max_connections=2) as (server, _), contextlib.AsyncExitStack() as stack:
+            for _ in range(2):
+                _, writer = await stack.enter_async_context(connected(server))
+                writer.write(post(b"", path="/wait"))
+            await until(lambda: server.open_requests == 2)
+            (status, headers, _), rest = await exchange(server, HEALTH)
+            assert (status, headers.get("connection"), rest) == (200, "close", b"")
+            assert (await exchange(server, b""))[0][0] == 503
+            crowd = [socket.create_connection(server.address) for _ in range(3 * pomex.REFUSED_CONNECTIONS)]
+            assert (await exchange(server, HEALTH))[0][0] == 200
+            for one in crowd:
+                one.close()
+    run(main)
+
+
+def test_the_longest_idle_is_given_up_for_a_new_connection_but_no_young_one_and_none_that_works(monkeypatch):
+    monkeypatch.setattr(pomex, "IDLE_SAFE_S", 0.2)
+
+    async def main():
+        async with serving(max_connections=3, keep_alive_timeout_s=9) as (server, _):
+            async with connected(server) as (_, working), connected(server) as (first, _), connected(server) as (second, other):
+                working.write(post(b"", path="/wait"))
+                other.write(GET)
+                assert (await answer(second))[0] == 200
+                assert (await exchange(server, GET))[0][0] == 503, "all are young"
+                await asyncio.sleep(0.25)
+                async with connected(server) as (third, new):
+                    new.write(GET)
+                    assert (await answer(third))[0] == 200 and server.open_requests == 1
+                    with contextlib.suppress(ConnectionError):
+                        assert await first.read() == b""
+                    other.write(GET)
+                    assert (await answer(second))[0] == 200, "it was idle for less long"
+    run(main)
+
+
+def test_an_address_has_a_share_of_the_connections_but_not_loopback_and_no_proxy(monkeypatch):
+    async def taken(**fields):
+        async with serving(max_connections_per_address=2, **fields) as (server, _), contextlib.AsyncExitStack() as stack:
+            for _ in range(5):
+                await stack.enter_async_context(connected(server))
+            await until(lambda: len(server.connections) == 5)
+            return server.counted
+
+    async def main():
+        assert await taken() == 5
+        monkeypatch.setattr(pomex, "is_loopback", lambda host: False)
+        assert await taken(public_hosts=("localhost",)) == 2
+        assert await taken(trusted_proxies=("127.0.0.0/8",)) == 5
+    run(main)
+
+
+def test_handshakes_count_among_the_connections(certificate, monkeypatch):
+    monkeypatch.setattr(pomex, "IDLE_SAFE_S", 0.3)
+
+    async def main():
+        context = ssl.create_default_context(cafile=certificate["tls_cert"])
+        async with serving(max_connections=4, header_timeout_s=9, **certificate) as (server, _):
+            crowd = [socket.create_connection(server.address) for _ in range(4 + pomex.REFUSED_CONNECTIONS + 30)]
+            await until(lambda: server.counted == 4 and len(server.refused) == pomex.REFUSED_CONNECTIONS)
+            await asyncio.sleep(0.4)
+            async with connected(server, ssl=context) as (reader, writer):
+                writer.write(GET)
+                assert (await answer(reader))[0] == 200, "a handshake that goes on for long is given up"
+            for one in crowd:
+                one.close()
+            await until(lambda: not server.connections)
+    run(main)
+
+
+PROXIED = {     # trusted, X-Forwarded-For lines -> the address, None where they are refused
+    "nobody is trusted": ((), ["9.9.9.9"], "127.0.0.1"), "another is trusted": (("10.0.0.0/8",), ["9.9.9.9"], "127.0.0.1"),
+    "one proxy": (("127.0.0.1",), ["9.9.9.9"], "9.9.9.9"), "what the client wrote": (("127.0.0.1",), ["6.6.6.6, 9.9.9.9"], "9.9.9.9"),
+    "two proxies": (("127.0.0.0/8", "10.0.0.0/8"), ["6.6.6.6, 9.9.9.9, 10.1.2.3"], "9.9.9.9"),
+    "two lines": (("127.0.0.0/8", "10.0.0.0/8"), ["9.9.9.9", "10.1.2.3"], "9.9.9.9"),
+    "proxies only": (("127.0.0.0/8", "10.0.0.0/8"), ["10.1.2.3"], "10.1.2.3"), "none": (("127.0.0.1",), [], "127.0.0.1"),
+    "IPv6": (("127.0.0.1",), ["2001:DB8::1"], "2001:db8::1"), "a name": (("127.0.0.1",), ["evil"], None),
+    "empty": (("127.0.0.1",), [""], None), "unknown": (("127.0.0.1",), ["9.9.9.9, unknown"], None),
+    "garbage that no proxy wrote": (("127.0.0.1",), ["<script>, 9.9.9.9"], "9.9.9.9"),
+}
+
+
+@pytest.mark.parametrize("name", PROXIED)
+def test_only_a_trusted_proxy_says_who_asks(name):
+    trusted, lines, expected = PROXIED[name]
+
+    async def main():
+        async with serving(trusted_proxies=trusted) as (server, handler):
+            fields = "".join(f"x-forwarded-for: {line}\r\n" for line in lines).encode()
+            status, _, body = (await exchange(server, HEALTH.replace(b"\r\n\r\n", b"\r\n" + fields + b"\r\n")))[0]
+            assert (status, body.decode() if status == 200 else None) == (200 if expected else 400, expected)
+            assert expected or not handler.seen
+    run(main)
+
+
+@pytest.mark.parametrize("shape", ["length", "chunks", "gzip"])
+@pytest.mark.parametrize("whose, status", [("process", 503), ("address", 429)])
+def test_bodies_under_way_have_a_budget_that_is_asked_before_they_are_read(shape, whose, status, monkeypatch):
+    monkeypatch.setattr(pomex, "is_loopback", lambda host: False)
+    monkeypatch.setattr(pomex, "RATIO_FREE_BYTES", 1000)
+    monkeypatch.setattr(pomex, "MAX_RATIO", 30)
+    fields = {"max_bodies_bytes": 1000, "max_bodies_bytes_each": 10**9} if whose == "process" else {"max_bodies_bytes_each": 1000}
+
+    async def main():
+        async with serving(public_hosts=("localhost",), **fields) as (server, _):
+            async with connected(server) as (_, writer):
+                writer.write(post(bytes(600), path="/wait"))
+                await until(lambda: server.held[""] == 600)
+                body = {"length": bytes(500), "gzip": gzip.compress(bytes(500)), "chunks": b"1f4\r\n" + bytes(500) + b"\r\n0\r\n\r\n"}[shape]
+                data = post(body, "content-encoding: gzip") if shape == "gzip" else post(body)
+                if shape == "chunks":
+                    data = data.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+                (got, headers, error), _ = await exchange(server, data)
+                assert (got, headers.get("retry-after")) == (status, "1") and b"max_bodies_bytes" in error
+                assert (await exchange(server, post(bytes(300))))[0][0] == 200 and server.held[""] == 600
+            await until(lambda: not server.held)
+            assert (await exchange(server, data))[0][0] == 200
+    run(main)
+
+
+def test_without_files_left_it_is_said_once_a_second_and_taken_up_again(caplog):
+    caplog.set_level(logging.ERROR)
+
+    async def main():
+        async with serving() as (server, _):
+            loop, tries = asyncio.get_running_loop(), []
+            take = loop.sock_accept
+
+            async def short(listening):
+                tries.append(listening)
+                if len(tries) < 3:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return await take(listening)
+            loop.sock_accept = short
+            assert (await exchange(server, GET))[0][0] == 200       # by the call that was under way
+            async with connected(server) as (reader, writer):
+                writer.write(GET)
+                assert (await answer(reader))[0] == 200
+            assert len(tries) < 6 and caplog.text.count("no connection can be taken: too many open files") == 2
+    run(main)
+
+
+@pytest.mark.parametrize("files, fit", [(64, 8), (256, 64), (1024, 448), (2**20, 4096), (-1, 4096)])
+def test_no_more_connections_are_taken_than_files_can_be_opened(files, fit, monkeypatch):
+    monkeypatch.setattr(pomex.resource, "getrlimit", lambda which: (files, files))
+    assert pomex.Server(print, pomex.ServerConfig(), print).max_connections == fit
+
+
 def test_300_idle_and_half_sent_connections_do_not_delay_others():
     async def main():
         async with serving() as (server, _), contextlib.AsyncExitStack() as stack:
@@ -688,7 +848,7 @@ def test_a_write_to_a_client_that_left_says_so():
 def test_every_address_of_the_host_is_listened_on_with_one_port():
     async def main():
         async with serving(host="localhost") as (server, _):
-            ports = {listener.sockets[0].getsockname()[1] for listener in server.listeners}
+            ports = {listening.getsockname()[1] for listening in server.sockets}
             assert ports == {server.address[1]} and server.address[1] > 0
             assert (await exchange(server, GET))[0][0] == 200
     run(main)

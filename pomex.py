@@ -8726,8 +8726,8 @@ def find_session(ledger: Ledger, token: str, now_s: float) -> tuple[str, int] | 
 
 def use_login_link(ledger: Ledger, token: str, now_s: float) -> bool:
     """Whether it was good: it is so once, whichever process is asked."""
-    return ledger.write("DELETE FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?",
-                        (key_digest(token), now_s)) == 1
+    found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), now_s)
+    return bool(ledger.read(f"SELECT 1 {found}", values)) and ledger.write(f"DELETE {found}", values) == 1    # a guess locks nothing
 
 
 def close_session(ledger: Ledger, token: str) -> None:
@@ -10750,12 +10750,14 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
     await client.answer(200, JSON_HEADERS, compact({"data": data}).encode())
 
 
+PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
+
+
 async def metrics(gateway: Gateway, client: Client) -> None:
     """Prometheus text: all that is spent. For anybody on this machine, where no proxy makes others look so; else for the
     administrator."""
-    headers = client.head.headers
-    proxied = gateway.config.server.public_hosts or headers.get("x-forwarded-for") or headers.get("forwarded")
-    if not proxied and is_loopback(client.peer):
+    proxied = gateway.config.server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
+    if not proxied and is_loopback(client.connection.peer):
         gateway.guard.check_host(client)        # a page of another name may have been pointed here
     elif gateway.guard.who(client) is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
@@ -11054,19 +11056,19 @@ class Guard:
     def log_in(self, client: Client, token: str, link: bool = True) -> tuple[str, Key | None]:
         """("admin", None) or ("key", the key) of a token that was typed or came in a link or header."""
         now_s, admin_token = time.time(), self.server.admin_token
-        failed = self.failures.setdefault(client.peer, collections.deque(maxlen=LOGIN_FAILURES))
-        if len(failed) == LOGIN_FAILURES and now_s - failed[0] < LOGIN_WINDOW_S:
-            wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0]))
-            raise BadRequest(f"Too many failed logins from this address. Try again in {wait_s} s.", status=429,
-                             code="too_many_logins", headers=(("retry-after", str(wait_s)),))
+        if admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token)) \
+                or link and use_login_link(self.ledger, token, now_s):
+            return "admin", None
         try:
-            if token.startswith(KEY_PREFIX):
-                return "key", self.ledger.authorise("Bearer " + token, now_s)
-            if (admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token))) \
-                    or (link and use_login_link(self.ledger, token, now_s)):
-                return "admin", None
-            raise Unauthorized(BAD_LOGIN, code="bad_login")
-        except Unauthorized:
+            if not token.startswith(KEY_PREFIX):
+                raise Unauthorized(BAD_LOGIN, code="bad_login")
+            return "key", self.ledger.authorise("Bearer " + token, now_s)
+        except Unauthorized:        # only who is wrong waits: else a stranger could lock out all who share an address with him
+            failed = self.failures.setdefault(client.peer, collections.deque(maxlen=LOGIN_FAILURES))
+            wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0])) if len(failed) == LOGIN_FAILURES else 0
+            if wait_s > 0:
+                raise BadRequest(f"Too many failed logins from this address. Try again in {wait_s} s.", status=429,
+                                 code="too_many_logins", headers=(("retry-after", str(wait_s)),)) from None
             failed.append(now_s)
             while len(self.failures) > ADDRESSES_KEPT:
                 del self.failures[next(iter(self.failures))]

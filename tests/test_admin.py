@@ -130,7 +130,12 @@ async def test_five_failed_logins_close_the_door_for_a_minute(gateway):
     seen = [await gateway.post("login", {"token": f"wrong-{n}"}, gateway.page) for n in range(6)]
     assert [status for status, _, _ in seen] == [401] * 5 + [429]
     assert 0 < int(seen[-1][2]["retry-after"]) <= 60
-    assert (await gateway.get("session"))[0] == 429         # the right one has to wait too
+    for right in (ADMIN, {"authorization": f"Bearer {gateway.key}"}):      # who is right never waits for who is wrong
+        assert (await gateway.get("session", right))[0] == 200
+    link = pomex.login_link(gateway.ledger, "").partition("=")[2]
+    assert (await gateway.post("login", {"token": link}, gateway.page))[0] == 200
+    assert (await gateway.post("login", {"token": "wrong"}, gateway.page))[0] == 429
+    assert (await gateway.get("session", {"authorization": f"Bearer {pomex.new_key()}"}))[0] == 429, "a key that is none"
 
 
 @parametrized("headers status", [
@@ -379,6 +384,8 @@ async def test_a_wrong_filter_of_an_export_is_said(gateway):
 @gateway_test
 async def test_what_all_spend_is_for_this_machine_and_the_administrator(gateway):
     assert (await gateway.ask("GET", "/metrics"))[0] == 200
+    for name in ("x-forwarded-for", "x-forwarded-host", "X-Forwarded-Proto", "x-real-ip", "via", "forwarded"):
+        assert (await gateway.ask("GET", "/metrics", headers={name: ""}))[0] == 401, name
     proxied = {"x-forwarded-for": "203.0.113.5"}
     assert (await gateway.ask("GET", "/metrics", headers=proxied))[0] == 401
     assert (await gateway.ask("GET", "/metrics", headers={**proxied, "authorization": f"Bearer {gateway.key}"}))[0] == 403

@@ -1970,6 +1970,7 @@ class Answer:
     """
 
     max_chars, max_items = 32 << 20, 4096           # of one attempt's output; the configuration says otherwise
+    secrets = re.compile(r"(?!)")                   # that no id of a call may hold
 
     def __init__(self, request: ResponsesRequest, response_id: str, created_s: int, manners: Manners) -> None:
         self.request = request
@@ -2265,6 +2266,8 @@ class Assembler(Attempt):
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         wrapped = tool.kind == "custom_tool_call" or tool.fitted
+        if self.answer.secrets.search(call_id):
+            call_id = self._mint("call_", self.next_index)
         self._begin(key, Item(tool.kind, {}, call_id, tool, Unwrapper(tool.fitted) if wrapped else None))
 
     def add(self, key: Any, text: str, channel: Channel, part: int = 0) -> None:
@@ -3146,11 +3149,12 @@ FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
 FAULT_WORDS = [frozenset(rule[1].split()) for rule in FAULT_RULES]
 
 MAX_UPSTREAM_TEXT = 300         # of a provider's message that go on to the client
+MAX_SAID = 65536                # of it are looked through
 MAX_RETRY_AFTER_S = 60.0        # of a longer wait: the target is left out meanwhile, and asked again
 
 # what looks like a key, a token or a path of some machine, in the text of somebody else
 SECRET = re.compile(
-    r"(?:sk|pk|rk|gsk|xai|hf|fw|tgp|csk|nvapi|pplx|key|org|proj)[-_][\w*.-]{6,}|AIza[\w-]{10,}|AKIA\w{12,}"
+    r"(?<![A-Za-z0-9])(?:sk|pk|rk|gsk|xai|hf|fw|tgp|csk|nvapi|pplx|key|org|proj)[-_][\w*.-]{6,}|AIza[\w-]{10,}|AKIA\w{12,}"
     r"|bearer\s+[^\s\"',]+|eyJ[\w-]{8,}\.[\w.-]+|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
@@ -3160,6 +3164,7 @@ MESSAGE_FIELDS = ("message", "msg", "error_msg", "errorMessage", "status_msg", "
 CODE_FIELDS = ("code", "error_code", "errorCode", "statusCode", "status_code", "errcode")
 ANSWER_FIELDS = ("choices", "candidates", "content", "output")
 SUCCESS = re.compile(r"|0+|2\d\d|ok|null|none|true|success.*", re.IGNORECASE | re.DOTALL)
+CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 HTML_TAG = re.compile(r"<(style|script)\b.*?</\1\s*>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|s|m|h)")      # bounded: of n digits \d+ makes n * n steps
@@ -3173,7 +3178,7 @@ class ProviderError(UpstreamError):
 
     def __init__(self, message: str, *, kind: FaultKind, status: int = 0, code: str | None = None,
                  param: str | None = None, retry_after_s: float | None = None,
-                 upstream_status: int = 0) -> None:
+                 upstream_status: int = 0, said: str = "") -> None:
         fault = FAULTS[kind]
         wait = () if retry_after_s is None else (("retry-after", str(max(1, int(retry_after_s + 0.999)))),)
         super().__init__(message, status=status or fault.status or 400, type=fault.type, code=code or fault.code, param=param,
@@ -3182,6 +3187,7 @@ class ProviderError(UpstreamError):
         self.retryable = fault.retryable
         self.retry_after_s = retry_after_s
         self.upstream_status = upstream_status      # 0: it came inside a stream, or nothing came
+        self.said = said                            # what the message was made of, whole: see without
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
@@ -3208,12 +3214,22 @@ def fault_of(status: int, decoded: Any, wait_s: float | None) -> ProviderError:
         message = redacted(text) or (f"The provider answered HTTP {status} without a reason." if status else
                                      "The provider failed without a reason.")
     code = next((word for word in words if word == "server_is_overloaded"), None)
-    if kind == "bad_request" and isinstance(fields.get("code"), str) and not fields["code"].isdecimal():
-        code = re.sub(r"[^!-~]", "?", fields["code"][:64])
+    given = fields.get("code")
+    if kind == "bad_request" and isinstance(given, str) and CODE.fullmatch(given) and not given.isdecimal():
+        code = given
     param = fields.get("param")
     return ProviderError(message, kind=kind, code=code, param=param if isinstance(param, str) else None,
                          status=status if kind == "bad_request" and 400 <= status < 500 else 0,
-                         retry_after_s=wait_s, upstream_status=status)
+                         retry_after_s=wait_s, upstream_status=status, said="" if kind == "auth" else text[:MAX_SAID])
+
+
+def without(error: GatewayError, secrets: re.Pattern[str]) -> None:
+    """Takes the configured secrets out of all that a provider said: before what only looks like one, which may be cut."""
+    said = error.said if isinstance(error, ProviderError) else ""
+    if secrets.search(f"{said or error} {error.code} {error.param}"):
+        error.args = (redacted(secrets.sub("[redacted]", said or str(error))),)
+        error.code = secrets.sub("redacted", error.code or "")
+        error.param = secrets.sub("[redacted]", error.param or "") or None
 
 
 def fault_kind(status: int, words: Sequence[str], text: str) -> FaultKind:
@@ -6753,6 +6769,21 @@ def read_database(source: ConfigText, around: Surroundings) -> DatabaseConfig:
     return dataclasses.replace(database, url="sqlite:" + around.place(path))
 
 
+PLAIN_VALUES = re.compile(r"(?i)(api|anthropic|openai)-(version|beta)|accept|content-type|user-agent|http-referer|x-title")
+
+
+def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Pattern[str]:
+    """Finds the configured secrets, also as they are in a URL, in hex and in base64."""
+    found = set(more)
+    for provider in providers:
+        found |= {provider.api_key, *provider.api_keys, provider.proxy}
+        for name, value in {**provider.http_headers, **provider.query_params}.items():
+            found |= set() if PLAIN_VALUES.fullmatch(name) else {value, *value.split()}
+    forms = {form for secret in found if len(secret) >= 8 for raw in [secret.encode()] for form in (
+        secret, urllib.parse.quote(secret, safe=""), raw.hex(), base64.b64encode(raw).decode().rstrip("="))}
+    return re.compile("|".join(sorted(map(re.escape, forms), key=len, reverse=True)) or "(?!)", re.IGNORECASE)
+
+
 def fits_any(name: str, patterns: Iterable[str]) -> bool:
     """Does a model's name fit one of these patterns, in which * and ? are wild?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -8725,9 +8756,9 @@ def find_session(ledger: Ledger, token: str, now_s: float) -> tuple[str, int] | 
 
 
 def use_login_link(ledger: Ledger, token: str, now_s: float) -> bool:
-    """Whether it was good: it is so once, whichever process is asked."""
+    """Whether it was good: it is so once, whichever process is asked. A guess locks nothing."""
     found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), now_s)
-    return bool(ledger.read(f"SELECT 1 {found}", values)) and ledger.write(f"DELETE {found}", values) == 1    # a guess locks nothing
+    return bool(ledger.read(f"SELECT 1 {found}", values)) and ledger.write(f"DELETE {found}", values) == 1
 
 
 def close_session(ledger: Ledger, token: str) -> None:
@@ -9191,6 +9222,7 @@ class Upstream:
         self.lookups: dict[str, asyncio.Future[list[str] | OSError]] = {}      # of names, under way
         self.distrusted: set[Origin] = set()            # they sent more than was asked for: a connection a request
         self.closed = False
+        self.secrets = re.compile(r"(?!)")              # that no provider may say
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
@@ -10039,10 +10071,15 @@ class Router:
             if probe is not None:
                 probe.probed = False
         try:
+            if stop := down.attempt.stop:
+                said = self.upstream.secrets.sub("[redacted]", stop.explanation)
+                down.attempt.stop = dataclasses.replace(stop, explanation=said)
             down.attempt.finish(failure and untraced(failure))
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("%s %s: %s", down.client.request_id, way.id, trail(error))
             down.attempt = broken(down.attempt)
+        if down.attempt.error is not None:
+            without(down.attempt.error, self.upstream.secrets)
 
     async def exchanges(self, way: Way, call: Call, down: Downstream) -> None:
         """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
@@ -10055,7 +10092,8 @@ class Router:
             down.asked_ms, down.answering_ms, down.upstream_id = down.elapsed_ms(), 0, ""
             exchange, sound = await self.open(way.provider, call, down), False
             down.answering_ms = down.elapsed_ms()
-            down.upstream_id = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
+            given = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
+            down.upstream_id = self.upstream.secrets.sub("[redacted]", given)
             try:
                 await self.read(exchange, call.attempt, way, down)
                 sound = call.attempt.error is None and call.attempt.stop is not None
@@ -10084,7 +10122,7 @@ class Router:
         if exchange.status >= 400:
             raise provider_error(exchange.status, exchange.headers, await reason_of(exchange), time.time())
         if kind.startswith("text/html"):            # a login page, a proxy's apology
-            page = plain_text((await reason_of(exchange)).decode("utf-8", "replace"))
+            page = self.upstream.secrets.sub("", plain_text((await reason_of(exchange)).decode("utf-8", "replace")))
             raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
         if not kind.startswith("text/event-stream") and not down.answer.request.stream:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
@@ -10185,7 +10223,9 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
-OUTCOMES_KEPT = 60
+OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, or says nothing of how it went
+    *(fault.code for fault in FAULTS.values()), "server_is_overloaded", "upstream_unavailable", "client_gone", "interrupted",
+    "price_unknown"))
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 
 
@@ -10213,7 +10253,6 @@ class Metrics:
     def __init__(self, names: Iterable[str], workers: int) -> None:
         self.names = frozenset(names)
         self.own = {"worker": str(os.getpid())} if workers > 1 else {}      # its series are no other process's
-        self.outcomes: set[str] = set()         # codes, some of them of providers' choice
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()      # (name, label values...)
         self.spent: dict[tuple[str, str], Sequence[int]] = {}   # (model, provider) -> tokens by kind, nano-dollars
         self.histograms: dict[tuple[str, ...], Histogram] = {}
@@ -10223,12 +10262,7 @@ class Metrics:
         """One settled request."""
         add, provider = self.counters, entry.provider
         model = entry.model if entry.model in self.names else "other"
-        outcome = entry.error_code or entry.status
-        if outcome not in self.outcomes:
-            if len(self.outcomes) < OUTCOMES_KEPT:
-                self.outcomes.add(outcome)
-            else:
-                outcome = entry.status
+        outcome = entry.error_code if entry.error_code in OUTCOMES else entry.status
         add["pomex_requests_total", entry.endpoint, model, provider, outcome] += 1
         amounts = (entry.input, entry.cached, entry.cache_write, entry.output, entry.reasoning, entry.cost_nanos)
         spent = self.spent.get((model, provider), (0,) * len(amounts))
@@ -10297,6 +10331,7 @@ class Gateway:
         if old:
             self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
         self.prices = PriceBook(config)
+        upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
         self.metrics: Metrics = old.metrics if old else Metrics(self.catalogue.names, config.server.workers)
         self.metrics.names = frozenset(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
@@ -10463,6 +10498,7 @@ async def afforded(gateway: Gateway, client: Client, key: Key, request: Response
         refused.headers += tuple(bill.headers(client.started_s))
     answer = Answer(request, bill.response_id, int(client.started_s), manners)
     answer.estimated_input = estimate
+    answer.secrets = gateway.upstream.secrets
     answer.max_chars, answer.max_items = gateway.config.server.max_answer_chars, gateway.config.server.max_answer_items
     return Downstream(client, answer, gateway.config.server, bill), refused
 
@@ -11480,7 +11516,9 @@ async def contact(upstream: Upstream, provider: ProviderConfig) -> int:
     finally:
         await exchange.close()
     if exchange.status >= 400:
-        raise provider_error(exchange.status, exchange.headers, body, time.time())
+        error = provider_error(exchange.status, exchange.headers, body, time.time())
+        without(error, secret_pattern([provider]))
+        raise error
     return exchange.status
 
 
@@ -11633,7 +11671,7 @@ class Client:
         return self.connection.gone
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
-        """The whole body, decoded; ProtocolError when it is too long, too slow, or not as its headers say. `key`: whose it is."""
+        """The whole body, decoded; ProtocolError when it is too long, too slow, or not as it says. `key`: whose it is."""
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)

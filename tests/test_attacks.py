@@ -1,11 +1,13 @@
 """What a hostile client can send to a running gateway (RELIABILITY.md 1, 4, 5): always an answer below 500, never a second
 one, nothing of it unescaped in a log line, a header, a URL or SQL, and nobody else is kept waiting."""
 import asyncio
+import base64
 import gzip
 import json
 import logging
 import re
 import time
+import urllib.parse
 
 import pytest
 
@@ -385,6 +387,104 @@ def test_the_estimate_of_a_request_takes_no_look_at_each_sign(body, tokens):
     began = time.perf_counter()
     assert pomex.input_estimate(body) == tokens
     assert time.perf_counter() - began < 1.0
+
+
+SHAPES = ["hunter2hunter2hunter2", "4f9a8c7e" * 4, "my-gateway-token-of-team-7", "deadbeef", "p@ss/w0rd+x=y!", "task_execution",
+          "x" * 290 + "-tail", UPSTREAM_KEY]
+ECHOES = {      # what a provider does with its key (of a form) -> status, content type, body, by wire where they differ
+    "an error": (400, lambda key, wire: {"error": {"message": f"bad {key} and {key[:3]} {key}", "code": key, "param": key, "type": key}}),
+    "an error of status 429": (429, lambda key, wire: {"error": {"message": f"slow down, {key}", "code": key, "status": key}}),
+    "an error of status 500": (500, lambda key, wire: {"error": key}), "a list": (422, lambda key, wire: {"detail": [{"loc": [key], "msg": key}]}),
+    "a page": (500, lambda key, wire: f"<html><title>{key}</title></html>"), "a page for an answer": (200, lambda key, wire: f"<html>{key}"),
+    "far behind": (400, lambda key, wire: {"error": {"message": "a" * 285 + key}}),
+    "an error in the stream": (200, lambda key, wire: [{"type": "error", "error": {"type": "x", "code": key, "message": key, "param": key}}]),
+    "its own words": (200, lambda key, wire: {
+        "chat": [{"id": key, "choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": key, "type": "function", "function": {
+            "name": "f", "arguments": "{}"}}]}}]}, {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}],
+        "claude": [{"type": "message_start", "message": {"id": key, "usage": {}}}, {"type": "content_block_start", "index": 0, "content_block": {
+            "type": "tool_use", "id": key, "name": "f", "input": {}}}, {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": {"stop_reason": "refusal", "stop_details": {"explanation": key}}, "usage": {}}, {"type": "message_stop"}],
+        "gemini": [{"responseId": key, "promptFeedback": {"blockReason": key, "blockReasonMessage": key}}],
+    }.get(wire, [{"type": "response.created", "response": {"id": key, "status": "in_progress"}},
+                 {"type": "response.failed", "response": {"id": key, "status": "failed", "error": {"code": key, "message": key}}}])),
+}
+
+
+def forms_of(key):
+    raw = key.encode()
+    return {"plain": key, "upper": key.upper(), "quoted": urllib.parse.quote(key, safe=""), "hex": raw.hex(),
+            "HEX": raw.hex().upper(), "base64": base64.b64encode(raw).decode()}
+
+
+@pytest.mark.parametrize("key", SHAPES, ids=lambda key: key[:12])
+def test_a_provider_that_echoes_its_key_everywhere_is_not_heard(key, tmp_path, monkeypatch):
+    """Neither by the client, nor in the log, the database, the pages' data or the metrics."""
+    monkeypatch.setattr(pomex, "BACKOFF_S", 0.001)
+    told = []
+
+    async def upstream(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        wire = re.match(rb"\w+ /(\w+)/", head)[1].decode()
+        if length := re.search(rb"(?i)content-length: (\d+)", head):
+            await reader.readexactly(int(length[1]))
+        status, make = now["echo"]
+        body = make(now["form"], wire)
+        kind, data = "application/json", json.dumps(body).encode()
+        if isinstance(body, list):
+            kind, data = "text/event-stream", b"".join(b"event: %s\ndata: %s\n\n" % (each.get("type", "message").encode(), json.dumps(each).encode()) for each in body)
+        if isinstance(body, str):
+            kind, data = "text/html", body.encode()
+        writer.write(f"HTTP/1.1 {status} {now['form']}\r\ncontent-type: {kind}\r\nx-request-id: {now['form']}\r\nretry-after: 9{now['form']}\r\n"
+                     f"connection: close\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+        writer.close()
+    now = {}
+
+    async def scenario(gateway):
+        up = await asyncio.start_server(upstream, "127.0.0.1", 0)
+        port = up.sockets[0].getsockname()[1]
+        text = f"[server]\nport = 0\nadmin_token = 'administrator-{key}'\n[database]\nurl = 'sqlite:{tmp_path}/echo.db'\n"
+        for name, wire in (("chat", "chat"), ("claude", "messages"), ("gemini", "gemini"), ("plain", "responses"), ("relayed", "responses")):
+            where = "http_headers = {'x-secret' = 'Token %s'}" % key if name == "gemini" else f"api_key = '{key}'"
+            text += f"[providers.{name}]\nwire_api = '{wire}'\nbase_url = 'http://127.0.0.1:{port}/{name}'\n{where}\n" + "relay = 'bytes'\n" * (name == "relayed")
+        config = pomex.load_config(text, str(tmp_path / "echo.toml"), {})
+        ledger = pomex.Ledger.open(config.database.path)
+        gateway.key, ours = ledger.create_key("k", time.time()), gateway.server
+        async with pomex.running(config, ledger) as gateway.server:
+            count = 0
+            for now["form"] in forms_of(key).values():
+                for now["echo"] in ECHOES.values():
+                    if now["form"] != key and now["echo"][0] == 500:
+                        continue
+                    for name in config.providers.keys() - {"demo"}:
+                        gateway.server.gateway.router.health.circuits.clear()
+                        told.append(await gateway.post({"model": f"{name}/m", "input": "x", "stream": count % 2 == 0}, *["originator: codex_exec"] * (count % 3 == 0)))
+                        count += 1
+            head = f"host: localhost:{gateway.server.address[1]}\r\nauthorization: Bearer administrator-{key}\r\nconnection: close\r\n\r\n"
+            for path in ("metrics", "admin/api/usage?limit=500", "admin/api/usage.csv", "admin/api/overview", "admin/api/providers", "admin/api/setup"):
+                told.append(await gateway.raw(f"GET /{path} HTTP/1.1\r\n{head}"))
+                assert statuses(told[-1]) == [200], told[-1][:300]
+            assert len(ledger.read("SELECT id FROM usage")) > 50
+            told.append("\n".join(ledger._db.iterdump()).encode())
+            told.append(json.dumps([list(gateway.server.gateway.watch.traces.values()), gateway.server.gateway.watch.errors], default=str).encode())
+        ledger.close()
+        up.close()
+        gateway.server, told[:] = ours, [*told, "\n".join(gateway.log).encode()]
+    play(tmp_path, scenario)
+    everything = b"\n".join(told).decode("utf-8", "replace")
+    for name, form in forms_of(key).items():
+        places = [everything[found.start() - 150:found.end() + 20] for found in re.finditer(re.escape(form.rstrip("=")), everything, re.IGNORECASE)]
+        assert not places, (name, len(places), places[:2])
+
+
+@pytest.mark.parametrize("text", ["task_execution_failed: disk-usage-exceeded", "risk_assessment", "monkey-business-as-usual"])
+def test_words_are_no_keys(text):
+    assert str(pomex.inband_error({"message": text})) == text
+
+
+@pytest.mark.parametrize("code", ["a b", "x" * 65, "", "<script>", "läuft", "a\nb", {"a": 1}])
+def test_a_code_has_a_form_and_a_length(code):
+    body = json.dumps({"error": {"message": "no", "code": code}}).encode()
+    assert pomex.provider_error(400, pomex.Headers([]), body).code == "invalid_request_error"
 
 
 def test_a_login_is_small(tmp_path):

@@ -6582,6 +6582,7 @@ PROXY = re.compile(r"http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?")
 
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")       # RFC 9110, 5.6.2
+OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")          # 5.5, as latin-1
 KEY_VALUE = re.compile(r"[!-~]+")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
@@ -6668,10 +6669,11 @@ def with_headers(source: ConfigText, path: tuple[str, ...], provider: ProviderCo
         except ValueError as error:
             raise source.value_error((*path, "env_http_headers", name), variable, str(error)) from None
     for name, value in headers.items():
-        if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
+        if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value) or name.lower() in OWN_HEADERS:
             key = "http_headers" if name in provider.http_headers else "env_http_headers"
-            raise source.value_error((*path, key, name), "",
-                                     "a header needs a plain name and a value of one line", secret=True)
+            words = "is a header that Pomex sets itself" if name.lower() in OWN_HEADERS else \
+                "a header needs a plain name and a value of one line"
+            raise source.value_error((*path, key, name), "", words, secret=True)
     return dataclasses.replace(provider, http_headers=headers)
 
 
@@ -7195,8 +7197,28 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def migrate(db: sqlite3.Connection, name: str) -> None:
-    """Brings the schema up to date in one transaction; a file that is newer, or not ours, is left alone."""
+def copy_database(db: sqlite3.Connection, path: str) -> None:
+    """A whole copy, or none: a file that is there is not overwritten."""
+    part = path + ".part"
+    with contextlib.suppress(FileNotFoundError):        # of a copy that was killed
+        os.unlink(part)
+    try:
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        with contextlib.closing(sqlite3.connect(part)) as copy:
+            db.backup(copy)
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def migrate(db: sqlite3.Connection, path: str) -> None:
+    """Brings the schema up to date in one transaction, behind a copy of what was there; a file that is newer, or not ours, is
+    left alone."""
+    name = os.path.basename(path)
     version = schema_version(db)
     tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
@@ -7209,6 +7231,10 @@ def migrate(db: sqlite3.Connection, name: str) -> None:
     use_wal(db)
     if version == len(MIGRATIONS):
         return
+    before = f"{path}.before-{len(MIGRATIONS)}"
+    if tables and not os.path.exists(before):
+        copy_database(db, before)
+        log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
     with transaction(db):
         for step in MIGRATIONS[schema_version(db):]:       # another process may have been quicker
             for statement in step:
@@ -7352,7 +7378,7 @@ def journal_entries(text: bytes) -> list[Entry]:
 def abandoned_journals(path: str) -> Iterator[tuple[str, int]]:
     """The journals of `path` that no living process holds, locked by us now."""
     folder, name = os.path.split(os.path.abspath(path))
-    for file in sorted(os.listdir(folder)):
+    for file in sorted(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)):
         if not file.startswith(name + "-requests-"):
             continue
         with contextlib.suppress(FileNotFoundError):    # its process just ended, or changed files
@@ -7407,6 +7433,8 @@ class Ledger:
         self._keys: dict[bytes, Key] = {}   # by digest, revoked ones too: their sentence differs
         self._keys_revision = -1
         self._keys_read_s = 0.0
+        self._file = os.stat(path)
+        self.trouble = ""                   # why the keys could not be read when they were looked at
         self.disabled: frozenset[str] = frozenset()     # providers that an administrator took out of use
         self._refresh_keys(0.0)
         # requests, once started
@@ -7428,7 +7456,7 @@ class Ledger:
             try:
                 create_file(path)
                 db = connections.enter_context(contextlib.closing(open_database(path, durability)))
-                migrate(db, name)
+                migrate(db, path)
                 take_over(db, path)
                 writer = connections.enter_context(contextlib.closing(open_database(path, durability)))
                 ledger = cls(path, durability, db, writer)
@@ -7494,6 +7522,8 @@ class Ledger:
         """Reads the keys again if any process changed one. One row is looked at: about 6 us."""
         self._keys_read_s = now_s
         try:
+            if not os.path.samestat(os.stat(self._path), self._file):
+                raise FileNotFoundError(errno.ENOENT, "the file was replaced")
             revision = stored_setting(self._db, "keys_revision")
             if revision != self._keys_revision:
                 rows = self._db.execute(SELECT_KEYS).fetchall()
@@ -7501,10 +7531,18 @@ class Ledger:
                 names = self._db.execute("SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'")
                 self.disabled = frozenset(name for name, in names)
                 self._keys_revision = revision
-        except sqlite3.Error as error:
+            self.trouble = ""
+        except (sqlite3.Error, OSError) as error:
             if self._keys_revision < 0:
                 raise
-            log.error("%s The keys stay as they were.", database_trouble(self.name, error))
+            before, self.trouble = self.trouble, str(database_trouble(self.name, error))
+            if self.trouble != before:
+                log.error("%s The keys stay as they were; what is written may be lost. Restart on a sound file.", self.trouble)
+
+    def sound(self, now_s: float) -> bool:
+        """Can rows be written and keys be read, in the file that was opened?"""
+        self._refresh_keys(now_s)
+        return self.healthy and not self.trouble
 
     def use_provider(self, name: str, use: bool) -> None:
         """Takes a provider out of use, or back, in every process of this ledger: they look at it as at the keys."""
@@ -7685,9 +7723,7 @@ class Ledger:
     def backup(self, path: str) -> None:
         """A whole copy while servers run; a file that is there is not overwritten."""
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(sqlite3.connect(path)) as copy:
-                self._db.backup(copy)
+            copy_database(self._db, path)
         except (sqlite3.Error, OSError) as error:
             raise database_trouble(os.path.basename(path), error) from error
 
@@ -8445,9 +8481,11 @@ def export_rows(ledger: Ledger, first_day: int) -> Iterator[JSON]:
 
 
 def prune(ledger: Ledger, before_day: int) -> int:
-    """Removes the lines of whole days; the daily sums, and with them every balance, stay."""
+    """Removes the lines of whole days but the newest line: the ids go on behind it, which the overview and the live feed count
+    by. The daily sums, and with them every balance, stay."""
     gone = 0
-    while removed := ledger.write("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
+    while removed := ledger.write("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? AND id < "
+                                  "(SELECT max(id) FROM usage) LIMIT 5000)",
                                   (before_day * DAY_MS,)):     # a part at a time: running servers write in between
         gone += removed
     ledger.write("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE "
@@ -8534,7 +8572,7 @@ def saved_nanos(price: str, cached: int) -> int:
 def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
     """Adds new rows to the sums of their half hours, when there are enough of them. Within a transaction."""
     last = last_row_id(db)
-    done = min(rolled_up(db), last)
+    done = rolled_up(db)
     if last - done < least:
         return
     last = min(last, done + ROLL_AT_ONCE)
@@ -8547,8 +8585,9 @@ def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
 
 
 def rolled_up(db: sqlite3.Connection) -> int:
-    """The last row that is in the sums of its half hour."""
-    return int(db.execute("SELECT coalesce(max(value), 0) FROM settings WHERE name = 'rolled_up'").fetchone()[0])
+    """The last row that is in the sums of its half hour; 0 where that is gone, for then ids begin anew."""
+    done = int(db.execute("SELECT coalesce(max(value), 0) FROM settings WHERE name = 'rolled_up'").fetchone()[0])
+    return done if done <= last_row_id(db) else 0
 
 
 def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, until_ms: int, key_id: int
@@ -10193,6 +10232,13 @@ def stopping() -> GatewayError:
     return GatewayError("The gateway is stopping; ask again.", status=503, code="server_error", headers=(("retry-after", "1"),))
 
 
+NO_ROOM = "No more connections are taken now."
+
+
+def overloaded(sentence: str, status: int = 503) -> GatewayError:
+    return GatewayError(sentence + " Try again in a moment.", status=status, code="overloaded", headers=(("retry-after", "1"),))
+
+
 async def read_until(exchange: Exchange | DemoExchange, due: float, heard: bool) -> bytes:
     """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
     if due == math.inf:
@@ -10457,8 +10503,8 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
         await conclude(gateway, key, down)
         return
     await write_intent(gateway, key, down, ways[0])
-    gateway.watch.began(key, down)
     try:
+        gateway.watch.began(key, down)
         await gateway.router.route(ways, envelope, down)
     except BaseException:               # the client left; what was generated is kept
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), told=False)
@@ -10760,7 +10806,7 @@ async def root(gateway: Gateway, client: Client) -> None:
 
 async def ready(gateway: Gateway, client: Client) -> None:
     """Whether requests should be sent here. Says no more than a word of each check: it asks for no key."""
-    checks = {"ledger": gateway.ledger.healthy, "providers": bool(gateway.config.providers),
+    checks = {"ledger": gateway.ledger.sound(client.started_s), "providers": bool(gateway.config.providers),
               "accepting": not gateway.draining()}
     good = all(checks.values())
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
@@ -10818,6 +10864,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
 # --- 11.5 what the dashboard shows live ------------------------------------------------------------
 
 REFUSALS_KEPT, TRACES_KEPT = 50, 500        # about 0.5 KB each
+FEEDS_A_KEY = 20                            # and of the administrator: each open page has one
 RUNNING_SHOWN_S = 600.0                     # beyond, its process may have died before it could tell of the end
 LOOK_EVERY_S = 1.0
 SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 s
@@ -11211,16 +11258,20 @@ async def show_session(gateway: Gateway, ask: Ask) -> JSON:
     now_s, host, key = time.time(), ask.client.connection.server.address, ask.key
     keys = [each for each in gateway.ledger.list_keys() if each.state(now_s) == "active"]
     budgets = await gateway.watch.reader.ask(key_rows, now_s) if key else []
+    counts = {"models": len(model_names(gateway, key))}
+    if key is None:             # a holder is told nothing of the others
+        counts.update(keys=len(keys), providers=len(gateway.config.providers))
     return {"role": "key" if key else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
             "address": f"{host[0]}:{host[1]}", "open": open_count(gateway, ask.key_id),
             "key": next((row for row in budgets if row["id"] == ask.key_id), None),
-            "counts": {"keys": len(keys), "models": len(model_names(gateway, key)), "providers": len(gateway.config.providers)}}
+            "counts": counts}
 
 
 def open_count(gateway: Gateway, key_id: int) -> int:
     """Requests under way: here all, of other processes those they told of."""
     here = {intent.response_id: intent.key_id for intent in gateway.ledger.open_requests()}
-    others = {id: item["key_id"] for id, item in gateway.watch.running.items()}
+    since_ms = (time.time() - RUNNING_SHOWN_S) * 1000
+    others = {id: item["key_id"] for id, item in gateway.watch.running.items() if item["started_ms"] > since_ms}
     return sum(key_id in (0, each) for each in {**others, **here}.values())
 
 
@@ -11564,6 +11615,8 @@ async def play(gateway: Gateway, ask: Ask) -> None:
 async def live(gateway: Gateway, ask: Ask) -> None:
     """The live feed (SSE): usage rows, refusals, changed keys. Ends with the session, or when the gateway stops."""
     client, watch = ask.client, gateway.watch
+    if list(watch.watchers.values()).count(ask.key_id) >= FEEDS_A_KEY:
+        raise overloaded(f"{FEEDS_A_KEY} live feeds are open already.", 429)
     await client.start(200, STREAM_HEADERS)
     with watch.watching(ask.key_id) as queue:
         await client.write(b"retry: 2000\n\n: hello\n\n")
@@ -12057,13 +12110,6 @@ class Connection(Wire):
         """Draining has begun."""
         if self.client is None and self.parser.idle and self.linger_bytes < 0:
             self.arm_idle()
-
-
-NO_ROOM = "No more connections are taken now."
-
-
-def overloaded(sentence: str, status: int = 503) -> GatewayError:
-    return GatewayError(sentence + " Try again in a moment.", status=status, code="overloaded", headers=(("retry-after", "1"),))
 
 
 # --- 12.2 the server ------------------------------------------------------------------------------

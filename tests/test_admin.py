@@ -376,6 +376,43 @@ async def test_an_origin_that_is_no_address_is_refused_like_another(gateway):
 
 
 @gateway_test
+async def test_what_another_process_never_told_the_end_of_is_not_open_for_ever(gateway):
+    watch, now_ms = gateway.server.gateway.watch, time.time() * 1000
+    for n, age_s in enumerate((1, 599, 601, 99999)):
+        watch.hear(json.dumps(["started", {"response_id": f"r{n}", "key_id": 1, "started_ms": now_ms - age_s * 1000}]))
+    assert (await gateway.get("session"))[1]["open"] == 2
+
+
+@gateway_test
+async def test_where_a_request_cannot_be_shown_it_is_settled_all_the_same(gateway):
+    def broken(*_):
+        raise ZeroDivisionError
+    gateway.server.gateway.watch.began = broken
+    assert (await gateway.answer(gateway.key))[0] == 500
+    assert not gateway.ledger.open_requests()
+    while not (rows := (await gateway.get("usage"))[1]["rows"]):
+        await asyncio.sleep(pomex.SAVE_AFTER_S)
+    assert len(rows) == 1
+
+
+@gateway_test
+async def test_a_key_has_so_many_live_feeds(gateway):
+    feeds = [await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {gateway.key}"}, read=True)
+             for _ in range(pomex.FEEDS_A_KEY)]
+    headers = {"authorization": f"Bearer {gateway.key}"}
+    assert (await gateway.ask("GET", "/admin/api/events", headers=headers))[0] == 429
+    assert (await gateway.ask("GET", "/admin/api/events", headers=ADMIN, read=True))[0] == 200
+    for _, _, _, writer in feeds:
+        writer.close()
+
+
+@gateway_test
+async def test_a_holder_is_told_nothing_of_the_others(gateway):
+    counts = (await gateway.get("session", {"authorization": f"Bearer {gateway.key}"}))[1]["counts"]
+    assert list(counts) == ["models"] and set((await gateway.get("session"))[1]["counts"]) == {"models", "keys", "providers"}
+
+
+@gateway_test
 async def test_a_wrong_filter_of_an_export_is_said(gateway):
     for name in ("usage.csv", "usage.jsonl"):
         assert (await gateway.get(name + "?bogus=1"))[0] == 400

@@ -247,8 +247,52 @@ def test_pruning_removes_lines_and_keeps_every_sum(ledger, path):
     assert os.stat(copy).st_mode & 0o777 == 0o600
     with contextlib.closing(sqlite3.connect(copy)) as db:
         assert db.execute("SELECT sum(requests) FROM daily").fetchone() == (2,)
-    with pytest.raises(pomex.LedgerError):
+    with pytest.raises(pomex.LedgerError, match="File exists"):
         ledger.backup(copy)
+    assert sorted(os.listdir(os.path.dirname(path))) == sorted({"pomex.db", "pomex.db-wal", "pomex.db-shm", "pomex.db-copy"})
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["one of a run before", "none"])
+def test_a_backup_that_fails_leaves_no_half_file_and_can_be_made_again(ledger, path, left, monkeypatch):
+    class Full(sqlite3.Connection):
+        def backup(self, target, **more):
+            target.execute("CREATE TABLE half (x)")
+            raise sqlite3.OperationalError("database or disk is full")
+    copy = path + "-copy"
+    if left:
+        open(copy + ".part", "w").close()
+    with monkeypatch.context() as full, contextlib.closing(sqlite3.connect(path, factory=Full)) as db:
+        full.setattr(ledger, "_db", db)
+        with pytest.raises(pomex.LedgerError, match="full"):
+            ledger.backup(copy)
+    assert not [name for name in os.listdir(os.path.dirname(path)) if "copy" in name]
+    ledger.backup(copy)
+    assert os.path.getsize(copy) > 4096
+
+
+@pytest.mark.parametrize("rolled", [False, True], ids=["few rows", "rows that are summed up"])
+def test_after_pruning_everything_new_rows_are_counted_and_shown(ledger, rolled, monkeypatch):
+    monkeypatch.setattr(pomex, "ROLL_ROWS", 5 if rolled else 500)
+    db, old = ledger._writer, NOW_MS - 9 * pomex.DAY_MS
+    for part in range(2):
+        pomex.insert_entries(db, [entry(f"old{part}{n}", started_ms=old, cost_nanos=0) for n in range(20)])
+    pomex.insert_entries(db, [entry("last", started_ms=old, cost_nanos=0)])
+    watched = pomex.last_row_id(db)
+    assert pomex.prune(ledger, NOW_MS // pomex.DAY_MS) == 40
+    for part in range(4):
+        pomex.insert_entries(db, [entry(f"new{part}{n}", started_ms=NOW_MS, cost_nanos=0) for n in range(10)])
+    since_ms = NOW_MS // pomex.HALF_HOUR_MS * pomex.HALF_HOUR_MS
+    db.create_function("saved_nanos", 2, pomex.saved_nanos, deterministic=True)
+    shown = pomex.parts(db, "provider", since_ms, pomex.HALF_HOUR_MS, since_ms + pomex.HALF_HOUR_MS, 0)
+    assert sum(sums["requests"] for _, _, sums in shown) == 40
+    assert len(pomex.rows_after(db, watched, 100, 0)) == 40 and pomex.verify(ledger) == (41, [])
+
+
+def test_ids_that_began_anew_under_an_older_program_are_counted(ledger):
+    db = ledger._writer
+    ledger.write("INSERT INTO settings VALUES ('rolled_up', 1200)")
+    pomex.insert_entries(db, [entry(f"new{n}", started_ms=NOW_MS) for n in range(10)])
+    assert pomex.rolled_up(db) == 0
 
 
 def test_a_file_of_the_first_schema_is_upgraded_with_its_sums(path, monkeypatch):
@@ -256,7 +300,7 @@ def test_a_file_of_the_first_schema_is_upgraded_with_its_sums(path, monkeypatch)
         older.setattr(pomex, "MIGRATIONS", pomex.MIGRATIONS[:1])
         pomex.create_file(path)
         with contextlib.closing(pomex.open_database(path, "process")) as db:
-            pomex.migrate(db, "x")
+            pomex.migrate(db, path)
             first = pomex.Entry._fields[:pomex.Entry._fields.index("account_id")]
             db.execute(f"INSERT INTO usage ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})",
                        entry("r1", input=7)[:len(first)])

@@ -76,6 +76,8 @@ COMPLAINTS = {
                                                    'digits, "_", "." and "-".'),
     **{f"public host {name}": (f"[server]\npublic_hosts = ['a.example', '{name}']", "must be plain names, without scheme, port or wildcard.")
        for name in ("*", "https://a.example/", "a.example:8443", "*.a.example")},
+    **{f"header {name}": (provider(f'http_headers = {{ "{name}" = "x" }}'), f"{name} = (hidden): is a header that Pomex sets itself.")
+       for name in ("Host", "content-length", "Transfer-Encoding")},
     **{f"proxy {name}": (f"[server]\ntrusted_proxies = ['{name}']", 'must be addresses and networks, like "10.0.0.7" or "10.0.0.0/8".')
        for name in ("proxy.example", "10.0.0.1/8", "*", "10.0.0.0/33")},
     "no wire": ("[providers.x]\nbase_url = 'https://a.example/v1'\n",

@@ -613,3 +613,58 @@ def test_the_requests_of_a_living_process_are_left_alone_until_it_ends(path):
         process.kill()
         process.communicate()
     assert rows(path) == [("theirs", "failed", "interrupted")]
+
+
+# --- a file that goes wrong while it is in use ----------------------------------------------------
+
+def test_a_file_that_is_removed_or_damaged_while_in_use_is_seen_and_said_once(path, caplog):
+    async def scenario():
+        async with started(path) as ledger:
+            assert ledger.sound(NOW) and not caplog.records
+            os.rename(path, path + "-away")
+            assert [ledger.sound(NOW + n) for n in range(3)] == [False] * 3
+            assert caplog.text.count("cannot be used: No such file or directory. The keys stay as they were") == 1
+            open(path, "w").close()
+            assert not ledger.sound(NOW) and "the file was replaced" in caplog.text
+            os.replace(path + "-away", path)
+            assert ledger.sound(NOW)
+            ledger._db.execute("PRAGMA cache_size = 0")
+            caplog.clear()
+            real, ledger._db = ledger._db, Damaged()
+            assert [ledger.sound(NOW + n) for n in range(3)] == [False] * 3
+            ledger._db = real
+            assert caplog.text.count("is damaged. Restore a backup") == 1 and ledger.sound(NOW)
+    asyncio.run(scenario())
+
+
+class Damaged:
+    def execute(self, *_):
+        error = sqlite3.DatabaseError("database disk image is malformed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+
+def test_a_copy_is_made_before_the_schema_changes(path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(pomex, "MIGRATIONS", pomex.MIGRATIONS[:1])
+        pomex.create_file(path)
+        with contextlib.closing(pomex.open_database(path, "process")) as db:
+            pomex.migrate(db, path)
+    assert os.listdir(os.path.dirname(path)) == ["pomex.db"], "of a new file none is needed"
+    for _ in range(2):
+        pomex.Ledger.open(path).close()
+    before = f"{path}.before-{len(pomex.MIGRATIONS)}"
+    with contextlib.closing(sqlite3.connect(before)) as copy:
+        assert pomex.schema_version(copy) == 1
+    assert os.stat(before).st_mode & 0o777 == 0o600
+
+
+def test_what_only_looks_like_a_journal_is_left_alone(path):
+    pomex.Ledger.open(path).close()
+    os.mkdir(path + "-requests-folder")
+    os.mkfifo(path + "-requests-pipe")
+    other = os.path.dirname(path) + "/other"
+    open(other, "w").write("mine")
+    os.symlink(other, path + "-requests-link")
+    pomex.Ledger.open(path).close()
+    assert open(other).read() == "mine"

@@ -10176,6 +10176,8 @@ class Router:
             for at in range(0, len(data), SLICE_BYTES):
                 attempt.feed(data[at:at + SLICE_BYTES])
                 await self.show(attempt, way, down)
+                if len(data) > SLICE_BYTES:
+                    await asyncio.sleep(0)          # a flood of comments is work without a wait
             before, size = size, attempt.written - attempt.room - attempt.items_left
             heard = size > before
             if attempt.last or (attempt.error and not attempt.begun):
@@ -11685,7 +11687,7 @@ PIPELINE_BYTES = 2**18      # bytes kept while a handler runs; beyond, reading p
 REST_BYTES = 2**16          # an unread body up to this is read and dropped, to keep the connection
 LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 64            # so many are taken before anything else has its turn
+ACCEPT_STEP = 8             # so many are taken before anything else has its turn, and what was given up is closed
 REFUSED_CONNECTIONS = 64    # over max_connections so many at once may ask for /health, or are told so; the oldest goes first
 REFUSED_WAIT_S = 1.0        # for so long they may say what they want
 IDLE_SAFE_S = 5.0           # a younger connection is not given up for a new one: its request may be on the way
@@ -11911,7 +11913,8 @@ class Connection(Wire):
             if not (self.counted or self.served):
                 raise overloaded(NO_ROOM)
         except GatewayError as error:       # before there was a head to answer to
-            log.info("connection of %s: %s", self.peer, error)
+            if self.counted:                # of those for which there is no room there may be thousands
+                log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
         except (ClientGone, Expired, asyncio.CancelledError):
             pass                            # nobody waits for this task; the socket is closed below
@@ -12187,6 +12190,7 @@ class Server:
         self.config = config
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
         self.max_connections = min(config.max_connections, connections_that_fit())
+        self.max_refused = min(REFUSED_CONNECTIONS, connections_that_fit())
         self.proxies = [ipaddress.ip_network(proxy) for proxy in config.trusted_proxies]
         self.hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]",
                       *(name.lower() for name in config.public_hosts)}
@@ -12229,7 +12233,7 @@ class Server:
         if connection.counted:
             self.counted += 1
             self.addresses[peer] += 1
-        elif len(self.refused) >= REFUSED_CONNECTIONS:
+        elif len(self.refused) >= self.max_refused:
             self.give_up(self.refused, 0.0)
         (self.idle if connection.counted else self.refused)[connection] = loop.time()
         self.connections.add(connection)

@@ -2502,8 +2502,8 @@ class Assembler(Attempt):
         for key, item in list(self.unfinished.items()):
             if item.tool and (self.error is not None or self.answer.manners.cut_is_completed):
                 continue
-            if self.error is not None and self.answer.manners.failure_in_stream:
-                continue                            # Codex asks again: half a message would stay in its history
+            if self.error is not None and (self.answer.manners.failure_in_stream or self.written > self.room):
+                continue        # Codex asks again: half a message would stay in its history; and what is too long is told once
             status = "completed" if self.answer.manners.cut_is_completed else "incomplete"
             self._finish_item(key, item, status, item.sent())
 

@@ -9169,9 +9169,9 @@ class Exchange:
         if heard:
             self.idle_due = now + self.provider.idle_timeout_s
             self.total_due += max(0.0, now - self.paused_since)
-        elif now >= self.total_due:
+        elif now >= min(self.total_due, self.idle_due):         # of a flood no wait is left to run into a deadline
             wire.abort()
-            raise self.timeout("body", "total_timeout_s")
+            raise self.timeout("body", "idle_timeout_s" if self.idle_due < self.total_due else "total_timeout_s")
         try:
             return await self.piece(wire)
         finally:

@@ -11744,6 +11744,8 @@ class Client:
 
     def hold(self, size: int) -> None:
         """Counts so many bytes for this request's body, before they are there; a GatewayError where they are too many."""
+        if size == self.held:
+            return
         held, config, more = self.connection.server.held, self.connection.server.config, size - self.held
         for holder in self.holders:
             name = "max_bodies_bytes_each" if holder else "max_bodies_bytes"

@@ -12268,7 +12268,7 @@ class Server:
 
     def who_asks(self, peer: str, headers: Headers) -> str:
         """The client's address: behind trusted proxies, the last in X-Forwarded-For that is none of them."""
-        entries = list_values(headers, "x-forwarded-for")
+        entries = list_values(headers, "x-forwarded-for") if self.proxies else []
         while entries and self.trusts(peer):
             try:
                 peer = str(ipaddress.ip_address(entries.pop()))

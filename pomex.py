@@ -2998,7 +2998,6 @@ class Relay(Attempt):
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UpstreamError("The provider's answer is not a response object.") from None
         given = {**response, "output": dicts_in(response.get("output"))}
-        self.grew(len(data), len(given["output"]))
         if self.answer.request.stream:
             with self._voice() as self.decoder.sink:
                 self.decoder.whole(given)
@@ -3007,6 +3006,7 @@ class Relay(Attempt):
             self._release(0)
         self._end(status, response)
         self.begun = self.begun or bool(response.get("output"))
+        self.grew(len(data), len(given["output"]))
 
     def end(self) -> None:
         """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""

@@ -874,14 +874,14 @@ def flood(wire, kind):
         return faults.begun(played, at + 1), frame
     if played.name == "chat":
         return faults.begun(played, at), lambda number: sse({"choices": [{"index": 0, "delta": {"tool_calls": [
-            {"id": f"call_{number}", "index": number, "type": "function", "function": {"name": "f", "arguments": "{}"}}]}}]})
+            {"id": f"call_{number}", "index": number, "type": "function", "function": {"name": "f", "arguments": '{"n":1}'}}]}}]})
     if played.name == "gemini":
         return faults.begun(played, 1), sse({"candidates": [{"content": {"parts": [{"functionCall": {"name": "f", "args": {}}}]}}]})
     if played.name == "messages":
         return faults.begun(played, 1), lambda number: sse(
             {"type": "content_block_start", "index": number, "content_block": {"type": "tool_use", "id": f"toolu_{number}", "name": "f", "input": {}}},
             {"type": "content_block_stop", "index": number})
-    item = {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "shell", "arguments": "{}", "status": "completed"}
+    item = {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "shell", "arguments": '{"n":1}', "status": "completed"}
     return faults.begun(played, 2), lambda number: sse(
         *[{"type": f"response.output_item.{kind}", "output_index": number, "item": {**item, "id": f"fc_{number}", "call_id": f"call_{number}"}}
           for kind in ("added", "done")])

@@ -6209,6 +6209,7 @@ class ServerConfig:
                                    1024, 4294967296)
     max_answer_items: int = option(4096, "output items of one answer; real ones have below 100", 1, 1000000)
     reserve_output_tokens: int = option(16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
+    allow_unpriced: bool = option(False, "keys with a budget may use models without a price; these cost them nothing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6251,6 +6252,7 @@ class ProviderConfig:
     prompt_cache: str = option("5m", "how long a messages provider is asked to keep prompts",
                                choices=("5m", "1h", "off"))
     overrides: dict[str, JSON] = option({}, "what is otherwise than Pomex knows it, by the beginning of a model's name")
+    free: bool = option(False, "its models cost nothing where they have no price")
     local: bool = False         # base_url is on this machine or its private network
     key_source: str = ""        # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
 
@@ -6319,6 +6321,7 @@ BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {row.name: row for row in (
     builtin("mistral", "chat", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", dialect="mistral"),
     builtin("groq", "chat", "https://api.groq.com/openai/v1", "GROQ_API_KEY", dialect="groq"),
     builtin("ollama", "chat", "http://127.0.0.1:11434/v1", dialect="ollama"),
+    builtin("lmstudio", "chat", "http://127.0.0.1:1234/v1", dialect="lmstudio"),
     builtin("vllm", "chat", "http://127.0.0.1:8000/v1", dialect="vllm"),
     builtin("llama.cpp", "chat", "http://127.0.0.1:8080/v1", dialect="llama.cpp"),
 )}
@@ -6925,6 +6928,9 @@ MIGRATIONS: list[tuple[str, ...]] = [   # one step a schema version; never edite
             reasoning INTEGER NOT NULL, cost_nanos INTEGER NOT NULL, unpriced INTEGER NOT NULL, saved_nanos INTEGER NOT NULL,
             PRIMARY KEY (key_id, dimension, half, name)) WITHOUT ROWID""",
     ),
+    (
+        "ALTER TABLE keys ADD COLUMN allow_unpriced INTEGER NOT NULL DEFAULT 0",
+    ),
 ]
 
 KEY_PREFIX = "sk-rh-"
@@ -6966,15 +6972,19 @@ class Key:
     rpm: int                # requests a minute; 0: any number, as for the next two
     tpm: int                # tokens a minute
     concurrent: int         # requests open at once
+    allow_unpriced: int     # 1: models without a price are served in spite of its budget
     account: str            # its account's name, and what that says
     prepaid: int
     account_limit_nanos: int | None
     multiplier: int
 
     @property
+    def money_limited(self) -> bool:
+        return bool(self.budget_nanos is not None or self.prepaid or self.account_limit_nanos is not None)
+
+    @property
     def limited(self) -> bool:
-        return bool(self.budget_nanos is not None or self.prepaid or self.account_limit_nanos is not None or self.rpm
-                    or self.tpm or self.concurrent)
+        return bool(self.money_limited or self.rpm or self.tpm or self.concurrent)
 
     def state(self, now_s: float) -> str:
         return "revoked" if self.revoked_s else "expired" if 0 < self.expires_s <= now_s else "active"
@@ -7037,9 +7047,9 @@ USAGE_COLUMNS = Entry._fields[:-1]
 INSERT_USAGE = f"INSERT INTO usage ({', '.join(USAGE_COLUMNS)}) VALUES "
 ENTRY_VALUES = f"({', '.join('?' * len(USAGE_COLUMNS))})"
 KEY_COLUMNS = "id, name, digest, hint, created_s, expires_s, revoked_s"
-KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent")
+KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent", "allow_unpriced")
 SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
-    budget_nanos, period, rpm, tpm, concurrent, accounts.name, prepaid, limit_nanos, multiplier
+    budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier
     FROM keys JOIN accounts ON accounts.id = account_id"""
 encode_line = json.JSONEncoder(separators=(",", ":")).encode     # ASCII: no stray newline, no surrogate
 
@@ -7747,6 +7757,7 @@ ONE = 1_000_000             # a multiplier of 1: multipliers are integer million
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 09:00-12:00 and 14:00-18:00 in Beijing, not on weekends there
 SEARCH_PRICE = {"anthropic": "10"}      # USD per thousand (TRANSLATION.md 3.6)
 FREE = "0 0 0 0 0"
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # one day's model, at the price of its family
 
 
 class Price(NamedTuple):
@@ -7784,6 +7795,7 @@ class Tariff(NamedTuple):
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
     peak: int = 1                               # times so much in PEAK_HOURS
+    source: str = ""                            # where it stands, for people
 
     def price(self, started_ms: int, input_tokens: int) -> str:
         """The price of a request by its start and its size, cached and written input included."""
@@ -7821,35 +7833,36 @@ def tariff_row(words: list[str]) -> tuple[str, Tariff]:
         else:
             day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
             changes.append((day, whole(value.split("/"))))
-    return name, Tariff(whole(base[:5]), over, long, tuple(changes), peak)
+    return name, Tariff(whole(base[:5]), over, long, tuple(changes), peak, f"{name} in the table of {PRICES_DATE}")
 
 
 EPOCH = datetime.date(1970, 1, 1).toordinal()
 
 
-def configured_tariff(prices: PriceConfig) -> Tariff:
+def configured_tariff(name: str, prices: PriceConfig) -> Tariff:
     """The same from [prices."provider/model"]."""
     def text(prefix: str, *names: str) -> str:
         values = [getattr(prices, prefix + name) for name in names]
         return " ".join("-" if value is None else format(value, "f") for value in values)
     columns = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
     base, long = text("", *columns, "search_per_1000"), text("long_", *columns)
-    return Tariff(base, prices.long_over, long + " " + base.split()[5] if prices.long_over else "")
+    long = long + " " + base.split()[5] if prices.long_over else ""
+    return Tariff(base, prices.long_over, long, source=f"{name} in pomex.toml")
 
 
 class PriceBook:
-    """What a target's tokens cost: as configured for it, else as in the table, else as configured for the name that was
-    asked for. Never a guess: of anything else there is no price."""
+    """What a target's tokens cost: as configured for it or as in the table, by its own name, else by its family's; else as
+    configured for the name that was asked for; else nothing at a free provider. Never a guess."""
 
     def __init__(self, config: Config) -> None:
-        self.configured = {name: configured_tariff(prices) for name, prices in config.prices.items()}
-        self.free = {name for name, provider in config.providers.items() if provider.wire_api == "demo"}
+        self.configured = {name: configured_tariff(name, prices) for name, prices in config.prices.items()}
+        self.known = {**builtin_tariffs(), **self.configured}
+        self.free = {name for name, provider in config.providers.items() if provider.free or provider.wire_api == "demo"}
 
     def tariff(self, provider: str, model: str, asked: str = "") -> Tariff | None:
-        if provider in self.free:
-            return Tariff(FREE)
         name = f"{provider}/{model}"
-        return self.configured.get(name) or builtin_tariffs().get(name) or self.configured.get(asked)
+        found = self.known.get(name) or self.known.get(DATED.sub("", name)) or self.configured.get(asked)
+        return found or (Tariff(FREE, source="free") if provider in self.free else None)
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
@@ -8745,7 +8758,7 @@ def key_rows(db: sqlite3.Connection, now_s: float) -> list[JSON]:
     last = dict(db.execute("SELECT key_id, max(last_ms) FROM daily GROUP BY 1"))
     keys = [Key(*row) for row in db.execute(SELECT_KEYS + " ORDER BY keys.revoked_s > 0, keys.id DESC")]
     columns = ("id", "name", "hint", "created_s", "expires_s", "revoked_s", "models", "budget_nanos", "period", "rpm", "tpm",
-               "concurrent", "account")
+               "concurrent", "allow_unpriced", "account")
     return [{**{name: getattr(key, name) for name in columns}, "spent_nanos": spent[key.period].get(key.id, 0),
              "month_nanos": spent["month"].get(key.id, 0), "last_ms": last.get(key.id, 0)} for key in keys]
 
@@ -10497,17 +10510,19 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     ways = planned(in_use(tiers, gateway.ledger.disabled), request, client.head.headers, envelope)
     if request.input[-1]["type"] == "compaction_trigger" and ways[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
-    down, refused = await afforded(gateway, client, key, request, manners, ways)
+    payable = [way for way in ways if gateway.prices.tariff(way.provider.name, way.model, request.model)
+               or not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced]
+    down, refused = await afforded(gateway, client, key, request, manners, payable or ways, bool(payable))
     if refused is not None:
         down.stop()
         down.attempt.refused = True
         down.attempt.finish(refused)
         await conclude(gateway, key, down)
         return
-    await write_intent(gateway, key, down, ways[0])
+    await write_intent(gateway, key, down, payable[0])
     try:
         gateway.watch.began(key, down)
-        await gateway.router.route(ways, envelope, down)
+        await gateway.router.route(payable, envelope, down)
     except BaseException:               # the client left; what was generated is kept
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), told=False)
         down.attempt.status = "cancelled"
@@ -10531,18 +10546,21 @@ def in_use(tiers: Sequence[Sequence[Way]], disabled: frozenset[str]) -> Sequence
 
 
 async def afforded(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
-                   ways: Sequence[Way]) -> tuple[Downstream, GatewayError | None]:
+                   ways: Sequence[Way], payable: bool) -> tuple[Downstream, GatewayError | None]:
     """The answer to be, its money reserved; and the error, where a limit of the key is in the way."""
     estimate = input_estimate(request.raw)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
                 int(client.started_s * 1000))
     refused: GatewayError | None = None
+    to_codex = manners.failure_in_stream and request.stream
     try:
         reserve = gateway.config.server.reserve_output_tokens
-        if cap := await bill.reserve([way[:2] for way in ways], estimate, request.get("max_output_tokens", 0), reserve):
+        if not payable:
+            refused = price_unknown(key, f"{ways[0].provider.name}/{printable(ways[0].model)}", to_codex)
+        elif cap := await bill.reserve([way[:2] for way in ways], estimate, request.get("max_output_tokens", 0), reserve):
             request = capped(request, cap)
     except Exceeded as no:
-        refused = refusal(gateway.ledger, key, no, client.started_s, manners.failure_in_stream and request.stream)
+        refused = refusal(gateway.ledger, key, no, client.started_s, to_codex)
         refused.headers += tuple(bill.headers(client.started_s))
     answer = Answer(request, bill.response_id, int(client.started_s), manners)
     answer.estimated_input = estimate
@@ -10608,6 +10626,21 @@ def permit(key: Key, model: str, manners: Manners) -> None:
                          status=400 if manners.failure_in_stream else 403)
 
 
+def price_unknown(key: Key, name: str, to_codex: bool) -> GatewayError:
+    """A model without a price cannot be kept within a limit of money."""
+    error = BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
+Put its price per million tokens into pomex.toml:
+
+[{toml_name(("prices", name))}]
+input = 0.0
+output = 0.0
+
+Or let the key use it without one: python pomex.py keys edit {key.name} --allow-unpriced yes""", param="model",
+                       code="invalid_prompt" if to_codex else "price_unknown")
+    error.ledger_code = "price_unknown"
+    return error
+
+
 def capped(request: ResponsesRequest, tokens: int) -> ResponsesRequest:
     """The request with less output: as much as the money is enough for."""
     body = {**request.body, "max_output_tokens": tokens}
@@ -10649,7 +10682,8 @@ def make_codex_show(error: GatewayError, shown: Sequence[str]) -> None:
 def answered_in_stream(manners: Manners, error: GatewayError) -> bool:
     """To Codex a failure that HTTP retries would multiply, or whose text would be lost, is a 200 with response.failed
     (DESIGN section 5); what is the request's own fault stays a 400, which it does not repeat."""
-    return manners.failure_in_stream and (error.status == 429 or error.status >= 500 or error.code == "context_length_exceeded")
+    return manners.failure_in_stream and (error.status == 429 or error.status >= 500 or
+                                          error.code == "context_length_exceeded" or error.ledger_code == "price_unknown")
 
 
 async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
@@ -11378,9 +11412,21 @@ def money(body: JSON, name: str, unit: int = 10**9, least: int = 0) -> int | Non
         raise BadRequest("This must be an amount like 50 or 12.50.", param=name) from None
 
 
+BOOLEANS: dict[object, bool] = {"": False, "0": False, False: False, "1": True, True: True}
+
+
+def switch(body: JSON, name: str) -> bool:
+    given = body.get(name, "")
+    if not isinstance(given, (str, int)) or given not in BOOLEANS:
+        raise BadRequest(f"{name} must be true or false.", param=name)
+    return BOOLEANS[given]
+
+
 def key_changes(gateway: Gateway, body: JSON) -> dict[str, Any]:
     """The settings of a key that stand in a form; what does not stand there stays as it is."""
     changes: dict[str, Any] = {name: whole(body, name) for name in ("rpm", "tpm", "concurrent") if name in body}
+    if "allow_unpriced" in body:
+        changes["allow_unpriced"] = switch(body, "allow_unpriced")
     if "budget" in body:
         changes["budget_nanos"] = money(body, "budget")
     if "period" in body:
@@ -11433,15 +11479,9 @@ async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
     return changed(gateway, "key", name)
 
 
-PREPAID: dict[object, bool] = {"": False, "0": False, False: False, "1": True, True: True}
-
-
 async def new_account(gateway: Gateway, ask: Ask) -> JSON:
     name, multiplier = text_field(ask.body, "name"), money(ask.body, "multiplier", ONE)
-    prepaid = ask.body.get("prepaid", "")
-    if not isinstance(prepaid, (str, int)) or prepaid not in PREPAID:
-        raise BadRequest("prepaid must be true or false.", param="prepaid")
-    create_account(gateway.ledger, name, PREPAID[prepaid], money(ask.body, "limit"),
+    create_account(gateway.ledger, name, switch(ask.body, "prepaid"), money(ask.body, "limit"),
                    ONE if multiplier is None else multiplier, time.time())
     return {"name": name}
 
@@ -11485,8 +11525,7 @@ def model_view(gateway: Gateway, name: str) -> JSON:
             "state": model_state(gateway, name), "price": tariff.base.split() or None,
             "long_over": tariff.over, "long": tariff.long.split(), "peak": tariff.peak,
             "changes": [{"day": day, "price": text.split()} for day, text in tariff.changes],
-            "source": "pomex.toml" if f"{provider.name}/{model}" in gateway.prices.configured else f"table of {PRICES_DATE}",
-            "context": facts.context_window, "max_output": facts.max_output,
+            "source": tariff.source, "context": facts.context_window, "max_output": facts.max_output,
             "description": configured.description if configured else DEMO_MODELS.get(model, "") * (provider.wire_api == "demo")}
 
 
@@ -11648,7 +11687,7 @@ class AdminRoute(NamedTuple):
     fields: str = ""            # that its body may have
 
 
-KEY_FIELDS = "name budget period models rpm tpm concurrent expires_days account"
+KEY_FIELDS = "name budget period models rpm tpm concurrent allow_unpriced expires_days account"
 ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
     ("POST", "login"): AdminRoute(log_in, "anybody", "token"),
     ("POST", "logout"): AdminRoute(log_out, "anybody"),
@@ -12649,7 +12688,8 @@ async def detect(config: Config, environ: Mapping[str, str]) -> tuple[Config, di
     rows = [row for row in BUILTIN_PROVIDERS.values() if row.local]
     answers = await asyncio.gather(*map(local_models, rows))
     found = {row.name: models for row, models in zip(rows, answers) if models is not None}
-    there = {**detected(environ), **{name: BUILTIN_PROVIDERS[name] for name in found}, **config.providers}
+    local = {name: dataclasses.replace(BUILTIN_PROVIDERS[name], free=True) for name in found}
+    there = {**detected(environ), **local, **config.providers}
     return dataclasses.replace(config, providers=there), found
 
 
@@ -12986,8 +13026,8 @@ def unpriced(config: Config) -> list[str]:
     catalogue, book = Catalogue(config, {}), PriceBook(config)
     targets = {(provider.name, model): name for name in listed_models(config, {})
                for provider, model in catalogue.targets(name)}
-    return [f"{provider}/{model} has no price; it will be billed as 0" for (provider, model), name in targets.items()
-            if book.tariff(provider, model, name) is None]
+    return [f"{provider}/{model} has no price: refused to keys with a budget, billed 0 to others"
+            for (provider, model), name in targets.items() if book.tariff(provider, model, name) is None]
 
 
 async def contact_all(config: Config) -> dict[str, str]:
@@ -13113,6 +13153,7 @@ def add_key_settings(command: CommandParser) -> None:
     command.add_argument("--models", type=patterns, help="patterns of names it may use, e.g. 'openai/*,anthropic/*'; all")
     for name, meaning in (("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")):
         command.add_argument(f"--{name}", type=whole_number, metavar="N", help=f"{meaning}; 0: any number")
+    command.add_argument("--allow-unpriced", type=yes_or_no, metavar="yes|no", help="models without a price too")
     command.add_argument("--expires", type=expiry_time, metavar="30d|DATE", help="when it ends; never")
     command.add_argument("--account", metavar="NAME", help="who pays")
 
@@ -13168,12 +13209,14 @@ patterns = argument(model_patterns, "patterns like 'openai/*,demo/echo', or all"
 whole_number = argument(read_whole, "a whole number of at most nine digits")
 first_day = argument(read_day, "like 7d or 2026-11-01")
 expiry_time = argument(read_expiry, "a time to come, like 30d or 2027-01-31, or never")
+yes_or_no = argument({"yes": 1, "no": 0}.__getitem__, "yes or no")
 month_days = argument(month_bounds, "a month like 2026-11")
 
 
 def key_settings(ledger: Ledger, args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line."""
-    given = {"models": args.models, "rpm": args.rpm, "tpm": args.tpm, "concurrent": args.concurrent, "expires_s": args.expires}
+    given = {"models": args.models, "rpm": args.rpm, "tpm": args.tpm, "concurrent": args.concurrent, "expires_s": args.expires,
+             "allow_unpriced": args.allow_unpriced}
     settings = {name: value for name, value in given.items() if value is not None}
     if args.budget is not None:
         settings["budget_nanos"], settings["period"] = args.budget
@@ -13193,6 +13236,7 @@ def key_words(key: Key) -> str:
     words += [f"models {', '.join(key.models.split())}"] if key.models else []
     words += [f"{most} {what}" for most, what in ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"),
                                                   (key.concurrent, "at once")) if most]
+    words += ["models without a price too"] if key.allow_unpriced else []
     words += [f"account {key.account}"] if key.account_id != 1 else []
     words += [f"until {utc_minute(key.expires_s)} UTC"] if key.expires_s else []
     return ", ".join(words)
@@ -13233,7 +13277,8 @@ def run_keys_list(args: argparse.Namespace) -> int:
                      "spent_usd": usd(spending[key.id][0], 9), "budget_period": key.period,
                      "budget_usd": None if key.budget_nanos is None else usd(key.budget_nanos, 9),
                      "last_used_at": spending[key.id][1] // 1000 or None, "requests_per_minute": key.rpm or None,
-                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None} for key in keys])
+                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None,
+                     "allow_unpriced": bool(key.allow_unpriced)} for key in keys])
         return 0
     rows = [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE")]
     for key in keys:
@@ -13362,16 +13407,12 @@ def day_text(day: int) -> str:
 
 
 def run_prices_show(args: argparse.Namespace) -> int:
-    config = read_config(args)
-    book = PriceBook(config)
-    tariffs = {**dict.fromkeys(builtin_tariffs(), f"table of {PRICES_DATE}"), **dict.fromkeys(book.configured, config.path)}
     rows = []
-    for name, source in sorted(tariffs.items()):
-        tariff = book.configured.get(name) or builtin_tariffs()[name]
+    for name, tariff in sorted(PriceBook(read_config(args)).known.items()):
         notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
         notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
         notes += [f"x {tariff.peak} in peak hours"] if tariff.peak > 1 else []
-        rows.append((name, *(f"{tariff.base} -".split()[:6]), source, "; ".join(notes)))
+        rows.append((name, *(f"{tariff.base} -".split()[:6]), tariff.source.partition(" in ")[2], "; ".join(notes)))
     if args.json:
         print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
         return 0
@@ -13492,6 +13533,7 @@ def init_text(config: Config, found: Mapping[str, Sequence[str]], keep_database:
             lines += [f"[providers.{json.dumps(name) if '.' in name else name}]",
                       f'env_key = "{provider.env_key}"' if provider.env_key else f'base_url = "{provider.base_url}"']
             lines += [] if provider.env_key else [f'wire_api = "{provider.wire_api}"']
+            lines += ["free = true     # your own machine: its models need no price"] if provider.free else []
             lines += [f"# models = {json.dumps(list(found.get(name, ['*']))[:20])}", ""]
     if not any(name != "demo" for name in config.providers):
         lines += ["# [providers.openai]", '# env_key = "OPENAI_API_KEY"', ""]

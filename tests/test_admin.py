@@ -334,6 +334,7 @@ async def test_a_key_is_made_edited_and_revoked(gateway):
     ("keys", {"name": "y", "expires": "30d"}, "Did you mean expires_days?"), ("keys/1", {"name": "y"}, "no field 'name'"),
     ("keys/1/revoke", {"now": True}, "no field 'now'"), ("keys", {"name": "y", "models": ","}, "patterns like openai/*"),
     ("keys", {"name": "y", "models": "\u043e/*"}, "patterns like openai/*"), ("keys", {"name": "y", "budget": -1}, "an amount like"),
+    ("keys", {"name": "y", "allow_unpriced": "yes"}, "allow_unpriced must be true or false"),
     ("accounts", {"name": "y", "prepaid": "no"}, "true or false"), ("accounts", {"name": "y", "multiplier": "-1"}, "an amount like"),
     ("accounts/default/credit", {"amount": 0}, "must not be 0"), ("accounts/default/credit", {}, "must not be 0"),
     ("accounts/default/credit", {"amount": "-1"}, "needs its reason"),
@@ -352,6 +353,10 @@ async def test_a_field_that_is_not_right_changes_nothing(gateway, path, body, sa
 async def test_amounts_and_truths_may_be_json(gateway):
     assert (await gateway.post("keys", {"name": "y", "budget": 12.5, "rpm": 3}))[0] == 200
     assert [key["budget_nanos"] for key in (await gateway.get("keys"))[1]["keys"] if key["name"] == "y"] == [12_500_000_000]
+    key = next(key for key in (await gateway.get("keys"))[1]["keys"] if key["name"] == "y")
+    for allow, stored in ((True, 1), ("0", 0)):
+        assert (await gateway.post(f"keys/{key['id']}", {"allow_unpriced": allow}))[0] == 200
+        assert [each["allow_unpriced"] for each in (await gateway.get("keys"))[1]["keys"] if each["name"] == "y"] == [stored]
     for name, prepaid, stored in (("a", "0", 0), ("b", True, 1), ("c", "1", 1), ("d", "", 0)):
         assert (await gateway.post("accounts", {"name": name, "prepaid": prepaid}))[0] == 200
         assert [each["prepaid"] for each in (await gateway.get("keys"))[1]["accounts"] if each["name"] == name] == [stored]

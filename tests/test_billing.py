@@ -160,6 +160,28 @@ def test_what_has_no_price_is_not_guessed(provider, model, asked, known):
     assert (tariff is not None) == known
 
 
+@pytest.mark.parametrize("provider, model, same", [
+    ("anthropic", "claude-opus-4-5-20251101", "anthropic/claude-opus-4-5"), ("openai", "gpt-5.5-2026-04-23", "openai/gpt-5.5"),
+    ("anthropic", "claude-haiku-4-5-latest", "anthropic/claude-haiku-4-5"), ("local", "m-2026-01-31", "local/m"),
+    ("google", "gemini-flash-latest", "google/gemini-flash-latest"), ("openai", "gpt-5.5-pro-20260423", "openai/gpt-5.5-pro"),
+    ("openai", "gpt-5.5-2026-04-23-x", None), ("openai", "gpt-5.5-20269", None), ("openai", "gpt-5.5-mini", None),
+    ("openai", "gpt-5.5-99990101", None), ("azure", "gpt-5.5-2026-04-23", None), ("openai", "latest", None),
+])
+def test_a_dated_or_latest_name_has_the_price_of_its_family(provider, model, same):
+    prices = book('[prices."local/m"]\ninput = 1\noutput = 2\n')
+    tariff = prices.tariff(provider, model)
+    assert tariff == (prices.known[same] if same else None)
+    assert tariff is None or tariff.source.startswith(same + " in ")
+
+
+def test_a_price_of_its_own_goes_before_its_familys_and_any_price_before_free():
+    prices = book('[prices."openai/gpt-5.5-2026-04-23"]\ninput = 1\noutput = 2\n[prices."spare/m"]\ninput = 3\noutput = 4\n'
+                  '[providers.spare]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:1/v1"\nfree = true\n')
+    assert prices.tariff("openai", "gpt-5.5-2026-04-23").base.startswith("1 2 ")
+    assert prices.tariff("spare", "m").base.startswith("3 4 ") and prices.tariff("spare", "m-latest").base.startswith("3 4 ")
+    assert prices.tariff("spare", "other").base == pomex.FREE and prices.tariff("local", "other") is None
+
+
 @pytest.mark.parametrize("text, words", [
     ('[prices."x/y"]\ninput = "1"', "must be an amount"), ('[prices."x/y"]\ninput = 0.0000001', "at most six decimals"),
     ('[prices."x/y"]\ninput = -1', "must be"), ('[prices."xy"]\ninput = 1', "must be like"),
@@ -585,7 +607,7 @@ class Provider:
 
 
 @contextlib.asynccontextmanager
-async def gateway(path, more=""):
+async def gateway(path, more="", edit=("", "")):
     provider = Provider()
     upstream = await asyncio.start_server(provider.serve, "127.0.0.1", 0)
     port = upstream.sockets[0].getsockname()[1]
@@ -593,7 +615,7 @@ async def gateway(path, more=""):
         f'[providers.{name}]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:{port}/v1"\n' for name in ("p", "q"))
         + '[models."p/two"]\ntargets = ["p:m", "q:m"]\n[prices."p/m"]\ninput = 1\noutput = 10\n'
         + '[prices."q/m"]\ninput = 2\noutput = 20\n' + more)
-    config = pomex.load_config(text, "pomex.toml", {})
+    config = pomex.load_config(text.replace(*edit, 1), "pomex.toml", {})
     with contextlib.closing(pomex.Ledger.open(path)) as ledger:
         async with pomex.running(config, ledger) as server:
             yield provider, ledger, server
@@ -654,6 +676,68 @@ def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
             assert 'le="+Inf"' in text
     run(check())
     assert "$0.0002" in caplog.text and "no price" in caplog.text
+
+
+def test_a_limit_of_money_is_never_served_what_has_no_price(path):
+    """On loopback too: it may be a tunnel. What the message says to write into pomex.toml is a table that is read."""
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            add = ledger.write
+            add("INSERT INTO accounts (name, prepaid, multiplier, created_s) VALUES ('paid', 1, 1000000, 0)")
+            add("INSERT INTO credits (account_id, created_s, kind, nanos, reason) VALUES (2, 0, 'top-up', ?, '')", (NANO,))
+            add("INSERT INTO accounts (name, prepaid, limit_nanos, multiplier, created_s) VALUES ('limit', 0, ?, 1000000, 0)", (NANO,))
+            settings = {"budget": {"budget_nanos": NANO}, "paid": {"account_id": 2}, "limit": {"account_id": 3}}
+            for name, given in settings.items():
+                token = ledger.create_key(name, NOW, **given)
+                status, _, text = await ask(server, token, {**ASKED, "model": "p/other"})
+                error = json.loads(text)["error"]
+                assert (status, error["code"], error["param"]) == (400, "price_unknown", "model"), name
+                block = error["message"].split("\n\n")[1]
+                config = pomex.load_config(block, "pomex.toml", {})
+                assert config.prices["p/other"].input == config.prices["p/other"].output == 0
+                status, _, text = await ask(server, token, {**ASKED, "model": "p/other"}, **CODEX)
+                assert status == 200
+                failed = json.loads(text.split("event: response.failed\ndata: ")[1].split("\n")[0])["response"]
+                assert failed["error"] == {"code": "invalid_prompt", "message": error["message"]}
+                assert (await row_of(ledger))["error_code"] == "price_unknown"
+                status, _, text = await ask(server, token, {**ASKED, "model": "p/other", "stream": False}, **CODEX)
+                assert (status, json.loads(text)["error"]["code"]) == (400, "price_unknown")
+            assert not provider.bodies
+            provider.answers += [(200, ["hi"], COUNTED)] * 6
+            assert (await ask(server, token, {**ASKED, "model": "p/m-2026-11-02"}))[0] == 200      # of a family with a price
+            assert (await row_of(ledger, 10))["cost_nanos"] == 200_000
+            assert (await ask(server, token, {**ASKED, "model": "demo/echo"}))[0] == 200
+            for name in settings:
+                ledger.edit_key(name, NOW, allow_unpriced=1)
+            assert (await ask(server, token, {**ASKED, "model": "p/other"}))[0] == 200
+            rated = ledger.create_key("rated", NOW, rpm=9, tpm=10**6, concurrent=3)                # no limit of money
+            assert (await ask(server, rated, {**ASKED, "model": "p/other"}))[0] == 200
+            assert pomex.verify(ledger)[1] == []
+    run(check())
+
+
+@pytest.mark.parametrize("section, line, price", [("[server]", "allow_unpriced", ""), ("[providers.p]", "free", pomex.FREE)])
+def test_the_configuration_may_say_otherwise(path, section, line, price):
+    async def check():
+        async with gateway(path, edit=(section, f"{section}\n{line} = true")) as (provider, ledger, server):
+            token = ledger.create_key("k", NOW, budget_nanos=NANO)
+            provider.answers.append((200, ["hi"], COUNTED))
+            assert (await ask(server, token, {**ASKED, "model": "p/other"}))[0] == 200
+            row = await row_of(ledger)
+            assert (row["price"], row["cost_nanos"]) == (price, 0)
+    run(check())
+
+
+def test_targets_without_a_price_are_passed_over_where_money_is_limited(path):
+    async def check():
+        async with gateway(path, '[models."p/either"]\ntargets = ["p:nameless", "q:m"]\n') as (provider, ledger, server):
+            token, free = ledger.create_key("k", NOW, budget_nanos=NANO), ledger.create_key("free", NOW)
+            provider.answers += [(200, ["hi"], COUNTED)] * 2
+            for who, target, cost in ((free, "nameless", 0), (token, "m", 400_000)):
+                assert (await ask(server, who, {**ASKED, "model": "p/either"}))[0] == 200
+                row = await row_of(ledger, 1 + (who is token))
+                assert (row["upstream_model"], row["cost_nanos"]) == (target, cost)
+    run(check())
 
 
 def test_an_attempt_that_began_and_broke_before_output_is_a_line_of_its_own(path):

@@ -208,8 +208,8 @@ pomex.toml   ok, 3 providers, 1 model described
   local      http://10.0.0.7:8000/v1
   demo       works offline
   my/coder   openai:gpt-5.3-codex -> local:qwen | local:tiny-1
-warning      local/qwen has no price; it will be billed as 0
-warning      local/tiny-1 has no price; it will be billed as 0
+warning      local/qwen has no price: refused to keys with a budget, billed 0 to others
+warning      local/tiny-1 has no price: refused to keys with a budget, billed 0 to others
 2 warnings, 0 errors            (add --live to contact each provider)
 """
 
@@ -423,7 +423,33 @@ def test_a_configuration_file_switches_detection_off(configured, capsys, monkeyp
     (configured / "pomex.toml").unlink()
     pomex.main(["models"])
     out, err = capsys.readouterr()
-    assert re.search(r"^ollama/qwen3:8b +ollama +-.* ready, no price$", out, re.MULTILINE) and "groq/NAME" in err
+    assert re.search(r"^ollama/qwen3:8b +ollama +0 +0 +0 .* ready$", out, re.MULTILINE) and "groq/NAME" in err
+
+
+def test_a_local_server_that_was_found_is_free_and_init_says_so(configured, capsys, local_ports):
+    """No other is, whatever its address: it may lead to a provider that is paid."""
+    (configured / "pomex.toml").write_text('[providers.ollama]\nbase_url = "http://127.0.0.1:1/v1"\nwire_api = "chat"\n')
+    assert not pomex.read_config(pomex.command_parser().parse_args(["check"])).providers["ollama"].free
+    (configured / "pomex.toml").unlink()
+    local_ports(ollama=MODELS, lmstudio=None)
+    assert pomex.main(["init"]) == 0
+    written = pomex.read_config(pomex.command_parser().parse_args(["check"]))
+    assert {name: row.free for name, row in written.providers.items() if name != "demo"} == {"ollama": True}
+
+
+def test_the_local_servers_that_are_looked_for():
+    assert [name for name, row in pomex.BUILTIN_PROVIDERS.items() if row.local] == ["ollama", "lmstudio", "vllm", "llama.cpp"]
+    assert not any(row.free for row in pomex.BUILTIN_PROVIDERS.values())
+
+
+def test_a_key_may_be_allowed_models_without_a_price(configured, capsys):
+    def shown():
+        pomex.main(["keys", "list", "--json"])
+        return [row["allow_unpriced"] for row in json.loads(capsys.readouterr().out)]
+    assert pomex.main(["keys", "create", "k", "--budget", "5/day", "--allow-unpriced", "yes"]) == 0
+    assert "models without a price too" in capsys.readouterr().err and shown() == [True]
+    assert pomex.main(["keys", "edit", "k", "--allow-unpriced", "no"]) == 0
+    assert capsys.readouterr() and shown() == [False]
 
 
 # --- the start ------------------------------------------------------------------------------------

@@ -224,10 +224,18 @@ class Usage:
     cache_write_1h: int = 0     # of the written ones, those kept long: 1 h at Anthropic, 12 h at OpenAI
     web_searches: int = 0       # requests of the provider's own search tool
     broken: str = ""            # how the provider's count contradicted itself
+    # beside the counts, as the answer says it; "" where it does not
+    tier: str = field(default="", compare=False)        # what it was served as: "priority", "standard fast us"
+    model: str = field(default="", compare=False)       # whose answer it is
+    cost: str = field(default="", compare=False)        # US dollars
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
 MAX_TOKENS = 1 << 24            # no answer has had so many; a count beyond is a mistake, and would spoil every sum
+
+
+def table_of(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
 
 
 def count(holder: Any, *names: str) -> int:
@@ -236,6 +244,18 @@ def count(holder: Any, *names: str) -> int:
         if isinstance(value, (int, float)) and value is not True and value > 0:
             return int(min(value, 2 * MAX_TOKENS))
     return 0
+
+
+def billing_facts(answer: JSON, counts: JSON) -> dict[str, Any]:
+    """What an answer, or the counts in it, say of what it costs beyond its tokens: fields of Usage."""
+    tools, cost = table_of(answer.get("tool_usage")), counts.get("cost")
+    tiers = answer.get("service_tier"), counts.get("service_tier"), counts.get("speed"), counts.get("inference_geo")
+    return {"web_searches": count(tools.get("web_search"), "num_requests")                      # OpenAI
+            or count(counts.get("server_tool_use"), "web_search_requests")                      # Anthropic, OpenRouter
+            or count(counts.get("server_side_tool_usage_details"), "web_search_calls"),         # xAI
+            "tier": " ".join(each for each in tiers if isinstance(each, str) and each != "auto").lower(),
+            "model": str(answer.get("model") or "")[:200],
+            "cost": f"{cost:.12f}" if isinstance(cost, (int, float)) and 0 < cost < 10**6 else ""}
 
 
 def checked_usage(usage: Usage) -> Usage:
@@ -1037,10 +1057,6 @@ def json_dict(text: str) -> JSON | None:
 
 def dicts_in(value: Any) -> list[JSON]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-
-
-def table_of(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
 
 
 class Rule(NamedTuple):
@@ -2027,8 +2043,8 @@ def usage_object(usage: Usage) -> JSON:
             "total_tokens": usage.input + usage.output}
 
 
-def usage_from(given: Any, asked_12h: bool = False, reasoning_within: bool = True) -> Usage | None:
-    """The usage of an answer, in the words of Responses or Chat; None where none of them stands there. Where it does not say
+def usage_from(given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True) -> Usage | None:
+    """The usage of an `answer`, in the words of Responses or Chat; None where none of them stands there. Where it does not say
     how long it keeps what it wrote to its cache, what the request asked for holds."""
     if not isinstance(given, dict) or not any(type(given.get(name)) in (int, float) for names in TOTALS for name in names):
         return None
@@ -2044,7 +2060,7 @@ def usage_from(given: Any, asked_12h: bool = False, reasoning_within: bool = Tru
     written = count(inputs, "cache_write_tokens")
     split = inputs.get("cache_write_tokens_details")
     kept_long = count(split, "ttl_12h_tokens") if isinstance(split, dict) else written if asked_12h else 0
-    return Usage(whole, cached, written, output, reasoning, cache_write_1h=kept_long)
+    return Usage(whole, cached, written, output, reasoning, cache_write_1h=kept_long, **billing_facts(answer, given))
 
 
 def merge_counts(held: JSON, given: Any) -> JSON:
@@ -2976,7 +2992,7 @@ class Relay(Attempt):
         self.last = True
         self.completed = response
         asked_12h = self.answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
-        self.usage = usage_from(response.get("usage"), asked_12h) or self.usage
+        self.usage = usage_from(response.get("usage"), response, asked_12h) or self.usage
         if status == "failed":
             self.error = self.error or self.failure(response.get("error"))
         elif status == "completed" and (self.halves or any(map(half_call, dicts_in(response.get("output"))))):
@@ -3646,7 +3662,7 @@ class ResponsesDecoder:
 
     def _terminal(self, event: JSON) -> None:
         response = event.get("response") or {}
-        usage = usage_from(response.get("usage"))
+        usage = usage_from(response.get("usage"), response)
         if usage is not None:
             self.sink.set_usage(usage)
         if event["type"] == "response.failed":
@@ -4251,7 +4267,7 @@ class ChatDecoder(ItemDecoder):
         choices = dicts_in(chunk.get("choices"))
         holders = dicts_in([chunk, chunk.get("x_groq"), *choices])
         counts = next((holder["usage"] for holder in holders if holder.get("usage")), None)
-        usage = usage_from(counts and merge_counts(self.counts, counts), reasoning_within=self.dialect.reasoning_within)
+        usage = usage_from(counts and merge_counts(self.counts, counts), chunk, reasoning_within=self.dialect.reasoning_within)
         if usage is not None:           # OpenRouter's reasoning is at times one more
             self.sink.set_usage(dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output)))
         failure = next((choice["error"] for choice in choices if choice.get("error")), chunk if states_error(chunk) else None)
@@ -5152,7 +5168,7 @@ class MessagesDecoder(ItemDecoder):
                 self.sink.fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
             return
         self.id = given
-        self._count(message.get("usage"))
+        self._count({**table_of(message.get("usage")), "model": message.get("model")})
         self.sink.set_usage(dataclasses.replace(self._usage(), estimated=True))     # the output's count comes with the end
 
     def _message_delta(self, event: JSON) -> None:
@@ -5187,7 +5203,7 @@ class MessagesDecoder(ItemDecoder):
 
     def _usage(self) -> Usage:
         now, before = messages_usage(self.counts), self.earlier
-        return Usage(**{name: getattr(before, name) + getattr(now, name) for name in COUNTED})
+        return dataclasses.replace(now, **{name: getattr(before, name) + getattr(now, name) for name in COUNTED})
 
     # blocks
 
@@ -5316,7 +5332,7 @@ def messages_usage(counts: JSON) -> Usage:
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
     long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     return Usage(total("input_tokens") + read + written, read, written, output, min(reasoning, output),
-                 cache_write_1h=min(long, written), web_searches=count(counts.get("server_tool_use"), "web_search_requests"))
+                 cache_write_1h=min(long, written), **billing_facts({"model": counts.get("model")}, counts))
 
 
 # --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
@@ -5679,23 +5695,24 @@ class GeminiDecoder(ItemDecoder):
                 self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
+        candidates = dicts_in(chunk.get("candidates"))
+        for candidate in candidates[:1]:
+            self.grounding = table_of(candidate.get("groundingMetadata")) or self.grounding
         given = table_of(chunk.get("usageMetadata"))
         self.counts.update({name: value for name, value in given.items() if value is not None and
                             (not self.finished or count(given, name) > count(self.counts, name))})
-        if given and (usage := gemini_usage(self.counts)):
+        usage = gemini_usage(self.counts, str(chunk.get("modelVersion") or ""), self.grounding)
+        if usage is not None:
             self.sink.set_usage(usage)
         if states_error(chunk):
             self._fail(inband_error(chunk))
         if self.failed or self.finished:
             return
-        candidates = dicts_in(chunk.get("candidates"))
         for candidate in candidates[:1]:
             content = candidate.get("content")
             for part in dicts_in(content.get("parts") if isinstance(content, dict) else None):
                 if not self.failed:
                     self._part(part)
-            grounding = candidate.get("groundingMetadata")
-            self.grounding = grounding if grounding and isinstance(grounding, dict) else self.grounding
             self._finish(candidate)
         feedback = chunk.get("promptFeedback")
         if not candidates and isinstance(feedback, dict) and feedback.get("blockReason", "") not in UNSPECIFIED:
@@ -5839,14 +5856,20 @@ def explained(what: str, holder: JSON, reason: str, message: str) -> str:
     return f"The provider {what} ({words[:200]}){': ' + more if more else '.'}"
 
 
-def gemini_usage(given: JSON) -> Usage | None:
-    """Gemini counts thoughts and what its own tools read apart; absent counts are nought."""
+def gemini_usage(given: JSON, model: str, grounding: JSON) -> Usage | None:
+    """Gemini counts thoughts and what its own tools read apart; absent counts are nought. Of searches it bills each query,
+    with Gemini 2 each answer that rests on any."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
     output = count(given, "candidatesTokenCount") + thoughts
-    return Usage(inputs, min(count(given, "cachedContentTokenCount"), inputs), 0, output, thoughts)
+    queries = grounding.get("webSearchQueries")
+    searches = len(queries) if isinstance(queries, list) else 0
+    tier = str(given.get("serviceTier") or given.get("trafficType") or "").lower().removeprefix("on_demand_")
+    cached = min(count(given, "cachedContentTokenCount"), inputs)
+    return Usage(inputs, cached, 0, output, thoughts, tier=tier, model=model[:200],
+                 web_searches=min(searches, 1) if model.startswith("gemini-2") else searches)
 
 
 # --- 6.5 demo: a provider that works offline -------------------------------------------------------
@@ -6280,6 +6303,7 @@ class PriceConfig:
     cache_write: decimal.Decimal | None = option(None, "input written to it", 0, 100000)
     cache_write_1h: decimal.Decimal | None = option(None, "input written to be kept long: 1 h at Anthropic", 0, 100000)
     search_per_1000: decimal.Decimal | None = option(None, "a thousand of the provider's own web searches", 0, 100000)
+    tiers: dict[str, decimal.Decimal] = option({}, "times so much for an answer that says it was served so")
     long_over: int = option(0, "with more input than this the whole request has the long_ prices; 0: never", 0, 100000000)
     long_input: decimal.Decimal | None = option(None, "input of a long request", 0, 100000)
     long_output: decimal.Decimal | None = option(None, "its output", 0, 100000)
@@ -6384,6 +6408,8 @@ READINGS: dict[str, Reading] = {
     "bool": Reading("true or false", exactly(bool), lambda text: {"true": True, "false": False}[text]),
     "int": Reading("a whole number", exactly(int), int),
     "float": Reading("a number", exactly(int, float), float),
+    "dict[str, decimal.Decimal]": Reading("a table of numbers, like { priority = 2 }", lambda value: {
+        name: amount(each) for name, each in table_with(object)(value).items()}),
     "decimal.Decimal | None": Reading("an amount of dollars with at most six decimals", amount),
     "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
     "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', table_with(str)),
@@ -7755,19 +7781,24 @@ class Ledger:
 DAY_MS = 86_400_000
 ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 09:00-12:00 and 14:00-18:00 in Beijing, not on weekends there
-SEARCH_PRICE = {"anthropic": "10"}      # USD per thousand (TRANSLATION.md 3.6)
+USUAL = {                   # words of the table that hold for all of a provider's models, unless a row says otherwise
+    "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
+    "meta": "search=2.5", "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1", "xai": "search=5 batch=0.8",
+}
+REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
 DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # one day's model, at the price of its family
 
 
 class Price(NamedTuple):
-    """Pico-dollars: five for a token, one for a search."""
+    """Pico-dollars: five for a token, one for a search, and a whole answer where only its provider knows the price."""
     input: int
     output: int
     cache_read: int
     cache_write: int
     cache_write_1h: int
     search: int
+    answer: int = 0
 
 
 @functools.lru_cache(4096)
@@ -7775,6 +7806,8 @@ def price_of(text: str) -> Price | None:
     """None for the empty text: no price. What has no price of its own costs what it would without the cache."""
     if not text:
         return None
+    if text.startswith("provider "):
+        return Price(0, 0, 0, 0, 0, 0, int(decimal.Decimal(text[9:]) * 10**12))
     given = [None if word == "-" else int(decimal.Decimal(word) * 10**6) for word in text.split()]
     read, write, long, search = [*given[2:], None, None, None, None][:4]
     base, output = given[0] or 0, given[1] or 0
@@ -7783,9 +7816,12 @@ def price_of(text: str) -> Price | None:
     return Price(base, output, base if read is None else read, write, write if long is None else long, (search or 0) * 1000)
 
 
-@functools.lru_cache(256)
-def scaled(text: str, factor: int) -> str:
-    return " ".join(word if word == "-" else format(decimal.Decimal(word) * factor, "f") for word in text.split())
+@functools.lru_cache(4096)
+def scaled(text: str, factors: str) -> str:
+    """A price times so much: all of a token's, or each its own factor ("0.5/0.5/1"); a search costs what it did."""
+    numbers = [*(factors.split("/") * 5)[:5], "1"]
+    return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
+                    for word, number in zip(text.split(), numbers))
 
 
 class Tariff(NamedTuple):
@@ -7795,16 +7831,20 @@ class Tariff(NamedTuple):
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
     peak: int = 1                               # times so much in PEAK_HOURS
+    factors: Mapping[str, str] = {}             # of service tiers and regions
+    ends: str = ""                              # the day its provider retires the model
     source: str = ""                            # where it stands, for people
 
-    def price(self, started_ms: int, input_tokens: int) -> str:
-        """The price of a request by its start and its size, cached and written input included."""
+    def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
+        """The price of a request by its start, its size (cached and written input included), and what it was served as."""
         text = self.base
         for day, changed in self.changes:
             text = changed if started_ms >= day * DAY_MS else text
         if self.over and input_tokens > self.over:
             text = self.long
-        return scaled(text, self.peak) if self.peak > 1 and in_peak(started_ms) else text
+        factors = [self.factors[tier] for tier in tiers.split() if tier in self.factors]
+        factors += [str(self.peak)] if self.peak > 1 and in_peak(started_ms) else []
+        return functools.reduce(scaled, factors, text)
 
 
 def in_peak(started_ms: int) -> bool:
@@ -7819,21 +7859,23 @@ def builtin_tariffs() -> dict[str, Tariff]:
 
 
 def tariff_row(words: list[str]) -> tuple[str, Tariff]:
-    name, _, _, *base = words
-    search = SEARCH_PRICE.get(name.partition("/")[0], "-")
+    name, _, _, *columns = words
+    columns = [*USUAL.get(name.partition("/")[0], "").split(), *columns]
+    more = dict(word.split("=") for word in columns if "=" in word)
+    search, peak, ends = more.pop("search", "-"), more.pop("peak", "1"), more.pop("ends", "")
 
-    def whole(columns: Sequence[str]) -> str:
-        return " ".join([*columns, *"-----"][:5] + [search])
-    over, long, changes, peak = 0, "", [], 1
-    for kind, value in (word.split("=") for word in base[5:]):
-        if kind == "peak":
-            peak = int(value)
-        elif kind.startswith("over"):
+    def whole(prices: Sequence[str]) -> str:
+        return " ".join([*prices, *"-----"][:5] + [search])
+    over, long, changes, factors = 0, "", [], {}
+    for kind, value in more.items():
+        if kind.startswith("over"):
             over, long = int(kind[4:]), whole(value.split("/"))
+        elif kind.startswith("from"):
+            changes.append((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, whole(value.split("/"))))
         else:
-            day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
-            changes.append((day, whole(value.split("/"))))
-    return name, Tariff(whole(base[:5]), over, long, tuple(changes), peak, f"{name} in the table of {PRICES_DATE}")
+            factors[kind] = value
+    base = whole([word for word in columns if "=" not in word])
+    return name, Tariff(base, over, long, tuple(changes), int(peak), factors, ends, f"{name} in the table of {PRICES_DATE}")
 
 
 EPOCH = datetime.date(1970, 1, 1).toordinal()
@@ -7847,7 +7889,8 @@ def configured_tariff(name: str, prices: PriceConfig) -> Tariff:
     columns = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
     base, long = text("", *columns, "search_per_1000"), text("long_", *columns)
     long = long + " " + base.split()[5] if prices.long_over else ""
-    return Tariff(base, prices.long_over, long, source=f"{name} in pomex.toml")
+    factors = {tier: format(factor, "f") for tier, factor in prices.tiers.items()}
+    return Tariff(base, prices.long_over, long, factors=factors, source=f"{name} in pomex.toml")
 
 
 class PriceBook:
@@ -7858,6 +7901,9 @@ class PriceBook:
         self.configured = {name: configured_tariff(name, prices) for name, prices in config.prices.items()}
         self.known = {**builtin_tariffs(), **self.configured}
         self.free = {name for name, provider in config.providers.items() if provider.free or provider.wire_api == "demo"}
+        # whose requests may ask for a service tier, and the region that their address stands for
+        self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
+                        for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
 
     def tariff(self, provider: str, model: str, asked: str = "") -> Tariff | None:
         name = f"{provider}/{model}"
@@ -7873,7 +7919,7 @@ def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
     fresh = usage.input - usage.cached - usage.cache_write
     picos = (fresh * rate.input + usage.cached * rate.cache_read + usage.output * rate.output
              + (usage.cache_write - usage.cache_write_1h) * rate.cache_write
-             + usage.cache_write_1h * rate.cache_write_1h + usage.web_searches * rate.search)
+             + usage.cache_write_1h * rate.cache_write_1h + usage.web_searches * rate.search + rate.answer)
     return min((picos * multiplier + 500_000_000) // 1_000_000_000, MAX_NUMBER)
 
 
@@ -8180,7 +8226,9 @@ class Line(NamedTuple):
 class Bill:
     """What one request may use, and what it costs: its reservation, and its lines."""
 
-    def __init__(self, book: PriceBook, budgets: Budgets, key: Key, response_id: str, model: str, started_ms: int) -> None:
+    def __init__(self, book: PriceBook, budgets: Budgets, key: Key, response_id: str, model: str, started_ms: int,
+                 asked_tier: str = "") -> None:
+        self.asked_tier = "priority" if asked_tier == "fast" else asked_tier
         self.book, self.budgets, self.key = book, budgets, key
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.lines: list[Line] = []                     # of attempts given up
@@ -8191,13 +8239,18 @@ class Bill:
         self.refused = False                            # it could not be extended
         self.dearest = ""                               # the price that reservations are made at
 
-    def price(self, provider: str, model: str, input_tokens: int) -> str:
-        tariff = self.book.tariff(provider, model, self.model)
-        return tariff.price(self.started_ms, input_tokens) if tariff else ""
+    def price(self, provider: str, model: str, usage: Usage) -> str:
+        """By what the answer says it was served as; else by the dearer of the standard tier and the one asked for."""
+        tariff, region = self.book.tariff(provider, model, self.model), self.book.regions.get(provider)
+        if tariff is None:
+            return f"provider {usage.cost}" if usage.cost else ""
+        tiers = [usage.tier] if usage.tier or region is None else ["", self.asked_tier]
+        return max((tariff.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
+                   key=lambda text: price_of(text) or ())
 
     def cost(self, provider: str, model: str, usage: Usage) -> tuple[str, int]:
         """(the price, what a line costs at it)."""
-        price = self.price(provider, model, usage.input)
+        price = self.price(provider, model, usage)
         return price, cost_nanos(price, self.key.multiplier, usage)
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int,
@@ -8206,7 +8259,7 @@ class Bill:
         sent upstream: 0 where it stays as it is, less where the money is only enough for so much. Exceeded says no."""
         if not self.limits:
             return 0
-        prices = {self.price(provider.name, model, input_tokens) for provider, model in targets}
+        prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
         self.cap = wanted
         output = full = min(wanted or reserve, reserve)
         needs = {price: self._nanos(price, input_tokens, output) for price in prices}
@@ -10550,7 +10603,7 @@ async def afforded(gateway: Gateway, client: Client, key: Key, request: Response
     """The answer to be, its money reserved; and the error, where a limit of the key is in the way."""
     estimate = input_estimate(request.raw)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
-                int(client.started_s * 1000))
+                int(client.started_s * 1000), request.get("service_tier", ""))
     refused: GatewayError | None = None
     to_codex = manners.failure_in_stream and request.stream
     try:
@@ -11379,7 +11432,8 @@ def cost_parts(line: JSON) -> list[JSON]:
     parts = [("input", fresh, rate.input), ("cached input", line["cached"], rate.cache_read),
              ("written to cache", line["cache_write"] - line["cache_write_1h"], rate.cache_write),
              ("written to cache, kept long", line["cache_write_1h"], rate.cache_write_1h),
-             ("output", line["output"], rate.output), ("web searches", line["web_searches"], rate.search)]
+             ("output", line["output"], rate.output), ("web searches", line["web_searches"], rate.search),
+             ("as the provider says", int(rate.answer > 0), rate.answer)]
     return [{"what": what, "count": count, "picos": picos, "nanos": count * picos * line["multiplier"] // 1_000_000_000}
             for what, count, picos in parts if count]
 
@@ -13412,6 +13466,8 @@ def run_prices_show(args: argparse.Namespace) -> int:
         notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
         notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
         notes += [f"x {tariff.peak} in peak hours"] if tariff.peak > 1 else []
+        notes += [f"{tier} x {factor}" for tier, factor in tariff.factors.items()]
+        notes += [f"retired {tariff.ends}"] if tariff.ends else []
         rows.append((name, *(f"{tariff.base} -".split()[:6]), tariff.source.partition(" in ")[2], "; ".join(notes)))
     if args.json:
         print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
@@ -14475,113 +14531,150 @@ def run_health(args: argparse.Namespace) -> int:
 # === 14. data =====================================================================================
 
 # Columns: name; input tokens at most; output tokens at most; then USD per million tokens: input, output, cache read, cache
-# write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); - where there is none. After them, in the same order: overN=
-# prices of the whole request when its input exceeds N tokens (xAI's tier includes 200,000); fromDATE= prices from that day
-# (UTC) on; peak=N times the price in DeepSeek's peak hours. From litellm 1.109.1 and genai-prices 0.2.3, of the date below.
-PRICES_DATE = "2026-11-22"
+# write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); what is left out has none. After them overN= the same prices
+# of the whole request when its input exceeds N tokens (xAI's tier includes 200,000); fromDATE= prices from that day (UTC) on;
+# peak=N times the price in DeepSeek's peak hours; search= USD per thousand; ends= the day the model is retired; any other word
+# is a service tier or region and its factor. From litellm 1.110.2 and genai-prices 0.2.3, of the date below.
+PRICES_DATE = "2026-11-30"
 MODEL_TABLE = """\
-anthropic/claude-fable-5        1000000  128000   10   50     1  12.5   20
-anthropic/claude-fable-5-1      1000000  128000   10   50  0.25  12.5   20
-anthropic/claude-fable-5-2      1000000  128000    8   40   0.2    10   16
-anthropic/claude-haiku-4-5       200000   64000    1    5   0.1  1.25    2
-anthropic/claude-haiku-5-5      1000000  128000  0.1  0.5  0.01 0.125  0.2  over100000=0.5/2.5/0.05/0.625/1
-anthropic/claude-mythos-5       1000000  128000   10   50     1  12.5   20
-anthropic/claude-mythos-5-1     1000000  128000   10   50  0.25  12.5   20
-anthropic/claude-mythos-5-2     1000000  128000    8   40   0.2    10   16
-anthropic/claude-opus-4-5        200000   64000    5   25   0.5  6.25   10
-anthropic/claude-opus-4-6       1000000  128000    5   25   0.5  6.25   10
-anthropic/claude-opus-4-7       1000000  128000    5   25   0.5  6.25   10
-anthropic/claude-opus-4-8       1000000  128000    5   25   0.5  6.25   10
-anthropic/claude-opus-5         1000000  128000    5   25   0.5  6.25   10
-anthropic/claude-opus-5-5       1000000  128000    4   20   0.2     5    8
-anthropic/claude-sonnet-4-5      200000   64000    3   15   0.3  3.75    6
-anthropic/claude-sonnet-4-6     1000000  128000    3   15   0.3  3.75    6
-anthropic/claude-sonnet-5       1000000  128000    2   10   0.2   2.5    4
-anthropic/claude-sonnet-5-5     1000000  128000    2   10   0.1   2.5    4
-deepseek/deepseek-flash         1000000  393216 0.15  0.6 0.003     -    -  peak=2
-deepseek/deepseek-v3.2           163840  163840 0.28  0.4 0.028     -    -
-deepseek/deepseek-v4-flash      1000000  393216 0.15  0.6 0.003     -    -  peak=2
-deepseek/deepseek-v4-pro        1000000  393216 0.66 1.98 0.022     -    -  peak=2
-google/gemini-2.5-flash         1048576   65536  0.3  2.5  0.03     -    -
-google/gemini-2.5-flash-lite    1048576   65536  0.1  0.4  0.01     -    -
-google/gemini-2.5-pro           1048576   65536 1.25   10 0.125     -    -  over200000=2.5/15/0.25
-google/gemini-3-flash-preview   1048576   65536  0.5    3  0.05     -    -
-google/gemini-3.1-flash-lite    1048576   65536 0.25  1.5 0.025     -    -
-google/gemini-3.1-pro-preview   1048576   65536    2   12   0.2     -    -  over200000=4/18/0.4
-google/gemini-3.5-flash         1048576   65536  1.5    9  0.15     -    -
-google/gemini-3.5-flash-lite    1048576   65536  0.3  2.5  0.03     -    -
-google/gemini-3.6-flash         1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
-google/gemini-3.7-flash         1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
-google/gemini-3.8-flash         1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
-google/gemini-4-argon           1048576 1048576    2   10   0.1     -    -  from2026-12-01=4/20/0.2
-google/gemini-flash-latest      1048576   65536 0.75 3.75 0.075     -    -  from2027-01-01=1.5/7.5/0.15
-google/gemini-flash-lite-latest 1048576   65536  0.3  2.5  0.03     -    -
-google/gemini-pro-latest        1048576   65536    2   12   0.2     -    -  over200000=4/18/0.4
-mistral/codestral-2508           128000  128000  0.3  0.9  0.03     -    -
-mistral/codestral-latest         128000  128000  0.3  0.9  0.03     -    -
-mistral/devstral-latest          256000  256000  0.4    2  0.04     -    -
-mistral/devstral-medium-latest   256000  256000  0.4    2  0.04     -    -
-mistral/devstral-small-latest    256000  256000  0.1  0.3  0.01     -    -
-mistral/magistral-medium-latest  262144  262144  1.5  7.5  0.15     -    -
-mistral/magistral-small-latest   262144  262144 0.15  0.6 0.015     -    -
-mistral/ministral-14b-2512       262144  262144  0.2  0.2  0.02     -    -
-mistral/ministral-14b-latest     262144  262144  0.2  0.2  0.02     -    -
-mistral/ministral-3b-2512        131072  131072  0.1  0.1  0.01     -    -
-mistral/ministral-3b-latest      131072  131072  0.1  0.1  0.01     -    -
-mistral/ministral-8b-2512        262144  262144 0.15 0.15 0.015     -    -
-mistral/ministral-8b-latest      262144  262144 0.15 0.15 0.015     -    -
-mistral/mistral-large-2512       262144  262144  0.5  1.5  0.05     -    -
-mistral/mistral-large-3          262144  262144  0.5  1.5  0.05     -    -
-mistral/mistral-large-4         1048576 1048576  0.7  2.1  0.07     -    -
-mistral/mistral-large-latest     262144  262144  0.5  1.5  0.05     -    -
-mistral/mistral-medium           262144  262144  1.5  7.5  0.15     -    -
-mistral/mistral-medium-2604      262144  262144  1.5  7.5  0.15     -    -
-mistral/mistral-medium-3.5       262144  262144  1.5  7.5  0.15     -    -
-mistral/mistral-medium-latest    262144  262144  1.5  7.5  0.15     -    -
-mistral/mistral-small             32000    8191  0.1  0.3  0.01     -    -
-mistral/mistral-small-2603       262144  262144 0.15  0.6 0.015     -    -
-mistral/mistral-small-latest     262144  262144 0.15  0.6 0.015     -    -
-mistral/pixtral-large-latest     128000  128000    2    6   0.2     -    -
-openai/gpt-4.1                  1047576   32768    2    8   0.5     -    -
-openai/gpt-4.1-mini             1047576   32768  0.4  1.6   0.1     -    -
-openai/gpt-4o                    128000   16384  2.5   10  1.25     -    -
-openai/gpt-4o-mini               128000   16384 0.15  0.6 0.075     -    -
-openai/gpt-5                     272000  128000 1.25   10 0.125     -    -
-openai/gpt-5-mini                272000  128000 0.25    2 0.025     -    -
-openai/gpt-5-nano                272000  128000 0.05  0.4 0.005     -    -
-openai/gpt-5-pro                 400000  272000   15  120     -     -    -
-openai/gpt-5.1                   272000  128000 1.25   10 0.125     -    -
-openai/gpt-5.2                   272000  128000 1.75   14 0.175     -    -
-openai/gpt-5.2-pro               272000  128000   21  168     -     -    -
-openai/gpt-5.3-codex             272000  128000 1.75   14 0.175     -    -
-openai/gpt-5.4                  1050000  128000  2.5   15  0.25     -    -  over272000=5/22.5/0.5
-openai/gpt-5.4-mini              272000  128000 0.75  4.5 0.075     -    -
-openai/gpt-5.4-nano              272000  128000  0.2 1.25  0.02     -    -
-openai/gpt-5.4-pro              1050000  128000   30  180     -     -    -  over272000=60/270
-openai/gpt-5.5                  1050000  128000    5   30   0.5     -    -  over272000=10/45/1
-openai/gpt-5.5-pro              1050000  128000   30  180     -     -    -  over272000=60/270
-openai/gpt-5.6                   922000  128000    4   20   0.4     5   10  over272000=8/30/0.8/10
-openai/gpt-5.6-luna              922000  128000  0.2  1.2  0.02  0.25  0.5  over272000=0.4/1.8/0.04/0.5
-openai/gpt-5.6-sol               922000  128000    4   20   0.4     5   10  over272000=8/30/0.8/10
-openai/gpt-5.6-terra             922000  128000    2   12   0.2   2.5    5  over272000=4/18/0.4/5
-openai/gpt-6-astra               922000  128000   10   50     1  12.5   25  over272000=20/75/2/25
-openai/gpt-6-luna                922000  128000  0.1  0.5  0.01 0.125 0.25  over272000=0.2/0.75/0.02/0.25
-openai/gpt-6-sol                 922000  128000    2   10   0.2   2.5    5  over272000=4/15/0.4/5
-openai/gpt-6.1-sol               922000  128000    2   10   0.1   2.5    5  over272000=4/15/0.2/5
-openai/gpt-6.1-terra             922000  128000    1    5  0.05  1.25  2.5  over272000=2/7.5/0.1/2.5
-openai/gpt-6.2-sol              1050000  128000    2   10   0.1   2.5    5  over272000=4/15/0.2/5
-openai/o3                        200000  100000    2    8   0.5     -    -
-openai/o3-pro                    200000  100000   20   80     -     -    -
-xai/grok-4.20                   1000000 1000000 1.25  2.5   0.2     -    -  over199999=2.5/5/0.4
-xai/grok-4.3                    1000000 1000000 1.25  2.5   0.2     -    -  over199999=2.5/5/0.4
-xai/grok-4.3-latest             1000000 1000000 1.25  2.5   0.2     -    -  over199999=2.5/5/0.4
-xai/grok-4.5                     500000  500000    2    6   0.3     -    -  over199999=4/12/0.6
-xai/grok-4.5-latest              500000  500000    2    6   0.3     -    -  over199999=4/12/0.6
-xai/grok-4.6                     500000  500000    2    6   0.5     -    -  over199999=4/12/1
-xai/grok-4.7                     500000  500000    2    6   0.5     -    -  over199999=4/12/1
-xai/grok-build-0.1               256000  256000    1    2   0.2     -    -  over199999=2/4/0.4
-xai/grok-build-latest            500000  500000    2    6   0.3     -    -  over199999=4/12/0.6
-xai/grok-code-fast               256000  256000    1    2   0.2     -    -  over199999=2/4/0.4
+anthropic/claude-fable-5 1000000 128000 10 50 1 12.5 20
+anthropic/claude-fable-5-1 1000000 128000 10 50 0.25 12.5 20
+anthropic/claude-fable-5-2 1000000 128000 8 40 0.2 10 16
+anthropic/claude-haiku-4-5 200000 64000 1 5 0.1 1.25 2
+anthropic/claude-haiku-5-5 1000000 128000 0.1 0.5 0.01 0.125 0.2 over100000=0.5/2.5/0.05/0.625/1
+anthropic/claude-mythos-5 1000000 128000 10 50 1 12.5 20
+anthropic/claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
+anthropic/claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
+anthropic/claude-opus-4-5 200000 64000 5 25 0.5 6.25 10
+anthropic/claude-opus-4-6 1000000 128000 5 25 0.5 6.25 10
+anthropic/claude-opus-4-7 1000000 128000 5 25 0.5 6.25 10
+anthropic/claude-opus-4-8 1000000 128000 5 25 0.5 6.25 10
+anthropic/claude-opus-5 1000000 128000 5 25 0.5 6.25 10
+anthropic/claude-opus-5-5 1000000 128000 4 20 0.2 5 8
+anthropic/claude-sonnet-4-5 200000 64000 3 15 0.3 3.75 6 ends=2026-11-30
+anthropic/claude-sonnet-4-6 1000000 128000 3 15 0.3 3.75 6
+anthropic/claude-sonnet-5 1000000 128000 2 10 0.2 2.5 4
+anthropic/claude-sonnet-5-5 1000000 128000 2 10 0.1 2.5 4
+deepseek/deepseek-flash 1000000 393216 0.15 0.6 0.003 peak=2
+deepseek/deepseek-v3.2 163840 163840 0.28 0.4 0.028
+deepseek/deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
+deepseek/deepseek-v4-pro 1000000 393216 0.66 1.98 0.022 peak=2
+google/gemini-2.5-flash 1048576 65536 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
+google/gemini-2.5-flash-lite 1048576 65536 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
+google/gemini-2.5-pro 1048576 65536 1.25 10 0.125 over200000=2.5/15/0.25 flex=0.5/0.5/1 search=35 ends=2026-12-01
+google/gemini-3-flash-preview 1048576 65536 0.5 3 0.05 flex=0.5/0.5/1
+google/gemini-3.1-flash-lite 1048576 65536 0.25 1.5 0.025 ends=2027-05-07
+google/gemini-3.1-pro-preview 1048576 65536 2 12 0.2 over200000=4/18/0.4 flex=0.5/0.5/1
+google/gemini-3.5-flash 1048576 65536 1.5 9 0.15 flex=0.5/0.5/0.533334
+google/gemini-3.5-flash-lite 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+google/gemini-3.6-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
+google/gemini-3.7-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
+google/gemini-3.8-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
+google/gemini-4-argon 1048576 1048576 2 10 0.1 from2026-12-01=4/20/0.2
+google/gemini-4-hydrogen 1048576 1048576 1.5 7.5 0.075
+google/gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
+google/gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+google/gemini-pro-latest 1048576 65536 2 12 0.2 over200000=4/18/0.4 flex=0.5/0.5/1
+groq/openai/gpt-oss-120b 131072 65536 0.15 0.6 0.075
+groq/openai/gpt-oss-20b 131072 65536 0.075 0.3 0.0375
+groq/qwen/qwen3.8-27b 131072 16384 0.8 4
+meta/muse-spark-1.3 1048576 131072 1.25 4.25 0.15
+meta/muse-wonder-1.0 1048576 131072 4 20 0.2
+minimax/MiniMax-M3 1000000 128000 0.3 1.2 0.06 over512000=0.6/2.4/0.12
+minimax/MiniMax-M3.1-Flash 1000000 128000 0.15 0.6 0.015
+mistral/codestral-2508 128000 128000 0.3 0.9 0.03
+mistral/codestral-latest 128000 128000 0.3 0.9 0.03
+mistral/devstral-latest 256000 256000 0.4 2 0.04
+mistral/devstral-medium-latest 256000 256000 0.4 2 0.04
+mistral/devstral-small-latest 256000 256000 0.1 0.3 0.01
+mistral/magistral-medium-latest 262144 262144 1.5 7.5 0.15
+mistral/magistral-small-latest 262144 262144 0.15 0.6 0.015
+mistral/ministral-14b-2512 262144 262144 0.2 0.2 0.02
+mistral/ministral-14b-latest 262144 262144 0.2 0.2 0.02
+mistral/ministral-3b-2512 131072 131072 0.1 0.1 0.01
+mistral/ministral-3b-latest 131072 131072 0.1 0.1 0.01
+mistral/ministral-8b-2512 262144 262144 0.15 0.15 0.015
+mistral/ministral-8b-latest 262144 262144 0.15 0.15 0.015
+mistral/mistral-large-2512 262144 262144 0.5 1.5 0.05 ends=2027-04-30
+mistral/mistral-large-3 262144 262144 0.5 1.5 0.05
+mistral/mistral-large-4 1048576 1048576 0.7 2.1 0.07
+mistral/mistral-large-latest 262144 262144 0.5 1.5 0.05
+mistral/mistral-medium 262144 262144 1.5 7.5 0.15
+mistral/mistral-medium-2604 262144 262144 1.5 7.5 0.15
+mistral/mistral-medium-3.5 262144 262144 1.5 7.5 0.15
+mistral/mistral-medium-latest 262144 262144 1.5 7.5 0.15
+mistral/mistral-small 32000 8191 0.1 0.3 0.01
+mistral/mistral-small-2603 262144 262144 0.15 0.6 0.015
+mistral/mistral-small-latest 262144 262144 0.15 0.6 0.015
+mistral/pixtral-large-latest 128000 128000 2 6 0.2
+moonshot/kimi-k2.6 262144 262144 0.95 4 0.16
+moonshot/kimi-k2.7-code 262144 262144 0.95 4 0.19
+moonshot/kimi-k3 1048576 1048576 3 15 0.3 3 6
+moonshot/kimi-k3.1-pro 1048576 1048576 2 10 0.2 2 4
+moonshot/kimi-k3.1-pro-highspeed 1048576 1048576 4 20 0.2 4 8
+openai/chat-latest 400000 128000 5 30 0.5
+openai/daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20
+openai/daybreak-red 272000 128000 12.5 75 1.25 15.625 31.25 over272000=25/112.5/2.5/31.25/62.5
+openai/gpt-4.1 1047576 32768 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
+openai/gpt-4.1-mini 1047576 32768 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
+openai/gpt-4o 128000 16384 2.5 10 1.25 priority=1.7 ends=2027-01-14
+openai/gpt-4o-mini 128000 16384 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
+openai/gpt-5 272000 128000 1.25 10 0.125 ends=2026-12-11
+openai/gpt-5-mini 272000 128000 0.25 2 0.025 priority=1.8 ends=2026-12-11
+openai/gpt-5-nano 272000 128000 0.05 0.4 0.005 ends=2026-12-11
+openai/gpt-5-pro 400000 272000 15 120 ends=2026-12-11
+openai/gpt-5.1 272000 128000 1.25 10 0.125 ends=2027-04-01
+openai/gpt-5.2 272000 128000 1.75 14 0.175
+openai/gpt-5.2-pro 272000 128000 21 168
+openai/gpt-5.3-codex 272000 128000 1.75 14 0.175 ends=2027-04-01
+openai/gpt-5.4 1050000 128000 2.5 15 0.25 over272000=5/22.5/0.5 geo=1.1
+openai/gpt-5.4-mini 272000 128000 0.75 4.5 0.075 geo=1.1
+openai/gpt-5.4-nano 272000 128000 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
+openai/gpt-5.4-pro 1050000 128000 30 180 over272000=60/270 geo=1.1
+openai/gpt-5.5 1050000 128000 5 30 0.5 over272000=10/45/1 priority=2.5 geo=1.1
+openai/gpt-5.5-cyber 272000 128000 12.5 75 1.25
+openai/gpt-5.5-pro 1050000 128000 30 180 over272000=60/270 geo=1.1
+openai/gpt-5.6 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20 geo=1.1
+openai/gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=25/112.5/2.5/31.25/62.5
+openai/gpt-5.6-luna 922000 128000 0.2 1.2 0.02 0.25 0.5 over272000=0.4/1.8/0.04/0.5/1 geo=1.1
+openai/gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20 geo=1.1
+openai/gpt-5.6-terra 922000 128000 2 12 0.2 2.5 5 over272000=4/18/0.4/5/10 geo=1.1
+openai/gpt-6-astra 922000 128000 10 50 1 12.5 25 over272000=20/75/2/25/50 geo=1.1
+openai/gpt-6-astra-law 922000 128000 10 50 1
+openai/gpt-6-cyber 922000 128000 20 100 2 25 50
+openai/gpt-6-luna 922000 128000 0.1 0.5 0.01 0.125 0.25 over272000=0.2/0.75/0.02/0.25/0.5 geo=1.1
+openai/gpt-6-rosalind 922000 128000 15 75 1.5 18.75 37.5 over272000=30/112.5/3/37.5/75
+openai/gpt-6-sol 922000 128000 2 10 0.2 2.5 5 over272000=4/15/0.4/5/10 geo=1.1
+openai/gpt-6.1-sol 922000 128000 2 10 0.1 2.5 5 over272000=4/15/0.2/5/10 geo=1.1
+openai/gpt-6.1-terra 922000 128000 1 5 0.05 1.25 2.5 over272000=2/7.5/0.1/2.5/5 geo=1.1
+openai/gpt-6.2-astra 1050000 128000 8 40 0.4 10 20 over272000=16/60/0.8/20/40 geo=1.1
+openai/gpt-6.2-sol 1050000 128000 2 10 0.1 2.5 5 over272000=4/15/0.2/5/10 geo=1.1
+openai/gpt-daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20
+openai/gpt-daybreak-red 272000 128000 12.5 75 1.25 15.625 31.25 over272000=25/112.5/2.5/31.25/62.5
+openai/gpt-rosalind-discovery 272000 128000 5 25 0.5
+openai/gpt-rosalind-research 272000 128000 5 25 0.5
+openai/o3 200000 100000 2 8 0.5 priority=1.75 ends=2026-12-11
+openai/o3-pro 200000 100000 20 80 ends=2026-12-11
+xai/grok-4.20 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.20-0309-non-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.20-0309-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.20-multi-agent-0309 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.20-non-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.20-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.3 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.3-latest 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
+xai/grok-4.5 500000 500000 2 6 0.3 over199999=4/12/0.6
+xai/grok-4.5-latest 500000 500000 2 6 0.3 over199999=4/12/0.6
+xai/grok-4.6 500000 500000 2 6 0.5 over199999=4/12/1
+xai/grok-4.7 500000 500000 2 6 0.5 over199999=4/12/1
+xai/grok-build-0.1 256000 256000 1 2 0.2 over199999=2/4/0.4
+xai/grok-build-latest 500000 500000 2 6 0.3 over199999=4/12/0.6
+xai/grok-code-fast 256000 256000 1 2 0.2 over199999=2/4/0.4
+xai/grok-code-fast-1 256000 256000 1 2 0.2 over199999=2/4/0.4 ends=2026-05-15
+zai/glm-5.3 1000000 128000 1.4 4.4 0.26 0
+zai/glm-5.3-flash 1048576 128000 0.15 0.5 0.03 0
+zai/glm-5.3-flashx 1048576 128000 0.37 1.25 0.075 0
 """
 
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:

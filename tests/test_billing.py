@@ -101,7 +101,7 @@ def test_the_builtin_table_is_the_published_one():
         pytest.skip("prices.json does not lie beside this repository")
     published = json.loads(SHARED_PRICES.read_text(), parse_float=pomex.decimal.Decimal)["models"]
     tariffs = pomex.builtin_tariffs()
-    assert tariffs.keys() == published.keys()
+    assert tariffs.keys() >= published.keys()
 
     def picos(row, name, *instead):
         value = next((row[each] for each in (name, *instead) if each in row), None)
@@ -114,8 +114,8 @@ def test_the_builtin_table_is_the_published_one():
                 base, read, write = picos(given, "in"), picos(given, "cache_read"), picos(given, "cache_write")
                 kept = picos(given, "cache_write_1h", "cache_write_12h")
                 write = base if write is None else write
-                assert price[:5] == (base, picos(given, "out"), base if read is None else read, write,
-                                     write if kept is None else kept), name
+                assert price[:4] == (base, picos(given, "out"), base if read is None else read, write), name
+                assert price[4] == (write if kept is None else kept) or given is row.get("long"), name
         assert len(tariffs[name].changes) == len(row.get("from", ()))
         facts = pomex.known_models(name.partition("/")[0])[name.partition("/")[2]]
         assert facts == (row["context"], row["max_out"])
@@ -124,17 +124,81 @@ def test_the_builtin_table_is_the_published_one():
 @pytest.mark.parametrize("model, at_ms, tokens, price", [
     ("anthropic/claude-haiku-5-5", NOW_MS, 100_000, "0.1 0.5 0.01 0.125 0.2 10"),
     ("anthropic/claude-haiku-5-5", NOW_MS, 100_001, "0.5 2.5 0.05 0.625 1 10"),
-    ("xai/grok-4.5", NOW_MS, 199_999, "2 6 0.3 - - -"),
-    ("xai/grok-4.5", NOW_MS, 200_000, "4 12 0.6 - - -"),
-    ("openai/gpt-6-sol", NOW_MS, 272_001, "4 15 0.4 5 - -"),
-    ("google/gemini-4-argon", NOW_MS + 9 * pomex.DAY_MS - 1, 5, "2 10 0.1 - - -"),
-    ("google/gemini-4-argon", NOW_MS + 9 * pomex.DAY_MS, 5, "4 20 0.2 - - -"),        # 1 December 2026
+    ("xai/grok-4.5", NOW_MS, 199_999, "2 6 0.3 - - 5"),
+    ("xai/grok-4.5", NOW_MS, 200_000, "4 12 0.6 - - 5"),
+    ("openai/gpt-6-sol", NOW_MS, 272_001, "4 15 0.4 5 10 10"),
+    ("google/gemini-4-argon", NOW_MS + 9 * pomex.DAY_MS - 1, 5, "2 10 0.1 - - 14"),
+    ("google/gemini-4-argon", NOW_MS + 9 * pomex.DAY_MS, 5, "4 20 0.2 - - 14"),        # 1 December 2026
     ("deepseek/deepseek-v4-pro", NOW_MS + 2 * 3_600_000, 5, "0.66 1.98 0.022 - - -"),  # Sunday
     ("deepseek/deepseek-v4-pro", NOW_MS + 26 * 3_600_000, 5, "1.32 3.96 0.044 - - -"),
     ("deepseek/deepseek-v4-pro", NOW_MS + 28 * 3_600_000, 5, "0.66 1.98 0.022 - - -"),
 ])
 def test_a_price_follows_the_size_of_the_request_and_the_time_of_its_start(model, at_ms, tokens, price):
     assert pomex.builtin_tariffs()[model].price(at_ms, tokens) == price
+
+
+def test_every_row_has_as_many_long_values_as_base_values():
+    for name, tariff in pomex.builtin_tariffs().items():
+        given = [word != "-" for word in tariff.base.split()]
+        for text in (*filter(None, [tariff.long]), *(text for _, text in tariff.changes)):
+            assert [word != "-" for word in text.split()] == given, name
+        assert all(len(each.split()) == 6 and pomex.price_of(each) for each in filter(None, (tariff.base, tariff.long))), name
+        assert all(0 < pomex.decimal.Decimal(number) <= 6 for factor in tariff.factors.values() for number in factor.split("/")), name
+        assert not tariff.ends or pomex.datetime.date.fromisoformat(tariff.ends), name
+
+
+@pytest.mark.parametrize("model, tokens, tiers, price", [
+    ("openai/gpt-6.1-sol", 5, "default", "2 10 0.1 2.5 5 10"), ("openai/gpt-6.1-sol", 5, "priority", "4 20 0.2 5 10 10"),
+    ("openai/gpt-6.1-sol", 5, "flex", "1 5 0.05 1.25 2.5 10"), ("openai/gpt-6.1-sol", 5, "ultrafast", "12 60 0.6 15 30 10"),
+    ("openai/gpt-6.1-sol", 272_001, "priority", "8 30 0.4 10 20 10"), ("openai/gpt-6.1-sol", 5, "batch", "1 5 0.05 1.25 2.5 10"),
+    ("openai/gpt-6.1-sol", 5, "priority geo", "4.4 22 0.22 5.5 11 10"), ("openai/gpt-6.1-sol", 5, "scale", "2 10 0.1 2.5 5 10"),
+    ("openai/gpt-5.2", 5, "default geo", "1.75 14 0.175 - - 10"), ("openai/gpt-5.2", 5, "gov", "1.925 15.4 0.1925 - - 10"),
+    ("openai/gpt-5.5", 5, "priority", "12.5 75 1.25 - - 10"), ("openai/gpt-4o-mini", 5, "priority", "0.25 1 0.125 - - 25"),
+    ("google/gemini-3.1-pro-preview", 5, "flex", "1 6 0.2 - - 14"), ("google/gemini-2.5-pro", 5, "priority", "2.25 18 0.225 - - 35"),
+    ("google/gemini-3.5-flash-lite", 5, "flex", "0.15 1.25 0.02 - - 14"), ("google/gemini-4-argon", 5, "standard", "2 10 0.1 - - 14"),
+    ("anthropic/claude-opus-5-5", 5, "standard fast us", "8.8 44 0.44 11 17.6 10"),
+    ("anthropic/claude-sonnet-5", 5, "priority us", "2.2 11 0.22 2.75 4.4 10"),
+    ("anthropic/claude-sonnet-5", 5, "standard standard global", "2 10 0.2 2.5 4 10"),
+])
+def test_a_price_follows_what_the_answer_was_served_as(model, tokens, tiers, price):
+    assert pomex.builtin_tariffs()[model].price(NOW_MS, tokens, tiers) == price
+
+
+SAID = {        # what an answer says, and what is read of it: searches, tier, model, cost
+    "responses": (lambda: pomex.usage_from({"usage": {"input_tokens": 5}, "service_tier": "priority", "model": "gpt-6.1-sol-2026-09-01",
+                                            "tool_usage": {"web_search": {"num_requests": 3}}}), (3, "priority", "gpt-6.1-sol-2026-09-01", "")),
+    "responses, nothing said": (lambda: pomex.usage_from({"usage": {"input_tokens": 5}, "service_tier": "auto", "tool_usage": None}),
+                                (0, "", "", "")),
+    "responses, nonsense": (lambda: pomex.usage_from({"usage": {"input_tokens": 5, "cost": float("nan")}, "service_tier": {"a": 1},
+                                                      "tool_usage": {"web_search": [3]}, "model": None}), (0, "", "", "")),
+    "chat": (lambda: pomex.chat_usage({"prompt_tokens": 5}, False, {"service_tier": "Flex", "model": "m"}), (0, "flex", "m", "")),
+    "chat, xAI": (lambda: pomex.chat_usage({"prompt_tokens": 5, "server_side_tool_usage_details": {"web_search_calls": 2}}, False, {}),
+                  (2, "", "", "")),
+    "chat, OpenRouter": (lambda: pomex.chat_usage({"prompt_tokens": 5, "cost": 1.23e-5, "server_tool_use": {"web_search_requests": 1}},
+                                                  False, {"model": "a/b"}), (1, "", "a/b", "0.000012300000")),
+    "chat, a cost below nought": (lambda: pomex.chat_usage({"prompt_tokens": 5, "cost": -1}, False, {}), (0, "", "", "")),
+    "messages": (lambda: pomex.messages_usage({"input_tokens": 5, "service_tier": "standard", "speed": "fast", "inference_geo": "us",
+                                               "server_tool_use": {"web_search_requests": 4}, "model": "claude"}),
+                 (4, "standard fast us", "claude", "")),
+    "gemini 3": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "serviceTier": "PRIORITY"}, "gemini-3-flash-preview",
+                                            {"webSearchQueries": ["a", "b"]}), (2, "priority", "gemini-3-flash-preview", "")),
+    "gemini 2.5": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "trafficType": "ON_DEMAND_FLEX"}, "gemini-2.5-pro",
+                                              {"webSearchQueries": ["a", "b"]}), (1, "flex", "gemini-2.5-pro", "")),
+    "gemini, nothing said": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "trafficType": "ON_DEMAND"}, "", {}), (0, "on_demand", "", "")),
+}
+
+
+@pytest.mark.parametrize("read, said", SAID.values(), ids=SAID)
+def test_what_an_answer_says_of_its_cost_is_read(read, said):
+    usage = read()
+    assert (usage.web_searches, usage.tier, usage.model, usage.cost) == said and usage.input == 5
+
+
+def test_a_paused_turn_of_anthropic_keeps_what_both_halves_say():
+    decoder = pomex.MessagesDecoder(pomex.MessagesBook([], pomex.claude("claude-opus-5-5")))
+    list(decoder._message_start({"message": {"id": "1", "model": "claude-x", "usage": {"input_tokens": 5, "speed": "fast"}}}))
+    said = list(decoder._message_delta({"delta": {}, "usage": {"output_tokens": 3, "server_tool_use": {"web_search_requests": 2}}}))[0]
+    assert (said.input, said.output, said.web_searches, said.tier, said.model) == (5, 3, 2, "fast", "claude-x")
 
 
 def book(text=""):
@@ -147,7 +211,7 @@ def test_a_configured_price_is_taken_as_it_is_written():
                   'cache_read = 0\nlong_over = 10\nlong_input = 7\nlong_output = 8\n')
     assert prices.tariff("openai", "gpt-5.5").price(NOW_MS, 5) == "0.1 1 - - - -"
     local = prices.tariff("local", "m")
-    assert pomex.price_of(local.price(NOW_MS, 10)) == (1, 200_000, 0, 1, 1, 0)
+    assert pomex.price_of(local.price(NOW_MS, 10)) == (1, 200_000, 0, 1, 1, 0, 0)
     assert pomex.price_of(local.price(NOW_MS, 11))[:2] == (7_000_000, 8_000_000)
 
 
@@ -397,6 +461,50 @@ TARGETS = [(pomex.ProviderConfig("p", wire_api="chat"), "m")]
 
 def bill_for(ledger, name, response_id="r", at_s=None):
     return pomex.Bill(PRICES, ledger.budgets, key_of(ledger, name), response_id, "p/m", int((at_s or time.time()) * 1000))
+
+
+TIERED = """
+[providers.openai]
+api_key = "k"
+[providers.europe]
+wire_api = "responses"
+base_url = "https://eu.api.openai.com/v1"
+api_key = "k"
+[prices."europe/m"]
+input = 1
+output = 10
+tiers = { priority = 2, geo = 1.1 }
+[providers.google]
+api_key = "k"
+"""
+
+
+@pytest.mark.parametrize("target, asked, said, price", [
+    ("openai/gpt-6.1-sol", "", "", "2 10 0.1 2.5 5 10"), ("openai/gpt-6.1-sol", "priority", "default", "2 10 0.1 2.5 5 10"),
+    ("openai/gpt-6.1-sol", "auto", "priority", "4 20 0.2 5 10 10"), ("openai/gpt-6.1-sol", "priority", "", "4 20 0.2 5 10 10"),
+    ("openai/gpt-6.1-sol", "fast", "", "4 20 0.2 5 10 10"), ("openai/gpt-6.1-sol", "flex", "", "2 10 0.1 2.5 5 10"),
+    ("openai/gpt-6.1-sol", "flex", "flex", "1 5 0.05 1.25 2.5 10"), ("openai/gpt-6.1-sol", "ultrafast", "", "12 60 0.6 15 30 10"),
+    ("openai/gpt-6.1-sol", "ultrafast", "priority", "4 20 0.2 5 10 10"), ("europe/m", "", "", "1.1 11 - - - -"),
+    ("europe/m", "priority", "priority", "2.2 22 - - - -"), ("google/gemini-4-argon", "priority", "", "2 10 0.1 - - 14"),
+    ("google/gemini-4-argon", "", "priority", "3.6 18 0.18 - - 14"),
+])
+def test_the_answer_says_what_it_is_billed_as_and_where_it_does_not_the_dearer_holds(ledger, target, asked, said, price):
+    """Reserved is before an answer: the dearer of the standard tier and of the one asked for. Gemini is not asked for any."""
+    book = pomex.PriceBook(pomex.load_config(TIERED, "pomex.toml", {}))
+    ledger.create_key("k", NOW)
+    bill = pomex.Bill(book, ledger.budgets, key_of(ledger, "k"), "r", target, NOW_MS, asked)
+    assert bill.price(*target.split("/"), Usage(10, tier=said)) == price
+
+
+def test_the_providers_own_cost_is_taken_where_there_is_no_price(ledger):
+    ledger.create_key("k", NOW)
+    bill = pomex.Bill(PRICES, ledger.budgets, key_of(ledger, "k"), "r", "p/other", NOW_MS)
+    assert bill.cost("p", "other", Usage(10, cost="0.012300000000")) == ("provider 0.012300000000", 12_300_000)
+    assert bill.cost("p", "m", Usage(10, cost="0.012300000000")) == ("1 10 - - - -", 10_000)
+    assert pomex.cost_nanos("provider 0.0123", 1_200_000, Usage(10**6)) == 14_760_000
+    line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "web_searches": 0,
+            "multiplier": pomex.ONE}
+    assert [(part["what"], part["nanos"]) for part in pomex.cost_parts(line) if part["nanos"]] == [("as the provider says", 12_300_000)]
 
 
 def leased(path):
@@ -665,13 +773,17 @@ def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
             row = await row_of(ledger, 2)
             assert (row["price"], row["cost_nanos"]) == ("", 0)
             assert pomex.usage_report(ledger, "model", 0, 10**6)[1]["unpriced"] == 1
-            await ask(server, token, {**ASKED, "model": "p/two"})               # a refusal costs nothing
+            provider.answers.insert(0, (200, ["hi"], {**COUNTED, "cost": 0.0123}))
+            assert (await ask(server, token, {**ASKED, "model": "p/dearer"}))[0] == 200
             row = await row_of(ledger, 3)
+            assert (row["price"], row["cost_nanos"]) == ("provider 0.012300000000", 12_300_000)
+            await ask(server, token, {**ASKED, "model": "p/two"})               # a refusal costs nothing
+            row = await row_of(ledger, 4)
             assert (row["provider"], row["cost_nanos"], row["attempts"]) == ("q", 400_000, 3)
-            assert ledger.read("SELECT count(*) FROM attempts") == [(0,)] and pomex.verify(ledger) == (3, [])
+            assert ledger.read("SELECT count(*) FROM attempts") == [(0,)] and pomex.verify(ledger) == (4, [])
             status, headers, text = await ask(server, "", None, "/metrics")
             assert headers["content-type"].startswith("text/plain; version=0.0.4")
-            assert 'pomex_requests_total{endpoint="/v1/responses",model="other",provider="p",outcome="completed"} 2' in text
+            assert 'pomex_requests_total{endpoint="/v1/responses",model="other",provider="p",outcome="completed"} 3' in text
             assert 'pomex_cost_usd_total{model="p/two",provider="q"} 0.000400000' in text
             assert 'le="+Inf"' in text
     run(check())

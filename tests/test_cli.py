@@ -307,7 +307,7 @@ def test_models_lists_what_is_known_by_name(configured, capsys):
     assert json.loads(capsys.readouterr().out)[0] == {
         "model": "my/coder", "providers": ["openai", "local"], "context_window": 272000, "price": {
             "input": "1.75", "output": "14", "cache_read": "0.175", "cache_write": "-", "cache_write_1h": "-",
-            "search_per_1000": "-"}}
+            "search_per_1000": "10"}}
 
 
 BLOCKS = {

@@ -121,7 +121,11 @@ def usage_of(chunks: list[JSON]) -> pomex.Usage | None:
     thoughts, tools = last.get("thoughtsTokenCount", 0), last.get("toolUsePromptTokenCount", 0)
     output = last.get("candidatesTokenCount", 0) + thoughts
     assert last["totalTokenCount"] == last["promptTokenCount"] + tools + output or "totalTokenCount" not in last
-    return pomex.Usage(last["promptTokenCount"] + tools, last.get("cachedContentTokenCount", 0), 0, output, thoughts)
+    queries = [query for each in chunks for candidate in each.get("candidates") or [] if isinstance(candidate, dict)
+               for query in (candidate.get("groundingMetadata") or {}).get("webSearchQueries") or []]
+    old = any(str(each.get("modelVersion")).startswith("gemini-2") for each in chunks)
+    return pomex.Usage(last["promptTokenCount"] + tools, last.get("cachedContentTokenCount", 0), 0, output, thoughts,
+                       web_searches=min(len(queries), 1) if old else len(queries))
 
 
 def end_of(chunks: list[JSON]) -> str:

@@ -6390,8 +6390,10 @@ def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
 def amount(value: Any) -> decimal.Decimal:
     """The decimal number as it was written: Python's shortest text of a float is what the file says."""
     exactly(int, float)(value)
+    if not abs(value) < 10**9:                  # NaN neither
+        raise ValueError
     number = decimal.Decimal(str(value))
-    if not number.is_finite() or number != round(number, 6):
+    if number != round(number, 6):
         raise ValueError
     return number
 
@@ -6432,7 +6434,7 @@ def read_value(key: dataclasses.Field[Any], value: Any, from_text: bool = False)
         words += " that is not empty"
     try:
         result = (text_reader if from_text else from_toml)(value)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ValueError(f"must be {words}") from None
     if (rule.choices and result not in rule.choices or rule.most and not rule.least <= result <= rule.most
             or needed and not result):
@@ -7726,8 +7728,10 @@ class Ledger:
     # reading
 
     def used_nanos(self, limit: Limit) -> int:
-        """What is spent of a limit."""
-        return limit.most - int(self.read(ROOM[limit.room], limit.values)[0][0])
+        """What is spent of a limit, with what is settled and whose row is not yet saved."""
+        charges = itertools.chain.from_iterable(self.budgets.charged.values())
+        unsaved = sum(nanos for each, nanos in charges if each.meter == limit.meter)
+        return limit.most - int(self.read(ROOM[limit.room], limit.values)[0][0]) + unsaved
 
     def reader(self) -> LedgerReader:
         """For long questions beside the work of a server."""
@@ -7931,9 +7935,11 @@ def usd(nanos: int, places: int = 2) -> str:
 
 
 def fraction(text: str, unit: int, least: int = 0) -> int:
-    """A decimal number in whole units of 1/unit; ValueError or ArithmeticError for what does not come out even."""
+    """A decimal number, in plain digits, in whole units of 1/unit; ValueError for what does not come out even."""
+    if not re.fullmatch(r"-?(?=\.?[0-9])[0-9]{0,12}\.?[0-9]{0,12}", text):
+        raise ValueError
     number = decimal.Decimal(text) * unit
-    if not number.is_finite() or number != int(number) or not least <= number < 2**60:
+    if number != int(number) or not least <= number < 2**60:
         raise ValueError
     return int(number)
 
@@ -10910,7 +10916,8 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
     """The key's own limits, in OpenRouter's manner (amounts in USD)."""
     key, now_s = gateway.key(client), client.started_s
     start, end = period_bounds(key.period, now_s)
-    spent, limit = gateway.ledger.used_nanos(Limit("", "nanos", 0, "key", (0, key.id, start))), key.budget_nanos
+    own = Limit(f"key {key.id} {start}", "nanos", 0, "key", (0, key.id, start))
+    spent, limit = gateway.ledger.used_nanos(own), key.budget_nanos
     reset = datetime.date.fromordinal(end + EPOCH).isoformat() + "T00:00:00Z" if limit is not None and end else None
     rates = {name: most or None for name, most in
              (("requests_per_minute", key.rpm), ("tokens_per_minute", key.tpm), ("concurrent_requests", key.concurrent))}

@@ -888,6 +888,55 @@ def test_a_used_budget_is_said_as_each_client_can_use_it(path):
     run(check())
 
 
+def test_a_refusal_says_the_true_sum_before_its_rows_are_saved(path, monkeypatch):
+    monkeypatch.setattr(pomex, "SAVE_AFTER_S", 3600)
+
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            token = ledger.create_key("ci", time.time(), budget_nanos=NANO)
+            provider.answers.append((200, ["hi"], {"prompt_tokens": 100, "completion_tokens": 99_980}))
+            assert (await ask(server, token, ASKED))[0] == 200
+            assert recent(ledger, 9) == []                                          # not in the database yet
+            status, _, text = await ask(server, token, ASKED)
+            assert status == 429 and "Key ci has used 1.00 of 1.00 USD this month" in text, text
+            assert round(json.loads((await ask(server, token, None, "/v1/key"))[2])["data"]["usage"], 4) == 0.9999
+    run(check())
+
+
+AMOUNTS = [     # as it is written, nano-dollars; None: refused
+    ("12.50", 12_500_000_000), ("0", 0), (".5", 500_000_000), ("5.", 5_000_000_000), ("0.000000001", 1), ("-3", None), ("1e3", None),
+    ("1e300000", None), ("1e900000", None), ("9" * 30, None), ("1_0", None), ("\u0661\u0662", None), ("\uff11", None), ("0.0000000001", None),
+    ("1 000", None), (" 1", None), ("+1", None), ("nan", None), ("inf", None), ("", None), (".", None), ("-", None), ("1\n", None),
+    ("9999999999", None), ("0x10", None), ("9" * 1_000_000, None),
+]
+
+
+@pytest.mark.parametrize("text, nanos", AMOUNTS, ids=[text[:12] for text, _ in AMOUNTS])
+def test_an_amount_is_plain_digits_and_judged_at_once(text, nanos):
+    started = time.monotonic()
+    if nanos is None:
+        with pytest.raises(ValueError):
+            pomex.fraction(text, NANO)
+        if text and text == text.strip():           # the form's blanks around an amount are none of it, its empty field is no limit
+            with pytest.raises(pomex.BadRequest):
+                pomex.money({"budget": text}, "budget")
+        with pytest.raises(pomex.argparse.ArgumentTypeError, match="must be like 50/month"):
+            pomex.budget(text + "/month")
+    else:
+        assert pomex.fraction(text, NANO) == pomex.money({"budget": text}, "budget") == nanos
+    assert time.monotonic() - started < 0.1
+
+
+@pytest.mark.parametrize("value", ["1e30", "9" * 30, "-1e30", "9" * 4000, "1e300", "inf", "nan", "1e-7", "0.0000001", "1e9"],
+                         ids=lambda value: value[:9])
+def test_a_price_is_judged_at_once_and_refused_with_a_sentence(value):
+    for key in ("input", "tiers.priority"):
+        started = time.monotonic()
+        with pytest.raises(pomex.ConfigError, match="must be an? "):
+            pomex.load_config(f'[prices."x/y"]\noutput = 1\n{key} = {value}\n', "pomex.toml", {})
+        assert time.monotonic() - started < 0.1
+
+
 def test_a_used_rate_is_said_with_the_time_to_wait(path):
     async def check():
         async with gateway(path) as (provider, ledger, server):

@@ -6958,6 +6958,7 @@ MIGRATIONS: list[tuple[str, ...]] = [   # one step a schema version; never edite
     ),
     (
         "ALTER TABLE keys ADD COLUMN allow_unpriced INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE usage ADD COLUMN served_model TEXT NOT NULL DEFAULT ''",
     ),
 ]
 
@@ -7041,7 +7042,7 @@ class Intent(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One row of the usage table: how a planned request ended. Fields are the table's columns, but for the last."""
+    """One row of the usage table: how a planned request ended. Fields are the table's columns, but for `lost`."""
     response_id: str
     request_id: str
     started_ms: int
@@ -7069,9 +7070,10 @@ class Entry(NamedTuple):
     multiplier: int = 1_000_000     # of the account, in millionths
     cost_nanos: int = 0             # of this row's own tokens
     lost: Sequence[Sequence[int | str]] = ()    # attempts given up and billed all the same: Lines of section 8.7
+    served_model: str = ""          # the model that the answer names, where it is another
 
 
-USAGE_COLUMNS = Entry._fields[:-1]
+USAGE_COLUMNS = (*Entry._fields[:-2], "served_model")
 INSERT_USAGE = f"INSERT INTO usage ({', '.join(USAGE_COLUMNS)}) VALUES "
 ENTRY_VALUES = f"({', '.join('?' * len(USAGE_COLUMNS))})"
 KEY_COLUMNS = "id, name, digest, hint, created_s, expires_s, revoked_s"
@@ -7303,7 +7305,8 @@ def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], process: st
         for start in range(0, len(entries), ROWS_A_STATEMENT):      # few statements: each lets go of the GIL
             part = entries[start:start + ROWS_A_STATEMENT]
             rows = ", ".join([ENTRY_VALUES] * len(part))
-            values = [value if sound(value) else cleaned(value) for entry in part for value in entry[:-1]]
+            values = [value if sound(value) else cleaned(value) for entry in part
+                      for value in (*entry[:-2], entry.served_model)]
             db.execute(f"{INSERT_USAGE} {rows} ON CONFLICT (response_id) DO NOTHING", values)
         lines = [[*map(cleaned, line)] for entry in entries for line in entry.lost]
         db.executemany(f"INSERT INTO attempts VALUES ({', '.join('?' * len(Line._fields))}) ON CONFLICT DO NOTHING", lines)
@@ -8542,8 +8545,8 @@ def export_rows(ledger: Ledger, first_day: int) -> Iterator[JSON]:
     """Every line, oldest request first: a request's own, and before it those of attempts that were given up."""
     own = ", ".join(f"usage.{name}" for name in USAGE_COLUMNS)
     line = {name: f"attempts.{name}" for name in Line._fields}
-    lost = ", ".join({"attempts": "attempts.attempt", "status": "'lost'"}.get(name, line.get(name, f"usage.{name}"))
-                     for name in USAGE_COLUMNS)
+    line |= {"attempts": "attempts.attempt", "status": "'lost'", "served_model": "''"}
+    lost = ", ".join(line.get(name, f"usage.{name}") for name in USAGE_COLUMNS)
     names = "(SELECT name FROM keys WHERE id = key_id), (SELECT name FROM accounts WHERE id = account_id)"
     rows = ledger.iterate(
         f"SELECT {names}, {own} FROM usage WHERE started_ms >= ? UNION ALL "
@@ -10752,12 +10755,13 @@ async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
     total_ms = int((time.monotonic() - client.started) * 1000)
     price, nanos = bill.cost(down.provider, down.model, usage)
     client.note = access_note(key.name, down, usage, total_ms) + cost_note(price, nanos, bill, usage)
+    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.model)}
     code = (attempt.error.ledger_code or attempt.error.code or "") if attempt.error else ""
     entry = Entry(
         down.answer.id, client.request_id, bill.started_ms, key.id, ENDPOINT, request.model, down.provider, down.model,
         attempt.status, code, attempt.terminal_by, why_estimated(usage), usage.input, usage.cached, usage.cache_write,
         usage.output, usage.reasoning, down.first_ms, total_ms, down.attempts, key.account_id, usage.cache_write_1h,
-        usage.web_searches, price, key.multiplier, nanos, bill.lines)
+        usage.web_searches, price, key.multiplier, nanos, bill.lines, usage.model if usage.model and len(names) > 1 else "")
     bill.settle(nanos, usage)
     gateway.watch.settled(entry, down)
     gateway.metrics.count(entry)

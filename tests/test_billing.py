@@ -687,7 +687,7 @@ class Provider:
     """A chat server that answers with what `answers` says: text and usage, or a status."""
 
     def __init__(self):
-        self.answers, self.bodies = [], []
+        self.answers, self.bodies, self.named = [], [], {}
 
     async def serve(self, reader, writer):
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -702,7 +702,8 @@ class Provider:
                     continue
                 chunks = [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in words]
                 if usage is not None:
-                    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+                    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+                               {"choices": [], "usage": usage, **self.named}]
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
                 for chunk in [*map(json.dumps, chunks), *(["[DONE]"] if usage is not None else [])]:
                     data = f"data: {chunk}\n\n".encode()
@@ -788,6 +789,30 @@ def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
             assert 'le="+Inf"' in text
     run(check())
     assert "$0.0002" in caplog.text and "no price" in caplog.text
+
+
+@pytest.mark.parametrize("target, named, kept", [
+    ("m", "m", ""), ("m", "m-2026-11-02", ""), ("m", "maker/M-20261102", ""), ("maker/m-latest", "m", ""), ("m", "", ""), ("m", None, ""),
+    ("m", "m-mini", "m-mini"), ("m", "maker/other-2026-11-02", "maker/other-2026-11-02"), ("m", 5, "5"), ("m", "x" * 300, "x" * 200),
+], ids=lambda text: str(text)[:30])
+def test_another_model_in_the_answer_than_was_asked_for_is_kept_in_the_row(path, target, named, kept):
+    async def check():
+        async with gateway(path) as (provider, ledger, server):
+            token = ledger.create_key("k", NOW)
+            provider.answers.append((200, ["hi"], COUNTED))
+            provider.named = {} if named is None else {"model": named}
+            assert (await ask(server, token, {**ASKED, "model": f"p/{target}"}))[0] == 200
+            row = await row_of(ledger)
+            assert (row["upstream_model"], row["served_model"]) == (target, kept)
+            pomex.insert_entries(ledger._writer, [entry("r2", attempts=2, lost=[line("r2")], served_model="z")])
+            assert [each["served_model"] for each in pomex.export_rows(ledger, 0)][:2] == ["", "z"] and pomex.verify(ledger)[1] == []
+    run(check())
+
+
+def test_a_journal_of_a_version_without_that_column_is_read():
+    old = [*entry("r1", lost=[[*line("r1")]])][:-1]
+    (read,) = pomex.journal_entries(b"S" + json.dumps(old).encode() + b"\n")
+    assert (read.served_model, len(read.lost)) == ("", 1)
 
 
 def test_a_limit_of_money_is_never_served_what_has_no_price(path):

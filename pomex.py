@@ -7790,7 +7790,8 @@ ONE = 1_000_000             # a multiplier of 1: multipliers are integer million
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 09:00-12:00 and 14:00-18:00 in Beijing, not on weekends there
 USUAL = {                   # words of the table that hold for all of a provider's models, unless a row says otherwise
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
-    "meta": "search=2.5", "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1", "xai": "search=5 batch=0.8",
+    "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8",
+    "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
@@ -14683,9 +14684,9 @@ xai/grok-build-0.1 256000 256000 1 2 0.2 over199999=2/4/0.4
 xai/grok-build-latest 500000 500000 2 6 0.3 over199999=4/12/0.6
 xai/grok-code-fast 256000 256000 1 2 0.2 over199999=2/4/0.4
 xai/grok-code-fast-1 256000 256000 1 2 0.2 over199999=2/4/0.4 ends=2026-05-15
-zai/glm-5.3 1000000 128000 1.4 4.4 0.26 0
-zai/glm-5.3-flash 1048576 128000 0.15 0.5 0.03 0
-zai/glm-5.3-flashx 1048576 128000 0.37 1.25 0.075 0
+zai/glm-5.3 1000000 128000 1.4 4.4 0.26
+zai/glm-5.3-flash 1048576 128000 0.15 0.5 0.03
+zai/glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 """
 
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:

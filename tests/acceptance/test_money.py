@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -100,6 +101,8 @@ DIFFERENCES: dict[tuple[str, ...], str] = {
     ("genai", "anthropic/claude-sonnet-4-5"): "a long-context beta beyond its 200,000 tokens, which is not offered any more",
     ("genai", "deepseek/deepseek-v3.2"): "genai-prices has the price of another host's copy",
     ("genai", "xai/grok-code-fast"): "genai-prices has the price of grok-code-fast-1",
+    ("genai", "xai/grok-code-fast-1"): "genai-prices has the price before xAI made it that of grok-code-fast; litellm has ours",
+    ("genai", "openai/gpt-5.6-cyber"): "genai-prices has no long-context price for it; litellm has ours",
     **{("genai", f"mistral/{model}"): "genai-prices has older rates for Mistral's aliases, and no cache prices"
        for model in ("codestral-latest", "devstral-small-latest", "magistral-medium-latest", "magistral-small-latest",
                      "mistral-large-latest", "mistral-medium", "pixtral-large-latest")},
@@ -146,6 +149,134 @@ def test_every_shared_model_costs_what_the_published_calculator_says(calculator:
     unexplained = {name: rows for name, rows in different.items()
                    if not {(calculator, name), (calculator, name, moment)} & set(DIFFERENCES)}
     assert not unexplained
+
+
+# --- tiers, regions, searches, and models that are not in the table -------------------------------
+
+MAP = """
+import json, os, sys
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+import litellm
+json.dump(litellm.model_cost, sys.stdout)
+"""
+SEARCHES = """
+import json, sys
+from genai_prices import Usage, calc_price
+out = {}
+for name in json.load(sys.stdin):
+    provider, _, model = name.partition("/")
+    try:
+        price = calc_price(Usage(input_tokens=0, web_searches=1000), model, provider_id={"xai": "x-ai"}.get(provider, provider))
+    except LookupError:
+        continue
+    out[name] = float(price.total_price)
+json.dump(out, sys.stdout)
+"""
+KINDS = {"input_cost_per_token": "input", "output_cost_per_token": "output", "cache_read_input_token_cost": "cache_read",
+         "cache_creation_input_token_cost": "cache_write", "cache_creation_input_token_cost_above_12hr": "cache_write_1h"}
+TIERS = {"priority": "priority", "flex": "flex", "ultrafast": "ultrafast", "batches": "batch"}
+# litellm's name of a factor -> ours
+REGIONS = {"regional_processing_uplift_multiplier_eu": "geo", "regional_processing_uplift_multiplier_us": "geo",
+           "fedramp_uplift_multiplier": "gov"}
+# (model, tier or "search") -> why ours is another
+TIER_DIFFERENCES: dict[tuple[str, str], str] = {
+    **{("openai/gpt-5.4", tier): "OpenAI's page rounds half of 0.25 to 0.13, and half of the long 0.5 to 0.25: ours is the half"
+       for tier in ("flex", "batch")},
+    **{(f"google/gemini-{model}", "batch"): "litellm's batch price of cached input is that of Google's page: no answer of a stream "
+       "is a batch's" for model in ("2.5-flash", "2.5-flash-lite", "2.5-pro", "3-flash-preview", "3.1-pro-preview")},
+    **{("openai/" + model, "geo"): "litellm's map has the regional factor; the model is sold by agreement, and priced by that"
+       for model in ("gpt-6-astra-law", "gpt-6-rosalind")},
+    **{(f"{provider}/{model}", "search"): "genai-prices has the price of OpenAI's newer tool; litellm has ours, which is dearer"
+       for provider, model in (("openai", "gpt-4.1"), ("openai", "gpt-4.1-mini"), ("openai", "gpt-4o-mini"))},
+}
+# what litellm's map has of our providers and our table has not, by pattern -> why. A key with a limit is refused all of these.
+LEFT_OUT = {
+    r"anthropic/|openai/.*(audio|realtime|search-(preview|api)|container)|mistral/(voxtral|open-|mistral-tiny|codestral-mamba|labs-)":
+        "not a model that Responses requests are answered by, or retired without a day in the map",
+    r"google/(gemma|lyria|learnlm|deep-research|gemini-(exp|gemma|omni|robotics))|meta/sam": "no chat model, or an experiment",
+    r"google/gemini-3.1-pro-preview-customtools|openai/gpt-5.5-cyber-preview|mistral/mistral-(vibe|code)-|groq/.*(guard|safeguard)":
+        "for one purpose of its provider's",
+    r"deepseek/deepseek-(coder|r1|v3|v4-flash-vision-exp)|meta/muse-spark-1\.[12]|meta/.*-contributor|minimax/MiniMax-M2|zai/glm-(4|5$|5-|5v|5\.[12])":
+        "an older generation",
+    r"xai/grok-4.20-.*(beta|gv2|0304)|xai/grok-4.20-(beta|0309)|xai/grok-code-fast-1-0825": "a preview of a model in the table",
+    r".*/(gpt-(astra|luna|mini|sol|terra)|minimax|kimi|grok|glm|glm-flash|deepseek-pro)-latest":
+        "a name that moves from one generation to the next, at another price",
+    r"mistral/(deepseek|zai-glm|glm|mistral-large-4-0|mistral-medium-3|ministral-3-)": "another spelling, or another maker's model",
+}
+PROVIDERS = {"gemini": "google", **{name: name for name in (
+    "openai", "anthropic", "xai", "deepseek", "mistral", "groq", "moonshot", "zai", "minimax", "meta")}}
+
+
+@functools.cache
+def litellm_map() -> dict[str, JSON]:
+    """litellm's models of our providers, by our names."""
+    python = required(TOOLS / "litellm" / "bin" / "python", "the litellm calculator")
+    done = subprocess.run([str(python), "-c", MAP], capture_output=True, text=True, check=True, timeout=120)
+    rows: dict[str, JSON] = json.loads(done.stdout.splitlines()[-1])
+    return {f"{PROVIDERS[row['litellm_provider']]}/{name.removeprefix(row['litellm_provider'] + '/')}": row
+            for name, row in rows.items() if row.get("litellm_provider") in PROVIDERS}
+
+
+def test_every_tier_and_region_of_litellm_is_ours() -> None:
+    noon, compared, wrong = int(MOMENTS["noon"].timestamp() * 1000), 0, []
+    for name, tariff in pomex.builtin_tariffs().items():
+        row = litellm_map().get(name, {})
+        longs = ["", f"_above_{round(tariff.over, -3) // 1000}k_tokens"] if tariff.over else [""]
+        for long, (key, kind), (suffix, tier) in itertools.product(longs, KINDS.items(), TIERS.items()):
+            dollars = row.get(f"{key}{long}_{suffix}")
+            if dollars is None:
+                continue
+            compared += 1
+            ours = getattr(pomex.price_of(tariff.price(noon, tariff.over + 1 if long else 1, tier)), kind)
+            if round(dollars * 10**12) != ours and (name, tier) not in TIER_DIFFERENCES:
+                wrong.append((name, tier, kind + long, ours, dollars))
+        factors = {tier: row.get(key) for key, tier in REGIONS.items()} | (row.get("provider_specific_entry") or {})
+        for tier, factor in factors.items():
+            ours = float(tariff.factors.get(tier, 1)) if tier != "gov" or factor else 1
+            if factor is not None:
+                compared += 1
+                wrong += [(name, tier, ours, factor)] if ours != factor and (name, tier) not in TIER_DIFFERENCES else []
+        if name.startswith("openai/") and row and "regional_processing_uplift_multiplier_eu" not in row:
+            wrong += [(name, "geo", "not in litellm's map")] if "geo" in tariff.factors else []
+    print(f"{compared} factors compared")
+    assert not wrong and compared > 600
+
+
+def test_every_search_of_both_calculators_is_ours() -> None:
+    python = required(TOOLS / "genai" / "bin" / "python", "the genai calculator")
+    done = subprocess.run([str(python), "-c", SEARCHES], capture_output=True, text=True, check=True, timeout=120,
+                          input=json.dumps(list(pomex.builtin_tariffs())))
+    genai, compared, wrong = json.loads(done.stdout.splitlines()[-1]), 0, []
+    for name, tariff in pomex.builtin_tariffs().items():
+        ours = pomex.price_of(tariff.base).search / 10**9
+        litellm = (litellm_map().get(name, {}).get("search_context_cost_per_query") or {}).get("search_context_size_medium", 0) * 1000
+        for theirs, explained in ((litellm, False), (genai.get(name, 0), (name, "search") in TIER_DIFFERENCES)):
+            compared += theirs > 0
+            wrong += [(name, ours, theirs)] if theirs and abs(ours - theirs) > 1e-6 and not explained else []
+        per_query = litellm_map().get(name, {}).get("web_search_billing_unit") == "per_query"
+        if name.startswith("google/") and litellm:
+            said = pomex.gemini_usage({"promptTokenCount": 1}, name.partition("/")[2], {"webSearchQueries": ["a", "b"]})
+            wrong += [(name, said.web_searches)] if said.web_searches != (2 if per_query else 1) else []
+    print(f"{compared} prices of searches compared")
+    assert not wrong and compared > 80
+
+
+def test_every_current_model_of_our_providers_has_a_price_or_a_reason() -> None:
+    """Dated and -latest names, too. What is retired has its day in the map; retired rows of ours carry it."""
+    book, today = pomex.PriceBook(pomex.load_config("", "", {})), pomex.PRICES_DATE
+    known, nameless = 0, []
+    for name, row in litellm_map().items():
+        if row.get("mode") not in ("chat", "responses") or "ft:" in name or row.get("deprecation_date", "9") <= today:
+            continue
+        tariff = book.tariff(*name.split("/", 1))
+        known += tariff is not None
+        if tariff is None and not any(re.match(pattern, name) for pattern in LEFT_OUT):
+            nameless.append(name)
+    ends = {name: row.get("deprecation_date", "") for name, row in litellm_map().items() if name in pomex.builtin_tariffs()}
+    print(f"{known} current models have a price")
+    assert not nameless, nameless
+    assert known > 140
+    assert ends == {name: pomex.builtin_tariffs()[name].ends for name in ends}
 
 
 # --- an upstream that counts ----------------------------------------------------------------------

@@ -6,10 +6,12 @@ import asyncio
 import collections
 import contextlib
 import datetime
+import fractions
 import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -282,8 +284,8 @@ def test_every_current_model_of_our_providers_has_a_price_or_a_reason() -> None:
 # --- an upstream that counts ----------------------------------------------------------------------
 
 class Counting:
-    """Providers of three wires that answer with random text and, mostly, its usage; and that remember what they generated,
-    by the number in the prompt: the independent count."""
+    """Providers of four wires that answer with random text and, mostly, its usage, what it was served as, and searches; and
+    that remember what they generated, by the number in the prompt: the independent count."""
 
     def __init__(self, faults: bool = True, modest: bool = False) -> None:
         self.random = random.Random(1)
@@ -319,7 +321,9 @@ class Counting:
         inputs, words = len(body) // 8 if self.modest else draw(10, 5000), ["word "] * draw(1, 30)
         cached = draw(0, inputs)
         written = draw(0, inputs - cached) if provider == "claude" else 0
-        usage = {"input": inputs, "cached": cached, "cache_write": written, "output": len(words) + draw(0, 50)}
+        usage = {"input": inputs, "cached": cached, "cache_write": written, "output": len(words) + draw(0, 50),
+                 "web_searches": draw(0, 3) if draw(0, 3) == 0 and not self.modest else 0,
+                 "served": self.random.choice(SERVED[provider]) if not self.modest else SERVED[provider][0]}
         record = self.generated[number, provider] = {**usage, "sent": False}
         frames = [json.dumps(each) for each in WIRES[provider](words, None if plan == "uncounted" else usage)]
         if plan in ("cut", "empty", "error"):
@@ -349,20 +353,24 @@ def chat_frames(words: list[str], usage: JSON | None) -> Iterator[JSON]:
         yield {"choices": [{"index": 0, "delta": {"content": word}}]}
     yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
     if usage:
-        yield {"choices": [], "usage": {"prompt_tokens": usage["input"], "completion_tokens": usage["output"],
-                                        "prompt_tokens_details": {"cached_tokens": usage["cached"]}}}
+        yield {"choices": [], "service_tier": usage["served"], "model": "m", "usage": {
+            "prompt_tokens": usage["input"], "completion_tokens": usage["output"],
+            "prompt_tokens_details": {"cached_tokens": usage["cached"]},
+            "server_tool_use": {"web_search_requests": usage["web_searches"]}}}
 
 
 def messages_frames(words: list[str], usage: JSON | None) -> Iterator[JSON]:
     u = usage or {"input": 0, "cached": 0, "cache_write": 0, "output": 0}
     yield {"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "content": [], "usage": {
         "input_tokens": u["input"] - u["cached"] - u["cache_write"], "cache_read_input_tokens": u["cached"],
-        "cache_creation_input_tokens": u["cache_write"], "output_tokens": 1} if usage else {}}}
+        "cache_creation_input_tokens": u["cache_write"], "output_tokens": 1,
+        **dict(zip(("service_tier", "speed", "inference_geo"), usage["served"].split()))} if usage else {}}}
     yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
     for word in words:
         yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
     yield {"type": "content_block_stop", "index": 0}
-    yield {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": u["output"]} if usage else {}}
+    yield {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {
+        "output_tokens": u["output"], "server_tool_use": {"web_search_requests": u["web_searches"]}} if usage else {}}
     yield {"type": "message_stop"}
 
 
@@ -382,17 +390,52 @@ def responses_frames(words: list[str], usage: JSON | None) -> Iterator[JSON]:
                {"type": "response.output_item.done", "output_index": 0, "item": done}]
     counts = {"input_tokens": usage["input"], "output_tokens": usage["output"],
               "input_tokens_details": {"cached_tokens": usage["cached"]}} if usage else None
+    said = {"service_tier": usage["served"], "tool_usage": {"web_search": {"num_requests": usage["web_searches"]}}} if usage else {}
     events.append({"type": "response.completed",
-                   "response": {**response, "status": "completed", "output": [done], "usage": counts}})
+                   "response": {**response, "status": "completed", "output": [done], "usage": counts, **said}})
     for number, event in enumerate(events):
         yield {**event, "sequence_number": number}
 
 
-WIRES = {"plain": chat_frames, "claude": messages_frames, "native": responses_frames}
+def gemini_frames(words: list[str], usage: JSON | None) -> Iterator[JSON]:
+    def frame(text: str, **more: Any) -> JSON:
+        return {"candidates": [{"content": {"role": "model", "parts": [{"text": text}]}, **more}], "modelVersion": "m"}
+    yield frame("")
+    for word in words:
+        yield frame(word)
+    found = {"groundingMetadata": {"webSearchQueries": ["q"] * usage["web_searches"]}} if usage and usage["web_searches"] else {}
+    counts = {"usageMetadata": {"promptTokenCount": usage["input"], "cachedContentTokenCount": usage["cached"],
+                                "candidatesTokenCount": usage["output"], "serviceTier": usage["served"]}} if usage else {}
+    yield {**frame("", finishReason="STOP", **found), **counts}
+
+
+WIRES = {"plain": chat_frames, "claude": messages_frames, "native": responses_frames, "gemini": gemini_frames}
+SERVED = {"plain": ("default", "priority", "flex"), "native": ("default", "priority", "flex", "batch"),
+          "gemini": ("standard", "priority", "flex"),
+          "claude": ("standard standard global", "standard fast global", "priority standard us", "batch fast us")}
+# what the upstream bills: USD per million tokens, and per thousand searches, times these
+PRICES = {name: {"input": f"{number}.5", "output": f"{number}0.25", "cache_read": f"0.{number}", "cache_write": f"{number}.875",
+                 "search_per_1000": f"{number}0"} for number, name in enumerate(WIRES, 1)}
+FACTORS = {"plain": {"priority": "2", "flex": "0.5"}, "native": {"priority": "2.5", "flex": "0.5", "batch": "0.5"},
+           "gemini": {"priority": "1.8", "flex": "0.5"}, "claude": {"fast": "2", "us": "1.1", "batch": "0.5"}}
+
+
+def billed(provider: str, usage: JSON) -> int:
+    """The upstream's own bill in nano-dollars, by another arithmetic than the gateway's."""
+    price = {kind: fractions.Fraction(text) for kind, text in PRICES[provider].items()}
+    plain = usage["input"] - usage["cached"] - usage["cache_write"]
+    tokens = (plain * price["input"] + usage["cached"] * price["cache_read"] + usage["cache_write"] * price["cache_write"]
+              + usage["output"] * price["output"]) / 10**6
+    for word in usage["served"].split():
+        tokens *= fractions.Fraction(FACTORS[provider].get(word, "1"))
+    return math.floor((tokens + usage["web_searches"] * price["search_per_1000"] / 1000) * 10**9 + fractions.Fraction(1, 2))
+
+
 ERRORS: dict[str, JSON] = {
     "plain": {"error": {"message": "overloaded", "type": "server_error"}},
     "claude": {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
     "native": {"type": "error", "error": {"type": "server_error", "code": "server_error", "message": "x"}, "sequence_number": 9},
+    "gemini": {"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}},
 }
 
 
@@ -407,11 +450,13 @@ async def counting(faults: bool = True, modest: bool = False) -> AsyncIterator[t
 
 
 def configuration(folder: Path, origin: str) -> Path:
-    wires = {"plain": 'wire_api = "chat"', "claude": 'wire_api = "messages"', "native": 'wire_api = "responses"\nrelay = "bytes"'}
+    wires = {"plain": 'wire_api = "chat"', "claude": 'wire_api = "messages"', "native": 'wire_api = "responses"\nrelay = "bytes"',
+             "gemini": 'wire_api = "gemini"'}
     text = f'[server]\nport = 0\n[database]\nurl = "sqlite:{folder}/pomex.db"\n'
-    for number, (name, lines) in enumerate(wires.items(), 1):
-        text += (f'[providers.{name}]\n{lines}\nbase_url = "{origin}/{name}/v1"\n[prices."{name}/m"]\ninput = {number}.5\n'
-                 f'output = {number}0.25\ncache_read = 0.{number}\ncache_write = {number}.875\n')
+    for name, lines in wires.items():
+        text += f'[providers.{name}]\n{lines}\nbase_url = "{origin}/{name}/v1"\n[prices."{name}/m"]\n'
+        text += "".join(f"{kind} = {price}\n" for kind, price in PRICES[name].items())
+        text += f'tiers = {{ {", ".join(f"{tier} = {factor}" for tier, factor in FACTORS[name].items())} }}\n'
     names = list(wires)
     for number, name in enumerate(names):           # each first once, then the next, then the one after
         order = [f"{each}:m" for each in names[number:] + names[:number]]
@@ -456,10 +501,12 @@ def command(config: Path, *arguments: str) -> str:
     return done.stdout
 
 
-async def ask(port: int, key: str, number: int, model: str, stream: bool = True, leave_after: int = 0) -> tuple[int, bytes]:
+async def ask(port: int, key: str, number: int, model: str, stream: bool = True, leave_after: int = 0,
+              tier: str = "auto") -> tuple[int, bytes]:
     """(status, body) of one request; a client in a hurry leaves after so many bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps({"model": model, "stream": stream, "input": f"This is number {number}", "max_output_tokens": 100}).encode()
+    body = json.dumps({"model": model, "stream": stream, "input": f"This is number {number}", "max_output_tokens": 100,
+                       "service_tier": tier}).encode()
     writer.write(b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\nx-request-id: money-%d\r\n"
                  b"connection: close\r\ncontent-length: %d\r\n\r\n" % (key.encode(), number, len(body)) + body)
     data = b""
@@ -479,20 +526,24 @@ def rows_of(config: Path) -> list[JSON]:
 
 
 def test_the_ledger_equals_an_independent_count(tmp_path: Path) -> None:
-    """Mixed wires, streams and whole answers, refusals, cuts, failovers, missing counts, clients that leave."""
+    """Mixed wires, streams and whole answers, refusals, cuts, failovers, missing counts, clients that leave; tiers and searches
+    as the answers say, dated names; models without a price, which a key without a limit may use."""
     async def load() -> tuple[Counting, dict[int, tuple[int, bytes]], float]:
         async with counting() as (upstream, origin):
             config = configuration(tmp_path, origin)
             with serving(config) as (_, (port,)):
-                key = command(config, "keys", "create", "k", "--budget", "1000000/month").strip()
+                keys = [command(config, "keys", "create", "k", "--budget", "1000000/month").strip(),
+                        command(config, "keys", "create", "unlimited").strip()]
                 choose, answers, started = random.Random(7), {}, time.monotonic()
                 numbers = iter(range(REQUESTS))
 
                 async def client() -> None:
                     for number in numbers:
-                        model = choose.choice(tuple(WIRES)) + choose.choice(("/any", "/m", "/unpriced"))
+                        model = choose.choice(tuple(WIRES)) + choose.choice(
+                            ("/any", "/any", "/m", "/m-2026-11-02", "/m-20261102", "/m-latest", "/unpriced"))
                         leave = choose.choice((1, 700, 1500)) if choose.random() < 0.05 else 0
-                        answers[number] = await ask(port, key, number, model, choose.random() < 0.8, leave)
+                        answers[number] = await ask(port, choose.choice(keys), number, model, choose.random() < 0.8, leave,
+                                                    choose.choice(("auto", "priority", "flex")))
                 await asyncio.gather(*(client() for _ in range(40)))
                 took = time.monotonic() - started
                 await asyncio.sleep(1)
@@ -502,8 +553,8 @@ def test_the_ledger_equals_an_independent_count(tmp_path: Path) -> None:
     rows = rows_of(config)
     finals = collections.Counter(row["request_id"] for row in rows if row["status"] != "lost")
     assert finals == {f"money-{number}": 1 for number in answers}, "one row a request"
-    counts = ("input", "cached", "cache_write", "output")
-    estimated = off = 0
+    counts = ("input", "cached", "cache_write", "output", "web_searches")
+    estimated = off = exact = nameless = 0
     told: collections.Counter[str] = collections.Counter()
     expected: collections.Counter[str] = collections.Counter()
     for row in rows:
@@ -512,8 +563,15 @@ def test_the_ledger_equals_an_independent_count(tmp_path: Path) -> None:
             if row["estimated"]:
                 estimated += 1
                 off += row["output"] - truth.get("output", 0)
+            refused = row["error_code"] == "price_unknown"
+            assert not refused or (row["key"], row["model"].partition("/")[2]) == ("k", "unpriced") and not truth
+            nameless += refused
             continue
         truth = upstream.generated[row["request_id"][6:], row["provider"]]
+        unpriced = row["upstream_model"] == "unpriced"
+        assert not unpriced or row["key"] == "unlimited"
+        assert row["cost_nanos"] == (0 if unpriced else billed(row["provider"], truth)), (row, truth)
+        exact += row["cost_nanos"]
         assert [row[name] for name in counts] == [truth[name] for name in counts], row
         told.update({name: row[name] for name in counts})
         expected.update({name: truth[name] for name in counts})
@@ -531,7 +589,9 @@ def test_the_ledger_equals_an_independent_count(tmp_path: Path) -> None:
         assert db.execute("SELECT count(*) FROM leases WHERE slot = 0").fetchone() == (0,), "nothing stays reserved"
     lost = sum(row["status"] == "lost" for row in rows)
     print(f"{len(answers)} requests in {took:.0f} s, {len(rows)} lines ({lost} of attempts given up), {estimated} estimated: "
-          f"output off by {off / max(estimated, 1):+.1f} tokens a line; sums equal: {dict(told)}")
+          f"output off by {off / max(estimated, 1):+.1f} tokens a line; {nameless} refused for want of a price; "
+          f"{exact} nano-dollars equal; sums equal: {dict(told)}")
+    assert nameless > len(answers) // 30 and told["web_searches"] > len(answers) // 10
 
 
 def test_kill_9_under_load_loses_no_answered_request(tmp_path: Path) -> None:

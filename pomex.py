@@ -7790,7 +7790,7 @@ ONE = 1_000_000             # a multiplier of 1: multipliers are integer million
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 09:00-12:00 and 14:00-18:00 in Beijing, not on weekends there
 USUAL = {                   # words of the table that hold for all of a provider's models, unless a row says otherwise
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
-    "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8",
+    "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
@@ -7826,8 +7826,9 @@ def price_of(text: str) -> Price | None:
 
 @functools.lru_cache(4096)
 def scaled(text: str, factors: str) -> str:
-    """A price times so much: all of a token's, or each its own factor ("0.5/0.5/1"); a search costs what it did."""
-    numbers = [*(factors.split("/") * 5)[:5], "1"]
+    """A price times so much: each token's by its own factor, the last of them for all that follow; not a search's."""
+    numbers = factors.split("/")
+    numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
                     for word, number in zip(text.split(), numbers))
 
@@ -7838,8 +7839,7 @@ class Tariff(NamedTuple):
     over: int = 0                               # with more input than this (0: none) the whole request costs `long`
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
-    peak: int = 1                               # times so much in PEAK_HOURS
-    factors: Mapping[str, str] = {}             # of service tiers and regions
+    factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
     ends: str = ""                              # the day its provider retires the model
     source: str = ""                            # where it stands, for people
 
@@ -7850,9 +7850,8 @@ class Tariff(NamedTuple):
             text = changed if started_ms >= day * DAY_MS else text
         if self.over and input_tokens > self.over:
             text = self.long
-        factors = [self.factors[tier] for tier in tiers.split() if tier in self.factors]
-        factors += [str(self.peak)] if self.peak > 1 and in_peak(started_ms) else []
-        return functools.reduce(scaled, factors, text)
+        named = [*tiers.split(), "peak"] if in_peak(started_ms) else tiers.split()
+        return functools.reduce(scaled, [self.factors[each] for each in named if each in self.factors], text)
 
 
 def in_peak(started_ms: int) -> bool:
@@ -7863,27 +7862,29 @@ def in_peak(started_ms: int) -> bool:
 @functools.cache
 def builtin_tariffs() -> dict[str, Tariff]:
     """The built-in table, parsed when it is first asked for."""
-    return dict(tariff_row(line.split()) for line in MODEL_TABLE.splitlines())
+    return {name: builtin_tariff(name, columns[2:]) for name, columns in model_rows()}
 
 
-def tariff_row(words: list[str]) -> tuple[str, Tariff]:
-    name, _, _, *columns = words
+def model_rows() -> Iterator[tuple[str, list[str]]]:
+    provider = ""
+    for name, *columns in map(str.split, MODEL_TABLE.splitlines()):
+        provider = provider if columns else name
+        if columns:
+            yield provider + name, columns
+
+
+def builtin_tariff(name: str, columns: list[str]) -> Tariff:
     columns = [*USUAL.get(name.partition("/")[0], "").split(), *columns]
-    more = dict(word.split("=") for word in columns if "=" in word)
-    search, peak, ends = more.pop("search", "-"), more.pop("peak", "1"), more.pop("ends", "")
-
-    def whole(prices: Sequence[str]) -> str:
-        return " ".join([*prices, *"-----"][:5] + [search])
-    over, long, changes, factors = 0, "", [], {}
-    for kind, value in more.items():
+    factors = dict(word.split("=") for word in columns if "=" in word)
+    prices, search, ends = [word for word in columns if "=" not in word], factors.pop("search", "-"), factors.pop("ends", "")
+    base, over, long, changes = " ".join([*prices, *"-----"][:5] + [search]), 0, "", []
+    for kind in [kind for kind in factors if kind.startswith(("over", "from"))]:
+        price = scaled(base, factors.pop(kind))
         if kind.startswith("over"):
-            over, long = int(kind[4:]), whole(value.split("/"))
-        elif kind.startswith("from"):
-            changes.append((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, whole(value.split("/"))))
+            over, long = int(kind[4:]), price
         else:
-            factors[kind] = value
-    base = whole([word for word in columns if "=" not in word])
-    return name, Tariff(base, over, long, tuple(changes), int(peak), factors, ends, f"{name} in the table of {PRICES_DATE}")
+            changes.append((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price))
+    return Tariff(base, over, long, tuple(changes), factors, ends, f"{name} in the table of {PRICES_DATE}")
 
 
 EPOCH = datetime.date(1970, 1, 1).toordinal()
@@ -9692,8 +9693,7 @@ def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str
 @functools.cache
 def known_models(provider: str) -> dict[str, ModelFacts]:
     """The models that the built-in table knows of one provider."""
-    rows = (line.split() for line in MODEL_TABLE.splitlines())
-    return {name.partition("/")[2]: ModelFacts(int(context), int(output)) for name, context, output, *_ in rows
+    return {name.partition("/")[2]: ModelFacts(int(context), int(output)) for name, (context, output, *_) in model_rows()
             if name.partition("/")[0] == provider}
 
 
@@ -11589,7 +11589,7 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     configured = gateway.config.models.get(name)
     return {"name": name, "targets": [f"{each.name}:{upstream}" for each, upstream in targets],
             "state": model_state(gateway, name), "price": tariff.base.split() or None,
-            "long_over": tariff.over, "long": tariff.long.split(), "peak": tariff.peak,
+            "long_over": tariff.over, "long": tariff.long.split(), "peak": int(tariff.factors.get("peak", 1)),
             "changes": [{"day": day, "price": text.split()} for day, text in tariff.changes],
             "source": tariff.source, "context": facts.context_window, "max_output": facts.max_output,
             "description": configured.description if configured else DEMO_MODELS.get(model, "") * (provider.wire_api == "demo")}
@@ -13477,7 +13477,6 @@ def run_prices_show(args: argparse.Namespace) -> int:
     for name, tariff in sorted(PriceBook(read_config(args)).known.items()):
         notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
         notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
-        notes += [f"x {tariff.peak} in peak hours"] if tariff.peak > 1 else []
         notes += [f"{tier} x {factor}" for tier, factor in tariff.factors.items()]
         notes += [f"retired {tariff.ends}"] if tariff.ends else []
         rows.append((name, *(f"{tariff.base} -".split()[:6]), tariff.source.partition(" in ")[2], "; ".join(notes)))
@@ -14542,151 +14541,159 @@ def run_health(args: argparse.Namespace) -> int:
 
 # === 14. data =====================================================================================
 
-# Columns: name; input tokens at most; output tokens at most; then USD per million tokens: input, output, cache read, cache
-# write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); what is left out has none. After them overN= the same prices
-# of the whole request when its input exceeds N tokens (xAI's tier includes 200,000); fromDATE= prices from that day (UTC) on;
-# peak=N times the price in DeepSeek's peak hours; search= USD per thousand; ends= the day the model is retired; any other word
-# is a service tier or region and its factor. From litellm 1.110.2 and genai-prices 0.2.3, of the date below.
+# A provider, then its models: name, input and output tokens at most; USD per million tokens of input, output, cache read, cache
+# write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow: overN=
+# where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak= in DeepSeek's peak hours,
+# any other of a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2, genai-prices 0.2.3.
 PRICES_DATE = "2026-11-30"
 MODEL_TABLE = """\
-anthropic/claude-fable-5 1000000 128000 10 50 1 12.5 20
-anthropic/claude-fable-5-1 1000000 128000 10 50 0.25 12.5 20
-anthropic/claude-fable-5-2 1000000 128000 8 40 0.2 10 16
-anthropic/claude-haiku-4-5 200000 64000 1 5 0.1 1.25 2
-anthropic/claude-haiku-5-5 1000000 128000 0.1 0.5 0.01 0.125 0.2 over100000=0.5/2.5/0.05/0.625/1
-anthropic/claude-mythos-5 1000000 128000 10 50 1 12.5 20
-anthropic/claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
-anthropic/claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
-anthropic/claude-opus-4-5 200000 64000 5 25 0.5 6.25 10
-anthropic/claude-opus-4-6 1000000 128000 5 25 0.5 6.25 10
-anthropic/claude-opus-4-7 1000000 128000 5 25 0.5 6.25 10
-anthropic/claude-opus-4-8 1000000 128000 5 25 0.5 6.25 10
-anthropic/claude-opus-5 1000000 128000 5 25 0.5 6.25 10
-anthropic/claude-opus-5-5 1000000 128000 4 20 0.2 5 8
-anthropic/claude-sonnet-4-5 200000 64000 3 15 0.3 3.75 6 ends=2026-11-30
-anthropic/claude-sonnet-4-6 1000000 128000 3 15 0.3 3.75 6
-anthropic/claude-sonnet-5 1000000 128000 2 10 0.2 2.5 4
-anthropic/claude-sonnet-5-5 1000000 128000 2 10 0.1 2.5 4
-deepseek/deepseek-flash 1000000 393216 0.15 0.6 0.003 peak=2
-deepseek/deepseek-v3.2 163840 163840 0.28 0.4 0.028
-deepseek/deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
-deepseek/deepseek-v4-pro 1000000 393216 0.66 1.98 0.022 peak=2
-google/gemini-2.5-flash 1048576 65536 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
-google/gemini-2.5-flash-lite 1048576 65536 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
-google/gemini-2.5-pro 1048576 65536 1.25 10 0.125 over200000=2.5/15/0.25 flex=0.5/0.5/1 search=35 ends=2026-12-01
-google/gemini-3-flash-preview 1048576 65536 0.5 3 0.05 flex=0.5/0.5/1
-google/gemini-3.1-flash-lite 1048576 65536 0.25 1.5 0.025 ends=2027-05-07
-google/gemini-3.1-pro-preview 1048576 65536 2 12 0.2 over200000=4/18/0.4 flex=0.5/0.5/1
-google/gemini-3.5-flash 1048576 65536 1.5 9 0.15 flex=0.5/0.5/0.533334
-google/gemini-3.5-flash-lite 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
-google/gemini-3.6-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
-google/gemini-3.7-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
-google/gemini-3.8-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
-google/gemini-4-argon 1048576 1048576 2 10 0.1 from2026-12-01=4/20/0.2
-google/gemini-4-hydrogen 1048576 1048576 1.5 7.5 0.075
-google/gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=1.5/7.5/0.15
-google/gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
-google/gemini-pro-latest 1048576 65536 2 12 0.2 over200000=4/18/0.4 flex=0.5/0.5/1
-groq/openai/gpt-oss-120b 131072 65536 0.15 0.6 0.075
-groq/openai/gpt-oss-20b 131072 65536 0.075 0.3 0.0375
-groq/qwen/qwen3.8-27b 131072 16384 0.8 4
-meta/muse-spark-1.3 1048576 131072 1.25 4.25 0.15
-meta/muse-wonder-1.0 1048576 131072 4 20 0.2
-minimax/MiniMax-M3 1000000 128000 0.3 1.2 0.06 over512000=0.6/2.4/0.12
-minimax/MiniMax-M3.1-Flash 1000000 128000 0.15 0.6 0.015
-mistral/codestral-2508 128000 128000 0.3 0.9 0.03
-mistral/codestral-latest 128000 128000 0.3 0.9 0.03
-mistral/devstral-latest 256000 256000 0.4 2 0.04
-mistral/devstral-medium-latest 256000 256000 0.4 2 0.04
-mistral/devstral-small-latest 256000 256000 0.1 0.3 0.01
-mistral/magistral-medium-latest 262144 262144 1.5 7.5 0.15
-mistral/magistral-small-latest 262144 262144 0.15 0.6 0.015
-mistral/ministral-14b-2512 262144 262144 0.2 0.2 0.02
-mistral/ministral-14b-latest 262144 262144 0.2 0.2 0.02
-mistral/ministral-3b-2512 131072 131072 0.1 0.1 0.01
-mistral/ministral-3b-latest 131072 131072 0.1 0.1 0.01
-mistral/ministral-8b-2512 262144 262144 0.15 0.15 0.015
-mistral/ministral-8b-latest 262144 262144 0.15 0.15 0.015
-mistral/mistral-large-2512 262144 262144 0.5 1.5 0.05 ends=2027-04-30
-mistral/mistral-large-3 262144 262144 0.5 1.5 0.05
-mistral/mistral-large-4 1048576 1048576 0.7 2.1 0.07
-mistral/mistral-large-latest 262144 262144 0.5 1.5 0.05
-mistral/mistral-medium 262144 262144 1.5 7.5 0.15
-mistral/mistral-medium-2604 262144 262144 1.5 7.5 0.15
-mistral/mistral-medium-3.5 262144 262144 1.5 7.5 0.15
-mistral/mistral-medium-latest 262144 262144 1.5 7.5 0.15
-mistral/mistral-small 32000 8191 0.1 0.3 0.01
-mistral/mistral-small-2603 262144 262144 0.15 0.6 0.015
-mistral/mistral-small-latest 262144 262144 0.15 0.6 0.015
-mistral/pixtral-large-latest 128000 128000 2 6 0.2
-moonshot/kimi-k2.6 262144 262144 0.95 4 0.16
-moonshot/kimi-k2.7-code 262144 262144 0.95 4 0.19
-moonshot/kimi-k3 1048576 1048576 3 15 0.3 3 6
-moonshot/kimi-k3.1-pro 1048576 1048576 2 10 0.2 2 4
-moonshot/kimi-k3.1-pro-highspeed 1048576 1048576 4 20 0.2 4 8
-openai/chat-latest 400000 128000 5 30 0.5
-openai/daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20
-openai/daybreak-red 272000 128000 12.5 75 1.25 15.625 31.25 over272000=25/112.5/2.5/31.25/62.5
-openai/gpt-4.1 1047576 32768 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
-openai/gpt-4.1-mini 1047576 32768 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
-openai/gpt-4o 128000 16384 2.5 10 1.25 priority=1.7 ends=2027-01-14
-openai/gpt-4o-mini 128000 16384 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
-openai/gpt-5 272000 128000 1.25 10 0.125 ends=2026-12-11
-openai/gpt-5-mini 272000 128000 0.25 2 0.025 priority=1.8 ends=2026-12-11
-openai/gpt-5-nano 272000 128000 0.05 0.4 0.005 ends=2026-12-11
-openai/gpt-5-pro 400000 272000 15 120 ends=2026-12-11
-openai/gpt-5.1 272000 128000 1.25 10 0.125 ends=2027-04-01
-openai/gpt-5.2 272000 128000 1.75 14 0.175
-openai/gpt-5.2-pro 272000 128000 21 168
-openai/gpt-5.3-codex 272000 128000 1.75 14 0.175 ends=2027-04-01
-openai/gpt-5.4 1050000 128000 2.5 15 0.25 over272000=5/22.5/0.5 geo=1.1
-openai/gpt-5.4-mini 272000 128000 0.75 4.5 0.075 geo=1.1
-openai/gpt-5.4-nano 272000 128000 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
-openai/gpt-5.4-pro 1050000 128000 30 180 over272000=60/270 geo=1.1
-openai/gpt-5.5 1050000 128000 5 30 0.5 over272000=10/45/1 priority=2.5 geo=1.1
-openai/gpt-5.5-cyber 272000 128000 12.5 75 1.25
-openai/gpt-5.5-pro 1050000 128000 30 180 over272000=60/270 geo=1.1
-openai/gpt-5.6 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20 geo=1.1
-openai/gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=25/112.5/2.5/31.25/62.5
-openai/gpt-5.6-luna 922000 128000 0.2 1.2 0.02 0.25 0.5 over272000=0.4/1.8/0.04/0.5/1 geo=1.1
-openai/gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20 geo=1.1
-openai/gpt-5.6-terra 922000 128000 2 12 0.2 2.5 5 over272000=4/18/0.4/5/10 geo=1.1
-openai/gpt-6-astra 922000 128000 10 50 1 12.5 25 over272000=20/75/2/25/50 geo=1.1
-openai/gpt-6-astra-law 922000 128000 10 50 1
-openai/gpt-6-cyber 922000 128000 20 100 2 25 50
-openai/gpt-6-luna 922000 128000 0.1 0.5 0.01 0.125 0.25 over272000=0.2/0.75/0.02/0.25/0.5 geo=1.1
-openai/gpt-6-rosalind 922000 128000 15 75 1.5 18.75 37.5 over272000=30/112.5/3/37.5/75
-openai/gpt-6-sol 922000 128000 2 10 0.2 2.5 5 over272000=4/15/0.4/5/10 geo=1.1
-openai/gpt-6.1-sol 922000 128000 2 10 0.1 2.5 5 over272000=4/15/0.2/5/10 geo=1.1
-openai/gpt-6.1-terra 922000 128000 1 5 0.05 1.25 2.5 over272000=2/7.5/0.1/2.5/5 geo=1.1
-openai/gpt-6.2-astra 1050000 128000 8 40 0.4 10 20 over272000=16/60/0.8/20/40 geo=1.1
-openai/gpt-6.2-sol 1050000 128000 2 10 0.1 2.5 5 over272000=4/15/0.2/5/10 geo=1.1
-openai/gpt-daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=8/30/0.8/10/20
-openai/gpt-daybreak-red 272000 128000 12.5 75 1.25 15.625 31.25 over272000=25/112.5/2.5/31.25/62.5
-openai/gpt-rosalind-discovery 272000 128000 5 25 0.5
-openai/gpt-rosalind-research 272000 128000 5 25 0.5
-openai/o3 200000 100000 2 8 0.5 priority=1.75 ends=2026-12-11
-openai/o3-pro 200000 100000 20 80 ends=2026-12-11
-xai/grok-4.20 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.20-0309-non-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.20-0309-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.20-multi-agent-0309 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.20-non-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.20-reasoning 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.3 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.3-latest 1000000 1000000 1.25 2.5 0.2 over199999=2.5/5/0.4
-xai/grok-4.5 500000 500000 2 6 0.3 over199999=4/12/0.6
-xai/grok-4.5-latest 500000 500000 2 6 0.3 over199999=4/12/0.6
-xai/grok-4.6 500000 500000 2 6 0.5 over199999=4/12/1
-xai/grok-4.7 500000 500000 2 6 0.5 over199999=4/12/1
-xai/grok-build-0.1 256000 256000 1 2 0.2 over199999=2/4/0.4
-xai/grok-build-latest 500000 500000 2 6 0.3 over199999=4/12/0.6
-xai/grok-code-fast 256000 256000 1 2 0.2 over199999=2/4/0.4
-xai/grok-code-fast-1 256000 256000 1 2 0.2 over199999=2/4/0.4 ends=2026-05-15
-zai/glm-5.3 1000000 128000 1.4 4.4 0.26
-zai/glm-5.3-flash 1048576 128000 0.15 0.5 0.03
-zai/glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
+anthropic/
+claude-fable-5 1000000 128000 10 50 1 12.5 20
+claude-fable-5-1 1000000 128000 10 50 0.25 12.5 20
+claude-fable-5-2 1000000 128000 8 40 0.2 10 16
+claude-haiku-4-5 200000 64000 1 5 0.1 1.25 2
+claude-haiku-5-5 1000000 128000 0.1 0.5 0.01 0.125 0.2 over100000=5
+claude-mythos-5 1000000 128000 10 50 1 12.5 20
+claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
+claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
+claude-opus-4-5 200000 64000 5 25 0.5 6.25 10
+claude-opus-4-6 1000000 128000 5 25 0.5 6.25 10
+claude-opus-4-7 1000000 128000 5 25 0.5 6.25 10
+claude-opus-4-8 1000000 128000 5 25 0.5 6.25 10
+claude-opus-5 1000000 128000 5 25 0.5 6.25 10
+claude-opus-5-5 1000000 128000 4 20 0.2 5 8
+claude-sonnet-4-5 200000 64000 3 15 0.3 3.75 6 ends=2026-11-30
+claude-sonnet-4-6 1000000 128000 3 15 0.3 3.75 6
+claude-sonnet-5 1000000 128000 2 10 0.2 2.5 4
+claude-sonnet-5-5 1000000 128000 2 10 0.1 2.5 4
+deepseek/
+deepseek-flash 1000000 393216 0.15 0.6 0.003 peak=2
+deepseek-v3.2 163840 163840 0.28 0.4 0.028
+deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
+deepseek-v4-pro 1000000 393216 0.66 1.98 0.022 peak=2
+google/
+gemini-2.5-flash 1048576 65536 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-2.5-flash-lite 1048576 65536 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
+gemini-2.5-pro 1048576 65536 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-3-flash-preview 1048576 65536 0.5 3 0.05 flex=0.5/0.5/1
+gemini-3.1-flash-lite 1048576 65536 0.25 1.5 0.025 ends=2027-05-07
+gemini-3.1-pro-preview 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
+gemini-3.5-flash 1048576 65536 1.5 9 0.15 flex=0.5/0.5/0.533334
+gemini-3.5-flash-lite 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+gemini-3.6-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
+gemini-3.7-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
+gemini-3.8-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
+gemini-4-argon 1048576 1048576 2 10 0.1 from2026-12-01=2
+gemini-4-hydrogen 1048576 1048576 1.5 7.5 0.075
+gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
+gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+gemini-pro-latest 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
+groq/
+openai/gpt-oss-120b 131072 65536 0.15 0.6 0.075
+openai/gpt-oss-20b 131072 65536 0.075 0.3 0.0375
+qwen/qwen3.8-27b 131072 16384 0.8 4
+meta/
+muse-spark-1.3 1048576 131072 1.25 4.25 0.15
+muse-wonder-1.0 1048576 131072 4 20 0.2
+minimax/
+MiniMax-M3 1000000 128000 0.3 1.2 0.06 over512000=2
+MiniMax-M3.1-Flash 1000000 128000 0.15 0.6 0.015
+mistral/
+codestral-2508 128000 128000 0.3 0.9 0.03
+codestral-latest 128000 128000 0.3 0.9 0.03
+devstral-latest 256000 256000 0.4 2 0.04
+devstral-medium-latest 256000 256000 0.4 2 0.04
+devstral-small-latest 256000 256000 0.1 0.3 0.01
+magistral-medium-latest 262144 262144 1.5 7.5 0.15
+magistral-small-latest 262144 262144 0.15 0.6 0.015
+ministral-14b-2512 262144 262144 0.2 0.2 0.02
+ministral-14b-latest 262144 262144 0.2 0.2 0.02
+ministral-3b-2512 131072 131072 0.1 0.1 0.01
+ministral-3b-latest 131072 131072 0.1 0.1 0.01
+ministral-8b-2512 262144 262144 0.15 0.15 0.015
+ministral-8b-latest 262144 262144 0.15 0.15 0.015
+mistral-large-2512 262144 262144 0.5 1.5 0.05 ends=2027-04-30
+mistral-large-3 262144 262144 0.5 1.5 0.05
+mistral-large-4 1048576 1048576 0.7 2.1 0.07
+mistral-large-latest 262144 262144 0.5 1.5 0.05
+mistral-medium 262144 262144 1.5 7.5 0.15
+mistral-medium-2604 262144 262144 1.5 7.5 0.15
+mistral-medium-3.5 262144 262144 1.5 7.5 0.15
+mistral-medium-latest 262144 262144 1.5 7.5 0.15
+mistral-small 32000 8191 0.1 0.3 0.01
+mistral-small-2603 262144 262144 0.15 0.6 0.015
+mistral-small-latest 262144 262144 0.15 0.6 0.015
+pixtral-large-latest 128000 128000 2 6 0.2
+moonshot/
+kimi-k2.6 262144 262144 0.95 4 0.16
+kimi-k2.7-code 262144 262144 0.95 4 0.19
+kimi-k3 1048576 1048576 3 15 0.3 3 6
+kimi-k3.1-pro 1048576 1048576 2 10 0.2 2 4
+kimi-k3.1-pro-highspeed 1048576 1048576 4 20 0.2 4 8
+openai/
+chat-latest 400000 128000 5 30 0.5
+daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2
+daybreak-red 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
+gpt-4.1 1047576 32768 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
+gpt-4.1-mini 1047576 32768 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
+gpt-4o 128000 16384 2.5 10 1.25 priority=1.7 ends=2027-01-14
+gpt-4o-mini 128000 16384 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
+gpt-5 272000 128000 1.25 10 0.125 ends=2026-12-11
+gpt-5-mini 272000 128000 0.25 2 0.025 priority=1.8 ends=2026-12-11
+gpt-5-nano 272000 128000 0.05 0.4 0.005 ends=2026-12-11
+gpt-5-pro 400000 272000 15 120 ends=2026-12-11
+gpt-5.1 272000 128000 1.25 10 0.125 ends=2027-04-01
+gpt-5.2 272000 128000 1.75 14 0.175
+gpt-5.2-pro 272000 128000 21 168
+gpt-5.3-codex 272000 128000 1.75 14 0.175 ends=2027-04-01
+gpt-5.4 1050000 128000 2.5 15 0.25 over272000=2/1.5/2 geo=1.1
+gpt-5.4-mini 272000 128000 0.75 4.5 0.075 geo=1.1
+gpt-5.4-nano 272000 128000 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
+gpt-5.4-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
+gpt-5.5 1050000 128000 5 30 0.5 over272000=2/1.5/2 priority=2.5 geo=1.1
+gpt-5.5-cyber 272000 128000 12.5 75 1.25
+gpt-5.5-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
+gpt-5.6 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
+gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
+gpt-5.6-luna 922000 128000 0.2 1.2 0.02 0.25 0.5 over272000=2/1.5/2 geo=1.1
+gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
+gpt-5.6-terra 922000 128000 2 12 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
+gpt-6-astra 922000 128000 10 50 1 12.5 25 over272000=2/1.5/2 geo=1.1
+gpt-6-astra-law 922000 128000 10 50 1
+gpt-6-cyber 922000 128000 20 100 2 25 50
+gpt-6-luna 922000 128000 0.1 0.5 0.01 0.125 0.25 over272000=2/1.5/2 geo=1.1
+gpt-6-rosalind 922000 128000 15 75 1.5 18.75 37.5 over272000=2/1.5/2
+gpt-6-sol 922000 128000 2 10 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
+gpt-6.1-sol 922000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
+gpt-6.1-terra 922000 128000 1 5 0.05 1.25 2.5 over272000=2/1.5/2 geo=1.1
+gpt-6.2-astra 1050000 128000 8 40 0.4 10 20 over272000=2/1.5/2 geo=1.1
+gpt-6.2-sol 1050000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
+gpt-rosalind-discovery 272000 128000 5 25 0.5
+gpt-rosalind-research 272000 128000 5 25 0.5
+o3 200000 100000 2 8 0.5 priority=1.75 ends=2026-12-11
+o3-pro 200000 100000 20 80 ends=2026-12-11
+xai/
+grok-4.20 1000000 1000000 1.25 2.5 0.2
+grok-4.20-0309-non-reasoning 1000000 1000000 1.25 2.5 0.2
+grok-4.20-0309-reasoning 1000000 1000000 1.25 2.5 0.2
+grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2
+grok-4.20-multi-agent-0309 1000000 1000000 1.25 2.5 0.2
+grok-4.20-non-reasoning 1000000 1000000 1.25 2.5 0.2
+grok-4.20-reasoning 1000000 1000000 1.25 2.5 0.2
+grok-4.3 1000000 1000000 1.25 2.5 0.2
+grok-4.3-latest 1000000 1000000 1.25 2.5 0.2
+grok-4.5 500000 500000 2 6 0.3
+grok-4.5-latest 500000 500000 2 6 0.3
+grok-4.6 500000 500000 2 6 0.5
+grok-4.7 500000 500000 2 6 0.5
+grok-build-0.1 256000 256000 1 2 0.2
+grok-build-latest 500000 500000 2 6 0.3
+grok-code-fast 256000 256000 1 2 0.2
+grok-code-fast-1 256000 256000 1 2 0.2 ends=2026-05-15
+zai/
+glm-5.3 1000000 128000 1.4 4.4 0.26
+glm-5.3-flash 1048576 128000 0.15 0.5 0.03
+glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 """
 
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:

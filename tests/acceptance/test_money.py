@@ -94,7 +94,7 @@ json.dump(out, sys.stdout)
 # (calculator, model) or (calculator, model, moment) -> why its figure is another; seen with litellm 1.110.2, genai-prices 0.2.3
 DIFFERENCES: dict[tuple[str, ...], str] = {
     **{("genai", name, "Sunday, at a peak hour"): "genai-prices knows no weekdays; DeepSeek's page and litellm have ours"
-       for name, tariff in pomex.builtin_tariffs().items() if tariff.peak > 1},
+       for name, tariff in pomex.builtin_tariffs().items() if "peak" in tariff.factors},
     ("litellm", "mistral/mistral-large-4"): "litellm still has the price before the model's release; genai-prices has ours",
     ("litellm", "anthropic/claude-fable-5-2"): "named in litellm's map without prices",
     ("litellm", "anthropic/claude-mythos-5-2"): "named in litellm's map without prices",
@@ -203,7 +203,7 @@ LEFT_OUT = {
     r"xai/grok-4.20-.*(beta|gv2|0304)|xai/grok-4.20-(beta|0309)|xai/grok-code-fast-1-0825": "a preview of a model in the table",
     r".*/(gpt-(astra|luna|mini|sol|terra)|minimax|kimi|grok|glm|glm-flash|deepseek-pro)-latest":
         "a name that moves from one generation to the next, at another price",
-    r"mistral/(deepseek|zai-glm|glm|mistral-large-4-0|mistral-medium-3|ministral-3-)": "another spelling, or another maker's model",
+    r"openai/gpt-daybreak-|mistral/(deepseek|zai-glm|glm|mistral-large-4-0|mistral-medium-3|ministral-3-)": "another spelling, or another maker's model",
 }
 PROVIDERS = {"gemini": "google", **{name: name for name in (
     "openai", "anthropic", "xai", "deepseek", "mistral", "groq", "moonshot", "zai", "minimax", "meta")}}

@@ -247,7 +247,7 @@ def count(holder: Any, *names: str) -> int:
 
 
 def billing_facts(answer: JSON, counts: JSON) -> dict[str, Any]:
-    """What an answer, or the counts in it, say of what it costs beyond its tokens: fields of Usage."""
+    """What an answer says of its cost beyond its tokens: fields of Usage."""
     tools, cost = table_of(answer.get("tool_usage")), counts.get("cost")
     tiers = answer.get("service_tier"), counts.get("service_tier"), counts.get("speed"), counts.get("inference_geo")
     return {"web_searches": count(tools.get("web_search"), "num_requests")                      # OpenAI
@@ -5857,8 +5857,7 @@ def explained(what: str, holder: JSON, reason: str, message: str) -> str:
 
 
 def gemini_usage(given: JSON, model: str, grounding: JSON) -> Usage | None:
-    """Gemini counts thoughts and what its own tools read apart; absent counts are nought. Of searches it bills each query,
-    with Gemini 2 each answer that rests on any."""
+    """Gemini counts thoughts and what its tools read apart; it bills each query of a search, Gemini 2 an answer with any."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
@@ -7781,14 +7780,13 @@ class Ledger:
 
 # --- 8.5 prices -----------------------------------------------------------------------------------
 #
-# A price is one line of text, in the table, in the ledger's rows and here: USD per million tokens of input, output,
-# cache read, cache write, cache write kept long, then USD per thousand searches of the provider's own search tool;
-# "-" where there is none of its own. It is computed with as integer pico-dollars a token.
+# A price is one line of text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then
+# USD per thousand of the provider's searches; "-" where there is none. It is computed with as integer pico-dollars a token.
 
 DAY_MS = 86_400_000
 ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
-PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 09:00-12:00 and 14:00-18:00 in Beijing, not on weekends there
-USUAL = {                   # words of the table that hold for all of a provider's models, unless a row says otherwise
+PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
+USUAL = {       # words of the table that hold for a provider's models unless a row says otherwise
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
@@ -7799,7 +7797,7 @@ DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # one day's mo
 
 
 class Price(NamedTuple):
-    """Pico-dollars: five for a token, one for a search, and a whole answer where only its provider knows the price."""
+    """Pico-dollars: five for a token, one for a search, one for a whole answer by its provider's own word."""
     input: int
     output: int
     cache_read: int
@@ -7811,7 +7809,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """None for the empty text: no price. What has no price of its own costs what it would without the cache."""
+    """None for no price. What has none of its own costs what it would without the cache."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -7820,13 +7818,13 @@ def price_of(text: str) -> Price | None:
     read, write, long, search = [*given[2:], None, None, None, None][:4]
     base, output = given[0] or 0, given[1] or 0
     write = base if write is None else write
-    # a search is priced per thousand, so pico-dollars for one are a thousand times those of a token's millionth
+    # a search is priced per thousand, a token per million
     return Price(base, output, base if read is None else read, write, write if long is None else long, (search or 0) * 1000)
 
 
-@functools.lru_cache(4096)
+@functools.cache
 def scaled(text: str, factors: str) -> str:
-    """A price times so much: each token's by its own factor, the last of them for all that follow; not a search's."""
+    """A price with each token's times its factor, the last factor for all that follow."""
     numbers = factors.split("/")
     numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
@@ -7844,7 +7842,7 @@ class Tariff(NamedTuple):
     source: str = ""                            # where it stands, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
-        """The price of a request by its start, its size (cached and written input included), and what it was served as."""
+        """By the start of a request, its size (cached and written input included), and what it was served as."""
         text = self.base
         for day, changed in self.changes:
             text = changed if started_ms >= day * DAY_MS else text
@@ -7867,10 +7865,11 @@ def builtin_tariffs() -> dict[str, Tariff]:
 
 def model_rows() -> Iterator[tuple[str, list[str]]]:
     provider = ""
-    for name, *columns in map(str.split, MODEL_TABLE.splitlines()):
-        provider = provider if columns else name
+    for names, *columns in map(str.split, MODEL_TABLE.splitlines()):
         if columns:
-            yield provider + name, columns
+            yield from ((provider + name, columns) for name in names.split(","))
+        else:
+            provider = names
 
 
 def builtin_tariff(name: str, columns: list[str]) -> Tariff:
@@ -7903,14 +7902,14 @@ def configured_tariff(name: str, prices: PriceConfig) -> Tariff:
 
 
 class PriceBook:
-    """What a target's tokens cost: as configured for it or as in the table, by its own name, else by its family's; else as
-    configured for the name that was asked for; else nothing at a free provider. Never a guess."""
+    """What a target costs: by its name, configured or in the table; by its family's; as configured for the name that was asked
+    for; nothing at a free provider. Never a guess."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_tariff(name, prices) for name, prices in config.prices.items()}
         self.known = {**builtin_tariffs(), **self.configured}
         self.free = {name for name, provider in config.providers.items() if provider.free or provider.wire_api == "demo"}
-        # whose requests may ask for a service tier, and the region that their address stands for
+        # of those that may be asked for a service tier
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
                         for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
 
@@ -7940,7 +7939,7 @@ def usd(nanos: int, places: int = 2) -> str:
 
 
 def fraction(text: str, unit: int, least: int = 0) -> int:
-    """A decimal number, in plain digits, in whole units of 1/unit; ValueError for what does not come out even."""
+    """A number in plain digits, in whole units of 1/unit; ValueError for any other text."""
     if not re.fullmatch(r"-?(?=\.?[0-9])[0-9]{0,12}\.?[0-9]{0,12}", text):
         raise ValueError
     number = decimal.Decimal(text) * unit
@@ -7951,14 +7950,12 @@ def fraction(text: str, unit: int, least: int = 0) -> int:
 
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
-# A limit is never exceeded by what is reserved. Before anything goes upstream a request reserves what it may need (its
-# estimated input and some output), extends that while output streams, and puts its true cost in the place of it when
-# it ends. Reservations are made from leases: what this process has taken of a limit, in the table `leases`, by one
-# statement that only succeeds where there is room beside what is spent and what other processes have taken. A
-# lease is a little more than was needed (a slice), so that most requests are served from memory; the unused part
-# goes back after a second. A row lives five seconds unless renewed, so nothing stays reserved after a kill -9; the
-# dead process's journal is settled before its lease is dropped. What a settled request cost stays in the lease until
-# the transaction that adds its row to the sums takes it out.
+# A limit is never exceeded by what is reserved. A request reserves its estimated input and some output before it goes
+# upstream, extends that while output streams, and replaces it with its true cost. Reservations come from leases: this
+# process's part of a limit, in the table `leases`, taken by one statement that succeeds only where spent and leased leave
+# room. A lease is a slice more than was needed, so that most requests are served from memory; the unused part goes back
+# after a second. A row lives five seconds unless renewed; a dead process's journal is settled before its lease is dropped.
+# A settled cost stays in the lease until the transaction that adds its row to the sums takes it out.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
@@ -8215,7 +8212,7 @@ class Budgets:
 # --- 8.7 the bill of one request ------------------------------------------------------------------
 
 class Line(NamedTuple):
-    """An attempt that was given up, and that its provider bills all the same. Fields are the columns of `attempts`."""
+    """An attempt that was given up and is billed all the same. Fields are the columns of `attempts`."""
     response_id: str
     attempt: int
     provider: str
@@ -8251,7 +8248,7 @@ class Bill:
         self.dearest = ""                               # the price that reservations are made at
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
-        """By what the answer says it was served as; else by the dearer of the standard tier and the one asked for."""
+        """By what the answer says it was served as, else the dearer of the standard tier and the one asked for."""
         tariff, region = self.book.tariff(provider, model, self.model), self.book.regions.get(provider)
         if tariff is None:
             return f"provider {usage.cost}" if usage.cost else ""
@@ -9693,7 +9690,7 @@ def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str
 @functools.cache
 def known_models(provider: str) -> dict[str, ModelFacts]:
     """The models that the built-in table knows of one provider."""
-    return {name.partition("/")[2]: ModelFacts(int(context), int(output)) for name, (context, output, *_) in model_rows()
+    return {name.partition("/")[2]: ModelFacts(int(window), int(output)) for name, (window, output, *_) in sorted(model_rows())
             if name.partition("/")[0] == provider}
 
 
@@ -10610,7 +10607,7 @@ def in_use(tiers: Sequence[Sequence[Way]], disabled: frozenset[str]) -> Sequence
 
 async def afforded(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
                    ways: Sequence[Way], payable: bool) -> tuple[Downstream, GatewayError | None]:
-    """The answer to be, its money reserved; and the error, where a limit of the key is in the way."""
+    """The answer to be, its money reserved; and the error, where a limit is in the way."""
     estimate = input_estimate(request.raw)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
                 int(client.started_s * 1000), request.get("service_tier", ""))
@@ -13478,7 +13475,7 @@ def run_prices_show(args: argparse.Namespace) -> int:
         notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
         notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
         notes += [f"{tier} x {factor}" for tier, factor in tariff.factors.items()]
-        notes += [f"retired {tariff.ends}"] if tariff.ends else []
+        notes += [f"ends {tariff.ends}"] if tariff.ends else []
         rows.append((name, *(f"{tariff.base} -".split()[:6]), tariff.source.partition(" in ")[2], "; ".join(notes)))
     if args.json:
         print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
@@ -14541,35 +14538,28 @@ def run_health(args: argparse.Namespace) -> int:
 
 # === 14. data =====================================================================================
 
-# A provider, then its models: name, input and output tokens at most; USD per million tokens of input, output, cache read, cache
-# write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow: overN=
-# where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak= in DeepSeek's peak hours,
-# any other of a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2, genai-prices 0.2.3.
+# A provider, then its models: names, input and output tokens at most; USD per million tokens of input, output, cache read,
+# cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow:
+# overN= where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak= DeepSeek's hours,
+# any other a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2, genai-prices 0.2.3.
 PRICES_DATE = "2026-11-30"
 MODEL_TABLE = """\
 anthropic/
-claude-fable-5 1000000 128000 10 50 1 12.5 20
-claude-fable-5-1 1000000 128000 10 50 0.25 12.5 20
-claude-fable-5-2 1000000 128000 8 40 0.2 10 16
+claude-fable-5,claude-mythos-5 1000000 128000 10 50 1 12.5 20
+claude-fable-5-1,claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
+claude-fable-5-2,claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
 claude-haiku-4-5 200000 64000 1 5 0.1 1.25 2
 claude-haiku-5-5 1000000 128000 0.1 0.5 0.01 0.125 0.2 over100000=5
-claude-mythos-5 1000000 128000 10 50 1 12.5 20
-claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
-claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
 claude-opus-4-5 200000 64000 5 25 0.5 6.25 10
-claude-opus-4-6 1000000 128000 5 25 0.5 6.25 10
-claude-opus-4-7 1000000 128000 5 25 0.5 6.25 10
-claude-opus-4-8 1000000 128000 5 25 0.5 6.25 10
-claude-opus-5 1000000 128000 5 25 0.5 6.25 10
+claude-opus-4-6,claude-opus-4-7,claude-opus-4-8,claude-opus-5 1000000 128000 5 25 0.5 6.25 10
 claude-opus-5-5 1000000 128000 4 20 0.2 5 8
 claude-sonnet-4-5 200000 64000 3 15 0.3 3.75 6 ends=2026-11-30
 claude-sonnet-4-6 1000000 128000 3 15 0.3 3.75 6
 claude-sonnet-5 1000000 128000 2 10 0.2 2.5 4
 claude-sonnet-5-5 1000000 128000 2 10 0.1 2.5 4
 deepseek/
-deepseek-flash 1000000 393216 0.15 0.6 0.003 peak=2
+deepseek-flash,deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
 deepseek-v3.2 163840 163840 0.28 0.4 0.028
-deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
 deepseek-v4-pro 1000000 393216 0.66 1.98 0.022 peak=2
 google/
 gemini-2.5-flash 1048576 65536 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
@@ -14577,17 +14567,12 @@ gemini-2.5-flash-lite 1048576 65536 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
 gemini-2.5-pro 1048576 65536 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
 gemini-3-flash-preview 1048576 65536 0.5 3 0.05 flex=0.5/0.5/1
 gemini-3.1-flash-lite 1048576 65536 0.25 1.5 0.025 ends=2027-05-07
-gemini-3.1-pro-preview 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
+gemini-3.1-pro-preview,gemini-pro-latest 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
 gemini-3.5-flash 1048576 65536 1.5 9 0.15 flex=0.5/0.5/0.533334
-gemini-3.5-flash-lite 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
-gemini-3.6-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
-gemini-3.7-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
-gemini-3.8-flash 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
+gemini-3.5-flash-lite,gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+gemini-3.6-flash,gemini-3.7-flash,gemini-3.8-flash,gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
 gemini-4-argon 1048576 1048576 2 10 0.1 from2026-12-01=2
 gemini-4-hydrogen 1048576 1048576 1.5 7.5 0.075
-gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
-gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
-gemini-pro-latest 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
 groq/
 openai/gpt-oss-120b 131072 65536 0.15 0.6 0.075
 openai/gpt-oss-20b 131072 65536 0.075 0.3 0.0375
@@ -14599,30 +14584,18 @@ minimax/
 MiniMax-M3 1000000 128000 0.3 1.2 0.06 over512000=2
 MiniMax-M3.1-Flash 1000000 128000 0.15 0.6 0.015
 mistral/
-codestral-2508 128000 128000 0.3 0.9 0.03
-codestral-latest 128000 128000 0.3 0.9 0.03
-devstral-latest 256000 256000 0.4 2 0.04
-devstral-medium-latest 256000 256000 0.4 2 0.04
+codestral-2508,codestral-latest 128000 128000 0.3 0.9 0.03
+devstral-latest,devstral-medium-latest 256000 256000 0.4 2 0.04
 devstral-small-latest 256000 256000 0.1 0.3 0.01
-magistral-medium-latest 262144 262144 1.5 7.5 0.15
-magistral-small-latest 262144 262144 0.15 0.6 0.015
-ministral-14b-2512 262144 262144 0.2 0.2 0.02
-ministral-14b-latest 262144 262144 0.2 0.2 0.02
-ministral-3b-2512 131072 131072 0.1 0.1 0.01
-ministral-3b-latest 131072 131072 0.1 0.1 0.01
-ministral-8b-2512 262144 262144 0.15 0.15 0.015
-ministral-8b-latest 262144 262144 0.15 0.15 0.015
+magistral-medium-latest,mistral-medium,mistral-medium-2604,mistral-medium-3.5,mistral-medium-latest 262144 262144 1.5 7.5 0.15
+magistral-small-latest,mistral-small-2603,mistral-small-latest 262144 262144 0.15 0.6 0.015
+ministral-14b-2512,ministral-14b-latest 262144 262144 0.2 0.2 0.02
+ministral-3b-2512,ministral-3b-latest 131072 131072 0.1 0.1 0.01
+ministral-8b-2512,ministral-8b-latest 262144 262144 0.15 0.15 0.015
 mistral-large-2512 262144 262144 0.5 1.5 0.05 ends=2027-04-30
-mistral-large-3 262144 262144 0.5 1.5 0.05
+mistral-large-3,mistral-large-latest 262144 262144 0.5 1.5 0.05
 mistral-large-4 1048576 1048576 0.7 2.1 0.07
-mistral-large-latest 262144 262144 0.5 1.5 0.05
-mistral-medium 262144 262144 1.5 7.5 0.15
-mistral-medium-2604 262144 262144 1.5 7.5 0.15
-mistral-medium-3.5 262144 262144 1.5 7.5 0.15
-mistral-medium-latest 262144 262144 1.5 7.5 0.15
 mistral-small 32000 8191 0.1 0.3 0.01
-mistral-small-2603 262144 262144 0.15 0.6 0.015
-mistral-small-latest 262144 262144 0.15 0.6 0.015
 pixtral-large-latest 128000 128000 2 6 0.2
 moonshot/
 kimi-k2.6 262144 262144 0.95 4 0.16
@@ -14633,7 +14606,7 @@ kimi-k3.1-pro-highspeed 1048576 1048576 4 20 0.2 4 8
 openai/
 chat-latest 400000 128000 5 30 0.5
 daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2
-daybreak-red 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
+daybreak-red,gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
 gpt-4.1 1047576 32768 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
 gpt-4.1-mini 1047576 32768 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
 gpt-4o 128000 16384 2.5 10 1.25 priority=1.7 ends=2027-01-14
@@ -14649,14 +14622,11 @@ gpt-5.3-codex 272000 128000 1.75 14 0.175 ends=2027-04-01
 gpt-5.4 1050000 128000 2.5 15 0.25 over272000=2/1.5/2 geo=1.1
 gpt-5.4-mini 272000 128000 0.75 4.5 0.075 geo=1.1
 gpt-5.4-nano 272000 128000 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
-gpt-5.4-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
+gpt-5.4-pro,gpt-5.5-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
 gpt-5.5 1050000 128000 5 30 0.5 over272000=2/1.5/2 priority=2.5 geo=1.1
 gpt-5.5-cyber 272000 128000 12.5 75 1.25
-gpt-5.5-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
-gpt-5.6 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
-gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
+gpt-5.6,gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
 gpt-5.6-luna 922000 128000 0.2 1.2 0.02 0.25 0.5 over272000=2/1.5/2 geo=1.1
-gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
 gpt-5.6-terra 922000 128000 2 12 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
 gpt-6-astra 922000 128000 10 50 1 12.5 25 over272000=2/1.5/2 geo=1.1
 gpt-6-astra-law 922000 128000 10 50 1
@@ -14668,27 +14638,15 @@ gpt-6.1-sol 922000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
 gpt-6.1-terra 922000 128000 1 5 0.05 1.25 2.5 over272000=2/1.5/2 geo=1.1
 gpt-6.2-astra 1050000 128000 8 40 0.4 10 20 over272000=2/1.5/2 geo=1.1
 gpt-6.2-sol 1050000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-rosalind-discovery 272000 128000 5 25 0.5
-gpt-rosalind-research 272000 128000 5 25 0.5
+gpt-rosalind-discovery,gpt-rosalind-research 272000 128000 5 25 0.5
 o3 200000 100000 2 8 0.5 priority=1.75 ends=2026-12-11
 o3-pro 200000 100000 20 80 ends=2026-12-11
 xai/
-grok-4.20 1000000 1000000 1.25 2.5 0.2
-grok-4.20-0309-non-reasoning 1000000 1000000 1.25 2.5 0.2
-grok-4.20-0309-reasoning 1000000 1000000 1.25 2.5 0.2
-grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2
-grok-4.20-multi-agent-0309 1000000 1000000 1.25 2.5 0.2
-grok-4.20-non-reasoning 1000000 1000000 1.25 2.5 0.2
-grok-4.20-reasoning 1000000 1000000 1.25 2.5 0.2
-grok-4.3 1000000 1000000 1.25 2.5 0.2
-grok-4.3-latest 1000000 1000000 1.25 2.5 0.2
-grok-4.5 500000 500000 2 6 0.3
-grok-4.5-latest 500000 500000 2 6 0.3
-grok-4.6 500000 500000 2 6 0.5
-grok-4.7 500000 500000 2 6 0.5
-grok-build-0.1 256000 256000 1 2 0.2
-grok-build-latest 500000 500000 2 6 0.3
-grok-code-fast 256000 256000 1 2 0.2
+grok-4.20,grok-4.20-0309-non-reasoning,grok-4.20-0309-reasoning,grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2
+grok-4.20-multi-agent-0309,grok-4.20-non-reasoning,grok-4.20-reasoning,grok-4.3,grok-4.3-latest 1000000 1000000 1.25 2.5 0.2
+grok-4.5,grok-4.5-latest,grok-build-latest 500000 500000 2 6 0.3
+grok-4.6,grok-4.7 500000 500000 2 6 0.5
+grok-build-0.1,grok-code-fast 256000 256000 1 2 0.2
 grok-code-fast-1 256000 256000 1 2 0.2 ends=2026-05-15
 zai/
 glm-5.3 1000000 128000 1.4 4.4 0.26

@@ -253,10 +253,10 @@ def test_a_price_of_its_own_goes_before_its_familys_and_any_price_before_free():
     ('[prices."x/y"]\ninput = 1', "needs input and output"), ('[prices."x/y"]\noutput = 1', "0 is free"),
     ('[prices."x/y"]\ninput = nan', "must be an amount"),
 ])
-def test_a_wrong_price_is_told_with_its_line(text, words):
+def test_a_wrong_price_is_told_with_its_place(text, words):
     with pytest.raises(pomex.ConfigError, match=re.escape(words)) as told:
         pomex.load_config(text, "pomex.toml", {})
-    assert "line" in str(told.value)
+    assert re.match(r'pomex\.toml: .*"xy?/?y"', str(told.value))     # the file, and the table or the model that it is for
 
 
 # --- the ledger -----------------------------------------------------------------------------------

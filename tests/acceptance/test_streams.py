@@ -117,7 +117,9 @@ def test_a_relayed_stream_is_no_worse_than_it_came(sdk: Sdk, pomex: Pomex, scrip
 # --- what real providers sent -----------------------------------------------------------------------
 
 def recordings(protocol: str) -> list[Path]:
-    return sorted(path.parent for path in (SHARED / "recorded" / protocol).glob("*/response.sse"))
+    """Without those whose calls come in Vertex's pieces, which is asked for by no request of Pomex's."""
+    paths = sorted((SHARED / "recorded" / protocol).glob("*/response.sse"))
+    return [path.parent for path in paths if b'"partialArgs"' not in path.read_bytes()]
 
 
 FAILURES = (b'"response.failed"', b"overloaded_error", b"MALFORMED_FUNCTION_CALL")

@@ -2736,9 +2736,8 @@ def has_content(item: JSON) -> bool:
     if item_kind(item) == "call":
         said = item.get(CALL_FIELD[item["type"]][1])
         return isinstance(said, str) and said.strip() not in ("", "{}")
-    parts = dicts_in(item.get("content"))
-    return item.get("type") != "message" or any(
-        part.get("type") not in PART_FAMILY or whole_text({"part": part})[3] for part in parts)
+    return item_kind(item) != "message" or any(
+        part.get("type") not in PART_FAMILY or whole_text({"part": part})[3] for part in dicts_in(item.get("content")))
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
@@ -2748,7 +2747,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
     said = "".join(text.so_far() for text in known.texts)
     if known.kind != "call":
         item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
-                           for text in known.texts]
+                           for text in known.texts] or dicts_in(item.get("content"))
     elif item["type"] == "function_call":
         item["arguments"] = said or "{}"
     else:
@@ -2943,8 +2942,7 @@ class Relay(Attempt):
         if half_call(item) and known.slot not in self.halves:
             self.halves[known.slot] = event, frame
             return
-        filled = fill_item(item, known)
-        if self._sealed_item(item) or filled or not frame:
+        if fill_item(item, known) | self._sealed_item(item) or not frame:
             frame = sse_frame(event["type"], compact(event))
         if new:
             self._pass(frame.replace(b"output_item.done", b"output_item.added", 2))
@@ -2954,11 +2952,11 @@ class Relay(Attempt):
     def _release(self, streamed: int) -> None:
         """The items that only the final response holds, and those that waited for it; so many were `streamed`."""
         items = self.decoder.items.all
-        shift = max([known.index + 1 - streamed for known in items if isinstance(known.index, int)], default=0)
+        shift = max([0, *(known.index + 1 - streamed for known in items if isinstance(known.index, int))])
         for known in items:
             if known.closed and known.slot not in self.items and known.slot not in self.halves:
                 new = known.slot >= streamed
-                index = known.slot + max(shift, 0) if new else known.index
+                index = known.slot + shift if new else known.index
                 self._accept(known, {"type": "response.output_item.done", "sequence_number": 0, "output_index": index,
                                      "item": known.item}, new=new)
 

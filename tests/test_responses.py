@@ -941,6 +941,15 @@ def test_frames_pass_as_they_came_but_for_id_and_model():
     assert attempt.usage == Usage(9, 1, 0, 2)
 
 
+@pytest.mark.parametrize("content", [[], [PART], [PART, PART], [{**PART, "logprobs": []}]])
+def test_a_message_of_theirs_that_says_nothing_keeps_the_parts_that_it_has(content):
+    parts = [(f"response.content_part.{what}", {"content_index": n, "part": part}) for n, part in enumerate(content) for what in ("added", "done")]
+    raw, _ = relayed(numbered([*BEGIN, *theirs(0, {**SAID, "content": content}, *parts), *end()]))
+    final = streams.check(raw, relayed=True)
+    told = [event["item"] for event in streams.events(raw) if event["type"] == "response.output_item.done"]
+    assert [item["content"] for item in (*told, *final["output"])] == [content, content]
+
+
 @pytest.mark.parametrize("stream", [
     [*BEGIN, *SAYING, *RUNNING, *end()],
     [*BEGIN, b": ping\n\n", *SAYING[:2], b"event: ping\ndata:\n\n", *SAYING[2:], b":\n\n", *end(), b"data: [DONE]\n\n"],

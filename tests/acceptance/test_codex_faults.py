@@ -365,8 +365,8 @@ class Nobody(NamedTuple):
 CUT_OFF = "stream disconnected before completion: "
 NOBODY_LEFT = {
     "dead": Nobody(["gone-chat", "native", "messages"], Break("503"), 6,
-                   CUT_OFF + r"gone-chat: connection refused \(127\.0\.0\.1:\d+, 2 tries\); native: 503 overloaded \(2 tries\); "
-                   r"messages: 503 overloaded \(2 tries\)\. No provider left\.",
+                   CUT_OFF + r"gone-chat: connection refused \(127\.0\.0\.1:\d+, 2 tries\); native: 503 overloaded \(2 tries\): Try later; "
+                   r"messages: 503 overloaded \(2 tries\): Try later\. No provider left\.",
                    f"^{CUT_OFF}.*(gone-chat: connection refused|native: 503|messages: 503).* No provider left\\.$"),
     "cut": Nobody(["chat"], Break("at-call"), 6, CUT_OFF + "Provider chat .* failed while reading the answer",
                   f"^{CUT_OFF}Provider chat .* failed while reading the answer: connection reset by peer\\.$"),

@@ -424,7 +424,7 @@ MISTAKES = {
                       swap('(base_url = ".*)/v1"', r'\1"')),
     "budget": Mistake("Key poor has used 0.12 of 0.05 USD this month; it resets on 1 [A-Z][a-z]+.", "insufficient_quota", 200,
                       key="poor", model="up/m"),
-    "all failed": Mistake(r"gone: connection refused (127.0.0.1:\d+, \d tries); up: 529 overloaded (\d tries). No provider left.",
+    "all failed": Mistake(r"gone: connection refused (127.0.0.1:\d+, \d tries); up: 529 overloaded (\d tries): Overloaded. No provider left.",
                           "server_error", 200, model="team/coder", answers=(DOWN,) * 6),
     "cut": Mistake("Provider up (127.0.0.1:\\d+) failed while reading the answer: The connection ended in the middle of a message.",
                    "server_error", 200, model="up/m", answers=(says("This one is cut in the middle", end="cut"),) * 6),

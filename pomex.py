@@ -3447,20 +3447,20 @@ NORMALISED_FIELDS = ("max_output_tokens", "temperature", "top_p", "text", "reaso
 NOT_NORMALISED = ("top_logprobs", "max_tool_calls")       # named when they are asked for
 
 
-def encode_responses(request: ResponsesRequest, history: History, model: str, book: ToolBook) -> tuple[JSON, list[str]]:
-    """The body for a server that knows messages, functions and reasoning, and refuses the rest, and what it cannot carry
-    besides what history and book name."""
-    dropped = [name for name in NOT_NORMALISED if request.get(name)]
-    body: JSON = {"model": model}
+def encode_responses(ctx: EncodeContext) -> JSON:
+    """The body for a server that knows messages, functions and reasoning, and refuses the rest."""
+    get, history, functions = ctx.request.get, ctx.history, ctx.book.functions
+    ctx.dropped += [name for name in NOT_NORMALISED if get(name)]
+    body: JSON = {"model": ctx.job.model}
     if history.system:
         body["instructions"] = "\n\n".join(history.system)
     body["input"] = [plain_input(item, index) for index, item in enumerate(history.items)]
-    if book.functions:
-        body["tools"] = [{"type": "function", "strict": None, **function} for function in book.functions]
-        body["tool_choice"] = plain_choice(request.get("tool_choice", "auto"), book, dropped)
-        body["parallel_tool_calls"] = request.get("parallel_tool_calls", True)
-    body.update({name: request.get(name) for name in NORMALISED_FIELDS if request.get(name) not in (None, [], {})})
-    return {**body, "stream": request.stream, "store": False}, dropped
+    if functions:
+        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
+        body["tool_choice"] = plain_choice(ctx)
+        body["parallel_tool_calls"] = get("parallel_tool_calls", True)
+    body.update({name: get(name) for name in NORMALISED_FIELDS if get(name) not in (None, [], {})})
+    return {**body, "stream": ctx.request.stream, "store": False}
 
 
 def plain_input(item: JSON, index: int) -> JSON:
@@ -3487,11 +3487,24 @@ def plain_part(part: JSON, assistant: bool) -> JSON:
     return {"detail": "auto", **part} if part["type"] == "input_image" else part
 
 
-def plain_choice(choice: Any, book: ToolBook, dropped: list[str]) -> Any:
+def plain_choice(ctx: EncodeContext) -> Any:
     """tool_choice in flat names; one that functions cannot express is named, and becomes auto."""
-    found = chat_tool_choice(choice, book)
-    dropped += ["tool_choice"] if found is None else barred(choice, found, book)
+    found = chosen_tool(ctx)
     return {"type": "function", **found["function"]} if isinstance(found, dict) else found or "auto"
+
+
+# Sealed by another organisation, region or key: without a retry the conversation would be refused for good. Some relays drop
+# the code (lidge-jun/opencodex#2269).
+SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
+                          r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
+
+
+def repair_responses(body: JSON, error: GatewayError) -> JSON | None:
+    """The request without what is sealed, where that was refused."""
+    if isinstance(body["input"], str) or not SEAL_REFUSED.search(f"{error.code} {error}"):
+        return None
+    return {**body, "input": [item for item in body["input"]
+                              if item.get("type") != "reasoning" and "encrypted_content" not in item]}
 
 
 # codes of refusals: another target would refuse too, and clients act on them (CODEX.md 7.3)
@@ -3814,56 +3827,56 @@ DIALECTS: dict[str, Dialect] = {
 }
 
 
+def chat_dialect(job: Job) -> Dialect:
+    """The habits of a job's server, as the configuration has them."""
+    return overridden(DIALECTS[job.dialect or "generic"], job.overrides, job.model)
+
+
 # --- the request
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
 MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string with maximum length 40"
 
 
-def encode_chat(request: ResponsesRequest, history: History, model: str, book: ToolBook,
-                dialect: Dialect) -> tuple[JSON, list[str]]:
-    """The body of POST /chat/completions, and what it cannot carry besides what history and book name."""
-    dropped: list[str] = []
+def encode_chat(ctx: EncodeContext) -> JSON:
+    """The body of POST /chat/completions."""
+    request, model, dialect = ctx.request, ctx.job.model, ctx.settings
     shape, instruction = response_format(request.get("text", {}).get("format") or {}, dialect)
     effort = request.get("reasoning", {}).get("effort")
     thinking = effort_fields(effort, model, dialect) if effort else {}
     if effort and not thinking:
-        dropped.append("reasoning.effort")
-    body: JSON = {"model": model, "messages": ChatMessages(history, dialect, dropped).encode(instruction)}
-    if book.functions:
-        may_force = dialect.forced_choice or thinking.get("thinking") == {"type": "disabled"}
-        body |= chat_tools(request, book, dialect, may_force, dropped)
-    body |= chat_settings(request, dialect, dropped) | thinking
+        ctx.dropped.append("reasoning.effort")
+    body: JSON = {"model": model, "messages": ChatMessages(ctx).encode(instruction)}
+    if ctx.book.functions:
+        body |= chat_tools(ctx, dialect.forced_choice or thinking.get("thinking") == {"type": "disabled"})
+    body |= chat_settings(ctx) | thinking
     if shape is not None:
         body["response_format"] = shape
     if request.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    return body, dropped
+    return body
 
 
-def chat_tools(request: ResponsesRequest, book: ToolBook, dialect: Dialect, may_force: bool,
-               dropped: list[str]) -> JSON:
+def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     """tools, tool_choice, parallel_tool_calls: without the first, the others are refused."""
-    fields: JSON = {"tools": [chat_tool(function, dialect) for function in book.functions]}
-    choice = chat_tool_choice(request.get("tool_choice", "auto"), book)
-    if choice is None or (choice not in ("auto", "none") and not may_force):
-        dropped.append("tool_choice")
-    elif choice != "auto":                      # auto is everybody's own
+    fields: JSON = {"tools": [chat_tool(function, ctx.settings) for function in ctx.book.functions]}
+    choice, parallel = chosen_tool(ctx), ctx.request.get("parallel_tool_calls")
+    if choice not in ("auto", "none", None) and not may_force:
+        ctx.dropped.append("tool_choice")
+    elif choice not in ("auto", None):          # auto is everybody's own
         fields["tool_choice"] = choice
-    dropped += barred(request.get("tool_choice"), choice, book)
-    if request.get("parallel_tool_calls") is not None:
-        fields["parallel_tool_calls"] = request.get("parallel_tool_calls")
-    return fields
+    return fields if parallel is None else {**fields, "parallel_tool_calls": parallel}
 
 
-def chat_settings(request: ResponsesRequest, dialect: Dialect, dropped: list[str]) -> JSON:
+def chat_settings(ctx: EncodeContext) -> JSON:
     """The fields that are only renamed, or passed where the server knows them."""
+    request, dialect = ctx.request, ctx.settings
     asked = {**{name: request.get(name) for name in ("temperature", "top_p", *OPENAI_FIELDS, *NO_FIELDS)},
              "verbosity": request.get("text", {}).get("verbosity"), "prompt_cache_key": request.cache_key(),
              dialect.max_tokens: request.get("max_output_tokens")}
     known = {"temperature", "top_p", dialect.max_tokens, *dialect.passed}
-    dropped += [name for name in ("verbosity", "service_tier", *NO_FIELDS)
-                if asked[name] not in (None, 0, "auto", "default") and name not in known]
+    ctx.dropped += [name for name in ("verbosity", "service_tier", *NO_FIELDS)
+                    if asked[name] not in (None, 0, "auto", "default") and name not in known]
     return {name: value for name, value in asked.items() if value is not None and name in known}
 
 
@@ -3873,13 +3886,18 @@ def chat_tool(function: JSON, dialect: Dialect) -> JSON:
                                              if key != "strict" or dialect.strict_tools}}
 
 
-def barred(choice: Any, given: Any, book: ToolBook) -> list[str]:
-    """The name of what is lost where an allowed_tools bars a tool that is offered: only one that is forced says so."""
-    if not isinstance(choice, dict) or choice["type"] != "allowed_tools" or isinstance(given, dict):
-        return []
-    found = (chat_tool_choice({"type": "", **tool}, book) for tool in dicts_in(choice.get("tools")))
-    allowed = {each["function"]["name"] for each in found if isinstance(each, dict)}
-    return ["tool_choice.tools"] if book.by_flat.keys() - allowed else []
+def chosen_tool(ctx: EncodeContext) -> Any:
+    """chat_tool_choice of the request; names what it loses: a tool that is not offered, or that an allowed_tools bars
+    (only one that is forced says so)."""
+    choice, book = ctx.request.get("tool_choice", "auto"), ctx.book
+    given = chat_tool_choice(choice, book)
+    if given is None:
+        ctx.dropped.append("tool_choice")
+    elif isinstance(choice, dict) and choice["type"] == "allowed_tools" and not isinstance(given, dict):
+        found = (chat_tool_choice({"type": "", **tool}, book) for tool in dicts_in(choice.get("tools")))
+        if book.by_flat.keys() - {each["function"]["name"] for each in found if isinstance(each, dict)}:
+            ctx.dropped.append("tool_choice.tools")
+    return given
 
 
 def chat_tool_choice(choice: Any, book: ToolBook) -> Any:
@@ -3942,10 +3960,10 @@ class ChatStep:
 class ChatMessages:
     """A History as chat messages: texts, thoughts and calls of one turn are one assistant message."""
 
-    def __init__(self, history: History, dialect: Dialect, dropped: list[str]) -> None:
-        self.history = history
-        self.dialect = dialect
-        self.dropped = dropped
+    def __init__(self, ctx: EncodeContext) -> None:
+        self.history = ctx.history
+        self.dialect: Dialect = ctx.settings
+        self.dropped = ctx.dropped
         self.out: list[JSON] = []
         self.step: ChatStep | None = None
 
@@ -4642,27 +4660,20 @@ def claude(model: str, overrides: Mapping[str, JSON] | None = None) -> Claude:
     return overridden(next(row for row in CLAUDES if name.startswith(row.prefix)), overrides or {}, name)
 
 
-class MessagesBook(ToolBook):
-    """The tools of a provider that may search the web itself."""
-
-    def __init__(self, tools: Sequence[JSON], row: Claude) -> None:
-        super().__init__(tools, bool(row.web_search), "claude")
-        self.row = row
-
-    def server_tools(self) -> list[JSON]:
-        """The provider's own tools; a function of the same name takes their place."""
-        if not self.hosted or "web_search" in self.by_flat:
-            return []
-        asked = self.hosted[0]
-        filters = table_of(asked.get("filters"))
-        location = {k: v for k, v in table_of(asked.get("user_location")).items() if v and k != "type"}
-        tool: JSON = {"type": self.row.web_search, "name": "web_search"}
-        if self.row.web_search >= "web_search_20260209":    # called from code, it gives no citations
-            tool["allowed_callers"] = ["direct"]
-        given = "allowed_domains" if filters.get("allowed_domains") else "blocked_domains"      # never both
-        if filters.get(given):
-            tool[given] = filters[given]
-        return [{**tool, "user_location": {"type": "approximate", **location}} if location else tool]
+def native_web_search(book: ToolBook, settings: Claude) -> list[JSON]:
+    """The provider's own tool; a function of the same name takes its place."""
+    if not book.hosted or "web_search" in book.by_flat:
+        return []
+    asked = book.hosted[0]
+    filters = table_of(asked.get("filters"))
+    location = {k: v for k, v in table_of(asked.get("user_location")).items() if v and k != "type"}
+    tool: JSON = {"type": settings.web_search, "name": "web_search"}
+    if settings.web_search >= "web_search_20260209":    # called from code, it gives no citations
+        tool["allowed_callers"] = ["direct"]
+    given = "allowed_domains" if filters.get("allowed_domains") else "blocked_domains"      # never both
+    if filters.get(given):
+        tool[given] = filters[given]
+    return [{**tool, "user_location": {"type": "approximate", **location}} if location else tool]
 
 
 # --- the request
@@ -4671,31 +4682,31 @@ MUST_CALL = "Answer this turn with a call of {}."
 JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
-def encode_messages(request: ResponsesRequest, history: History, model: str, book: MessagesBook) -> tuple[JSON, list[str]]:
-    """The body of POST /messages, and the names of what it cannot carry besides what history and book name. Always a
-    stream: long answers cannot be had without one."""
-    get, text, row = request.get, request.get("text", {}), book.row
-    dropped: list[str] = []
-    turns = MessagesTurns(history, row, dropped)
+def encode_messages(ctx: EncodeContext) -> JSON:
+    """The body of POST /messages. Always a stream: long answers cannot be had without one."""
+    get, text, row, book = ctx.request.get, ctx.request.get("text", {}), ctx.settings, ctx.book
+    turns = MessagesTurns(ctx)
     shape, instruction = output_format(text.get("format") or {}, row)
     thinking, effort = thinking_of(get("reasoning", {}), row)
     max_tokens, thinking = token_limits(get("max_output_tokens"), thinking, row, turns.lost_thought())
-    tools = [messages_tool(function) for function in book.functions] + book.server_tools()
-    choice, sentence = messages_tool_choice(request, book, thinking, dropped) if tools else (None, "")
-    system = [{"type": "text", "text": part} for part in (*history.system, instruction) if part.strip()]
+    native = native_web_search(book, row)
+    tools = [messages_tool(function) for function in book.functions] + native
+    choice, sentence = messages_tool_choice(ctx, thinking, bool(native)) if tools else (None, "")
+    system = [{"type": "text", "text": part} for part in (*ctx.history.system, instruction) if part.strip()]
     user = get("safety_identifier") or get("user")
     wanted: JSON = {
-        "model": model, "max_tokens": max_tokens, "system": system, "tools": tools, "tool_choice": choice,
+        "model": ctx.job.model, "max_tokens": max_tokens, "system": system, "tools": tools, "tool_choice": choice,
         "messages": turns.finish(sentence, thinking is not None), "thinking": thinking,
         "output_config": {name: value for name, value in (("effort", effort), ("format", shape)) if value},
-        "metadata": {"user_id": opaque(user)} if user else None, **sampling_of(request, row, thinking, dropped)}
-    hosted_lost = bool(book.hosted) and not book.server_tools()
+        "metadata": {"user_id": opaque(user)} if user else None, **sampling_of(ctx, thinking)}
     lost = {"reasoning.effort": get("reasoning", {}).get("effort") not in (None, "none") and not effort and not thinking,
-            "tools:web_search": hosted_lost, "text.verbosity": text.get("verbosity"),
+            "tools:web_search": book.hosted and not native, "text.verbosity": text.get("verbosity"),
             "top_logprobs": get("top_logprobs"), "max_tool_calls": get("max_tool_calls"),
             "service_tier": get("service_tier", "auto") not in ("auto", "default")}
     body = {name: value for name, value in wanted.items() if value not in (None, [], {})}
-    return {**body, "stream": True}, dropped + [name for name, is_lost in lost.items() if is_lost]
+    place_cache_control(body, ctx.job.prompt_cache)
+    ctx.dropped += [name for name, is_lost in lost.items() if is_lost]
+    return {**body, "stream": True}
 
 
 def opaque(user: str) -> str:
@@ -4729,32 +4740,28 @@ def token_limits(asked: int | None, thinking: JSON | None, row: Claude, lost_tho
     return whole, {**thinking, "budget_tokens": max(LEAST_BUDGET, min(thinking["budget_tokens"], whole - LEAST_BUDGET))}
 
 
-def sampling_of(request: ResponsesRequest, row: Claude, thinking: JSON | None, dropped: list[str]) -> JSON:
+def sampling_of(ctx: EncodeContext, thinking: JSON | None) -> JSON:
     """temperature or top_p, never both; none where the model refuses it or thinks."""
-    given = {name: request.get(name) for name in ("temperature", "top_p") if request.get(name) is not None}
+    get = ctx.request.get
+    given = {name: get(name) for name in ("temperature", "top_p") if get(name) is not None}
     thinks = thinking is not None and thinking["type"] in ("enabled", "adaptive")
-    kept = dict(list(given.items())[:1]) if row.sampling and not thinks else {}
-    dropped += [name for name, value in given.items() if name not in kept and value != 1]      # 1 is everybody's default
+    kept = dict(list(given.items())[:1]) if ctx.settings.sampling and not thinks else {}
+    ctx.dropped += [name for name, value in given.items() if name not in kept and value != 1]      # 1 is everybody's default
     return {name: min(value, 1) for name, value in kept.items()}
 
 
-def messages_tool_choice(request: ResponsesRequest, book: MessagesBook, thinking: JSON | None,
-                         dropped: list[str]) -> tuple[JSON | None, str]:
+def messages_tool_choice(ctx: EncodeContext, thinking: JSON | None, native: bool) -> tuple[JSON | None, str]:
     """tool_choice, and what must be said in words where a call may not be forced."""
-    asked = request.get("tool_choice", "auto")
-    if isinstance(asked, dict) and asked["type"].startswith("web_search") and book.server_tools():
-        given: Any = {"function": {"name": "web_search"}}
-    else:
-        given = chat_tool_choice(asked, book)
-    dropped += barred(asked, given, book)
-    single: JSON = {"disable_parallel_tool_use": True} if request.get("parallel_tool_calls") is False else {}
+    get = ctx.request.get
+    asks_search = native and str(table_of(get("tool_choice")).get("type")).startswith("web_search")
+    given = {"function": {"name": "web_search"}} if asks_search else chosen_tool(ctx)
+    single: JSON = {"disable_parallel_tool_use": True} if get("parallel_tool_calls") is False else {}
     if given == "none":
         return {"type": "none"}, ""
     name = given["function"]["name"] if isinstance(given, dict) else ""
     if not name and given != "required":
-        dropped += ["tool_choice"] if given is None else []
         return ({"type": "auto", **single} if single else None), ""
-    if not book.row.forced_choice or (thinking is not None and thinking["type"] == "enabled"):
+    if not ctx.settings.forced_choice or (thinking is not None and thinking["type"] == "enabled"):
         words = f"the tool {name}" if name else "one of the tools"
         return {"type": "auto", **single}, MUST_CALL.format(words)
     return {"type": "tool", "name": name, **single} if name else {"type": "any", **single}, ""
@@ -4843,15 +4850,15 @@ TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 class MessagesTurns:
     """A History as turns: neighbours of one role are one turn, thoughts before what they led to, results before text."""
 
-    def __init__(self, history: History, row: Claude, dropped: list[str]) -> None:
-        self.row = row
-        self.dropped = dropped
+    def __init__(self, ctx: EncodeContext) -> None:
+        self.row: Claude = ctx.settings
+        self.dropped = ctx.dropped
         self.out: list[JSON] = []
         self.later: list[JSON] = []         # system texts for the end of the user turn: nowhere else may they stand
         handlers: dict[str, Callable[[JSON], None]] = {
             "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
             "function_call_output": self._output}
-        for item in history.items:
+        for item in ctx.history.items:
             handlers[item["type"]](item)
         self._leave("user")
 
@@ -5055,8 +5062,7 @@ def repair_messages(body: JSON, error: GatewayError) -> JSON | None:
     for pattern, mend in MESSAGES_REPAIRS:
         found = re.search(pattern, str(error), re.IGNORECASE)
         if found:
-            mended = {name: value for name, value in mend(body, found).items() if value is not None}
-            return None if mended == body else mended
+            return {name: value for name, value in mend(body, found).items() if value is not None}
     return None
 
 
@@ -5108,7 +5114,7 @@ class MessagesDecoder(ItemDecoder):
     item: compaction, fallback, code execution and whatever comes next are passed over.
     """
 
-    def __init__(self, book: MessagesBook, prefix: str = "call_") -> None:
+    def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
         self.id: str | None = None              # of the message that is being read
@@ -5377,25 +5383,17 @@ RESULT_MEDIA = frozenset(("image/png", "image/jpeg", "image/webp", "application/
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
 
-def encode_gemini(request: ResponsesRequest, history: History, model: str, book: ToolBook,
-                  overrides: Mapping[str, JSON] | None = None) -> tuple[JSON, list[str]]:
-    """The body of POST /models/MODEL:generateContent, and what it cannot carry besides what history and book name."""
-    row = gemini_row(model, overrides)
-    dropped: list[str] = []
-    body: JSON = {}
-    if system := [{"text": text} for text in history.system if text]:
-        body["systemInstruction"] = {"parts": system}
-    body |= gemini_tools(request, book, row, dropped)
-    body["contents"] = GeminiContents(history, row, dropped).encode()
-    config = gemini_config(request, bool(book.functions), row, dropped)
-    if config:
-        body["generationConfig"] = config
-    return body, list(dict.fromkeys(dropped))
+def encode_gemini(ctx: EncodeContext) -> JSON:
+    """The body of POST /models/MODEL:generateContent."""
+    system = [{"text": text} for text in ctx.history.system if text]
+    body: JSON = {"systemInstruction": {"parts": system} if system else {}, **gemini_tools(ctx),
+                  "contents": GeminiContents(ctx).encode(), "generationConfig": gemini_config(ctx)}
+    return {name: value for name, value in body.items() if value}
 
 
-def gemini_tools(request: ResponsesRequest, book: ToolBook, row: Gemini, dropped: list[str]) -> JSON:
+def gemini_tools(ctx: EncodeContext) -> JSON:
     """tools and toolConfig: a calling mode without functions is refused."""
-    choice = request.get("tool_choice", "auto")
+    choice, book, row, dropped = ctx.request.get("tool_choice", "auto"), ctx.book, ctx.settings, ctx.dropped
     mode = calling_mode(choice, book, row) if book.functions else {} if choice in ("auto", "none") else None
     tools: list[JSON] = []
     config: JSON = {"functionCallingConfig": mode} if mode else {}
@@ -5410,8 +5408,7 @@ def gemini_tools(request: ResponsesRequest, book: ToolBook, row: Gemini, dropped
         dropped += [f"web_search.{name}" for name in ("filters", "user_location") if book.hosted[0].get(name)]
         if book.functions:
             config["includeServerSideToolInvocations"] = True       # required where the two are combined
-    fields = {"tools": tools, "toolConfig": config}
-    return {name: value for name, value in fields.items() if value}
+    return {"tools": tools, "toolConfig": config}
 
 
 def gemini_function(function: JSON) -> JSON:
@@ -5434,9 +5431,10 @@ def calling_mode(choice: Any, book: ToolBook, row: Gemini) -> JSON | None:
     return {"mode": "ANY" if forced else "VALIDATED", "allowedFunctionNames": names}
 
 
-def gemini_config(request: ResponsesRequest, functions: bool, row: Gemini, dropped: list[str]) -> JSON:
+def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig; what it has no place for is named."""
-    get, text, reasoning = request.get, request.get("text", {}), request.get("reasoning", {})
+    get, row, functions = ctx.request.get, ctx.settings, bool(ctx.book.functions)
+    text, reasoning = get("text", {}), get("reasoning", {})
     shape = text.get("format") or {}
     asks_json = shape.get("type") in ("json_object", "json_schema")
     refused = asks_json and functions and not row.mixes
@@ -5446,7 +5444,7 @@ def gemini_config(request: ResponsesRequest, functions: bool, row: Gemini, dropp
             "parallel_tool_calls": functions and get("parallel_tool_calls") is False,      # there is no such switch
             "service_tier": get("service_tier", "auto") not in ("auto", "default"),
             "top_logprobs": get("top_logprobs"), "max_tool_calls": get("max_tool_calls")}
-    dropped += [name for name, is_lost in lost.items() if is_lost]
+    ctx.dropped += [name for name, is_lost in lost.items() if is_lost]
     config: JSON = {"maxOutputTokens": get("max_output_tokens"), "temperature": get("temperature"), "topP": get("top_p"),
                     "thinkingConfig": thinking or None}
     if asks_json and not refused:
@@ -5501,10 +5499,10 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
 class GeminiContents:
     """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
 
-    def __init__(self, history: History, row: Gemini, dropped: list[str]) -> None:
-        self.history = history
-        self.row = row
-        self.dropped = dropped
+    def __init__(self, ctx: EncodeContext) -> None:
+        self.history = ctx.history
+        self.row: Gemini = ctx.settings
+        self.dropped = ctx.dropped
         self.out: list[JSON] = []
         self.calls: dict[str, JSON] = {}            # by call_id: what a result repeats of its call
         self.signatures: dict[str, str] = {}        # by call_id
@@ -5644,7 +5642,7 @@ def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
         mended["tools"] = [tool for tool in mended.get("tools", []) if not set(tool) & set(row[2])]
         mended[row[1]] = {name: value for name, value in mended.get(row[1], {}).items() if name not in row[2]}
         mended = {name: value for name, value in mended.items() if value}
-    return None if mended == body else mended
+    return mended
 
 
 # --- the answer
@@ -6018,6 +6016,10 @@ class Job:
     calls: int = 1              # the request's upstream calls, this one included
 
     @property
+    def request(self) -> ResponsesRequest:
+        return self.answer.request
+
+    @property
     def call_prefix(self) -> str:
         """For call ids that a provider leaves out: unique in the conversation, since each answer has its own."""
         return f"call_{self.answer.id[-12:]}_"
@@ -6025,153 +6027,112 @@ class Job:
     def seal(self, replay: JSON) -> str:
         return self.envelope.seal(self.provider, self.model, replay)
 
-    def plain(self, book: ToolBook) -> tuple[History, list[str]]:
-        """The conversation for a provider that knows only functions, and what it cannot carry."""
-        items, dropped = self.unsealed()
-        history = plain_history(self.answer.request, [book.renamed(item) for item in items])
-        for item in history.items:
-            tool = book.by_flat.get(item.get("name", ""))
-            if tool and tool.fitted:
-                item["arguments"] = rename_keys(item["arguments"], tool.fitted)
-        return history, dropped + book.dropped + history.dropped
 
-    def unsealed(self) -> tuple[list[JSON], list[str]]:
-        return unseal_items(self.answer.request.input, self.envelope, self.provider)
+@dataclass(slots=True)
+class EncodeContext:
+    """What an encoder works on, and a decoder after it."""
+    job: Job
+    request: ResponsesRequest
+    settings: Any               # what is known of the model: a Dialect, a Claude or a Gemini
+    book: ToolBook
+    history: History
+    dropped: list[str]          # what the target cannot carry: encoders add to it
 
 
-class Call(NamedTuple):
+class UpstreamCall(NamedTuple):
     """What goes up, and what reads the answer."""
+    wire: WireApi
     path: str
     body: bytes
     attempt: Relay | Translation
     dropped: list[str]                      # named in x-pomex-dropped
-    steps: Iterable[DemoStep] = ()          # demo: the answer itself
     headers: Sequence[tuple[str, str]] = ()
-    repair: Callable[[GatewayError], Call | None] = lambda error: None      # the call that mends a known refusal
-    resume: Callable[[], Call | None] = lambda: None                        # the call that goes on after a paused turn
+    steps: Iterable[DemoStep] = ()          # demo: the answer itself
+
+    def repaired(self, error: GatewayError) -> UpstreamCall | None:
+        """The call as a known refusal asks for it; None where nothing is known that helps. To be used once a request."""
+        body = json.loads(self.body)
+        changed = self.wire.repair(body, error)
+        if changed is None or changed == body:
+            return None
+        if self.wire.repair is repair_responses:
+            self.dropped.append("encrypted_content:refused")
+        return self._with(changed)
+
+    def resumed(self) -> UpstreamCall | None:
+        """The call that goes on after a paused turn, into the same attempt."""
+        decoder = self.attempt.decoder
+        paused = decoder.resume() if isinstance(decoder, MessagesDecoder) else None
+        return None if paused is None else self._with(resumed_body(json.loads(self.body), paused))
+
+    def _with(self, body: JSON) -> UpstreamCall:
+        return self._replace(body=compact(body).encode(), headers=self.wire.headers(body))
 
 
-# Sealed by another organisation, region or key: without a retry the conversation would be refused for good. Some relays drop
-# the code (lidge-jun/opencodex#2269).
-SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
-                          r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
+class WireApi(NamedTuple):
+    """One wire API: how a request is encoded for it and its answer decoded."""
+    path: str
+    encode: Callable[[EncodeContext], JSON]
+    decoder: Callable[[EncodeContext], Decoder]
+    settings: Callable[[Job], Any] = lambda job: None
+    tools: Callable[[Job, Any], ToolBook] = lambda job, settings: ToolBook(job.request.tools, model=job.model)
+    repair: Callable[[JSON, GatewayError], JSON | None] = lambda body, error: None
+    headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
+    auth_header: str = "authorization"  # a header with all of them: an address is written into logs
+    facts: Mapping[str, Any] = {}       # what the configuration may say otherwise of a model, with what is assumed
 
+    def auth(self, key: str) -> list[tuple[str, str]]:
+        return [(self.auth_header, f"Bearer {key}" if self.auth_header == "authorization" else key)]
 
-def responses_call(job: Job) -> Call:
-    request = job.answer.request
-    attempt: Relay | Translation
-    if job.relay:
-        unsealed, dropped = job.unsealed()
+    def call(self, job: Job) -> UpstreamCall:
+        try:
+            return self._prepare(job)
+        except RecursionError:
+            raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
+
+    def _prepare(self, job: Job) -> UpstreamCall:
+        request = job.request
+        items, dropped = unseal_items(request.input, job.envelope, job.provider)
+        if job.relay and self.encode is encode_responses:
+            return self._relayed(job, items, dropped)
+        settings = self.settings(job)
+        book = self.tools(job, settings)
+        history = plain_history(request, [book.renamed(item) for item in items])
+        for item in history.items:
+            tool = book.by_flat.get(item.get("name", ""))
+            if tool and tool.fitted:
+                item["arguments"] = rename_keys(item["arguments"], tool.fitted)
+        ctx = EncodeContext(job, request, settings, book, history, dropped + book.dropped + history.dropped)
+        body = self.encode(ctx)
+        method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
+        path = self.path.format(urllib.parse.quote(job.model.removeprefix("models/"), safe=""), method)
+        call = UpstreamCall(self, path, compact(body).encode(), Translation(job, self.decoder(ctx)),
+                            list(dict.fromkeys(ctx.dropped)), self.headers(body))
+        return call if path else call._replace(steps=demo_steps(request, history, job.model, book, job.calls))
+
+    def _relayed(self, job: Job, unsealed: list[JSON], dropped: list[str]) -> UpstreamCall:
+        """The client's own bytes go up, the upstream's come down."""
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
         items = [item for item in unsealed if "pomex_replay" in item or not shown_only(item)]
         dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
         attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, ResponsesDecoder(ToolBook(())))
-
-        def body(items: list[JSON]) -> bytes:
-            return relay_body(request, items, dropped, job.model)
-        whole = body(items)
-    else:
-        book = ToolBook(request.tools, model=job.model)
-        history, dropped = job.plain(book)
-        items = history.items
-        up, lost = encode_responses(request, history, job.model, book)
-        whole, dropped = compact(up).encode(), [*dropped, *lost]
-        attempt = Translation(job, ResponsesDecoder(book))
-
-        def body(items: list[JSON]) -> bytes:
-            return compact(encode_responses(request, history._replace(items=items), job.model, book)[0]).encode()
-    call = Call("/responses", whole, attempt, dropped)
-
-    def repair(error: GatewayError) -> Call | None:
-        if not SEAL_REFUSED.search(f"{error.code} {error}"):
-            return None
-        dropped.append("encrypted_content:refused")
-        return call._replace(body=body([item for item in items if item["type"] != "reasoning"
-                                        and not item.keys() & {"pomex_replay", "encrypted_content"}]))
-    return call._replace(repair=repair)
-
-
-def chat_call(job: Job) -> Call:
-    request = job.answer.request
-    book = ToolBook(request.tools, model=job.model)
-    history, dropped = job.plain(book)
-    dialect = overridden(DIALECTS[job.dialect or "generic"], job.overrides, job.model)
-    encoded, more = encode_chat(request, history, job.model, book, dialect)
-    attempt = Translation(job, ChatDecoder(book, dialect, job.call_prefix))
-    return Call("/chat/completions", compact(encoded).encode(), attempt, dropped + more)
-
-
-def messages_call(job: Job) -> Call:
-    request = job.answer.request
-    book = MessagesBook(request.tools, claude(job.model, job.overrides))
-    history, dropped = job.plain(book)
-    body, more = encode_messages(request, history, job.model, book)
-    place_cache_control(body, job.prompt_cache)
-    decoder = MessagesDecoder(book, job.call_prefix)
-    attempt = Translation(job, decoder)
-    return messages_exchange(body, decoder, attempt, dropped + more)
-
-
-def messages_exchange(body: JSON, decoder: MessagesDecoder, attempt: Translation, dropped: list[str]) -> Call:
-    """One exchange, and those that may have to follow it into the same attempt."""
-    def again(changed: JSON | None) -> Call | None:
-        return None if changed is None else messages_exchange(changed, decoder, attempt, dropped)
-
-    def resume() -> Call | None:
-        paused = decoder.resume()
-        return again(None if paused is None else resumed_body(body, paused))
-    return Call("/messages", compact(body).encode(), attempt, dropped, headers=messages_headers(body),
-                repair=lambda error: again(repair_messages(body, error)), resume=resume)
-
-
-def gemini_call(job: Job) -> Call:
-    request = job.answer.request
-    book = ToolBook(request.tools, searches=True, model="gemini")
-    history, dropped = job.plain(book)
-    body, more = encode_gemini(request, history, job.model, book, job.overrides)
-    attempt = Translation(job, GeminiDecoder(book, job.call_prefix))
-    method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
-    path = f"/models/{urllib.parse.quote(job.model.removeprefix('models/'), safe='')}:{method}"
-    call = Call(path, compact(body).encode(), attempt, dropped + more)
-
-    def repair(error: GatewayError) -> Call | None:
-        mended = repair_gemini(body, error)
-        return None if mended is None else call._replace(body=compact(mended).encode())
-    return call._replace(repair=repair)
-
-
-def demo_call(job: Job) -> Call:
-    request = job.answer.request
-    book = ToolBook(request.tools)
-    history, dropped = job.plain(book)
-    steps = demo_steps(request, history, job.model, book, job.calls)
-    attempt = Translation(job, ChatDecoder(book, DIALECTS["generic"]))
-    return Call("", b"", attempt, dropped, steps)
-
-
-class WireApi(NamedTuple):
-    """One wire API: what to send and who reads it, and how a key is shown."""
-    encode: Callable[[Job], Call]
-    key_header: str = "authorization"   # a header with all of them: an address is written into logs
-    facts: Mapping[str, Any] = {}       # what the configuration may say otherwise of a model, with what is assumed
-
-    def auth(self, key: str) -> list[tuple[str, str]]:
-        return [(self.key_header, f"Bearer {key}" if self.key_header == "authorization" else key)]
-
-    def call(self, job: Job) -> Call:
-        try:
-            return self.encode(job)
-        except RecursionError:
-            raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
+        return UpstreamCall(self, self.path, relay_body(job.request, items, dropped, job.model), attempt, dropped)
 
 
 WIRES: dict[str, WireApi] = {
-    "responses": WireApi(responses_call),
-    "chat": WireApi(chat_call, facts={name: usual for name, usual in Dialect._field_defaults.items()
-                                      if isinstance(usual, (str, bool))}),
-    "messages": WireApi(messages_call, "x-api-key", Claude._field_defaults),
-    "gemini": WireApi(gemini_call, "x-goog-api-key", Gemini._field_defaults),
-    "demo": WireApi(demo_call),
+    "responses": WireApi("/responses", encode_responses, lambda ctx: ResponsesDecoder(ctx.book), repair=repair_responses),
+    "chat": WireApi("/chat/completions", encode_chat, lambda ctx: ChatDecoder(ctx.book, ctx.settings, ctx.job.call_prefix),
+                 settings=chat_dialect,
+                 facts={name: usual for name, usual in Dialect._field_defaults.items() if isinstance(usual, (str, bool))}),
+    "messages": WireApi("/messages", encode_messages, lambda ctx: MessagesDecoder(ctx.book, ctx.job.call_prefix),
+                     lambda job: claude(job.model, job.overrides),
+                     lambda job, settings: ToolBook(job.request.tools, bool(settings.web_search), "claude"),
+                     repair_messages, messages_headers, "x-api-key", Claude._field_defaults),
+    "gemini": WireApi("/models/{}:{}", encode_gemini, lambda ctx: GeminiDecoder(ctx.book, ctx.job.call_prefix),
+                   lambda job: gemini_row(job.model, job.overrides),
+                   lambda job, settings: ToolBook(job.request.tools, True, "gemini"),
+                   repair_gemini, auth_header="x-goog-api-key", facts=Gemini._field_defaults),
+    "demo": WireApi("", lambda ctx: {}, lambda ctx: ChatDecoder(ctx.book, ctx.settings), chat_dialect),
 }
 
 
@@ -10191,9 +10152,9 @@ class Router:
         if down.attempt.error is not None:
             without(down.attempt.error, self.upstream.secrets)
 
-    async def exchanges(self, way: Way, call: Call, down: Downstream) -> None:
+    async def exchanges(self, way: Way, call: UpstreamCall, down: Downstream) -> None:
         """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
-        more: Call | None = call
+        more: UpstreamCall | None = call
         mended = False
         while more is not None:
             call = more
@@ -10207,16 +10168,16 @@ class Router:
             try:
                 await self.read(exchange, call.attempt, way, down)
                 sound = call.attempt.error is None and call.attempt.stop is not None
-                more = call.resume()
+                more = call.resumed()
             except GatewayError as error:
-                more = None if mended or call.attempt.begun or down.attempts >= MAX_CALLS else call.repair(error)
+                more = None if mended or call.attempt.begun or down.attempts >= MAX_CALLS else call.repaired(error)
                 if more is None:
                     raise
                 mended = True
             finally:
                 await exchange.close(sound)
 
-    async def open(self, provider: ProviderConfig, call: Call, down: Downstream) -> Exchange | DemoExchange:
+    async def open(self, provider: ProviderConfig, call: UpstreamCall, down: Downstream) -> Exchange | DemoExchange:
         if provider.wire_api == "demo":
             return DemoExchange(call.steps)
         headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
@@ -10280,7 +10241,7 @@ async def reason_of(exchange: Exchange | DemoExchange) -> bytes:
     return body
 
 
-def encoded(way: Way, envelope: Envelope, down: Downstream) -> Call:
+def encoded(way: Way, envelope: Envelope, down: Downstream) -> UpstreamCall:
     """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
     provider = way.provider
     job = Job(down.answer, envelope, way.origin, way.model, provider.relay == "bytes", provider.dialect,

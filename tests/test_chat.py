@@ -923,7 +923,7 @@ def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> No
         (pomex.ChatDecoder(book, pomex.DIALECTS["generic"]), "feed", json.dumps(said[0])),
         (pomex.ResponsesDecoder(book), "feed", json.dumps(event)),
         (pomex.GeminiDecoder(book), "whole", {"candidates": [candidate]}),
-        (pomex.MessagesDecoder(pomex.MessagesBook(DOTTED, pomex.claude("claude-opus-5"))), "whole", {"content": [block]}),
+        (pomex.MessagesDecoder(pomex.ToolBook(DOTTED, True, "claude")), "whole", {"content": [block]}),
     ]
     found = []
     for reader, method, given in readers:
@@ -1162,11 +1162,16 @@ def output(call_id: str, value: Any = "ok") -> JSON:
 
 
 def encode(body: JSON, dialect: str = "generic", model: str = "m") -> tuple[JSON, list[str]]:
-    request = pomex.check_request(json.dumps(body).encode())
-    book = pomex.ToolBook(request.tools)
-    history = pomex.plain_history(request, request.input)
-    encoded_body, dropped = pomex.encode_chat(request, history, model, book, pomex.DIALECTS[dialect])
-    return encoded_body, [*book.dropped, *history.dropped, *dropped]
+    envelope = pomex.Envelope(b"s", "a")
+    sealed = [
+        {**item, "encrypted_content": envelope.seal("p", model, item["pomex_replay"])} if "pomex_replay" in item else item
+        for item in body["input"]
+        if isinstance(item, dict)
+    ]
+    request = pomex.check_request(json.dumps({**body, "input": sealed or body["input"]}).encode())
+    answer = pomex.Answer(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
+    call = pomex.WIRES["chat"].call(pomex.Job(answer, envelope, "p", model, False, dialect))
+    return json.loads(call.body), call.dropped
 
 
 def encoded(items: list[JSON], dialect: str = "generic", model: str = "m", **fields: Any) -> JSON:
@@ -1506,7 +1511,7 @@ def test_parameters_fit_the_vendor_behind_a_router() -> None:
     body = {"model": "x/m", "input": [user("q"), function_call("a", '{"$top":5}'), output("a")], "tools": [tool]}
     for model, name in (("anthropic/claude-opus-5", "_top"), ("google/gemini-3-pro", "_top"), ("openai/gpt-6", "$top")):
         answer = pomex.Answer(pomex.check_request(json.dumps(body).encode()), "resp_0123456789abcdef", 0, pomex.STANDARD)
-        made = json.loads(pomex.chat_call(pomex.Job(answer, pomex.Envelope(b"s", "a"), "p", model, False, "openrouter")).body)
+        made = json.loads(pomex.WIRES["chat"].call(pomex.Job(answer, pomex.Envelope(b"s", "a"), "p", model, False, "openrouter")).body)
         assert list(made["tools"][0]["function"]["parameters"]["properties"]) == [name]
         assert json.loads(made["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {name: 5}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import pathlib
 import re
@@ -334,7 +335,7 @@ def test_a_call_in_pieces_fails_rather_than_lose_its_arguments(given: JSON) -> N
 
 @pytest.mark.parametrize("args", [[1], 3, "x", "[1]", {"a": float("nan")}, {"a": float("inf")}, True])
 def test_arguments_that_are_no_object_are_no_call(args: Any) -> None:
-    call = pomex.gemini_call(job_of({"model": "google/x", "input": "q", "tools": TOOLS}))
+    call = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": "q", "tools": TOOLS}))
     answer = answer_of(call, [chunk({"text": "Hm"}), chunk({"functionCall": {"name": "f", "args": args}}), STOPPED])
     assert answer["status"] == "failed" and [item["type"] for item in answer["output"]] == ["message"]
 
@@ -365,13 +366,13 @@ def test_an_empty_end_before_the_answer_is_none_and_counts_left_out_stay() -> No
 
 
 def test_images_are_items_and_go_back_signed_as_the_models_own() -> None:
-    call = pomex.gemini_call(job_of({"model": "google/x", "input": "q", "stream": True}))
+    call = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": "q", "stream": True}))
     image = {"inlineData": {"mimeType": "image/png", "data": PIXEL}, "thoughtSignature": "SIG"}
     draft = {"inlineData": {"mimeType": "image/png", "data": "AAAA"}, "thought": True}
     answer = answer_of(call, [chunk({"text": "Here"}), chunk(draft), chunk(image), chunk({"text": "!"}, {"inlineData": {"mimeType": "audio/wav", "data": "AA"}}, reason="STOP")])
     assert [item["type"] for item in answer["output"]] == ["message", "image_generation_call", "reasoning", "message"]
     assert (answer["output"][1]["status"], answer["output"][1]["result"]) == ("completed", PIXEL)
-    again = pomex.gemini_call(job_of({"model": "google/x", "input": [user("q"), *answer["output"], user("blue")]}))
+    again = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": [user("q"), *answer["output"], user("blue")]}))
     assert not again.dropped
     assert json.loads(again.body)["contents"][1] == {"role": "model", "parts": [{"text": "Here"}, image, {"text": "!"}]}
 
@@ -453,12 +454,11 @@ def replay(**fields: Any) -> JSON:
 
 
 def encode(items: list[JSON] | str, model: str = PRO, overrides: Any = None, **fields: Any) -> tuple[JSON, list[str]]:
-    request = pomex.check_request(json.dumps({"model": "google/x", "input": items, **fields}).encode())
-    book = pomex.ToolBook(request.tools, searches=True)
-    history = pomex.plain_history(request, request.input)
-    body, dropped = pomex.encode_gemini(request, history, model, book, overrides)
+    job = job_of({"model": "google/x", "input": items, **fields}, model)
+    call = pomex.WIRES["gemini"].call(dataclasses.replace(job, overrides=overrides or {}))
+    body = json.loads(call.body)
     check_body(body, model)
-    return body, [*book.dropped, *history.dropped, *dropped]
+    return body, call.dropped
 
 
 def contents(items: list[JSON], model: str = PRO, **fields: Any) -> list[JSON]:
@@ -713,12 +713,11 @@ SIGNED = [user("q"), replay(**{"for": "a"}, signature="SIG"), function_call("a")
 
 
 def replayed(items: list[JSON], model: str = PRO) -> tuple[list[JSON], list[str]]:
-    """The contents of items whose envelopes have been opened."""
-    request = pomex.check_request(json.dumps({"model": "google/x", "input": "q"}).encode())
-    book = pomex.ToolBook(request.tools, searches=True)
-    history = pomex.plain_history(request, items)
-    body, dropped = pomex.encode_gemini(request, history, model, book)
-    check_body(body, model)
+    """The contents of items whose `pomex_replay` comes in an envelope."""
+    envelope = pomex.Envelope(b"secret", "account")
+    sealed = [{**item, "encrypted_content": envelope.seal("google", model, item["pomex_replay"])} if "pomex_replay" in item else item
+              for item in items]
+    body, dropped = encode(sealed, model)
     return body["contents"], dropped
 
 
@@ -937,8 +936,8 @@ def test_a_refused_parameter_is_left_out_once(said: str, fields: JSON, gone: str
     assert before.count(f'"{gone}') > json.dumps(mended).count(f'"{gone}')
     assert mended["tools"][0]["functionDeclarations"][0]["parametersJsonSchema"]["properties"]["pattern"]["type"] == "string"
     check_body(mended, PRO)
-    assert pomex.repair_gemini(mended, error) is None
-    assert pomex.repair_gemini(body, pomex.BadRequest("No such thing.")) is None
+    assert pomex.repair_gemini(mended, error) == mended
+    assert pomex.repair_gemini(body, pomex.BadRequest("No such thing.")) == body
 
 
 @pytest.mark.parametrize("error", [pomex.ProviderError(MISSING, kind="bad_request"),
@@ -949,7 +948,7 @@ def test_20_a_signature_that_is_refused_becomes_the_dummy_once(error: pomex.Gate
     mended = pomex.repair_gemini({"contents": made}, error)
     assert mended is not None
     assert [part.get("thoughtSignature") for part in mended["contents"][1]["parts"]] == [None, DUMMY, None]
-    assert pomex.repair_gemini(mended, error) is None
+    assert pomex.repair_gemini(mended, error) == mended
 
 
 # --- whole conversations
@@ -961,7 +960,7 @@ def job_of(body: JSON, model: str = PRO, response_id: str = "resp_0123456789abcd
     return pomex.Job(answer, pomex.Envelope(b"secret", "account"), "google", model, False, "")
 
 
-def answer_of(call: pomex.Call, chunks: list[JSON]) -> JSON:
+def answer_of(call: pomex.UpstreamCall, chunks: list[JSON]) -> JSON:
     for each in chunks:
         call.attempt.feed(b"data: " + json.dumps(each).encode() + b"\r\n\r\n")
     call.attempt.end()
@@ -972,13 +971,13 @@ def answer_of(call: pomex.Call, chunks: list[JSON]) -> JSON:
 
 def test_the_call_names_the_model_in_its_path_and_the_key_in_a_header() -> None:
     body = {"model": "google/x", "input": "q"}
-    assert pomex.gemini_call(job_of({**body, "stream": True})).path == f"/models/{PRO}:streamGenerateContent?alt=sse"
-    assert pomex.gemini_call(job_of(body, "models/a/../b")).path == "/models/a%2F..%2Fb:generateContent"
+    assert pomex.WIRES["gemini"].call(job_of({**body, "stream": True})).path == f"/models/{PRO}:streamGenerateContent?alt=sse"
+    assert pomex.WIRES["gemini"].call(job_of(body, "models/a/../b")).path == "/models/a%2F..%2Fb:generateContent"
     assert pomex.WIRES["gemini"].auth("secret") == [("x-goog-api-key", "secret")]
 
 
 def test_45_a_whole_answer_keeps_its_calls_and_its_signature() -> None:
-    call = pomex.gemini_call(job_of({"model": "google/x", "input": "q", "tools": TOOLS}))
+    call = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": "q", "tools": TOOLS}))
     call.attempt.whole(json.dumps(chunk({"text": "Hm"}, fc("f", {"a": 1}, "S"), reason="STOP")).encode())
     call.attempt.finish()
     output_items = json.loads(call.attempt.body(0))["output"]
@@ -986,8 +985,16 @@ def test_45_a_whole_answer_keeps_its_calls_and_its_signature() -> None:
     assert output_items[1]["encrypted_content"].startswith("pmx1.")
 
 
+def test_a_refusal_that_leaves_nothing_to_change_is_not_repeated() -> None:
+    call = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": "q", "temperature": 0.5}))
+    again = call.repaired(pomex.ProviderError("temperature must be 1", kind="bad_request", upstream_status=400))
+    assert again is not None and b"temperature" not in again.body and again.attempt is call.attempt
+    assert again.repaired(pomex.ProviderError("temperature must be 1", kind="bad_request", upstream_status=400)) is None
+    assert call.repaired(pomex.BadRequest("No such thing.")) is None
+
+
 def test_24_nothing_is_begun_by_a_malformed_call() -> None:
-    call = pomex.gemini_call(job_of({"model": "google/x", "input": "q", "stream": True}))
+    call = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": "q", "stream": True}))
     answer = answer_of(call, [{"candidates": [{"finishReason": "MALFORMED_FUNCTION_CALL"}]}])
     assert answer["status"] == "failed" and not call.attempt.begun
 
@@ -1026,7 +1033,7 @@ def conversation(turns: int) -> tuple[list[JSON], list[list[JSON]], list[JSON]]:
         history.append({"type": "message", "role": "user", "content": [{"type": "input_text", "text": f"question {turn}"}, IMAGE]})
         for step, chunks in enumerate(scripted(turn)):
             body = {"model": "google/x", "input": history, "tools": tools, "instructions": "be brief", "stream": True, "reasoning": {"summary": "auto"}}
-            call = pomex.gemini_call(job_of(body, response_id=f"resp_{turn:06x}{step:06x}ab"))
+            call = pomex.WIRES["gemini"].call(job_of(body, response_id=f"resp_{turn:06x}{step:06x}ab"))
             bodies.append(json.loads(call.body))
             answers.append(given_parts(chunks))
             answer = answer_of(call, chunks)
@@ -1068,7 +1075,7 @@ def test_18_after_another_provider_its_reasoning_is_named_and_the_dummy_steps_in
     foreign = {"type": "reasoning", "summary": [], "encrypted_content": pomex.Envelope(b"secret", "account").seal("anthropic", "m", {"b": 1})}
     broken = {**foreign, "encrypted_content": "pmx1.AAAA"}
     items = [*history, user("r"), foreign, broken, function_call("toolu_1"), output("toolu_1"), user("s")]
-    call = pomex.gemini_call(job_of({"model": "google/x", "input": items}))
+    call = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": items}))
     assert call.dropped == ["reasoning:anthropic", "reasoning:unverified"]      # a thought that was only shown is no loss
     body = json.loads(call.body)
     check_body(body, PRO)

@@ -48,8 +48,8 @@ class View(sinks.View):
                 self.end())
 
 
-def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.MessagesBook:
-    return pomex.MessagesBook(list(tools), pomex.claude(model))
+def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.ToolBook:
+    return pomex.ToolBook(list(tools), bool(pomex.claude(model).web_search), "claude")
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.MessagesDecoder:
@@ -389,13 +389,13 @@ def job(body: JSON, model: str = BUDGET, prompt_cache: str = "5m") -> pomex.Job:
 
 
 def encoded(body: JSON, model: str = BUDGET, prompt_cache: str = "off") -> tuple[JSON, list[str]]:
-    call = pomex.messages_call(job(body, model, prompt_cache))
+    call = pomex.WIRES["messages"].call(job(body, model, prompt_cache))
     return json.loads(call.body), call.dropped
 
 
 def output_of(data: bytes, body: JSON | None = None) -> JSON:
     """The response object that a stream of the provider becomes."""
-    call = pomex.messages_call(job(body or {"input": "hi", "tools": [SEARCH]}))
+    call = pomex.WIRES["messages"].call(job(body or {"input": "hi", "tools": [SEARCH]}))
     call.attempt.feed(data)
     call.attempt.end()
     call.attempt.finish()
@@ -452,7 +452,7 @@ def test_a_web_search_is_an_item_with_its_events_and_its_citations() -> None:
               started(2, type="web_search_tool_result", tool_use_id="s1", content=[result]), stopped(2),
               *said("It is ", 3), started(4, type="text", text="", citations=[]), piece(4, "citations", citation=cited),
               piece(4, "text", text="A gateway"), stopped(4), *said(".", 5), *ended("end_turn")]
-    call = pomex.messages_call(job({"input": "hi", "stream": True, "tools": [SEARCH]}))
+    call = pomex.WIRES["messages"].call(job({"input": "hi", "stream": True, "tools": [SEARCH]}))
     call.attempt.feed(as_bytes(events))
     call.attempt.end()
     call.attempt.finish()
@@ -1174,7 +1174,7 @@ def test_consecutive_turns_of_codex_share_their_prefix(version: str, first: str,
 
 def test_headers_say_the_version_and_the_betas_that_are_used() -> None:
     def headers(asked: JSON, model: str = BUDGET) -> dict[str, str]:
-        return dict(pomex.messages_call(job(asked, model)).headers)
+        return dict(pomex.WIRES["messages"].call(job(asked, model)).headers)
     assert headers({"input": "q"}) == {"anthropic-version": "2023-06-01"}
     assert headers({"input": "q", "tools": [TOOL], "reasoning": {"effort": "low"}})["anthropic-beta"] == pomex.INTERLEAVED_BETA
     assert "anthropic-beta" not in headers({"input": "q", "tools": [TOOL], "reasoning": {"effort": "low"}}, NEWEST)
@@ -1211,8 +1211,8 @@ REPAIRS: dict[str, tuple[str, str, Any, Any]] = {
 
 @pytest.mark.parametrize("model, message, look, wanted", REPAIRS.values(), ids=REPAIRS)
 def test_known_refusals_are_mended(model: str, message: str, look: Any, wanted: Any) -> None:
-    call = pomex.messages_call(job(LOOP, model))
-    again = call.repair(refusal(message))
+    call = pomex.WIRES["messages"].call(job(LOOP, model))
+    again = call.repaired(refusal(message))
     assert again is not None and again.attempt is call.attempt and again.dropped == call.dropped
     body = json.loads(again.body)
     assert look(body) == wanted
@@ -1225,7 +1225,7 @@ def test_known_refusals_are_mended(model: str, message: str, look: Any, wanted: 
                                    refusal("`temperature` is deprecated for this model."), refusal("thinking", 529),
                                    pomex.UpstreamError("x")])
 def test_what_is_not_known_is_not_asked_twice(error: pomex.GatewayError) -> None:
-    assert pomex.messages_call(job(LOOP)).repair(error) is None
+    assert pomex.WIRES["messages"].call(job(LOOP)).repaired(error) is None
 
 
 def test_the_table_can_be_overridden_by_prefix() -> None:

@@ -226,11 +226,10 @@ def test_garbage_made_of_good_requests_gives_nothing_but_bad_requests():
             request = pomex.check_request(raw)
         except pomex.BadRequest:
             continue
-        book = pomex.ToolBook(request.tools)
-        history = pomex.plain_history(request, request.input)
-        pomex.encode_responses(request, history, "m", book)
-        pomex.encode_chat(request, history, "m", book, pomex.DIALECTS["generic"])
-        pomex.Answer(request, "resp_1", 1, pomex.STANDARD).response("in_progress")
+        answer = pomex.Answer(request, "resp_1", 1, pomex.STANDARD)
+        for wire in pomex.WIRES.values():
+            wire.call(pomex.Job(answer, pomex.Envelope(SECRET, "a"), "p", "m", False, ""))
+        answer.response("in_progress")
 
 
 def test_a_schema_nested_too_deeply_is_the_clients_fault():
@@ -845,7 +844,12 @@ def test_a_thought_without_a_seal_does_not_go_up_where_nothing_is_stored():
     text = "Item with id 'rs_2' not found. Items are not persisted when `store` is set to false. Try again with `store` set to true."
     error = pomex.provider_error(404, pomex.Headers([]), json.dumps({"error": {"message": text, "code": None, "param": "input"}}).encode())
     assert error.kind == "bad_request", "the model is there"
-    assert json.loads(call.repair(error).body)["input"] == [message("x"), message("y", "assistant")]
+    assert json.loads(call.repaired(error).body)["input"] == [message("x"), message("y", "assistant")]
+    assert call.dropped == ["input:reasoning", "encrypted_content:refused"]
+    for relay in (True, False):
+        for nothing_sealed in ("x", [message("x")]):
+            job = relay_job(ask(input=nothing_sealed), relay)
+            assert pomex.WIRES["responses"].call(job).repaired(error) is None, "the same request would be refused again"
 
 
 def relay_job(request, relay=True):

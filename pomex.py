@@ -3395,6 +3395,40 @@ def point_s(text: str) -> float:
     return 0.0
 
 
+# --- what encoders share
+
+# which the gateway answers itself, or every wire carries as far as it has it
+CARRIED_BY_ALL = frozenset((
+    "model", "input", "instructions", "stream", "stream_options", "store", "background", "metadata", "client_metadata",
+    "tools", "tool_choice", "parallel_tool_calls", "prompt_cache_key", "reasoning.summary"))
+# values that ask for nothing: what happens anyway
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "text.verbosity": ("medium",), "service_tier": ("auto", "default"), "truncation": ("disabled",),
+    "include": ([], ["reasoning.encrypted_content"]),
+    **dict.fromkeys(("temperature", "top_p"), (1,)),
+    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,))}
+
+
+def request_fields(body: JSON) -> JSON:
+    """The fields of a request by their paths, without those that are null or that every wire carries."""
+    fields: JSON = {}
+    for name, value in body.items():
+        inner = value if name in ("reasoning", "text") else None
+        fields |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    return {path: value for path, value in fields.items() if value is not None and path not in CARRIED_BY_ALL}
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def effort_value(values: str, effort: Any) -> str:
+    """The one of seven values, each for one of EFFORTS, that stands for `effort`; "" for "-" and where there is none. An
+    unknown effort counts as high (TRANSLATION.md 1.3)."""
+    if not values or not effort:
+        return ""
+    return values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")].strip("-")
+
+
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
 
 ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
@@ -3444,13 +3478,11 @@ NORMALISED_FIELDS = ("max_output_tokens", "temperature", "top_p", "text", "reaso
                      "prompt_cache_key", "service_tier")
 
 
-NOT_NORMALISED = ("top_logprobs", "max_tool_calls")       # named when they are asked for
-
-
 def encode_responses(ctx: EncodeContext) -> JSON:
     """The body for a server that knows messages, functions and reasoning, and refuses the rest."""
     get, history, functions = ctx.request.get, ctx.history, ctx.book.functions
-    ctx.dropped += [name for name in NOT_NORMALISED if get(name)]
+    for path in [path for path in ctx.fields if path.partition(".")[0] in NORMALISED_FIELDS]:
+        ctx.take(path)
     body: JSON = {"model": ctx.job.model}
     if history.system:
         body["instructions"] = "\n\n".join(history.system)
@@ -3760,15 +3792,12 @@ class ItemDecoder:
 # One wire, has_content by some forty kinds of server, each with habits. Habits that are values stand in DIALECTS;
 # those of streams are harmless to expect from everybody, and so the decoder has hardly a branch by dialect.
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
-
 class EffortRule(NamedTuple):
-    """How models whose name holds `model` are told to think: a form, and its value for each of EFFORTS; "-"
-    is nothing at all, for models that refuse the field."""
+    """How models whose name holds `model` are told to think: a form, and its value for each of EFFORTS; without
+    them nothing at all, for models that refuse the field."""
     model: str
     form: Literal["effort", "reasoning", "thinking", "thinking_effort", "template"] = "effort"
-    values: str = "- - - - - - -"
+    values: str = ""
 
 
 UP_TO_HIGH, AS_ASKED = "low low low medium high high high", " ".join(EFFORTS)
@@ -3799,9 +3828,8 @@ class Dialect(NamedTuple):
     passed: tuple[str, ...] = ()    # request fields that go up as they are
 
 
-OPENAI_FIELDS = ("verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+OPENAI_FIELDS = ("text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
                  "service_tier")
-NO_FIELDS = ("top_logprobs", "max_tool_calls")      # chat has none, or gives what Responses has no place for
 DIALECTS: dict[str, Dialect] = {
     **dict.fromkeys(("generic", "together", "fireworks", "ollama", "lmstudio"), Dialect()),
     **dict.fromkeys(("vllm", "llama.cpp", "llamacpp"), Dialect(efforts=OPEN_TEMPLATES)),
@@ -3841,9 +3869,9 @@ MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string wi
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
     request, model, dialect = ctx.request, ctx.job.model, ctx.settings
-    shape, instruction = response_format(request.get("text", {}).get("format") or {}, dialect)
-    effort = request.get("reasoning", {}).get("effort")
-    thinking = effort_fields(effort, model, dialect) if effort else {}
+    shape, instruction = response_format(ctx.take("text.format", {}), dialect)
+    effort = ctx.take("reasoning.effort")
+    thinking = effort_fields(effort, model, dialect)
     if effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     body: JSON = {"model": model, "messages": ChatMessages(ctx).encode(instruction)}
@@ -3870,14 +3898,12 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
 
 def chat_settings(ctx: EncodeContext) -> JSON:
     """The fields that are only renamed, or passed where the server knows them."""
-    request, dialect = ctx.request, ctx.settings
-    asked = {**{name: request.get(name) for name in ("temperature", "top_p", *OPENAI_FIELDS, *NO_FIELDS)},
-             "verbosity": request.get("text", {}).get("verbosity"), "prompt_cache_key": request.cache_key(),
-             dialect.max_tokens: request.get("max_output_tokens")}
-    known = {"temperature", "top_p", dialect.max_tokens, *dialect.passed}
-    ctx.dropped += [name for name in ("verbosity", "service_tier", *NO_FIELDS)
-                    if asked[name] not in (None, 0, "auto", "default") and name not in known]
-    return {name: value for name, value in asked.items() if value is not None and name in known}
+    dialect: Dialect = ctx.settings
+    asked = {path.rpartition(".")[2]: ctx.take(path) for path in ("temperature", "top_p", *dialect.passed)}
+    if "prompt_cache_key" in asked:
+        asked["prompt_cache_key"] = ctx.request.cache_key()
+    asked[dialect.max_tokens] = ctx.take("max_output_tokens")
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def chat_tool(function: JSON, dialect: Dialect) -> JSON:
@@ -3940,11 +3966,10 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # form -> the request fi
 
 
 def effort_fields(effort: Any, model: str, dialect: Dialect) -> JSON:
-    """The request fields for a reasoning effort; an unknown one counts as high (TRANSLATION.md 1.3)."""
-    place = EFFORTS.index(effort if effort in EFFORTS else "high")
+    """The request fields for a reasoning effort."""
     rule = next((rule for rule in dialect.efforts if rule.model in model.lower()), EffortRule(""))
-    value = rule.values.split()[place]
-    return {} if value == "-" else EFFORT_FORMS[rule.form](value)
+    value = effort_value(rule.values, effort)
+    return EFFORT_FORMS[rule.form](value) if value else {}
 
 
 @dataclass(slots=True)
@@ -4605,7 +4630,7 @@ class Claude(NamedTuple):
     prefix: str
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
     off: Literal["", "disabled", "between_tools", "never"] = "never"   # told not to think; "": it must be told to
-    efforts: str = "low medium high xhigh max"
+    efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": it has none
     max_tokens: int = 128_000       # its cap; 0: not known
     usual_tokens: int = 0           # sent where the client names no limit; 0: the cap
     sampling: bool = False          # takes temperature or top_p
@@ -4631,9 +4656,9 @@ CLAUDES = (
     Claude("claude-haiku-5-5", off="disabled", forced_choice=True, shown=True),
     Claude("claude-opus-4-8", off="", mid_system=True, forced_choice=True),
     Claude("claude-opus-4-7", off="", forced_choice=True),
-    *(Claude(series, off="", efforts="low medium high max", sampling=True, forced_choice=True) for series in (
+    *(Claude(series, off="", efforts="low low low medium high max max", sampling=True, forced_choice=True) for series in (
         "claude-opus-4-6", "claude-sonnet-4-6")),
-    BUDGET._replace(prefix="claude-opus-4-5", efforts="low medium high"),
+    BUDGET._replace(prefix="claude-opus-4-5", efforts="low low low medium high high high"),
     BUDGET._replace(prefix="claude-sonnet-4-5"),
     BUDGET._replace(prefix="claude-haiku-4-5"),
     BUDGET._replace(prefix="claude-opus-4-1", max_tokens=32_000, usual_tokens=8192),
@@ -4647,9 +4672,7 @@ CLAUDES = (
     BUDGET._replace(thinking="", max_tokens=0, usual_tokens=8192, json_schema=False, prefill=False, web_search=""),
 )
 
-EFFORT_CHOICES = {"none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
-                  "xhigh": "xhigh max high", "max": "max high"}             # the first that the model takes
-THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 10_000, "high": 16_384, "xhigh": 32_768, "max": 32_768}
+THINKING_BUDGETS = "0 1024 2048 10000 16384 32768 32768"     # for each of EFFORTS
 LEAST_BUDGET = 1024
 THOUGHTS = frozenset(("thinking", "redacted_thinking"))
 
@@ -4684,28 +4707,25 @@ JSON_ONLY = "Answer with one JSON object and nothing else."
 
 def encode_messages(ctx: EncodeContext) -> JSON:
     """The body of POST /messages. Always a stream: long answers cannot be had without one."""
-    get, text, row, book = ctx.request.get, ctx.request.get("text", {}), ctx.settings, ctx.book
+    take, row, book, asked = ctx.take, ctx.settings, ctx.book, ctx.take("reasoning.effort")
     turns = MessagesTurns(ctx)
-    shape, instruction = output_format(text.get("format") or {}, row)
-    thinking, effort = thinking_of(get("reasoning", {}), row)
-    max_tokens, thinking = token_limits(get("max_output_tokens"), thinking, row, turns.lost_thought())
+    shape, instruction = output_format(take("text.format", {}), row)
+    thinking, effort = thinking_of(asked, ctx.request.get("reasoning", {}).get("summary"), row)
+    max_tokens, thinking = token_limits(take("max_output_tokens"), thinking, row, turns.lost_thought())
     native = native_web_search(book, row)
     tools = [messages_tool(function) for function in book.functions] + native
     choice, sentence = messages_tool_choice(ctx, thinking, bool(native)) if tools else (None, "")
     system = [{"type": "text", "text": part} for part in (*ctx.history.system, instruction) if part.strip()]
-    user = get("safety_identifier") or get("user")
+    users = [user for user in (take("safety_identifier"), take("user")) if user]
     wanted: JSON = {
         "model": ctx.job.model, "max_tokens": max_tokens, "system": system, "tools": tools, "tool_choice": choice,
         "messages": turns.finish(sentence, thinking is not None), "thinking": thinking,
         "output_config": {name: value for name, value in (("effort", effort), ("format", shape)) if value},
-        "metadata": {"user_id": opaque(user)} if user else None, **sampling_of(ctx, thinking)}
-    lost = {"reasoning.effort": get("reasoning", {}).get("effort") not in (None, "none") and not effort and not thinking,
-            "tools:web_search": book.hosted and not native, "text.verbosity": text.get("verbosity"),
-            "top_logprobs": get("top_logprobs"), "max_tool_calls": get("max_tool_calls"),
-            "service_tier": get("service_tier", "auto") not in ("auto", "default")}
+        "metadata": {"user_id": opaque(users[0])} if users else None, **sampling_of(ctx, thinking)}
+    ctx.dropped += ["reasoning.effort"] if asked not in (None, "none") and not effort and not thinking else []
+    ctx.dropped += ["tools:web_search"] if book.hosted and not native else []
     body = {name: value for name, value in wanted.items() if value not in (None, [], {})}
     place_cache_control(body, ctx.job.prompt_cache)
-    ctx.dropped += [name for name, is_lost in lost.items() if is_lost]
     return {**body, "stream": True}
 
 
@@ -4713,18 +4733,16 @@ def opaque(user: str) -> str:
     return user if len(user) <= 256 else hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()
 
 
-def thinking_of(reasoning: JSON, row: Claude) -> tuple[JSON | None, str]:
+def thinking_of(asked: Any, summary: Any, row: Claude) -> tuple[JSON | None, str]:
     """`thinking` and effort for what the client asked; None and "" leave the model to its own ways."""
-    asked, shown = reasoning.get("effort"), row.shown or reasoning.get("summary") not in (None, "none")
+    shown = row.shown or summary not in (None, "none")
     if asked == "none" and row.off != "never":
         return ({"type": row.off} if row.off else None), ""
-    choices = EFFORT_CHOICES.get(str(asked), "high").split() if asked else ()     # unknown counts as high
-    effort = next((choice for choice in choices if choice in row.efforts.split()), "")
+    effort = effort_value(row.efforts, asked)
     if not row.thinking or not (asked or shown):
         return None, effort
     if row.thinking == "budget":
-        budget = THINKING_BUDGETS.get(str(asked or "medium"), THINKING_BUDGETS["high"])
-        return {"type": "enabled", "budget_tokens": budget}, effort
+        return {"type": "enabled", "budget_tokens": int(effort_value(THINKING_BUDGETS, asked or "medium"))}, effort
     return {"type": "adaptive", "display": "summarized"} if shown else {"type": "adaptive"}, effort
 
 
@@ -4742,8 +4760,7 @@ def token_limits(asked: int | None, thinking: JSON | None, row: Claude, lost_tho
 
 def sampling_of(ctx: EncodeContext, thinking: JSON | None) -> JSON:
     """temperature or top_p, never both; none where the model refuses it or thinks."""
-    get = ctx.request.get
-    given = {name: get(name) for name in ("temperature", "top_p") if get(name) is not None}
+    given = {name: ctx.take(name) for name in ("temperature", "top_p") if name in ctx.fields}
     thinks = thinking is not None and thinking["type"] in ("enabled", "adaptive")
     kept = dict(list(given.items())[:1]) if ctx.settings.sampling and not thinks else {}
     ctx.dropped += [name for name, value in given.items() if name not in kept and value != 1]      # 1 is everybody's default
@@ -5433,36 +5450,27 @@ def calling_mode(choice: Any, book: ToolBook, row: Gemini) -> JSON | None:
 
 def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig; what it has no place for is named."""
-    get, row, functions = ctx.request.get, ctx.settings, bool(ctx.book.functions)
-    text, reasoning = get("text", {}), get("reasoning", {})
-    shape = text.get("format") or {}
+    row, functions, shape, effort = ctx.settings, ctx.book.functions, ctx.take("text.format", {}), ctx.take("reasoning.effort")
     asks_json = shape.get("type") in ("json_object", "json_schema")
     refused = asks_json and functions and not row.mixes
-    thinking = thinking_config(reasoning, row)
-    lost = {"text.format": refused, "text.verbosity": text.get("verbosity") not in (None, "medium"),
-            "reasoning.effort": reasoning.get("effort") not in (None, "none") and not row.knob,
-            "parallel_tool_calls": functions and get("parallel_tool_calls") is False,      # there is no such switch
-            "service_tier": get("service_tier", "auto") not in ("auto", "default"),
-            "top_logprobs": get("top_logprobs"), "max_tool_calls": get("max_tool_calls")}
+    lost = {"text.format": refused, "reasoning.effort": effort not in (None, "none") and not row.knob,
+            "parallel_tool_calls": functions and ctx.request.get("parallel_tool_calls") is False}   # there is no such switch
     ctx.dropped += [name for name, is_lost in lost.items() if is_lost]
-    config: JSON = {"maxOutputTokens": get("max_output_tokens"), "temperature": get("temperature"), "topP": get("top_p"),
-                    "thinkingConfig": thinking or None}
+    config: JSON = {"maxOutputTokens": ctx.take("max_output_tokens"), "temperature": ctx.take("temperature"),
+                    "topP": ctx.take("top_p"), "thinkingConfig": thinking_config(ctx, effort) or None}
     if asks_json and not refused:
         config["responseMimeType"] = "application/json"
         config["responseJsonSchema"] = gemini_schema(shape["schema"]) if "schema" in shape else None
     return {name: value for name, value in config.items() if value is not None}
 
 
-def thinking_config(reasoning: JSON, row: Gemini) -> JSON:
-    """How to think, and whether to tell of it; an unknown effort counts as high (TRANSLATION.md 1.3)."""
-    effort = reasoning.get("effort")
+def thinking_config(ctx: EncodeContext, effort: Any) -> JSON:
+    """How to think, and whether to tell of it."""
     config: JSON = {}
-    if not row.knob:
-        return config
-    if effort:
-        value = row.values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")]
-        config[row.knob] = int(value) if row.knob == "thinkingBudget" else value
-    if reasoning.get("summary") not in (None, "none") and config.get(row.knob) != 0:
+    knob, value = ctx.settings.knob, effort_value(ctx.settings.values, effort)
+    if knob and value:
+        config[knob] = int(value) if knob == "thinkingBudget" else value
+    if knob and ctx.request.get("reasoning", {}).get("summary") not in (None, "none") and config.get(knob) != 0:
         config["includeThoughts"] = True
     return config
 
@@ -5927,6 +5935,12 @@ def demo_steps(request: ResponsesRequest, history: History, model: str, book: To
     yield DemoStep(0, DONE_FRAME)
 
 
+def encode_demo(ctx: EncodeContext) -> JSON:
+    """It is sent nothing, and whatever was asked of it is as it should be."""
+    ctx.fields = {}
+    return {}
+
+
 def demo_chunk(delta: JSON, finish_reason: str | None = None, wait_s: float = 0.0) -> DemoStep:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return DemoStep(wait_s, sse_frame("", compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]})))
@@ -6036,7 +6050,11 @@ class EncodeContext:
     settings: Any               # what is known of the model: a Dialect, a Claude or a Gemini
     book: ToolBook
     history: History
-    dropped: list[str]          # what the target cannot carry: encoders add to it
+    fields: JSON                # of the request, by path: encoders take what they carry, the rest is named
+    dropped: list[str]          # what else the target cannot carry: encoders add to it
+
+    def take(self, path: str, default: Any = None) -> Any:
+        return self.fields.pop(path, default)
 
 
 class UpstreamCall(NamedTuple):
@@ -6102,12 +6120,14 @@ class WireApi(NamedTuple):
             tool = book.by_flat.get(item.get("name", ""))
             if tool and tool.fitted:
                 item["arguments"] = rename_keys(item["arguments"], tool.fitted)
-        ctx = EncodeContext(job, request, settings, book, history, dropped + book.dropped + history.dropped)
+        ctx = EncodeContext(job, request, settings, book, history, request_fields(request.body),
+                            dropped + book.dropped + history.dropped)
         body = self.encode(ctx)
+        dropped = ctx.dropped + [path for path, value in ctx.fields.items() if value not in NEUTRAL.get(path, ())]
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(urllib.parse.quote(job.model.removeprefix("models/"), safe=""), method)
         call = UpstreamCall(self, path, compact(body).encode(), Translation(job, self.decoder(ctx)),
-                            list(dict.fromkeys(ctx.dropped)), self.headers(body))
+                            list(dict.fromkeys(dropped)), self.headers(body))
         return call if path else call._replace(steps=demo_steps(request, history, job.model, book, job.calls))
 
     def _relayed(self, job: Job, unsealed: list[JSON], dropped: list[str]) -> UpstreamCall:
@@ -6132,7 +6152,7 @@ WIRES: dict[str, WireApi] = {
                    lambda job: gemini_row(job.model, job.overrides),
                    lambda job, settings: ToolBook(job.request.tools, True, "gemini"),
                    repair_gemini, auth_header="x-goog-api-key", facts=Gemini._field_defaults),
-    "demo": WireApi("", lambda ctx: {}, lambda ctx: ChatDecoder(ctx.book, ctx.settings), chat_dialect),
+    "demo": WireApi("", encode_demo, lambda ctx: ChatDecoder(ctx.book, ctx.settings), chat_dialect),
 }
 
 

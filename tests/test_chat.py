@@ -1437,9 +1437,8 @@ def test_36_what_cannot_be_carried_is_named() -> None:
         "reasoning.effort",
         "content:input_file",
         "content:input_audio",
-        "content:input_file",
         "content:input_image",
-        "verbosity",
+        "text.verbosity",
         "service_tier",
         "top_logprobs",
     ]

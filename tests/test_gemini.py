@@ -873,7 +873,7 @@ def test_plain_fields_go_under_geminis_names_and_others_are_named() -> None:
     body, dropped = encode("q", max_output_tokens=9, temperature=0.5, top_p=0.9, service_tier="flex", top_logprobs=2,
                            parallel_tool_calls=False, tools=[FUNCTION], text={"verbosity": "low"}, user="u", store=True)
     assert body["generationConfig"] == {"maxOutputTokens": 9, "temperature": 0.5, "topP": 0.9}
-    assert set(dropped) == {"service_tier", "top_logprobs", "parallel_tool_calls", "text.verbosity"}
+    assert set(dropped) == {"service_tier", "top_logprobs", "parallel_tool_calls", "text.verbosity", "user"}
 
 
 SCHEMA_FORMAT = {"type": "json_schema", "name": "n", "schema": {"type": "object", "title": "T", "properties": {"title": {"type": "string"}}}}

@@ -919,7 +919,7 @@ def test_what_cannot_be_carried_is_named() -> None:
                           "tools": [{"type": "code_interpreter"}], "tool_choice": "required"})
     assert set(dropped) == {"text.verbosity", "top_logprobs", "max_tool_calls", "service_tier", "tools:code_interpreter"}
     body, dropped = encoded({"input": "q", "safety_identifier": "u1", "user": "u2", "prompt_cache_key": "k", "store": False,
-                             "metadata": {"a": "b"}, "truncation": "auto", "include": [], "service_tier": "default"})
+                             "metadata": {"a": "b"}, "truncation": "disabled", "include": [], "service_tier": "default"})
     assert body["metadata"] == {"user_id": "u1"} and dropped == []
 
 

@@ -852,6 +852,24 @@ def test_a_thought_without_a_seal_does_not_go_up_where_nothing_is_stored():
             assert pomex.WIRES["responses"].call(job).repaired(error) is None, "the same request would be refused again"
 
 
+NEUTRAL = {"text": {"verbosity": "medium", "format": None}, "service_tier": "auto", "truncation": "disabled", "include": [],
+           "top_logprobs": 0, "frequency_penalty": 0, "temperature": 1, "parallel_tool_calls": True, "metadata": {"a": "b"},
+           "client_metadata": {}, "prompt_cache_key": "k", "reasoning": {"summary": "auto", "effort": None}, "seed": None}
+CARRIED = {"responses": {"text.frobnicate", "reasoning.mode", "truncation", "include"}, "messages": {"user"}}
+
+
+@pytest.mark.parametrize("wire", ["responses", "chat", "messages", "gemini"])
+def test_every_field_that_a_wire_does_not_carry_is_named_by_its_path(wire):
+    fields = {"truncation": "auto", "include": ["message.output_text.logprobs"], "context_management": [{"type": "compaction"}],
+              "prompt_cache_options": {"ttl": "12h"}, "frobnicate": False, "seed": 0, "stop": ["x"], "presence_penalty": 0.5,
+              "user": "u", "text": {"frobnicate": 1}, "reasoning": {"mode": "pro"}}
+    call = pomex.WIRES[wire].call(relay_job(ask(**fields), relay=False))
+    paths = {*fields, "text.frobnicate", "reasoning.mode"} - {"text", "reasoning"}
+    assert set(call.dropped) == paths - CARRIED.get(wire, set())
+    assert pomex.WIRES[wire].call(relay_job(ask(**NEUTRAL), relay=False)).dropped == []
+    assert pomex.WIRES["responses"].call(relay_job(ask(**fields))).dropped == [], "the relay carries all"
+
+
 def relay_job(request, relay=True):
     return pomex.Job(pomex.Answer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
 

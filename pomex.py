@@ -1343,12 +1343,11 @@ def instructions_text(body: JSON) -> str:
     return given if isinstance(given, str) else "\n\n".join(text_of(i.get("content")) for i in given if isinstance(i, dict))
 
 
-def text_of(content: Any) -> str:
+def text_of(content: Any, separator: str = "") -> str:
     """The text of a message content or a tool output, which is a string or a list of parts."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return separator.join(part["text"] for part in dicts_in(content) if isinstance(part.get("text"), str))
 
 
 # --- 5.2 the envelope of reasoning ----------------------------------------------------------------
@@ -3429,6 +3428,29 @@ def effort_value(values: str, effort: Any) -> str:
     return values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")].strip("-")
 
 
+LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
+
+
+class TurnEncoder:
+    """A History in the turns of a provider: subclasses have a method for each type of its items."""
+    CONTENT = "content"         # a turn's key of its parts
+
+    def __init__(self, ctx: EncodeContext) -> None:
+        self.history, self.settings, self.dropped = ctx.history, ctx.settings, ctx.dropped
+        self.out: list[JSON] = []
+
+    def encode_items(self) -> None:
+        for item in self.history.items:
+            getattr(self, item["type"])(item)
+
+    def add(self, role: str, parts: list[JSON]) -> None:
+        """Neighbours of one role are one turn."""
+        if parts and self.out and self.out[-1]["role"] == role:
+            self.out[-1][self.CONTENT] += parts
+        elif parts:
+            self.out.append({"role": role, self.CONTENT: [*parts]})
+
+
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
 
 ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
@@ -3862,7 +3884,6 @@ def chat_dialect(job: Job) -> Dialect:
 
 # --- the request
 
-LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
 MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string with maximum length 40"
 
 
@@ -3982,20 +4003,13 @@ class ChatStep:
     images: list[JSON] = field(default_factory=list)    # of results, for the user message after them
 
 
-class ChatMessages:
+class ChatMessages(TurnEncoder):
     """A History as chat messages: texts, thoughts and calls of one turn are one assistant message."""
-
-    def __init__(self, ctx: EncodeContext) -> None:
-        self.history = ctx.history
-        self.dialect: Dialect = ctx.settings
-        self.dropped = ctx.dropped
-        self.out: list[JSON] = []
-        self.step: ChatStep | None = None
+    step: ChatStep | None = None
 
     def encode(self, closing: str) -> list[JSON]:
         """All messages; `closing` is said at the end of the system message."""
-        for item in self.history.items:
-            self.HANDLERS[item["type"]](self, item)
+        self.encode_items()
         self._flush()
         if self.out and self.out[-1]["role"] == "assistant":    # Mistral, Claude behind a router: refused
             self._user([{"type": "text", "text": "Continue."}])
@@ -4010,35 +4024,35 @@ class ChatMessages:
 
     # one method a kind of item
 
-    def _message(self, item: JSON) -> None:
+    def message(self, item: JSON) -> None:
         parts = carried(item["content"], self._part, self.dropped)
-        text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
+        text = text_of(parts, "\n\n")
         if item["role"] == "assistant":
             self._assistant().texts += [text] if text else []
         elif item["role"] == "user":
             self._user(parts)
-        elif self.dialect.mid_system:
+        elif self.settings.mid_system:
             self._flush()
             self.out.append({"role": "system", "content": text})
         else:
             self._user([{"type": "text", "text": LATER_SYSTEM.format(text)}])
 
-    def _reasoning(self, item: JSON) -> None:
+    def reasoning(self, item: JSON) -> None:
         replay = self._assistant().replay
         for name, value in item["pomex_replay"].items():    # several items of one turn follow each other
             replay.setdefault(name, []).append(value)
 
-    def _call(self, item: JSON) -> None:
+    def function_call(self, item: JSON) -> None:
         function = {"name": item["name"], "arguments": item["arguments"]}
         self._assistant().calls.append({"id": item["call_id"], "type": "function", "function": function})
 
-    def _output(self, item: JSON) -> None:
+    def function_call_output(self, item: JSON) -> None:
         step = self.step or ChatStep()
         parts = carried(item["output"], self._part, self.dropped)
-        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        text = text_of(parts, "\n")
         others = [part for part in parts if part["type"] != "text"]
         content: Any = text
-        if others and self.dialect.tool_parts:
+        if others and self.settings.tool_parts:
             content = parts
         elif others:        # everywhere else a tool message is text: what it showed comes after them all
             step.images += [{"type": "text", "text": f"Images from tool call {item['call_id']}:"}, *others]
@@ -4063,14 +4077,14 @@ class ChatMessages:
             self._user(step.images)
 
     def _assistant_message(self, step: ChatStep) -> JSON:
-        text, form = "\n\n".join(step.texts), self.dialect.replay
+        text, form = "\n\n".join(step.texts), self.settings.replay
         replay: JSON = {
             name: "".join(values) if isinstance(values[0], str) else [*itertools.chain(*values)]
             for name, values in step.replay.items()}
         message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
         if form == "thinking" and replay.get(form):
             message["content"] = [*replay[form], *([{"type": "text", "text": text}] if text else [])]
-        elif form and (replay.get(form) or (self.dialect.replay_always and step.calls)):
+        elif form and (replay.get(form) or (self.settings.replay_always and step.calls)):
             message[form] = replay.get(form, "")
         if step.calls:
             extras = {extra["id"]: extra["extra_content"] for extra in replay.get("extra_content", [])}
@@ -4091,11 +4105,11 @@ class ChatMessages:
         self.out[-1]["content"] += parts
 
     def _id(self, given: str) -> str:
-        fits = re.fullmatch(r"[a-zA-Z0-9]{9}", given) if self.dialect.short_ids else len(given) <= MAX_CALL_ID
+        fits = re.fullmatch(r"[a-zA-Z0-9]{9}", given) if self.settings.short_ids else len(given) <= MAX_CALL_ID
         if fits:
             return given
         digest = hashlib.sha256(given.encode("utf-8", "replace")).hexdigest()
-        return digest[:9] if self.dialect.short_ids else "call_" + digest[:32]
+        return digest[:9] if self.settings.short_ids else "call_" + digest[:32]
 
     # parts
 
@@ -4111,13 +4125,9 @@ class ChatMessages:
             # auto is the default; others know no more than these
             detail = {"detail": part["detail"]} if part.get("detail") in ("low", "high") else {}
             return {"type": "image_url", "image_url": {"url": file.url or data_url, **detail}}
-        if file.url or not file.mime or not self.dialect.files:
+        if file.url or not file.mime or not self.settings.files:
             return None
         return {"type": "file", "file": {"filename": name, "file_data": data_url}}
-
-    HANDLERS: ClassVar[dict[str, Callable[[ChatMessages, JSON], None]]] = {
-        "message": _message, "reasoning": _reasoning, "function_call": _call,
-        "function_call_output": _output}
 
 
 # --- the answer
@@ -4864,19 +4874,13 @@ def strict_schema(schema: JSON) -> Any:
 TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-class MessagesTurns:
+class MessagesTurns(TurnEncoder):
     """A History as turns: neighbours of one role are one turn, thoughts before what they led to, results before text."""
 
     def __init__(self, ctx: EncodeContext) -> None:
-        self.row: Claude = ctx.settings
-        self.dropped = ctx.dropped
-        self.out: list[JSON] = []
+        super().__init__(ctx)
         self.later: list[JSON] = []         # system texts for the end of the user turn: nowhere else may they stand
-        handlers: dict[str, Callable[[JSON], None]] = {
-            "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
-            "function_call_output": self._output}
-        for item in ctx.history.items:
-            handlers[item["type"]](item)
+        self.encode_items()
         self._leave("user")
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
@@ -4884,8 +4888,8 @@ class MessagesTurns:
         if closing:
             self._system(closing)
         last = self.out[-1]["role"] if self.out else ""
-        if last == "assistant" and (self.later or thinks or not self.row.prefill):
-            self._add("user", [{"type": "text", "text": "Continue."}])
+        if last == "assistant" and (self.later or thinks or not self.settings.prefill):
+            self.add("user", [{"type": "text", "text": "Continue."}])
         elif last == "assistant" and self.out[-1]["content"][-1]["type"] == "text":
             block = self.out[-1]["content"].pop()       # "final assistant content cannot end with trailing whitespace"
             self.out[-1]["content"].append({**block, "text": block["text"].rstrip()})
@@ -4902,47 +4906,43 @@ class MessagesTurns:
 
     # one method a kind of item
 
-    def _message(self, item: JSON) -> None:
+    def message(self, item: JSON) -> None:
         blocks = self._blocks(item["content"])
         if item["role"] in ("user", "assistant"):
-            self._add(item["role"], blocks)
+            self.add(item["role"], blocks)
         else:
-            self._system("\n\n".join(block["text"] for block in blocks if block["type"] == "text"))
+            self._system(text_of(blocks, "\n\n"))
 
     def _system(self, text: str) -> None:
-        if self.row.mid_system and text:
+        if self.settings.mid_system and text:
             self.later.append({"type": "text", "text": text})
         elif text:
-            self._add("user", [{"type": "text", "text": LATER_SYSTEM.format(text)}])
+            self.add("user", [{"type": "text", "text": LATER_SYSTEM.format(text)}])
 
-    def _reasoning(self, item: JSON) -> None:
+    def reasoning(self, item: JSON) -> None:
         blocks = dicts_in(item["pomex_replay"].get("blocks"))
-        self._add("assistant", blocks)
+        self.add("assistant", blocks)
         if not blocks:
             self.dropped.append("reasoning")
 
-    def _call(self, item: JSON) -> None:
-        self._add("assistant", [{"type": "tool_use", "id": tool_use_id(item["call_id"]), "name": item["name"],
+    def function_call(self, item: JSON) -> None:
+        self.add("assistant", [{"type": "tool_use", "id": tool_use_id(item["call_id"]), "name": item["name"],
                                  "input": json.loads(item["arguments"])}])
 
-    def _output(self, item: JSON) -> None:
+    def function_call_output(self, item: JSON) -> None:
         output = item["output"]
         content = self._blocks(output) if isinstance(output, list) else output if output.strip() else None
         result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
         if content:
             result["content"] = content
-        self._add("user", [{**result, "is_error": True} if output == NO_OUTPUT else result])
+        self.add("user", [{**result, "is_error": True} if output == NO_OUTPUT else result])
 
     # turns
 
-    def _add(self, role: str, blocks: list[JSON]) -> None:
-        if not blocks:
-            return
-        self._leave(role)
-        if self.out and self.out[-1]["role"] == role:
-            self.out[-1]["content"] += blocks
-        else:
-            self.out.append({"role": role, "content": list(blocks)})
+    def add(self, role: str, parts: list[JSON]) -> None:
+        if parts:
+            self._leave(role)
+        super().add(role, parts)
 
     def _leave(self, role: str) -> None:
         """Ends the turn before where `role` begins another. An assistant's may not end with a thought."""
@@ -5504,51 +5504,42 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
 
 # --- its contents
 
-class GeminiContents:
+class GeminiContents(TurnEncoder):
     """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
 
+    CONTENT = "parts"
+
     def __init__(self, ctx: EncodeContext) -> None:
-        self.history = ctx.history
-        self.row: Gemini = ctx.settings
-        self.dropped = ctx.dropped
-        self.out: list[JSON] = []
+        super().__init__(ctx)
         self.calls: dict[str, JSON] = {}            # by call_id: what a result repeats of its call
         self.signatures: dict[str, str] = {}        # by call_id
 
     def encode(self) -> list[JSON]:
-        for item in self.history.items:
-            self.HANDLERS[item["type"]](self, item)
+        self.encode_items()
         for content in self.out:
             if content["role"] == "user":           # what a result showed stands behind all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
-            elif self.row.knob:
+            elif self.settings.knob:
                 sign_step(content, replace=False)
         if not self.out or self.out[0]["role"] == "model":
             self.out.insert(0, {"role": "user", "parts": [{"text": "(continue)"}]})
         if self.out[-1]["role"] == "model":
-            self._add("user", {"text": "Continue."})
+            self.add("user", [{"text": "Continue."}])
         return self.out
-
-    def _add(self, role: str, *parts: JSON) -> None:
-        """Neighbours of one role are one content."""
-        if parts and self.out and self.out[-1]["role"] == role:
-            self.out[-1]["parts"] += parts
-        elif parts:
-            self.out.append({"role": role, "parts": list(parts)})
 
     # one method a kind of item
 
-    def _message(self, item: JSON) -> None:
+    def message(self, item: JSON) -> None:
         parts = carried(item["content"], gemini_part, self.dropped)
         if item["role"] in ("system", "developer"):
-            text = "\n\n".join(part["text"] for part in parts if "text" in part)
+            text = text_of(parts, "\n\n")
             parts = [{"text": LATER_SYSTEM.format(text)}] if text else []
-        self._add("model" if item["role"] == "assistant" or "generated" in item else "user", *parts)
+        self.add("model" if item["role"] == "assistant" or "generated" in item else "user", parts)
 
-    def _reasoning(self, item: JSON) -> None:
+    def reasoning(self, item: JSON) -> None:
         replay = item["pomex_replay"]
-        if isinstance(replay.get("part"), dict) and self.row.mixes:     # a server's tool: older models refuse them
-            self._add("model", replay["part"])
+        if isinstance(replay.get("part"), dict) and self.settings.mixes:     # a server's tool: older models refuse them
+            self.add("model", [replay["part"]])
         elif not isinstance(replay.get("signature"), str):
             self.dropped.append("reasoning:foreign")
         elif replay.get("for"):
@@ -5560,7 +5551,7 @@ class GeminiContents:
         """Signs the last `characters` of the text before, which were one part; none is an image, or a part of its own."""
         parts = self.out[-1]["parts"] if self.out and self.out[-1]["role"] == "model" else []
         if not characters and not (parts and "inlineData" in parts[-1]):
-            self._add("model", {"text": ""})
+            self.add("model", [{"text": ""}])
         if not characters:
             self.out[-1]["parts"][-1]["thoughtSignature"] = signature
             return True
@@ -5572,7 +5563,7 @@ class GeminiContents:
         parts[at:at + 1] = [*([head] if head["text"] else []), {"text": text[-characters:], "thoughtSignature": signature}]
         return True
 
-    def _call(self, item: JSON) -> None:
+    def function_call(self, item: JSON) -> None:
         call_id = item["call_id"]
         self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
@@ -5580,22 +5571,18 @@ class GeminiContents:
         part: JSON = {"functionCall": {**self.calls[call_id], "args": json_dict(item["arguments"]) or {}}}
         # unique_calls numbers repeated ids: the newest signature before is the one of this call
         signature = self.signatures.get(call_id) or self.signatures.get(re.sub(r"_\d+$", "", call_id))
-        self._add("model", {**part, "thoughtSignature": signature} if signature else part)
+        self.add("model", [{**part, "thoughtSignature": signature} if signature else part])
 
-    def _output(self, item: JSON) -> None:
+    def function_call_output(self, item: JSON) -> None:
         parts = carried(item["output"], gemini_part, self.dropped)
-        text = "\n".join(part["text"] for part in parts if "text" in part)
+        text = text_of(parts, "\n")
         media = [part for part in parts if "text" not in part]
-        within = [part for part in media if self.row.mixes and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
+        within = [part for part in media if self.settings.mixes and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
         key = "error" if item["output"] == NO_OUTPUT else "result"
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text or ("The content follows." if media else "")}}
         if within:
             response["parts"] = within
-        self._add("user", {"functionResponse": response}, *(part for part in media if part not in within))
-
-    HANDLERS: ClassVar[dict[str, Callable[[GeminiContents, JSON], None]]] = {
-        "message": _message, "reasoning": _reasoning, "function_call": _call,
-        "function_call_output": _output}
+        self.add("user", [{"functionResponse": response}, *(part for part in media if part not in within)])
 
 
 def gemini_part(part: JSON) -> JSON | None:

@@ -1013,6 +1013,10 @@ compact = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 quote = json.encoder.encode_basestring_ascii
 
 
+def sha256_hex(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON (RFC 8259 section 6)")
 
@@ -1268,8 +1272,7 @@ class ResponsesRequest:
     def cache_key(self) -> str:
         """prompt_cache_key, or one that all requests which begin alike have in common."""
         given: str = self.get("prompt_cache_key", "")
-        beginning = compact([self.model, self.instructions, self.body.get("tools")])
-        return given or hashlib.sha256(beginning.encode()).hexdigest()[:32]
+        return given or sha256_hex(compact([self.model, self.instructions, self.body.get("tools")]))[:32]
 
 
 INLINE_DATA = (b";base64,", b'"file_data":"')       # behind these images and files begin, up to a quotation mark
@@ -1465,8 +1468,7 @@ def flat_name(name: str, namespace: str) -> str:
 
 
 def with_digest(safe: str, full: str) -> str:
-    digest = hashlib.sha256(full.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{safe[:MAX_NAME - 9]}_{digest[:8]}"
+    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(full)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
@@ -3428,6 +3430,10 @@ def effort_value(values: str, effort: Any) -> str:
     return values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")].strip("-")
 
 
+def text_block(text: str) -> JSON:
+    return {"type": "text", "text": text}
+
+
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
 
 
@@ -4012,13 +4018,13 @@ class ChatMessages(TurnEncoder):
         self.encode_items()
         self._flush()
         if self.out and self.out[-1]["role"] == "assistant":    # Mistral, Claude behind a router: refused
-            self._user([{"type": "text", "text": "Continue."}])
+            self._user([text_block("Continue.")])
         if not self.out:                                        # only instructions, or an empty input: no request at all
-            self._user([{"type": "text", "text": "(continue)"}])
+            self._user([text_block("(continue)")])
         for message in self.out:                                # joined once: each neighbour by itself takes n * n steps
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
-                message["content"] = "\n\n".join(part["text"] for part in parts)
+                message["content"] = text_of(parts, "\n\n")
         system = "\n\n".join(text for text in (*self.history.system, closing) if text)
         return [{"role": "system", "content": system}, *self.out] if system else self.out
 
@@ -4035,7 +4041,7 @@ class ChatMessages(TurnEncoder):
             self._flush()
             self.out.append({"role": "system", "content": text})
         else:
-            self._user([{"type": "text", "text": LATER_SYSTEM.format(text)}])
+            self._user([text_block(LATER_SYSTEM.format(text))])
 
     def reasoning(self, item: JSON) -> None:
         replay = self._assistant().replay
@@ -4055,7 +4061,7 @@ class ChatMessages(TurnEncoder):
         if others and self.settings.tool_parts:
             content = parts
         elif others:        # everywhere else a tool message is text: what it showed comes after them all
-            step.images += [{"type": "text", "text": f"Images from tool call {item['call_id']}:"}, *others]
+            step.images += [text_block(f"Images from tool call {item['call_id']}:"), *others]
             content = text or "The images follow."
         step.results.append({"role": "tool", "tool_call_id": self._id(item["call_id"]), "content": content})
 
@@ -4083,7 +4089,7 @@ class ChatMessages(TurnEncoder):
             for name, values in step.replay.items()}
         message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
         if form == "thinking" and replay.get(form):
-            message["content"] = [*replay[form], *([{"type": "text", "text": text}] if text else [])]
+            message["content"] = [*replay[form], *([text_block(text)] if text else [])]
         elif form and (replay.get(form) or (self.settings.replay_always and step.calls)):
             message[form] = replay.get(form, "")
         if step.calls:
@@ -4108,8 +4114,7 @@ class ChatMessages(TurnEncoder):
         fits = re.fullmatch(r"[a-zA-Z0-9]{9}", given) if self.settings.short_ids else len(given) <= MAX_CALL_ID
         if fits:
             return given
-        digest = hashlib.sha256(given.encode("utf-8", "replace")).hexdigest()
-        return digest[:9] if self.settings.short_ids else "call_" + digest[:32]
+        return sha256_hex(given)[:9] if self.settings.short_ids else "call_" + sha256_hex(given)[:32]
 
     # parts
 
@@ -4119,7 +4124,7 @@ class ChatMessages(TurnEncoder):
             return text_part(part)
         name = file.name or "file"
         if file.text is not None:
-            return {"type": "text", "text": f'<file name="{name}">\n{file.text}\n</file>'}
+            return text_block(f'<file name="{name}">\n{file.text}\n</file>')
         data_url = f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
             # auto is the default; others know no more than these
@@ -4725,22 +4730,19 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     native = native_web_search(book, row)
     tools = [messages_tool(function) for function in book.functions] + native
     choice, sentence = messages_tool_choice(ctx, thinking, bool(native)) if tools else (None, "")
-    system = [{"type": "text", "text": part} for part in (*ctx.history.system, instruction) if part.strip()]
-    users = [user for user in (take("safety_identifier"), take("user")) if user]
+    system = [text_block(part) for part in (*ctx.history.system, instruction) if part.strip()]
+    named, user = take("user"), take("safety_identifier")
+    user = user or named
     wanted: JSON = {
         "model": ctx.job.model, "max_tokens": max_tokens, "system": system, "tools": tools, "tool_choice": choice,
         "messages": turns.finish(sentence, thinking is not None), "thinking": thinking,
         "output_config": {name: value for name, value in (("effort", effort), ("format", shape)) if value},
-        "metadata": {"user_id": opaque(users[0])} if users else None, **sampling_of(ctx, thinking)}
+        "metadata": {"user_id": user if len(user) <= 256 else sha256_hex(user)} if user else None, **sampling_of(ctx, thinking)}
     ctx.dropped += ["reasoning.effort"] if asked not in (None, "none") and not effort and not thinking else []
     ctx.dropped += ["tools:web_search"] if book.hosted and not native else []
     body = {name: value for name, value in wanted.items() if value not in (None, [], {})}
     place_cache_control(body, ctx.job.prompt_cache)
     return {**body, "stream": True}
-
-
-def opaque(user: str) -> str:
-    return user if len(user) <= 256 else hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()
 
 
 def thinking_of(asked: Any, summary: Any, row: Claude) -> tuple[JSON | None, str]:
@@ -4889,12 +4891,12 @@ class MessagesTurns(TurnEncoder):
             self._system(closing)
         last = self.out[-1]["role"] if self.out else ""
         if last == "assistant" and (self.later or thinks or not self.settings.prefill):
-            self.add("user", [{"type": "text", "text": "Continue."}])
+            self.add("user", [text_block("Continue.")])
         elif last == "assistant" and self.out[-1]["content"][-1]["type"] == "text":
             block = self.out[-1]["content"].pop()       # "final assistant content cannot end with trailing whitespace"
             self.out[-1]["content"].append({**block, "text": block["text"].rstrip()})
         if not self.out or self.out[0]["role"] != "user":
-            self.out.insert(0, {"role": "user", "content": [{"type": "text", "text": "(continue)"}]})
+            self.out.insert(0, {"role": "user", "content": [text_block("(continue)")]})
         self._place_later()
         return self.out
 
@@ -4915,9 +4917,9 @@ class MessagesTurns(TurnEncoder):
 
     def _system(self, text: str) -> None:
         if self.settings.mid_system and text:
-            self.later.append({"type": "text", "text": text})
+            self.later.append(text_block(text))
         elif text:
-            self.add("user", [{"type": "text", "text": LATER_SYSTEM.format(text)}])
+            self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def reasoning(self, item: JSON) -> None:
         blocks = dicts_in(item["pomex_replay"].get("blocks"))
@@ -4995,8 +4997,7 @@ def tool_use_id(given: str) -> str:
     """A call id in the letters that Anthropic takes; others' are told apart by a digest."""
     if TOOL_USE_ID.fullmatch(given):
         return given
-    digest = hashlib.sha256(given.encode("utf-8", "replace")).hexdigest()[:16]
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40]) + "_" + digest
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40]) + "_" + sha256_hex(given)[:16]
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
@@ -5039,16 +5040,13 @@ def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> JSON:
 def drop_thoughts(body: JSON, found: re.Match[str]) -> JSON:
     messages = [{**message, "content": [block for block in message["content"] if block["type"] not in THOUGHTS]}
                 for message in body["messages"]]
-    with_budget = (body.get("thinking") or {}).get("type") == "enabled"
-    return {**body, "messages": messages, "thinking": None} if with_budget else {**body, "messages": messages}
+    if body.get("thinking", {}).get("type") == "enabled":
+        body = {**body, "thinking": None}
+    return {**body, "messages": messages}
 
 
 def drop_effort(body: JSON, found: re.Match[str]) -> JSON:
     return {**body, "output_config": {k: v for k, v in body.get("output_config", {}).items() if k != "effort"} or None}
-
-
-def drop_field(body: JSON, found: re.Match[str]) -> JSON:
-    return {**body, found[1]: None}
 
 
 def lower_limit(body: JSON, found: re.Match[str]) -> JSON:
@@ -5059,7 +5057,7 @@ def lower_limit(body: JSON, found: re.Match[str]) -> JSON:
 
 
 def add_user_turn(body: JSON, found: re.Match[str]) -> JSON:
-    return {**body, "messages": [*body["messages"], {"role": "user", "content": [{"type": "text", "text": "Continue."}]}]}
+    return {**body, "messages": [*body["messages"], {"role": "user", "content": [text_block("Continue.")]}]}
 
 
 MESSAGES_REPAIRS: list[tuple[str, Callable[[JSON, re.Match[str]], JSON]]] = [
@@ -5068,7 +5066,8 @@ MESSAGES_REPAIRS: list[tuple[str, Callable[[JSON, re.Match[str]], JSON]]] = [
     (r"max_tokens: \d+ > (\d+)", lower_limit),
     (r"prefill", add_user_turn),
     (r"effort", drop_effort),
-    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b", drop_field),
+    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b",
+     lambda body, found: {**body, found[1]: None}),
 ]
 
 

@@ -4086,7 +4086,7 @@ class ChatMessages(TurnEncoder):
         text, form = "\n\n".join(step.texts), self.settings.replay
         replay: JSON = {
             name: "".join(values) if isinstance(values[0], str) else [*itertools.chain(*values)]
-            for name, values in step.replay.items()}
+            for name, values in step.replay.items() if isinstance(values[0], (str, list))}
         message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
         if form == "thinking" and replay.get(form):
             message["content"] = [*replay[form], *([text_block(text)] if text else [])]

@@ -1130,6 +1130,11 @@ def test_31_deepseek_gets_the_field_on_every_message_with_calls() -> None:
     assert [m.get("reasoning_content") for m in body["messages"]] == [None, "", None, None, None]
 
 
+def test_what_another_wire_kept_of_its_thoughts_is_no_trouble_here() -> None:
+    history = [user("q"), {"type": "reasoning", "pomex_replay": {"signature": "s", "characters": 5, "blocks": [{"type": "thinking"}]}}]
+    assert [message["role"] for message in encoded([*history, function_call("c"), output("c")])["messages"]][1:] == ["assistant", "tool"]
+
+
 def test_48_a_signature_of_gemini_behind_its_openai_endpoint_comes_back_on_its_call() -> None:
     extra = {"google": {"thought_signature": "s"}}
     given = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}, "extra_content": extra}

@@ -253,7 +253,7 @@ def billing_facts(answer: JSON, counts: JSON) -> dict[str, Any]:
     return {"web_searches": count(tools.get("web_search"), "num_requests")                      # OpenAI
             or count(counts.get("server_tool_use"), "web_search_requests")                      # Anthropic, OpenRouter
             or count(counts.get("server_side_tool_usage_details"), "web_search_calls"),         # xAI
-            "tier": " ".join(each for each in tiers if isinstance(each, str) and each != "auto").lower(),
+            "tier": " ".join(dict.fromkeys(each.lower() for each in tiers if isinstance(each, str) and each != "auto")),
             "model": str(answer.get("model") or "")[:200],
             "cost": f"{cost:.12f}" if isinstance(cost, (int, float)) and 0 < cost < 10**6 else ""}
 
@@ -4323,6 +4323,7 @@ class ChatDecoder(ItemDecoder):
         choices = dicts_in(chunk.get("choices"))
         holders = dicts_in([chunk, chunk.get("x_groq"), *choices])
         counts = next((holder["usage"] for holder in holders if holder.get("usage")), None)
+        merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         usage = usage_from(counts and merge_counts(self.counts, counts), chunk, reasoning_within=self.dialect.reasoning_within)
         if usage is not None:           # OpenRouter's reasoning is at times one more
             self.sink.set_usage(dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output)))
@@ -5667,7 +5668,7 @@ class GeminiDecoder(ItemDecoder):
         self.signature: JSON | None = None      # of the text that was last: for an item behind the message
         self.thought = False                    # is a reasoning item open?
         self.ids: set[str] = set()
-        self.counts: JSON = {}                  # the newest of each count
+        self.counts: JSON = {}                  # the newest of each count, and the model
         self.grounding: JSON = {}
         self.searched = False                   # a web_search_call has been given
         self.finished = False                   # something was said, and a finishReason came
@@ -5688,10 +5689,10 @@ class GeminiDecoder(ItemDecoder):
         candidates = dicts_in(chunk.get("candidates"))
         for candidate in candidates[:1]:
             self.grounding = table_of(candidate.get("groundingMetadata")) or self.grounding
-        given = table_of(chunk.get("usageMetadata"))
+        given = {**table_of(chunk.get("usageMetadata")), "model": chunk.get("modelVersion")}
         self.counts.update({name: value for name, value in given.items() if value is not None and
-                            (not self.finished or count(given, name) > count(self.counts, name))})
-        usage = gemini_usage(self.counts, str(chunk.get("modelVersion") or ""), self.grounding)
+                            (not self.finished or name not in self.counts or count(given, name) > count(self.counts, name))})
+        usage = gemini_usage(self.counts, self.grounding)
         if usage is not None:
             self.sink.set_usage(usage)
         if states_error(chunk):
@@ -5846,14 +5847,14 @@ def explained(what: str, holder: JSON, reason: str, message: str) -> str:
     return f"The provider {what} ({words[:200]}){': ' + more if more else '.'}"
 
 
-def gemini_usage(given: JSON, model: str, grounding: JSON) -> Usage | None:
+def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
     """Gemini counts thoughts and what its tools read apart; it bills each query of a search, Gemini 2 an answer with any."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
     output = count(given, "candidatesTokenCount") + thoughts
-    queries = grounding.get("webSearchQueries")
+    queries, model = grounding.get("webSearchQueries"), str(given.get("model") or "")
     searches = len(queries) if isinstance(queries, list) else 0
     tier = str(given.get("serviceTier") or given.get("trafficType") or "").lower().removeprefix("on_demand_")
     cached = min(count(given, "cachedContentTokenCount"), inputs)

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import sinks
 from conftest import REPOSITORY
 from ledgers import recent, totals
 
@@ -164,27 +165,33 @@ def test_a_price_follows_what_the_answer_was_served_as(model, tokens, tiers, pri
     assert pomex.builtin_tariffs()[model].price(NOW_MS, tokens, tiers) == price
 
 
+def usage_in(answer):
+    return pomex.usage_from(answer["usage"], answer)
+
+
 SAID = {        # what an answer says, and what is read of it: searches, tier, model, cost
-    "responses": (lambda: pomex.usage_from({"usage": {"input_tokens": 5}, "service_tier": "priority", "model": "gpt-6.1-sol-2026-09-01",
-                                            "tool_usage": {"web_search": {"num_requests": 3}}}), (3, "priority", "gpt-6.1-sol-2026-09-01", "")),
-    "responses, nothing said": (lambda: pomex.usage_from({"usage": {"input_tokens": 5}, "service_tier": "auto", "tool_usage": None}),
+    "responses": (lambda: usage_in({"usage": {"input_tokens": 5}, "service_tier": "priority", "model": "gpt-6.1-sol-2026-09-01",
+                                    "tool_usage": {"web_search": {"num_requests": 3}}}), (3, "priority", "gpt-6.1-sol-2026-09-01", "")),
+    "responses, nothing said": (lambda: usage_in({"usage": {"input_tokens": 5}, "service_tier": "auto", "tool_usage": None}),
                                 (0, "", "", "")),
-    "responses, nonsense": (lambda: pomex.usage_from({"usage": {"input_tokens": 5, "cost": float("nan")}, "service_tier": {"a": 1},
-                                                      "tool_usage": {"web_search": [3]}, "model": None}), (0, "", "", "")),
-    "chat": (lambda: pomex.chat_usage({"prompt_tokens": 5}, False, {"service_tier": "Flex", "model": "m"}), (0, "flex", "m", "")),
-    "chat, xAI": (lambda: pomex.chat_usage({"prompt_tokens": 5, "server_side_tool_usage_details": {"web_search_calls": 2}}, False, {}),
+    "responses, nonsense": (lambda: usage_in({"usage": {"input_tokens": 5, "cost": float("nan")}, "service_tier": {"a": 1},
+                                              "tool_usage": {"web_search": [3]}, "model": None}), (0, "", "", "")),
+    "chat": (lambda: usage_in({"usage": {"prompt_tokens": 5}, "service_tier": "Flex", "model": "m"}), (0, "flex", "m", "")),
+    "chat, said twice": (lambda: usage_in({"usage": {"prompt_tokens": 5, "service_tier": "priority"}, "service_tier": "Priority"}),
+                         (0, "priority", "", "")),
+    "chat, xAI": (lambda: usage_in({"usage": {"prompt_tokens": 5, "server_side_tool_usage_details": {"web_search_calls": 2}}}),
                   (2, "", "", "")),
-    "chat, OpenRouter": (lambda: pomex.chat_usage({"prompt_tokens": 5, "cost": 1.23e-5, "server_tool_use": {"web_search_requests": 1}},
-                                                  False, {"model": "a/b"}), (1, "", "a/b", "0.000012300000")),
-    "chat, a cost below nought": (lambda: pomex.chat_usage({"prompt_tokens": 5, "cost": -1}, False, {}), (0, "", "", "")),
+    "chat, OpenRouter": (lambda: usage_in({"usage": {"prompt_tokens": 5, "cost": 1.23e-5, "server_tool_use": {"web_search_requests": 1}},
+                                           "model": "a/b"}), (1, "", "a/b", "0.000012300000")),
+    "chat, a cost below nought": (lambda: usage_in({"usage": {"prompt_tokens": 5, "cost": -1}}), (0, "", "", "")),
     "messages": (lambda: pomex.messages_usage({"input_tokens": 5, "service_tier": "standard", "speed": "fast", "inference_geo": "us",
                                                "server_tool_use": {"web_search_requests": 4}, "model": "claude"}),
                  (4, "standard fast us", "claude", "")),
-    "gemini 3": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "serviceTier": "PRIORITY"}, "gemini-3-flash-preview",
+    "gemini 3": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "serviceTier": "PRIORITY", "model": "gemini-3-flash-preview"},
                                             {"webSearchQueries": ["a", "b"]}), (2, "priority", "gemini-3-flash-preview", "")),
-    "gemini 2.5": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "trafficType": "ON_DEMAND_FLEX"}, "gemini-2.5-pro",
+    "gemini 2.5": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "trafficType": "ON_DEMAND_FLEX", "model": "gemini-2.5-pro"},
                                               {"webSearchQueries": ["a", "b"]}), (1, "flex", "gemini-2.5-pro", "")),
-    "gemini, nothing said": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "trafficType": "ON_DEMAND"}, "", {}), (0, "on_demand", "", "")),
+    "gemini, nothing said": (lambda: pomex.gemini_usage({"promptTokenCount": 5, "trafficType": "ON_DEMAND"}, {}), (0, "on_demand", "", "")),
 }
 
 
@@ -194,11 +201,51 @@ def test_what_an_answer_says_of_its_cost_is_read(read, said):
     assert (usage.web_searches, usage.tier, usage.model, usage.cost) == said and usage.input == 5
 
 
+def read_by(decoder, *events):
+    decoder.sink = sinks.View()
+    return sinks.feed_all(decoder, events).usage
+
+
 def test_a_paused_turn_of_anthropic_keeps_what_both_halves_say():
-    decoder = pomex.MessagesDecoder(pomex.MessagesBook([], pomex.claude("claude-opus-5-5")))
-    list(decoder._message_start({"message": {"id": "1", "model": "claude-x", "usage": {"input_tokens": 5, "speed": "fast"}}}))
-    said = list(decoder._message_delta({"delta": {}, "usage": {"output_tokens": 3, "server_tool_use": {"web_search_requests": 2}}}))[0]
+    decoder = pomex.MessagesDecoder(pomex.MessagesBook([{"type": "web_search"}], pomex.claude("claude-opus-5-5")))
+    said = read_by(decoder, {"type": "message_start", "message": {"id": "1", "model": "claude-x", "usage": {"input_tokens": 5, "speed": "fast"}}},
+                   {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+                   {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hm"}},
+                   {"type": "content_block_stop", "index": 0},
+                   {"type": "message_delta", "delta": {"stop_reason": "pause_turn"},
+                    "usage": {"output_tokens": 3, "server_tool_use": {"web_search_requests": 2}}})
     assert (said.input, said.output, said.web_searches, said.tier, said.model) == (5, 3, 2, "fast", "claude-x")
+    assert decoder.resume()
+    said = read_by(decoder, {"type": "message_start", "message": {"id": "2", "model": "claude-x", "usage": {"input_tokens": 9, "speed": "fast"}}},
+                   {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+                    "usage": {"output_tokens": 4, "server_tool_use": {"web_search_requests": 1}}})
+    assert (said.input, said.output, said.web_searches, said.tier, said.model) == (14, 7, 3, "fast", "claude-x")
+
+
+TEXT_OF_GEMINI = {"content": {"parts": [{"text": "hm"}]}, "groundingMetadata": {"webSearchQueries": ["a", "b"]}}
+IN_PARTS = {    # streams whose events say each a part of it
+    "chat": (lambda: pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"]),
+             [{"model": "m", "service_tier": "priority", "choices": [{"delta": {"content": "hm"}}]},
+              {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 9, "cost": 0.5,
+                                                                              "server_tool_use": {"web_search_requests": 2}}},
+              {"model": "m", "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}], (9, 4, 2, "priority", "m", "0.500000000000")),
+    "gemini 3": (lambda: pomex.GeminiDecoder(pomex.ToolBook([])),
+                 [{"modelVersion": "gemini-3-x", "candidates": [TEXT_OF_GEMINI], "usageMetadata": {"promptTokenCount": 9}},
+                  {"candidates": [{"finishReason": "STOP"}]},
+                  {"usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4, "trafficType": "ON_DEMAND_PRIORITY"}}],
+                 (9, 4, 2, "priority", "gemini-3-x", "")),
+    "gemini 2": (lambda: pomex.GeminiDecoder(pomex.ToolBook([])),
+                 [{"modelVersion": "gemini-2.5-pro", "candidates": [{**TEXT_OF_GEMINI, "finishReason": "STOP"}],
+                   "usageMetadata": {"promptTokenCount": 9, "serviceTier": "flex"}},
+                  {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 4, "serviceTier": "standard"}}],
+                 (9, 4, 1, "flex", "gemini-2.5-pro", "")),
+}
+
+
+@pytest.mark.parametrize("made, events, said", IN_PARTS.values(), ids=IN_PARTS)
+def test_what_one_event_says_of_the_cost_holds_when_a_later_one_is_silent(made, events, said):
+    usage = read_by(made(), *events)
+    assert (usage.input, usage.output, usage.web_searches, usage.tier, usage.model, usage.cost) == said
 
 
 def book(text=""):
@@ -837,8 +884,9 @@ def test_a_limit_of_money_is_never_served_what_has_no_price(path):
                 failed = json.loads(text.split("event: response.failed\ndata: ")[1].split("\n")[0])["response"]
                 assert failed["error"] == {"code": "invalid_prompt", "message": error["message"]}
                 assert (await row_of(ledger))["error_code"] == "price_unknown"
-                status, _, text = await ask(server, token, {**ASKED, "model": "p/other", "stream": False}, **CODEX)
-                assert (status, json.loads(text)["error"]["code"]) == (400, "price_unknown")
+                status, headers, text = await ask(server, token, {**ASKED, "model": "p/other", "stream": False}, **CODEX)
+                assert (status, json.loads(text)["error"]["code"]) == (400, "model_not_found")      # whose text it shows
+                assert headers["x-pomex-error"] == (await row_of(ledger))["error_code"] == "price_unknown"
             assert not provider.bodies
             provider.answers += [(200, ["hi"], COUNTED)] * 6
             assert (await ask(server, token, {**ASKED, "model": "p/m-2026-11-02"}))[0] == 200      # of a family with a price

@@ -730,7 +730,7 @@ def test_usage_is_the_providers_or_marked_as_estimated():
     ({"input_tokens": 5, "input_tokens_details": {"cached_tokens": 3}, "output_tokens": 2, "output_tokens_details": None}, Usage(5, 3, 0, 2)),
 ])
 def test_a_foreign_usage_is_read_as_far_as_it_can_be_believed(given, usage):
-    assert pomex.usage_from({"usage": given}) == usage
+    assert pomex.usage_from(given, {"usage": given}) == usage
 
 
 def test_without_stream_there_are_no_frames_and_one_body():

@@ -257,7 +257,7 @@ def test_every_search_of_both_calculators_is_ours() -> None:
             wrong += [(name, ours, theirs)] if theirs and abs(ours - theirs) > 1e-6 and not explained else []
         per_query = litellm_map().get(name, {}).get("web_search_billing_unit") == "per_query"
         if name.startswith("google/") and litellm:
-            said = pomex.gemini_usage({"promptTokenCount": 1}, name.partition("/")[2], {"webSearchQueries": ["a", "b"]})
+            said = pomex.gemini_usage({"promptTokenCount": 1, "model": name.partition("/")[2]}, {"webSearchQueries": ["a", "b"]})
             wrong += [(name, said.web_searches)] if said.web_searches != (2 if per_query else 1) else []
     print(f"{compared} prices of searches compared")
     assert not wrong and compared > 80

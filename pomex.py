@@ -8,12 +8,12 @@
     python pomex.py serve         takes OpenAI Responses API requests (/v1/responses) and answers them
                                   from any configured provider, with one key and one usage record
 
-The middle is pure, the edge is thin: bytes become events, events become a few internal deltas, deltas become
+The middle is pure, the edge is thin: bytes become events, events become a few calls of a sink, those become
 the client's events, and none of that knows of a socket, a clock or a file. A definition names only things of
 its own floor or of a floor above it in this file, so the file can be read once, downwards.
 
      1  errors and constants      what can go wrong, and what the client is told
-     2  the waist                 the few deltas between providers and the Responses stream
+     2  stream events             the few calls between providers and the Responses stream
      3  HTTP/1.1                  heads and bodies, both sides, fed with bytes
      4  SSE                       events, both ways, fed with bytes
      5  the Responses API         the request check, and the assembler that ends every stream once
@@ -3238,13 +3238,13 @@ def fault_of(status: int, decoded: Any, wait_s: float | None) -> ProviderError:
                          retry_after_s=wait_s, upstream_status=status, said="" if kind == "auth" else text[:MAX_SAID])
 
 
-def without(error: GatewayError, secrets: re.Pattern[str]) -> None:
+def without(error: GatewayError, configured: re.Pattern[str]) -> None:
     """Takes the configured secrets out of all that a provider said: before what only looks like one, which may be cut."""
     said = error.said if isinstance(error, ProviderError) else ""
-    if secrets.search(f"{said or error} {error.code} {error.param}"):
-        error.args = (redacted(secrets.sub("[redacted]", said or str(error))),)
-        error.code = secrets.sub("redacted", error.code or "")
-        error.param = secrets.sub("[redacted]", error.param or "") or None
+    if configured.search(f"{said or error} {error.code} {error.param}"):
+        error.args = (redacted(configured.sub("[redacted]", said or str(error))),)
+        error.code = configured.sub("redacted", error.code or "")
+        error.param = configured.sub("[redacted]", error.param or "") or None
 
 
 def fault_kind(status: int, words: Sequence[str], text: str) -> FaultKind:

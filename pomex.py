@@ -11980,7 +11980,7 @@ class Connection(Wire):
                     break
                 if not self.parser.idle:
                     await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
-            if not (self.counted or self.served):
+            if not (self.counted or self.served or self.lost):
                 raise overloaded(NO_ROOM)
         except GatewayError as error:       # before there was a head to answer to
             if self.counted:                # of those for which there is no room there may be thousands

@@ -3101,7 +3101,7 @@ def half_call(item: Any) -> bool:
 # === 6. providers =================================================================================
 #
 # One block a wire API, each with the same two pure things: an encoder of the whole request, and a decoder
-# that is fed with one event at a time and yields deltas. Then the table.
+# that is fed with one event at a time and calls a Sink. Then the table.
 
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
@@ -4271,7 +4271,7 @@ class Thought:
 
 
 class ChatDecoder(ItemDecoder):
-    """One chat stream, or one whole answer, as deltas.
+    """One chat stream, or one whole answer.
 
     Chat never says that an item ends. A message or a thought ends when something else begins; a call ends
     when its arguments are one whole object and something else begins. Only calls may be open together: some
@@ -5125,7 +5125,7 @@ class Block:
 
 
 class MessagesDecoder(ItemDecoder):
-    """One Messages stream, or one whole answer, as deltas; after a pause the next stream goes on with the same items.
+    """One Messages stream, or one whole answer; after a pause the next stream goes on with the same items.
 
     Texts that follow each other are one message: citations cut a sentence into blocks. Only what is known opens an
     item: compaction, fallback, code execution and whatever comes next are passed over.
@@ -5654,7 +5654,7 @@ UNSPECIFIED = ("", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
 class GeminiDecoder(ItemDecoder):
-    """One Gemini stream, or one whole answer, as deltas.
+    """One Gemini stream, or one whole answer.
 
     Parts follow each other, so that only one item is open at a time. The message stays open after its signature:
     what it cites comes with the last event.
@@ -5968,7 +5968,7 @@ def error_data(data: str) -> str:
 
 
 class Translation(Assembler):
-    """An attempt over a provider's stream: bytes to events to deltas to frames."""
+    """An attempt over a provider's stream: bytes to events, and by the decoder's calls to frames."""
 
     def __init__(self, job: Job, decoder: Decoder) -> None:
         super().__init__(job.answer, job.answer.estimated_input, job.seal)

@@ -6146,31 +6146,26 @@ WIRES: dict[str, WireApi] = {
 # === 7. configuration =============================================================================
 #
 # pomex.toml as frozen dataclasses. A field made by `option` is a key of the file: its annotation is the type,
-# its KeyRule the range and meaning. So each dataclass is the table that parses its section, words complaints,
+# its metadata the range and meaning. So each dataclass is the table that parses its section, words complaints,
 # and keeps pomex.toml.example complete (a test compares them). The other fields are worked out.
-
-@dataclass(frozen=True, slots=True)
-class KeyRule:
-    """What one key means, and what its value must be beyond its type."""
-    meaning: str
-    least: float = 0
-    most: float = 0                     # 0: no range
-    choices: tuple[str, ...] = ()
-    secret: bool = False                # never shown, in a complaint neither
-
 
 def option(default: object, meaning: str, least: float = 0, most: float = 0, *,
            choices: tuple[str, ...] = (), secret: bool = False) -> Any:
-    """A dataclass field that is also a key of pomex.toml."""
-    metadata = {"rule": KeyRule(meaning, least, most, choices, secret)}
+    """A dataclass field that is also a key of pomex.toml. Without `most` it has no range; a secret is never shown."""
+    metadata = {"meaning": meaning, "least": least, "most": most, "choices": choices, "secret": secret}
     if isinstance(default, dict):
         return field(default_factory=dict, hash=False, repr=not secret, metadata=metadata)
     return field(default=default, repr=not secret, metadata=metadata)
 
 
+NonEmptyStr: TypeAlias = str
+Dollars: TypeAlias = "decimal.Decimal | None"
+price_option = functools.partial(option, None, most=100000)
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface", least=1)
+    host: NonEmptyStr = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface")
     port: int = option(7663, "port to listen on; 0 takes a free one", 0, 65535)
     workers: int = option(1, "processes that share port and database; one a core", 1, 64)
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
@@ -6262,19 +6257,19 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class PriceConfig:
     """US dollars per million tokens. What is left out of the cache prices costs what plain input costs."""
-    input: decimal.Decimal | None = option(None, "input that is not cached; 0 is free", 0, 100000)
-    output: decimal.Decimal | None = option(None, "output, reasoning included", 0, 100000)
-    cache_read: decimal.Decimal | None = option(None, "input read from the provider's cache", 0, 100000)
-    cache_write: decimal.Decimal | None = option(None, "input written to it", 0, 100000)
-    cache_write_1h: decimal.Decimal | None = option(None, "input written to be kept long: 1 h at Anthropic", 0, 100000)
-    search_per_1000: decimal.Decimal | None = option(None, "a thousand of the provider's own web searches", 0, 100000)
+    input: Dollars = price_option("input that is not cached; 0 is free")
+    output: Dollars = price_option("output, reasoning included")
+    cache_read: Dollars = price_option("input read from the provider's cache")
+    cache_write: Dollars = price_option("input written to it")
+    cache_write_1h: Dollars = price_option("input written to be kept long: 1 h at Anthropic")
+    search_per_1000: Dollars = price_option("a thousand of the provider's own web searches")
     tiers: dict[str, decimal.Decimal] = option({}, "times so much for an answer that says it was served so")
     long_over: int = option(0, "with more input than this the whole request has the long_ prices; 0: never", 0, 100000000)
-    long_input: decimal.Decimal | None = option(None, "input of a long request", 0, 100000)
-    long_output: decimal.Decimal | None = option(None, "its output", 0, 100000)
-    long_cache_read: decimal.Decimal | None = option(None, "what it reads from the cache", 0, 100000)
-    long_cache_write: decimal.Decimal | None = option(None, "what it writes there", 0, 100000)
-    long_cache_write_1h: decimal.Decimal | None = option(None, "what it writes there to be kept long", 0, 100000)
+    long_input: Dollars = price_option("input of a long request")
+    long_output: Dollars = price_option("its output")
+    long_cache_read: Dollars = price_option("what it reads from the cache")
+    long_cache_write: Dollars = price_option("what it writes there")
+    long_cache_write_1h: Dollars = price_option("what it writes there to be kept long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6334,6 +6329,10 @@ def strings(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def nonempty(value: Any) -> str:
+    return strings([value])[0]
+
+
 def table_with(kind: type) -> Callable[[Any], Any]:
     """A reader of tables whose values are all of one type."""
     def read(value: Any) -> Any:
@@ -6372,12 +6371,13 @@ class Reading(NamedTuple):
 
 READINGS: dict[str, Reading] = {
     "str": Reading("a string", exactly(str)),
+    "NonEmptyStr": Reading("a string that is not empty", nonempty, nonempty),
     "bool": Reading("true or false", exactly(bool), lambda text: {"true": True, "false": False}[text]),
     "int": Reading("a whole number", exactly(int), int),
     "float": Reading("a number", exactly(int, float), float),
     "dict[str, decimal.Decimal]": Reading("a table of numbers, like { priority = 2 }", lambda value: {
         name: amount(each) for name, each in table_with(object)(value).items()}),
-    "decimal.Decimal | None": Reading("an amount of dollars with at most six decimals", amount),
+    "Dollars": Reading("an amount of dollars with at most six decimals", amount),
     "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
     "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', table_with(str)),
     "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_with(dict)),
@@ -6388,28 +6388,22 @@ READINGS: dict[str, Reading] = {
 
 def read_value(key: dataclasses.Field[Any], value: Any, from_text: bool = False) -> Any:
     """The value as the key wants it; ValueError says what it must be."""
-    rule: KeyRule = key.metadata["rule"]
-    words, from_toml, text_reader = READINGS[str(key.type)]
-    needed = bool(rule.least and not rule.most)         # of a string: it must not be empty
-    if rule.choices:
-        words = "one of " + ", ".join(f'"{choice}"' for choice in rule.choices)
-    elif rule.most:
-        words += f" from {rule.least} to {rule.most}"
-    elif needed:
-        words += " that is not empty"
-    try:
-        result = (text_reader if from_text else from_toml)(value)
-    except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"must be {words}") from None
-    if (rule.choices and result not in rule.choices or rule.most and not rule.least <= result <= rule.most
-            or needed and not result):
-        raise ValueError(f"must be {words}")
-    return result
+    least, most, choices = (key.metadata[name] for name in ("least", "most", "choices"))
+    words, from_toml, from_string = READINGS[str(key.type)]
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        result = (from_string if from_text else from_toml)(value)
+        if result in choices if choices else not most or least <= result <= most:
+            return result
+    if choices:
+        words = "one of " + ", ".join(f'"{choice}"' for choice in choices)
+    elif most:
+        words += f" from {least} to {most}"
+    raise ValueError(f"must be {words}")
 
 
 def settings_of(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     """The keys a user may write in a section."""
-    return {key.name: key for key in dataclasses.fields(section) if "rule" in key.metadata}
+    return {key.name: key for key in dataclasses.fields(section) if key.metadata}
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
@@ -6420,21 +6414,22 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
 
 # --- 7.2 the file ---------------------------------------------------------------------------------
 
-class ConfigText:
-    """One configuration file: its sections, and complaints that name the file and the key."""
+def no_file(path: str) -> str:
+    raise OSError(errno.ENOENT, "no files here")
 
-    def __init__(self, text: str, name: str) -> None:
+
+class ConfigFile:
+    """One configuration file, with the variables and files that it may refer to; its complaints name file and key."""
+
+    def __init__(self, text: str, name: str, environ: Mapping[str, str], read_file: Callable[[str], str]) -> None:
         self.name = name
+        self.environ = environ
+        self.read_file = read_file
         try:
             self.toml: JSON = tomllib.loads(text)
         except (ValueError, RecursionError) as error:       # a number of 5,000 digits, brackets in brackets
-            raise ConfigError(self.syntax_complaint(str(error))) from None
-
-    def syntax_complaint(self, message: str) -> str:
-        found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message, re.DOTALL)
-        if not found:
-            return f"{self.name}: {message}"
-        return f"{self.name} line {found[2]}: {found[1]} (column {found[3]})"
+            at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
+            raise ConfigError(f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}") from None
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
@@ -6444,6 +6439,14 @@ class ConfigText:
         shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
         end = "" if sentence.endswith("?") else "."
         return self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}{end}")
+
+    @contextlib.contextmanager
+    def about(self, path: tuple[str, ...], value: object, secret: bool = False) -> Iterator[None]:
+        """A ValueError in here is a complaint about the value at this path."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.value_error(path, value, str(error), secret) from None
 
     def table(self, *path: str) -> JSON:
         """A table of the file, empty where it is left out."""
@@ -6470,50 +6473,26 @@ class ConfigText:
             if name not in keys:
                 hint = did_you_mean(name, keys) or f" Known keys: {', '.join(keys)}."
                 raise self.error(f'unknown key "{name}" in [{toml_name(path)}].{hint}')
-            try:
+            with self.about((*path, name), value, keys[name].metadata["secret"]):
                 values[name] = read_value(keys[name], value)
-            except ValueError as error:
-                secret: bool = keys[name].metadata["rule"].secret
-                raise self.value_error((*path, name), value, str(error), secret) from None
         return values
 
-
-def toml_name(path: tuple[str, ...]) -> str:
-    """A key path as a user writes it."""
-    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
-
-
-def from_environment(section: type[Any], prefix: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """POMEX_PORT and the like: every key of a section has its variable, which wins over the file."""
-    values = {}
-    for name, key in settings_of(section).items():
-        variable = prefix + name.upper()
-        try:
-            if environ.get(variable):
-                values[name] = read_value(key, environ[variable], from_text=True)
-        except ValueError as error:
-            raise ConfigError(f'{variable} = "{environ[variable]}": {error}.') from None
-    return values
-
-
-# --- 7.3 secrets and addresses --------------------------------------------------------------------
-
-def no_file(path: str) -> str:
-    raise OSError(errno.ENOENT, "no files here")
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a configuration may refer to: variables, files, and the folder it lies in."""
-    folder: str
-    environ: Mapping[str, str]
-    read_file: Callable[[str], str]
+    def from_environment(self, section: type[Any], prefix: str) -> dict[str, Any]:
+        """POMEX_PORT and the like: every key of a section has its variable, which wins over the file."""
+        values = {}
+        for name, key in settings_of(section).items():
+            if text := self.environ.get(variable := prefix + name.upper()):
+                try:
+                    values[name] = read_value(key, text, from_text=True)
+                except ValueError as error:
+                    raise ConfigError(f'{variable} = "{text}": {error}.') from None
+        return values
 
     def place(self, path: str) -> str:
         """A path in the file: relative to the file, with ~ for the home directory."""
         if path.startswith("~/"):
             path = self.environ.get("HOME", "~") + path[1:]
-        return os.path.join(self.folder, path) if path else ""
+        return os.path.join(os.path.dirname(self.name), path) if path else ""
 
     def variable(self, name: str) -> str:
         """A variable's value; ValueError names the one that may have been meant."""
@@ -6535,6 +6514,12 @@ class Surroundings:
                 raise ValueError(f"that file cannot be read ({reason})") from None
         return reference, ""
 
+def toml_name(path: tuple[str, ...]) -> str:
+    """A key path as a user writes it."""
+    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
+
+
+# --- 7.3 secrets and addresses --------------------------------------------------------------------
 
 def is_private(host: str) -> bool:
     """Is this host on this machine or its own network, by address or by the look of its name?"""
@@ -6544,12 +6529,11 @@ def is_private(host: str) -> bool:
         return "." not in host or host.endswith((".localhost", ".local", ".internal", ".lan", ".home.arpa"))
 
 
-def check_url(url: str) -> urllib.parse.SplitResult:
-    """The parts of an http address; ValueError says what is wrong with it."""
+def check_base_url(url: str, has_key: bool) -> tuple[str, bool]:
+    """(address without its last slash, whether it is local); ValueError says what would do."""
     parts = urllib.parse.urlsplit(url)
-    example = 'like "https://api.example.com/v1"'
     if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[!-~]+", url):
-        raise ValueError(f"must be an address {example}")
+        raise ValueError('must be an address like "https://api.example.com/v1"')
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
     try:
@@ -6557,15 +6541,9 @@ def check_url(url: str) -> urllib.parse.SplitResult:
             raise ValueError
     except ValueError:
         raise ValueError("the port must be from 1 to 65535") from None
-    return parts
-
-
-def check_base_url(url: str, has_key: bool) -> tuple[str, bool]:
-    """(address without its last slash, whether it is local); ValueError says what would do."""
-    parts = check_url(url)
     if tail := re.search(r"/(chat/completions|responses|messages)/?$", parts.path):
         raise ValueError(f"leave out /{tail[1]}: Pomex appends it")
-    local = is_private(parts.hostname or "")
+    local = is_private(parts.hostname)
     if parts.scheme == "http" and has_key and not local:
         raise ValueError("http would send the key for everybody on the way to read; use https")
     return url.rstrip("/"), local
@@ -6581,20 +6559,17 @@ HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")       # RFC 9110, 5.6.2
 OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")          # 5.5, as latin-1
 KEY_VALUE = re.compile(r"[!-~]+")
+REFERENCE = ("env:", "file:")       # a secret that begins otherwise stands there itself
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
 PUBLIC_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
-def read_provider(source: ConfigText, name: str, around: Surroundings) -> ProviderConfig:
+def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     """One [providers.NAME]. A built-in provider's table needs only what differs."""
     path = ("providers", name)
     if not PROVIDER_NAME.fullmatch(name):
         raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
     values = source.settings(ProviderConfig, *path)
-
-    def bad(key: str, sentence: object) -> ConfigError:
-        return source.value_error((*path, key), values.get(key, getattr(base, key)), str(sentence))
-
     base = BUILTIN_PROVIDERS.get(name, DEMO_PROVIDER if name == "demo" else ProviderConfig(name))
     if values.keys() & {"base_url", "api_key", "api_keys"}:     # a key goes nowhere but where it was meant to
         base = dataclasses.replace(base, env_key="")
@@ -6604,76 +6579,68 @@ def read_provider(source: ConfigText, name: str, around: Surroundings) -> Provid
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
     if provider.dialect and provider.dialect not in DIALECTS:
-        raise bad("dialect", "must be one of " + ", ".join(DIALECTS))
+        raise source.value_error((*path, "dialect"), provider.dialect, "must be one of " + ", ".join(DIALECTS))
     check_overrides(source, path, provider)
-    provider = with_headers(source, path, with_key(source, path, provider, around), around)
+    provider = with_headers(source, path, with_key(source, path, provider))
     if provider.wire_api == "demo":
         return provider
     if not provider.base_url:
         raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
-    try:
+    with source.about((*path, "base_url"), provider.base_url):
         url, local = check_base_url(provider.base_url, bool(provider.api_key or provider.env_http_headers))
-    except ValueError as error:
-        raise bad("base_url", error) from None
     if provider.proxy not in ("off", "env") and not PROXY.fullmatch(provider.proxy):
-        raise bad("proxy", 'must be "off", "env" or an address like "http://proxy.example:3128"')
-    return dataclasses.replace(provider, base_url=url, local=local, ca_file=around.place(provider.ca_file))
+        raise source.value_error((*path, "proxy"), provider.proxy,
+                                 'must be "off", "env" or an address like "http://proxy.example:3128"')
+    return dataclasses.replace(provider, base_url=url, local=local, ca_file=source.place(provider.ca_file))
 
 
-def check_overrides(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig) -> None:
+def check_overrides(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> None:
     known = WIRES[provider.wire_api].facts
     for prefix, facts in provider.overrides.items():
         for fact, value in facts.items():
-            if fact not in known:
-                there = f" There is: {', '.join(known)}" if known else ""
-                raise source.value_error((*path, "overrides", prefix, fact), value, "is nothing that Pomex knows of the "
-                                         f"models of a {provider.wire_api} server.{did_you_mean(fact, known) or there}")
-            if type(value) is not type(known[fact]):
-                raise source.value_error((*path, "overrides", prefix, fact), value, f"must be like {json.dumps(known[fact])}")
+            with source.about((*path, "overrides", prefix, fact), value):
+                if fact not in known:
+                    there = f" There is: {', '.join(known)}" if known else ""
+                    raise ValueError(f"is nothing that Pomex knows of the models of a {provider.wire_api} server."
+                                     + (did_you_mean(fact, known) or there))
+                if type(value) is not type(known[fact]):
+                    raise ValueError(f"must be like {json.dumps(known[fact])}")
 
 
-def with_key(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig,
-             around: Surroundings) -> ProviderConfig:
+def with_key(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> ProviderConfig:
     """The provider with its key, or keys, fetched from where the file says they lie."""
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
     if len(given) > 1:
         raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
     if not given:
         return provider
-    references = provider.api_keys or (provider.api_key or f"env:{provider.env_key}",)
     keys: dict[str, str] = {}           # each with its source
-    for reference in references:
-        literal = not reference.startswith(("env:", "file:"))
-        try:
-            key, where = around.secret(reference)
+    for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
+        with source.about((*path, given[0]), provider.env_key or reference, not reference.startswith(REFERENCE)):
+            key, where = source.secret(reference)
             if not KEY_VALUE.fullmatch(key):
                 raise ValueError("the key is empty" if not key else "the key holds a space or a sign no key has")
-        except ValueError as error:
-            raise source.value_error((*path, given[0]), provider.env_key or reference, str(error), literal) from None
-        keys.setdefault(key, where or source.name)
+            keys.setdefault(key, where or source.name)
     return dataclasses.replace(provider, api_key=next(iter(keys)), api_keys=tuple(keys) if len(keys) > 1 else (),
                                key_source=", ".join(dict.fromkeys(keys.values())))
 
 
-def with_headers(source: ConfigText, path: tuple[str, ...], provider: ProviderConfig,
-                 around: Surroundings) -> ProviderConfig:
+def with_headers(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> ProviderConfig:
     """The provider with the headers whose values stand in the environment, all checked."""
     headers = dict(provider.http_headers)
     for name, variable in provider.env_http_headers.items():
-        try:
-            headers[name] = around.variable(variable)
-        except ValueError as error:
-            raise source.value_error((*path, "env_http_headers", name), variable, str(error)) from None
+        with source.about((*path, "env_http_headers", name), variable):
+            headers[name] = source.variable(variable)
     for name, value in headers.items():
-        if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value) or name.lower() in OWN_HEADERS:
-            key = "http_headers" if name in provider.http_headers else "env_http_headers"
-            words = "is a header that Pomex sets itself" if name.lower() in OWN_HEADERS else \
-                "a header needs a plain name and a value of one line"
-            raise source.value_error((*path, key, name), "", words, secret=True)
+        with source.about((*path, "http_headers" if name in provider.http_headers else "env_http_headers", name), "", True):
+            if name.lower() in OWN_HEADERS:
+                raise ValueError("is a header that Pomex sets itself")
+            if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
+                raise ValueError("a header needs a plain name and a value of one line")
     return dataclasses.replace(provider, http_headers=headers)
 
 
-def read_model(source: ConfigText, name: str, providers: Mapping[str, ProviderConfig]) -> ModelConfig:
+def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig]) -> ModelConfig:
     """One [models."provider/name"], or [models."name"]; without targets it only describes the model."""
     path = ("models", name)
     model = ModelConfig(name, **source.settings(ModelConfig, *path))
@@ -6689,7 +6656,7 @@ def read_model(source: ConfigText, name: str, providers: Mapping[str, ProviderCo
     return model
 
 
-def read_prices(source: ConfigText, name: str) -> PriceConfig:
+def read_prices(source: ConfigFile, name: str) -> PriceConfig:
     """One [prices."provider/model"]."""
     path = ("prices", name)
     if not MODEL_NAME.fullmatch(name):
@@ -6707,27 +6674,25 @@ def read_prices(source: ConfigText, name: str) -> PriceConfig:
 def load_config(text: str, name: str, environ: Mapping[str, str],
                 read_file: Callable[[str], str] = no_file) -> Config:
     """The configuration in a file's text; without a name, the defaults. ConfigError says what to mend."""
-    source = ConfigText(text, name)
+    source = ConfigFile(text, name, environ, read_file)
     source.check_sections()
-    around = Surroundings(os.path.dirname(name), environ, read_file)
-    server = ServerConfig(**{**source.settings(ServerConfig, "server"),
-                             **from_environment(ServerConfig, "POMEX_", environ)})
+    server = ServerConfig(**source.settings(ServerConfig, "server") | source.from_environment(ServerConfig, "POMEX_"))
     if bool(server.tls_cert) != bool(server.tls_key):
         raise source.error("[server] tls_cert and tls_key need each other.")
     check_names(source, server)
-    server = dataclasses.replace(server, tls_cert=around.place(server.tls_cert), tls_key=around.place(server.tls_key),
-                                 admin_token=read_admin_token(source, server.admin_token, around))
+    server = dataclasses.replace(server, tls_cert=source.place(server.tls_cert), tls_key=source.place(server.tls_key),
+                                 admin_token=read_admin_token(source, server.admin_token))
     demo = DemoConfig(**source.settings(DemoConfig, "demo"))
-    providers = {each: read_provider(source, each, around) for each in source.table("providers")}
+    providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    return Config(server, read_database(source, around), demo, providers,
+    return Config(server, read_database(source), demo, providers,
                   {each: read_model(source, each, providers) for each in source.table("models")},
                   {each: read_prices(source, each) for each in source.table("prices")},
                   name, tuple(cleartext_warnings(providers.values())))
 
 
-def check_names(source: ConfigText, server: ServerConfig) -> None:
+def check_names(source: ConfigFile, server: ServerConfig) -> None:
     """Names and addresses that no request could ever match are mistakes."""
     for name in server.public_hosts:
         if not PUBLIC_HOST.fullmatch(name):
@@ -6740,31 +6705,28 @@ def check_names(source: ConfigText, server: ServerConfig) -> None:
             raise source.value_error(("server", "trusted_proxies"), proxy, sentence) from None
 
 
-def read_admin_token(source: ConfigText, reference: str, around: Surroundings) -> str:
+def read_admin_token(source: ConfigFile, reference: str) -> str:
     """The token itself; "" where none is set: then none opens anything."""
     if not reference:
         return ""
-    try:
-        token, where = around.secret(reference)
+    with source.about(("server", "admin_token"), reference, not reference.startswith(REFERENCE)):
+        token, _ = source.secret(reference)
         if not KEY_VALUE.fullmatch(token) or len(token) < 16 or token.startswith("sk-rh-"):
             raise ValueError("must have 16 signs or more, no spaces, and not be an API key")
-    except ValueError as error:
-        secret = not reference.startswith(("env:", "file:"))
-        raise source.value_error(("server", "admin_token"), reference, str(error), secret) from None
     return token
 
 
-def read_database(source: ConfigText, around: Surroundings) -> DatabaseConfig:
+def read_database(source: ConfigFile) -> DatabaseConfig:
     """Beside the configuration file; without one in the user's state folder, never in the current one."""
-    default = {} if source.name else {"url": "sqlite:" + state_folder(around.environ) + "/pomex.db"}
-    environment = from_environment(DatabaseConfig, "POMEX_DATABASE_", around.environ)
+    default = {} if source.name else {"url": "sqlite:" + state_folder(source.environ) + "/pomex.db"}
+    environment = source.from_environment(DatabaseConfig, "POMEX_DATABASE_")
     database = DatabaseConfig(**{**default, **source.settings(DatabaseConfig, "database"), **environment})
     scheme, _, path = database.url.partition(":")
     if scheme != "sqlite" or not path or path.startswith("//"):
         if "url" in environment:
             raise ConfigError('POMEX_DATABASE_URL must be like "sqlite:pomex.db".')
         raise source.value_error(("database", "url"), scheme + ":...", 'must be like "sqlite:pomex.db"')
-    return dataclasses.replace(database, url="sqlite:" + around.place(path))
+    return dataclasses.replace(database, url="sqlite:" + source.place(path))
 
 
 PLAIN_VALUES = re.compile(r"(?i)(api|anthropic|openai)-(version|beta)|accept|content-type|user-agent|http-referer|x-title")
@@ -12561,8 +12523,8 @@ def server_flags(*names: str) -> CommandParser:
     """A parent with flags that win over keys of [server]."""
     parent = CommandParser(add_help=False)
     for name in names:
-        rule: KeyRule = settings_of(ServerConfig)[name].metadata["rule"]
-        parent.add_argument("--" + name.replace("_", "-"), type=server_flag(name), help=rule.meaning)
+        meaning = settings_of(ServerConfig)[name].metadata["meaning"]
+        parent.add_argument("--" + name.replace("_", "-"), type=server_flag(name), help=meaning)
     return parent
 
 

@@ -311,4 +311,4 @@ def test_the_example_names_every_key_and_its_commented_half_loads_too():
 def test_every_key_has_its_reading_and_its_meaning():
     for rows in (*pomex.SECTIONS.values(), *pomex.NAMED_SECTIONS.values()):
         for key in pomex.settings_of(rows).values():
-            assert key.type in pomex.READINGS and key.metadata["rule"].meaning
+            assert key.type in pomex.READINGS and key.metadata["meaning"]

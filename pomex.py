@@ -3105,16 +3105,14 @@ def half_call(item: Any) -> bool:
 
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
-# Whatever a provider says when it fails, HTTP body or event in a stream, becomes one ProviderError. Its
-# `kind` is what routing decides by; the status alone misleads (Gemini's bad key is a 400, llama.cpp's
-# refusals are 500).
+# A provider's failure, HTTP body or event in a stream, becomes one ProviderError. Routing decides by its `kind`:
+# the status alone misleads (Gemini's bad key is a 400, llama.cpp's refusals are 500).
 
 FaultKind: TypeAlias = Literal["rate", "quota", "overload", "network", "auth", "model_missing", "context",
                                "bad_request", "tool_generation"]
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """What the client is told of one kind of failure. Status 0: the provider's own."""
     status: int
     type: str
@@ -3134,8 +3132,8 @@ FAULTS: dict[FaultKind, Fault] = {
     "tool_generation": Fault(502, "server_error",          "server_error",            True),
 }
 
-# The first rule that fits decides. A rule fits by one of the provider's own words (its `type`, `code`,
-# `status` and `reason` fields), or by its HTTP status, or by what its message says.
+# The first rule that fits decides: by one of the provider's own words (its `type`, `code`, `status` and `reason`
+# fields), by its HTTP status, or by what its message says.
 FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
     ("tool_generation", "tool_use_failed", (), ""),
     ("context", "context_length_exceeded exceed_context_size_error model_context_window_exceeded", (),
@@ -3161,7 +3159,6 @@ FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
      "internal_server_error service_unavailable deadline_exceeded timeout_error",
      (408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529), r"overloaded"),
 ]
-FAULT_WORDS = [frozenset(rule[1].split()) for rule in FAULT_RULES]
 
 MAX_UPSTREAM_TEXT = 300         # of a provider's message that go on to the client
 MAX_SAID = 65536                # of it are looked through
@@ -3207,8 +3204,7 @@ class ProviderError(UpstreamError):
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
     """The failure that an answer with an error status stands for."""
-    decoded = decode_error(body.decode("utf-8", "replace"))
-    return fault_of(status, decoded, retry_after_s(headers, decoded, now_s))
+    return fault_of(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
@@ -3216,26 +3212,26 @@ def inband_error(error: Any) -> ProviderError:
     fields = error_object(error)
     numbers = (str(fields.get(key)) for key in ("status_code", "code", "status", "raw_status_code"))
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9][0-9]", number)), 0)
-    return fault_of(status, error, retry_after_s(Headers([]), error, 0.0))
+    return fault_of(error, status, Headers([]), 0.0)
 
 
-def fault_of(status: int, decoded: Any, wait_s: float | None) -> ProviderError:
+def fault_of(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
     fields = error_object(decoded)
     words, text = fault_words(fields), message_text(fields.get("message")) or (compact(decoded) if decoded else "")
     kind = fault_kind(status, words, text + " " + " ".join(words))
+    failed = f"answered HTTP {status}" if status else "failed"
+    message = redacted(text) or f"The provider {failed} without a reason."
     if kind == "auth" and not re.search("country|territory", text):      # an upstream's remarks on our key are nobody else's
         message = "The provider refused the gateway's credentials."
-    else:
-        message = redacted(text) or (f"The provider answered HTTP {status} without a reason." if status else
-                                     "The provider failed without a reason.")
-    code = next((word for word in words if word == "server_is_overloaded"), None)
+    code = "server_is_overloaded" if "server_is_overloaded" in words else None
     given = fields.get("code")
     if kind == "bad_request" and isinstance(given, str) and CODE.fullmatch(given) and not given.isdecimal():
         code = given
     param = fields.get("param")
     return ProviderError(message, kind=kind, code=code, param=param if isinstance(param, str) else None,
                          status=status if kind == "bad_request" and 400 <= status < 500 else 0,
-                         retry_after_s=wait_s, upstream_status=status, said="" if kind == "auth" else text[:MAX_SAID])
+                         retry_after_s=retry_after_s(headers, decoded, now_s), upstream_status=status,
+                         said="" if kind == "auth" else text[:MAX_SAID])
 
 
 def without(error: GatewayError, configured: re.Pattern[str]) -> None:
@@ -3249,23 +3245,22 @@ def without(error: GatewayError, configured: re.Pattern[str]) -> None:
 
 def fault_kind(status: int, words: Sequence[str], text: str) -> FaultKind:
     """Which kind of failure it is; `words` and `text` are the provider's own."""
-    for i, (kind, _, statuses, pattern) in enumerate(FAULT_RULES):
-        if status in statuses or not FAULT_WORDS[i].isdisjoint(words):
+    for kind, names, statuses, pattern in FAULT_RULES:
+        if status in statuses or not set(words).isdisjoint(names.split()) or (
+                pattern and re.search(pattern, text, re.IGNORECASE)):
             return kind
-        if pattern and re.search(pattern, text, re.IGNORECASE):
-            return kind
-    # what is left of a stream without a status: only what calls itself the request's fault is that
+    # inside a stream, without a status, only what calls itself the request's fault is that
     asked = 400 <= status < 500 or (not status and "invalid_request_error" in words)
     return "bad_request" if asked else "overload"
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and their like, out of any form of error. What is within wins, where it says something:
-    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's `detail`, and
-    what OpenRouter's provider said itself."""
+    """The object with `message`, `code` and their like, out of any form of error. What is within it wins, where that says
+    something: `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and what OpenRouter's provider said itself."""
     if isinstance(decoded, list):               # Gemini wraps one in an array; FastAPI lists its complaints
-        texts = [each for each in decoded if isinstance(each, str)]
-        return {"message": "; ".join(texts)} if texts else error_object(decoded[0]) if decoded else {}
+        texts = "; ".join(each for each in decoded if isinstance(each, str))
+        return error_object(decoded[0]) if decoded and not texts else {"message": texts}
     if not isinstance(decoded, dict):
         return {"message": message_text(decoded)}
     place = decoded.get("loc")
@@ -3309,9 +3304,7 @@ def is_failure(code: Any) -> bool:
 def fault_words(fields: JSON) -> list[str]:
     """The provider's own names for the failure, lower-cased; Gemini's details are among them."""
     found = [fields.get(key) for key in ("type", "code", "status")]
-    metadata = fields.get("metadata")
-    if isinstance(metadata, dict):
-        found.append(metadata.get("error_type"))        # OpenRouter
+    found.append(table_of(fields.get("metadata")).get("error_type"))        # OpenRouter
     if "failed_generation" in fields:                   # Groq
         found.append("tool_use_failed")
     for detail in dicts_in(fields.get("details")):
@@ -3330,7 +3323,7 @@ def plain_text(text: str) -> str:
     """A body that is no JSON, for people: the title of an HTML page, else its words."""
     text = text[:8192]          # both patterns look for an end from every beginning
     title = HTML_TITLE.search(text)
-    return " ".join(title.group(1).split() if title else HTML_TAG.sub(" ", text).split())
+    return " ".join((title[1] if title else HTML_TAG.sub(" ", text)).split())
 
 
 def redacted(text: str) -> str:
@@ -3350,13 +3343,11 @@ def retry_after_s(headers: Headers, body_json: Any, now_s: float) -> float | Non
     date_s = point_s(headers.get("date")) or now_s
     fields = error_object(body_json)
     message = TRY_AGAIN.search(message_text(fields.get("message")))
-    sources = itertools.chain(
-        (plain_number(headers.get("retry-after-ms")) / 1000, plain_number(headers.get("retry-after"))),
-        (point_s(headers.get("retry-after")) - date_s if date_s else 0.0,),
-        (duration_s(detail["retryDelay"]) for detail in dicts_in(fields.get("details"))
-         if isinstance(detail.get("retryDelay"), str)),
-        (duration_s(message.group(1)) if message else 0.0,),
-        (limit_reset_s(headers, date_s),))
+    sources = (plain_number(headers.get("retry-after-ms")) / 1000, plain_number(headers.get("retry-after")),
+               point_s(headers.get("retry-after")) - date_s if date_s else 0.0,
+               *(duration_s(str(detail.get("retryDelay"))) for detail in dicts_in(fields.get("details"))),
+               duration_s(message[1]) if message else 0.0,
+               limit_reset_s(headers, date_s))
     wait_s = next((seconds for seconds in sources if seconds > 0), None)
     return None if wait_s is None else min(wait_s, MAX_RETRY_AFTER_S)
 

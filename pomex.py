@@ -366,8 +366,7 @@ ANSWER_LIMITS = Limits(max_body_bytes=None)     # a stream has no size; whoever 
 MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which cost (CVE-2023-39326)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     method: str
     target: str                 # as it was sent
     path: str                   # raw: what is routed is what is authorised
@@ -380,8 +379,7 @@ class RequestHead:
     chunked: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     status: int
     reason: str
     version: tuple[int, int]
@@ -1005,10 +1003,6 @@ def sse_frame(type: str, data: str) -> bytes:
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
-MAX_METADATA = (16, 64, 512)            # entries, characters of a key, of a value (OpenAI's API reference)
-ROLES = ("assistant", "developer", "system", "user")
-
-
 compact = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 quote = json.encoder.encode_basestring_ascii
 
@@ -1064,74 +1058,13 @@ def dicts_in(value: Any) -> list[JSON]:
 
 
 class Rule(NamedTuple):
-    """What a request field may hold. `low` and `high` bound a number, or the length of a string."""
+    """What a field may hold. `low` and `high` bound a number, or the length of a string; `inner` checks what is in it."""
     types: tuple[type, ...]
     low: float | None = None
-    high: float | None = None
+    high: float = math.inf
     choices: tuple[str, ...] = ()
+    inner: Callable[[Any, str], None] | None = None
 
-
-TEXT, NUMBER, FLAG, OBJECT, LIST = (str,), (int, float), (bool,), (dict,), (list,)
-MAYBE_TEXT, MAYBE_OBJECT = Rule((str, type(None))), Rule((dict, type(None)))
-
-# RESPONSES.md section 2. A field that is not here is the client's affair: it passes to a Responses upstream.
-# null counts as absent everywhere: SDKs send it.
-REQUEST_RULES: dict[str, Rule] = {
-    "model": Rule(TEXT, 1, 256),
-    "input": Rule((str, list)),
-    "instructions": Rule((str, list)),
-    "stream": Rule(FLAG),
-    "stream_options": Rule(OBJECT),
-    "store": Rule(FLAG),
-    "background": Rule(FLAG),
-    "include": Rule(LIST),
-    "max_output_tokens": Rule((int,), 1, None),
-    "max_tool_calls": Rule((int,), 0, None),
-    "metadata": Rule(OBJECT),
-    "parallel_tool_calls": Rule(FLAG),
-    "temperature": Rule(NUMBER, 0, 2),
-    "top_p": Rule(NUMBER, 0, 1),
-    "top_logprobs": Rule((int,), 0, 20),
-    "reasoning": Rule(OBJECT),
-    "text": Rule(OBJECT),
-    "tools": Rule(LIST),
-    "tool_choice": Rule((str, dict)),
-    "truncation": Rule(TEXT, choices=("auto", "disabled")),
-    "prompt_cache_key": Rule(TEXT),
-    "prompt_cache_options": Rule(OBJECT),
-    "safety_identifier": Rule(TEXT, 0, 512),
-    "user": Rule(TEXT),
-    "service_tier": Rule(TEXT),
-}
-
-# What needs state of ours that we do not keep: refused with a sentence rather than answered wrongly.
-NEEDS_STATE = {
-    "previous_response_id": ("previous_response_not_found", "Pomex stores no responses: send the whole history in input."),
-    "conversation": ("unsupported_parameter", "Pomex stores no conversations: send the whole history in input."),
-    "prompt": ("unsupported_parameter", "Pomex stores no prompt templates: send instructions and input."),
-    "background": ("unsupported_parameter", "Pomex runs no background responses: send background: false."),
-}
-
-# Known input items and tools: the fields that we read, where they are. Unknown items and tools are never refused.
-ROLE = Rule(TEXT, choices=ROLES)
-OUTPUT, TOOLS, NAME, CALL = Rule((str, list)), Rule(LIST), Rule(TEXT, 1), {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_RULES: dict[str, dict[str, Rule]] = {
-    "function_call": {**CALL, "name": NAME, "arguments": Rule(TEXT)},
-    "function_call_output": {**CALL, "output": OUTPUT},
-    "custom_tool_call": {**CALL, "name": NAME, "input": Rule(TEXT)},
-    "custom_tool_call_output": {**CALL, "output": OUTPUT},
-    "local_shell_call": {**CALL, "action": MAYBE_OBJECT}, "local_shell_call_output": {**CALL, "output": MAYBE_TEXT},
-    "shell_call": {**CALL, "action": MAYBE_OBJECT}, "shell_call_output": CALL,
-    "apply_patch_call": CALL, "apply_patch_call_output": {**CALL, "output": MAYBE_TEXT},
-    "tool_search_call": CALL, "tool_search_output": {**CALL, "tools": TOOLS},
-    "additional_tools": {"tools": TOOLS},
-}
-TOOL_RULES: dict[str, dict[str, Rule]] = {
-    "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
-    "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
-    "namespace": {"name": NAME, "tools": TOOLS},
-    "tool_search": {"description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
-}
 
 JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object",
               list: "an array", type(None): "null"}
@@ -1149,28 +1082,27 @@ def check_value(value: Any, rule: Rule, param: str) -> None:
         wanted = " or ".join(JSON_NAMES[t] for t in rule.types if not (t is int and float in rule.types))
         raise unfit(param, f" must be {wanted}, not {JSON_NAMES[type(value)]}.", "invalid_type")
     size: Any = len(value) if isinstance(value, str) else value
-    if (rule.low is not None and size < rule.low) or (rule.high is not None and size > rule.high):
-        what = "length" if isinstance(value, str) else "value"
-        limits = f"at least {rule.low:g}" if rule.high is None else f"between {rule.low:g} and {rule.high:g}"
-        raise unfit(param, f": its {what} must be {limits}.")
+    if rule.low is not None and not rule.low <= size <= rule.high:
+        limits = f"at least {rule.low:g}" if rule.high == math.inf else f"between {rule.low:g} and {rule.high:g}"
+        raise unfit(param, f": its {'length' if isinstance(value, str) else 'value'} must be {limits}.")
     if rule.choices and value not in rule.choices:
         raise unfit(param, f" must be one of {', '.join(rule.choices)}.")
+    if rule.inner:
+        rule.inner(value, param)
 
 
 def check_fields(holder: JSON, rules: Mapping[str, Rule], param: str) -> None:
     for name, rule in rules.items():
         value = holder.get(name)
-        if type(value) not in rule.types or rule.low is not None or rule.high is not None or rule.choices:
+        if type(value) not in rule.types or rule.low is not None or rule.choices or rule.inner:
             check_value(value, rule, f"{param}.{name}")
 
 
-def check_metadata(metadata: JSON) -> None:
-    count, key_length, value_length = MAX_METADATA
-    if len(metadata) > count:
-        raise unfit("metadata", f" may have at most {count} entries.")
-    for key, value in metadata.items():
-        if not isinstance(value, str) or len(key) > key_length or len(value) > value_length:
-            raise unfit("metadata", f" maps keys of at most {key_length} to strings of at most {value_length} characters.")
+def check_metadata(metadata: JSON, param: str) -> None:
+    if len(metadata) > 16:                  # these limits are OpenAI's
+        raise unfit(param, " may have at most 16 entries.")
+    if any(not isinstance(value, str) or len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
+        raise unfit(param, " maps keys of at most 64 to strings of at most 512 characters.")
 
 
 def check_parts(content: Any, param: str) -> None:
@@ -1185,6 +1117,83 @@ def check_parts(content: Any, param: str) -> None:
             raise unfit(f"{param}[{index}].text", " must be a string.", "invalid_type")
 
 
+def check_tools(tools: list[Any], param: str) -> None:
+    for index, tool in enumerate(tools):
+        here = f"{param}[{index}]"
+        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
+            raise unfit(here, " must be an object with a type.", "invalid_type")
+        if "name" not in tool and isinstance(tool.get("function"), dict):
+            raise unfit(f"{here}.name", " is missing: tools are flat here, without a function object inside.",
+                        "missing_required_parameter")
+        check_fields(tool, TOOL_RULES.get(tool["type"], {}), here)
+
+
+def check_format(text: JSON, param: str) -> None:
+    shape = text.get("format")
+    if shape is None:
+        return
+    if not isinstance(shape, dict) or shape.get("type") not in ("text", "json_object", "json_schema"):
+        raise unfit(f"{param}.format.type", " must be text, json_object or json_schema.")
+    if shape["type"] == "json_schema":
+        check_fields(shape, {"name": Rule((str,), 1, 64), "schema": OBJECT}, f"{param}.format")
+
+
+TEXT, FLAG, OBJECT, LIST = Rule((str,)), Rule((bool,)), Rule((dict,)), Rule((list,))
+MAYBE_TEXT, MAYBE_OBJECT = Rule((str, type(None))), Rule((dict, type(None)))
+NAME, OUTPUT, TOOLS = Rule((str,), 1), Rule((str, list), inner=check_parts), Rule((list,), inner=check_tools)
+
+# RESPONSES.md section 2. A field that is not here is the client's affair: it passes to a Responses upstream.
+# null counts as absent everywhere: SDKs send it.
+REQUEST_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
+    **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
+    **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
+    "model": Rule((str,), 1, 256),
+    "input": Rule((str, list)),
+    "instructions": Rule((str, list)),
+    "include": LIST,
+    "max_output_tokens": Rule((int,), 1),
+    "max_tool_calls": Rule((int,), 0),
+    "metadata": Rule((dict,), inner=check_metadata),
+    "temperature": Rule((int, float), 0, 2),
+    "top_p": Rule((int, float), 0, 1),
+    "top_logprobs": Rule((int,), 0, 20),
+    "text": Rule((dict,), inner=check_format),
+    "tools": TOOLS,
+    "tool_choice": Rule((str, dict)),
+    "truncation": Rule((str,), choices=("auto", "disabled")),
+    "safety_identifier": Rule((str,), 0, 512),
+}
+
+# What needs state of ours that we do not keep: refused with a sentence rather than answered wrongly.
+NEEDS_STATE = {
+    "previous_response_id": ("previous_response_not_found", "Pomex stores no responses: send the whole history in input."),
+    "conversation": ("unsupported_parameter", "Pomex stores no conversations: send the whole history in input."),
+    "prompt": ("unsupported_parameter", "Pomex stores no prompt templates: send instructions and input."),
+    "background": ("unsupported_parameter", "Pomex runs no background responses: send background: false."),
+}
+
+# Known input items and tools: the fields that we read, where they are. Unknown items and tools are never refused.
+CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
+ITEM_RULES: dict[str, dict[str, Rule]] = {
+    "message": {"role": Rule((str,), choices=("assistant", "developer", "system", "user"))},
+    "function_call": {**CALL, "name": NAME, "arguments": TEXT},
+    "function_call_output": {**CALL, "output": OUTPUT},
+    "custom_tool_call": {**CALL, "name": NAME, "input": TEXT},
+    "custom_tool_call_output": {**CALL, "output": OUTPUT},
+    "local_shell_call": {**CALL, "action": MAYBE_OBJECT}, "local_shell_call_output": {**CALL, "output": MAYBE_TEXT},
+    "shell_call": {**CALL, "action": MAYBE_OBJECT}, "shell_call_output": CALL,
+    "apply_patch_call": CALL, "apply_patch_call_output": {**CALL, "output": MAYBE_TEXT},
+    "tool_search_call": CALL, "tool_search_output": {**CALL, "tools": TOOLS},
+    "additional_tools": {"tools": TOOLS},
+}
+TOOL_RULES: dict[str, dict[str, Rule]] = {
+    "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
+    "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
+    "namespace": {"name": NAME, "tools": TOOLS},
+    "tool_search": {"description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
+}
+
 def check_item(given: Any, param: str) -> JSON:
     """One input item with its `type` filled in; only a message (by its role) may come without."""
     if not isinstance(given, dict):
@@ -1196,42 +1205,12 @@ def check_item(given: Any, param: str) -> JSON:
         item = {"type": kind, **{k: v for k, v in item.items() if k != "type"}}
     if not isinstance(kind, str):
         raise unfit(f"{param}.type", " must be a string.", "missing_required_parameter")
-    rules = ITEM_RULES.get(kind, {})
-    check_fields(item, rules, param)
+    check_fields(item, ITEM_RULES.get(kind, {}), param)
     if kind == "message":
-        check_value(item.get("role"), ROLE, f"{param}.role")
         check_parts(item.get("content"), f"{param}.content")
     elif kind == "item_reference":
         raise unfit(param, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
-    if rules.get("output") is OUTPUT:
-        check_parts(item["output"], f"{param}.output")
-    if "tools" in rules:
-        check_tools(item["tools"], f"{param}.tools")
     return item
-
-
-def check_tools(tools: Sequence[Any], param: str) -> None:
-    for index, tool in enumerate(tools):
-        here = f"{param}[{index}]"
-        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            raise unfit(here, " must be an object with a type.", "invalid_type")
-        if "name" not in tool and isinstance(tool.get("function"), dict):
-            raise unfit(f"{here}.name", " is missing: tools are flat here, without a function object inside.",
-                        "missing_required_parameter")
-        check_fields(tool, TOOL_RULES.get(tool["type"], {}), here)
-        if tool["type"] == "namespace":
-            check_tools(tool["tools"], f"{here}.tools")
-
-
-def check_format(text: JSON) -> None:
-    shape = text.get("format")
-    if shape is None:
-        return
-    if not isinstance(shape, dict) or shape.get("type") not in ("text", "json_object", "json_schema"):
-        raise unfit("text.format.type", " must be text, json_object or json_schema.")
-    if shape["type"] == "json_schema":
-        check_value(shape.get("name"), Rule(TEXT, 1, 64), "text.format.name")
-        check_value(shape.get("schema"), Rule(OBJECT), "text.format.schema")
 
 
 def check_tool_choice(choice: Any, tools: Sequence[JSON]) -> None:
@@ -1325,8 +1304,6 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
         check_value(body.get(name), REQUEST_RULES[name], name)
     if not body["model"].isprintable():
         raise unfit("model", " holds characters that no name has.")
-    check_metadata(body.get("metadata") or {})
-    check_format(body.get("text") or {})
     given = body["input"]
     if isinstance(given, list) and len(given) > MAX_INPUT_ITEMS:
         raise unfit("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.", "array_above_max_length")
@@ -1334,16 +1311,15 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
         [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
     if not items:
         raise unfit("input", " is empty: send at least one item.")
-    tools = list(body.get("tools") or [])
-    check_tools(tools, "tools")
-    tools += [tool for item in items if item["type"] in ("additional_tools", "tool_search_output") for tool in item["tools"]]
+    tools = [tool for holder in (body, *items) if holder is body or holder["type"] in ("additional_tools", "tool_search_output")
+             for tool in holder.get("tools") or ()]
     check_tool_choice(body.get("tool_choice"), tools)
     return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions_text(body), items, tools)
 
 
 def instructions_text(body: JSON) -> str:
     given = body.get("instructions") or ""
-    return given if isinstance(given, str) else "\n\n".join(text_of(i.get("content")) for i in given if isinstance(i, dict))
+    return given if isinstance(given, str) else "\n\n".join(text_of(item.get("content")) for item in dicts_in(given))
 
 
 def text_of(content: Any, separator: str = "") -> str:
@@ -1525,17 +1501,17 @@ class ToolBook:
         self.by_flat: dict[str, Tool] = {}
         for tool in tools:
             self._add(tool, "")
-        bare = collections.Counter(tool.name for tool in self.by_flat.values())
-        self.by_bare = {tool.name: tool for tool in self.by_flat.values() if bare[tool.name] == 1}
+        times = collections.Counter(tool.name for tool in self.by_flat.values())
+        bare = {tool.name: tool for tool in self.by_flat.values() if times[tool.name] == 1}
+        self.known = {**bare, **self.by_flat}       # under bare names too, where only one namespace has them
 
     def tool(self, flat: str) -> Tool:
         """The tool that a call of `flat` is for; a function of that name where none is offered."""
         return self.find(flat) or Tool("function_call", flat, "")
 
     def find(self, flat: str) -> Tool | None:
-        """The tool that a model means: a bare name that only one namespace has is understood too."""
-        bare = TEMPLATE_REMAINS.sub("", flat)
-        return self.by_flat.get(flat) or self.by_bare.get(flat) or self.by_flat.get(bare) or self.by_bare.get(bare)
+        """The tool that a model means."""
+        return self.known.get(flat) or self.known.get(TEMPLATE_REMAINS.sub("", flat))
 
     def renamed(self, item: JSON) -> JSON:
         """A call of the history by the name that its tool has now: else it would go back as it was misspelt."""
@@ -1727,14 +1703,14 @@ def shell_action(item: JSON) -> str:
     return compact({k: v for k, v in (item.get("action") or {}).items() if k != "type" and v})
 
 
-# item type -> its upstream name, whether or not the tool is still offered, and arguments
-PLAIN_CALLS: dict[str, Callable[[JSON], tuple[str, str]]] = {
-    "function_call": lambda i: (flat_name(i["name"], i.get("namespace") or ""), object_text(i["arguments"])),
-    "custom_tool_call": lambda i: (flat_name(i["name"], i.get("namespace") or ""), compact({"input": i["input"]})),
-    "tool_search_call": lambda i: ("tool_search", object_text(compact(i.get("arguments") or {}))),
-    "local_shell_call": lambda i: ("local_shell", shell_action(i)),
-    "shell_call": lambda i: ("shell", shell_action(i)),
-    "apply_patch_call": lambda i: ("apply_patch", object_text(compact(i.get("operation") or {}))),
+# item type -> its arguments, whether or not the tool is still offered
+PLAIN_CALLS: dict[str, Callable[[JSON], str]] = {
+    "function_call": lambda i: object_text(i["arguments"]),
+    "custom_tool_call": lambda i: compact({"input": i["input"]}),
+    "tool_search_call": lambda i: object_text(compact(i.get("arguments") or {})),
+    "local_shell_call": shell_action,
+    "shell_call": shell_action,
+    "apply_patch_call": lambda i: object_text(compact(i.get("operation") or {})),
 }
 PLAIN_OUTPUTS: dict[str, Callable[[JSON], Any]] = {
     "function_call_output": lambda i: i["output"],
@@ -1760,11 +1736,9 @@ def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
         elif item["type"] not in NOT_HISTORY and not shown_only(item):
             dropped.append(f"input:{item['type']}")
     system = [request.instructions] if request.instructions else []
-    leading = 0
-    while leading < len(plain) and plain[leading].get("role") in ("system", "developer"):
-        system.append("\n\n".join(part.get("text") or "" for part in plain[leading]["content"]))
-        leading += 1
-    return History(system, pair_calls(unique_calls(plain[leading:])), list(dict.fromkeys(dropped)))
+    leading = list(itertools.takewhile(lambda item: item.get("role") in ("system", "developer"), plain))
+    system += ["\n\n".join(part.get("text") or "" for part in item["content"]) for item in leading]
+    return History(system, pair_calls(unique_calls(plain[len(leading):])), list(dict.fromkeys(dropped)))
 
 
 def shown_only(item: JSON) -> bool:
@@ -1791,8 +1765,10 @@ def plain_item(item: JSON, dropped: list[str]) -> JSON | None:
     if kind == "reasoning":
         return {"type": "reasoning", "pomex_replay": item["pomex_replay"]} if "pomex_replay" in item else None
     if kind in PLAIN_CALLS:
-        name, arguments = PLAIN_CALLS[kind](item)
-        return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name, "arguments": arguments}
+        named = kind in ("function_call", "custom_tool_call")
+        name = flat_name(item["name"], item.get("namespace") or "") if named else kind.removesuffix("_call")
+        return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name,
+                "arguments": PLAIN_CALLS[kind](item)}
     if kind in PLAIN_OUTPUTS:
         return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": PLAIN_OUTPUTS[kind](item)}
     said = text_of(item.get("content") or item.get("summary"))
@@ -3115,21 +3091,21 @@ FaultKind: TypeAlias = Literal["rate", "quota", "overload", "network", "auth", "
 class Fault(NamedTuple):
     """What the client is told of one kind of failure. Status 0: the provider's own."""
     status: int
-    type: str
-    code: str
-    retryable: bool
+    type: str = "server_error"
+    code: str = "server_error"
+    retryable: bool = True
 
 
 FAULTS: dict[FaultKind, Fault] = {
-    "rate":            Fault(429, "rate_limit_error",      "rate_limit_exceeded",     True),
-    "quota":           Fault(429, "insufficient_quota",    "insufficient_quota",      True),
-    "overload":        Fault(503, "server_error",          "server_error",            True),
-    "network":         Fault(502, "server_error",          "server_error",            True),
-    "auth":            Fault(502, "server_error",          "server_error",            True),
-    "model_missing":   Fault(404, "invalid_request_error", "model_not_found",         True),
-    "context":         Fault(400, "invalid_request_error", "context_length_exceeded", False),
-    "bad_request":     Fault(0,   "invalid_request_error", "invalid_request_error",   False),
-    "tool_generation": Fault(502, "server_error",          "server_error",            True),
+    "rate":            Fault(429, "rate_limit_error", "rate_limit_exceeded"),
+    "quota":           Fault(429, "insufficient_quota", "insufficient_quota"),
+    "overload":        Fault(503),
+    "network":         Fault(502),
+    "auth":            Fault(502),
+    "model_missing":   Fault(404, "invalid_request_error", "model_not_found"),
+    "context":         Fault(400, "invalid_request_error", "context_length_exceeded", retryable=False),
+    "bad_request":     Fault(0, "invalid_request_error", "invalid_request_error", retryable=False),
+    "tool_generation": Fault(502),
 }
 
 # The first rule that fits decides: by one of the provider's own words (its `type`, `code`, `status` and `reason`
@@ -3343,34 +3319,28 @@ def retry_after_s(headers: Headers, body_json: Any, now_s: float) -> float | Non
     date_s = point_s(headers.get("date")) or now_s
     fields = error_object(body_json)
     message = TRY_AGAIN.search(message_text(fields.get("message")))
-    sources = (plain_number(headers.get("retry-after-ms")) / 1000, plain_number(headers.get("retry-after")),
-               point_s(headers.get("retry-after")) - date_s if date_s else 0.0,
-               *(duration_s(str(detail.get("retryDelay"))) for detail in dicts_in(fields.get("details"))),
-               duration_s(message[1]) if message else 0.0,
+    texts = (headers.get("retry-after"), *(str(detail.get("retryDelay")) for detail in dicts_in(fields.get("details"))),
+             message[1] if message else "")
+    sources = (plain_number(headers.get("retry-after-ms")) / 1000, *(wait_s(text, date_s) for text in texts),
                limit_reset_s(headers, date_s))
-    wait_s = next((seconds for seconds in sources if seconds > 0), None)
-    return None if wait_s is None else min(wait_s, MAX_RETRY_AFTER_S)
+    seconds = next((seconds for seconds in sources if seconds > 0), None)
+    return None if seconds is None else min(seconds, MAX_RETRY_AFTER_S)
+
+
+LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def limit_reset_s(headers: Headers, date_s: float) -> float:
-    """The longest of the limits that are used up: `x-ratelimit-reset-*`, `anthropic-ratelimit-*-reset`."""
-    longest = 0.0
-    for name, value in headers:
-        if name.startswith("x-ratelimit-reset-"):
-            seconds, rest = duration_s(value), name.replace("-reset-", "-remaining-")
-        elif name.startswith("anthropic-ratelimit-") and name.endswith("-reset") and date_s:
-            seconds, rest = point_s(value) - date_s, name[:-len("reset")] + "remaining"
-        else:
-            continue
-        if headers.get(rest, "0") == "0":
-            longest = max(longest, seconds)
-    return longest
+    """The longest of the limits that are used up."""
+    return max((wait_s(value, date_s) for name, value in headers if LIMIT_RESET.fullmatch(name)
+                and headers.get(name.replace("-reset", "-remaining"), "0") == "0"), default=0.0)
 
 
-def duration_s(text: str) -> float:
-    """Seconds of "11.054s", "350ms", "1m2s" or "7"; 0 for anything else."""
-    parts = DURATION.findall(text)
-    return sum(float(amount) * UNIT_S[unit] for amount, unit in parts) if parts else plain_number(text)
+def wait_s(text: str, date_s: float) -> float:
+    """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for anything else."""
+    if parts := DURATION.findall(text):
+        return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
+    return plain_number(text) or (point_s(text) - date_s if date_s else 0.0)
 
 
 def plain_number(text: str) -> float:
@@ -6280,25 +6250,24 @@ SECTIONS: dict[str, type[Any]] = {"server": ServerConfig, "database": DatabaseCo
 NAMED_SECTIONS: dict[str, type[Any]] = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
-def builtin(name: str, wire_api: str, base_url: str, env_key: str = "", *, relay: str = "normalise",
-            dialect: str = "") -> ProviderConfig:
+def builtin(name: str, wire_api: str, base_url: str, env_key: str = "", relay: str = "normalise") -> ProviderConfig:
     return ProviderConfig(name, wire_api=wire_api, base_url=base_url, env_key=env_key, relay=relay,
-                          dialect=dialect, local=not env_key)
+                          dialect=name if wire_api == "chat" else "", local=not env_key)
 
 
 BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {row.name: row for row in (
-    builtin("openai", "responses", "https://api.openai.com/v1", "OPENAI_API_KEY", relay="bytes"),
+    builtin("openai", "responses", "https://api.openai.com/v1", "OPENAI_API_KEY", "bytes"),
     builtin("anthropic", "messages", "https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
     builtin("google", "gemini", "https://generativelanguage.googleapis.com/v1beta", "GEMINI_API_KEY"),
-    builtin("openrouter", "chat", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", dialect="openrouter"),
-    builtin("xai", "chat", "https://api.x.ai/v1", "XAI_API_KEY", dialect="xai"),
-    builtin("deepseek", "chat", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", dialect="deepseek"),
-    builtin("mistral", "chat", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", dialect="mistral"),
-    builtin("groq", "chat", "https://api.groq.com/openai/v1", "GROQ_API_KEY", dialect="groq"),
-    builtin("ollama", "chat", "http://127.0.0.1:11434/v1", dialect="ollama"),
-    builtin("lmstudio", "chat", "http://127.0.0.1:1234/v1", dialect="lmstudio"),
-    builtin("vllm", "chat", "http://127.0.0.1:8000/v1", dialect="vllm"),
-    builtin("llama.cpp", "chat", "http://127.0.0.1:8080/v1", dialect="llama.cpp"),
+    builtin("openrouter", "chat", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    builtin("xai", "chat", "https://api.x.ai/v1", "XAI_API_KEY"),
+    builtin("deepseek", "chat", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
+    builtin("mistral", "chat", "https://api.mistral.ai/v1", "MISTRAL_API_KEY"),
+    builtin("groq", "chat", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),
+    builtin("ollama", "chat", "http://127.0.0.1:11434/v1"),
+    builtin("lmstudio", "chat", "http://127.0.0.1:1234/v1"),
+    builtin("vllm", "chat", "http://127.0.0.1:8000/v1"),
+    builtin("llama.cpp", "chat", "http://127.0.0.1:8080/v1"),
 )}
 DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
@@ -6314,32 +6283,33 @@ def exactly(*types: type) -> Callable[[Any], Any]:
     return read
 
 
-def strings(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
-        raise ValueError
-    return tuple(value)
-
-
 def nonempty(value: Any) -> str:
-    return strings([value])[0]
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
 
 
-def table_with(kind: type) -> Callable[[Any], Any]:
-    """A reader of tables whose values are all of one type."""
-    def read(value: Any) -> Any:
-        if not isinstance(value, dict) or not all(isinstance(each, kind) for each in value.values()):
-            raise ValueError
-        return value
-    return read
+def strings(value: Any) -> tuple[str, ...]:
+    return tuple(map(nonempty, exactly(list)(value)))
+
+
+def table_with(read: Callable[[Any], Any]) -> Callable[[Any], JSON]:
+    """A reader of tables whose values are all read so."""
+    return lambda value: {name: read(each) for name, each in exactly(dict)(value).items()}
+
+
+def read_target(value: Any) -> Target:
+    """A target is split at its first colon."""
+    provider, model = map(nonempty, nonempty(value).split(":", 1))
+    return Target(provider, model)
 
 
 def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
-    """A string is a tier of its own, a list of strings is one tier. A target is split at its first colon."""
-    tiers = tuple(strings(tier if isinstance(tier, list) else [tier]) for tier in exactly(list)(value))
-    parts = [[each.partition(":") for each in tier] for tier in tiers]
-    if not all(tier and all(provider and model for provider, _, model in tier) for tier in parts):
+    """A string is a tier of its own, a list of strings is one tier."""
+    tiers = [tuple(map(read_target, tier if isinstance(tier, list) else [tier])) for tier in exactly(list)(value)]
+    if not all(tiers):
         raise ValueError
-    return tuple(tuple(Target(provider, model) for provider, _, model in tier) for tier in parts)
+    return tuple(tiers)
 
 
 def amount(value: Any) -> decimal.Decimal:
@@ -6366,12 +6336,11 @@ READINGS: dict[str, Reading] = {
     "bool": Reading("true or false", exactly(bool), lambda text: {"true": True, "false": False}[text]),
     "int": Reading("a whole number", exactly(int), int),
     "float": Reading("a number", exactly(int, float), float),
-    "dict[str, decimal.Decimal]": Reading("a table of numbers, like { priority = 2 }", lambda value: {
-        name: amount(each) for name, each in table_with(object)(value).items()}),
+    "dict[str, decimal.Decimal]": Reading("a table of numbers, like { priority = 2 }", table_with(amount)),
     "Dollars": Reading("an amount of dollars with at most six decimals", amount),
     "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
-    "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', table_with(str)),
-    "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_with(dict)),
+    "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', table_with(exactly(str))),
+    "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_with(exactly(dict))),
     "tuple[tuple[Target, ...], ...]": Reading('a list of "provider:model"; a list inside it is one tier',
                                               target_tiers),
 }

@@ -4322,7 +4322,7 @@ class ChatDecoder(ItemDecoder):
             self._show_image(table_of(image.get("image_url")).get("url"))
         for cited in [] if snapshot and self.cited else dicts_in(delta.get("annotations")):
             self._cite(cited.get("url_citation"))
-        for place, call in enumerate(calls_of(delta)):
+        for place, call in enumerate(dicts_in(delta.get("tool_calls"))):
             self._call(call, whole, self._repeated(place, call) if snapshot else None)
 
     # text and thoughts
@@ -4557,21 +4557,9 @@ def unseen(left: dict[str, str], channel: str, text: str) -> str:
     return text[len(said):] if text.startswith(said) else ""
 
 
-def calls_of(delta: JSON) -> list[JSON]:
-    """The pieces of calls in a delta."""
-    if isinstance(delta.get("function_call"), dict):        # before 2023-11, and some servers still
-        return [{"index": 0, "function": delta["function_call"]}]
-    return dicts_in(delta.get("tool_calls"))
-
-
 def call_texts(given: JSON) -> tuple[str, str]:
     """Name and arguments of a piece of a call: either may be null, and arguments an object."""
-    custom, function = given.get("custom"), given.get("function")
-    if isinstance(custom, dict):
-        wrapped = {"input": str(custom.get("input") or "")}
-        return str(custom.get("name") or ""), json.dumps(wrapped, ensure_ascii=False)
-    if not isinstance(function, dict):
-        return "", ""
+    function = table_of(given.get("function"))
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)

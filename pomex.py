@@ -539,9 +539,10 @@ class Reader(Generic[Head]):
     """What both sides share: the buffer, and bodies by length, by chunks, or up to the end of the connection.
 
     next() returns the head, then the body in pieces as they come (not copied where that can be), then END; or NEED_DATA
-    where more input is required. After feed_eof() it raises if the message is not whole. What a message is made of is
-    read from top to bottom by generators, which yield what next() returns.
+    where more input is required. After feed_eof() it raises if the message is not whole. Generators read a message from
+    top to bottom; they yield what next() returns.
     """
+    _blame: ClassVar[JSON] = {}     # what the errors of this side are besides
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -569,6 +570,7 @@ class Reader(Generic[Head]):
         try:
             return next(self._parts)
         except ProtocolError as error:
+            vars(error).update(self._blame)
             self._error = error
             raise
 
@@ -719,6 +721,7 @@ class RequestReader(Reader[RequestHead]):
 class ResponseReader(Reader[ResponseHead]):
     """The client's side. Its errors are the upstream's doing: 502, retryable."""
     _method = ""            # of the request that is out; "": none is
+    _blame = {"status": 502, "type": "server_error", "code": "server_error", "retryable": True}
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         super().__init__(limits)
@@ -733,13 +736,6 @@ class ResponseReader(Reader[ResponseHead]):
         if not self.idle:
             raise RuntimeError("the connection is not ready for another request")
         self._method = method
-
-    def next(self) -> ResponseHead | bytes | Signal:
-        try:
-            return super().next()
-        except ProtocolError as error:
-            error.status, error.type, error.code, error.retryable = 502, "server_error", "server_error", True
-            raise
 
     def _messages(self) -> Iterator[ResponseHead | bytes | Signal]:
         while True:
@@ -831,9 +827,10 @@ class Inflater:
     """Takes gzip (RFC 9110 8.4.1.3), if that is the coding, off a body. Output is counted as it comes: 413 over `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
-        self._coding = encoding.strip(" \t").lower()
-        if self._coding not in ("", "identity", "gzip", "x-gzip"):
+        coding = encoding.strip(" \t").lower()
+        if coding not in ("", "identity", "gzip", "x-gzip"):
             raise ProtocolError("Content-Encoding must be gzip or none.", 415)
+        self._gzip = coding.endswith("gzip")
         self._max_bytes = max_bytes
         self._room = sys.maxsize if max_bytes is None else max_bytes + 1
         self._packed = 0                    # bytes of the coded body so far
@@ -842,14 +839,9 @@ class Inflater:
 
     def feed(self, data: bytes) -> bytes:
         """All that can be had of the body so far."""
-        if self._coding in ("", "identity"):
+        if not self._gzip:
             return self._counted(data)
-        pieces = []
-        for start in range(0, len(data), INFLATE_SLICE):
-            piece = data[start:start + INFLATE_SLICE]
-            self._packed += len(piece)
-            pieces.append(self._inflate(piece))
-        return b"".join(pieces)
+        return b"".join(self._inflate(data[start:start + INFLATE_SLICE]) for start in range(0, len(data), INFLATE_SLICE))
 
     def finish(self) -> None:
         """The body is over; an empty one is as good in any coding."""
@@ -858,6 +850,7 @@ class Inflater:
 
     def _inflate(self, data: bytes) -> bytes:
         pieces = []
+        self._packed += len(data)
         while data:
             if self._inner is None or self._inner.eof:
                 self._members += 1          # RFC 1952 2.2: members may follow each other
@@ -1202,7 +1195,7 @@ def check_item(given: Any, param: str) -> JSON:
     kind = item.get("type")
     if kind is None:
         kind = "message" if "role" in item else "item_reference" if "id" in item else None
-        item = {"type": kind, **{k: v for k, v in item.items() if k != "type"}}
+        item = {"type": kind} | item | {"type": kind}
     if not isinstance(kind, str):
         raise unfit(f"{param}.type", " must be a string.", "missing_required_parameter")
     check_fields(item, ITEM_RULES.get(kind, {}), param)
@@ -1311,8 +1304,8 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
         [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
     if not items:
         raise unfit("input", " is empty: send at least one item.")
-    tools = [tool for holder in (body, *items) if holder is body or holder["type"] in ("additional_tools", "tool_search_output")
-             for tool in holder.get("tools") or ()]
+    tools = [*(body.get("tools") or ()), *(tool for item in items if "tools" in ITEM_RULES.get(item["type"], ())
+                                           for tool in item["tools"])]
     check_tool_choice(body.get("tool_choice"), tools)
     return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions_text(body), items, tools)
 
@@ -1692,11 +1685,10 @@ NO_OUTPUT = "no output was recorded for this call"
 def object_text(arguments: str) -> str:
     """A call's arguments as the text of a JSON object: servers that read them refuse a model's mistake with a 400."""
     arguments = arguments or "{}"
-    try:
-        sound = isinstance(load_json(arguments.encode()), dict)
-    except ValueError:
-        sound = False
-    return arguments if sound else compact({"_raw": arguments})
+    with contextlib.suppress(ValueError):
+        if isinstance(load_json(arguments.encode()), dict):
+            return arguments
+    return compact({"_raw": arguments})
 
 
 def shell_action(item: JSON) -> str:

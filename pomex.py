@@ -311,11 +311,10 @@ class Sink(Protocol):
 
 # === 3. HTTP/1.1 ==================================================================================
 #
-# Both sides, fed with bytes. Strict, without a lenient switch: whatever two parsers could read in two ways
-# is refused (LF alone or CR alone as a line end, folded lines, a blank before the colon, Transfer-Encoding
-# beside Content-Length ...). RFC 9112 lets several of these pass; each has been a hole in some server.
-# Wire numbers are taken by pattern before int() sees them, and blanks are SP and HTAB only: int() alone
-# takes "+5" and "1_0", strip() alone takes \x0b and \x85.
+# Both sides, fed with bytes. Strict: whatever two parsers could read in two ways is refused (LF or CR alone as a
+# line end, folded lines, a blank before the colon, Transfer-Encoding beside Content-Length ...). RFC 9112 lets
+# several of these pass; each has been a hole in some server. Patterns check numbers before int() sees them (it
+# takes "+5" and "1_0"), and blanks are SP and HTAB only (strip() alone takes \x0b and \x85).
 #
 # A broken peer gives a ProtocolError, the same at every later call. Any other exception is a bug here.
 
@@ -325,7 +324,7 @@ PROTOCOL_CODES = {408: "request_timeout", 413: "request_too_large", 414: "uri_to
 
 
 class ProtocolError(GatewayError):
-    """The peer broke HTTP or went over a limit. Answer, then close: what follows is not to be read."""
+    """The peer broke HTTP or went over a limit. Answer, then close."""
     status, type, code = 400, "invalid_request_error", "invalid_http"
 
     def __init__(self, message: str, status: int = 400, code: str | None = None) -> None:
@@ -497,7 +496,7 @@ def parse_target(method: str, target: bytes) -> tuple[str, str, str]:
 
 
 def with_host(headers: Headers, authority: str, version: tuple[int, int]) -> Headers:
-    """The headers with exactly one valid Host; RFC 9112 3.2: the target's own authority wins over it."""
+    """The headers with exactly one valid Host; the target's own authority wins over it (RFC 9112 3.2)."""
     hosts = headers.get_all("host")
     if len(hosts) != 1 and (hosts or version >= (1, 1)):
         raise ProtocolError("A request has exactly one Host header.")
@@ -509,7 +508,6 @@ def with_host(headers: Headers, authority: str, version: tuple[int, int]) -> Hea
 
 
 def parse_request(line: bytes, headers: Headers, max_body_bytes: int | None) -> RequestHead:
-    # 1. The request line.
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError("The request line is not 'METHOD target HTTP/1.1'.")
@@ -519,18 +517,17 @@ def parse_request(line: bytes, headers: Headers, max_body_bytes: int | None) -> 
     method = match[1].decode()
     path, query, authority = parse_target(method, match[2])
     headers = with_host(headers, authority, version)
-    # 2. The body's framing: neither header means no body (RFC 9112 6.3).
     length, chunked = framing(headers, version)
     if max_body_bytes is not None and (length or 0) > max_body_bytes:
         raise ProtocolError(f"The body is over {max_body_bytes} bytes.", 413)
-    # 3. Expect: 100-continue, which HTTP/1.0 does not have (RFC 9110 10.1.1).
     expectations = list_values(headers, "expect")
     if expectations not in ([], ["100-continue"]):
         raise ProtocolError("The only expectation met is 100-continue.", 417)
+    # HTTP/1.0 has none (RFC 9110 10.1.1)
     expect_continue = bool(expectations) and version >= (1, 1) and (chunked or bool(length))
     keep_alive = keeps_alive(headers, version)
     return RequestHead(method, match[2].decode(), path, query, version, headers, keep_alive, expect_continue,
-                       None if chunked else length or 0, chunked)
+                       None if chunked else length or 0, chunked)      # neither header: no body (RFC 9112 6.3)
 
 
 # --- readers --------------------------------------------------------------------------------------
@@ -561,7 +558,7 @@ class Reader(Generic[Head]):
         self._at = 0
 
     def feed_eof(self) -> None:
-        """The peer will send nothing more. Call next() as before."""
+        """The peer will send nothing more."""
         self._eof = True
 
     def next(self) -> Head | bytes | Signal:
@@ -575,7 +572,7 @@ class Reader(Generic[Head]):
             raise
 
     def _free(self) -> None:
-        """Drops what was given out: an idle connection, or a request in its handler, keeps no read buffer alive."""
+        """Drops what was given out: an idle connection keeps no read buffer alive."""
         self._data, self._at = self._data[self._at:], 0
 
     def _more_data(self) -> Signal:
@@ -620,7 +617,7 @@ class Reader(Generic[Head]):
             yield piece or self._pause()
 
     def _chunks(self) -> Iterator[bytes | Signal]:
-        """RFC 9112 7.1. The data of the whole chunks at hand comes joined; the size is checked before the data is read."""
+        """RFC 9112 7.1. Whole chunks at hand come joined; the size is checked before the data is read."""
         total = 0
         while True:
             if pieces := self._whole_chunks():
@@ -710,7 +707,7 @@ class RequestReader(Reader[RequestHead]):
         return parse_request(line, parse_fields(fields, self.limits.max_headers), self.limits.max_body_bytes)
 
     def _check_start(self) -> None:
-        """What cannot become a request is refused before any CRLF: a TLS hello, NULs, an endless line."""
+        """Refuses a TLS hello, NULs or an endless line before any CRLF comes."""
         data, at, limit = self._data, self._at, self.limits.max_line_bytes
         if not REQUEST_START.match(data, at):
             raise ProtocolError("This is not an HTTP/1.1 request (is it https or HTTP/2?).")
@@ -728,7 +725,7 @@ class ResponseReader(Reader[ResponseHead]):
 
     @property
     def idle(self) -> bool:
-        """Between answers, with nothing here that nobody asked for: the connection can be used again."""
+        """Between answers, with nothing here that nobody asked for."""
         return not self._method and self._at == len(self._data)
 
     def start(self, method: str) -> None:
@@ -784,7 +781,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def field_lines(headers: Iterable[tuple[str, str]]) -> list[bytes]:
-    """What we write is what we would take; a ValueError for any other, which does not show the value."""
+    """ValueError for what we would not take ourselves; it does not show the value."""
     lines = []
     for name, value in headers:
         line = f"{name}: {value}\r\n".encode("latin-1")
@@ -817,14 +814,12 @@ def chunk(data: bytes) -> bytes:
 
 MAX_MEMBERS = 1024          # a body of countless empty gzip members is all work and no output
 INFLATE_SLICE = 65536       # zlib copies the rest of its input at each member's end
-
-
-MAX_RATIO = 200             # of a request's body to its compressed size: prompts have 3 to 20; a small request costs
-RATIO_FREE_BYTES = 4 << 20  # seconds where it grows to millions of empty objects. So much may come of any
+MAX_RATIO = 200             # of a request's body to its compressed size: prompts have 3 to 20
+RATIO_FREE_BYTES = 4 << 20  # so much may come of any
 
 
 class Inflater:
-    """Takes gzip (RFC 9110 8.4.1.3), if that is the coding, off a body. Output is counted as it comes: 413 over `max_bytes`."""
+    """Takes gzip (RFC 9110 8.4.1.3), if that is the coding, off a body. 413 as soon as more than `max_bytes` come out."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         coding = encoding.strip(" \t").lower()
@@ -838,7 +833,6 @@ class Inflater:
         self._inner: zlib._Decompress | None = None
 
     def feed(self, data: bytes) -> bytes:
-        """All that can be had of the body so far."""
         if not self._gzip:
             return self._counted(data)
         return b"".join(self._inflate(data[start:start + INFLATE_SLICE]) for start in range(0, len(data), INFLATE_SLICE))
@@ -876,8 +870,7 @@ class Inflater:
 
 # === 4. SSE =======================================================================================
 #
-# Server-sent events as in the WHATWG HTML standard (9.2.6), whole blocks at a time: a line's end is ASCII,
-# so text can be decoded block by block whatever way the bytes were cut.
+# Server-sent events (WHATWG HTML 9.2.6), whole blocks at a time: a line's end is ASCII, so a block can be decoded by itself.
 
 MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the whole answer, images of some MB included
 SIMPLE_BLOCK = re.compile(r"(?:event: ([^\n]*)\n)?data: ([^\n]*)")      # what nearly every provider sends
@@ -908,7 +901,7 @@ def parse_block(block: str) -> Event | None:
 
 
 def is_whole(data: str) -> bool:
-    """Can this event be over where its last line has no end? Half a JSON object is never a JSON object."""
+    """Can an event with this data be over? Half a JSON object is never a JSON object."""
     try:
         return data == "[DONE]" or isinstance(json.loads(data), dict)
     except (ValueError, RecursionError):
@@ -921,7 +914,7 @@ def is_torn(rest: bytes | bytearray) -> bool:
 
 
 class SSEDecoder:
-    """Bytes in, events out. `id` and `retry` are passed over: no stream of ours is ever resumed."""
+    """Bytes in, events out. `id` and `retry` are ignored: no stream is ever resumed."""
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
@@ -945,8 +938,8 @@ class SSEDecoder:
         return events
 
     def finish(self) -> list[Event]:
-        """The body is over. The standard drops an event without its empty line, but many chat servers end so:
-        it is given out if all its lines are complete, or if its data can be no part of something longer."""
+        """The body is over. The standard drops an event without its empty line, but many chat servers end so: it counts
+        if its lines are complete, or if its data can be no part of something longer."""
         rest = self._rest if self._begun else b""
         event = parse_block(rest.decode("utf-8", "replace").strip("\n"))
         self._rest = bytearray()
@@ -991,8 +984,8 @@ def sse_frame(type: str, data: str) -> bytes:
 
 # === 5. the Responses API =========================================================================
 #
-# Three things stand here: the check of a request, the names under which its tools are offered to providers that
-# know only functions, and the answer: every `response.*` event is made here, and every stream is ended here, once.
+# The check of a request, the names of its tools for providers that know only functions, and the answer: every
+# `response.*` event is made here, and every stream is ended here, once.
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
@@ -1018,7 +1011,7 @@ LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def load_json(raw: bytes) -> Any:
-    """One JSON text. ValueError says what is wrong and where; nothing a peer sends gives another exception."""
+    """One JSON text. ValueError says what is wrong and where."""
     try:
         value = strict_json(raw.decode())
         if LONE_SURROGATE.search(raw):
@@ -1158,7 +1151,7 @@ REQUEST_RULES: dict[str, Rule] = {
     "safety_identifier": Rule((str,), 0, 512),
 }
 
-# What needs state of ours that we do not keep: refused with a sentence rather than answered wrongly.
+# What needs state that we do not keep is refused rather than answered wrongly.
 NEEDS_STATE = {
     "previous_response_id": ("previous_response_not_found", "Pomex stores no responses: send the whole history in input."),
     "conversation": ("unsupported_parameter", "Pomex stores no conversations: send the whole history in input."),
@@ -1166,7 +1159,7 @@ NEEDS_STATE = {
     "background": ("unsupported_parameter", "Pomex runs no background responses: send background: false."),
 }
 
-# Known input items and tools: the fields that we read, where they are. Unknown items and tools are never refused.
+# Known input items and tools: the fields that we read. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 ITEM_RULES: dict[str, dict[str, Rule]] = {
     "message": {"role": Rule((str,), choices=("assistant", "developer", "system", "user"))},
@@ -1226,8 +1219,8 @@ def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A checked request. `tools` holds all tools in order of appearance: `tools`, then those of input items
-    (additional_tools, tool_search_output); `input` is always a list of items that have a type."""
+    """A checked request. `tools` are those of `tools`, then of input items (additional_tools, tool_search_output), in order;
+    `input` is always a list of items that have a type."""
     body: JSON
     raw: bytes
     model: str
@@ -1247,9 +1240,9 @@ class ResponsesRequest:
         return given or sha256_hex(compact([self.model, self.instructions, self.body.get("tools")]))[:32]
 
 
-INLINE_DATA = (b";base64,", b'"file_data":"')       # behind these images and files begin, up to a quotation mark
-INLINE_DATA_BYTES = 1024        # a shorter one is counted as the text that it may be
-INLINE_DATA_TOKENS = 1500       # what one of those is taken for: a large image at the providers that say
+INLINE_DATA = (b";base64,", b'"file_data":"')       # images and files begin behind these
+INLINE_DATA_BYTES = 1024        # a shorter one counts as text
+INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that say
 
 
 def input_estimate(raw: bytes) -> int:
@@ -1282,7 +1275,7 @@ def check_request(raw: bytes) -> ResponsesRequest:
         raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.", code="invalid_json")
     try:
         return checked(body, raw)
-    except RecursionError:              # namespaces in namespaces: newer Pythons decode deeper than they call
+    except RecursionError:              # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
 
 
@@ -1293,7 +1286,7 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) not in (None, False):
             raise BadRequest(sentence, param=name, code=code)
-    for name in ("model", "input"):                 # both may be missing beside a prompt template
+    for name in ("model", "input"):                 # a prompt template stands for both
         check_value(body.get(name), REQUEST_RULES[name], name)
     if not body["model"].isprintable():
         raise unfit("model", " holds characters that no name has.")
@@ -1326,12 +1319,12 @@ def text_of(content: Any, separator: str = "") -> str:
 
 ENVELOPE_PREFIX = "pmx1."
 MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
-MAX_ENVELOPES_BYTES = 32 << 20      # of a request's together: 1,500 bytes can hold a megabyte, and stand there a thousand times
+MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB, and can be repeated
 
 
 class Envelope:
     """What a provider needs back with the next turn, carried by the client in `encrypted_content`: authenticated, not
-    secret, bound to the account, marked with its origin. The gateway keeps no state for it."""
+    secret, bound to the account, marked with its origin."""
 
     def __init__(self, secret: bytes, account: str) -> None:
         self.secret = secret
@@ -1406,7 +1399,7 @@ class Tool(NamedTuple):
     fitted: Mapping[str, str] = {}      # parameters that go up under another name: theirs -> that
 
 
-# what some vendors ask of the parameters in a tool's schema: Anthropic's error says it, Google's reference
+# of a tool's parameters, as Anthropic's error and Google's reference say
 PARAMETER_NAMES = {"claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"), "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}")}
 ANY_NAME = re.compile("(?s:.*)")
 
@@ -1482,7 +1475,7 @@ TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$
 
 
 class ToolBook:
-    """The request's tools under names that go up and come back; rebuilt from each request, so there is no state."""
+    """The request's tools under the names that providers see."""
 
     def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
         rules = (rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
@@ -1532,7 +1525,7 @@ class ToolBook:
 
     def _offer(self, tool: Tool, description: Any, parameters: Any, strict: Any = None) -> None:
         name = flat_name(tool.name, tool.namespace)
-        if name in self.by_flat:        # the first of two equal names wins: the second could never be told apart
+        if name in self.by_flat:        # the first of two equal names wins
             self.dropped += [f"tools:{name}"] if self.by_flat[name][:3] != tool[:3] else []
             return
         found: JSON = {}
@@ -1638,7 +1631,7 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def escaped_controls(text: str, state: str) -> tuple[str, str]:
-    """A piece of JSON with the control characters of its strings as escapes: models leave line ends as they are, and no
+    """A piece of JSON with the control characters of its strings escaped: models leave line ends as they are, and no
     strict reader, Codex's among them, takes them so. `state` is where a piece begins, and where this one ends: "" outside
     of strings, '"' within one, a backslash behind one in there."""
     head, state = (text[:1], '"') if state == "\\" else ("", state)
@@ -1659,7 +1652,7 @@ Row = TypeVar("Row", bound=NamedTuple)
 
 
 def overridden(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
-    """A row of knowledge with the fields that the configuration says otherwise; the longest prefix of the model counts."""
+    """A row with what the configuration overrides; the longest prefix of the model counts."""
     fitting = [prefix for prefix in overrides if model.startswith(prefix)]
     return row._replace(**overrides[max(fitting, key=len)]) if fitting else row
 
@@ -1734,7 +1727,7 @@ def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
 
 
 def shown_only(item: JSON) -> bool:
-    """A thought that was only ever shown: there is nothing in it that its provider would want back."""
+    """A reasoning item that is only a summary: its provider wants nothing back."""
     return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
 
 
@@ -1744,7 +1737,7 @@ def plain_item(item: JSON, dropped: list[str]) -> JSON | None:
         role, content, parts = item.get("role") or "user", item.get("content"), []
         text_type = "output_text" if role == "assistant" else "input_text"
         for part in [{"type": text_type, "text": content}] if isinstance(content, str) else dicts_in(content):
-            # what a model wrote for another agent is encrypted at OpenAI and plain at anybody else's
+            # messages between agents are encrypted at OpenAI, plain elsewhere
             sealed = str(part.get("encrypted_content") or "")
             if CIPHER.fullmatch(sealed):
                 dropped.append("content:encrypted_content")
@@ -1770,8 +1763,8 @@ def plain_item(item: JSON, dropped: list[str]) -> JSON | None:
 
 
 def unique_calls(items: list[JSON]) -> list[JSON]:
-    """Repeated call ids (local servers begin at call_0 in every turn) numbered apart, outputs with their calls. What a
-    call is named follows from what came before it alone: a history that grows keeps its names."""
+    """Repeated call ids (local servers begin at call_0 in every turn) numbered apart, outputs with their calls. Later items
+    change no name: a history that grows keeps its names."""
     numbers: collections.Counter[str] = collections.Counter()
     taken: set[str] = set()
     current: dict[str, collections.deque[str]] = {}
@@ -1798,7 +1791,7 @@ def unique_calls(items: list[JSON]) -> list[JSON]:
 def pair_calls(items: list[JSON]) -> list[JSON]:
     outputs = {item["call_id"]: item for item in items if item["type"] == "function_call_output"}
     result: list[JSON] = []
-    batch: list[JSON] = []          # calls, and reasoning between them, that have not been followed by outputs yet
+    batch: list[JSON] = []          # calls without outputs yet, and reasoning between them
     answered = False
 
     def flush() -> None:
@@ -1826,7 +1819,7 @@ def pair_calls(items: list[JSON]) -> list[JSON]:
 
 
 def carried(content: str | list[JSON], encode: Callable[[JSON], JSON | None], dropped: list[str]) -> list[JSON]:
-    """A content in the parts of a provider; those that it cannot take are named, empty texts left out."""
+    """A content in a provider's parts; those that it cannot take are named, empty texts left out."""
     parts = []
     for given in [{"type": "input_text", "text": content}] if isinstance(content, str) else content:
         part = encode(given)
@@ -1844,7 +1837,7 @@ def text_part(part: JSON) -> JSON | None:
 
 class Attachment(NamedTuple):
     """An image or a file: an address, or bytes."""
-    mime: str                   # what the bytes are, else what was declared, else by its ending; "" where nothing tells
+    mime: str                   # by the bytes, else as declared, else by the ending; "": unknown
     name: str
     url: str = ""
     data: str = ""              # clean base64
@@ -1860,8 +1853,8 @@ TYPE_BY_ENDING = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg",
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None where there is none, or only its id at OpenAI's, or no base64: in the history, every
-    turn would be refused from then on."""
+    """The image or file in a part. None where there is none, only its id at OpenAI, or no base64: in the history it would
+    have every later turn refused."""
     if part["type"] not in ("input_image", "input_file"):
         return None
     name = str(part.get("filename") or "")
@@ -3121,18 +3114,18 @@ FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
      r"|inappropriate content|invalidparameter"),
     ("auth", "permission_error permission_denied", (403,), ""),
     ("model_missing", "", (404,), ""),
-    # llama.cpp answers 500 to what it was not started for: every other target would be asked in vain
+    # llama.cpp answers 500 to what it was not started for
     ("bad_request", "", (), r"requires --jinja|mmproj|input is not supported|not supported by this model"),
     ("overload", "overloaded_error api_error server_is_overloaded server_error internal unavailable "
      "internal_server_error service_unavailable deadline_exceeded timeout_error",
      (408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529), r"overloaded"),
 ]
 
-MAX_UPSTREAM_TEXT = 300         # of a provider's message that go on to the client
-MAX_SAID = 65536                # of it are looked through
-MAX_RETRY_AFTER_S = 60.0        # of a longer wait: the target is left out meanwhile, and asked again
+MAX_UPSTREAM_TEXT = 300         # characters of a provider's message that the client gets
+MAX_SAID = 65536                # that are searched for secrets
+MAX_RETRY_AFTER_S = 60.0
 
-# what looks like a key, a token or a path of some machine, in the text of somebody else
+# what looks like a key, a token or a path
 SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?:sk|pk|rk|gsk|xai|hf|fw|tgp|csk|nvapi|pplx|key|org|proj)[-_][\w*.-]{6,}|AIza[\w-]{10,}|AKIA\w{12,}"
     r"|bearer\s+[^\s\"',]+|eyJ[\w-]{8,}\.[\w.-]+|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
@@ -3167,7 +3160,7 @@ class ProviderError(UpstreamError):
         self.retryable = fault.retryable
         self.retry_after_s = retry_after_s
         self.upstream_status = upstream_status      # 0: it came inside a stream, or nothing came
-        self.said = said                            # what the message was made of, whole: see without
+        self.said = said                            # what the message was made of: see without
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
@@ -3189,7 +3182,7 @@ def fault_of(decoded: Any, status: int, headers: Headers, now_s: float) -> Provi
     kind = fault_kind(status, words, text + " " + " ".join(words))
     failed = f"answered HTTP {status}" if status else "failed"
     message = redacted(text) or f"The provider {failed} without a reason."
-    if kind == "auth" and not re.search("country|territory", text):      # an upstream's remarks on our key are nobody else's
+    if kind == "auth" and not re.search("country|territory", text):      # remarks on our key are not the client's affair
         message = "The provider refused the gateway's credentials."
     code = "server_is_overloaded" if "server_is_overloaded" in words else None
     given = fields.get("code")
@@ -3203,7 +3196,7 @@ def fault_of(decoded: Any, status: int, headers: Headers, now_s: float) -> Provi
 
 
 def without(error: GatewayError, configured: re.Pattern[str]) -> None:
-    """Takes the configured secrets out of all that a provider said: before what only looks like one, which may be cut."""
+    """Takes the configured secrets out of all that a provider said, before `redacted` cuts it."""
     said = error.said if isinstance(error, ProviderError) else ""
     if configured.search(f"{said or error} {error.code} {error.param}"):
         error.args = (redacted(configured.sub("[redacted]", said or str(error))),)
@@ -3253,8 +3246,8 @@ def decode_error(text: str) -> Any:
 
 
 def states_error(body: JSON, whole: bool = False) -> bool:
-    """Does an event, or a `whole` answer with 200, say of itself that it is an error? Beside an answer only `error` says so,
-    and MiniMax's status; a code that means success never does."""
+    """Is an event, or a `whole` answer with 200, an error? Beside an answer only `error` says so, and MiniMax's status; a code
+    that means success never does."""
     if body.get("error") or ("base_resp" in body and is_failure(table_of(body["base_resp"]).get("status_code"))):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
@@ -3265,12 +3258,11 @@ def states_error(body: JSON, whole: bool = False) -> bool:
 
 
 def is_failure(code: Any) -> bool:
-    """Is it a code, or a word, that does not mean success?"""
     return isinstance(code, (int, str)) and not SUCCESS.fullmatch(str(code))
 
 
 def fault_words(fields: JSON) -> list[str]:
-    """The provider's own names for the failure, lower-cased; Gemini's details are among them."""
+    """The provider's own names for the failure, lower-cased."""
     found = [fields.get(key) for key in ("type", "code", "status")]
     found.append(table_of(fields.get("metadata")).get("error_type"))        # OpenRouter
     if "failed_generation" in fields:                   # Groq
@@ -3288,7 +3280,7 @@ def message_text(value: Any) -> str:
 
 
 def plain_text(text: str) -> str:
-    """A body that is no JSON, for people: the title of an HTML page, else its words."""
+    """The title of an HTML page, else the words of a body that is no JSON."""
     text = text[:8192]          # both patterns look for an end from every beginning
     title = HTML_TITLE.search(text)
     return " ".join((title[1] if title else HTML_TAG.sub(" ", text)).split())
@@ -3303,11 +3295,8 @@ def redacted(text: str) -> str:
 # --- how long to wait
 
 def retry_after_s(headers: Headers, body_json: Any, now_s: float) -> float | None:
-    """Seconds to wait by the provider's own word, at most 60; None where it gave none.
-
-    The first source that says more than nothing counts: Azure sends `retry-after-ms: 0` beside
-    `retry-after: 1`. Points in time are read against the answer's own Date, else against `now_s`.
-    """
+    """Seconds to wait by the provider's own word, at most 60; None where it gave none. The first source above 0 counts: Azure
+    sends `retry-after-ms: 0` beside `retry-after: 1`. Points in time are read against the answer's Date, else `now_s`."""
     date_s = point_s(headers.get("date")) or now_s
     fields = error_object(body_json)
     message = TRY_AGAIN.search(message_text(fields.get("message")))
@@ -6086,9 +6075,8 @@ WIRES: dict[str, WireApi] = {
 
 # === 7. configuration =============================================================================
 #
-# pomex.toml as frozen dataclasses. A field made by `option` is a key of the file: its annotation is the type,
-# its metadata the range and meaning. So each dataclass is the table that parses its section, words complaints,
-# and keeps pomex.toml.example complete (a test compares them). The other fields are worked out.
+# pomex.toml as frozen dataclasses. A field made by `option` is a key of the file: its annotation is the type, its
+# metadata the range and meaning. A test keeps pomex.toml.example complete. The other fields are worked out.
 
 def option(default: object, meaning: str, least: float = 0, most: float = 0, *,
            choices: tuple[str, ...] = (), secret: bool = False) -> Any:
@@ -6255,7 +6243,7 @@ DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 # --- 7.1 one value --------------------------------------------------------------------------------
 
 def exactly(*types: type) -> Callable[[Any], Any]:
-    """A reader of values of these very types (to Python, but not to a user, true is also the integer 1)."""
+    """A reader of values of these very types: to Python true is also the integer 1."""
     def read(value: Any) -> Any:
         if type(value) not in types:
             raise ValueError
@@ -6293,7 +6281,7 @@ def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
 
 
 def amount(value: Any) -> decimal.Decimal:
-    """The decimal number as it was written: Python's shortest text of a float is what the file says."""
+    """The decimal number as it was written: a float's shortest text is what the file says."""
     exactly(int, float)(value)
     if not abs(value) < 10**9:                  # NaN neither
         raise ValueError
@@ -6407,7 +6395,7 @@ class ConfigFile:
                              + (f" Put it under [{home[0]}]." if home else ""))
 
     def settings(self, section: type[Any], *path: str) -> dict[str, Any]:
-        """The checked values of a section, under the names of its dataclass."""
+        """The checked values of a section."""
         keys, values = settings_of(section), {}
         for name, value in self.table(*path).items():
             if name not in keys:
@@ -6462,7 +6450,7 @@ def toml_name(path: tuple[str, ...]) -> str:
 # --- 7.3 secrets and addresses --------------------------------------------------------------------
 
 def is_private(host: str) -> bool:
-    """Is this host on this machine or its own network, by address or by the look of its name?"""
+    """Is this host on this machine or its own network?"""
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:      # a name: of one word, or in a domain kept for private use (RFC 6761, 6762, 8375)
@@ -6548,7 +6536,7 @@ def check_overrides(source: ConfigFile, path: tuple[str, ...], provider: Provide
 
 
 def with_key(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> ProviderConfig:
-    """The provider with its key, or keys, fetched from where the file says they lie."""
+    """The provider with its keys, fetched from where the file says they lie."""
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
     if len(given) > 1:
         raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
@@ -6566,7 +6554,7 @@ def with_key(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig
 
 
 def with_headers(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> ProviderConfig:
-    """The provider with the headers whose values stand in the environment, all checked."""
+    """The provider with the headers of the environment too, all checked."""
     headers = dict(provider.http_headers)
     for name, variable in provider.env_http_headers.items():
         with source.about((*path, "env_http_headers", name), variable):
@@ -6613,7 +6601,7 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
 
 def load_config(text: str, name: str, environ: Mapping[str, str],
                 read_file: Callable[[str], str] = no_file) -> Config:
-    """The configuration in a file's text; without a name, the defaults. ConfigError says what to mend."""
+    """The configuration in a file's text; without a name, the defaults."""
     source = ConfigFile(text, name, environ, read_file)
     source.check_sections()
     server = ServerConfig(**source.settings(ServerConfig, "server") | source.from_environment(ServerConfig, "POMEX_"))
@@ -6646,7 +6634,7 @@ def check_names(source: ConfigFile, server: ServerConfig) -> None:
 
 
 def read_admin_token(source: ConfigFile, reference: str) -> str:
-    """The token itself; "" where none is set: then none opens anything."""
+    """The token itself; "" where none is set."""
     if not reference:
         return ""
     with source.about(("server", "admin_token"), reference, not reference.startswith(REFERENCE)):
@@ -6657,7 +6645,7 @@ def read_admin_token(source: ConfigFile, reference: str) -> str:
 
 
 def read_database(source: ConfigFile) -> DatabaseConfig:
-    """Beside the configuration file; without one in the user's state folder, never in the current one."""
+    """Beside the configuration file; without one in the user's state folder."""
     default = {} if source.name else {"url": "sqlite:" + state_folder(source.environ) + "/pomex.db"}
     environment = source.from_environment(DatabaseConfig, "POMEX_DATABASE_")
     database = DatabaseConfig(**{**default, **source.settings(DatabaseConfig, "database"), **environment})
@@ -6685,7 +6673,7 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
 
 
 def fits_any(name: str, patterns: Iterable[str]) -> bool:
-    """Does a model's name fit one of these patterns, in which * and ? are wild?"""
+    """Does a model's name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -66,7 +66,6 @@ import argparse
 import asyncio
 import base64
 import bisect
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -919,13 +918,11 @@ class SSEDecoder:
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
         self._rest = bytearray()        # no empty line in it, but perhaps a line end as its last byte
-        self._begun = False             # is a byte order mark out of the question?
+        self._mark = "\ufeff"           # that the first block may begin with; then none
         self.torn = False               # after finish(): did the body end inside of an event?
         self._after_cr = False          # then a first LF belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
-        if not self._begun:
-            data = self._without_mark(data)
         if self._after_cr or b"\r" in data:
             data = self._with_lf(data)
         end = data.rfind(b"\n\n") + 2
@@ -940,7 +937,7 @@ class SSEDecoder:
     def finish(self) -> list[Event]:
         """The body is over. The standard drops an event without its empty line, but many chat servers end so: it counts
         if its lines are complete, or if its data can be no part of something longer."""
-        rest = self._rest if self._begun else b""
+        rest = self._rest.removeprefix(self._mark.encode())
         event = parse_block(rest.decode("utf-8", "replace").strip("\n"))
         self._rest = bytearray()
         given = [event] if event and (rest.endswith(b"\n") or is_whole(event.data)) else []
@@ -948,18 +945,11 @@ class SSEDecoder:
         return given
 
     def _blocks(self) -> list[Event]:
-        blocks = self._rest.decode("utf-8", "replace").split("\n\n")
+        blocks = self._rest.decode("utf-8", "replace").removeprefix(self._mark).split("\n\n")
         if len(self._rest) > self.max_event_bytes:
             self._check_size(max(map(len, self._rest.split(b"\n\n"))))
-        self._rest = bytearray()
+        self._rest, self._mark = bytearray(), ""
         return [event for block in blocks if block and (event := parse_block(block))]
-
-    def _without_mark(self, data: bytes) -> bytes:
-        """Without a byte order mark at the very beginning; nothing while it could still be one."""
-        data = bytes(self._rest) + data
-        self._begun = not codecs.BOM_UTF8.startswith(data) or data == codecs.BOM_UTF8
-        self._rest = bytearray(b"" if self._begun else data)
-        return data.removeprefix(codecs.BOM_UTF8) if self._begun else b""
 
     def _with_lf(self, data: bytes) -> bytes:
         """With every line end as LF. A CR at the end is one already; an LF that follows it is no other."""
@@ -1510,20 +1500,20 @@ class ToolBook:
             for member in tool["tools"]:
                 self._add(member, tool["name"])
         elif kind == "function":
-            self._offer(Tool("function_call", tool["name"], namespace), tool.get("description"), tool.get("parameters"),
-                        tool.get("strict"))
+            self._offer(Tool("function_call", tool["name"], namespace), tool)
         elif kind == "custom":
-            self._offer(Tool("custom_tool_call", tool["name"], namespace), freeform_description(tool), FREEFORM_PARAMETERS)
+            self._offer(Tool("custom_tool_call", tool["name"], namespace),
+                        {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS})
         elif kind == "tool_search" and tool.get("execution") == "client":
-            self._offer(Tool("tool_search_call", "tool_search", ""), tool.get("description"), tool.get("parameters"))
+            self._offer(Tool("tool_search_call", "tool_search", ""), tool)
         elif kind == "local_shell":
-            self._offer(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL["description"], LOCAL_SHELL["parameters"])
+            self._offer(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL)
         elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
             self.hosted.append(tool)
         else:
             self.dropped.append(f"tools:{kind}")
 
-    def _offer(self, tool: Tool, description: Any, parameters: Any, strict: Any = None) -> None:
+    def _offer(self, tool: Tool, given: JSON) -> None:
         name = flat_name(tool.name, tool.namespace)
         if name in self.by_flat:        # the first of two equal names wins
             self.dropped += [f"tools:{name}"] if self.by_flat[name][:3] != tool[:3] else []
@@ -1536,13 +1526,13 @@ class ToolBook:
             if "properties" in schema:
                 found.update(table_of(schema["properties"]))
             return schema
-        schema = map_schema(parameters or {"type": "object", "properties": {}}, clean, {})
+        schema = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean, {})
         fitted = fit_parameter_names(found, self.parameter_names)
         if fitted:
             schema, tool = map_schema(schema, dict, fitted), tool._replace(fitted=fitted)
         self.by_flat[name] = tool
-        offered = {"name": name, "description": description or "", "parameters": schema}
-        self.functions.append(offered if strict is None else {**offered, "strict": strict})
+        offered = {"name": name, "description": given.get("description") or "", "parameters": schema}
+        self.functions.append(offered if given.get("strict") is None else {**offered, "strict": given["strict"]})
 
 
 def whole_characters(text: str) -> tuple[str, str]:
@@ -1581,21 +1571,14 @@ class Unwrapper:
         if self.blind:
             return ""
         self.rest += text
-        shown = self._show()
-        if len(self.rest) > self.LOOK:
-            self.blind, self.rest = True, ""
-        return shown
-
-    def _show(self) -> str:
-        if not self.within:
-            head = self.HEAD.match(self.rest)
-            if head is None:
-                return ""
+        if not self.within and (head := self.HEAD.match(self.rest)):
             self.within, self.rest = True, self.rest[head.end(1):]
-        safe = self.SAFE.match(self.rest)
+        safe = self.SAFE.match(self.rest if self.within else "")
         assert safe is not None         # the pattern matches the empty string
         self.rest = self.rest[safe.end():]
         self.given.append(mend(json.loads(f'"{safe[0]}"', strict=False)))
+        if len(self.rest) > self.LOOK:
+            self.blind, self.rest = True, ""
         return self.given[-1]
 
     def finish(self, raw: str) -> str | None:
@@ -6362,19 +6345,15 @@ class ConfigFile:
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
 
-    def value_error(self, path: tuple[str, ...], value: object, sentence: str,
-                    secret: bool = False) -> ConfigError:
-        shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
-        end = "" if sentence.endswith("?") else "."
-        return self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}{end}")
-
     @contextlib.contextmanager
     def about(self, path: tuple[str, ...], value: object, secret: bool = False) -> Iterator[None]:
         """A ValueError in here is a complaint about the value at this path."""
         try:
             yield
         except ValueError as error:
-            raise self.value_error(path, value, str(error), secret) from None
+            shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
+            end = "" if str(error).endswith("?") else "."
+            raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {error}{end}") from None
 
     def table(self, *path: str) -> JSON:
         """A table of the file, empty where it is left out."""
@@ -6442,6 +6421,7 @@ class ConfigFile:
                 raise ValueError(f"that file cannot be read ({reason})") from None
         return reference, ""
 
+
 def toml_name(path: tuple[str, ...]) -> str:
     """A key path as a user writes it."""
     return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
@@ -6506,8 +6486,9 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    if provider.dialect and provider.dialect not in DIALECTS:
-        raise source.value_error((*path, "dialect"), provider.dialect, "must be one of " + ", ".join(DIALECTS))
+    with source.about((*path, "dialect"), provider.dialect):
+        if provider.dialect and provider.dialect not in DIALECTS:
+            raise ValueError("must be one of " + ", ".join(DIALECTS))
     check_overrides(source, path, provider)
     provider = with_headers(source, path, with_key(source, path, provider))
     if provider.wire_api == "demo":
@@ -6516,9 +6497,9 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
         raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
     with source.about((*path, "base_url"), provider.base_url):
         url, local = check_base_url(provider.base_url, bool(provider.api_key or provider.env_http_headers))
-    if provider.proxy not in ("off", "env") and not PROXY.fullmatch(provider.proxy):
-        raise source.value_error((*path, "proxy"), provider.proxy,
-                                 'must be "off", "env" or an address like "http://proxy.example:3128"')
+    with source.about((*path, "proxy"), provider.proxy):
+        if provider.proxy not in ("off", "env") and not PROXY.fullmatch(provider.proxy):
+            raise ValueError('must be "off", "env" or an address like "http://proxy.example:3128"')
     return dataclasses.replace(provider, base_url=url, local=local, ca_file=source.place(provider.ca_file))
 
 
@@ -6617,20 +6598,22 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
     return Config(server, read_database(source), demo, providers,
                   {each: read_model(source, each, providers) for each in source.table("models")},
                   {each: read_prices(source, each) for each in source.table("prices")},
-                  name, tuple(cleartext_warnings(providers.values())))
+                  name, tuple(f"{each.name}: http sends every prompt in the clear; use https where the server has it"
+                              for each in providers.values() if each.base_url.startswith("http:") and not each.local))
 
 
 def check_names(source: ConfigFile, server: ServerConfig) -> None:
     """Names and addresses that no request could ever match are mistakes."""
     for name in server.public_hosts:
-        if not PUBLIC_HOST.fullmatch(name):
-            raise source.value_error(("server", "public_hosts"), name, "must be plain names, without scheme, port or wildcard")
+        with source.about(("server", "public_hosts"), name):
+            if not PUBLIC_HOST.fullmatch(name):
+                raise ValueError("must be plain names, without scheme, port or wildcard")
     for proxy in server.trusted_proxies:
-        try:
-            ipaddress.ip_network(proxy)
-        except ValueError:
-            sentence = 'must be addresses and networks, like "10.0.0.7" or "10.0.0.0/8"'
-            raise source.value_error(("server", "trusted_proxies"), proxy, sentence) from None
+        with source.about(("server", "trusted_proxies"), proxy):
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise ValueError('must be addresses and networks, like "10.0.0.7" or "10.0.0.0/8"') from None
 
 
 def read_admin_token(source: ConfigFile, reference: str) -> str:
@@ -6650,10 +6633,11 @@ def read_database(source: ConfigFile) -> DatabaseConfig:
     environment = source.from_environment(DatabaseConfig, "POMEX_DATABASE_")
     database = DatabaseConfig(**{**default, **source.settings(DatabaseConfig, "database"), **environment})
     scheme, _, path = database.url.partition(":")
-    if scheme != "sqlite" or not path or path.startswith("//"):
-        if "url" in environment:
-            raise ConfigError('POMEX_DATABASE_URL must be like "sqlite:pomex.db".')
-        raise source.value_error(("database", "url"), scheme + ":...", 'must be like "sqlite:pomex.db"')
+    with source.about(("database", "url"), scheme + ":..."):
+        if scheme != "sqlite" or not path or path.startswith("//"):
+            if "url" in environment:
+                raise ConfigError('POMEX_DATABASE_URL must be like "sqlite:pomex.db".')
+            raise ValueError('must be like "sqlite:pomex.db"')
     return dataclasses.replace(database, url="sqlite:" + source.place(path))
 
 
@@ -6680,12 +6664,6 @@ def fits_any(name: str, patterns: Iterable[str]) -> bool:
 def state_folder(environ: Mapping[str, str]) -> str:
     home = environ.get("HOME") or environ.get("USERPROFILE") or "."
     return (environ.get("XDG_STATE_HOME") or home + "/.local/state") + "/pomex"
-
-
-def cleartext_warnings(providers: Iterable[ProviderConfig]) -> Iterator[str]:
-    for provider in providers:
-        if provider.base_url.startswith("http:") and not provider.local:
-            yield f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
 
 
 def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:

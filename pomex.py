@@ -6800,8 +6800,6 @@ KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists s
 KEY_CHECK = 4               # of a checksum over those: one mistyped key in 15 million passes as unknown
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-OTHER_KEYS = re.compile(r"sk-(?!rh-)|gsk_|xai-|AIza|AQ\.|hf_|pplx-|r8_|nvapi-|csk-|fw_|eyJ")     # of vendors; and JWTs
-UNEXPANDED = re.compile(r"\$[A-Z0-9_]{1,64}|\$\{[A-Z0-9_]{1,64}\}|\$env:[A-Z0-9_]{1,64}|%[A-Z0-9_]{1,64}%")
 
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 BUSY_MS = 2000              # waiting for another process's write; a batch takes milliseconds
@@ -6956,39 +6954,40 @@ def utc_minute(unix_s: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix_s))
 
 
-def why_not(header: str) -> str:
+BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
+    (r"(bearer)? \Z", "No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in this "
+     "shell, then start codex again."),
+    (r"(?!bearer )", "The Authorization header must read: Bearer sk-rh-…"),
+    (r"bearer (\$([A-Z0-9_]{1,64}|\{[A-Z0-9_]{1,64}\}|env:[A-Z0-9_]{1,64})|%[A-Z0-9_]{1,64}%)\Z",
+     'The key arrived as the text "{token}"; the shell did not expand it. Use double quotes.'),
+    (r"bearer (?i:bearer) ", 'The key was sent with "Bearer " in it. Put the key alone, from sk-rh- on, into POMEX_API_KEY.'),
+    (r"bearer (sk-(?!rh-)|gsk_|xai-|AIza|AQ\.|hf_|pplx-|r8_|nvapi-|csk-|fw_|eyJ)", "This looks like another provider's key. "
+     "Clients need a Pomex key (sk-rh-…); the provider's key belongs in Pomex's config."),      # of vendors; and JWTs
+    (r"bearer (?!sk-rh-)", "This is no Pomex key: those begin with sk-rh-. List keys with: python pomex.py keys list"),
+    (r"bearer sk-rh-x+\Z",
+     "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."),
+)
+
+
+def explain_bad_key(header: str) -> str:
     """The sentence for an Authorization header that carries no key known here. Never holds what was sent,
     except the two ends of what looks like one of our keys, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
-    if not header.strip(" \t") or (scheme.lower() == "bearer" and not token):
-        return ("No API key was sent. Codex reads it from the variable named by env_key: "
-                "export POMEX_API_KEY in this shell, then start codex again.")
-    if scheme.lower() != "bearer":
-        return "The Authorization header must read: Bearer sk-rh-…"
-    if UNEXPANDED.fullmatch(token):
-        return f'The key arrived as the text "{token}"; the shell did not expand it. Use double quotes.'
-    if token.lower().startswith("bearer "):
-        return 'The key was sent with "Bearer " in it. Put the key alone, from sk-rh- on, into POMEX_API_KEY.'
-    if OTHER_KEYS.match(token):
-        return ("This looks like another provider's key. Clients need a Pomex key (sk-rh-…); the provider's "
-                "key belongs in Pomex's config.")
-    if not token.startswith(KEY_PREFIX):
-        return "This is no Pomex key: those begin with sk-rh-. List keys with: python pomex.py keys list"
+    for pattern, sentence in BAD_KEYS:
+        if re.match(pattern, f"{scheme.lower()} {token}"):
+            return sentence.replace("{token}", token)
     body = token[len(KEY_PREFIX):]
-    if body and not body.strip("x"):
-        return "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."
     if len(body) != KEY_RANDOM + KEY_CHECK or key_check(body[:KEY_RANDOM]) != body[KEY_RANDOM:]:
-        return (f"This key is mistyped or cut ({key_hint(token)}): its checksum does not fit. "
-                "Copy the whole key again.")
+        return f"This key is mistyped or cut ({key_hint(token)}): its checksum does not fit. Copy the whole key again."
     return f"This key is not known here ({key_hint(token)}). List keys with: python pomex.py keys list"
-
-
-NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
 
 
 def unauthorized(sentence: str) -> Unauthorized:
     return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"),))    # RFC 9110 11.6.1
+
+
+NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
 
 
 # --- 8.2 the file ---------------------------------------------------------------------------------
@@ -7021,9 +7020,18 @@ def database_trouble(name: str, error: Exception) -> LedgerError:
     return LedgerError(f"The database {name} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
+@contextlib.contextmanager
+def database_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise database_trouble(os.path.basename(path), error) from error
+
+
 def open_database(path: str, durability: str) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
+    db.create_function("saved_nanos", 2, saved_nanos, deterministic=True)
     return db
 
 
@@ -7118,33 +7126,28 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
-def sound(value: int | str) -> bool:
-    return value.isascii() if isinstance(value, str) else type(value) is int and 0 <= value <= MAX_NUMBER
-
-
-def cleaned(value: Any) -> int | str:
+def to_storable(value: Any) -> int | str:
     """Something SQLite takes. A count that a provider made up must not stop the rows beside it."""
+    if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii():
+        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     return int(max(0, min(value, MAX_NUMBER))) if isinstance(value, (int, float)) else 0
 
 
-def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], process: str = "",
-                   charges: Sequence[tuple[int, str]] = ()) -> None:
+def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], charges: Sequence[tuple[int, str, str]] = ()) -> None:
     """All of them in one transaction; one that is there already stays as it was. What is in the sums from now on leaves
-    the leases of `process`."""
+    the leases: (nanos, meter, process)."""
     with transaction(db):
         roll_up(db)
         for start in range(0, len(entries), ROWS_A_STATEMENT):      # few statements: each lets go of the GIL
             part = entries[start:start + ROWS_A_STATEMENT]
             rows = ", ".join([ENTRY_VALUES] * len(part))
-            values = [value if sound(value) else cleaned(value) for entry in part
-                      for value in (*entry[:-2], entry.served_model)]
+            values = [to_storable(value) for entry in part for value in (*entry[:-2], entry.served_model)]
             db.execute(f"{INSERT_USAGE} {rows} ON CONFLICT (response_id) DO NOTHING", values)
-        lines = [[*map(cleaned, line)] for entry in entries for line in entry.lost]
+        lines = [[*map(to_storable, line)] for entry in entries for line in entry.lost]
         db.executemany(f"INSERT INTO attempts VALUES ({', '.join('?' * len(Line._fields))}) ON CONFLICT DO NOTHING", lines)
-        db.executemany("UPDATE leases SET amount = max(amount - ?, 0) WHERE meter = ? AND slot = 0 AND process = ?",
-                       [(nanos, meter, process) for nanos, meter in charges])
+        db.executemany("UPDATE leases SET amount = max(amount - ?, 0) WHERE meter = ? AND slot = 0 AND process = ?", charges)
 
 
 # --- 8.3 the journal ------------------------------------------------------------------------------
@@ -7242,9 +7245,8 @@ def journal_entries(text: bytes) -> list[Entry]:
                 settled.setdefault(values[0], Entry(*values))
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    lost = (Entry(*intent[:6], intent.provider, intent.upstream_model, status="failed", error_code="interrupted",
-                  terminal_by="gateway", estimated="the gateway ended before the answer did", input=intent.input,
-                  account_id=intent.account_id, price=intent.price, multiplier=intent.multiplier, cost_nanos=intent.cost_nanos)
+    lost = (Entry(**intent._asdict(), status="failed", error_code="interrupted", terminal_by="gateway",
+                  estimated="the gateway ended before the answer did")
             for response_id, intent in begun.items() if response_id not in settled)
     return [*settled.values(), *lost]
 
@@ -7313,7 +7315,6 @@ class Ledger:
         self._refresh_keys(0.0)
         # requests, once started
         self._journal: Journal | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._open: dict[str, Intent] = {}      # begun, not settled
         self._unsaved: dict[str, Entry] = {}    # settled, not yet in the table
@@ -7325,17 +7326,13 @@ class Ledger:
     @classmethod
     def open(cls, path: str, durability: str = "process") -> Ledger:
         """Creates or upgrades the file; LedgerError says in a sentence why it cannot be used."""
-        name, connections = os.path.basename(path), contextlib.ExitStack()
-        with connections:
-            try:
-                create_file(path)
-                db = connections.enter_context(contextlib.closing(open_database(path, durability)))
-                migrate(db, path)
-                take_over(db, path)
-                writer = connections.enter_context(contextlib.closing(open_database(path, durability)))
-                ledger = cls(path, durability, db, writer)
-            except (sqlite3.Error, OSError) as error:
-                raise database_trouble(name, error) from error
+        with contextlib.ExitStack() as connections, database_errors(path):
+            create_file(path)
+            db = connections.enter_context(contextlib.closing(open_database(path, durability)))
+            migrate(db, path)
+            take_over(db, path)
+            writer = connections.enter_context(contextlib.closing(open_database(path, durability)))
+            ledger = cls(path, durability, db, writer)
             connections.pop_all()
             return ledger
 
@@ -7385,7 +7382,7 @@ class Ledger:
             self._refresh_keys(now_s)
         key = self._keys.get(digest)
         if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
-            raise unauthorized(why_not(header))
+            raise unauthorized(explain_bad_key(header))
         if key.revoked_s:
             raise unauthorized(f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}.")
         if key.expires_s and now_s >= key.expires_s:
@@ -7427,14 +7424,11 @@ class Ledger:
 
     # requests
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Makes `begin` and `settle` usable on `loop`."""
-        self._loop = loop
+    def start(self) -> None:
+        """Makes `begin` and `settle` usable on the running loop."""
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "ledger")
-        try:
+        with database_errors(self._path):
             self._journal = Journal(self._path, self._durability)
-        except OSError as error:
-            raise database_trouble(self.name, error) from error
 
     async def begin(self, intent: Intent) -> None:
         """Returns when the intent survives the end of this process; LedgerError: nothing may be sent
@@ -7502,8 +7496,8 @@ class Ledger:
         self._save_soon()
 
     def _save_soon(self) -> None:
-        if self._saving is None and self._loop is not None and self._journal is not None:
-            self._saving = self._loop.create_task(self._save())
+        if self._saving is None and self._journal is not None:
+            self._saving = asyncio.get_running_loop().create_task(self._save())
 
     async def _save(self) -> None:
         """Moves settled rows to the table until none is left and all is well."""
@@ -7514,8 +7508,7 @@ class Ledger:
                 batch = list(self._unsaved.values())
                 charges = self.budgets.charges(self._unsaved)
                 try:
-                    await loop.run_in_executor(self._pool, insert_entries, self._writer, batch, self.budgets.process,
-                                               charges)
+                    await loop.run_in_executor(self._pool, insert_entries, self._writer, batch, charges)
                     for entry in batch:
                         del self._unsaved[entry.response_id]
                     self.budgets.saved([entry.response_id for entry in batch])
@@ -7571,21 +7564,19 @@ class Ledger:
 
     def reader(self) -> LedgerReader:
         """For long questions beside the work of a server."""
-        return LedgerReader(self._path, self.name)
+        return LedgerReader(self._path)
 
     def open_requests(self) -> list[Intent]:
         """What this process has begun and not settled."""
         return list(self._open.values())
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return list(self.iterate(sql, values))
+        return list(self.execute(sql, values))
 
-    def iterate(self, sql: str, values: Sequence[Any] = ()) -> Iterator[Any]:
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> Iterator[Any]:
         """Rows one by one, for what may be a million."""
-        try:
+        with database_errors(self._path):
             yield from self._db.execute(sql, values)
-        except sqlite3.Error as error:
-            raise database_trouble(self.name, error) from error
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> int:
         """One statement of an administrator: how many rows it changed. IntegrityError is the caller's to word."""
@@ -7598,10 +7589,8 @@ class Ledger:
 
     def backup(self, path: str) -> None:
         """A whole copy while servers run; a file that is there is not overwritten."""
-        try:
+        with database_errors(path):
             copy_database(self._db, path)
-        except (sqlite3.Error, OSError) as error:
-            raise database_trouble(os.path.basename(path), error) from error
 
     async def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function(db, ...)` on the writer thread."""
@@ -7765,6 +7754,12 @@ def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
     return min((picos * multiplier + 500_000_000) // 1_000_000_000, MAX_NUMBER)
 
 
+def saved_nanos(price: str, cached: int) -> int:
+    """How much more the cached input would have cost without the cache."""
+    rate = price_of(price)
+    return cached * (rate.input - rate.cache_read) // 1000 if rate else 0
+
+
 def usd(nanos: int, places: int = 2) -> str:
     """12.31, rounded half away from nought; integers only."""
     unit = int(10 ** (9 - places))
@@ -7802,8 +7797,8 @@ PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": 
 ROOM: dict[str, str] = {    # how much is left of a limit, before what is leased
     "key": "SELECT ? - coalesce(sum(cost_nanos), 0) FROM daily WHERE key_id = ? AND day >= ?",
     "account": "SELECT ? - coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = ? AND day >= ?",
-    "credit": "SELECT (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?) - coalesce(sum(cost_nanos), 0)"
-              " FROM daily WHERE account_id = ?",
+    "credit": "SELECT ?1 + (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?2)"
+              " - coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = ?2 AND day >= ?3",
     "rate": "SELECT ?",
 }
 
@@ -7851,23 +7846,15 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 def limits_of(key: Key, now_s: float) -> list[Limit]:
     """What bounds a key now."""
-    found = []
-    if key.budget_nanos is not None:
-        start = period_bounds(key.period, now_s)[0]
-        found.append(Limit(f"key {key.id} {start}", "nanos", key.budget_nanos, "key", (key.budget_nanos, key.id, start)))
-    if key.prepaid:
-        found.append(Limit(f"account {key.account_id}", "nanos", 0, "credit", (key.account_id, key.account_id)))
-    if key.account_limit_nanos is not None:
-        start = period_bounds("month", now_s)[0]
-        found.append(Limit(f"account {key.account_id} {start}", "nanos", key.account_limit_nanos, "account",
-                           (key.account_limit_nanos, key.account_id, start)))
+    start, month = (period_bounds(period, now_s)[0] for period in (key.period, "month"))
     slot = int(now_s) // RATE_SLOT_S * RATE_SLOT_S
-    for unit, most in (("requests", key.rpm), ("tokens", key.tpm)):
-        if most:
-            found.append(Limit(f"key {key.id} {unit}", unit, most, "rate", (most,), slot))
-    if key.concurrent:
-        found.append(Limit(f"key {key.id} open", "open", key.concurrent, "rate", (key.concurrent,)))
-    return found
+    money = [(f"key {key.id} {start}", key.budget_nanos, "key", key.id, start),
+             (f"account {key.account_id}", 0 if key.prepaid else None, "credit", key.account_id, 0),
+             (f"account {key.account_id} {month}", key.account_limit_nanos, "account", key.account_id, month)]
+    rates = [("requests", key.rpm, slot), ("tokens", key.tpm, slot), ("open", key.concurrent, 0)]
+    return [*(Limit(meter, "nanos", most, room, (most, owner, day)) for meter, most, room, owner, day in money
+              if most is not None),
+            *(Limit(f"key {key.id} {unit}", unit, most, "rate", (most,), since) for unit, most, since in rates if most)]
 
 
 def lease_room(db: sqlite3.Connection, limit: Limit) -> int:
@@ -7991,16 +7978,10 @@ class Budgets:
         for limit, amount in needs:
             self.lease(limit).taken -= amount
 
-    def charge(self, response_id: str, limit: Limit, nanos: int) -> None:
-        self.charged.setdefault(response_id, []).append((limit, nanos))
-
-    def charges(self, response_ids: Iterable[str]) -> list[tuple[int, str]]:
-        """What leaves which meter's lease in the transaction that saves these rows."""
-        sums: collections.Counter[str] = collections.Counter()
-        for response_id in response_ids if self.charged else ():
-            for limit, nanos in self.charged.get(response_id, ()):
-                sums[limit.meter] += nanos
-        return [(nanos, meter) for meter, nanos in sums.items()]
+    def charges(self, response_ids: Iterable[str]) -> list[tuple[int, str, str]]:
+        """What leaves the leases in the transaction that saves these rows."""
+        return [(nanos, limit.meter, self.process) for response_id in response_ids
+                for limit, nanos in self.charged.get(response_id, ())]
 
     def saved(self, response_ids: Iterable[str]) -> None:
         """Those rows are in the sums now."""
@@ -8090,10 +8071,12 @@ class Bill:
         return max((tariff.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
                    key=lambda text: price_of(text) or ())
 
-    def cost(self, provider: str, model: str, usage: Usage) -> tuple[str, int]:
-        """(the price, what a line costs at it)."""
+    def charge(self, provider: str, model: str, usage: Usage) -> JSON:
+        """The columns of a row that say what an attempt used and costs."""
         price = self.price(provider, model, usage)
-        return price, cost_nanos(price, self.key.multiplier, usage)
+        return {"provider": provider, "upstream_model": model, **{name: getattr(usage, name) for name in COUNTED},
+                "estimated": usage.broken or ("no count from the provider" if usage.estimated else ""), "price": price,
+                "multiplier": self.key.multiplier, "cost_nanos": cost_nanos(price, self.key.multiplier, usage)}
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int,
                       reserve: int) -> int:
@@ -8162,10 +8145,8 @@ class Bill:
     def lose(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
         """A line for an attempt after which another target is tried, if its provider will bill it."""
         if usage.input or usage.output:
-            price, nanos = self.cost(provider, model, usage)
-            self.lines.append(Line(self.response_id, attempt, provider, model, error_code, why_estimated(usage), usage.input,
-                                   usage.cached, usage.cache_write, usage.output, usage.reasoning, usage.cache_write_1h,
-                                   usage.web_searches, price, self.key.multiplier, nanos))
+            charge = self.charge(provider, model, usage)
+            self.lines.append(Line(response_id=self.response_id, attempt=attempt, error_code=error_code, **charge))
 
     def settle(self, nanos: int, usage: Usage) -> None:
         """Puts what was used in the place of what was reserved. Money stays in the lease until the row is saved."""
@@ -8176,7 +8157,7 @@ class Bill:
         for limit in self.limits if self.held else ():
             self.budgets.lease(limit).taken += used[limit.unit]
             if limit.unit == "nanos" and nanos:
-                self.budgets.charge(self.response_id, limit, nanos)
+                self.budgets.charged.setdefault(self.response_id, []).append((limit, nanos))
         self.held = []
 
     def headers(self, now_s: float) -> list[tuple[str, str]]:
@@ -8193,24 +8174,21 @@ class Bill:
         return found
 
 
-def why_estimated(usage: Usage) -> str:
-    return usage.broken or ("no count from the provider" if usage.estimated else "")
-
-
 def day_words(day: int) -> str:
     date = datetime.date.fromordinal(day + EPOCH)
     return f"{date.day} {date:%B}"
 
 
+RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a minute", "open": "have {} requests open at once"}
+
+
 def refusal(ledger: Ledger, key: Key, no: Exceeded, now_s: float, to_codex: bool) -> GatewayError:
-    """What the client is told of a limit that is used up (DESIGN section 5). Codex shows the text of invalid_prompt
-    alone; the ledger keeps the true code."""
-    if no.limit.unit != "nanos":
+    """The error for a limit that is used up (DESIGN section 5). Codex shows the text of invalid_prompt alone; the ledger
+    keeps the true code."""
+    if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
-        sentence = {"requests": f"Key {key.name} may send {no.limit.most} requests a minute.",
-                    "tokens": f"Key {key.name} may use {no.limit.most} tokens a minute.",
-                    "open": f"Key {key.name} may have {no.limit.most} requests open at once."}[no.limit.unit]
-        return GatewayError(f"{sentence} Please try again in {wait_s}s.", status=429, type="rate_limit_error",
+        may = RATES[no.limit.unit].format(no.limit.most)
+        return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
     error = GatewayError(quota_sentence(ledger, key, no, now_s), status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
@@ -8239,9 +8217,9 @@ class Account:
     limit_nanos: int | None     # a month; None: no limit
     multiplier: int             # of prices, in millionths
     created_s: int
-    credit_nanos: int = 0       # sums of the ledger
-    spent_nanos: int = 0
-    month_nanos: int = 0
+    credit_nanos: int           # sums of the ledger
+    spent_nanos: int
+    month_nanos: int
 
 
 def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int,
@@ -8255,13 +8233,18 @@ def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | 
         raise BadRequest(f"There is an account named {name} already.", param="name") from None
 
 
-def list_accounts(ledger: Ledger, now_s: float) -> list[Account]:
-    sums = """SELECT id, name, prepaid, limit_nanos, multiplier, created_s,
-        (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = accounts.id),
-        (SELECT coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = accounts.id),
-        (SELECT coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = accounts.id AND day >= ?)
-        FROM accounts ORDER BY id"""
-    return [Account(*row) for row in ledger.read(sums, (period_bounds("month", now_s)[0],))]
+def list_accounts(db: Ledger | sqlite3.Connection, now_s: float) -> list[Account]:
+    credit = dict(db.execute("SELECT account_id, sum(nanos) FROM credits GROUP BY 1"))
+    spent, month = spent_nanos(db, "account_id", 0), spent_nanos(db, "account_id", period_bounds("month", now_s)[0])
+    accounts = db.execute("SELECT id, name, prepaid, limit_nanos, multiplier, created_s FROM accounts ORDER BY id")
+    return [Account(*row, *(sums.get(row[0], 0) for sums in (credit, spent, month))) for row in accounts]
+
+
+def spent_nanos(db: Ledger | sqlite3.Connection, column: str, first_day: int, end_day: int = MAX_NUMBER
+                ) -> dict[int, int]:
+    """What was spent in some days, by a column of the daily sums."""
+    return dict(db.execute(f"SELECT {column}, sum(cost_nanos) FROM daily WHERE day >= ? AND day < ? GROUP BY 1",
+                           (first_day, end_day)))
 
 
 def account_named(ledger: Ledger, name: str) -> int:
@@ -8284,17 +8267,6 @@ def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float)
     return kind
 
 
-def key_spending(ledger: Ledger, now_s: float) -> dict[int, tuple[int, int]]:
-    """key id -> (spent in its period, time of its last request in ms)."""
-    found = {}
-    for key in ledger.list_keys():
-        start = period_bounds(key.period, now_s)[0]
-        row = ledger.read("SELECT coalesce(sum(cost_nanos) FILTER (WHERE day >= ?), 0), coalesce(max(last_ms), 0) FROM daily "
-                          "WHERE key_id = ?", (start, key.id))[0]
-        found[key.id] = row[0], row[1]
-    return found
-
-
 # --- 8.9 reports and care -------------------------------------------------------------------------
 
 REPORT_BY: dict[str, str] = {           # --by -> the column of `daily`, or the name of what it numbers
@@ -8303,11 +8275,12 @@ REPORT_BY: dict[str, str] = {           # --by -> the column of `daily`, or the 
 }
 
 
-def usage_report(ledger: Ledger, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
+def usage_report(db: Ledger | sqlite3.Connection, by: str, first_day: int, last_day: int, account_id: int = 0
+                 ) -> list[JSON]:
     """The sums of some days by one column, the dearest first (days in order). Reads daily sums only."""
     order = "1" if by == "day" else "cost_nanos DESC, requests DESC, 1"
     sums = ", ".join(f"sum({name}) AS {name}" for name in SUMS)
-    rows = ledger.read(f"SELECT coalesce({REPORT_BY[by]}, '') AS name, {sums} FROM daily WHERE day BETWEEN ? AND ? "
+    rows = db.execute(f"SELECT coalesce({REPORT_BY[by]}, '') AS name, {sums} FROM daily WHERE day BETWEEN ? AND ? "
                        f"AND ? IN (0, account_id) GROUP BY 1 ORDER BY {order}", (first_day, last_day, account_id))
     return [dict(zip((by, *SUMS), row)) for row in rows]
 
@@ -8319,15 +8292,15 @@ def month_bounds(text: str) -> tuple[int, int]:
     return start.toordinal() - EPOCH, after.toordinal() - EPOCH - 1
 
 
-def statement_rows(ledger: Ledger, account_id: int, first_day: int, last_day: int) -> JSON:
+def statement_rows(db: Ledger | sqlite3.Connection, account_id: int, first_day: int, last_day: int) -> JSON:
     """An account's month: its balance before, its credit entries, its charges by model, and the balance after."""
-    before = ledger.read("SELECT (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ? AND created_s < ?) - "
-                         "coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = ? AND day < ?",
-                         (account_id, first_day * 86400, account_id, first_day))[0][0]
-    credits = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in ledger.read(
-        "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s >= ? AND created_s < ? "
-        "ORDER BY id", (account_id, first_day * 86400, (last_day + 1) * 86400))]
-    charges = usage_report(ledger, "model", first_day, last_day, account_id)
+    credits = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in db.execute(
+        "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
+        (account_id, (last_day + 1) * 86400))]
+    earlier = [entry["nanos"] for entry in credits if entry["created_s"] < first_day * 86400]
+    before = sum(earlier) - spent_nanos(db, "account_id", 0, first_day).get(account_id, 0)
+    credits = [entry for entry in credits if entry["created_s"] >= first_day * 86400]
+    charges = usage_report(db, "model", first_day, last_day, account_id)
     spent, added = sum(row["cost_nanos"] for row in charges), sum(row["nanos"] for row in credits)
     return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
             "after_nanos": before + added - spent}
@@ -8347,7 +8320,7 @@ def verify(ledger: Ledger) -> tuple[int, list[str]]:
     wrong, checked = [], 0
     columns = ", ".join(COUNTED)
     for table in ("usage", "attempts"):
-        for row in ledger.iterate(f"SELECT response_id, price, multiplier, cost_nanos, {columns} FROM {table}"):
+        for row in ledger.execute(f"SELECT response_id, price, multiplier, cost_nanos, {columns} FROM {table}"):
             checked += 1
             response_id, price, multiplier, nanos = row[:4]
             given = Usage(**dict(zip(COUNTED, row[4:])))
@@ -8381,7 +8354,7 @@ def export_rows(ledger: Ledger, first_day: int) -> Iterator[JSON]:
     line |= {"attempts": "attempts.attempt", "status": "'lost'", "served_model": "''"}
     lost = ", ".join(line.get(name, f"usage.{name}") for name in USAGE_COLUMNS)
     names = "(SELECT name FROM keys WHERE id = key_id), (SELECT name FROM accounts WHERE id = account_id)"
-    rows = ledger.iterate(
+    rows = ledger.execute(
         f"SELECT {names}, {own} FROM usage WHERE started_ms >= ? UNION ALL "
         f"SELECT {names}, {lost} FROM attempts JOIN usage USING (response_id) WHERE started_ms >= ? "
         "ORDER BY started_ms, response_id, attempts", (first_day * DAY_MS,) * 2)
@@ -8420,37 +8393,28 @@ LOST_NANOS = "(SELECT coalesce(sum(cost_nanos), 0) FROM attempts WHERE attempts.
 ROW_COLUMNS = ("id", "key", "account", "result", "lost_nanos", *USAGE_COLUMNS)
 SELECT_ROWS = f"""SELECT usage.id, coalesce((SELECT name FROM keys WHERE id = key_id), ''),
     coalesce((SELECT name FROM accounts WHERE id = account_id), ''), {RESULT}, {LOST_NANOS}, {', '.join(USAGE_COLUMNS)}
-    FROM usage"""
+    FROM usage WHERE """
 PLAY_KEY = "playground"             # the dashboard's own, to which nobody holds the secret
 Answered = TypeVar("Answered")
 
 
 class LedgerReader:
-    """The ledger, read only. One question at a time."""
+    """The ledger, read only, on its own thread."""
 
-    def __init__(self, path: str, name: str) -> None:
-        self.path, self.name = path, name
-        self.pool = concurrent.futures.ThreadPoolExecutor(1, "reader")      # its thread starts with the first question
-        self.db: sqlite3.Connection | None = None
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self.db = open_database(path, "process")
+        self.db.execute("PRAGMA query_only = 1")
 
     async def ask(self, question: Callable[..., Answered], *arguments: Any) -> Answered:
-        """`question(db, *arguments)`."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, self._answer, question, arguments)
-
-    def _answer(self, question: Callable[..., Answered], arguments: Sequence[Any]) -> Answered:
-        try:
-            if self.db is None:
-                self.db = open_database(self.path, "process")
-                self.db.execute("PRAGMA query_only = 1")
-                self.db.create_function("saved_nanos", 2, saved_nanos, deterministic=True)
-            return question(self.db, *arguments)
-        except sqlite3.Error as error:
-            raise database_trouble(self.name, error) from error
+        """`question(db, *arguments)`; one at a time."""
+        with database_errors(self.path):
+            return await asyncio.get_running_loop().run_in_executor(self.pool, question, self.db, *arguments)
 
     def close(self) -> None:
         self.pool.shutdown(wait=True)
-        if self.db is not None:
-            self.db.close()
+        self.db.close()
 
 
 def only(key_id: int) -> str:
@@ -8463,18 +8427,29 @@ def only(key_id: int) -> str:
 HALF_HOUR_MS = 1_800_000
 ROLL_ROWS, ROLL_AT_ONCE = 500, 5000
 PART_SUMS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos", "unpriced", "saved_nanos")
-SUM_PARTS = """count(*), sum(input), sum(cached), sum(cache_write), sum(output), sum(reasoning), sum(cost_nanos),
-    sum(price = '' AND input + output > 0), sum(saved_nanos(price, cached)) FROM usage"""
-LOST_PARTS = "0, 0, 0, 0, 0, 0, sum(attempts.cost_nanos), 0, 0 FROM usage JOIN attempts USING (response_id)"
+ROW_SUMS = {**{name: f"sum({name})" for name in PART_SUMS}, "requests": "count(*)", "failed": "sum(status = 'failed')",
+            "unpriced": "sum(price = '' AND input + output > 0)", "saved_nanos": "sum(saved_nanos(price, cached))",
+            "last_id": "max(id)"}
 DIMENSIONS = {"provider": "provider", "model": "model", "key": "key_id", "endpoint": "endpoint", "result": RESULT}
-LOST_DIMENSIONS = {"provider": "attempts.provider", "model": "model", "key": "key_id", "endpoint": "endpoint"}
-ADD_PARTS = add_up(PART_SUMS)
 
 
-def saved_nanos(price: str, cached: int) -> int:
-    """What the cached input would have cost more without the cache."""
-    rate = price_of(price)
-    return cached * (rate.input - rate.cache_read) // 1000 if rate else 0
+def sum_queries(db: sqlite3.Connection, groups: Sequence[str], names: Sequence[str], where: str) -> list[str]:
+    """What sums usage rows by columns; and what sums the attempts that were given up: those add their cost, at their own
+    provider, and have no result."""
+    by = ", ".join(map(str, range(1, len(groups) + 1)))
+    queries = [f"SELECT {', '.join([*groups, *map(ROW_SUMS.__getitem__, names)])} FROM usage WHERE {where} GROUP BY {by}"]
+    if "cost_nanos" in names and RESULT not in groups and db.execute("SELECT 1 FROM attempts LIMIT 1").fetchone():
+        columns = [f"attempts.{group}" if group == "provider" else group for group in groups]
+        columns += ["sum(attempts.cost_nanos)" if name == "cost_nanos" else "0" for name in names]
+        queries.append(f"SELECT {', '.join(columns)} FROM (SELECT * FROM usage WHERE {where}) AS usage "
+                       f"JOIN attempts USING (response_id) GROUP BY {by}")
+    return queries
+
+
+def sum_rows(db: sqlite3.Connection, groups: Sequence[str], names: Sequence[str], where: str, values: Sequence[Any]
+             ) -> list[Any]:
+    """(*groups, *sums) of the rows that a condition lets through; a group may come twice."""
+    return [row for query in sum_queries(db, groups, names, where) for row in db.execute(query, values)]
 
 
 def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
@@ -8484,11 +8459,10 @@ def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
     if last - done < least:
         return
     last = min(last, done + ROLL_AT_ONCE)
-    db.create_function("saved_nanos", 2, saved_nanos, deterministic=True)
-    sources = [(*each, SUM_PARTS) for each in DIMENSIONS.items()] + [(*each, LOST_PARTS) for each in LOST_DIMENSIONS.items()]
-    for key, (dimension, name, sums) in itertools.product(("0", "key_id"), sources):
-        db.execute(f"INSERT INTO halfhours SELECT {key}, '{dimension}', started_ms / {HALF_HOUR_MS}, {name}, {sums} "
-                   f"WHERE id > ? AND id <= ? GROUP BY 1, 2, 3, 4 {ADD_PARTS}", (done, last))
+    for key, (dimension, name) in itertools.product(("0", "key_id"), DIMENSIONS.items()):
+        groups = key, f"'{dimension}'", f"started_ms / {HALF_HOUR_MS}", name
+        for query in sum_queries(db, groups, PART_SUMS, "id > ? AND id <= ?"):
+            db.execute(f"INSERT INTO halfhours {query} {add_up(PART_SUMS)}", (done, last))
     db.execute("INSERT INTO settings VALUES ('rolled_up', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (last,))
 
 
@@ -8505,17 +8479,11 @@ def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, u
     rows = db.execute(f"SELECT (half * {HALF_HOUR_MS} - ?) / ?, name, {sums} FROM halfhours WHERE key_id = ? AND dimension = ? "
                       "AND half >= ? AND half < ? GROUP BY 1, 2",
                       (since_ms, step_ms, key_id, dimension, since_ms // HALF_HOUR_MS, until_ms // HALF_HOUR_MS)).fetchall()
-    where = f"id > ? AND started_ms >= ? AND started_ms < ?{only(key_id)} GROUP BY 1, 2"
-    values = (since_ms, step_ms, done, since_ms, until_ms)
-    rows += db.execute(f"SELECT (started_ms - ?) / ?, {DIMENSIONS[dimension]}, {SUM_PARTS} NOT INDEXED WHERE {where}", values)
-    if dimension in LOST_DIMENSIONS and has_rows(db, "attempts"):
-        rows += db.execute(f"SELECT (started_ms - ?) / ?, {LOST_DIMENSIONS[dimension]}, {LOST_PARTS} WHERE {where}", values)
+    # the + keeps SQLite from the index of times: there are few new ids
+    rows += sum_rows(db, ("(started_ms - ?) / ?", DIMENSIONS[dimension]), PART_SUMS,
+                     f"id > ? AND +started_ms >= ? AND +started_ms < ?{only(key_id)}",
+                     (since_ms, step_ms, done, since_ms, until_ms))
     return [(slot, name, dict(zip(PART_SUMS, numbers))) for slot, name, *numbers in rows]
-
-
-def spent_since_day(db: sqlite3.Connection, first_day: int, key_id: int) -> int:
-    return int(db.execute(f"SELECT coalesce(sum(cost_nanos), 0) FROM daily WHERE day >= ?{only(key_id)}",
-                          (first_day,)).fetchone()[0])
 
 
 LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
@@ -8539,46 +8507,45 @@ def overview(db: sqlite3.Connection, since_ms: int, step_ms: int, slots: int, no
     since_ms -= since_ms % HALF_HOUR_MS
     length_ms, now_ms = step_ms * slots, int(now_s * 1000)
 
-    def sums(dimension: str) -> dict[str, dict[str, int]]:
-        return dearest(parts(db, dimension, since_ms, length_ms, since_ms + length_ms, key_id))
-    by = {dimension: sums(dimension) for dimension in ("model", "key", "endpoint", "result")}
+    def sums(dimension: str, start_ms: int, end_ms: int) -> dict[str, collections.Counter[str]]:
+        return by_name(parts(db, dimension, start_ms, length_ms, end_ms, key_id))
+    by = {dimension: sums(dimension, since_ms, since_ms + length_ms) for dimension in ("model", "key", "endpoint", "result")}
     times = latencies(db, since_ms, key_id)
     names = {str(key): name for key, name in db.execute("SELECT id, name FROM keys")}
-    total = added(by["endpoint"].values())
     before_ms, passed_ms = since_ms - length_ms, min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS
-    before = added(dearest(parts(db, "endpoint", before_ms, length_ms, before_ms + passed_ms, key_id)).values())
     first_day, next_day = period_bounds("month", now_s)
+    spent = [nanos for key, nanos in spent_nanos(db, "key_id", first_day).items() if key_id in (0, key)]
     return {
-        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "totals": total,
-        "before_nanos": before["cost_nanos"],
-        "month": {"spent_nanos": spent_since_day(db, first_day, key_id), "first_day": first_day, "next_day": next_day,
+        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
+        "totals": added(by["endpoint"].values()),
+        "before_nanos": added(sums("endpoint", before_ms, before_ms + passed_ms).values())["cost_nanos"],
+        "month": {"spent_nanos": sum(spent), "first_day": first_day, "next_day": next_day,
                   "budget_nanos": 0 if key_id else month_budget(db, now_s)},
         "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
         "total_ms": percentiles(total_ms for _, _, total_ms in times),
-        "series": in_slots(parts(db, "provider", since_ms, step_ms, since_ms + length_ms, key_id), slots),
+        "series": time_series(parts(db, "provider", since_ms, step_ms, since_ms + length_ms, key_id), slots),
         "by": {dimension: [{"name": names.get(name, "") if dimension == "key" else name, **each}
                            for name, each in found.items()] for dimension, found in by.items()},
     }
 
 
-def dearest(rows: Iterable[tuple[int, str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """name -> sums, the dearest first."""
-    found: dict[str, dict[str, int]] = {}
+def by_name(rows: Iterable[tuple[int, str, dict[str, int]]]) -> dict[str, collections.Counter[str]]:
+    """name -> sums, the most expensive first."""
+    found: dict[str, collections.Counter[str]] = {}
     for _, name, sums in rows:
-        found[str(name)] = added([sums, found[str(name)]]) if str(name) in found else sums
+        found.setdefault(str(name), collections.Counter()).update(sums)
     return dict(sorted(found.items(), key=lambda each: (-each[1]["cost_nanos"], -each[1]["requests"])))
 
 
-def added(rows: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total = dict.fromkeys(PART_SUMS, 0)
+def added(rows: Iterable[Mapping[str, int]], names: Iterable[str] = PART_SUMS) -> collections.Counter[str]:
+    total = collections.Counter(dict.fromkeys(names, 0))
     for row in rows:
-        for name in PART_SUMS:
-            total[name] += row[name]
+        total.update(row)
     return total
 
 
-def in_slots(rows: Iterable[tuple[int, str, dict[str, int]]], slots: int) -> list[JSON]:
-    """One series a provider."""
+def time_series(rows: Iterable[tuple[int, str, dict[str, int]]], slots: int) -> list[JSON]:
+    """One a provider."""
     series: dict[str, JSON] = {}
     for slot, name, sums in rows:
         lines = series.setdefault(name, {"name": name, **{each: [0] * slots for each in ("cost_nanos", "requests", "tokens")}})
@@ -8600,36 +8567,27 @@ def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]
     return " AND ".join(where), values
 
 
+def select_rows(db: sqlite3.Connection, where: str, values: Sequence[Any]) -> list[JSON]:
+    return [dict(zip(ROW_COLUMNS, row)) for row in db.execute(SELECT_ROWS + where, values)]
+
+
 def usage_rows(db: sqlite3.Connection, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
     """A page of the log, newest first, of the rows before an id."""
     where, values = usage_where(filters, key_id)
-    rows = db.execute(f"{SELECT_ROWS} WHERE {where} AND usage.id < {int(before_id)} ORDER BY usage.id DESC LIMIT {int(limit)}",
-                      values)
-    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
+    return select_rows(db, f"{where} AND usage.id < ? ORDER BY usage.id DESC LIMIT ?", (*values, before_id, limit))
 
 
 def usage_sums(db: sqlite3.Connection, filters: Mapping[str, str], key_id: int) -> JSON:
     """The sums of all rows of a filtered log."""
-    where, values = usage_where(filters, key_id)
     names = ("requests", "input", "cached", "output", "cost_nanos", "unpriced", "last_id")
-    row = db.execute(f"""SELECT count(*), coalesce(sum(input), 0), coalesce(sum(cached), 0), coalesce(sum(output), 0),
-        coalesce(sum(cost_nanos), 0), coalesce(sum(price = '' AND input + output > 0), 0), max(id) FROM usage
-        WHERE {where}""", values).fetchone()
-    lost = db.execute("SELECT coalesce(sum(attempts.cost_nanos), 0) FROM attempts WHERE response_id IN "
-                      f"(SELECT response_id FROM usage WHERE {where})", values).fetchone()[0] if has_rows(db, "attempts") else 0
-    sums = dict(zip(names, row))
-    sums["cost_nanos"] += lost
-    return sums
-
-
-def has_rows(db: sqlite3.Connection, table: str) -> bool:
-    return db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None
+    rows = sum_rows(db, ("0",), names, *usage_where(filters, key_id))
+    sums = added((dict(zip(names, row[1:])) for row in rows), names)
+    return {**sums, "last_id": sums["last_id"] or None}
 
 
 def rows_after(db: sqlite3.Connection, after_id: int, limit: int, key_id: int) -> list[JSON]:
     """Rows that came since, oldest first."""
-    rows = db.execute(f"{SELECT_ROWS} WHERE usage.id > ?{only(key_id)} ORDER BY usage.id LIMIT ?", (after_id, limit))
-    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
+    return select_rows(db, f"usage.id > ?{only(key_id)} ORDER BY usage.id LIMIT ?", (after_id, limit))
 
 
 def last_row_id(db: sqlite3.Connection) -> int:
@@ -8638,18 +8596,14 @@ def last_row_id(db: sqlite3.Connection) -> int:
 
 def one_request(db: sqlite3.Connection, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
     """(its row, the attempts that were given up and billed); None where there is none for this key."""
-    row = db.execute(f"{SELECT_ROWS} WHERE response_id = ?{only(key_id)}", (response_id,)).fetchone()
-    if row is None:
-        return None
+    rows = select_rows(db, f"response_id = ?{only(key_id)}", (response_id,))
     lost = db.execute(f"SELECT {', '.join(Line._fields)} FROM attempts WHERE response_id = ? ORDER BY attempt", (response_id,))
-    return dict(zip(ROW_COLUMNS, row)), [dict(zip(Line._fields, line)) for line in lost]
+    return (rows[0], [dict(zip(Line._fields, line)) for line in lost]) if rows else None
 
 
-def key_rows(db: sqlite3.Connection, now_s: float) -> list[JSON]:
+def key_rows(db: Ledger | sqlite3.Connection, now_s: float) -> list[JSON]:
     """Every key with what it has spent in its period, this month, and when it was last used; newest first."""
-    starts = {period: period_bounds(period, now_s)[0] for period in PERIODS}
-    spent = {period: dict(db.execute("SELECT key_id, sum(cost_nanos) FROM daily WHERE day >= ? GROUP BY 1", (start,)))
-             for period, start in starts.items()}
+    spent = {period: spent_nanos(db, "key_id", period_bounds(period, now_s)[0]) for period in PERIODS}
     last = dict(db.execute("SELECT key_id, max(last_ms) FROM daily GROUP BY 1"))
     keys = [Key(*row) for row in db.execute(SELECT_KEYS + " ORDER BY keys.revoked_s > 0, keys.id DESC")]
     columns = ("id", "name", "hint", "created_s", "expires_s", "revoked_s", "models", "budget_nanos", "period", "rpm", "tpm",
@@ -8664,12 +8618,6 @@ def month_budget(db: sqlite3.Connection, now_s: float) -> int:
     keys = [row[0] for row in db.execute("SELECT CASE period WHEN 'month' THEN budget_nanos END FROM keys WHERE revoked_s = 0 "
                                          "AND name <> ? AND (expires_s = 0 OR expires_s > ?)", (PLAY_KEY, now_s))]
     return next((sum(limits) for limits in (accounts, keys) if limits and None not in limits), 0)
-
-
-def provider_minutes(db: sqlite3.Connection, since_ms: int) -> list[tuple[str, int, int, int]]:
-    """(provider, minute, requests, of those failed) since a time."""
-    return db.execute("SELECT provider, (started_ms - ?) / 60000, count(*), sum(status = 'failed') FROM usage "
-                      "WHERE started_ms >= ? GROUP BY 1, 2", (since_ms, since_ms)).fetchall()
 
 
 def csv_line(cells: Iterable[object]) -> str:
@@ -10466,11 +10414,12 @@ async def afforded(gateway: Gateway, client: Client, key: Key, request: Response
 async def write_intent(gateway: Gateway, key: Key, down: Downstream, way: Way) -> None:
     """Writes down what is about to be asked; where that fails nothing is asked, and nothing stays reserved."""
     client, answer = down.client, down.answer
-    price, nanos = down.bill.cost(way.provider.name, way.model, Usage(answer.estimated_input))
+    charge = down.bill.charge(way.provider.name, way.model, Usage(answer.estimated_input))
     try:
         await gateway.ledger.begin(Intent(
-            answer.id, client.request_id, down.bill.started_ms, key.id, ENDPOINT, answer.request.model, key.account_id,
-            way.provider.name, way.model, answer.estimated_input, price, key.multiplier, nanos))
+            response_id=answer.id, request_id=client.request_id, started_ms=down.bill.started_ms, key_id=key.id,
+            endpoint=ENDPOINT, model=answer.request.model, account_id=key.account_id,
+            **{name: charge[name] for name in Intent._fields if name in charge}))
     except BaseException:
         down.stop()
         down.bill.settle(0, Usage())
@@ -10585,15 +10534,16 @@ async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
     client, attempt, request = down.client, down.attempt, down.answer.request
     usage, bill = attempt.usage or Usage(), down.bill
     total_ms = int((time.monotonic() - client.started) * 1000)
-    price, nanos = bill.cost(down.provider, down.model, usage)
-    client.note = access_note(key.name, down, usage, total_ms) + cost_note(price, nanos, bill, usage)
+    charge = bill.charge(down.provider, down.model, usage)
+    nanos = charge["cost_nanos"]
+    client.note = access_note(key.name, down, usage, total_ms) + cost_note(charge["price"], nanos, bill, usage)
     names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.model)}
     code = (attempt.error.ledger_code or attempt.error.code or "") if attempt.error else ""
     entry = Entry(
-        down.answer.id, client.request_id, bill.started_ms, key.id, ENDPOINT, request.model, down.provider, down.model,
-        attempt.status, code, attempt.terminal_by, why_estimated(usage), usage.input, usage.cached, usage.cache_write,
-        usage.output, usage.reasoning, down.first_ms, total_ms, down.attempts, key.account_id, usage.cache_write_1h,
-        usage.web_searches, price, key.multiplier, nanos, bill.lines, usage.model if usage.model and len(names) > 1 else "")
+        response_id=down.answer.id, request_id=client.request_id, started_ms=bill.started_ms, key_id=key.id, endpoint=ENDPOINT,
+        model=request.model, status=attempt.status, error_code=code, terminal_by=attempt.terminal_by, first_ms=down.first_ms,
+        total_ms=total_ms, attempts=down.attempts, account_id=key.account_id, lost=bill.lines,
+        served_model=usage.model if usage.model and len(names) > 1 else "", **charge)
     bill.settle(nanos, usage)
     gateway.watch.settled(entry, down)
     gateway.metrics.count(entry)
@@ -11446,7 +11396,8 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
     now_ms = int(time.time() * 1000)
     since_ms = now_ms // 60_000 * 60_000 - 59 * 60_000
     read = gateway.watch.reader.ask
-    minutes = await read(provider_minutes, since_ms)
+    minutes = await read(sum_rows, ("provider", "(started_ms - ?) / 60000"), ("requests", "failed"), "started_ms >= ?",
+                         (since_ms, since_ms))
     times = await read(latencies, since_ms, 0)
     out, running = left_out(gateway), collections.Counter(intent.provider for intent in gateway.ledger.open_requests())
     views = []
@@ -12382,7 +12333,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
     async with contextlib.AsyncExitStack() as stack:
         if ledger is None:
             ledger = stack.enter_context(contextlib.closing(Ledger.open(config.database.path, config.database.durability)))
-        ledger.start(asyncio.get_running_loop())
+        ledger.start()
         upstream = Upstream(os.environ)
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
@@ -13167,7 +13118,8 @@ def run_keys_revoke(args: argparse.Namespace) -> int:
 def run_keys_list(args: argparse.Namespace) -> int:
     now_s = time.time()
     with with_ledger(args) as ledger:
-        keys, spending = ledger.list_keys(), key_spending(ledger, now_s)
+        keys = ledger.list_keys()
+        spending = {row["id"]: (row["spent_nanos"], row["last_ms"]) for row in key_rows(ledger, now_s)}
     if args.json:
         print_json([{"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
                      "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),

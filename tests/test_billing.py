@@ -447,7 +447,7 @@ def test_a_file_of_the_first_schema_is_upgraded_with_its_sums(path, monkeypatch)
 def test_what_was_begun_and_never_settled_is_billed_for_its_estimated_input(path):
     async def leave():
         ledger = pomex.Ledger.open(path)
-        ledger.start(asyncio.get_running_loop())
+        ledger.start()
         await ledger.begin(pomex.Intent("r1", "req", NOW_MS, 1, "/v1/responses", "openai/gpt-5.5", 1, "openai", "gpt-5.5",
                                         1000, "5 30 - - - -", pomex.ONE, 5_000_000))
         os.close(ledger._journal.fd)        # as the end of a process does
@@ -495,7 +495,7 @@ async def started(path, count=1):
     ledgers = [pomex.Ledger.open(path) for _ in range(count)]
     try:
         for ledger in ledgers:
-            ledger.start(asyncio.get_running_loop())
+            ledger.start()
         yield ledgers
     finally:
         for ledger in ledgers:
@@ -546,8 +546,9 @@ def test_the_answer_says_what_it_is_billed_as_and_where_it_does_not_the_dearer_h
 def test_the_providers_own_cost_is_taken_where_there_is_no_price(ledger):
     ledger.create_key("k", NOW)
     bill = pomex.Bill(PRICES, ledger.budgets, key_of(ledger, "k"), "r", "p/other", NOW_MS)
-    assert bill.cost("p", "other", Usage(10, cost="0.012300000000")) == ("provider 0.012300000000", 12_300_000)
-    assert bill.cost("p", "m", Usage(10, cost="0.012300000000")) == ("1 10 - - - -", 10_000)
+    for model, price, nanos in (("other", "provider 0.012300000000", 12_300_000), ("m", "1 10 - - - -", 10_000)):
+        charge = bill.charge("p", model, Usage(10, cost="0.012300000000"))
+        assert (charge["price"], charge["cost_nanos"]) == (price, nanos)
     assert pomex.cost_nanos("provider 0.0123", 1_200_000, Usage(10**6)) == 14_760_000
     line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "web_searches": 0,
             "multiplier": pomex.ONE}
@@ -560,7 +561,8 @@ def leased(path):
 
 
 async def settled(ledger, bill, usage):
-    price, nanos = bill.cost("p", "m", usage)
+    charge = bill.charge("p", "m", usage)
+    price, nanos = charge["price"], charge["cost_nanos"]
     bill.settle(nanos, usage)
     await ledger.settle(entry(bill.response_id, started_ms=bill.started_ms, key_id=bill.key.id, account_id=bill.key.account_id,
                               input=usage.input, output=usage.output, price=price, cost_nanos=nanos))
@@ -698,7 +700,7 @@ def test_a_reservation_grows_with_the_output_until_the_money_ends(path):
 def test_what_a_killed_process_held_is_free_after_seconds_and_its_rows_count_first(path):
     code = ("import asyncio, pomex, sys, time, os, signal\n"
             "async def main():\n"
-            "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start(asyncio.get_running_loop())\n"
+            "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start()\n"
             "    key, = ledger.list_keys()\n"
             "    limit = pomex.limits_of(key, time.time())[0]\n"
             "    await ledger.budgets.take([(limit, 60)])\n"

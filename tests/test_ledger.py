@@ -40,7 +40,7 @@ def entry(response_id, **more):
 @contextlib.asynccontextmanager
 async def started(path, durability="process"):
     ledger = pomex.Ledger.open(path, durability)
-    ledger.start(asyncio.get_running_loop())
+    ledger.start()
     try:
         yield ledger
     finally:
@@ -570,7 +570,7 @@ async def client(ledger, name):
         await asyncio.sleep(0)
 async def main():
     ledger = pomex.Ledger.open(sys.argv[1])
-    ledger.start(asyncio.get_running_loop())
+    ledger.start()
     await asyncio.gather(*(client(ledger, f"{os.getpid()}-{n}") for n in range(8)))
 pomex.JOURNAL_BYTES = 50_000        # so that it is renewed many times
 asyncio.run(main())
@@ -601,7 +601,7 @@ def test_kill_9_at_any_moment_leaves_every_acknowledged_settlement_once(path):
 def test_the_requests_of_a_living_process_are_left_alone_until_it_ends(path):
     code = ("import asyncio, pomex, sys, time\n"
             "async def main():\n"
-            "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start(asyncio.get_running_loop())\n"
+            "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start()\n"
             "    await ledger.begin(pomex.Intent('theirs', 'req', 1, 1, 'responses', 'demo/echo'))\n"
             "    print('begun', flush=True); time.sleep(60)\n"
             "asyncio.run(main())")

@@ -6907,7 +6907,6 @@ class Entry(NamedTuple):
 USAGE_COLUMNS = (*Entry._fields[:-2], "served_model")
 INSERT_USAGE = f"INSERT INTO usage ({', '.join(USAGE_COLUMNS)}) VALUES "
 ENTRY_VALUES = f"({', '.join('?' * len(USAGE_COLUMNS))})"
-KEY_COLUMNS = "id, name, digest, hint, created_s, expires_s, revoked_s"
 KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent", "allow_unpriced")
 SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
     budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier
@@ -7156,31 +7155,25 @@ class Journal:
     """A file of lines, each `I` or `S` and a JSON array; locked as long as its process lives."""
 
     def __init__(self, database: str, durability: str) -> None:
-        self.database = database
         self.power = durability == "power"
-        self.path, self.fd = self._create()
         self.bytes = 0
         self.torn = False           # a line may be there in part: nothing more is written to this file
-
-    def _create(self) -> tuple[str, int]:
         while True:
-            path = f"{self.database}-requests-{secrets.token_hex(6)}"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-            lock_file(fd, wait=True)
-            if os.fstat(fd).st_nlink:       # else another process took the file over before it was locked
-                return path, fd
-            os.close(fd)
+            self.path = f"{database}-requests-{secrets.token_hex(6)}"
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            lock_file(self.fd, wait=True)
+            if os.fstat(self.fd).st_nlink:      # else another process took the file over before it was locked
+                break
+            os.close(self.fd)
 
     def write(self, line: bytes) -> None:
         """Appends; OSError when it does not all fit."""
         if self.torn:
             raise OSError(errno.EIO, "the journal is broken")
-        try:
-            if os.write(self.fd, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            self.torn = True
-            raise
+        self.torn = True        # until the whole line is there
+        if os.write(self.fd, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.torn = False
         self.bytes += len(line)
 
     def sync(self) -> None:
@@ -7191,21 +7184,6 @@ class Journal:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-    def renew(self, lines: bytes) -> None:
-        """Starts a new file with `lines`, then removes the old one; OSError leaves the old one in use."""
-        old_path, old_fd = self.path, self.fd
-        new_path, new_fd = self._create()
-        try:
-            if os.write(new_fd, lines) != len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self.power:
-                os.fsync(new_fd)
-        except OSError:
-            discard_file(new_path, new_fd)
-            raise
-        self.path, self.fd, self.bytes, self.torn = new_path, new_fd, len(lines), False
-        discard_file(old_path, old_fd)
 
 
 def lock_file(fd: int, *, wait: bool) -> bool:
@@ -7232,23 +7210,22 @@ def journal_line(row: Intent | Entry) -> bytes:
     return (b"I" if isinstance(row, Intent) else b"S") + encode_line(row).encode() + b"\n"
 
 
-def journal_entries(text: bytes) -> list[Entry]:
+def journal_entries(*journals: bytes) -> list[Entry]:
     """What the journals of ended processes say: the settled rows, and those that were never settled."""
-    begun: dict[str, Intent] = {}
+    begun: dict[str, Entry] = {}
     settled: dict[str, Entry] = {}
-    for line in text.split(b"\n")[:-1]:     # after the last newline stands nothing, or half a line
+    # after a journal's last newline stands nothing, or half a line
+    for line in itertools.chain.from_iterable(text.split(b"\n")[:-1] for text in journals):
         try:
             values = json.loads(line[1:])
             if line[:1] == b"I":
-                begun[values[0]] = Intent(*values)
+                begun[values[0]] = Entry(**Intent(*values)._asdict(), status="failed", error_code="interrupted",
+                                         terminal_by="gateway", estimated="the gateway ended before the answer did")
             else:
                 settled.setdefault(values[0], Entry(*values))
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    lost = (Entry(**intent._asdict(), status="failed", error_code="interrupted", terminal_by="gateway",
-                  estimated="the gateway ended before the answer did")
-            for response_id, intent in begun.items() if response_id not in settled)
-    return [*settled.values(), *lost]
+    return [*settled.values(), *(entry for response_id, entry in begun.items() if response_id not in settled)]
 
 
 def abandoned_journals(path: str) -> Iterator[tuple[str, int]]:
@@ -7265,10 +7242,9 @@ def abandoned_journals(path: str) -> Iterator[tuple[str, int]]:
                 os.close(fd)
 
 
-def read_whole_lines(fd: int) -> bytes:
-    with os.fdopen(os.dup(fd), "rb") as stream:
-        text = stream.read()
-    return text[:text.rfind(b"\n") + 1]
+def read_file(fd: int) -> bytes:
+    with open(fd, "rb", closefd=False) as stream:
+        return stream.read()
 
 
 def take_over(db: sqlite3.Connection, path: str) -> None:
@@ -7276,7 +7252,7 @@ def take_over(db: sqlite3.Connection, path: str) -> None:
     that is there already stays."""
     journals = list(abandoned_journals(path))
     try:
-        if entries := journal_entries(b"".join(read_whole_lines(fd) for _, fd in journals)):
+        if entries := journal_entries(*(read_file(fd) for _, fd in journals)):
             insert_entries(db, entries)
             log.warning("ledger: %d requests of an ended process settled, %d of them as interrupted",
                         len(entries), sum(entry.error_code == "interrupted" for entry in entries))
@@ -7346,7 +7322,8 @@ class Ledger:
         token = new_key()
         more = "".join(f", {column}" for column in settings if column in KEY_SETTINGS)
         try:
-            self.write(f"INSERT INTO keys ({KEY_COLUMNS}{more}) VALUES (NULL, ?, ?, ?, ?, ?, 0{', ?' * len(settings)})",
+            self.write(f"INSERT INTO keys (name, digest, hint, created_s, expires_s{more}) "
+                       f"VALUES (?, ?, ?, ?, ?{', ?' * len(settings)})",
                        (name, key_digest(token), key_hint(token), int(now_s), expires_s, *settings.values()))
         except sqlite3.IntegrityError:
             raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
@@ -7363,15 +7340,14 @@ class Ledger:
 
     def edit_key(self, name: str, now_s: float, **settings: Any) -> Key:
         """Changes an active key; running servers know within a second."""
-        found = self.read(SELECT_KEYS + " WHERE keys.name = ? AND revoked_s = 0", (name,))
+        found = self.read("SELECT id FROM keys WHERE name = ? AND revoked_s = 0", (name,))
         if not found:
             raise BadRequest("There is no active key of that name. List keys with: python pomex.py keys list",
                              param="name")
-        key_id = Key(*found[0]).id
         changes = ", ".join(f"{column} = ?" for column in settings if column in (*KEY_SETTINGS, "revoked_s"))
-        self.write(f"UPDATE keys SET {changes} WHERE id = ? AND revoked_s = 0", (*settings.values(), key_id))
+        self.write(f"UPDATE keys SET {changes} WHERE id = ? AND revoked_s = 0", (*settings.values(), *found[0]))
         self._refresh_keys(now_s)
-        return next(key for key in self._keys.values() if key.id == key_id)
+        return next(key for key in self._keys.values() if (key.id,) == found[0])
 
     def authorise(self, header: str, now_s: float) -> Key:
         """The key of an Authorization header, or Unauthorized with a sentence that says what to do."""
@@ -7437,9 +7413,7 @@ class Ledger:
             raise self._unwell()
         try:
             self._open[intent.response_id] = intent
-            self._journal.write(journal_line(intent))
-            if self._journal.power:
-                await self._sync()
+            await self._write_down(intent)
         except BaseException as error:      # a cancelled caller sends nothing either
             self._open.pop(intent.response_id, None)
             if not isinstance(error, OSError):
@@ -7458,31 +7432,28 @@ class Ledger:
         if self._saving is None:
             self._save_soon()
         try:
-            if self._journal is None:
-                raise OSError(errno.EIO, "the journal is closed")
-            self._journal.write(journal_line(entry))
-            if self._journal.power:
-                await self._sync()
+            await self._write_down(entry)
         except OSError as error:
             self._sicken(error)
-            await self._until_saved(entry.response_id)
+            deadline = time.monotonic() + SETTLE_WAIT_S
+            while entry.response_id in self._unsaved and time.monotonic() < deadline:
+                await asyncio.sleep(SAVE_AFTER_S)
 
-    async def _sync(self) -> None:
-        """One fsync for all who wait: while one runs, the others gather for the next."""
-        if self._syncing is None:
-            self._syncing = asyncio.get_running_loop().create_task(self._sync_all())
-        await asyncio.shield(self._syncing)
+    async def _write_down(self, row: Intent | Entry) -> None:
+        """In the journal; with an fsync for all who wait: while one runs, the others gather for the next."""
+        if self._journal is None:
+            raise OSError(errno.EIO, "the journal is closed")
+        self._journal.write(journal_line(row))
+        if self._journal.power:
+            if self._syncing is None:
+                self._syncing = asyncio.get_running_loop().create_task(self._sync_all())
+            await asyncio.shield(self._syncing)
 
     async def _sync_all(self) -> None:
         async with self._journal_lock:
             self._syncing = None
             if self._journal is not None:
                 await asyncio.get_running_loop().run_in_executor(self._pool, self._journal.sync)
-
-    async def _until_saved(self, response_id: str) -> None:
-        deadline = asyncio.get_running_loop().time() + SETTLE_WAIT_S
-        while response_id in self._unsaved and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(SAVE_AFTER_S)
 
     def _unwell(self) -> LedgerError:
         return LedgerError("The usage ledger cannot be written at the moment, so nothing is sent to a "
@@ -7525,10 +7496,20 @@ class Ledger:
 
     async def _renew_journal(self) -> None:
         """A journal that is long or broken is replaced by one of the lines that still matter."""
-        journal = self._journal
-        if journal is not None and (journal.torn or journal.bytes > JOURNAL_BYTES):
-            async with self._journal_lock:
-                journal.renew(b"".join([*map(journal_line, self._open.values()), *map(journal_line, self._unsaved.values())]))
+        old = self._journal
+        if old is None or not (old.torn or old.bytes > JOURNAL_BYTES):
+            return
+        async with self._journal_lock:
+            new = Journal(self._path, self._durability)
+            try:
+                new.write(b"".join([*map(journal_line, self._open.values()), *map(journal_line, self._unsaved.values())]))
+                if new.power:
+                    os.fsync(new.fd)
+            except OSError:
+                discard_file(new.path, new.fd)
+                raise
+            self._journal = new
+            discard_file(old.path, old.fd)
 
     def close(self) -> None:
         """Saves what is left; what cannot be saved, or was never settled, stays in the journal for the next
@@ -7637,12 +7618,12 @@ def price_of(text: str) -> Price | None:
         return None
     if text.startswith("provider "):
         return Price(0, 0, 0, 0, 0, 0, int(decimal.Decimal(text[9:]) * 10**12))
-    given = [None if word == "-" else int(decimal.Decimal(word) * 10**6) for word in text.split()]
-    read, write, long, search = [*given[2:], None, None, None, None][:4]
-    base, output = given[0] or 0, given[1] or 0
-    write = base if write is None else write
-    # a search is priced per thousand, a token per million
-    return Price(base, output, base if read is None else read, write, write if long is None else long, (search or 0) * 1000)
+    base, output, read, write, long, search = f"{text} - - - -".split()[:6]
+    write = base if write == "-" else write
+    words = base, output, base if read == "-" else read, write, write if long == "-" else long, search
+    picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
+    picos[5] *= 1000        # a token is priced per million, a search per thousand
+    return Price(*picos)
 
 
 @functools.cache
@@ -7671,8 +7652,9 @@ class Tariff(NamedTuple):
             text = changed if started_ms >= day * DAY_MS else text
         if self.over and input_tokens > self.over:
             text = self.long
-        named = [*tiers.split(), "peak"] if in_peak(started_ms) else tiers.split()
-        return functools.reduce(scaled, [self.factors[each] for each in named if each in self.factors], text)
+        for tier in (tiers + " peak" * in_peak(started_ms)).split():
+            text = scaled(text, self.factors[tier]) if tier in self.factors else text
+        return text
 
 
 def in_peak(started_ms: int) -> bool:
@@ -7695,18 +7677,16 @@ def model_rows() -> Iterator[tuple[str, list[str]]]:
             provider = names
 
 
-def builtin_tariff(name: str, columns: list[str]) -> Tariff:
-    columns = [*USUAL.get(name.partition("/")[0], "").split(), *columns]
-    factors = dict(word.split("=") for word in columns if "=" in word)
-    prices, search, ends = [word for word in columns if "=" not in word], factors.pop("search", "-"), factors.pop("ends", "")
-    base, over, long, changes = " ".join([*prices, *"-----"][:5] + [search]), 0, "", []
-    for kind in [kind for kind in factors if kind.startswith(("over", "from"))]:
-        price = scaled(base, factors.pop(kind))
-        if kind.startswith("over"):
-            over, long = int(kind[4:]), price
-        else:
-            changes.append((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price))
-    return Tariff(base, over, long, tuple(changes), factors, ends, f"{name} in the table of {PRICES_DATE}")
+def builtin_tariff(name: str, words: list[str]) -> Tariff:
+    words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
+    factors = dict(word.split("=") for word in words if "=" in word)
+    prices = [word for word in words if "=" not in word]
+    base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
+    steps = {kind: scaled(base, factors.pop(kind)) for kind in [*factors] if kind.startswith(("over", "from"))}
+    over = max([int(kind[4:]) for kind in steps if kind.startswith("over")], default=0)
+    long = steps.pop(f"over{over}", "")
+    changes = tuple((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price) for kind, price in steps.items())
+    return Tariff(base, over, long, changes, factors, factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}")
 
 
 EPOCH = datetime.date(1970, 1, 1).toordinal()
@@ -7714,14 +7694,12 @@ EPOCH = datetime.date(1970, 1, 1).toordinal()
 
 def configured_tariff(name: str, prices: PriceConfig) -> Tariff:
     """The same from [prices."provider/model"]."""
-    def text(prefix: str, *names: str) -> str:
-        values = [getattr(prices, prefix + name) for name in names]
+    def text(prefix: str) -> str:
+        values = [*(getattr(prices, prefix + name) for name in Price._fields[:5]), prices.search_per_1000]
         return " ".join("-" if value is None else format(value, "f") for value in values)
-    columns = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
-    base, long = text("", *columns, "search_per_1000"), text("long_", *columns)
-    long = long + " " + base.split()[5] if prices.long_over else ""
     factors = {tier: format(factor, "f") for tier, factor in prices.tiers.items()}
-    return Tariff(base, prices.long_over, long, factors=factors, source=f"{name} in pomex.toml")
+    return Tariff(text(""), prices.long_over, text("long_") if prices.long_over else "", factors=factors,
+                  source=f"{name} in pomex.toml")
 
 
 class PriceBook:
@@ -7731,15 +7709,16 @@ class PriceBook:
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_tariff(name, prices) for name, prices in config.prices.items()}
         self.known = {**builtin_tariffs(), **self.configured}
-        self.free = {name for name, provider in config.providers.items() if provider.free or provider.wire_api == "demo"}
+        self.free = {name: Tariff(FREE, source="free") for name, provider in config.providers.items()
+                     if provider.free or provider.wire_api == "demo"}
         # of those that may be asked for a service tier
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
                         for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
 
     def tariff(self, provider: str, model: str, asked: str = "") -> Tariff | None:
         name = f"{provider}/{model}"
-        found = self.known.get(name) or self.known.get(DATED.sub("", name)) or self.configured.get(asked)
-        return found or (Tariff(FREE, source="free") if provider in self.free else None)
+        return (self.known.get(name) or self.known.get(DATED.sub("", name)) or self.configured.get(asked)
+                or self.free.get(provider))
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
@@ -7813,12 +7792,13 @@ class Limit(NamedTuple):
     slot: int = 0           # of a rate: when it began, Unix time
 
 
+@dataclass(eq=False)
 class Exceeded(Exception):
     """A limit has no room for what was asked."""
-
-    def __init__(self, limit: Limit, room: int, need: int, wait_s: float) -> None:
-        super().__init__(limit.meter)
-        self.limit, self.room, self.need, self.wait_s = limit, room, need, wait_s
+    limit: Limit
+    room: int
+    need: int
+    wait_s: float
 
 
 @dataclass(slots=True)
@@ -7832,36 +7812,26 @@ class Lease:
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
     """The first day (since 1970, UTC) of the period, and that of the next one; (0, 0) for total."""
-    today = datetime.datetime.fromtimestamp(now_s, datetime.UTC).date()
+    day = int(now_s // 86400)
     if period == "month":
-        start = today.replace(day=1)
+        start = datetime.date.fromordinal(day + EPOCH).replace(day=1)
         end = (start + datetime.timedelta(days=31)).replace(day=1)
-    elif period == "total":
-        return 0, 0
-    else:
-        start = today - datetime.timedelta(days=today.weekday() if period == "week" else 0)
-        end = start + datetime.timedelta(days=7 if period == "week" else 1)
-    return start.toordinal() - EPOCH, end.toordinal() - EPOCH
+        return start.toordinal() - EPOCH, end.toordinal() - EPOCH
+    monday = day - (day + 3) % 7        # day 0 was a Thursday
+    return {"day": (day, day + 1), "week": (monday, monday + 7), "total": (0, 0)}[period]
 
 
-def limits_of(key: Key, now_s: float) -> list[Limit]:
-    """What bounds a key now."""
+@functools.lru_cache(4096)
+def limits_of(key: Key, now_s: int) -> list[Limit]:
+    """What bounds a key from now on for RATE_SLOT_S seconds."""
     start, month = (period_bounds(period, now_s)[0] for period in (key.period, "month"))
-    slot = int(now_s) // RATE_SLOT_S * RATE_SLOT_S
     money = [(f"key {key.id} {start}", key.budget_nanos, "key", key.id, start),
              (f"account {key.account_id}", 0 if key.prepaid else None, "credit", key.account_id, 0),
              (f"account {key.account_id} {month}", key.account_limit_nanos, "account", key.account_id, month)]
-    rates = [("requests", key.rpm, slot), ("tokens", key.tpm, slot), ("open", key.concurrent, 0)]
+    rates = [("requests", key.rpm, now_s), ("tokens", key.tpm, now_s), ("open", key.concurrent, 0)]
     return [*(Limit(meter, "nanos", most, room, (most, owner, day)) for meter, most, room, owner, day in money
               if most is not None),
             *(Limit(f"key {key.id} {unit}", unit, most, "rate", (most,), since) for unit, most, since in rates if most)]
-
-
-def lease_room(db: sqlite3.Connection, limit: Limit) -> int:
-    """What is neither spent nor leased by anybody. Rows that have expired must be gone."""
-    room: int = db.execute(ROOM[limit.room], limit.values).fetchone()[0]
-    leased: int = db.execute("SELECT coalesce(sum(amount), 0) FROM leases WHERE meter = ?", (limit.meter,)).fetchone()[0]
-    return room - leased
 
 
 LEASE_MORE = """INSERT INTO leases (meter, slot, process, amount, expires_s) VALUES (?, ?, ?, ?, ?)
@@ -7883,7 +7853,8 @@ def grant(db: sqlite3.Connection, path: str, process: str, wants: Sequence[tuple
     with transaction(db):
         db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
         for limit, need in wants:
-            room = lease_room(db, limit)
+            room = (db.execute(ROOM[limit.room], limit.values).fetchone()[0]        # spent by nobody, nor leased
+                    - db.execute("SELECT coalesce(sum(amount), 0) FROM leases WHERE meter = ?", (limit.meter,)).fetchone()[0])
             amount = need + (room - need) // SLICE if need <= room else 0
             if amount:
                 db.execute(LEASE_MORE, (limit.meter, limit.slot, process, amount, expiry(limit, now_s)))
@@ -7905,11 +7876,9 @@ def rate_wait(db: sqlite3.Connection, limit: Limit, lacking: int, now_s: float) 
 
 def renew_leases(db: sqlite3.Connection, process: str, rows: Sequence[tuple[Limit, int]], now_s: float) -> None:
     with transaction(db):
-        for limit, amount in rows:
-            if amount or limit.slot:
-                db.execute(LEASE_EXACTLY, (limit.meter, limit.slot, process, amount, expiry(limit, now_s)))
-            else:
-                db.execute("DELETE FROM leases WHERE meter = ? AND slot = 0 AND process = ?", (limit.meter, process))
+        db.executemany(LEASE_EXACTLY, [(limit.meter, limit.slot, process, amount, expiry(limit, now_s))
+                                       for limit, amount in rows])
+        db.execute("DELETE FROM leases WHERE amount = 0 AND slot = 0 AND process = ?", (process,))
 
 
 class Budgets:
@@ -7919,19 +7888,10 @@ class Budgets:
         self.ask = ask                                  # runs function(db, ...) on the writer thread
         self.path = path
         self.process = secrets.token_hex(6)
-        self.known: dict[int, tuple[Key, int, list[Limit]]] = {}    # by key: what its limits were in the newest slot
         self.leases: dict[tuple[str, int], tuple[Limit, Lease]] = {}    # by meter and slot
         self.charged: dict[str, list[tuple[Limit, int]]] = {}      # by response: settled, its row not yet saved
         self.lock = asyncio.Lock()
         self.tending: asyncio.Task[None] | None = None
-
-    def limits(self, key: Key, now_s: float) -> list[Limit]:
-        if not key.limited:
-            return []
-        slot, known = int(now_s) // RATE_SLOT_S, self.known.get(key.id)
-        if known is None or known[0] is not key or known[1] != slot:
-            known = self.known[key.id] = key, slot, limits_of(key, now_s)
-        return known[2]
 
     def lease(self, limit: Limit) -> Lease:
         return self.leases.setdefault((limit.meter, limit.slot), (limit, Lease()))[1]
@@ -7948,31 +7908,34 @@ class Budgets:
             lease.touched_s = now_s
 
     async def _lease_more(self, needs: Sequence[tuple[Limit, int]]) -> None:
-        leases = [(limit, need, self.lease(limit)) for limit, need in needs]
-        lacking = [(limit, need - (lease.held - lease.taken), lease) for limit, need, lease in leases
-                   if need > lease.held - lease.taken]
+        lacking, spares = [], []
+        for limit, need in needs:
+            lease = self.lease(limit)
+            spare = lease.held - lease.taken
+            spares.append((limit, min(need, max(spare, 0))))
+            if need > spare:
+                lacking.append((limit, need - spare))
         if not lacking:
             return
         now_s = time.time()
         # what is spare now may be taken by others until the answer is there, so it is set aside first
-        spares = [(lease, min(need, max(lease.held - lease.taken, 0))) for _, need, lease in leases]
-        for lease, spare in spares:
-            lease.taken += spare
+        self.give_back((limit, -spare) for limit, spare in spares)
         try:
-            given = await self.ask(grant, self.path, self.process, [(limit, need) for limit, need, _ in lacking], now_s)
+            given = await self.ask(grant, self.path, self.process, lacking, now_s)
         finally:
-            for lease, spare in spares:
-                lease.taken -= spare
-        refused: Exceeded | None = None
-        for (limit, need, lease), (granted, room, wait_s) in zip(lacking, given):
+            self.give_back(spares)
+        refused = []
+        for (limit, need), (granted, room, wait_s) in zip(lacking, given):
+            lease = self.lease(limit)
             lease.held += granted
             lease.room, lease.touched_s = room, now_s
-            if not granted and refused is None:
+            if not granted:
                 spare = lease.held - lease.taken
-                refused = Exceeded(limit, room + spare, need + spare, wait_s)
-        self._tend_soon()
-        if refused is not None:
-            raise refused
+                refused.append(Exceeded(limit, room + spare, need + spare, wait_s))
+        if self.tending is None:
+            self.tending = asyncio.get_running_loop().create_task(self._tend())
+        if refused:
+            raise refused[0]
 
     def give_back(self, needs: Iterable[tuple[Limit, int]]) -> None:
         for limit, amount in needs:
@@ -7990,10 +7953,6 @@ class Budgets:
                 lease = self.lease(limit)
                 lease.taken -= nanos
                 lease.held = max(lease.held - nanos, 0)
-
-    def _tend_soon(self) -> None:
-        if self.tending is None:
-            self.tending = asyncio.get_running_loop().create_task(self._tend())
 
     async def _tend(self) -> None:
         try:
@@ -8055,7 +8014,7 @@ class Bill:
         self.book, self.budgets, self.key = book, budgets, key
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.lines: list[Line] = []                     # of attempts given up
-        self.limits = budgets.limits(key, started_ms / 1000)
+        self.limits = limits_of(key, started_ms // 1000 // RATE_SLOT_S * RATE_SLOT_S) if key.limited else []
         self.held: list[tuple[Limit, int]] = []         # what is reserved
         self.reserved_output = 0                        # tokens of output among it
         self.cap = 0                                    # the answer's max_output_tokens
@@ -8087,8 +8046,7 @@ class Bill:
         prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
         self.cap = wanted
         output = full = min(wanted or reserve, reserve)
-        needs = {price: self._nanos(price, input_tokens, output) for price in prices}
-        self.dearest = max(needs, key=lambda price: needs[price])
+        self.dearest = max(prices, key=lambda price: self._nanos(price, input_tokens, output))
         while True:
             try:
                 await self._take(input_tokens, output)
@@ -8169,8 +8127,8 @@ class Bill:
                 left = max(min(lease.room + lease.held - lease.taken, limit.most), 0)
                 seconds = max(int(expiry(limit, now_s) - now_s), 0)
                 reset = f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
-                found += [(f"x-ratelimit-limit-{limit.unit}", str(limit.most)),
-                          (f"x-ratelimit-remaining-{limit.unit}", str(left)), (f"x-ratelimit-reset-{limit.unit}", reset)]
+                found += [(f"x-ratelimit-{name}-{limit.unit}", str(value))
+                          for name, value in (("limit", limit.most), ("remaining", left), ("reset", reset))]
         return found
 
 
@@ -8287,21 +8245,19 @@ def usage_report(db: Ledger | sqlite3.Connection, by: str, first_day: int, last_
 
 def month_bounds(text: str) -> tuple[int, int]:
     """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
-    start = datetime.date.fromisoformat(text + "-01")
-    after = (start + datetime.timedelta(days=31)).replace(day=1)
-    return start.toordinal() - EPOCH, after.toordinal() - EPOCH - 1
+    first, after = period_bounds("month", (datetime.date.fromisoformat(text + "-01").toordinal() - EPOCH) * 86400)
+    return first, after - 1
 
 
 def statement_rows(db: Ledger | sqlite3.Connection, account_id: int, first_day: int, last_day: int) -> JSON:
     """An account's month: its balance before, its credit entries, its charges by model, and the balance after."""
-    credits = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in db.execute(
+    entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in db.execute(
         "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
         (account_id, (last_day + 1) * 86400))]
-    earlier = [entry["nanos"] for entry in credits if entry["created_s"] < first_day * 86400]
-    before = sum(earlier) - spent_nanos(db, "account_id", 0, first_day).get(account_id, 0)
-    credits = [entry for entry in credits if entry["created_s"] >= first_day * 86400]
+    credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
     charges = usage_report(db, "model", first_day, last_day, account_id)
-    spent, added = sum(row["cost_nanos"] for row in charges), sum(row["nanos"] for row in credits)
+    spent, added = sum(row["cost_nanos"] for row in charges), sum(entry["nanos"] for entry in credits)
+    before = sum(entry["nanos"] for entry in entries) - added - spent_nanos(db, "account_id", 0, first_day).get(account_id, 0)
     return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
             "after_nanos": before + added - spent}
 
@@ -8310,7 +8266,7 @@ def apportion(parts: Sequence[int], unit: int) -> list[int]:
     """The parts in units, rounded so that they add up to the rounded sum (the largest remainders are rounded up)."""
     down = [part // unit for part in parts]
     missing = (sum(parts) + unit // 2) // unit - sum(down)
-    for index in sorted(range(len(parts)), key=lambda index: down[index] * unit - parts[index])[:missing]:
+    for index in sorted(range(len(parts)), key=lambda index: -(parts[index] % unit))[:missing]:
         down[index] += 1
     return down
 
@@ -8318,12 +8274,11 @@ def apportion(parts: Sequence[int], unit: int) -> list[int]:
 def verify(ledger: Ledger) -> tuple[int, list[str]]:
     """(lines checked, what is wrong): each cost again from its price, the daily sums from the rows, the file's own check."""
     wrong, checked = [], 0
-    columns = ", ".join(COUNTED)
     for table in ("usage", "attempts"):
-        for row in ledger.execute(f"SELECT response_id, price, multiplier, cost_nanos, {columns} FROM {table}"):
+        for response_id, price, multiplier, nanos, *counts in ledger.execute(
+                f"SELECT response_id, price, multiplier, cost_nanos, {', '.join(COUNTED)} FROM {table}"):
             checked += 1
-            response_id, price, multiplier, nanos = row[:4]
-            given = Usage(**dict(zip(COUNTED, row[4:])))
+            given = Usage(**dict(zip(COUNTED, counts)))
             try:
                 right = cost_nanos(price, multiplier, given)
             except (ValueError, ArithmeticError, LookupError):
@@ -8338,10 +8293,8 @@ def verify(ledger: Ledger) -> tuple[int, list[str]]:
         SELECT usage.started_ms / 86400000, 0, attempts.cost_nanos, attempts.input, attempts.output
         FROM attempts JOIN usage USING (response_id)) WHERE day >= ? GROUP BY day"""
     sums = "SELECT day, sum(requests), sum(cost_nanos), sum(input), sum(output) FROM daily WHERE day >= ? GROUP BY day"
-    rows, totals = dict((row[0], row) for row in ledger.read(again, (kept,))), ledger.read(sums, (kept,))
-    for total in totals:
-        if rows.pop(total[0], None) != total:
-            wrong.append(f"day {day_words(total[0])}: the daily sums differ from the rows")
+    rows, totals = ({row[0]: row for row in ledger.execute(query, (kept,))} for query in (again, sums))
+    wrong += [f"day {day_words(day)}: the daily sums differ from the rows" for day in totals if rows.pop(day, 0) != totals[day]]
     wrong += [f"day {day_words(day)}: it has rows and no daily sums" for day in rows]
     wrong += [row[0] for row in ledger.read("PRAGMA integrity_check") if row[0] != "ok"]
     return checked, wrong

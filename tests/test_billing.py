@@ -702,7 +702,7 @@ def test_what_a_killed_process_held_is_free_after_seconds_and_its_rows_count_fir
             "async def main():\n"
             "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start()\n"
             "    key, = ledger.list_keys()\n"
-            "    limit = pomex.limits_of(key, time.time())[0]\n"
+            "    limit = pomex.limits_of(key, int(time.time()))[0]\n"
             "    await ledger.budgets.take([(limit, 60)])\n"
             "    await ledger.settle(pomex.Entry('r1', 'q', int(time.time() * 1000), key.id, 'e', 'm', cost_nanos=25))\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -711,7 +711,7 @@ def test_what_a_killed_process_held_is_free_after_seconds_and_its_rows_count_fir
         ledger.create_key("k", NOW, budget_nanos=100)
         environ = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(pomex.__file__))}
         subprocess.run([sys.executable, "-c", code, path], env=environ, timeout=20)
-        limit = pomex.limits_of(key_of(ledger, "k"), time.time())[0]
+        limit = pomex.limits_of(key_of(ledger, "k"), int(time.time()))[0]
         (granted, room, _), = pomex.grant(ledger._writer, path, "us", [(limit, 50)], time.time())
         assert granted == 0 and room < 50
         (granted, room, _), = pomex.grant(ledger._writer, path, "us", [(limit, 50)], time.time() + pomex.LEASE_S + 1)

@@ -6677,20 +6677,17 @@ def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 #
 # Keys, accounts, limits and usage rows in one SQLite file, shared by all processes of this machine.
 #
-# A request is written down twice: its intent before anything is sent upstream, its settlement before the
-# client can see how it ended. Both are first one line appended to this process's journal, a plain file
-# beside the database: what is in the page cache survives kill -9. The writer thread moves settled lines into
-# the `usage` table, a batch a transaction, a tenth of a second later. All of it costs a request 15 us of CPU;
-# two transactions on the writer thread cost 25 (16 connections) to 120 us (one).
+# A request is written down twice: its intent before anything is sent upstream, its settlement before the client can see
+# how it ended. Both go first into this process's journal, a plain file: what is in the page cache survives kill -9. A
+# thread moves settled lines into `usage`, a batch a transaction: 15 us of CPU a request, where two transactions cost 25
+# to 120 us.
 #
-# A journal is locked by its process for as long as that lives. Whoever opens the database next takes over
-# the journals that nobody locks: settlements are inserted (once: the response id is unique), intents that
-# have none become rows marked interrupted, billed for their estimated input. So no answered request is ever
-# without its row, and none has two. (Intents have no table of their own: the journal is theirs.)
+# A journal is locked while its process lives. Whoever opens the database next takes over those that nobody locks:
+# settlements are inserted (the response id is unique), intents without one become rows marked interrupted, billed for
+# their estimated input. So no answered request is ever without its row, and none has two.
 #
-# Money is integer nano-dollars. A row keeps the price it was computed at; triggers add it to the sums of its
-# day in the transaction that inserts it, and only then: a row that was there already adds nothing. What an account
-# has is the sum of its credit entries less the sum of its charges; no balance is stored anywhere.
+# Money is integer nano-dollars. A row keeps the price it was computed at; triggers add it to the sums of its day when it
+# is inserted. A balance is the sum of an account's credit entries less that of its charges; none is stored.
 
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
 
@@ -6853,7 +6850,7 @@ class Key:
         return not self.models or fits_any(model, self.models.split())
 
 
-# Named tuples, not dataclasses: they are the journal's lines and the table's rows as they stand.
+# Named tuples: they are the journal's lines and the table's rows as they stand.
 
 class Intent(NamedTuple):
     """A request that is about to be sent upstream."""
@@ -6873,7 +6870,7 @@ class Intent(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One row of the usage table: how a planned request ended. Fields are the table's columns, but for `lost`."""
+    """How a planned request ended. Fields are the columns of `usage`, but for `lost`."""
     response_id: str
     request_id: str
     started_ms: int
@@ -6923,8 +6920,8 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Which models a key may use, as it is stored: names with * and ? in them, a blank between; "" for all. ValueError for an
-    empty text: that is more likely a variable that is not set."""
+    """Which models a key may use, as it is stored: names with * and ? in them, a blank between; "" for all. ValueError
+    for an empty text: more likely a variable that is not set."""
     found = text.replace(",", " ").split()
     if not found or not re.fullmatch("[!-~ ]+", " ".join(found)):
         raise ValueError
@@ -6937,7 +6934,7 @@ def new_key() -> str:
 
 
 def key_hint(token: str) -> str:
-    """A key as lists and messages show it. Of what cannot be one of ours in full length, nothing is shown."""
+    """A key as lists and messages show it; nothing of what cannot be one of ours in full length."""
     body = token[len(KEY_PREFIX):]
     if len(body) >= 24 and body.isascii() and body.isalnum():
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
@@ -6969,8 +6966,7 @@ BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
 
 
 def explain_bad_key(header: str) -> str:
-    """The sentence for an Authorization header that carries no key known here. Never holds what was sent,
-    except the two ends of what looks like one of our keys, and a variable's name."""
+    """Never holds what was sent, but for the two ends of what looks like one of our keys, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -7096,14 +7092,13 @@ def copy_database(db: sqlite3.Connection, path: str) -> None:
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:
-    """Brings the schema up to date in one transaction, behind a copy of what was there; a file that is newer, or not ours, is
-    left alone."""
+    """Brings the schema up to date in one transaction, and copies the file first; leaves one alone that is newer or not
+    ours."""
     name = os.path.basename(path)
     version = schema_version(db)
     tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise LedgerError(f"The database {name} belongs to another program. "
-                          "Give another file in [database] url.")
+        raise LedgerError(f"The database {name} belongs to another program. Give another file in [database] url.")
     if version > len(MIGRATIONS):
         raise LedgerError(f"The database {name} was written by a newer Pomex (schema {version}; this one, "
                           f"{VERSION}, knows {len(MIGRATIONS)}). Start that version, or give another file in "
@@ -7119,8 +7114,7 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
         for step in MIGRATIONS[schema_version(db):]:       # another process may have been quicker
             for statement in step:
                 db.execute(statement)
-        db.execute("INSERT INTO settings VALUES ('secret', ?) ON CONFLICT DO NOTHING",
-                   (secrets.token_bytes(32),))
+        db.execute("INSERT INTO settings VALUES ('secret', ?) ON CONFLICT DO NOTHING", (secrets.token_bytes(32),))
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
@@ -7135,8 +7129,8 @@ def to_storable(value: Any) -> int | str:
 
 
 def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], charges: Sequence[tuple[int, str, str]] = ()) -> None:
-    """All of them in one transaction; one that is there already stays as it was. What is in the sums from now on leaves
-    the leases: (nanos, meter, process)."""
+    """All in one transaction; a row that is there already stays. What the sums now hold leaves the leases: (nanos, meter,
+    process)."""
     with transaction(db):
         roll_up(db)
         for start in range(0, len(entries), ROWS_A_STATEMENT):      # few statements: each lets go of the GIL
@@ -7152,7 +7146,7 @@ def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], charges: Se
 # --- 8.3 the journal ------------------------------------------------------------------------------
 
 class Journal:
-    """A file of lines, each `I` or `S` and a JSON array; locked as long as its process lives."""
+    """A file of lines, each `I` or `S` and a JSON array; locked while its process lives."""
 
     def __init__(self, database: str, durability: str) -> None:
         self.power = durability == "power"
@@ -7248,8 +7242,7 @@ def read_file(fd: int) -> bytes:
 
 
 def take_over(db: sqlite3.Connection, path: str) -> None:
-    """Settles what ended processes left behind. Should this end half-way, the next one does it again: a row
-    that is there already stays."""
+    """Settles what ended processes left behind. Done half-way, it is done again: a row that is there already stays."""
     journals = list(abandoned_journals(path))
     try:
         if entries := journal_entries(*(read_file(fd) for _, fd in journals)):
@@ -7267,10 +7260,9 @@ def take_over(db: sqlite3.Connection, path: str) -> None:
 # --- 8.4 the ledger -------------------------------------------------------------------------------
 
 class Ledger:
-    """Keys and usage of one database. Everything is called on the loop's thread; only `_save` uses another.
+    """Keys and usage of one database. Called on the loop's thread.
 
-    `healthy` is False while rows cannot be written: then `begin` refuses, and settled rows are kept in
-    memory and tried again until they are saved.
+    `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again.
     """
 
     def __init__(self, path: str, durability: str, db: sqlite3.Connection,
@@ -7282,7 +7274,7 @@ class Ledger:
         self._writer = writer               # usage rows, on the writer thread
         self.secret: bytes = stored_setting(db, "secret")      # authenticates what clients carry for us
         # keys
-        self._keys: dict[bytes, Key] = {}   # by digest, revoked ones too: their sentence differs
+        self._keys: dict[bytes, Key] = {}   # by digest, revoked ones too
         self._keys_revision = -1
         self._keys_read_s = 0.0
         self._file = os.stat(path)
@@ -7301,7 +7293,7 @@ class Ledger:
 
     @classmethod
     def open(cls, path: str, durability: str = "process") -> Ledger:
-        """Creates or upgrades the file; LedgerError says in a sentence why it cannot be used."""
+        """Creates or upgrades the file; LedgerError says why it cannot be used."""
         with contextlib.ExitStack() as connections, database_errors(path):
             create_file(path)
             db = connections.enter_context(contextlib.closing(open_database(path, durability)))
@@ -7317,8 +7309,7 @@ class Ledger:
     def create_key(self, name: str, now_s: float, expires_s: int = 0, **settings: Any) -> str:
         """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
         if not KEY_NAME.fullmatch(name):
-            raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.",
-                             param="name")
+            raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
         token = new_key()
         more = "".join(f", {column}" for column in settings if column in KEY_SETTINGS)
         try:
@@ -7350,7 +7341,7 @@ class Ledger:
         return next(key for key in self._keys.values() if (key.id,) == found[0])
 
     def authorise(self, header: str, now_s: float) -> Key:
-        """The key of an Authorization header, or Unauthorized with a sentence that says what to do."""
+        """The key of an Authorization header, or Unauthorized with what to do."""
         if not 0 <= now_s - self._keys_read_s < KEYS_POLL_S:
             self._refresh_keys(now_s)
         digest = key_digest(header[7:].strip(" \t"))
@@ -7392,7 +7383,7 @@ class Ledger:
         return self.healthy and not self.trouble
 
     def use_provider(self, name: str, use: bool) -> None:
-        """Takes a provider out of use, or back, in every process of this ledger: they look at it as at the keys."""
+        """Takes a provider out of use, or back, in every process."""
         change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, 1) ON CONFLICT DO NOTHING"
         self.write(change, ("disabled/" + name,))
         self.write("UPDATE settings SET value = value + 1 WHERE name = 'keys_revision'")
@@ -7407,8 +7398,7 @@ class Ledger:
             self._journal = Journal(self._path, self._durability)
 
     async def begin(self, intent: Intent) -> None:
-        """Returns when the intent survives the end of this process; LedgerError: nothing may be sent
-        upstream. Whatever was begun must be settled."""
+        """Returns when the intent survives the end of this process. LedgerError: nothing may be sent upstream."""
         if not self.healthy or self._journal is None:
             raise self._unwell()
         try:
@@ -7422,9 +7412,8 @@ class Ledger:
             raise self._unwell() from error
 
     async def settle(self, entry: Entry) -> None:
-        """Returns when the row survives the end of this process, or after two seconds of trying: then it is
-        kept in memory and tried again. The row is taken over before the first wait, so a cancelled caller
-        loses nothing. Of several rows for one response the first counts."""
+        """Returns when the row survives the end of this process, or after SETTLE_WAIT_S: then it stays in memory and is
+        tried again. A cancelled caller loses nothing. Of several rows for one response the first counts."""
         self._open.pop(entry.response_id, None)
         if entry.response_id in self._unsaved:
             return
@@ -7460,7 +7449,6 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def _sicken(self, error: Exception) -> None:
-        """Refuses new requests, and keeps trying until the ledger can be written again."""
         if self.healthy:
             log.error("%s New requests get 503 until it can be written.", database_trouble(self.name, error))
         self.healthy = False
@@ -7512,8 +7500,7 @@ class Ledger:
             discard_file(old.path, old.fd)
 
     def close(self) -> None:
-        """Saves what is left; what cannot be saved, or was never settled, stays in the journal for the next
-        start."""
+        """Saves what is left; what cannot be saved, or was never settled, stays in the journal."""
         for task in (self._saving, self.budgets.tending):
             if task is not None:
                 task.cancel()
@@ -7526,8 +7513,7 @@ class Ledger:
                 self._unsaved.clear()
                 self._writer.execute("DELETE FROM leases WHERE slot = 0 AND process = ?", (self.budgets.process,))
             except sqlite3.Error as error:
-                log.error("%s %d rows stay in the journal.", database_trouble(self.name, error),
-                          len(self._unsaved))
+                log.error("%s %d rows stay in the journal.", database_trouble(self.name, error), len(self._unsaved))
             if self._open or self._unsaved:
                 os.close(journal.fd)
             else:
@@ -7560,7 +7546,7 @@ class Ledger:
             yield from self._db.execute(sql, values)
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """One statement of an administrator: how many rows it changed. IntegrityError is the caller's to word."""
+        """How many rows a statement changed. IntegrityError is the caller's to word."""
         try:
             return self._db.execute(sql, values).rowcount
         except sqlite3.IntegrityError:
@@ -7585,7 +7571,7 @@ class Ledger:
 # --- 8.5 prices -----------------------------------------------------------------------------------
 #
 # A price is one line of text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then
-# USD per thousand of the provider's searches; "-" where there is none. It is computed with as integer pico-dollars a token.
+# USD per thousand searches; "-" where there is none.
 
 DAY_MS = 86_400_000
 ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
@@ -7703,8 +7689,8 @@ def configured_tariff(name: str, prices: PriceConfig) -> Tariff:
 
 
 class PriceBook:
-    """What a target costs: by its name, configured or in the table; by its family's; as configured for the name that was asked
-    for; nothing at a free provider. Never a guess."""
+    """What a target costs: by its name, configured or in the table; by its family's; as configured for the name asked for;
+    nothing at a free provider. Never a guess."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_tariff(name, prices) for name, prices in config.prices.items()}
@@ -7758,12 +7744,11 @@ def fraction(text: str, unit: int, least: int = 0) -> int:
 
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
-# A limit is never exceeded by what is reserved. A request reserves its estimated input and some output before it goes
-# upstream, extends that while output streams, and replaces it with its true cost. Reservations come from leases: this
-# process's part of a limit, in the table `leases`, taken by one statement that succeeds only where spent and leased leave
-# room. A lease is a slice more than was needed, so that most requests are served from memory; the unused part goes back
-# after a second. A row lives five seconds unless renewed; a dead process's journal is settled before its lease is dropped.
-# A settled cost stays in the lease until the transaction that adds its row to the sums takes it out.
+# Reservations never exceed a limit. A request reserves its estimated input and some output before it goes upstream, extends
+# that while output streams, and replaces it with its true cost. Reservations come from leases: this process's part of a
+# limit, taken by one transaction where spent and leased leave room. A lease is a slice more than was needed, so that most
+# requests are served from memory; the unused part goes back after a second. It lives five seconds unless renewed; a dead
+# process's journal is settled before its lease is dropped. A settled cost stays in the lease until its row is in the sums.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
@@ -7845,8 +7830,7 @@ def expiry(limit: Limit, now_s: float) -> float:
 
 def grant(db: sqlite3.Connection, path: str, process: str, wants: Sequence[tuple[Limit, int]],
           now_s: float) -> list[tuple[int, int, float]]:
-    """For each want (granted, room left, seconds until there may be room): it in full and a slice more, or nothing.
-    One transaction that nobody else's can come between."""
+    """For each want (granted, room left, seconds until there may be room): it in full and a slice more, or nothing."""
     if db.execute("SELECT 1 FROM leases WHERE expires_s <= ? AND slot = 0", (now_s,)).fetchone() and sys.platform != "win32":
         take_over(db, path)         # what a process spent before it was killed counts before its lease goes
     given = []
@@ -7882,7 +7866,7 @@ def renew_leases(db: sqlite3.Connection, process: str, rows: Sequence[tuple[Limi
 
 
 class Budgets:
-    """The leases of this process. Called on the loop's thread; what goes to the database runs on the writer's."""
+    """The leases of this process. Called on the loop's thread."""
 
     def __init__(self, ask: Callable[..., Awaitable[Any]], path: str) -> None:
         self.ask = ask                                  # runs function(db, ...) on the writer thread
@@ -7918,7 +7902,7 @@ class Budgets:
         if not lacking:
             return
         now_s = time.time()
-        # what is spare now may be taken by others until the answer is there, so it is set aside first
+        # set aside, or others would take it until the answer is there
         self.give_back((limit, -spare) for limit, spare in spares)
         try:
             given = await self.ask(grant, self.path, self.process, lacking, now_s)
@@ -7964,7 +7948,7 @@ class Budgets:
             self.tending = None
 
     async def _renew(self, now_s: float) -> None:
-        """Unused slices go back; rows of limits that are not rates live on; what is over is forgotten."""
+        """Unused slices go back; the rest lives on, but for rates; what is over is forgotten."""
         rows = []
         for limit, lease in self.leases.values():
             idle = now_s - lease.touched_s > TEND_S or 0 < limit.slot <= now_s - RATE_SLOT_S
@@ -7975,9 +7959,9 @@ class Budgets:
         try:
             if rows:
                 await self.ask(renew_leases, self.process, rows, now_s)
-        except LedgerError:     # tried again in a second; what stays in the table is too much, never too little
+        except LedgerError:     # what stays in the table is too much, never too little
             return
-        gone = {limit.meter for limit, keep in rows if not keep}    # others may have become empty while their rows were written
+        gone = {limit.meter for limit, keep in rows if not keep}    # others may have become empty meanwhile
         for place, (limit, lease) in list(self.leases.items()):
             if now_s > expiry(limit, now_s) if limit.slot else limit.meter in gone and not (lease.held or lease.taken):
                 del self.leases[place]
@@ -8039,8 +8023,8 @@ class Bill:
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int,
                       reserve: int) -> int:
-        """Reserves before anything is sent. `wanted` is the client's max_output_tokens, 0 for none. The cap that must be
-        sent upstream: 0 where it stays as it is, less where the money is only enough for so much. Exceeded says no."""
+        """Reserves before anything is sent; `wanted` is the client's max_output_tokens, 0 for none. Returns the cap that must
+        be sent upstream where the money is enough for no more, 0 where it is. Exceeded says no."""
         if not self.limits:
             return 0
         prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
@@ -8082,8 +8066,8 @@ class Bill:
         self.reserved_output += output
 
     async def cover(self, written: int) -> bool:
-        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Where the cap
-        is reserved it should not have to: but a budget for thoughts comes on top of it, and some servers know no cap."""
+        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
+        exceed the cap, and some servers ignore it."""
         if not self.limits:
             return True
         while written // 4 + (0 if 0 < self.cap <= self.reserved_output else RESERVED_STEP // 2) > self.reserved_output:
@@ -8101,7 +8085,7 @@ class Bill:
         return True
 
     def lose(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
-        """A line for an attempt after which another target is tried, if its provider will bill it."""
+        """A line for an attempt that was given up, if its provider will bill it."""
         if usage.input or usage.output:
             charge = self.charge(provider, model, usage)
             self.lines.append(Line(response_id=self.response_id, attempt=attempt, error_code=error_code, **charge))
@@ -8213,8 +8197,7 @@ def account_named(ledger: Ledger, name: str) -> int:
 
 
 def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float) -> str:
-    """A top-up, or with a reason an adjustment: which of them. Entries are only ever added: a mistake is put right by
-    another."""
+    """A top-up, or with a reason an adjustment: which of them."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:
@@ -8250,7 +8233,7 @@ def month_bounds(text: str) -> tuple[int, int]:
 
 
 def statement_rows(db: Ledger | sqlite3.Connection, account_id: int, first_day: int, last_day: int) -> JSON:
-    """An account's month: its balance before, its credit entries, its charges by model, and the balance after."""
+    """An account's month: balance before, credit entries, charges by model, balance after."""
     entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in db.execute(
         "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
         (account_id, (last_day + 1) * 86400))]
@@ -8272,7 +8255,7 @@ def apportion(parts: Sequence[int], unit: int) -> list[int]:
 
 
 def verify(ledger: Ledger) -> tuple[int, list[str]]:
-    """(lines checked, what is wrong): each cost again from its price, the daily sums from the rows, the file's own check."""
+    """(lines checked, what is wrong): costs against prices, daily sums against rows, the file's own check."""
     wrong, checked = [], 0
     for table in ("usage", "attempts"):
         for response_id, price, multiplier, nanos, *counts in ledger.execute(
@@ -8315,8 +8298,8 @@ def export_rows(ledger: Ledger, first_day: int) -> Iterator[JSON]:
 
 
 def prune(ledger: Ledger, before_day: int) -> int:
-    """Removes the lines of whole days but the newest line: the ids go on behind it, which the overview and the live feed count
-    by. The daily sums, and with them every balance, stay."""
+    """Removes the lines of whole days, but the newest: the overview and the live feed count by ids, which go on behind it.
+    The daily sums stay, and with them every balance."""
     gone = 0
     while removed := ledger.write("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? AND id < "
                                   "(SELECT max(id) FROM usage) LIMIT 5000)",
@@ -8329,8 +8312,8 @@ def prune(ledger: Ledger, before_day: int) -> int:
 
 # --- 8.10 what the dashboard reads ----------------------------------------------------------------
 #
-# On a thread and a connection of its own, since a question about 100,000 rows may take a tenth of a second: streams must
-# not wait for it. `key_id` narrows each answer to one key, for its holder; 0 is every key.
+# On its own thread and connection: streams must not wait for a question about 100,000 rows. `key_id` narrows each answer to
+# one key, for its holder; 0 is every key.
 
 RESULT = """CASE WHEN status IN ('failed', 'cancelled') THEN status WHEN terminal_by = 'gateway' THEN 'ended by gateway'
     WHEN attempts > 1 THEN 'failed over' ELSE status END"""
@@ -8374,8 +8357,8 @@ def only(key_id: int) -> str:
     return f" AND key_id = {int(key_id)}" if key_id else ""
 
 
-# The overview reads sums of half hours, for a walk over 100,000 rows takes half a second. They are made off the path of
-# requests, some hundred rows at a time; the few rows that are not in them yet are summed when they are asked for.
+# The overview reads sums of half hours: a walk over 100,000 rows takes half a second. Rows are added to them some hundred at
+# a time, off the path of requests; those not yet in them are summed when asked for.
 
 HALF_HOUR_MS = 1_800_000
 ROLL_ROWS, ROLL_AT_ONCE = 500, 5000
@@ -8387,8 +8370,8 @@ DIMENSIONS = {"provider": "provider", "model": "model", "key": "key_id", "endpoi
 
 
 def sum_queries(db: sqlite3.Connection, groups: Sequence[str], names: Sequence[str], where: str) -> list[str]:
-    """What sums usage rows by columns; and what sums the attempts that were given up: those add their cost, at their own
-    provider, and have no result."""
+    """What sums usage rows by columns, and what sums attempts that were given up: those add their cost, at their own
+    provider."""
     by = ", ".join(map(str, range(1, len(groups) + 1)))
     queries = [f"SELECT {', '.join([*groups, *map(ROW_SUMS.__getitem__, names)])} FROM usage WHERE {where} GROUP BY {by}"]
     if "cost_nanos" in names and RESULT not in groups and db.execute("SELECT 1 FROM attempts LIMIT 1").fetchone():
@@ -8406,7 +8389,7 @@ def sum_rows(db: sqlite3.Connection, groups: Sequence[str], names: Sequence[str]
 
 
 def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
-    """Adds new rows to the sums of their half hours, when there are enough of them. Within a transaction."""
+    """Adds new rows to the sums of half hours, when there are enough. Within a transaction."""
     last = last_row_id(db)
     done = rolled_up(db)
     if last - done < least:
@@ -8420,14 +8403,14 @@ def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
 
 
 def rolled_up(db: sqlite3.Connection) -> int:
-    """The last row that is in the sums of its half hour; 0 where that is gone, for then ids begin anew."""
+    """The last row in the sums of half hours; 0 where that is gone, for then ids begin anew."""
     done = int(db.execute("SELECT coalesce(max(value), 0) FROM settings WHERE name = 'rolled_up'").fetchone()[0])
     return done if done <= last_row_id(db) else 0
 
 
 def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, until_ms: int, key_id: int
           ) -> list[tuple[int, str, dict[str, int]]]:
-    """(step, name, sums) of a stretch of time that begins and ends with a half hour, apart by one dimension."""
+    """(step, name, sums) by one dimension; the time begins and ends with a half hour."""
     sums, done = ", ".join(f"sum({name})" for name in PART_SUMS), rolled_up(db)
     rows = db.execute(f"SELECT (half * {HALF_HOUR_MS} - ?) / ?, name, {sums} FROM halfhours WHERE key_id = ? AND dimension = ? "
                       "AND half >= ? AND half < ? GROUP BY 1, 2",
@@ -8456,7 +8439,7 @@ def percentiles(values: Iterable[int]) -> list[int]:
 
 
 def overview(db: sqlite3.Connection, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
-    """All that the overview shows of `slots` steps from a time on; all of them begin with a half hour."""
+    """What the overview shows of `slots` steps; each begins with a half hour."""
     since_ms -= since_ms % HALF_HOUR_MS
     length_ms, now_ms = step_ms * slots, int(now_s * 1000)
 
@@ -8509,7 +8492,7 @@ def time_series(rows: Iterable[tuple[int, str, dict[str, int]]], slots: int) -> 
 
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]]:
-    """The condition of a filtered log and its values. An unknown filter, or no number where one belongs: BadRequest."""
+    """The condition of a filtered log and its values; BadRequest for a filter that is none."""
     where, values = ["1" + only(key_id)], []
     for name, text in filters.items():
         if (name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text)
@@ -8555,7 +8538,7 @@ def one_request(db: sqlite3.Connection, response_id: str, key_id: int) -> tuple[
 
 
 def key_rows(db: Ledger | sqlite3.Connection, now_s: float) -> list[JSON]:
-    """Every key with what it has spent in its period, this month, and when it was last used; newest first."""
+    """Every key with what it has spent in its period and this month, and its last use; newest first."""
     spent = {period: spent_nanos(db, "key_id", period_bounds(period, now_s)[0]) for period in PERIODS}
     last = dict(db.execute("SELECT key_id, max(last_ms) FROM daily GROUP BY 1"))
     keys = [Key(*row) for row in db.execute(SELECT_KEYS + " ORDER BY keys.revoked_s > 0, keys.id DESC")]
@@ -8574,15 +8557,15 @@ def month_budget(db: sqlite3.Connection, now_s: float) -> int:
 
 
 def csv_line(cells: Iterable[object]) -> str:
-    """One line of CSV. Text that a spreadsheet would take for a formula is set apart: also behind a semicolon, at which many
-    a country's spreadsheet parts its cells."""
+    """One line of CSV. An apostrophe before what a spreadsheet would take for a formula, also behind a semicolon: many
+    countries' spreadsheets split cells there."""
     texts = (re.sub(r'(^|;"*)(?=[=+@-])', r"\1'", cell) if isinstance(cell, str) else str(cell) for cell in cells)
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
 
 
 # --- 8.11 who is logged in to the dashboard --------------------------------------------------------
 #
-# In the database, since any process of this machine may be asked. Only digests are stored, as of keys.
+# In the database, since any process may be asked. Only digests are stored.
 
 SESSION_S = 12 * 3600           # a working day
 LOGIN_LINK_S = 600
@@ -8604,7 +8587,7 @@ def find_session(ledger: Ledger, token: str, now_s: float) -> tuple[str, int] | 
 
 
 def use_login_link(ledger: Ledger, token: str, now_s: float) -> bool:
-    """Whether it was good: it is so once, whichever process is asked. A guess locks nothing."""
+    """Whether it was good: it is so once. A guess locks nothing."""
     found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), now_s)
     return bool(ledger.read(f"SELECT 1 {found}", values)) and ledger.write(f"DELETE {found}", values) == 1
 

@@ -7006,21 +7006,24 @@ SAME_TROUBLE = {            # errors of the system that mean the same
 }
 
 
-def database_trouble(name: str, error: Exception) -> LedgerError:
-    """What went wrong with the database file `name` (without its folder), as a sentence."""
+def database_trouble(path: str, error: Exception) -> LedgerError:
+    """What went wrong with a database file, whose folder is not told."""
     if isinstance(error, OSError):
         code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
     else:
         code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
-    return LedgerError(f"The database {name} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
+    return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
 @contextlib.contextmanager
 def database_errors(path: str) -> Iterator[None]:
+    """All but what breaks a rule of a table, which is the caller's to word."""
     try:
         yield
+    except sqlite3.IntegrityError:
+        raise
     except (sqlite3.Error, OSError) as error:
-        raise database_trouble(os.path.basename(path), error) from error
+        raise database_trouble(path, error) from error
 
 
 def open_database(path: str, durability: str) -> sqlite3.Connection:
@@ -7267,7 +7270,6 @@ class Ledger:
 
     def __init__(self, path: str, durability: str, db: sqlite3.Connection,
                  writer: sqlite3.Connection) -> None:
-        self.name = os.path.basename(path)
         self.healthy = True
         self._path, self._durability = path, durability
         self._db = db                       # keys and reading, on the caller's thread
@@ -7349,12 +7351,14 @@ class Ledger:
             self._refresh_keys(now_s)
         key = self._keys.get(digest)
         if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
-            raise unauthorized(explain_bad_key(header))
-        if key.revoked_s:
-            raise unauthorized(f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}.")
-        if key.expires_s and now_s >= key.expires_s:
-            raise unauthorized(f"Key {key.name} expired on {utc_minute(key.expires_s)}.")
-        return key
+            reason = explain_bad_key(header)
+        elif key.revoked_s:
+            reason = f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}."
+        elif key.state(now_s) == "expired":
+            reason = f"Key {key.name} expired on {utc_minute(key.expires_s)}."
+        else:
+            return key
+        raise unauthorized(reason)
 
     def _refresh_keys(self, now_s: float) -> None:
         """Reads the keys again if any process changed one. One row is looked at: about 6 us."""
@@ -7373,7 +7377,7 @@ class Ledger:
         except (sqlite3.Error, OSError) as error:
             if self._keys_revision < 0:
                 raise
-            before, self.trouble = self.trouble, str(database_trouble(self.name, error))
+            before, self.trouble = self.trouble, str(database_trouble(self._path, error))
             if self.trouble != before:
                 log.error("%s The keys stay as they were; what is written may be lost. Restart on a sound file.", self.trouble)
 
@@ -7435,7 +7439,7 @@ class Ledger:
         self._journal.write(journal_line(row))
         if self._journal.power:
             if self._syncing is None:
-                self._syncing = asyncio.get_running_loop().create_task(self._sync_all())
+                self._syncing = asyncio.create_task(self._sync_all())
             await asyncio.shield(self._syncing)
 
     async def _sync_all(self) -> None:
@@ -7450,13 +7454,13 @@ class Ledger:
 
     def _sicken(self, error: Exception) -> None:
         if self.healthy:
-            log.error("%s New requests get 503 until it can be written.", database_trouble(self.name, error))
+            log.error("%s New requests get 503 until it can be written.", database_trouble(self._path, error))
         self.healthy = False
         self._save_soon()
 
     def _save_soon(self) -> None:
         if self._saving is None and self._journal is not None:
-            self._saving = asyncio.get_running_loop().create_task(self._save())
+            self._saving = asyncio.create_task(self._save())
 
     async def _save(self) -> None:
         """Moves settled rows to the table until none is left and all is well."""
@@ -7470,14 +7474,14 @@ class Ledger:
                     await loop.run_in_executor(self._pool, insert_entries, self._writer, batch, charges)
                     for entry in batch:
                         del self._unsaved[entry.response_id]
-                    self.budgets.saved([entry.response_id for entry in batch])
+                        self.budgets.saved(entry.response_id)
                     await self._renew_journal()
                 except (sqlite3.Error, OSError) as error:
                     self._sicken(error)
                     delay_s = RETRY_S
                 else:
                     if not self.healthy:
-                        log.warning("The database %s can be written again.", self.name)
+                        log.warning("The database %s can be written again.", os.path.basename(self._path))
                     self.healthy, delay_s = True, SAVE_AFTER_S
         finally:
             self._saving = None
@@ -7513,7 +7517,7 @@ class Ledger:
                 self._unsaved.clear()
                 self._writer.execute("DELETE FROM leases WHERE slot = 0 AND process = ?", (self.budgets.process,))
             except sqlite3.Error as error:
-                log.error("%s %d rows stay in the journal.", database_trouble(self.name, error), len(self._unsaved))
+                log.error("%s %d rows stay in the journal.", database_trouble(self._path, error), len(self._unsaved))
             if self._open or self._unsaved:
                 os.close(journal.fd)
             else:
@@ -7546,13 +7550,9 @@ class Ledger:
             yield from self._db.execute(sql, values)
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """How many rows a statement changed. IntegrityError is the caller's to word."""
-        try:
+        """How many rows a statement changed."""
+        with database_errors(self._path):
             return self._db.execute(sql, values).rowcount
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.Error as error:
-            raise database_trouble(self.name, error) from error
 
     def backup(self, path: str) -> None:
         """A whole copy while servers run; a file that is there is not overwritten."""
@@ -7564,7 +7564,7 @@ class Ledger:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, function, self._writer, *arguments)
         except (sqlite3.Error, OSError, RuntimeError) as error:     # RuntimeError: closed in the meantime
-            log.error("%s", database_trouble(self.name, error))
+            log.error("%s", database_trouble(self._path, error))
             raise self._unwell() from error
 
 
@@ -7638,20 +7638,11 @@ class Tariff(NamedTuple):
             text = changed if started_ms >= day * DAY_MS else text
         if self.over and input_tokens > self.over:
             text = self.long
-        for tier in (tiers + " peak" * in_peak(started_ms)).split():
+        beijing_day = (started_ms + 8 * 3_600_000) // DAY_MS
+        peak = started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5     # day 0 was a Thursday
+        for tier in (tiers + " peak" * peak).split():
             text = scaled(text, self.factors[tier]) if tier in self.factors else text
         return text
-
-
-def in_peak(started_ms: int) -> bool:
-    beijing_day = (started_ms + 8 * 3_600_000) // DAY_MS
-    return started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5     # day 0 was a Thursday
-
-
-@functools.cache
-def builtin_tariffs() -> dict[str, Tariff]:
-    """The built-in table, parsed when it is first asked for."""
-    return {name: builtin_tariff(name, columns[2:]) for name, columns in model_rows()}
 
 
 def model_rows() -> Iterator[tuple[str, list[str]]]:
@@ -7663,16 +7654,22 @@ def model_rows() -> Iterator[tuple[str, list[str]]]:
             provider = names
 
 
-def builtin_tariff(name: str, words: list[str]) -> Tariff:
-    words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
-    factors = dict(word.split("=") for word in words if "=" in word)
-    prices = [word for word in words if "=" not in word]
-    base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
-    steps = {kind: scaled(base, factors.pop(kind)) for kind in [*factors] if kind.startswith(("over", "from"))}
-    over = max([int(kind[4:]) for kind in steps if kind.startswith("over")], default=0)
-    long = steps.pop(f"over{over}", "")
-    changes = tuple((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price) for kind, price in steps.items())
-    return Tariff(base, over, long, changes, factors, factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}")
+@functools.cache
+def builtin_tariffs() -> dict[str, Tariff]:
+    """The built-in table, parsed when it is first asked for."""
+    tariffs = {}
+    for name, (_, _, *words) in model_rows():
+        words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
+        factors = dict(word.split("=") for word in words if "=" in word)
+        prices = [word for word in words if "=" not in word]
+        base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
+        steps = {kind: scaled(base, factors.pop(kind)) for kind in [*factors] if kind.startswith(("over", "from"))}
+        over = max([int(kind[4:]) for kind in steps if kind.startswith("over")], default=0)
+        long = steps.pop(f"over{over}", "")
+        changes = tuple((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price) for kind, price in steps.items())
+        ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
+        tariffs[name] = Tariff(base, over, long, changes, factors, ends, source)
+    return tariffs
 
 
 EPOCH = datetime.date(1970, 1, 1).toordinal()
@@ -7777,6 +7774,9 @@ class Limit(NamedTuple):
     slot: int = 0           # of a rate: when it began, Unix time
 
 
+Needs = Sequence[tuple[Limit, int]]
+
+
 @dataclass(eq=False)
 class Exceeded(Exception):
     """A limit has no room for what was asked."""
@@ -7828,7 +7828,7 @@ def expiry(limit: Limit, now_s: float) -> float:
     return limit.slot + RATE_SLOT_S + RATE_S if limit.slot else now_s + LEASE_S
 
 
-def grant(db: sqlite3.Connection, path: str, process: str, wants: Sequence[tuple[Limit, int]],
+def grant(db: sqlite3.Connection, path: str, process: str, wants: Needs,
           now_s: float) -> list[tuple[int, int, float]]:
     """For each want (granted, room left, seconds until there may be room): it in full and a slice more, or nothing."""
     if db.execute("SELECT 1 FROM leases WHERE expires_s <= ? AND slot = 0", (now_s,)).fetchone() and sys.platform != "win32":
@@ -7858,7 +7858,7 @@ def rate_wait(db: sqlite3.Connection, limit: Limit, lacking: int, now_s: float) 
     return float(RATE_S)
 
 
-def renew_leases(db: sqlite3.Connection, process: str, rows: Sequence[tuple[Limit, int]], now_s: float) -> None:
+def renew_leases(db: sqlite3.Connection, process: str, rows: Needs, now_s: float) -> None:
     with transaction(db):
         db.executemany(LEASE_EXACTLY, [(limit.meter, limit.slot, process, amount, expiry(limit, now_s))
                                        for limit, amount in rows])
@@ -7880,7 +7880,7 @@ class Budgets:
     def lease(self, limit: Limit) -> Lease:
         return self.leases.setdefault((limit.meter, limit.slot), (limit, Lease()))[1]
 
-    async def take(self, needs: Sequence[tuple[Limit, int]]) -> None:
+    async def take(self, needs: Needs) -> None:
         """All of them, or Exceeded and none."""
         if any(need > lease.held - lease.taken for limit, need in needs for lease in [self.lease(limit)]):
             async with self.lock:           # meanwhile another's slice may have made room
@@ -7891,7 +7891,7 @@ class Budgets:
             lease.taken += need
             lease.touched_s = now_s
 
-    async def _lease_more(self, needs: Sequence[tuple[Limit, int]]) -> None:
+    async def _lease_more(self, needs: Needs) -> None:
         lacking, spares = [], []
         for limit, need in needs:
             lease = self.lease(limit)
@@ -7917,7 +7917,7 @@ class Budgets:
                 spare = lease.held - lease.taken
                 refused.append(Exceeded(limit, room + spare, need + spare, wait_s))
         if self.tending is None:
-            self.tending = asyncio.get_running_loop().create_task(self._tend())
+            self.tending = asyncio.create_task(self._tend())
         if refused:
             raise refused[0]
 
@@ -7930,13 +7930,12 @@ class Budgets:
         return [(nanos, limit.meter, self.process) for response_id in response_ids
                 for limit, nanos in self.charged.get(response_id, ())]
 
-    def saved(self, response_ids: Iterable[str]) -> None:
-        """Those rows are in the sums now."""
-        for response_id in response_ids:
-            for limit, nanos in self.charged.pop(response_id, ()):
-                lease = self.lease(limit)
-                lease.taken -= nanos
-                lease.held = max(lease.held - nanos, 0)
+    def saved(self, response_id: str) -> None:
+        """Its row is in the sums now."""
+        for limit, nanos in self.charged.pop(response_id, ()):
+            lease = self.lease(limit)
+            lease.taken -= nanos
+            lease.held = max(lease.held - nanos, 0)
 
     async def _tend(self) -> None:
         try:
@@ -8151,6 +8150,9 @@ def quota_sentence(ledger: Ledger, key: Key, no: Exceeded, now_s: float) -> str:
 
 # --- 8.8 accounts and credit ----------------------------------------------------------------------
 
+Database = Ledger | sqlite3.Connection      # what answers queries on its caller's thread
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     id: int
@@ -8175,15 +8177,14 @@ def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | 
         raise BadRequest(f"There is an account named {name} already.", param="name") from None
 
 
-def list_accounts(db: Ledger | sqlite3.Connection, now_s: float) -> list[Account]:
+def list_accounts(db: Database, now_s: float) -> list[Account]:
     credit = dict(db.execute("SELECT account_id, sum(nanos) FROM credits GROUP BY 1"))
     spent, month = spent_nanos(db, "account_id", 0), spent_nanos(db, "account_id", period_bounds("month", now_s)[0])
     accounts = db.execute("SELECT id, name, prepaid, limit_nanos, multiplier, created_s FROM accounts ORDER BY id")
     return [Account(*row, *(sums.get(row[0], 0) for sums in (credit, spent, month))) for row in accounts]
 
 
-def spent_nanos(db: Ledger | sqlite3.Connection, column: str, first_day: int, end_day: int = MAX_NUMBER
-                ) -> dict[int, int]:
+def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER) -> dict[int, int]:
     """What was spent in some days, by a column of the daily sums."""
     return dict(db.execute(f"SELECT {column}, sum(cost_nanos) FROM daily WHERE day >= ? AND day < ? GROUP BY 1",
                            (first_day, end_day)))
@@ -8216,8 +8217,7 @@ REPORT_BY: dict[str, str] = {           # --by -> the column of `daily`, or the 
 }
 
 
-def usage_report(db: Ledger | sqlite3.Connection, by: str, first_day: int, last_day: int, account_id: int = 0
-                 ) -> list[JSON]:
+def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
     """The sums of some days by one column, the dearest first (days in order). Reads daily sums only."""
     order = "1" if by == "day" else "cost_nanos DESC, requests DESC, 1"
     sums = ", ".join(f"sum({name}) AS {name}" for name in SUMS)
@@ -8232,7 +8232,7 @@ def month_bounds(text: str) -> tuple[int, int]:
     return first, after - 1
 
 
-def statement_rows(db: Ledger | sqlite3.Connection, account_id: int, first_day: int, last_day: int) -> JSON:
+def statement_rows(db: Database, account_id: int, first_day: int, last_day: int) -> JSON:
     """An account's month: balance before, credit entries, charges by model, balance after."""
     entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in db.execute(
         "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
@@ -8366,6 +8366,7 @@ PART_SUMS = ("requests", "input", "cached", "cache_write", "output", "reasoning"
 ROW_SUMS = {**{name: f"sum({name})" for name in PART_SUMS}, "requests": "count(*)", "failed": "sum(status = 'failed')",
             "unpriced": "sum(price = '' AND input + output > 0)", "saved_nanos": "sum(saved_nanos(price, cached))",
             "last_id": "max(id)"}
+Sums = collections.Counter[str]
 DIMENSIONS = {"provider": "provider", "model": "model", "key": "key_id", "endpoint": "endpoint", "result": RESULT}
 
 
@@ -8409,8 +8410,8 @@ def rolled_up(db: sqlite3.Connection) -> int:
 
 
 def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, until_ms: int, key_id: int
-          ) -> list[tuple[int, str, dict[str, int]]]:
-    """(step, name, sums) by one dimension; the time begins and ends with a half hour."""
+          ) -> dict[tuple[int, str], Sums]:
+    """(step, name) -> sums by one dimension; the time begins and ends with a half hour."""
     sums, done = ", ".join(f"sum({name})" for name in PART_SUMS), rolled_up(db)
     rows = db.execute(f"SELECT (half * {HALF_HOUR_MS} - ?) / ?, name, {sums} FROM halfhours WHERE key_id = ? AND dimension = ? "
                       "AND half >= ? AND half < ? GROUP BY 1, 2",
@@ -8419,7 +8420,10 @@ def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, u
     rows += sum_rows(db, ("(started_ms - ?) / ?", DIMENSIONS[dimension]), PART_SUMS,
                      f"id > ? AND +started_ms >= ? AND +started_ms < ?{only(key_id)}",
                      (since_ms, step_ms, done, since_ms, until_ms))
-    return [(slot, name, dict(zip(PART_SUMS, numbers))) for slot, name, *numbers in rows]
+    found: dict[tuple[int, str], Sums] = {}
+    for slot, name, *numbers in rows:
+        found.setdefault((slot, str(name)), Sums()).update(dict(zip(PART_SUMS, numbers)))
+    return found
 
 
 LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
@@ -8443,8 +8447,10 @@ def overview(db: sqlite3.Connection, since_ms: int, step_ms: int, slots: int, no
     since_ms -= since_ms % HALF_HOUR_MS
     length_ms, now_ms = step_ms * slots, int(now_s * 1000)
 
-    def sums(dimension: str, start_ms: int, end_ms: int) -> dict[str, collections.Counter[str]]:
-        return by_name(parts(db, dimension, start_ms, length_ms, end_ms, key_id))
+    def sums(dimension: str, start_ms: int, end_ms: int) -> list[tuple[str, Sums]]:
+        found = parts(db, dimension, start_ms, length_ms, end_ms, key_id)
+        return sorted([(name, each) for (_, name), each in found.items()],
+                      key=lambda pair: (-pair[1]["cost_nanos"], -pair[1]["requests"]))
     by = {dimension: sums(dimension, since_ms, since_ms + length_ms) for dimension in ("model", "key", "endpoint", "result")}
     times = latencies(db, since_ms, key_id)
     names = {str(key): name for key, name in db.execute("SELECT id, name FROM keys")}
@@ -8453,42 +8459,32 @@ def overview(db: sqlite3.Connection, since_ms: int, step_ms: int, slots: int, no
     spent = [nanos for key, nanos in spent_nanos(db, "key_id", first_day).items() if key_id in (0, key)]
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
-        "totals": added(by["endpoint"].values()),
-        "before_nanos": added(sums("endpoint", before_ms, before_ms + passed_ms).values())["cost_nanos"],
+        "totals": added(each for _, each in by["endpoint"]),
+        "before_nanos": sum(each["cost_nanos"] for _, each in sums("endpoint", before_ms, before_ms + passed_ms)),
         "month": {"spent_nanos": sum(spent), "first_day": first_day, "next_day": next_day,
                   "budget_nanos": 0 if key_id else month_budget(db, now_s)},
         "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
         "total_ms": percentiles(total_ms for _, _, total_ms in times),
         "series": time_series(parts(db, "provider", since_ms, step_ms, since_ms + length_ms, key_id), slots),
         "by": {dimension: [{"name": names.get(name, "") if dimension == "key" else name, **each}
-                           for name, each in found.items()] for dimension, found in by.items()},
+                           for name, each in found] for dimension, found in by.items()},
     }
 
 
-def by_name(rows: Iterable[tuple[int, str, dict[str, int]]]) -> dict[str, collections.Counter[str]]:
-    """name -> sums, the most expensive first."""
-    found: dict[str, collections.Counter[str]] = {}
-    for _, name, sums in rows:
-        found.setdefault(str(name), collections.Counter()).update(sums)
-    return dict(sorted(found.items(), key=lambda each: (-each[1]["cost_nanos"], -each[1]["requests"])))
-
-
-def added(rows: Iterable[Mapping[str, int]], names: Iterable[str] = PART_SUMS) -> collections.Counter[str]:
+def added(rows: Iterable[Mapping[str, int]], names: Iterable[str] = PART_SUMS) -> Sums:
     total = collections.Counter(dict.fromkeys(names, 0))
     for row in rows:
         total.update(row)
     return total
 
 
-def time_series(rows: Iterable[tuple[int, str, dict[str, int]]], slots: int) -> list[JSON]:
-    """One a provider."""
-    series: dict[str, JSON] = {}
-    for slot, name, sums in rows:
-        lines = series.setdefault(name, {"name": name, **{each: [0] * slots for each in ("cost_nanos", "requests", "tokens")}})
-        for each, value in (("cost_nanos", sums["cost_nanos"]), ("requests", sums["requests"]),
-                            ("tokens", sums["input"] + sums["output"])):
-            lines[each][slot] += value
-    return list(series.values())
+def time_series(sums: Mapping[tuple[int, str], Mapping[str, int]], slots: int) -> list[JSON]:
+    """One a name."""
+    def line(name: str, *columns: str) -> list[int]:
+        cells = [sums.get((slot, name), {}) for slot in range(slots)]
+        return [sum(cell.get(column, 0) for column in columns) for cell in cells]
+    return [{"name": name, "cost_nanos": line(name, "cost_nanos"), "requests": line(name, "requests"),
+             "tokens": line(name, "input", "output")} for name in dict.fromkeys(name for _, name in sums)]
 
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]]:
@@ -8537,7 +8533,7 @@ def one_request(db: sqlite3.Connection, response_id: str, key_id: int) -> tuple[
     return (rows[0], [dict(zip(Line._fields, line)) for line in lost]) if rows else None
 
 
-def key_rows(db: Ledger | sqlite3.Connection, now_s: float) -> list[JSON]:
+def key_rows(db: Database, now_s: float) -> list[JSON]:
     """Every key with what it has spent in its period and this month, and its last use; newest first."""
     spent = {period: spent_nanos(db, "key_id", period_bounds(period, now_s)[0]) for period in PERIODS}
     last = dict(db.execute("SELECT key_id, max(last_ms) FROM daily GROUP BY 1"))

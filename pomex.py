@@ -64,6 +64,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "wi
 
 import argparse
 import asyncio
+import asyncio.staggered
 import base64
 import bisect
 import collections
@@ -8606,6 +8607,7 @@ def key_of_id(ledger: Ledger, key_id: int, now_s: float) -> Key | None:
 
 READ_BYTES = 2**18          # kept ahead of who takes it; 256 KiB reads of big bodies cost 42 % less than 64
 WRITE_HIGH_BYTES = 2**18    # unsent bytes before the writer of a connection waits: a burst of 1,000 events
+HAPPY_EYEBALLS_S = 0.25     # before the next address of a name is tried beside the last (RFC 8305 5)
 POOL_IDLE_S = 30.0          # shorter than the idle limits of common fronts (nginx 75 s, AWS and Azure 60 s)
 POOL_SIZE = 256             # idle connections of one origin; what a burst of streams makes more is closed
 INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: gzip's 1032:1 makes at most 16 MiB of them
@@ -8618,17 +8620,12 @@ class Expired(Exception):
 
 
 class Wire(asyncio.Protocol):
-    """One TCP or TLS connection, either side, in the manner of a stream: bounded both ways, one deadline.
-
-    asyncio's streams do the same for 40 % more CPU a request (20 us against 14 as a server of small answers),
-    and need a task of their own to see the peer leave. One task at a time waits in a Wire.
-    """
+    """One TCP or TLS connection, either side: bounded both ways, with one deadline; one task at a time waits in it. asyncio's
+    streams take 40 % more CPU a request, and a task of their own to see the peer leave."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport       # comes with connection_made
-        self.pieces: list[bytes] = []           # what has come and was not taken
-        self.held = 0                           # its size
         self.ended = False                      # nothing more will come
         self.lost = False                       # nothing can be sent either
         self.fault: Exception | None = None     # why it was lost, if not by a clean end
@@ -8646,13 +8643,6 @@ class Wire(asyncio.Protocol):
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         with contextlib.suppress(OSError):      # asyncio leaves out what socket.create_server accepts
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def data_received(self, data: bytes) -> None:
-        self.pieces.append(data)
-        self.held += len(data)
-        if self.held > READ_BYTES:
-            self.transport.pause_reading()
-        self.wake()
 
     def eof_received(self) -> None:
         self.ended = True
@@ -8690,33 +8680,6 @@ class Wire(asyncio.Protocol):
             limit, self.expired = self.expired, ""
             raise Expired(limit)
 
-    async def read(self) -> bytes:
-        """All that has come; b"" at the end. An OSError when the connection broke."""
-        while not self.pieces:
-            if self.fault is not None:
-                raise self.fault
-            if self.ended:
-                return b""
-            await self.change()
-        return self.take()
-
-    def take(self) -> bytes:
-        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
-        self.pieces.clear()
-        if self.held > READ_BYTES:
-            self.transport.resume_reading()
-        self.held = 0
-        return data
-
-    async def fill(self, reader: ResponseReader) -> bool:
-        """What comes next goes into the reader; False at the end, which it is told of."""
-        data = await self.read()
-        if data:
-            reader.feed(data)
-        else:
-            reader.feed_eof()
-        return bool(data)
-
     async def drain(self) -> None:
         while self.choked and not self.lost:
             await self.change()
@@ -8749,12 +8712,44 @@ class Wire(asyncio.Protocol):
         self.transport.abort()
 
 
-class Link(Wire):
-    """A Wire to a provider, with the reader of its answers."""
+class UpstreamConnection(Wire):
+    """A connection to a provider, with the reader of its answers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reader = ResponseReader()
+        self.pieces: list[bytes] = []           # received, and not yet read
+        self.held = 0                           # their size
+        self.answered = False                   # a byte of the answer has come
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append(data)
+        self.held += len(data)
+        if self.held > READ_BYTES:
+            self.transport.pause_reading()
+        self.wake()
+
+    def take(self) -> bytes:
+        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces.clear()
+        if self.held > READ_BYTES:
+            self.transport.resume_reading()
+        self.held = 0
+        return data
+
+    async def next(self) -> ResponseHead | bytes | Signal:
+        """The next part of the answer. Expired at the deadline, an OSError when the connection broke."""
+        while (part := self.reader.next()) is NEED_DATA:
+            while not (self.pieces or self.ended):
+                await self.change()
+            if self.pieces:
+                self.reader.feed(self.take())
+                self.answered = True
+            elif self.fault is not None:
+                raise self.fault
+            else:
+                self.reader.feed_eof()
+        return part
 
 
 class LinkError(UpstreamError):
@@ -8855,7 +8850,7 @@ def failure_text(error: BaseException) -> str:
         return error.verify_message or "the certificate is not valid"
     if isinstance(error, ssl.SSLError):
         return (error.reason or "failed").replace("_", " ").lower()
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, UnicodeError)):
         return "the name cannot be resolved"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
@@ -8868,16 +8863,15 @@ OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAD
 
 class Exchange:
     """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
-    __slots__ = ("upstream", "provider", "origin", "status", "headers", "wire", "keep_alive", "answered",
-                 "finished", "total_due", "idle_due", "paused_since", "inflater", "packed")
+    __slots__ = ("upstream", "provider", "origin", "status", "headers", "wire", "keep_alive", "finished",
+                 "total_due", "idle_due", "paused_since", "inflater", "packed")
 
     def __init__(self, upstream: Upstream, provider: ProviderConfig, origin: Origin) -> None:
         self.upstream, self.provider, self.origin = upstream, provider, origin
         self.status = 0
         self.headers = NO_HEADERS
-        self.wire: Link | None = None           # None after close()
+        self.wire: UpstreamConnection | None = None     # None after close()
         self.keep_alive = False
-        self.answered = False                   # a byte of the answer has come
         self.finished = False                   # the body was read to its end
         self.total_due = asyncio.get_running_loop().time() + provider.total_timeout_s
         self.idle_due = 0.0                     # when the silence inside the answer has been too long
@@ -8885,51 +8879,38 @@ class Exchange:
         self.inflater: Inflater | None = None
         self.packed = b""                       # compressed bytes that were not inflated yet
 
-    # Every failure leaves by one of these two.
+    def failed(self, phase: str, error: Exception, sent: bool = True) -> LinkError:
+        """Closes the connection; the error that says where the exchange failed."""
+        if self.wire is not None:
+            self.wire.abort()
+        where = self.origin.authority
+        who, doing = f"Provider {self.provider.name} ({where})", PHASES[phase]
+        if isinstance(error, Expired):
+            limit_s = getattr(self.provider, str(error))
+            message = f"{who} took longer than {error} = {limit_s:g} s while {doing}."
+            return LinkTimeout(message, phase, sent, f"no answer in {limit_s:g} s", where)
+        reason = failure_text(untraced(error))
+        return LinkError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
-    @property
-    def who(self) -> str:
-        return f"Provider {self.provider.name} ({self.origin.authority})"
+    def deadline(self, limit: str, due: float) -> tuple[str, float]:
+        return (limit, due) if due < self.total_due else ("total_timeout_s", self.total_due)
 
-    def error(self, phase: str, reason: str, sent: bool = True) -> LinkError:
-        message = f"{self.who} failed while {PHASES[phase]}: {reason}."
-        return LinkError(message, phase, sent, reason.partition(";")[0], self.origin.authority)
-
-    def timeout(self, phase: str, limit: str, sent: bool = True) -> LinkTimeout:
-        seconds = getattr(self.provider, limit)
-        message = f"{self.who} took longer than {limit} = {seconds:g} s while {PHASES[phase]}."
-        return LinkTimeout(message, phase, sent, f"no answer in {seconds:g} s", self.origin.authority)
-
-    def arm(self, wire: Wire, limit: str, due: float) -> None:
-        if due < self.total_due:
-            wire.arm(limit, due)
-        else:
-            wire.arm("total_timeout_s", self.total_due)
-
-    async def next(self, wire: Link, phase: str) -> ResponseHead | bytes | Signal:
+    async def next(self, wire: UpstreamConnection, phase: str) -> ResponseHead | bytes | Signal:
         """The next part of the answer. Any failure, cancellation too, closes the socket at once."""
-        reader = wire.reader
         try:
-            part = reader.next() if self.answered else NEED_DATA
-            while part is NEED_DATA:
-                self.answered = await wire.fill(reader) or self.answered
-                part = reader.next()
-            return part
-        except BaseException as error:
-            unsent = wire.transport.get_write_buffer_size() > 0
+            return await wire.next()
+        except (Expired, OSError, ProtocolError) as error:
+            unsent = phase == "head" and wire.transport.get_write_buffer_size()
+            raise self.failed("send" if unsent else phase, error) from None
+        except BaseException:
             wire.abort()
-            phase = "send" if phase == "head" and unsent else phase
-            if isinstance(error, Expired):
-                raise self.timeout(phase, str(error)) from None
-            if isinstance(error, (OSError, ProtocolError)):
-                raise self.error(phase, failure_text(untraced(error))) from None
             raise
 
-    async def begin(self, wire: Link, method: str, request: bytes) -> None:
+    async def begin(self, wire: UpstreamConnection, method: str, request: bytes) -> None:
         """Sends the request and waits for the head of its answer."""
-        self.wire = wire
+        self.wire, wire.answered = wire, False
         wire.reader.start(method)
-        self.arm(wire, "first_byte_timeout_s", wire.loop.time() + self.provider.first_byte_timeout_s)
+        wire.arm(*self.deadline("first_byte_timeout_s", wire.loop.time() + self.provider.first_byte_timeout_s))
         wire.transport.write(request)
         head = await self.next(wire, "head")
         wire.disarm()
@@ -8937,16 +8918,12 @@ class Exchange:
         self.status, self.headers, self.keep_alive = head.status, head.headers, head.keep_alive
         coding = self.headers.get("content-encoding").lower()
         if 300 <= head.status < 400:
-            raise self.refuse(f"it answered {head.status}, a redirect; none is ever followed: check base_url")
+            redirect = f"it answered {head.status}, a redirect; none is ever followed: check base_url"
+            raise self.failed("head", ProtocolError(redirect))
         if coding in ("gzip", "x-gzip"):
             self.inflater = Inflater(coding)
         elif coding not in ("", "identity"):
-            raise self.refuse("it answered in a content-encoding that was not asked for")
-
-    def refuse(self, reason: str) -> LinkError:
-        if self.wire is not None:
-            self.wire.abort()
-        return self.error("head", reason)
+            raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
     async def read(self, heard: bool = True) -> bytes:
         """The next decoded piece of the body, all that has come; b"" at its clean end. Where the one before said something,
@@ -8957,34 +8934,34 @@ class Exchange:
         if heard:
             self.idle_due = now + self.provider.idle_timeout_s
             self.total_due += max(0.0, now - self.paused_since)
-        elif now >= min(self.total_due, self.idle_due):         # of a flood no wait is left to run into a deadline
-            wire.abort()
-            raise self.timeout("body", "idle_timeout_s" if self.idle_due < self.total_due else "total_timeout_s")
+        limit, due = self.deadline("idle_timeout_s", self.idle_due)
+        if now >= due and not heard:            # of a flood no wait is left to run into a deadline
+            raise self.failed("body", Expired(limit))
         try:
             return await self.piece(wire)
         finally:
             self.paused_since = wire.loop.time()
 
-    async def piece(self, wire: Link) -> bytes:
+    async def piece(self, wire: UpstreamConnection) -> bytes:
         while not self.finished:
             if self.packed:
-                if data := self.inflate(wire):
+                if data := self.inflate():
                     return data
                 continue
             if not wire.pieces:
-                self.arm(wire, "idle_timeout_s", self.idle_due)
+                wire.arm(*self.deadline("idle_timeout_s", self.idle_due))
             part = await self.next(wire, "body")
             wire.disarm()
             if not isinstance(part, bytes):
                 self.finished = True
-                self.inflate(wire)
+                self.inflate()
             elif self.inflater is None:
                 return part
             else:
                 self.packed = part
         return b""
 
-    def inflate(self, wire: Wire) -> bytes:
+    def inflate(self) -> bytes:
         """The next slice of `packed`, inflated; checks the whole at the end of the body."""
         if self.inflater is None:
             return b""
@@ -8995,8 +8972,7 @@ class Exchange:
                 return b""
             return self.inflater.feed(piece)
         except ProtocolError as error:
-            wire.abort()
-            raise self.error("body", failure_text(error)) from error
+            raise self.failed("body", error) from None
 
     async def read_all(self, max_bytes: int) -> bytes:
         """The whole body. A longer one is an error; an error answer is cut there, its status says enough."""
@@ -9006,7 +8982,7 @@ class Exchange:
             size += len(data)
             if size > max_bytes:
                 if self.status < 400:
-                    raise self.refuse(f"its answer is longer than {max_bytes} bytes")
+                    raise self.failed("head", ProtocolError(f"its answer is longer than {max_bytes} bytes"))
                 break
         return b"".join(pieces)[:max_bytes]
 
@@ -9023,7 +8999,7 @@ class Exchange:
             self.upstream.distrust(self.origin)
         wire.abort()
 
-    def at_end(self, wire: Link) -> bool:
+    def at_end(self, wire: UpstreamConnection) -> bool:
         """Has the whole answer come, and nothing behind it? A decoder may have stopped at the last event."""
         try:
             if not self.finished and wire.pieces:
@@ -9043,10 +9019,10 @@ class Upstream:
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.environ = dict(environ or {})
-        self.idle: dict[Origin, list[Link]] = {}        # the newest last, and taken first
+        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest last, and taken first
         self.places: dict[tuple[str, str, str], Place] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
-        self.lookups: dict[str, asyncio.Future[list[str] | OSError]] = {}      # of names, under way
+        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # of names, under way
         self.distrusted: set[Origin] = set()            # they sent more than was asked for: a connection a request
         self.closed = False
         self.secrets = re.compile(r"(?!)")              # that no provider may say
@@ -9073,7 +9049,7 @@ class Upstream:
             except LinkTimeout:
                 raise
             except LinkError:
-                if exchange.answered or not again():
+                if wire.answered or not again():
                     raise
         await exchange.begin(await self.connect(exchange), method, request)
         return exchange
@@ -9088,7 +9064,7 @@ class Upstream:
                 raise LinkError(message, "connect", sent=False) from None
         return self.places[key]
 
-    def take(self, origin: Origin) -> Link | None:
+    def take(self, origin: Origin) -> UpstreamConnection | None:
         """The newest idle connection that is still good: open, and silent since its last answer."""
         wires = self.idle.get(origin, [])
         while wires:
@@ -9110,7 +9086,7 @@ class Upstream:
         for wire in self.idle.pop(origin, []):
             wire.abort()
 
-    def keep(self, origin: Origin, wire: Link) -> None:
+    def keep(self, origin: Origin, wire: UpstreamConnection) -> None:
         wires = self.idle.setdefault(origin, [])
         if len(wires) >= POOL_SIZE:
             wires[:] = [other for other in wires if not other.ended]
@@ -9120,7 +9096,7 @@ class Upstream:
         wire.arm("idle", wire.loop.time() + POOL_IDLE_S)
         wires.append(wire)
 
-    async def connect(self, exchange: Exchange) -> Link:
+    async def connect(self, exchange: Exchange) -> UpstreamConnection:
         """A new connection, through a proxy and TLS where the origin says so, within connect_timeout_s."""
         origin, phase = exchange.origin, "connect"
         try:
@@ -9137,55 +9113,55 @@ class Upstream:
             return wire
         except (OSError, ProtocolError, ValueError) as error:
             if limit.expired():
-                raise exchange.timeout(phase, "connect_timeout_s", sent=False) from None
+                raise exchange.failed(phase, Expired("connect_timeout_s"), sent=False) from None
             if isinstance(error, OSError) and error.errno in OUR_LIMITS:
                 raise GatewayError(f"The gateway has no room for another connection: {failure_text(error)}.", status=503,
                                    code="overloaded", headers=(("retry-after", "1"),)) from None
-            raise exchange.error(phase, failure_text(error), sent=False) from error
+            raise exchange.failed(phase, error, sent=False) from None
 
-    async def dial(self, origin: Origin) -> Link:
+    async def dial(self, origin: Origin) -> UpstreamConnection:
         host, port = origin.host, origin.port
         if origin.proxy:
             host, port, _ = proxy_address(origin.proxy)
-        wire = await first_of(await self.addresses(host, port))
+        ways = [functools.partial(connect_to, address, port) for address in await self.addresses(host)]
+        wire: UpstreamConnection | None
+        wire, _, errors = await asyncio.staggered.staggered_race(ways, HAPPY_EYEBALLS_S)
+        if wire is None:
+            raise next(filter(None, reversed(errors)))
         peer = wire.transport.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):     # NATs forget a silent connection after some minutes
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return wire
 
-    async def addresses(self, host: str, port: int) -> list[tuple[str, int]]:
-        """Where a name leads. All who wait for a name share one look-up, in a thread of its own that nobody waits for at the
-        end: a nameserver that does not answer must not hold the threads that other names need, as asyncio's own would."""
+    async def addresses(self, host: str) -> list[str]:
+        """Of a name. Its look-ups share one thread that nobody joins: a silent nameserver would hold all of asyncio's own."""
         with contextlib.suppress(ValueError):
-            return [(str(ipaddress.ip_address(host)), port)]
-        if host not in self.lookups:
-            loop = asyncio.get_running_loop()
-            self.lookups[host] = result = loop.create_future()
-            result.add_done_callback(lambda done: self.lookups.pop(host))
-            threading.Thread(target=look_up, args=(loop, result, host), daemon=True).start()
-        found = await asyncio.shield(self.lookups[host])
-        if isinstance(found, OSError):
-            raise found
-        return [(address, port) for address in found]
+            return [str(ipaddress.ip_address(host))]
+        lookup = self.lookups.get(host)
+        if lookup is None:
+            self.lookups[host] = lookup = concurrent.futures.Future()
+            lookup.set_running_or_notify_cancel()       # one that waits may be cancelled, the look-up not
+            lookup.add_done_callback(lambda _: self.lookups.pop(host))
+            threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
+        return await asyncio.wrap_future(lookup)
 
-    async def tunnel(self, wire: Wire, origin: Origin) -> None:
+    async def tunnel(self, wire: UpstreamConnection, origin: Origin) -> None:
         """CONNECT, where there is a proxy: from its 2xx on, the wire leads to the origin (RFC 9110 9.3.6)."""
         if not origin.proxy:
             return
         fields = [("host", origin.authority), *proxy_address(origin.proxy)[2]]
         wire.transport.write(request_bytes("CONNECT", origin.authority, fields, b""))
-        reader = ResponseReader()
-        reader.start("CONNECT")
-        while (head := reader.next()) is NEED_DATA:
-            await wire.fill(reader)
+        wire.reader.start("CONNECT")
+        head = await wire.next()
         assert isinstance(head, ResponseHead)
         if not 200 <= head.status < 300:
             raise ConnectionError(f"the proxy answered {head.status} to CONNECT")
-        if wire.pieces or isinstance(reader.next(), bytes):
+        if wire.pieces or isinstance(wire.reader.next(), bytes):
             raise ConnectionError("the proxy sent bytes of its own into the tunnel")
+        wire.reader = ResponseReader()
 
-    async def secure(self, wire: Wire, origin: Origin) -> None:
+    async def secure(self, wire: UpstreamConnection, origin: Origin) -> None:
         transport = await wire.loop.start_tls(wire.transport, wire, self.context(origin.ca_file),
                                               server_hostname=origin.host)
         if transport is None:
@@ -9210,53 +9186,20 @@ class Upstream:
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
 
-def look_up(loop: asyncio.AbstractEventLoop, result: asyncio.Future[list[str] | OSError], host: str) -> None:
-    """In a thread: the addresses of a name, the families in turn, as RFC 8305 4 has it."""
-    found: list[str] | OSError
+def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
+    """In a thread: the addresses of a name, the families in turn (RFC 8305 4)."""
+    families: dict[int, list[str]] = {}
     try:
-        rows = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        first = rows[0][0]
-        families = [[str(row[4][0]) for row in rows if (row[0] == first) == wanted] for wanted in (True, False)]
-        found = [address for pair in itertools.zip_longest(*families) for address in pair if address]
+        for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            families.setdefault(family, []).append(str(address[0]))
     except (OSError, UnicodeError) as error:
-        found = error if isinstance(error, OSError) else socket.gaierror(socket.EAI_NONAME, "")
-
-    def tell() -> None:
-        if not result.done():
-            result.set_result(found)
-    with contextlib.suppress(RuntimeError):     # the loop has ended
-        loop.call_soon_threadsafe(tell)
+        lookup.set_exception(error)
+    else:
+        lookup.set_result([address for turn in itertools.zip_longest(*families.values()) for address in turn if address])
 
 
-async def first_of(addresses: Sequence[tuple[str, int]]) -> Link:
-    """A connection to the first address that answers; each has 0.25 s before the next is tried beside it (RFC 8305 5)."""
-    ahead, trying = collections.deque(addresses), set[asyncio.Task[Link]]()
-    failure: BaseException = OSError(errno.EHOSTUNREACH, "")
-    try:
-        while ahead or trying:
-            if ahead:
-                trying.add(asyncio.create_task(link_to(*ahead.popleft())))
-            done, _ = await asyncio.wait(trying, timeout=0.25 if ahead else None, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                trying.discard(task)
-                if (error := task.exception()) is None:
-                    return task.result()
-                failure = error
-        raise failure
-    finally:
-        for task in trying:
-            task.add_done_callback(close_late)
-            task.cancel()
-
-
-async def link_to(host: str, port: int) -> Link:
-    return (await asyncio.get_running_loop().create_connection(Link, host, port))[1]
-
-
-def close_late(task: asyncio.Task[Link]) -> None:
-    """Another address was faster."""
-    if not task.cancelled() and task.exception() is None:
-        task.result().abort()
+async def connect_to(address: str, port: int) -> UpstreamConnection:
+    return (await asyncio.get_running_loop().create_connection(UpstreamConnection, address, port))[1]
 
 
 # === 10. routing ==================================================================================

@@ -1011,7 +1011,7 @@ def test_a_provider_that_was_mended_or_taken_away_is_not_held_to_its_past(tmp_pa
 def test_when_the_gateway_has_no_more_files_no_target_is_to_blame(tmp_path, monkeypatch):
     async def no_room(*_):
         raise OSError(errno.EMFILE, "")
-    monkeypatch.setattr(pomex, "first_of", no_room)
+    monkeypatch.setattr(pomex, "connect_to", no_room)
 
     async def main():
         async with gateway(Scripted(a=b"", b=b""), dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, _):

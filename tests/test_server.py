@@ -909,7 +909,7 @@ def test_no_token_waits_for_an_acknowledgement(name, tls, request):
 def test_a_wire_may_be_a_socket_without_the_option():
     async def main():
         ours, theirs = socket.socketpair()
-        transport, wire = await asyncio.get_running_loop().create_connection(pomex.Wire, sock=ours)
+        transport, wire = await asyncio.get_running_loop().create_connection(pomex.UpstreamConnection, sock=ours)
         theirs.sendall(b"hello")
         await until(lambda: wire.pieces)
         assert wire.pieces == [b"hello"]

@@ -159,17 +159,18 @@ def test_of_several_addresses_the_first_that_answers_is_taken(monkeypatch):
 def test_an_address_that_is_silent_gives_way_to_the_next():
     async def main():
         async with Scripted(says(ANSWER)) as server:
-            real = pomex.link_to
+            real = pomex.connect_to
 
-            async def link_to(host, port):
-                await asyncio.sleep(60 if host == "silent" else 0.3 if host == "late" else 0)
+            async def connect_to(address, port):
+                await asyncio.sleep(60 if address == "127.0.0.7" else 0.3 if address == "127.0.0.8" else 0)
                 return await real("127.0.0.1", port)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pomex, "link_to", link_to)
-                begun = time.monotonic()
-                link = await pomex.first_of([("silent", server.port), ("late", server.port), ("fast", server.port)])
-                assert 0.45 < time.monotonic() - begun < 0.9
-                link.abort()
+                names(patch, some_example=["127.0.0.7", "127.0.0.8", "127.0.0.9"])
+                patch.setattr(pomex, "connect_to", connect_to)
+                async with upstream_of() as upstream:
+                    begun = time.monotonic()
+                    assert await ask(upstream, provider(server.port, host="some.example")) == (200, b"hello")
+                    assert 0.45 < time.monotonic() - begun < 0.9
     run(main)
 
 

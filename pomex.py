@@ -9204,7 +9204,7 @@ async def connect_to(address: str, port: int) -> UpstreamConnection:
 
 # === 10. routing ==================================================================================
 #
-# Which targets may answer, and the loop over them. What is decided is decided by pure functions; the loop only waits.
+# Which targets may answer, and the loop over them. Pure functions decide; the loop only waits.
 
 AFTER_STOP_S = 5.0              # chat servers send their usage after finish_reason: so long it is waited for
 UNREADABLE = "The gateway could not read the provider's answer."
@@ -9219,8 +9219,8 @@ STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-
 
 # --- 10.1 names -----------------------------------------------------------------------------------
 
-class Way(NamedTuple):
-    """A target with one of its provider's keys: what is tried, counted and left out by itself."""
+class Candidate(NamedTuple):
+    """A target with one of its provider's keys: retries and circuits are its own."""
     provider: ProviderConfig    # with this very key
     model: str
     id: str                     # the same in every process, of the configuration's words alone
@@ -9249,17 +9249,18 @@ class Catalogue:
         for name in listed:
             self.by_bare_name.setdefault(name.partition("/")[2], []).append(name)
         self.keyed = {name: keyed(provider) for name, provider in config.providers.items()}
+        self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
         """What may answer for a model, in the order of the configuration."""
-        return [way[:2] for tier in self.tiers(model) for way in tier]
+        return [each[:2] for tier in self.tiers(model) for each in tier]
 
-    def ways(self, provider_name: str, model: str, known_as: str) -> list[Way]:
+    def candidates(self, provider_name: str, model: str, known_as: str) -> list[Candidate]:
         window = known_models(provider_name).get(model, ModelFacts()).context_window
         found = []
         for provider, mark in self.keyed[provider_name]:
             bound = mark if mark and re.fullmatch(ACCOUNT_BOUND.get(provider.wire_api, ""), model) else ""
-            found.append(Way(provider, model, f"{provider_name}{mark}:{known_as}", provider_name + bound, window))
+            found.append(Candidate(provider, model, f"{provider_name}{mark}:{known_as}", provider_name + bound, window))
         return found
 
     def full_name(self, model: str) -> str:
@@ -9274,11 +9275,12 @@ class Catalogue:
         reason = "several providers have this one" if found else f'no provider lists "{printable(model)}"'
         raise self.unknown(model, f"Model names are provider/model-name, and {reason}.", found)
 
-    def tiers(self, model: str) -> list[list[Way]]:
+    def resolve_candidates(self, model: str) -> Sequence[Sequence[Candidate]]:
         """The targets of a model, tier after tier. BadRequest says what is wrong with the name."""
         configured = self.config.models.get(model)
         if configured is not None and configured.targets:
-            return [[way for target in tier for way in self.ways(*target, target.model)] for tier in configured.targets]
+            return [[each for target in tier for each in self.candidates(*target, target.model)]
+                    for tier in configured.targets]
         provider_name, _, name = model.partition("/")
         provider = self.config.providers.get(provider_name)
         if provider is None and provider_name in BUILTIN_PROVIDERS:
@@ -9288,7 +9290,7 @@ class Catalogue:
                              code="provider_not_configured")
         if provider is None or not name or not self.serves(provider, name):
             raise self.unknown(model, f'Model "{printable(model)}" not found.')
-        return [self.ways(provider_name, name, "*")]      # a name of the caller's choice is none to keep count of
+        return [self.candidates(provider_name, name, "*")]     # a name of the caller's choice has no circuit of its own
 
     def serves(self, provider: ProviderConfig, name: str) -> bool:
         if provider.wire_api == "demo":
@@ -9356,46 +9358,44 @@ class ModelFacts(NamedTuple):
     max_output: int = 0
 
 
-# --- 10.2 the decision ----------------------------------------------------------------------------
+# --- 10.2 retries and circuit breakers -------------------------------------------------------------
 #
-# What a failure means for the request (same target again, next target, nobody) and for the target (left out for a
-# while). Pure: clock and chance come in as arguments. Only what was not yet shown to the client is ever tried again.
+# Pure: clock and chance come in as arguments. Only what was not yet shown to the client is ever tried again.
 
-MAX_CALLS = 6               # upstream calls of one request, repairs and continuations too
-BACKOFF_S = 0.2             # before the second call to a target, then twice as long; half of it more or less by chance
-PATIENCE_S = 3.0            # so long a target's Retry-After is waited out: its cache is warm. Beyond, another target is
-                            # asked, and where there is none the client may better wait itself
+MAX_ATTEMPTS = 6            # upstream calls of one request, repairs and continuations too
+BACKOFF_S = 0.2             # before the first retry, then twice as long; half of it more or less by chance
+PATIENCE_S = 3.0            # a longer Retry-After is not waited out: another target is asked, or the client waits itself
 
 
-class Course(NamedTuple):
+class RetryPolicy(NamedTuple):
     """What is done about one class of failure."""
-    again: int              # more calls to the same target where there is another
-    alone: int              # and where there is none
-    others: str             # which others may do better: "any", "larger" windows, "" for none
-    opens: int              # so many in a row leave the target out; 0: it is not the target's fault
-    out_s: float            # for so long at first, then twice as long each time
-    most_s: float           # at most
-    words: str              # for people
+    retries: int            # where there is another target
+    retries_if_last: int    # where there is none
+    failover: str           # to "any" target, to one with a "larger" window, "": to none
+    threshold: int          # failures in a row that open the circuit; 0: it is not the target's fault
+    open_s: float           # at first, then twice as long each time
+    max_open_s: float
+    label: str              # for people
 
 
-COURSES: dict[str, Course] = {
-    "rate":            Course(1, 1, "any",    2, 2.0,   60.0,   "rate limited"),
-    "quota":           Course(0, 0, "any",    1, 600.0, 3600.0, "quota used up"),
-    "overload":        Course(1, 2, "any",    3, 5.0,   60.0,   "overloaded"),
-    "unreachable":     Course(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
-    "network":         Course(1, 1, "any",    3, 5.0,   60.0,   "connection broken"),
-    "timeout":         Course(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
-    "no_answer":       Course(1, 1, "any",    3, 10.0,  120.0,  "nothing that is an answer"),      # empty, HTML, garbage, cut
-    "auth":            Course(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
-    "model_missing":   Course(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
-    "tool_generation": Course(1, 1, "any",    0, 0.0,   0.0,    "a tool call it could not make"),
-    "context":         Course(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
-    "bad_request":     Course(0, 0, "",       0, 0.0,   0.0,    "request refused"),
+RETRY_POLICIES: dict[str, RetryPolicy] = {
+    "rate":            RetryPolicy(1, 1, "any",    2, 2.0,   60.0,   "rate limited"),
+    "quota":           RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "quota used up"),
+    "overload":        RetryPolicy(1, 2, "any",    3, 5.0,   60.0,   "overloaded"),
+    "unreachable":     RetryPolicy(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
+    "network":         RetryPolicy(1, 1, "any",    3, 5.0,   60.0,   "connection broken"),
+    "timeout":         RetryPolicy(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
+    "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "nothing that is an answer"),   # empty, HTML, garbage, cut
+    "auth":            RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
+    "model_missing":   RetryPolicy(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
+    "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "a tool call it could not make"),
+    "context":         RetryPolicy(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
+    "bad_request":     RetryPolicy(0, 0, "",       0, 0.0,   0.0,    "request refused"),
 }
 
 
 def fault_class(error: GatewayError) -> str:
-    """The row of COURSES that a failure belongs to."""
+    """The row of RETRY_POLICIES that a failure belongs to."""
     if isinstance(error, ProviderError):
         return error.kind
     if isinstance(error, UpstreamTimeout):
@@ -9405,108 +9405,84 @@ def fault_class(error: GatewayError) -> str:
     return "no_answer" if error.retryable else "bad_request"
 
 
-class Trial(NamedTuple):
-    """How one call went wrong, and where the request stands."""
-    fault: str              # of COURSES
-    shown: bool             # has the client been given output?
-    tries: int              # calls to this target
-    calls: int              # to all
-    left_s: float           # until the request's deadline
-    wait_s: float | None    # what the provider asked for
-    others: bool            # is there another target to ask?
-    out: bool               # is this one left out by now?
-
-
-class Move(NamedTuple):
-    to: Literal["same", "next", "nobody"]
-    wait_s: float = 0.0
-
-
-def decide(trial: Trial, chance: float) -> Move:
-    """Where the request goes after a failure; `chance` is from 0 to 1."""
-    course = COURSES[trial.fault]
-    if trial.shown or trial.calls >= MAX_CALLS or trial.left_s <= 0:
-        return Move("nobody")
+def decide_retry(policy: RetryPolicy, shown: bool, tries: int, attempts: int, left_s: float, retry_after_s: float | None,
+                 has_other: bool, is_open: bool, chance: float) -> tuple[Literal["retry", "failover", "give_up"], float]:
+    """What follows a failure, and after how many seconds. `shown`: the client has output; `tries` of this target, `attempts`
+    of all; `left_s` until the request's deadline; `has_other` target; this one `is_open` by now; `chance` from 0 to 1."""
+    if shown or attempts >= MAX_ATTEMPTS or left_s <= 0:
+        return "give_up", 0.0
     spread = 0.5 + chance
-    wait_s = BACKOFF_S * 2 ** (trial.tries - 1) * spread if trial.wait_s is None else trial.wait_s + 0.1 * spread
-    again = course.again if trial.others else course.alone
-    if trial.tries <= again and wait_s <= min(PATIENCE_S, trial.left_s) and not (trial.out and trial.others):
-        return Move("same", wait_s)
-    return Move("next") if trial.others and course.others else Move("nobody")
+    wait_s = BACKOFF_S * 2 ** (tries - 1) * spread if retry_after_s is None else retry_after_s + 0.1 * spread
+    retries = policy.retries if has_other else policy.retries_if_last
+    if tries <= retries and wait_s <= min(PATIENCE_S, left_s) and not (is_open and has_other):
+        return "retry", wait_s
+    return "failover" if has_other and policy.failover else "give_up", 0.0
 
 
 @dataclass(slots=True)
 class Circuit:
-    """What is remembered of one target that failed."""
     fault: str = ""
-    row: int = 0            # failures in a row
-    opened: int = 0         # times in a row that it was left out; 0: it is in use
-    until: float = 0.0      # left out until then, afterwards one request may probe
-    probed: bool = False    # that request is under way
-    giving: bool = False    # that request has got output: in use again, though its end will tell
+    failures: int = 0       # in a row
+    times_open: int = 0     # in a row; 0: it is closed
+    until: float = 0.0      # open until then, afterwards one request may probe
+    probing: bool = False   # that request is under target
+    recovering: bool = False    # that request has got output: closed, unless it fails in the end
 
 
-class Health:
-    """How the targets do, as this process sees it. The clock comes in as `now`."""
+class CircuitBreakers:
+    """Of the targets, as this process sees them. The clock comes in as `now`."""
 
     def __init__(self) -> None:
-        self.circuits: dict[str, Circuit] = {}      # by Way.id: no more than the configuration has
+        self.circuits: dict[str, Circuit] = {}      # by Candidate.id: no more than the configuration has
 
     def state(self, id: str, now: float) -> Literal["closed", "half-open", "open"]:
         circuit = self.circuits.get(id)
-        if circuit is None or not circuit.opened or circuit.giving:
+        if circuit is None or not circuit.times_open or circuit.recovering:
             return "closed"
-        return "open" if now < circuit.until or circuit.probed else "half-open"
+        return "open" if now < circuit.until or circuit.probing else "half-open"
 
-    def failed(self, id: str, fault: str, wait_s: float | None, now: float) -> float:
-        """Counts a failure that is the target's fault; for how long it is left out because of it."""
-        course, circuit = COURSES[fault], self.circuits.setdefault(id, Circuit())
-        circuit.fault, circuit.row = fault, circuit.row + 1
-        asked_s = 0.0 if wait_s is None or wait_s <= PATIENCE_S else wait_s      # who names a time is believed
-        if not (asked_s or circuit.opened or circuit.row >= course.opens) or now < circuit.until:
+    def failed(self, id: str, fault: str, retry_after_s: float | None, now: float) -> float:
+        """Counts a failure that is the target's fault; for how long its circuit opens because of it."""
+        policy, circuit = RETRY_POLICIES[fault], self.circuits.setdefault(id, Circuit())
+        circuit.fault, circuit.failures = fault, circuit.failures + 1
+        asked_s = retry_after_s if retry_after_s and retry_after_s > PATIENCE_S else 0.0
+        if not (asked_s or circuit.times_open or circuit.failures >= policy.threshold) or now < circuit.until:
             return 0.0
-        out_s = max(asked_s, min(course.out_s * 2.0 ** min(circuit.opened, 16), course.most_s))
-        circuit.opened, circuit.until, circuit.probed, circuit.giving = circuit.opened + 1, now + out_s, False, False
-        return out_s
+        open_s = max(asked_s, min(policy.open_s * 2.0 ** min(circuit.times_open, 16), policy.max_open_s))
+        self.circuits[id] = Circuit(fault, circuit.failures, circuit.times_open + 1, now + open_s)
+        return open_s
 
-    def began(self, id: str) -> bool:
-        """It gives output. True where it had been left out: it need not be so until a long answer ends. Its failures still
-        count until one does: a target may break every stream that it begins."""
+    def succeeded(self, id: str, whole: bool = True) -> bool:
+        """Closes the circuit at the first output, and forgets the failures with a whole answer: a target may break every
+        stream that it begins. True where it was open."""
         circuit = self.circuits.get(id)
-        if circuit is None or not circuit.opened or circuit.giving:
+        if circuit is None or not circuit.failures:
             return False
-        circuit.giving = True
-        return True
-
-    def succeeded(self, id: str) -> bool:
-        """It answered. True where it had been left out."""
-        circuit = self.circuits.get(id)
-        if circuit is None or not circuit.row:
-            return False
-        was_out = circuit.opened > 0 and not circuit.giving
-        self.circuits[id] = Circuit()
-        return was_out
+        was_open = circuit.times_open > 0 and not circuit.recovering
+        circuit.recovering = circuit.times_open > 0
+        if whole:
+            self.circuits[id] = Circuit()
+        return was_open
 
     def probe(self, id: str, now: float) -> Circuit | None:
-        """Takes the one probe of a target that may be tried again, if this request is to make it."""
+        """Takes the one probe of a half-open circuit, if this request is to make it."""
         if self.state(id, now) != "half-open":
             return None
-        self.circuits[id].probed = True
+        self.circuits[id].probing = True
         return self.circuits[id]
 
-    def choose(self, ways: Iterable[Way], now: float) -> Way | None:
-        """The first that is not left out; where all are, the one that will be back first."""
-        left = list(ways)
-        ready = next((way for way in left if self.state(way.id, now) != "open"), None)
-        return ready or min(left, key=lambda way: self.circuits[way.id].until, default=None)
+    def choose(self, candidates: Sequence[Candidate], now: float) -> Candidate | None:
+        """The first whose circuit is not open; where all are, the one that will be back first."""
+        ready = next((each for each in candidates if self.state(each.id, now) != "open"), None)
+        return ready or min(candidates, key=lambda each: self.circuits[each.id].until, default=None)
 
     def forget(self, providers: set[str]) -> None:
-        """Of providers that are gone, or that may have been mended, nothing is held against them."""
+        """Of providers that are gone or changed."""
         for id in [id for id in self.circuits if re.split("[#:]", id, maxsplit=1)[0] in providers]:
             del self.circuits[id]
 
     def rows(self, now: float) -> list[tuple[str, str, str, float]]:
-        """(target, state, fault, seconds left) of all that ever failed, for metrics and the status page."""
+        """(target, state, fault, seconds left) of all that ever failed."""
         return [(id, self.state(id, now), each.fault, max(0.0, each.until - now)) for id, each in self.circuits.items()]
 
     def degraded(self, now: float) -> bool:
@@ -9532,62 +9508,65 @@ def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
     return hashlib.sha256(compact([request.model, request.instructions, *first]).encode()).hexdigest()
 
 
-def weight(conversation: str, way: Way) -> bytes:
-    """Rendezvous hashing: of a tier the target with the greatest weight has the conversation."""
-    return hashlib.blake2b(f"{way.id}\0{conversation}".encode("utf-8", "replace"), digest_size=16).digest()
+def rendezvous_score(conversation: str, target: Candidate) -> bytes:
+    """The target of a tier with the highest score has the conversation."""
+    return hashlib.blake2b(f"{target.id}\0{conversation}".encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def turn_state(envelope: Envelope, way: Way) -> str:
+def turn_state(envelope: Envelope, target: Candidate) -> str:
     """Our x-codex-turn-state: names a target to us and nobody else, and cannot be made up."""
-    return "pmt1." + base64.urlsafe_b64encode(envelope.mac(f"turn\0{way.id}".encode())).decode().rstrip("=")
+    return "pmt1." + base64.urlsafe_b64encode(envelope.mac(f"turn\0{target.id}".encode())).decode().rstrip("=")
 
 
-def home_of(ways: Sequence[Way], envelope: Envelope, state: str, items: Sequence[JSON]) -> Way | None:
+def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state: str, items: Sequence[JSON],
+                     ) -> Candidate | None:
     """Where the conversation runs already, as far as its request shows."""
-    for way in ways if state.startswith("pmt1.") else ():
-        if hmac.compare_digest(turn_state(envelope, way).encode(), state.encode("utf-8", "replace")):
-            return way
+    for each in candidates if state.startswith("pmt1.") else ():
+        if hmac.compare_digest(turn_state(envelope, each).encode(), state.encode("utf-8", "replace")):
+            return each
     sealed = (item.get("encrypted_content") for item in reversed(items))
     ours = (text for text in sealed if isinstance(text, str) and text.startswith(ENVELOPE_PREFIX))
     opened = next(filter(None, map(envelope.open, itertools.islice(ours, ENVELOPES_READ))), None)
     if opened is None:
         return None
-    near = [way for way in ways if way.origin == opened[0]]
-    return next((way for way in near if way.model == opened[1]), near[0] if near else None)
+    near = [each for each in candidates if each.origin == opened[0]]
+    return next((each for each in near if each.model == opened[1]), near[0] if near else None)
 
 
-def planned(tiers: Sequence[Sequence[Way]], request: ResponsesRequest, headers: Headers, envelope: Envelope) -> list[Way]:
+def order_candidates(tiers: Sequence[Sequence[Candidate]], request: ResponsesRequest, headers: Headers, envelope: Envelope,
+                     ) -> list[Candidate]:
     """All targets in the order in which this request prefers them."""
-    ways = [way for tier in tiers for way in tier]
-    if len(ways) == 1:
-        return ways
-    conversation = conversation_of(request, headers)
-    ways = [way for tier in tiers for way in sorted(tier, key=lambda way: weight(conversation, way), reverse=True)]
-    home = home_of(ways, envelope, headers.get("x-codex-turn-state"), request.input)
-    return ways if home is None else [home, *(way for way in ways if way is not home)]
+    found = [each for tier in tiers for each in tier]
+    if len(found) == 1:
+        return found
+    score = functools.partial(rendezvous_score, conversation_of(request, headers))
+    found = [each for tier in tiers for each in sorted(tier, key=score, reverse=True)]
+    sticky = sticky_candidate(found, envelope, headers.get("x-codex-turn-state"), request.input)
+    return sorted(found, key=lambda each: each is not sticky)
 
 
 # --- 10.4 what goes to the client, and when -------------------------------------------------------
 
-class Failure(NamedTuple):
-    """One try that came to nothing, for the client and the log."""
+class FailedAttempt(NamedTuple):
+    """One try of a target, for the client and the log."""
     provider: str
     brief: str              # "529 overloaded", "connection refused"
     where: str              # host:port, where it failed below HTTP
-    fault: str              # of COURSES
+    fault: str              # of RETRY_POLICIES
     error: GatewayError
     at_ms: int              # since the request
 
 
-def failure_of(provider: str, error: GatewayError, at_ms: int) -> Failure:
-    fault = fault_class(error)
-    words, status = COURSES[fault].words, getattr(error, "upstream_status", 0)
+def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAttempt:
+    fault, where = fault_class(error), ""
+    label, status = RETRY_POLICIES[fault].label, getattr(error, "upstream_status", 0)
+    brief = f"{status} {label}" if status else label
     if isinstance(error, LinkError):
-        return Failure(provider, error.brief or words, error.where, fault, error, at_ms)
-    return Failure(provider, f"{status} {words}" if status else words, "", fault, error, at_ms)
+        brief, where = error.brief or label, error.where
+    return FailedAttempt(provider, brief, where, fault, error, at_ms)
 
 
-def what_was_tried(failures: Sequence[Failure]) -> Iterator[str]:
+def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
     """`openai: connection refused (api.openai.com:443, 2 tries)`, `anthropic: 529 overloaded`"""
     for (provider, brief, where), same in itertools.groupby(failures, key=lambda failure: failure[:3]):
         tries = list(same)
@@ -9597,9 +9576,8 @@ def what_was_tried(failures: Sequence[Failure]) -> Iterator[str]:
         yield f"{provider}: {brief}" + (f" ({notes})" if notes else "") + words
 
 
-class Downstream:
-    """One answer on its way to the client: how its targets do, the head, the blocks, and a sign of life whenever
-    nothing came for a while."""
+class ClientStream:
+    """One answer on its target to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
 
     def __init__(self, client: Client, answer: Answer, server: ServerConfig, bill: Bill) -> None:
         self.client = client
@@ -9610,13 +9588,13 @@ class Downstream:
         self.attempt = Attempt(answer, 0)               # the newest
         self.provider, self.model = "", ""              # its target
         self.attempts = 0                               # upstream calls
-        self.tries = 0                                  # of targets: a try may need several calls
-        self.failures: list[Failure] = []               # the tries that came to nothing
+        self.tries = 0                                  # of targets: a try may need several attempts
+        self.failures: list[FailedAttempt] = []         # the tries that failed
         self.turn_state = ""                            # names the target, for Codex
         self.dropped: list[str] = []                    # what the target could not carry
         self.first_ms = 0                               # when the first output left
-        self.asked_ms, self.answering_ms = 0, 0         # when the newest call began, and when the head of its answer came
-        self.upstream_id = ""                           # by which its provider knows it
+        self.asked_ms, self.answering_ms = 0, 0         # when the newest attempt began, and when the head of its answer came
+        self.upstream_id = ""                           # its provider's request id
         # the stream
         self.head_sent = False
         self.loop = asyncio.get_running_loop()
@@ -9639,9 +9617,9 @@ class Downstream:
                 ("openai-processing-ms", str(self.elapsed_ms())), *(header for header in named if header[1]),
                 *self.bill.headers(time.time())]
 
-    def count_call(self) -> bool:
+    def count_attempt(self) -> bool:
         """One more upstream call; False where the request has had all it may."""
-        if self.attempts >= MAX_CALLS:
+        if self.attempts >= MAX_ATTEMPTS:
             return False
         self.attempts += 1
         return True
@@ -9730,7 +9708,7 @@ class Router:
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
-        self.health = Health()
+        self.health = CircuitBreakers()
         self.tried: collections.Counter[tuple[str, str]] = collections.Counter()        # (provider, "ok" or fault)
         self.failovers: collections.Counter[tuple[str, str]] = collections.Counter()    # (provider that was left, fault)
 
@@ -9743,11 +9721,18 @@ class Router:
             counted["pomex_circuit_state", id] = ("closed", "half-open", "open").index(state)
         return counted
 
-    async def route(self, ways: Sequence[Way], envelope: Envelope, down: Downstream) -> None:
-        """How it went stands in `down`: the attempt that counts is finished, whatever happened, unless the client left.
-        `ways` is what planned() gave."""
+    async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
+        """Afterwards `down` has how it went, and the attempt that counts is finished, unless the client left. `candidates` are
+        in their order."""
+        tries: collections.Counter[str] = collections.Counter()         # by Candidate.id
+        target = self.health.choose(candidates, down.loop.time())
         try:
-            await self.tries(ways, envelope, down)
+            while target is not None:
+                tries[target.id] += 1
+                if len(candidates) > 1 and down.answer.manners is CODEX:
+                    down.turn_state = turn_state(envelope, target)
+                await self.attempt(target, envelope, down)
+                target = await self.next_target(target, candidates, tries, down)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if down.client.gone or task is None:
@@ -9755,76 +9740,68 @@ class Router:
             task.uncancel()             # the gateway stops: the client is still there, and gets its terminal event
             down.attempt.finish(stopping())
 
-    async def tries(self, ways: Sequence[Way], envelope: Envelope, down: Downstream) -> None:
-        tries: collections.Counter[str] = collections.Counter()         # by Way.id
-        way = self.health.choose(ways, down.loop.time())
-        while way is not None:
-            tries[way.id] += 1
-            if len(ways) > 1 and down.answer.manners is CODEX:
-                down.turn_state = turn_state(envelope, way)
-            await self.attempt(way, envelope, down)
-            error = down.attempt.error
-            self.tried[way.provider.name, "ok" if error is None else fault_class(error)] += 1
-            if error is None:
-                self.answered(way)
-                return
-            move, other = self.judge(error, way, ways, tries, down)
-            if move.to == "nobody":
-                return
-            await asyncio.sleep(move.wait_s)
-            down.bill.lose(down.tries, way.provider.name, way.model, down.attempt.usage or Usage(), error.code or "")
-            if move.to == "next":
-                self.failovers[way.provider.name, fault_class(error)] += 1
-                way = other
-
-    def judge(self, error: GatewayError, way: Way, ways: Sequence[Way], tries: Mapping[str, int], down: Downstream,
-              ) -> tuple[Move, Way | None]:
-        """Takes note of a failure; where the request goes, and the target that would be the next."""
-        now, failure = down.loop.time(), failure_of(way.provider.name, error, down.elapsed_ms())
-        wait_s: float | None = getattr(error, "retry_after_s", None)
+    async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
+                          down: ClientStream) -> Candidate | None:
+        """Records how the newest try went. Of the next one the target, when its time has come; None where none follows."""
+        name, error, now = target.provider.name, down.attempt.error, down.loop.time()
+        if error is None:
+            self.tried[name, "ok"] += 1
+            self.record_success(target)
+            return None
+        failure = failed_attempt(name, error, down.elapsed_ms())
+        policy = RETRY_POLICIES[failure.fault]
+        self.tried[name, failure.fault] += 1
         down.failures.append(failure)
-        log.warning("%s %s: %s", down.client.request_id, way.id, printable_text(str(error)))
+        log.warning("%s %s: %s", down.client.request_id, target.id, printable_text(str(error)))
         if now < down.due:
-            self.blame(way, error, wait_s, now)
-        others = [each for each in ways if each.id not in tries]
-        if COURSES[failure.fault].others == "larger":
-            others = [each for each in others if each.window > way.window > 0]
-        if any(self.health.state(each.id, now) == "open" for each in ways if each.id in tries and each is not way):
-            others = [each for each in others if self.health.state(each.id, now) != "open"]
+            self.record_failure(target, error, now)
+        is_open = {each.id: self.health.state(each.id, now) == "open" for each in candidates}
+        others = [each for each in candidates if each.id not in tries]
+        if policy.failover == "larger":
+            others = [each for each in others if each.window > target.window > 0]
+        if any(is_open[id] for id in tries if id != target.id):
+            others = [each for each in others if not is_open[each.id]]
         other = self.health.choose(others, now)
-        shown = down.answer.request.stream and down.attempt.begun
-        trial = Trial(failure.fault, shown, tries[way.id], down.attempts, down.due - now, wait_s, other is not None,
-                      self.health.state(way.id, now) == "open")
-        return decide(trial, random.random()), other            # noqa: S311 - spreads calls, guards nothing
+        decision, wait_s = decide_retry(
+            policy, down.answer.request.stream and down.attempt.begun, tries[target.id], down.attempts, down.due - now,
+            getattr(error, "retry_after_s", None), other is not None, is_open[target.id],
+            random.random())            # noqa: S311 - spreads calls, guards nothing
+        if decision == "give_up":
+            return None
+        await asyncio.sleep(wait_s)
+        down.bill.lose(down.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
+        if decision == "failover":
+            self.failovers[name, failure.fault] += 1
+            return other
+        return target
 
-    def blame(self, way: Way, error: GatewayError, wait_s: float | None, now: float) -> None:
-        """Takes note of a failure in the target's health; a name that a client made up, or that the credentials are not good
-        for, is not the target's fault."""
-        fault, said = fault_class(error), isinstance(error, ProviderError)
+    def record_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
+        """In its circuit; but not that a name is unknown which a client made up, or which the credentials do not cover."""
+        fault = fault_class(error)
         unknown = fault == "model_missing" or getattr(error, "upstream_status", 0) == 403
-        if way.provider.wire_api == "demo" or (unknown and way.id.endswith(":*")):
+        if target.provider.wire_api == "demo" or (unknown and target.id.endswith(":*")):
             return
-        if not COURSES[fault].opens:
-            if said:                # so it answers
-                self.answered(way)
-        elif out_s := self.health.failed(way.id, fault, wait_s, now):
-            log.warning("target %s is left out for %.0f s: %s", way.id, out_s, COURSES[fault].words)
+        if not RETRY_POLICIES[fault].threshold:
+            if isinstance(error, ProviderError):        # so it answers
+                self.record_success(target)
+        elif open_s := self.health.failed(target.id, fault, getattr(error, "retry_after_s", None), now):
+            log.warning("target %s is left out for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
-    def answered(self, way: Way) -> None:
-        if self.health.succeeded(way.id):
-            log.warning("target %s answers again", way.id)
+    def record_success(self, target: Candidate, whole: bool = True) -> None:
+        if self.health.succeeded(target.id, whole):
+            log.warning("target %s answers again", target.id)
 
-    async def attempt(self, way: Way, envelope: Envelope, down: Downstream) -> None:
+    async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
         """One try of one target, from encoding to its end: down.attempt is finished, unless it is cancelled."""
-        provider, failure = way.provider, None
-        probe = self.health.probe(way.id, down.loop.time())
-        down.provider, down.model, down.tries = provider.name, way.model, down.tries + 1
+        provider, failure = target.provider, None
+        probe = self.health.probe(target.id, down.loop.time())
+        down.provider, down.model, down.tries = provider.name, target.model, down.tries + 1
         down.attempt, down.dropped = Attempt(down.answer, 0), []
         try:
-            call = encoded(way, envelope, down)
+            call = encode_call(target, envelope, down)
             down.attempt, down.dropped = call.attempt, call.dropped
             async with asyncio.timeout_at(down.due):
-                await self.exchanges(way, call, down)
+                await self.exchanges(target, call, down)
         except GatewayError as error:
             failure = error
             down.attempt.refused = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
@@ -9834,48 +9811,48 @@ class Router:
         except ConnectionError:         # the client's: those of providers are GatewayErrors
             raise
         except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
-            log.error("%s %s: %s", down.client.request_id, way.id, trail(error))
+            log.error("%s %s: %s", down.client.request_id, target.id, trail(error))
             failure = UpstreamError(UNREADABLE)
         finally:
             if probe is not None:
-                probe.probed = False
+                probe.probing = False
         try:
             if stop := down.attempt.stop:
                 said = self.upstream.secrets.sub("[redacted]", stop.explanation)
                 down.attempt.stop = dataclasses.replace(stop, explanation=said)
             down.attempt.finish(failure and untraced(failure))
         except Exception as error:       # noqa: BLE001 - our own bug
-            log.error("%s %s: %s", down.client.request_id, way.id, trail(error))
-            down.attempt = broken(down.attempt)
+            log.error("%s %s: %s", down.client.request_id, target.id, trail(error))
+            down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:
             without(down.attempt.error, self.upstream.secrets)
 
-    async def exchanges(self, way: Way, call: UpstreamCall, down: Downstream) -> None:
+    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
         """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
         more: UpstreamCall | None = call
         mended = False
         while more is not None:
             call = more
-            if not down.count_call():
-                raise UpstreamError(f"The request has had its {MAX_CALLS} upstream calls.")
+            if not down.count_attempt():
+                raise UpstreamError(f"The request has had its {MAX_ATTEMPTS} upstream calls.")
             down.asked_ms, down.answering_ms, down.upstream_id = down.elapsed_ms(), 0, ""
-            exchange, sound = await self.open(way.provider, call, down), False
+            exchange, sound = await self.open(target.provider, call, down), False
             down.answering_ms = down.elapsed_ms()
             given = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
             down.upstream_id = self.upstream.secrets.sub("[redacted]", given)
             try:
-                await self.read(exchange, call.attempt, way, down)
+                await self.read(exchange, call.attempt, target, down)
                 sound = call.attempt.error is None and call.attempt.stop is not None
                 more = call.resumed()
             except GatewayError as error:
-                more = None if mended or call.attempt.begun or down.attempts >= MAX_CALLS else call.repaired(error)
+                more = None if mended or call.attempt.begun or down.attempts >= MAX_ATTEMPTS else call.repaired(error)
                 if more is None:
                     raise
                 mended = True
             finally:
                 await exchange.close(sound)
 
-    async def open(self, provider: ProviderConfig, call: UpstreamCall, down: Downstream) -> Exchange | DemoExchange:
+    async def open(self, provider: ProviderConfig, call: UpstreamCall, down: ClientStream) -> Exchange | DemoExchange:
         if provider.wire_api == "demo":
             return DemoExchange(call.steps)
         headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
@@ -9883,15 +9860,16 @@ class Router:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Relay):
             headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
-        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.count_call)
+        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.count_attempt)
 
-    async def read(self, exchange: Exchange | DemoExchange, attempt: Relay | Translation, way: Way, down: Downstream) -> None:
+    async def read(self, exchange: Exchange | DemoExchange, attempt: Relay | Translation, target: Candidate,
+                   down: ClientStream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
         kind = exchange.headers.get("content-type")
         if exchange.status >= 400:
-            raise provider_error(exchange.status, exchange.headers, await reason_of(exchange), time.time())
+            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
         if kind.startswith("text/html"):            # a login page, a proxy's apology
-            page = self.upstream.secrets.sub("", plain_text((await reason_of(exchange)).decode("utf-8", "replace")))
+            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
             raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
         if not kind.startswith("text/event-stream") and not down.answer.request.stream:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
@@ -9905,7 +9883,7 @@ class Router:
             first = False
             for at in range(0, len(data), SLICE_BYTES):
                 attempt.feed(data[at:at + SLICE_BYTES])
-                await self.show(attempt, way, down)
+                await self.show(attempt, target, down)
                 if len(data) > SLICE_BYTES:
                     await asyncio.sleep(0)          # a flood of comments is work without a wait
             before, size = size, attempt.written - attempt.room - attempt.items_left
@@ -9919,17 +9897,17 @@ class Router:
                 return
         else:
             attempt.end()
-        await self.show(attempt, way, down)
+        await self.show(attempt, target, down)
 
-    async def show(self, attempt: Relay | Translation, way: Way, down: Downstream) -> None:
+    async def show(self, attempt: Relay | Translation, target: Candidate, down: ClientStream) -> None:
         """What there is of output, to the client."""
         if attempt.out and attempt.begun and down.answer.request.stream:
-            if not down.first_ms and self.health.began(way.id):
-                log.warning("target %s answers again", way.id)
+            if not down.first_ms:
+                self.record_success(target, whole=False)
             await down.send(attempt.take())
 
 
-async def reason_of(exchange: Exchange | DemoExchange) -> bytes:
+async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
     """The body of what is no answer, as far as it comes soon: that it is none is known without it."""
     body = b""
     with contextlib.suppress(TimeoutError, LinkError):
@@ -9939,19 +9917,19 @@ async def reason_of(exchange: Exchange | DemoExchange) -> bytes:
     return body
 
 
-def encoded(way: Way, envelope: Envelope, down: Downstream) -> UpstreamCall:
+def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> UpstreamCall:
     """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
-    provider = way.provider
-    job = Job(down.answer, envelope, way.origin, way.model, provider.relay == "bytes", provider.dialect,
+    provider = target.provider
+    job = Job(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
               provider.prompt_cache, provider.overrides, down.attempts + 1)
     try:
         return WIRES[provider.wire_api].call(job)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        log.error("%s %s: %s", down.client.request_id, way.id, trail(error))
+        log.error("%s %s: %s", down.client.request_id, target.id, trail(error))
         raise BadRequest("A field of the request has a type that it may not have.", code="invalid_type") from None
 
 
-def broken(attempt: Attempt) -> Attempt:
+def failed_copy(attempt: Attempt) -> Attempt:
     """A failure in the place of an attempt that cannot be ended by itself, with what came of it and what it has used."""
     failed = Attempt(attempt.answer, attempt.estimated_input)
     failed.out, failed.begun, failed.usage, failed.written = attempt.out, attempt.begun, attempt.usage, attempt.written
@@ -10224,7 +10202,7 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     tiers = gateway.catalogue.tiers(request.model)
     permit(key, request.model, manners)
     envelope = Envelope(gateway.ledger.secret, key.account)
-    ways = planned(in_use(tiers, gateway.ledger.disabled), request, client.head.headers, envelope)
+    ways = order_candidates(in_use(tiers, gateway.ledger.disabled), request, client.head.headers, envelope)
     if request.input[-1]["type"] == "compaction_trigger" and ways[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
     payable = [way for way in ways if gateway.prices.tariff(way.provider.name, way.model, request.model)
@@ -10250,7 +10228,7 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
     await conclude(gateway, key, down)
 
 
-def in_use(tiers: Sequence[Sequence[Way]], disabled: frozenset[str]) -> Sequence[Sequence[Way]]:
+def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Sequence[Sequence[Candidate]]:
     """The targets whose provider no administrator disabled."""
     if not disabled:
         return tiers
@@ -10263,7 +10241,7 @@ def in_use(tiers: Sequence[Sequence[Way]], disabled: frozenset[str]) -> Sequence
 
 
 async def afforded(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
-                   ways: Sequence[Way], payable: bool) -> tuple[Downstream, GatewayError | None]:
+                   ways: Sequence[Candidate], payable: bool) -> tuple[ClientStream, GatewayError | None]:
     """The answer to be, its money reserved; and the error, where a limit is in the way."""
     estimate = input_estimate(request.raw)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
@@ -10283,10 +10261,10 @@ async def afforded(gateway: Gateway, client: Client, key: Key, request: Response
     answer.estimated_input = estimate
     answer.secrets = gateway.upstream.secrets
     answer.max_chars, answer.max_items = gateway.config.server.max_answer_chars, gateway.config.server.max_answer_items
-    return Downstream(client, answer, gateway.config.server, bill), refused
+    return ClientStream(client, answer, gateway.config.server, bill), refused
 
 
-async def write_intent(gateway: Gateway, key: Key, down: Downstream, way: Way) -> None:
+async def write_intent(gateway: Gateway, key: Key, down: ClientStream, way: Candidate) -> None:
     """Writes down what is about to be asked; where that fails nothing is asked, and nothing stays reserved."""
     client, answer = down.client, down.answer
     charge = down.bill.charge(way.provider.name, way.model, Usage(answer.estimated_input))
@@ -10301,7 +10279,7 @@ async def write_intent(gateway: Gateway, key: Key, down: Downstream, way: Way) -
         raise
 
 
-async def conclude(gateway: Gateway, key: Key, down: Downstream) -> None:
+async def conclude(gateway: Gateway, key: Key, down: ClientStream) -> None:
     """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
     attempt, answer = down.attempt, down.answer
     if attempt.status == "failed":
@@ -10324,7 +10302,7 @@ async def conclude(gateway: Gateway, key: Key, down: Downstream) -> None:
         await down.client.answer(200, down.headers(), last)
 
 
-def last_words(down: Downstream, in_stream: bool) -> bytes:
+def last_words(down: ClientStream, in_stream: bool) -> bytes:
     """The terminal event or the whole answer. One that cannot be told is a failure, for the row and an end come in any case."""
     now_s = int(time.time())
     if down.attempt.error is not None and not in_stream:
@@ -10333,7 +10311,7 @@ def last_words(down: Downstream, in_stream: bool) -> bytes:
         return down.attempt.terminal(now_s) if in_stream else down.attempt.body(now_s).encode()
     except Exception as error:       # noqa: BLE001 - our own bug
         log.error("%s: %s", down.client.request_id, trail(error))
-        down.attempt = broken(down.attempt)
+        down.attempt = failed_copy(down.attempt)
         return down.attempt.terminal(now_s) if in_stream else b""
 
 
@@ -10365,7 +10343,7 @@ def capped(request: ResponsesRequest, tokens: int) -> ResponsesRequest:
     return dataclasses.replace(request, body=body, raw=compact(body).encode())
 
 
-def failure_for(gateway: Gateway, down: Downstream) -> GatewayError:
+def failure_for(gateway: Gateway, down: ClientStream) -> GatewayError:
     """What the client is told: the last target's error, or what was tried where there was more than one try."""
     error = down.attempt.error or GatewayError("The request failed.")
     manners, failures = down.answer.manners, down.failures
@@ -10376,8 +10354,8 @@ def failure_for(gateway: Gateway, down: Downstream) -> GatewayError:
         return gateway.catalogue.unknown(down.answer.request.model, f'{down.provider} has no model "{printable(down.model)}".')
     message, status, code, headers = str(error), error.status, error.code, error.headers
     waits = [wait_s for each in failures if (wait_s := getattr(each.error, "retry_after_s", None)) is not None]
-    if len(failures) > 1 and COURSES[failures[-1].fault].others == "any":
-        message = f"{'; '.join(what_was_tried(failures))}. No provider left."
+    if len(failures) > 1 and RETRY_POLICIES[failures[-1].fault].failover == "any":
+        message = f"{'; '.join(describe_attempts(failures))}. No provider left."
         if len({failure.provider for failure in failures}) > 1 and (len(kinds) > 1 or status >= 500):
             status = status if len(kinds) == 1 else 503
             code = "server_error" if manners.failure_in_stream else "upstream_unavailable"
@@ -10404,7 +10382,7 @@ def answered_in_stream(manners: Manners, error: GatewayError) -> bool:
                                           error.code == "context_length_exceeded" or error.ledger_code == "price_unknown")
 
 
-async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
+async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
     """The usage row, durable before the client can see how it ended; and the access line."""
     client, attempt, request = down.client, down.attempt, down.answer.request
     usage, bill = attempt.usage or Usage(), down.bill
@@ -10425,7 +10403,7 @@ async def settle(gateway: Gateway, key: Key, down: Downstream) -> None:
     await gateway.ledger.settle(entry)
 
 
-def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
+def access_note(key: str, down: ClientStream, usage: Usage, total_ms: int) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s`"""
     failed = "".join(f" {tried}," for tried in tried_note(down.failures[:down.tries - 1]))
     cached = f" ({short_count(usage.cached)} cached)" if usage.cached else ""
@@ -10438,7 +10416,7 @@ def access_note(key: str, down: Downstream, usage: Usage, total_ms: int) -> str:
             f"{first}total {total_ms / 1000:.1f}s{end}")
 
 
-def tried_note(failures: Sequence[Failure]) -> Iterator[str]:
+def tried_note(failures: Sequence[FailedAttempt]) -> Iterator[str]:
     """`anthropic x 529 (2 tries)`"""
     for (provider, brief), same in itertools.groupby((each.provider, each.brief) for each in failures):
         tries, status = len(list(same)), brief.partition(" ")[0]
@@ -10691,14 +10669,14 @@ class Watch:
             "key_id": key.id if key else 0, "user_agent": printable(head.headers.get("user-agent")),
             "request_id": client.request_id})
 
-    def began(self, key: Key, down: Downstream) -> None:
+    def began(self, key: Key, down: ClientStream) -> None:
         """Tells that a request is under way: its row comes with its end."""
         self.note("started", {
             "response_id": down.answer.id, "started_ms": down.bill.started_ms, "model": down.answer.request.model,
             "status": "in flight", "key": key.name, "key_id": key.id, "codex": down.answer.manners is CODEX,
             "user_agent": printable(down.client.head.headers.get("user-agent"))})
 
-    def settled(self, entry: Entry, down: Downstream) -> None:
+    def settled(self, entry: Entry, down: ClientStream) -> None:
         """Notes how a request went, beyond its row."""
         attempt, headers = down.attempt, down.client.head.headers
         self.note("ended", {"errors": {

@@ -26,48 +26,49 @@ QUICK = 0.15                # the upstream's time limits, where a test runs into
 
 # --- the decision ---------------------------------------------------------------------------------
 
-def trial(fault, **more):
-    return pomex.Trial(**{**dict(fault=fault, shown=False, tries=1, calls=1, left_s=100.0, wait_s=None, others=True, out=False), **more})
+def failure(fault, **more):
+    return dict(policy=pomex.RETRY_POLICIES[fault], shown=False, tries=1, attempts=1, left_s=100.0, retry_after_s=None, has_other=True,
+                is_open=False) | more
 
 
 DECISIONS = {
-    "overloaded: once more, soon": (trial("overload"), "same", 0.2),
-    "then elsewhere": (trial("overload", tries=2, calls=2), "next", 0),
-    "without another target twice more, later each time": (trial("overload", tries=2, calls=2, others=False), "same", 0.4),
-    "then nobody": (trial("overload", tries=3, calls=3, others=False), "nobody", 0),
-    "what is left out by now is not asked again": (trial("overload", out=True), "next", 0),
-    "unless there is nothing else": (trial("overload", out=True, others=False), "same", 0.2),
-    "a short Retry-After is waited out": (trial("rate", wait_s=2.0), "same", 2.1),
-    "a long one is not": (trial("rate", wait_s=20.0), "next", 0),
-    "nor where there is no other: the client can wait itself": (trial("rate", wait_s=8.0, others=False), "nobody", 0),
-    "a quota comes back too late for this request": (trial("quota"), "next", 0),
-    "nor is a refused key tried twice": (trial("auth", others=False), "nobody", 0),
-    "no connection: once more": (trial("unreachable"), "same", 0.2),
-    "a time limit was long enough once": (trial("timeout"), "next", 0),
-    "an empty answer: once more": (trial("no_answer"), "same", 0.2),
-    "a model that is not there is perhaps elsewhere": (trial("model_missing"), "next", 0),
-    "a broken tool call: once more": (trial("tool_generation"), "same", 0.2),
-    "the client's own doing is never tried again": (trial("bad_request"), "nobody", 0),
-    "a context fits only where more does": (trial("context"), "next", 0),
-    "and nowhere else": (trial("context", others=False), "nobody", 0),
-    "what was shown cannot be taken back": (trial("overload", shown=True), "nobody", 0),
-    "six calls are enough": (trial("overload", calls=6), "nobody", 0),
-    "the deadline is over": (trial("overload", left_s=0.0), "nobody", 0),
-    "no wait beyond the deadline": (trial("rate", wait_s=2.0, left_s=1.0), "next", 0),
+    "overloaded: once more, soon": (failure("overload"), "retry", 0.2),
+    "then elsewhere": (failure("overload", tries=2, attempts=2), "failover", 0),
+    "without another target twice more, later each time": (failure("overload", tries=2, attempts=2, has_other=False), "retry", 0.4),
+    "then nobody": (failure("overload", tries=3, attempts=3, has_other=False), "give_up", 0),
+    "what is left out by now is not asked again": (failure("overload", is_open=True), "failover", 0),
+    "unless there is nothing else": (failure("overload", is_open=True, has_other=False), "retry", 0.2),
+    "a short Retry-After is waited out": (failure("rate", retry_after_s=2.0), "retry", 2.1),
+    "a long one is not": (failure("rate", retry_after_s=20.0), "failover", 0),
+    "nor where there is no other: the client can wait itself": (failure("rate", retry_after_s=8.0, has_other=False), "give_up", 0),
+    "a quota comes back too late for this request": (failure("quota"), "failover", 0),
+    "nor is a refused key tried twice": (failure("auth", has_other=False), "give_up", 0),
+    "no connection: once more": (failure("unreachable"), "retry", 0.2),
+    "a time limit was long enough once": (failure("timeout"), "failover", 0),
+    "an empty answer: once more": (failure("no_answer"), "retry", 0.2),
+    "a model that is not there is perhaps elsewhere": (failure("model_missing"), "failover", 0),
+    "a broken tool call: once more": (failure("tool_generation"), "retry", 0.2),
+    "the client's own doing is never tried again": (failure("bad_request"), "give_up", 0),
+    "a context fits only where more does": (failure("context"), "failover", 0),
+    "and nowhere else": (failure("context", has_other=False), "give_up", 0),
+    "what was shown cannot be taken back": (failure("overload", shown=True), "give_up", 0),
+    "six calls are enough": (failure("overload", attempts=6), "give_up", 0),
+    "the deadline is over": (failure("overload", left_s=0.0), "give_up", 0),
+    "no wait beyond the deadline": (failure("rate", retry_after_s=2.0, left_s=1.0), "failover", 0),
 }
 
 
 @pytest.mark.parametrize("name", DECISIONS)
 def test_a_failure_leads_to_the_same_target_another_or_none(name, monkeypatch):
     monkeypatch.setattr(pomex, "BACKOFF_S", 0.2)
-    given, to, wait_s = DECISIONS[name]
-    move = pomex.decide(given, 0.5)
-    assert move.to == to and move.wait_s == pytest.approx(wait_s, abs=0.01)
+    given, decision, wait_s = DECISIONS[name]
+    assert pomex.decide_retry(**given, chance=0.5) == (decision, pytest.approx(wait_s, abs=0.01))
 
 
 def test_back_off_grows_and_is_spread(monkeypatch):
     monkeypatch.setattr(pomex, "BACKOFF_S", 0.2)
-    waits = [[pomex.decide(trial("overload", tries=n, others=False), chance).wait_s for chance in (0.0, 1.0)] for n in (1, 2)]
+    waits = [[pomex.decide_retry(**failure("overload", tries=n, has_other=False), chance=chance)[1] for chance in (0.0, 1.0)]
+             for n in (1, 2)]
     assert waits == [[0.1, pytest.approx(0.3)], [0.2, pytest.approx(0.6)]]
 
 
@@ -88,13 +89,13 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_every_failure_has_a_row_in_the_table(name):
     error, fault = ERRORS[name]
-    assert pomex.fault_class(error) == fault and fault in pomex.COURSES
+    assert pomex.fault_class(error) == fault and fault in pomex.RETRY_POLICIES
 
 
 # --- cooldown -------------------------------------------------------------------------------------
 
 def test_a_target_is_left_out_after_enough_failures_and_for_longer_each_time():
-    health = pomex.Health()
+    health = pomex.CircuitBreakers()
     assert [health.failed("a", "overload", None, now) for now in (0.0, 0.1, 0.2)] == [0, 0, 5.0]
     assert health.state("a", 5.1) == "open" and health.state("a", 5.3) == "half-open"
     assert health.failed("a", "overload", None, 6.0) == 10.0        # the probe failed
@@ -107,24 +108,24 @@ def test_a_target_is_left_out_after_enough_failures_and_for_longer_each_time():
 
 
 def test_quota_and_credentials_leave_a_target_out_at_once_and_for_long():
-    health = pomex.Health()
+    health = pomex.CircuitBreakers()
     assert health.failed("a", "quota", 1.0, 0.0) == 600.0 and health.failed("b", "auth", None, 0.0) == 600.0
     assert health.failed("c", "rate", 30.0, 0.0) == 30.0            # it said so
     assert health.failed("d", "rate", 1.0, 0.0) == 0
 
 
 def test_one_request_probes_while_the_others_stay_away():
-    health, now = pomex.Health(), 700.0
+    health, now = pomex.CircuitBreakers(), 700.0
     health.failed("a", "quota", None, 0.0)
     probe = health.probe("a", now)
     assert probe is not None and health.state("a", now) == "open" and health.probe("a", now) is None
-    probe.probed = False                                            # its client left: somebody else may
+    probe.probing = False                                           # its client left: somebody else may
     assert health.state("a", now) == "half-open"
     assert health.probe("b", now) is None                           # never failed: no probe, just requests
 
 
 def test_where_all_are_left_out_the_one_that_is_back_first_is_asked():
-    health, ways = pomex.Health(), [way("a"), way("b"), way("c")]
+    health, ways = pomex.CircuitBreakers(), [way("a"), way("b"), way("c")]
     for name, fault in (("a", "quota"), ("b", "auth"), ("c", "quota")):
         health.failed(f"{name}:m", fault, None, {"a": 5.0, "b": 1.0, "c": 8.0}[name])
     assert health.choose(ways, 10.0).id == "b:m"
@@ -139,7 +140,7 @@ def test_where_all_are_left_out_the_one_that_is_back_first_is_asked():
 
 def way(name, model="m", key=""):
     provider = pomex.ProviderConfig(name, wire_api="chat", base_url="http://x", api_key=key)
-    return pomex.Way(provider, model, f"{name}:{model}", name)
+    return pomex.Candidate(provider, model, f"{name}:{model}", name)
 
 
 def request(**body):
@@ -156,11 +157,11 @@ ASKED, ENVELOPE = request(), pomex.Envelope(SECRET, "1")
 
 def home(conversation, lost=(), items=(), ways=TIER, state=""):
     """Where the gateway sends the next request of a conversation."""
-    health = pomex.Health()
+    health = pomex.CircuitBreakers()
     for each in lost:
         health.failed(f"{each}:m", "quota", None, 0.0)
     asked = dataclasses.replace(ASKED, body={"prompt_cache_key": conversation}, input=list(items))
-    order = pomex.planned([ways], asked, pomex.Headers([("x-codex-turn-state", state)] if state else []), ENVELOPE)
+    order = pomex.order_candidates([ways], asked, pomex.Headers([("x-codex-turn-state", state)] if state else []), ENVELOPE)
     return health.choose(order, 1.0).provider.name
 
 
@@ -197,10 +198,10 @@ def test_the_turn_state_wins_over_the_newest_envelope_and_that_over_the_hash():
 
 def test_an_earlier_tier_comes_first_but_a_running_conversation_stays_in_the_later():
     envelope, tiers = pomex.Envelope(SECRET, "1"), [[way("a")], [way("b"), way("c")]]
-    orders = {tuple(w.provider.name for w in pomex.planned(tiers, request(prompt_cache_key=str(n)), HEADERS, envelope)) for n in range(20)}
+    orders = {tuple(w.provider.name for w in pomex.order_candidates(tiers, request(prompt_cache_key=str(n)), HEADERS, envelope)) for n in range(20)}
     assert orders == {("a", "b", "c"), ("a", "c", "b")}
     running = request(input=[{"type": "message", "role": "user", "content": "hi"}, sealed(envelope, "c")])
-    assert [w.provider.name for w in pomex.planned(tiers, running, HEADERS, envelope)][0] == "c"
+    assert [w.provider.name for w in pomex.order_candidates(tiers, running, HEADERS, envelope)][0] == "c"
 
 
 def test_a_conversation_is_known_by_its_key_its_session_or_its_beginning():
@@ -211,7 +212,7 @@ def test_a_conversation_is_known_by_its_key_its_session_or_its_beginning():
     assert of(request(), pomex.Headers([("session_id", "s")])) == "s" == of(request(), pomex.Headers([("session-id", "s")]))
     assert of(request(input=[first]), HEADERS) == of(request(input=[first, said, more]), HEADERS)
     assert of(request(input=[first]), HEADERS) != of(request(input=[more]), HEADERS)
-    assert pomex.weight("k\ud800", TIER[0])
+    assert pomex.rendezvous_score("k\ud800", TIER[0])
 
 
 def test_every_key_of_a_provider_is_a_target_of_its_own():
@@ -466,10 +467,10 @@ async def fault_is_invisible(wire, streaming, path):
     seen = {}
     async with gateway(scripted, dict.fromkeys([*names, "refused", "well"], wire), path) as (ask, ledger, config):
         for name in [*names, "refused"]:
-            model = pomex.ModelConfig("x/m", ((pomex.Target(name, "m"),), (pomex.Target("well", "m"),)))
-            config.models["x/m"] = model
+            model = f"x/{name}"
+            config.models[model] = pomex.ModelConfig(model, ((pomex.Target(name, "m"),), (pomex.Target("well", "m"),)))
             scripted.calls.clear()
-            status, headers, body = await ask(stream=streaming)
+            status, headers, body = await ask(stream=streaming, body={"model": model})
             response = check(body, relayed=wire == "bytes") if streaming else json.loads(body)
             assert (status, response["status"], text_of(response)) == (200, "completed", "hi"), (names.get(name, name), body)
             assert headers["x-pomex-provider"] == "well"
@@ -496,9 +497,9 @@ def test_after_output_nothing_is_spliced(wire, tmp_path):
         ends = [b"", b"0\r\n\r\n", STALL, b"zz\r\n", pomex.chunk(sse(INBAND[wire])) + b"0\r\n\r\n"]
         scripted = Scripted(a=[stream(sse(*STREAMED[wire][:cut]), end) for end in ends], b=good(wire, True))
         async with gateway(scripted, {"a": wire, "b": wire}, tmp_path) as (ask, ledger, config):
-            for end in ends:
-                config.models["x/m"] = pomex.ModelConfig("x/m", ((pomex.Target("a", f"m{ends.index(end)}"),), (pomex.Target("b", "m"),)))
-                status, headers, body = await ask()
+            for n, end in enumerate(ends):
+                config.models[f"x/{n}"] = pomex.ModelConfig(f"x/{n}", ((pomex.Target("a", f"m{n}"),), (pomex.Target("b", "m"),)))
+                status, headers, body = await ask(body={"model": f"x/{n}"})
                 response = check(body, relayed=wire == "bytes")
                 assert (status, response["status"]) == (200, "failed") and len(re.findall(rb'"delta": ?"hi"', body)) == 1, (end, body)
                 assert headers["x-pomex-attempts"] == "1"
@@ -519,12 +520,12 @@ def test_a_target_that_breaks_every_stream_it_begins_is_left_out(tmp_path):
 
 
 def test_a_target_that_gives_output_again_is_in_use_and_stays_on_probation():
-    health = pomex.Health()
+    health = pomex.CircuitBreakers()
     health.failed("a", "rate", 10.0, 0.0)
     assert health.probe("a", 20.0) is not None and health.state("a", 20.0) == "open"     # others keep away
-    assert health.began("a") and not health.began("a") and health.state("a", 20.0) == "closed"
+    assert health.succeeded("a", whole=False) and not health.succeeded("a", whole=False) and health.state("a", 20.0) == "closed"
     assert health.failed("a", "network", None, 21.0) == 10.0 and health.state("a", 21.0) == "open"      # at once, and for longer
-    assert health.probe("a", 40.0) is not None and health.began("a")
+    assert health.probe("a", 40.0) is not None and health.succeeded("a", whole=False)
     assert not health.succeeded("a")            # that it is back was said before
     assert health.failed("a", "network", None, 41.0) == 0.0 and health.state("a", 41.0) == "closed"
 
@@ -706,7 +707,7 @@ def test_a_context_that_is_too_long_goes_only_to_a_larger_window(tmp_path):
 
 def test_a_lost_target_is_left_out_shown_and_probed_by_one(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", "pomex")
-    monkeypatch.setitem(pomex.COURSES, "quota", pomex.COURSES["quota"]._replace(out_s=0.2))
+    monkeypatch.setitem(pomex.RETRY_POLICIES, "quota", pomex.RETRY_POLICIES["quota"]._replace(open_s=0.2))
 
     async def main():
         slow = asyncio.Event()
@@ -784,10 +785,10 @@ def test_what_an_encoder_stumbles_over_blames_no_target_and_praises_none(tmp_pat
 
 def test_a_refusal_of_the_request_itself_shows_that_its_target_answers():
     router, target = pomex.Router(None), way("a")
-    router.blame(target, pomex.provider_error(401, pomex.Headers([]), b"", 0.0), None, 0.0)
-    router.blame(target, pomex.BadRequest("our own word"), None, 1.0)
+    router.record_failure(target, pomex.provider_error(401, pomex.Headers([]), b"", 0.0), 0.0)
+    router.record_failure(target, pomex.BadRequest("our own word"), 1.0)
     assert router.health.state(target.id, 1.0) == "open"
-    router.blame(target, pomex.provider_error(400, pomex.Headers([]), b"", 0.0), None, 1.0)
+    router.record_failure(target, pomex.provider_error(400, pomex.Headers([]), b"", 0.0), 1.0)
     assert router.health.state(target.id, 1.0) != "open"
 
 

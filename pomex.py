@@ -10575,7 +10575,7 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     administrator."""
     proxied = gateway.config.server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
     if not proxied and is_loopback(client.connection.peer):
-        gateway.guard.check_host(client)        # a page of another name may have been pointed here
+        client.connection.server.check_host(client.head, dashboard=True)
     elif gateway.guard.who(client) is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
     text = gateway.metrics.text(client.connection.server.open_requests, gateway.router.metrics(time.monotonic()))
@@ -10828,18 +10828,6 @@ class Guard:
         self.ledger, self.server = ledger, server
         self.failures: dict[str, collections.deque[float]] = {}     # by address
 
-    def check_host(self, client: Client) -> None:
-        """Stricter than the server's own check where that takes any name: another name's page may have been pointed here."""
-        host = client.head.headers.get("host").lower()
-        name = host.rpartition(":")[0] if ":" in host and host[-1] != "]" else host
-        if name in client.connection.server.hosts:
-            return
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            raise Forbidden(f"The dashboard does not answer for the host {printable(host)!r}. If that is its name, add it to "
-                            "public_hosts in [server] of pomex.toml.", status=421, code="misdirected_request") from None
-
     def check_change(self, client: Client) -> None:
         """A POST comes from our own page, or from a machine that sends its token with it."""
         headers = client.head.headers
@@ -10922,7 +10910,7 @@ async def show_page(client: Client) -> None:
 async def admin(gateway: Gateway, client: Client) -> None:
     """All of /admin."""
     head, guard = client.head, gateway.guard
-    guard.check_host(client)
+    client.connection.server.check_host(head, dashboard=True)
     if head.path in ("/admin", "/admin/"):
         if head.method not in ("GET", "HEAD"):
             raise BadRequest("The dashboard is read with GET.", status=405, code="method_not_allowed",
@@ -11431,6 +11419,8 @@ ACCEPT_STEP = 8             # so many are taken before anything else has its tur
 REFUSED_CONNECTIONS = 64    # over max_connections so many at once may ask for /health, or are told so; the oldest goes first
 REFUSED_WAIT_S = 1.0        # for so long they may say what they want
 IDLE_SAFE_S = 5.0           # a younger connection is not given up for a new one: its request may be on the way
+SHARES = {                  # what is shared -> its limit for the process, and for one address or key
+    "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
 OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger, its journals and the log
 IDLE_GRACE_S = 0.25         # draining, so long a connection is kept behind its last answer
 FIRST_GRACE_S = 2.0         # and so long one that has not brought any request yet
@@ -11458,8 +11448,9 @@ class Client:
         self.pending = b""              # the answer's head, which goes out with the first bytes of its body
         self.chunked = False
         self.data: bytes | None = None
-        self.held, self.holders = 0, [""]       # bytes of the body, and for whom they count: all, a key, an address
-        self.note = ""                  # what the access line says of it, from its handler
+        self.held = 0                   # bytes of the body that are counted
+        self.holders: Sequence[str] = ()        # for whom
+        self.note = ""                  # for the access line, from its handler
 
     @property
     def gone(self) -> bool:
@@ -11470,7 +11461,7 @@ class Client:
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)
-            self.holders += filter(None, (key, "" if is_loopback(self.peer) or server.trusts(self.peer) else self.peer))
+            self.holders = [*server.holders(self.peer), *filter(None, [key])]
             self.hold(min(self.head.length or 0, most_bytes))
             data = await self.connection.read_body(self, most_bytes)
             if coding:
@@ -11486,17 +11477,10 @@ class Client:
         """Counts so many bytes for this request's body, before they are there; a GatewayError where they are too many."""
         if size == self.held:
             return
-        held, config, more = self.connection.server.held, self.connection.server.config, size - self.held
-        for holder in self.holders:
-            name = "max_bodies_bytes_each" if holder else "max_bodies_bytes"
-            if more > 0 and held[holder] + more > getattr(config, name):
-                raise overloaded(f"The requests under way hold all the bytes that {name} in [server] allows.",
-                                 429 if holder else 503)
+        if limit := self.connection.server.acquire("bytes", self.holders, size - self.held):
+            raise overloaded(f"The requests under way hold all the bytes that {limit} in [server] allows.",
+                             429 if limit.endswith("_each") else 503)
         self.held = size
-        for holder in self.holders:
-            held[holder] += more
-            if not held[holder]:
-                del held[holder]
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """The whole answer in one write."""
@@ -11518,23 +11502,19 @@ class Client:
         if self.head.method == "HEAD":
             data = b""
         elif self.chunked:
-            data = chunk(data)
+            data = chunk(data) + LAST_CHUNK if self.ended else chunk(data)
         await self.send(self.pending + data if self.pending else data)
 
     async def end(self, data: bytes = b"") -> None:
         """Ends a started answer, with a last piece of it in the same write."""
-        if self.head.method == "HEAD":
-            data = b""
-        elif self.chunked:
-            data = chunk(data) + LAST_CHUNK
         self.ended = True
-        await self.send(self.pending + data)
+        await self.write(data)
 
     async def fail(self, error: GatewayError) -> None:
         """The error as an answer; if a part of another is out already, the connection is cut behind it."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if not self.sent_bytes:
-            await self.answer(error.status, error_headers(error), error_body(error))
+            await self.answer(error.status, *error_answer(error))
 
     def begin(self, status: int, headers: list[tuple[str, str]]) -> None:
         connection = self.connection
@@ -11566,12 +11546,10 @@ def request_id_for(wanted: str) -> str:
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
 
 
-def error_headers(error: GatewayError) -> list[tuple[str, str]]:
-    return [("content-type", "text/plain; charset=utf-8" if error.plain else "application/json"), *error.headers]
-
-
-def error_body(error: GatewayError) -> bytes:
-    return str(error).encode() if error.plain else json.dumps(error.body()).encode()
+def error_answer(error: GatewayError) -> tuple[list[tuple[str, str]], bytes]:
+    if error.plain:
+        return [("content-type", "text/plain; charset=utf-8"), *error.headers], str(error).encode()
+    return [("content-type", "application/json"), *error.headers], json.dumps(error.body()).encode()
 
 
 # --- 12.1 one connection --------------------------------------------------------------------------
@@ -11587,7 +11565,7 @@ class Connection(Wire):
         self.body_done = True           # the current request was read to its end
         self.client: Client | None = None       # whose handler runs
         self.gone = False
-        self.counted = False            # among those that max_connections limits
+        self.holders: Sequence[str] = ()        # for whom it counts; none: it may only ask for /health
         self.linger_bytes = -1          # how much more may be dropped; -1: not lingering
         self.served = False             # it has brought a request
         self.task: asyncio.Task[None] | None = None
@@ -11652,10 +11630,10 @@ class Connection(Wire):
                     break
                 if not self.parser.idle:
                     await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
-            if not (self.counted or self.served or self.lost):
+            if not (self.holders or self.served or self.lost):
                 raise overloaded(NO_ROOM)
         except GatewayError as error:       # before there was a head to answer to
-            if self.counted:                # of those for which there is no room there may be thousands
+            if self.holders:                # of those for which there is no room there may be thousands
                 log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
         except (ClientGone, Expired, asyncio.CancelledError):
@@ -11668,7 +11646,7 @@ class Connection(Wire):
     async def next_head(self) -> RequestHead | None:
         """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
         limit = ""
-        if self.counted:
+        if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
         while self.parser.idle or not isinstance(part := self.parser.next(), RequestHead):
             if self.ended or (self.server.closing and self.parser.idle):
@@ -11704,7 +11682,7 @@ class Connection(Wire):
 
     async def handle(self, client: Client) -> None:
         try:
-            if not self.counted and client.head.path not in HEALTH_PATHS:
+            if not self.holders and client.head.path not in HEALTH_PATHS:
                 raise overloaded(NO_ROOM)
             self.server.check_host(client.head)
             client.peer = self.server.who_asks(self.peer, client.head.headers)
@@ -11767,7 +11745,7 @@ class Connection(Wire):
 
     async def refuse(self, error: GatewayError) -> None:
         """An error answer to bytes that made no request."""
-        headers, body = error_headers(error), error_body(error)
+        headers, body = error_answer(error)
         headers += [("content-length", str(len(body))), ("connection", "close")]
         self.transport.write(self.server.answer_head(error.status, headers, request_id_for("")) + body)
         with contextlib.suppress(Expired, asyncio.CancelledError):
@@ -11818,7 +11796,7 @@ class Connection(Wire):
         """May the connection go on after an answer that begins now? What is unread must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
-            return (self.skip() or coming) and self.counted and not self.server.draining and not self.ended
+            return (self.skip() or coming) and bool(self.holders) and not self.server.draining and not self.ended
         except ProtocolError:
             return False
 
@@ -11847,7 +11825,7 @@ class Connection(Wire):
         wait_s = self.server.config.keep_alive_timeout_s
         if self.server.draining:
             wait_s = IDLE_GRACE_S if self.served else FIRST_GRACE_S
-        elif not self.counted:
+        elif not self.holders:
             wait_s = REFUSED_WAIT_S
         self.arm("keep_alive_timeout_s", self.loop.time() + wait_s)
 
@@ -11887,20 +11865,19 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
     found = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
                                                          flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
-    missing: OSError | None = None
+    failure = OSError(errno.EADDRNOTAVAIL, "no address to listen on")
     for family, _, _, _, address in dict.fromkeys(found):
         try:
             sockets.append(socket.create_server((address[0], port), family=family, backlog=BACKLOG))
+            port = sockets[0].getsockname()[1]
         except OSError as error:
+            failure = error
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # as for ::1 without IPv6
-                for made in sockets:
-                    made.close()
-                raise
-            missing = error
-            continue
-        port = sockets[0].getsockname()[1]
+                while sockets:
+                    sockets.pop().close()
+                break
     if not sockets:
-        raise missing or OSError(errno.EADDRNOTAVAIL, "no address to listen on")
+        raise failure
     return sockets
 
 
@@ -11915,11 +11892,9 @@ class Server:
         self.sockets: Sequence[socket.socket] = []      # listened on
         self.accepting: list[asyncio.Task[None]] = []   # a task for each of them
         self.connections: set[Connection] = set()       # all whose socket is open, those that set up TLS too
-        self.counted = 0                                # of those, the ones that max_connections limits
-        self.addresses: collections.Counter[str] = collections.Counter()    # where those come from
+        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # of SHARES, by holder; "": the process
         self.idle: dict[Connection, float] = {}         # without a request, the longest first, and since when
         self.refused: dict[Connection, float] = {}      # for which there was no room, the oldest first
-        self.held: collections.Counter[str] = collections.Counter()         # bytes of request bodies, by whose they are
         self.open_requests = 0
         self.draining = False                           # takes no new connections, keeps none open
         self.closing = False                            # draining, and nobody is waited for any more
@@ -11929,10 +11904,10 @@ class Server:
 
     def use(self, config: ServerConfig) -> None:
         """The settings of the next connection and request; also while it runs. Host, port and tls_cert stay."""
-        self.config = config
+        fit = connections_that_fit()
+        self.config = dataclasses.replace(config, max_connections=min(config.max_connections, fit))
+        self.max_refused = min(REFUSED_CONNECTIONS, fit)
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
-        self.max_connections = min(config.max_connections, connections_that_fit())
-        self.max_refused = min(REFUSED_CONNECTIONS, connections_that_fit())
         self.proxies = [ipaddress.ip_network(proxy) for proxy in config.trusted_proxies]
         self.hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]",
                       *(name.lower() for name in config.public_hosts)}
@@ -11965,21 +11940,34 @@ class Server:
                 await asyncio.sleep(pause_s)
 
     def take(self, made: socket.socket, address: Sequence[Any]) -> None:
-        """Counts a new connection in: among those that are served, or among the few that may only ask for /health."""
-        loop = asyncio.get_running_loop()
-        connection, peer = Connection(self, str(address[0])), str(address[0])
-        if self.counted >= self.max_connections:
+        """Admits a new connection, or keeps it among the few that may only ask for /health."""
+        connection = Connection(self, str(address[0]))
+        if self.used["connections", ""] >= self.config.max_connections:
             self.give_up(self.idle, IDLE_SAFE_S)
-        fits = is_loopback(peer) or self.trusts(peer) or self.addresses[peer] < self.config.max_connections_per_address
-        connection.counted = fits and self.counted < self.max_connections and not self.closing
-        if connection.counted:
-            self.counted += 1
-            self.addresses[peer] += 1
-        elif len(self.refused) >= self.max_refused:
-            self.give_up(self.refused, 0.0)
-        (self.idle if connection.counted else self.refused)[connection] = loop.time()
+        holders, waiting = self.holders(connection.peer), self.refused
+        if not (self.closing or self.acquire("connections", holders, 1)):
+            connection.holders, waiting = holders, self.idle
+        elif len(waiting) >= self.max_refused:
+            self.give_up(waiting, 0.0)
+        waiting[connection] = connection.loop.time()
         self.connections.add(connection)
-        connection.task = loop.create_task(connection.open(made))
+        connection.task = connection.loop.create_task(connection.open(made))
+
+    def holders(self, peer: str) -> list[str]:
+        """For whom its connections and bodies count: the process, and its address, if that is its own."""
+        return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
+
+    def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
+        """Counts that for each holder; else the setting that forbids it. Less is always given back."""
+        for holder in holders:
+            limit = SHARES[share][holder != ""]
+            if more > 0 and self.used[share, holder] + more > getattr(self.config, limit):
+                return limit
+        for holder in holders:
+            self.used[share, holder] += more
+            if not self.used[share, holder]:
+                del self.used[share, holder]
+        return ""
 
     def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> bool:
         """Closes the connection that has waited longest, if that is long enough."""
@@ -11995,10 +11983,7 @@ class Server:
             self.connections.remove(connection)
             self.idle.pop(connection, None)
             self.refused.pop(connection, None)
-            self.counted -= connection.counted
-            self.addresses[connection.peer] -= connection.counted
-            if not self.addresses[connection.peer]:
-                del self.addresses[connection.peer]
+            self.acquire("connections", connection.holders, -1)
         if self.draining and not self.connections:
             self.empty.set()
 
@@ -12016,17 +12001,19 @@ class Server:
                 raise ProtocolError("X-Forwarded-For must be a list of addresses.") from None
         return peer
 
-    def check_host(self, head: RequestHead) -> None:
-        """Refuses names that are not ours: a page elsewhere could point its own here (DNS rebinding)."""
-        if self.any_host:
-            return
+    def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
+        """Refuses names that are not ours: a page elsewhere could point its own here (DNS rebinding). The dashboard has no name
+        but ours, even where requests may come by any."""
         name = head.headers.get("host").lower()
         if ":" in name and name[-1] != "]":         # a port, and not only the end of an IPv6 address
             name = name.rpartition(":")[0]
-        if name and name not in self.hosts:         # none at all: an HTTP/1.0 client, so not a browser
-            raise ProtocolError(f"This gateway does not answer for the host {name[:100]!r}. If that is its "
-                                "name, add it to public_hosts in [server] of pomex.toml.", 421,
-                                "misdirected_request")
+        if name in self.hosts or not (dashboard or name):       # without a name: an HTTP/1.0 client, so not a browser
+            return
+        with contextlib.suppress(ValueError):
+            if self.any_host and (not dashboard or ipaddress.ip_address(name.strip("[]"))):
+                return
+        raise ProtocolError(f"This gateway does not answer for the host {name[:100]!r}. If that is its name, add it to "
+                            "public_hosts in [server] of pomex.toml.", 421, "misdirected_request")
 
     def answer_head(self, status: int, headers: list[tuple[str, str]], request_id: str) -> bytes:
         now_s = int(time.time())

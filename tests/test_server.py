@@ -114,7 +114,7 @@ async def serving(**fields):
         yield server, handler
     finally:
         await server.drain(0)
-        assert not server.connections and not server.open_requests and not server.counted
+        assert not server.connections and not server.open_requests and not server.used
 
 
 async def until(condition, limit_s=1.0):
@@ -584,7 +584,7 @@ def test_too_many_connections_are_told_to_come_again(monkeypatch):
     async def main():
         async with serving(max_connections=2) as (server, handler):
             async with connected(server), connected(server):
-                await until(lambda: server.counted == 2)
+                await until(lambda: server.used["connections", ""] == 2)
                 (status, headers, body), rest = await exchange(server, GET)
                 assert (status, headers.get("retry-after"), headers.get("connection"), rest) == (503, "1", "close", b"")
                 assert json.loads(body)["error"]["code"] == "overloaded" and handler.seen == []
@@ -647,7 +647,7 @@ def test_an_address_has_a_share_of_the_connections_but_not_loopback_and_no_proxy
             for _ in range(5):
                 await stack.enter_async_context(connected(server))
             await until(lambda: len(server.connections) == 5)
-            return server.counted
+            return server.used["connections", ""]
 
     async def main():
         assert await taken() == 5
@@ -664,7 +664,7 @@ def test_handshakes_count_among_the_connections(certificate, monkeypatch):
         context = ssl.create_default_context(cafile=certificate["tls_cert"])
         async with serving(max_connections=4, header_timeout_s=9, **certificate) as (server, _):
             crowd = [socket.create_connection(server.address) for _ in range(4 + pomex.REFUSED_CONNECTIONS + 30)]
-            await until(lambda: server.counted == 4 and len(server.refused) == pomex.REFUSED_CONNECTIONS)
+            await until(lambda: server.used["connections", ""] == 4 and len(server.refused) == pomex.REFUSED_CONNECTIONS)
             await asyncio.sleep(0.4)
             async with connected(server, ssl=context) as (reader, writer):
                 writer.write(GET)
@@ -712,15 +712,15 @@ def test_bodies_under_way_have_a_budget_that_is_asked_before_they_are_read(shape
         async with serving(public_hosts=("localhost",), **fields) as (server, _):
             async with connected(server) as (_, writer):
                 writer.write(post(bytes(600), path="/wait"))
-                await until(lambda: server.held[""] == 600)
+                await until(lambda: server.used["bytes", ""] == 600)
                 body = {"length": bytes(500), "gzip": gzip.compress(bytes(500)), "chunks": b"1f4\r\n" + bytes(500) + b"\r\n0\r\n\r\n"}[shape]
                 data = post(body, "content-encoding: gzip") if shape == "gzip" else post(body)
                 if shape == "chunks":
                     data = data.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
                 (got, headers, error), _ = await exchange(server, data)
                 assert (got, headers.get("retry-after")) == (status, "1") and b"max_bodies_bytes" in error
-                assert (await exchange(server, post(bytes(300))))[0][0] == 200 and server.held[""] == 600
-            await until(lambda: not server.held)
+                assert (await exchange(server, post(bytes(300))))[0][0] == 200 and server.used["bytes", ""] == 600
+            await until(lambda: not any(share == "bytes" for share, _ in server.used))
             assert (await exchange(server, data))[0][0] == 200
     run(main)
 
@@ -750,7 +750,7 @@ def test_without_files_left_it_is_said_once_a_second_and_taken_up_again(caplog):
 @pytest.mark.parametrize("files, fit", [(64, 8), (256, 64), (1024, 448), (2**20, 4096), (-1, 4096)])
 def test_no_more_connections_are_taken_than_files_can_be_opened(files, fit, monkeypatch):
     monkeypatch.setattr(pomex.resource, "getrlimit", lambda which: (files, files))
-    assert pomex.Server(print, pomex.ServerConfig(), print).max_connections == fit
+    assert pomex.Server(print, pomex.ServerConfig(), print).config.max_connections == fit
 
 
 def test_300_idle_and_half_sent_connections_do_not_delay_others():

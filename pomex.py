@@ -8857,14 +8857,16 @@ def failure_text(error: BaseException) -> str:
     return str(error).removesuffix(".")
 
 
+def overloaded(message: str, status: int = 503, code: str = "overloaded") -> GatewayError:
+    return GatewayError(message, status=status, code=code, headers=(("retry-after", "1"),))
+
+
 NO_HEADERS = Headers([])
 OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # no provider's fault
 
 
 class Exchange:
     """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
-    __slots__ = ("upstream", "provider", "origin", "status", "headers", "wire", "keep_alive", "finished",
-                 "total_due", "idle_due", "paused_since", "inflater", "packed")
 
     def __init__(self, upstream: Upstream, provider: ProviderConfig, origin: Origin) -> None:
         self.upstream, self.provider, self.origin = upstream, provider, origin
@@ -9115,8 +9117,7 @@ class Upstream:
             if limit.expired():
                 raise exchange.failed(phase, Expired("connect_timeout_s"), sent=False) from None
             if isinstance(error, OSError) and error.errno in OUR_LIMITS:
-                raise GatewayError(f"The gateway has no room for another connection: {failure_text(error)}.", status=503,
-                                   code="overloaded", headers=(("retry-after", "1"),)) from None
+                raise overloaded(f"The gateway has no room for another connection: {failure_text(error)}.") from None
             raise exchange.failed(phase, error, sent=False) from None
 
     async def dial(self, origin: Origin) -> UpstreamConnection:
@@ -9207,6 +9208,7 @@ async def connect_to(address: str, port: int) -> UpstreamConnection:
 # Which targets may answer, and the loop over them. Pure functions decide; the loop only waits.
 
 AFTER_STOP_S = 5.0              # chat servers send their usage after finish_reason: so long it is waited for
+STOPPING, NO_ROOM = "The gateway is stopping; ask again.", "No more connections are taken now. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
 SLICE_BYTES = 1 << 16           # of a stream, translated at a time: that makes two to three times as much, which is held whole
 MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
@@ -9600,9 +9602,9 @@ class ClientStream:
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
         self.due = self.active + server.request_deadline_s
-        self.writing = False                            # the client is slow to take what it was given
+        self.writing = asyncio.Lock()                   # held while the client is slow to take what it was given
         self.timer: asyncio.TimerHandle | None = None
-        self.beats: set[asyncio.Task[None]] = set()
+        self.beat: asyncio.Task[None] | None = None
         if answer.request.stream:
             self.timer = self.loop.call_later(server.early_200_after_s, self._tick)
 
@@ -9631,20 +9633,16 @@ class ClientStream:
         """Output of the model. One write; it waits while the client does not take it."""
         if not self.first_ms:
             self.first_ms = self.elapsed_ms()
-        if self.beats:                      # numbered before this block; and only one may wait for the client at a time
-            await asyncio.wait(self.beats)
-        self.writing = True
-        await self._write(block)
-        self.writing = False
+        async with self.writing:
+            await self._write(block)
 
     async def end(self, block: bytes) -> None:
         self.stop()
-        if self.beats:
-            await asyncio.wait(self.beats)
-        if not self.head_sent:
-            self.head_sent = True
-            await self.client.start(200, self.headers(early=not self.attempts))
-        await self.client.end(block)
+        async with self.writing:
+            if not self.head_sent:
+                self.head_sent = True
+                await self.client.start(200, self.headers(early=not self.attempts))
+            await self.client.end(block)
 
     async def _write(self, block: bytes) -> None:
         self.active = self.loop.time()
@@ -9657,21 +9655,17 @@ class ClientStream:
         """Silence: an early 200 with the opening events, or a heartbeat. Looks again when the next one may be due."""
         silent_s = self.loop.time() - self.active
         limit_s = self.server.heartbeat_s if self.head_sent else self.server.early_200_after_s
-        if self.writing or self.beats:              # it has bytes that it does not take: no use in more
-            silent_s, limit_s = 0.0, self.server.heartbeat_s
-        elif silent_s >= limit_s - 0.001:
-            beat = self.loop.create_task(self._beat())
-            self.beats.add(beat)
-            beat.add_done_callback(self.beats.discard)
+        if self.writing.locked() or silent_s >= limit_s - 0.001:
+            if not self.writing.locked():           # else it has bytes that it does not take: no use in more
+                self.beat = self.loop.create_task(self._beat())
             silent_s, limit_s = 0.0, self.server.heartbeat_s
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
 
     async def _beat(self) -> None:
-        if self.timer is None:          # the answer has ended in the meantime
-            return
-        block = self.answer.heartbeat() if self.answer.started else self.answer.start()     # numbered as it is written
         with contextlib.suppress(OSError, asyncio.CancelledError):      # a client that left is the request's own affair
-            await self._write(block)
+            async with self.writing:
+                if self.timer is not None:      # else the answer has ended in the meantime; numbered as it is written
+                    await self._write(self.answer.heartbeat() if self.answer.started else self.answer.start())
 
     def stop(self) -> None:
         if self.timer is not None:
@@ -9709,14 +9703,11 @@ class Router:
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.health = CircuitBreakers()
-        self.tried: collections.Counter[tuple[str, str]] = collections.Counter()        # (provider, "ok" or fault)
-        self.failovers: collections.Counter[tuple[str, str]] = collections.Counter()    # (provider that was left, fault)
+        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of METRICS, by name and labels
 
     def metrics(self, now: float) -> dict[tuple[str, ...], int]:
         """(metric, label values...) -> value."""
-        counted: dict[tuple[str, ...], int] = {}
-        for name, counter in (("pomex_upstream_attempts_total", self.tried), ("pomex_failovers_total", self.failovers)):
-            counted.update({(name, *labels): count for labels, count in counter.items()})
+        counted = dict(self.counters)
         for id, state, _, _ in self.health.rows(now):
             counted["pomex_circuit_state", id] = ("closed", "half-open", "open").index(state)
         return counted
@@ -9738,19 +9729,19 @@ class Router:
             if down.client.gone or task is None:
                 raise
             task.uncancel()             # the gateway stops: the client is still there, and gets its terminal event
-            down.attempt.finish(stopping())
+            down.attempt.finish(overloaded(STOPPING, code="server_error"))
 
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
                           down: ClientStream) -> Candidate | None:
         """Records how the newest try went. Of the next one the target, when its time has come; None where none follows."""
         name, error, now = target.provider.name, down.attempt.error, down.loop.time()
         if error is None:
-            self.tried[name, "ok"] += 1
+            self.counters["pomex_upstream_attempts_total", name, "ok"] += 1
             self.record_success(target)
             return None
         failure = failed_attempt(name, error, down.elapsed_ms())
         policy = RETRY_POLICIES[failure.fault]
-        self.tried[name, failure.fault] += 1
+        self.counters["pomex_upstream_attempts_total", name, failure.fault] += 1
         down.failures.append(failure)
         log.warning("%s %s: %s", down.client.request_id, target.id, printable_text(str(error)))
         if now < down.due:
@@ -9771,7 +9762,7 @@ class Router:
         await asyncio.sleep(wait_s)
         down.bill.lose(down.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
         if decision == "failover":
-            self.failovers[name, failure.fault] += 1
+            self.counters["pomex_failovers_total", name, failure.fault] += 1
             return other
         return target
 
@@ -9938,17 +9929,6 @@ def failed_copy(attempt: Attempt) -> Attempt:
     return failed
 
 
-def stopping() -> GatewayError:
-    return GatewayError("The gateway is stopping; ask again.", status=503, code="server_error", headers=(("retry-after", "1"),))
-
-
-NO_ROOM = "No more connections are taken now."
-
-
-def overloaded(sentence: str, status: int = 503) -> GatewayError:
-    return GatewayError(sentence + " Try again in a moment.", status=status, code="overloaded", headers=(("retry-after", "1"),))
-
-
 async def read_until(exchange: Exchange | DemoExchange, due: float, heard: bool) -> bytes:
     """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
     if due == math.inf:
@@ -10099,22 +10079,22 @@ class Gateway:
 
     async def handle(self, client: Client) -> None:
         """Answers one request. GatewayErrors go up to the server, which words them."""
+        head = client.head
         try:
-            await self.dispatch(client)
+            if head.path == "/admin" or head.path.startswith("/admin/"):
+                await admin(self, client)
+            else:
+                await self.route(head)(self, client)
         except GatewayError as error:
             self.watch.refuse(client, error)
-            agent = client.head.headers.get("user-agent")
-            if error.status == 400 and manners_of(client.head.headers.get("originator"), agent) is CODEX:
+            agent = head.headers.get("user-agent")
+            if error.status == 400 and manners_of(head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", printable(error.code or "")),)
                 error.plain = 0 < codex_release(agent) < NEW_CODEX          # those show the whole body as it is
                 make_codex_show(error, ("model_not_found", "invalid_prompt", "cyber_policy", "context_length_exceeded"))
             raise
 
-    async def dispatch(self, client: Client) -> None:
-        head = client.head
-        if head.path == "/admin" or head.path.startswith("/admin/"):
-            await admin(self, client)
-            return
+    def route(self, head: RequestHead) -> Handler:
         route = ROUTES.get(head.path)
         if route is None and head.path.startswith("/v1/models/"):
             route = MODEL_ROUTE
@@ -10129,7 +10109,7 @@ class Gateway:
             allowed = ", ".join(sorted({*route, "HEAD"} if "GET" in route else route))
             raise BadRequest(f"{printable(head.method)} is not possible here; {allowed} is.", status=405,
                              code="method_not_allowed", headers=(("allow", allowed),))
-        await route[method](self, client)
+        return route[method]
 
     def key(self, client: Client) -> Key:
         headers = client.head.headers
@@ -10187,34 +10167,42 @@ def new_response_id(now_s: float) -> str:
     return f"resp_{int(now_s * 1000):012x}{secrets.token_hex(10)}"
 
 
-async def responses(gateway: Gateway, client: Client) -> None:
-    await respond(gateway, client, gateway.key(client))
-
-
-async def respond(gateway: Gateway, client: Client, key: Key) -> None:
-    """One request of a key: check, plan, money, intent, targets, settle, terminal event."""
+async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
+    """One request, of the key that it names or of the one given, from its body to its terminal event."""
+    key, headers = key or gateway.key(client), client.head.headers
     request = check_request(await client.body(key=f"key {key.id}"))
     if len(request.input) > 1000:
         await asyncio.sleep(0)              # a body at its limits takes half a second so far, and as much again
-    manners = manners_of(client.head.headers.get("originator"), client.head.headers.get("user-agent"))
+    manners = manners_of(headers.get("originator"), headers.get("user-agent"))
     if (name := gateway.catalogue.full_name(request.model)) != request.model:
         request = dataclasses.replace(request, model=name)
     tiers = gateway.catalogue.tiers(request.model)
-    permit(key, request.model, manners)
+    check_model_access(key, request.model, manners)
     envelope = Envelope(gateway.ledger.secret, key.account)
-    ways = order_candidates(in_use(tiers, gateway.ledger.disabled), request, client.head.headers, envelope)
-    if request.input[-1]["type"] == "compaction_trigger" and ways[0].provider.relay != "bytes":
+    candidates = order_candidates(in_use(tiers, gateway.ledger.disabled), request, headers, envelope)
+    if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
-    payable = [way for way in ways if gateway.prices.tariff(way.provider.name, way.model, request.model)
-               or not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced]
-    down, refused = await afforded(gateway, client, key, request, manners, payable or ways, bool(payable))
+    unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
+    payable = [each for each in candidates
+               if unpriced or gateway.prices.tariff(each.provider.name, each.model, request.model)]
+    down, refused = await reserve_budget(gateway, client, key, request, manners, payable or candidates, bool(payable))
     if refused is not None:
         down.stop()
         down.attempt.refused = True
         down.attempt.finish(refused)
-        await conclude(gateway, key, down)
+        await finish(gateway, key, down)
         return
-    await write_intent(gateway, key, down, payable[0])
+    first, estimate = payable[0], down.answer.estimated_input
+    charge = down.bill.charge(first.provider.name, first.model, Usage(estimate))
+    try:
+        await gateway.ledger.begin(Intent(
+            response_id=down.answer.id, request_id=client.request_id, started_ms=down.bill.started_ms, key_id=key.id,
+            endpoint=ENDPOINT, model=request.model, account_id=key.account_id,
+            **{name: charge[name] for name in Intent._fields if name in charge}))
+    except BaseException:               # nothing is asked, so nothing stays reserved
+        down.stop()
+        down.bill.settle(0, Usage())
+        raise
     try:
         gateway.watch.began(key, down)
         await gateway.router.route(payable, envelope, down)
@@ -10225,72 +10213,59 @@ async def respond(gateway: Gateway, client: Client, key: Key) -> None:
         raise
     finally:
         down.stop()
-    await conclude(gateway, key, down)
+    await finish(gateway, key, down)
 
 
 def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Sequence[Sequence[Candidate]]:
     """The targets whose provider no administrator disabled."""
     if not disabled:
         return tiers
-    left = [[way for way in tier if way.provider.name not in disabled] for tier in tiers]
+    left = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
     if any(tiers) and not any(left):
-        names = " and ".join(dict.fromkeys(way.provider.name for tier in tiers for way in tier))
+        names = " and ".join(dict.fromkeys(each.provider.name for tier in tiers for each in tier))
         raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the Providers "
                          "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
     return left
 
 
-async def afforded(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
-                   ways: Sequence[Candidate], payable: bool) -> tuple[ClientStream, GatewayError | None]:
+async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
+                         candidates: Sequence[Candidate], payable: bool) -> tuple[ClientStream, GatewayError | None]:
     """The answer to be, its money reserved; and the error, where a limit is in the way."""
+    config = gateway.config.server
     estimate = input_estimate(request.raw)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
                 int(client.started_s * 1000), request.get("service_tier", ""))
     refused: GatewayError | None = None
     to_codex = manners.failure_in_stream and request.stream
     try:
-        reserve = gateway.config.server.reserve_output_tokens
         if not payable:
-            refused = price_unknown(key, f"{ways[0].provider.name}/{printable(ways[0].model)}", to_codex)
-        elif cap := await bill.reserve([way[:2] for way in ways], estimate, request.get("max_output_tokens", 0), reserve):
-            request = capped(request, cap)
+            refused = price_unknown(key, f"{candidates[0].provider.name}/{printable(candidates[0].model)}", to_codex)
+        elif cap := await bill.reserve([each[:2] for each in candidates], estimate, request.get("max_output_tokens", 0),
+                                       config.reserve_output_tokens):
+            body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
+            request = dataclasses.replace(request, body=body, raw=compact(body).encode())
     except Exceeded as no:
         refused = refusal(gateway.ledger, key, no, client.started_s, to_codex)
         refused.headers += tuple(bill.headers(client.started_s))
     answer = Answer(request, bill.response_id, int(client.started_s), manners)
     answer.estimated_input = estimate
     answer.secrets = gateway.upstream.secrets
-    answer.max_chars, answer.max_items = gateway.config.server.max_answer_chars, gateway.config.server.max_answer_items
-    return ClientStream(client, answer, gateway.config.server, bill), refused
+    answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
+    return ClientStream(client, answer, config, bill), refused
 
 
-async def write_intent(gateway: Gateway, key: Key, down: ClientStream, way: Candidate) -> None:
-    """Writes down what is about to be asked; where that fails nothing is asked, and nothing stays reserved."""
-    client, answer = down.client, down.answer
-    charge = down.bill.charge(way.provider.name, way.model, Usage(answer.estimated_input))
-    try:
-        await gateway.ledger.begin(Intent(
-            response_id=answer.id, request_id=client.request_id, started_ms=down.bill.started_ms, key_id=key.id,
-            endpoint=ENDPOINT, model=answer.request.model, account_id=key.account_id,
-            **{name: charge[name] for name in Intent._fields if name in charge}))
-    except BaseException:
-        down.stop()
-        down.bill.settle(0, Usage())
-        raise
-
-
-async def conclude(gateway: Gateway, key: Key, down: ClientStream) -> None:
+async def finish(gateway: Gateway, key: Key, down: ClientStream) -> None:
     """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
     attempt, answer = down.attempt, down.answer
     if attempt.status == "failed":
-        attempt.error = failure_for(gateway, down)
-    error, stream = attempt.error, answer.request.stream
+        attempt.error = client_error(gateway, down)
+    error, to_codex = attempt.error, answer.manners.failure_in_stream
     # an empty answer has had its end: to a 5xx an SDK would ask on by itself, and pay for the input every time
-    ended = down.head_sent or attempt.stop is not None
-    in_stream = stream and (ended or error is None or answered_in_stream(answer.manners, error))
-    if error is not None and in_stream and answer.manners.failure_in_stream:
+    ended = down.head_sent or attempt.stop is not None or error is None
+    in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
+    if error is not None and in_stream and to_codex:
         make_codex_show(error, ("context_length_exceeded",))
-    last = last_words(down, in_stream)
+    last = final_bytes(down, in_stream)
     if down.attempt.error is not None and not in_stream:
         down.attempt.terminal_by = ""
     await settle(gateway, key, down)
@@ -10302,8 +10277,8 @@ async def conclude(gateway: Gateway, key: Key, down: ClientStream) -> None:
         await down.client.answer(200, down.headers(), last)
 
 
-def last_words(down: ClientStream, in_stream: bool) -> bytes:
-    """The terminal event or the whole answer. One that cannot be told is a failure, for the row and an end come in any case."""
+def final_bytes(down: ClientStream, in_stream: bool) -> bytes:
+    """The terminal event or the whole answer; of a failure where encoding fails, as there is always one row and one end."""
     now_s = int(time.time())
     if down.attempt.error is not None and not in_stream:
         return b""
@@ -10315,7 +10290,7 @@ def last_words(down: ClientStream, in_stream: bool) -> bytes:
         return down.attempt.terminal(now_s) if in_stream else b""
 
 
-def permit(key: Key, model: str, manners: Manners) -> None:
+def check_model_access(key: Key, model: str, manners: Manners) -> None:
     """Refuses a model that the key may not use; to Codex with a 400, the status whose text it shows."""
     if not key.may_use(model):
         raise BadRequest(f"Key {key.name} may use {', '.join(key.models.split())}.", param="model", code="model_not_allowed",
@@ -10337,14 +10312,8 @@ Or let the key use it without one: python pomex.py keys edit {key.name} --allow-
     return error
 
 
-def capped(request: ResponsesRequest, tokens: int) -> ResponsesRequest:
-    """The request with less output: as much as the money is enough for."""
-    body = {**request.body, "max_output_tokens": tokens}
-    return dataclasses.replace(request, body=body, raw=compact(body).encode())
-
-
-def failure_for(gateway: Gateway, down: ClientStream) -> GatewayError:
-    """What the client is told: the last target's error, or what was tried where there was more than one try."""
+def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
+    """The last target's error, or what was tried where there was more than one try."""
     error = down.attempt.error or GatewayError("The request failed.")
     manners, failures = down.answer.manners, down.failures
     if not failures:
@@ -10375,11 +10344,11 @@ def make_codex_show(error: GatewayError, shown: Sequence[str]) -> None:
         error.code = "model_not_found" if error.param == "model" and "model_not_found" in shown else "invalid_prompt"
 
 
-def answered_in_stream(manners: Manners, error: GatewayError) -> bool:
-    """To Codex a failure that HTTP retries would multiply, or whose text would be lost, is a 200 with response.failed
-    (DESIGN section 5); what is the request's own fault stays a 400, which it does not repeat."""
-    return manners.failure_in_stream and (error.status == 429 or error.status >= 500 or
-                                          error.code == "context_length_exceeded" or error.ledger_code == "price_unknown")
+def errors_in_stream(error: GatewayError) -> bool:
+    """To Codex a failure that HTTP retries would multiply, or whose text would be lost, is a 200 with response.failed; what is
+    the request's own fault stays a 400, which it does not repeat."""
+    return (error.status == 429 or error.status >= 500 or error.code == "context_length_exceeded"
+            or error.ledger_code == "price_unknown")
 
 
 async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
@@ -10388,8 +10357,6 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
     usage, bill = attempt.usage or Usage(), down.bill
     total_ms = int((time.monotonic() - client.started) * 1000)
     charge = bill.charge(down.provider, down.model, usage)
-    nanos = charge["cost_nanos"]
-    client.note = access_note(key.name, down, usage, total_ms) + cost_note(charge["price"], nanos, bill, usage)
     names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.model)}
     code = (attempt.error.ledger_code or attempt.error.code or "") if attempt.error else ""
     entry = Entry(
@@ -10397,23 +10364,28 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
         model=request.model, status=attempt.status, error_code=code, terminal_by=attempt.terminal_by, first_ms=down.first_ms,
         total_ms=total_ms, attempts=down.attempts, account_id=key.account_id, lost=bill.lines,
         served_model=usage.model if usage.model and len(names) > 1 else "", **charge)
-    bill.settle(nanos, usage)
+    client.note = access_note(key.name, down, entry)
+    bill.settle(entry.cost_nanos, usage)
     gateway.watch.settled(entry, down)
     gateway.metrics.count(entry)
     await gateway.ledger.settle(entry)
 
 
-def access_note(key: str, down: ClientStream, usage: Usage, total_ms: int) -> str:
-    """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s`"""
+def access_note(key: str, down: ClientStream, entry: Entry) -> str:
+    """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
+    that of all attempts together."""
     failed = "".join(f" {tried}," for tried in tried_note(down.failures[:down.tries - 1]))
-    cached = f" ({short_count(usage.cached)} cached)" if usage.cached else ""
-    about = "~" if usage.estimated else ""
-    first = f"first {down.first_ms / 1000:.1f}s " if down.first_ms else ""
+    cached = f" ({short_count(entry.cached)} cached)" if entry.cached else ""
+    about = "~" if down.attempt.usage and down.attempt.usage.estimated else ""
+    first = f"first {entry.first_ms / 1000:.1f}s " if entry.first_ms else ""
     end = {"completed": "", "incomplete": "  incomplete", "cancelled": "  client left"}.get(
-        down.attempt.status, f"  failed: {printable_sentence(str(down.attempt.error))}")
-    return (f"{key} {printable(down.answer.request.model)} via{failed} {down.provider or 'nobody'}  "
-            f"{about}{short_count(usage.input)} in{cached} {short_count(usage.output)} out  "
-            f"{first}total {total_ms / 1000:.1f}s{end}")
+        entry.status, f"  failed: {printable_sentence(str(down.attempt.error))}")
+    cost = "  no price" if entry.input + entry.output else ""
+    if entry.price:
+        cost = f"  ${usd(entry.cost_nanos + sum(line.cost_nanos for line in down.bill.lines), 4)}"
+    return (f"{key} {printable(entry.model)} via{failed} {entry.provider or 'nobody'}  "
+            f"{about}{short_count(entry.input)} in{cached} {short_count(entry.output)} out  "
+            f"{first}total {entry.total_ms / 1000:.1f}s{end}{cost}")
 
 
 def tried_note(failures: Sequence[FailedAttempt]) -> Iterator[str]:
@@ -10421,13 +10393,6 @@ def tried_note(failures: Sequence[FailedAttempt]) -> Iterator[str]:
     for (provider, brief), same in itertools.groupby((each.provider, each.brief) for each in failures):
         tries, status = len(list(same)), brief.partition(" ")[0]
         yield f"{provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "")
-
-
-def cost_note(price: str, nanos: int, bill: Bill, usage: Usage) -> str:
-    """`  $0.0412`, of all attempts together."""
-    if not price and usage.input + usage.output:
-        return "  no price"
-    return f"  ${usd(nanos + sum(line.cost_nanos for line in bill.lines), 4)}" if price else ""
 
 
 def short_count(count: int) -> str:
@@ -10519,7 +10484,7 @@ async def model(gateway: Gateway, client: Client) -> None:
     except BadRequest as error:
         error.status = 404
         raise
-    permit(key, name, STANDARD)
+    check_model_access(key, name, STANDARD)
     await client.answer(200, JSON_HEADERS, compact(model_object(gateway, name)).encode())
 
 
@@ -10669,22 +10634,24 @@ class Watch:
             "key_id": key.id if key else 0, "user_agent": printable(head.headers.get("user-agent")),
             "request_id": client.request_id})
 
+    def of(self, down: ClientStream) -> JSON:
+        """What both events of a request hold."""
+        return {"response_id": down.answer.id, "started_ms": down.bill.started_ms, "model": down.answer.request.model,
+                "key_id": down.bill.key.id, "codex": down.answer.manners is CODEX,
+                "user_agent": printable(down.client.head.headers.get("user-agent"))}
+
     def began(self, key: Key, down: ClientStream) -> None:
-        """Tells that a request is under way: its row comes with its end."""
-        self.note("started", {
-            "response_id": down.answer.id, "started_ms": down.bill.started_ms, "model": down.answer.request.model,
-            "status": "in flight", "key": key.name, "key_id": key.id, "codex": down.answer.manners is CODEX,
-            "user_agent": printable(down.client.head.headers.get("user-agent"))})
+        """A request is under way: its row comes with its end."""
+        if self.watchers or self.share:
+            self.note("started", {**self.of(down), "status": "in flight", "key": key.name})
 
     def settled(self, entry: Entry, down: ClientStream) -> None:
-        """Notes how a request went, beyond its row."""
-        attempt, headers = down.attempt, down.client.head.headers
+        """How a request went, beyond its row."""
+        attempt = down.attempt
         self.note("ended", {"errors": {
             each.provider: {"time_ms": entry.started_ms, "message": printable_text(str(each.error))} for each in down.failures
         }, "trace": {
-            "response_id": entry.response_id, "started_ms": entry.started_ms, "model": entry.model, "status": entry.status,
-            "key_id": entry.key_id, "user_agent": printable(headers.get("user-agent")), "codex": down.answer.manners is CODEX,
-            "tried": [f"{each.provider}: {each.brief}" for each in down.failures[:20]],
+            **self.of(down), "status": entry.status, "tried": [f"{each.provider}: {each.brief}" for each in down.failures[:20]],
             "dropped": [printable(name) for name in down.dropped[:20]],
             "error": str(attempt.error) if attempt.error else "", "upstream_id": printable(down.upstream_id),
             "tried_ms": [each.at_ms for each in down.failures[:20]], "asked_ms": down.asked_ms,
@@ -11339,14 +11306,14 @@ async def play(gateway: Gateway, ask: Ask) -> None:
             gateway.ledger.create_key(PLAY_KEY, time.time())
             mine = gateway.ledger.list_keys()[-1:]
         key = mine[0]
-    await respond(gateway, ask.client, key)
+    await responses(gateway, ask.client, key)
 
 
 async def live(gateway: Gateway, ask: Ask) -> None:
     """The live feed (SSE): usage rows, refusals, changed keys. Ends with the session, or when the gateway stops."""
     client, watch = ask.client, gateway.watch
     if list(watch.watchers.values()).count(ask.key_id) >= FEEDS_A_KEY:
-        raise overloaded(f"{FEEDS_A_KEY} live feeds are open already.", 429)
+        raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
     await client.start(200, STREAM_HEADERS)
     with watch.watching(ask.key_id) as queue:
         await client.write(b"retry: 2000\n\n: hello\n\n")
@@ -11434,8 +11401,6 @@ class ClientGone(ConnectionError):
 
 class Client:
     """One request and the way to answer it: body() first, then answer(), or start(), write()s and end()."""
-    __slots__ = ("connection", "head", "peer", "request_id", "started_s", "started", "status", "sent_bytes",
-                 "ended", "keep", "pending", "chunked", "data", "note", "held", "holders")
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
@@ -11478,8 +11443,8 @@ class Client:
         if size == self.held:
             return
         if limit := self.connection.server.acquire("bytes", self.holders, size - self.held):
-            raise overloaded(f"The requests under way hold all the bytes that {limit} in [server] allows.",
-                             429 if limit.endswith("_each") else 503)
+            raise overloaded(f"The requests under way hold all the bytes that {limit} in [server] allows. Try again in a "
+                             "moment.", 429 if limit.endswith("_each") else 503)
         self.held = size
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
@@ -11696,7 +11661,7 @@ class Connection(Wire):
         except asyncio.CancelledError:
             if self.gone or client.status or not self.server.closing:
                 raise
-            await client.fail(stopping())           # its request was still coming in
+            await client.fail(overloaded(STOPPING, code="server_error"))        # its request was still coming in
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("request %s: %s", client.request_id, trail(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "

@@ -9048,10 +9048,8 @@ class Upstream:
             try:
                 await exchange.begin(wire, method, request)
                 return exchange
-            except LinkTimeout:
-                raise
-            except LinkError:
-                if wire.answered or not again():
+            except LinkError as error:
+                if isinstance(error, LinkTimeout) or wire.answered or not again():
                     raise
         await exchange.begin(await self.connect(exchange), method, request)
         return exchange
@@ -9579,7 +9577,7 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 
 
 class ClientStream:
-    """One answer on its target to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
+    """One answer on its way to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
 
     def __init__(self, client: Client, answer: Answer, server: ServerConfig, bill: Bill) -> None:
         self.client = client
@@ -9610,14 +9608,14 @@ class ClientStream:
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
         """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
-        plain = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS
-        if early:                                       # nobody has answered yet
-            return [*plain, *self.bill.headers(time.time())]
-        named = [("x-pomex-dropped", printable(", ".join(dict.fromkeys(self.dropped)), 1000)),
-                 ("x-codex-turn-state", self.turn_state)]
-        return [*plain, ("x-pomex-provider", self.provider), ("x-pomex-attempts", str(self.attempts)),
-                ("openai-processing-ms", str(self.elapsed_ms())), *(header for header in named if header[1]),
-                *self.bill.headers(time.time())]
+        fields = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS
+        if not early:                                   # somebody has answered
+            own = [("x-pomex-provider", self.provider), ("x-pomex-attempts", str(self.attempts)),
+                   ("openai-processing-ms", str(self.elapsed_ms())),
+                   ("x-pomex-dropped", printable(", ".join(dict.fromkeys(self.dropped)), 1000)),
+                   ("x-codex-turn-state", self.turn_state)]
+            fields = fields + [header for header in own if header[1]]
+        return fields + self.bill.headers(time.time())
 
     def count_attempt(self) -> bool:
         """One more upstream call; False where the request has had all it may."""
@@ -9678,8 +9676,9 @@ class ClientStream:
 class DemoExchange:
     """The demo's stream in the place of an upstream's."""
 
+    status, headers = 200, Headers([("content-type", "text/event-stream")])
+
     def __init__(self, steps: Iterable[DemoStep]) -> None:
-        self.status, self.headers = 200, Headers([("content-type", "text/event-stream")])
         self.steps = iter(steps)
 
     async def read(self, heard: bool = True) -> bytes:
@@ -9986,8 +9985,8 @@ class Metrics:
     """Counters of this process, for Prometheus. Models that are not known by name count as "other": a client cannot make
     more series than there are names."""
 
-    def __init__(self, names: Iterable[str], workers: int) -> None:
-        self.names = frozenset(names)
+    def __init__(self, workers: int) -> None:
+        self.names: frozenset[str] = frozenset()
         self.own = {"worker": str(os.getpid())} if workers > 1 else {}      # its series are no other process's
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()      # (name, label values...)
         self.spent: dict[tuple[str, str], Sequence[int]] = {}   # (model, provider) -> tokens by kind, nano-dollars
@@ -10017,10 +10016,10 @@ class Metrics:
 
     def text(self, streams_open: int, routing: Mapping[tuple[str, ...], int]) -> str:
         """Prometheus text format 0.0.4. `routing` is what Router.metrics() gives."""
-        counters = {**self.counters, **routing}
+        found: dict[tuple[str, ...], int | str | Histogram] = {**self.counters, **routing, **self.histograms}
         for target, (*tokens, nanos) in self.spent.items():
-            counters[("pomex_cost_usd_total", *target)] = nanos
-            counters.update({("pomex_tokens_total", *target, kind): count for kind, count in zip(TOKEN_KINDS, tokens)})
+            found[("pomex_cost_usd_total", *target)] = usd(nanos, 9)
+            found.update({("pomex_tokens_total", *target, kind): count for kind, count in zip(TOKEN_KINDS, tokens)})
         facts = [("pomex_build_info", "gauge", {"version": VERSION}, "1"),
                  ("pomex_streams_open", "gauge", {}, str(streams_open)),
                  ("process_start_time_seconds", "gauge", {}, f"{self.started_s:.3f}"),
@@ -10030,13 +10029,12 @@ class Metrics:
             lines += [f"# TYPE {name} {kind}", f"{name}{self.labels(labels)} {text}"]
         for name, (kind, meaning, label_names) in METRICS.items():
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            for series, count in sorted(counters.items()):
-                if series[0] == name:
-                    value = usd(count, 9) if name == "pomex_cost_usd_total" else str(count)
-                    lines.append(f"{name}{self.labels(dict(zip(label_names, series[1:])))} {value}")
-            for series, histogram in sorted(self.histograms.items(), key=lambda each: each[0]):
-                if series[0] == name:
-                    lines += histogram.lines(name, self.labels, dict(zip(label_names, series[1:])))
+            for each in sorted(found):
+                labels, value = dict(zip(label_names, each[1:])), found[each]
+                if each[0] == name and isinstance(value, Histogram):
+                    lines += value.lines(name, self.labels, labels)
+                elif each[0] == name:
+                    lines.append(f"{name}{self.labels(labels)} {value}")
         return "\n".join(lines) + "\n"
 
     def labels(self, labels: Mapping[str, str]) -> str:
@@ -10058,22 +10056,21 @@ class Gateway:
 
     def __init__(self, config: Config, ledger: Ledger, upstream: Upstream, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
-        """`old` had another configuration: what was counted, seen and learned outlives it."""
+        """What `old`, with another configuration, counted, saw and learned outlives it."""
         self.config = config
         self.ledger = ledger
         self.upstream = upstream
         self.catalogue = Catalogue(config, found)
         self.router: Router = old.router if old else Router(upstream)
+        self.metrics: Metrics = old.metrics if old else Metrics(config.server.workers)
+        self.watch: Watch = old.watch if old else Watch(ledger)
         if old:
             self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
         self.prices = PriceBook(config)
         upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
-        self.metrics: Metrics = old.metrics if old else Metrics(self.catalogue.names, config.server.workers)
         self.metrics.names = frozenset(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
         self.started_s: int = old.started_s if old else int(time.time())
-        # the dashboard
-        self.watch: Watch = old.watch if old else Watch(ledger)
         self.guard = Guard(ledger, config.server)
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
 

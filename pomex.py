@@ -67,6 +67,7 @@ import asyncio
 import asyncio.staggered
 import base64
 import bisect
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -914,43 +915,52 @@ def is_torn(rest: bytes | bytearray) -> bool:
 
 
 class SSEDecoder:
-    """Bytes in, events out. `id` and `retry` are ignored: no stream is ever resumed."""
+    """Bytes in, events out. `id` and `retry` are passed over: no stream of ours is ever resumed."""
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
         self._rest = bytearray()        # no empty line in it, but perhaps a line end as its last byte
-        self._mark = "\ufeff"           # that the first block may begin with; then none
+        self._begun = False             # is a byte order mark out of the question?
         self.torn = False               # after finish(): did the body end inside of an event?
         self._after_cr = False          # then a first LF belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
+        blocks = self.blocks(data).decode("utf-8", "replace").split("\n\n")
+        return [event for block in blocks if block and (event := parse_block(block))]
+
+    def blocks(self, data: bytes) -> bytes:
+        """All up to the last empty line, with LF as line ends."""
+        if not self._begun:
+            data = self._without_mark(data)
         if self._after_cr or b"\r" in data:
             data = self._with_lf(data)
         end = data.rfind(b"\n\n") + 2
         if end == 1 and not (self._rest.endswith(b"\n") and data.startswith(b"\n")):
-            end = 0
-        self._rest += data[:end]
-        events = self._blocks() if end else []
-        self._rest += data[end:]
+            self._rest += data
+            data = b""
+        elif self._rest or end < len(data):
+            self._rest, data = bytearray(data[end:]), bytes(self._rest) + data[:end]
+        if len(data) > self.max_event_bytes:
+            self._check_size(max(map(len, data.split(b"\n\n"))))
         self._check_size(len(self._rest) - 1)
-        return events
+        return data
 
     def finish(self) -> list[Event]:
-        """The body is over. The standard drops an event without its empty line, but many chat servers end so: it counts
-        if its lines are complete, or if its data can be no part of something longer."""
-        rest = self._rest.removeprefix(self._mark.encode())
+        """The body is over. The standard drops an event without its empty line, but many chat servers end so:
+        it is given out if all its lines are complete, or if its data can be no part of something longer."""
+        rest = self._rest if self._begun else b""
         event = parse_block(rest.decode("utf-8", "replace").strip("\n"))
         self._rest = bytearray()
         given = [event] if event and (rest.endswith(b"\n") or is_whole(event.data)) else []
         self.torn = not given and is_torn(rest)
         return given
 
-    def _blocks(self) -> list[Event]:
-        blocks = self._rest.decode("utf-8", "replace").removeprefix(self._mark).split("\n\n")
-        if len(self._rest) > self.max_event_bytes:
-            self._check_size(max(map(len, self._rest.split(b"\n\n"))))
-        self._rest, self._mark = bytearray(), ""
-        return [event for block in blocks if block and (event := parse_block(block))]
+    def _without_mark(self, data: bytes) -> bytes:
+        """Without a byte order mark at the very beginning; nothing while it could still be one."""
+        data = bytes(self._rest) + data
+        self._begun = not codecs.BOM_UTF8.startswith(data) or data == codecs.BOM_UTF8
+        self._rest = bytearray(b"" if self._begun else data)
+        return data.removeprefix(codecs.BOM_UTF8) if self._begun else b""
 
     def _with_lf(self, data: bytes) -> bytes:
         """With every line end as LF. A CR at the end is one already; an LF that follows it is no other."""
@@ -2097,6 +2107,19 @@ class Attempt:
                 f"{self.answer.max_items} in [server] allow.", status=502, headers=(("x-should-retry", "false"),))
             raise self.error
 
+    def set_usage(self, usage: Usage) -> None:
+        if usage.input or usage.output or not self.usage or self.usage.estimated:
+            self.usage = usage
+
+    def set_stop(self, stop: Stop) -> None:
+        self.last = self.last or stop.last
+        if self.stop is None or stop.incomplete:
+            self.stop = stop
+
+    def fail(self, error: GatewayError) -> None:
+        self.error = error
+        self.last = True
+
     def settle_items(self) -> None:
         """Closes or leaves what is still open; called once, before the status is decided."""
 
@@ -2274,19 +2297,6 @@ class Assembler(Attempt):
         self.emit("response.output_item.added", f'"output_index":{index},"item":{text}')
         self.emit("response.output_item.done", f'"output_index":{index},"item":{text}')
         self.items[index] = text
-
-    def set_usage(self, usage: Usage) -> None:
-        if usage.input or usage.output or not self.usage or self.usage.estimated:
-            self.usage = usage
-
-    def set_stop(self, stop: Stop) -> None:
-        self.last = self.last or stop.last
-        if self.stop is None or stop.incomplete:
-            self.stop = stop
-
-    def fail(self, error: GatewayError) -> None:
-        self.error = error
-        self.last = True
 
     # items
 
@@ -2517,11 +2527,10 @@ class UpstreamText:
 @dataclass(slots=True)
 class UpstreamItem:
     """An item as far as it has come."""
-    slot: int
     kind: Any                   # "message", "reasoning", "call", or the type of another item
-    index: Any                  # the server's number of it
-    first: JSON                 # as it was added
     item: JSON                  # as it was told last
+    index: Any                  # the server's number of it
+    slot: int = -1              # ours
     done: bool = False          # by the server's own word
     shown: bool = False
     closed: bool = False
@@ -2531,23 +2540,24 @@ class UpstreamItem:
     def part(self, channel: Channel, number: Any, whole: str | None = None) -> UpstreamText:
         """The text that a piece belongs to, or the one that a `done` event gives the whole of: that one may bear
         another number there than its pieces had."""
-        part = self.numbered.get((channel, number))
-        if part and whole is None and not part.done:
-            return part
-        last = self.texts[-1] if self.texts else None
-        if part is None and whole is not None and last and last.channel == channel and not last.done \
-                and whole.startswith(last.so_far()):
+        part, last = self.numbered.get((channel, number)), self.texts[-1] if self.texts else None
+        if whole is None:
+            part = None if part and part.done else part
+        elif part is None and last and last.channel == channel and not last.done and whole.startswith(last.so_far()):
             part = last
-        if part is None or part.done and whole is None:
+        if part is None:
             part = UpstreamText(channel, len(self.texts))
             self.texts.append(part)
         part.done = whole is not None
         self.numbered[channel, number] = part
         return part
 
+    def differs(self, name: str, value: Any) -> bool:
+        return bool(value and self.item.get(name)) and self.item[name] != value
+
     def complete(self) -> bool:
         """Has a call without its `done` all of its arguments?"""
-        text = self.texts[0] if self.texts and self.first.get("name") else None
+        text = self.texts[0] if self.texts and self.item.get("name") else None
         return text is not None and (text.channel == "input" or json_dict(text.so_far()) is not None)
 
 
@@ -2559,105 +2569,105 @@ def item_content(item: JSON) -> str:
     return compact({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
 
 
-def paired(given: Sequence[Any], known: Sequence[Any],
-           levels: Sequence[tuple[Callable[[Any], Any], Callable[[Any], Any]]]) -> dict[int, int]:
-    """The place of the known one that each of the given is, by its place: the first that has the same key, each once.
-    A later level of keys is for those that no earlier one found; the key None is no key."""
+Told = TypeVar("Told")
+
+
+def paired(given: Sequence[Told], known: Sequence[Told], *keys: Callable[[Told], Any]) -> list[Told | None]:
+    """For each of the given the known one that it is: the first with the same key, each once. A later key is for those that
+    no earlier one found; the key None is no key."""
     found: dict[int, int] = {}
-    for given_key, known_key in levels:
+    for key in keys:
         if len(found) == len(given):
             break
         taken, free = set(found.values()), collections.defaultdict[Any, "collections.deque[int]"](collections.deque)
         for place, each in enumerate(known):
             if place not in taken:
-                free[known_key(each)].append(place)
+                free[key(each)].append(place)
         free.pop(None, None)
         for place, each in enumerate(given):
-            if place not in found and free.get(given_key(each)):
-                found[place] = free[given_key(each)].popleft()
-    return found
+            if place not in found and free.get(wanted := key(each)):
+                found[place] = free[wanted].popleft()
+    return [known[found[place]] if place in found else None for place in range(len(given))]
 
 
 class UpstreamItems:
     """Which item an event is about. Servers give an item a new id in every event (Copilot), tell items apart by their ids
-    alone (llama.cpp) or by nothing at all, count from 1, or give one number to all."""
+    alone (llama.cpp) or by nothing at all, count from 1, or give one number to all.
+
+    So an open item goes by any of its names, and an event without one is about the newest of its kind. An `added`, and what
+    comes for an item that is done, begins another where a name differs.
+    """
 
     def __init__(self) -> None:
         self.all: list[UpstreamItem] = []
-        self.named: dict[tuple[Any, Any], UpstreamItem] = {}        # by kind and id or call_id
-        self.placed: dict[Any, UpstreamItem] = {}                   # by output_index
-        self.waiting: dict[Any, collections.deque[UpstreamItem]] = collections.defaultdict(collections.deque)    # by kind
+        self.undone = [0, 0]                            # so many other items and calls
+        self.named: dict[Any, UpstreamItem] = {}        # by number; by kind; by kind and call_id, and id, and id and number
 
-    def find(self, event: JSON, item: JSON, kind: Any, opens: bool = False) -> UpstreamItem | None:
+    def find(self, event: JSON, kind: Any, opens: bool = False) -> UpstreamItem | None:
         """The item of an event, which `opens` one if it says `added`; None if it is about a new one."""
-        index, item_id, call_id = event.get("output_index"), event.get("item_id") or item.get("id"), item.get("call_id")
-        placed = self.placed.get(index)
-        if placed and item_id and placed.item.get("id") == item_id and placed.kind == kind:
-            return placed if not call_id or placed.item.get("call_id") in (None, call_id) else None
-        for named in (self.named.get((kind, call_id)), self.named.get((kind, item_id))):
-            if named and (index is None or named.index in (None, index) or not (named.done or opens)
-                          or call_id and named.item.get("id") == item_id):
-                return named
-        piece = "delta" in event
-        if index is None:
-            waiting = self.waiting[kind]
-            while len(waiting) > 1 and waiting[0].done:
-                waiting.popleft()
-            placed = waiting[-1 if piece or waiting and waiting[0].done else 0] if waiting else None
-        if placed is None or placed.kind != kind:
-            return placed if placed and not (item or placed.done or placed.kind in TEXT_KINDS) else None
-        renamed = item_id and placed.item.get("id") and item_id != placed.item["id"]
-        recalled = call_id and placed.item.get("call_id") and call_id != placed.item["call_id"]
-        other = renamed or recalled
-        if opens:
-            apart = other or index is None or placed.done
-        elif not placed.done:
-            apart = index is None and (recalled or piece and renamed)
-        elif piece:
-            apart = renamed or index is None
-        else:                                       # told once more, or another in its place
-            apart = item and (other or item_content(item) != item_content(placed.item))
-        return None if apart else placed
+        item, index = event.get("item") or {}, event.get("output_index")
+        item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
+        for name in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
+            known = self.named.get(name)
+            if known and not known.differs("call_id", call_id) and (
+                    not (known.done or opens) or index is None or known.index in (None, index)
+                    or call_id and known.item.get("id") == item_id):
+                return known
+        known = self.named.get(kind if index is None else index)
+        if known is None or known.kind != kind:
+            return known if known and not (item or known.done or known.kind in TEXT_KINDS) else None
+        renamed = known.differs("id", item_id) or known.differs("call_id", call_id)
+        if opens or "delta" in event and known.done:
+            other = renamed or index is None or opens and known.done
+        elif known.done:                            # told once more, or another in its place
+            other = bool(item) and (renamed or item_content(item) != item_content(known.item))
+        else:
+            other = renamed and index is None
+        return None if other else known
 
-    def add(self, event: JSON, item: JSON, kind: Any) -> UpstreamItem:
-        known = UpstreamItem(len(self.all), kind, event.get("output_index"), item, {"id": event.get("item_id"), **item})
+    def take(self, event: JSON, kind: Any, opens: bool = False) -> UpstreamItem:
+        """The item of an event, a new one if need be. For a text it may be one of a kind whose texts are not read."""
+        index, item_id = event.get("output_index"), event.get("item_id")
+        known = self.named.get((kind, item_id, index))
+        if known and not (known.done or "item" in event):       # nearly always
+            return known
+        item, known = event.get("item") or {}, self.find(event, kind, opens)
+        return self.name(known, item) if known else self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
+
+    def add(self, known: UpstreamItem) -> UpstreamItem:
+        known.slot = len(self.all)
         self.all.append(known)
-        self.waiting[kind].append(known)
+        self.undone[known.kind == "call"] += 1
+        self.named[known.kind] = known
         if known.index is not None:
-            self.placed[known.index] = known
+            self.named[known.index] = known
         return self.name(known, known.item)
 
     def name(self, known: UpstreamItem, item: JSON) -> UpstreamItem:
-        for name in (item.get("id"), item.get("call_id")):
-            if name:
-                self.named[known.kind, name] = known
+        if item.get("call_id"):
+            self.named[known.kind, item["call_id"]] = known
+        if item.get("id"):
+            self.named[known.kind, item["id"]] = self.named[known.kind, item["id"], known.index] = known
         return known
 
-    def take(self, event: JSON, item: JSON, opens: bool = False) -> UpstreamItem:
-        """The item of an event that holds it, a new one if need be."""
-        kind = item_kind(item)
-        known = self.find(event, item, kind, opens)
-        return self.name(known, item) if known else self.add(event, item, kind)
-
-    def of_text(self, event: JSON, kind: str) -> UpstreamItem:
-        """The item of a text event; one of another kind where its texts are not read."""
-        return self.find(event, {}, kind) or self.add(event, {}, kind)
-
     def last(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with what is known of it: by its ids, by what it says, by its place among its
-        kind. A call that is done is no other call for want of a better one."""
-        found = paired(output, self.all, (
-            (lambda item: (item_kind(item), item.get("call_id") or item.get("id")),
-             lambda known: (known.kind, name) if (name := known.item.get("call_id") or known.item.get("id")) else None),
-            (lambda item: item_content(item), lambda known: item_content(known.item) if known.done else None),
-            (lambda item: (item_kind(item), item.get("name")),
-             lambda known: None if known.kind == "call" and known.done else (known.kind, known.item.get("name")))))
-        return [(self.all[found[place]] if place in found else self.add({}, item, item_kind(item)), item)
-                for place, item in enumerate(output)]
+        """The items of a final response, each with what is known of it: by its names, by what it says, by its place among its
+        kind. A call that is done is no other call for want of a better one. New ones are numbered on."""
+        given = [UpstreamItem(item_kind(item), item, None) for item in output]
+        found = paired(given, self.all,
+                       lambda each: (name := each.item.get("call_id") or each.item.get("id")) and (each.kind, name),
+                       lambda each: item_content(each.item),
+                       lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
+        count = max([len(self.all), *(known.index + 1 for known in self.all if isinstance(known.index, int))])
+        for each, known in zip(given, found):
+            if known is None:
+                each.index, count = count, count + 1
+                self.add(each)
+        return [(known or each, each.item) for each, known in zip(given, found)]
 
     def stop(self) -> Stop | None:
         """What a clean end of the body stands for: with every item done the model had finished, unless it had only thought."""
-        if all(known.kind == "reasoning" for known in self.all) or not all(known.done for known in self.all):
+        if any(self.undone) or all(known.kind == "reasoning" for known in self.all):
             return None
         return Stop("max_output_tokens" if any(known.item.get("status") == "incomplete" for known in self.all) else "")
 
@@ -2706,18 +2716,6 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
 
 
-class Unheard:
-    """A Sink that keeps nothing but the end."""
-    ended: Stop | None = None
-
-    def set_stop(self, stop: Stop) -> None:
-        self.ended = stop
-
-    def ignore(self, *_: Any, **__: Any) -> None:
-        pass
-    text = reasoning = open = call = add = annotate = done = item = set_usage = fail = ignore
-
-
 class Relay(Attempt):
     """Frames of a Responses upstream, unread but for those that carry the response object, an item or a whole text.
 
@@ -2732,47 +2730,32 @@ class Relay(Attempt):
     NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
     def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str],
-                 failure: Callable[[Any], GatewayError], decoder: Any) -> None:
+                 decoder: Any) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
-        self.failure = failure                      # what an error object of the upstream's stands for
         self.decoder = decoder                      # a ResponsesDecoder: it reads along what is not passed unread
-        self.decoder.sink = self.unheard = Unheard()
-        self.buffer = bytearray()                   # the beginning of a frame that has not come whole
+        self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
+        self.decoder.asked_12h = answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
+        self.frames = SSEDecoder(MAX_EVENT_BYTES)
         self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
-        self.open = [0, 0]                          # so many other items and calls are open
         self.kept: list[bytes] = []                 # what came in a call: its arguments may stand in deltas alone
         self.halves: dict[int, tuple[JSON, bytes]] = {}     # done events of half calls: shown only if the answer is incomplete
+        self.streamed = math.inf                    # so many items came before the final response
         self.completed: JSON = {}                   # the upstream's own final response
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they come. UpstreamError where a frame that must be read is not JSON."""
-        if self.buffer:                             # an empty line may have begun in its last bytes
-            data = bytes(self.buffer[-3:]) + data
-            del self.buffer[-3:]
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n")
-        end = data.rfind(b"\n\n") + 2
-        if end == 1:
-            self.buffer += data
-            if len(self.buffer) > MAX_EVENT_BYTES:
-                raise UpstreamError(f"The upstream sent an event of more than {MAX_EVENT_BYTES} bytes.")
-            return
-        if self.buffer or end < len(data):
-            end += len(self.buffer)
-            data = bytes(self.buffer) + data
-            self.buffer[:] = data[end:]
-        at = 0                                      # where a frame begins
-        for found in self.READ.finditer(data, 0, end):
+        data, at = self.frames.blocks(data), 0      # where a frame begins
+        for found in self.READ.finditer(data):
             if found.start() < at or self.last:
                 continue                            # a second match in a frame already read
             begin = data.rfind(b"\n\n", at, found.start())
             begin = at if begin < 0 else begin + 2
             self._pass(data[at:begin])
-            at = data.find(b"\n\n", found.end(), end) + 2
+            at = data.find(b"\n\n", found.end()) + 2
             self._read(data[begin:at])
         if not self.last:
-            self._pass(data[at:end])
+            self._pass(data[at:])
 
     def _pass(self, block: bytes) -> None:
         """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
@@ -2787,7 +2770,8 @@ class Relay(Attempt):
         if not self.begun:
             self._begin()
         self._give(block)
-        if self.open[True] or not self.open[False]:
+        others, calls = self.decoder.items.undone
+        if calls or not others:
             self.kept.append(block)
         self.written += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
         self.grew()
@@ -2841,11 +2825,13 @@ class Relay(Attempt):
         return {**response, "id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
 
     def _added(self, event: JSON, frame: bytes) -> None:
-        if isinstance(event.get("item"), dict):
+        item = event.get("item")
+        if isinstance(item, dict):
             self.grew(items=1)
             self.decoder.read(event)
-            self._count(event["item"], 1)
-        self._pass(self._sealed(event, frame))
+            if self._sealed(item):
+                frame = sse_frame(event["type"], compact(event))
+        self._pass(frame)
 
     def _text_done(self, event: JSON, frame: bytes) -> None:
         self.decoder.read(event)
@@ -2857,63 +2843,49 @@ class Relay(Attempt):
         if not isinstance(item, dict):
             return
         before = len(self.decoder.items.all)
-        known = self.decoder.items.take(event, item)
+        known = self.decoder.items.take(event, item_kind(item))
         self.grew(len(frame), len(self.decoder.items.all) - before)
         if known.closed:
             return
         if known.kind == "call" and not has_content(item):
             self._recall()
-        self._count(item, -1)
         self.decoder.finish(known, item)
+        if not self.decoder.items.undone[True]:
+            self.kept.clear()
         if known.closed:
             self._accept(known, event, frame)
 
-    def _count(self, item: JSON, step: int) -> None:
-        call = item_kind(item) == "call"
-        self.open[call] = max(self.open[call] + step, 0)
-        if not self.open[True]:
-            self.kept.clear()
-
     def _recall(self) -> None:
-        """Reads what has passed unread since a call began."""
-        for block in b"".join(self.kept).split(b"\n\n"):
-            event = parse_block(block.decode("utf-8", "replace")) if b".delta" in block else None
-            if event:
+        """Reads what has passed unread of the calls that are open."""
+        for event in SSEDecoder().feed(b"".join(self.kept)):
+            if re.search(r'_call_\w+\.delta"', event.data):
                 self.decoder.feed(event.data)
         self.kept.clear()
 
-    def _accept(self, known: UpstreamItem, event: JSON, frame: bytes = b"", new: bool = False) -> None:
+    def _accept(self, known: UpstreamItem, event: JSON, frame: bytes, new: bool = False) -> None:
         """Gives out an item as the client can use it."""
         item = event["item"]
-        if half_call(item) and known.slot not in self.halves:
+        if half_call(item) and not self.ended:
             self.halves[known.slot] = event, frame
             return
-        if fill_item(item, known) | self._sealed_item(item) or not frame:
+        changed = fill_item(item, known), self._sealed(item)
+        if any(changed) or not frame:
             frame = sse_frame(event["type"], compact(event))
         if new:
             self._pass(frame.replace(b"output_item.done", b"output_item.added", 2))
         self.items[known.slot] = compact(item)
         self._pass(frame)
 
-    def _release(self, streamed: int) -> None:
-        """The items that only the final response holds, and those that waited for it; so many were `streamed`."""
-        items = self.decoder.items.all
-        shift = max([0, *(known.index + 1 - streamed for known in items if isinstance(known.index, int))])
-        for known in items:
-            if known.closed and known.slot not in self.items and known.slot not in self.halves:
-                new = known.slot >= streamed
-                index = known.slot + shift if new else known.index
-                self._accept(known, {"type": "response.output_item.done", "sequence_number": 0, "output_index": index,
-                                     "item": known.item}, new=new)
+    def _release(self) -> None:
+        """The items that only the final response holds, and those that waited for it."""
+        for known in self.decoder.items.all:
+            if known.closed and known.slot not in self.items:
+                made = {"type": "response.output_item.done", "sequence_number": 0, "output_index": known.index,
+                        "item": known.item}
+                self._accept(known, *self.halves.get(known.slot, (made, b"")), known.slot >= self.streamed)
 
-    def _sealed(self, event: JSON, frame: bytes) -> bytes:
-        """The frame with the item as the client can use it; `event` is changed likewise."""
-        return sse_frame(event["type"], compact(event)) if self._sealed_item(event.get("item")) else frame
-
-    def _sealed_item(self, item: Any) -> bool:
+    def _sealed(self, item: JSON) -> bool:
         """Puts an item's encrypted content into our envelope, and a refusal where it is seen: was there any?"""
-        if not isinstance(item, dict):
-            return False
         refusals = [part for part in dicts_in(item.get("content")) if part.get("type") == "refusal"] \
             if self.answer.manners.refusal_is_text else []
         for part in refusals:
@@ -2924,29 +2896,29 @@ class Relay(Attempt):
         return True
 
     def _terminal(self, event: JSON, frame: bytes) -> None:
-        response = event.get("response") or {}
-        streamed = len(self.decoder.items.all)
+        self.streamed = len(self.decoder.items.all)
         self._recall()
         self.decoder.read(event)
-        self._release(streamed)
-        self._end(end_of(event["type"].removeprefix("response."), response), response)
+        self._release()
+        self._end(event.get("response") or {})
 
-    def _end(self, status: str, response: JSON) -> None:
-        """The upstream's own end: the evidence and the usage."""
+    def _end(self, response: JSON) -> None:
+        """The upstream's own end. Half a call is no part of a whole answer."""
         self.last = True
         self.completed = response
-        asked_12h = self.answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
-        self.usage = usage_from(response.get("usage"), response, asked_12h) or self.usage
-        if status == "failed":
-            self.error = self.error or self.failure(response.get("error"))
-        elif status == "completed" and (self.halves or any(map(half_call, dicts_in(response.get("output"))))):
-            self.error = self.error or UpstreamError("The provider ended, but the arguments of a call are not whole JSON.")
-        else:
-            reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
-            self.stop = Stop(reason if status == "incomplete" else "", last=True)
+        items = dicts_in(response.get("output")) + [known.item for known in self.decoder.items.all]
+        if self.stop and not self.stop.incomplete and any(map(half_call, items)):
+            self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
 
     def _error(self, event: JSON, frame: bytes) -> None:
-        self.error = self.failure(event.get("error") or event)
+        self.decoder.read(event)
+
+    def fail(self, error: GatewayError) -> None:
+        self.error = self.error or error            # its response.failed may follow, with a usage
+
+    def ignore(self, *_: Any, **__: Any) -> None:
+        """What a decoder says of items: they pass as they are."""
+    text = reasoning = open = call = add = annotate = done = item = ignore
 
     def whole(self, data: bytes) -> None:
         """A response that came as one JSON object, asked for or not."""
@@ -2959,33 +2931,30 @@ class Relay(Attempt):
             raise UpstreamError("The provider's answer is not a response object.") from None
         given = {**response, "output": dicts_in(response.get("output"))}
         if self.answer.request.stream:
-            with self._voice() as self.decoder.sink:
+            with self._voice() as voice:
+                self.decoder.sink = voice
                 self.decoder.whole(given)
+                self.usage, self.stop, self.error = voice.usage, voice.stop, voice.error
         else:
             self.decoder.whole(given)
-            self._release(0)
-        self._end(status, response)
+            self._release()
+        self._end(response)
         self.begun = self.begun or bool(response.get("output"))
         self.grew(len(data), len(given["output"]))
 
     def end(self) -> None:
         """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
-        event = parse_block(self.buffer.decode("utf-8", "replace").strip("\n"))
-        if event and is_whole(event.data):
-            self.feed(b"\n\n")
-        elif is_torn(self.buffer):
-            return                      # its last event may have said anything
-        if self.stop is None:
+        for event in self.frames.finish():
+            self.feed(sse_frame(event.event, event.data))
+        if self.stop is None and not self.frames.torn:      # a torn event may have said anything
             self.decoder.end()
-            self.stop = self.unheard.ended
-        self._release(len(self.decoder.items.all))
+        self._release()
 
     def settle_items(self) -> None:
         if self.error is not None or self.stop is None or not self.stop.incomplete:
             return
         if not self.answer.manners.cut_is_completed:
-            for slot, (event, frame) in self.halves.items():
-                self._accept(self.decoder.items.all[slot], event, frame)
+            self._release()
         elif self.stop.incomplete == "content_filter" and self.silent():
             with self._voice() as voice:
                 voice.text(FILTERED)
@@ -3508,6 +3477,7 @@ class ResponsesDecoder:
     """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: what one of them
     has is taken once."""
     sink: Sink
+    asked_12h = False       # of the prompt cache
 
     def __init__(self, book: ToolBook) -> None:
         self.book = book
@@ -3543,7 +3513,7 @@ class ResponsesDecoder:
 
     def _added(self, event: JSON) -> None:
         item = event.get("item") or {}
-        known = self.items.take(event, item, opens=True)
+        known = self.items.take(event, item_kind(item), opens=True)
         if known.kind != "call" or item.get("name"):
             self._open(known, item)
 
@@ -3553,10 +3523,9 @@ class ResponsesDecoder:
         known.shown = True                              # others stay open till their own `done`: it may bring more
         kind, slot = item.get("type"), known.slot
         call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
-        if kind == "function_call" and not space:
-            self.sink.call(slot, call_id or f"call_{slot}", self.book.tool(name))
-        elif kind == "function_call" or kind == "custom_tool_call":
-            self.sink.call(slot, call_id or f"call_{slot}", Tool(kind, name, space))
+        if kind == "function_call" or kind == "custom_tool_call":
+            ours = kind == "function_call" and not space
+            self.sink.call(slot, call_id or f"call_{slot}", self.book.tool(name) if ours else Tool(kind, name, space))
         elif kind == "message" or kind == "reasoning":
             self.sink.open(slot, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
         for part in known.texts:
@@ -3566,7 +3535,7 @@ class ResponsesDecoder:
         channel, number, kind, _ = TEXT_EVENTS[event["type"][:-6]]
         text = event.get("delta")
         if isinstance(text, str) and text:
-            known = self.items.of_text(event, kind)
+            known = self.items.take(event, kind)
             if known.kind == kind:
                 self._say(known, known.part(channel, event.get(number, 0)), text)
 
@@ -3587,12 +3556,12 @@ class ResponsesDecoder:
 
     def _text_done(self, event: JSON) -> None:
         channel, number, kind, whole = whole_text(event)
-        known = self.items.of_text(event, kind) if whole else None
+        known = self.items.take(event, kind) if whole else None
         if known and known.kind == kind:
             self._rest(known, known.part(channel, number, whole), whole)
 
     def _annotation(self, event: JSON) -> None:
-        known = self.items.find(event, {}, "message")
+        known = self.items.find(event, "message")
         if known and known.shown and not known.closed and isinstance(event.get("annotation"), dict):
             number = event.get("content_index", 0)
             (known.numbered.get(("text", number)) or known.part("text", number)).noted += 1
@@ -3600,19 +3569,22 @@ class ResponsesDecoder:
 
     def _done(self, event: JSON) -> None:
         item = event.get("item") or {}
-        self.finish(self.items.take(event, item), item)
+        self.finish(self.items.take(event, item_kind(item)), item)
 
     def finish(self, known: UpstreamItem, item: JSON) -> None:
         """An item that its server calls done. Without a word in it, it waits for what the final response has of it."""
         self._open(known, item)
         if known.closed:
             return
-        known.done, known.item = True, item
+        self.items.undone[known.kind == "call"] -= not known.done
+        added, known.done, known.item = known.item, True, {**known.item, **item}
         if known.kind not in TEXT_KINDS:
             known.closed = True
             self.sink.item(item)
             return
         self._fill(known, item)
+        if not known.texts:
+            self._fill(known, added)
         if half_call(item):
             known.closed = True                                     # it is never closed
         elif known.texts or known.kind == "reasoning":
@@ -3640,11 +3612,11 @@ class ResponsesDecoder:
                 self._rest(known, known.part(channel, 0, value), value)
         told = [(*whole_text({"part": part}), part) for name in ("summary", "content") for part in dicts_in(item.get(name))
                 if part.get("type") in PART_FAMILY]
-        found = paired(told, known.texts, ((lambda told: (told[0], told[3]), lambda text: (text.channel, text.so_far())),
-                                           (lambda told: told[0], lambda text: text.channel)))
-        for place, (channel, _, _, whole, part) in enumerate(told):
-            text = known.texts[found[place]] if place in found else known.part(channel, ("final", place)) if whole else None
-            if text is not None:
+        texts = [UpstreamText(channel, 0, [whole]) for channel, _, _, whole, _ in told]
+        found = paired(texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
+        for place, (text, (channel, _, _, whole, part)) in enumerate(zip(found, told)):
+            text = text or (known.part(channel, ("final", place)) if whole else None)
+            if text:
                 self._rest(known, text, whole)
                 for annotation in (part.get("annotations") or [])[text.noted:]:
                     self.sink.annotate(annotation, known.slot)
@@ -3659,7 +3631,7 @@ class ResponsesDecoder:
 
     def _terminal(self, event: JSON) -> None:
         response = event.get("response") or {}
-        usage = usage_from(response.get("usage"), response)
+        usage = usage_from(response.get("usage"), response, self.asked_12h)
         if usage is not None:
             self.sink.set_usage(usage)
         if event["type"] == "response.failed":
@@ -3676,11 +3648,10 @@ class ResponsesDecoder:
                 self.finish(known, item)
         for known in self.items.all:
             if known.kind == "call" and not known.done and not stop.incomplete and known.complete():
-                self.finish(known, {**known.first, "status": "completed"})
-            if known.done and not known.closed:
-                self._fill(known, known.first)
-                if known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete:
-                    self._close(known)
+                self.finish(known, {**known.item, "status": "completed"})
+            if known.done and not known.closed and (
+                    known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete):
+                self._close(known)
         self.ended = True
         self.sink.set_stop(stop)
 
@@ -6036,7 +6007,7 @@ class WireApi(NamedTuple):
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
         items = [item for item in unsealed if "pomex_replay" in item or not shown_only(item)]
         dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
-        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, responses_error, ResponsesDecoder(ToolBook(())))
+        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, ResponsesDecoder(ToolBook(())))
         return UpstreamCall(self, self.path, relay_body(job.request, items, dropped, job.model), attempt, dropped)
 
 

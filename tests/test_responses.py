@@ -10,7 +10,7 @@ import streams
 
 import pomex
 from pomex import Stop, Usage
-from sinks import adds, begins, calls, ends, tell
+from sinks import Recorder, adds, begins, calls, ends, tell
 
 SECRET = b"s" * 32
 EXEC = {"type": "function", "name": "exec", "description": "runs", "parameters": {"type": "object", "properties": {}}, "strict": False}
@@ -940,7 +940,7 @@ def end(kind="completed", **fields):
 
 def relayed(pieces, manners=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
     ours = ours or answer(manners)
-    attempt = pomex.Relay(ours, 100, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Relay(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
     raw = early
     for piece in pieces:
         attempt.feed(piece)
@@ -993,7 +993,7 @@ def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
 
 def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
-        attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
+        attempt = pomex.Relay(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
         attempt.feed(b"".join(stream))
         assert not attempt.begun and not attempt.take() and attempt.answer.sequence == 0
 
@@ -1122,7 +1122,7 @@ def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
         raw, attempt = relayed([b"".join(numbered([*BEGIN, *stream]))])
         assert attempt.status == "failed" and [item["type"] for item in streams.check(raw)["output"]] == ["message"]
     for streamed in (True, False):
-        attempt = pomex.Relay(answer(stream=streamed), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
+        attempt = pomex.Relay(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
         attempt.whole(json.dumps(response("completed", output=[bad], usage=GOOD_USAGE)).encode())
         attempt.finish()
         assert json.loads(attempt.body(1))["status"] == "failed"
@@ -1174,7 +1174,7 @@ def test_an_endless_frame_is_refused(monkeypatch):
 def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     usage = {**GOOD_USAGE, "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0}}
     plain = json.dumps(response("completed", output=[SAID], usage=usage, other={"kept": 1.50})).encode()
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
     attempt.whole(plain)
     attempt.finish()
     assert json.loads(attempt.body(1)) == {**json.loads(plain), "id": "resp_1", "model": "m/x", "completed_at": 1}
@@ -1187,7 +1187,7 @@ def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     {"object": None, "output": [SAID]}, {"output": [SAID], "usage": GOOD_USAGE},        # a count is missing
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
     attempt.whole(json.dumps(response("completed", **fields)).encode())
     attempt.finish()
     final = json.loads(attempt.body(1))
@@ -1199,13 +1199,13 @@ def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
 def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
     with pytest.raises(pomex.UpstreamError):
-        pomex.Relay(answer(stream=False), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([]))).whole(body)
+        pomex.Relay(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([]))).whole(body)
 
 
 @pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 def test_an_object_in_the_place_of_a_stream_becomes_a_stream(manners):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
-    attempt = pomex.Relay(answer(manners), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Relay(answer(manners), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
     looked = {**RUN, "namespace": "ns", "status": "completed"}
     attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
@@ -1374,14 +1374,14 @@ def test_cut_after_any_event_nothing_is_made_up(stream, items, road):
 
 def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
     decoder = pomex.ResponsesDecoder(pomex.ToolBook([]))
-    decoder.sink = pomex.Unheard()
+    decoder.sink = Recorder()
     for at in range(1000):
         decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}")))
-    assert (len(decoder.items.all), len(decoder.items.named), len(decoder.items.placed)) == (1, 1, 1)
+    assert (len(decoder.items.all), len(decoder.items.named)) == (1, 4)
 
 
 def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
-    attempt = pomex.Relay(answer(), 0, seal, pomex.responses_error, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Relay(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
     picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (12 << 20)})
     begun = time.process_time()
     for at in range(0, len(picture), 4096):

@@ -1620,26 +1620,17 @@ def strip_fence(text: str) -> str:
     return fenced[1] if fenced else text
 
 
-STRING_PART = re.compile(r'\\.|["\\\x00-\x1f]', re.DOTALL)
+JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+STRING_PART = re.compile(r"\\.|[\x00-\x1f]", re.DOTALL)
 CONTROL = re.compile(r"[\x00-\x1f]")
 
 
-def escaped_controls(text: str, state: str) -> tuple[str, str]:
-    """A piece of JSON with the control characters of its strings escaped: models leave line ends as they are, and no
-    strict reader, Codex's among them, takes them so. `state` is where a piece begins, and where this one ends: "" outside
-    of strings, '"' within one, a backslash behind one in there."""
-    head, state = (text[:1], '"') if state == "\\" else ("", state)
-
+def escaped_controls(text: str) -> str:
+    """JSON with the control characters of its strings as escapes: models leave line ends as they are, and no strict reader,
+    Codex's among them, takes them so."""
     def escape(found: re.Match[str]) -> str:
-        nonlocal state
-        if found[0] == '"':
-            state = "" if state else '"'
-        elif found[0] == "\\":
-            state = state and "\\"
-        elif state and len(found[0]) == 1:
-            return quote(found[0])[1:-1]
-        return found[0]
-    return head + STRING_PART.sub(escape, text[len(head):]), state
+        return found[0] if len(found[0]) == 2 else quote(found[0])[1:-1]
+    return JSON_STRING.sub(lambda string: STRING_PART.sub(escape, string[0]), text)
 
 
 Row = TypeVar("Row", bound=NamedTuple)
@@ -2211,8 +2202,7 @@ class Item:
     parts: list[Part] = field(default_factory=list)     # finished ones
     part: Part | None = None                            # the open one
     argument: list[str] = field(default_factory=list)   # a call's arguments or input
-    scanned: int = 0                                # of its pieces so many were looked through for their strings,
-    state: str = ""                                 # and there they stand: see escaped_controls
+    visible: int | None = None                      # only so many of its pieces were shown: then came a control character
     held: str = ""                                  # half a surrogate pair
     blanks: list[str] = field(default_factory=list)     # the white space that a message began with
     shown: bool = False                             # output_item.added has been given
@@ -2220,7 +2210,7 @@ class Item:
 
     def sent(self) -> str:
         """What the deltas of a call have shown."""
-        return "".join(self.argument if self.unwrapper is None else self.unwrapper.given)
+        return "".join(self.argument[:self.visible] if self.unwrapper is None else self.unwrapper.given)
 
 
 class Assembler(Attempt):
@@ -2282,7 +2272,7 @@ class Assembler(Attempt):
         if replay := fields.pop("pomex_replay", None):
             fields["encrypted_content"] = self.seal(replay)
         item.fields |= fields
-        self._complete(key, item)
+        self._finish_item(key, item)
 
     def item(self, item: JSON) -> None:
         self.done()
@@ -2294,8 +2284,8 @@ class Assembler(Attempt):
         if json_dict(text) is None:
             raise UpstreamError("The provider sent an item with a number that is not JSON.")
         self.grew(len(text), 1)
-        self.emit("response.output_item.added", f'"output_index":{index},"item":{text}')
-        self.emit("response.output_item.done", f'"output_index":{index},"item":{text}')
+        for step in ("added", "done"):
+            self.emit(f"response.output_item.{step}", f'"output_index":{index},"item":{text}')
         self.items[index] = text
 
     # items
@@ -2372,22 +2362,23 @@ class Assembler(Attempt):
         item.part = None
 
     def _argue(self, item: Item, channel: str, text: str) -> None:
-        if item.kind == "function_call" and CONTROL.search(text):
-            _, state = escaped_controls("".join(item.argument[item.scanned:]), item.state)
-            text, item.state = escaped_controls(text, state)
-            item.scanned = len(item.argument) + 1
+        if item.visible is None and item.kind == "function_call" and CONTROL.search(text):
+            item.visible = len(item.argument)       # the rest is shown as strict JSON when it is whole
         item.argument.append(text)
         if item.unwrapper is not None and channel == "arguments":
             text = item.unwrapper.feed(text)
         elif item.unwrapper is not None:
             item.unwrapper = None                   # the provider sends raw input: nothing is wrapped
-        if text and item.kind in CALL_FIELD:
-            family, _ = CALL_FIELD[item.kind]
-            self.emit(f"{family}.delta", f'{item.place},"delta":{quote(text)}')
+        if text and item.visible is None and item.kind in CALL_FIELD:
+            self.emit(f"{CALL_FIELD[item.kind][0]}.delta", f'{item.place},"delta":{quote(text)}')
 
     def _argument(self, item: Item) -> str | None:
         """A call's whole arguments or input; None where they are cut."""
+        if not item.tool:
+            return ""
         raw = "".join(item.argument)
+        if item.visible is not None:
+            raw = escaped_controls(raw)
         if item.unwrapper is not None:
             return item.unwrapper.finish(raw)
         if item.kind == "custom_tool_call":
@@ -2396,30 +2387,25 @@ class Assembler(Attempt):
             return raw + "{}" if item.done else None
         return raw if json_dict(raw) is not None else None
 
-    def _complete(self, key: Any, item: Item) -> None:
-        """Finishes the item, unless it is a call whose arguments are cut."""
-        argument = self._argument(item) if item.tool else ""
-        if argument is not None:
-            self._finish_item(key, item, "completed", argument)
-
-    def _finish_item(self, key: Any, item: Item, status: str, argument: str) -> None:
+    def _finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
+        """Nothing is done for a call that is to be complete, but whose arguments are cut."""
+        argument = self._argument(item) if status == "completed" else item.sent()
+        if argument is None:
+            return
         del self.unfinished[key]
         self._close_part(item)
         if item.tool and item.kind in CALL_FIELD:
-            self._finish_argument(item, item.tool.name, argument)
+            family, name = CALL_FIELD[item.kind]
+            rest = argument.removeprefix(item.sent())   # what could not be shown as it came: a fence, no arguments at all
+            if rest:
+                self.emit(f"{family}.delta", f'{item.place},"delta":{quote(rest)}')
+            extra = f',"name":{quote(item.tool.name)}' if name == "arguments" else ""
+            self.emit(f"{family}.done", f'{item.place},"{name}":{quote(argument)}{extra}')
         if item.kind in HOSTED_STEPS:
             self.emit(f"response.{item.kind}.completed", item.place)
         text = compact(self._json(item, status, argument))
         self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
         self.items[item.index] = text
-
-    def _finish_argument(self, item: Item, tool_name: str, argument: str) -> None:
-        family, name = CALL_FIELD[item.kind]
-        rest = argument.removeprefix(item.sent())   # what could not be shown as it came: a fence, no arguments at all
-        if rest:
-            self.emit(f"{family}.delta", f'{item.place},"delta":{quote(rest)}')
-        extra = f',"name":{quote(tool_name)}' if name == "arguments" else ""
-        self.emit(f"{family}.done", f'{item.place},"{name}":{quote(argument)}{extra}')
 
     def _json(self, item: Item, status: str, argument: str = "") -> JSON:
         whole: JSON = {"id": item.id, "type": item.kind, "status": status}
@@ -2443,12 +2429,18 @@ class Assembler(Attempt):
             if not item.shown:
                 del self.unfinished[key]
             elif finished and (not cut or json_dict("".join(item.argument)) is not None):
-                self._complete(key, item)
+                self._finish_item(key, item)
         if finished and not cut and self.unfinished:
             names = ", ".join(item.tool.name for item in self.unfinished.values() if item.tool)
             self.error = UpstreamError(f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
         self._explain()
-        self._show_halves()
+        # a client that runs what is done must not see half a call; text is worth keeping, but Codex asks again: half a message
+        # would stay in its history; and what is too long is told once
+        shorter = self.answer.manners.cut_is_completed
+        if self.error is None or not (self.answer.manners.failure_in_stream or self.written > self.room):
+            for key, item in list(self.unfinished.items()):
+                if not item.tool or self.error is None and not shorter:
+                    self._finish_item(key, item, "completed" if shorter else "incomplete")
 
     def _explain(self) -> None:
         """A filtered answer without a word says why; an empty answer is one empty message."""
@@ -2468,16 +2460,6 @@ class Assembler(Attempt):
         if text:
             self._say(part, text)
         self.done()
-
-    def _show_halves(self) -> None:
-        """Unfinished items: a client that runs what is done must not see half a call; text is worth keeping."""
-        for key, item in list(self.unfinished.items()):
-            if item.tool and (self.error is not None or self.answer.manners.cut_is_completed):
-                continue
-            if self.error is not None and (self.answer.manners.failure_in_stream or self.written > self.room):
-                continue        # Codex asks again: half a message would stay in its history; and what is too long is told once
-            status = "completed" if self.answer.manners.cut_is_completed else "incomplete"
-            self._finish_item(key, item, status, item.sent())
 
 
 def call_fields(tool: Tool, argument: str) -> JSON:
@@ -2803,15 +2785,8 @@ class Relay(Attempt):
         event = parse_block(frame.decode("utf-8", "replace").strip("\n"))
         try:
             content = json.loads(event.data if event else "")
-            handler = self.HANDLERS.get(content["type"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UpstreamError("The provider sent an event that is not JSON.") from None
-        if handler is None:                         # the pattern met a nested object of that type
-            self._pass(frame)
-            return
-        try:
-            handler(self, content, frame)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            self.HANDLERS.get(content["type"], Relay._other)(self, content, frame)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def _handshake(self, event: JSON, frame: bytes) -> None:
@@ -2833,7 +2808,7 @@ class Relay(Attempt):
                 frame = sse_frame(event["type"], compact(event))
         self._pass(frame)
 
-    def _text_done(self, event: JSON, frame: bytes) -> None:
+    def _other(self, event: JSON, frame: bytes) -> None:
         self.decoder.read(event)
         self._pass(frame)
 
@@ -2993,8 +2968,7 @@ class Relay(Attempt):
     HANDLERS: ClassVar[dict[str, Callable[[Relay, JSON, bytes], None]]] = {
         "response.created": _handshake, "response.queued": _handshake, "response.in_progress": _handshake,
         "response.output_item.added": _added, "response.output_item.done": _done,
-        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
-        **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), *PART_DONE], _text_done)}
+        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error}
 
 
 def end_of(status: str, response: JSON) -> str:
@@ -8572,9 +8546,8 @@ def key_of_id(ledger: Ledger, key_id: int, now_s: float) -> Key | None:
 
 # === 9. upstream ==================================================================================
 #
-# One exchange with a provider: a pooled connection, TLS, a proxy, and the time limits. A failure says where
-# it happened (provider, host, phase) and whether the request had been sent, which routing has to know; never
-# a key.
+# One exchange with a provider: a pooled connection, TLS, a proxy, and the time limits. A failure says where it happened and
+# whether the request had been sent, which routing has to know; never a key.
 
 READ_BYTES = 2**18          # kept ahead of who takes it; 256 KiB reads of big bodies cost 42 % less than 64
 WRITE_HIGH_BYTES = 2**18    # unsent bytes before the writer of a connection waits: a burst of 1,000 events
@@ -8641,7 +8614,7 @@ class Wire(asyncio.Protocol):
             waiter.set_result(None)
 
     async def change(self) -> None:
-        """Waits until bytes came, the peer ended, or there is room to write; Expired at the deadline."""
+        """Until bytes came, the peer ended, or there is room to write; Expired at the deadline."""
         self.waiter = self.loop.create_future()
         try:
             await self.waiter
@@ -8656,7 +8629,7 @@ class Wire(asyncio.Protocol):
             await self.change()
 
     def arm(self, limit: str, due: float) -> None:
-        """Sets the deadline. To move it later costs an assignment: the timer looks again when it fires."""
+        """Moving the deadline later costs an assignment: the timer looks again when it fires."""
         self.limit, self.due = limit, due
         if self.timer is None or self.timer.when() > due:
             if self.timer is not None:
@@ -8674,7 +8647,7 @@ class Wire(asyncio.Protocol):
             self.timer = self.loop.call_at(self.due, self.ring)
             return
         self.expired = self.limit
-        if self.waiter is None:         # nobody to tell: an idle connection, or one that is closing
+        if self.waiter is None:         # an idle connection, or one that is closing
             self.abort()
         self.wake()
 
@@ -8899,8 +8872,8 @@ class Exchange:
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
     async def read(self, heard: bool = True) -> bytes:
-        """The next decoded piece of the body, all that has come; b"" at its clean end. Where the one before said something,
-        the provider was not idle, and it is the client that was slow to take it; of comments and pings neither is so."""
+        """The next decoded piece of the body; b"" at its clean end. `heard`: the one before was more than comments and pings,
+        so the provider was not idle, and the time since then was the client's."""
         wire = self.wire
         assert wire is not None
         now = wire.loop.time()
@@ -8908,7 +8881,7 @@ class Exchange:
             self.idle_due = now + self.provider.idle_timeout_s
             self.total_due += max(0.0, now - self.paused_since)
         limit, due = self.deadline("idle_timeout_s", self.idle_due)
-        if now >= due and not heard:            # of a flood no wait is left to run into a deadline
+        if now >= due and not heard:            # a flood never waits, so no timer fires
             raise self.failed("body", Expired(limit))
         try:
             return await self.piece(wire)
@@ -8948,7 +8921,7 @@ class Exchange:
             raise self.failed("body", error) from None
 
     async def read_all(self, max_bytes: int) -> bytes:
-        """The whole body. A longer one is an error; an error answer is cut there, its status says enough."""
+        """The whole body. A longer one is an error; that of an error answer is cut."""
         pieces, size = [], 0
         while data := await self.read():
             pieces.append(data)
@@ -8960,8 +8933,8 @@ class Exchange:
         return b"".join(pieces)[:max_bytes]
 
     async def close(self, sound: bool = True) -> None:
-        """Gives the connection back if the answer ended and it may be kept; else closes it at once. Also where what came made
-        no sense: it may have been left over from the request before, and ours would go to the one behind."""
+        """Gives the connection back if the answer ended and it may be kept; else closes it. Reused with unexpected bytes, it
+        could hand one client's answer to another."""
         wire, self.wire = self.wire, None
         if wire is None:
             return
@@ -8973,7 +8946,7 @@ class Exchange:
         wire.abort()
 
     def at_end(self, wire: UpstreamConnection) -> bool:
-        """Has the whole answer come, and nothing behind it? A decoder may have stopped at the last event."""
+        """The whole answer has come, and nothing behind it. A decoder may have stopped at the last event."""
         try:
             if not self.finished and wire.pieces:
                 wire.reader.feed(wire.take())
@@ -8996,17 +8969,14 @@ class Upstream:
         self.places: dict[tuple[str, str, str], Place] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
         self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # of names, under way
-        self.distrusted: set[Origin] = set()            # they sent more than was asked for: a connection a request
+        self.distrusted: set[Origin] = set()            # their connections are not used again
         self.closed = False
         self.secrets = re.compile(r"(?!)")              # that no provider may say
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and returns when the head of its answer is there; else LinkError or LinkTimeout.
-
-        A connection of the pool may have been closed by the other side in this very moment: when it breaks
-        without a byte of answer, the request goes out once more on a new one, if `again` allows it.
-        """
+        """Sends one request and returns when the head of its answer is there; else LinkError or LinkTimeout. A pooled
+        connection may be closed at that moment: broken without a byte of answer, it is replaced once, if `again` allows it."""
         place = self.place(provider)
         target = place.prefix + path
         if provider.query_params:
@@ -9043,14 +9013,13 @@ class Upstream:
             wire.disarm()
             if not (wire.ended or wire.pieces or wire.expired):
                 return wire
-            if wire.pieces and not wire.ended:      # a 408 before an idle connection is closed is good manners
+            if wire.pieces and not wire.ended:      # else a 408 before it was closed
                 self.distrust(origin)
             wire.abort()
         return None
 
     def distrust(self, origin: Origin) -> None:
-        """From now on each request has a connection of its own: an answer that nobody asked for, had it come a moment
-        later, would have been taken for the answer to the next request, which may be somebody else's."""
+        """Disables reuse: unsolicited bytes could be read as the answer to another client's request."""
         if origin not in self.distrusted:
             self.distrusted.add(origin)
             log.warning("%s sends more than it was asked for; its connections are not used again", origin.authority)
@@ -9068,7 +9037,7 @@ class Upstream:
         wires.append(wire)
 
     async def connect(self, exchange: Exchange) -> UpstreamConnection:
-        """A new connection, through a proxy and TLS where the origin says so, within connect_timeout_s."""
+        """A new connection, through proxy and TLS, within connect_timeout_s."""
         origin, phase = exchange.origin, "connect"
         try:
             async with asyncio.timeout(exchange.provider.connect_timeout_s) as limit:
@@ -9139,7 +9108,7 @@ class Upstream:
         wire.connection_made(transport)
 
     def context(self, ca_file: str) -> ssl.SSLContext:
-        """The TLS settings: always verifying, with the system's authorities or those of ca_file alone."""
+        """Always verifying, with the system's authorities or those of ca_file alone."""
         if ca_file not in self.contexts:
             context = ssl.create_default_context(cafile=ca_file or None)
             context.set_alpn_protocols(["http/1.1"])
@@ -9176,10 +9145,10 @@ async def connect_to(address: str, port: int) -> UpstreamConnection:
 #
 # Which targets may answer, and the loop over them. Pure functions decide; the loop only waits.
 
-AFTER_STOP_S = 5.0              # chat servers send their usage after finish_reason: so long it is waited for
+AFTER_STOP_S = 5.0              # for the usage, which chat servers send after finish_reason
 STOPPING, NO_ROOM = "The gateway is stopping; ask again.", "No more connections are taken now. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
-SLICE_BYTES = 1 << 16           # of a stream, translated at a time: that makes two to three times as much, which is held whole
+SLICE_BYTES = 1 << 16           # of a stream, translated at a time
 MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
@@ -9235,8 +9204,8 @@ class Catalogue:
         return found
 
     def full_name(self, model: str) -> str:
-        """provider/model-name for a name that may lack its provider: of the one that lists the model, in use or not, so that
-        no outage moves a name to another vendor. Else of the vendor that is known for it."""
+        """provider/model-name for a name without provider: of the one that lists the model, in use or not, so that no outage
+        moves a name to another vendor; else of the vendor that is known for it."""
         if "/" in model or model in self.config.models:
             return model
         found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in BUILTIN_PROVIDERS
@@ -9288,7 +9257,7 @@ class Catalogue:
         return BadRequest(f"{sentence}{hint} All names: GET /v1/models or /admin#models", param="model", code="model_not_found")
 
     def closest(self, model: str) -> str:
-        """The known name that is most like it; "" where none is near. Only on the error path: difflib is slow."""
+        """The most similar known name, or "". Only on the error path: difflib is slow."""
         wanted = model[:256].lower()
         by_tail = {name.partition("/")[2].lower(): name for name in reversed(self.names)}
         if wanted in by_tail:
@@ -9299,14 +9268,14 @@ class Catalogue:
 
 
 def printable(text: str, most: int = 100) -> str:
-    """What a caller sent, short and without control characters, fit for an error, a header or a log line."""
+    """Short ASCII without control characters, fit for an error, a header or a log line."""
     if len(text) <= most and text.isascii() and text.isprintable():         # nearly all is: a tenth of the time
         return text
     return re.sub(r"[^\x20-\x7e]", "?", text[:most])
 
 
 def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
-    """The models that providers list, as provider/model-name: in the configuration, by themselves, or in the built-in table."""
+    """As provider/model-name: in the configuration, from the provider itself, or in the built-in table."""
     names: dict[str, None] = {}
     for name, provider in config.providers.items():
         plain = [pattern for pattern in provider.models if not set(pattern) & set("*?[")]
@@ -9462,16 +9431,16 @@ class CircuitBreakers:
 
 # --- 10.3 affinity --------------------------------------------------------------------------------
 #
-# A conversation stays where its prompt is cached and its sealed reasoning can be read. Where that is, the request itself
-# says (our turn state, else the newest envelope in its input); a new conversation is dealt out by rendezvous hashing, which
-# every process does alike, and which moves no conversation but those of a target that is lost.
+# A conversation stays where its prompt is cached and its sealed reasoning can be read: the request says where, by our turn
+# state, else the newest envelope in its input. New ones are dealt out by rendezvous hashing, alike in every process, which
+# moves only the conversations of a target that is lost.
 
 SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id")
 ENVELOPES_READ = 8          # newest first, until one verifies
 
 
 def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
-    """What all requests of a conversation have in common: its key, its session, else what stands before the first answer."""
+    """The same for all its requests: its key, its session, else what stands before the first answer."""
     named: str = request.get("prompt_cache_key", "") or next(filter(None, map(headers.get, SESSION_HEADERS)), "")
     if named:
         return named
@@ -9621,11 +9590,11 @@ class ClientStream:
         await self.client.write(block)
 
     def _tick(self) -> None:
-        """Silence: an early 200 with the opening events, or a heartbeat. Looks again when the next one may be due."""
+        """An early 200 with the opening events, or a heartbeat, after enough silence."""
         silent_s = self.loop.time() - self.active
         limit_s = self.server.heartbeat_s if self.head_sent else self.server.early_200_after_s
         if self.writing.locked() or silent_s >= limit_s - 0.001:
-            if not self.writing.locked():           # else it has bytes that it does not take: no use in more
+            if not self.writing.locked():           # else the client does not take what it has
                 self.beat = self.loop.create_task(self._beat())
             silent_s, limit_s = 0.0, self.server.heartbeat_s
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
@@ -11341,26 +11310,25 @@ ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
 
 # === 12. server ===================================================================================
 #
-# Client connections: accept, parse, one handler at a time, answers in order, and a limit to every wait. The
-# event loop tells of bytes and of the client's end at once, also while a handler runs: a client that leaves
-# cancels its handler. Half-closing counts as leaving: no HTTP client in use does it.
+# Client connections: accept, parse, one handler at a time, answers in order, and a limit to every wait. A client that
+# leaves cancels its handler at once. Half-closing counts as leaving: no HTTP client in use does it.
 
 BACKLOG = 4096              # connections not yet accepted: a burst of clients after a restart
 PIPELINE_BYTES = 2**18      # bytes kept while a handler runs; beyond, reading pauses until it is done
 REST_BYTES = 2**16          # an unread body up to this is read and dropped, to keep the connection
 LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # so many are taken before anything else has its turn, and what was given up is closed
-REFUSED_CONNECTIONS = 64    # over max_connections so many at once may ask for /health, or are told so; the oldest goes first
-REFUSED_WAIT_S = 1.0        # for so long they may say what they want
-IDLE_SAFE_S = 5.0           # a younger connection is not given up for a new one: its request may be on the way
+ACCEPT_STEP = 8             # connections taken before anything else has its turn
+REFUSED_CONNECTIONS = 64    # beyond max_connections: they may ask for /health, others are told; the oldest goes first
+REFUSED_WAIT_S = 1.0        # for their request
+IDLE_SAFE_S = 5.0           # a younger connection is not closed for a new one: its request may be on the way
 SHARES = {                  # what is shared -> its limit for the process, and for one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
 OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger, its journals and the log
-IDLE_GRACE_S = 0.25         # draining, so long a connection is kept behind its last answer
-FIRST_GRACE_S = 2.0         # and so long one that has not brought any request yet
-GRACE_S = 5.0               # cancelled handlers may still settle and write their terminal event
-CLIENT_LEFT = 499           # nginx's status, for the log: the client left before there was an answer
+IDLE_GRACE_S = 0.25         # draining, a connection is kept behind its last answer
+FIRST_GRACE_S = 2.0         # and one without any request so far
+GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
+CLIENT_LEFT = 499           # nginx's status, for the log
 
 
 class ClientGone(ConnectionError):
@@ -11390,7 +11358,7 @@ class Client:
         return self.connection.gone
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
-        """The whole body, decoded; ProtocolError when it is too long, too slow, or not as it says. `key`: whose it is."""
+        """The whole body, decoded; ProtocolError when it is too long, too slow, or malformed. `key`: whose it is."""
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)
@@ -11407,7 +11375,7 @@ class Client:
         return self.data
 
     def hold(self, size: int) -> None:
-        """Counts so many bytes for this request's body, before they are there; a GatewayError where they are too many."""
+        """Counts the bytes of this body before they are there; a GatewayError where they are too many."""
         if size == self.held:
             return
         if limit := self.connection.server.acquire("bytes", self.holders, size - self.held):
@@ -11444,7 +11412,7 @@ class Client:
         await self.write(data)
 
     async def fail(self, error: GatewayError) -> None:
-        """The error as an answer; if a part of another is out already, the connection is cut behind it."""
+        """The error as an answer; behind a part of another one the connection is cut."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if not self.sent_bytes:
             await self.answer(error.status, *error_answer(error))
@@ -11529,7 +11497,7 @@ class Connection(Wire):
         self.server.release(self)
 
     def leave(self) -> None:
-        """The client is gone: its handler is cancelled, unless its work for the client is done."""
+        """Cancels the handler, unless its work for the client is done."""
         if not self.gone:
             self.gone = True
             if self.client is not None and not self.client.ended and self.task is not None:
@@ -11566,11 +11534,11 @@ class Connection(Wire):
             if not (self.holders or self.served or self.lost):
                 raise overloaded(NO_ROOM)
         except GatewayError as error:       # before there was a head to answer to
-            if self.holders:                # of those for which there is no room there may be thousands
+            if self.holders:                # of the others there may be thousands
                 log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
         except (ClientGone, Expired, asyncio.CancelledError):
-            pass                            # nobody waits for this task; the socket is closed below
+            pass                            # nobody waits for this task
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("connection of %s: %s", self.peer, trail(error))
         finally:
@@ -11734,7 +11702,7 @@ class Connection(Wire):
             return False
 
     async def flush(self) -> None:
-        """Waits for room to write; a client that makes none in write_timeout_s counts as gone."""
+        """A client that makes no room in write_timeout_s counts as gone."""
         self.arm_setting("write_timeout_s")
         try:
             await self.drain()
@@ -11753,8 +11721,7 @@ class Connection(Wire):
         self.transport.close()
 
     def arm_idle(self) -> None:
-        """So long the next request is waited for. Draining, it may be on its way: the last answer may have promised that one
-        will be taken, and who has just connected was promised it by that."""
+        """For the next request. While draining, too: a keep-alive or new client may already have sent it."""
         wait_s = self.server.config.keep_alive_timeout_s
         if self.server.draining:
             wait_s = IDLE_GRACE_S if self.served else FIRST_GRACE_S
@@ -11815,7 +11782,7 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
 
 
 class Server:
-    """Listens, and has each request answered by `handler`; `access(client, status)` is called after each."""
+    """Has each request answered by `handler`, then calls `access(client, status)`."""
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
@@ -11836,7 +11803,7 @@ class Server:
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
-        """The settings of the next connection and request; also while it runs. Host, port and tls_cert stay."""
+        """The settings of the next connection and request. Host, port and tls_cert stay."""
         fit = connections_that_fit()
         self.config = dataclasses.replace(config, max_connections=min(config.max_connections, fit))
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
@@ -11847,7 +11814,7 @@ class Server:
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, on sockets that are there already or on those of host and port; so many at a time."""
+        """Begins to accept, on sockets that listen already or on those of host and port; so many at a time."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
@@ -11903,7 +11870,7 @@ class Server:
         return ""
 
     def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> bool:
-        """Closes the connection that has waited longest, if that is long enough."""
+        """Closes the connection that has waited longest, if for least_s."""
         connection = next(iter(waiting), None)
         if connection is None or connection.loop.time() - waiting[connection] < least_s:
             return False
@@ -11925,7 +11892,7 @@ class Server:
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
     def who_asks(self, peer: str, headers: Headers) -> str:
-        """The client's address: behind trusted proxies, the last in X-Forwarded-For that is none of them."""
+        """Behind trusted proxies, the last in X-Forwarded-For that is none of them."""
         entries = list_values(headers, "x-forwarded-for") if self.proxies else []
         while entries and self.trusts(peer):
             try:
@@ -11956,7 +11923,7 @@ class Server:
         return response_head(status, own + headers)
 
     async def drain(self, timeout_s: float | None) -> None:
-        """Stops: no new connections; requests may end within timeout_s, then their handlers are cancelled. None: no limit."""
+        """Takes no new connections; cancels the handlers that run after timeout_s (None: no limit)."""
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
@@ -12004,7 +11971,7 @@ FIRST_HANDED_FD = 3
 
 
 def handed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets that whoever started this process listens on for it. The variables go: no child is to see them."""
+    """The sockets of systemd. The variables go: no child is to see them."""
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (environ.pop(name, "") for name in names)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", count):
@@ -12020,7 +11987,7 @@ def handed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 
 def listening_as(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
-    """The settings with the address that is really listened on: of several, one that is not only this machine's."""
+    """With the address that is listened on: of several, one that is not only this machine's."""
     addresses = sorted((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
     return dataclasses.replace(config, host=addresses[0][0], port=addresses[0][1]) if sockets else config
 
@@ -12046,7 +12013,7 @@ def watchdog_s(environ: Mapping[str, str]) -> float:
 
 
 async def feed_watchdog() -> None:
-    """As a task of the loop: a loop that stands still feeds nobody, and systemd starts the gateway anew."""
+    """A task of the loop: when that stands still, systemd restarts the gateway."""
     while interval_s := watchdog_s(os.environ):
         notify("WATCHDOG=1")
         await asyncio.sleep(interval_s)
@@ -12059,7 +12026,7 @@ FIXED = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
 def taken_up(old: Config, new: Config) -> Config:
-    """The new configuration as a running server has it: with what is fixed as it was."""
+    """The new configuration, but what is fixed as it was."""
     fixed = {name: getattr(old.server, name) for name in FIXED}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
@@ -12073,7 +12040,7 @@ def log_access(client: Client, status: int) -> None:
 
 
 class GatewayServer(Server):
-    """A server of a Gateway; its configuration can be changed while it runs."""
+    """Its configuration can be changed while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, log_access)

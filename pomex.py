@@ -10785,7 +10785,119 @@ class Guard:
             raise
 
 
-# --- 11.7 the page and its data --------------------------------------------------------------------
+# --- 11.7 what an operation takes: the body of a request, the arguments of a command ----------------
+
+class Field(NamedTuple):
+    """A member of a JSON body and an argument of a command."""
+    name: str
+    wanted: str = ""                        # what it must be; "": text on one line
+    parse: Callable[[str], Any] = str       # ValueError, ArithmeticError or KeyError: it is not that
+    help: str = ""
+    metavar: str | None = None
+    empty: str = ""                         # what an empty one stands for in a body
+    required: bool = False                  # in a command an argument without --; in a body empty where it is missing
+    more: Mapping[str, Any] = {}            # for argparse
+
+
+def parse_count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError
+    return int(text)
+
+
+def parse_usd(text: str, least: int = 0) -> int:
+    """In nano-dollars; $1,000.50 is as good."""
+    return fraction(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, least)
+
+
+def parse_limit(text: str) -> int | None:
+    return None if text == "none" else parse_usd(text)
+
+
+def parse_day(text: str) -> int:
+    """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
+    if found := re.fullmatch(r"([0-9]{1,5})d", text):
+        return int(time.time()) // 86400 - int(found[1]) + 1
+    return datetime.date.fromisoformat(text).toordinal() - EPOCH
+
+
+def parse_expiry(text: str) -> dict[str, int]:
+    if text == "never":
+        return {"expires_s": 0}
+    found, now_s = re.fullmatch(r"([0-9]{1,5})d", text), int(time.time())
+    end_s = now_s + int(found[1]) * 86400 if found else parse_day(text) * 86400
+    if end_s <= now_s:
+        raise ValueError
+    return {"expires_s": end_s}
+
+
+TRUTH = {"": False, "0": False, "False": False, "1": True, "True": True}.__getitem__
+USD, COUNT = "an amount like 50 or 12.50", "a whole number of at most nine digits"
+NAME_FIELD = Field("name", metavar="NAME", required=True)
+MODELS = Field("models", "patterns like openai/*,demo/echo, or all", model_patterns,
+               "patterns of names it may use, e.g. 'openai/*,anthropic/*'; all", empty="all")
+RATE_FIELDS = tuple(Field(name, COUNT, parse_count, f"{meaning}; 0: any number", "N", empty="0") for name, meaning in (
+    ("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")))
+ACCOUNT = Field("account", help="who pays", metavar="NAME")
+KEY_FIELDS = (
+    Field("budget", USD, lambda text: {"budget_nanos": parse_limit(text)}, empty="none"),
+    Field("period", f"one of {', '.join(PERIODS)}", {period: period for period in PERIODS}.__getitem__),
+    MODELS, *RATE_FIELDS, ACCOUNT, Field("allow_unpriced", "true or false", TRUTH),
+    Field("expires_days", "a number of days", lambda text: parse_expiry(f"{int(text)}d" if int(text) else "never"), empty="0"))
+ACCOUNT_FIELDS = (
+    NAME_FIELD, Field("prepaid", "true or false", TRUTH, "it can spend its credit, and no more"),
+    Field("limit", USD, parse_limit, "it can spend so much a month", "USD", "none"),
+    Field("multiplier", "a number like 1.2", lambda text: fraction(text, ONE), "of all prices, e.g. 1.2", empty="1"))
+CREDIT_FIELDS = (
+    Field("amount", USD, functools.partial(parse_usd, least=-2**60), "below nought it takes credit away: write -- before it",
+          "USD", "0", True), Field("reason", help="why; makes it an adjustment"))
+MONTH = Field("month", "a month like 2026-11", month_bounds)
+
+
+def read_field(field: Field, value: object) -> Any:
+    """The value of a member; numbers and truths may be JSON or text."""
+    plain = isinstance(value, str) or field.wanted and isinstance(value, (int, float))
+    text = str(value).strip() if plain else "\n"
+    try:
+        if len(text) > 1000 or not text.isprintable():
+            raise ValueError
+        return field.parse(text or field.empty)
+    except (ValueError, ArithmeticError, KeyError):
+        raise BadRequest(f"{field.name} must be {field.wanted or 'text, on one line'}.", param=field.name) from None
+
+
+def read_fields(data: bytes, fields: Sequence[Field]) -> JSON:
+    """The values of a body whose members are all known: a mistyped limit would be none."""
+    try:
+        body = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise BadRequest("The body must be a JSON object.")
+    known = [field.name for field in fields]
+    for name in body:
+        if name not in known:
+            hint = did_you_mean(name, known) or (f" It has {', '.join(known)}." if known else "")
+            raise BadRequest(f"The body has no field {printable(name)!r}.{hint}", param=printable(name))
+    return {field.name: read_field(field, body.get(field.name, "")) for field in fields if field.required or field.name in body}
+
+
+def key_settings(ledger: Ledger, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a key among the values that were given; what is not given stays as it is."""
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        settings.update(value if isinstance(value, dict) else {name: value})
+    if "account" in given:
+        settings["account_id"] = account_named(ledger, given["account"])
+    return {name: value for name, value in settings.items() if name in KEY_SETTINGS}
+
+
+def new_account(ledger: Ledger, given: Mapping[str, Any]) -> None:
+    create_account(ledger, given["name"], given.get("prepaid", False), given.get("limit"), given.get("multiplier", ONE),
+                   time.time())
+
+
+# --- 11.8 the page and its data --------------------------------------------------------------------
 
 @functools.cache
 def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
@@ -10834,37 +10946,15 @@ async def admin(gateway: Gateway, client: Client) -> None:
         if ask.key is not None and route.who == "admin":
             raise Forbidden(ADMIN_ONLY, code="admin_only")
     if head.method == "POST" and route.function is not play:
-        ask.body = body_object(await client.body(MAX_FORM_BYTES), route.fields.split())
+        ask.body = read_fields(await client.body(MAX_FORM_BYTES), route.fields)
     answer = await route.function(gateway, ask)
     if answer is not None:
         await client.answer(200, API_HEADERS, compact(answer).encode())
 
 
-def body_object(data: bytes, fields: Sequence[str]) -> JSON:
-    """A body whose fields are all known: a mistyped limit would be none."""
-    try:
-        body = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise BadRequest("The body must be a JSON object.")
-    for name in body:
-        if name not in fields:
-            hint = did_you_mean(name, fields) or (f" It has {', '.join(fields)}." if fields else "")
-            raise BadRequest(f"The body has no field {printable(name)!r}.{hint}", param=printable(name))
-    return body
-
-
-def text_field(body: JSON, name: str, default: str = "", most: int = 1000) -> str:
-    value = body.get(name, default)
-    if not isinstance(value, str) or len(value) > most or not value.strip().isprintable():
-        raise BadRequest(f"{name} must be text, on one line.", param=name)
-    return value.strip()
-
-
 async def log_in(gateway: Gateway, ask: Ask) -> None:
     client, guard = ask.client, gateway.guard
-    kind, key = guard.log_in(client, text_field(ask.body, "token", most=200))
+    kind, key = guard.log_in(client, ask.body["token"])
     token = open_session(gateway.ledger, kind, key.id if key else 0, SESSION_S, client.started_s)
     secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
     cookie = (f"{guard.cookie(client)}={token}; Path=/admin; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
@@ -10982,62 +11072,6 @@ async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
     return {"keys": rows, "accounts": accounts, "now_s": int(time.time()), "models": gateway.catalogue.names}
 
 
-def whole(body: JSON, name: str, most: int = 10**9) -> int:
-    value = body.get(name) or 0
-    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 12:
-        value = int(value)
-    if type(value) is not int or not 0 <= value <= most:
-        raise BadRequest(f"{name} must be a whole number from 0 to {most}.", param=name)
-    return value
-
-
-def money(body: JSON, name: str, unit: int = 10**9, least: int = 0) -> int | None:
-    """US dollars as they were typed, in nano-dollars; None where the field is empty."""
-    given = body.get(name)
-    given = {name: str(given)} if type(given) in (int, float) else body
-    text = text_field(given, name, most=30).replace(",", "").removeprefix("$")
-    if not text:
-        return None
-    try:
-        return fraction(text, unit, least)
-    except (ValueError, ArithmeticError):
-        raise BadRequest("This must be an amount like 50 or 12.50.", param=name) from None
-
-
-BOOLEANS: dict[object, bool] = {"": False, "0": False, False: False, "1": True, True: True}
-
-
-def switch(body: JSON, name: str) -> bool:
-    given = body.get(name, "")
-    if not isinstance(given, (str, int)) or given not in BOOLEANS:
-        raise BadRequest(f"{name} must be true or false.", param=name)
-    return BOOLEANS[given]
-
-
-def key_changes(gateway: Gateway, body: JSON) -> dict[str, Any]:
-    """The settings of a key that stand in a form; what does not stand there stays as it is."""
-    changes: dict[str, Any] = {name: whole(body, name) for name in ("rpm", "tpm", "concurrent") if name in body}
-    if "allow_unpriced" in body:
-        changes["allow_unpriced"] = switch(body, "allow_unpriced")
-    if "budget" in body:
-        changes["budget_nanos"] = money(body, "budget")
-    if "period" in body:
-        changes["period"] = text_field(body, "period")
-        if changes["period"] not in PERIODS:
-            raise BadRequest(f"period must be one of {', '.join(PERIODS)}.", param="period")
-    if "models" in body:
-        try:
-            changes["models"] = model_patterns(text_field(body, "models") or "all")
-        except ValueError:
-            raise BadRequest("Models are patterns like openai/*, with commas between them.", param="models") from None
-    if "expires_days" in body:
-        days = whole(body, "expires_days", 36500)
-        changes["expires_s"] = int(time.time()) + days * 86400 if days else 0
-    if "account" in body:
-        changes["account_id"] = account_named(gateway.ledger, text_field(body, "account"))
-    return changes
-
-
 def changed(gateway: Gateway, kind: str, name: str) -> JSON:
     """Tells those who watch; the answer to who did it."""
     gateway.watch.note(kind, {"name": name})
@@ -11046,8 +11080,8 @@ def changed(gateway: Gateway, kind: str, name: str) -> JSON:
 
 async def create_key(gateway: Gateway, ask: Ask) -> JSON:
     """The one answer that holds a key."""
-    name = text_field(ask.body, "name")
-    token = gateway.ledger.create_key(name, time.time(), **key_changes(gateway, ask.body))
+    name = ask.body["name"]
+    token = gateway.ledger.create_key(name, time.time(), **key_settings(gateway.ledger, ask.body))
     return {**changed(gateway, "key", name), "token": token}
 
 
@@ -11059,7 +11093,7 @@ def active_name(gateway: Gateway, ask: Ask) -> str:
 
 
 async def edit_key(gateway: Gateway, ask: Ask) -> JSON:
-    name, changes = active_name(gateway, ask), key_changes(gateway, ask.body)
+    name, changes = active_name(gateway, ask), key_settings(gateway.ledger, ask.body)
     if changes:
         gateway.ledger.edit_key(name, time.time(), **changes)
     return changed(gateway, "key", name)
@@ -11071,24 +11105,18 @@ async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
     return changed(gateway, "key", name)
 
 
-async def new_account(gateway: Gateway, ask: Ask) -> JSON:
-    name, multiplier = text_field(ask.body, "name"), money(ask.body, "multiplier", ONE)
-    create_account(gateway.ledger, name, switch(ask.body, "prepaid"), money(ask.body, "limit"),
-                   ONE if multiplier is None else multiplier, time.time())
-    return {"name": name}
+async def add_account(gateway: Gateway, ask: Ask) -> JSON:
+    new_account(gateway.ledger, ask.body)
+    return {"name": ask.body["name"]}
 
 
 async def enter_credit(gateway: Gateway, ask: Ask) -> JSON:
-    add_credit(gateway.ledger, ask.name, money(ask.body, "amount", least=-2**60) or 0,
-               text_field(ask.body, "reason", most=200), time.time())
+    add_credit(gateway.ledger, ask.name, ask.body["amount"], ask.body.get("reason", ""), time.time())
     return {"name": ask.name}
 
 
 async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
-    try:
-        first, last = month_bounds(ask.query.get("month", ""))
-    except (ValueError, OverflowError):
-        raise BadRequest("month must be like 2026-11.", param="month") from None
+    first, last = read_field(MONTH, ask.query.get("month", ""))
     return {"account": ask.name, "first_day": first, "last_day": last,
             **statement_rows(gateway.ledger, account_named(gateway.ledger, ask.name), first, last)}
 
@@ -11277,12 +11305,11 @@ def news_frame(news: News) -> bytes:
 class AdminRoute(NamedTuple):
     function: Callable[[Gateway, Ask], Awaitable[JSON | None]]
     who: str = "admin"          # admin | holder: the administrator too, the answer narrowed to the key | anybody
-    fields: str = ""            # that its body may have
+    fields: Sequence[Field] = ()        # of its body
 
 
-KEY_FIELDS = "name budget period models rpm tpm concurrent allow_unpriced expires_days account"
 ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
-    ("POST", "login"): AdminRoute(log_in, "anybody", "token"),
+    ("POST", "login"): AdminRoute(log_in, "anybody", [Field("token", required=True)]),
     ("POST", "logout"): AdminRoute(log_out, "anybody"),
     ("GET", "session"): AdminRoute(show_session, "holder"),
     ("GET", "overview"): AdminRoute(show_overview, "holder"),
@@ -11295,11 +11322,11 @@ ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
     ("GET", "events"): AdminRoute(live, "holder"),
     ("POST", "playground"): AdminRoute(play, "holder"),
     ("GET", "keys"): AdminRoute(show_keys),
-    ("POST", "keys"): AdminRoute(create_key, fields=KEY_FIELDS),
-    ("POST", "keys/*"): AdminRoute(edit_key, fields=KEY_FIELDS.removeprefix("name ")),
+    ("POST", "keys"): AdminRoute(create_key, fields=[NAME_FIELD, *KEY_FIELDS]),
+    ("POST", "keys/*"): AdminRoute(edit_key, fields=KEY_FIELDS),
     ("POST", "keys/*/revoke"): AdminRoute(revoke_key),
-    ("POST", "accounts"): AdminRoute(new_account, fields="name prepaid limit multiplier"),
-    ("POST", "accounts/*/credit"): AdminRoute(enter_credit, fields="amount reason"),
+    ("POST", "accounts"): AdminRoute(add_account, fields=ACCOUNT_FIELDS),
+    ("POST", "accounts/*/credit"): AdminRoute(enter_credit, fields=CREDIT_FIELDS),
     ("GET", "accounts/*/statement"): AdminRoute(show_statement),
     ("GET", "providers"): AdminRoute(show_providers),
     ("POST", "providers/*/test"): AdminRoute(test_provider),
@@ -12095,66 +12122,7 @@ HEALTH_TIMEOUT_S = 5.0
 PROBE_MAX_BYTES = 1 << 24       # Codex's catalogue has 20 KB a model
 ALWAYS_LISTED = ("openai", "anthropic", "google")       # providers named at start even without a key
 
-# --- 13.1 arguments and configuration -------------------------------------------------------------
-
-class CommandParser(argparse.ArgumentParser):
-    """argparse, with a suggestion for a mistyped command."""
-
-    def error(self, message: str) -> NoReturn:
-        if found := re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
-            message = f"unknown command {found[1]}.{did_you_mean(found[1], re.findall(r'[a-z]+', found[2]))}"
-        super().error(message)
-
-
-def server_flag(name: str) -> Callable[[str], Any]:
-    """An argparse type that checks a flag as the key of [server] of the same name is checked."""
-    def read(text: str) -> Any:
-        try:
-            return read_value(settings_of(ServerConfig)[name], text, from_text=True)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
-    return read
-
-
-def server_flags(*names: str) -> CommandParser:
-    """A parent with flags that win over keys of [server]."""
-    parent = CommandParser(add_help=False)
-    for name in names:
-        meaning = settings_of(ServerConfig)[name].metadata["meaning"]
-        parent.add_argument("--" + name.replace("_", "-"), type=server_flag(name), help=meaning)
-    return parent
-
-
-def command_parser() -> CommandParser:
-    common = CommandParser(add_help=False)
-    common.add_argument("--config", metavar="FILE",
-                        help="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none")
-    listing = CommandParser(add_help=False)
-    listing.add_argument("--json", action="store_true", help="print JSON")
-    parser = CommandParser(prog="pomex", description="An LLM API gateway in one file.")
-    parser.add_argument("--version", action="version", version=f"Pomex {VERSION}")
-
-    def add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], meaning: str,
-            *parents: CommandParser) -> CommandParser:
-        command: CommandParser = commands.add_parser(name, parents=[common, *parents], help=meaning,
-                                                     description=meaning)
-        command.set_defaults(run=run)
-        return command
-
-    commands = parser.add_subparsers(metavar="COMMAND")
-    serve = add(commands, "serve", run_serve, "run the gateway", server_flags("host", "port", "log_format"))
-    serve.add_argument("--no-detect", action="store_true",
-                       help="look for no provider keys in the environment and no servers on local ports")
-    add(commands, "check", run_check, "check the configuration, contacting nobody").add_argument(
-        "--live", action="store_true", help="ask each provider for its list of models, which costs nothing")
-    add_money_commands(commands, add, listing)
-    add(commands, "models", run_models, "list the models that can be asked for", listing)
-    add_first_run_commands(commands, add)
-    add(commands, "health", run_health, "ask whether the gateway answers; the exit code says it", server_flags("host", "port"))
-    unit = add(commands, "unit", run_unit, "print a systemd unit")
-    unit.add_argument("--socket", action="store_true", help="the unit of its port: systemd listens, also below 1024")
-    return parser
-
+# --- 13.1 configuration --------------------------------------------------------------------------
 
 def find_config(named: str, environ: Mapping[str, str]) -> str:
     """The path of the configuration file: the one that is named, else the first there is, else ""."""
@@ -12635,56 +12603,24 @@ async def contact_all(config: Config) -> dict[str, str]:
         await upstream.close()
 
 
-def run_models(args: argparse.Namespace) -> int:
+def run_models(args: argparse.Namespace) -> None:
     config, found = asyncio.run(surveyed(read_config(args)))
     catalogue, book = Catalogue(config, found), PriceBook(config)
-    rows = []
+    rows, table = [], [("MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE")]
     for name, providers in listed_models(config, found).items():
         first, model = catalogue.targets(name)[0]
-        facts, tariff = catalogue.facts(name), book.tariff(first.name, model, name)
-        rows.append((name, providers, tariff.base.split() if tariff else [], facts.context_window))
+        window, tariff = catalogue.facts(name).context_window, book.tariff(first.name, model, name)
+        price = tariff.base.split() if tariff else []
+        rows.append({"model": name, "providers": providers, "context_window": window or None,
+                     "price": dict(zip(PRICE_COLUMNS, price)) or None})
+        table.append((name, ", ".join(providers), *([price[0], price[2], price[1]] if price else "---"),
+                      spaced(window) if window else "-", "ready" if price else "ready, no price"))
+    print_rows(args, rows, table)
     if args.json:
-        print_json([{"model": name, "providers": providers, "context_window": window or None,
-                     "price": dict(zip(PRICE_COLUMNS, price)) or None} for name, providers, price, window in rows])
-        return 0
-    print(*table_lines([("MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE"),
-                        *((name, ", ".join(providers), *([price[0], price[2], price[1]] if price else "---"),
-                           spaced(window) if window else "-", "ready" if price else "ready, no price")
-                          for name, providers, price, window in rows)]), sep="\n")
+        return
     for name, provider in config.providers.items():
         if "*" in provider.models and name not in found and name != "demo":
             say(f"and any other model of {name}, as {name}/NAME")
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
-    parser = command_parser()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")        # a locale that lacks the … of a key
-    try:
-        args = parser.parse_args(argv)
-        if not hasattr(args, "run"):
-            parser.error("a command is needed, like: python pomex.py serve")
-        code: int = args.run(args)
-        sys.stdout.flush()                  # here a full disk can still be told
-        return code
-    except SystemExit as stop:              # argparse: --help, --version, wrong usage
-        return stop.code if isinstance(stop.code, int) else 0
-    except ConfigError as error:
-        say(str(error))
-        return BAD_CONFIG
-    except GatewayError as error:           # the ledger's: no usable database, or a name that is not right
-        say(str(error))
-        return UNAVAILABLE if isinstance(error, LedgerError) else 1
-    except BrokenPipeError:                 # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:                # a file or folder that cannot be written, a full disk
-        say(f"{error.filename or 'Output'}: {error.strerror or error}.")
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 # --- 13.6 keys, accounts and bills ----------------------------------------------------------------
@@ -12692,129 +12628,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
 
 
-def add_money_commands(commands: Any, add: Callable[..., CommandParser], listing: CommandParser) -> None:
-    def group(name: str, meaning: str) -> Any:
-        return commands.add_parser(name, help=meaning).add_subparsers(metavar="COMMAND", required=True)
-
-    keys = group("keys", "create, edit, list and revoke clients' keys")
-    for name, run in (("create", run_keys_create), ("edit", run_keys_edit), ("revoke", run_keys_revoke)):
-        command = add(keys, name, run, f"{name} a key")
-        command.add_argument("name", metavar="NAME")
-        if name != "revoke":
-            add_key_settings(command)
-    add(keys, "list", run_keys_list, "list the keys", listing)
-    accounts = group("accounts", "create and list accounts, and give them credit")
-    create = add(accounts, "create", run_accounts_create, "create an account")
-    create.add_argument("name", metavar="NAME")
-    create.add_argument("--prepaid", action="store_true", help="it can spend its credit, and no more")
-    create.add_argument("--limit", type=dollars, metavar="USD", help="it can spend so much a month")
-    create.add_argument("--multiplier", type=millionths, default=ONE, help="of all prices, e.g. 1.2")
-    credit = add(accounts, "credit", run_accounts_credit, "add a top-up, or with --reason an adjustment")
-    credit.add_argument("name", metavar="NAME")
-    credit.add_argument("amount", type=signed_dollars, metavar="USD",
-                        help="below nought it takes credit away: write -- before it")
-    credit.add_argument("--reason", default="", help="why; makes it an adjustment")
-    add(accounts, "list", run_accounts_list, "list the accounts", listing)
-    usage = add(commands, "usage", run_usage, "sums of what was used", listing)
-    usage.add_argument("--since", type=first_day, default="7d", metavar="7d|DATE", help="whole days (UTC), with today")
-    usage.add_argument("--by", choices=sorted(REPORT_BY), default="model")
-    usage.add_argument("--csv", action="store_true")
-    usage.add_argument("--jsonl", action="store_true")
-    statement = add(commands, "statement", run_statement, "an account's bill of one month", listing)
-    statement.add_argument("account", metavar="ACCOUNT")
-    statement.add_argument("--month", type=month_days, default=time.strftime("%Y-%m", time.gmtime()), metavar="YYYY-MM")
-    add(group("prices", "what tokens cost"), "show", run_prices_show, "list all prices", listing)
-    ledger = group("ledger", "check and export the ledger")
-    add(ledger, "verify", run_verify, "compute every cost and sum again", listing)
-    export = add(ledger, "export", run_export, "print every line")
-    export.add_argument("--since", type=first_day, default="1970-01-01", metavar="7d|DATE")
-    form = export.add_mutually_exclusive_group(required=True)
-    form.add_argument("--csv", action="store_true")
-    form.add_argument("--jsonl", action="store_true")
-    add(commands, "prune", run_prune, "remove old lines; the sums of each day stay").add_argument(
-        "--older", type=first_day, required=True, metavar="90d|DATE", help="than so many days, or than this day")
-    add(commands, "backup", run_backup, "copy the database while servers run").add_argument("file", metavar="FILE")
-
-
-def add_key_settings(command: CommandParser) -> None:
-    command.add_argument("--budget", type=budget, metavar="USD/PERIOD", help="e.g. 50/month; day, week, month or total; none")
-    command.add_argument("--models", type=patterns, help="patterns of names it may use, e.g. 'openai/*,anthropic/*'; all")
-    for name, meaning in (("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")):
-        command.add_argument(f"--{name}", type=whole_number, metavar="N", help=f"{meaning}; 0: any number")
-    command.add_argument("--allow-unpriced", type=yes_or_no, metavar="yes|no", help="models without a price too")
-    command.add_argument("--expires", type=expiry_time, metavar="30d|DATE", help="when it ends; never")
-    command.add_argument("--account", metavar="NAME", help="who pays")
-
-
-def argument(reader: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: what `reader` makes of the text, or a complaint that says what is wanted."""
-    def read(text: str) -> Any:
-        try:
-            return reader(text)
-        except (ValueError, ArithmeticError, KeyError):
-            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
-    return read
-
-
-def read_budget(text: str) -> tuple[int | None, str]:
+def parse_budget(text: str) -> JSON:
     amount_text, _, period = text.partition("/")
     if text == "none":
-        return None, "month"
-    nanos = fraction(amount_text, 10**9)
+        return {"budget_nanos": None, "period": "month"}
     if period not in PERIODS:
         raise ValueError
-    return nanos, period
+    return {"budget_nanos": parse_usd(amount_text), "period": period}
 
 
-def read_whole(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError
-    return int(text)
+def of_ledger(run: Callable[[Ledger, argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
+    """A command that needs the ledger and nothing else of the configuration."""
+    def run_with(args: argparse.Namespace) -> int | None:
+        with contextlib.closing(open_ledger(read_config(args))) as ledger:
+            return run(ledger, args)
+    return run_with
 
 
-def read_day(text: str) -> int:
-    """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
-    if found := re.fullmatch(r"([0-9]{1,5})d", text):
-        return int(time.time()) // 86400 - int(found[1]) + 1
-    return datetime.date.fromisoformat(text).toordinal() - EPOCH
-
-
-def read_expiry(text: str) -> int:
-    if text == "never":
-        return 0
-    found, now_s = re.fullmatch(r"([0-9]{1,5})d", text), int(time.time())
-    end_s = now_s + int(found[1]) * 86400 if found else read_day(text) * 86400
-    if end_s <= now_s:
-        raise ValueError
-    return end_s
-
-
-dollars = argument(lambda text: fraction(text, 10**9), "an amount of dollars like 12.50")
-signed_dollars = argument(lambda text: fraction(text, 10**9, least=-2**60), "an amount of dollars like 12.50")
-millionths = argument(lambda text: fraction(text, ONE), "a number like 1.2")
-budget = argument(read_budget, "like 50/month (day, week, month, total), or none")
-patterns = argument(model_patterns, "patterns like 'openai/*,demo/echo', or all")
-whole_number = argument(read_whole, "a whole number of at most nine digits")
-first_day = argument(read_day, "like 7d or 2026-11-01")
-expiry_time = argument(read_expiry, "a time to come, like 30d or 2027-01-31, or never")
-yes_or_no = argument({"yes": 1, "no": 0}.__getitem__, "yes or no")
-month_days = argument(month_bounds, "a month like 2026-11")
-
-
-def key_settings(ledger: Ledger, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line."""
-    given = {"models": args.models, "rpm": args.rpm, "tpm": args.tpm, "concurrent": args.concurrent, "expires_s": args.expires,
-             "allow_unpriced": args.allow_unpriced}
-    settings = {name: value for name, value in given.items() if value is not None}
-    if args.budget is not None:
-        settings["budget_nanos"], settings["period"] = args.budget
-    if args.account is not None:
-        settings["account_id"] = account_named(ledger, args.account)
-    return settings
-
-
-def with_ledger(args: argparse.Namespace) -> contextlib.closing[Ledger]:
-    return contextlib.closing(open_ledger(read_config(args)))
+def given(args: argparse.Namespace) -> JSON:
+    return {name: value for name, value in vars(args).items() if value is not None}
 
 
 def key_words(key: Key) -> str:
@@ -12830,90 +12662,80 @@ def key_words(key: Key) -> str:
     return ", ".join(words)
 
 
-def run_keys_create(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        print(ledger.create_key(args.name, time.time(), **key_settings(ledger, args)), flush=True)
-        words = key_words(ledger.list_keys()[-1])
+@of_ledger
+def run_keys_create(ledger: Ledger, args: argparse.Namespace) -> None:
+    print(ledger.create_key(args.name, time.time(), **key_settings(ledger, given(args))), flush=True)
+    words = key_words(ledger.list_keys()[-1])
     say(f"Key {args.name} created{': ' + words if words else ''}. It is not shown again.")
-    return 0
 
 
-def run_keys_edit(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        settings = key_settings(ledger, args)
-        if not settings:
-            raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
-        key = ledger.edit_key(args.name, time.time(), **settings)
+@of_ledger
+def run_keys_edit(ledger: Ledger, args: argparse.Namespace) -> None:
+    settings = key_settings(ledger, given(args))
+    if not settings:
+        raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
+    key = ledger.edit_key(args.name, time.time(), **settings)
     say(f"Key {key.name} ({key.hint}): {key_words(key) or 'no limits'}.")
-    return 0
 
 
-def run_keys_revoke(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        key = ledger.revoke_key(args.name, time.time())
+@of_ledger
+def run_keys_revoke(ledger: Ledger, args: argparse.Namespace) -> None:
+    key = ledger.revoke_key(args.name, time.time())
     say(f"Key {key.name} ({key.hint}) revoked. What is being answered ends normally.")
-    return 0
 
 
-def run_keys_list(args: argparse.Namespace) -> int:
-    now_s = time.time()
-    with with_ledger(args) as ledger:
-        keys = ledger.list_keys()
-        spending = {row["id"]: (row["spent_nanos"], row["last_ms"]) for row in key_rows(ledger, now_s)}
-    if args.json:
-        print_json([{"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
-                     "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),
-                     "spent_usd": usd(spending[key.id][0], 9), "budget_period": key.period,
-                     "budget_usd": None if key.budget_nanos is None else usd(key.budget_nanos, 9),
-                     "last_used_at": spending[key.id][1] // 1000 or None, "requests_per_minute": key.rpm or None,
-                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None,
-                     "allow_unpriced": bool(key.allow_unpriced)} for key in keys])
-        return 0
-    rows = [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE")]
-    for key in keys:
+def usd_or(nanos: int | None, none: Any, places: int = 2) -> Any:
+    return none if nanos is None else usd(nanos, places)
+
+
+@of_ledger
+def run_keys_list(ledger: Ledger, args: argparse.Namespace) -> None:
+    now_s, rows, table = time.time(), [], []
+    spending = {row["id"]: (row["spent_nanos"], row["last_ms"]) for row in key_rows(ledger, now_s)}
+    for key in ledger.list_keys():
         spent, last_ms = spending[key.id]
         state = key.state(now_s)
         if key.budget_nanos and state == "active" and spent * 5 >= key.budget_nanos * 4:
             state = f"{spent * 100 // key.budget_nanos} % used"
-        rows.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),
-                     "none" if key.budget_nanos is None else f"{usd(key.budget_nanos)}/{key.period}",
-                     time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
-    print(*table_lines(rows, (3,)), sep="\n")
-    return 0
+        table.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),
+                      usd_or(key.budget_nanos, "none") + f"/{key.period}" * (key.budget_nanos is not None),
+                      time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
+        rows.append({"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
+                     "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),
+                     "spent_usd": usd(spent, 9), "budget_period": key.period, "budget_usd": usd_or(key.budget_nanos, None, 9),
+                     "last_used_at": last_ms // 1000 or None, "requests_per_minute": key.rpm or None,
+                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None,
+                     "allow_unpriced": bool(key.allow_unpriced)})
+    print_rows(args, rows, [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE"), *table], (3,))
 
 
-def run_accounts_create(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        create_account(ledger, args.name, args.prepaid, args.limit, args.multiplier, time.time())
+@of_ledger
+def run_accounts_create(ledger: Ledger, args: argparse.Namespace) -> None:
+    new_account(ledger, given(args))
     say(f"Account {args.name} created. Give it a key: python pomex.py keys create NAME --account {args.name}")
-    return 0
 
 
-def run_accounts_credit(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        kind = add_credit(ledger, args.name, args.amount, args.reason, time.time())
-        account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
+@of_ledger
+def run_accounts_credit(ledger: Ledger, args: argparse.Namespace) -> None:
+    kind = add_credit(ledger, args.name, args.amount, args.reason or "", time.time())
+    account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
     say(f"{kind.capitalize()} of {usd(args.amount)} USD entered for account {args.name}; its balance is "
         f"{usd(account.credit_nanos - account.spent_nanos)} USD.")
-    return 0
 
 
-def run_accounts_list(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        accounts = list_accounts(ledger, time.time())
-    if args.json:
-        print_json([{"name": each.name, "prepaid": bool(each.prepaid), "multiplier": usd(each.multiplier * 1000, 6),
-                     "limit_usd": None if each.limit_nanos is None else usd(each.limit_nanos, 9),
-                     "credit_usd": usd(each.credit_nanos, 9), "spent_usd": usd(each.spent_nanos, 9),
-                     "spent_this_month_usd": usd(each.month_nanos, 9),
-                     "balance_usd": usd(each.credit_nanos - each.spent_nanos, 9)} for each in accounts])
-        return 0
-    rows = [("NAME", "KIND", "THIS MONTH", "LIMIT", "BALANCE", "PRICES")]
-    rows += [(each.name, "prepaid" if each.prepaid else "monthly" if each.limit_nanos is not None else "open",
-              usd(each.month_nanos), "none" if each.limit_nanos is None else usd(each.limit_nanos),
-              usd(each.credit_nanos - each.spent_nanos), f"x {each.multiplier / ONE:g}") for each in accounts]
-    print(*table_lines(rows, (2, 3, 4)), sep="\n")
-    return 0
+@of_ledger
+def run_accounts_list(ledger: Ledger, args: argparse.Namespace) -> None:
+    rows, table = [], []
+    for each in list_accounts(ledger, time.time()):
+        balance = each.credit_nanos - each.spent_nanos
+        kind = "prepaid" if each.prepaid else "monthly" if each.limit_nanos is not None else "open"
+        table.append((each.name, kind, usd(each.month_nanos), usd_or(each.limit_nanos, "none"), usd(balance),
+                      f"x {each.multiplier / ONE:g}"))
+        rows.append({"name": each.name, "prepaid": bool(each.prepaid), "multiplier": usd(each.multiplier * 1000, 6),
+                     "limit_usd": usd_or(each.limit_nanos, None, 9), "credit_usd": usd(each.credit_nanos, 9),
+                     "spent_usd": usd(each.spent_nanos, 9), "spent_this_month_usd": usd(each.month_nanos, 9),
+                     "balance_usd": usd(balance, 9)})
+    print_rows(args, rows, [("NAME", "KIND", "THIS MONTH", "LIMIT", "BALANCE", "PRICES"), *table], (2, 3, 4))
 
 
 def spaced(count: int) -> str:
@@ -12928,34 +12750,30 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def print_rows(rows: Iterable[JSON], csv: bool) -> None:
-    """Lines of JSON, or of CSV with a head."""
-    for number, row in enumerate(rows):
-        if not csv:
+def print_rows(args: argparse.Namespace, rows: Iterable[JSON], table: Sequence[Sequence[str]] = (),
+               right: Sequence[int] = ()) -> None:
+    """As --json, --csv or --jsonl, else the table, with numbers to the `right`."""
+    if getattr(args, "json", False):
+        print_json([*rows])
+    elif getattr(args, "csv", False):
+        for number, row in enumerate(rows):
+            if number == 0:
+                print(csv_line(row))
+            print(csv_line(row.values()))
+    elif getattr(args, "jsonl", False):
+        for row in rows:
             print(encode_line(row))
-            continue
-        if number == 0:
-            print(csv_line(row))
-        print(csv_line(row.values()))
-
-
-def run_usage(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        rows = usage_report(ledger, args.by, args.since, int(time.time()) // 86400)
-    if args.json:
-        print_json(rows)
-    elif args.csv or args.jsonl:
-        print_rows(rows, args.csv)
     else:
-        print(*usage_table(args.by, rows), sep="\n")
-    return 0
+        print(*table_lines(table, right), sep="\n")
 
 
-def usage_table(by: str, rows: Sequence[JSON]) -> list[str]:
-    total = {by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
-    cells = [(str(row[by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
+@of_ledger
+def run_usage(ledger: Ledger, args: argparse.Namespace) -> None:
+    rows = usage_report(ledger, args.by, args.since, int(time.time()) // 86400)
+    total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
+    cells = [(str(row[args.by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
               millions(row["output"]), usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
-    return table_lines([(by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
+    print_rows(args, rows, [(args.by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
 
 
 def no_price(row: JSON) -> str:
@@ -12965,13 +12783,13 @@ def no_price(row: JSON) -> str:
     return "no price" if row["unpriced"] == row["requests"] else f"{spaced(row['unpriced'])} without a price"
 
 
-def run_statement(args: argparse.Namespace) -> int:
+@of_ledger
+def run_statement(ledger: Ledger, args: argparse.Namespace) -> None:
     first, last = args.month
-    with with_ledger(args) as ledger:
-        bill = statement_rows(ledger, account_named(ledger, args.account), first, last)
+    bill = statement_rows(ledger, account_named(ledger, args.account), first, last)
     if args.json:
         print_json({"account": args.account, "first_day": day_text(first), "last_day": day_text(last), **bill})
-        return 0
+        return
     charges, entries = bill["charges"], bill["credits"]
     cents = apportion([row["cost_nanos"] for row in charges], 10**7)
     rows: list[Sequence[str]] = []
@@ -12988,14 +12806,13 @@ def run_statement(args: argparse.Namespace) -> int:
         names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
                                      for entry in entries), "charges above", "balance after"]
         print("", *table_lines([*zip(names, [usd(step * 10**7) for step in (*steps, sum(steps))])], (1,)), sep="\n")
-    return 0
 
 
 def day_text(day: int) -> str:
     return datetime.date.fromordinal(day + EPOCH).isoformat()
 
 
-def run_prices_show(args: argparse.Namespace) -> int:
+def run_prices_show(args: argparse.Namespace) -> None:
     rows = []
     for name, tariff in sorted(PriceBook(read_config(args)).known.items()):
         notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
@@ -13003,43 +12820,36 @@ def run_prices_show(args: argparse.Namespace) -> int:
         notes += [f"{tier} x {factor}" for tier, factor in tariff.factors.items()]
         notes += [f"ends {tariff.ends}"] if tariff.ends else []
         rows.append((name, *(f"{tariff.base} -".split()[:6]), tariff.source.partition(" in ")[2], "; ".join(notes)))
-    if args.json:
-        print_json([dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows])
-        return 0
     head = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
-    print(*table_lines([head, *rows], range(1, 7)), sep="\n")
-    return 0
+    print_rows(args, [dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows], [head, *rows], range(1, 7))
 
 
-def run_verify(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        checked, wrong = verify(ledger)
-        balances = {each.name: usd(each.credit_nanos - each.spent_nanos, 9) for each in list_accounts(ledger, time.time())}
+@of_ledger
+def run_verify(ledger: Ledger, args: argparse.Namespace) -> int:
+    checked, wrong = verify(ledger)
+    balances = {each.name: usd(each.credit_nanos - each.spent_nanos, 9) for each in list_accounts(ledger, time.time())}
     if args.json:
         print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
     else:
         print(*wrong[:100], f"{spaced(checked)} lines computed again, {plural(len(wrong), 'problem')}.", sep="\n")
-    return 1 if wrong else 0
+    return min(len(wrong), 1)
 
 
-def run_export(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        print_rows(export_rows(ledger, args.since), args.csv)
-    return 0
+@of_ledger
+def run_export(ledger: Ledger, args: argparse.Namespace) -> None:
+    print_rows(args, export_rows(ledger, args.since))
 
 
-def run_prune(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        gone = prune(ledger, args.older)
+@of_ledger
+def run_prune(ledger: Ledger, args: argparse.Namespace) -> None:
+    gone = prune(ledger, args.older)
     say(f"{spaced(gone)} lines from before {day_text(args.older)} removed; the sums of their days stay.")
-    return 0
 
 
-def run_backup(args: argparse.Namespace) -> int:
-    with with_ledger(args) as ledger:
-        ledger.backup(args.file)
+@of_ledger
+def run_backup(ledger: Ledger, args: argparse.Namespace) -> None:
+    ledger.backup(args.file)
     say(f"Copied to {args.file} (only you can read it).")
-    return 0
 
 
 # --- 13.7 the first five minutes ------------------------------------------------------------------
@@ -13047,27 +12857,8 @@ def run_backup(args: argparse.Namespace) -> int:
 DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
 
 
-def add_first_run_commands(commands: Any, add: Callable[..., CommandParser]) -> None:
-    place = server_flags("host", "port")
-    add(commands, "admin-url", run_admin_url, "print a link that opens the dashboard once", place)
-    add(commands, "init", run_init, "write a pomex.toml of what is found on this machine").add_argument(
-        "file", metavar="FILE", nargs="?", default="pomex.toml")
-    codex = add(commands, "codex", run_codex, "print the configuration for Codex, or put it in place", place)
-    codex.add_argument("--model", help="the model to begin with")
-    form = codex.add_mutually_exclusive_group()
-    form.add_argument("--write", action="store_true", help="merge it into Codex's config.toml; a backup is kept")
-    form.add_argument("--undo", action="store_true", help="take it out again; what has changed since stays")
-    form.add_argument("--run", dest="start", action="store_true", help="start codex with it, changing no file: --run -- PROMPT")
-    codex.add_argument("--profile", action="store_true", help="in a file of its own, pomex.config.toml: codex --profile pomex")
-    codex.add_argument("prompt", nargs="*", metavar="PROMPT", help="arguments of codex")
-    doctor = add(commands, "doctor", run_doctor, "find what keeps Codex from working", place)
-    doctor.add_argument("--live", action="store_true", help="ask each provider, too; says what that cost")
-    add(commands, "version", run_version, "print the version")
-
-
-def run_version(args: argparse.Namespace) -> int:
+def run_version(args: argparse.Namespace) -> None:
     print(f"Pomex {VERSION}")
-    return 0
 
 
 def own_url(config: Config) -> str:
@@ -13078,12 +12869,11 @@ def login_link(ledger: Ledger, url: str) -> str:
     return f"{url}/admin#login={open_session(ledger, 'link', 0, LOGIN_LINK_S, time.time())}"
 
 
-def run_admin_url(args: argparse.Namespace) -> int:
+def run_admin_url(args: argparse.Namespace) -> None:
     config = read_config(args)
     with contextlib.closing(open_ledger(config)) as ledger:
         print(login_link(ledger, own_url(config)))
     say("It opens the dashboard once, within ten minutes.")
-    return 0
 
 
 def dashboard_line(config: Config, ledger: Ledger, url: str) -> str:
@@ -13157,7 +12947,7 @@ def run_codex(args: argparse.Namespace) -> int:
         if args.profile and code == 0:
             say("Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: python pomex.py codex --run")
         return code
-    if args.start:
+    if args.run:
         return start_codex(config, block, args.prompt)
     print(*block, sep="\n")
     return 0
@@ -14025,7 +13815,7 @@ WantedBy=sockets.target
 """
 
 
-def run_unit(args: argparse.Namespace) -> int:
+def run_unit(args: argparse.Namespace) -> None:
     config = read_config(args)
     host, port = config.server.host, config.server.port
     file = os.path.abspath(globals().get("__file__", ""))       # it may have come by a pipe
@@ -14045,7 +13835,6 @@ def run_unit(args: argparse.Namespace) -> int:
             if closed_to_others(os.path.realpath(path)):
                 say(f"The service runs as a user of its own, who may not read {path}: put it where everybody may, such as "
                     "/opt/pomex. Keys of providers belong into /etc/pomex/environment, not into a file that all can read.")
-    return 0
 
 
 def closed_to_others(path: str) -> bool:
@@ -14060,6 +13849,164 @@ def run_health(args: argparse.Namespace) -> int:
     print(f"{url} {'answers' if version else 'does not answer'}")
     return 0 if version else 1
 
+
+# --- 13.11 the table of commands -------------------------------------------------------------------
+
+class OneOf(NamedTuple):
+    """Of these fields at most one is given; where `required`, exactly one."""
+    fields: tuple[Field, ...]
+    required: bool = False
+
+
+class Command(NamedTuple):
+    run: Callable[[argparse.Namespace], int | None]
+    help: str
+    fields: Sequence[Field | OneOf] = ()
+
+
+def flag(name: str, help: str = "") -> Field:
+    return Field(name, parse=TRUTH, help=help)
+
+
+def server_field(name: str) -> Field:
+    """A flag that wins over the key of [server] of the same name, and is checked as that is."""
+    key = settings_of(ServerConfig)[name]
+    return Field(name, parse=functools.partial(read_value, key, from_text=True), help=key.metadata["meaning"])
+
+
+CONFIG = Field("config", help="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none", metavar="FILE")
+PLACE = server_field("host"), server_field("port")
+AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv"), flag("jsonl")
+KEY_FLAGS = (
+    Field("budget", "like 50/month (day, week, month, total), or none", parse_budget,
+          "e.g. 50/month; day, week, month or total; none", "USD/PERIOD"),
+    MODELS, *RATE_FIELDS,
+    Field("allow_unpriced", "yes or no", {"yes": 1, "no": 0}.__getitem__, "models without a price too", "yes|no"),
+    Field("expires", "a time to come, like 30d or 2027-01-31, or never", parse_expiry, "when it ends; never", "30d|DATE"),
+    ACCOUNT)
+SINCE = Field("since", "like 7d or 2026-11-01", parse_day, "whole days (UTC), with today", "7d|DATE", more={"default": "7d"})
+COMMAND_GROUPS = {
+    "keys": "create, edit, list and revoke clients' keys", "accounts": "create and list accounts, and give them credit",
+    "prices": "what tokens cost", "ledger": "check and export the ledger",
+}
+COMMANDS = {
+    "serve": Command(run_serve, "run the gateway", [*PLACE, server_field("log_format"), flag(
+        "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
+    "check": Command(run_check, "check the configuration, contacting nobody", [
+        flag("live", "ask each provider for its list of models, which costs nothing")]),
+    "keys create": Command(run_keys_create, "create a key", [NAME_FIELD, *KEY_FLAGS]),
+    "keys edit": Command(run_keys_edit, "edit a key", [NAME_FIELD, *KEY_FLAGS]),
+    "keys revoke": Command(run_keys_revoke, "revoke a key", [NAME_FIELD]),
+    "keys list": Command(run_keys_list, "list the keys", [AS_JSON]),
+    "accounts create": Command(run_accounts_create, "create an account", ACCOUNT_FIELDS),
+    "accounts credit": Command(run_accounts_credit, "add a top-up, or with --reason an adjustment",
+                               [NAME_FIELD, *CREDIT_FIELDS]),
+    "accounts list": Command(run_accounts_list, "list the accounts", [AS_JSON]),
+    "usage": Command(run_usage, "sums of what was used", [AS_JSON, SINCE, Field(
+        "by", more={"choices": sorted(REPORT_BY), "default": "model"}), AS_CSV, AS_JSONL]),
+    "statement": Command(run_statement, "an account's bill of one month", [
+        AS_JSON, Field("account", metavar="ACCOUNT", required=True),
+        MONTH._replace(metavar="YYYY-MM", more={"default": time.strftime("%Y-%m", time.gmtime())})]),
+    "prices show": Command(run_prices_show, "list all prices", [AS_JSON]),
+    "ledger verify": Command(run_verify, "compute every cost and sum again", [AS_JSON]),
+    "ledger export": Command(run_export, "print every line", [
+        SINCE._replace(help="", more={"default": "1970-01-01"}), OneOf((AS_CSV, AS_JSONL), required=True)]),
+    "prune": Command(run_prune, "remove old lines; the sums of each day stay", [
+        SINCE._replace(name="older", help="than so many days, or than this day", metavar="90d|DATE", more={"required": True})]),
+    "backup": Command(run_backup, "copy the database while servers run", [Field("file", metavar="FILE", required=True)]),
+    "models": Command(run_models, "list the models that can be asked for", [AS_JSON]),
+    "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", PLACE),
+    "init": Command(run_init, "write a pomex.toml of what is found on this machine", [
+        Field("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
+    "codex": Command(run_codex, "print the configuration for Codex, or put it in place", [
+        *PLACE, Field("model", help="the model to begin with"),
+        OneOf((flag("write", "merge it into Codex's config.toml; a backup is kept"),
+               flag("undo", "take it out again; what has changed since stays"),
+               flag("run", "start codex with it, changing no file: --run -- PROMPT"))),
+        flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
+        Field("prompt", help="arguments of codex", metavar="PROMPT", required=True, more={"nargs": "*"})]),
+    "doctor": Command(run_doctor, "find what keeps Codex from working", [
+        *PLACE, flag("live", "ask each provider, too; says what that cost")]),
+    "version": Command(run_version, "print the version"),
+    "health": Command(run_health, "ask whether the gateway answers; the exit code says it", PLACE),
+    "unit": Command(run_unit, "print a systemd unit", [
+        flag("socket", "the unit of its port: systemd listens, also below 1024")]),
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with a suggestion for a mistyped command."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message = f"unknown command {found[1]}.{did_you_mean(found[1], re.findall(r'[a-z]+', found[2]))}"
+        super().error(message)
+
+
+def argument_type(field: Field) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return field.parse(text)
+        except (ValueError, ArithmeticError, KeyError) as error:
+            wanted = f"must be {field.wanted}" if field.wanted else error
+            raise argparse.ArgumentTypeError(f"{text!r} {wanted}") from None
+    return read
+
+
+def add_fields(parser: argparse._ActionsContainer, fields: Iterable[Field | OneOf]) -> None:
+    for each in fields:
+        if isinstance(each, OneOf):
+            add_fields(parser.add_mutually_exclusive_group(required=each.required), each.fields)
+        elif each.parse is TRUTH:
+            parser.add_argument(f"--{each.name.replace('_', '-')}", action="store_true", help=each.help)
+        else:
+            name = each.name if each.required else f"--{each.name.replace('_', '-')}"
+            parser.add_argument(name, type=argument_type(each), help=each.help, metavar=each.metavar, **each.more)
+
+
+def command_parser() -> CommandParser:
+    parser = CommandParser(prog="pomex", description="An LLM API gateway in one file.")
+    parser.add_argument("--version", action="version", version=f"Pomex {VERSION}")
+    groups = {"": parser.add_subparsers(metavar="COMMAND")}
+    for path, command in COMMANDS.items():
+        group, _, name = path.rpartition(" ")
+        if group not in groups:
+            above = groups[""].add_parser(group, help=COMMAND_GROUPS[group])
+            groups[group] = above.add_subparsers(metavar="COMMAND", required=True)
+        added = groups[group].add_parser(name, help=command.help, description=command.help)
+        added.set_defaults(command=command)
+        add_fields(added, [CONFIG, *command.fields])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    parser = command_parser()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # a locale that lacks the … of a key
+    try:
+        args = parser.parse_args(argv)
+        if not hasattr(args, "command"):
+            parser.error("a command is needed, like: python pomex.py serve")
+        code: int = args.command.run(args) or 0
+        sys.stdout.flush()                  # here a full disk can still be told
+        return code
+    except SystemExit as stop:              # argparse: --help, --version, wrong usage
+        return stop.code if isinstance(stop.code, int) else 0
+    except ConfigError as error:
+        say(str(error))
+        return BAD_CONFIG
+    except GatewayError as error:           # the ledger's: no usable database, or a name that is not right
+        say(str(error))
+        return UNAVAILABLE if isinstance(error, LedgerError) else 1
+    except BrokenPipeError:                 # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:                # a file or folder that cannot be written, a full disk
+        say(f"{error.filename or 'Output'}: {error.strerror or error}.")
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 # === 14. data =====================================================================================

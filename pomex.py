@@ -12430,34 +12430,45 @@ def run_serve(args: argparse.Namespace) -> int:
     config = read_config(args)
     allow_files()
     set_up_logging(config.server.log_format, config.server.workers)
-    sockets = handed_sockets(os.environ)
-    config = dataclasses.replace(config, server=listening_as(config.server, sockets))
+    handed = handed_sockets(os.environ)
+    config = dataclasses.replace(config, server=listening_as(config.server, handed))
+    if config.server.workers > 1 and sys.platform == "win32":
+        raise ConfigError("[server] workers: several processes need another system than Windows.")
 
     async def reread() -> tuple[Config, Mapping[str, Sequence[str]]]:
         fresh = read_config(args)
         if config.path and not fresh.path:
             raise ConfigError("it is gone.")
-        return await surveyed(dataclasses.replace(fresh, server=listening_as(fresh.server, sockets)), args.no_detect)
+        return await surveyed(dataclasses.replace(fresh, server=listening_as(fresh.server, handed)), args.no_detect)
 
-    if config.server.workers > 1:
-        return serve_with_workers(config, args.no_detect, sockets, reread)
-    return asyncio.run(serve(config, args.no_detect, sockets, reread))
-
-
-async def serve(config: Config, no_detect: bool, sockets: Sequence[socket.socket], reread: Reread) -> int:
     is_new = not os.path.exists(config.database.path)
-    looked = not config.path and not no_detect
-    config, found = await surveyed(config, no_detect)
+    looked = not config.path and not args.no_detect
+    config, found = asyncio.run(surveyed(config, args.no_detect))
+    tls_context(config.server)
+    try:
+        sockets = handed or asyncio.run(listen(config.server))
+    except OSError as error:
+        code, sentence = asyncio.run(no_listening(error, config.server))
+        say(sentence)
+        return code
+    url = public_url(config.server, sockets[0].getsockname()[:2])
+    if config.server.workers == 1:
+        announcing = functools.partial(announce, config, found, looked, is_new=is_new, url=url)
+        return asyncio.run(serve(config, found, sockets, reread, announcing))
+    parent = Workers(config, found, sockets, reread)
+    parent.heed_signals()
+    with contextlib.closing(open_ledger(config)) as ledger:     # no database may be open when a process forks
+        announce(config, found, looked, ledger, is_new, url)
+    settle_memory()
+    return parent.run()
+
+
+async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
+                announce: Callable[[Ledger], None]) -> int:
     with contextlib.closing(open_ledger(config)) as ledger:
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                server = await stack.enter_async_context(running(config, ledger, found, sockets))
-            except OSError as error:
-                code, sentence = await no_listening(error, config.server)
-                say(sentence)
-                return code
+        async with running(config, ledger, found, sockets) as server:
             signals = heed_signals()        # before anybody reads that it listens
-            announce(config, found, looked, ledger, is_new, public_url(config.server, server.address))
+            announce(ledger)
             settle_memory()
             notify("READY=1")
             feeding = asyncio.create_task(feed_watchdog())
@@ -12471,28 +12482,6 @@ def settle_memory() -> None:
     failed connections leave cycles, which hold what they were to send."""
     gc.freeze()
     gc.set_threshold(10_000, 5, 5)
-
-
-def serve_with_workers(config: Config, no_detect: bool, sockets: Sequence[socket.socket], reread: Reread) -> int:
-    """The same in several processes: what is to be said is said once, before there are any."""
-    if sys.platform == "win32":
-        raise ConfigError("[server] workers: several processes need another system than Windows.")
-    is_new = not os.path.exists(config.database.path)
-    looked = not config.path and not no_detect
-    config, found = asyncio.run(surveyed(config, no_detect))
-    tls_context(config.server)
-    try:
-        sockets = sockets or asyncio.run(listen(config.server))
-    except OSError as error:
-        code, sentence = asyncio.run(no_listening(error, config.server))
-        say(sentence)
-        return code
-    parent = Workers(config, found, sockets, reread)
-    parent.heed_signals()
-    with contextlib.closing(open_ledger(config)) as ledger:     # no database may be open when a process forks
-        announce(config, found, looked, ledger, is_new, public_url(config.server, sockets[0].getsockname()[:2]))
-    settle_memory()
-    return parent.run()
 
 
 def stopping_sentence(streams: int, drain_timeout_s: float) -> str:
@@ -13445,30 +13434,21 @@ PROVIDER_CURES = (      # what the gateway says of a provider -> what to do abou
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
 
 
-def config_changes(old: Config, new: Config) -> str:
-    """What differs, counted: `+1 provider, 2 prices changed`."""
+def reload_sentence(old: Config, new: Config, streams: int) -> str:
+    """`Reloaded pomex.toml: +1 provider, 2 prices changed; only a restart changes port.`"""
     said = []
     for section in NAMED_SECTIONS:
-        before, after, noun = getattr(old, section), getattr(new, section), section.removesuffix("s")
-        changed = sum(before[name] != after[name] for name in before.keys() & after.keys())
-        said += [sign + plural(count, noun) + end for sign, count, end in (
-            ("+", len(after.keys() - before.keys()), ""), ("-", len(before.keys() - after.keys()), ""),
-            ("", changed, " changed")) if count]
-    settings = sum(getattr(old.server, name) != getattr(new.server, name) for name in settings_of(ServerConfig)
-                   if name not in FIXED)
-    return ", ".join(said + ([plural(settings, "setting") + " changed"] if settings else [])) or "nothing changed"
-
-
-def waiting_changes(old: Config, new: Config) -> str:
-    """What a running server does not take up."""
-    names = [name for name in FIXED if getattr(old.server, name) != getattr(new.server, name)]
-    names += ["[database]"] if old.database != new.database else []
-    return f"; only a restart changes {', '.join(names)}" if names else ""
-
-
-def reload_sentence(old: Config, new: Config, streams: int) -> str:
+        before, after = getattr(old, section), getattr(new, section)
+        changed = {name for name in before.keys() & after.keys() if before[name] != after[name]}
+        for form, names in (("+{}", after.keys() - before.keys()), ("-{}", before.keys() - after.keys()),
+                            ("{} changed", changed)):
+            said += [form.format(plural(len(names), section.removesuffix("s")))] if names else []
+    settings = {name for name in settings_of(ServerConfig) if getattr(old.server, name) != getattr(new.server, name)}
+    said += [f"{plural(len(settings - {*FIXED}), 'setting')} changed"] if settings - {*FIXED} else []
     kept = f"; {plural(streams, 'open stream')} {'keeps' if streams == 1 else 'keep'} the old settings" if streams else ""
-    return f"Reloaded {home_short(new.path) or 'the defaults'}: {config_changes(old, new)}{kept}{waiting_changes(old, new)}."
+    waiting = [name for name in FIXED if name in settings] + ["[database]"] * (old.database != new.database)
+    restart = f"; only a restart changes {', '.join(waiting)}" if waiting else ""
+    return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(said) or 'nothing changed'}{kept}{restart}."
 
 
 def refused_sentence(old: Config, error: Exception) -> str:
@@ -13762,9 +13742,7 @@ class Workers:
 SERVICE_UNIT = """\
 [Unit]
 Description=Pomex, an LLM API gateway
-Wants=network-online.target
 After=network-online.target
-StartLimitIntervalSec=0
 
 [Service]
 Type=notify
@@ -13774,30 +13752,13 @@ KillMode=mixed
 TimeoutStopSec={stop}
 WatchdogSec=30
 Restart=on-failure
-RestartSec=2
+RestartSec=5
 RestartPreventExitStatus=2 78
-LimitNOFILE=65536
-
-# The state lies in /var/lib/pomex, whatever the configuration says. Keys of providers: NAME=VALUE lines in
-# /etc/pomex/environment (mode 600), or LoadCredential=NAME:PATH and api_key = "file:/run/credentials/%n/NAME".
+DynamicUser=yes
 StateDirectory=pomex
 Environment=POMEX_DATABASE_URL=sqlite:/var/lib/pomex/pomex.db
 EnvironmentFile=-/etc/pomex/environment
-
-DynamicUser=yes
-UMask=0077
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=strict
-ProtectHome={home}
-PrivateDevices=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-LockPersonality=yes
-SystemCallArchitectures=native
+LimitNOFILE=65536
 
 [Install]
 WantedBy=multi-user.target
@@ -13821,11 +13782,9 @@ def run_unit(args: argparse.Namespace) -> None:
     file = os.path.abspath(globals().get("__file__", ""))       # it may have come by a pipe
     words = [sys.executable, file if os.path.isfile(file) else "/usr/local/lib/pomex/pomex.py", "serve",
              *(["--config", os.path.abspath(config.path)] if config.path else [])]
-    home = any(word.startswith(("/home/", "/root/")) for word in words)     # where else could it be read from
     text = SOCKET_UNIT if args.socket else SERVICE_UNIT
     print(text.format(command=shlex.join(words).replace("%", "%%"), stop=f"{config.server.drain_timeout_s + 10:.0f}",
-                      home="read-only" if home else "yes", backlog=BACKLOG,
-                      address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}"), end="")
+                      backlog=BACKLOG, address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}"), end="")
     name = "pomex.socket" if args.socket else "pomex.service"
     say(f"Write this to /etc/systemd/system/{name}, then: systemctl enable --now {name}")
     if not args.socket:
@@ -13906,7 +13865,8 @@ COMMANDS = {
         "by", more={"choices": sorted(REPORT_BY), "default": "model"}), AS_CSV, AS_JSONL]),
     "statement": Command(run_statement, "an account's bill of one month", [
         AS_JSON, Field("account", metavar="ACCOUNT", required=True),
-        MONTH._replace(metavar="YYYY-MM", more={"default": time.strftime("%Y-%m", time.gmtime())})]),
+        MONTH._replace(parse=lambda text: month_bounds(text or time.strftime("%Y-%m", time.gmtime())), metavar="YYYY-MM",
+                       more={"default": ""})]),
     "prices show": Command(run_prices_show, "list all prices", [AS_JSON]),
     "ledger verify": Command(run_verify, "compute every cost and sum again", [AS_JSON]),
     "ledger export": Command(run_export, "print every line", [

@@ -5728,57 +5728,30 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
 DEMO_SAYS = "This is Pomex's offline demo, no model was asked."
 DEMO_MODELS = {
     "echo": "repeats what you sent, word by word",
-    "tools": "asks for one shell call, then finishes on its output",
-    "think": "thinks aloud before it answers",
-    "slow": "answers a word every half second",
-    "drop": "finishes, but its stream is cut before the terminal event",
-    "cut": "is cut in the middle of its answer",
+    "tools": "asks for one tool call, of a shell if there is one, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
-    "error": "fails before it answers",
 }
 MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
-# the shell tools of Codex and its kin -> the arguments for one harmless command
-DEMO_SHELLS: dict[str, JSON] = {
-    "exec_command": {"cmd": "echo hello from pomex"}, "shell_command": {"command": "echo hello from pomex"},
-    "shell": {"command": ["echo", "hello from pomex"]}, "local_shell": {"command": ["echo", "hello from pomex"]},
-    "functions__exec_command": {"cmd": "echo hello from pomex"},
-}
+DEMO_SHELLS = ("exec_command", "shell_command", "shell", "local_shell", "functions__exec_command")    # of Codex and its kin
+DEMO_VALUES = {"array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
 
 
-class DemoStep(NamedTuple):
-    """One thing the demo does: wait, then send `data`, or break off with `error`."""
-    wait_s: float
-    data: bytes = b""
-    error: GatewayError | None = None
-
-
-def demo_steps(request: ResponsesRequest, history: History, model: str, book: ToolBook, calls: int = 1) -> Iterator[DemoStep]:
+def demo_frames(request: ResponsesRequest, history: History, model: str, book: ToolBook, calls: int = 1) -> Iterator[bytes]:
     """The answer of demo/MODEL to the request's first, second ... call, as chat completion chunks."""
-    if model == "error" or (model == "flaky" and calls == 1):
-        yield DemoStep(0, error=ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529))
-        return
+    if model == "flaky" and calls == 1:
+        raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     text, call = demo_answer(history, model, book)
-    wait_s = 0.5 if model == "slow" else 0.0
     words = re.findall(r"\S+\s*|\s+", text)
-    if model == "think":
-        for word in ("I was asked ", "something, ", "and I only ", "repeat it."):
-            yield demo_chunk({"reasoning_content": word})
-    for index, word in enumerate(words):
-        if model == "cut" and index == len(words) // 2:
-            yield DemoStep(0, error=UpstreamError("The demo provider cut its stream on purpose."))
-            return
-        yield demo_chunk({"content": word}, wait_s=wait_s)
+    for word in words:
+        yield demo_chunk({"content": word})
     if call:
         name, arguments = call
         yield demo_chunk({"tool_calls": [{"index": 0, "id": f"call_{len(history.items)}_demo", "type": "function",
                                           "function": {"name": name, "arguments": compact(arguments)}}]})
     yield demo_chunk({}, "tool_calls" if call else "stop")
-    if model == "drop":
-        yield DemoStep(0, error=UpstreamError("The demo provider dropped its terminal event on purpose."))
-        return
     counts = {"prompt_tokens": -(-len(request.raw) // 4), "completion_tokens": len(words) + (10 if call else 0)}
-    yield DemoStep(0, sse_frame("", compact({"choices": [], "usage": counts})))
-    yield DemoStep(0, DONE_FRAME)
+    yield sse_frame("", compact({"choices": [], "usage": counts}))
+    yield DONE_FRAME
 
 
 def encode_demo(ctx: EncodeContext) -> JSON:
@@ -5787,9 +5760,9 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     return {}
 
 
-def demo_chunk(delta: JSON, finish_reason: str | None = None, wait_s: float = 0.0) -> DemoStep:
+def demo_chunk(delta: JSON, finish_reason: str | None = None) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return DemoStep(wait_s, sse_frame("", compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]})))
+    return sse_frame("", compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]}))
 
 
 def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tuple[str, JSON] | None]:
@@ -5798,13 +5771,19 @@ def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tupl
     if model == "tools":
         if last.get("type") == "function_call_output":
             return f"{DEMO_SAYS} The command printed: {text_of(last['output']).strip()[:MAX_DEMO_TEXT]}", None
-        offered = {function["name"] for function in book.functions}
-        for name, arguments in DEMO_SHELLS.items():
-            if name in offered:
-                return "", (name, arguments)
-        return f"{DEMO_SAYS} You offered no shell tool, so there is nothing to run.", None
+        offered = {function["name"]: table_of(function.get("parameters")) for function in book.functions}
+        for name in [name for name in (*DEMO_SHELLS, *offered) if name in offered][:1]:
+            return "", (name, demo_arguments(offered[name]))
+        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", None
     said = [text_of(i["content"]) for i in history.items if i.get("role") == "user"]
     return f"{DEMO_SAYS} You sent: {said[-1].strip()[:MAX_DEMO_TEXT] if said else ''}", None
+
+
+def demo_arguments(schema: JSON) -> JSON:
+    """What a tool requires, by the types: for a shell one harmless command."""
+    required, properties = schema.get("required"), table_of(schema.get("properties"))
+    rules = {name: table_of(properties[name]) for name in properties if isinstance(required, list) and name in required}
+    return {name: DEMO_VALUES.get(str(rule.get("type")), "echo hello from pomex") for name, rule in rules.items()}
 
 
 # --- 6.6 the table ---------------------------------------------------------------------------------
@@ -5911,7 +5890,7 @@ class UpstreamCall(NamedTuple):
     attempt: Relay | Translation
     dropped: list[str]                      # named in x-pomex-dropped
     headers: Sequence[tuple[str, str]] = ()
-    steps: Iterable[DemoStep] = ()          # demo: the answer itself
+    frames: Iterable[bytes] = ()            # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call as a known refusal asks for it; None where nothing is known that helps. To be used once a request."""
@@ -5974,7 +5953,7 @@ class WireApi(NamedTuple):
         path = self.path.format(urllib.parse.quote(job.model.removeprefix("models/"), safe=""), method)
         call = UpstreamCall(self, path, compact(body).encode(), Translation(job, self.decoder(ctx)),
                             list(dict.fromkeys(dropped)), self.headers(body))
-        return call if path else call._replace(steps=demo_steps(request, history, job.model, book, job.calls))
+        return call if path else call._replace(frames=demo_frames(request, history, job.model, book, job.calls))
 
     def _relayed(self, job: Job, unsealed: list[JSON], dropped: list[str]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""
@@ -9618,16 +9597,11 @@ class DemoExchange:
 
     status, headers = 200, Headers([("content-type", "text/event-stream")])
 
-    def __init__(self, steps: Iterable[DemoStep]) -> None:
-        self.steps = iter(steps)
+    def __init__(self, frames: Iterable[bytes]) -> None:
+        self.frames = iter(frames)
 
     async def read(self, heard: bool = True) -> bytes:
-        step = next(self.steps, DemoStep(0))
-        if step.wait_s:
-            await asyncio.sleep(step.wait_s)
-        if step.error is not None:
-            raise step.error
-        return step.data
+        return next(self.frames, b"")
 
     async def read_all(self, max_bytes: int) -> bytes:
         return b""
@@ -9784,7 +9758,7 @@ class Router:
 
     async def open(self, provider: ProviderConfig, call: UpstreamCall, down: ClientStream) -> Exchange | DemoExchange:
         if provider.wire_api == "demo":
-            return DemoExchange(call.steps)
+            return DemoExchange(call.frames)
         headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
         if provider.api_key:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
@@ -13182,7 +13156,7 @@ async def examine(config: Config, live: bool) -> list[Finding]:
         finding, key = await key_finding(ask if version else None, table)
         found.append(finding)
         if key and version:
-            found += [await model_listed(ask, key, codex), *[await demo_stream(ask, key, *row) for row in DEMO_CHECKS]]
+            found += [await model_listed(ask, key, codex), await demo_stream(ask, key)]
             found += await live_checks(config, ask, key) if live else []
     except (OSError, ValueError, GatewayError) as error:
         found.append(Finding("requests", "wrong", f"the gateway broke off: {error or type(error).__name__}"))
@@ -13291,13 +13265,6 @@ async def model_listed(ask: Asking, key: str, codex: JSON) -> Finding:
         "model", "wrong", json.loads(body)["error"]["message"], CODEX_WRITE)
 
 
-DEMO_CHECKS = (     # what, model, its right end, what that shows
-    ("stream", "demo/echo", "response.completed", "{} events, ended with response.completed"),
-    ("lost end", "demo/drop", "response.completed",
-     "upstream finished without its terminal event, response.completed still arrived"),
-    ("cut stream", "demo/cut", "response.failed", "upstream cut on purpose, ended with response.failed, nothing half done"))
-
-
 async def streamed(ask: Asking, key: str, body: JSON) -> tuple[list[str], JSON]:
     """(types of the events, the response of the last) of a streamed answer; its error where there is no stream."""
     status, data = await ask(key, "POST", "/v1/responses", {**body, "stream": True})
@@ -13314,12 +13281,12 @@ def ending(kinds: Sequence[str], last: JSON) -> str:
     return str(error.get("message") or f"ended with {kinds[-1] if kinds else 'nothing'}")
 
 
-async def demo_stream(ask: Asking, key: str, what: str, model: str, end: str, text: str) -> Finding:
-    kinds, last = await streamed(ask, key, {"model": model, "input": "What is 2 + 2?"})
-    if kinds and kinds[-1] == end and kinds.count(end) == 1:
-        return Finding(what, "ok", text.format(len(kinds)))
+async def demo_stream(ask: Asking, key: str) -> Finding:
+    kinds, last = await streamed(ask, key, {"model": "demo/echo", "input": "What is 2 + 2?"})
+    if kinds[-1:] == ["response.completed"] and kinds.count("response.completed") == 1:
+        return Finding("stream", "ok", f"{len(kinds)} events, ended with response.completed")
     untried = not kinds and inner(last, "error").get("param") == "model"        # no demo here, or not for this key
-    return Finding(what, "note" if untried else "wrong", ending(kinds, last))
+    return Finding("stream", "note" if untried else "wrong", ending(kinds, last))
 
 
 # doctor --live: each provider is asked for a stream, a tool call and the same long prompt twice

@@ -6,6 +6,7 @@ import logging
 import time
 
 import pytest
+from demos import slow_and_error
 
 import pomex
 
@@ -67,8 +68,9 @@ def gateway_test(test):
             text = f'[server]\nport = 0\nadmin_token = "{TOKEN}"\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n'
             config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {})
             with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
-                async with pomex.running(config, ledger) as server:
-                    await test(Gateway(server, ledger), *args, **kwargs)
+                with slow_and_error():
+                    async with pomex.running(config, ledger) as server:
+                        await test(Gateway(server, ledger), *args, **kwargs)
         asyncio.run(inside())
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run

@@ -443,8 +443,8 @@ def test_what_one_worker_sees_live_the_others_show_too(tmp_path):
         rest_until_end(link)
         for number in range(6):
             assert " 404 " in pomex_.ask(f"/nothing/{number}")
-        assert b"response.failed" in rest_until(pomex_.stream("demo/cut"), b"[DONE]")
-        (row,) = [row for row in pomex_.settled(2) if row["model"] == "demo/cut"]
+        assert b"response.failed" in rest_until(pomex_.stream("local/cut-gzip"), b"[DONE]")
+        (row,) = [row for row in pomex_.settled(2) if row["model"] == "local/cut-gzip"]
 
         def alike():
             pages = [show("setup") for _ in range(12)]

@@ -9,6 +9,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -19,6 +20,10 @@ from harness import CODEX_VERSIONS, TOOLS, Codex, free_port, required, running_p
 import pomex
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from demos import slow_and_error  # noqa: E402
+
 ANEW = os.environ.get("POMEX_SHOTS") == "1"
 CHROMIUM = pathlib.Path(os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium")
 
@@ -47,7 +52,8 @@ def walk(packages, tmp_path_factory):
                     stdout=subprocess.PIPE, env={**os.environ, "NODE_PATH": str(packages), "CHROMIUM": str(CHROMIUM)})
                 out, _ = await process.communicate()
         return json.loads(out)
-    return asyncio.run(run())
+    with slow_and_error():
+        return asyncio.run(run())
 
 
 def test_the_walk_finds_everything_in_its_place(walk):

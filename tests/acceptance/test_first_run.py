@@ -584,7 +584,7 @@ def test_write_run_profile_and_undo_with_real_codex(clone: Shell) -> None:
     with typed_in_a_terminal(clone, "python3 pomex.py serve") as shown:
         export = next(line.strip() for line in shown if line.startswith("  export POMEX_API_KEY="))
         port = clone.environment["POMEX_PORT"]
-        before = (f'# mine\nmodel = "demo/think"   # for now\nmodel_provider = "mine"\n\n[model_providers.mine]\nname = "Mine"\n'
+        before = (f'# mine\nmodel = "demo/tools"   # for now\nmodel_provider = "mine"\n\n[model_providers.mine]\nname = "Mine"\n'
                   f'base_url = "http://127.0.0.1:{port}/v1"\nenv_key = "MY_KEY"\n')
         clone.config.write_text(before)
         ask = f'codex exec "{QUESTION}"'

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[JSON, Answer]] = {
     "drop": ({}, says("All of it", Call("look", {"at": "it"}), end="drop")),
     "cut": ({}, says("Some", "This is never whole, the wire is cut", end="cut")),
 }
-DEMOS = ("echo", "tools", "think", "drop", "cut")
+DEMOS = ("echo", "tools", "flaky")
 
 
 class Capture(NamedTuple):
@@ -105,8 +105,6 @@ def test_a_stream_that_pomex_makes_has_no_finding(
 def test_a_demo_stream_has_no_finding(sdk: Sdk, pomex: Pomex, tmp_path: Path) -> None:
     bodies = [{**BASE, "model": f"demo/{name}"} for name in DEMOS]
     streams = [Capture(body["model"], pomex.post(body).raw, body) for body in bodies]
-    fails: JSON = {"model": "demo/error", "input": "Hi", "stream": True}        # an HTTP error to all but Codex
-    streams.append(Capture("demo/error", pomex.post(fails, originator="codex_exec").raw, fails))
     assert blemished(sdk, tmp_path, streams) == {}
 
 

@@ -10688,15 +10688,16 @@ class Ask:
     def key_id(self) -> int:
         return self.key.id if self.key else 0
 
+    @property
+    def filters(self) -> dict[str, str]:
+        """Of the usage log."""
+        return {name: text for name, text in self.query.items() if name not in ("cursor", "limit", "sums") and text}
+
     def number(self, name: str, default: int, most: int) -> int:
-        return number_in(self.query, name, default, most)
-
-
-def number_in(query: Mapping[str, str], name: str, default: int, most: int) -> int:
-    text = query.get(name, "") or str(default)
-    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > most:
-        raise BadRequest(f"{name} must be a whole number up to {most}.", param=name)
-    return int(text)
+        text = self.query.get(name, "") or str(default)
+        if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > most:
+            raise BadRequest(f"{name} must be a whole number up to {most}.", param=name)
+        return int(text)
 
 
 class Guard:
@@ -10717,17 +10718,18 @@ class Guard:
             raise Forbidden("Changes are taken from the dashboard's own page only (its Origin), or with an Authorization "
                             "header.", code="cross_origin")
 
-    def cookie(self, client: Client) -> str:
-        """Its name holds the port: browsers do not tell the ports of a host apart."""
-        return f"pomex_{client.connection.server.address[1]}"
+    def cookie(self, client: Client) -> tuple[str, str]:
+        """Its name and value. The name holds the port: browsers do not tell the ports of a host apart."""
+        name = f"pomex_{client.connection.server.address[1]}"
+        pairs = dict(pair.strip().partition("=")[::2] for pair in client.head.headers.get("cookie").split(";"))
+        return name, pairs.get(name, "")
 
     def who(self, client: Client) -> Key | None:
         """The holder of a key, or None for the administrator; Unauthorized for anybody else."""
         header, now_s = client.head.headers.get("authorization"), time.time()      # of a live feed the start is long ago
         if header:
             return self.log_in(client, header[7:].strip(" \t"), link=False)[1]
-        cookies = dict(pair.strip().partition("=")[::2] for pair in client.head.headers.get("cookie").split(";"))
-        found = find_session(self.ledger, cookies.get(self.cookie(client), ""), now_s)
+        found = find_session(self.ledger, self.cookie(client)[1], now_s)
         if found is None:
             raise Unauthorized(NOT_LOGGED_IN, code="not_logged_in")
         if found[0] == "admin":
@@ -10931,16 +10933,15 @@ async def log_in(gateway: Gateway, ask: Ask) -> None:
     kind, key = guard.log_in(client, ask.body["token"])
     token = open_session(gateway.ledger, kind, key.id if key else 0, SESSION_S, client.started_s)
     secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
-    cookie = (f"{guard.cookie(client)}={token}; Path=/admin; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
+    cookie = (f"{guard.cookie(client)[0]}={token}; Path=/admin; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
               + "; Secure" * secure)
     log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
     await client.answer(200, [*API_HEADERS, ("set-cookie", cookie)], compact({"role": kind}).encode())
 
 
 async def log_out(gateway: Gateway, ask: Ask) -> None:
-    cookies = dict(pair.strip().partition("=")[::2] for pair in ask.client.head.headers.get("cookie").split(";"))
-    name = gateway.guard.cookie(ask.client)
-    close_session(gateway.ledger, cookies.get(name, ""))
+    name, token = gateway.guard.cookie(ask.client)
+    close_session(gateway.ledger, token)
     await ask.client.answer(200, [*API_HEADERS, ("set-cookie", f"{name}=; Path=/admin; Max-Age=0; HttpOnly; SameSite=Strict")],
                              b"{}")
 
@@ -10987,15 +10988,11 @@ async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
     return {**answer, "open": open_count(gateway, ask.key_id)}
 
 
-PAGING = ("cursor", "limit", "sums")
-
-
 async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
     """A page of the log; with the first one the sums of all that the filters let through."""
-    filters = {name: text for name, text in ask.query.items() if name not in PAGING and text}
     before, limit, read = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.watch.reader.ask
-    sums = await read(usage_sums, filters, ask.key_id) if "cursor" not in ask.query else None
-    rows = await read(usage_rows, filters, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
+    sums = await read(usage_sums, ask.filters, ask.key_id) if "cursor" not in ask.query else None
+    rows = await read(usage_rows, ask.filters, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
     return {"rows": [gateway.watch.row_view(row) for row in rows[:limit]], "sums": sums,
             "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
@@ -11003,13 +11000,12 @@ async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
 async def export_usage(gateway: Gateway, ask: Ask) -> None:
     """The filtered log whole, as CSV or JSON lines, newest first, a part at a time."""
     client, before, csv = ask.client, MAX_NUMBER, ask.client.head.path.endswith(".csv")
-    filters = {name: text for name, text in ask.query.items() if name not in PAGING and text}
     kind = "text/csv" if csv else "application/jsonl"
-    usage_where(filters, ask.key_id)        # a wrong filter is said while that can be
+    usage_where(ask.filters, ask.key_id)        # a wrong filter is said while that can be
     await client.start(200, [("content-type", f"{kind}; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
                              ("content-disposition", f"attachment; filename=pomex-usage.{'csv' if csv else 'jsonl'}")])
     await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if csv else b"")
-    while rows := await gateway.watch.reader.ask(usage_rows, filters, before, 1000, ask.key_id):
+    while rows := await gateway.watch.reader.ask(usage_rows, ask.filters, before, 1000, ask.key_id):
         before = rows[-1]["id"]
         await client.write("".join(csv_line(row.values()) + "\r\n" if csv else compact(row) + "\n" for row in rows).encode())
     await client.end()
@@ -12865,23 +12861,37 @@ def run_init(args: argparse.Namespace) -> int:
     return 0
 
 
+INIT_TEXT = """\
+# Pomex. Every key with its meaning and default: pomex.toml.example
+
+[server]
+# host = "127.0.0.1"
+# port = 7663
+# public_hosts = ["pomex.example"]     # the name by which a proxy in front calls it
+# admin_token = "env:POMEX_ADMIN"        # opens the admin API to machines
+
+[database]
+url = {database}
+
+{providers}
+# A model of your own naming, with failover:
+# [models."team/coder"]
+# targets = ["openai:gpt-5.3-codex", "anthropic:claude-sonnet-5-5"]
+"""
+
+
 def init_text(config: Config, found: Mapping[str, Sequence[str]], keep_database: bool) -> str:
-    database = config.database.url if keep_database else "sqlite:pomex.db"
-    lines = ["# Pomex. Every key with its meaning and default: pomex.toml.example", "", "[server]", '# host = "127.0.0.1"',
-             "# port = 7663", '# public_hosts = ["pomex.example"]     # the name by which a proxy in front calls it',
-             '# admin_token = "env:POMEX_ADMIN"        # opens the admin API to machines', "", "[database]",
-             f"url = {json.dumps(database)}", ""]
+    lines = []
     for name, provider in config.providers.items():
         if name != "demo":
-            lines += [f"[providers.{json.dumps(name) if '.' in name else name}]",
-                      f'env_key = "{provider.env_key}"' if provider.env_key else f'base_url = "{provider.base_url}"']
-            lines += [] if provider.env_key else [f'wire_api = "{provider.wire_api}"']
+            lines += [f"[providers.{json.dumps(name) if '.' in name else name}]"]
+            lines += [f'env_key = "{provider.env_key}"'] if provider.env_key else [
+                f'base_url = "{provider.base_url}"', f'wire_api = "{provider.wire_api}"']
             lines += ["free = true     # your own machine: its models need no price"] if provider.free else []
             lines += [f"# models = {json.dumps(list(found.get(name, ['*']))[:20])}", ""]
-    if not any(name != "demo" for name in config.providers):
-        lines += ["# [providers.openai]", '# env_key = "OPENAI_API_KEY"', ""]
-    return "\n".join([*lines, "# A model of your own naming, with failover:", '# [models."team/coder"]',
-                      '# targets = ["openai:gpt-5.3-codex", "anthropic:claude-sonnet-5-5"]', ""])
+    lines = lines or ["# [providers.openai]", '# env_key = "OPENAI_API_KEY"', ""]
+    database = config.database.url if keep_database else "sqlite:pomex.db"
+    return INIT_TEXT.format(database=json.dumps(database), providers="\n".join(lines))
 
 
 # codex
@@ -13130,6 +13140,10 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
+def judged(what: str, good: str, fault: str, fix: str = CODEX_WRITE, state: str = "wrong") -> Finding:
+    return Finding(what, state, fault, fix) if fault else Finding(what, "ok", good)
+
+
 Asking = Callable[..., Awaitable[tuple[int, bytes]]]        # key, method, path, body -> status, body
 
 
@@ -13146,8 +13160,8 @@ def run_doctor(args: argparse.Namespace) -> int:
 async def examine(config: Config, live: bool) -> list[Finding]:
     file, codex, table = codex_file()
     url, version = await find_gateway(config, str(table.get("base_url", "")))
-    found = [Finding("gateway", "ok", f"{url} answers, Pomex {version}") if version
-             else Finding("gateway", "missing", f"nothing of Pomex answers at {url}", "python pomex.py serve"),
+    found = [judged("gateway", f"{url} answers, Pomex {version}", "" if version else f"nothing of Pomex answers at {url}",
+                    "python pomex.py serve", "missing"),
              await codex_program(), file, *(table_findings(table, url) if table else [])]
     if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
         found.append(Finding("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
@@ -13199,11 +13213,9 @@ def codex_file() -> tuple[Finding, JSON, JSON]:
     said |= inner(said, "profiles", str(said.get("profile")))
     chosen = said.get("model_provider")
     table = inner(said, "model_providers", str(chosen))
-    if table:
-        return Finding("config.toml", "ok", f'{shown}, model_provider "{chosen}"'), said, table
     text = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
             else "no model_provider, so Codex asks OpenAI itself")
-    return Finding("config.toml", "wrong", f"{shown}: {text}", CODEX_WRITE), said, {}
+    return judged("config.toml", f'{shown}, model_provider "{chosen}"', "" if table else f"{shown}: {text}"), said, table
 
 
 def inner(values: Any, *names: str) -> JSON:
@@ -13214,26 +13226,20 @@ def inner(values: Any, *names: str) -> JSON:
 
 
 def table_findings(table: JSON, url: str) -> list[Finding]:
-    """What stands in the provider's table, but for the key."""
+    """What stands in the provider's table, but for the key. Of an address on another machine no more is known than how it
+    has to end."""
     wire_api, base = table.get("wire_api"), str(table.get("base_url", ""))
-    found = [Finding("  wire_api", "ok", '"responses"') if wire_api == "responses"
-             else Finding("  wire_api", "note", 'not set, which means "responses" to Codex 0.128.0 and newer', CODEX_WRITE)
-             if wire_api is None else Finding("  wire_api", "wrong", f'"{wire_api}" must be "responses"', CODEX_WRITE)]
+    there, here = urllib.parse.urlsplit(base), urllib.parse.urlsplit(url)
+    elsewhere = (there.scheme, there.netloc.rpartition(":")[2]) != (here.scheme, here.netloc.rpartition(":")[2])
+    fault = "lacks /v1"
+    if base.rstrip("/").endswith("/v1"):
+        fault = f"is not {url}/v1" if elsewhere and is_loopback(there.hostname or "") else ""
+    found = [judged("  wire_api", '"responses"', "" if wire_api == "responses" else f'"{wire_api}" must be "responses"')]
+    if wire_api is None:
+        found = [Finding("  wire_api", "note", 'not set, which means "responses" to Codex 0.128.0 and newer', CODEX_WRITE)]
     if table.get("supports_websockets"):
         found.append(Finding("  websockets", "wrong", "supports_websockets = true", "delete that line"))
-    fault = base_url_fault(base, url)
-    found.append(Finding("  base_url", "wrong", f'"{base}" {fault}', CODEX_WRITE) if fault
-                 else Finding("  base_url", "ok", f'"{base}"'))
-    return found
-
-
-def base_url_fault(base: str, url: str) -> str:
-    """Of an address on another machine no more is known than how it has to end."""
-    there, here = urllib.parse.urlsplit(base), urllib.parse.urlsplit(url)
-    if not base.rstrip("/").endswith("/v1"):
-        return "lacks /v1"
-    same = (there.scheme, there.netloc.rpartition(":")[2]) == (here.scheme, here.netloc.rpartition(":")[2])
-    return "" if same or not is_loopback(there.hostname or "") else f"is not {url}/v1"
+    return [*found, judged("  base_url", f'"{base}"', fault and f'"{base}" {fault}')]
 
 
 async def key_finding(ask: Asking | None, table: JSON) -> tuple[Finding, str]:
@@ -13261,8 +13267,7 @@ async def model_listed(ask: Asking, key: str, codex: JSON) -> Finding:
     if not isinstance(name, str):
         return Finding("model", "missing", "config.toml names none, and Codex's own has no provider/ in front", CODEX_WRITE)
     status, body = await ask(key, "GET", "/v1/models/" + urllib.parse.quote(name, safe="/"))
-    return Finding("model", "ok", name) if status == 200 else Finding(
-        "model", "wrong", json.loads(body)["error"]["message"], CODEX_WRITE)
+    return judged("model", name, "" if status == 200 else json.loads(body)["error"]["message"])
 
 
 async def streamed(ask: Asking, key: str, body: JSON) -> tuple[list[str], JSON]:
@@ -13478,11 +13483,16 @@ async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequ
     return 0
 
 
-def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, watch: Watch, orders: asyncio.Queue[bytes]) -> None:
+def receive(channel: socket.socket) -> bytes:
+    """A message; b"" where the other side is gone."""
     try:
-        said = channel.recv(MAX_MESSAGE_BYTES)
+        return channel.recv(MAX_MESSAGE_BYTES)
     except OSError:
-        said = b""
+        return b""
+
+
+def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, watch: Watch, orders: asyncio.Queue[bytes]) -> None:
+    said = receive(channel)
     if said.startswith(b"["):               # what happened in another worker
         watch.hear(said)
         return
@@ -13632,10 +13642,7 @@ class Workers:
     # What is heard.
 
     def listen_to(self, worker: Worker) -> None:
-        try:
-            said = worker.channel.recv(MAX_MESSAGE_BYTES)
-        except OSError:
-            said = b""
+        said = receive(worker.channel)
         if not said:
             self.bury(worker)
             return

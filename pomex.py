@@ -9985,6 +9985,7 @@ class Gateway:
         self.metrics.names = frozenset(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
         self.started_s: int = old.started_s if old else int(time.time())
+        self.read = self.watch.reader.ask
         self.guard = Guard(ledger, config.server)
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
 
@@ -10911,7 +10912,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
         return
     first, *more = head.path.removeprefix("/admin/api/").split("/", 2)
     name = urllib.parse.unquote(more[0]) if more else ""
-    route = ADMIN_ROUTES.get((head.method, "/".join([first, *["*"] * bool(more), *more[1:]])))
+    route = ADMIN_ROUTES.get(f"{head.method} {'/'.join([first, *['*'] * bool(more), *more[1:]])}")
     if route is None or not head.path.startswith("/admin/api/"):
         raise BadRequest(f"There is nothing at {printable(head.method)} {printable(head.path)}.", status=404, code="not_found")
     if head.method == "POST":
@@ -10949,7 +10950,7 @@ async def log_out(gateway: Gateway, ask: Ask) -> None:
 async def show_session(gateway: Gateway, ask: Ask) -> JSON:
     now_s, host, key = time.time(), ask.client.connection.server.address, ask.key
     keys = [each for each in gateway.ledger.list_keys() if each.state(now_s) == "active"]
-    budgets = await gateway.watch.reader.ask(key_rows, now_s) if key else []
+    budgets = await gateway.read(key_rows, now_s) if key else []
     counts = {"models": len(model_names(gateway, key))}
     if key is None:             # a holder is told nothing of the others
         counts.update(keys=len(keys), providers=len(gateway.config.providers))
@@ -10980,8 +10981,8 @@ async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
     wanted = since_ms, max(step_ms, HALF_HOUR_MS), slots, ask.key_id
     made_s, answer = gateway.overviews.get(wanted, (0.0, {}))
     if not 0 <= now_s - made_s < LOOK_EVERY_S:
-        answer = await gateway.watch.reader.ask(overview, *wanted[:3], now_s, ask.key_id)
-        rows = await gateway.watch.reader.ask(usage_rows, {}, MAX_NUMBER, 10, ask.key_id)
+        answer = await gateway.read(overview, *wanted[:3], now_s, ask.key_id)
+        rows = await gateway.read(usage_rows, {}, MAX_NUMBER, 10, ask.key_id)
         answer["latest"] = [gateway.watch.row_view(row) for row in rows]
         answer["providers"] = await provider_views(gateway) if ask.key is None else []
         gateway.overviews = {**dict(list(gateway.overviews.items())[-15:]), wanted: (now_s, answer)}
@@ -10990,7 +10991,7 @@ async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
 
 async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
     """A page of the log; with the first one the sums of all that the filters let through."""
-    before, limit, read = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.watch.reader.ask
+    before, limit, read = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.read
     sums = await read(usage_sums, ask.filters, ask.key_id) if "cursor" not in ask.query else None
     rows = await read(usage_rows, ask.filters, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
     return {"rows": [gateway.watch.row_view(row) for row in rows[:limit]], "sums": sums,
@@ -11005,14 +11006,14 @@ async def export_usage(gateway: Gateway, ask: Ask) -> None:
     await client.start(200, [("content-type", f"{kind}; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
                              ("content-disposition", f"attachment; filename=pomex-usage.{'csv' if csv else 'jsonl'}")])
     await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if csv else b"")
-    while rows := await gateway.watch.reader.ask(usage_rows, ask.filters, before, 1000, ask.key_id):
+    while rows := await gateway.read(usage_rows, ask.filters, before, 1000, ask.key_id):
         before = rows[-1]["id"]
         await client.write("".join(csv_line(row.values()) + "\r\n" if csv else compact(row) + "\n" for row in rows).encode())
     await client.end()
 
 
 async def show_request(gateway: Gateway, ask: Ask) -> JSON:
-    found = await gateway.watch.reader.ask(one_request, ask.name, ask.key_id)
+    found = await gateway.read(one_request, ask.name, ask.key_id)
     if found is None:
         raise BadRequest("There is no such request here: perhaps its line was pruned.", status=404, code="not_found")
     row, lost = found
@@ -11037,7 +11038,7 @@ def cost_parts(line: JSON) -> list[JSON]:
 
 
 async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
-    rows = await gateway.watch.reader.ask(key_rows, time.time())
+    rows = await gateway.read(key_rows, time.time())
     accounts = [dataclasses.asdict(each) for each in list_accounts(gateway.ledger, time.time())]
     return {"keys": rows, "accounts": accounts, "now_s": int(time.time()), "models": gateway.catalogue.names}
 
@@ -11138,7 +11139,7 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
     """How each provider did in the last hour."""
     now_ms = int(time.time() * 1000)
     since_ms = now_ms // 60_000 * 60_000 - 59 * 60_000
-    read = gateway.watch.reader.ask
+    read = gateway.read
     minutes = await read(sum_rows, ("provider", "(started_ms - ?) / 60000"), ("requests", "failed"), "started_ms >= ?",
                          (since_ms, since_ms))
     times = await read(latencies, since_ms, 0)
@@ -11278,30 +11279,30 @@ class AdminRoute(NamedTuple):
     fields: Sequence[Field] = ()        # of its body
 
 
-ADMIN_ROUTES: dict[tuple[str, str], AdminRoute] = {
-    ("POST", "login"): AdminRoute(log_in, "anybody", [Field("token", required=True)]),
-    ("POST", "logout"): AdminRoute(log_out, "anybody"),
-    ("GET", "session"): AdminRoute(show_session, "holder"),
-    ("GET", "overview"): AdminRoute(show_overview, "holder"),
-    ("GET", "usage"): AdminRoute(show_usage, "holder"),
-    ("GET", "usage.csv"): AdminRoute(export_usage, "holder"),
-    ("GET", "usage.jsonl"): AdminRoute(export_usage, "holder"),
-    ("GET", "usage/*"): AdminRoute(show_request, "holder"),
-    ("GET", "models"): AdminRoute(show_models, "holder"),
-    ("GET", "setup"): AdminRoute(show_setup, "holder"),
-    ("GET", "events"): AdminRoute(live, "holder"),
-    ("POST", "playground"): AdminRoute(play, "holder"),
-    ("GET", "keys"): AdminRoute(show_keys),
-    ("POST", "keys"): AdminRoute(create_key, fields=[NAME_FIELD, *KEY_FIELDS]),
-    ("POST", "keys/*"): AdminRoute(edit_key, fields=KEY_FIELDS),
-    ("POST", "keys/*/revoke"): AdminRoute(revoke_key),
-    ("POST", "accounts"): AdminRoute(add_account, fields=ACCOUNT_FIELDS),
-    ("POST", "accounts/*/credit"): AdminRoute(enter_credit, fields=CREDIT_FIELDS),
-    ("GET", "accounts/*/statement"): AdminRoute(show_statement),
-    ("GET", "providers"): AdminRoute(show_providers),
-    ("POST", "providers/*/test"): AdminRoute(test_provider),
-    ("POST", "providers/*/disable"): AdminRoute(functools.partial(use_provider, use=False)),
-    ("POST", "providers/*/enable"): AdminRoute(functools.partial(use_provider, use=True)),
+ADMIN_ROUTES: dict[str, AdminRoute] = {
+    "POST login": AdminRoute(log_in, "anybody", [Field("token", required=True)]),
+    "POST logout": AdminRoute(log_out, "anybody"),
+    "GET session": AdminRoute(show_session, "holder"),
+    "GET overview": AdminRoute(show_overview, "holder"),
+    "GET usage": AdminRoute(show_usage, "holder"),
+    "GET usage.csv": AdminRoute(export_usage, "holder"),
+    "GET usage.jsonl": AdminRoute(export_usage, "holder"),
+    "GET usage/*": AdminRoute(show_request, "holder"),
+    "GET models": AdminRoute(show_models, "holder"),
+    "GET setup": AdminRoute(show_setup, "holder"),
+    "GET events": AdminRoute(live, "holder"),
+    "POST playground": AdminRoute(play, "holder"),
+    "GET keys": AdminRoute(show_keys),
+    "POST keys": AdminRoute(create_key, fields=[NAME_FIELD, *KEY_FIELDS]),
+    "POST keys/*": AdminRoute(edit_key, fields=KEY_FIELDS),
+    "POST keys/*/revoke": AdminRoute(revoke_key),
+    "POST accounts": AdminRoute(add_account, fields=ACCOUNT_FIELDS),
+    "POST accounts/*/credit": AdminRoute(enter_credit, fields=CREDIT_FIELDS),
+    "GET accounts/*/statement": AdminRoute(show_statement),
+    "GET providers": AdminRoute(show_providers),
+    "POST providers/*/test": AdminRoute(test_provider),
+    "POST providers/*/disable": AdminRoute(functools.partial(use_provider, use=False)),
+    "POST providers/*/enable": AdminRoute(functools.partial(use_provider, use=True)),
 }
 
 
@@ -12090,6 +12091,7 @@ UNAVAILABLE, NO_PERMISSION, BAD_CONFIG, INTERRUPTED = 69, 77, 78, 130   # sysexi
 PROBE_TIMEOUT_S = 0.3           # for one question to a port of this machine: who is up answers in a few ms
 HEALTH_TIMEOUT_S = 5.0
 PROBE_MAX_BYTES = 1 << 24       # Codex's catalogue has 20 KB a model
+Args: TypeAlias = argparse.Namespace
 ALWAYS_LISTED = ("openai", "anthropic", "google")       # providers named at start even without a key
 
 # --- 13.1 configuration --------------------------------------------------------------------------
@@ -12112,7 +12114,7 @@ def write_new(path: str | pathlib.Path, text: str) -> None:
         file.write(text)
 
 
-def read_config(args: argparse.Namespace) -> Config:
+def read_config(args: Args) -> Config:
     """The configuration as the flags, the environment, the file and the defaults have it, in this order."""
     path = find_config(args.config or os.environ.get("POMEX_CONFIG", ""), os.environ)
     try:
@@ -12344,8 +12346,8 @@ def set_up_logging(log_format: str, workers: int = 1) -> None:
     log.propagate = False
 
 
-def open_ledger(config: Config) -> Ledger:
-    return Ledger.open(config.database.path, config.database.durability)
+def open_ledger(config: Config) -> contextlib.closing[Ledger]:
+    return contextlib.closing(Ledger.open(config.database.path, config.database.durability))
 
 
 def first_key_lines(token: str, database: str) -> list[str]:
@@ -12396,7 +12398,7 @@ def allow_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def run_serve(args: argparse.Namespace) -> int:
+def run_serve(args: Args) -> int:
     config = read_config(args)
     allow_files()
     set_up_logging(config.server.log_format, config.server.workers)
@@ -12427,7 +12429,7 @@ def run_serve(args: argparse.Namespace) -> int:
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
     parent.heed_signals()
-    with contextlib.closing(open_ledger(config)) as ledger:     # no database may be open when a process forks
+    with open_ledger(config) as ledger:     # no database may be open when a process forks
         announce(config, found, looked, ledger, is_new, url)
     settle_memory()
     return parent.run()
@@ -12435,7 +12437,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
                 announce: Callable[[Ledger], None]) -> int:
-    with contextlib.closing(open_ledger(config)) as ledger:
+    with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets) as server:
             signals = heed_signals()        # before anybody reads that it listens
             announce(ledger)
@@ -12512,7 +12514,7 @@ async def port_taken(server: ServerConfig) -> str:
 
 # --- 13.5 the other commands ----------------------------------------------------------------------
 
-def run_check(args: argparse.Namespace) -> int:
+def run_check(args: Args) -> int:
     config = read_config(args)
     if not config.path:
         config = dataclasses.replace(config, providers={**detected(os.environ), **config.providers})
@@ -12562,7 +12564,7 @@ async def contact_all(config: Config) -> dict[str, str]:
         await upstream.close()
 
 
-def run_models(args: argparse.Namespace) -> None:
+def run_models(args: Args) -> None:
     config, found = asyncio.run(surveyed(read_config(args)))
     catalogue, book = Catalogue(config, found), PriceBook(config)
     rows, table = [], [("MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE")]
@@ -12596,15 +12598,15 @@ def parse_budget(text: str) -> JSON:
     return {"budget_nanos": parse_usd(amount_text), "period": period}
 
 
-def of_ledger(run: Callable[[Ledger, argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
+def of_ledger(run: Callable[[Ledger, Args], int | None]) -> Callable[[Args], int | None]:
     """A command that needs the ledger and nothing else of the configuration."""
-    def run_with(args: argparse.Namespace) -> int | None:
-        with contextlib.closing(open_ledger(read_config(args))) as ledger:
+    def run_with(args: Args) -> int | None:
+        with open_ledger(read_config(args)) as ledger:
             return run(ledger, args)
     return run_with
 
 
-def given(args: argparse.Namespace) -> JSON:
+def given(args: Args) -> JSON:
     return {name: value for name, value in vars(args).items() if value is not None}
 
 
@@ -12622,14 +12624,14 @@ def key_words(key: Key) -> str:
 
 
 @of_ledger
-def run_keys_create(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_keys_create(ledger: Ledger, args: Args) -> None:
     print(ledger.create_key(args.name, time.time(), **key_settings(ledger, given(args))), flush=True)
     words = key_words(ledger.list_keys()[-1])
     say(f"Key {args.name} created{': ' + words if words else ''}. It is not shown again.")
 
 
 @of_ledger
-def run_keys_edit(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_keys_edit(ledger: Ledger, args: Args) -> None:
     settings = key_settings(ledger, given(args))
     if not settings:
         raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
@@ -12638,7 +12640,7 @@ def run_keys_edit(ledger: Ledger, args: argparse.Namespace) -> None:
 
 
 @of_ledger
-def run_keys_revoke(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_keys_revoke(ledger: Ledger, args: Args) -> None:
     key = ledger.revoke_key(args.name, time.time())
     say(f"Key {key.name} ({key.hint}) revoked. What is being answered ends normally.")
 
@@ -12648,7 +12650,7 @@ def usd_or(nanos: int | None, none: Any, places: int = 2) -> Any:
 
 
 @of_ledger
-def run_keys_list(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_keys_list(ledger: Ledger, args: Args) -> None:
     now_s, rows, table = time.time(), [], []
     spending = {row["id"]: (row["spent_nanos"], row["last_ms"]) for row in key_rows(ledger, now_s)}
     for key in ledger.list_keys():
@@ -12669,13 +12671,13 @@ def run_keys_list(ledger: Ledger, args: argparse.Namespace) -> None:
 
 
 @of_ledger
-def run_accounts_create(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_accounts_create(ledger: Ledger, args: Args) -> None:
     new_account(ledger, given(args))
     say(f"Account {args.name} created. Give it a key: python pomex.py keys create NAME --account {args.name}")
 
 
 @of_ledger
-def run_accounts_credit(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_accounts_credit(ledger: Ledger, args: Args) -> None:
     kind = add_credit(ledger, args.name, args.amount, args.reason or "", time.time())
     account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
     say(f"{kind.capitalize()} of {usd(args.amount)} USD entered for account {args.name}; its balance is "
@@ -12683,7 +12685,7 @@ def run_accounts_credit(ledger: Ledger, args: argparse.Namespace) -> None:
 
 
 @of_ledger
-def run_accounts_list(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_accounts_list(ledger: Ledger, args: Args) -> None:
     rows, table = [], []
     for each in list_accounts(ledger, time.time()):
         balance = each.credit_nanos - each.spent_nanos
@@ -12709,7 +12711,7 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def print_rows(args: argparse.Namespace, rows: Iterable[JSON], table: Sequence[Sequence[str]] = (),
+def print_rows(args: Args, rows: Iterable[JSON], table: Sequence[Sequence[str]] = (),
                right: Sequence[int] = ()) -> None:
     """As --json, --csv or --jsonl, else the table, with numbers to the `right`."""
     if getattr(args, "json", False):
@@ -12727,7 +12729,7 @@ def print_rows(args: argparse.Namespace, rows: Iterable[JSON], table: Sequence[S
 
 
 @of_ledger
-def run_usage(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_usage(ledger: Ledger, args: Args) -> None:
     rows = usage_report(ledger, args.by, args.since, int(time.time()) // 86400)
     total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
     cells = [(str(row[args.by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
@@ -12743,7 +12745,7 @@ def no_price(row: JSON) -> str:
 
 
 @of_ledger
-def run_statement(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_statement(ledger: Ledger, args: Args) -> None:
     first, last = args.month
     bill = statement_rows(ledger, account_named(ledger, args.account), first, last)
     if args.json:
@@ -12771,7 +12773,7 @@ def day_text(day: int) -> str:
     return datetime.date.fromordinal(day + EPOCH).isoformat()
 
 
-def run_prices_show(args: argparse.Namespace) -> None:
+def run_prices_show(args: Args) -> None:
     rows = []
     for name, tariff in sorted(PriceBook(read_config(args)).known.items()):
         notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
@@ -12784,7 +12786,7 @@ def run_prices_show(args: argparse.Namespace) -> None:
 
 
 @of_ledger
-def run_verify(ledger: Ledger, args: argparse.Namespace) -> int:
+def run_verify(ledger: Ledger, args: Args) -> int:
     checked, wrong = verify(ledger)
     balances = {each.name: usd(each.credit_nanos - each.spent_nanos, 9) for each in list_accounts(ledger, time.time())}
     if args.json:
@@ -12795,18 +12797,18 @@ def run_verify(ledger: Ledger, args: argparse.Namespace) -> int:
 
 
 @of_ledger
-def run_export(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_export(ledger: Ledger, args: Args) -> None:
     print_rows(args, export_rows(ledger, args.since))
 
 
 @of_ledger
-def run_prune(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_prune(ledger: Ledger, args: Args) -> None:
     gone = prune(ledger, args.older)
     say(f"{spaced(gone)} lines from before {day_text(args.older)} removed; the sums of their days stay.")
 
 
 @of_ledger
-def run_backup(ledger: Ledger, args: argparse.Namespace) -> None:
+def run_backup(ledger: Ledger, args: Args) -> None:
     ledger.backup(args.file)
     say(f"Copied to {args.file} (only you can read it).")
 
@@ -12816,7 +12818,7 @@ def run_backup(ledger: Ledger, args: argparse.Namespace) -> None:
 DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
 
 
-def run_version(args: argparse.Namespace) -> None:
+def run_version(args: Args) -> None:
     print(f"Pomex {VERSION}")
 
 
@@ -12828,9 +12830,9 @@ def login_link(ledger: Ledger, url: str) -> str:
     return f"{url}/admin#login={open_session(ledger, 'link', 0, LOGIN_LINK_S, time.time())}"
 
 
-def run_admin_url(args: argparse.Namespace) -> None:
+def run_admin_url(args: Args) -> None:
     config = read_config(args)
-    with contextlib.closing(open_ledger(config)) as ledger:
+    with open_ledger(config) as ledger:
         print(login_link(ledger, own_url(config)))
     say("It opens the dashboard once, within ten minutes.")
 
@@ -12844,7 +12846,7 @@ def dashboard_line(config: Config, ledger: Ledger, url: str) -> str:
 
 # init
 
-def run_init(args: argparse.Namespace) -> int:
+def run_init(args: Args) -> int:
     """Never overwrites."""
     config, found = asyncio.run(detect(load_config("", "", os.environ, read_text), os.environ))
     text = init_text(config, found, os.path.isfile(config.database.path))
@@ -12900,7 +12902,7 @@ def codex_home() -> pathlib.Path:
     return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
 
 
-def run_codex(args: argparse.Namespace) -> int:
+def run_codex(args: Args) -> int:
     path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
     path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
     if args.undo:
@@ -13121,7 +13123,7 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
     values = toml_leaves("\n".join(block))
     overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
-        with contextlib.closing(open_ledger(config)) as ledger:
+        with open_ledger(config) as ledger:
             name = f"codex-run-{secrets.token_hex(3)}"
             os.environ["POMEX_API_KEY"] = ledger.create_key(name, time.time(), int(time.time()) + 86400)
         say(f"Key {name} created for this run; it ends in a day.")
@@ -13147,7 +13149,7 @@ def judged(what: str, good: str, fault: str, fix: str = CODEX_WRITE, state: str 
 Asking = Callable[..., Awaitable[tuple[int, bytes]]]        # key, method, path, body -> status, body
 
 
-def run_doctor(args: argparse.Namespace) -> int:
+def run_doctor(args: Args) -> int:
     config = read_config(args)
     findings = asyncio.run(examine(config, args.live))
     for line, finding in zip(table_lines([finding[:3] for finding in findings]), findings):
@@ -13464,7 +13466,7 @@ async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequ
     loop, orders = asyncio.get_running_loop(), asyncio.Queue[bytes]()
     draining: asyncio.Task[None] | None = None
     loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
-    with contextlib.closing(open_ledger(config)) as ledger:
+    with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
             watch = server.gateway.watch
             watch.share = functools.partial(send_away, channel)
@@ -13750,7 +13752,7 @@ WantedBy=sockets.target
 """
 
 
-def run_unit(args: argparse.Namespace) -> None:
+def run_unit(args: Args) -> None:
     config = read_config(args)
     host, port = config.server.host, config.server.port
     file = os.path.abspath(globals().get("__file__", ""))       # it may have come by a pipe
@@ -13775,7 +13777,7 @@ def closed_to_others(path: str) -> bool:
     return not os.stat(path).st_mode & 0o004 or any(not os.stat(folder).st_mode & 0o001 for folder in folders)
 
 
-def run_health(args: argparse.Namespace) -> int:
+def run_health(args: Args) -> int:
     config = read_config(args)
     url = own_url(config)
     version = asyncio.run(version_at(url, HEALTH_TIMEOUT_S, own_certificate(config.server)))
@@ -13792,7 +13794,7 @@ class OneOf(NamedTuple):
 
 
 class Command(NamedTuple):
-    run: Callable[[argparse.Namespace], int | None]
+    run: Callable[[Args], int | None]
     help: str
     fields: Sequence[Field | OneOf] = ()
 

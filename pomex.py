@@ -13296,33 +13296,26 @@ async def demo_stream(ask: Asking, key: str) -> Finding:
     return Finding("stream", "note" if untried else "wrong", ending(kinds, last))
 
 
-# doctor --live: each provider is asked for a stream, a tool call and the same long prompt twice
-
-PROBE_TOOL = {"type": "function", "name": "add", "description": "Adds two numbers.", "parameters": {
-    "type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}}
-LONG_PROMPT = 2500              # numbers: more than the 4,096 tokens below which some providers keep nothing
-Probing = Callable[[JSON], Awaitable[tuple[list[str], JSON]]]
-
-
-def sum_asked(a: int, b: int) -> list[JSON]:
-    """A sum and its way through the tool: shown two of them even a model of 135 million parameters calls for the third."""
-    call = {"type": "function_call", "call_id": f"call_{a}{b}", "name": "add", "arguments": compact({"a": a, "b": b})}
-    return [{"role": "user", "content": f"What is {a} + {b}?"}, call,
-            {"type": "function_call_output", "call_id": call["call_id"], "output": str(a + b)},
-            {"role": "assistant", "content": f"It is {a + b}."}]
-
+# doctor --live
 
 async def live_checks(config: Config, ask: Asking, key: str) -> list[Finding]:
-    """What each provider makes of it, and what that cost."""
+    """How each provider answers a short question, and what that cost."""
     taken: collections.Counter[str] = collections.Counter()
 
-    async def asked(body: JSON) -> tuple[list[str], JSON]:
-        try:
-            kinds, last = await streamed(ask, key, body)
-        except TimeoutError:
-            return [], {"error": {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}}
-        taken.update({name: count for name, count in (last.get("usage") or {}).items() if isinstance(count, int)})
-        return kinds, last
+    async def probe(name: str, model: str) -> Finding:
+        if not model:
+            return Finding(name, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{name}]')
+        kinds: list[str] = []
+        last: JSON = {"error": {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}}
+        with contextlib.suppress(TimeoutError):
+            kinds, last = await streamed(ask, key, {"model": model, "input": "Say OK.", "max_output_tokens": 64})
+        taken.update({what: count for what, count in (last.get("usage") or {}).items() if isinstance(count, int)})
+        if kinds and kinds[-1] in ("response.completed", "response.incomplete"):      # a limit of ours may have ended it
+            return Finding(name, "ok", f"{model}: a stream of {len(kinds)} events, ended with {kinds[-1]}")
+        said, provider = ending(kinds, last), config.providers.get(name)
+        cure = next(cure for pattern, cure in PROVIDER_CURES if re.search(pattern, said, re.IGNORECASE))
+        variable = provider.env_key if provider and provider.env_key else "its key's variable"
+        return Finding(name, "wrong", f"{model}: {said}", cure.format(name=name, variable=variable))
 
     async def spent() -> float:
         return float(json.loads((await ask(key, "GET", "/v1/key"))[1])["data"]["usage"])
@@ -13330,14 +13323,13 @@ async def live_checks(config: Config, ask: Asking, key: str) -> list[Finding]:
     names = [row["id"] for row in json.loads((await ask(key, "GET", "/v1/models"))[1])["data"]]
     before = await spent()
     config, _ = await surveyed(config)
-    models = probe_models(config, names)
-    found = await asyncio.gather(*(probe(asked, config.providers.get(name), name, model) for name, model in models.items()))
+    found = await asyncio.gather(*itertools.starmap(probe, probe_models(config, names).items()))
     await asyncio.sleep(SAVE_AFTER_S * 3)       # until the rows are in the sums
     cost = (f"${max(await spent() - before, 0):.4f} for {short_count(taken['input_tokens'])} tokens in, "
             f"{short_count(taken['output_tokens'])} out; a model without a price counts nothing")
-    if not models:
+    if not found:
         return [Finding("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")]
-    return [*(row for rows in found for row in rows), Finding("cost", "ok", cost)]
+    return [*found, Finding("cost", "ok", cost)]
 
 
 def probe_models(config: Config, names: Sequence[str]) -> dict[str, str]:
@@ -13350,47 +13342,6 @@ def probe_models(config: Config, names: Sequence[str]) -> dict[str, str]:
     providers = dict.fromkeys([*config.providers, *(name.partition("/")[0] for name in names if name not in config.models)])
     return {provider: next((name for name in known if name.startswith(provider + "/")), "")
             for provider in providers if provider != "demo"}
-
-
-async def probe(ask: Probing, provider: ProviderConfig | None, name: str, model: str) -> list[Finding]:
-    if not model:
-        return [Finding(name, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{name}]')]
-    kinds, last = await ask({"model": model, "input": "Say OK.", "max_output_tokens": 64})
-    if not answered(kinds):
-        said = ending(kinds, last)
-        cure = next(cure for pattern, cure in PROVIDER_CURES if re.search(pattern, said, re.IGNORECASE))
-        variable = provider.env_key if provider and provider.env_key else "its key's variable"
-        return [Finding(name, "wrong", f"{model}: {said}", cure.format(name=name, variable=variable))]
-    found = [Finding(name, "ok", f"{model}: a stream of {len(kinds)} events, ended with {kinds[-1]}")]
-    kinds, last = await ask({"model": model, "input": [*sum_asked(1, 2), *sum_asked(4, 5), *sum_asked(2, 3)[:1]],
-                             "tools": [PROBE_TOOL], "tool_choice": "required", "max_output_tokens": 1000})
-    called = any(item.get("type") == "function_call" for item in last.get("output", ()))
-    said = "none was made" if answered(kinds) else ending(kinds, last)
-    found.append(Finding("  tool call", "ok", "made") if called else
-                 Finding("  tool call", "wrong", f"{said}: Codex needs them", "python pomex.py models, then codex -m ANOTHER"))
-    return [*found, await cache_finding(ask, model)]
-
-
-async def cache_finding(ask: Probing, model: str) -> Finding:
-    async def twice(numbers: int) -> tuple[list[str], JSON]:
-        long = f"Numbers to keep in mind, of {secrets.token_hex(4)}: " + " ".join(map(str, range(numbers)))
-        body = {"model": model, "instructions": long, "input": "Say OK.", "max_output_tokens": 16}     # OpenAI's least
-        kinds, last = await ask(body)
-        return await ask(body) if answered(kinds) else (kinds, last)
-
-    kinds, last = await twice(LONG_PROMPT)
-    if inner(last, "error").get("code") == "context_length_exceeded":
-        kinds, last = await twice(LONG_PROMPT // 20)
-    if not answered(kinds):
-        return Finding("  cache", "wrong", ending(kinds, last))
-    cached = inner(last, "usage", "input_tokens_details").get("cached_tokens", 0)
-    return (Finding("  cache", "ok", f"{cached} of {last['usage']['input_tokens']} tokens came from it") if cached
-            else Finding("  cache", "note", "no hit: it keeps none, does not say so, or takes longer"))
-
-
-def answered(kinds: Sequence[str]) -> bool:
-    """A limit of ours may have ended it."""
-    return bool(kinds) and kinds[-1] in ("response.completed", "response.incomplete")
 
 
 PROVIDER_CURES = (      # what the gateway says of a provider -> what to do about it

@@ -23,7 +23,7 @@ import pomex as program
 import pytest
 from harness import (CODEX_VERSIONS, DIRECT, HERE, JSON, NEWEST_CODEX, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary,
                      found_in_log, free_port, keep_lines, llama_python, running_pomex)
-from scripted import Answer, Call, Refusal, Upstream, says
+from scripted import Answer, Refusal, Upstream, says
 
 pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
 
@@ -222,13 +222,11 @@ def test_doctor_goes_to_the_gateway_that_codex_uses(place: tuple[Shell, Pomex]) 
 
 # --- doctor --live: real and scripted providers ------------------------------------------------------
 
-LONG = says("OK.", input_tokens=6000, cached_tokens=0), says("OK.", input_tokens=6000, cached_tokens=5800)
-SUM = says(Call("add", {"a": 2, "b": 3}))
 PROVIDERS: dict[str, tuple[str, tuple[Answer | Refusal, ...], tuple[str, ...]]] = {   # name -> wire, what it does, its rows
-    "anthropic": ("messages", (says("OK."), SUM, *LONG), (
-        r"anthropic/claude-sonnet-5-5: a stream of \d+ events, ended with response.completed", "made", "5800 of 6000 tokens came from it")),
-    "google": ("gemini", (says("OK."), SUM, *LONG), (
-        r"google/gemini-pro-latest: a stream of \d+ events, ended with response.completed", "made", "5800 of 6000 tokens came from it")),
+    "anthropic": ("messages", (says("OK.", input_tokens=6000),), (
+        r"anthropic/claude-sonnet-5-5: a stream of \d+ events, ended with response.completed",)),
+    "google": ("gemini", (says("OK.", input_tokens=6000),), (
+        r"google/gemini-pro-latest: a stream of \d+ events, ended with response.completed",)),
     "openai": ("responses", (Refusal(401, {"error": {"message": "Incorrect API key provided: sk-1", "type": "invalid_request_error",
                                                      "code": "invalid_api_key"}}),), (
         r"openai/gpt-6.2-sol: The provider refused the gateway's credentials.   fix: export SCRIPTED_KEY=... with a key that is "
@@ -237,9 +235,7 @@ PROVIDERS: dict[str, tuple[str, tuple[Answer | Refusal, ...], tuple[str, ...]]] 
                           r"its right base_url into \[providers.gone\]",)),
     "cut": ("chat", (says("This one is cut in the middle.", end="cut"),), (
         r"cut/x: Provider cut .* The connection ended in the middle of a message.   fix: the gateway's log says more.*",)),
-    "toolless": ("chat", (says("OK.", end="length"), says("Five."), *LONG[:1] * 2), (
-        r"toolless/x: a stream of \d+ events, ended with response.incomplete",
-        "none was made: Codex needs them   fix: python pomex.py models, then codex -m ANOTHER", "no hit: it keeps none.*")),
+    "short": ("chat", (says("OK.", end="length"),), (r"short/x: a stream of \d+ events, ended with response.incomplete",)),
     "poor": ("chat", (Refusal(402, {"error": {"message": "Insufficient balance"}}),), (
         "poor/x: Insufficient balance   fix: pay the provider, or: codex -m ANOTHER/MODEL",)),
     "empty": ("chat", (Refusal(404, {"error": {"message": "The model `x` does not exist"}}),), (
@@ -248,13 +244,13 @@ PROVIDERS: dict[str, tuple[str, tuple[Answer | Refusal, ...], tuple[str, ...]]] 
 
 
 def test_doctor_asks_every_provider_and_says_what_it_cost(tmp_path: Path) -> None:
-    """Anthropic and Gemini in their own wires, and six ways to fail, each with its cure."""
+    """Anthropic and Gemini in their own wires, and five ways to fail, each with its cure."""
     config, upstreams = f"[server]\nport = {free_port()}\n", []
     for name, (wire, answers, _) in PROVIDERS.items():
         address = f"http://127.0.0.1:{free_port()}/x/v1"
         if answers:
             upstreams.append(Upstream())
-            upstreams[-1].script.play(*answers * (6 if len(answers) == 1 else 1))
+            upstreams[-1].script.play(*answers * 6)
             address = upstreams[-1].base_url(name)
         models = "" if name in ("anthropic", "google", "openai") else 'models = ["x"]\n'
         config += f'[providers.{name}]\nwire_api = "{wire}"\nbase_url = "{address}"\nenv_key = "SCRIPTED_KEY"\n{models}'
@@ -272,11 +268,11 @@ def test_doctor_asks_every_provider_and_says_what_it_cost(tmp_path: Path) -> Non
         row = next(row for row in rows if row.startswith(name + " "))
         for line, words in zip(row.splitlines(), said, strict=True):
             good = "fix" not in words
-            assert re.fullmatch(rf" *\S+(?: call)? +{'(?:ok|note)' if good else 'wrong'} +{words}", line), line
+            assert re.fullmatch(rf" *\S+ +{'(?:ok|note)' if good else 'wrong'} +{words}", line), line
     assert re.match(r'nameless +missing +no model of it is known by name   fix: models = \["NAME"\] in \[providers.nameless\]', rows[-3])
     cost = re.fullmatch(r"cost +ok +\$(0\.\d{4}) for (\S+)k tokens in, (\d+) out; a model without a price counts nothing", rows[-2])
     assert cost and float(cost[1]) > 0.02 and abs(float(cost[1]) - spent[0]["cost_nanos"] / 1e9) < 0.0001, (rows[-2], spent)
-    assert rows[-1] == "7 problems\n" and found.returncode == 1, found
+    assert rows[-1] == "6 problems\n" and found.returncode == 1, found
 
 
 def test_doctor_asks_a_real_llamacpp_over_three_wires(tmp_path: Path) -> None:
@@ -293,8 +289,7 @@ def test_doctor_asks_a_real_llamacpp_over_three_wires(tmp_path: Path) -> None:
             found = made.type("python pomex.py doctor --live")
         server.stdin.close()
     for name in ("chat", "responses", "messages"):
-        assert re.search(rf"^{name} +ok +{name}/smollm2: a stream of \d+ events, ended with response.\w+\n  tool call +ok +made\n"
-                         r"  cache +ok +\d+ of \d+ tokens came from it$", found.stdout, re.M), found.stdout
+        assert re.search(rf"^{name} +ok +{name}/smollm2: a stream of \d+ events, ended with response.\w+$", found.stdout, re.M), found.stdout
     assert found.returncode == 0 and found.stdout.endswith("\n0 problems\n"), found
 
 

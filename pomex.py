@@ -5766,7 +5766,6 @@ def demo_chunk(delta: JSON, finish_reason: str | None = None) -> bytes:
 
 
 def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tuple[str, JSON] | None]:
-    """What it says, and the call it makes."""
     last = history.items[-1] if history.items else {}
     if model == "tools":
         if last.get("type") == "function_call_output":
@@ -10483,7 +10482,6 @@ SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 
 
 
 class News(NamedTuple):
-    """One event of the live feed."""
     kind: str               # started | usage | refused | key | provider
     data: JSON
     key_id: int             # whose it is; 0: only the administrator sees it
@@ -10508,14 +10506,12 @@ class Watch:
         self.quota = 0                                  # so much more may be shared in this second
 
     def note(self, kind: str, item: JSON) -> None:
-        """Something happened here."""
         self.take(kind, item)
         if self.share is not None and self.quota > 0:
             self.quota -= 1
             self.share(compact([kind, item]).encode())
 
     def hear(self, told: bytes) -> None:
-        """Something happened in another process."""
         self.take(*json.loads(told))
 
     def take(self, kind: str, item: JSON) -> None:
@@ -10602,7 +10598,6 @@ class Watch:
             self.looking = None
 
     def row_view(self, row: JSON) -> JSON:
-        """A usage row as the page shows it."""
         trace = self.traces.get(row["response_id"], {})
         return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "codex": trace.get("codex", False),
                 "user_agent": trace.get("user_agent", ""),
@@ -10610,7 +10605,6 @@ class Watch:
 
 
 def keep(kept: dict[str, JSON], item: JSON) -> None:
-    """Adds a request to the latest ones."""
     kept[item["response_id"]] = item
     while len(kept) > TRACES_KEPT:
         del kept[next(iter(kept))]
@@ -10678,7 +10672,6 @@ class Forbidden(BadRequest):
 
 @dataclass(slots=True)
 class Ask:
-    """One request to the admin API."""
     client: Client
     key: Key | None                     # whose holder asks; None: the administrator
     query: dict[str, str] = field(default_factory=dict)
@@ -10691,7 +10684,6 @@ class Ask:
 
     @property
     def filters(self) -> dict[str, str]:
-        """Of the usage log."""
         return {name: text for name, text in self.query.items() if name not in ("cursor", "limit", "sums") and text}
 
     def number(self, name: str, default: int, most: int) -> int:
@@ -10901,7 +10893,6 @@ async def show_page(client: Client) -> None:
 
 
 async def admin(gateway: Gateway, client: Client) -> None:
-    """All of /admin."""
     head, guard = client.head, gateway.guard
     client.connection.server.check_host(head, dashboard=True)
     if head.path in ("/admin", "/admin/"):
@@ -11044,13 +11035,11 @@ async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
 
 
 def changed(gateway: Gateway, kind: str, name: str) -> JSON:
-    """Tells those who watch; the answer to who did it."""
     gateway.watch.note(kind, {"name": name})
     return {"name": name}
 
 
 async def create_key(gateway: Gateway, ask: Ask) -> JSON:
-    """The one answer that holds a key."""
     name = ask.body["name"]
     token = gateway.ledger.create_key(name, time.time(), **key_settings(gateway.ledger, ask.body))
     return {**changed(gateway, "key", name), "token": token}
@@ -11136,7 +11125,6 @@ async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
 
 
 async def provider_views(gateway: Gateway) -> list[JSON]:
-    """How each provider did in the last hour."""
     now_ms = int(time.time() * 1000)
     since_ms = now_ms // 60_000 * 60_000 - 59 * 60_000
     read = gateway.read
@@ -12148,7 +12136,6 @@ def retyped(config: Config, text: str) -> str:
 
 
 def config_warnings(config: Config) -> list[str]:
-    """What is allowed, and yet may not be meant."""
     warnings = list(config.warnings)
     if any(provider.key_source == config.path != "" for provider in config.providers.values()):
         if os.name == "posix" and os.stat(config.path).st_mode & 0o077:
@@ -12266,7 +12253,6 @@ def home_short(path: str | pathlib.Path) -> str:
 
 
 def table_lines(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Columns of equal width; those of numbers are set to the `right`."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["   ".join(cell.rjust(width) if at in right else cell.ljust(width)
                        for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
@@ -12278,7 +12264,6 @@ def origin(provider: ProviderConfig) -> str:
 
 
 def readiness(provider: ProviderConfig, models: Sequence[str] | None) -> str:
-    """How a provider that can be asked came to be ready."""
     if provider.wire_api == "demo":
         return "works offline and costs nothing: demo/echo"
     if models is not None:
@@ -12363,7 +12348,6 @@ def first_key_lines(token: str, database: str) -> list[str]:
 
 def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, ledger: Ledger, is_new: bool,
              url: str) -> None:
-    """All that is said at start."""
     python = sys.version.split()[0]
     said = f"Config {home_short(config.path)}." if config.path else "No config file; using defaults."
     path = home_short(config.database.path)
@@ -12450,8 +12434,8 @@ async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Seq
 
 
 def settle_memory() -> None:
-    """What is there now stays, so collections need not look at it, and can be rare (7 % less CPU a request). Not too rare:
-    failed connections leave cycles, which hold what they were to send."""
+    """Objects made so far stay: not scanned, collections can be rare (7 % less CPU a request). Not too rare: failed
+    connections leave cycles, which hold unsent data."""
     gc.freeze()
     gc.set_threshold(10_000, 5, 5)
 
@@ -12465,7 +12449,6 @@ HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)        # Window
 
 
 def heed_signals() -> asyncio.Queue[int]:
-    """The signals that come from now on."""
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)):
         signal.signal(number, lambda got, frame: loop.call_soon_threadsafe(signals.put_nowait, got))
@@ -12539,7 +12522,6 @@ def run_check(args: Args) -> int:
 
 
 def unpriced(config: Config) -> list[str]:
-    """Warnings: of the targets that are known by name, those without a price."""
     catalogue, book = Catalogue(config, {}), PriceBook(config)
     targets = {(provider.name, model): name for name in listed_models(config, {})
                for provider, model in catalogue.targets(name)}
@@ -12599,7 +12581,6 @@ def parse_budget(text: str) -> JSON:
 
 
 def of_ledger(run: Callable[[Ledger, Args], int | None]) -> Callable[[Args], int | None]:
-    """A command that needs the ledger and nothing else of the configuration."""
     def run_with(args: Args) -> int | None:
         with open_ledger(read_config(args)) as ledger:
             return run(ledger, args)
@@ -12738,7 +12719,6 @@ def run_usage(ledger: Ledger, args: Args) -> None:
 
 
 def no_price(row: JSON) -> str:
-    """Said wherever a sum stands that lacks something."""
     if not row["unpriced"]:
         return ""
     return "no price" if row["unpriced"] == row["requests"] else f"{spaced(row['unpriced'])} without a price"
@@ -12930,8 +12910,8 @@ def run_codex(args: Args) -> int:
 
 KeyPath: TypeAlias = tuple[str, ...]
 
-# Codex writes to its config.toml as well, so what is ours there is known by these keys. Each is taken back as a whole: Codex
-# refuses a part of a provider's table.
+# Codex writes to its config.toml too, so ours is known by these keys. Each is undone whole: Codex refuses a part of a
+# provider's table.
 CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), ("model_providers", "pomex"))
 
 
@@ -13264,7 +13244,6 @@ async def key_finding(ask: Asking | None, table: JSON) -> tuple[Finding, str]:
 
 
 async def model_listed(ask: Asking, key: str, codex: JSON) -> Finding:
-    """The model that Codex would ask for."""
     name = codex.get("model") if codex else "demo/echo"
     if not isinstance(name, str):
         return Finding("model", "missing", "config.toml names none, and Codex's own has no provider/ in front", CODEX_WRITE)
@@ -13283,7 +13262,6 @@ async def streamed(ask: Asking, key: str, body: JSON) -> tuple[list[str], JSON]:
 
 
 def ending(kinds: Sequence[str], last: JSON) -> str:
-    """How an answer ended that should have ended otherwise."""
     error = last.get("error") or {}
     return str(error.get("message") or f"ended with {kinds[-1] if kinds else 'nothing'}")
 
@@ -13396,11 +13374,10 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
 
 # --- 13.9 several processes -----------------------------------------------------------------------
 #
-# The parent holds the listening sockets, forks the workers, and does nothing else; so it can hardly fail. A socket that
-# all inherit loses no connection when one of them ends, where SO_REUSEPORT resets those in the queue of its own socket.
-# A worker tells its parent once a second how many requests it has open; its parent's silence for good (end of file)
-# means that the parent is gone, and so it goes, too. The parent ends a worker that says nothing: its loop stands still.
-# What the dashboard shows live (JSON, so it begins with a bracket) the parent passes on to the other workers.
+# The parent holds the listening sockets and forks the workers. With SO_REUSEPORT a worker that ends would reset the
+# connections in its own queue; a socket that all inherit loses none. A worker reports its open requests once a second;
+# one that says nothing hangs and is ended. A worker that reads the end of its channel stops: the parent is gone. Messages
+# that begin with a bracket are live events (JSON), which the parent passes on to the other workers.
 
 TICK_S = 1.0
 SHARED_A_TICK = 50          # events that a worker tells the others in a tick: enough for eyes, and no load
@@ -13413,7 +13390,6 @@ DRAIN, RETIRE, CUT = b"d", b"r", b"c"       # to a worker: end within drain_time
 
 async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
                channel: socket.socket) -> int:
-    """A worker's life."""
     loop, orders = asyncio.get_running_loop(), asyncio.Queue[bytes]()
     draining: asyncio.Task[None] | None = None
     loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
@@ -13470,7 +13446,6 @@ def send_away(channel: socket.socket, message: bytes) -> None:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """A worker as its parent sees it."""
     pid: int
     channel: socket.socket
     generation: int             # of the configuration
@@ -13533,7 +13508,6 @@ class Workers:
     # What is to be done now.
 
     def watch_over(self, now: float) -> None:
-        """Ends what hangs."""
         if now - self.stepped > 5 * TICK_S:     # we stood still ourselves (a paused container, Ctrl-Z): nobody was to be heard
             for worker in self.workers:
                 worker.heard = now

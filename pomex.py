@@ -12479,20 +12479,15 @@ async def until_stopped(server: Server, signals: asyncio.Queue[int], reload: Cal
 
 async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
     """(exit code, sentence) for a server that could not start."""
-    if error.errno == errno.EADDRINUSE:
-        return UNAVAILABLE, await port_taken(server)
     if error.errno == errno.EACCES and server.port < 1024:
         return NO_PERMISSION, (f"Port {server.port} needs privileges. Use a reverse proxy, or systemd socket activation: "
                                "python pomex.py unit --socket")
-    return UNAVAILABLE, f"Cannot listen on {server.host} port {server.port}: {error.strerror or error}."
-
-
-async def port_taken(server: ServerConfig) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return UNAVAILABLE, f"Cannot listen on {server.host} port {server.port}: {error.strerror or error}."
     version = await version_at(public_url(ServerConfig(), (server.host, server.port)))
-    advice = f"python pomex.py serve --port {server.port + 1 if server.port < 65535 else 7663}."
-    if version:
-        return f"Port {server.port} is taken by another Pomex {version}. Use that one, or: {advice}"
-    return f"Port {server.port} is taken by another program. Use another: {advice}"
+    said = f"another Pomex {version}. Use that one, or:" if version else "another program. Use another:"
+    return UNAVAILABLE, (f"Port {server.port} is taken by {said} "
+                         f"python pomex.py serve --port {server.port + 1 if server.port < 65535 else 7663}.")
 
 
 # --- 13.5 the other commands ----------------------------------------------------------------------
@@ -12532,18 +12527,10 @@ def unpriced(config: Config) -> list[str]:
 async def contact_all(config: Config) -> dict[str, str]:
     """provider -> what is wrong with it; "" where it answers."""
     upstream = Upstream(os.environ)
-
-    async def complaint(provider: ProviderConfig) -> str:
-        try:
-            await contact(upstream, provider)
-        except GatewayError as error:
-            return str(error)
-        return ""
-    asked = {name: provider for name, provider in config.providers.items() if provider.wire_api != "demo"}
-    try:
-        return dict(zip(asked, await asyncio.gather(*map(complaint, asked.values()))))
-    finally:
-        await upstream.close()
+    asked = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
+    answers = await asyncio.gather(*(contact(upstream, provider) for provider in asked), return_exceptions=True)
+    await upstream.close()
+    return {provider.name: str(answer) if isinstance(answer, BaseException) else "" for provider, answer in zip(asked, answers)}
 
 
 def run_models(args: Args) -> None:
@@ -12593,15 +12580,15 @@ def given(args: Args) -> JSON:
 
 def key_words(key: Key) -> str:
     """`50.00 USD a month, models openai/*`"""
-    words = [f"{usd(key.budget_nanos)} USD " + ("in total" if key.period == "total" else f"a {key.period}")
-             ] if key.budget_nanos is not None else []
-    words += [f"models {', '.join(key.models.split())}"] if key.models else []
-    words += [f"{most} {what}" for most, what in ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"),
-                                                  (key.concurrent, "at once")) if most]
-    words += ["models without a price too"] if key.allow_unpriced else []
-    words += [f"account {key.account}"] if key.account_id != 1 else []
-    words += [f"until {utc_minute(key.expires_s)} UTC"] if key.expires_s else []
-    return ", ".join(words)
+    period = "in total" if key.period == "total" else f"a {key.period}"
+    rates = ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"), (key.concurrent, "at once"))
+    return ", ".join(filter(None, (
+        f"{usd(key.budget_nanos)} USD {period}" if key.budget_nanos is not None else "",
+        f"models {', '.join(key.models.split())}" if key.models else "",
+        *(f"{most} {what}" for most, what in rates if most),
+        "models without a price too" if key.allow_unpriced else "",
+        f"account {key.account}" if key.account_id != 1 else "",
+        f"until {utc_minute(key.expires_s)} UTC" if key.expires_s else "")))
 
 
 @of_ledger
@@ -12732,21 +12719,23 @@ def run_statement(ledger: Ledger, args: Args) -> None:
         print_json({"account": args.account, "first_day": day_text(first), "last_day": day_text(last), **bill})
         return
     charges, entries = bill["charges"], bill["credits"]
-    cents = apportion([row["cost_nanos"] for row in charges], 10**7)
-    rows: list[Sequence[str]] = []
-    rows += [(row["model"], spaced(row["requests"]), spaced(row["input"]), spaced(row["cached"]), spaced(row["cache_write"]),
-              spaced(row["output"]), usd(amount_cents * 10**7), no_price(row)) for row, amount_cents in zip(charges, cents)]
-    rows += [("total", *(spaced(sum(row[name] for row in charges))
-                         for name in ("requests", "input", "cached", "cache_write", "output")),
-              usd(sum(cents) * 10**7), "")]
+    counts = ("requests", "input", "cached", "cache_write", "output")
+    costs = whole_cents([row["cost_nanos"] for row in charges])
+    rows: list[Sequence[str]] = [("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", "")]
+    rows += [(row["model"], *(spaced(row[name]) for name in counts), usd(cost), no_price(row))
+             for row, cost in zip(charges, costs)]
+    rows += [("total", *(spaced(sum(row[name] for row in charges)) for name in counts), usd(sum(costs)), "")]
     print(f"Statement of account {args.account}, {day_text(first)} to {day_text(last)} (UTC), in USD", "",
-          *table_lines([("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""), *rows], range(1, 7)),
-          sep="\n")
+          *table_lines(rows, range(1, 7)), sep="\n")
     if entries or bill["before_nanos"]:
-        steps = apportion([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]], 10**7)
+        steps = whole_cents([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]])
         names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
                                      for entry in entries), "charges above", "balance after"]
-        print("", *table_lines([*zip(names, [usd(step * 10**7) for step in (*steps, sum(steps))])], (1,)), sep="\n")
+        print("", *table_lines([*zip(names, map(usd, (*steps, sum(steps))))], (1,)), sep="\n")
+
+
+def whole_cents(nanos: Sequence[int]) -> list[int]:
+    return [cents * 10**7 for cents in apportion(nanos, 10**7)]
 
 
 def day_text(day: int) -> str:

@@ -247,15 +247,15 @@ def count(holder: Any, *names: str) -> int:
     return 0
 
 
-def billing_facts(answer: JSON, counts: JSON) -> dict[str, Any]:
-    """What an answer says of its cost beyond its tokens: fields of Usage."""
-    tools, cost = table_of(answer.get("tool_usage")), counts.get("cost")
-    tiers = answer.get("service_tier"), counts.get("service_tier"), counts.get("speed"), counts.get("inference_geo")
+def billing_facts(facts: JSON) -> dict[str, Any]:
+    """What an answer and its usage, in one, say of its cost beyond its tokens: fields of Usage."""
+    tools, cost = table_of(facts.get("tool_usage")), facts.get("cost")
+    tiers = map(facts.get, ("service_tier", "speed", "inference_geo"))
     return {"web_searches": count(tools.get("web_search"), "num_requests")                      # OpenAI
-            or count(counts.get("server_tool_use"), "web_search_requests")                      # Anthropic, OpenRouter
-            or count(counts.get("server_side_tool_usage_details"), "web_search_calls"),         # xAI
-            "tier": " ".join(dict.fromkeys(each.lower() for each in tiers if isinstance(each, str) and each != "auto")),
-            "model": str(answer.get("model") or "")[:200],
+            or count(facts.get("server_tool_use"), "web_search_requests")                       # Anthropic, OpenRouter
+            or count(facts.get("server_side_tool_usage_details"), "web_search_calls"),          # xAI
+            "tier": " ".join(each for each in tiers if isinstance(each, str) and each != "auto").lower(),
+            "model": str(facts.get("model") or "")[:200],
             "cost": f"{cost:.12f}" if isinstance(cost, (int, float)) and 0 < cost < 10**6 else ""}
 
 
@@ -2007,7 +2007,7 @@ def usage_from(given: Any, answer: JSON, asked_12h: bool = False, reasoning_with
     written = count(inputs, "cache_write_tokens")
     split = inputs.get("cache_write_tokens_details")
     kept_long = count(split, "ttl_12h_tokens") if isinstance(split, dict) else written if asked_12h else 0
-    return Usage(whole, cached, written, output, reasoning, cache_write_1h=kept_long, **billing_facts(answer, given))
+    return Usage(whole, cached, written, output, reasoning, cache_write_1h=kept_long, **billing_facts({**answer, **given}))
 
 
 def merge_counts(held: JSON, given: Any) -> JSON:
@@ -3124,9 +3124,9 @@ def fault_of(decoded: Any, status: int, headers: Headers, now_s: float) -> Provi
 
 def without(error: GatewayError, configured: re.Pattern[str]) -> None:
     """Takes the configured secrets out of all that a provider said, before `redacted` cuts it."""
-    said = error.said if isinstance(error, ProviderError) else ""
-    if configured.search(f"{said or error} {error.code} {error.param}"):
-        error.args = (redacted(configured.sub("[redacted]", said or str(error))),)
+    said = isinstance(error, ProviderError) and error.said or str(error)
+    if configured.search(f"{said} {error.code} {error.param}"):
+        error.args = (redacted(configured.sub("[redacted]", said)),)
         error.code = configured.sub("redacted", error.code or "")
         error.param = configured.sub("[redacted]", error.param or "") or None
 
@@ -4069,6 +4069,7 @@ class ChatCall:
     streamed: bool = False          # came in more than one piece
     named_again: bool = False       # by a piece without arguments: another call may follow
     closed: bool = False
+    judged: tuple[int, bool] = (0, False)       # of this size: were they whole?
 
     @property
     def text(self) -> str:
@@ -4105,8 +4106,12 @@ class ChatCall:
         return arguments.startswith(self.text) or (known is not None and known == json_dict(arguments))
 
     def is_whole(self) -> bool:
-        """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end."""
-        return (self.end == "}" or bool(self.waiting)) and json_dict(self.text) is not None
+        """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end. Of calls that
+        stay open it is asked whenever another begins."""
+        size = self.length + len(self.waiting)
+        if self.judged[0] != size:
+            self.judged = size, (self.end == "}" or bool(self.waiting)) and json_dict(self.text) is not None
+        return self.judged[1]
 
 
 @dataclass(slots=True)
@@ -4393,7 +4398,7 @@ class ChatDecoder(ItemDecoder):
                 continue
             if ended and (rest := call.take("")):
                 self.sink.add(call.slot, rest, "arguments")
-            if (call.is_whole() and not call.waiting) or (ended and not call.end):
+            if (not call.waiting and call.is_whole()) or (ended and not call.end):
                 call.closed = True
                 self.sink.done(call.slot)
 
@@ -4488,9 +4493,8 @@ def reasoning_of(delta: JSON) -> tuple[str, list[JSON]]:
 
 def filter_explanation(choice: JSON) -> str:
     """Which of Azure's filters stopped the answer, in words."""
-    results = choice.get("content_filter_results")
-    named = results.items() if isinstance(results, dict) else ()
-    struck = [name for name, result in named if isinstance(result, dict) and result.get("filtered")]
+    results = table_of(choice.get("content_filter_results"))
+    struck = [name for name, result in results.items() if table_of(result).get("filtered")]
     return f"The provider's content filter stopped this answer: {', '.join(struck)}." if struck else ""
 
 
@@ -5048,15 +5052,15 @@ class MessagesDecoder(ItemDecoder):
                 self.sink.fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
             return
         self.id = given
-        self._count({**table_of(message.get("usage")), "model": message.get("model")})
+        merge_counts(self.counts, {**table_of(message.get("usage")), "model": message.get("model")})
         self.sink.set_usage(dataclasses.replace(self._usage(), estimated=True))     # the output's count comes with the end
 
     def _message_delta(self, event: JSON) -> None:
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
-        self._count(event.get("usage"))
-        counted = "output_tokens" in (event.get("usage") or {})
-        self.sink.set_usage(dataclasses.replace(self._usage(), estimated=not counted))
+        usage = table_of(event.get("usage"))
+        merge_counts(self.counts, usage)
+        self.sink.set_usage(dataclasses.replace(self._usage(), estimated="output_tokens" not in usage))
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.pauses = True, self.pauses + 1
             self.sink.done()
@@ -5076,10 +5080,6 @@ class MessagesDecoder(ItemDecoder):
 
     def _error(self, event: JSON) -> None:
         self.sink.fail(inband_error(event))
-
-    def _count(self, usage: Any) -> None:
-        """Counts are cumulative: a later one replaces an earlier one, and one left out stays."""
-        merge_counts(self.counts, usage)
 
     def _usage(self) -> Usage:
         now, before = messages_usage(self.counts), self.earlier
@@ -5212,7 +5212,7 @@ def messages_usage(counts: JSON) -> Usage:
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
     long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     return Usage(total("input_tokens") + read + written, read, written, output, min(reasoning, output),
-                 cache_write_1h=min(long, written), **billing_facts({"model": counts.get("model")}, counts))
+                 cache_write_1h=min(long, written), **billing_facts(counts))
 
 
 # --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
@@ -5545,8 +5545,8 @@ class GeminiDecoder(ItemDecoder):
                 self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        candidates = dicts_in(chunk.get("candidates"))
-        for candidate in candidates[:1]:
+        candidates = dicts_in(chunk.get("candidates"))[:1]
+        for candidate in candidates:
             self.grounding = table_of(candidate.get("groundingMetadata")) or self.grounding
         given = {**table_of(chunk.get("usageMetadata")), "model": chunk.get("modelVersion")}
         self.counts.update({name: value for name, value in given.items() if value is not None and
@@ -5558,14 +5558,13 @@ class GeminiDecoder(ItemDecoder):
             self._fail(inband_error(chunk))
         if self.failed or self.finished:
             return
-        for candidate in candidates[:1]:
-            content = candidate.get("content")
-            for part in dicts_in(content.get("parts") if isinstance(content, dict) else None):
+        for candidate in candidates:
+            for part in dicts_in(table_of(candidate.get("content")).get("parts")):
                 if not self.failed:
                     self._part(part)
             self._finish(candidate)
-        feedback = chunk.get("promptFeedback")
-        if not candidates and isinstance(feedback, dict) and feedback.get("blockReason", "") not in UNSPECIFIED:
+        feedback = table_of(chunk.get("promptFeedback"))
+        if not candidates and feedback.get("blockReason", "") not in UNSPECIFIED:
             said = explained("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
             self.sink.set_stop(Stop("content_filter", explanation=said))
 
@@ -5614,10 +5613,9 @@ class GeminiDecoder(ItemDecoder):
         """A search that the model combined with functions: both halves must come back as they are."""
         self._close_texts()
         self._carry({"part": part})
-        call = part.get("toolCall")
-        if isinstance(call, dict) and str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-            args = call.get("args")
-            self._search(args.get("queries") if isinstance(args, dict) else None)
+        call = table_of(part.get("toolCall"))
+        if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
+            self._search(table_of(call.get("args")).get("queries"))
 
     def _search(self, queries: Any) -> None:
         self.searched = True

@@ -12,6 +12,7 @@ import urllib.parse
 import pytest
 
 import pomex
+import sinks
 
 UPSTREAM_KEY = "sk-upstream-0123456789abcdef"
 HEAD = "POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
@@ -368,6 +369,18 @@ def test_neighbours_become_one_message_in_linear_time(kind):
     assert took_s < 1.0, "40,000 of them took minutes before"
     whole = message.get("reasoning_content") or message["content"]
     assert len(whole) == {"text": 40_000 * 502 - 2, "image": 40_000, "thought": 20_000_000}[kind]
+
+
+@pytest.mark.parametrize("arguments", ["{}", '{"a": {"b": "%s"}' % ("x" * 2000)], ids=["none", "half"])
+def test_calls_that_stay_open_are_not_read_again_whenever_another_begins(arguments):
+    decoder = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"])
+    decoder.sink = sinks.Recorder()
+    began = time.perf_counter()
+    for number in range(2000):
+        call = {"index": number, "id": f"call_{number}", "function": {"name": "f", "arguments": arguments}}
+        decoder.feed(json.dumps({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}))
+    assert time.perf_counter() - began < 1.0, "2,000 of them took two to twenty seconds before"
+    assert [name for name, *_ in decoder.sink.made].count("call") == 2000
 
 
 def test_the_values_of_a_long_body_are_counted_before_it_is_read():

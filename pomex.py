@@ -4069,7 +4069,6 @@ class ChatCall:
     streamed: bool = False          # came in more than one piece
     named_again: bool = False       # by a piece without arguments: another call may follow
     closed: bool = False
-    judged: tuple[int, bool] = (0, False)       # of this size: were they whole?
 
     @property
     def text(self) -> str:
@@ -4106,12 +4105,8 @@ class ChatCall:
         return arguments.startswith(self.text) or (known is not None and known == json_dict(arguments))
 
     def is_whole(self) -> bool:
-        """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end. Of calls that
-        stay open it is asked whenever another begins."""
-        size = self.length + len(self.waiting)
-        if self.judged[0] != size:
-            self.judged = size, (self.end == "}" or bool(self.waiting)) and json_dict(self.text) is not None
-        return self.judged[1]
+        """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end."""
+        return (self.end == "}" or bool(self.waiting)) and json_dict(self.text) is not None
 
 
 @dataclass(slots=True)
@@ -4161,6 +4156,7 @@ class ChatDecoder(ItemDecoder):
         self.message = False                    # is a message open?
         self.thought: Thought | None = None
         self.calls: list[ChatCall] = []
+        self.changed: dict[int, ChatCall] = {}      # those of them that were not looked at since
         self.by_index: dict[int, ChatCall] = {}     # the newest call of each index
         self.by_id: dict[str, ChatCall] = {}
         self.ids: set[str] = set()
@@ -4364,6 +4360,7 @@ class ChatDecoder(ItemDecoder):
             call.streamed = True
             if news:
                 self.sink.add(call.slot, news, "arguments")
+        self.changed[id(call)] = call           # behind the calls that its beginning ended
 
     def _repeated(self, place: int, given: JSON) -> ChatCall | None:
         """The call that one in a snapshot repeats: that of its id, else the one at its place, if it is the same so far."""
@@ -4393,7 +4390,7 @@ class ChatDecoder(ItemDecoder):
 
     def _close_calls(self, ended: bool = False) -> None:
         """Ends the calls whose arguments are whole; at a proper end none at all is whole too."""
-        for call in self.calls:
+        for call in self.calls if ended else self.changed.values():
             if call.slot < 0 or call.closed:
                 continue
             if ended and (rest := call.take("")):
@@ -4401,6 +4398,7 @@ class ChatDecoder(ItemDecoder):
             if (not call.waiting and call.is_whole()) or (ended and not call.end):
                 call.closed = True
                 self.sink.done(call.slot)
+        self.changed.clear()
 
     # the end
 

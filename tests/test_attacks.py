@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+import types
 import urllib.parse
 
 import pytest
@@ -363,7 +364,8 @@ def test_neighbours_become_one_message_in_linear_time(kind):
         last = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
         history = pomex.History([], [*[item] * count, last], [])
         began = time.perf_counter()
-        [message, *_] = pomex.ChatMessages(history, pomex.DIALECTS["deepseek"], []).encode("")
+        ctx = types.SimpleNamespace(history=history, settings=pomex.DIALECTS["deepseek"], dropped=[])
+        [message, *_] = pomex.ChatMessages(ctx).encode("")
         return time.perf_counter() - began, message
     took_s, message = encode(40_000)
     assert took_s < 1.0, "40,000 of them took minutes before"

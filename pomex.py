@@ -355,7 +355,6 @@ class Headers:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one message may take of memory."""
     max_line_bytes: int = 8192          # the request line (RFC 9112 3 asks for 8000); all trailers
     max_head_bytes: int = 65536         # Codex sends its turn's state and metadata in headers of some KiB
     max_headers: int = 100              # the SDKs send about 20, Azure answers with about 40
@@ -658,7 +657,7 @@ class Reader(Generic[Head]):
         return pieces
 
     def _trailers(self) -> Iterator[Signal]:
-        """Trailer fields are checked and thrown away (RFC 9110 6.5.1)."""
+        """Trailer fields are checked and dropped (RFC 9110 6.5.1)."""
         while not self._data.startswith(CRLF, self._at):
             section = self._header_block(self.limits.max_line_bytes)
             if section is not None:
@@ -839,7 +838,6 @@ class Inflater:
         return b"".join(self._inflate(data[start:start + INFLATE_SLICE]) for start in range(0, len(data), INFLATE_SLICE))
 
     def finish(self) -> None:
-        """The body is over; an empty one is as good in any coding."""
         if self._inner is not None and not self._inner.eof:
             raise ProtocolError("The gzip body is cut short.")
 
@@ -873,7 +871,7 @@ class Inflater:
 #
 # Server-sent events (WHATWG HTML 9.2.6), whole blocks at a time: a line's end is ASCII, so a block can be decoded by itself.
 
-MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the whole answer, images of some MB included
+MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the answer, images included
 SIMPLE_BLOCK = re.compile(r"(?:event: ([^\n]*)\n)?data: ([^\n]*)")      # what nearly every provider sends
 LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -884,7 +882,7 @@ class Event(NamedTuple):
 
 
 def parse_block(block: str) -> Event | None:
-    """The event of the lines between two empty lines, if any of them is a `data` line."""
+    """The event of the lines between two empty lines, if it has `data`."""
     if block.startswith("data: ") and "\n" not in block:
         return Event("message", block[6:])
     match = SIMPLE_BLOCK.fullmatch(block)
@@ -910,7 +908,7 @@ def is_whole(data: str) -> bool:
 
 
 def is_torn(rest: bytes | bytearray) -> bool:
-    """Is what no empty line ended more than comments?"""
+    """Is the rest more than comments?"""
     return any(line and not line.startswith(b":") for line in rest.split(b"\n"))
 
 
@@ -963,7 +961,7 @@ class SSEDecoder:
         return data.removeprefix(codecs.BOM_UTF8) if self._begun else b""
 
     def _with_lf(self, data: bytes) -> bytes:
-        """With every line end as LF. A CR at the end is one already; an LF that follows it is no other."""
+        """With every line end as LF. A CR at the end is one already, with an LF that follows it."""
         if data:
             if self._after_cr:
                 data = data.removeprefix(b"\n")
@@ -1136,8 +1134,7 @@ REQUEST_RULES: dict[str, Rule] = {
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
     "model": Rule((str,), 1, 256),
-    "input": Rule((str, list)),
-    "instructions": Rule((str, list)),
+    **dict.fromkeys(("input", "instructions"), Rule((str, list))),
     "include": LIST,
     "max_output_tokens": Rule((int,), 1),
     "max_tool_calls": Rule((int,), 0),
@@ -1247,7 +1244,7 @@ INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that s
 
 
 def input_estimate(raw: bytes) -> int:
-    """Tokens of a request whose provider gave no count: a quarter of its bytes."""
+    """Tokens of a request: a quarter of its bytes."""
     text, tokens = len(raw), 0
     for mark in INLINE_DATA:
         end = 0
@@ -1338,10 +1335,9 @@ class Envelope:
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
-        """(provider, model, replay), or None where the text is not ours, altered, or of another account."""
-        encoded = text[len(ENVELOPE_PREFIX):]
+        """(provider, model, replay); None where the text is not ours, altered, or of another account."""
         try:
-            data = base64.urlsafe_b64decode(encoded.encode("ascii") + b"=" * (-len(encoded) % 4))
+            data = base64.urlsafe_b64decode(text[len(ENVELOPE_PREFIX):] + "==")
             if not hmac.compare_digest(self.mac(data[16:]), data[:16]):
                 return None
             plain = zlib.decompressobj().decompress(data[16:], MAX_ENVELOPE_BYTES)
@@ -1645,7 +1641,7 @@ def overridden(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
 # --- 5.4 history for providers that know only functions --------------------------------------------
 
 class History(NamedTuple):
-    """A conversation in four plain items, its calls and outputs mended into pairs (TRANSLATION.md 3.3):
+    """A conversation in four plain items, its calls and outputs in pairs (TRANSLATION.md 3.3):
 
     message {role, content: [part], generated?: it is an image that the model made}, reasoning {pomex_replay}, function_call
     {call_id, name, arguments} with a flat name and arguments that are a JSON object, function_call_output {call_id, output:
@@ -1661,7 +1657,7 @@ NO_OUTPUT = "no output was recorded for this call"
 
 
 def object_text(arguments: str) -> str:
-    """A call's arguments as the text of a JSON object: servers that read them refuse a model's mistake with a 400."""
+    """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
     arguments = arguments or "{}"
     with contextlib.suppress(ValueError):
         if isinstance(load_json(arguments.encode()), dict):
@@ -1690,9 +1686,8 @@ PLAIN_OUTPUTS: dict[str, Callable[[JSON], Any]] = {
     "shell_call_output": lambda i: compact(i.get("output") or []),
     "apply_patch_call_output": lambda i: i.get("output") or i.get("status") or "",
 }
-PLAIN_TEXTS = frozenset(("compaction", "compaction_summary", "context_compaction"))     # where they hold text
+PLAIN_TEXTS = ("compaction", "compaction_summary", "context_compaction")     # where they hold text
 CIPHER = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
-NOT_HISTORY = frozenset(("additional_tools",))      # its tools are offered; it says nothing itself
 
 
 def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
@@ -1703,7 +1698,7 @@ def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
         made = plain_item(item, dropped)
         if made is not None:
             plain.append(made)
-        elif item["type"] not in NOT_HISTORY and not shown_only(item):
+        elif item["type"] != "additional_tools" and not shown_only(item):
             dropped.append(f"input:{item['type']}")
     system = [request.instructions] if request.instructions else []
     leading = list(itertools.takewhile(lambda item: item.get("role") in ("system", "developer"), plain))
@@ -3074,7 +3069,7 @@ UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class ProviderError(UpstreamError):
-    """A provider said no. `status` and `code` are for the client, `kind` and `retry_after_s` for routing."""
+    """`status` and `code` are for the client, `kind` and `retry_after_s` for routing."""
 
     def __init__(self, message: str, *, kind: FaultKind, status: int = 0, code: str | None = None,
                  param: str | None = None, retry_after_s: float | None = None,
@@ -3091,12 +3086,11 @@ class ProviderError(UpstreamError):
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
-    """The failure that an answer with an error status stands for."""
     return fault_of(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
-    """The failure that an error inside a stream, or inside a 200 answer, stands for."""
+    """The failure inside a stream, or inside a 200 answer."""
     fields = error_object(error)
     numbers = (str(fields.get(key)) for key in ("status_code", "code", "status", "raw_status_code"))
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9][0-9]", number)), 0)
@@ -3132,7 +3126,6 @@ def without(error: GatewayError, configured: re.Pattern[str]) -> None:
 
 
 def fault_kind(status: int, words: Sequence[str], text: str) -> FaultKind:
-    """Which kind of failure it is; `words` and `text` are the provider's own."""
     for kind, names, statuses, pattern in FAULT_RULES:
         if status in statuses or not set(words).isdisjoint(names.split()) or (
                 pattern and re.search(pattern, text, re.IGNORECASE)):
@@ -3164,7 +3157,7 @@ def error_object(decoded: Any) -> JSON:
 
 
 def decode_error(text: str) -> Any:
-    """An error's JSON, which may stand in an SSE event, else its words."""
+    """An error's JSON, perhaps in an SSE event, else its words."""
     event = re.search(r"^data: ?(\{.*)", text, re.MULTILINE)
     try:
         return json.loads(event[1] if event else text)
@@ -3190,8 +3183,7 @@ def is_failure(code: Any) -> bool:
 
 def fault_words(fields: JSON) -> list[str]:
     """The provider's own names for the failure, lower-cased."""
-    found = [fields.get(key) for key in ("type", "code", "status")]
-    found.append(table_of(fields.get("metadata")).get("error_type"))        # OpenRouter
+    found = [*map(fields.get, ("type", "code", "status")), table_of(fields.get("metadata")).get("error_type")]
     if "failed_generation" in fields:                   # Groq
         found.append("tool_use_failed")
     for detail in dicts_in(fields.get("details")):
@@ -3214,7 +3206,7 @@ def plain_text(text: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """At most 300 characters of an upstream's text, without what looks like a secret."""
+    """At most 300 characters, without what looks like a secret."""
     short = SECRET.sub("[redacted]", text[:4 * MAX_UPSTREAM_TEXT])
     return short if len(short) <= MAX_UPSTREAM_TEXT else short[:MAX_UPSTREAM_TEXT - 1] + "…"
 
@@ -5983,7 +5975,7 @@ WIRES: dict[str, WireApi] = {
 
 def option(default: object, meaning: str, least: float = 0, most: float = 0, *,
            choices: tuple[str, ...] = (), secret: bool = False) -> Any:
-    """A dataclass field that is also a key of pomex.toml. Without `most` it has no range; a secret is never shown."""
+    """A key of pomex.toml. Without `most` it has no range; a secret is never shown."""
     metadata = {"meaning": meaning, "least": least, "most": most, "choices": choices, "secret": secret}
     if isinstance(default, dict):
         return field(default_factory=dict, hash=False, repr=not secret, metadata=metadata)
@@ -6233,7 +6225,6 @@ def read_value(key: dataclasses.Field[Any], value: Any, from_text: bool = False)
 
 
 def settings_of(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """The keys a user may write in a section."""
     return {key.name: key for key in dataclasses.fields(section) if key.metadata}
 
 
@@ -6250,7 +6241,7 @@ def no_file(path: str) -> str:
 
 
 class ConfigFile:
-    """One configuration file, with the variables and files that it may refer to; its complaints name file and key."""
+    """One configuration file, with the variables and files that it may refer to."""
 
     def __init__(self, text: str, name: str, environ: Mapping[str, str], read_file: Callable[[str], str]) -> None:
         self.name = name
@@ -6316,7 +6307,7 @@ class ConfigFile:
         return values
 
     def place(self, path: str) -> str:
-        """A path in the file: relative to the file, with ~ for the home directory."""
+        """A path relative to the file, with ~ for the home directory."""
         if path.startswith("~/"):
             path = self.environ.get("HOME", "~") + path[1:]
         return os.path.join(os.path.dirname(self.name), path) if path else ""
@@ -6470,7 +6461,7 @@ def with_headers(source: ConfigFile, path: tuple[str, ...], provider: ProviderCo
 
 
 def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig]) -> ModelConfig:
-    """One [models."provider/name"], or [models."name"]; without targets it only describes the model."""
+    """One [models.NAME]; without targets it only describes the model."""
     path = ("models", name)
     model = ModelConfig(name, **source.settings(ModelConfig, *path))
     bare = model.targets and "/" not in name and KEY_VALUE.fullmatch(name)
@@ -6486,7 +6477,6 @@ def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderCo
 
 
 def read_prices(source: ConfigFile, name: str) -> PriceConfig:
-    """One [prices."provider/model"]."""
     path = ("prices", name)
     if not MODEL_NAME.fullmatch(name):
         raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
@@ -6565,7 +6555,7 @@ PLAIN_VALUES = re.compile(r"(?i)(api|anthropic|openai)-(version|beta)|accept|con
 
 
 def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Pattern[str]:
-    """Finds the configured secrets, also as they are in a URL, in hex and in base64."""
+    """Finds the configured secrets, also in a URL, in hex and in base64."""
     found = set(more)
     for provider in providers:
         found |= {provider.api_key, *provider.api_keys, provider.proxy}
@@ -6588,9 +6578,9 @@ def state_folder(environ: Mapping[str, str]) -> str:
 
 def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
     """The built-in providers whose key is in the environment."""
-    keys = {name: environ.get(row.env_key, "").strip() for name, row in BUILTIN_PROVIDERS.items()}
-    return {name: dataclasses.replace(row, api_key=keys[name], key_source="env:" + row.env_key)
-            for name, row in BUILTIN_PROVIDERS.items() if KEY_VALUE.fullmatch(keys[name])}
+    return {name: dataclasses.replace(row, api_key=key, key_source="env:" + row.env_key)
+            for name, row in BUILTIN_PROVIDERS.items()
+            if KEY_VALUE.fullmatch(key := environ.get(row.env_key, "").strip())}
 
 
 # === 8. ledger ====================================================================================

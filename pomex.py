@@ -1061,15 +1061,16 @@ def unfit(param: str, words: str, code: str = "invalid_value") -> BadRequest:
 
 
 def check_value(value: Any, rule: Rule, param: str) -> None:
-    if value is None and type(None) not in rule.types:
-        raise BadRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
-    if not isinstance(value, rule.types) or (isinstance(value, bool) and bool not in rule.types):
+    if type(value) not in rule.types:
+        if value is None:
+            raise BadRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
         wanted = " or ".join(JSON_NAMES[t] for t in rule.types if not (t is int and float in rule.types))
         raise unfit(param, f" must be {wanted}, not {JSON_NAMES[type(value)]}.", "invalid_type")
-    size: Any = len(value) if isinstance(value, str) else value
-    if rule.low is not None and not rule.low <= size <= rule.high:
-        limits = f"at least {rule.low:g}" if rule.high == math.inf else f"between {rule.low:g} and {rule.high:g}"
-        raise unfit(param, f": its {'length' if isinstance(value, str) else 'value'} must be {limits}.")
+    if rule.low is not None:
+        what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
+        if not rule.low <= size <= rule.high:
+            limits = f"at least {rule.low:g}" if rule.high == math.inf else f"between {rule.low:g} and {rule.high:g}"
+            raise unfit(param, f": its {what} must be {limits}.")
     if rule.choices and value not in rule.choices:
         raise unfit(param, f" must be one of {', '.join(rule.choices)}.")
     if rule.inner:
@@ -1079,7 +1080,8 @@ def check_value(value: Any, rule: Rule, param: str) -> None:
 def check_fields(holder: JSON, rules: Mapping[str, Rule], param: str) -> None:
     for name, rule in rules.items():
         value = holder.get(name)
-        if type(value) not in rule.types or rule.low is not None or rule.choices or rule.inner:
+        if type(value) not in rule.types or rule.low is not None or rule.choices or (
+                rule.inner and type(value) is not str):
             check_value(value, rule, f"{param}.{name}")
 
 
@@ -1659,9 +1661,11 @@ NO_OUTPUT = "no output was recorded for this call"
 def object_text(arguments: str) -> str:
     """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
     arguments = arguments or "{}"
-    with contextlib.suppress(ValueError):
+    try:
         if isinstance(load_json(arguments.encode()), dict):
             return arguments
+    except ValueError:
+        pass
     return compact({"_raw": arguments})
 
 

@@ -9955,7 +9955,7 @@ ENDPOINT = "/v1/responses"
 
 
 class Gateway:
-    """All that lives as long as the process: made once, handed down."""
+    """All that a request needs, of one configuration."""
 
     def __init__(self, config: Config, ledger: Ledger, upstream: Upstream, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
@@ -10064,7 +10064,7 @@ def not_found(head: RequestHead, tls: bool) -> BadRequest:
 # --- 11.1 POST /v1/responses ----------------------------------------------------------------------
 
 def new_response_id(now_s: float) -> str:
-    """In the order of time: its row goes to the end of the ledger's index, 4 us against 20 for random ids."""
+    """In the order of time: inserting its row takes 4 us, 20 with a random id."""
     return f"resp_{int(now_s * 1000):012x}{secrets.token_hex(10)}"
 
 
@@ -10275,7 +10275,10 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
 def access_note(key: str, down: ClientStream, entry: Entry) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
     that of all attempts together."""
-    failed = "".join(f" {tried}," for tried in tried_note(down.failures[:down.tries - 1]))
+    failed = ""
+    for (provider, brief), same in itertools.groupby(down.failures[:down.tries - 1], key=lambda failure: failure[:2]):
+        tries, status = len(list(same)), brief.partition(" ")[0]            # ` anthropic x 529 (2 tries),`
+        failed += f" {provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "") + ","
     cached = f" ({short_count(entry.cached)} cached)" if entry.cached else ""
     about = "~" if down.attempt.usage and down.attempt.usage.estimated else ""
     first = f"first {entry.first_ms / 1000:.1f}s " if entry.first_ms else ""
@@ -10287,13 +10290,6 @@ def access_note(key: str, down: ClientStream, entry: Entry) -> str:
     return (f"{key} {printable(entry.model)} via{failed} {entry.provider or 'nobody'}  "
             f"{about}{short_count(entry.input)} in{cached} {short_count(entry.output)} out  "
             f"{first}total {entry.total_ms / 1000:.1f}s{end}{cost}")
-
-
-def tried_note(failures: Sequence[FailedAttempt]) -> Iterator[str]:
-    """`anthropic x 529 (2 tries)`"""
-    for (provider, brief), same in itertools.groupby((each.provider, each.brief) for each in failures):
-        tries, status = len(list(same)), brief.partition(" ")[0]
-        yield f"{provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "")
 
 
 def short_count(count: int) -> str:
@@ -10479,9 +10475,8 @@ class News(NamedTuple):
 
 
 class Watch:
-    """Feeds the open dashboards: with the ledger's new rows, looked for in one place while anybody watches, and with what
-    no ledger keeps, bounded: refused requests, those under way, and how the latest ones went. Of several processes each
-    tells the others, but for what is too much (`quota`)."""
+    """Feeds the open dashboards: with the ledger's new rows, looked for while anybody watches, and with refusals, the requests
+    under way and how the latest ones went, which no ledger keeps. Workers share these events, rate-limited by `quota`."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.reader = ledger, ledger.reader()
@@ -11705,11 +11700,6 @@ class Connection(Wire):
             wait_s = REFUSED_WAIT_S
         self.arm("keep_alive_timeout_s", self.loop.time() + wait_s)
 
-    def hurry(self) -> None:
-        """Draining has begun."""
-        if self.client is None and self.parser.idle and self.linger_bytes < 0:
-            self.arm_idle()
-
 
 # --- 12.2 the server ------------------------------------------------------------------------------
 
@@ -11903,7 +11893,8 @@ class Server:
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
-            connection.hurry()
+            if connection.client is None and connection.parser.idle and connection.linger_bytes < 0:
+                connection.arm_idle()
         if not await self.emptied(timeout_s):
             self.closing = True
             for connection in list(self.connections):

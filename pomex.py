@@ -12083,6 +12083,10 @@ def write_new(path: str | pathlib.Path, text: str) -> None:
         file.write(text)
 
 
+def given(args: Args) -> JSON:
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
 def read_config(args: Args) -> Config:
     """The configuration as the flags, the environment, the file and the defaults have it, in this order."""
     path = find_config(args.config or os.environ.get("POMEX_CONFIG", ""), os.environ)
@@ -12098,10 +12102,10 @@ def read_config(args: Args) -> Config:
                 ssl.create_default_context(cafile=provider.ca_file)
         except OSError as error:            # ssl.SSLError is one
             raise ConfigError(f"{path}: [providers.{provider.name}] ca_file cannot be used: {failure_text(error)}.") from None
-    flags = {name: getattr(args, name, None) for name in ("host", "port", "log_format")}
-    given = {name: value for name, value in flags.items() if value is not None}
-    return dataclasses.replace(config, server=dataclasses.replace(config.server, **given), flags=tuple(
-        (name, str(value)) for name, value in [("config", args.config), *given.items()] if value is not None))
+    said = given(args)
+    server = {name: said[name] for name in ("host", "port", "log_format") if name in said}
+    flags = tuple((name, str(said[name])) for name in ("config", *server) if name in said)
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, **server), flags=flags)
 
 
 COMMAND_TO_TYPE = re.compile(r"python pomex\.py ([a-z-]+)(?: --write| create [\w-]+)?")
@@ -12257,16 +12261,17 @@ def readiness(provider: ProviderConfig, models: Sequence[str] | None) -> str:
 
 def provider_lines(config: Config, found: Mapping[str, Sequence[str]], looked: bool) -> list[str]:
     """One line a provider: those that are ready, and where Pomex looked around, those that might be."""
-    missing = [row for name, row in BUILTIN_PROVIDERS.items()
-               if looked and name not in config.providers and (row.local or name in ALWAYS_LISTED)]
-    order = [*BUILTIN_PROVIDERS, *config.providers] if looked else [*config.providers]
-    rows = {row.name: (("not found", origin(row)) if row.local else ("no key", f"export {row.env_key}=..."))
-            for row in missing}
-    rows |= {name: ("ready", readiness(row, found.get(name))) for name, row in config.providers.items()}
-    names = [name for name in dict.fromkeys(order) if name in rows]
-    width = max(map(len, ["llama.cpp", *names])) + 3
-    return [f"  {name.ljust(width)}{painted(state.ljust(12), state == 'ready')}{text}"
-            for name in names for state, text in [rows[name]]]
+    rows = []
+    for name in dict.fromkeys([*(BUILTIN_PROVIDERS if looked else ()), *config.providers]):
+        row = config.providers.get(name) or BUILTIN_PROVIDERS[name]
+        if name in config.providers:
+            rows.append((name, "ready", readiness(row, found.get(name))))
+        elif row.local:
+            rows.append((name, "not found", origin(row)))
+        elif name in ALWAYS_LISTED:
+            rows.append((name, "no key", f"export {row.env_key}=..."))
+    width = max(map(len, ["llama.cpp", *config.providers])) + 3
+    return [f"  {name.ljust(width)}{painted(state.ljust(12), state == 'ready')}{text}" for name, state, text in rows]
 
 
 def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
@@ -12553,10 +12558,6 @@ def of_ledger(run: Callable[[Ledger, Args], int | None]) -> Callable[[Args], int
         with open_ledger(read_config(args)) as ledger:
             return run(ledger, args)
     return run_with
-
-
-def given(args: Args) -> JSON:
-    return {name: value for name, value in vars(args).items() if value is not None}
 
 
 def key_words(key: Key) -> str:

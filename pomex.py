@@ -2445,19 +2445,16 @@ class Assembler(Attempt):
         """A filtered answer without a word says why; an empty answer is one empty message."""
         if self.error is not None or self.stop is None:
             return
-        text, channel = "", "text"
-        if self.stop.incomplete == "content_filter":
-            if not self.silent() or any(item.kind == "message" for item in self.unfinished.values()):
-                return
-            text = self.stop.explanation or FILTERED
-            channel = "text" if self.answer.manners.refusal_is_text else "refusal"
-        elif self.stop.incomplete or self.items or self.unfinished:
+        filtered = self.stop.incomplete == "content_filter"
+        if filtered and (not self.silent() or any(item.kind == "message" for item in self.unfinished.values())):
+            return
+        if not filtered and (self.stop.incomplete or self.items or self.unfinished):
             return
         item = self._begin(None, Item("message", {}))
         self._show(item)
-        part = self._open_part(item, channel)
-        if text:
-            self._say(part, text)
+        part = self._open_part(item, "refusal" if filtered and not self.answer.manners.refusal_is_text else "text")
+        if filtered:
+            self._say(part, self.stop.explanation or FILTERED)
         self.done()
 
 
@@ -2487,7 +2484,6 @@ TEXT_EVENTS: dict[str, tuple[Channel, str, str, str]] = {
 }
 PART_FAMILY = {shape.type: shape.delta for shape in PARTS.values()}
 TEXT_KINDS = ("message", "reasoning", "call")
-PART_DONE = ("response.content_part.done", "response.reasoning_summary_part.done")
 
 
 @dataclass(slots=True)
@@ -2535,11 +2531,6 @@ class UpstreamItem:
 
     def differs(self, name: str, value: Any) -> bool:
         return bool(value and self.item.get(name)) and self.item[name] != value
-
-    def complete(self) -> bool:
-        """Has a call without its `done` all of its arguments?"""
-        text = self.texts[0] if self.texts and self.item.get("name") else None
-        return text is not None and (text.channel == "input" or json_dict(text.so_far()) is not None)
 
 
 def item_kind(item: JSON) -> Any:
@@ -2668,13 +2659,26 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else compact(value) if isinstance(value, dict) else ""
 
 
+def told_texts(item: JSON) -> Iterator[tuple[UpstreamText, JSON]]:
+    """The texts that an item says it has, each with its part."""
+    for name in ("arguments", "input"):
+        whole = as_text(item.get(name))
+        channel: Channel = "input" if name == "input" and whole == item.get(name) else "arguments"
+        if whole.strip() and (channel == "input" or whole.strip() != "{}"):
+            yield UpstreamText(channel, 0, [whole]), {}
+    for part in dicts_in(item.get("summary")) + dicts_in(item.get("content")):
+        if part.get("type") in PART_FAMILY:
+            channel, _, _, whole = whole_text({"part": part})
+            yield UpstreamText(channel, 0, [whole]), part
+
+
 def has_content(item: JSON) -> bool:
     """Does it say anything, in the form that clients read?"""
     if item_kind(item) == "call":
         said = item.get(CALL_FIELD[item["type"]][1])
         return isinstance(said, str) and said.strip() not in ("", "{}")
-    return item_kind(item) != "message" or any(
-        part.get("type") not in PART_FAMILY or whole_text({"part": part})[3] for part in dicts_in(item.get("content")))
+    return item.get("type") != "message" or any(text.so_far() for text, _ in told_texts(item)) or any(
+        part.get("type") not in PART_FAMILY for part in dicts_in(item.get("content")))
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
@@ -2703,9 +2707,8 @@ class Relay(Attempt):
     The response id and `model` are ours; the terminal frame is ours to send, and before it what the final response alone
     holds; where frames of ours went in, or some of theirs were left out, the later sequence numbers are moved.
     """
-    READ = re.compile(rb'"type": ?"(response\.(?:created|queued|in_progress|completed|failed|incomplete|refusal\.done|'
-                      rb'output_(?:item\.(?:added|done)|text\.done)|content_part\.done|'
-                      rb'(?:function_call_arguments|custom_tool_call_input)\.done)|error)"')
+    READ = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
+                      rb'\w++\.(?:added|done)))"')
     OUTPUT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
     FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
     NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
@@ -2931,8 +2934,7 @@ class Relay(Attempt):
             self._release()
         elif self.stop.incomplete == "content_filter" and self.silent():
             with self._voice() as voice:
-                voice.text(FILTERED)
-                voice.done()
+                voice.stop = self.stop              # it explains itself
 
     @contextlib.contextmanager
     def _voice(self) -> Iterator[Assembler]:
@@ -2949,7 +2951,11 @@ class Relay(Attempt):
         """The upstream's own response where it gave one, with our id and model, and the items as they were sent."""
         if self.status == "failed" or not self.completed.get("object"):
             return super().body(now_s)
-        theirs = {**self._ours(self.completed), "status": self.status, "usage": self._usage()}
+        assert self.usage is not None
+        usage = table_of(self.completed.get("usage"))
+        usage |= {name: {**table_of(usage.get(name)), **value} if isinstance(value, dict) else value
+                  for name, value in usage_object(self.usage).items()}
+        theirs = {**self._ours(self.completed), "status": self.status, "usage": usage}
         if self.status == "completed":
             theirs["completed_at"] = now_s              # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
@@ -2957,23 +2963,10 @@ class Relay(Attempt):
         theirs.pop("output", None)
         return f'{compact(theirs)[:-1]},"output":{self.output()}}}'
 
-    def _usage(self) -> JSON:
-        """Theirs, with every field that clients ask for (TRANSLATION.md 1.3)."""
-        assert self.usage is not None
-        given = table_of(self.completed.get("usage"))
-        return {**given, **{name: {**table_of(given.get(name)), **value} if isinstance(value, dict) else value
-                            for name, value in usage_object(self.usage).items()}}
-
     HANDLERS: ClassVar[dict[str, Callable[[Relay, JSON, bytes], None]]] = {
         "response.created": _handshake, "response.queued": _handshake, "response.in_progress": _handshake,
         "response.output_item.added": _added, "response.output_item.done": _done,
         "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error}
-
-
-def end_of(status: str, response: JSON) -> str:
-    """How an answer ended by its terminal event. To Codex a cut is told as `completed`, and the object inside says the
-    truth: so does this gateway, and so may the one before it."""
-    return "incomplete" if status == "completed" and response.get("status") == "incomplete" else status
 
 
 def half_call(item: Any) -> bool:
@@ -3575,17 +3568,12 @@ class ResponsesDecoder:
 
     def _fill(self, known: UpstreamItem, item: JSON) -> None:
         """What an item has beyond its deltas: it may fill, never shrink."""
-        for name in ("arguments", "input"):
-            value = as_text(item.get(name))
-            channel: Channel = "input" if value == item.get(name) and name == "input" else "arguments"
-            if value.strip() not in ("", "{}" if channel == "arguments" else ""):
-                self._rest(known, known.part(channel, 0, value), value)
-        told = [(*whole_text({"part": part}), part) for name in ("summary", "content") for part in dicts_in(item.get(name))
-                if part.get("type") in PART_FAMILY]
-        texts = [UpstreamText(channel, 0, [whole]) for channel, _, _, whole, _ in told]
-        found = paired(texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
-        for place, (text, (channel, _, _, whole, part)) in enumerate(zip(found, told)):
-            text = text or (known.part(channel, ("final", place)) if whole else None)
+        told = list(told_texts(item))
+        found = paired([text for text, _ in told], known.texts,
+                       lambda text: (text.channel, text.so_far()), lambda text: text.channel)
+        for place, ((given, part), text) in enumerate(zip(told, found)):
+            whole = given.so_far()
+            text = text or (known.part(given.channel, ("final", place)) if whole else None)
             if text:
                 self._rest(known, text, whole)
                 for annotation in (part.get("annotations") or [])[text.noted:]:
@@ -3607,9 +3595,10 @@ class ResponsesDecoder:
         if event["type"] == "response.failed":
             self.sink.fail(responses_error(response.get("error") or {}))
             return
+        # Codex is told of a cut as `completed` (so does this gateway, and so may the one before it): the object says the truth
+        incomplete = event["type"] == "response.incomplete" or response.get("status") == "incomplete"
         reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
-        status = end_of(event["type"].removeprefix("response."), response)
-        self._last(response.get("output") or [], Stop(reason if status == "incomplete" else "", last=True))
+        self._last(response.get("output") or [], Stop(reason if incomplete else "", last=True))
 
     def _last(self, output: list[JSON], stop: Stop) -> None:
         """What only the final response holds, then what waited for it."""
@@ -3617,7 +3606,9 @@ class ResponsesDecoder:
             if not known.closed:
                 self.finish(known, item)
         for known in self.items.all:
-            if known.kind == "call" and not known.done and not stop.incomplete and known.complete():
+            text = known.texts[0] if known.texts and known.kind == "call" and known.item.get("name") else None
+            if text and not known.done and not stop.incomplete and (
+                    text.channel == "input" or json_dict(text.so_far()) is not None):       # it lacks only its `done`
                 self.finish(known, {**known.item, "status": "completed"})
             if known.done and not known.closed and (
                     known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete):
@@ -3633,7 +3624,8 @@ class ResponsesDecoder:
         "response.output_text.annotation.added": _annotation,
         "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
         **dict.fromkeys([f"{family}.delta" for family in TEXT_EVENTS], _delta),
-        **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), *PART_DONE], _text_done)}
+        **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), "response.content_part.done",
+                         "response.reasoning_summary_part.done"], _text_done)}
 
 
 def event_type(event: JSON) -> Any:

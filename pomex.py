@@ -1624,8 +1624,7 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def escaped_controls(text: str) -> str:
-    """JSON with the control characters of its strings as escapes: models leave line ends as they are, and no strict reader,
-    Codex's among them, takes them so."""
+    """JSON with the control characters of its strings as escapes: models leave line ends, and strict readers refuse them."""
     def escape(found: re.Match[str]) -> str:
         return found[0] if len(found[0]) == 2 else quote(found[0])[1:-1]
     return JSON_STRING.sub(lambda string: STRING_PART.sub(escape, string[0]), text)
@@ -2387,7 +2386,7 @@ class Assembler(Attempt):
         return raw if json_dict(raw) is not None else None
 
     def _finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
-        """Nothing is done for a call that is to be complete, but whose arguments are cut."""
+        """A call whose arguments are cut stays open."""
         argument = self._argument(item) if status == "completed" else item.sent()
         if argument is None:
             return
@@ -2433,8 +2432,7 @@ class Assembler(Attempt):
             names = ", ".join(item.tool.name for item in self.unfinished.values() if item.tool)
             self.error = UpstreamError(f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
         self._explain()
-        # a client that runs what is done must not see half a call; text is worth keeping, but Codex asks again: half a message
-        # would stay in its history; and what is too long is told once
+        # half a call must not be run; half a message would stay in Codex's history when it asks again
         shorter = self.answer.manners.cut_is_completed
         if self.error is None or not (self.answer.manners.failure_in_stream or self.written > self.room):
             for key, item in list(self.unfinished.items()):
@@ -2545,8 +2543,8 @@ Told = TypeVar("Told")
 
 
 def paired(given: Sequence[Told], known: Sequence[Told], *keys: Callable[[Told], Any]) -> list[Told | None]:
-    """For each of the given the known one that it is: the first with the same key, each once. A later key is for those that
-    no earlier one found; the key None is no key."""
+    """For each of the given the first known one with the same key, each once; a later key for those that are left. None is
+    no key."""
     found: dict[int, int] = {}
     for key in keys:
         if len(found) == len(given):
@@ -2623,8 +2621,8 @@ class UpstreamItems:
         return known
 
     def last(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with what is known of it: by its names, by what it says, by its place among its
-        kind. A call that is done is no other call for want of a better one. New ones are numbered on."""
+        """The items of a final response, each with what is known of it: by name, by content, in order among its kind. A call
+        that is done is no other call. New ones are numbered on."""
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
         found = paired(given, self.all,
                        lambda each: (name := each.item.get("call_id") or each.item.get("id")) and (each.kind, name),
@@ -2704,8 +2702,8 @@ MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # posses
 class Relay(Attempt):
     """Frames of a Responses upstream, unread but for those that carry the response object, an item or a whole text.
 
-    The response id and `model` are ours; the terminal frame is ours to send, and before it what the final response alone
-    holds; where frames of ours went in, or some of theirs were left out, the later sequence numbers are moved.
+    Response id, `model` and terminal frame are ours; so is what the final response alone holds. The numbers of later frames
+    are moved accordingly.
     """
     READ = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
                       rb'\w++\.(?:added|done)))"')

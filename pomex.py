@@ -2708,7 +2708,7 @@ class Relay(Attempt):
     READ = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
                       rb'\w++\.(?:added|done)))"')
     OUTPUT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
-    FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
+    FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{ ?"type")|event: ?[^r ])')     # a line that their events seldom have
     NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
     def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str],
@@ -2742,7 +2742,7 @@ class Relay(Attempt):
     def _pass(self, block: bytes) -> None:
         """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
         if self.FOREIGN.search(b"\n" + block):
-            block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if b'"response.' in frame)
+            block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if self._is_event(frame))
         if not block:
             return
         if not self.begun and not self.OUTPUT.search(block):
@@ -2757,6 +2757,16 @@ class Relay(Attempt):
             self.kept.append(block)
         self.written += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
         self.grew()
+
+    def _is_event(self, frame: bytes) -> bool:
+        """Is it an event of this API? Of what is none, an error counts, whatever its form."""
+        if b'"response.' in frame:
+            return True
+        event = parse_block(frame.decode("utf-8", "replace"))
+        said = event and json_dict(event.data)
+        if event and (event.event == "error" or (said and states_error(said))):
+            self.error = self.error or responses_error(said or event.data)
+        return False
 
     def _begin(self) -> None:
         """Output begins: what was held goes first, unless a beginning of ours has gone already."""
@@ -2897,12 +2907,14 @@ class Relay(Attempt):
 
     def whole(self, data: bytes) -> None:
         """A response that came as one JSON object, asked for or not."""
+        response = json_dict(data.decode("utf-8", "replace")) or {}
+        if "output" not in response and states_error(response, whole=True):
+            raise responses_error(response.get("error") or response)
         try:
-            response = json.loads(data)
             status = response["status"]
             if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
                 raise ValueError("no answer")
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError):
             raise UpstreamError("The provider's answer is not a response object.") from None
         given = {**response, "output": dicts_in(response.get("output"))}
         if self.answer.request.stream:

@@ -597,7 +597,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("said", SAID)
-@pytest.mark.parametrize("wire", ["chat", "messages", "gemini", "responses"])
+@pytest.mark.parametrize("wire", WIRES)
 def test_the_words_of_an_unknown_error_reach_answer_and_log_after_several_tries(wire, said, tmp_path, caplog):
     async def main():
         scripted = Scripted(a=SAID[said](), b=SAID[said]())

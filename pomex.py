@@ -4054,6 +4054,9 @@ def chat_frame(data: str, chunk: JSON) -> ChatFrame:
     return ChatFrame("", "", "")
 
 
+BRACES = re.compile(r'[{}"]|\\.', re.DOTALL)
+
+
 @dataclass(slots=True)
 class ChatCall:
     """A tool call that is being streamed."""
@@ -4066,6 +4069,10 @@ class ChatCall:
     waiting: str = ""               # a piece that may be a placeholder, or a snapshot: the next one tells
     streamed: bool = False          # came in more than one piece
     named_again: bool = False       # by a piece without arguments: another call may follow
+    counted: int = 0                # of the pieces, for their braces
+    depth: int = 0
+    quoted: bool = False
+    broken: bool = False            # all braces are closed, and it is no JSON
     closed: bool = False
 
     @property
@@ -4103,8 +4110,21 @@ class ChatCall:
         return arguments.startswith(self.text) or (known is not None and known == json_dict(arguments))
 
     def is_whole(self) -> bool:
-        """Are the arguments one JSON object? Some servers make us ask at every piece: most cannot be its end."""
-        return (self.end == "}" or bool(self.waiting)) and json_dict(self.text) is not None
+        """Are the arguments one JSON object? Some servers make us ask at every piece: braces are counted, each piece once."""
+        if self.waiting:
+            return json_dict(self.text) is not None
+        if self.end != "}" or self.broken:
+            return False
+        for mark in BRACES.findall("".join(self.pieces[self.counted:])):
+            if mark == '"':
+                self.quoted = not self.quoted
+            elif not self.quoted:
+                self.depth += {"{": 1, "}": -1}.get(mark, 0)
+        self.counted = len(self.pieces)
+        if self.depth > 0:
+            return False
+        self.broken = json_dict(self.text) is None
+        return not self.broken
 
 
 @dataclass(slots=True)

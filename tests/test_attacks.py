@@ -385,6 +385,18 @@ def test_calls_that_stay_open_are_not_read_again_whenever_another_begins(argumen
     assert [name for name, *_ in decoder.sink.made].count("call") == 2000
 
 
+def test_a_call_that_could_end_with_every_piece_is_not_read_again_with_every_piece():
+    decoder = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"])
+    decoder.sink = sinks.Recorder()
+    began = time.perf_counter()
+    for arguments in ['{"a": ["', *['{\\"x\\": 1}'] * 20_000, '"]}']:
+        call = {"index": 0, "function": {"name": "f", "arguments": arguments}}
+        decoder.feed(json.dumps({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}))
+    assert time.perf_counter() - began < 2.0
+    said = "".join(given[1] for name, given, _ in decoder.sink.made if name == "add")
+    assert len(json.loads(said)["a"][0]) == 20_000 * 8
+
+
 def test_the_values_of_a_long_body_are_counted_before_it_is_read():
     body = b'{"model":"chat/m","input":"x","metadata":[' + b"{}," * 3_000_000 + b"{}]}"
     began = time.perf_counter()

@@ -2762,10 +2762,8 @@ class Relay(Attempt):
         """Is it an event of this API? Of what is none, an error counts, whatever its form."""
         if b'"response.' in frame:
             return True
-        event = parse_block(frame.decode("utf-8", "replace"))
-        said = event and json_dict(event.data)
-        if event and (event.event == "error" or (said and states_error(said))):
-            self.error = self.error or responses_error(said or event.data)
+        if event := parse_block(frame.decode("utf-8", "replace")):
+            self.error = self.error or self.decoder.stray_error(event.data, event.event == "error")
         return False
 
     def _begin(self) -> None:
@@ -2907,9 +2905,10 @@ class Relay(Attempt):
 
     def whole(self, data: bytes) -> None:
         """A response that came as one JSON object, asked for or not."""
-        response = json_dict(data.decode("utf-8", "replace")) or {}
-        if "output" not in response and states_error(response, whole=True):
-            raise responses_error(response.get("error") or response)
+        text = data.decode("utf-8", "replace")
+        response = json_dict(text) or {}
+        if "output" not in response and (error := self.decoder.stray_error(text, whole=True)):
+            raise error
         try:
             status = response["status"]
             if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
@@ -3465,6 +3464,11 @@ class ResponsesDecoder:
             self.read(json.loads(data))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
+
+    def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
+        """The failure that data which is no event of this API states, by the event's name or in any form."""
+        said = json_dict(data) or {}
+        return responses_error(said.get("error") or said or data) if named or states_error(said, whole) else None
 
     def read(self, event: JSON) -> None:
         kind = event_type(event)

@@ -207,7 +207,7 @@ def read_by(decoder, *events):
 
 
 def test_a_paused_turn_of_anthropic_keeps_what_both_halves_say():
-    decoder = pomex.MessagesDecoder(pomex.MessagesBook([{"type": "web_search"}], pomex.claude("claude-opus-5-5")))
+    decoder = pomex.MessagesDecoder(pomex.ToolBook([{"type": "web_search"}], searches=True))
     said = read_by(decoder, {"type": "message_start", "message": {"id": "1", "model": "claude-x", "usage": {"input_tokens": 5, "speed": "fast"}}},
                    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
                    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hm"}},

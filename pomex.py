@@ -11817,11 +11817,11 @@ class Server:
 
     async def accept(self, listening: socket.socket, at_once: int) -> None:
         loop = asyncio.get_running_loop()
-        for number in itertools.count(1):
+        number = 0
+        while not self.draining:        # stop_listening takes the rest: what a cancelled sock_accept holds would be reset
+            number += 1
             try:
                 self.take(*await loop.sock_accept(listening))
-                if self.draining:
-                    return
                 pause_s = 0.0
             except OSError as error:
                 short = error.errno in OUR_LIMITS and not self.give_up(self.idle, IDLE_SAFE_S)

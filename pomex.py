@@ -2852,11 +2852,11 @@ class Relay(Attempt):
             self.halves[known.slot] = event, frame
             return
         changed = fill_item(item, known), self._sealed(item)
+        self.items[known.slot] = compact(item)
         if any(changed) or not frame:
             frame = sse_frame(event["type"], compact(event))
         if new:
             self._pass(frame.replace(b"output_item.done", b"output_item.added", 2))
-        self.items[known.slot] = compact(item)
         self._pass(frame)
 
     def _release(self) -> None:
@@ -2921,9 +2921,15 @@ class Relay(Attempt):
                 self.decoder.sink = voice
                 self.decoder.whole(given)
                 self.usage, self.stop, self.error = voice.usage, voice.stop, voice.error
-        else:
-            self.decoder.whole(given)
-            self._release()
+        else:                                       # no piece of it has come before: there is nothing to compare
+            self.decoder.whole({**given, "output": []})
+            for index, item in enumerate(given["output"]):
+                if half_call(item) and self.answer.manners.cut_is_completed:
+                    continue
+                if item.get("type") == "function_call" and not has_content(item):
+                    item["arguments"] = as_text(item.get("arguments")) or "{}"
+                self._sealed(item)
+                self.items[index] = compact(item)
         self._end(response)
         self.begun = self.begun or bool(response.get("output"))
         self.grew(len(data), len(given["output"]))
@@ -3458,12 +3464,8 @@ class ResponsesDecoder:
 
     def feed(self, data: str) -> None:
         """One event's data. Unknown events say nothing; UpstreamError where it is not JSON, or no event."""
-        if data.strip() == "[DONE]":
-            return
-        try:
-            self.read(json.loads(data))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UpstreamError("The provider sent an event that cannot be read.") from None
+        if data.strip() != "[DONE]":
+            self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
         """The failure that data which is no event of this API states, by the event's name or in any form."""
@@ -3471,9 +3473,12 @@ class ResponsesDecoder:
         return responses_error(said.get("error") or said or data) if named or states_error(said, whole) else None
 
     def read(self, event: JSON) -> None:
-        kind = event_type(event)
-        if kind in self.HANDLERS:
-            self.HANDLERS[kind](self, event)
+        try:
+            kind = event_type(event)
+            if kind in self.HANDLERS:
+                self.HANDLERS[kind](self, event)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def whole(self, body: JSON) -> None:
         """An answer that was not streamed: the last event of one that was."""
@@ -3481,7 +3486,7 @@ class ResponsesDecoder:
             raise UpstreamError("The provider's answer is not a response object.")
         status = body.get("status")
         kind = status if status in ("incomplete", "failed") else "failed" if body.get("error") else "completed"
-        self.feed(compact({"type": f"response.{kind}", "response": body}))
+        self.read({"type": f"response.{kind}", "response": body})
 
     def end(self) -> None:
         stop = self.items.stop()

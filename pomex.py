@@ -2706,9 +2706,9 @@ class Relay(Attempt):
     are moved accordingly.
     """
     READ = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
-                      rb'\w++\.(?:added|done)))"')
+                      rb'output_item\.added|\w++\.done))"')
     OUTPUT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
-    FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{ ?"type")|event: ?[^r ])')     # a line that their events seldom have
+    FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
     NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
     def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str],
@@ -2720,6 +2720,7 @@ class Relay(Attempt):
         self.decoder.asked_12h = answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
         self.frames = SSEDecoder(MAX_EVENT_BYTES)
         self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
+        self.newest = b""                           # what passed last: where no end follows it may be an error
         self.kept: list[bytes] = []                 # what came in a call: its arguments may stand in deltas alone
         self.halves: dict[int, tuple[JSON, bytes]] = {}     # done events of half calls: shown only if the answer is incomplete
         self.streamed = math.inf                    # so many items came before the final response
@@ -2741,10 +2742,11 @@ class Relay(Attempt):
 
     def _pass(self, block: bytes) -> None:
         """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
-        if self.FOREIGN.search(b"\n" + block):
+        if not self.begun or self.FOREIGN.search(b"\n" + block):
             block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if self._is_event(frame))
         if not block:
             return
+        self.newest = block
         if not self.begun and not self.OUTPUT.search(block):
             self.held += [block] if self.held else []       # nothing goes before response.created
             self.grew(len(block))
@@ -2756,7 +2758,8 @@ class Relay(Attempt):
         if calls or not others:
             self.kept.append(block)
         self.written += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
-        self.grew()
+        if self.written > self.room:
+            self.grew()
 
     def _is_event(self, frame: bytes) -> bool:
         """Is it an event of this API? Of what is none, an error counts, whatever its form."""
@@ -2940,6 +2943,8 @@ class Relay(Attempt):
             self.feed(sse_frame(event.event, event.data))
         if self.stop is None and not self.frames.torn:      # a torn event may have said anything
             self.decoder.end()
+        for frame in self.newest.split(b"\n\n") if self.stop is None else ():
+            self._is_event(frame)
         self._release()
 
     def settle_items(self) -> None:

@@ -22,7 +22,7 @@ PROVIDERS = {"responses": ("responses", "normalise"), "relayed": ("responses", "
 PROMPT = "PROMPT-SECRET-4711"
 LIMITS = """connect_timeout_s = 1
 first_byte_timeout_s = 3
-idle_timeout_s = 1
+idle_timeout_s = 2
 total_timeout_s = 20
 """
 TOOL = {"type": "function", "name": "shell", "description": "", "parameters": {"type": "object", "properties": {

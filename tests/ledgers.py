@@ -1,4 +1,6 @@
-"""What tests look at of a ledger: its newest rows, and the sums of all."""
+"""What tests look at of a ledger: its newest rows, and the sums of all; and a ledger's file as it was at first."""
+import contextlib
+
 import pomex
 
 COUNTS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
@@ -16,3 +18,14 @@ def totals(ledger):
     """Sums over all rows."""
     rows = ledger.read(f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in COUNTS)} FROM daily")
     return dict(zip(COUNTS, rows[0]))
+
+
+@contextlib.contextmanager
+def first_schema(path, monkeypatch):
+    """A new file of the first schema, open; migrations are those of today again after it."""
+    with monkeypatch.context() as older:
+        older.setattr(pomex, "MIGRATIONS", pomex.MIGRATIONS[:1])
+        pomex.create_file(path)
+        with contextlib.closing(pomex.open_database(path, "process")) as db:
+            pomex.migrate(db, path)
+            yield db

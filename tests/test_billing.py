@@ -12,7 +12,7 @@ import time
 import pytest
 import sinks
 from conftest import REPOSITORY
-from ledgers import recent, totals
+from ledgers import first_schema, recent, totals
 
 import pomex
 from pomex import Usage
@@ -428,15 +428,11 @@ def test_ids_that_began_anew_under_an_older_program_are_counted(ledger):
 
 
 def test_a_file_of_the_first_schema_is_upgraded_with_its_sums(path, monkeypatch):
-    with monkeypatch.context() as older:
-        older.setattr(pomex, "MIGRATIONS", pomex.MIGRATIONS[:1])
-        pomex.create_file(path)
-        with contextlib.closing(pomex.open_database(path, "process")) as db:
-            pomex.migrate(db, path)
-            first = pomex.Entry._fields[:pomex.Entry._fields.index("account_id")]
-            db.execute(f"INSERT INTO usage ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})",
-                       entry("r1", input=7)[:len(first)])
-            db.execute("INSERT INTO keys (name, digest, hint, created_s) VALUES ('old', x'00', 'h', 1)")
+    with first_schema(path, monkeypatch) as db:
+        first = pomex.Entry._fields[:pomex.Entry._fields.index("account_id")]
+        db.execute(f"INSERT INTO usage ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})",
+                   entry("r1", input=7)[:len(first)])
+        db.execute("INSERT INTO keys (name, digest, hint, created_s) VALUES ('old', x'00', 'h', 1)")
     with contextlib.closing(pomex.Ledger.open(path)) as ledger:
         assert totals(ledger)["input"] == 7 and pomex.verify(ledger) == (1, [])
         old = key_of(ledger, "old")

@@ -12,7 +12,7 @@ import time
 
 import pomex
 import pytest
-from ledgers import recent, totals
+from ledgers import first_schema, recent, totals
 
 NOW = 1_763_629_920.0       # 2025-11-20 09:12 UTC
 
@@ -645,11 +645,8 @@ class Damaged:
 
 
 def test_a_copy_is_made_before_the_schema_changes(path, monkeypatch):
-    with monkeypatch.context() as older:
-        older.setattr(pomex, "MIGRATIONS", pomex.MIGRATIONS[:1])
-        pomex.create_file(path)
-        with contextlib.closing(pomex.open_database(path, "process")) as db:
-            pomex.migrate(db, path)
+    with first_schema(path, monkeypatch):
+        pass
     assert os.listdir(os.path.dirname(path)) == ["pomex.db"], "of a new file none is needed"
     for _ in range(2):
         pomex.Ledger.open(path).close()

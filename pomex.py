@@ -183,13 +183,13 @@ class UpstreamTimeout(UpstreamError):
 Raised = TypeVar("Raised", bound=Exception)
 
 
-def untraced(error: Raised) -> Raised:
+def without_traceback(error: Raised) -> Raised:
     """An error without the frames that it came through: kept with a request they would hold all of it, in a circle."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
-def trail(error: BaseException) -> str:
+def fault_location(error: BaseException) -> str:
     """Where a fault of our own came from, innermost first; not its text, which may hold what a client or provider sent."""
     places, step = [], error.__traceback__
     while step is not None:
@@ -208,9 +208,9 @@ class ConfigError(Exception):
 # All that a provider can say to the client's stream: the calls of a Sink. A decoder makes these calls and nothing else: it
 # never numbers, never ends a stream, never counts time.
 
-Kind: TypeAlias = Literal["message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
+ItemType: TypeAlias = Literal["message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
                           "local_shell_call", "web_search_call", "image_generation_call"]
-Channel: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", "input"]
+PartType: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", "input"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,7 @@ class Usage:
     estimated: bool = False     # the provider gave no count
     cache_write_1h: int = 0     # of the written ones, those kept long: 1 h at Anthropic, 12 h at OpenAI
     web_searches: int = 0       # requests of the provider's own search tool
-    broken: str = ""            # how the provider's count contradicted itself
+    inconsistency: str = ""     # how the provider's count contradicted itself
     # beside the counts, as the answer says it; "" where it does not
     tier: str = field(default="", compare=False)        # what it was served as: "priority", "standard fast us"
     model: str = field(default="", compare=False)       # whose answer it is
@@ -235,7 +235,7 @@ COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write
 MAX_TOKENS = 1 << 24            # no answer has had so many; a count beyond is a mistake, and would spoil every sum
 
 
-def table_of(value: Any) -> JSON:
+def as_dict(value: Any) -> JSON:
     return value if isinstance(value, dict) else {}
 
 
@@ -249,7 +249,7 @@ def count(holder: Any, *names: str) -> int:
 
 def billing_facts(facts: JSON) -> dict[str, Any]:
     """What an answer and its usage, in one, say of its cost beyond its tokens: fields of Usage."""
-    tools, cost = table_of(facts.get("tool_usage")), facts.get("cost")
+    tools, cost = as_dict(facts.get("tool_usage")), facts.get("cost")
     tiers = map(facts.get, ("service_tier", "speed", "inference_geo"))
     return {"web_searches": count(tools.get("web_search"), "num_requests")                      # OpenAI
             or count(facts.get("server_tool_use"), "web_search_requests")                       # Anthropic, OpenRouter
@@ -271,14 +271,14 @@ def checked_usage(usage: Usage) -> Usage:
                                 cache_write_1h=min(usage.cache_write_1h, written), reasoning=min(usage.reasoning, output),
                                 web_searches=min(usage.web_searches, MAX_TOKENS))
     names = [name for name in COUNTED if getattr(sound, name) != getattr(usage, name)]
-    return dataclasses.replace(sound, estimated=True, broken=f"the provider's count of {', '.join(names)} cannot be")
+    return dataclasses.replace(sound, estimated=True, inconsistency=f"the provider's count of {', '.join(names)} cannot be")
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     """The provider's evidence that the model has finished (DESIGN: promise 1)."""
-    incomplete: str = ""    # "" or the Responses reason: "max_output_tokens", "content_filter"
-    last: bool = False      # nothing more will come: reading can end
+    incomplete_reason: str = ""     # "" or the Responses reason: "max_output_tokens", "content_filter"
+    final: bool = False     # nothing more will come: reading can end
     explanation: str = ""   # why a content filter stopped it, for the user
 
 
@@ -288,15 +288,15 @@ class Sink(Protocol):
 
     >>> sink.reasoning("Hm."); sink.text("Hello"); sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
-    def text(self, text: str, channel: Channel = "text") -> None:
+    def text(self, text: str, channel: PartType = "text") -> None:
         """More of the message without a key, which begins with its first visible character."""
     def reasoning(self, text: str) -> None:
         """More of the summary of the reasoning item without a key; "" only begins it."""
-    def open(self, key: Any, kind: Kind, **fields: Any) -> None:
+    def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         """An item begins, with these of its own fields."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         """A tool call begins."""
-    def add(self, key: Any, text: str, channel: Channel, part: int = 0) -> None:
+    def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
         """More of an item: a message's text or refusal, a reasoning item's summary or raw text, a call's arguments (JSON
         text), a custom call's input (raw text). A higher part than before begins another summary or content part."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
@@ -507,13 +507,13 @@ def with_host(headers: Headers, authority: str, version: tuple[int, int]) -> Hea
     return Headers([("host", authority), *(item for item in headers if item[0] != "host")])
 
 
-def parse_request(line: bytes, headers: Headers, max_body_bytes: int | None) -> RequestHead:
+def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int | None) -> RequestHead:
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError("The request line is not 'METHOD target HTTP/1.1'.")
     version = int(match[3]), int(match[4])
     if version not in ((1, 0), (1, 1)):
-        raise ProtocolError("Only HTTP/1.1 and HTTP/1.0 are has_content here.", 505)
+        raise ProtocolError("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505)
     method = match[1].decode()
     path, query, authority = parse_target(method, match[2])
     headers = with_host(headers, authority, version)
@@ -704,7 +704,7 @@ class RequestReader(Reader[RequestHead]):
                 break
             yield self._pause() if self.idle else self._more_data()
         line, _, fields = section.partition(CRLF)
-        return parse_request(line, parse_fields(fields, self.limits.max_headers), self.limits.max_body_bytes)
+        return parse_request_head(line, parse_fields(fields, self.limits.max_headers), self.limits.max_body_bytes)
 
     def _check_start(self) -> None:
         """Refuses a TLS hello, NULs or an endless line before any CRLF comes."""
@@ -818,7 +818,7 @@ MAX_RATIO = 200             # of a request's body to its compressed size: prompt
 RATIO_FREE_BYTES = 4 << 20  # so much may come of any
 
 
-class Inflater:
+class ContentDecoder:
     """Takes gzip (RFC 9110 8.4.1.3), if that is the coding, off a body. 413 as soon as more than `max_bytes` come out."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
@@ -899,7 +899,7 @@ def parse_block(block: str) -> Event | None:
     return Event(name or "message", "\n".join(data)) if data else None
 
 
-def is_whole(data: str) -> bool:
+def is_complete_json(data: str) -> bool:
     """Can an event with this data be over? Half a JSON object is never a JSON object."""
     try:
         return data == "[DONE]" or isinstance(json.loads(data), dict)
@@ -907,7 +907,7 @@ def is_whole(data: str) -> bool:
         return False
 
 
-def is_torn(rest: bytes | bytearray) -> bool:
+def is_truncated(rest: bytes | bytearray) -> bool:
     """Is the rest more than comments?"""
     return any(line and not line.startswith(b":") for line in rest.split(b"\n"))
 
@@ -919,7 +919,7 @@ class SSEDecoder:
         self.max_event_bytes = max_event_bytes
         self._rest = bytearray()        # no empty line in it, but perhaps a line end as its last byte
         self._begun = False             # is a byte order mark out of the question?
-        self.torn = False               # after finish(): did the body end inside of an event?
+        self.truncated = False               # after finish(): did the body end inside of an event?
         self._after_cr = False          # then a first LF belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
@@ -949,8 +949,8 @@ class SSEDecoder:
         rest = self._rest if self._begun else b""
         event = parse_block(rest.decode("utf-8", "replace").strip("\n"))
         self._rest = bytearray()
-        given = [event] if event and (rest.endswith(b"\n") or is_whole(event.data)) else []
-        self.torn = not given and is_torn(rest)
+        given = [event] if event and (rest.endswith(b"\n") or is_complete_json(event.data)) else []
+        self.truncated = not given and is_truncated(rest)
         return given
 
     def _without_mark(self, data: bytes) -> bytes:
@@ -988,8 +988,8 @@ def sse_frame(type: str, data: str) -> bytes:
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
-compact = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-quote = json.encoder.encode_basestring_ascii
+dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+json_string = json.encoder.encode_basestring_ascii
 
 
 def sha256_hex(text: str) -> str:
@@ -1029,7 +1029,7 @@ def load_json(raw: bytes) -> Any:
 lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
 
 
-def json_dict(text: str) -> JSON | None:
+def parse_object(text: str) -> JSON | None:
     """The JSON object that `text` is, if it is one. A model may leave line ends in strings as they are."""
     try:
         value = lenient_json(text)
@@ -1038,7 +1038,7 @@ def json_dict(text: str) -> JSON | None:
     return value if isinstance(value, dict) else None
 
 
-def dicts_in(value: Any) -> list[JSON]:
+def only_dicts(value: Any) -> list[JSON]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
@@ -1055,7 +1055,7 @@ JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true
               list: "an array", type(None): "null"}
 
 
-def unfit(param: str, words: str, code: str = "invalid_value") -> BadRequest:
+def invalid_param(param: str, words: str, code: str = "invalid_value") -> BadRequest:
     """The field, then what is wrong with it or what it must be."""
     return BadRequest(f"{param}{words}", param=param, code=code)
 
@@ -1065,14 +1065,14 @@ def check_value(value: Any, rule: Rule, param: str) -> None:
         if value is None:
             raise BadRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
         wanted = " or ".join(JSON_NAMES[t] for t in rule.types if not (t is int and float in rule.types))
-        raise unfit(param, f" must be {wanted}, not {JSON_NAMES[type(value)]}.", "invalid_type")
+        raise invalid_param(param, f" must be {wanted}, not {JSON_NAMES[type(value)]}.", "invalid_type")
     if rule.low is not None:
         what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
         if not rule.low <= size <= rule.high:
             limits = f"at least {rule.low:g}" if rule.high == math.inf else f"between {rule.low:g} and {rule.high:g}"
-            raise unfit(param, f": its {what} must be {limits}.")
+            raise invalid_param(param, f": its {what} must be {limits}.")
     if rule.choices and value not in rule.choices:
-        raise unfit(param, f" must be one of {', '.join(rule.choices)}.")
+        raise invalid_param(param, f" must be one of {', '.join(rule.choices)}.")
     if rule.inner:
         rule.inner(value, param)
 
@@ -1087,30 +1087,30 @@ def check_fields(holder: JSON, rules: Mapping[str, Rule], param: str) -> None:
 
 def check_metadata(metadata: JSON, param: str) -> None:
     if len(metadata) > 16:                  # these limits are OpenAI's
-        raise unfit(param, " may have at most 16 entries.")
+        raise invalid_param(param, " may have at most 16 entries.")
     if any(not isinstance(value, str) or len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
-        raise unfit(param, " maps keys of at most 64 to strings of at most 512 characters.")
+        raise invalid_param(param, " maps keys of at most 64 to strings of at most 512 characters.")
 
 
 def check_parts(content: Any, param: str) -> None:
     if isinstance(content, str):
         return
     if not isinstance(content, list):
-        raise unfit(param, " must be a string or an array of parts.", "invalid_type")
+        raise invalid_param(param, " must be a string or an array of parts.", "invalid_type")
     for index, part in enumerate(content):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise unfit(f"{param}[{index}]", " must be an object with a type.", "invalid_type")
+            raise invalid_param(f"{param}[{index}]", " must be an object with a type.", "invalid_type")
         if part["type"] in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-            raise unfit(f"{param}[{index}].text", " must be a string.", "invalid_type")
+            raise invalid_param(f"{param}[{index}].text", " must be a string.", "invalid_type")
 
 
 def check_tools(tools: list[Any], param: str) -> None:
     for index, tool in enumerate(tools):
         here = f"{param}[{index}]"
         if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            raise unfit(here, " must be an object with a type.", "invalid_type")
+            raise invalid_param(here, " must be an object with a type.", "invalid_type")
         if "name" not in tool and isinstance(tool.get("function"), dict):
-            raise unfit(f"{here}.name", " is missing: tools are flat here, without a function object inside.",
+            raise invalid_param(f"{here}.name", " is missing: tools are flat here, without a function object inside.",
                         "missing_required_parameter")
         check_fields(tool, TOOL_RULES.get(tool["type"], {}), here)
 
@@ -1120,7 +1120,7 @@ def check_format(text: JSON, param: str) -> None:
     if shape is None:
         return
     if not isinstance(shape, dict) or shape.get("type") not in ("text", "json_object", "json_schema"):
-        raise unfit(f"{param}.format.type", " must be text, json_object or json_schema.")
+        raise invalid_param(f"{param}.format.type", " must be text, json_object or json_schema.")
     if shape["type"] == "json_schema":
         check_fields(shape, {"name": Rule((str,), 1, 64), "schema": OBJECT}, f"{param}.format")
 
@@ -1183,30 +1183,30 @@ TOOL_RULES: dict[str, dict[str, Rule]] = {
 def check_item(given: Any, param: str) -> JSON:
     """One input item with its `type` filled in; only a message (by its role) may come without."""
     if not isinstance(given, dict):
-        raise unfit(param, " must be an object.", "invalid_type")
+        raise invalid_param(param, " must be an object.", "invalid_type")
     item: JSON = given
     kind = item.get("type")
     if kind is None:
         kind = "message" if "role" in item else "item_reference" if "id" in item else None
         item = {"type": kind} | item | {"type": kind}
     if not isinstance(kind, str):
-        raise unfit(f"{param}.type", " must be a string.", "missing_required_parameter")
+        raise invalid_param(f"{param}.type", " must be a string.", "missing_required_parameter")
     check_fields(item, ITEM_RULES.get(kind, {}), param)
     if kind == "message":
         check_parts(item.get("content"), f"{param}.content")
     elif kind == "item_reference":
-        raise unfit(param, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
+        raise invalid_param(param, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
     return item
 
 
 def check_tool_choice(choice: Any, tools: Sequence[JSON]) -> None:
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        raise unfit("tool_choice", " must be none, auto, required or an object.")
+        raise invalid_param("tool_choice", " must be none, auto, required or an object.")
     if isinstance(choice, dict):
         if not isinstance(choice.get("type"), str):
-            raise unfit("tool_choice.type", " must be a string.")
+            raise invalid_param("tool_choice.type", " must be a string.")
         if choice["type"] in ("function", "custom") and choice.get("name") not in list(tool_names(tools)):
-            raise unfit("tool_choice", f" names {str(choice.get('name'))[:64]!r}, which is not among the tools.")
+            raise invalid_param("tool_choice", f" names {str(choice.get('name'))[:64]!r}, which is not among the tools.")
 
 
 def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
@@ -1237,7 +1237,7 @@ class ResponsesRequest:
     def cache_key(self) -> str:
         """prompt_cache_key, or one that all requests which begin alike have in common."""
         given: str = self.get("prompt_cache_key", "")
-        return given or sha256_hex(compact([self.model, self.instructions, self.body.get("tools")]))[:32]
+        return given or sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
 
 
 INLINE_DATA = (b";base64,", b'"file_data":"')       # images and files begin behind these
@@ -1245,7 +1245,7 @@ INLINE_DATA_BYTES = 1024        # a shorter one counts as text
 INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that say
 
 
-def input_estimate(raw: bytes) -> int:
+def estimate_input_tokens(raw: bytes) -> int:
     """Tokens of a request: a quarter of its bytes."""
     text, tokens = len(raw), 0
     for mark in INLINE_DATA:
@@ -1262,7 +1262,7 @@ MAX_JSON_VALUES = 2_000_000     # read, each takes a hundred bytes and a tenth o
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-def check_request(raw: bytes) -> ResponsesRequest:
+def parse_request(raw: bytes) -> ResponsesRequest:
     """The body of POST /v1/responses. BadRequest names the field, what is wrong and what would do."""
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.", status=413,
@@ -1274,12 +1274,12 @@ def check_request(raw: bytes) -> ResponsesRequest:
     if not isinstance(body, dict):
         raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.", code="invalid_json")
     try:
-        return checked(body, raw)
+        return validate_request(body, raw)
     except RecursionError:              # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
 
 
-def checked(body: JSON, raw: bytes) -> ResponsesRequest:
+def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
     for name, value in body.items():
         if value is not None and name in REQUEST_RULES:
             check_value(value, REQUEST_RULES[name], name)
@@ -1289,14 +1289,14 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
     for name in ("model", "input"):                 # a prompt template stands for both
         check_value(body.get(name), REQUEST_RULES[name], name)
     if not body["model"].isprintable():
-        raise unfit("model", " holds characters that no name has.")
+        raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
     if isinstance(given, list) and len(given) > MAX_INPUT_ITEMS:
-        raise unfit("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.", "array_above_max_length")
+        raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.", "array_above_max_length")
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else \
         [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
     if not items:
-        raise unfit("input", " is empty: send at least one item.")
+        raise invalid_param("input", " is empty: send at least one item.")
     tools = [*(body.get("tools") or ()), *(tool for item in items if "tools" in ITEM_RULES.get(item["type"], ())
                                            for tool in item["tools"])]
     check_tool_choice(body.get("tool_choice"), tools)
@@ -1305,14 +1305,14 @@ def checked(body: JSON, raw: bytes) -> ResponsesRequest:
 
 def instructions_text(body: JSON) -> str:
     given = body.get("instructions") or ""
-    return given if isinstance(given, str) else "\n\n".join(text_of(item.get("content")) for item in dicts_in(given))
+    return given if isinstance(given, str) else "\n\n".join(text_of(item.get("content")) for item in only_dicts(given))
 
 
 def text_of(content: Any, separator: str = "") -> str:
     """The text of a message content or a tool output, which is a string or a list of parts."""
     if isinstance(content, str):
         return content
-    return separator.join(part["text"] for part in dicts_in(content) if isinstance(part.get("text"), str))
+    return separator.join(part["text"] for part in only_dicts(content) if isinstance(part.get("text"), str))
 
 
 # --- 5.2 the envelope of reasoning ----------------------------------------------------------------
@@ -1392,7 +1392,7 @@ LOCAL_SHELL: JSON = {
 
 class Tool(NamedTuple):
     """What a flat upstream name stands for."""
-    kind: Kind
+    kind: ItemType
     name: str
     namespace: str
     fitted: Mapping[str, str] = {}      # parameters that go up under another name: theirs -> that
@@ -1415,11 +1415,11 @@ def fit_parameter_names(names: Iterable[str], rule: re.Pattern[str]) -> dict[str
 
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     """A call's arguments with other keys in their objects, where `names` has one."""
-    return compact(json.loads(arguments, strict=False, object_hook=lambda given: {
+    return dumps(json.loads(arguments, strict=False, object_hook=lambda given: {
         names.get(key, key): value for key, value in given.items()}))
 
 
-def flat_name(name: str, namespace: str) -> str:
+def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
     safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
@@ -1473,7 +1473,7 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON], names: Mapping[str, 
 TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
 
 
-class ToolBook:
+class ToolMap:
     """The request's tools under the names that providers see."""
 
     def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
@@ -1483,12 +1483,12 @@ class ToolBook:
         self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
         self.dropped: list[str] = []            # what cannot be, as "tools:TYPE"
         self.searches = searches
-        self.by_flat: dict[str, Tool] = {}
+        self.by_upstream_name: dict[str, Tool] = {}
         for tool in tools:
             self._add(tool, "")
-        times = collections.Counter(tool.name for tool in self.by_flat.values())
-        bare = {tool.name: tool for tool in self.by_flat.values() if times[tool.name] == 1}
-        self.known = {**bare, **self.by_flat}       # under bare names too, where only one namespace has them
+        times = collections.Counter(tool.name for tool in self.by_upstream_name.values())
+        bare = {tool.name: tool for tool in self.by_upstream_name.values() if times[tool.name] == 1}
+        self.known = {**bare, **self.by_upstream_name}       # under bare names too, where only one namespace has them
 
     def tool(self, flat: str) -> Tool:
         """The tool that a call of `flat` is for; a function of that name where none is offered."""
@@ -1523,9 +1523,9 @@ class ToolBook:
             self.dropped.append(f"tools:{kind}")
 
     def _offer(self, tool: Tool, given: JSON) -> None:
-        name = flat_name(tool.name, tool.namespace)
-        if name in self.by_flat:        # the first of two equal names wins
-            self.dropped += [f"tools:{name}"] if self.by_flat[name][:3] != tool[:3] else []
+        name = upstream_tool_name(tool.name, tool.namespace)
+        if name in self.by_upstream_name:        # the first of two equal names wins
+            self.dropped += [f"tools:{name}"] if self.by_upstream_name[name][:3] != tool[:3] else []
             return
         found: JSON = {}
 
@@ -1533,29 +1533,29 @@ class ToolBook:
             if isinstance(schema.get("encrypted"), bool):
                 del schema["encrypted"]
             if "properties" in schema:
-                found.update(table_of(schema["properties"]))
+                found.update(as_dict(schema["properties"]))
             return schema
         schema = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean, {})
         fitted = fit_parameter_names(found, self.parameter_names)
         if fitted:
             schema, tool = map_schema(schema, dict, fitted), tool._replace(fitted=fitted)
-        self.by_flat[name] = tool
+        self.by_upstream_name[name] = tool
         offered = {"name": name, "description": given.get("description") or "", "parameters": schema}
         self.functions.append(offered if given.get("strict") is None else {**offered, "strict": given["strict"]})
 
 
-def whole_characters(text: str) -> tuple[str, str]:
+def split_trailing_surrogate(text: str) -> tuple[str, str]:
     """The text, and half a surrogate pair at its end, whose other half comes with the next fragment."""
     half = text[-1:] if HIGH_SURROGATE[0] <= text[-1:] <= HIGH_SURROGATE[1] else ""
-    return mend(text.removesuffix(half)), half
+    return fix_surrogates(text.removesuffix(half)), half
 
 
-def mend(text: str) -> str:
+def fix_surrogates(text: str) -> str:
     """Surrogate pairs joined, lone halves replaced."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class Unwrapper:
+class CustomInputDecoder:
     """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions; or the
     arguments of a function whose parameters are `fitted`, which are shown when they are whole.
 
@@ -1585,7 +1585,7 @@ class Unwrapper:
         safe = self.SAFE.match(self.rest if self.within else "")
         assert safe is not None         # the pattern matches the empty string
         self.rest = self.rest[safe.end():]
-        self.given.append(mend(json.loads(f'"{safe[0]}"', strict=False)))
+        self.given.append(fix_surrogates(json.loads(f'"{safe[0]}"', strict=False)))
         if len(self.rest) > self.LOOK:
             self.blind, self.rest = True, ""
         return self.given[-1]
@@ -1594,7 +1594,7 @@ class Unwrapper:
         if self.theirs:
             raw = raw if raw.strip() else "{}"
             with contextlib.suppress(RecursionError):
-                return None if json_dict(raw) is None else rename_keys(raw, self.theirs)
+                return None if parse_object(raw) is None else rename_keys(raw, self.theirs)
             return None
         whole, given = unwrap(raw), "".join(self.given)
         return whole if whole is None or whole.startswith(given) else given
@@ -1609,7 +1609,7 @@ def unwrap(raw: str) -> str | None:
     if isinstance(value, dict):
         texts = [v for v in value.values() if isinstance(v, str)]
         value = value["input"] if isinstance(value.get("input"), str) else texts[0] if len(texts) == 1 else raw if value else ""
-    return strip_fence(mend(value) if isinstance(value, str) else raw)
+    return strip_fence(fix_surrogates(value) if isinstance(value, str) else raw)
 
 
 def strip_fence(text: str) -> str:
@@ -1626,14 +1626,14 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 def escaped_controls(text: str) -> str:
     """JSON with the control characters of its strings as escapes: models leave line ends, and strict readers refuse them."""
     def escape(found: re.Match[str]) -> str:
-        return found[0] if len(found[0]) == 2 else quote(found[0])[1:-1]
+        return found[0] if len(found[0]) == 2 else json_string(found[0])[1:-1]
     return JSON_STRING.sub(lambda string: STRING_PART.sub(escape, string[0]), text)
 
 
 Row = TypeVar("Row", bound=NamedTuple)
 
 
-def overridden(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
+def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
     """A row with what the configuration overrides; the longest prefix of the model counts."""
     fitting = [prefix for prefix in overrides if model.startswith(prefix)]
     return row._replace(**overrides[max(fitting, key=len)]) if fitting else row
@@ -1657,7 +1657,7 @@ class History(NamedTuple):
 NO_OUTPUT = "no output was recorded for this call"
 
 
-def object_text(arguments: str) -> str:
+def as_object_json(arguments: str) -> str:
     """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
     arguments = arguments or "{}"
     try:
@@ -1665,43 +1665,43 @@ def object_text(arguments: str) -> str:
             return arguments
     except ValueError:
         pass
-    return compact({"_raw": arguments})
+    return dumps({"_raw": arguments})
 
 
 def shell_action(item: JSON) -> str:
-    return compact({k: v for k, v in (item.get("action") or {}).items() if k != "type" and v})
+    return dumps({k: v for k, v in (item.get("action") or {}).items() if k != "type" and v})
 
 
 # item type -> its arguments, whether or not the tool is still offered
-PLAIN_CALLS: dict[str, Callable[[JSON], str]] = {
-    "function_call": lambda i: object_text(i["arguments"]),
-    "custom_tool_call": lambda i: compact({"input": i["input"]}),
-    "tool_search_call": lambda i: object_text(compact(i.get("arguments") or {})),
+CALL_CONVERTERS: dict[str, Callable[[JSON], str]] = {
+    "function_call": lambda i: as_object_json(i["arguments"]),
+    "custom_tool_call": lambda i: dumps({"input": i["input"]}),
+    "tool_search_call": lambda i: as_object_json(dumps(i.get("arguments") or {})),
     "local_shell_call": shell_action,
     "shell_call": shell_action,
-    "apply_patch_call": lambda i: object_text(compact(i.get("operation") or {})),
+    "apply_patch_call": lambda i: as_object_json(dumps(i.get("operation") or {})),
 }
-PLAIN_OUTPUTS: dict[str, Callable[[JSON], Any]] = {
+OUTPUT_CONVERTERS: dict[str, Callable[[JSON], Any]] = {
     "function_call_output": lambda i: i["output"],
     "custom_tool_call_output": lambda i: i["output"],
     "tool_search_output": lambda i: "Found: " + (", ".join(tool_names(i["tools"])) or "no tools"),
     "local_shell_call_output": lambda i: i.get("output") or "",
-    "shell_call_output": lambda i: compact(i.get("output") or []),
+    "shell_call_output": lambda i: dumps(i.get("output") or []),
     "apply_patch_call_output": lambda i: i.get("output") or i.get("status") or "",
 }
 PLAIN_TEXTS = ("compaction", "compaction_summary", "context_compaction")     # where they hold text
 CIPHER = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
 
 
-def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
+def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
     """`items` are the request's, already unsealed for the provider (unseal_items)."""
     plain: list[JSON] = []
     dropped: list[str] = []
     for item in items:
-        made = plain_item(item, dropped)
+        made = normalize_item(item, dropped)
         if made is not None:
             plain.append(made)
-        elif item["type"] != "additional_tools" and not shown_only(item):
+        elif item["type"] != "additional_tools" and not is_summary_only(item):
             dropped.append(f"input:{item['type']}")
     system = [request.instructions] if request.instructions else []
     leading = list(itertools.takewhile(lambda item: item.get("role") in ("system", "developer"), plain))
@@ -1709,17 +1709,17 @@ def plain_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
     return History(system, pair_calls(unique_calls(plain[len(leading):])), list(dict.fromkeys(dropped)))
 
 
-def shown_only(item: JSON) -> bool:
+def is_summary_only(item: JSON) -> bool:
     """A reasoning item that is only a summary: its provider wants nothing back."""
     return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
 
 
-def plain_item(item: JSON, dropped: list[str]) -> JSON | None:
+def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
     kind = item["type"]
     if kind == "message" or kind == "agent_message":
         role, content, parts = item.get("role") or "user", item.get("content"), []
         text_type = "output_text" if role == "assistant" else "input_text"
-        for part in [{"type": text_type, "text": content}] if isinstance(content, str) else dicts_in(content):
+        for part in [{"type": text_type, "text": content}] if isinstance(content, str) else only_dicts(content):
             # messages between agents are encrypted at OpenAI, plain elsewhere
             sealed = str(part.get("encrypted_content") or "")
             if CIPHER.fullmatch(sealed):
@@ -1732,13 +1732,13 @@ def plain_item(item: JSON, dropped: list[str]) -> JSON | None:
         return {"type": "message", "role": "user", "content": [shown], "generated": True}
     if kind == "reasoning":
         return {"type": "reasoning", "pomex_replay": item["pomex_replay"]} if "pomex_replay" in item else None
-    if kind in PLAIN_CALLS:
+    if kind in CALL_CONVERTERS:
         named = kind in ("function_call", "custom_tool_call")
-        name = flat_name(item["name"], item.get("namespace") or "") if named else kind.removesuffix("_call")
+        name = upstream_tool_name(item["name"], item.get("namespace") or "") if named else kind.removesuffix("_call")
         return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name,
-                "arguments": PLAIN_CALLS[kind](item)}
-    if kind in PLAIN_OUTPUTS:
-        return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": PLAIN_OUTPUTS[kind](item)}
+                "arguments": CALL_CONVERTERS[kind](item)}
+    if kind in OUTPUT_CONVERTERS:
+        return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": OUTPUT_CONVERTERS[kind](item)}
     said = text_of(item.get("content") or item.get("summary"))
     if kind in PLAIN_TEXTS and said:
         return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": said}]}
@@ -1801,7 +1801,7 @@ def pair_calls(items: list[JSON]) -> list[JSON]:
     return result
 
 
-def carried(content: str | list[JSON], encode: Callable[[JSON], JSON | None], dropped: list[str]) -> list[JSON]:
+def convert_parts(content: str | list[JSON], encode: Callable[[JSON], JSON | None], dropped: list[str]) -> list[JSON]:
     """A content in a provider's parts; those that it cannot take are named, empty texts left out."""
     parts = []
     for given in [{"type": "input_text", "text": content}] if isinstance(content, str) else content:
@@ -1868,20 +1868,20 @@ def read_attachment(part: JSON) -> Attachment | None:
 # --- 5.5 client manners ---------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
-class Manners:
+class ClientProfile:
     """Where one client needs another form than the standard (CODEX.md 7; DESIGN section 5)."""
-    cut_is_completed: bool = False      # a length cut or a filter ends with response.completed, without half a call
-    refusal_is_text: bool = False       # of a message it shows output_text only
+    incomplete_as_completed: bool = False      # a length cut or a filter ends with response.completed, without half a call
+    refusal_as_text: bool = False       # of a message it shows output_text only
     error_event: bool = True            # an `error` event goes before response.failed
-    failure_in_stream: bool = False     # refusals that its HTTP retries would multiply become 200 + response.failed
+    errors_as_events: bool = False     # refusals that its HTTP retries would multiply become 200 + response.failed
     echo: bool = True                   # tools and instructions are repeated in every response object
 
 
-STANDARD = Manners()
-CODEX = Manners(cut_is_completed=True, refusal_is_text=True, error_event=False, failure_in_stream=True, echo=False)
+STANDARD = ClientProfile()
+CODEX = ClientProfile(incomplete_as_completed=True, refusal_as_text=True, error_event=False, errors_as_events=True, echo=False)
 
 
-def manners_of(originator: str, user_agent: str) -> Manners:
+def client_profile(originator: str, user_agent: str) -> ClientProfile:
     """Codex says who it is in `originator` (codex_exec, codex-tui, codex_vscode ...) and in its User-Agent."""
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
@@ -1924,7 +1924,7 @@ def echo_fields(request: ResponsesRequest, echo: bool) -> JSON:
     return fields if body.get("user") is None else {**fields, "user": body["user"]}
 
 
-class Answer:
+class ResponseContext:
     """What one client request gets, whichever target gives it: the response id, the numbering, the echo.
 
     Attempts (Assembler, Relay) write through it; only one of them ever gets to the client.
@@ -1933,28 +1933,28 @@ class Answer:
     max_chars, max_items = 32 << 20, 4096           # of one attempt's output; the configuration says otherwise
     secrets = re.compile(r"(?!)")                   # that no id of a call may hold
 
-    def __init__(self, request: ResponsesRequest, response_id: str, created_s: int, manners: Manners) -> None:
+    def __init__(self, request: ResponsesRequest, response_id: str, created_s: int, profile: ClientProfile) -> None:
         self.request = request
         self.id = response_id
         self.created_s = created_s
-        self.manners = manners
+        self.profile = profile
         self.sequence = 0
         self.started = False
 
     @functools.cached_property
     def estimated_input(self) -> int:
-        return input_estimate(self.request.raw)
+        return estimate_input_tokens(self.request.raw)
 
     @functools.cached_property
     def tail(self) -> str:
         """The echo, encoded once: a Codex request repeats 30 KB of tools otherwise three times."""
-        return compact(echo_fields(self.request, self.manners.echo))[1:]
+        return dumps(echo_fields(self.request, self.profile.echo))[1:]
 
     def response(self, status: str, output: str = "[]", usage: JSON | None = None, error: JSON | None = None,
                  incomplete: str = "", completed_s: int | None = None) -> str:
         """The response object as JSON text."""
         details = {"reason": incomplete} if incomplete else None
-        head = compact({"id": self.id, "object": "response", "created_at": self.created_s, "status": status,
+        head = dumps({"id": self.id, "object": "response", "created_at": self.created_s, "status": status,
                         "completed_at": completed_s, "error": error, "incomplete_details": details,
                         "model": self.request.model, "usage": usage})
         return f'{head[:-1]},"output":{output},{self.tail}'
@@ -1993,7 +1993,7 @@ def usage_from(given: Any, answer: JSON, asked_12h: bool = False, reasoning_with
     how long it keeps what it wrote to its cache, what the request asked for holds."""
     if not isinstance(given, dict) or not any(type(given.get(name)) in (int, float) for names in TOTALS for name in names):
         return None
-    inputs, outputs = ({**table_of(given.get(chat)), **table_of(given.get(own))} for own, chat in (
+    inputs, outputs = ({**as_dict(given.get(chat)), **as_dict(given.get(own))} for own, chat in (
         ("input_tokens_details", "prompt_tokens_details"), ("output_tokens_details", "completion_tokens_details")))
     whole, output = (count(given, *names) for names in TOTALS)
     reasoning = count(outputs, "reasoning_tokens") or count(given, "reasoning_tokens")
@@ -2010,13 +2010,13 @@ def usage_from(given: Any, answer: JSON, asked_12h: bool = False, reasoning_with
 
 def merge_counts(held: JSON, given: Any) -> JSON:
     """The counts with those of a later usage: what it leaves out, or gives as null, stays."""
-    for name, value in table_of(given).items():
+    for name, value in as_dict(given).items():
         if value is not None:
-            held[name] = merge_counts(table_of(held.get(name)), value) if isinstance(value, dict) else value
+            held[name] = merge_counts(as_dict(held.get(name)), value) if isinstance(value, dict) else value
     return held
 
 
-def error_codes(error: GatewayError) -> JSON:
+def error_fields(error: GatewayError) -> JSON:
     return {"code": error.code or "server_error", "message": str(error)}
 
 
@@ -2027,7 +2027,7 @@ class Attempt:
     and `terminal()` gives the last frames. Nothing is taken from `out` to the client before `begun`.
     """
 
-    def __init__(self, answer: Answer, estimated_input: int) -> None:
+    def __init__(self, answer: ResponseContext, estimated_input: int) -> None:
         self.answer = answer
         self.estimated_input = estimated_input
         self.out: list[bytes] = []
@@ -2068,7 +2068,7 @@ class Attempt:
         usage, stop = self.usage, self.stop
         if self.error is None and stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif not (self.error or self.begun or stop is None or stop.incomplete
+        elif not (self.error or self.begun or stop is None or stop.incomplete_reason
                   or usage is None or usage.estimated or usage.output):
             self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
         elif usage == Usage():                      # of an answer that is not empty: it does not count
@@ -2077,7 +2077,7 @@ class Attempt:
             self.settle_items()
         if self.error is not None:
             self.status = "failed"
-        elif self.stop is not None and self.stop.incomplete:
+        elif self.stop is not None and self.stop.incomplete_reason:
             self.status = "incomplete"
         else:
             self.status = "completed"
@@ -2101,8 +2101,8 @@ class Attempt:
             self.usage = usage
 
     def set_stop(self, stop: Stop) -> None:
-        self.last = self.last or stop.last
-        if self.stop is None or stop.incomplete:
+        self.last = self.last or stop.final
+        if self.stop is None or stop.incomplete_reason:
             self.stop = stop
 
     def fail(self, error: GatewayError) -> None:
@@ -2122,18 +2122,18 @@ class Attempt:
     def body(self, now_s: int) -> str:
         """The whole response object, after finish()."""
         assert self.usage is not None
-        incomplete = self.stop.incomplete if self.status == "incomplete" and self.stop else ""
-        failure = error_codes(self.error) if self.status == "failed" and self.error else None
+        incomplete = self.stop.incomplete_reason if self.status == "incomplete" and self.stop else ""
+        failure = error_fields(self.error) if self.status == "failed" and self.error else None
         return self.answer.response(self.status, self.output(), usage_object(self.usage), failure, incomplete,
                                     now_s if self.status == "completed" else None)
 
     def terminal(self, now_s: int) -> bytes:
         """The frames that end the stream: what is left of `out`, the terminal event, [DONE]."""
-        if self.status == "failed" and self.answer.manners.error_event and self.error:
-            told = {"type": self.error.type, **error_codes(self.error), "param": self.error.param}
-            self.emit("error", f'"error":{compact(told)}')
+        if self.status == "failed" and self.answer.profile.error_event and self.error:
+            told = {"type": self.error.type, **error_fields(self.error), "param": self.error.param}
+            self.emit("error", f'"error":{dumps(told)}')
         kind = self.status
-        if kind == "incomplete" and self.answer.manners.cut_is_completed:
+        if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
             kind = "completed"
         self.emit(f"response.{kind}", f'"response":{self.body(now_s)}')
         return self.take() + DONE_FRAME
@@ -2189,11 +2189,11 @@ class Part:
 @dataclass(slots=True)
 class Item:
     """An output item that is being built."""
-    kind: Kind
+    kind: ItemType
     fields: JSON                                    # the item's own, e.g. {"phase": "commentary"}
     call_id: str = ""
     tool: Tool | None = None                        # of a call
-    unwrapper: Unwrapper | None = None
+    unwrapper: CustomInputDecoder | None = None
     id: str = ""
     index: int = -1
     place: str = ""                                 # `"item_id":..,"output_index":..`
@@ -2214,7 +2214,7 @@ class Item:
 class Assembler(Attempt):
     """The Sink whose events are those of Responses: every event numbered, every item whole, in order and once."""
 
-    def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str]) -> None:
+    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str]) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
         self.unfinished: dict[Any, Item] = {}       # by key
@@ -2222,7 +2222,7 @@ class Assembler(Attempt):
 
     # what a decoder calls
 
-    def text(self, text: str, channel: Channel = "text") -> None:
+    def text(self, text: str, channel: PartType = "text") -> None:
         item = self.unfinished.get(None)
         if item is None or item.kind != "message":
             item = self._begin(None, Item("message", {}))
@@ -2234,16 +2234,16 @@ class Assembler(Attempt):
             item = self._begin(None, Item("reasoning", {}))
         self._add(item, text, "summary", 0)
 
-    def open(self, key: Any, kind: Kind, **fields: Any) -> None:
+    def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         self._begin(key, Item(kind, fields))
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         wrapped = tool.kind == "custom_tool_call" or tool.fitted
         if self.answer.secrets.search(call_id):
             call_id = self._mint("call_", self.next_index)
-        self._begin(key, Item(tool.kind, {}, call_id, tool, Unwrapper(tool.fitted) if wrapped else None))
+        self._begin(key, Item(tool.kind, {}, call_id, tool, CustomInputDecoder(tool.fitted) if wrapped else None))
 
-    def add(self, key: Any, text: str, channel: Channel, part: int = 0) -> None:
+    def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
         if key not in self.unfinished:
             raise UpstreamError(f"The provider sent a piece of item {key}, which is not open.")
         self._add(self.unfinished[key], text, channel, part)
@@ -2253,7 +2253,7 @@ class Assembler(Attempt):
         if item is None or item.part is None or item.part.channel != "text":
             return
         item.part.annotations.append(annotation)
-        text = compact(annotation)
+        text = dumps(annotation)
         self.grew(len(text))
         self.emit("response.output_text.annotation.added",
                   f'{item.place},"content_index":{item.part.index},"annotation_index":{len(item.part.annotations) - 1},'
@@ -2278,8 +2278,8 @@ class Assembler(Attempt):
         if not item.get("id"):
             item = {**item, "id": self._mint(ID_PREFIX.get(item.get("type", ""), "item_"), index)}
         self.begun = True
-        text = compact(item)
-        if json_dict(text) is None:
+        text = dumps(item)
+        if parse_object(text) is None:
             raise UpstreamError("The provider sent an item with a number that is not JSON.")
         self.grew(len(text), 1)
         for step in ("added", "done"):
@@ -2296,9 +2296,9 @@ class Assembler(Attempt):
             self._show(item)
         return item
 
-    def _add(self, item: Item, text: str, channel: Channel, source: int) -> None:
+    def _add(self, item: Item, text: str, channel: PartType, source: int) -> None:
         if item.held or not text.isascii():
-            text, item.held = whole_characters(item.held + text)
+            text, item.held = split_trailing_surrogate(item.held + text)
         if not text:
             return
         if not item.shown:
@@ -2314,7 +2314,7 @@ class Assembler(Attempt):
         if channel not in PARTS:
             self._argue(item, channel, text)
             return
-        if channel == "refusal" and self.answer.manners.refusal_is_text:
+        if channel == "refusal" and self.answer.profile.refusal_as_text:
             channel = "text"
         part = item.part
         if part is None or part.channel != channel or part.source < source:
@@ -2323,7 +2323,7 @@ class Assembler(Attempt):
 
     def _say(self, part: Part, text: str) -> None:
         part.text.append(text)
-        self.emit(part.delta, f"{part.delta_head}{quote(text)}{part.delta_tail}")
+        self.emit(part.delta, f"{part.delta_head}{json_string(text)}{part.delta_tail}")
 
     def _mint(self, prefix: str, index: int) -> str:
         return f"{prefix}{self.answer.id.removeprefix('resp_')}_{index}"
@@ -2332,9 +2332,9 @@ class Assembler(Attempt):
         kind = item.kind
         item.index, self.next_index = self.next_index, self.next_index + 1
         item.id = self._mint(ID_PREFIX[kind], item.index)
-        item.place = f'"item_id":{quote(item.id)},"output_index":{item.index}'
+        item.place = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         item.shown = self.begun = True
-        opening = compact(self._json(item, "in_progress"))
+        opening = dumps(self._json(item, "in_progress"))
         self.emit("response.output_item.added", f'"output_index":{item.index},"item":{opening}')
         for step in HOSTED_STEPS.get(kind, ()):
             self.emit(f"response.{kind}.{step}", item.place)
@@ -2345,7 +2345,7 @@ class Assembler(Attempt):
         index = sum(PARTS[p.channel].at == shape.at for p in item.parts)
         where = f'{item.place},"{shape.at}":{index}'
         item.part = Part(channel, index, source, f"{shape.delta}.delta", f'{where},"delta":', shape.more)
-        self.emit(f"{shape.event}.added", f'{where},"part":{compact(item.part.as_json())}')
+        self.emit(f"{shape.event}.added", f'{where},"part":{dumps(item.part.as_json())}')
         return item.part
 
     def _close_part(self, item: Item) -> None:
@@ -2354,8 +2354,8 @@ class Assembler(Attempt):
             return
         shape, whole = PARTS[part.channel], part.as_json()
         where = f'{item.place},"{shape.at}":{part.index}'
-        self.emit(f"{shape.delta}.done", f'{where},"{shape.text}":{quote(whole[shape.text])}{shape.more}')
-        self.emit(f"{shape.event}.done", f'{where},"part":{compact(whole)}')
+        self.emit(f"{shape.delta}.done", f'{where},"{shape.text}":{json_string(whole[shape.text])}{shape.more}')
+        self.emit(f"{shape.event}.done", f'{where},"part":{dumps(whole)}')
         item.parts.append(part)
         item.part = None
 
@@ -2368,7 +2368,7 @@ class Assembler(Attempt):
         elif item.unwrapper is not None:
             item.unwrapper = None                   # the provider sends raw input: nothing is wrapped
         if text and item.visible is None and item.kind in CALL_FIELD:
-            self.emit(f"{CALL_FIELD[item.kind][0]}.delta", f'{item.place},"delta":{quote(text)}')
+            self.emit(f"{CALL_FIELD[item.kind][0]}.delta", f'{item.place},"delta":{json_string(text)}')
 
     def _argument(self, item: Item) -> str | None:
         """A call's whole arguments or input; None where they are cut."""
@@ -2383,7 +2383,7 @@ class Assembler(Attempt):
             return raw
         if not raw.strip():                         # a tool without arguments; a placeholder is not JSON
             return raw + "{}" if item.done else None
-        return raw if json_dict(raw) is not None else None
+        return raw if parse_object(raw) is not None else None
 
     def _finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """A call whose arguments are cut stays open."""
@@ -2396,12 +2396,12 @@ class Assembler(Attempt):
             family, name = CALL_FIELD[item.kind]
             rest = argument.removeprefix(item.sent())   # what could not be shown as it came: a fence, no arguments at all
             if rest:
-                self.emit(f"{family}.delta", f'{item.place},"delta":{quote(rest)}')
-            extra = f',"name":{quote(item.tool.name)}' if name == "arguments" else ""
-            self.emit(f"{family}.done", f'{item.place},"{name}":{quote(argument)}{extra}')
+                self.emit(f"{family}.delta", f'{item.place},"delta":{json_string(rest)}')
+            extra = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
+            self.emit(f"{family}.done", f'{item.place},"{name}":{json_string(argument)}{extra}')
         if item.kind in HOSTED_STEPS:
             self.emit(f"response.{item.kind}.completed", item.place)
-        text = compact(self._json(item, status, argument))
+        text = dumps(self._json(item, status, argument))
         self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
         self.items[item.index] = text
 
@@ -2422,19 +2422,19 @@ class Assembler(Attempt):
 
     def settle_items(self) -> None:
         finished = self.error is None and self.stop is not None
-        cut = finished and bool(self.stop and self.stop.incomplete)
+        cut = finished and bool(self.stop and self.stop.incomplete_reason)
         for key, item in list(self.unfinished.items()):
             if not item.shown:
                 del self.unfinished[key]
-            elif finished and (not cut or json_dict("".join(item.argument)) is not None):
+            elif finished and (not cut or parse_object("".join(item.argument)) is not None):
                 self._finish_item(key, item)
         if finished and not cut and self.unfinished:
             names = ", ".join(item.tool.name for item in self.unfinished.values() if item.tool)
             self.error = UpstreamError(f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
         self._explain()
         # half a call must not be run; half a message would stay in Codex's history when it asks again
-        shorter = self.answer.manners.cut_is_completed
-        if self.error is None or not (self.answer.manners.failure_in_stream or self.written > self.room):
+        shorter = self.answer.profile.incomplete_as_completed
+        if self.error is None or not (self.answer.profile.errors_as_events or self.written > self.room):
             for key, item in list(self.unfinished.items()):
                 if not item.tool or self.error is None and not shorter:
                     self._finish_item(key, item, "completed" if shorter else "incomplete")
@@ -2443,14 +2443,14 @@ class Assembler(Attempt):
         """A filtered answer without a word says why; an empty answer is one empty message."""
         if self.error is not None or self.stop is None:
             return
-        filtered = self.stop.incomplete == "content_filter"
+        filtered = self.stop.incomplete_reason == "content_filter"
         if filtered and (not self.silent() or any(item.kind == "message" for item in self.unfinished.values())):
             return
-        if not filtered and (self.stop.incomplete or self.items or self.unfinished):
+        if not filtered and (self.stop.incomplete_reason or self.items or self.unfinished):
             return
         item = self._begin(None, Item("message", {}))
         self._show(item)
-        part = self._open_part(item, "refusal" if filtered and not self.answer.manners.refusal_is_text else "text")
+        part = self._open_part(item, "refusal" if filtered and not self.answer.profile.refusal_as_text else "text")
         if filtered:
             self._say(part, self.stop.explanation or FILTERED)
         self.done()
@@ -2459,9 +2459,9 @@ class Assembler(Attempt):
 def call_fields(tool: Tool, argument: str) -> JSON:
     """A call's own fields, by its kind."""
     if tool.kind == "tool_search_call":
-        return {"execution": "client", "arguments": json_dict(argument) or {}}
+        return {"execution": "client", "arguments": parse_object(argument) or {}}
     if tool.kind == "local_shell_call":
-        known = {k: v for k, v in (json_dict(argument) or {}).items()
+        known = {k: v for k, v in (parse_object(argument) or {}).items()
                  if k in ("command", "timeout_ms", "working_directory", "user")}
         return {"action": {"type": "exec", "command": [], "env": {}, **known}}
     fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind][1]: argument}
@@ -2471,7 +2471,7 @@ def call_fields(tool: Tool, argument: str) -> JSON:
 # --- 5.8 the items of a Responses upstream --------------------------------------------------------
 
 # family of .delta and .done events -> channel, field with the part's number, kind of item, field with the whole text
-TEXT_EVENTS: dict[str, tuple[Channel, str, str, str]] = {
+TEXT_EVENTS: dict[str, tuple[PartType, str, str, str]] = {
     "response.output_text": ("text", "content_index", "message", "text"),
     "response.refusal": ("refusal", "content_index", "message", "refusal"),
     "response.reasoning_summary_text": ("summary", "summary_index", "reasoning", "text"),
@@ -2487,7 +2487,7 @@ TEXT_KINDS = ("message", "reasoning", "call")
 @dataclass(slots=True)
 class UpstreamText:
     """One text of an item: a part, or a call's arguments."""
-    channel: Channel
+    channel: PartType
     place: int
     pieces: list[str] = field(default_factory=list)
     sent: bool = False
@@ -2512,7 +2512,7 @@ class UpstreamItem:
     texts: list[UpstreamText] = field(default_factory=list)
     numbered: dict[tuple[str, Any], UpstreamText] = field(default_factory=dict)
 
-    def part(self, channel: Channel, number: Any, whole: str | None = None) -> UpstreamText:
+    def part(self, channel: PartType, number: Any, whole: str | None = None) -> UpstreamText:
         """The text that a piece belongs to, or the one that a `done` event gives the whole of: that one may bear
         another number there than its pieces had."""
         part, last = self.numbered.get((channel, number)), self.texts[-1] if self.texts else None
@@ -2536,7 +2536,7 @@ def item_kind(item: JSON) -> Any:
 
 
 def item_content(item: JSON) -> str:
-    return compact({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
+    return dumps({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
 
 
 Told = TypeVar("Told")
@@ -2642,7 +2642,7 @@ class UpstreamItems:
         return Stop("max_output_tokens" if any(known.item.get("status") == "incomplete" for known in self.all) else "")
 
 
-def whole_text(event: JSON) -> tuple[Channel, Any, str, Any]:
+def done_text(event: JSON) -> tuple[PartType, Any, str, Any]:
     """Of a `done` event: the channel and number of its text, its kind of item, and the whole text."""
     part = event.get("part")
     family: str = PART_FAMILY.get(part["type"], "") if isinstance(part, dict) else event["type"].removesuffix(".done")
@@ -2654,19 +2654,19 @@ def whole_text(event: JSON) -> tuple[Channel, Any, str, Any]:
 
 def as_text(value: Any) -> str:
     """Arguments, which some servers give as an object."""
-    return value if isinstance(value, str) else compact(value) if isinstance(value, dict) else ""
+    return value if isinstance(value, str) else dumps(value) if isinstance(value, dict) else ""
 
 
-def told_texts(item: JSON) -> Iterator[tuple[UpstreamText, JSON]]:
+def item_texts(item: JSON) -> Iterator[tuple[UpstreamText, JSON]]:
     """The texts that an item says it has, each with its part."""
     for name in ("arguments", "input"):
         whole = as_text(item.get(name))
-        channel: Channel = "input" if name == "input" and whole == item.get(name) else "arguments"
+        channel: PartType = "input" if name == "input" and whole == item.get(name) else "arguments"
         if whole.strip() and (channel == "input" or whole.strip() != "{}"):
             yield UpstreamText(channel, 0, [whole]), {}
-    for part in dicts_in(item.get("summary")) + dicts_in(item.get("content")):
+    for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
         if part.get("type") in PART_FAMILY:
-            channel, _, _, whole = whole_text({"part": part})
+            channel, _, _, whole = done_text({"part": part})
             yield UpstreamText(channel, 0, [whole]), part
 
 
@@ -2675,8 +2675,8 @@ def has_content(item: JSON) -> bool:
     if item_kind(item) == "call":
         said = item.get(CALL_FIELD[item["type"]][1])
         return isinstance(said, str) and said.strip() not in ("", "{}")
-    return item.get("type") != "message" or any(text.so_far() for text, _ in told_texts(item)) or any(
-        part.get("type") not in PART_FAMILY for part in dicts_in(item.get("content")))
+    return item.get("type") != "message" or any(text.so_far() for text, _ in item_texts(item)) or any(
+        part.get("type") not in PART_FAMILY for part in only_dicts(item.get("content")))
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
@@ -2686,7 +2686,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
     said = "".join(text.so_far() for text in known.texts)
     if known.kind != "call":
         item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
-                           for text in known.texts] or dicts_in(item.get("content"))
+                           for text in known.texts] or only_dicts(item.get("content"))
     elif item["type"] == "function_call":
         item["arguments"] = said or "{}"
     else:
@@ -2699,7 +2699,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
 
 
-class Relay(Attempt):
+class Passthrough(Attempt):
     """Frames of a Responses upstream, unread but for those that carry the response object, an item or a whole text.
 
     Response id, `model` and terminal frame are ours; so is what the final response alone holds. The numbers of later frames
@@ -2711,7 +2711,7 @@ class Relay(Attempt):
     FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
     NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
-    def __init__(self, answer: Answer, estimated_input: int, seal: Callable[[JSON], str],
+    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
                  decoder: Any) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
@@ -2796,7 +2796,7 @@ class Relay(Attempt):
         event = parse_block(frame.decode("utf-8", "replace").strip("\n"))
         try:
             content = json.loads(event.data if event else "")
-            self.HANDLERS.get(content["type"], Relay._other)(self, content, frame)
+            self.HANDLERS.get(content["type"], Passthrough._other)(self, content, frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
@@ -2804,7 +2804,7 @@ class Relay(Attempt):
         if not self.begun:
             self.grew(len(frame))
             response = self._ours(event.get("response") or {})
-            self.held.append(sse_frame(event["type"], compact({**event, "response": response})))
+            self.held.append(sse_frame(event["type"], dumps({**event, "response": response})))
 
     def _ours(self, response: JSON) -> JSON:
         """The head that all response objects of a stream share, whether an upstream made them or we did."""
@@ -2816,7 +2816,7 @@ class Relay(Attempt):
             self.grew(items=1)
             self.decoder.read(event)
             if self._sealed(item):
-                frame = sse_frame(event["type"], compact(event))
+                frame = sse_frame(event["type"], dumps(event))
         self._pass(frame)
 
     def _other(self, event: JSON, frame: bytes) -> None:
@@ -2851,13 +2851,13 @@ class Relay(Attempt):
     def _accept(self, known: UpstreamItem, event: JSON, frame: bytes, new: bool = False) -> None:
         """Gives out an item as the client can use it."""
         item = event["item"]
-        if half_call(item) and not self.ended:
+        if is_incomplete_call(item) and not self.ended:
             self.halves[known.slot] = event, frame
             return
         changed = fill_item(item, known), self._sealed(item)
-        self.items[known.slot] = compact(item)
+        self.items[known.slot] = dumps(item)
         if any(changed) or not frame:
-            frame = sse_frame(event["type"], compact(event))
+            frame = sse_frame(event["type"], dumps(event))
         if new:
             self._pass(frame.replace(b"output_item.done", b"output_item.added", 2))
         self._pass(frame)
@@ -2872,8 +2872,8 @@ class Relay(Attempt):
 
     def _sealed(self, item: JSON) -> bool:
         """Puts an item's encrypted content into our envelope, and a refusal where it is seen: was there any?"""
-        refusals = [part for part in dicts_in(item.get("content")) if part.get("type") == "refusal"] \
-            if self.answer.manners.refusal_is_text else []
+        refusals = [part for part in only_dicts(item.get("content")) if part.get("type") == "refusal"] \
+            if self.answer.profile.refusal_as_text else []
         for part in refusals:
             part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
         if not item.get("encrypted_content"):
@@ -2892,8 +2892,8 @@ class Relay(Attempt):
         """The upstream's own end. Half a call is no part of a whole answer."""
         self.last = True
         self.completed = response
-        items = dicts_in(response.get("output")) + [known.item for known in self.decoder.items.all]
-        if self.stop and not self.stop.incomplete and any(map(half_call, items)):
+        items = only_dicts(response.get("output")) + [known.item for known in self.decoder.items.all]
+        if self.stop and not self.stop.incomplete_reason and any(map(is_incomplete_call, items)):
             self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
 
     def _error(self, event: JSON, frame: bytes) -> None:
@@ -2909,7 +2909,7 @@ class Relay(Attempt):
     def whole(self, data: bytes) -> None:
         """A response that came as one JSON object, asked for or not."""
         text = data.decode("utf-8", "replace")
-        response = json_dict(text) or {}
+        response = parse_object(text) or {}
         if "output" not in response and (error := self.decoder.stray_error(text, whole=True)):
             raise error
         try:
@@ -2918,7 +2918,7 @@ class Relay(Attempt):
                 raise ValueError("no answer")
         except (ValueError, KeyError):
             raise UpstreamError("The provider's answer is not a response object.") from None
-        given = {**response, "output": dicts_in(response.get("output"))}
+        given = {**response, "output": only_dicts(response.get("output"))}
         if self.answer.request.stream:
             with self._voice() as voice:
                 self.decoder.sink = voice
@@ -2927,12 +2927,12 @@ class Relay(Attempt):
         else:                                       # no piece of it has come before: there is nothing to compare
             self.decoder.whole({**given, "output": []})
             for index, item in enumerate(given["output"]):
-                if half_call(item) and self.answer.manners.cut_is_completed:
+                if is_incomplete_call(item) and self.answer.profile.incomplete_as_completed:
                     continue
                 if item.get("type") == "function_call" and not has_content(item):
                     item["arguments"] = as_text(item.get("arguments")) or "{}"
                 self._sealed(item)
-                self.items[index] = compact(item)
+                self.items[index] = dumps(item)
         self._end(response)
         self.begun = self.begun or bool(response.get("output"))
         self.grew(len(data), len(given["output"]))
@@ -2941,18 +2941,18 @@ class Relay(Attempt):
         """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
         for event in self.frames.finish():
             self.feed(sse_frame(event.event, event.data))
-        if self.stop is None and not self.frames.torn:      # a torn event may have said anything
+        if self.stop is None and not self.frames.truncated:      # a torn event may have said anything
             self.decoder.end()
         for frame in self.newest.split(b"\n\n") if self.stop is None else ():
             self._is_event(frame)
         self._release()
 
     def settle_items(self) -> None:
-        if self.error is not None or self.stop is None or not self.stop.incomplete:
+        if self.error is not None or self.stop is None or not self.stop.incomplete_reason:
             return
-        if not self.answer.manners.cut_is_completed:
+        if not self.answer.profile.incomplete_as_completed:
             self._release()
-        elif self.stop.incomplete == "content_filter" and self.silent():
+        elif self.stop.incomplete_reason == "content_filter" and self.silent():
             with self._voice() as voice:
                 voice.stop = self.stop              # it explains itself
 
@@ -2972,29 +2972,29 @@ class Relay(Attempt):
         if self.status == "failed" or not self.completed.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        usage = table_of(self.completed.get("usage"))
-        usage |= {name: {**table_of(usage.get(name)), **value} if isinstance(value, dict) else value
+        usage = as_dict(self.completed.get("usage"))
+        usage |= {name: {**as_dict(usage.get(name)), **value} if isinstance(value, dict) else value
                   for name, value in usage_object(self.usage).items()}
         theirs = {**self._ours(self.completed), "status": self.status, "usage": usage}
         if self.status == "completed":
             theirs["completed_at"] = now_s              # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
-            theirs["incomplete_details"] = {"reason": self.stop.incomplete}
+            theirs["incomplete_details"] = {"reason": self.stop.incomplete_reason}
         theirs.pop("output", None)
-        return f'{compact(theirs)[:-1]},"output":{self.output()}}}'
+        return f'{dumps(theirs)[:-1]},"output":{self.output()}}}'
 
-    HANDLERS: ClassVar[dict[str, Callable[[Relay, JSON, bytes], None]]] = {
+    HANDLERS: ClassVar[dict[str, Callable[[Passthrough, JSON, bytes], None]]] = {
         "response.created": _handshake, "response.queued": _handshake, "response.in_progress": _handshake,
         "response.output_item.added": _added, "response.output_item.done": _done,
         "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error}
 
 
-def half_call(item: Any) -> bool:
+def is_incomplete_call(item: Any) -> bool:
     """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
     if not isinstance(item, dict) or "call_id" not in item:
         return False
     arguments = item.get("arguments")
-    broken = isinstance(arguments, str) and arguments.strip() and json_dict(arguments) is None
+    broken = isinstance(arguments, str) and arguments.strip() and parse_object(arguments) is None
     return bool(broken) or item.get("status") == "incomplete"
 
 
@@ -3008,11 +3008,11 @@ def half_call(item: Any) -> bool:
 # A provider's failure, HTTP body or event in a stream, becomes one ProviderError. Routing decides by its `kind`:
 # the status alone misleads (Gemini's bad key is a 400, llama.cpp's refusals are 500).
 
-FaultKind: TypeAlias = Literal["rate", "quota", "overload", "network", "auth", "model_missing", "context",
+ErrorKind: TypeAlias = Literal["rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length",
                                "bad_request", "tool_generation"]
 
 
-class Fault(NamedTuple):
+class ErrorClass(NamedTuple):
     """What the client is told of one kind of failure. Status 0: the provider's own."""
     status: int
     type: str = "server_error"
@@ -3020,23 +3020,23 @@ class Fault(NamedTuple):
     retryable: bool = True
 
 
-FAULTS: dict[FaultKind, Fault] = {
-    "rate":            Fault(429, "rate_limit_error", "rate_limit_exceeded"),
-    "quota":           Fault(429, "insufficient_quota", "insufficient_quota"),
-    "overload":        Fault(503),
-    "network":         Fault(502),
-    "auth":            Fault(502),
-    "model_missing":   Fault(404, "invalid_request_error", "model_not_found"),
-    "context":         Fault(400, "invalid_request_error", "context_length_exceeded", retryable=False),
-    "bad_request":     Fault(0, "invalid_request_error", "invalid_request_error", retryable=False),
-    "tool_generation": Fault(502),
+ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
+    "rate_limit":      ErrorClass(429, "rate_limit_error", "rate_limit_exceeded"),
+    "quota":           ErrorClass(429, "insufficient_quota", "insufficient_quota"),
+    "overload":        ErrorClass(503),
+    "network":         ErrorClass(502),
+    "auth":            ErrorClass(502),
+    "model_not_found": ErrorClass(404, "invalid_request_error", "model_not_found"),
+    "context_length":  ErrorClass(400, "invalid_request_error", "context_length_exceeded", retryable=False),
+    "bad_request":     ErrorClass(0, "invalid_request_error", "invalid_request_error", retryable=False),
+    "tool_generation": ErrorClass(502),
 }
 
 # The first rule that fits decides: by one of the provider's own words (its `type`, `code`, `status` and `reason`
 # fields), by its HTTP status, or by what its message says.
-FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
+ERROR_RULES: list[tuple[ErrorKind, str, tuple[int, ...], str]] = [
     ("tool_generation", "tool_use_failed", (), ""),
-    ("context", "context_length_exceeded exceed_context_size_error model_context_window_exceeded", (),
+    ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded", (),
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
     # xAI reports an empty purse as 403; Gemini says "quota" for every limit, only PerDay means a long one
@@ -3044,15 +3044,15 @@ FAULT_RULES: list[tuple[FaultKind, str, tuple[int, ...], str]] = [
      "usage_limit_reached", (402,),
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit|arrearage"),
     ("auth", "api_key_invalid authentication_error invalid_api_key unauthenticated", (401,), ""),
-    ("rate", "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests",
+    ("rate_limit", "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests",
      (429,), r"rate.?limit|too many requests|throttling"),
-    ("model_missing", "model_not_found invalid_model deploymentnotfound", (),      # DeepSeek, OpenRouter: 400
+    ("model_not_found", "model_not_found invalid_model deploymentnotfound", (),      # DeepSeek, OpenRouter: 400
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
     # OpenRouter: 403; OpenAI's 404 for a thought that it did not store says nothing of the model
     ("bad_request", "", (), r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "permission_error permission_denied", (403,), ""),
-    ("model_missing", "", (404,), ""),
+    ("model_not_found", "", (404,), ""),
     # llama.cpp answers 500 to what it was not started for
     ("bad_request", "", (), r"requires --jinja|mmproj|input is not supported|not supported by this model"),
     ("overload", "overloaded_error api_error server_is_overloaded server_error internal unavailable "
@@ -3088,14 +3088,14 @@ UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 class ProviderError(UpstreamError):
     """`status` and `code` are for the client, `kind` and `retry_after_s` for routing."""
 
-    def __init__(self, message: str, *, kind: FaultKind, status: int = 0, code: str | None = None,
+    def __init__(self, message: str, *, kind: ErrorKind, status: int = 0, code: str | None = None,
                  param: str | None = None, retry_after_s: float | None = None,
                  upstream_status: int = 0, said: str = "") -> None:
-        fault = FAULTS[kind]
+        fault = ERROR_CLASSES[kind]
         wait = () if retry_after_s is None else (("retry-after", str(max(1, int(retry_after_s + 0.999)))),)
         super().__init__(message, status=status or fault.status or 400, type=fault.type, code=code or fault.code, param=param,
-                         headers=wait if kind in ("rate", "overload") else ())
-        self.kind: FaultKind = kind
+                         headers=wait if kind in ("rate_limit", "overload") else ())
+        self.kind: ErrorKind = kind
         self.retryable = fault.retryable
         self.retry_after_s = retry_after_s
         self.upstream_status = upstream_status      # 0: it came inside a stream, or nothing came
@@ -3103,7 +3103,7 @@ class ProviderError(UpstreamError):
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
-    return fault_of(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
+    return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
@@ -3111,13 +3111,13 @@ def inband_error(error: Any) -> ProviderError:
     fields = error_object(error)
     numbers = (str(fields.get(key)) for key in ("status_code", "code", "status", "raw_status_code"))
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9][0-9]", number)), 0)
-    return fault_of(error, status, Headers([]), 0.0)
+    return classify_error(error, status, Headers([]), 0.0)
 
 
-def fault_of(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
+def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
     fields = error_object(decoded)
-    words, text = fault_words(fields), message_text(fields.get("message")) or (compact(decoded) if decoded else "")
-    kind = fault_kind(status, words, text + " " + " ".join(words))
+    words, text = error_tokens(fields), message_text(fields.get("message")) or (dumps(decoded) if decoded else "")
+    kind = error_kind(status, words, text + " " + " ".join(words))
     failed = f"answered HTTP {status}" if status else "failed"
     message = redacted(text) or f"The provider {failed} without a reason."
     if kind == "auth" and not re.search("country|territory", text):      # remarks on our key are not the client's affair
@@ -3142,8 +3142,8 @@ def without(error: GatewayError, configured: re.Pattern[str]) -> None:
         error.param = configured.sub("[redacted]", error.param or "") or None
 
 
-def fault_kind(status: int, words: Sequence[str], text: str) -> FaultKind:
-    for kind, names, statuses, pattern in FAULT_RULES:
+def error_kind(status: int, words: Sequence[str], text: str) -> ErrorKind:
+    for kind, names, statuses, pattern in ERROR_RULES:
         if status in statuses or not set(words).isdisjoint(names.split()) or (
                 pattern and re.search(pattern, text, re.IGNORECASE)):
             return kind
@@ -3166,7 +3166,7 @@ def error_object(decoded: Any) -> JSON:
     text = message_text(next(filter(None, map(decoded.get, MESSAGE_FIELDS)), None))
     codes = (decoded[name] for name in CODE_FIELDS if decoded.get(name) is not None)
     fields = {"param": where or None, **decoded, "message": f"{where}: {text}".lstrip(": "), "code": next(codes, None)}
-    raw = table_of(decoded.get("metadata")).get("raw")
+    raw = as_dict(decoded.get("metadata")).get("raw")
     for inner in (decode_error(raw) if isinstance(raw, str) else raw, *map(decoded.get, ERROR_FIELDS)):
         if inner and isinstance(inner, (str, list, dict)):
             return {**fields, **{name: value for name, value in error_object(inner).items() if value not in (None, "")}}
@@ -3185,7 +3185,7 @@ def decode_error(text: str) -> Any:
 def states_error(body: JSON, whole: bool = False) -> bool:
     """Is an event, or a `whole` answer with 200, an error? Beside an answer only `error` says so, and MiniMax's status; a code
     that means success never does."""
-    if body.get("error") or ("base_resp" in body and is_failure(table_of(body["base_resp"]).get("status_code"))):
+    if body.get("error") or ("base_resp" in body and is_failure(as_dict(body["base_resp"]).get("status_code"))):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
         return False
@@ -3198,14 +3198,14 @@ def is_failure(code: Any) -> bool:
     return isinstance(code, (int, str)) and not SUCCESS.fullmatch(str(code))
 
 
-def fault_words(fields: JSON) -> list[str]:
+def error_tokens(fields: JSON) -> list[str]:
     """The provider's own names for the failure, lower-cased."""
-    found = [*map(fields.get, ("type", "code", "status")), table_of(fields.get("metadata")).get("error_type")]
+    found = [*map(fields.get, ("type", "code", "status")), as_dict(fields.get("metadata")).get("error_type")]
     if "failed_generation" in fields:                   # Groq
         found.append("tool_use_failed")
-    for detail in dicts_in(fields.get("details")):
+    for detail in only_dicts(fields.get("details")):
         found.append(detail.get("reason"))
-        found += [violation.get("quotaId") for violation in dicts_in(detail.get("violations"))]
+        found += [violation.get("quotaId") for violation in only_dicts(detail.get("violations"))]
     return [word.lower() for word in found if isinstance(word, str)]
 
 
@@ -3233,10 +3233,10 @@ def redacted(text: str) -> str:
 def retry_after_s(headers: Headers, body_json: Any, now_s: float) -> float | None:
     """Seconds to wait by the provider's own word, at most 60; None where it gave none. The first source above 0 counts: Azure
     sends `retry-after-ms: 0` beside `retry-after: 1`. Points in time are read against the answer's Date, else `now_s`."""
-    date_s = point_s(headers.get("date")) or now_s
+    date_s = parse_time_s(headers.get("date")) or now_s
     fields = error_object(body_json)
     message = TRY_AGAIN.search(message_text(fields.get("message")))
-    texts = (headers.get("retry-after"), *(str(detail.get("retryDelay")) for detail in dicts_in(fields.get("details"))),
+    texts = (headers.get("retry-after"), *(str(detail.get("retryDelay")) for detail in only_dicts(fields.get("details"))),
              message[1] if message else "")
     sources = (plain_number(headers.get("retry-after-ms")) / 1000, *(wait_s(text, date_s) for text in texts),
                limit_reset_s(headers, date_s))
@@ -3257,14 +3257,14 @@ def wait_s(text: str, date_s: float) -> float:
     """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for anything else."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
-    return plain_number(text) or (point_s(text) - date_s if date_s else 0.0)
+    return plain_number(text) or (parse_time_s(text) - date_s if date_s else 0.0)
 
 
 def plain_number(text: str) -> float:
     return float(text) if re.fullmatch(r"\d{1,12}(\.\d{1,12})?", text.strip()) else 0.0
 
 
-def point_s(text: str) -> float:
+def parse_time_s(text: str) -> float:
     """Seconds since 1970 of an HTTP date or of an RFC 3339 time; 0 for anything else."""
     for read in (email.utils.parsedate_to_datetime, datetime.datetime.fromisoformat):
         try:
@@ -3351,13 +3351,13 @@ def relay_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
     envelopes = {} if dropped else {old["encrypted_content"]: new["encrypted_content"]
                                     for old, new, item in zip(request.input, opened, items) if "pomex_replay" in item}
     if envelopes and sorted(envelopes) == sorted(text.decode() for text in ENVELOPED.findall(raw)):
-        raw = ENVELOPED.sub(lambda m: quote(envelopes[m[1].decode()]).encode(), raw)
+        raw = ENVELOPED.sub(lambda m: json_string(envelopes[m[1].decode()]).encode(), raw)
         envelopes = {}
     models = list(model_fields(raw))
     if dropped or envelopes or len(models) != 1 or LETTER_ESCAPE.search(raw) or body.get("store", False) is not False:
         given = opened if isinstance(body["input"], list) else body["input"]
-        return compact({**body, "input": given, "model": model, "store": False}).encode()
-    named = quote(model) if "store" in body else f'{quote(model)},"store":false'
+        return dumps({**body, "input": given, "model": model, "store": False}).encode()
+    named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
     return b"".join((raw[:models[0].start(1)], named.encode(), raw[models[0].end(1):]))
 
 
@@ -3462,7 +3462,7 @@ class ResponsesDecoder:
     sink: Sink
     asked_12h = False       # of the prompt cache
 
-    def __init__(self, book: ToolBook) -> None:
+    def __init__(self, book: ToolMap) -> None:
         self.book = book
         self.items = UpstreamItems()
         self.ended = False
@@ -3474,7 +3474,7 @@ class ResponsesDecoder:
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
         """The failure that data which is no event of this API states, by the event's name or in any form."""
-        said = json_dict(data) or {}
+        said = parse_object(data) or {}
         return responses_error(said.get("error") or said or data) if named or states_error(said, whole) else None
 
     def read(self, event: JSON) -> None:
@@ -3542,7 +3542,7 @@ class ResponsesDecoder:
             self.sink.add(known.slot, text, part.channel, part.place)
 
     def _text_done(self, event: JSON) -> None:
-        channel, number, kind, whole = whole_text(event)
+        channel, number, kind, whole = done_text(event)
         known = self.items.take(event, kind) if whole else None
         if known and known.kind == kind:
             self._rest(known, known.part(channel, number, whole), whole)
@@ -3572,7 +3572,7 @@ class ResponsesDecoder:
         self._fill(known, item)
         if not known.texts:
             self._fill(known, added)
-        if half_call(item):
+        if is_incomplete_call(item):
             known.closed = True                                     # it is never closed
         elif known.texts or known.kind == "reasoning":
             self._close(known)
@@ -3592,7 +3592,7 @@ class ResponsesDecoder:
 
     def _fill(self, known: UpstreamItem, item: JSON) -> None:
         """What an item has beyond its deltas: it may fill, never shrink."""
-        told = list(told_texts(item))
+        told = list(item_texts(item))
         found = paired([text for text, _ in told], known.texts,
                        lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for place, ((given, part), text) in enumerate(zip(told, found)):
@@ -3622,7 +3622,7 @@ class ResponsesDecoder:
         # Codex is told of a cut as `completed` (so does this gateway, and so may the one before it): the object says the truth
         incomplete = event["type"] == "response.incomplete" or response.get("status") == "incomplete"
         reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
-        self._last(response.get("output") or [], Stop(reason if incomplete else "", last=True))
+        self._last(response.get("output") or [], Stop(reason if incomplete else "", final=True))
 
     def _last(self, output: list[JSON], stop: Stop) -> None:
         """What only the final response holds, then what waited for it."""
@@ -3631,11 +3631,11 @@ class ResponsesDecoder:
                 self.finish(known, item)
         for known in self.items.all:
             text = known.texts[0] if known.texts and known.kind == "call" and known.item.get("name") else None
-            if text and not known.done and not stop.incomplete and (
-                    text.channel == "input" or json_dict(text.so_far()) is not None):       # it lacks only its `done`
+            if text and not known.done and not stop.incomplete_reason and (
+                    text.channel == "input" or parse_object(text.so_far()) is not None):       # it lacks only its `done`
                 self.finish(known, {**known.item, "status": "completed"})
             if known.done and not known.closed and (
-                    known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete):
+                    known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete_reason):
                 self._close(known)
         self.ended = True
         self.sink.set_stop(stop)
@@ -3700,7 +3700,7 @@ class ItemDecoder:
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
 #
-# One wire, has_content by some forty kinds of server, each with habits. Habits that are values stand in DIALECTS;
+# One wire, spoken by some forty kinds of server, each with habits. Habits that are values stand in DIALECTS;
 # those of streams are harmless to expect from everybody, and so the decoder has hardly a branch by dialect.
 
 class EffortRule(NamedTuple):
@@ -3711,14 +3711,14 @@ class EffortRule(NamedTuple):
     values: str = ""
 
 
-UP_TO_HIGH, AS_ASKED = "low low low medium high high high", " ".join(EFFORTS)
-SWITCH = "disabled enabled enabled enabled enabled enabled enabled"
+UP_TO_HIGH, VERBATIM = "low low low medium high high high", " ".join(EFFORTS)
+ON_OFF = "disabled enabled enabled enabled enabled enabled enabled"
 # a server that we do not know is told nothing, but for models that are the same everywhere
 OPEN_MODELS = (EffortRule("gpt-oss", "effort", UP_TO_HIGH),)
-OPEN_TEMPLATES = (*OPEN_MODELS, *(EffortRule(series, "template", SWITCH) for series in ("qwen3", "glm-4")))
+OPEN_TEMPLATES = (*OPEN_MODELS, *(EffortRule(series, "template", ON_OFF) for series in ("qwen3", "glm-4")))
 OPENAI_EFFORTS = (EffortRule("gpt-3"), EffortRule("gpt-4"), EffortRule("chat-latest"),
                   *(EffortRule(series, "effort", UP_TO_HIGH) for series in ("o1", "o3", "o4")),
-                  EffortRule("", "effort", AS_ASKED))
+                  EffortRule("", "effort", VERBATIM))
 
 
 class Dialect(NamedTuple):
@@ -3728,7 +3728,7 @@ class Dialect(NamedTuple):
     replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
     efforts: tuple[EffortRule, ...] = OPEN_MODELS
     think_tags: bool = True         # an answer may begin with <think>
-    mid_system: bool = False        # system messages may stand anywhere
+    system_anywhere: bool = False        # system messages may stand anywhere
     strict_tools: bool = False
     tool_parts: bool = False        # tool results may hold images
     files: bool = False             # {"type": "file"} parts are understood
@@ -3744,9 +3744,9 @@ OPENAI_FIELDS = ("text.verbosity", "prompt_cache_key", "prompt_cache_retention",
 DIALECTS: dict[str, Dialect] = {
     **dict.fromkeys(("generic", "together", "fireworks", "ollama", "lmstudio"), Dialect()),
     **dict.fromkeys(("vllm", "llama.cpp", "llamacpp"), Dialect(efforts=OPEN_TEMPLATES)),
-    "openai": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, mid_system=True,
+    "openai": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
                       strict_tools=True, files=True, passed=OPENAI_FIELDS),
-    "azure": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, mid_system=True,
+    "azure": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
                      strict_tools=True, passed=OPENAI_FIELDS[:-1]),
     "deepseek": Dialect(
         replay="reasoning_content", replay_always=True, think_tags=False, json_schema=False,
@@ -3761,14 +3761,14 @@ DIALECTS: dict[str, Dialect] = {
                        efforts=(EffortRule("small", "effort", "none high high high high high high"),)),
     "cerebras": Dialect("max_completion_tokens"),
     "moonshot": Dialect(replay="reasoning_content", replay_always=True, think_tags=False, efforts=(
-        EffortRule("k3", "effort", "low low low high high high max"), EffortRule("k2.", "thinking", SWITCH))),
-    "zai": Dialect(replay="reasoning_content", think_tags=False, efforts=(EffortRule("", "thinking", SWITCH),)),
+        EffortRule("k3", "effort", "low low low high high high max"), EffortRule("k2.", "thinking", ON_OFF))),
+    "zai": Dialect(replay="reasoning_content", think_tags=False, efforts=(EffortRule("", "thinking", ON_OFF),)),
 }
 
 
 def chat_dialect(job: Job) -> Dialect:
     """The habits of a job's server, as the configuration has them."""
-    return overridden(DIALECTS[job.dialect or "generic"], job.overrides, job.model)
+    return with_overrides(DIALECTS[job.dialect or "generic"], job.overrides, job.model)
 
 
 # --- the request
@@ -3830,24 +3830,24 @@ def chosen_tool(ctx: EncodeContext) -> Any:
     if given is None:
         ctx.dropped.append("tool_choice")
     elif isinstance(choice, dict) and choice["type"] == "allowed_tools" and not isinstance(given, dict):
-        found = (chat_tool_choice({"type": "", **tool}, book) for tool in dicts_in(choice.get("tools")))
-        if book.by_flat.keys() - {each["function"]["name"] for each in found if isinstance(each, dict)}:
+        found = (chat_tool_choice({"type": "", **tool}, book) for tool in only_dicts(choice.get("tools")))
+        if book.by_upstream_name.keys() - {each["function"]["name"] for each in found if isinstance(each, dict)}:
             ctx.dropped.append("tool_choice.tools")
     return given
 
 
-def chat_tool_choice(choice: Any, book: ToolBook) -> Any:
+def chat_tool_choice(choice: Any, book: ToolMap) -> Any:
     """The chat form of a tool_choice; None for a tool that is not offered."""
     if isinstance(choice, str):
         return choice
     if choice["type"] == "allowed_tools":       # the tools stay as they are: caches begin with them
-        allowed, mode = dicts_in(choice.get("tools")), choice.get("mode", "auto")
+        allowed, mode = only_dicts(choice.get("tools")), choice.get("mode", "auto")
         forced = mode == "required" and len(allowed) == 1
         return chat_tool_choice({"type": "", **allowed[0]}, book) if forced else mode
     name = choice.get("name") or choice["type"]
-    flat = flat_name(str(name), choice.get("namespace") or "")
-    if flat not in book.by_flat:
-        flat = next((flat for flat, tool in book.by_flat.items() if tool.name == name), "")
+    flat = upstream_tool_name(str(name), choice.get("namespace") or "")
+    if flat not in book.by_upstream_name:
+        flat = next((flat for flat, tool in book.by_upstream_name.items() if tool.name == name), "")
     return {"type": "function", "function": {"name": flat}} if flat else None
 
 
@@ -3858,7 +3858,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     if shape.get("type") != "json_schema":
         return None, ""
     if not dialect.json_schema:
-        asked = f"Answer with one JSON object that fits this JSON schema:\n{compact(shape['schema'])}"
+        asked = f"Answer with one JSON object that fits this JSON schema:\n{dumps(shape['schema'])}"
         return {"type": "json_object"}, asked
     carried = ("name", "description", "schema", "strict")
     schema = {key: shape[key] for key in carried if shape.get(key) is not None}
@@ -3914,13 +3914,13 @@ class ChatMessages(TurnEncoder):
     # one method a kind of item
 
     def message(self, item: JSON) -> None:
-        parts = carried(item["content"], self._part, self.dropped)
+        parts = convert_parts(item["content"], self._part, self.dropped)
         text = text_of(parts, "\n\n")
         if item["role"] == "assistant":
             self._assistant().texts += [text] if text else []
         elif item["role"] == "user":
             self._user(parts)
-        elif self.settings.mid_system:
+        elif self.settings.system_anywhere:
             self._flush()
             self.out.append({"role": "system", "content": text})
         else:
@@ -3937,7 +3937,7 @@ class ChatMessages(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         step = self.step or ChatStep()
-        parts = carried(item["output"], self._part, self.dropped)
+        parts = convert_parts(item["output"], self._part, self.dropped)
         text = text_of(parts, "\n")
         others = [part for part in parts if part["type"] != "text"]
         content: Any = text
@@ -4025,7 +4025,7 @@ CHAT_STOP = {
                      "repetition"), "max_output_tokens"),
     **dict.fromkeys(("content_filter", "safety", "sensitive", "refusal"), "content_filter")}
 # reasons that are failures; shown as a success, an agent would see an empty answer and ask on (coder#28470)
-CHAT_FAULTS: dict[str, FaultKind] = {
+CHAT_ERRORS: dict[str, ErrorKind] = {
     **dict.fromkeys(("error", "abort", "network_error", "insufficient_system_resource"), "overload"),
     **dict.fromkeys(("malformed_function_call", "malformed_response", "unexpected_tool_call",
                      "too_many_tool_calls"), "tool_generation")}
@@ -4033,7 +4033,7 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text m
 THINK, END_THINK = "<think>", "</think>"
 
 
-class ChatFrame(NamedTuple):
+class DeltaTemplate(NamedTuple):
     """What stands before and after the text in an event that says nothing else. Most events of a stream have the same
     around theirs, and need not be parsed to know that they say nothing else either: 1.6 us in place of 6.3."""
     before: str         # up to the quote that opens the text; "" fits no event
@@ -4053,19 +4053,19 @@ class ChatFrame(NamedTuple):
 
 scan_json = json.JSONDecoder().raw_decode
 TEXT_FIELD = re.compile(r'"(content|reasoning_content|reasoning|thinking)": ?"')
-SAYS_NOTHING = frozenset(("id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices",
+IGNORED_FIELDS = frozenset(("id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices",
                           "index", "delta", "role"))
 
 
-def chat_frame(data: str, chunk: JSON) -> ChatFrame:
+def delta_template(data: str, chunk: JSON) -> DeltaTemplate:
     """The frame of an event with one piece of text and nothing else that is read; one that fits no event for any other."""
-    choices, places = dicts_in(chunk.get("choices")), list(TEXT_FIELD.finditer(data))
+    choices, places = only_dicts(chunk.get("choices")), list(TEXT_FIELD.finditer(data))
     delta = choices[0].get("delta") if len(choices) == 1 else None
     if isinstance(delta, dict) and len(places) == 1 and isinstance(delta.get(places[0][1]), str):
         fields = [*chunk.items(), *choices[0].items(), *delta.items()]
-        if not any(value for name, value in fields if name not in SAYS_NOTHING and name != places[0][1]):
-            return ChatFrame(data[:places[0].end()], data[scan_json(data, places[0].end() - 1)[1]:], places[0][1])
-    return ChatFrame("", "", "")
+        if not any(value for name, value in fields if name not in IGNORED_FIELDS and name != places[0][1]):
+            return DeltaTemplate(data[:places[0].end()], data[scan_json(data, places[0].end() - 1)[1]:], places[0][1])
+    return DeltaTemplate("", "", "")
 
 
 BRACES = re.compile(r'[{}"]|\\.', re.DOTALL)
@@ -4103,14 +4103,14 @@ class ChatCall:
         """Takes more of the arguments, or a snapshot: some servers repeat what came before. The empty piece is their end.
         What is new in them; what came is joined only where the piece is long enough to repeat it."""
         if self.waiting:
-            nested = piece or json_dict(self.text) is not None
+            nested = piece or parse_object(self.text) is not None
             held, self.waiting = self.waiting, ""
             if not piece.lstrip().startswith(held.rstrip(" }")):
                 return self._add(held if nested else held[self.length:]) + self.take(piece)
         text = self.text if self.length <= 2 * len(piece) else ""
         cumulative = text.lstrip().startswith("{") and piece.startswith(text)
         # {} may be a placeholder; is the second of {"a": and {"a":1} in the first, or does it repeat it?
-        if (not self.end and json_dict(piece) == {}) or (cumulative and self.end in ":[,"):
+        if (not self.end and parse_object(piece) == {}) or (cumulative and self.end in ":[,"):
             self.waiting, piece = piece, ""
         elif cumulative:
             piece = piece[self.length:]
@@ -4120,13 +4120,13 @@ class ChatCall:
 
     def is_repeated_by(self, arguments: str) -> bool:
         """Are they the same as far as these have come, or the same object spelt otherwise?"""
-        known = json_dict(self.text)
-        return arguments.startswith(self.text) or (known is not None and known == json_dict(arguments))
+        known = parse_object(self.text)
+        return arguments.startswith(self.text) or (known is not None and known == parse_object(arguments))
 
-    def is_whole(self) -> bool:
+    def is_complete_json(self) -> bool:
         """Are the arguments one JSON object? Some servers make us ask at every piece: braces are counted, each piece once."""
         if self.waiting:
-            return json_dict(self.text) is not None
+            return parse_object(self.text) is not None
         if self.end != "}" or self.broken:
             return False
         for mark in BRACES.findall("".join(self.pieces[self.counted:])):
@@ -4137,12 +4137,12 @@ class ChatCall:
         self.counted = len(self.pieces)
         if self.depth > 0:
             return False
-        self.broken = json_dict(self.text) is None
+        self.broken = parse_object(self.text) is None
         return not self.broken
 
 
 @dataclass(slots=True)
-class Thought:
+class ReasoningBlock:
     """The open reasoning item, and what must come back with the next turn."""
     texts: list[str] = field(default_factory=list)
     details: dict[tuple[Any, ...], tuple[JSON, list[str]]] = field(default_factory=dict)
@@ -4181,12 +4181,12 @@ class ChatDecoder(ItemDecoder):
     servers mix the pieces of parallel ones.
     """
 
-    def __init__(self, book: ToolBook, dialect: Dialect, prefix: str = "call_") -> None:
+    def __init__(self, book: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
         self.dialect = dialect
         self.message = False                    # is a message open?
-        self.thought: Thought | None = None
+        self.thought: ReasoningBlock | None = None
         self.calls: list[ChatCall] = []
         self.changed: dict[int, ChatCall] = {}      # those of them that were not looked at since
         self.by_index: dict[int, ChatCall] = {}     # the newest call of each index
@@ -4201,7 +4201,7 @@ class ChatDecoder(ItemDecoder):
         self.streamed = False                   # did anything come in a delta? Then a message is a snapshot
         self.held = ""                          # content that may be the beginning of a tag
         self.stop: Stop | None = None
-        self.frame = ChatFrame("", "", "")      # of the newest piece of text
+        self.frame = DeltaTemplate("", "", "")      # of the newest piece of text
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
@@ -4216,7 +4216,7 @@ class ChatDecoder(ItemDecoder):
         chunk = provider_json(data, "The provider sent an event that is not JSON.")
         if isinstance(chunk, dict):
             self._chunk(chunk)
-            self.frame = chat_frame(data, chunk)
+            self.frame = delta_template(data, chunk)
 
     def whole(self, body: JSON) -> None:
         """An answer that was not streamed."""
@@ -4224,8 +4224,8 @@ class ChatDecoder(ItemDecoder):
         self._done()
 
     def _chunk(self, chunk: JSON) -> None:
-        choices = dicts_in(chunk.get("choices"))
-        holders = dicts_in([chunk, chunk.get("x_groq"), *choices])
+        choices = only_dicts(chunk.get("choices"))
+        holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = next((holder["usage"] for holder in holders if holder.get("usage")), None)
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         usage = usage_from(counts and merge_counts(self.counts, counts), chunk, reasoning_within=self.dialect.reasoning_within)
@@ -4243,7 +4243,7 @@ class ChatDecoder(ItemDecoder):
                     self._delta(said, whole=name == "message")
             self._finish_reason(choice)
         if usage is not None and self.stop is not None and not choices:
-            self.sink.set_stop(dataclasses.replace(self.stop, last=True))       # OpenAI's order: finish, usage, [DONE]
+            self.sink.set_stop(dataclasses.replace(self.stop, final=True))       # OpenAI's order: finish, usage, [DONE]
 
     def _delta(self, delta: JSON, whole: bool = False) -> None:
         """A piece of a message, or a `whole` one: the answer itself, or behind pieces their snapshot."""
@@ -4252,7 +4252,7 @@ class ChatDecoder(ItemDecoder):
         thought, details = reasoning_of(delta)
         self._reason(unseen(left, "thought", thought), [] if snapshot and self.seen["thought"] else details)
         content = delta.get("content")
-        for part in [content] if isinstance(content, str) else dicts_in(content):      # Mistral: an array
+        for part in [content] if isinstance(content, str) else only_dicts(content):      # Mistral: an array
             if isinstance(part, str):
                 self._content(unseen(left, "text", part))
             elif part.get("type") == "thinking":
@@ -4261,11 +4261,11 @@ class ChatDecoder(ItemDecoder):
                 self._content(unseen(left, "text", part["text"]))
         if isinstance(delta.get("refusal"), str):
             self._say(unseen(left, "refusal", delta["refusal"]), "refusal")
-        for image in dicts_in(delta.get("images")):         # OpenRouter's
-            self._show_image(table_of(image.get("image_url")).get("url"))
-        for cited in [] if snapshot and self.cited else dicts_in(delta.get("annotations")):
+        for image in only_dicts(delta.get("images")):         # OpenRouter's
+            self._show_image(as_dict(image.get("image_url")).get("url"))
+        for cited in [] if snapshot and self.cited else only_dicts(delta.get("annotations")):
             self._cite(cited.get("url_citation"))
-        for place, call in enumerate(dicts_in(delta.get("tool_calls"))):
+        for place, call in enumerate(only_dicts(delta.get("tool_calls"))):
             self._call(call, whole, self._repeated(place, call) if snapshot else None)
 
     # text and thoughts
@@ -4319,7 +4319,7 @@ class ChatDecoder(ItemDecoder):
         """Do the tags say nothing but what the field has said?"""
         return "".join(self.twice or ()).strip() in "".join(self.seen["thought"])
 
-    def _say(self, text: str, channel: Channel = "text") -> None:
+    def _say(self, text: str, channel: PartType = "text") -> None:
         if not text:
             return
         if not self.message:
@@ -4354,7 +4354,7 @@ class ChatDecoder(ItemDecoder):
         if self.thought is None:
             self._close_texts()
             self._close_calls()
-            self.thought = Thought()
+            self.thought = ReasoningBlock()
             self._slot()
         self.seen["thought"].append(text)
         self.thought.texts.append(text)
@@ -4427,7 +4427,7 @@ class ChatDecoder(ItemDecoder):
                 continue
             if ended and (rest := call.take("")):
                 self.sink.add(call.slot, rest, "arguments")
-            if (not call.waiting and call.is_whole()) or (ended and not call.end):
+            if (not call.waiting and call.is_complete_json()) or (ended and not call.end):
                 call.closed = True
                 self.sink.done(call.slot)
         self.changed.clear()
@@ -4441,9 +4441,9 @@ class ChatDecoder(ItemDecoder):
         if not given:
             return
         reason, native = str(given).lower(), str(choice.get("native_finish_reason") or "").lower()
-        kind = CHAT_FAULTS.get(reason) or CHAT_FAULTS.get(native)
+        kind = CHAT_ERRORS.get(reason) or CHAT_ERRORS.get(native)
         if kind or reason.startswith("function_call_filter"):
-            said = (native if native in CHAT_FAULTS else reason)[:64]
+            said = (native if native in CHAT_ERRORS else reason)[:64]
             self._fail(ProviderError(f"The provider broke off its answer: {said}.",
                                            kind=kind or "tool_generation"))
             return
@@ -4457,7 +4457,7 @@ class ChatDecoder(ItemDecoder):
         self._close_calls(ended)
 
     def _close_all(self) -> None:
-        self._leave_item(ended=self.stop is None or not self.stop.incomplete)
+        self._leave_item(ended=self.stop is None or not self.stop.incomplete_reason)
 
     def _done(self) -> None:
         """[DONE], or the end of a whole answer."""
@@ -4470,7 +4470,7 @@ class ChatDecoder(ItemDecoder):
         elif self.stop is None and not self.slots:
             self._fail(self.notice or ProviderError("The provider's answer is empty.", kind="overload"))
         else:
-            self.sink.set_stop(dataclasses.replace(self.stop or Stop(), last=True))
+            self.sink.set_stop(dataclasses.replace(self.stop or Stop(), final=True))
 
 
 def split_tag_start(text: str, tag: str) -> tuple[str, str]:
@@ -4484,8 +4484,9 @@ def begins_new_call(known: ChatCall, call_id: str, name: str, arguments: str) ->
     if name and known.name and name != known.name:
         return True
     if call_id and known.id and call_id != known.id:        # an id that only rotates comes without a name, or with the same
-        return (bool(name) and not (known.name and known.pieces)) or known.is_whole()
-    if not arguments.strip() or (call_id and call_id == known.id) or not (name or known.named_again) or not known.is_whole():
+        return (bool(name) and not (known.name and known.pieces)) or known.is_complete_json()
+    if not arguments.strip() or (call_id and call_id == known.id) or not (name or known.named_again) \
+            or not known.is_complete_json():
         return False
     # what came in pieces, or with an id, is repeated without one as a snapshot; two whole calls may well be the same
     snapshot = not known.named_again and (known.streamed or (known.id and not call_id))
@@ -4504,7 +4505,7 @@ def unseen(left: dict[str, str], channel: str, text: str) -> str:
 
 def call_texts(given: JSON) -> tuple[str, str]:
     """Name and arguments of a piece of a call: either may be null, and arguments an object."""
-    function = table_of(given.get("function"))
+    function = as_dict(given.get("function"))
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
@@ -4513,7 +4514,7 @@ def call_texts(given: JSON) -> tuple[str, str]:
 
 def reasoning_of(delta: JSON) -> tuple[str, list[JSON]]:
     """The reasoning text of a delta, and the details that belong to it."""
-    details = dicts_in(delta.get("reasoning_details"))
+    details = only_dicts(delta.get("reasoning_details"))
     for name in REASONING_FIELDS:
         if isinstance(delta.get(name), str) and delta[name]:
             return delta[name], details
@@ -4523,17 +4524,17 @@ def reasoning_of(delta: JSON) -> tuple[str, list[JSON]]:
 
 def filter_explanation(choice: JSON) -> str:
     """Which of Azure's filters stopped the answer, in words."""
-    results = table_of(choice.get("content_filter_results"))
-    struck = [name for name, result in results.items() if table_of(result).get("filtered")]
+    results = as_dict(choice.get("content_filter_results"))
+    struck = [name for name, result in results.items() if as_dict(result).get("filtered")]
     return f"The provider's content filter stopped this answer: {', '.join(struck)}." if struck else ""
 
 
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------
 #
-# What differs from model to model stands in CLAUDES, and nowhere else. Thinking comes in blocks that must go back
+# What differs from model to model stands in ANTHROPIC_MODELS, and nowhere else. Thinking comes in blocks that must go back
 # with the next turn byte for byte: each is one reasoning item, the block in its envelope.
 
-class Claude(NamedTuple):
+class AnthropicModel(NamedTuple):
     """What is known of the models whose name begins with `prefix`. The defaults are the newest and strictest ways, so
     that a model that is not known yet is asked for nothing it could refuse."""
     prefix: str
@@ -4545,28 +4546,28 @@ class Claude(NamedTuple):
     sampling: bool = False          # takes temperature or top_p
     forced_choice: bool = False     # a tool may be forced; with a thinking budget never
     json_schema: bool = True
-    mid_system: bool = False        # honours system messages among the others (claude-sonnet-5 takes and ignores them)
+    system_anywhere: bool = False        # honours system messages among the others (claude-sonnet-5 takes and ignores them)
     prefill: bool = False           # the last turn may be the assistant's
     shown: bool = False             # what it says between calls is in its thoughts: they are always asked for
     web_search: str = "web_search_20260209"     # "": it has none of its own
 
 
-BUDGET = Claude("", "budget", "", "", 64_000, sampling=True, forced_choice=True, prefill=True,
+BUDGET = AnthropicModel("", "budget", "", "", 64_000, sampling=True, forced_choice=True, prefill=True,
                 web_search="web_search_20250305")
 # Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence their usual_tokens.
-CLAUDES = (
-    *(Claude(series, mid_system=True) for series in (
+ANTHROPIC_MODELS = (
+    *(AnthropicModel(series, system_anywhere=True) for series in (
         "claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-1", "claude-mythos-5-2")),
-    *(Claude(series, mid_system=True, forced_choice=True) for series in ("claude-fable-5", "claude-mythos-5")),
-    Claude("claude-opus-5-5", mid_system=True, shown=True),
-    Claude("claude-opus-5", off="disabled", mid_system=True, forced_choice=True),
-    Claude("claude-sonnet-5-5", off="between_tools", shown=True),
-    Claude("claude-sonnet-5", off="disabled", forced_choice=True),
-    Claude("claude-haiku-5-5", off="disabled", forced_choice=True, shown=True),
-    Claude("claude-opus-4-8", off="", mid_system=True, forced_choice=True),
-    Claude("claude-opus-4-7", off="", forced_choice=True),
-    *(Claude(series, off="", efforts="low low low medium high max max", sampling=True, forced_choice=True) for series in (
-        "claude-opus-4-6", "claude-sonnet-4-6")),
+    *(AnthropicModel(series, system_anywhere=True, forced_choice=True) for series in ("claude-fable-5", "claude-mythos-5")),
+    AnthropicModel("claude-opus-5-5", system_anywhere=True, shown=True),
+    AnthropicModel("claude-opus-5", off="disabled", system_anywhere=True, forced_choice=True),
+    AnthropicModel("claude-sonnet-5-5", off="between_tools", shown=True),
+    AnthropicModel("claude-sonnet-5", off="disabled", forced_choice=True),
+    AnthropicModel("claude-haiku-5-5", off="disabled", forced_choice=True, shown=True),
+    AnthropicModel("claude-opus-4-8", off="", system_anywhere=True, forced_choice=True),
+    AnthropicModel("claude-opus-4-7", off="", forced_choice=True),
+    *(AnthropicModel(series, off="", efforts="low low low medium high max max", sampling=True, forced_choice=True)
+      for series in ("claude-opus-4-6", "claude-sonnet-4-6")),
     BUDGET._replace(prefix="claude-opus-4-5", efforts="low low low medium high high high"),
     BUDGET._replace(prefix="claude-sonnet-4-5"),
     BUDGET._replace(prefix="claude-haiku-4-5"),
@@ -4576,29 +4577,29 @@ CLAUDES = (
     BUDGET._replace(prefix="claude-3-7", usual_tokens=8192, json_schema=False),
     BUDGET._replace(prefix="claude-3-5", thinking="", max_tokens=8192, json_schema=False),
     BUDGET._replace(prefix="claude-3", thinking="", max_tokens=4096, json_schema=False, web_search=""),
-    Claude("claude-"),
+    AnthropicModel("claude-"),
     # another's model behind the same API: llama.cpp, vLLM, and what DeepSeek, Moonshot and Z.ai offer
     BUDGET._replace(thinking="", max_tokens=0, usual_tokens=8192, json_schema=False, prefill=False, web_search=""),
 )
 
 THINKING_BUDGETS = "0 1024 2048 10000 16384 32768 32768"     # for each of EFFORTS
 LEAST_BUDGET = 1024
-THOUGHTS = frozenset(("thinking", "redacted_thinking"))
+THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
 
 
-def claude(model: str, overrides: Mapping[str, JSON] | None = None) -> Claude:
+def anthropic_model(model: str, overrides: Mapping[str, JSON] | None = None) -> AnthropicModel:
     """The row of a model; `overrides` maps prefixes to fields that differ."""
     name = model[max(model.find("claude-"), 0):].replace(".", "-")      # routers and clouds name the vendor before it
-    return overridden(next(row for row in CLAUDES if name.startswith(row.prefix)), overrides or {}, name)
+    return with_overrides(next(row for row in ANTHROPIC_MODELS if name.startswith(row.prefix)), overrides or {}, name)
 
 
-def native_web_search(book: ToolBook, settings: Claude) -> list[JSON]:
+def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
     """The provider's own tool; a function of the same name takes its place."""
-    if not book.hosted or "web_search" in book.by_flat:
+    if not book.hosted or "web_search" in book.by_upstream_name:
         return []
     asked = book.hosted[0]
-    filters = table_of(asked.get("filters"))
-    location = {k: v for k, v in table_of(asked.get("user_location")).items() if v and k != "type"}
+    filters = as_dict(asked.get("filters"))
+    location = {k: v for k, v in as_dict(asked.get("user_location")).items() if v and k != "type"}
     tool: JSON = {"type": settings.web_search, "name": "web_search"}
     if settings.web_search >= "web_search_20260209":    # called from code, it gives no citations
         tool["allowed_callers"] = ["direct"]
@@ -4620,7 +4621,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(take("text.format", {}), row)
     thinking, effort = thinking_of(asked, ctx.request.get("reasoning", {}).get("summary"), row)
-    max_tokens, thinking = token_limits(take("max_output_tokens"), thinking, row, turns.lost_thought())
+    max_tokens, thinking = token_limits(take("max_output_tokens"), thinking, row, turns.missing_thinking())
     native = native_web_search(book, row)
     tools = [messages_tool(function) for function in book.functions] + native
     choice, sentence = messages_tool_choice(ctx, thinking, bool(native)) if tools else (None, "")
@@ -4639,7 +4640,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     return {**body, "stream": True}
 
 
-def thinking_of(asked: Any, summary: Any, row: Claude) -> tuple[JSON | None, str]:
+def thinking_of(asked: Any, summary: Any, row: AnthropicModel) -> tuple[JSON | None, str]:
     """`thinking` and effort for what the client asked; None and "" leave the model to its own ways."""
     shown = row.shown or summary not in (None, "none")
     if asked == "none" and row.off != "never":
@@ -4652,13 +4653,14 @@ def thinking_of(asked: Any, summary: Any, row: Claude) -> tuple[JSON | None, str
     return {"type": "adaptive", "display": "summarized"} if shown else {"type": "adaptive"}, effort
 
 
-def token_limits(asked: int | None, thinking: JSON | None, row: Claude, lost_thought: bool) -> tuple[int, JSON | None]:
+def token_limits(asked: int | None, thinking: JSON | None, row: AnthropicModel,
+                 missing_thinking: bool) -> tuple[int, JSON | None]:
     """max_tokens, and the thinking that fits in: a budget comes on top of the answer, and below the cap."""
     cap = row.max_tokens or 1 << 31
     wanted = min(asked or row.usual_tokens or cap, cap)
     if thinking is None or thinking["type"] != "enabled":
         return wanted, thinking
-    if lost_thought or wanted <= LEAST_BUDGET:
+    if missing_thinking or wanted <= LEAST_BUDGET:
         return wanted, None
     whole = min(cap, wanted + thinking["budget_tokens"])
     return whole, {**thinking, "budget_tokens": max(LEAST_BUDGET, min(thinking["budget_tokens"], whole - LEAST_BUDGET))}
@@ -4676,7 +4678,7 @@ def sampling_of(ctx: EncodeContext, thinking: JSON | None) -> JSON:
 def messages_tool_choice(ctx: EncodeContext, thinking: JSON | None, native: bool) -> tuple[JSON | None, str]:
     """tool_choice, and what must be said in words where a call may not be forced."""
     get = ctx.request.get
-    asks_search = native and str(table_of(get("tool_choice")).get("type")).startswith("web_search")
+    asks_search = native and str(as_dict(get("tool_choice")).get("type")).startswith("web_search")
     given = {"function": {"name": "web_search"}} if asks_search else chosen_tool(ctx)
     single: JSON = {"disable_parallel_tool_use": True} if get("parallel_tool_calls") is False else {}
     if given == "none":
@@ -4694,7 +4696,7 @@ def messages_tool(function: JSON) -> JSON:
     """Not `strict`: 20 strict tools and 24 optional parameters are the most that a request may have."""
     described = {"description": function["description"]} if function["description"] else {}
     schema = function["parameters"]
-    defs = {**table_of(schema.get("definitions")), **table_of(schema.get("$defs"))}     # the first: zod-to-json-schema
+    defs = {**as_dict(schema.get("definitions")), **as_dict(schema.get("$defs"))}     # the first: zod-to-json-schema
     return {"name": function["name"], **described, "input_schema": object_root(schema, defs)}
 
 
@@ -4702,16 +4704,16 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     """A tool's schema with `type: object` at its root, where no anyOf, oneOf, allOf or $ref may stand: their branches
     become one object, which requires what all of them require. Each of `defs` is taken where it is first named: two names
     in each of n would make 2 ** n."""
-    target = table_of(defs.pop(schema["$ref"].rpartition("/")[2], None)) if isinstance(schema.get("$ref"), str) else {}
-    options = [object_root(branch, defs) for key in ("anyOf", "oneOf") for branch in dicts_in(schema.get(key))]
-    merged = [object_root(branch, defs) for branch in dicts_in(schema.get("allOf"))]
+    target = as_dict(defs.pop(schema["$ref"].rpartition("/")[2], None)) if isinstance(schema.get("$ref"), str) else {}
+    options = [object_root(branch, defs) for key in ("anyOf", "oneOf") for branch in only_dicts(schema.get(key))]
+    merged = [object_root(branch, defs) for branch in only_dicts(schema.get("allOf"))]
     merged += [object_root(target, defs)] if target else []
     rest = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf", "allOf", "$ref")}
     if not options and not merged:
         return {**rest, "type": "object"}
     properties: JSON = {}
     for branch in (rest, *merged, *options):
-        for name, inner in table_of(branch.get("properties")).items():
+        for name, inner in as_dict(branch.get("properties")).items():
             known = properties.setdefault(name, inner)
             properties[name] = known if known == inner else {"anyOf": [known, inner]}
     needed = set().union(*map(required_by, (rest, *merged)), set.intersection(*map(required_by, options)) if options else ())
@@ -4724,7 +4726,7 @@ def required_by(schema: JSON) -> set[str]:
     return {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
 
 
-def output_format(shape: JSON, row: Claude) -> tuple[JSON | None, str]:
+def output_format(shape: JSON, row: AnthropicModel) -> tuple[JSON | None, str]:
     """output_config.format, and what must be said in words where there is none."""
     if shape.get("type") == "json_object":
         return None, JSON_ONLY
@@ -4733,7 +4735,7 @@ def output_format(shape: JSON, row: Claude) -> tuple[JSON | None, str]:
     with contextlib.suppress(ValueError):
         if row.json_schema:
             return {"type": "json_schema", "schema": strict_schema(shape["schema"])}, ""
-    return None, f"{JSON_ONLY} It fits this JSON schema:\n{compact(shape['schema'])}"
+    return None, f"{JSON_ONLY} It fits this JSON schema:\n{dumps(shape['schema'])}"
 
 
 STRICT_KEYWORDS = frozenset(("type", "enum", "const", "description", "title", "required", "properties", "$defs", "definitions",
@@ -4758,7 +4760,7 @@ def strict_schema(schema: JSON) -> Any:
         if "$ref" in given:                     # nothing else may stand beside it
             return {key: result[key] for key in ("$ref", "$defs", "definitions") if key in result}
         if lost:
-            result["description"] = "\n\n".join(part for part in (result.get("description"), compact(lost)) if part)
+            result["description"] = "\n\n".join(part for part in (result.get("description"), dumps(lost)) if part)
         if "properties" in result or "object" in (result.get("type") or ""):
             if "properties" not in result or given.get("additionalProperties") or given.get("patternProperties"):
                 raise ValueError("a map")
@@ -4794,11 +4796,11 @@ class MessagesTurns(TurnEncoder):
         self._place_later()
         return self.out
 
-    def lost_thought(self) -> bool:
+    def missing_thinking(self) -> bool:
         """Does the last turn answer calls that no thought of ours leads to? With a budget that is a 400."""
         if len(self.out) < 2 or self.out[-1]["role"] != "user" or self.out[-1]["content"][0]["type"] != "tool_result":
             return False
-        return self.out[-2]["content"][0]["type"] not in THOUGHTS
+        return self.out[-2]["content"][0]["type"] not in THINKING_BLOCKS
 
     # one method a kind of item
 
@@ -4810,13 +4812,13 @@ class MessagesTurns(TurnEncoder):
             self._system(text_of(blocks, "\n\n"))
 
     def _system(self, text: str) -> None:
-        if self.settings.mid_system and text:
+        if self.settings.system_anywhere and text:
             self.later.append(text_block(text))
         elif text:
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def reasoning(self, item: JSON) -> None:
-        blocks = dicts_in(item["pomex_replay"].get("blocks"))
+        blocks = only_dicts(item["pomex_replay"].get("blocks"))
         self.add("assistant", blocks)
         if not blocks:
             self.dropped.append("reasoning")
@@ -4844,7 +4846,7 @@ class MessagesTurns(TurnEncoder):
         """Ends the turn before where `role` begins another. An assistant's may not end with a thought."""
         before: JSON = self.out[-1] if self.out else {"role": "", "content": []}
         if before["role"] == "assistant" and (role != "assistant" or self.later):
-            while before["content"] and before["content"][-1]["type"] in THOUGHTS:
+            while before["content"] and before["content"][-1]["type"] in THINKING_BLOCKS:
                 before["content"].pop()
             if not before["content"]:
                 self.out.pop()
@@ -4864,7 +4866,7 @@ class MessagesTurns(TurnEncoder):
 
     def _blocks(self, content: str | list[JSON]) -> list[JSON]:
         """Content as blocks; those that cannot be taken are named, blank texts are a 400."""
-        blocks = carried(content, self._marked, self.dropped)
+        blocks = convert_parts(content, self._marked, self.dropped)
         return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
     def _marked(self, part: JSON) -> JSON | None:
@@ -4899,13 +4901,13 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     user turn before it (a step that adds more than 20 blocks would miss the first). Nothing where the client did."""
     turns: list[list[JSON]] = [message["content"] for message in body["messages"]]
     ends = [body.get("tools") or [], body.get("system") or [], *turns]
-    inner = [part for blocks in turns for block in blocks for part in dicts_in(block.get("content"))]
+    inner = [part for blocks in turns for block in blocks for part in only_dicts(block.get("content"))]
     if ttl == "off" or any("cache_control" in block for block in (*itertools.chain(*ends), *inner)):
         return
     users = [content for content, message in zip(turns[:-1], body["messages"]) if message["role"] == "user"]
     mark = {"type": "ephemeral", "ttl": ttl} if ttl != "5m" else {"type": "ephemeral"}
     for blocks in (*ends[:2], *users[-1:], turns[-1]):
-        at = next((i for i in range(len(blocks) - 1, -1, -1) if blocks[i].get("type") not in THOUGHTS), None)
+        at = next((i for i in range(len(blocks) - 1, -1, -1) if blocks[i].get("type") not in THINKING_BLOCKS), None)
         if at is not None:
             blocks[at] = {**blocks[at], "cache_control": mark}
 
@@ -4932,7 +4934,7 @@ def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> JSON:
 
 
 def drop_thoughts(body: JSON, found: re.Match[str]) -> JSON:
-    messages = [{**message, "content": [block for block in message["content"] if block["type"] not in THOUGHTS]}
+    messages = [{**message, "content": [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]}
                 for message in body["messages"]]
     if body.get("thinking", {}).get("type") == "enabled":
         body = {**body, "thinking": None}
@@ -4969,10 +4971,10 @@ def repair_messages(body: JSON, error: GatewayError) -> JSON | None:
     """The body as a known refusal asks for it; None where nothing is known that helps. To be used once a request."""
     if not isinstance(error, ProviderError) or error.kind != "bad_request":
         return None
-    for pattern, mend in MESSAGES_REPAIRS:
+    for pattern, repair in MESSAGES_REPAIRS:
         found = re.search(pattern, str(error), re.IGNORECASE)
         if found:
-            return {name: value for name, value in mend(body, found).items() if value is not None}
+            return {name: value for name, value in repair(body, found).items() if value is not None}
     return None
 
 
@@ -5013,7 +5015,7 @@ class Block:
         if kind == "thinking":
             return {**self.start, "thinking": text, "signature": self.signature}
         if kind in ("tool_use", "server_tool_use") and text.strip():
-            return {**self.start, "input": json_dict(text) or {}}
+            return {**self.start, "input": parse_object(text) or {}}
         return self.start
 
 
@@ -5024,7 +5026,7 @@ class MessagesDecoder(ItemDecoder):
     item: compaction, fallback, code execution and whatever comes next are passed over.
     """
 
-    def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
+    def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
         self.id: str | None = None              # of the message that is being read
@@ -5057,7 +5059,7 @@ class MessagesDecoder(ItemDecoder):
         if not isinstance(body.get("content"), list):
             raise UpstreamError("The provider's answer is not a message.")
         self._message_start({"message": body})
-        for index, block in enumerate(dicts_in(body["content"])):
+        for index, block in enumerate(only_dicts(body["content"])):
             self._start({"index": index, "content_block": block})
             self._block_stop({"index": index})
         self._message_delta({"delta": body, "usage": body.get("usage")})
@@ -5082,13 +5084,13 @@ class MessagesDecoder(ItemDecoder):
                 self.sink.fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
             return
         self.id = given
-        merge_counts(self.counts, {**table_of(message.get("usage")), "model": message.get("model")})
+        merge_counts(self.counts, {**as_dict(message.get("usage")), "model": message.get("model")})
         self.sink.set_usage(dataclasses.replace(self._usage(), estimated=True))     # the output's count comes with the end
 
     def _message_delta(self, event: JSON) -> None:
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
-        usage = table_of(event.get("usage"))
+        usage = as_dict(event.get("usage"))
         merge_counts(self.counts, usage)
         self.sink.set_usage(dataclasses.replace(self._usage(), estimated="output_tokens" not in usage))
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
@@ -5106,7 +5108,7 @@ class MessagesDecoder(ItemDecoder):
             return
         if self.stop is None:
             self._close_all("")
-        self.sink.set_stop(dataclasses.replace(self.stop or Stop(), last=True))
+        self.sink.set_stop(dataclasses.replace(self.stop or Stop(), final=True))
 
     def _error(self, event: JSON) -> None:
         self.sink.fail(inband_error(event))
@@ -5124,7 +5126,7 @@ class MessagesDecoder(ItemDecoder):
         self._close_empty_call()
         if kind == "text":
             block.begin = self.said
-            block.citations = dicts_in(block.start.get("citations"))
+            block.citations = only_dicts(block.start.get("citations"))
             self._text(block, block.start.get("text") or "")
             return
         self.sink.done()
@@ -5179,7 +5181,7 @@ class MessagesDecoder(ItemDecoder):
                 if isinstance(citation.get("url"), str):        # those of documents name files that no client knows
                     self.sink.annotate({"type": "url_citation", "start_index": block.begin, "end_index": self.said,
                                         "url": citation["url"], "title": citation.get("title") or ""})
-        elif kind in THOUGHTS:
+        elif kind in THINKING_BLOCKS:
             self._thought(block, whole)
         elif kind == "tool_use":
             self._end_call(block)
@@ -5198,10 +5200,10 @@ class MessagesDecoder(ItemDecoder):
     def _end_call(self, block: Block) -> None:
         given = block.start.get("input")
         if not block.text.strip() and given:        # some servers give the whole input at once
-            self._text(block, compact(given))
+            self._text(block, dumps(given))
         if not block.text.strip():
             self.empty_call = block.slot
-        elif json_dict(block.text) is not None:
+        elif parse_object(block.text) is not None:
             self.sink.done(block.slot)
 
     def _search(self, block: Block, whole: JSON) -> None:
@@ -5234,7 +5236,7 @@ class MessagesDecoder(ItemDecoder):
 def messages_usage(counts: JSON) -> Usage:
     """Anthropic counts cached input apart. Where it worked in several passes (compaction, fallback, an advisor), its
     own sum is only the last pass's."""
-    passes = dicts_in(counts.get("iterations")) or [counts]
+    passes = only_dicts(counts.get("iterations")) or [counts]
 
     def total(name: str) -> int:
         return sum(count(each, name) for each in passes)
@@ -5250,34 +5252,34 @@ def messages_usage(counts: JSON) -> Usage:
 # A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few parts
 # more. A thought signature stands beside one part and must come back on that very part: it travels in a reasoning
 # item of its own, before the call that it signs or after the message. What differs from model to model stands in
-# GEMINIS, and nowhere else.
+# GEMINI_MODELS, and nowhere else.
 
-class Gemini(NamedTuple):
+class GeminiModel(NamedTuple):
     """What is known of the models whose name begins with `prefix`. The defaults are the newest generation's."""
     prefix: str
-    knob: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"     # both in one request are refused
+    thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"     # both in one request are refused
     values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"                   # of the knob, for each of EFFORTS
-    mixes: bool = True      # functions beside googleSearch or a response schema, and media inside a function's result
+    combines_tools: bool = True      # functions beside googleSearch or a response schema, and media inside a function's result
 
 
 NO_MINIMAL = "LOW LOW LOW MEDIUM HIGH HIGH HIGH"
-GEMINIS = (
-    Gemini("gemini-3.1-flash-lite-image", values="MINIMAL MINIMAL HIGH HIGH HIGH HIGH HIGH"),
-    Gemini("gemini-3-pro", values="LOW LOW LOW HIGH HIGH HIGH HIGH"),
-    *(Gemini(series, values=NO_MINIMAL) for series in (
+GEMINI_MODELS = (
+    GeminiModel("gemini-3.1-flash-lite-image", values="MINIMAL MINIMAL HIGH HIGH HIGH HIGH HIGH"),
+    GeminiModel("gemini-3-pro", values="LOW LOW LOW HIGH HIGH HIGH HIGH"),
+    *(GeminiModel(series, values=NO_MINIMAL) for series in (
         "gemini-3.1-pro", "gemini-3.7-flash", "gemini-3.8-flash", "gemini-4-argon", "gemini-4-carbon", "gemini-pro-latest")),
-    Gemini("gemini-2.5-flash-image", "", mixes=False),
-    Gemini("gemini-2.5-pro", "thinkingBudget", "128 512 2048 8192 16384 32768 32768", mixes=False),    # never off
-    Gemini("gemini-2.5", "thinkingBudget", "0 512 2048 8192 16384 24576 24576", mixes=False),
-    *(Gemini(series, "", mixes=False) for series in ("gemini-2.", "gemini-1", "gemini-pro", "gemma", "learnlm")),
-    Gemini(""),
+    GeminiModel("gemini-2.5-flash-image", "", combines_tools=False),
+    GeminiModel("gemini-2.5-pro", "thinkingBudget", "128 512 2048 8192 16384 32768 32768", combines_tools=False),    # never off
+    GeminiModel("gemini-2.5", "thinkingBudget", "0 512 2048 8192 16384 24576 24576", combines_tools=False),
+    *(GeminiModel(series, "", combines_tools=False) for series in ("gemini-2.", "gemini-1", "gemini-pro", "gemma", "learnlm")),
+    GeminiModel(""),
 )
 
 
-def gemini_row(model: str, overrides: Mapping[str, JSON] | None = None) -> Gemini:
+def gemini_model(model: str, overrides: Mapping[str, JSON] | None = None) -> GeminiModel:
     """The row of a model; `overrides` maps prefixes to fields that differ."""
     name = model.removeprefix("models/")
-    return overridden(next(row for row in GEMINIS if name.startswith(row.prefix)), overrides or {}, name)
+    return with_overrides(next(row for row in GEMINI_MODELS if name.startswith(row.prefix)), overrides or {}, name)
 
 
 # --- the request
@@ -5307,7 +5309,7 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
         dropped.append("tool_choice")
     if book.functions:
         tools.append({"functionDeclarations": [gemini_function(function) for function in book.functions]})
-    if book.hosted and book.functions and not row.mixes:
+    if book.hosted and book.functions and not row.combines_tools:
         dropped.append("tools:web_search")
     elif book.hosted:
         tools.append({"googleSearch": {}})
@@ -5322,17 +5324,17 @@ def gemini_function(function: JSON) -> JSON:
             "parametersJsonSchema": gemini_schema(function["parameters"])}
 
 
-def calling_mode(choice: Any, book: ToolBook, row: Gemini) -> JSON | None:
+def calling_mode(choice: Any, book: ToolMap, row: GeminiModel) -> JSON | None:
     """functionCallingConfig for a tool_choice, {} for the default; None for what is not offered."""
     if isinstance(choice, str):
         return {"none": {"mode": "NONE"}, "required": {"mode": "ANY"}}.get(choice, {})
-    allowed = dicts_in(choice.get("tools")) if choice["type"] == "allowed_tools" else [choice]
+    allowed = only_dicts(choice.get("tools")) if choice["type"] == "allowed_tools" else [choice]
     found = (chat_tool_choice({"type": "function", **each}, book) for each in allowed)
     names = [each["function"]["name"] for each in found if each]
     if not names:
         return None
     forced = choice["type"] != "allowed_tools" or choice.get("mode") == "required"
-    if not forced and not row.knob:
+    if not forced and not row.thinking_param:
         return None                 # AUTO takes no names; VALIDATED, which does, came with 2.5
     return {"mode": "ANY" if forced else "VALIDATED", "allowedFunctionNames": names}
 
@@ -5341,8 +5343,8 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig; what it has no place for is named."""
     row, functions, shape, effort = ctx.settings, ctx.book.functions, ctx.take("text.format", {}), ctx.take("reasoning.effort")
     asks_json = shape.get("type") in ("json_object", "json_schema")
-    refused = asks_json and functions and not row.mixes
-    lost = {"text.format": refused, "reasoning.effort": effort not in (None, "none") and not row.knob,
+    refused = asks_json and functions and not row.combines_tools
+    lost = {"text.format": refused, "reasoning.effort": effort not in (None, "none") and not row.thinking_param,
             "parallel_tool_calls": functions and ctx.request.get("parallel_tool_calls") is False}   # there is no such switch
     ctx.dropped += [name for name, is_lost in lost.items() if is_lost]
     config: JSON = {"maxOutputTokens": ctx.take("max_output_tokens"), "temperature": ctx.take("temperature"),
@@ -5356,10 +5358,10 @@ def gemini_config(ctx: EncodeContext) -> JSON:
 def thinking_config(ctx: EncodeContext, effort: Any) -> JSON:
     """How to think, and whether to tell of it."""
     config: JSON = {}
-    knob, value = ctx.settings.knob, effort_value(ctx.settings.values, effort)
-    if knob and value:
-        config[knob] = int(value) if knob == "thinkingBudget" else value
-    if knob and ctx.request.get("reasoning", {}).get("summary") not in (None, "none") and config.get(knob) != 0:
+    param, value = ctx.settings.thinking_param, effort_value(ctx.settings.values, effort)
+    if param and value:
+        config[param] = int(value) if param == "thinkingBudget" else value
+    if param and ctx.request.get("reasoning", {}).get("summary") not in (None, "none") and config.get(param) != 0:
         config["includeThoughts"] = True
     return config
 
@@ -5377,7 +5379,7 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & {*UNKNOWN_KEYWORDS, refused}:
             del made[key]
         if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
-            made["$defs"] = {**table_of(made.pop("definitions")), **table_of(made.get("$defs"))}
+            made["$defs"] = {**as_dict(made.pop("definitions")), **as_dict(made.get("$defs"))}
         if isinstance(made.get("$ref"), str):       # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
@@ -5408,7 +5410,7 @@ class GeminiContents(TurnEncoder):
         for content in self.out:
             if content["role"] == "user":           # what a result showed stands behind all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
-            elif self.settings.knob:
+            elif self.settings.thinking_param:
                 sign_step(content, replace=False)
         if not self.out or self.out[0]["role"] == "model":
             self.out.insert(0, {"role": "user", "parts": [{"text": "(continue)"}]})
@@ -5419,7 +5421,7 @@ class GeminiContents(TurnEncoder):
     # one method a kind of item
 
     def message(self, item: JSON) -> None:
-        parts = carried(item["content"], gemini_part, self.dropped)
+        parts = convert_parts(item["content"], gemini_part, self.dropped)
         if item["role"] in ("system", "developer"):
             text = text_of(parts, "\n\n")
             parts = [{"text": LATER_SYSTEM.format(text)}] if text else []
@@ -5427,7 +5429,7 @@ class GeminiContents(TurnEncoder):
 
     def reasoning(self, item: JSON) -> None:
         replay = item["pomex_replay"]
-        if isinstance(replay.get("part"), dict) and self.settings.mixes:     # a server's tool: older models refuse them
+        if isinstance(replay.get("part"), dict) and self.settings.combines_tools:     # older models refuse a server's tool
             self.add("model", [replay["part"]])
         elif not isinstance(replay.get("signature"), str):
             self.dropped.append("reasoning:foreign")
@@ -5457,16 +5459,17 @@ class GeminiContents(TurnEncoder):
         self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
             self.calls[call_id]["id"] = call_id
-        part: JSON = {"functionCall": {**self.calls[call_id], "args": json_dict(item["arguments"]) or {}}}
+        part: JSON = {"functionCall": {**self.calls[call_id], "args": parse_object(item["arguments"]) or {}}}
         # unique_calls numbers repeated ids: the newest signature before is the one of this call
         signature = self.signatures.get(call_id) or self.signatures.get(re.sub(r"_\d+$", "", call_id))
         self.add("model", [{**part, "thoughtSignature": signature} if signature else part])
 
     def function_call_output(self, item: JSON) -> None:
-        parts = carried(item["output"], gemini_part, self.dropped)
+        parts = convert_parts(item["output"], gemini_part, self.dropped)
         text = text_of(parts, "\n")
         media = [part for part in parts if "text" not in part]
-        within = [part for part in media if self.settings.mixes and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
+        within = [part for part in media
+                  if self.settings.combines_tools and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
         key = "error" if item["output"] == NO_OUTPUT else "result"
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text or ("The content follows." if media else "")}}
         if within:
@@ -5512,7 +5515,7 @@ UNKNOWN_NAME = re.compile(r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_c
 def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
     """The request again without what `error` refused; None where it says nothing that leaving out would cure."""
     said = str(error)
-    mended: JSON = json.loads(compact(body))
+    mended: JSON = json.loads(dumps(body))
     if re.search("thought.?signature", said, re.IGNORECASE):
         for content in mended["contents"]:
             sign_step(content, replace=True)
@@ -5537,7 +5540,7 @@ GEMINI_STOP = {
                      "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "MODEL_ARMOR",
                      "ESCALATION", "PUP_LIMITED_DISABLED"), "content_filter")}
 # reasons that are failures; shown as a success, an agent would see an empty answer and ask on (coder#28470)
-GEMINI_FAULTS = frozenset(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE",
+GEMINI_ERRORS = frozenset(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE",
                            "TOO_MANY_TOOL_CALLS", "OTHER", "MISSING_THOUGHT_SIGNATURE"))
 UNSPECIFIED = ("", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
@@ -5549,7 +5552,7 @@ class GeminiDecoder(ItemDecoder):
     what it cites comes with the last event.
     """
 
-    def __init__(self, book: ToolBook, prefix: str = "call_") -> None:
+    def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
         self.message = False                    # is a message open?
@@ -5570,15 +5573,15 @@ class GeminiDecoder(ItemDecoder):
 
     def whole(self, body: Any) -> None:
         """An answer that was not streamed; without alt=sse even a stream is one array."""
-        for chunk in dicts_in(body if isinstance(body, list) else [body]):
+        for chunk in only_dicts(body if isinstance(body, list) else [body]):
             if not self.failed:
                 self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        candidates = dicts_in(chunk.get("candidates"))[:1]
+        candidates = only_dicts(chunk.get("candidates"))[:1]
         for candidate in candidates:
-            self.grounding = table_of(candidate.get("groundingMetadata")) or self.grounding
-        given = {**table_of(chunk.get("usageMetadata")), "model": chunk.get("modelVersion")}
+            self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
+        given = {**as_dict(chunk.get("usageMetadata")), "model": chunk.get("modelVersion")}
         self.counts.update({name: value for name, value in given.items() if value is not None and
                             (not self.finished or name not in self.counts or count(given, name) > count(self.counts, name))})
         usage = gemini_usage(self.counts, self.grounding)
@@ -5589,19 +5592,19 @@ class GeminiDecoder(ItemDecoder):
         if self.failed or self.finished:
             return
         for candidate in candidates:
-            for part in dicts_in(table_of(candidate.get("content")).get("parts")):
+            for part in only_dicts(as_dict(candidate.get("content")).get("parts")):
                 if not self.failed:
                     self._part(part)
             self._finish(candidate)
-        feedback = table_of(chunk.get("promptFeedback"))
+        feedback = as_dict(chunk.get("promptFeedback"))
         if not candidates and feedback.get("blockReason", "") not in UNSPECIFIED:
-            said = explained("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
+            said = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
             self.sink.set_stop(Stop("content_filter", explanation=said))
 
     # parts
 
     def _part(self, part: JSON) -> None:
-        given, media = part.get("thoughtSignature"), table_of(part.get("inlineData"))
+        given, media = part.get("thoughtSignature"), as_dict(part.get("inlineData"))
         text, signature = part.get("text"), given if isinstance(given, str) else ""
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
@@ -5643,9 +5646,9 @@ class GeminiDecoder(ItemDecoder):
         """A search that the model combined with functions: both halves must come back as they are."""
         self._close_texts()
         self._carry({"part": part})
-        call = table_of(part.get("toolCall"))
+        call = as_dict(part.get("toolCall"))
         if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-            self._search(table_of(call.get("args")).get("queries"))
+            self._search(as_dict(call.get("args")).get("queries"))
 
     def _search(self, queries: Any) -> None:
         self.searched = True
@@ -5690,9 +5693,9 @@ class GeminiDecoder(ItemDecoder):
         reason = str(candidate.get("finishReason") or "")
         if reason in UNSPECIFIED or self.failed:
             return
-        if reason in GEMINI_FAULTS or (reason not in GEMINI_STOP and not self.slots):
+        if reason in GEMINI_ERRORS or (reason not in GEMINI_STOP and not self.slots):
             # without its finishMessage: that repeats what the model wrote, and failures are logged
-            said = explained("broke off its answer", candidate, "finishReason", "")
+            said = block_reason("broke off its answer", candidate, "finishReason", "")
             # its own validator found a signature missing in what we sent: nothing another target is asked for
             self._fail(ProviderError(said, kind="bad_request", code="invalid_prompt")
                              if reason == "MISSING_THOUGHT_SIGNATURE" else ProviderError(said, kind="tool_generation"))
@@ -5703,14 +5706,14 @@ class GeminiDecoder(ItemDecoder):
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
         filtered = incomplete == "content_filter"
-        said = explained("stopped this answer", candidate, "finishReason", "finishMessage") if filtered else ""
+        said = block_reason("stopped this answer", candidate, "finishReason", "finishMessage") if filtered else ""
         self.sink.set_stop(Stop(incomplete, explanation=said))
 
 
 def citations(text: str, grounding: JSON) -> Iterator[JSON]:
     """url_citation annotations for what a message says; Gemini counts bytes, and is at times one off."""
     encoded, sources = text.encode("utf-8", "replace"), grounding.get("groundingChunks")
-    for support in dicts_in(grounding.get("groundingSupports")):
+    for support in only_dicts(grounding.get("groundingSupports")):
         segment = support.get("segment")
         if not isinstance(segment, dict) or not isinstance(sources, list):
             continue
@@ -5721,14 +5724,14 @@ def citations(text: str, grounding: JSON) -> Iterator[JSON]:
         named = support.get("groundingChunkIndices")
         chosen = [chunk.get("web") for index, chunk in enumerate(sources) if isinstance(chunk, dict) and index in named] \
             if isinstance(named, list) and cited and begin >= 0 else []
-        for source in dicts_in(chosen):
+        for source in only_dicts(chosen):
             yield {"type": "url_citation", "start_index": begin, "end_index": begin + len(cited),
                    "url": source.get("uri") or "", "title": source.get("title") or ""}
 
 
-def explained(what: str, holder: JSON, reason: str, message: str) -> str:
+def block_reason(what: str, holder: JSON, reason: str, message: str) -> str:
     """Why the provider gave no answer, in a sentence for the user."""
-    struck = [str(rating.get("category")) for rating in dicts_in(holder.get("safetyRatings")) if rating.get("blocked")]
+    struck = [str(rating.get("category")) for rating in only_dicts(holder.get("safetyRatings")) if rating.get("blocked")]
     words = ", ".join([str(holder.get(reason)), *struck])
     more = redacted(message_text(holder.get(message)))
     return f"The provider {what} ({words[:200]}){': ' + more if more else '.'}"
@@ -5764,7 +5767,7 @@ DEMO_SHELLS = ("exec_command", "shell_command", "shell", "local_shell", "functio
 DEMO_VALUES = {"array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
 
 
-def demo_frames(request: ResponsesRequest, history: History, model: str, book: ToolBook, calls: int = 1) -> Iterator[bytes]:
+def demo_frames(request: ResponsesRequest, history: History, model: str, book: ToolMap, calls: int = 1) -> Iterator[bytes]:
     """The answer of demo/MODEL to the request's first, second ... call, as chat completion chunks."""
     if model == "flaky" and calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
@@ -5775,10 +5778,10 @@ def demo_frames(request: ResponsesRequest, history: History, model: str, book: T
     if call:
         name, arguments = call
         yield demo_chunk({"tool_calls": [{"index": 0, "id": f"call_{len(history.items)}_demo", "type": "function",
-                                          "function": {"name": name, "arguments": compact(arguments)}}]})
+                                          "function": {"name": name, "arguments": dumps(arguments)}}]})
     yield demo_chunk({}, "tool_calls" if call else "stop")
     counts = {"prompt_tokens": -(-len(request.raw) // 4), "completion_tokens": len(words) + (10 if call else 0)}
-    yield sse_frame("", compact({"choices": [], "usage": counts}))
+    yield sse_frame("", dumps({"choices": [], "usage": counts}))
     yield DONE_FRAME
 
 
@@ -5790,15 +5793,15 @@ def encode_demo(ctx: EncodeContext) -> JSON:
 
 def demo_chunk(delta: JSON, finish_reason: str | None = None) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return sse_frame("", compact({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]}))
+    return sse_frame("", dumps({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]}))
 
 
-def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tuple[str, JSON] | None]:
+def demo_answer(history: History, model: str, book: ToolMap) -> tuple[str, tuple[str, JSON] | None]:
     last = history.items[-1] if history.items else {}
     if model == "tools":
         if last.get("type") == "function_call_output":
             return f"{DEMO_SAYS} The command printed: {text_of(last['output']).strip()[:MAX_DEMO_TEXT]}", None
-        offered = {function["name"]: table_of(function.get("parameters")) for function in book.functions}
+        offered = {function["name"]: as_dict(function.get("parameters")) for function in book.functions}
         for name in [name for name in (*DEMO_SHELLS, *offered) if name in offered][:1]:
             return "", (name, demo_arguments(offered[name]))
         return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", None
@@ -5808,8 +5811,8 @@ def demo_answer(history: History, model: str, book: ToolBook) -> tuple[str, tupl
 
 def demo_arguments(schema: JSON) -> JSON:
     """What a tool requires, by the types: for a shell one harmless command."""
-    required, properties = schema.get("required"), table_of(schema.get("properties"))
-    rules = {name: table_of(properties[name]) for name in properties if isinstance(required, list) and name in required}
+    required, properties = schema.get("required"), as_dict(schema.get("properties"))
+    rules = {name: as_dict(properties[name]) for name in properties if isinstance(required, list) and name in required}
     return {name: DEMO_VALUES.get(str(rule.get("type")), "echo hello from pomex") for name, rule in rules.items()}
 
 
@@ -5828,11 +5831,11 @@ class Decoder(Protocol):
 
 def error_data(data: str) -> str:
     """The data of an `event: error` as all decoders know it: some say it by the event's name alone."""
-    said = json_dict(data) or {"message": plain_text(data)}
-    return data if said.get("error") else compact({"error": said})
+    said = parse_object(data) or {"message": plain_text(data)}
+    return data if said.get("error") else dumps({"error": said})
 
 
-class Translation(Assembler):
+class TranslatedStream(Assembler):
     """An attempt over a provider's stream: bytes to events, and by the decoder's calls to frames."""
 
     def __init__(self, job: Job, decoder: Decoder) -> None:
@@ -5864,14 +5867,14 @@ class Translation(Assembler):
     def end(self) -> None:
         for event in self.events.finish():
             self._take(event.data)
-        if not self.events.torn:
+        if not self.events.truncated:
             self.decoder.end()
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request for one target."""
-    answer: Answer
+    answer: ResponseContext
     envelope: Envelope
     provider: str               # as its envelopes name it
     model: str                  # the provider's own name for it
@@ -5900,7 +5903,7 @@ class EncodeContext:
     job: Job
     request: ResponsesRequest
     settings: Any               # what is known of the model: a Dialect, a Claude or a Gemini
-    book: ToolBook
+    book: ToolMap
     history: History
     fields: JSON                # of the request, by path: encoders take what they carry, the rest is named
     dropped: list[str]          # what else the target cannot carry: encoders add to it
@@ -5914,7 +5917,7 @@ class UpstreamCall(NamedTuple):
     wire: WireApi
     path: str
     body: bytes
-    attempt: Relay | Translation
+    attempt: Passthrough | TranslatedStream
     dropped: list[str]                      # named in x-pomex-dropped
     headers: Sequence[tuple[str, str]] = ()
     frames: Iterable[bytes] = ()            # demo: the answer itself
@@ -5936,7 +5939,7 @@ class UpstreamCall(NamedTuple):
         return None if paused is None else self._with(resumed_body(json.loads(self.body), paused))
 
     def _with(self, body: JSON) -> UpstreamCall:
-        return self._replace(body=compact(body).encode(), headers=self.wire.headers(body))
+        return self._replace(body=dumps(body).encode(), headers=self.wire.headers(body))
 
 
 class WireApi(NamedTuple):
@@ -5945,7 +5948,7 @@ class WireApi(NamedTuple):
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[EncodeContext], Decoder]
     settings: Callable[[Job], Any] = lambda job: None
-    tools: Callable[[Job, Any], ToolBook] = lambda job, settings: ToolBook(job.request.tools, model=job.model)
+    tools: Callable[[Job, Any], ToolMap] = lambda job, settings: ToolMap(job.request.tools, model=job.model)
     repair: Callable[[JSON, GatewayError], JSON | None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     auth_header: str = "authorization"  # a header with all of them: an address is written into logs
@@ -5967,9 +5970,9 @@ class WireApi(NamedTuple):
             return self._relayed(job, items, dropped)
         settings = self.settings(job)
         book = self.tools(job, settings)
-        history = plain_history(request, [book.renamed(item) for item in items])
+        history = normalize_history(request, [book.renamed(item) for item in items])
         for item in history.items:
-            tool = book.by_flat.get(item.get("name", ""))
+            tool = book.by_upstream_name.get(item.get("name", ""))
             if tool and tool.fitted:
                 item["arguments"] = rename_keys(item["arguments"], tool.fitted)
         ctx = EncodeContext(job, request, settings, book, history, request_fields(request.body),
@@ -5978,16 +5981,16 @@ class WireApi(NamedTuple):
         dropped = ctx.dropped + [path for path, value in ctx.fields.items() if value not in NEUTRAL.get(path, ())]
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(urllib.parse.quote(job.model.removeprefix("models/"), safe=""), method)
-        call = UpstreamCall(self, path, compact(body).encode(), Translation(job, self.decoder(ctx)),
+        call = UpstreamCall(self, path, dumps(body).encode(), TranslatedStream(job, self.decoder(ctx)),
                             list(dict.fromkeys(dropped)), self.headers(body))
         return call if path else call._replace(frames=demo_frames(request, history, job.model, book, job.calls))
 
     def _relayed(self, job: Job, unsealed: list[JSON], dropped: list[str]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
-        items = [item for item in unsealed if "pomex_replay" in item or not shown_only(item)]
+        items = [item for item in unsealed if "pomex_replay" in item or not is_summary_only(item)]
         dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
-        attempt = Relay(job.answer, job.answer.estimated_input, job.seal, ResponsesDecoder(ToolBook(())))
+        attempt = Passthrough(job.answer, job.answer.estimated_input, job.seal, ResponsesDecoder(ToolMap(())))
         return UpstreamCall(self, self.path, relay_body(job.request, items, dropped, job.model), attempt, dropped)
 
 
@@ -5997,13 +6000,13 @@ WIRES: dict[str, WireApi] = {
                  settings=chat_dialect,
                  facts={name: usual for name, usual in Dialect._field_defaults.items() if isinstance(usual, (str, bool))}),
     "messages": WireApi("/messages", encode_messages, lambda ctx: MessagesDecoder(ctx.book, ctx.job.call_prefix),
-                     lambda job: claude(job.model, job.overrides),
-                     lambda job, settings: ToolBook(job.request.tools, bool(settings.web_search), "claude"),
-                     repair_messages, messages_headers, "x-api-key", Claude._field_defaults),
+                     lambda job: anthropic_model(job.model, job.overrides),
+                     lambda job, settings: ToolMap(job.request.tools, bool(settings.web_search), "claude"),
+                     repair_messages, messages_headers, "x-api-key", AnthropicModel._field_defaults),
     "gemini": WireApi("/models/{}:{}", encode_gemini, lambda ctx: GeminiDecoder(ctx.book, ctx.job.call_prefix),
-                   lambda job: gemini_row(job.model, job.overrides),
-                   lambda job, settings: ToolBook(job.request.tools, True, "gemini"),
-                   repair_gemini, auth_header="x-goog-api-key", facts=Gemini._field_defaults),
+                   lambda job: gemini_model(job.model, job.overrides),
+                   lambda job, settings: ToolMap(job.request.tools, True, "gemini"),
+                   repair_gemini, auth_header="x-goog-api-key", facts=GeminiModel._field_defaults),
     "demo": WireApi("", encode_demo, lambda ctx: ChatDecoder(ctx.book, ctx.settings), chat_dialect),
 }
 
@@ -6177,7 +6180,7 @@ DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 # --- 7.1 one value --------------------------------------------------------------------------------
 
-def exactly(*types: type) -> Callable[[Any], Any]:
+def of_type(*types: type) -> Callable[[Any], Any]:
     """A reader of values of these very types: to Python true is also the integer 1."""
     def read(value: Any) -> Any:
         if type(value) not in types:
@@ -6193,12 +6196,12 @@ def nonempty(value: Any) -> str:
 
 
 def strings(value: Any) -> tuple[str, ...]:
-    return tuple(map(nonempty, exactly(list)(value)))
+    return tuple(map(nonempty, of_type(list)(value)))
 
 
 def table_with(read: Callable[[Any], Any]) -> Callable[[Any], JSON]:
     """A reader of tables whose values are all read so."""
-    return lambda value: {name: read(each) for name, each in exactly(dict)(value).items()}
+    return lambda value: {name: read(each) for name, each in of_type(dict)(value).items()}
 
 
 def read_target(value: Any) -> Target:
@@ -6209,7 +6212,7 @@ def read_target(value: Any) -> Target:
 
 def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
     """A string is a tier of its own, a list of strings is one tier."""
-    tiers = [tuple(map(read_target, tier if isinstance(tier, list) else [tier])) for tier in exactly(list)(value)]
+    tiers = [tuple(map(read_target, tier if isinstance(tier, list) else [tier])) for tier in of_type(list)(value)]
     if not all(tiers):
         raise ValueError
     return tuple(tiers)
@@ -6217,7 +6220,7 @@ def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
 
 def amount(value: Any) -> decimal.Decimal:
     """The decimal number as it was written: a float's shortest text is what the file says."""
-    exactly(int, float)(value)
+    of_type(int, float)(value)
     if not abs(value) < 10**9:                  # NaN neither
         raise ValueError
     number = decimal.Decimal(str(value))
@@ -6226,25 +6229,25 @@ def amount(value: Any) -> decimal.Decimal:
     return number
 
 
-class Reading(NamedTuple):
+class ValueType(NamedTuple):
     """How a value of one annotated type is read, and what it must be."""
     words: str
     from_toml: Callable[[Any], Any]
     from_text: Callable[[str], Any] = str       # of an environment variable; raises ValueError or KeyError
 
 
-READINGS: dict[str, Reading] = {
-    "str": Reading("a string", exactly(str)),
-    "NonEmptyStr": Reading("a string that is not empty", nonempty, nonempty),
-    "bool": Reading("true or false", exactly(bool), lambda text: {"true": True, "false": False}[text]),
-    "int": Reading("a whole number", exactly(int), int),
-    "float": Reading("a number", exactly(int, float), float),
-    "dict[str, decimal.Decimal]": Reading("a table of numbers, like { priority = 2 }", table_with(amount)),
-    "Dollars": Reading("an amount of dollars with at most six decimals", amount),
-    "tuple[str, ...]": Reading("a list of strings", strings, lambda text: strings(text.split(","))),
-    "dict[str, str]": Reading('a table of strings, like { "name" = "value" }', table_with(exactly(str))),
-    "dict[str, JSON]": Reading('a table of tables, like { "name" = { key = value } }', table_with(exactly(dict))),
-    "tuple[tuple[Target, ...], ...]": Reading('a list of "provider:model"; a list inside it is one tier',
+VALUE_TYPES: dict[str, ValueType] = {
+    "str": ValueType("a string", of_type(str)),
+    "NonEmptyStr": ValueType("a string that is not empty", nonempty, nonempty),
+    "bool": ValueType("true or false", of_type(bool), lambda text: {"true": True, "false": False}[text]),
+    "int": ValueType("a whole number", of_type(int), int),
+    "float": ValueType("a number", of_type(int, float), float),
+    "dict[str, decimal.Decimal]": ValueType("a table of numbers, like { priority = 2 }", table_with(amount)),
+    "Dollars": ValueType("an amount of dollars with at most six decimals", amount),
+    "tuple[str, ...]": ValueType("a list of strings", strings, lambda text: strings(text.split(","))),
+    "dict[str, str]": ValueType('a table of strings, like { "name" = "value" }', table_with(of_type(str))),
+    "dict[str, JSON]": ValueType('a table of tables, like { "name" = { key = value } }', table_with(of_type(dict))),
+    "tuple[tuple[Target, ...], ...]": ValueType('a list of "provider:model"; a list inside it is one tier',
                                               target_tiers),
 }
 
@@ -6252,7 +6255,7 @@ READINGS: dict[str, Reading] = {
 def read_value(key: dataclasses.Field[Any], value: Any, from_text: bool = False) -> Any:
     """The value as the key wants it; ValueError says what it must be."""
     least, most, choices = (key.metadata[name] for name in ("least", "most", "choices"))
-    words, from_toml, from_string = READINGS[str(key.type)]
+    words, from_toml, from_string = VALUE_TYPES[str(key.type)]
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         result = (from_string if from_text else from_toml)(value)
         if result in choices if choices else not most or least <= result <= most:
@@ -6264,7 +6267,7 @@ def read_value(key: dataclasses.Field[Any], value: Any, from_text: bool = False)
     raise ValueError(f"must be {words}")
 
 
-def settings_of(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+def config_fields(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     return {key.name: key for key in dataclasses.fields(section) if key.metadata}
 
 
@@ -6320,13 +6323,13 @@ class ConfigFile:
             if isinstance(value, dict):
                 hint = did_you_mean(name, (*SECTIONS, *NAMED_SECTIONS), "[%s]")
                 raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
-            home = [section for section, cls in SECTIONS.items() if name in settings_of(cls)]
+            home = [section for section, cls in SECTIONS.items() if name in config_fields(cls)]
             raise self.error(f'key "{name}" stands outside any section.'
                              + (f" Put it under [{home[0]}]." if home else ""))
 
     def settings(self, section: type[Any], *path: str) -> dict[str, Any]:
         """The checked values of a section."""
-        keys, values = settings_of(section), {}
+        keys, values = config_fields(section), {}
         for name, value in self.table(*path).items():
             if name not in keys:
                 hint = did_you_mean(name, keys) or f" Known keys: {', '.join(keys)}."
@@ -6338,7 +6341,7 @@ class ConfigFile:
     def from_environment(self, section: type[Any], prefix: str) -> dict[str, Any]:
         """POMEX_PORT and the like: every key of a section has its variable, which wins over the file."""
         values = {}
-        for name, key in settings_of(section).items():
+        for name, key in config_fields(section).items():
             if text := self.environ.get(variable := prefix + name.upper()):
                 try:
                     values[name] = read_value(key, text, from_text=True)
@@ -6606,7 +6609,7 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
     return re.compile("|".join(sorted(map(re.escape, forms), key=len, reverse=True)) or "(?!)", re.IGNORECASE)
 
 
-def fits_any(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Does a model's name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -6616,7 +6619,7 @@ def state_folder(environ: Mapping[str, str]) -> str:
     return (environ.get("XDG_STATE_HOME") or home + "/.local/state") + "/pomex"
 
 
-def detected(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
+def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
     """The built-in providers whose key is in the environment."""
     return {name: dataclasses.replace(row, api_key=key, key_source="env:" + row.env_key)
             for name, row in BUILTIN_PROVIDERS.items()
@@ -6797,7 +6800,7 @@ class Key:
         return "revoked" if self.revoked_s else "expired" if 0 < self.expires_s <= now_s else "active"
 
     def may_use(self, model: str) -> bool:
-        return not self.models or fits_any(model, self.models.split())
+        return not self.models or matches_any(model, self.models.split())
 
 
 # Named tuples: they are the journal's lines and the table's rows as they stand.
@@ -7967,7 +7970,7 @@ class Bill:
         """The columns of a row that say what an attempt used and costs."""
         price = self.price(provider, model, usage)
         return {"provider": provider, "upstream_model": model, **{name: getattr(usage, name) for name in COUNTED},
-                "estimated": usage.broken or ("no count from the provider" if usage.estimated else ""), "price": price,
+                "estimated": usage.inconsistency or ("no count from the provider" if usage.estimated else ""), "price": price,
                 "multiplier": self.key.multiplier, "cost_nanos": cost_nanos(price, self.key.multiplier, usage)}
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int,
@@ -8826,7 +8829,7 @@ class Exchange:
         self.total_due = asyncio.get_running_loop().time() + provider.total_timeout_s
         self.idle_due = 0.0                     # when the silence inside the answer has been too long
         self.paused_since = math.inf            # when the latest piece was given out
-        self.inflater: Inflater | None = None
+        self.inflater: ContentDecoder | None = None
         self.packed = b""                       # compressed bytes that were not inflated yet
 
     def failed(self, phase: str, error: Exception, sent: bool = True) -> LinkError:
@@ -8839,7 +8842,7 @@ class Exchange:
             limit_s = getattr(self.provider, str(error))
             message = f"{who} took longer than {error} = {limit_s:g} s while {doing}."
             return LinkTimeout(message, phase, sent, f"no answer in {limit_s:g} s", where)
-        reason = failure_text(untraced(error))
+        reason = failure_text(without_traceback(error))
         return LinkError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
     def deadline(self, limit: str, due: float) -> tuple[str, float]:
@@ -8871,7 +8874,7 @@ class Exchange:
             redirect = f"it answered {head.status}, a redirect; none is ever followed: check base_url"
             raise self.failed("head", ProtocolError(redirect))
         if coding in ("gzip", "x-gzip"):
-            self.inflater = Inflater(coding)
+            self.inflater = ContentDecoder(coding)
         elif coding not in ("", "identity"):
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
@@ -9239,7 +9242,7 @@ class Catalogue:
     def serves(self, provider: ProviderConfig, name: str) -> bool:
         if provider.wire_api == "demo":
             return name in DEMO_MODELS
-        return fits_any(name, provider.models)
+        return matches_any(name, provider.models)
 
     def facts(self, name: str) -> ModelFacts:
         """What is known of a model: from the configuration, else from the table by its first target."""
@@ -9285,7 +9288,7 @@ def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str
         plain = [pattern for pattern in provider.models if not set(pattern) & set("*?[")]
         listed = list(DEMO_MODELS) if provider.wire_api == "demo" else [*plain, *found.get(name, ())]
         if not plain:
-            listed += [known for known in known_models(name) if fits_any(known, provider.models)]
+            listed += [known for known in known_models(name) if matches_any(known, provider.models)]
         names.update(dict.fromkeys(f"{name}/{model}" for model in listed))
     return list(names)
 
@@ -9323,7 +9326,7 @@ class RetryPolicy(NamedTuple):
 
 
 RETRY_POLICIES: dict[str, RetryPolicy] = {
-    "rate":            RetryPolicy(1, 1, "any",    2, 2.0,   60.0,   "rate limited"),
+    "rate_limit":      RetryPolicy(1, 1, "any",    2, 2.0,   60.0,   "rate limited"),
     "quota":           RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "quota used up"),
     "overload":        RetryPolicy(1, 2, "any",    3, 5.0,   60.0,   "overloaded"),
     "unreachable":     RetryPolicy(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
@@ -9331,9 +9334,9 @@ RETRY_POLICIES: dict[str, RetryPolicy] = {
     "timeout":         RetryPolicy(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
     "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "nothing that is an answer"),   # empty, HTML, garbage, cut
     "auth":            RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
-    "model_missing":   RetryPolicy(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
+    "model_not_found": RetryPolicy(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
     "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "a tool call it could not make"),
-    "context":         RetryPolicy(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
+    "context_length":  RetryPolicy(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
     "bad_request":     RetryPolicy(0, 0, "",       0, 0.0,   0.0,    "request refused"),
 }
 
@@ -9449,7 +9452,7 @@ def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
     if named:
         return named
     first = itertools.takewhile(lambda item: item["type"] == "message" and item.get("role") != "assistant", request.input)
-    return hashlib.sha256(compact([request.model, request.instructions, *first]).encode()).hexdigest()
+    return hashlib.sha256(dumps([request.model, request.instructions, *first]).encode()).hexdigest()
 
 
 def rendezvous_score(conversation: str, target: Candidate) -> bytes:
@@ -9523,7 +9526,7 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 class ClientStream:
     """One answer on its way to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
 
-    def __init__(self, client: Client, answer: Answer, server: ServerConfig, bill: Bill) -> None:
+    def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, bill: Bill) -> None:
         self.client = client
         self.answer = answer
         self.server = server
@@ -9658,7 +9661,7 @@ class Router:
         try:
             while target is not None:
                 tries[target.id] += 1
-                if len(candidates) > 1 and down.answer.manners is CODEX:
+                if len(candidates) > 1 and down.answer.profile is CODEX:
                     down.turn_state = turn_state(envelope, target)
                 await self.attempt(target, envelope, down)
                 target = await self.next_target(target, candidates, tries, down)
@@ -9707,7 +9710,7 @@ class Router:
     def record_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
         """In its circuit; but not that a name is unknown which a client made up, or which the credentials do not cover."""
         fault = fault_class(error)
-        unknown = fault == "model_missing" or getattr(error, "upstream_status", 0) == 403
+        unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
         if target.provider.wire_api == "demo" or (unknown and target.id.endswith(":*")):
             return
         if not RETRY_POLICIES[fault].threshold:
@@ -9740,7 +9743,7 @@ class Router:
         except ConnectionError:         # the client's: those of providers are GatewayErrors
             raise
         except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
-            log.error("%s %s: %s", down.client.request_id, target.id, trail(error))
+            log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
             failure = UpstreamError(UNREADABLE)
         finally:
             if probe is not None:
@@ -9749,9 +9752,9 @@ class Router:
             if stop := down.attempt.stop:
                 said = self.upstream.secrets.sub("[redacted]", stop.explanation)
                 down.attempt.stop = dataclasses.replace(stop, explanation=said)
-            down.attempt.finish(failure and untraced(failure))
+            down.attempt.finish(failure and without_traceback(failure))
         except Exception as error:       # noqa: BLE001 - our own bug
-            log.error("%s %s: %s", down.client.request_id, target.id, trail(error))
+            log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
             down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:
             without(down.attempt.error, self.upstream.secrets)
@@ -9787,11 +9790,11 @@ class Router:
         headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
         if provider.api_key:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
-        if isinstance(call.attempt, Relay):
+        if isinstance(call.attempt, Passthrough):
             headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
         return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.count_attempt)
 
-    async def read(self, exchange: Exchange | DemoExchange, attempt: Relay | Translation, target: Candidate,
+    async def read(self, exchange: Exchange | DemoExchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
         kind = exchange.headers.get("content-type")
@@ -9828,7 +9831,7 @@ class Router:
             attempt.end()
         await self.show(attempt, target, down)
 
-    async def show(self, attempt: Relay | Translation, target: Candidate, down: ClientStream) -> None:
+    async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
         """What there is of output, to the client."""
         if attempt.out and attempt.begun and down.answer.request.stream:
             if not down.first_ms:
@@ -9854,7 +9857,7 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
     try:
         return WIRES[provider.wire_api].call(job)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        log.error("%s %s: %s", down.client.request_id, target.id, trail(error))
+        log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
         raise BadRequest("A field of the request has a type that it may not have.", code="invalid_type") from None
 
 
@@ -9898,8 +9901,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
 OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, or says nothing of how it went
-    *(fault.code for fault in FAULTS.values()), "server_is_overloaded", "upstream_unavailable", "client_gone", "interrupted",
-    "price_unknown"))
+    *(fault.code for fault in ERROR_CLASSES.values()), "server_is_overloaded", "upstream_unavailable", "client_gone",
+    "interrupted", "price_unknown"))
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 
 
@@ -10025,7 +10028,7 @@ class Gateway:
         except GatewayError as error:
             self.watch.refuse(client, error)
             agent = head.headers.get("user-agent")
-            if error.status == 400 and manners_of(head.headers.get("originator"), agent) is CODEX:
+            if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", printable(error.code or "")),)
                 error.plain = 0 < codex_release(agent) < NEW_CODEX          # those show the whole body as it is
                 make_codex_show(error, ("model_not_found", "invalid_prompt", "cyber_policy", "context_length_exceeded"))
@@ -10107,14 +10110,14 @@ def new_response_id(now_s: float) -> str:
 async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
     """One request, of the key that it names or of the one given, from its body to its terminal event."""
     key, headers = key or gateway.key(client), client.head.headers
-    request = check_request(await client.body(key=f"key {key.id}"))
+    request = parse_request(await client.body(key=f"key {key.id}"))
     if len(request.input) > 1000:
         await asyncio.sleep(0)              # a body at its limits takes half a second so far, and as much again
-    manners = manners_of(headers.get("originator"), headers.get("user-agent"))
+    profile = client_profile(headers.get("originator"), headers.get("user-agent"))
     if (name := gateway.catalogue.full_name(request.model)) != request.model:
         request = dataclasses.replace(request, model=name)
     tiers = gateway.catalogue.tiers(request.model)
-    check_model_access(key, request.model, manners)
+    check_model_access(key, request.model, profile)
     envelope = Envelope(gateway.ledger.secret, key.account)
     candidates = order_candidates(in_use(tiers, gateway.ledger.disabled), request, headers, envelope)
     if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
@@ -10122,7 +10125,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
                if unpriced or gateway.prices.tariff(each.provider.name, each.model, request.model)]
-    down, refused = await reserve_budget(gateway, client, key, request, manners, payable or candidates, bool(payable))
+    down, refused = await reserve_budget(gateway, client, key, request, profile, payable or candidates, bool(payable))
     if refused is not None:
         down.stop()
         down.attempt.refused = True
@@ -10165,26 +10168,26 @@ def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Se
     return left
 
 
-async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, manners: Manners,
+async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
                          candidates: Sequence[Candidate], payable: bool) -> tuple[ClientStream, GatewayError | None]:
     """The answer to be, its money reserved; and the error, where a limit is in the way."""
     config = gateway.config.server
-    estimate = input_estimate(request.raw)
+    estimate = estimate_input_tokens(request.raw)
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
                 int(client.started_s * 1000), request.get("service_tier", ""))
     refused: GatewayError | None = None
-    to_codex = manners.failure_in_stream and request.stream
+    to_codex = profile.errors_as_events and request.stream
     try:
         if not payable:
             refused = price_unknown(key, f"{candidates[0].provider.name}/{printable(candidates[0].model)}", to_codex)
         elif cap := await bill.reserve([each[:2] for each in candidates], estimate, request.get("max_output_tokens", 0),
                                        config.reserve_output_tokens):
             body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
-            request = dataclasses.replace(request, body=body, raw=compact(body).encode())
+            request = dataclasses.replace(request, body=body, raw=dumps(body).encode())
     except Exceeded as no:
         refused = refusal(gateway.ledger, key, no, client.started_s, to_codex)
         refused.headers += tuple(bill.headers(client.started_s))
-    answer = Answer(request, bill.response_id, int(client.started_s), manners)
+    answer = ResponseContext(request, bill.response_id, int(client.started_s), profile)
     answer.estimated_input = estimate
     answer.secrets = gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
@@ -10196,7 +10199,7 @@ async def finish(gateway: Gateway, key: Key, down: ClientStream) -> None:
     attempt, answer = down.attempt, down.answer
     if attempt.status == "failed":
         attempt.error = client_error(gateway, down)
-    error, to_codex = attempt.error, answer.manners.failure_in_stream
+    error, to_codex = attempt.error, answer.profile.errors_as_events
     # an empty answer has had its end: to a 5xx an SDK would ask on by itself, and pay for the input every time
     ended = down.head_sent or attempt.stop is not None or error is None
     in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
@@ -10222,16 +10225,16 @@ def final_bytes(down: ClientStream, in_stream: bool) -> bytes:
     try:
         return down.attempt.terminal(now_s) if in_stream else down.attempt.body(now_s).encode()
     except Exception as error:       # noqa: BLE001 - our own bug
-        log.error("%s: %s", down.client.request_id, trail(error))
+        log.error("%s: %s", down.client.request_id, fault_location(error))
         down.attempt = failed_copy(down.attempt)
         return down.attempt.terminal(now_s) if in_stream else b""
 
 
-def check_model_access(key: Key, model: str, manners: Manners) -> None:
+def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
     """Refuses a model that the key may not use; to Codex with a 400, the status whose text it shows."""
     if not key.may_use(model):
         raise BadRequest(f"Key {key.name} may use {', '.join(key.models.split())}.", param="model", code="model_not_allowed",
-                         status=400 if manners.failure_in_stream else 403)
+                         status=400 if profile.errors_as_events else 403)
 
 
 def price_unknown(key: Key, name: str, to_codex: bool) -> GatewayError:
@@ -10252,11 +10255,11 @@ Or let the key use it without one: python pomex.py keys edit {key.name} --allow-
 def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
     """The last target's error, or what was tried where there was more than one try."""
     error = down.attempt.error or GatewayError("The request failed.")
-    manners, failures = down.answer.manners, down.failures
+    profile, failures = down.answer.profile, down.failures
     if not failures:
         return error
     kinds = {failure.fault for failure in failures}
-    if kinds == {"model_missing"}:
+    if kinds == {"model_not_found"}:
         return gateway.catalogue.unknown(down.answer.request.model, f'{down.provider} has no model "{printable(down.model)}".')
     message, status, code, headers = str(error), error.status, error.code, error.headers
     waits = [wait_s for each in failures if (wait_s := getattr(each.error, "retry_after_s", None)) is not None]
@@ -10264,9 +10267,9 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         message = f"{'; '.join(describe_attempts(failures))}. No provider left."
         if len({failure.provider for failure in failures}) > 1 and (len(kinds) > 1 or status >= 500):
             status = status if len(kinds) == 1 else 503
-            code = "server_error" if manners.failure_in_stream else "upstream_unavailable"
+            code = "server_error" if profile.errors_as_events else "upstream_unavailable"
         headers = (("retry-after", str(max(1, math.ceil(min(waits))))),) if waits and kinds != {"quota"} else ()
-    if kinds == {"rate"} and waits and manners.failure_in_stream:
+    if kinds == {"rate_limit"} and waits and profile.errors_as_events:
         message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
     headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
     return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
@@ -10398,7 +10401,7 @@ async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex gives it five seconds."""
     key = gateway.key(client)
     names, release = [name for name in gateway.catalogue.names if key.may_use(name)], codex_release(client.head.query)
-    body = compact({"object": "list", "data": [model_object(gateway, name) for name in names],
+    body = dumps({"object": "list", "data": [model_object(gateway, name) for name in names],
                     "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}).encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     if tag in client.head.headers.get("if-none-match"):
@@ -10418,14 +10421,14 @@ async def model(gateway: Gateway, client: Client) -> None:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    await client.answer(200, JSON_HEADERS, compact(model_object(gateway, name)).encode())
+    await client.answer(200, JSON_HEADERS, dumps(model_object(gateway, name)).encode())
 
 
 # --- 11.3 health ----------------------------------------------------------------------------------
 
 async def health(gateway: Gateway, client: Client) -> None:
     """The process answers. No key, no database, no provider."""
-    await client.answer(200, JSON_HEADERS, compact({"status": "ok", "version": VERSION}).encode())
+    await client.answer(200, JSON_HEADERS, dumps({"status": "ok", "version": VERSION}).encode())
 
 
 async def root(gateway: Gateway, client: Client) -> None:
@@ -10444,7 +10447,7 @@ async def ready(gateway: Gateway, client: Client) -> None:
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
     words["targets"] = "degraded" if gateway.router.health.degraded(time.monotonic()) else "ok"     # there may be others
     body = {"status": "ready" if good else "not ready", "checks": words}
-    await client.answer(200 if good else 503, JSON_HEADERS, compact(body).encode())
+    await client.answer(200 if good else 503, JSON_HEADERS, dumps(body).encode())
 
 
 # --- 11.4 what a key may still use, and what the process counts ------------------------------------
@@ -10462,7 +10465,7 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
             "limit_remaining": None if limit is None else max(limit - spent, 0) / 10**9, "limit_period": key.period,
             "limit_reset": reset, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
             "rate_limit": rates}
-    await client.answer(200, JSON_HEADERS, compact({"data": data}).encode())
+    await client.answer(200, JSON_HEADERS, dumps({"data": data}).encode())
 
 
 PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
@@ -10530,7 +10533,7 @@ class Watch:
         self.take(kind, item)
         if self.share is not None and self.quota > 0:
             self.quota -= 1
-            self.share(compact([kind, item]).encode())
+            self.share(dumps([kind, item]).encode())
 
     def hear(self, told: bytes) -> None:
         self.take(*json.loads(told))
@@ -10566,7 +10569,7 @@ class Watch:
     def of(self, down: ClientStream) -> JSON:
         """What both events of a request hold."""
         return {"response_id": down.answer.id, "started_ms": down.bill.started_ms, "model": down.answer.request.model,
-                "key_id": down.bill.key.id, "codex": down.answer.manners is CODEX,
+                "key_id": down.bill.key.id, "codex": down.answer.profile is CODEX,
                 "user_agent": printable(down.client.head.headers.get("user-agent"))}
 
     def began(self, key: Key, down: ClientStream) -> None:
@@ -10938,7 +10941,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
         ask.body = read_fields(await client.body(MAX_FORM_BYTES), route.fields)
     answer = await route.function(gateway, ask)
     if answer is not None:
-        await client.answer(200, API_HEADERS, compact(answer).encode())
+        await client.answer(200, API_HEADERS, dumps(answer).encode())
 
 
 async def log_in(gateway: Gateway, ask: Ask) -> None:
@@ -10949,7 +10952,7 @@ async def log_in(gateway: Gateway, ask: Ask) -> None:
     cookie = (f"{guard.cookie(client)[0]}={token}; Path=/admin; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
               + "; Secure" * secure)
     log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
-    await client.answer(200, [*API_HEADERS, ("set-cookie", cookie)], compact({"role": kind}).encode())
+    await client.answer(200, [*API_HEADERS, ("set-cookie", cookie)], dumps({"role": kind}).encode())
 
 
 async def log_out(gateway: Gateway, ask: Ask) -> None:
@@ -11020,7 +11023,7 @@ async def export_usage(gateway: Gateway, ask: Ask) -> None:
     await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if csv else b"")
     while rows := await gateway.read(usage_rows, ask.filters, before, 1000, ask.key_id):
         before = rows[-1]["id"]
-        await client.write("".join(csv_line(row.values()) + "\r\n" if csv else compact(row) + "\n" for row in rows).encode())
+        await client.write("".join(csv_line(row.values()) + "\r\n" if csv else dumps(row) + "\n" for row in rows).encode())
     await client.end()
 
 
@@ -11279,7 +11282,7 @@ async def live(gateway: Gateway, ask: Ask) -> None:
 
 def news_frame(news: News) -> bytes:
     number = f"id: {news.row_id}\n" if news.row_id else ""
-    return f"{number}event: {news.kind}\ndata: {compact(news.data)}\n\n".encode()
+    return f"{number}event: {news.kind}\ndata: {dumps(news.data)}\n\n".encode()
 
 
 class AdminRoute(NamedTuple):
@@ -11374,7 +11377,7 @@ class Client:
             data = await self.connection.read_body(self, most_bytes)
             if coding:
                 self.hold(min(most_bytes, max(RATIO_FREE_BYTES, MAX_RATIO * len(data))))
-            inflater = Inflater(coding, most_bytes)
+            inflater = ContentDecoder(coding, most_bytes)
             data = inflater.feed(data)
             inflater.finish()
             self.hold(len(data))
@@ -11547,7 +11550,7 @@ class Connection(Wire):
         except (ClientGone, Expired, asyncio.CancelledError):
             pass                            # nobody waits for this task
         except Exception as error:       # noqa: BLE001 - our own bug
-            log.error("connection of %s: %s", self.peer, trail(error))
+            log.error("connection of %s: %s", self.peer, fault_location(error))
         finally:
             self.shut()
 
@@ -11598,7 +11601,7 @@ class Connection(Wire):
             if not client.ended and not self.gone:
                 raise RuntimeError("the handler did not end its answer")
         except GatewayError as error:
-            await client.fail(untraced(error))
+            await client.fail(without_traceback(error))
         except ClientGone:
             raise
         except asyncio.CancelledError:
@@ -11606,7 +11609,7 @@ class Connection(Wire):
                 raise
             await client.fail(overloaded(STOPPING, code="server_error"))        # its request was still coming in
         except Exception as error:       # noqa: BLE001 - our own bug
-            log.error("request %s: %s", client.request_id, trail(error))
+            log.error("request %s: %s", client.request_id, fault_location(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
 
@@ -12177,7 +12180,7 @@ async def ask_http(url: str, context: ssl.SSLContext | None, timeout_s: float, k
     headers = [("content-type", "application/json"), *(WIRES["chat"].auth(key) if key else [])]
     try:
         async with asyncio.timeout(timeout_s):
-            exchange = await upstream.exchange(there, method, path, headers, b"" if body is None else compact(body).encode())
+            exchange = await upstream.exchange(there, method, path, headers, b"" if body is None else dumps(body).encode())
             received = await exchange.read_all(PROBE_MAX_BYTES)
             await exchange.close()
             return exchange.status, received
@@ -12225,7 +12228,7 @@ async def detect(config: Config, environ: Mapping[str, str]) -> tuple[Config, di
     answers = await asyncio.gather(*map(local_models, rows))
     found = {row.name: models for row, models in zip(rows, answers) if models is not None}
     local = {name: dataclasses.replace(BUILTIN_PROVIDERS[name], free=True) for name in found}
-    there = {**detected(environ), **local, **config.providers}
+    there = {**detect_providers(environ), **local, **config.providers}
     return dataclasses.replace(config, providers=there), found
 
 
@@ -12517,7 +12520,7 @@ async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
 def run_check(args: Args) -> int:
     config = read_config(args)
     if not config.path:
-        config = dataclasses.replace(config, providers={**detected(os.environ), **config.providers})
+        config = dataclasses.replace(config, providers={**detect_providers(os.environ), **config.providers})
     rows = [(config.path or "(no file)", "ok, " + plural(len(config.providers), "provider") + ", "
              + plural(len(config.models), "model") + " described")]
     failures = asyncio.run(contact_all(config)) if args.live else {}
@@ -13353,7 +13356,7 @@ def reload_sentence(old: Config, new: Config, streams: int) -> str:
         for form, names in (("+{}", after.keys() - before.keys()), ("-{}", before.keys() - after.keys()),
                             ("{} changed", changed)):
             said += [form.format(plural(len(names), section.removesuffix("s")))] if names else []
-    settings = {name for name in settings_of(ServerConfig) if getattr(old.server, name) != getattr(new.server, name)}
+    settings = {name for name in config_fields(ServerConfig) if getattr(old.server, name) != getattr(new.server, name)}
     said += [f"{plural(len(settings - {*FIXED}), 'setting')} changed"] if settings - {*FIXED} else []
     kept = f"; {plural(streams, 'open stream')} {'keeps' if streams == 1 else 'keep'} the old settings" if streams else ""
     waiting = [name for name in FIXED if name in settings] + ["[database]"] * (old.database != new.database)
@@ -13737,7 +13740,7 @@ def flag(name: str, help: str = "") -> Field:
 
 def server_field(name: str) -> Field:
     """A flag that wins over the key of [server] of the same name, and is checked as that is."""
-    key = settings_of(ServerConfig)[name]
+    key = config_fields(ServerConfig)[name]
     return Field(name, parse=functools.partial(read_value, key, from_text=True), help=key.metadata["meaning"])
 
 

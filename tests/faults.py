@@ -185,7 +185,7 @@ def begun(wire, count):
 
 
 @dataclass(frozen=True)
-class Fault:
+class ErrorClass:
     """`steps(wire)` is the script; `ends` how the stream may end; `silent`: it breaks before any output."""
     steps: object
     ends: object                    # a status, or a function of the wire that gives one
@@ -291,69 +291,69 @@ def cuts(wire):
         for how, tail in (("clean", LAST), ("fin", FIN), ("rst", RST)):
             steps = [head(200, "text/event-stream", "transfer-encoding: chunked"), chunk(data), tail]
             ends = at_a_cut(wire, seen, how == "clean" and name.endswith("behind"))
-            yield f"cut-{name}-{how}", Fault(lambda w, steps=steps: steps, ends, seen <= wire.output)
+            yield f"cut-{name}-{how}", ErrorClass(lambda w, steps=steps: steps, ends, seen <= wire.output)
 
 
-FAULTS = {
+ERROR_CLASSES = {
     # before the head
-    "close-at-once": Fault(lambda w: [FIN], FAILED, True),
-    "rst-at-once": Fault(lambda w: [RST], FAILED, True),
-    "stall-before-head": Fault(lambda w: [STALL_S], FAILED, True),
-    "half-a-head": Fault(lambda w: [head()[:30], FIN], FAILED, True),
-    "half-a-head-then-stall": Fault(lambda w: [head()[:30], STALL_S], FAILED, True),
-    "not-http": Fault(lambda w: [b"SSH-2.0-OpenSSH_9.6\r\n", FIN], FAILED, True),
-    "tls-hello": Fault(lambda w: [b"\x16\x03\x01\x02\x00\x01\x00", 0.01, FIN], FAILED, True),
-    "giant-head": Fault(lambda w: [head(200, "text/event-stream", "x: " + "y" * 200_000), FIN], FAILED, True),
-    "countless-headers": Fault(lambda w: [head(200, "text/event-stream", *["x: y"] * 5000), FIN], FAILED, True),
-    "two-lengths": Fault(lambda w: [head(200, "text/event-stream", "content-length: 5", "content-length: 6") + b"hello!"], FAILED, True),
-    "folded-header": Fault(lambda w: [head(200, "text/event-stream", "x: y", " z"), FIN], FAILED, True),
-    "endless-1xx": Fault(lambda w: [b"HTTP/1.1 102 Processing\r\n\r\n" * 500, STALL_S], FAILED, True),
-    "redirect": Fault(lambda w: counted(302, {}, "location: http://127.0.0.1:1/elsewhere"), FAILED, True),
-    "unknown-coding": Fault(lambda w: stream(w.frames, "content-encoding: br"), FAILED, True),
+    "close-at-once": ErrorClass(lambda w: [FIN], FAILED, True),
+    "rst-at-once": ErrorClass(lambda w: [RST], FAILED, True),
+    "stall-before-head": ErrorClass(lambda w: [STALL_S], FAILED, True),
+    "half-a-head": ErrorClass(lambda w: [head()[:30], FIN], FAILED, True),
+    "half-a-head-then-stall": ErrorClass(lambda w: [head()[:30], STALL_S], FAILED, True),
+    "not-http": ErrorClass(lambda w: [b"SSH-2.0-OpenSSH_9.6\r\n", FIN], FAILED, True),
+    "tls-hello": ErrorClass(lambda w: [b"\x16\x03\x01\x02\x00\x01\x00", 0.01, FIN], FAILED, True),
+    "giant-head": ErrorClass(lambda w: [head(200, "text/event-stream", "x: " + "y" * 200_000), FIN], FAILED, True),
+    "countless-headers": ErrorClass(lambda w: [head(200, "text/event-stream", *["x: y"] * 5000), FIN], FAILED, True),
+    "two-lengths": ErrorClass(lambda w: [head(200, "text/event-stream", "content-length: 5", "content-length: 6") + b"hello!"], FAILED, True),
+    "folded-header": ErrorClass(lambda w: [head(200, "text/event-stream", "x: y", " z"), FIN], FAILED, True),
+    "endless-1xx": ErrorClass(lambda w: [b"HTTP/1.1 102 Processing\r\n\r\n" * 500, STALL_S], FAILED, True),
+    "redirect": ErrorClass(lambda w: counted(302, {}, "location: http://127.0.0.1:1/elsewhere"), FAILED, True),
+    "unknown-coding": ErrorClass(lambda w: stream(w.frames, "content-encoding: br"), FAILED, True),
     # before output
-    "empty": Fault(lambda w: stream([]), FAILED, True),
-    "empty-by-length": Fault(lambda w: counted(200, b"", kind="text/event-stream"), FAILED, True),
-    "only-comments": Fault(lambda w: stream([b": hi\n\n"] * 3), FAILED, True),
-    "only-done": Fault(lambda w: stream([sse("[DONE]")]), lambda w: None if w.name == "chat" else FAILED, True),
-    "stall-after-head": Fault(lambda w: [head(200, "text/event-stream", "transfer-encoding: chunked"), STALL_S], FAILED, True),
-    "stall-before-output": Fault(lambda w: [*begun(w, w.output), STALL_S], FAILED, True),
-    "garbage-bytes": Fault(lambda w: stream([bytes(range(256)) * 20]), FAILED, True),
-    "garbage-events": Fault(lambda w: stream([sse("{not json"), sse("also not")]), FAILED, True),
-    "wrong-json": Fault(lambda w: stream([sse(x) for x in (1, [1], "null", {"a": [None]}, {"choices": 7, "candidates": {}, "type": 3})]),
+    "empty": ErrorClass(lambda w: stream([]), FAILED, True),
+    "empty-by-length": ErrorClass(lambda w: counted(200, b"", kind="text/event-stream"), FAILED, True),
+    "only-comments": ErrorClass(lambda w: stream([b": hi\n\n"] * 3), FAILED, True),
+    "only-done": ErrorClass(lambda w: stream([sse("[DONE]")]), lambda w: None if w.name == "chat" else FAILED, True),
+    "stall-after-head": ErrorClass(lambda w: [head(200, "text/event-stream", "transfer-encoding: chunked"), STALL_S], FAILED, True),
+    "stall-before-output": ErrorClass(lambda w: [*begun(w, w.output), STALL_S], FAILED, True),
+    "garbage-bytes": ErrorClass(lambda w: stream([bytes(range(256)) * 20]), FAILED, True),
+    "garbage-events": ErrorClass(lambda w: stream([sse("{not json"), sse("also not")]), FAILED, True),
+    "wrong-json": ErrorClass(lambda w: stream([sse(x) for x in (1, [1], "null", {"a": [None]}, {"choices": 7, "candidates": {}, "type": 3})]),
                         FAILED, True),
-    "deep-json": Fault(lambda w: stream([sse(DEEP)]), FAILED, True),
-    "deep-json-in-place": Fault(lambda w: stream([*w.frames[:text_frame(w, b"")[0]], text_frame(w, DEEP.encode())[1]]), FAILED),
-    "giant-number": Fault(lambda w: stream([sse('{"a":' + "9" * 10_000 + "}")]), FAILED, True),
-    "html": Fault(lambda w: counted(200, HTML, kind="text/html"), FAILED, True),
-    "html-as-stream": Fault(lambda w: counted(200, HTML, kind="text/event-stream"), FAILED, True),
-    "error-that-drips": Fault(lambda w: [head(503, "application/json", "transfer-encoding: chunked"), *[chunk(b" "), 0.05] * 200],
+    "deep-json": ErrorClass(lambda w: stream([sse(DEEP)]), FAILED, True),
+    "deep-json-in-place": ErrorClass(lambda w: stream([*w.frames[:text_frame(w, b"")[0]], text_frame(w, DEEP.encode())[1]]), FAILED),
+    "giant-number": ErrorClass(lambda w: stream([sse('{"a":' + "9" * 10_000 + "}")]), FAILED, True),
+    "html": ErrorClass(lambda w: counted(200, HTML, kind="text/html"), FAILED, True),
+    "html-as-stream": ErrorClass(lambda w: counted(200, HTML, kind="text/event-stream"), FAILED, True),
+    "error-that-drips": ErrorClass(lambda w: [head(503, "application/json", "transfer-encoding: chunked"), *[chunk(b" "), 0.05] * 200],
                               FAILED, True),
-    "error-that-is-cut": Fault(lambda w: [head(529, "application/json", "content-length: 99") + b'{"error":', FIN], FAILED, True),
-    "error-object-with-200": Fault(lambda w: counted(200, {"error": {"message": "broke", "code": 500}}), FAILED, True),
-    "error-list-with-200": Fault(lambda w: counted(200, [{"error": {"message": "broke", "code": 500}}]), FAILED, True),
-    "not-gzip": Fault(lambda w: stream(w.frames, "content-encoding: gzip"), FAILED, True),
-    "gzip-bomb-of-blanks": Fault(lambda w: gzipped([b"\n" * 3_000_000]), FAILED, True),
+    "error-that-is-cut": ErrorClass(lambda w: [head(529, "application/json", "content-length: 99") + b'{"error":', FIN], FAILED, True),
+    "error-object-with-200": ErrorClass(lambda w: counted(200, {"error": {"message": "broke", "code": 500}}), FAILED, True),
+    "error-list-with-200": ErrorClass(lambda w: counted(200, [{"error": {"message": "broke", "code": 500}}]), FAILED, True),
+    "not-gzip": ErrorClass(lambda w: stream(w.frames, "content-encoding: gzip"), FAILED, True),
+    "gzip-bomb-of-blanks": ErrorClass(lambda w: gzipped([b"\n" * 3_000_000]), FAILED, True),
     # after output
-    "stall": Fault(lambda w: [*begun(w, w.output + 2), STALL_S], FAILED),
-    "drip-then-stall": Fault(lambda w: [*begun(w, w.output + 2), *[chunk(b":"), 0.02] * 3, STALL_S], FAILED),
-    "stall-in-a-chunk": Fault(lambda w: [*begun(w, w.output + 2), b"ffff\r\ndata: {", STALL_S], FAILED),
-    "bad-chunk-size": Fault(lambda w: [*begun(w, w.output + 2), b"zz\r\n", FIN], FAILED),
-    "bad-chunk-end": Fault(lambda w: [*begun(w, w.output + 2), b"5\r\n: abcdefg\r\n", FIN], FAILED),
-    "negative-chunk": Fault(lambda w: [*begun(w, w.output + 2), b"-5\r\n", FIN], FAILED),
-    "endless-chunk": Fault(lambda w: [*begun(w, w.output + 2), b"f" * 17 + b"\r\n", FIN], FAILED),
-    "body-shorter-than-length": Fault(lambda w: [head(200, "text/event-stream", "content-length: 99999"), *w.frames[:w.output + 2], FIN],
+    "stall": ErrorClass(lambda w: [*begun(w, w.output + 2), STALL_S], FAILED),
+    "drip-then-stall": ErrorClass(lambda w: [*begun(w, w.output + 2), *[chunk(b":"), 0.02] * 3, STALL_S], FAILED),
+    "stall-in-a-chunk": ErrorClass(lambda w: [*begun(w, w.output + 2), b"ffff\r\ndata: {", STALL_S], FAILED),
+    "bad-chunk-size": ErrorClass(lambda w: [*begun(w, w.output + 2), b"zz\r\n", FIN], FAILED),
+    "bad-chunk-end": ErrorClass(lambda w: [*begun(w, w.output + 2), b"5\r\n: abcdefg\r\n", FIN], FAILED),
+    "negative-chunk": ErrorClass(lambda w: [*begun(w, w.output + 2), b"-5\r\n", FIN], FAILED),
+    "endless-chunk": ErrorClass(lambda w: [*begun(w, w.output + 2), b"f" * 17 + b"\r\n", FIN], FAILED),
+    "body-shorter-than-length": ErrorClass(lambda w: [head(200, "text/event-stream", "content-length: 99999"), *w.frames[:w.output + 2], FIN],
                                       FAILED),
-    "body-longer-than-length": Fault(lambda w: [head(200, "text/event-stream", f"content-length: {len(b''.join(w.frames[:w.output + 2]))}")
+    "body-longer-than-length": ErrorClass(lambda w: [head(200, "text/event-stream", f"content-length: {len(b''.join(w.frames[:w.output + 2]))}")
                                                 + b"".join(w.frames)], FAILED),
-    "spoiled-gzip": Fault(lambda w: gzipped(w.frames * 3, spoil=True), lambda w: None),
-    "cut-gzip": Fault(lambda w: [*gzipped(w.frames[:w.output + 2], cut=12)], FAILED),
-    "garbage-after-output": Fault(lambda w: stream([*w.frames[:w.output + 2], sse("{half"), *w.frames[w.output + 2:]]), lambda w: None),
-    "deep-json-after-output": Fault(lambda w: stream([*w.frames[:w.output + 2], sse(DEEP)]), FAILED),
-    "half-a-call-and-a-reset": Fault(lambda w: [*begun(w, w.calls[0] + 1 - (w.name == "gemini")), RST], FAILED),
+    "spoiled-gzip": ErrorClass(lambda w: gzipped(w.frames * 3, spoil=True), lambda w: None),
+    "cut-gzip": ErrorClass(lambda w: [*gzipped(w.frames[:w.output + 2], cut=12)], FAILED),
+    "garbage-after-output": ErrorClass(lambda w: stream([*w.frames[:w.output + 2], sse("{half"), *w.frames[w.output + 2:]]), lambda w: None),
+    "deep-json-after-output": ErrorClass(lambda w: stream([*w.frames[:w.output + 2], sse(DEEP)]), FAILED),
+    "half-a-call-and-a-reset": ErrorClass(lambda w: [*begun(w, w.calls[0] + 1 - (w.name == "gemini")), RST], FAILED),
 }
 ENDS_EARLY = {
-    "length-in-a-call": Fault(lambda w: after_call_begun(w, w.length), INCOMPLETE),
-    "half-a-call-called-done": Fault(lambda w: after_call_begun(w, w.half) if w.half else stream(w.frames[:w.finish]),
+    "length-in-a-call": ErrorClass(lambda w: after_call_begun(w, w.length), INCOMPLETE),
+    "half-a-call-called-done": ErrorClass(lambda w: after_call_begun(w, w.half) if w.half else stream(w.frames[:w.finish]),
                                      lambda w: None if w.half else at_a_cut(w, w.finish, True)),
 }
 STATUSES = {
@@ -367,19 +367,19 @@ STATUSES = {
     "500-endless": (500, b"x" * 2_000_000),
 }
 for _name, (_status, _body) in STATUSES.items():
-    FAULTS[f"status-{_name}"] = Fault(lambda w, s=_status, b=_body: counted(s, b), FAILED, True)
-FAULTS["status-503-cut"] = Fault(lambda w: [head(503, "application/json", "content-length: 500") + b'{"error":', FIN], FAILED, True)
-FAULTS["status-503-stalls"] = Fault(lambda w: [head(503, "application/json", "content-length: 500") + b'{"error":', STALL_S], FAILED, True)
+    ERROR_CLASSES[f"status-{_name}"] = ErrorClass(lambda w, s=_status, b=_body: counted(s, b), FAILED, True)
+ERROR_CLASSES["status-503-cut"] = ErrorClass(lambda w: [head(503, "application/json", "content-length: 500") + b'{"error":', FIN], FAILED, True)
+ERROR_CLASSES["status-503-stalls"] = ErrorClass(lambda w: [head(503, "application/json", "content-length: 500") + b'{"error":', STALL_S], FAILED, True)
 
 
 @functools.cache
 def stream_faults(wire):
     """All faults of a streamed answer: name -> Fault."""
-    errors = {f"error-{when}-{dialect}": Fault(
+    errors = {f"error-{when}-{dialect}": ErrorClass(
         lambda w, f=frame, at=at: stream([*w.frames[:at], *([f] if isinstance(f, bytes) else f)]), FAILED, when == "first")
         for dialect, frame in wire.errors.items() for when, at in (("first", wire.output), ("later", wire.output + 2),
                                                                    ("then", wire.finish))}
-    return {**{name: Fault(steps, COMPLETED) for name, steps in GOOD.items()}, **FAULTS, **ENDS_EARLY, **errors, **dict(cuts(wire))}
+    return {**{name: ErrorClass(steps, COMPLETED) for name, steps in GOOD.items()}, **ERROR_CLASSES, **ENDS_EARLY, **errors, **dict(cuts(wire))}
 
 
 WHOLES = {      # an answer that is not streamed: what goes over the socket, and whether it is good

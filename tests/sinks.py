@@ -89,7 +89,7 @@ class View:
     def end(self) -> str:
         if self.error is not None:
             return "failed"
-        return (self.stops[-1].incomplete or "completed") if self.stops else "none"
+        return (self.stops[-1].incomplete_reason or "completed") if self.stops else "none"
 
 
 class Recorder:

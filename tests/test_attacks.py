@@ -375,7 +375,7 @@ def test_neighbours_become_one_message_in_linear_time(kind):
 
 @pytest.mark.parametrize("arguments", ["{}", '{"a": {"b": "%s"}' % ("x" * 2000)], ids=["none", "half"])
 def test_calls_that_stay_open_are_not_read_again_whenever_another_begins(arguments):
-    decoder = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"])
+    decoder = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"])
     decoder.sink = sinks.Recorder()
     began = time.perf_counter()
     for number in range(2000):
@@ -386,7 +386,7 @@ def test_calls_that_stay_open_are_not_read_again_whenever_another_begins(argumen
 
 
 def test_a_call_that_could_end_with_every_piece_is_not_read_again_with_every_piece():
-    decoder = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"])
+    decoder = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"])
     decoder.sink = sinks.Recorder()
     began = time.perf_counter()
     for arguments in ['{"a": ["', *['{\\"x\\": 1}'] * 20_000, '"]}']:
@@ -401,7 +401,7 @@ def test_the_values_of_a_long_body_are_counted_before_it_is_read():
     body = b'{"model":"chat/m","input":"x","metadata":[' + b"{}," * 3_000_000 + b"{}]}"
     began = time.perf_counter()
     with pytest.raises(pomex.BadRequest, match="more than 2000000 JSON values") as refused:
-        pomex.check_request(body)
+        pomex.parse_request(body)
     assert refused.value.status == 413 and time.perf_counter() - began < 0.3
 
 
@@ -413,7 +413,7 @@ def test_the_values_of_a_long_body_are_counted_before_it_is_read():
     (b';base64,"' * 1_000_000, 2_250_000), (b";base64," * 1_000_000, 1502)], ids=range(6))
 def test_the_estimate_of_a_request_takes_no_look_at_each_sign(body, tokens):
     began = time.perf_counter()
-    assert pomex.input_estimate(body) == tokens
+    assert pomex.estimate_input_tokens(body) == tokens
     assert time.perf_counter() - began < 1.0
 
 

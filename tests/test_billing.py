@@ -64,14 +64,14 @@ def test_a_count_that_contradicts_itself_is_cut_to_size_and_marked_with_why(give
     if given == sound:
         assert checked is given
     else:
-        assert checked.estimated and "cannot be" in checked.broken
-        assert checked == pomex.dataclasses.replace(sound, estimated=True, broken=checked.broken)
+        assert checked.estimated and "cannot be" in checked.inconsistency
+        assert checked == pomex.dataclasses.replace(sound, estimated=True, inconsistency=checked.inconsistency)
 
 
 def test_images_and_sealed_reasoning_do_not_count_as_text_in_an_estimate():
-    assert pomex.input_estimate(b"x" * 4000) == 1000
+    assert pomex.estimate_input_tokens(b"x" * 4000) == 1000
     image = b'{"image_url":"data:image/png;base64,' + b"iVBORw0KGgo" * 50_000 + b'"}'
-    assert pomex.input_estimate(image) < 1600
+    assert pomex.estimate_input_tokens(image) < 1600
 
 
 # --- prices ---------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def read_by(decoder, *events):
 
 
 def test_a_paused_turn_of_anthropic_keeps_what_both_halves_say():
-    decoder = pomex.MessagesDecoder(pomex.ToolBook([{"type": "web_search"}], searches=True))
+    decoder = pomex.MessagesDecoder(pomex.ToolMap([{"type": "web_search"}], searches=True))
     said = read_by(decoder, {"type": "message_start", "message": {"id": "1", "model": "claude-x", "usage": {"input_tokens": 5, "speed": "fast"}}},
                    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
                    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hm"}},
@@ -224,17 +224,17 @@ def test_a_paused_turn_of_anthropic_keeps_what_both_halves_say():
 
 TEXT_OF_GEMINI = {"content": {"parts": [{"text": "hm"}]}, "groundingMetadata": {"webSearchQueries": ["a", "b"]}}
 IN_PARTS = {    # streams whose events say each a part of it
-    "chat": (lambda: pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"]),
+    "chat": (lambda: pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"]),
              [{"model": "m", "service_tier": "priority", "choices": [{"delta": {"content": "hm"}}]},
               {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 9, "cost": 0.5,
                                                                               "server_tool_use": {"web_search_requests": 2}}},
               {"model": "m", "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}}], (9, 4, 2, "priority", "m", "0.500000000000")),
-    "gemini 3": (lambda: pomex.GeminiDecoder(pomex.ToolBook([])),
+    "gemini 3": (lambda: pomex.GeminiDecoder(pomex.ToolMap([])),
                  [{"modelVersion": "gemini-3-x", "candidates": [TEXT_OF_GEMINI], "usageMetadata": {"promptTokenCount": 9}},
                   {"candidates": [{"finishReason": "STOP"}]},
                   {"usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4, "trafficType": "ON_DEMAND_PRIORITY"}}],
                  (9, 4, 2, "priority", "gemini-3-x", "")),
-    "gemini 2": (lambda: pomex.GeminiDecoder(pomex.ToolBook([])),
+    "gemini 2": (lambda: pomex.GeminiDecoder(pomex.ToolMap([])),
                  [{"modelVersion": "gemini-2.5-pro", "candidates": [{**TEXT_OF_GEMINI, "finishReason": "STOP"}],
                    "usageMetadata": {"promptTokenCount": 9, "serviceTier": "flex"}},
                   {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 4, "serviceTier": "standard"}}],

@@ -35,7 +35,7 @@ class View(sinks.View):
 
 
 def decoder(dialect: str = "generic", tools: Iterable[JSON] = ()) -> pomex.ChatDecoder:
-    made = pomex.ChatDecoder(pomex.ToolBook(list(tools)), pomex.DIALECTS[dialect], "call_new_")
+    made = pomex.ChatDecoder(pomex.ToolMap(list(tools)), pomex.DIALECTS[dialect], "call_new_")
     made.sink = View()
     return made
 
@@ -159,7 +159,7 @@ class TestEveryRecordedStream:
         view = feed_bytes(path, [path.read_bytes()])
         assert view.outcome() == expected_of(deltas, chunks, "openrouter" in named(path))
         if view.error is None:
-            assert view.stops[-1].last
+            assert view.stops[-1].final
             cut = view.end() != "completed"
             assert all(
                 item["closed"] or (cut and item["kind"].endswith("_call")) for item in view.items.values()
@@ -211,7 +211,7 @@ def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> N
     assert view.outcome() == expected_of(
         [c.get("message", {}) for c in body["choices"]], [body], "openrouter" in named(path)
     )
-    assert view.stops[-1].last and all(item["closed"] for item in view.items.values())
+    assert view.stops[-1].final and all(item["closed"] for item in view.items.values())
 
 
 # --- quirks of streams, each by a table of its own
@@ -558,9 +558,9 @@ def test_a_snapshot_is_not_one_more_piece(
 
 def answered(pieces: Iterable[bytes]) -> JSON:
     """The final response that the client sees of these bytes, every rule of its stream kept."""
-    request = pomex.check_request(b'{"model":"p/m","input":"hi","stream":true}')
+    request = pomex.parse_request(b'{"model":"p/m","input":"hi","stream":true}')
     job = pomex.Job(
-        pomex.Answer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(b"s" * 32, "a"), "p", "m", False, ""
+        pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(b"s" * 32, "a"), "p", "m", False, ""
     )
     attempt, shown = pomex.WIRES["chat"].call(job).attempt, b""
     for data in pieces:
@@ -749,8 +749,8 @@ def test_a_whole_call_is_closed_as_soon_as_the_next_begins() -> None:
 
 def test_nothing_more_is_awaited_after_done_or_the_usage_after_the_finish() -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
-    assert [s.last for s in view_of([piece("length"), usage, "[DONE]"]).stops] == [False, True, True]
-    assert [s.incomplete for s in view_of([piece("length"), usage, "[DONE]"]).stops] == [
+    assert [s.final for s in view_of([piece("length"), usage, "[DONE]"]).stops] == [False, True, True]
+    assert [s.incomplete_reason for s in view_of([piece("length"), usage, "[DONE]"]).stops] == [
         "max_output_tokens"
     ] * 3
 
@@ -901,7 +901,7 @@ LEAKED = {
 @pytest.mark.parametrize("name", LEAKED)
 def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> None:
     said = [call(0, "a", name, "{}"), CALLED]
-    book = pomex.ToolBook(DOTTED)
+    book = pomex.ToolMap(DOTTED)
     event = {"type": "response.output_item.added", "output_index": 0, "item": {"type": "function_call", "call_id": "a", "name": name}}
     candidate = {"content": {"parts": [{"functionCall": {"name": name, "args": {}}}]}, "finishReason": "STOP"}
     block = {"type": "tool_use", "id": "a", "name": name, "input": {}}
@@ -909,7 +909,7 @@ def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> No
         (pomex.ChatDecoder(book, pomex.DIALECTS["generic"]), "feed", json.dumps(said[0])),
         (pomex.ResponsesDecoder(book), "feed", json.dumps(event)),
         (pomex.GeminiDecoder(book), "whole", {"candidates": [candidate]}),
-        (pomex.MessagesDecoder(pomex.ToolBook(DOTTED, True, "claude")), "whole", {"content": [block]}),
+        (pomex.MessagesDecoder(pomex.ToolMap(DOTTED, True, "claude")), "whole", {"content": [block]}),
     ]
     found = []
     for reader, method, given in readers:
@@ -920,7 +920,7 @@ def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> No
 
 
 def test_a_misspelt_name_of_the_history_goes_back_as_its_tools() -> None:
-    book = pomex.ToolBook(DOTTED)
+    book = pomex.ToolMap(DOTTED)
     for name, meant in LEAKED.items():
         item = {"type": "function_call", "call_id": "a", "name": name, "arguments": "{}"}
         sent = book.renamed(item)
@@ -1159,8 +1159,8 @@ def encode(body: JSON, dialect: str = "generic", model: str = "m") -> tuple[JSON
         for item in body["input"]
         if isinstance(item, dict)
     ]
-    request = pomex.check_request(json.dumps({**body, "input": sealed or body["input"]}).encode())
-    answer = pomex.Answer(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
+    request = pomex.parse_request(json.dumps({**body, "input": sealed or body["input"]}).encode())
+    answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
     call = pomex.WIRES["chat"].call(pomex.Job(answer, envelope, "p", model, False, dialect))
     return json.loads(call.body), call.dropped
 
@@ -1182,7 +1182,7 @@ def check_messages(messages: list[JSON], dialect: pomex.Dialect) -> None:
         role = message["role"]
         assert isinstance(message["content"], (str, list))
         assert role in ("user", "assistant", "tool") or (
-            role == "system" and (index == 0 or dialect.mid_system)
+            role == "system" and (index == 0 or dialect.system_anywhere)
         )
         if role == "tool":
             assert waiting and message["tool_call_id"] == waiting.pop(0)
@@ -1208,7 +1208,7 @@ def test_every_recorded_request_can_be_sent_to_every_dialect(path: pathlib.Path)
     if not body.get("input"):
         pytest.skip("no input in it")
     try:
-        pomex.check_request(json.dumps(body).encode())
+        pomex.parse_request(json.dumps(body).encode())
     except pomex.BadRequest as error:
         pytest.skip(f"refused at the door: {error}")
     for name, dialect in pomex.DIALECTS.items():
@@ -1500,7 +1500,7 @@ def test_parameters_fit_the_vendor_behind_a_router() -> None:
     tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"$top": {"type": "integer"}}}}
     body = {"model": "x/m", "input": [user("q"), function_call("a", '{"$top":5}'), output("a")], "tools": [tool]}
     for model, name in (("anthropic/claude-opus-5", "_top"), ("google/gemini-3-pro", "_top"), ("openai/gpt-6", "$top")):
-        answer = pomex.Answer(pomex.check_request(json.dumps(body).encode()), "resp_0123456789abcdef", 0, pomex.STANDARD)
+        answer = pomex.ResponseContext(pomex.parse_request(json.dumps(body).encode()), "resp_0123456789abcdef", 0, pomex.STANDARD)
         made = json.loads(pomex.WIRES["chat"].call(pomex.Job(answer, pomex.Envelope(b"s", "a"), "p", model, False, "openrouter")).body)
         assert list(made["tools"][0]["function"]["parameters"]["properties"]) == [name]
         assert json.loads(made["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {name: 5}
@@ -1665,49 +1665,49 @@ def test_19_a_longer_history_begins_with_the_bytes_of_the_shorter() -> None:
 
 KINDS = {
     "chat/azure-err-401": "auth",
-    "chat/azure-err-404-deployment": "model_missing",
-    "chat/azure-err-429-retry-after": "rate",
-    "chat/deepseek-err-400-model": "model_missing",
+    "chat/azure-err-404-deployment": "model_not_found",
+    "chat/azure-err-429-retry-after": "rate_limit",
+    "chat/deepseek-err-400-model": "model_not_found",
     "chat/deepseek-err-400-tool-choice-thinking": "bad_request",
     "chat/deepseek-err-401": "auth",
     "chat/doubleword-err-403": "auth",
     "chat/groq-err-400-tool-use-failed": "tool_generation",
     "chat/groq-err-401": "auth",
-    "chat/groq-err-404": "model_missing",
+    "chat/groq-err-404": "model_not_found",
     "chat/llamacpp-err-401": "auth",
     "chat/llamacpp-err-500-image": "bad_request",
     "chat/llamacpp-err-500-jinja": "bad_request",
-    "chat/llamacpp-err-context": "context",
-    "chat/mistral-err-400": "model_missing",
+    "chat/llamacpp-err-context": "context_length",
+    "chat/mistral-err-400": "model_not_found",
     "chat/mistral-err-400-logprobs": "bad_request",
-    "chat/ollama-cloud-err-400-context": "context",
+    "chat/ollama-cloud-err-400-context": "context_length",
     "chat/ollama-cloud-err-401": "auth",
     "chat/openai-err-400-param": "bad_request",
-    "chat/openai-err-404-model": "model_missing",
-    "chat/openrouter-err-400-model": "model_missing",
+    "chat/openai-err-404-model": "model_not_found",
+    "chat/openrouter-err-400-model": "model_not_found",
     "chat/openrouter-err-401": "auth",
-    "chat/openrouter-err-429": "rate",
+    "chat/openrouter-err-429": "rate_limit",
     "chat/together-err-401": "auth",
-    "chat/venice-err-404": "model_missing",
-    "anthropic/documented-err-429": "rate",
+    "chat/venice-err-404": "model_not_found",
+    "anthropic/documented-err-429": "rate_limit",
     "anthropic/documented-err-529": "overload",
     "anthropic/err-400-anyof-root": "bad_request",
-    "anthropic/err-400-context-length": "context",
+    "anthropic/err-400-context-length": "context_length",
     "anthropic/err-400-effort-unsupported": "bad_request",
     "anthropic/err-401": "auth",
-    "anthropic/err-404-model": "model_missing",
+    "anthropic/err-404-model": "model_not_found",
     "gemini/documented-err-503": "overload",
     "gemini/err-400-key": "auth",
-    "gemini/err-400-vertex-context-length": "context",
-    "gemini/err-404-model": "model_missing",
-    "gemini/err-429-quota-retryinfo": "rate",
-    "gemini/err-429-retryinfo-fraction": "rate",
-    "gemini/err-429-short": "rate",
+    "gemini/err-400-vertex-context-length": "context_length",
+    "gemini/err-404-model": "model_not_found",
+    "gemini/err-429-quota-retryinfo": "rate_limit",
+    "gemini/err-429-retryinfo-fraction": "rate_limit",
+    "gemini/err-429-short": "rate_limit",
     "responses/codex-backend-err-401": "auth",
-    "responses/documented-err-429-rate-limit": "rate",
-    "responses/err-400-context-length": "context",
+    "responses/documented-err-429-rate-limit": "rate_limit",
+    "responses/err-400-context-length": "context_length",
     "responses/err-400-invalid-tool-schema": "bad_request",
-    "responses/err-400-model": "model_missing",
+    "responses/err-400-model": "model_not_found",
     "responses/err-400-prev-id": "bad_request",
     "responses/err-400-reasoning-item-missing": "bad_request",
     "responses/err-401": "auth",
@@ -1730,7 +1730,7 @@ def test_50_recorded_errors_are_told_apart(name: str, kind: str) -> None:
     assert (error.kind, error.upstream_status) == (kind, meta["status"])
     assert error.retry_after_s == (pytest.approx(WAITS[name]) if name in WAITS else None)
     assert len(str(error)) <= 300 and str(error)
-    assert error.retryable == (kind not in ("context", "bad_request"))
+    assert error.retryable == (kind not in ("context_length", "bad_request"))
 
 
 @NO_RECORDINGS
@@ -1751,7 +1751,7 @@ BODIES: dict[str, tuple[int, bytes, str, str]] = {
     ),
     "html without a title": (400, b"<p>no <b>good</b></p><script>x()</script>", "bad_request", "no good"),
     "text": (503, b"Loading model", "overload", "Loading model"),
-    "string": (404, b'{"error":"Specified model not found"}', "model_missing", "Specified model not found"),
+    "string": (404, b'{"error":"Specified model not found"}', "model_not_found", "Specified model not found"),
     "detail": (400, b'{"detail":"nope"}', "bad_request", "nope"),
     "detail, listed": (
         422,
@@ -1762,7 +1762,7 @@ BODIES: dict[str, tuple[int, bytes, str, str]] = {
     "array": (
         429,
         b'[{"error":{"code":429,"message":"slow","status":"RESOURCE_EXHAUSTED"}}]',
-        "rate",
+        "rate_limit",
         "slow",
     ),
     "bare": (400, b'{"object":"error","message":"bad","type":"invalid_request_error"}', "bad_request", "bad"),
@@ -1789,13 +1789,13 @@ BODIES: dict[str, tuple[int, bytes, str, str]] = {
     "#47: vLLM's context": (
         400,
         b'{"message":"This model\'s maximum context length is 4096 tokens."}',
-        "context",
+        "context_length",
         "This model's maximum context length is 4096 tokens.",
     ),
     "groq's 413": (
         413,
         b'{"error":{"message":"Request too large","type":"tokens","code":"rate_limit_exceeded"}}',
-        "rate",
+        "rate_limit",
         "Request too large",
     ),
     "moderation": (
@@ -1813,7 +1813,7 @@ BODIES: dict[str, tuple[int, bytes, str, str]] = {
     "project without the model": (
         403,
         b'{"error":{"code":"model_not_found","message":"no access"}}',
-        "model_missing",
+        "model_not_found",
         "no access",
     ),
     "too large": (413, b'{"error":{"type":"request_too_large","message":"32 MB"}}', "bad_request", "32 MB"),
@@ -1856,11 +1856,11 @@ INBAND: list[tuple[Any, str]] = [
         "tool_generation",
     ),
     ({"code": 502, "message": "Upstream error"}, "overload"),
-    ({"code": 429, "message": "m"}, "rate"),
+    ({"code": 429, "message": "m"}, "rate_limit"),
     ("m", "overload"),
     ({"type": "overloaded_error", "message": "Overloaded"}, "overload"),
     ({"type": "invalid_request_error", "message": "m"}, "bad_request"),
-    ({"code": "context_length_exceeded", "message": "m"}, "context"),
+    ({"code": "context_length_exceeded", "message": "m"}, "context_length"),
     ({}, "overload"),
     (None, "overload"),
     (7, "overload"),
@@ -1887,13 +1887,13 @@ FORMS: dict[str, tuple[JSON, str, str]] = {
     ),
     "ret": ({"ret": ["FAIL_SYS", "RGV587_ERROR::SM::busy"], "data": {}}, "FAIL_SYS; RGV587_ERROR::SM::busy", "overload"),
     "code and msg": ({"code": 500, "msg": "no server", "data": None}, "no server", "overload"),
-    "code and message": ({"code": "Throttling.RateQuota", "message": "slow", "request_id": "r"}, "slow", "rate"),
+    "code and message": ({"code": "Throttling.RateQuota", "message": "slow", "request_id": "r"}, "slow", "rate_limit"),
     "code in words": (
         {"code": "DataInspectionFailed", "message": "Input may contain inappropriate content."},
         "Input may contain inappropriate content.",
         "bad_request",
     ),
-    "code in a string": ({"code": "429", "msg": "busy"}, "busy", "rate"),
+    "code in a string": ({"code": "429", "msg": "busy"}, "busy", "rate_limit"),
     "status code": ({"statusCode": 500, "message": "Internal server error"}, "Internal server error", "overload"),
     "a string": ({"error": "no more credits", "success": False}, "no more credits", "quota"),
     "true": ({"error": True, "message": "broke"}, "broke", "overload"),
@@ -1907,7 +1907,7 @@ FORMS: dict[str, tuple[JSON, str, str]] = {
             }
         },
         "maximum context length is 9 tokens",
-        "context",
+        "context_length",
     ),
     "raw, an event": (
         {"error": {"message": "Provider returned error", "code": 502, "metadata": {"raw": 'event: error\ndata: {"message":"broke"}'}}},
@@ -1917,7 +1917,7 @@ FORMS: dict[str, tuple[JSON, str, str]] = {
     "raw, in words": (
         {"error": {"message": "Provider returned error", "code": 429, "metadata": {"raw": "m is rate-limited upstream"}}},
         "m is rate-limited upstream",
-        "rate",
+        "rate_limit",
     ),
     "no raw": ({"error": {"message": "broke", "code": 502, "metadata": {"raw": ""}}}, "broke", "overload"),
     "nothing known": ({"error": {"why": "the moon"}}, '{"error":{"why":"the moon"}}', "overload"),

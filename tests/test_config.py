@@ -271,7 +271,7 @@ def test_a_configuration_can_be_a_key_of_a_table():
 
 
 def test_what_is_in_the_environment_is_detected():
-    found = pomex.detected({"OPENAI_API_KEY": " sk-1\n", "GROQ_API_KEY": "", "XAI_API_KEY": "with space"})
+    found = pomex.detect_providers({"OPENAI_API_KEY": " sk-1\n", "GROQ_API_KEY": "", "XAI_API_KEY": "with space"})
     assert {name: (row.api_key, row.key_source) for name, row in found.items()} == {
         "openai": ("sk-1", "env:OPENAI_API_KEY")}
 
@@ -301,14 +301,14 @@ def test_the_example_names_every_key_and_its_commented_half_loads_too():
     assert len(config.providers) == 5 and len(config.models) == 1
     for section, rows in (("server", pomex.ServerConfig), ("database", pomex.DatabaseConfig),
                           ("demo", pomex.DemoConfig)):
-        assert pomex.tomllib.loads(example())[section].keys() == pomex.settings_of(rows).keys()
+        assert pomex.tomllib.loads(example())[section].keys() == pomex.config_fields(rows).keys()
     for section, rows in pomex.NAMED_SECTIONS.items():
         assert text.count(f"[{section}.")
         written = [key for table in pomex.tomllib.loads(text)[section].values() for key in table]
-        assert set(written) == pomex.settings_of(rows).keys()
+        assert set(written) == pomex.config_fields(rows).keys()
 
 
 def test_every_key_has_its_reading_and_its_meaning():
     for rows in (*pomex.SECTIONS.values(), *pomex.NAMED_SECTIONS.values()):
-        for key in pomex.settings_of(rows).values():
-            assert key.type in pomex.READINGS and key.metadata["meaning"]
+        for key in pomex.config_fields(rows).values():
+            assert key.type in pomex.VALUE_TYPES and key.metadata["meaning"]

@@ -284,7 +284,7 @@ def test_init_writes_a_file_that_check_takes(home, environ, monkeypatch, capsys)
 
 
 GOOD = "\n".join(BLOCK)
-FAULTS = {      # planted: what is changed -> the row that must say so
+ERROR_CLASSES = {      # planted: what is changed -> the row that must say so
     "nothing": (lambda text: text, None),
     "missing /v1": (lambda text: text.replace('/v1"\nenv', '"\nenv'), "base_url"),
     "another port": (lambda text: text.replace(':PORT/v1"\nenv', ':1/v1"\nenv'), "base_url"),
@@ -325,9 +325,9 @@ def doctor(home, monkeypatch, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ERROR_CLASSES)
 def test_doctor_finds_each_planted_fault_and_names_the_cure(doctor, fault):
-    change, what = FAULTS[fault]
+    change, what = ERROR_CLASSES[fault]
     rows, wrong = doctor(change)
     assert wrong == ([what] if what else [])
     assert all(row.fix for row in rows if row.state != "ok")

@@ -45,7 +45,7 @@ class View(sinks.View):
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.GeminiDecoder:
-    made = pomex.GeminiDecoder(pomex.ToolBook(list(tools), searches=True), "call_0123456789ab_")
+    made = pomex.GeminiDecoder(pomex.ToolMap(list(tools), searches=True), "call_0123456789ab_")
     made.sink = View()
     return made
 
@@ -190,9 +190,9 @@ def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> N
 
 
 KINDS = {
-    "documented-err-503": ("overload", None), "err-400-key": ("auth", None), "err-404-model": ("model_missing", None),
-    "err-400-vertex-context-length": ("context", None), "err-404-stream": ("model_missing", None),
-    "err-429-quota-retryinfo": ("rate", 48.9), "err-429-retryinfo-fraction": ("rate", 34.4), "err-429-short": ("rate", None),
+    "documented-err-503": ("overload", None), "err-400-key": ("auth", None), "err-404-model": ("model_not_found", None),
+    "err-400-vertex-context-length": ("context_length", None), "err-404-stream": ("model_not_found", None),
+    "err-429-quota-retryinfo": ("rate_limit", 48.9), "err-429-retryinfo-fraction": ("rate_limit", 34.4), "err-429-short": ("rate_limit", None),
 }
 
 
@@ -384,8 +384,8 @@ DIGIT = {"type": "function", "name": "3d-view", "parameters": {"type": "object",
 
 def test_3_4_26_names_come_back_as_they_were_asked() -> None:
     tools = [NAMESPACE, PATCH, DIGIT]
-    offered = [function["name"] for function in pomex.ToolBook(tools, searches=True).functions]
-    assert offered == ["mcp__x__look", "apply_patch", pomex.flat_name("3d-view", "")]
+    offered = [function["name"] for function in pomex.ToolMap(tools, searches=True).functions]
+    assert offered == ["mcp__x__look", "apply_patch", pomex.upstream_tool_name("3d-view", "")]
     view = view_of([chunk(*(fc(name, {"input": "x"}) for name in offered), fc("default_api:apply_patch", {"input": "x"})), STOPPED], tools)
     assert [(i["kind"], i["namespace"], i["name"]) for i in view.items.values()] == [
         ("function_call", "mcp__x", "look"), ("custom_tool_call", "", "apply_patch"), ("function_call", "", "3d-view"),
@@ -593,7 +593,7 @@ def test_every_recorded_request_can_be_sent(path: pathlib.Path) -> None:
     if not body.get("input"):
         pytest.skip("no input in it")
     try:
-        pomex.check_request(json.dumps(body).encode())
+        pomex.parse_request(json.dumps(body).encode())
     except pomex.BadRequest as error:
         pytest.skip(f"refused at the door: {error}")
     more = {key: value for key, value in body.items() if key not in ("model", "input")}
@@ -796,7 +796,7 @@ def test_26_names_are_valid_and_calls_have_the_same() -> None:
     offered = [f["name"] for f in body["tools"][0]["functionDeclarations"]]
     assert offered == [part["functionCall"]["name"] for part in body["contents"][1]["parts"]]
     for name in ("3d-view", "-x", "1" * 64, "é", "$top"):
-        assert pomex.re.fullmatch("[a-zA-Z_][a-zA-Z0-9_-]{0,63}", pomex.flat_name(name, ""))
+        assert pomex.re.fullmatch("[a-zA-Z_][a-zA-Z0-9_-]{0,63}", pomex.upstream_tool_name(name, ""))
 
 
 @pytest.mark.parametrize(("model", "tools", "sent", "lost"), [
@@ -863,10 +863,10 @@ def test_thoughts_are_told_to_who_asks(model: str, reasoning: JSON, thinking: JS
 
 
 def test_what_is_known_of_a_model_can_be_overridden() -> None:
-    overrides = {"gemini-5": {"knob": "", "mixes": False}, "gemini-5-pro": {"values": "LOW " * 7}}
-    assert pomex.gemini_row("gemini-5-flash", overrides).knob == ""
-    assert pomex.gemini_row("gemini-5-pro", overrides) == pomex.Gemini("", values="LOW " * 7)
-    assert pomex.gemini_row("gemini-6", overrides) == pomex.Gemini("")
+    overrides = {"gemini-5": {"thinking_param": "", "combines_tools": False}, "gemini-5-pro": {"values": "LOW " * 7}}
+    assert pomex.gemini_model("gemini-5-flash", overrides).thinking_param == ""
+    assert pomex.gemini_model("gemini-5-pro", overrides) == pomex.GeminiModel("", values="LOW " * 7)
+    assert pomex.gemini_model("gemini-6", overrides) == pomex.GeminiModel("")
 
 
 def test_plain_fields_go_under_geminis_names_and_others_are_named() -> None:
@@ -955,8 +955,8 @@ def test_20_a_signature_that_is_refused_becomes_the_dummy_once(error: pomex.Gate
 
 
 def job_of(body: JSON, model: str = PRO, response_id: str = "resp_0123456789abcdef") -> pomex.Job:
-    request = pomex.check_request(json.dumps(body).encode())
-    answer = pomex.Answer(request, response_id, 0, pomex.STANDARD)
+    request = pomex.parse_request(json.dumps(body).encode())
+    answer = pomex.ResponseContext(request, response_id, 0, pomex.STANDARD)
     return pomex.Job(answer, pomex.Envelope(b"secret", "account"), "google", model, False, "")
 
 

@@ -16,7 +16,7 @@ from pomex import (
     LAST_CHUNK,
     NEED_DATA,
     Headers,
-    Inflater,
+    ContentDecoder,
     Limits,
     ProtocolError,
     RequestReader,
@@ -703,7 +703,7 @@ PACKED = {
 
 
 def inflate(coding, pieces, max_bytes=None):
-    inflater = Inflater(coding, max_bytes)
+    inflater = ContentDecoder(coding, max_bytes)
     data = b"".join([inflater.feed(piece) for piece in pieces])
     inflater.finish()
     return data
@@ -746,7 +746,7 @@ def test_a_wrong_checksum_is_refused():
 @pytest.mark.parametrize("coding", ["br", "deflate", "zstd", "gzip, gzip", "gzip,br", "compress", "gzip;q=1", "\xa0gzip", "chunked"])
 def test_an_unknown_coding_is_refused(coding):
     with pytest.raises(ProtocolError) as caught:
-        Inflater(coding)
+        ContentDecoder(coding)
     assert caught.value.status == 415
 
 
@@ -756,7 +756,7 @@ def test_an_empty_body_is_good_in_any_coding(coding):
 
 
 def test_each_flush_of_a_stream_comes_out_at_once():
-    packer, inflater = zlib.compressobj(wbits=31), Inflater("gzip")
+    packer, inflater = zlib.compressobj(wbits=31), ContentDecoder("gzip")
     for number in range(100):
         event = b"data: %d\n\n" % number
         assert inflater.feed(packer.compress(event) + packer.flush(zlib.Z_SYNC_FLUSH)) == event
@@ -765,14 +765,14 @@ def test_each_flush_of_a_stream_comes_out_at_once():
 def test_a_bomb_costs_no_more_than_the_limit():
     bomb, started = gzip.compress(bytes(50 << 20)), time.perf_counter()
     with pytest.raises(ProtocolError) as caught:
-        Inflater("gzip", 1 << 20).feed(bomb)
+        ContentDecoder("gzip", 1 << 20).feed(bomb)
     assert caught.value.status == 413 and time.perf_counter() - started < 3
 
 
 def test_countless_empty_members_are_refused():
     started = time.perf_counter()
     with pytest.raises(ProtocolError):
-        Inflater("gzip").feed(gzip.compress(b"") * 100_000)
+        ContentDecoder("gzip").feed(gzip.compress(b"") * 100_000)
     assert time.perf_counter() - started < 3
 
 

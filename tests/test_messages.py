@@ -48,8 +48,8 @@ class View(sinks.View):
                 self.end())
 
 
-def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.ToolBook:
-    return pomex.ToolBook(list(tools), bool(pomex.claude(model).web_search), "claude")
+def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.ToolMap:
+    return pomex.ToolMap(list(tools), bool(pomex.anthropic_model(model).web_search), "claude")
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.MessagesDecoder:
@@ -152,7 +152,7 @@ class TestEveryRecordedStream:
             return
         assert view.outcome() == expected_of(message_of(events))
         if view.end() not in ("failed", "none"):
-            assert view.stops[-1].last
+            assert view.stops[-1].final
             cut = view.end() != "completed"
             assert all(item["closed"] or (cut and item["kind"] == "function_call") for item in view.items.values())
 
@@ -195,10 +195,10 @@ def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> N
         pytest.skip("an error: see below")
     view = whole(decoder([SEARCH]), copy.deepcopy(body))
     assert view.outcome() == expected_of({**body, "content": [{"json": "", **block} for block in body["content"]]})
-    assert view.stops[-1].last and all(item["closed"] for item in view.items.values())
+    assert view.stops[-1].final and all(item["closed"] for item in view.items.values())
 
 
-KINDS = {"err-400-context-length": "context", "err-401": "auth", "err-404-model": "model_missing", "documented-err-429": "rate",
+KINDS = {"err-400-context-length": "context_length", "err-401": "auth", "err-404-model": "model_not_found", "documented-err-429": "rate_limit",
          "documented-err-529": "overload"}
 
 
@@ -380,11 +380,11 @@ ENVELOPE = pomex.Envelope(b"secret", "account")
 
 
 def request_of(body: JSON) -> pomex.ResponsesRequest:
-    return pomex.check_request(json.dumps({"model": "anthropic/x", **body}).encode())
+    return pomex.parse_request(json.dumps({"model": "anthropic/x", **body}).encode())
 
 
 def job(body: JSON, model: str = BUDGET, prompt_cache: str = "5m") -> pomex.Job:
-    answer = pomex.Answer(request_of(body), "resp_test", 1790000000, pomex.STANDARD)
+    answer = pomex.ResponseContext(request_of(body), "resp_test", 1790000000, pomex.STANDARD)
     return pomex.Job(answer, ENVELOPE, "anthropic", model, False, "", prompt_cache)
 
 
@@ -417,7 +417,7 @@ def test_every_recorded_thought_goes_back_byte_for_byte(path: pathlib.Path) -> N
              {"type": "message", "role": "user", "content": "go on"}]
     body, dropped = encoded({"input": given})
     known = expected_of(message_of([json.loads(data) for data in recorded_data(path)]))[3]
-    assert known and [block for block in body["messages"][1]["content"] if block["type"] in pomex.THOUGHTS] == known
+    assert known and [block for block in body["messages"][1]["content"] if block["type"] in pomex.THINKING_BLOCKS] == known
     check_body(body, BUDGET)
     assert not [name for name in dropped if name.startswith("reasoning")]
 
@@ -1230,12 +1230,12 @@ def test_what_is_not_known_is_not_asked_twice(error: pomex.GatewayError) -> None
 
 def test_the_table_can_be_overridden_by_prefix() -> None:
     overrides = {"claude-opus": {"sampling": True}, "claude-opus-5-5": {"efforts": "low"}}
-    assert pomex.claude("claude-opus-5-5", overrides).efforts == "low" and not pomex.claude("claude-opus-5-5",
+    assert pomex.anthropic_model("claude-opus-5-5", overrides).efforts == "low" and not pomex.anthropic_model("claude-opus-5-5",
                                                                                             overrides).sampling
-    assert pomex.claude("claude-opus-5", overrides).sampling and pomex.claude("claude-fable-5",
-                                                                              overrides) == pomex.claude("claude-fable-5")
+    assert pomex.anthropic_model("claude-opus-5", overrides).sampling and pomex.anthropic_model("claude-fable-5",
+                                                                              overrides) == pomex.anthropic_model("claude-fable-5")
 
 
 def test_no_row_of_the_table_hides_another() -> None:
-    for at, row in enumerate(pomex.CLAUDES):
-        assert pomex.claude(row.prefix or "x") == row, at
+    for at, row in enumerate(pomex.ANTHROPIC_MODELS):
+        assert pomex.anthropic_model(row.prefix or "x") == row, at

@@ -80,8 +80,8 @@ def test_the_table_has_the_features_and_columns_that_are_checked():
 def test_what_the_readme_says_is_what_goes_up(feature, column):
     fields, shown = FEATURES[feature]
     wire, relay, model, dialect = COLUMNS[column]
-    request = pomex.check_request(json.dumps({"model": "p/m", "input": "x", "stream": True, **fields}).encode())
-    answer = pomex.Answer(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
+    request = pomex.parse_request(json.dumps({"model": "p/m", "input": "x", "stream": True, **fields}).encode())
+    answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
     call = pomex.WIRES[wire].call(pomex.Job(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, relay, dialect))
     sent = re.search(shown, call.body.decode(), re.DOTALL) is not None
     said = table()[feature][column]

@@ -71,12 +71,12 @@ class Exchange:
         self.events = [event(block) for block in self.blocks]
         self.body = {"model": "m/x", "input": "hello", "stream": self.stream, "tools": asked.get("tools") or []}
 
-    def job(self, relay, manners=pomex.STANDARD, **fields):
-        request = pomex.check_request(json.dumps({**self.body, **fields}).encode())
-        return pomex.Job(pomex.Answer(request, "resp_1", 1_700_000_000, manners), ENVELOPE, "p", "m", relay, "")
+    def job(self, relay, profile=pomex.STANDARD, **fields):
+        request = pomex.parse_request(json.dumps({**self.body, **fields}).encode())
+        return pomex.Job(pomex.ResponseContext(request, "resp_1", 1_700_000_000, profile), ENVELOPE, "p", "m", relay, "")
 
-    def attempt(self, relay, manners=pomex.STANDARD):
-        return pomex.WIRES["responses"].call(self.job(relay, manners)).attempt
+    def attempt(self, relay, profile=pomex.STANDARD):
+        return pomex.WIRES["responses"].call(self.job(relay, profile)).attempt
 
     def held(self, count=None):
         """(status, items, usage) of the first `count` events: what the evidence allows to be said of them."""
@@ -151,15 +151,15 @@ def test_however_it_is_cut_the_translation_is_the_same(stream):
 def test_cut_after_any_event_it_ends_once_and_truly(stream):
     step = 1 if len(stream.blocks) < 60 else 5
     counts = [*range(0, len(stream.blocks), step), len(stream.blocks)]
-    for count, clean, relay, manners in itertools.product(counts, (True, False), (True, False), (pomex.STANDARD, pomex.CODEX)):
-        attempt = stream.attempt(relay, manners)
+    for count, clean, relay, profile in itertools.product(counts, (True, False), (True, False), (pomex.STANDARD, pomex.CODEX)):
+        attempt = stream.attempt(relay, profile)
         raw = run(attempt, [b"".join(stream.blocks[:count])], None if clean else pomex.UpstreamTimeout("silent"), clean)
-        final = streams.check(raw, manners is pomex.CODEX, relay)
+        final = streams.check(raw, profile is pomex.CODEX, relay)
         status, items, _ = stream.held(count)
         said = any(e and e["type"] in TERMINAL for e in stream.events[:count])
         reported = any(e and e["type"] == "error" for e in stream.events[:count])
         expected = status if said or clean and not reported else "failed"
-        assert final["status"] == expected, (count, clean, relay, manners)
+        assert final["status"] == expected, (count, clean, relay, profile)
         kept = [essence(i) for i in final["output"]]
         finished = [essence(i) for i in items if i.get("status") != "incomplete"]
         assert expected != "failed" or all(e in kept for e in finished if e[:2] != ("message", "")), "what was finished is kept"
@@ -276,11 +276,11 @@ def test_a_recorded_failure_inside_a_stream_gives_no_output_and_its_code(name, c
 
 # --- habits of servers, small
 
-def translated(*told, manners=pomex.STANDARD, tools=()):
+def translated(*told, profile=pomex.STANDARD, tools=()):
     exchange = Exchange("text-stream")
-    attempt = pomex.WIRES["responses"].call(exchange.job(False, manners, tools=list(tools))).attempt
+    attempt = pomex.WIRES["responses"].call(exchange.job(False, profile, tools=list(tools))).attempt
     raw = run(attempt, [b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in told)])
-    return streams.check(raw, codex=manners is pomex.CODEX), attempt
+    return streams.check(raw, codex=profile is pomex.CODEX), attempt
 
 
 def part(kind, **fields):
@@ -339,14 +339,14 @@ def test_annotations_are_taken_once_from_events_or_items():
         assert [essence(i) for i in translated(*told)[0]["output"]] == [essence(noted)]
 
 
-@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
-def test_half_a_call_is_done_only_where_the_answer_is_incomplete(manners):
+@pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_half_a_call_is_done_only_where_the_answer_is_incomplete(profile):
     half = {**CALL, "status": "incomplete", "arguments": '{"a'}
     told = [part("output_item.added", item={**CALL, "arguments": ""}), part("function_call_arguments.delta", delta='{"a'), part("output_item.done", item=half)]
     cut = {"type": "response.incomplete", "response": {"incomplete_details": {"reason": "max_output_tokens"}, "output": [half]}}
-    assert translated(*told, manners=manners)[0]["status"] == "incomplete", "a call that is done and incomplete was cut"
-    final, _ = translated(*told, cut, manners=manners)
-    assert [i["status"] for i in final["output"]] == ([] if manners is pomex.CODEX else ["incomplete"])
+    assert translated(*told, profile=profile)[0]["status"] == "incomplete", "a call that is done and incomplete was cut"
+    final, _ = translated(*told, cut, profile=profile)
+    assert [i["status"] for i in final["output"]] == ([] if profile is pomex.CODEX else ["incomplete"])
 
 
 def test_usage_is_counted_whatever_the_end():
@@ -361,7 +361,7 @@ def test_usage_is_counted_whatever_the_end():
                                   '{"type":"response.completed","response":{"output":[5]}}', "{" * 100_000])
 def test_garbage_is_the_upstreams_error(data):
     with pytest.raises(pomex.UpstreamError):
-        pomex.ResponsesDecoder(pomex.ToolBook([])).feed(data)
+        pomex.ResponsesDecoder(pomex.ToolMap([])).feed(data)
 
 
 def test_an_event_without_a_type_is_an_error_or_a_sign_of_life():
@@ -389,8 +389,8 @@ def test_a_cut_that_was_told_as_completed_is_a_cut():
 def test_a_thought_goes_back_under_the_id_it_is_bound_to():
     thought = {"type": "reasoning", "id": "rs_theirs", "summary": [], "encrypted_content": "gAAA"}
     output = translated(part("output_item.done", item=thought), part("output_item.done", output_index=1, item=MESSAGE))[0]["output"]
-    request = pomex.check_request(json.dumps({"model": "m/x", "input": [{"role": "user", "content": "q"}, *output]}).encode())
-    job = pomex.Job(pomex.Answer(request, "resp_2", 1_700_000_000, pomex.STANDARD), ENVELOPE, "p", "up", False, "")
+    request = pomex.parse_request(json.dumps({"model": "m/x", "input": [{"role": "user", "content": "q"}, *output]}).encode())
+    job = pomex.Job(pomex.ResponseContext(request, "resp_2", 1_700_000_000, pomex.STANDARD), ENVELOPE, "p", "up", False, "")
     assert json.loads(pomex.WIRES["responses"].call(job).body)["input"][1] == thought
 
 
@@ -416,10 +416,10 @@ def test_a_real_request_goes_up_on_every_wire(path):
     raw = path.read_bytes()
     if path.parent.name in STATEFUL:
         with pytest.raises(pomex.BadRequest):
-            pomex.check_request(raw)
+            pomex.parse_request(raw)
         return
-    request = pomex.check_request(raw)
-    jobs = {relay: pomex.Job(pomex.Answer(request, "resp_1", 1_700_000_000, pomex.CODEX), ENVELOPE, "p", "up", relay, "") for relay in (True, False)}
+    request = pomex.parse_request(raw)
+    jobs = {relay: pomex.Job(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), ENVELOPE, "p", "up", relay, "") for relay in (True, False)}
     relayed = json.loads(pomex.WIRES["responses"].call(jobs[True]).body)
     assert relayed == {**json.loads(raw), "model": "up", "store": False}
     normal = pomex.WIRES["responses"].call(jobs[False])
@@ -437,8 +437,8 @@ def test_a_real_request_goes_up_on_every_wire(path):
 
 @pytest.mark.parametrize("path", sorted(CODEX.glob("*/[0-9]*.json")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_tool_that_codex_offers_comes_back_as_its_own_kind(path):
-    request = pomex.check_request(json.dumps({**json.loads(path.read_bytes()), "stream": True}).encode())
-    book = pomex.ToolBook(request.tools)
+    request = pomex.parse_request(json.dumps({**json.loads(path.read_bytes()), "stream": True}).encode())
+    book = pomex.ToolMap(request.tools)
     offered = {function["name"]: function for function in book.functions}
     kinds = {"function": "function_call", "custom": "custom_tool_call", "tool_search": "tool_search_call", "local_shell": "local_shell_call"}
     for namespace, tool in tools_within(request.tools):
@@ -446,9 +446,9 @@ def test_every_tool_that_codex_offers_comes_back_as_its_own_kind(path):
             assert f"tools:{tool['type']}" in book.dropped
             continue
         name = tool.get("name", tool["type"])
-        flat = pomex.flat_name(name, namespace)
+        flat = pomex.upstream_tool_name(name, namespace)
         assert offered[flat]["parameters"]["type"] == "object"
-        attempt = pomex.Assembler(pomex.Answer(request, "resp_1", 1_700_000_000, pomex.CODEX), 0, str)
+        attempt = pomex.Assembler(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), 0, str)
         tell(attempt, [calls(0, "c", book.tool(flat)), adds(0, '{"input":"x"}', "arguments"), ends(0), pomex.Stop()])
         attempt.finish()
         item = streams.check(attempt.terminal(1_700_000_002), codex=True)["output"][0]

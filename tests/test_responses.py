@@ -24,24 +24,24 @@ def body(**fields):
 
 
 def ask(**fields):
-    return pomex.check_request(json.dumps(body(**fields)).encode())
+    return pomex.parse_request(json.dumps(body(**fields)).encode())
 
 
-def answer(manners=pomex.STANDARD, **fields):
-    return pomex.Answer(ask(**{"stream": True, **fields}), "resp_1", 1_700_000_000, manners)
+def answer(profile=pomex.STANDARD, **fields):
+    return pomex.ResponseContext(ask(**{"stream": True, **fields}), "resp_1", 1_700_000_000, profile)
 
 
 def seal(replay):
     return pomex.Envelope(SECRET, "a").seal("p", "m", replay)
 
 
-def told(said, manners=pomex.STANDARD, error=None, **fields):
+def told(said, profile=pomex.STANDARD, error=None, **fields):
     """The stream that these calls of a sink make, and the attempt that made it."""
-    attempt = pomex.Assembler(answer(manners, **fields), 100, seal)
+    attempt = pomex.Assembler(answer(profile, **fields), 100, seal)
     tell(attempt, said)
     attempt.finish(error)
     raw = attempt.terminal(1_700_000_009)
-    streams.check(raw, codex=manners is pomex.CODEX)
+    streams.check(raw, codex=profile is pomex.CODEX)
     return raw, attempt
 
 
@@ -168,9 +168,9 @@ def test_what_is_unknown_or_null_is_tolerated(fields):
     request = ask(**fields)
     assert all(isinstance(i["type"], str) for i in request.input)
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    pomex.ToolBook(request.tools)
-    pomex.plain_history(request, items)
-    pomex.compact(pomex.echo_fields(request, True))
+    pomex.ToolMap(request.tools)
+    pomex.normalize_history(request, items)
+    pomex.dumps(pomex.echo_fields(request, True))
 
 
 def test_tools_of_items_follow_those_of_the_request():
@@ -193,7 +193,7 @@ def test_tools_of_items_follow_those_of_the_request():
 ], ids=lambda raw: repr(raw[:40]) + str(len(raw)))
 def test_no_bytes_give_anything_but_a_bad_request(raw):
     with pytest.raises(pomex.BadRequest) as refused:
-        pomex.check_request(raw)
+        pomex.parse_request(raw)
     json.dumps(refused.value.body(), ensure_ascii=False).encode()
 
 
@@ -202,7 +202,7 @@ def test_no_bytes_give_anything_but_a_bad_request(raw):
     (b'{"model":"n","input":"x","input":"y","model":"m"}', "y"), (b'{"model":"m","input":"\\\\ud800"}', "\\ud800"),
 ])
 def test_odd_but_right_json_is_taken(raw, text):
-    request = pomex.check_request(raw)
+    request = pomex.parse_request(raw)
     assert (request.model, request.input[0]["content"]) == ("m", text)
 
 
@@ -223,10 +223,10 @@ def test_garbage_made_of_good_requests_gives_nothing_but_bad_requests():
     for _ in range(3000):
         raw = json.dumps(spoil(json.loads(good))).encode()
         try:
-            request = pomex.check_request(raw)
+            request = pomex.parse_request(raw)
         except pomex.BadRequest:
             continue
-        answer = pomex.Answer(request, "resp_1", 1, pomex.STANDARD)
+        answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
         for wire in pomex.WIRES.values():
             wire.call(pomex.Job(answer, pomex.Envelope(SECRET, "a"), "p", "m", False, ""))
         answer.response("in_progress")
@@ -237,8 +237,8 @@ def test_a_schema_nested_too_deeply_is_the_clients_fault():
     for depth in (300, 500, 700, 900):
         raw = deep % (b'{"not":' * depth + b"{}" + b"}" * depth)
         try:
-            request = pomex.check_request(raw)
-            job = pomex.Job(pomex.Answer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", False, "")
+            request = pomex.parse_request(raw)
+            job = pomex.Job(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", False, "")
             pomex.WIRES["responses"].call(job)
         except pomex.BadRequest as refused:
             assert "nested too deeply" in str(refused)
@@ -322,8 +322,8 @@ def test_items_are_unsealed_for_their_provider_and_dropped_by_name_for_others():
     ("x" * 65, "", None), ("look", "n" * 70, None), ("Über", "", None),
 ])
 def test_flat_names_are_short_plain_and_the_same_every_time(name, namespace, flat):
-    made = pomex.flat_name(name, namespace)
-    assert made == (flat or made) == pomex.flat_name(name, namespace)
+    made = pomex.upstream_tool_name(name, namespace)
+    assert made == (flat or made) == pomex.upstream_tool_name(name, namespace)
     assert pomex.re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", made)
 
 
@@ -339,11 +339,11 @@ def test_flat_names_are_short_plain_and_the_same_every_time(name, namespace, fla
     (EXEC, "never_offered", "function_call", "never_offered", ""),
 ], ids=lambda value: str(value)[:30])
 def test_what_is_offered_comes_back_as_what_it_was(tool, flat, kind, name, namespace):
-    assert pomex.ToolBook([tool]).tool(flat) == pomex.Tool(kind, name, namespace)
+    assert pomex.ToolMap([tool]).tool(flat) == pomex.Tool(kind, name, namespace)
 
 
 def test_a_book_offers_functions_and_names_what_it_cannot():
-    book = pomex.ToolBook([EXEC, PATCH, SPACE, {"type": "web_search"}, {**EXEC, "description": "twice"}, {"type": "tool_search"}])
+    book = pomex.ToolMap([EXEC, PATCH, SPACE, {"type": "web_search"}, {**EXEC, "description": "twice"}, {"type": "tool_search"}])
     assert [f["name"] for f in book.functions] == ["exec", "apply_patch", "mcp__demo__look"]
     assert book.functions[0] == {"name": "exec", "description": "runs", "parameters": EXEC["parameters"], "strict": False}
     assert "start: X" in book.functions[1]["description"] and book.functions[1]["parameters"] == pomex.FREEFORM_PARAMETERS
@@ -352,7 +352,7 @@ def test_a_book_offers_functions_and_names_what_it_cannot():
 
 def test_codex_own_schema_keyword_is_taken_out_but_not_a_property_of_that_name():
     schema = {"type": "object", "properties": {"encrypted": {"type": "string", "encrypted": True}}, "items": [{"encrypted": False}]}
-    offered = pomex.ToolBook([{"type": "function", "name": "f", "parameters": schema}]).functions[0]["parameters"]
+    offered = pomex.ToolMap([{"type": "function", "name": "f", "parameters": schema}]).functions[0]["parameters"]
     assert offered == {"type": "object", "properties": {"encrypted": {"type": "string"}}, "items": [{}]}
 
 
@@ -365,16 +365,16 @@ ODD = {"type": "function", "name": "odd", "parameters": {
 
 @pytest.mark.parametrize("model, rule", [("claude-opus-5", r"[a-zA-Z0-9_.-]{1,64}"), ("google/gemini-3-pro", "[a-zA-Z_][a-zA-Z0-9_]{0,63}")])
 def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_back_under_their_own(model, rule):
-    book = pomex.ToolBook([ODD], model=model)
+    book = pomex.ToolMap([ODD], model=model)
     schema = book.functions[0]["parameters"]
-    fitted = book.by_flat["odd"].fitted
+    fitted = book.by_upstream_name["odd"].fitted
     names = [*schema["properties"], *schema["$defs"]["Row[int]"]["properties"]]
     assert all(pomex.re.fullmatch(rule, name) for name in names) and len(set(names)) == 10
     assert schema["required"] == [fitted["$top"], "plain"] and schema["$defs"]["Row[int]"]["required"] == [fitted["größe"]]
     assert schema["properties"]["twin"] == {"$ref": f"#/properties/{fitted['$top']}"}
     assert schema["properties"][fitted.get("a.b", "a.b")] == {"enum": ["$top"]}         # a value is no name
     assert schema["properties"][fitted["list[]"]]["items"] == {"$ref": "#/$defs/Row[int]"}
-    assert book.functions == pomex.ToolBook([ODD], model=model).functions
+    assert book.functions == pomex.ToolMap([ODD], model=model).functions
     given = {"$top": 5, "a.b": "$top", "list[]": [{"größe": 1, "free": {"x": None}}], "x" * 70: 1.5}
     theirs = pomex.rename_keys(json.dumps(given), fitted)
     deltas = [calls(0, "c", book.tool("odd")), *(adds(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), ends(0), Stop()]
@@ -384,8 +384,8 @@ def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_bac
 
 
 def test_other_tools_and_vendors_keep_their_names_and_stream_on():
-    for book, name in ((pomex.ToolBook([ODD], model="gpt-5"), "odd"), (pomex.ToolBook([ODD, EXEC], model="claude-opus-5"), "exec")):
-        assert not book.by_flat[name].fitted
+    for book, name in ((pomex.ToolMap([ODD], model="gpt-5"), "odd"), (pomex.ToolMap([ODD, EXEC], model="claude-opus-5"), "exec")):
+        assert not book.by_upstream_name[name].fitted
         raw, _ = told([calls(0, "c", book.tool(name)), adds(0, '{"$t', "arguments"), adds(0, 'op":1}', "arguments"), ends(0), Stop()])
         assert raw.count(b"event: response.function_call_arguments.delta") == 2
 
@@ -393,7 +393,7 @@ def test_other_tools_and_vendors_keep_their_names_and_stream_on():
 @pytest.mark.parametrize("arguments, whole", [("", "{}"), (" ", "{}"), ('{"_top"', None), ("[1]", None), ('{"_top": NaN}', None),
                                               ('{"a":' * 99_999, None)], ids=lambda value: str(value)[:12])
 def test_fitted_arguments_are_whole_or_not_at_all(arguments, whole):
-    book = pomex.ToolBook([{**ODD, "parameters": {"properties": {"$top": {}}}}], model="claude-opus-5")
+    book = pomex.ToolMap([{**ODD, "parameters": {"properties": {"$top": {}}}}], model="claude-opus-5")
     _, attempt = told([calls(0, "c", book.tool("odd")), *([adds(0, arguments, "arguments")] if arguments else []), ends(0), Stop()])
     assert [item["arguments"] for item in json.loads(attempt.output())] == ([] if whole is None else [whole])
     assert attempt.status == ("failed" if whole is None else "completed")
@@ -454,7 +454,7 @@ NONE = pomex.NO_OUTPUT
 ], ids=str)
 def test_a_history_is_mended_into_pairs(given, plain):
     request = ask(input=given)
-    history = pomex.plain_history(request, request.input)
+    history = pomex.normalize_history(request, request.input)
     assert [{k: v for k, v in i.items()} for i in history.items] == plain
     calls = [i["call_id"] for i in history.items if i["type"] == "function_call"]
     assert sorted(calls) == sorted(i["call_id"] for i in history.items if i["type"] == "function_call_output")
@@ -463,7 +463,7 @@ def test_a_history_is_mended_into_pairs(given, plain):
 def test_leading_instructions_are_collected_and_what_is_lost_is_named():
     request = ask(instructions="one", input=[message("two", "developer"), message("three", "system"), message("x"),
                                              {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
-    history = pomex.plain_history(request, request.input)
+    history = pomex.normalize_history(request, request.input)
     assert history.system == ["one", "two", "three"]
     assert history.dropped == ["input:web_search_call"]
 
@@ -612,13 +612,13 @@ def test_a_custom_tools_text_is_shown_while_it_comes():
     assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {t}" for t in ("one", " two", "\n three")]
 
 
-@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
-def test_a_custom_call_that_is_cut_is_never_done(manners):
+@pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_a_custom_call_that_is_cut_is_never_done(profile):
     whole = WRAPPED[0][0]
     for cut, end in itertools.product(range(1, len(whole) - 1), ([], [ends(0), Stop()], [Stop()], [Stop("max_output_tokens")])):
         deltas = [begins(0, "custom_tool_call", "c", "t"), adds(0, whole[:cut], "arguments")]
-        raw, attempt = told(deltas + end, manners)
-        final = streams.check(raw, manners is pomex.CODEX)
+        raw, attempt = told(deltas + end, profile)
+        final = streams.check(raw, profile is pomex.CODEX)
         assert not [i for i in final["output"] if i["type"] == "custom_tool_call" and i["status"] == "completed"]
         assert attempt.status == ("incomplete" if end and end[0] == Stop("max_output_tokens") else "failed")
 
@@ -675,13 +675,13 @@ BROKEN = pomex.UpstreamTimeout("silent")
     # nothing to say is a way to end
     ([Stop()], None, "completed", "completed", ["message completed"]),
 ], ids=lambda value: " ".join(type(d).__name__ for d in value) if isinstance(value, list) and value and not isinstance(value[0], str) else "")
-@pytest.mark.parametrize("manners", ["standard", "codex"])
-def test_the_end_follows_from_the_evidence(deltas, error, standard, codex, items, manners):
-    raw, attempt = told(deltas, pomex.STANDARD if manners == "standard" else pomex.CODEX, error)
-    assert streams.events(raw)[-1]["type"] == "response." + (standard if manners == "standard" else codex)
-    final = streams.check(raw, manners == "codex")
+@pytest.mark.parametrize("profile", ["standard", "codex"])
+def test_the_end_follows_from_the_evidence(deltas, error, standard, codex, items, profile):
+    raw, attempt = told(deltas, pomex.STANDARD if profile == "standard" else pomex.CODEX, error)
+    assert streams.events(raw)[-1]["type"] == "response." + (standard if profile == "standard" else codex)
+    final = streams.check(raw, profile == "codex")
     assert final["status"] == standard, "inside, Codex is told the truth too"
-    assert [f"{i['type']} {i['status']}" for i in final["output"]] == (items[manners] if isinstance(items, dict) else items)
+    assert [f"{i['type']} {i['status']}" for i in final["output"]] == (items[profile] if isinstance(items, dict) else items)
 
 
 def test_a_filtered_answer_says_why_in_the_form_that_the_client_shows():
@@ -704,13 +704,13 @@ MIXED = [begins(0, "reasoning"), adds(0, "hm", "summary"), ends(0, {"pomex_repla
          Usage(5, output=3), Stop()]
 
 
-@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
-def test_a_stream_cut_anywhere_ends_once_and_truly(manners):
+@pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_a_stream_cut_anywhere_ends_once_and_truly(profile):
     for cut in range(len(MIXED) + 1):
-        raw, attempt = told(MIXED[:cut], manners, None if cut == len(MIXED) else BROKEN)
+        raw, attempt = told(MIXED[:cut], profile, None if cut == len(MIXED) else BROKEN)
         assert attempt.status == ("completed" if cut == len(MIXED) else "failed"), cut
         closed = sum(each.__qualname__.startswith("ends") for each in MIXED[:cut] if callable(each))
-        assert sum(i["status"] == "completed" for i in streams.check(raw, manners is pomex.CODEX)["output"]) == closed, cut
+        assert sum(i["status"] == "completed" for i in streams.check(raw, profile is pomex.CODEX)["output"]) == closed, cut
 
 
 def test_usage_is_the_providers_or_marked_as_estimated():
@@ -758,7 +758,7 @@ def test_a_heartbeat_is_numbered_like_every_event():
     ("codex_exec", "codex_exec/0.128.0 (Linux)", True), ("codex-tui", "", True), ("", "codex_cli_rs/0.1", True),
     ("", "OpenAI/Python 3.54.0", False), ("", "", False), ("my-codex", "curl", False)])
 def test_codex_is_known_by_its_name(originator, agent, codex):
-    assert pomex.manners_of(originator, agent) == (pomex.CODEX if codex else pomex.STANDARD)
+    assert pomex.client_profile(originator, agent) == (pomex.CODEX if codex else pomex.STANDARD)
 
 
 # --- what goes up on the relay
@@ -774,7 +774,7 @@ RAW = '{"model":"m/x","input":"hello","tools":[{"type":"function","name":"f","pa
     ('{"input":"say \\"model\\": \\"m/x\\"","model":"m/x"}', '{"input":"say \\"model\\": \\"m/x\\"","model":"up","store":false}'),
 ], ids=str)
 def test_the_clients_own_bytes_go_up_with_the_model_replaced(raw, expected):
-    request = pomex.check_request(raw.encode())
+    request = pomex.parse_request(raw.encode())
     assert pomex.relay_body(request, request.input, [], "up").decode() == expected
 
 
@@ -786,7 +786,7 @@ def test_the_clients_own_bytes_go_up_with_the_model_replaced(raw, expected):
     '{"model":"m/x","input":[{"role":"user","content":"no type"}],"store":true}',
 ], ids=str)
 def test_whatever_the_body_looks_like_the_model_is_theirs_and_nothing_is_stored(raw):
-    request = pomex.check_request(raw.encode())
+    request = pomex.parse_request(raw.encode())
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
     pairs = json.loads(pomex.relay_body(request, items, dropped, 'up"\u00e9'), object_pairs_hook=list)
     assert [value for key, value in pairs if key == "model"] == ['up"\u00e9']
@@ -800,7 +800,7 @@ def test_what_was_sealed_goes_back_up_byte_for_byte():
     sealed = [seal({"encrypted_content": secret}) for secret in secrets]
     items = [{"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": s} for s in sealed] + [message("hello")]
     raw = json.dumps({"model": "m/x", "input": items, "store": False}).encode()
-    request = pomex.check_request(raw)
+    request = pomex.parse_request(raw)
     opened, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
     up = pomex.relay_body(request, opened, dropped, "up")
     expected = raw.replace(b'"m/x"', b'"up"')
@@ -808,7 +808,7 @@ def test_what_was_sealed_goes_back_up_byte_for_byte():
         expected = expected.replace(json.dumps(text).encode(), json.dumps(secret).encode())
     assert up == expected, "spliced: only model and envelopes differ"
     for odd in (raw.replace(b"pmx1.", b"pmx\\u0031."), raw.replace(b'"hello"', json.dumps(sealed[0]).encode())):
-        request = pomex.check_request(odd)
+        request = pomex.parse_request(odd)
         opened, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
         told_up = json.loads(pomex.relay_body(request, opened, dropped, "up"))
         assert [i["encrypted_content"] for i in told_up["input"][:2]] == secrets
@@ -871,7 +871,7 @@ def test_every_field_that_a_wire_does_not_carry_is_named_by_its_path(wire):
 
 
 def relay_job(request, relay=True):
-    return pomex.Job(pomex.Answer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
+    return pomex.Job(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
 
 
 @pytest.mark.parametrize("choice, up, dropped", [
@@ -889,15 +889,15 @@ def test_a_choice_goes_up_in_flat_names_or_is_named(choice, up, dropped):
 
 def test_of_two_tools_that_flatten_alike_the_second_is_named():
     look, space = {"type": "function", "name": "ns__look"}, {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "look"}]}
-    assert pomex.ToolBook([look, space]).dropped == ["tools:ns__look"]
-    assert pomex.ToolBook([look, look, space["tools"][0]]).dropped == [], "the same tool twice is no loss"
+    assert pomex.ToolMap([look, space]).dropped == ["tools:ns__look"]
+    assert pomex.ToolMap([look, look, space["tools"][0]]).dropped == [], "the same tool twice is no loss"
 
 
 # --- the relay of frames
 
 def frame(kind, number=None, **fields):
     numbered = {} if number is None else {"sequence_number": number}
-    return f"event: {kind}\ndata: {pomex.compact({'type': kind, **numbered, **fields})}\n\n".encode()
+    return f"event: {kind}\ndata: {pomex.dumps({'type': kind, **numbered, **fields})}\n\n".encode()
 
 
 def response(status, **fields):
@@ -938,9 +938,9 @@ def end(kind="completed", **fields):
     return [frame(f"response.{kind}", response=response(kind, usage=GOOD_USAGE, **fields))]
 
 
-def relayed(pieces, manners=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
-    ours = ours or answer(manners)
-    attempt = pomex.Relay(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
+def relayed(pieces, profile=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
+    ours = ours or answer(profile)
+    attempt = pomex.Passthrough(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     raw = early
     for piece in pieces:
         attempt.feed(piece)
@@ -993,7 +993,7 @@ def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
 
 def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
-        attempt = pomex.Relay(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
+        attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.feed(b"".join(stream))
         assert not attempt.begun and not attempt.take() and attempt.answer.sequence == 0
 
@@ -1009,18 +1009,18 @@ def test_numbers_move_once_frames_of_ours_went_in():
     streams.check(relayed(late)[0])
 
 
-@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+@pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 @pytest.mark.parametrize("clean", [True, False])
-def test_a_lost_terminal_event_is_supplied_by_the_evidence(manners, clean):
+def test_a_lost_terminal_event_is_supplied_by_the_evidence(profile, clean):
     thought = theirs(0, {"type": "reasoning", "id": "rs_1", "summary": []})
-    assert relayed(numbered([*BEGIN, *thought]), manners, None if clean else BROKEN, clean)[1].status == "failed", "it led to nothing yet"
+    assert relayed(numbered([*BEGIN, *thought]), profile, None if clean else BROKEN, clean)[1].status == "failed", "it led to nothing yet"
     stream = numbered([*BEGIN, *SAYING, *RUNNING])
     for cut in range(len(stream) + 1):
-        raw, attempt = relayed(stream[:cut], manners, None if clean else BROKEN, clean)
+        raw, attempt = relayed(stream[:cut], profile, None if clean else BROKEN, clean)
         done = sum(b"output_item.done" in f for f in stream[:cut])
         whole = done and done == sum(b"output_item.added" in f for f in stream[:cut])
         assert attempt.status == ("completed" if whole and clean else "failed"), cut
-        final = streams.check(raw, manners is pomex.CODEX)
+        final = streams.check(raw, profile is pomex.CODEX)
         assert len(final["output"]) == done, cut
         assert attempt.terminal_by == "gateway" and attempt.usage.estimated
 
@@ -1078,10 +1078,10 @@ def test_codex_is_told_of_a_cut_as_of_an_end(stream, standard, codex):
 @pytest.mark.parametrize("first", [True, False])
 def test_an_error_of_theirs_keeps_what_clients_act_on(error, code, status, retryable, first):
     stream = [*BEGIN, *(SAYING if first else []), frame("error", error=error), *end("failed", error=error)]
-    for manners in (pomex.STANDARD, pomex.CODEX):
-        raw, attempt = relayed([b"".join(numbered(stream))], manners)
+    for profile in (pomex.STANDARD, pomex.CODEX):
+        raw, attempt = relayed([b"".join(numbered(stream))], profile)
         assert (attempt.status, attempt.error.code, attempt.error.status, attempt.error.retryable) == ("failed", code, status, retryable)
-        final = streams.check(raw, manners is pomex.CODEX)
+        final = streams.check(raw, profile is pomex.CODEX)
         assert final["error"]["code"] == code and len(final["output"]) == first
         assert "HTTP 0" not in final["error"]["message"]
 
@@ -1100,7 +1100,7 @@ def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
 @pytest.mark.parametrize("kind", [{"type": "agent_message"}, {"type": "message", "role": "user"}], ids=str)
 def test_what_another_agent_was_told_is_text_unless_it_is_a_cipher(sealed, named, kind):
     request = ask(input=[{**kind, "content": [{"type": "input_text", "text": "a"}, {"type": "encrypted_content", "encrypted_content": sealed}]}])
-    history = pomex.plain_history(request, request.input)
+    history = pomex.normalize_history(request, request.input)
     assert [part["text"] for part in history.items[0]["content"]] == (["a"] if named else ["a", sealed])
     assert history.dropped == (["content:encrypted_content"] if named else [])
 
@@ -1122,7 +1122,7 @@ def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
         raw, attempt = relayed([b"".join(numbered([*BEGIN, *stream]))])
         assert attempt.status == "failed" and [item["type"] for item in streams.check(raw)["output"]] == ["message"]
     for streamed in (True, False):
-        attempt = pomex.Relay(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
+        attempt = pomex.Passthrough(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.whole(json.dumps(response("completed", output=[bad], usage=GOOD_USAGE)).encode())
         attempt.finish()
         assert json.loads(attempt.body(1))["status"] == "failed"
@@ -1174,7 +1174,7 @@ def test_an_endless_frame_is_refused(monkeypatch):
 def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     usage = {**GOOD_USAGE, "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0}}
     plain = json.dumps(response("completed", output=[SAID], usage=usage, other={"kept": 1.50})).encode()
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(plain)
     attempt.finish()
     assert json.loads(attempt.body(1)) == {**json.loads(plain), "id": "resp_1", "model": "m/x", "completed_at": 1}
@@ -1187,7 +1187,7 @@ def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     {"object": None, "output": [SAID]}, {"output": [SAID], "usage": GOOD_USAGE},        # a count is missing
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
-    attempt = pomex.Relay(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(json.dumps(response("completed", **fields)).encode())
     attempt.finish()
     final = json.loads(attempt.body(1))
@@ -1199,18 +1199,18 @@ def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
 def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
     with pytest.raises(pomex.UpstreamError):
-        pomex.Relay(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([]))).whole(body)
+        pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([]))).whole(body)
 
 
-@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
-def test_an_object_in_the_place_of_a_stream_becomes_a_stream(manners):
+@pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_an_object_in_the_place_of_a_stream_becomes_a_stream(profile):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
-    attempt = pomex.Relay(answer(manners), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Passthrough(answer(profile), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     looked = {**RUN, "namespace": "ns", "status": "completed"}
     attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
-    final = streams.check(attempt.terminal(1_700_000_009), manners is pomex.CODEX)
-    assert [i["type"] for i in final["output"]] == ["message", "function_call"] + ["function_call"] * (manners is pomex.STANDARD)
+    final = streams.check(attempt.terminal(1_700_000_009), profile is pomex.CODEX)
+    assert [i["type"] for i in final["output"]] == ["message", "function_call"] + ["function_call"] * (profile is pomex.STANDARD)
     assert final["output"][1]["namespace"] == "ns"
 
 
@@ -1331,8 +1331,8 @@ def facts(item):
     return "".join(part.get("text", part.get("refusal")) for part in item.get("content") or item.get("summary"))
 
 
-def decoded(pieces, manners=pomex.STANDARD):
-    attempt = pomex.WIRES["responses"].call(pomex.Job(answer(manners), pomex.Envelope(SECRET, "a"), "p", "m", False, "")).attempt
+def decoded(pieces, profile=pomex.STANDARD):
+    attempt = pomex.WIRES["responses"].call(pomex.Job(answer(profile), pomex.Envelope(SECRET, "a"), "p", "m", False, "")).attempt
     raw = b""
     for piece in pieces:
         attempt.feed(piece)
@@ -1351,14 +1351,14 @@ def cuts(blocks):
 @pytest.mark.parametrize("stream, items", STREAMS.values(), ids=STREAMS)
 def test_every_item_comes_whole_once_and_in_order(stream, items, road):
     blocks = [*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)]
-    for manners, pieces in itertools.product((pomex.STANDARD, pomex.CODEX), cuts(blocks)):
-        raw, attempt = road(pieces, manners)
+    for profile, pieces in itertools.product((pomex.STANDARD, pomex.CODEX), cuts(blocks)):
+        raw, attempt = road(pieces, profile)
         told = streams.events(raw)
         assert [facts(item) for item in told[-1]["response"]["output"]] == items
         assert sorted(map(str, items)) == sorted(str(facts(e["item"])) for e in told if e["type"] == "response.output_item.done"), "what Codex reads"
         assert attempt.status == "completed" and told[-1]["type"] == "response.completed"
         if road is decoded:
-            streams.check(raw, codex=manners is pomex.CODEX)
+            streams.check(raw, codex=profile is pomex.CODEX)
 
 
 @pytest.mark.parametrize("road", [decoded, relayed])
@@ -1373,7 +1373,7 @@ def test_cut_after_any_event_nothing_is_made_up(stream, items, road):
 
 
 def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
-    decoder = pomex.ResponsesDecoder(pomex.ToolBook([]))
+    decoder = pomex.ResponsesDecoder(pomex.ToolMap([]))
     decoder.sink = Recorder()
     for at in range(1000):
         decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}")))
@@ -1381,7 +1381,7 @@ def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
 
 
 def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
-    attempt = pomex.Relay(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolBook([])))
+    attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (12 << 20)})
     begun = time.process_time()
     for at in range(0, len(picture), 4096):
@@ -1390,11 +1390,11 @@ def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
 
 
 @pytest.mark.parametrize("road", [decoded, relayed])
-@pytest.mark.parametrize("manners", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
-def test_a_call_cut_before_its_arguments_is_never_done(road, manners):
+@pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
+def test_a_call_cut_before_its_arguments_is_never_done(road, profile):
     cut = over(ASKED, kind="incomplete", incomplete_details={"reason": "max_output_tokens"})
     for stream in ([added(ASKED, **AT0), done(ASKED, **AT0), cut], [added(ASKED, **AT0), cut], [added(ASKED, **AT0), over()]):
-        raw, attempt = road([*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)], manners)
+        raw, attempt = road([*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)], profile)
         finished = [e["item"] for e in streams.events(raw) if e["type"] == "response.output_item.done"]
         assert [item for item in finished if item.get("status") != "incomplete"] == [], finished
 
@@ -1403,7 +1403,7 @@ def test_a_call_cut_before_its_arguments_is_never_done(road, manners):
 
 def demo(model, **fields):
     request = ask(**{"stream": True, "input": "one two three four", **fields})
-    job = pomex.Job(pomex.Answer(request, "resp_1", 1_700_000_000, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
+    job = pomex.Job(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
     call = pomex.WIRES["demo"].call(job)
     error = None
     try:

@@ -38,23 +38,23 @@ DECISIONS = {
     "then nobody": (failure("overload", tries=3, attempts=3, has_other=False), "give_up", 0),
     "what is left out by now is not asked again": (failure("overload", is_open=True), "failover", 0),
     "unless there is nothing else": (failure("overload", is_open=True, has_other=False), "retry", 0.2),
-    "a short Retry-After is waited out": (failure("rate", retry_after_s=2.0), "retry", 2.1),
-    "a long one is not": (failure("rate", retry_after_s=20.0), "failover", 0),
-    "nor where there is no other: the client can wait itself": (failure("rate", retry_after_s=8.0, has_other=False), "give_up", 0),
+    "a short Retry-After is waited out": (failure("rate_limit", retry_after_s=2.0), "retry", 2.1),
+    "a long one is not": (failure("rate_limit", retry_after_s=20.0), "failover", 0),
+    "nor where there is no other: the client can wait itself": (failure("rate_limit", retry_after_s=8.0, has_other=False), "give_up", 0),
     "a quota comes back too late for this request": (failure("quota"), "failover", 0),
     "nor is a refused key tried twice": (failure("auth", has_other=False), "give_up", 0),
     "no connection: once more": (failure("unreachable"), "retry", 0.2),
     "a time limit was long enough once": (failure("timeout"), "failover", 0),
     "an empty answer: once more": (failure("no_answer"), "retry", 0.2),
-    "a model that is not there is perhaps elsewhere": (failure("model_missing"), "failover", 0),
+    "a model that is not there is perhaps elsewhere": (failure("model_not_found"), "failover", 0),
     "a broken tool call: once more": (failure("tool_generation"), "retry", 0.2),
     "the client's own doing is never tried again": (failure("bad_request"), "give_up", 0),
-    "a context fits only where more does": (failure("context"), "failover", 0),
-    "and nowhere else": (failure("context", has_other=False), "give_up", 0),
+    "a context fits only where more does": (failure("context_length"), "failover", 0),
+    "and nowhere else": (failure("context_length", has_other=False), "give_up", 0),
     "what was shown cannot be taken back": (failure("overload", shown=True), "give_up", 0),
     "six calls are enough": (failure("overload", attempts=6), "give_up", 0),
     "the deadline is over": (failure("overload", left_s=0.0), "give_up", 0),
-    "no wait beyond the deadline": (failure("rate", retry_after_s=2.0, left_s=1.0), "failover", 0),
+    "no wait beyond the deadline": (failure("rate_limit", retry_after_s=2.0, left_s=1.0), "failover", 0),
 }
 
 
@@ -73,7 +73,7 @@ def test_back_off_grows_and_is_spread(monkeypatch):
 
 
 ERRORS = {
-    **{kind: (pomex.ProviderError("x", kind=kind), kind) for kind in pomex.FAULTS},
+    **{kind: (pomex.ProviderError("x", kind=kind), kind) for kind in pomex.ERROR_CLASSES},
     "refused": (pomex.LinkError("x", "connect", False), "unreachable"),
     "handshake": (pomex.LinkError("x", "tls", False), "unreachable"),
     "reset": (pomex.LinkError("x", "head", True), "network"),
@@ -110,8 +110,8 @@ def test_a_target_is_left_out_after_enough_failures_and_for_longer_each_time():
 def test_quota_and_credentials_leave_a_target_out_at_once_and_for_long():
     health = pomex.CircuitBreakers()
     assert health.failed("a", "quota", 1.0, 0.0) == 600.0 and health.failed("b", "auth", None, 0.0) == 600.0
-    assert health.failed("c", "rate", 30.0, 0.0) == 30.0            # it said so
-    assert health.failed("d", "rate", 1.0, 0.0) == 0
+    assert health.failed("c", "rate_limit", 30.0, 0.0) == 30.0            # it said so
+    assert health.failed("d", "rate_limit", 1.0, 0.0) == 0
 
 
 def test_one_request_probes_while_the_others_stay_away():
@@ -144,7 +144,7 @@ def way(name, model="m", key=""):
 
 
 def request(**body):
-    return pomex.check_request(json.dumps({"model": "x/y", "input": "hi", **body}).encode())
+    return pomex.parse_request(json.dumps({"model": "x/y", "input": "hi", **body}).encode())
 
 
 def sealed(envelope, provider, model="m"):
@@ -315,7 +315,7 @@ def good(wire, streaming):
 
 STALL = b"stall"            # after these bytes nothing more comes
 HTML = b"<html><title>502 Bad Gateway</title><p>nginx</html>"
-FAULTS = {
+ERROR_CLASSES = {
     "closes": lambda wire, streaming: b"",
     "half a head": lambda wire, streaming: b"HTTP/1.1 200 O",
     "no HTTP": lambda wire, streaming: b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
@@ -462,8 +462,8 @@ def text_of(response):
 
 async def fault_is_invisible(wire, streaming, path):
     """Every fault, each with a second target: the client sees one whole answer, and nothing else."""
-    names = {f"f{n}": fault for n, fault in enumerate(FAULTS)}
-    scripted = Scripted(**{name: FAULTS[fault](wire, streaming) for name, fault in names.items()}, well=good(wire, streaming))
+    names = {f"f{n}": fault for n, fault in enumerate(ERROR_CLASSES)}
+    scripted = Scripted(**{name: ERROR_CLASSES[fault](wire, streaming) for name, fault in names.items()}, well=good(wire, streaming))
     seen = {}
     async with gateway(scripted, dict.fromkeys([*names, "refused", "well"], wire), path) as (ask, ledger, config):
         for name in [*names, "refused"]:
@@ -521,7 +521,7 @@ def test_a_target_that_breaks_every_stream_it_begins_is_left_out(tmp_path):
 
 def test_a_target_that_gives_output_again_is_in_use_and_stays_on_probation():
     health = pomex.CircuitBreakers()
-    health.failed("a", "rate", 10.0, 0.0)
+    health.failed("a", "rate_limit", 10.0, 0.0)
     assert health.probe("a", 20.0) is not None and health.state("a", 20.0) == "open"     # others keep away
     assert health.succeeded("a", whole=False) and not health.succeeded("a", whole=False) and health.state("a", 20.0) == "closed"
     assert health.failed("a", "network", None, 21.0) == 10.0 and health.state("a", 21.0) == "open"      # at once, and for longer
@@ -546,7 +546,7 @@ def test_at_most_six_upstream_calls_and_one_sentence_about_them(tmp_path, caplog
     caplog.set_level("INFO", "pomex")
 
     async def main():
-        scripted = Scripted(**{name: FAULTS["529"]("messages", True) for name in "abcdefgh"})
+        scripted = Scripted(**{name: ERROR_CLASSES["529"]("messages", True) for name in "abcdefgh"})
         async with gateway(scripted, dict.fromkeys("abcdefgh", "messages"), tmp_path) as (ask, ledger, _):
             status, headers, body = await ask()
             error = json.loads(body)["error"]
@@ -575,7 +575,7 @@ def test_who_is_left_without_a_provider_is_told_what_was_tried(name, tmp_path):
     faults, headers, status, code, message, wait = TOLD[name]
 
     async def main():
-        scripted = Scripted(**{n: FAULTS[f]("chat", True) for n, f in zip("ab", faults) if f != "refused"})
+        scripted = Scripted(**{n: ERROR_CLASSES[f]("chat", True) for n, f in zip("ab", faults) if f != "refused"})
         names = ["refused" if fault == "refused" else n for n, fault in zip("ab", faults)]
         async with gateway(scripted, dict.fromkeys(names, "chat"), tmp_path) as (ask, _, _):
             got, fields, body = await ask(**headers)
@@ -715,7 +715,7 @@ def test_a_lost_target_is_left_out_shown_and_probed_by_one(tmp_path, caplog, mon
         async def answers_late(writer):
             await slow.wait()
             writer.write(good("chat", True))
-        scripted = Scripted(a=[FAULTS["402"]("chat", True), answers_late, good("chat", True)], b=good("chat", True))
+        scripted = Scripted(a=[ERROR_CLASSES["402"]("chat", True), answers_late, good("chat", True)], b=good("chat", True))
         async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path, fields="idle_timeout_s = 5") as (ask, _, _):
             word = lambda answer: json.loads(answer[2])["checks"]["targets"]          # noqa: E731
             assert word(await ask(path="/ready")) == "ok"
@@ -748,8 +748,8 @@ def stumbles(*_, **__):
 @pytest.mark.parametrize("place", ["settle_items", "output", "feed"])
 def test_where_an_answer_cannot_be_told_there_is_an_end_and_a_row(place, streaming, tmp_path, monkeypatch, caplog):
     """A fault of our own, wherever it strikes: one terminal event or a status, one row, and no word of the text in the log."""
-    monkeypatch.setattr(pomex.Translation if place == "feed" else pomex.Assembler, place, stumbles)
-    monkeypatch.setattr(pomex.Translation, "whole", stumbles if place == "feed" else pomex.Translation.whole)
+    monkeypatch.setattr(pomex.TranslatedStream if place == "feed" else pomex.Assembler, place, stumbles)
+    monkeypatch.setattr(pomex.TranslatedStream, "whole", stumbles if place == "feed" else pomex.TranslatedStream.whole)
 
     async def main():
         async with gateway(Scripted(a=good("chat", streaming)), {"a": "chat"}, tmp_path) as (ask, ledger, _):
@@ -768,7 +768,7 @@ def test_where_an_answer_cannot_be_told_there_is_an_end_and_a_row(place, streami
 
 def test_what_an_encoder_stumbles_over_blames_no_target_and_praises_none(tmp_path, monkeypatch, caplog):
     async def main():
-        scripted = Scripted(a=[FAULTS["401"]("chat", True), good("chat", True)], b=good("chat", True))
+        scripted = Scripted(a=[ERROR_CLASSES["401"]("chat", True), good("chat", True)], b=good("chat", True))
         async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path) as (ask, ledger, _):
             await ask()                                 # a is left out by its own fault
             with monkeypatch.context() as patch:
@@ -792,7 +792,7 @@ def test_a_refusal_of_the_request_itself_shows_that_its_target_answers():
     assert router.health.state(target.id, 1.0) != "open"
 
 
-@pytest.mark.parametrize("refusal", [FAULTS["404"]("chat", True), http(403, b'{"error":{"message":"not for you"}}')])
+@pytest.mark.parametrize("refusal", [ERROR_CLASSES["404"]("chat", True), http(403, b'{"error":{"message":"not for you"}}')])
 def test_a_name_that_a_client_made_up_leaves_no_target_out(refusal, tmp_path):
     async def main():
         scripted = Scripted(a=refusal)
@@ -824,9 +824,9 @@ def test_codex_gets_a_turn_state_that_brings_it_back(tmp_path):
 
 def test_failover_goes_on_behind_an_early_200(tmp_path):
     async def main():
-        for n, (last, status) in enumerate([(good("chat", True), "completed"), (FAULTS["529"]("chat", True), "failed")]):
+        for n, (last, status) in enumerate([(good("chat", True), "completed"), (ERROR_CLASSES["529"]("chat", True), "failed")]):
             (tmp_path / str(n)).mkdir()
-            scripted = Scripted(a=FAULTS["never answers"]("chat", True), b=FAULTS["a begin, then silence"]("chat", True), c=last)
+            scripted = Scripted(a=ERROR_CLASSES["never answers"]("chat", True), b=ERROR_CLASSES["a begin, then silence"]("chat", True), c=last)
             async with gateway(scripted, dict.fromkeys("abc", "chat"), tmp_path / str(n), server="early_200_after_s = 0.1\nheartbeat_s = 0.1") as (ask, _, _):
                 got, headers, body = await ask(originator="codex_exec")
                 response = check(body, codex=True)
@@ -991,7 +991,7 @@ def test_what_an_errors_status_says_does_not_wait_for_its_body(status, fault, cu
 
 def test_a_provider_that_was_mended_or_taken_away_is_not_held_to_its_past(tmp_path):
     async def main():
-        scripted = Scripted(a=FAULTS["401"]("chat", True), b=good("chat", True))
+        scripted = Scripted(a=ERROR_CLASSES["401"]("chat", True), b=good("chat", True))
         async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, config):
             await ask()
             assert json.loads((await ask(path="/ready"))[2])["checks"]["targets"] == "degraded"
@@ -1035,7 +1035,7 @@ def test_codes_of_providers_choice_make_no_endless_series(tmp_path):
 
 def test_a_request_has_one_deadline_for_all_its_tries(tmp_path):
     async def main():
-        scripted = Scripted(a=FAULTS["never answers"]("chat", True), b=FAULTS["a begin, then silence"]("chat", True))
+        scripted = Scripted(a=ERROR_CLASSES["never answers"]("chat", True), b=ERROR_CLASSES["a begin, then silence"]("chat", True))
         async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path, server="request_deadline_s = 0.4",
                            fields="idle_timeout_s = 0.25\nfirst_byte_timeout_s = 0.25") as (ask, ledger, _):
             begun = time.monotonic()

@@ -134,12 +134,12 @@ def sockets():
 
 def run(main):
     """Runs it with a check that no task and no socket is left."""
-    async def checked():
+    async def validate_request():
         before = sockets()
         await asyncio.wait_for(main(), 10)
         await until(lambda: len(asyncio.all_tasks()) == 1)
         await until(lambda: sockets() <= before)
-    asyncio.run(checked())
+    asyncio.run(validate_request())
 
 
 @contextlib.asynccontextmanager

@@ -42,7 +42,7 @@ SPELLINGS = {"compact": {"separators": (",", ":")}, "spaced": {}, "as it is": {"
 
 def said(stream, spelling):
     """All calls of the sink, and how many events took the short road."""
-    decoder, short = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"]), 0
+    decoder, short = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"]), 0
     decoder.sink = Recorder()
     for event in stream:
         data = json.dumps(event, **spelling)
@@ -56,7 +56,7 @@ def said(stream, spelling):
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
 def test_an_event_that_is_not_parsed_says_what_it_would_say_parsed(stream, spelling, monkeypatch):
     short, _ = said(stream, spelling)
-    monkeypatch.setattr(pomex, "chat_frame", lambda data, made: pomex.ChatFrame("", "", ""))
+    monkeypatch.setattr(pomex, "delta_template", lambda data, made: pomex.DeltaTemplate("", "", ""))
     assert short == said(stream, spelling)[0]
 
 
@@ -68,7 +68,7 @@ def test_only_text_takes_the_short_road():
 
 @pytest.mark.parametrize("data", ['{"a":"content', '{"delta":{"content":"x', "{"])
 def test_a_broken_event_is_an_error_on_both_roads(data):
-    decoder = pomex.ChatDecoder(pomex.ToolBook([]), pomex.DIALECTS["generic"])
+    decoder = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"])
     decoder.sink = Recorder()
     whole = json.dumps(SAID[0])
     decoder.feed(whole)
@@ -84,7 +84,7 @@ def test_a_request_leaves_nothing_to_the_garbage_collector(wire, relay):
     def once():
         tools = [{"type": "function", "name": "f", "parameters": {}}]
         raw = json.dumps({"model": "p/m", "stream": True, "input": "hi", "tools": tools}).encode()
-        answer = pomex.Answer(pomex.check_request(raw), "resp_1", 1, pomex.STANDARD)
+        answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
         envelope = pomex.Envelope(b"k" * 32, "a")
         attempt = pomex.WIRES[wire].call(pomex.Job(answer, envelope, "p", "m", relay, "")).attempt
         attempt.feed(b'event: response.created\ndata: {"type":"response.created","response":{}}\n\n')

@@ -88,12 +88,12 @@ async def ask(upstream, to, body=b"{}", method="POST", headers=()):
 
 def run(main):
     """Runs it with a check that no task and no socket is left."""
-    async def checked():
+    async def validate_request():
         before = sockets()
         await asyncio.wait_for(main(), 10)
         await until(lambda: len(asyncio.all_tasks()) == 1)
         await until(lambda: sockets() <= before)
-    asyncio.run(checked())
+    asyncio.run(validate_request())
 
 
 def sockets():
@@ -404,7 +404,7 @@ def test_providers_with_other_settings_do_not_share_connections():
 # --- failures -------------------------------------------------------------------------------------
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\n"
-FAULTS = {
+ERROR_CLASSES = {
     "nothing": (b"", "head", "ended in the middle"), "half a head": (b"HTTP/1.1 200 OK\r\nco", "head", "ended in the middle"),
     "garbage": (b"\x15\x03\x01\x00\x02\x02\x16", "head", "does not begin with HTTP"),
     "redirect": (b"HTTP/1.1 302 Found\r\nlocation: http://evil/\r\ncontent-length: 0\r\n\r\n", "head", "302, a redirect"),
@@ -417,9 +417,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ERROR_CLASSES)
 def test_every_fault_of_a_provider_is_named_with_its_phase(name):
-    answer, phase, words = FAULTS[name]
+    answer, phase, words = ERROR_CLASSES[name]
 
     async def main():
         async with Scripted(says(answer, close=True)) as server, upstream_of() as upstream:

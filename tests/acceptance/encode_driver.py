@@ -1,7 +1,7 @@
 """Runs inside an environment with a provider's package: encodes requests with pomex.py, validates the bodies by its types.
 
     python encode_driver.py POMEX.PY WIRE[:MODEL[:DIALECT]] FILE...
-prints {"FILE": {"body": {...}, "complaints": ["what is wrong", ...]}, ...}; a file that check_request refuses is given as null.
+prints {"FILE": {"body": {...}, "complaints": ["what is wrong", ...]}, ...}; a file that parse_request refuses is given as null.
 """
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def complaints(body, judge) -> list[str]:
 
 
 def encode(pomex, wire, model, dialect, raw) -> Any:
-    request = pomex.check_request(raw)
-    answer = pomex.Answer(request, "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
+    request = pomex.parse_request(raw)
+    answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
     job = pomex.Job(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect)
     return json.loads(pomex.WIRES[wire].call(job).body)
 
@@ -119,7 +119,7 @@ def main(path, form, *files):
         with open(file, "rb") as opened:
             raw = opened.read()
         try:
-            pomex.check_request(raw)
+            pomex.parse_request(raw)
         except pomex.BadRequest:
             found[file] = None
             continue

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 JSON = dict[str, Any]
-THOUGHTS = ("thinking", "redacted_thinking")
+THINKING_BLOCKS = ("thinking", "redacted_thinking")
 
 
 class Refused(Exception):
@@ -58,26 +58,26 @@ def is_seal(signature: Any, signed: Any) -> bool:
 # --- Anthropic
 
 @dataclass(frozen=True)
-class Claude:
+class AnthropicModel:
     """What a model takes (TRANSLATION.md 3.2 and 5.1). The defaults are of no Claude: another's behind the same API."""
     thinking: tuple[str, ...] = ()
     efforts: tuple[str, ...] = ()
     cap: int = 1 << 31
     sampling: bool = True
     forced: bool = True
-    mid_system: bool = False
+    system_anywhere: bool = False
     prefill: bool = True
     bound: bool = False             # a thought belongs to its model and to all that came before it
     omits: bool = False             # thoughts come without their text unless it is asked for
     json_schema: bool = False
 
 
-CLAUDES = {
-    "claude-sonnet-4-5": Claude(("enabled", "disabled"), (), 64_000, json_schema=True),
-    "claude-opus-4-8": Claude(("adaptive", "disabled"), ("low", "medium", "high", "xhigh", "max"), 128_000, sampling=False,
-                              mid_system=True, prefill=False, omits=True, json_schema=True),
-    "claude-opus-5-5": Claude(("adaptive",), ("low", "medium", "high", "xhigh", "max"), 128_000, sampling=False,
-                              forced=False, mid_system=True, prefill=False, bound=True, omits=True, json_schema=True),
+ANTHROPIC_MODELS = {
+    "claude-sonnet-4-5": AnthropicModel(("enabled", "disabled"), (), 64_000, json_schema=True),
+    "claude-opus-4-8": AnthropicModel(("adaptive", "disabled"), ("low", "medium", "high", "xhigh", "max"), 128_000, sampling=False,
+                              system_anywhere=True, prefill=False, omits=True, json_schema=True),
+    "claude-opus-5-5": AnthropicModel(("adaptive",), ("low", "medium", "high", "xhigh", "max"), 128_000, sampling=False,
+                              forced=False, system_anywhere=True, prefill=False, bound=True, omits=True, json_schema=True),
 }
 MESSAGES_FIELDS = {"model", "max_tokens", "messages", "system", "tools", "tool_choice", "thinking", "output_config",
                    "metadata", "temperature", "top_p", "top_k", "stop_sequences", "stream", "service_tier"}
@@ -89,7 +89,7 @@ BLOCK_FIELDS = {
 BINDING = "thinking-binding-controls-2026-08-01"
 SERVER_BLOCKS = ("server_tool_use", "web_search_tool_result")
 ROLE_BLOCKS = {"user": {"text", "image", "document", "tool_result"}, "system": {"text"},
-               "assistant": {"text", "tool_use", *THOUGHTS, *SERVER_BLOCKS}}
+               "assistant": {"text", "tool_use", *THINKING_BLOCKS, *SERVER_BLOCKS}}
 RESULT_BLOCKS = {"text", "image", "document"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
@@ -107,7 +107,7 @@ class Memory:
 
 def messages_complaint(body: JSON, headers: dict[str, str], memory: Memory) -> str:
     try:
-        row = CLAUDES.get(body.get("model", ""), Claude())
+        row = ANTHROPIC_MODELS.get(body.get("model", ""), AnthropicModel())
         check_messages(body, row, headers)
         check_loops(body, memory.thought_of)
         for where, block, before in thoughts_of(body):
@@ -117,7 +117,7 @@ def messages_complaint(body: JSON, headers: dict[str, str], memory: Memory) -> s
     return ""
 
 
-def check_messages(body: JSON, row: Claude, headers: dict[str, str]) -> None:
+def check_messages(body: JSON, row: AnthropicModel, headers: dict[str, str]) -> None:
     need(headers.get("x-api-key") == "upstream-secret", "invalid x-api-key")
     need(headers.get("anthropic-version") == "2023-06-01", "anthropic-version: header is required")
     extra = sorted(set(body) - MESSAGES_FIELDS)
@@ -164,7 +164,7 @@ def check_source(at: str, kind: str, source: JSON) -> None:
         need_base64(source["data"], f"{at}.source.base64.data")
 
 
-def check_claude_tools(body: JSON, row: Claude) -> None:
+def check_claude_tools(body: JSON, row: AnthropicModel) -> None:
     tools = body.get("tools", [])
     names = [tool["name"] for tool in tools]
     need(len(set(names)) == len(names), "tools: Tool names must be unique.")
@@ -190,7 +190,7 @@ def check_claude_tools(body: JSON, row: Claude) -> None:
         need(choice["name"] in names, f"Tool '{choice['name']}' not found in provided tools")
 
 
-def check_thinking(body: JSON, row: Claude, headers: dict[str, str]) -> None:
+def check_thinking(body: JSON, row: AnthropicModel, headers: dict[str, str]) -> None:
     thinking = body.get("thinking")
     kind = thinking["type"] if thinking else ""
     need(not thinking or kind in row.thinking, f'"thinking.type.{kind}" is not supported for this model.')
@@ -206,7 +206,7 @@ def check_thinking(body: JSON, row: Claude, headers: dict[str, str]) -> None:
     need(0 <= body.get("temperature", 0) <= 1, "temperature: Input should be less than or equal to 1")
 
 
-def check_output_config(config: JSON, row: Claude) -> None:
+def check_output_config(config: JSON, row: AnthropicModel) -> None:
     need(set(config) <= {"effort", "format"}, "output_config: Extra inputs are not permitted")
     effort = config.get("effort")
     need(effort is None or effort in row.efforts, f"This model does not support effort level '{effort}'.")
@@ -246,12 +246,12 @@ def check_marks(body: JSON) -> None:
             blocks += [*(block["content"] if isinstance(block.get("content"), list) else []), block]
     marked = [block for block in blocks if "cache_control" in block]
     need(len(marked) <= 4, f"A maximum of 4 blocks with cache_control may be provided. Found {len(marked)}.")
-    need(all(block.get("type") not in THOUGHTS for block in marked), "cache_control cannot be set on thinking blocks")
+    need(all(block.get("type") not in THINKING_BLOCKS for block in marked), "cache_control cannot be set on thinking blocks")
     ttls = [block["cache_control"].get("ttl", "5m") for block in marked]
     need(ttls == sorted(ttls), "a ttl='1h' cache_control block must not come after a ttl='5m' cache_control block.")
 
 
-def check_turns(body: JSON, row: Claude) -> None:
+def check_turns(body: JSON, row: AnthropicModel) -> None:
     messages, open_ids, seen = body["messages"], [], set()
     need(messages, "messages: at least one message is required")
     need(messages[0]["role"] == "user", "messages: first message must use the \"user\" role")
@@ -261,7 +261,7 @@ def check_turns(body: JSON, row: Claude) -> None:
         check_blocks(f"messages.{n}.content", blocks, ROLE_BLOCKS[role])
         kinds = [block["type"] for block in blocks]
         if role == "system":
-            need(row.mid_system, "messages: Unexpected role \"system\".")
+            need(row.system_anywhere, "messages: Unexpected role \"system\".")
             need(before and before["role"] == "user" and (after is None or after["role"] == "assistant"),
                  f"messages.{n}: a system message stands after a user turn, before an assistant turn or at the end")
             continue
@@ -276,7 +276,7 @@ def check_turns(body: JSON, row: Claude) -> None:
         open_ids = [block["id"] for block in blocks if block["type"] == "tool_use"]
         need(len(set(open_ids)) == len(open_ids) and not seen & set(open_ids), "messages: `tool_use` ids must be unique")
         seen |= set(open_ids)
-        need(role != "assistant" or kinds[-1] not in THOUGHTS,
+        need(role != "assistant" or kinds[-1] not in THINKING_BLOCKS,
              f"messages.{n}: The final block in an assistant message cannot be `thinking`.")
         need(before is None or before["role"] != role, f"messages.{n}: roles must alternate")
     last = messages[-1]
@@ -296,12 +296,12 @@ def check_loops(body: JSON, thought_of: dict[str, list[JSON]]) -> None:
         return
     blocks = messages[-2]["content"]
     if body.get("thinking", {}).get("type") == "enabled":
-        need(blocks[0]["type"] in THOUGHTS, "messages: Expected `thinking` or `redacted_thinking`, but found "
+        need(blocks[0]["type"] in THINKING_BLOCKS, "messages: Expected `thinking` or `redacted_thinking`, but found "
                                             f"`{blocks[0]['type']}`. When `thinking` is enabled, a final `assistant` message "
                                             "must start with a thinking block.")
     first = next(block["id"] for block in blocks if block["type"] == "tool_use")
     if first in thought_of:
-        need([block for block in blocks if block["type"] in THOUGHTS] == thought_of[first],
+        need([block for block in blocks if block["type"] in THINKING_BLOCKS] == thought_of[first],
              "messages: `thinking` or `redacted_thinking` blocks in the latest assistant message cannot be modified.")
 
 
@@ -309,7 +309,7 @@ def thoughts_of(body: JSON) -> Iterator[tuple[str, JSON, Any]]:
     """Every thought of a request with its place and all that came before it."""
     for n, message in enumerate(body["messages"]):
         for m, block in enumerate(message["content"]):
-            if block["type"] in THOUGHTS:
+            if block["type"] in THINKING_BLOCKS:
                 yield f"messages.{n}.content.{m}", block, conversation(body, n)
 
 
@@ -322,12 +322,12 @@ def conversation(body: JSON, messages: int | None = None) -> Any:
     return bare([body.get("system"), body.get("tools"), body["messages"][:messages]])
 
 
-def signed_by_claude(block: JSON, before: Any, body: JSON, row: Claude) -> JSON:
+def signed_by_claude(block: JSON, before: Any, body: JSON, row: AnthropicModel) -> JSON:
     signed = {"thinking": block.get("thinking", "")}
     return {**signed, "model": body["model"], "before": before} if row.bound else signed
 
 
-def check_signature(where: str, block: JSON, before: Any, body: JSON, row: Claude,
+def check_signature(where: str, block: JSON, before: Any, body: JSON, row: AnthropicModel,
                     memory: Memory) -> None:
     given = block.get("signature") if block["type"] == "thinking" else block.get("data")
     need(given, f"{where}.{block['type']}.signature: Field required")

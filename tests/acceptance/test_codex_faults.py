@@ -23,7 +23,7 @@ from typing import NamedTuple
 import conftest
 import pytest
 from harness import CODEX_VERSIONS, DIRECT, JSON, Codex, Pomex, Turn, free_port, running_pomex
-from scripted import RESET, STALL, Answer, Broken, Call, Custom, Script, Seen, Upstream, says
+from scripted import RESET, STALL, ResponseContext, Broken, Call, Custom, Script, Seen, Upstream, says
 from strict import Memory
 
 pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
@@ -34,7 +34,7 @@ WIRES = {name: lines for name, lines in conftest.WIRES.items() if name != "think
 SPARE = {"native": "messages", "messages": "chat", "chat": "gemini", "gemini": "foreign", "foreign": "native"}
 Step = bytes | str
 # Of a request, its whole answer and a place in it from 0 to 1: what goes over the socket instead.
-Fault = Callable[[Seen, bytes, float], list[Step]]
+ErrorClass = Callable[[Seen, bytes, float], list[Step]]
 
 
 # --- what breaks ------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def wire_api(seen: Seen) -> str:
     return next((wire for end, wire in ends.items() if seen.path.endswith(end)), "gemini")
 
 
-def plain(status: int, body: bytes | JSON, kind: str = "application/json") -> Fault:
+def plain(status: int, body: bytes | JSON, kind: str = "application/json") -> ErrorClass:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     head = f"HTTP/1.1 {status} Status\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\nconnection: close\r\n\r\n"
     return lambda seen, payload, place: [head.encode() + data]
@@ -82,7 +82,7 @@ def first(pattern: bytes, payload: bytes) -> int:
 
 
 # Before any output: another target can take over, and nobody needs to know.
-BEFORE: dict[str, Fault] = {
+BEFORE: dict[str, ErrorClass] = {
     "reset": lambda seen, payload, place: [RESET],
     "503": plain(503, {"error": {"message": "Try later", "type": "server_error"}}),
     "529-inside": lambda seen, payload, place: stream(ERRORS[wire_api(seen)], LAST),
@@ -105,7 +105,7 @@ def whole_frames(payload: bytes, place: float) -> bytes:
 
 
 # At any byte.
-ANYWHERE: dict[str, Fault] = {
+ANYWHERE: dict[str, ErrorClass] = {
     "cut-reset": lambda seen, payload, place: stream(cut(payload, place), RESET),
     "cut-close": lambda seen, payload, place: stream(cut(payload, place)),
     "cut-stall": lambda seen, payload, place: stream(cut(payload, place), STALL),
@@ -122,12 +122,12 @@ def at_call(seen: Seen, payload: bytes, place: float) -> list[Step]:
     return stream(payload[:begin + int(place * (end - begin))], RESET)
 
 
-OTHERS: dict[str, Fault] = {
+OTHERS: dict[str, ErrorClass] = {
     "at-call": at_call,
     "401": plain(401, {"error": {"message": "Incorrect API key: sk-secret-secret", "code": "invalid_api_key"}}),
     "quota": plain(429, {"error": {"message": "You exceeded your current quota.", "code": "insufficient_quota"}}),
 }
-FAULTS = {**BEFORE, **ANYWHERE, **OTHERS}
+ERROR_CLASSES = {**BEFORE, **ANYWHERE, **OTHERS}
 
 
 class Break(NamedTuple):
@@ -136,7 +136,7 @@ class Break(NamedTuple):
     place: float = 0.0
 
     def __call__(self, seen: Seen, payload: bytes) -> list[Step]:
-        return FAULTS[self.fault](seen, payload, self.place)
+        return ERROR_CLASSES[self.fault](seen, payload, self.place)
 
 
 # --- a model ----------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Actor(Script):
     def memory_of(self, seen: Seen) -> Memory:
         return self.memories[provider(seen)]
 
-    def next(self, seen: Seen) -> Answer | Broken:
+    def next(self, seen: Seen) -> ResponseContext | Broken:
         answer = self.answer(seen)
         broken = next(self.breaks.get(target(seen), iter(())), None)
         if broken is None:
@@ -186,7 +186,7 @@ class Actor(Script):
         self.broken[f"{provider(seen)} {broken.fault}"] += 1
         return Broken(answer, broken)
 
-    def answer(self, seen: Seen) -> Answer:
+    def answer(self, seen: Seen) -> ResponseContext:
         history = seen.text
         turn = max(map(int, re.findall(r"Turn (\d+):", history)))
         for number, step in enumerate(self.plan[turn]):

@@ -23,7 +23,7 @@ import pomex as program
 import pytest
 from harness import (CODEX_VERSIONS, DIRECT, HERE, JSON, NEWEST_CODEX, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary,
                      found_in_log, free_port, keep_lines, llama_python, running_pomex)
-from scripted import Answer, Refusal, Upstream, says
+from scripted import ResponseContext, Refusal, Upstream, says
 
 pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
 
@@ -114,7 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Shell, Pom
 
 
 @dataclass
-class Fault:
+class ErrorClass:
     what: str                               # the row that names it
     says: str                               # part of it
     change: Callable[[str], str | None] = lambda text: text         # of config.toml
@@ -123,40 +123,40 @@ class Fault:
     wrong: bool = True                      # counted as a problem
 
 
-FAULTS = {
-    "no file": Fault("config.toml", "there is no ~/.codex/config.toml: Codex asks OpenAI itself", lambda text: None),
-    "no model_provider": Fault("config.toml", "no model_provider, so Codex asks OpenAI", without("model_provider =")),
-    "another table": Fault("config.toml", 'model_provider is "pomex", but there is no [model_providers.pomex]',
+ERROR_CLASSES = {
+    "no file": ErrorClass("config.toml", "there is no ~/.codex/config.toml: Codex asks OpenAI itself", lambda text: None),
+    "no model_provider": ErrorClass("config.toml", "no model_provider, so Codex asks OpenAI", without("model_provider =")),
+    "another table": ErrorClass("config.toml", 'model_provider is "pomex", but there is no [model_providers.pomex]',
                            swap(r"providers\.pomex\]", "providers.pomx]")),
-    "no wire_api": Fault("wire_api", 'not set, which means "responses"', without("wire_api"), wrong=False),
-    "chat": Fault("wire_api", '"chat" must be "responses"', swap('"responses"', '"chat"')),
-    "no /v1": Fault("base_url", '" lacks /v1', swap(r'(base_url = ".*)/v1"', r'\1"')),
-    "another port": Fault("base_url", '" is not http://127.0.0.1:', swap(r'(base_url = ".*):\d+/v1"', r'\1:1/v1"')),
-    "https": Fault("base_url", '" is not http://127.0.0.1:', swap('base_url = "http:', 'base_url = "https:')),
-    "websockets": Fault("websockets", "supports_websockets = true", lambda text: f"{text}supports_websockets = true\n",
+    "no wire_api": ErrorClass("wire_api", 'not set, which means "responses"', without("wire_api"), wrong=False),
+    "chat": ErrorClass("wire_api", '"chat" must be "responses"', swap('"responses"', '"chat"')),
+    "no /v1": ErrorClass("base_url", '" lacks /v1', swap(r'(base_url = ".*)/v1"', r'\1"')),
+    "another port": ErrorClass("base_url", '" is not http://127.0.0.1:', swap(r'(base_url = ".*):\d+/v1"', r'\1:1/v1"')),
+    "https": ErrorClass("base_url", '" is not http://127.0.0.1:', swap('base_url = "http:', 'base_url = "https:')),
+    "websockets": ErrorClass("websockets", "supports_websockets = true", lambda text: f"{text}supports_websockets = true\n",
                         typed=False),
-    "no env_key": Fault("env_key", "must be the name of a variable", without("env_key")),
-    "the key as env_key": Fault("env_key", "must be the name of a variable", swap('"POMEX_API_KEY"', '"sk-rh-0123456789abcdef"')),
-    "a dollar in env_key": Fault("env_key", "must be the name of a variable", swap('"POMEX_API_KEY"', '"$POMEX_API_KEY"')),
-    "another variable": Fault("env_key", "OTHER_KEY is not set in this shell", swap('"POMEX_API_KEY"', '"OTHER_KEY"')),
-    "not exported": Fault("env_key", "POMEX_API_KEY is not set in this shell", key=""),
-    "the placeholder": Fault("env_key", "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx).", key="sk-rh-xxxxxxxxxxxx"),
-    "single quotes": Fault("env_key", 'The key arrived as the text "$POMEX_API_KEY"; the shell did not', key="$POMEX_API_KEY"),
-    "another provider's": Fault("env_key", "This looks like another provider's key.", key="sk-proj-0123456789"),
-    "mistyped": Fault("env_key", "This key is mistyped or cut (sk-rh-7Qm2…Ja1U)", key="sk-rh-7Qm2vKx9Tn4bWc8RzLp5HdYf3Gs6Ja1U"),
-    "unknown": Fault("env_key", "This key is not known here (sk-rh-", key="ELSEWHERE"),
-    "revoked": Fault("env_key", "Key gone was revoked on 20", key="REVOKED"),
-    "unknown model": Fault("model", 'Model "demo/ecko" not found. Did you mean demo/echo?', swap("demo/echo", "demo/ecko")),
-    "no model": Fault("model", "config.toml names none", without("model =")),
-    "a provider without key": Fault("model", "openai is not configured. Set OPENAI_API_KEY", swap("demo/echo", "openai/gpt-5.5")),
-    "no TOML": Fault("config.toml", "(at line 3, column ", lambda text: text.replace("\n", "\n\nmodel_provider pomex\n", 1)),
+    "no env_key": ErrorClass("env_key", "must be the name of a variable", without("env_key")),
+    "the key as env_key": ErrorClass("env_key", "must be the name of a variable", swap('"POMEX_API_KEY"', '"sk-rh-0123456789abcdef"')),
+    "a dollar in env_key": ErrorClass("env_key", "must be the name of a variable", swap('"POMEX_API_KEY"', '"$POMEX_API_KEY"')),
+    "another variable": ErrorClass("env_key", "OTHER_KEY is not set in this shell", swap('"POMEX_API_KEY"', '"OTHER_KEY"')),
+    "not exported": ErrorClass("env_key", "POMEX_API_KEY is not set in this shell", key=""),
+    "the placeholder": ErrorClass("env_key", "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx).", key="sk-rh-xxxxxxxxxxxx"),
+    "single quotes": ErrorClass("env_key", 'The key arrived as the text "$POMEX_API_KEY"; the shell did not', key="$POMEX_API_KEY"),
+    "another provider's": ErrorClass("env_key", "This looks like another provider's key.", key="sk-proj-0123456789"),
+    "mistyped": ErrorClass("env_key", "This key is mistyped or cut (sk-rh-7Qm2…Ja1U)", key="sk-rh-7Qm2vKx9Tn4bWc8RzLp5HdYf3Gs6Ja1U"),
+    "unknown": ErrorClass("env_key", "This key is not known here (sk-rh-", key="ELSEWHERE"),
+    "revoked": ErrorClass("env_key", "Key gone was revoked on 20", key="REVOKED"),
+    "unknown model": ErrorClass("model", 'Model "demo/ecko" not found. Did you mean demo/echo?', swap("demo/echo", "demo/ecko")),
+    "no model": ErrorClass("model", "config.toml names none", without("model =")),
+    "a provider without key": ErrorClass("model", "openai is not configured. Set OPENAI_API_KEY", swap("demo/echo", "openai/gpt-5.5")),
+    "no TOML": ErrorClass("config.toml", "(at line 3, column ", lambda text: text.replace("\n", "\n\nmodel_provider pomex\n", 1)),
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ERROR_CLASSES)
 def test_doctor_names_a_fault_and_its_cure_works_as_it_is_printed(place: tuple[Shell, Pomex], name: str, tmp_path: Path) -> None:
     made, gateway = place
-    fault, block = FAULTS[name], gateway.codex_block()
+    fault, block = ERROR_CLASSES[name], gateway.codex_block()
     made.configure(fault.change(block))
     key = gateway.key if fault.key is None else fault.key
     if key == "REVOKED":
@@ -222,7 +222,7 @@ def test_doctor_goes_to_the_gateway_that_codex_uses(place: tuple[Shell, Pomex]) 
 
 # --- doctor --live: real and scripted providers ------------------------------------------------------
 
-PROVIDERS: dict[str, tuple[str, tuple[Answer | Refusal, ...], tuple[str, ...]]] = {   # name -> wire, what it does, its rows
+PROVIDERS: dict[str, tuple[str, tuple[ResponseContext | Refusal, ...], tuple[str, ...]]] = {   # name -> wire, what it does, its rows
     "anthropic": ("messages", (says("OK.", input_tokens=6000),), (
         r"anthropic/claude-sonnet-5-5: a stream of \d+ events, ended with response.completed",)),
     "google": ("gemini", (says("OK.", input_tokens=6000),), (
@@ -384,7 +384,7 @@ class Mistake:
     change: Callable[[str], str] = lambda text: text            # of config.toml
     key: str = "good"
     model: str = "demo/echo"
-    answers: tuple[Refusal | Answer, ...] = ()
+    answers: tuple[Refusal | ResponseContext, ...] = ()
 
     @property
     def planned(self) -> bool:

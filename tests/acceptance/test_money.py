@@ -252,9 +252,9 @@ def test_every_search_of_both_calculators_is_ours() -> None:
     for name, tariff in pomex.builtin_tariffs().items():
         ours = pomex.price_of(tariff.base).search / 10**9
         litellm = (litellm_map().get(name, {}).get("search_context_cost_per_query") or {}).get("search_context_size_medium", 0) * 1000
-        for theirs, explained in ((litellm, False), (genai.get(name, 0), (name, "search") in TIER_DIFFERENCES)):
+        for theirs, block_reason in ((litellm, False), (genai.get(name, 0), (name, "search") in TIER_DIFFERENCES)):
             compared += theirs > 0
-            wrong += [(name, ours, theirs)] if theirs and abs(ours - theirs) > 1e-6 and not explained else []
+            wrong += [(name, ours, theirs)] if theirs and abs(ours - theirs) > 1e-6 and not block_reason else []
         per_query = litellm_map().get(name, {}).get("web_search_billing_unit") == "per_query"
         if name.startswith("google/") and litellm:
             said = pomex.gemini_usage({"promptTokenCount": 1, "model": name.partition("/")[2]}, {"webSearchQueries": ["a", "b"]})

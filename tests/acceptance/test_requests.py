@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from harness import HERE, POMEX, SHARED, clean_environment, package_python
-from strict import CLAUDES, Claude, Refused, check_contents, check_gemini_tools, check_generation, check_messages
+from strict import ANTHROPIC_MODELS, AnthropicModel, Refused, check_contents, check_gemini_tools, check_generation, check_messages
 
 CODEX = sorted((SHARED / "codex-requests").glob("*/[0-9]*.json"))
 RECORDED = sorted((SHARED / "recorded" / "responses").glob("*/request.json"))
@@ -55,7 +55,7 @@ def refusals(form, body):
     try:
         if wire == "messages":
             headers = {"x-api-key": "upstream-secret", "anthropic-version": "2023-06-01"}
-            check_messages(body, CLAUDES.get(model, Claude()), headers)
+            check_messages(body, ANTHROPIC_MODELS.get(model, AnthropicModel()), headers)
         elif wire == "gemini":
             check_generation(model, body.get("generationConfig", {}), bool(check_gemini_tools(model, body)))
             check_contents(body["contents"])

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
-from strict import CLAUDES, Claude, conversation, is_old, seal, signed_by_claude, signed_by_gemini
-from vocabulary import JSON, Answer, Call, Custom, Reasoning, Text, pieces
+from strict import ANTHROPIC_MODELS, AnthropicModel, conversation, is_old, seal, signed_by_claude, signed_by_gemini
+from vocabulary import JSON, ResponseContext, Call, Custom, Reasoning, Text, pieces
 
 Spell = Callable[[Call | Custom], tuple[str, JSON]]     # a call as (name, arguments) that the request's tools ask for
 _ids = itertools.count(1)
@@ -15,7 +15,7 @@ _ids = itertools.count(1)
 
 # --- Anthropic -------------------------------------------------------------------------------------
 
-def messages_blocks(body: JSON, answer: Answer, spell: Spell) -> list[JSON]:
+def messages_blocks(body: JSON, answer: ResponseContext, spell: Spell) -> list[JSON]:
     """The content of one answer. A reasoning without text is a redacted block."""
     blocks: list[JSON] = []
     for item in answer.items:
@@ -30,7 +30,7 @@ def messages_blocks(body: JSON, answer: Answer, spell: Spell) -> list[JSON]:
 
 
 def thought(body: JSON, item: Reasoning) -> JSON:
-    row = CLAUDES.get(body["model"], Claude())
+    row = ANTHROPIC_MODELS.get(body["model"], AnthropicModel())
     if not item.text:
         sealed = seal(signed_by_claude({}, conversation(body), body, row), item.encrypted.encode())
         return {"type": "redacted_thinking", "data": sealed}
@@ -39,7 +39,7 @@ def thought(body: JSON, item: Reasoning) -> JSON:
     return {**block, "signature": seal(signed_by_claude(block, conversation(body), body, row))}
 
 
-def messages_events(body: JSON, answer: Answer, blocks: list[JSON]) -> list[JSON]:
+def messages_events(body: JSON, answer: ResponseContext, blocks: list[JSON]) -> list[JSON]:
     usage = {"input_tokens": answer.input_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
              "cache_read_input_tokens": answer.cached_tokens, "output_tokens": 1}
     message = {"id": f"msg_{next(_ids):06d}", "type": "message", "role": "assistant", "model": body["model"], "content": [],
@@ -108,7 +108,7 @@ def messages_part(block: JSON) -> JSON:
 
 # --- Google ----------------------------------------------------------------------------------------
 
-def gemini_parts(model: str, body: JSON, answer: Answer, spell: Spell) -> list[JSON]:
+def gemini_parts(model: str, body: JSON, answer: ResponseContext, spell: Spell) -> list[JSON]:
     """The parts of one answer: the first call is signed, or else the text at the end."""
     parts: list[JSON] = []
     shown = body.get("generationConfig", {}).get("thinkingConfig", {}).get("includeThoughts")
@@ -127,7 +127,7 @@ def gemini_parts(model: str, body: JSON, answer: Answer, spell: Spell) -> list[J
     return parts
 
 
-def gemini_answers(model: str, answer: Answer, parts: list[JSON], stream: bool) -> list[JSON]:
+def gemini_answers(model: str, answer: ResponseContext, parts: list[JSON], stream: bool) -> list[JSON]:
     """The events of a stream, or the one whole answer. In a stream a text's signature comes on an empty part."""
     sent: list[JSON] = []
     last: JSON = {"text": ""}

@@ -10,7 +10,7 @@
 
 The middle is pure, the edge is thin: bytes become events, events become a few calls of a sink, those become
 the client's events, and none of that knows of a socket, a clock or a file. A definition names only things of
-its own floor or of a floor above it in this file, so the file can be read once, downwards.
+its own layer or of one above it in this file, so the file can be read once, downwards.
 
      1  errors and constants      what can go wrong, and what the client is told
      2  stream events             the few calls between providers and the Responses stream

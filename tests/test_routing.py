@@ -1,4 +1,4 @@
-"""Floor 10: which target answers, what a failure means, and that nothing of it shows while another target can help."""
+"""Layer 10: which target answers, what a failure means, and that nothing of it shows while another target can help."""
 import asyncio
 import base64
 import collections

@@ -1865,7 +1865,7 @@ def read_attachment(part: JSON) -> Attachment | None:
     return Attachment("image/jpeg" if mime == "image/jpg" else mime, name, "", data)
 
 
-# --- 5.5 client manners ---------------------------------------------------------------------------
+# --- 5.5 client profiles --------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class ClientProfile:
@@ -1874,11 +1874,12 @@ class ClientProfile:
     refusal_as_text: bool = False       # of a message it shows output_text only
     error_event: bool = True            # an `error` event goes before response.failed
     errors_as_events: bool = False     # refusals that its HTTP retries would multiply become 200 + response.failed
-    echo: bool = True                   # tools and instructions are repeated in every response object
+    echo_request: bool = True                   # tools and instructions are repeated in every response object
 
 
 STANDARD = ClientProfile()
-CODEX = ClientProfile(incomplete_as_completed=True, refusal_as_text=True, error_event=False, errors_as_events=True, echo=False)
+CODEX = ClientProfile(incomplete_as_completed=True, refusal_as_text=True, error_event=False, errors_as_events=True,
+                      echo_request=False)
 
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
@@ -1946,9 +1947,9 @@ class ResponseContext:
         return estimate_input_tokens(self.request.raw)
 
     @functools.cached_property
-    def tail(self) -> str:
+    def echo_json(self) -> str:
         """The echo, encoded once: a Codex request repeats 30 KB of tools otherwise three times."""
-        return dumps(echo_fields(self.request, self.profile.echo))[1:]
+        return dumps(echo_fields(self.request, self.profile.echo_request))[1:]
 
     def response(self, status: str, output: str = "[]", usage: JSON | None = None, error: JSON | None = None,
                  incomplete: str = "", completed_s: int | None = None) -> str:
@@ -1957,7 +1958,7 @@ class ResponseContext:
         head = dumps({"id": self.id, "object": "response", "created_at": self.created_s, "status": status,
                         "completed_at": completed_s, "error": error, "incomplete_details": details,
                         "model": self.request.model, "usage": usage})
-        return f'{head[:-1]},"output":{output},{self.tail}'
+        return f'{head[:-1]},"output":{output},{self.echo_json}'
 
     def frame(self, kind: str, fields: str) -> str:
         """One SSE frame; `fields` is JSON text without its braces."""
@@ -2024,15 +2025,15 @@ class Attempt:
     """One target's try at the answer. Subclasses turn what the upstream sends into frames; this class ends.
 
     After any number of `feed`s, `finish` is called once; from then on `status`, `usage` and `error` say how it went,
-    and `terminal()` gives the last frames. Nothing is taken from `out` to the client before `begun`.
+    and `terminal()` gives the last frames. Nothing is taken from `out` to the client before `output_started`.
     """
 
     def __init__(self, answer: ResponseContext, estimated_input: int) -> None:
         self.answer = answer
         self.estimated_input = estimated_input
         self.out: list[bytes] = []
-        self.begun = False                          # output of the model has been given
-        self.last = False                           # the upstream has said all it will say
+        self.output_started = False                          # output of the model has been given
+        self.upstream_done = False                           # the upstream has said all it will say
         self.ended = False
         self.items: dict[int, str] = {}             # finished items as JSON text, by output_index
         self.usage: Usage | None = None
@@ -2040,11 +2041,12 @@ class Attempt:
         self.error: GatewayError | None = None
         self.status = "in_progress"
         self.terminal_by = "gateway"                # "": an error's status took the place of a stream
-        self.written = 0                            # characters of output, for estimates
-        self.room, self.items_left = answer.max_chars, answer.max_items     # how far `written` may go, and what else is held
-        self.refused = False                        # the provider did nothing for it, and will not bill it
+        self.output_chars = 0                            # characters of output, for estimates
+        self.output_limit = answer.max_chars        # for `output_chars`; what else is held lowers it
+        self.items_left = answer.max_items
+        self.unbilled = False                        # the provider did nothing for it, and will not bill it
 
-    def take(self) -> bytes:
+    def take_output(self) -> bytes:
         """The frames since the last call, as one block."""
         block = b"".join(self.out)
         self.out.clear()
@@ -2057,24 +2059,24 @@ class Attempt:
             self.out.append(self.answer.start())
         self.out.append(self.answer.frame(kind, fields).encode())
 
-    def finish(self, error: GatewayError | None = None, told: bool = True) -> None:
+    def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Decides the end by the evidence (DESIGN, promise 1); `error` is what broke the connection, if anything did.
         Where nobody is left to be told, no frames are made: for a long answer that takes 20 ms."""
         if self.ended:
             return
         self.ended = True
-        self.terminal_by = "upstream" if self.last else "gateway"
-        refused = self.refused or (self.error is not None and not self.written)     # in its stream, in place of output
+        self.terminal_by = "upstream" if self.upstream_done else "gateway"
+        refused = self.unbilled or (self.error is not None and not self.output_chars)     # in its stream, in place of output
         usage, stop = self.usage, self.stop
         if self.error is None and stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif not (self.error or self.begun or stop is None or stop.incomplete_reason
+        elif not (self.error or self.output_started or stop is None or stop.incomplete_reason
                   or usage is None or usage.estimated or usage.output):
             self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
         elif usage == Usage():                      # of an answer that is not empty: it does not count
             self.usage = None
-        if told:
-            self.settle_items()
+        if notify_client:
+            self.close_open_items()
         if self.error is not None:
             self.status = "failed"
         elif self.stop is not None and self.stop.incomplete_reason:
@@ -2083,14 +2085,14 @@ class Attempt:
             self.status = "completed"
         if self.usage is None or self.usage.estimated:      # Anthropic counts the input first, the output at the end
             known = self.usage or Usage(0 if refused else self.estimated_input, estimated=not refused)
-            self.usage = dataclasses.replace(known, output=max(known.output, -(-self.written // 4)))
+            self.usage = dataclasses.replace(known, output=max(known.output, -(-self.output_chars // 4)))
         self.usage = checked_usage(self.usage)
 
-    def grew(self, chars: int = 0, items: int = 0) -> None:
+    def check_limits(self, chars: int = 0, items: int = 0) -> None:
         """Counts what is held beside the output in `written`; the failure of an answer that is longer than one may be."""
-        self.room -= chars
+        self.output_limit -= chars
         self.items_left -= items
-        if self.written > self.room or self.items_left < 0:
+        if self.output_chars > self.output_limit or self.items_left < 0:
             self.error = GatewayError(
                 f"The provider's answer is longer than max_answer_chars = {self.answer.max_chars} and max_answer_items = "
                 f"{self.answer.max_items} in [server] allow.", status=502, headers=(("x-should-retry", "false"),))
@@ -2101,18 +2103,18 @@ class Attempt:
             self.usage = usage
 
     def set_stop(self, stop: Stop) -> None:
-        self.last = self.last or stop.final
+        self.upstream_done = self.upstream_done or stop.final
         if self.stop is None or stop.incomplete_reason:
             self.stop = stop
 
     def fail(self, error: GatewayError) -> None:
         self.error = error
-        self.last = True
+        self.upstream_done = True
 
-    def settle_items(self) -> None:
+    def close_open_items(self) -> None:
         """Closes or leaves what is still open; called once, before the status is decided."""
 
-    def silent(self) -> bool:
+    def has_no_message(self) -> bool:
         """No message among the finished items?"""
         return not any(json.loads(item)["type"] == "message" for item in self.items.values())
 
@@ -2136,7 +2138,7 @@ class Attempt:
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
             kind = "completed"
         self.emit(f"response.{kind}", f'"response":{self.body(now_s)}')
-        return self.take() + DONE_FRAME
+        return self.take_output() + DONE_FRAME
 
 
 # --- 5.7 the assembler: deltas in, events out -----------------------------------------------------
@@ -2173,7 +2175,7 @@ CALL_FIELD: dict[str, tuple[str, str]] = {      # kind -> event family, the item
 class Part:
     channel: str
     index: int
-    source: int                                     # the provider's number of it
+    upstream_part: int                                     # the provider's number of it
     delta: str                                      # the name of its delta events, and what is constant in them
     delta_head: str
     delta_tail: str
@@ -2196,13 +2198,13 @@ class Item:
     unwrapper: CustomInputDecoder | None = None
     id: str = ""
     index: int = -1
-    place: str = ""                                 # `"item_id":..,"output_index":..`
+    location_json: str = ""                                 # `"item_id":..,"output_index":..`
     parts: list[Part] = field(default_factory=list)     # finished ones
     part: Part | None = None                            # the open one
     argument: list[str] = field(default_factory=list)   # a call's arguments or input
     visible: int | None = None                      # only so many of its pieces were shown: then came a control character
-    held: str = ""                                  # half a surrogate pair
-    blanks: list[str] = field(default_factory=list)     # the white space that a message began with
+    pending_surrogate: str = ""                                  # half a surrogate pair
+    leading_whitespace: list[str] = field(default_factory=list)     # the white space that a message began with
     shown: bool = False                             # output_item.added has been given
     done: bool = False                              # the provider called it whole
 
@@ -2240,7 +2242,7 @@ class Assembler(Attempt):
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         wrapped = tool.kind == "custom_tool_call" or tool.fitted
         if self.answer.secrets.search(call_id):
-            call_id = self._mint("call_", self.next_index)
+            call_id = self.new_item_id("call_", self.next_index)
         self._begin(key, Item(tool.kind, {}, call_id, tool, CustomInputDecoder(tool.fitted) if wrapped else None))
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
@@ -2254,9 +2256,9 @@ class Assembler(Attempt):
             return
         item.part.annotations.append(annotation)
         text = dumps(annotation)
-        self.grew(len(text))
+        self.check_limits(len(text))
         self.emit("response.output_text.annotation.added",
-                  f'{item.place},"content_index":{item.part.index},"annotation_index":{len(item.part.annotations) - 1},'
+                  f'{item.location_json},"content_index":{item.part.index},"annotation_index":{len(item.part.annotations) - 1},'
                   f'"annotation":{text}')
 
     def done(self, key: Any = None, **fields: Any) -> None:
@@ -2276,12 +2278,12 @@ class Assembler(Attempt):
         self.done()
         index, self.next_index = self.next_index, self.next_index + 1
         if not item.get("id"):
-            item = {**item, "id": self._mint(ID_PREFIX.get(item.get("type", ""), "item_"), index)}
-        self.begun = True
+            item = {**item, "id": self.new_item_id(ID_PREFIX.get(item.get("type", ""), "item_"), index)}
+        self.output_started = True
         text = dumps(item)
         if parse_object(text) is None:
             raise UpstreamError("The provider sent an item with a number that is not JSON.")
-        self.grew(len(text), 1)
+        self.check_limits(len(text), 1)
         for step in ("added", "done"):
             self.emit(f"response.output_item.{step}", f'"output_index":{index},"item":{text}')
         self.items[index] = text
@@ -2291,59 +2293,59 @@ class Assembler(Attempt):
     def _begin(self, key: Any, item: Item) -> Item:
         self.done()
         self.unfinished[key] = item
-        self.grew(items=1)
+        self.check_limits(items=1)
         if item.kind != "message":              # a message shows itself with its first visible character
-            self._show(item)
+            self.item_added(item)
         return item
 
     def _add(self, item: Item, text: str, channel: PartType, source: int) -> None:
-        if item.held or not text.isascii():
-            text, item.held = split_trailing_surrogate(item.held + text)
+        if item.pending_surrogate or not text.isascii():
+            text, item.pending_surrogate = split_trailing_surrogate(item.pending_surrogate + text)
         if not text:
             return
         if not item.shown:
-            item.blanks.append(text)
+            item.leading_whitespace.append(text)
             if not text.strip():                    # claude-opus-4-6 opens with "\n\n" before it thinks
-                self.grew(len(text))
+                self.check_limits(len(text))
                 return
-            text = "".join(item.blanks)
-            self._show(item)
-        self.written += len(text)
-        if self.written > self.room:
-            self.grew()
+            text = "".join(item.leading_whitespace)
+            self.item_added(item)
+        self.output_chars += len(text)
+        if self.output_chars > self.output_limit:
+            self.check_limits()
         if channel not in PARTS:
-            self._argue(item, channel, text)
+            self.arguments_delta(item, channel, text)
             return
         if channel == "refusal" and self.answer.profile.refusal_as_text:
             channel = "text"
         part = item.part
-        if part is None or part.channel != channel or part.source < source:
+        if part is None or part.channel != channel or part.upstream_part < source:
             part = self._open_part(item, channel, source)
-        self._say(part, text)
+        self.text_delta(part, text)
 
-    def _say(self, part: Part, text: str) -> None:
+    def text_delta(self, part: Part, text: str) -> None:
         part.text.append(text)
         self.emit(part.delta, f"{part.delta_head}{json_string(text)}{part.delta_tail}")
 
-    def _mint(self, prefix: str, index: int) -> str:
+    def new_item_id(self, prefix: str, index: int) -> str:
         return f"{prefix}{self.answer.id.removeprefix('resp_')}_{index}"
 
-    def _show(self, item: Item) -> None:
+    def item_added(self, item: Item) -> None:
         kind = item.kind
         item.index, self.next_index = self.next_index, self.next_index + 1
-        item.id = self._mint(ID_PREFIX[kind], item.index)
-        item.place = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
-        item.shown = self.begun = True
+        item.id = self.new_item_id(ID_PREFIX[kind], item.index)
+        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        item.shown = self.output_started = True
         opening = dumps(self._json(item, "in_progress"))
         self.emit("response.output_item.added", f'"output_index":{item.index},"item":{opening}')
         for step in HOSTED_STEPS.get(kind, ()):
-            self.emit(f"response.{kind}.{step}", item.place)
+            self.emit(f"response.{kind}.{step}", item.location_json)
 
     def _open_part(self, item: Item, channel: str, source: int = 0) -> Part:
         self._close_part(item)
         shape = PARTS[channel]
         index = sum(PARTS[p.channel].at == shape.at for p in item.parts)
-        where = f'{item.place},"{shape.at}":{index}'
+        where = f'{item.location_json},"{shape.at}":{index}'
         item.part = Part(channel, index, source, f"{shape.delta}.delta", f'{where},"delta":', shape.more)
         self.emit(f"{shape.event}.added", f'{where},"part":{dumps(item.part.as_json())}')
         return item.part
@@ -2353,13 +2355,13 @@ class Assembler(Attempt):
         if part is None:
             return
         shape, whole = PARTS[part.channel], part.as_json()
-        where = f'{item.place},"{shape.at}":{part.index}'
+        where = f'{item.location_json},"{shape.at}":{part.index}'
         self.emit(f"{shape.delta}.done", f'{where},"{shape.text}":{json_string(whole[shape.text])}{shape.more}')
         self.emit(f"{shape.event}.done", f'{where},"part":{dumps(whole)}')
         item.parts.append(part)
         item.part = None
 
-    def _argue(self, item: Item, channel: str, text: str) -> None:
+    def arguments_delta(self, item: Item, channel: str, text: str) -> None:
         if item.visible is None and item.kind == "function_call" and CONTROL.search(text):
             item.visible = len(item.argument)       # the rest is shown as strict JSON when it is whole
         item.argument.append(text)
@@ -2368,7 +2370,7 @@ class Assembler(Attempt):
         elif item.unwrapper is not None:
             item.unwrapper = None                   # the provider sends raw input: nothing is wrapped
         if text and item.visible is None and item.kind in CALL_FIELD:
-            self.emit(f"{CALL_FIELD[item.kind][0]}.delta", f'{item.place},"delta":{json_string(text)}')
+            self.emit(f"{CALL_FIELD[item.kind][0]}.delta", f'{item.location_json},"delta":{json_string(text)}')
 
     def _argument(self, item: Item) -> str | None:
         """A call's whole arguments or input; None where they are cut."""
@@ -2396,11 +2398,11 @@ class Assembler(Attempt):
             family, name = CALL_FIELD[item.kind]
             rest = argument.removeprefix(item.sent())   # what could not be shown as it came: a fence, no arguments at all
             if rest:
-                self.emit(f"{family}.delta", f'{item.place},"delta":{json_string(rest)}')
+                self.emit(f"{family}.delta", f'{item.location_json},"delta":{json_string(rest)}')
             extra = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
-            self.emit(f"{family}.done", f'{item.place},"{name}":{json_string(argument)}{extra}')
+            self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(argument)}{extra}')
         if item.kind in HOSTED_STEPS:
-            self.emit(f"response.{item.kind}.completed", item.place)
+            self.emit(f"response.{item.kind}.completed", item.location_json)
         text = dumps(self._json(item, status, argument))
         self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
         self.items[item.index] = text
@@ -2420,7 +2422,7 @@ class Assembler(Attempt):
 
     # the end
 
-    def settle_items(self) -> None:
+    def close_open_items(self) -> None:
         finished = self.error is None and self.stop is not None
         cut = finished and bool(self.stop and self.stop.incomplete_reason)
         for key, item in list(self.unfinished.items()):
@@ -2431,28 +2433,28 @@ class Assembler(Attempt):
         if finished and not cut and self.unfinished:
             names = ", ".join(item.tool.name for item in self.unfinished.values() if item.tool)
             self.error = UpstreamError(f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
-        self._explain()
+        self.add_placeholder_message()
         # half a call must not be run; half a message would stay in Codex's history when it asks again
         shorter = self.answer.profile.incomplete_as_completed
-        if self.error is None or not (self.answer.profile.errors_as_events or self.written > self.room):
+        if self.error is None or not (self.answer.profile.errors_as_events or self.output_chars > self.output_limit):
             for key, item in list(self.unfinished.items()):
                 if not item.tool or self.error is None and not shorter:
                     self._finish_item(key, item, "completed" if shorter else "incomplete")
 
-    def _explain(self) -> None:
+    def add_placeholder_message(self) -> None:
         """A filtered answer without a word says why; an empty answer is one empty message."""
         if self.error is not None or self.stop is None:
             return
         filtered = self.stop.incomplete_reason == "content_filter"
-        if filtered and (not self.silent() or any(item.kind == "message" for item in self.unfinished.values())):
+        if filtered and (not self.has_no_message() or any(item.kind == "message" for item in self.unfinished.values())):
             return
         if not filtered and (self.stop.incomplete_reason or self.items or self.unfinished):
             return
         item = self._begin(None, Item("message", {}))
-        self._show(item)
+        self.item_added(item)
         part = self._open_part(item, "refusal" if filtered and not self.answer.profile.refusal_as_text else "text")
         if filtered:
-            self._say(part, self.stop.explanation or FILTERED)
+            self.text_delta(part, self.stop.explanation or FILTERED)
         self.done()
 
 
@@ -2730,36 +2732,36 @@ class Passthrough(Attempt):
         """Takes bytes as they come. UpstreamError where a frame that must be read is not JSON."""
         data, at = self.frames.blocks(data), 0      # where a frame begins
         for found in self.READ.finditer(data):
-            if found.start() < at or self.last:
+            if found.start() < at or self.upstream_done:
                 continue                            # a second match in a frame already read
             begin = data.rfind(b"\n\n", at, found.start())
             begin = at if begin < 0 else begin + 2
             self._pass(data[at:begin])
             at = data.find(b"\n\n", found.end()) + 2
             self._read(data[begin:at])
-        if not self.last:
+        if not self.upstream_done:
             self._pass(data[at:])
 
     def _pass(self, block: bytes) -> None:
         """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
-        if not self.begun or self.FOREIGN.search(b"\n" + block):
+        if not self.output_started or self.FOREIGN.search(b"\n" + block):
             block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if self._is_event(frame))
         if not block:
             return
         self.newest = block
-        if not self.begun and not self.OUTPUT.search(block):
+        if not self.output_started and not self.OUTPUT.search(block):
             self.held += [block] if self.held else []       # nothing goes before response.created
-            self.grew(len(block))
+            self.check_limits(len(block))
             return
-        if not self.begun:
+        if not self.output_started:
             self._begin()
         self._give(block)
         others, calls = self.decoder.items.undone
         if calls or not others:
             self.kept.append(block)
-        self.written += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
-        if self.written > self.room:
-            self.grew()
+        self.output_chars += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
+        if self.output_chars > self.output_limit:
+            self.check_limits()
 
     def _is_event(self, frame: bytes) -> bool:
         """Is it an event of this API? Of what is none, an error counts, whatever its form."""
@@ -2771,7 +2773,7 @@ class Passthrough(Attempt):
 
     def _begin(self) -> None:
         """Output begins: what was held goes first, unless a beginning of ours has gone already."""
-        self.begun = True
+        self.output_started = True
         held = b"".join(self.held)
         if self.answer.started or b'"response.created"' not in held:
             self.out.append(self.answer.start())
@@ -2801,8 +2803,8 @@ class Passthrough(Attempt):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def _handshake(self, event: JSON, frame: bytes) -> None:
-        if not self.begun:
-            self.grew(len(frame))
+        if not self.output_started:
+            self.check_limits(len(frame))
             response = self._ours(event.get("response") or {})
             self.held.append(sse_frame(event["type"], dumps({**event, "response": response})))
 
@@ -2813,7 +2815,7 @@ class Passthrough(Attempt):
     def _added(self, event: JSON, frame: bytes) -> None:
         item = event.get("item")
         if isinstance(item, dict):
-            self.grew(items=1)
+            self.check_limits(items=1)
             self.decoder.read(event)
             if self._sealed(item):
                 frame = sse_frame(event["type"], dumps(event))
@@ -2830,7 +2832,7 @@ class Passthrough(Attempt):
             return
         before = len(self.decoder.items.all)
         known = self.decoder.items.take(event, item_kind(item))
-        self.grew(len(frame), len(self.decoder.items.all) - before)
+        self.check_limits(len(frame), len(self.decoder.items.all) - before)
         if known.closed:
             return
         if known.kind == "call" and not has_content(item):
@@ -2890,7 +2892,7 @@ class Passthrough(Attempt):
 
     def _end(self, response: JSON) -> None:
         """The upstream's own end. Half a call is no part of a whole answer."""
-        self.last = True
+        self.upstream_done = True
         self.completed = response
         items = only_dicts(response.get("output")) + [known.item for known in self.decoder.items.all]
         if self.stop and not self.stop.incomplete_reason and any(map(is_incomplete_call, items)):
@@ -2934,8 +2936,8 @@ class Passthrough(Attempt):
                 self._sealed(item)
                 self.items[index] = dumps(item)
         self._end(response)
-        self.begun = self.begun or bool(response.get("output"))
-        self.grew(len(data), len(given["output"]))
+        self.output_started = self.output_started or bool(response.get("output"))
+        self.check_limits(len(data), len(given["output"]))
 
     def end(self) -> None:
         """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
@@ -2947,12 +2949,12 @@ class Passthrough(Attempt):
             self._is_event(frame)
         self._release()
 
-    def settle_items(self) -> None:
+    def close_open_items(self) -> None:
         if self.error is not None or self.stop is None or not self.stop.incomplete_reason:
             return
         if not self.answer.profile.incomplete_as_completed:
             self._release()
-        elif self.stop.incomplete_reason == "content_filter" and self.silent():
+        elif self.stop.incomplete_reason == "content_filter" and self.has_no_message():
             with self._voice() as voice:
                 voice.stop = self.stop              # it explains itself
 
@@ -2963,8 +2965,8 @@ class Passthrough(Attempt):
         voice.next_index = max(self.items, default=-1) + 1
         yield voice
         voice.finish()
-        self.begun = True
-        self.out.append(voice.take())
+        self.output_started = True
+        self.out.append(voice.take_output())
         self.items.update(voice.items)
 
     def body(self, now_s: int) -> str:
@@ -5849,7 +5851,7 @@ class TranslatedStream(Assembler):
             self._take(event.data if event.event != "error" else error_data(event.data))
 
     def _take(self, data: str) -> None:
-        if not data or self.last:
+        if not data or self.upstream_done:
             return
         self.decoder.feed(data)
 
@@ -9593,7 +9595,7 @@ class ClientStream:
         self.active = self.loop.time()
         if not self.head_sent:
             self.head_sent = True
-            await self.client.start(200, self.headers(early=not self.attempt.begun))
+            await self.client.start(200, self.headers(early=not self.attempt.output_started))
         await self.client.write(block)
 
     def _tick(self) -> None:
@@ -9713,7 +9715,7 @@ class Router:
             others = [each for each in others if not is_open[each.id]]
         other = self.health.choose(others, now)
         decision, wait_s = decide_retry(
-            policy, down.answer.request.stream and down.attempt.begun, tries[target.id], down.attempts, down.due - now,
+            policy, down.answer.request.stream and down.attempt.output_started, tries[target.id], down.attempts, down.due - now,
             getattr(error, "retry_after_s", None), other is not None, is_open[target.id],
             random.random())            # noqa: S311 - spreads calls, guards nothing
         if decision == "give_up":
@@ -9754,7 +9756,7 @@ class Router:
                 await self.exchanges(target, call, down)
         except GatewayError as error:
             failure = error
-            down.attempt.refused = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
+            down.attempt.unbilled = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
         except TimeoutError:
             limit_s = down.server.request_deadline_s
             failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
@@ -9795,7 +9797,7 @@ class Router:
                 sound = call.attempt.error is None and call.attempt.stop is not None
                 more = call.resumed()
             except GatewayError as error:
-                more = None if mended or call.attempt.begun or down.attempts >= MAX_ATTEMPTS else call.repaired(error)
+                more = None if mended or call.attempt.output_started or down.attempts >= MAX_ATTEMPTS else call.repaired(error)
                 if more is None:
                     raise
                 mended = True
@@ -9836,13 +9838,13 @@ class Router:
                 await self.show(attempt, target, down)
                 if len(data) > SLICE_BYTES:
                     await asyncio.sleep(0)          # a flood of comments is work without a wait
-            before, size = size, attempt.written - attempt.room - attempt.items_left
+            before, size = size, attempt.output_chars - attempt.output_limit - attempt.items_left
             heard = size > before
-            if attempt.last or (attempt.error and not attempt.begun):
+            if attempt.upstream_done or (attempt.error and not attempt.output_started):
                 return
             if attempt.stop or attempt.error:
                 due = min(due, down.loop.time() + AFTER_STOP_S)
-            if down.bill.held and attempt.stop is None and not await down.bill.cover(attempt.written):
+            if down.bill.held and attempt.stop is None and not await down.bill.cover(attempt.output_chars):
                 attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
                 return
         else:
@@ -9851,10 +9853,10 @@ class Router:
 
     async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
         """What there is of output, to the client."""
-        if attempt.out and attempt.begun and down.answer.request.stream:
+        if attempt.out and attempt.output_started and down.answer.request.stream:
             if not down.first_ms:
                 self.record_success(target, whole=False)
-            await down.send(attempt.take())
+            await down.send(attempt.take_output())
 
 
 async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
@@ -9882,7 +9884,8 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 def failed_copy(attempt: Attempt) -> Attempt:
     """A failure in the place of an attempt that cannot be ended by itself, with what came of it and what it has used."""
     failed = Attempt(attempt.answer, attempt.estimated_input)
-    failed.out, failed.begun, failed.usage, failed.written = attempt.out, attempt.begun, attempt.usage, attempt.written
+    failed.out, failed.output_started = attempt.out, attempt.output_started
+    failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed
@@ -10145,7 +10148,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     down, refused = await reserve_budget(gateway, client, key, request, profile, payable or candidates, bool(payable))
     if refused is not None:
         down.stop()
-        down.attempt.refused = True
+        down.attempt.unbilled = True
         down.attempt.finish(refused)
         await finish(gateway, key, down)
         return
@@ -10164,7 +10167,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
         gateway.watch.began(key, down)
         await gateway.router.route(payable, envelope, down)
     except BaseException:               # the client left; what was generated is kept
-        down.attempt.finish(GatewayError("The client left.", code="client_gone"), told=False)
+        down.attempt.finish(GatewayError("The client left.", code="client_gone"), notify_client=False)
         down.attempt.status = "cancelled"
         await asyncio.shield(settle(gateway, key, down))
         raise

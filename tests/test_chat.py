@@ -565,7 +565,7 @@ def answered(pieces: Iterable[bytes]) -> JSON:
     attempt, shown = pomex.WIRES["chat"].call(job).attempt, b""
     for data in pieces:
         attempt.feed(data)
-        shown += attempt.take()
+        shown += attempt.take_output()
     attempt.end()
     attempt.finish()
     return check(shown + attempt.terminal(2))

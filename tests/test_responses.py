@@ -737,7 +737,7 @@ def test_without_stream_there_are_no_frames_and_one_body():
     attempt = pomex.Assembler(answer(stream=False), 0, seal)
     tell(attempt, MIXED)
     attempt.finish()
-    assert attempt.take() == b""
+    assert attempt.take_output() == b""
     final = json.loads(attempt.body(1_700_000_009))
     assert final["output"] == streams.check(told(MIXED)[0])["output"]
     assert (final["status"], final["completed_at"]) == ("completed", 1_700_000_009)
@@ -749,7 +749,7 @@ def test_a_heartbeat_is_numbered_like_every_event():
     raw = ours.start() + ours.heartbeat()
     for each in MIXED:
         tell(attempt, [each])
-        raw += attempt.take() + ours.heartbeat()
+        raw += attempt.take_output() + ours.heartbeat()
     attempt.finish()
     streams.check(raw + attempt.terminal(1_700_000_009))
 
@@ -944,8 +944,8 @@ def relayed(pieces, profile=pomex.STANDARD, error=None, clean=True, early=b"", o
     raw = early
     for piece in pieces:
         attempt.feed(piece)
-        raw += attempt.take() if attempt.begun else b""
-        raw += after() if after and attempt.begun else b""
+        raw += attempt.take_output() if attempt.output_started else b""
+        raw += after() if after and attempt.output_started else b""
     if clean:
         attempt.end()
     attempt.finish(error)
@@ -995,7 +995,7 @@ def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
         attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.feed(b"".join(stream))
-        assert not attempt.begun and not attempt.take() and attempt.answer.sequence == 0
+        assert not attempt.output_started and not attempt.take_output() and attempt.answer.sequence == 0
 
 
 def test_numbers_move_once_frames_of_ours_went_in():
@@ -1336,7 +1336,7 @@ def decoded(pieces, profile=pomex.STANDARD):
     raw = b""
     for piece in pieces:
         attempt.feed(piece)
-        raw += attempt.take()
+        raw += attempt.take_output()
     attempt.end()
     attempt.finish()
     return raw + attempt.terminal(1_700_000_009), attempt
@@ -1386,7 +1386,7 @@ def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
     begun = time.process_time()
     for at in range(0, len(picture), 4096):
         attempt.feed(picture[at:at + 4096])
-    assert attempt.begun and time.process_time() - begun < 3        # 8 s where each piece was joined to all before
+    assert attempt.output_started and time.process_time() - begun < 3        # 8 s where each piece was joined to all before
 
 
 @pytest.mark.parametrize("road", [decoded, relayed])
@@ -1421,7 +1421,7 @@ def demo(model, **fields):
 def test_every_demo_model_ends_as_it_promises(model, status, begun, by):
     assert model in pomex.DEMO_MODELS
     final, attempt = demo(model)
-    assert (attempt.status, attempt.begun, attempt.terminal_by) == (status, begun, by)
+    assert (attempt.status, attempt.output_started, attempt.terminal_by) == (status, begun, by)
     if model == "echo":
         assert "one two three four" in final["output"][-1]["content"][0]["text"]
 

@@ -104,6 +104,7 @@ import stat
 import threading
 import time
 import tomllib
+import traceback
 import urllib.parse
 import weakref
 import zlib
@@ -137,25 +138,27 @@ VERSION = "v00083"      # the product's own numbering; the first release with th
 
 
 class GatewayError(Exception):
-    """A failure with an answer: the HTTP status, the OpenAI error fields, and what another target could do.
+    """A failure with an answer: HTTP status, the fields of an OpenAI error, and whether another attempt may help.
 
-    `str(error)` is a sentence for the client: it never holds a key, a path of this machine or a prompt.
+    `str(error)` is a sentence for the client; it never holds a key, a path of this machine or a prompt.
     """
     status: int = 500
     type: str = "server_error"
     code: str | None = "server_error"
-    retryable: bool = False         # may another target, or the same one later, do better?
-    ledger_code: str = ""           # what the ledger calls it, where one client must be told another code
-    plain: bool = False             # the sentence alone is the answer, for a client that shows bodies as they are
+    retryable: bool = False         # another target, or the same one later, may succeed
+    ledger_code: str = ""           # the code in the ledger, where a client must get another one
+    plain: bool = False             # the body is the sentence alone, for a client that shows bodies as they are
 
-    def __init__(self, message: str, *, status: int = 0, type: str = "", code: str | None = None, param: str | None = None,
-                 headers: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(
+        self, message: str, *, status: int = 0, type: str = "", code: str | None = None, param: str | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         super().__init__(message)
         self.status = status or self.status
         self.type = type or self.type
         self.code = code or self.code
         self.param = param
-        self.headers = headers      # for the answer, e.g. (("retry-after", "3"),)
+        self.headers = headers      # of the answer, e.g. (("retry-after", "3"),)
 
     def body(self) -> JSON:
         """The OpenAI error envelope."""
@@ -163,7 +166,7 @@ class GatewayError(Exception):
 
 
 class BadRequest(GatewayError):
-    """The client's own doing: never retried, never sent to another target."""
+    """The client's mistake: never retried, never sent to another target."""
     status, type, code = 400, "invalid_request_error", "invalid_request_error"
 
 
@@ -172,7 +175,7 @@ class Unauthorized(BadRequest):
 
 
 class UpstreamError(GatewayError):
-    """A provider failed, or sent what its protocol forbids."""
+    """A provider failed or violated its protocol."""
     status, type, code, retryable = 502, "server_error", "server_error", True
 
 
@@ -184,55 +187,56 @@ Raised = TypeVar("Raised", bound=Exception)
 
 
 def without_traceback(error: Raised) -> Raised:
-    """An error without the frames that it came through: kept with a request they would hold all of it, in a circle."""
+    """Drops the frames that a stored error would keep alive, in a reference cycle."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
 def fault_location(error: BaseException) -> str:
-    """Where a fault of our own came from, innermost first; not its text, which may hold what a client or provider sent."""
-    places, step = [], error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_globals is globals():
-            places.append(f"{step.tb_frame.f_code.co_name} line {step.tb_lineno}")
-        step = step.tb_next
+    """Where a bug of Pomex raised, innermost frame first; without the message, which may hold private data."""
+    places = [
+        f"{frame.f_code.co_name} line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals is globals()
+    ]
     return f"a fault of Pomex itself, {type(error).__name__} in {' < '.join(places[::-1])}"
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the message names file, line or key path, and what would do."""
+    """An unusable configuration. The message names file, line or key path, and a fix."""
 
 
 # === 2. stream events =============================================================================
 #
-# All that a provider can say to the client's stream: the calls of a Sink. A decoder makes these calls and nothing else: it
-# never numbers, never ends a stream, never counts time.
+# A decoder reports a provider's stream by calls of a Sink and by nothing else: it numbers nothing, ends no stream and
+# knows no clock.
 
-ItemType: TypeAlias = Literal["message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
-                          "local_shell_call", "web_search_call", "image_generation_call"]
+ItemType: TypeAlias = Literal[
+    "message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
+    "local_shell_call", "web_search_call", "image_generation_call"]
 PartType: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", "input"]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the whole response so far. A later Usage replaces an earlier one, it does not add to it."""
-    input: int = 0          # all input tokens, cached and written ones included
-    cached: int = 0         # of those, read from the provider's prompt cache
-    cache_write: int = 0    # of those, written to it
-    output: int = 0         # all output tokens, reasoning included
-    reasoning: int = 0      # of those, reasoning
+    """Tokens of the whole response so far. A later Usage replaces an earlier one; they are not added."""
+    input: int = 0          # all input tokens, including cached and written ones
+    cached: int = 0         # of these, read from the provider's prompt cache
+    cache_write: int = 0    # of these, written to it
+    output: int = 0         # all output tokens, including reasoning
+    reasoning: int = 0
     estimated: bool = False     # the provider gave no count
     cache_write_1h: int = 0     # of the written ones, those kept long: 1 h at Anthropic, 12 h at OpenAI
     web_searches: int = 0       # requests of the provider's own search tool
-    inconsistency: str = ""     # how the provider's count contradicted itself
-    # beside the counts, as the answer says it; "" where it does not
-    tier: str = field(default="", compare=False)        # what it was served as: "priority", "standard fast us"
-    model: str = field(default="", compare=False)       # whose answer it is
-    cost: str = field(default="", compare=False)        # US dollars
+    inconsistency: str = ""     # the contradiction in the provider's counts
+    # from the answer, beside its counts; "" where it gives none
+    tier: str = field(default="", compare=False)        # the service tier: "priority", "standard fast us"
+    model: str = field(default="", compare=False)       # the model that answered
+    cost: str = field(default="", compare=False)        # in US dollars
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24            # no answer has had so many; a count beyond is a mistake, and would spoil every sum
+MAX_TOKENS = 1 << 24            # more than any answer has; a larger count is a mistake and would spoil every sum
 
 
 def as_dict(value: Any) -> JSON:
@@ -240,51 +244,64 @@ def as_dict(value: Any) -> JSON:
 
 
 def count(holder: Any, *names: str) -> int:
-    """The first of these fields of a foreign object that counts something; 0 where none does. 1e999 has an end."""
-    for value in [holder.get(name) for name in names] if isinstance(holder, dict) else ():
+    """The first of these fields that holds a positive number, or 0. `holder` is a provider's: its numbers may be 1e999."""
+    for value in map(as_dict(holder).get, names):
         if isinstance(value, (int, float)) and value is not True and value > 0:
             return int(min(value, 2 * MAX_TOKENS))
     return 0
 
 
 def billing_facts(facts: JSON) -> dict[str, Any]:
-    """What an answer and its usage, in one, say of its cost beyond its tokens: fields of Usage."""
-    tools, cost = as_dict(facts.get("tool_usage")), facts.get("cost")
-    tiers = map(facts.get, ("service_tier", "speed", "inference_geo"))
-    return {"web_searches": count(tools.get("web_search"), "num_requests")                      # OpenAI
-            or count(facts.get("server_tool_use"), "web_search_requests")                       # Anthropic, OpenRouter
-            or count(facts.get("server_side_tool_usage_details"), "web_search_calls"),          # xAI
-            "tier": " ".join(each for each in tiers if isinstance(each, str) and each != "auto").lower(),
-            "model": str(facts.get("model") or "")[:200],
-            "cost": f"{cost:.12f}" if isinstance(cost, (int, float)) and 0 < cost < 10**6 else ""}
+    """The fields of Usage that change a price, from an answer and its usage object merged."""
+    cost = facts.get("cost")
+    is_cost = isinstance(cost, (int, float)) and 0 < cost < 10**6
+    tiers = [facts.get(name) for name in ("service_tier", "speed", "inference_geo")]
+    web_searches = (
+        count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")               # OpenAI
+        or count(facts.get("server_tool_use"), "web_search_requests")                           # Anthropic, OpenRouter
+        or count(facts.get("server_side_tool_usage_details"), "web_search_calls"))              # xAI
+    return {
+        "web_searches": web_searches,
+        "tier": " ".join(tier for tier in tiers if isinstance(tier, str) and tier != "auto").lower(),
+        "model": str(facts.get("model") or "")[:200],
+        "cost": f"{cost:.12f}" if is_cost else "",
+    }
 
 
 def checked_usage(usage: Usage) -> Usage:
-    """The same, within its invariants. What breaks them is cut to size, and the usage marked with what it was."""
-    if (usage.cached + usage.cache_write <= usage.input <= MAX_TOKENS and usage.cache_write_1h <= usage.cache_write
-            and usage.reasoning <= usage.output <= MAX_TOKENS and usage.web_searches <= MAX_TOKENS):
+    """The usage with consistent counts. Those that were cut to fit are named, and make it an estimate."""
+    total = min(usage.input, MAX_TOKENS)
+    output = min(usage.output, MAX_TOKENS)
+    cached = min(usage.cached, total)
+    written = min(usage.cache_write, total - cached)
+    consistent = dataclasses.replace(
+        usage,
+        input=total,
+        cached=cached,
+        cache_write=written,
+        output=output,
+        reasoning=min(usage.reasoning, output),
+        cache_write_1h=min(usage.cache_write_1h, written),
+        web_searches=min(usage.web_searches, MAX_TOKENS),
+    )
+    names = [name for name in COUNTED if getattr(consistent, name) != getattr(usage, name)]
+    if not names:
         return usage
-    whole, output = min(usage.input, MAX_TOKENS), min(usage.output, MAX_TOKENS)
-    cached = min(usage.cached, whole)
-    written = min(usage.cache_write, whole - cached)
-    sound = dataclasses.replace(usage, input=whole, cached=cached, cache_write=written, output=output,
-                                cache_write_1h=min(usage.cache_write_1h, written), reasoning=min(usage.reasoning, output),
-                                web_searches=min(usage.web_searches, MAX_TOKENS))
-    names = [name for name in COUNTED if getattr(sound, name) != getattr(usage, name)]
-    return dataclasses.replace(sound, estimated=True, inconsistency=f"the provider's count of {', '.join(names)} cannot be")
+    inconsistency = f"the provider's count of {', '.join(names)} cannot be"
+    return dataclasses.replace(consistent, estimated=True, inconsistency=inconsistency)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     """The provider's evidence that the model has finished (DESIGN: promise 1)."""
-    incomplete_reason: str = ""     # "" or the Responses reason: "max_output_tokens", "content_filter"
-    final: bool = False     # nothing more will come: reading can end
-    explanation: str = ""   # why a content filter stopped it, for the user
+    incomplete_reason: str = ""     # "" or a reason of Responses: "max_output_tokens", "content_filter"
+    final: bool = False             # nothing more will come: reading can end
+    explanation: str = ""           # for the user: why a content filter stopped it
 
 
 class Sink(Protocol):
-    """What a decoder calls. An item has a key that is unique in the stream, or None: of those only one is open, and it ends
-    when any other item begins.
+    """The calls that a decoder makes. An item has a key that is unique in the stream, or None: only one of these is open at a
+    time, and it ends when any other item begins.
 
     >>> sink.reasoning("Hm."); sink.text("Hello"); sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
@@ -293,7 +310,7 @@ class Sink(Protocol):
     def reasoning(self, text: str) -> None:
         """More of the summary of the reasoning item without a key; "" only begins it."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
-        """An item begins, with these of its own fields."""
+        """An item begins, with these fields of its own."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         """A tool call begins."""
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
@@ -301,13 +318,13 @@ class Sink(Protocol):
         text), a custom call's input (raw text). A higher part than before begins another summary or content part."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
     def done(self, key: Any = None, **fields: Any) -> None:
-        """The item is whole; `fields` complete it: encrypted_content, action, status ... Nothing where it is not open."""
+        """The item is complete; `fields` are its last ones: encrypted_content, action, status ... Ignored if it is not open."""
     def item(self, item: JSON) -> None:
-        """An item of a kind that is not built here, passed on as it is."""
+        """A complete item of a type that is not built here; it passes unchanged."""
     def set_usage(self, usage: Usage) -> None: ...
     def set_stop(self, stop: Stop) -> None: ...
     def fail(self, error: GatewayError) -> None:
-        """An error that the upstream reported inside its stream: it wins over any evidence of an end."""
+        """An error that the upstream reported inside its stream: it overrides any evidence of an end."""
 
 
 # === 3. HTTP/1.1 ==================================================================================
@@ -1869,21 +1886,21 @@ def read_attachment(part: JSON) -> Attachment | None:
 
 @dataclass(frozen=True, slots=True)
 class ClientProfile:
-    """Where one client needs another form than the standard (CODEX.md 7; DESIGN section 5)."""
-    incomplete_as_completed: bool = False      # a length cut or a filter ends with response.completed, without half a call
-    refusal_as_text: bool = False       # of a message it shows output_text only
-    error_event: bool = True            # an `error` event goes before response.failed
-    errors_as_events: bool = False     # refusals that its HTTP retries would multiply become 200 + response.failed
-    echo_request: bool = True                   # tools and instructions are repeated in every response object
+    """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
+    incomplete_as_completed: bool = False   # a truncated or filtered answer ends with response.completed, without half a call
+    refusal_as_text: bool = False           # the client shows only output_text
+    error_event: bool = True                # an `error` event precedes response.failed
+    errors_as_events: bool = False          # errors that its HTTP retries would multiply become 200 + response.failed
+    echo_request: bool = True               # every response object repeats tools and instructions
 
 
 STANDARD = ClientProfile()
-CODEX = ClientProfile(incomplete_as_completed=True, refusal_as_text=True, error_event=False, errors_as_events=True,
-                      echo_request=False)
+CODEX = ClientProfile(
+    incomplete_as_completed=True, refusal_as_text=True, error_event=False, errors_as_events=True, echo_request=False)
 
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
-    """Codex says who it is in `originator` (codex_exec, codex-tui, codex_vscode ...) and in its User-Agent."""
+    """Codex names itself in `originator` (codex_exec, codex-tui, codex_vscode ...) and in its User-Agent."""
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -1892,47 +1909,68 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
 HIGH_SURROGATE = ("\ud800", "\udbff")
+# the fields of a response object that repeat the request, with their defaults (RESPONSES.md section 4)
+ECHO_DEFAULTS: JSON = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": False,
+    "background": False,
+    "temperature": 1,
+    "top_p": 1,
+    "top_logprobs": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "text": {"format": {"type": "text"}, "verbosity": "medium"},
+    "tool_choice": "auto",
+    "tools": [],
+    "truncation": "disabled",
+    "metadata": {},
+}
 
 
 def echo_tool(tool: JSON) -> JSON:
-    """Open Responses wants description, parameters and strict present on every function tool."""
+    """Open Responses requires description, parameters and strict on every function tool."""
     if tool.get("type") != "function":
         return tool
     return {**tool, "description": tool.get("description"), "parameters": tool.get("parameters"),
             "strict": tool.get("strict", True)}
 
 
-def echo_fields(request: ResponsesRequest, echo: bool) -> JSON:
-    """The part of a response object that only repeats the request, with the defaults of RESPONSES.md section 4."""
-    get, body = request.get, request.body
-    text, reasoning = get("text", {}), get("reasoning", {})
-    choice, tier = get("tool_choice", "auto"), get("service_tier", "auto")
+def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
+    """The fields of a response object that repeat the request."""
+    fields = {name: request.get(name, default) for name, default in ECHO_DEFAULTS.items()}
+    fields |= {"previous_response_id": None, "store": False, "background": False}   # nothing is kept, asked for or not
+    fields["reasoning"] = {**ECHO_DEFAULTS["reasoning"], **fields["reasoning"]}
+    text = {name: value for name, value in fields["text"].items() if value is not None}
+    fields["text"] = {**ECHO_DEFAULTS["text"], **text}
+    choice = fields["tool_choice"]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        choice = {"mode": "auto", **choice}
-    fields: JSON = {
-        "instructions": body.get("instructions") if echo else None,
-        "max_output_tokens": get("max_output_tokens"), "max_tool_calls": get("max_tool_calls"),
-        "parallel_tool_calls": get("parallel_tool_calls", True), "previous_response_id": None,
-        "prompt_cache_key": get("prompt_cache_key"),
-        "reasoning": {"effort": None, "summary": None, **reasoning},
-        "safety_identifier": get("safety_identifier"), "service_tier": "default" if tier == "auto" else tier,
-        "store": False, "background": False,        # as it is, not as it was asked for: nothing is kept
-        "temperature": get("temperature", 1), "top_p": get("top_p", 1), "top_logprobs": get("top_logprobs", 0),
-        "presence_penalty": get("presence_penalty", 0), "frequency_penalty": get("frequency_penalty", 0),
-        "text": {"format": {"type": "text"}, "verbosity": "medium", **{k: v for k, v in text.items() if v is not None}},
-        "tool_choice": choice, "tools": [echo_tool(t) for t in get("tools", [])] if echo else [],
-        "truncation": get("truncation", "disabled"), "metadata": get("metadata", {})}
-    return fields if body.get("user") is None else {**fields, "user": body["user"]}
+        fields["tool_choice"] = {"mode": "auto", **choice}
+    if fields["service_tier"] == "auto":
+        fields["service_tier"] = "default"
+    if not echo_request:
+        fields |= {"instructions": None, "tools": []}
+    fields["tools"] = [echo_tool(tool) for tool in fields["tools"]]
+    if request.body.get("user") is not None:
+        fields["user"] = request.body["user"]
+    return fields
 
 
 class ResponseContext:
-    """What one client request gets, whichever target gives it: the response id, the numbering, the echo.
+    """What the attempts at one answer share: the response id, the event numbers, the echo of the request.
 
-    Attempts (Assembler, Relay) write through it; only one of them ever gets to the client.
+    Each Attempt writes through it; the client sees the output of one of them.
     """
 
-    max_chars, max_items = 32 << 20, 4096           # of one attempt's output; the configuration says otherwise
-    secrets = re.compile(r"(?!)")                   # that no id of a call may hold
+    max_chars, max_items = 32 << 20, 4096           # of one attempt's output; replaced by those of the configuration
+    secrets = re.compile(r"(?!)")                   # a call id must not match it
 
     def __init__(self, request: ResponsesRequest, response_id: str, created_s: int, profile: ClientProfile) -> None:
         self.request = request
@@ -1948,72 +1986,90 @@ class ResponseContext:
 
     @functools.cached_property
     def echo_json(self) -> str:
-        """The echo, encoded once: a Codex request repeats 30 KB of tools otherwise three times."""
+        """The echo without its opening brace, encoded once: 30 KB of tools in up to three events."""
         return dumps(echo_fields(self.request, self.profile.echo_request))[1:]
 
-    def response(self, status: str, output: str = "[]", usage: JSON | None = None, error: JSON | None = None,
-                 incomplete: str = "", completed_s: int | None = None) -> str:
-        """The response object as JSON text."""
-        details = {"reason": incomplete} if incomplete else None
-        head = dumps({"id": self.id, "object": "response", "created_at": self.created_s, "status": status,
-                        "completed_at": completed_s, "error": error, "incomplete_details": details,
-                        "model": self.request.model, "usage": usage})
-        return f'{head[:-1]},"output":{output},{self.echo_json}'
+    def response(self, status: str, output: str = "[]", **fields: Any) -> str:
+        """The response object as JSON text. `output` is JSON text too; `fields` are those that an end fills."""
+        head = {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created_s,
+            "status": status,
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.request.model,
+            "usage": None,
+            **fields,
+        }
+        return f'{dumps(head)[:-1]},"output":{output},{self.echo_json}'
 
-    def frame(self, kind: str, fields: str) -> str:
+    def frame(self, kind: str, fields: str) -> bytes:
         """One SSE frame; `fields` is JSON text without its braces."""
+        number = self.sequence
         self.sequence += 1
-        return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{self.sequence - 1},{fields}}}\n\n'
+        return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
 
     def start(self) -> bytes:
-        """response.created and .in_progress, unless they have been given already."""
+        """response.created and .in_progress, or nothing if they have been sent."""
         if self.started:
             return b""
         self.started = True
         opening = f'"response":{self.response("in_progress")}'
-        return (self.frame("response.created", opening) + self.frame("response.in_progress", opening)).encode()
+        return self.frame("response.created", opening) + self.frame("response.in_progress", opening)
 
     def heartbeat(self) -> bytes:
-        """A data event that keeps Codex's idle timer from running out; comments do not (CODEX.md 4.1)."""
-        return self.frame("response.in_progress", f'"response":{self.response("in_progress")}').encode()
-
-
-TOTALS = (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens"))
+        """A data event: comments do not reset Codex's idle timer (CODEX.md 4.1)."""
+        return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
 
 
 def usage_object(usage: Usage) -> JSON:
-    """All fields always, integers: a missing one costs Codex the turn (TRANSLATION.md 1.3)."""
-    return {"input_tokens": usage.input,
-            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_write},
-            "output_tokens": usage.output, "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-            "total_tokens": usage.input + usage.output}
+    """Always all fields: Codex fails the turn where one is missing (TRANSLATION.md 1.3)."""
+    return {
+        "input_tokens": usage.input,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_write},
+        "output_tokens": usage.output,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "total_tokens": usage.input + usage.output,
+    }
+
+
+TOTALS = ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens")
 
 
 def usage_from(given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True) -> Usage | None:
-    """The usage of an `answer`, in the words of Responses or Chat; None where none of them stands there. Where it does not say
-    how long it keeps what it wrote to its cache, what the request asked for holds."""
-    if not isinstance(given, dict) or not any(type(given.get(name)) in (int, float) for names in TOTALS for name in names):
+    """Usage from the `usage` object that `answer` gives, in the fields of Responses or Chat Completions; None if it has none
+    of them. `asked_12h` decides where it does not say how long its cache writes are kept."""
+    given = as_dict(given)
+    if not any(type(given.get(name)) in (int, float) for name in TOTALS):
         return None
-    inputs, outputs = ({**as_dict(given.get(chat)), **as_dict(given.get(own))} for own, chat in (
-        ("input_tokens_details", "prompt_tokens_details"), ("output_tokens_details", "completion_tokens_details")))
-    whole, output = (count(given, *names) for names in TOTALS)
+    inputs = {**as_dict(given.get("prompt_tokens_details")), **as_dict(given.get("input_tokens_details"))}
+    outputs = {**as_dict(given.get("completion_tokens_details")), **as_dict(given.get("output_tokens_details"))}
+    input_tokens = count(given, "input_tokens", "prompt_tokens")
+    output_tokens = count(given, "output_tokens", "completion_tokens")
     reasoning = count(outputs, "reasoning_tokens") or count(given, "reasoning_tokens")
-    # xAI, also behind Azure, counts reasoning apart and in the total; Vercel apart (Gemini), not in the total
-    apart = count(given, "total_tokens") == whole + output + reasoning or (reasoning > output and not reasoning_within)
-    if reasoning and apart:
-        output += reasoning
+    # xAI, also behind Azure, adds reasoning only to the total; Vercel (Gemini) not even to that
+    is_apart = count(given, "total_tokens") == input_tokens + output_tokens + reasoning
+    if is_apart or (reasoning > output_tokens and not reasoning_within):
+        output_tokens += reasoning
     cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")  # DeepSeek, Moonshot
     written = count(inputs, "cache_write_tokens")
+    written_12h = written if asked_12h else 0
     split = inputs.get("cache_write_tokens_details")
-    kept_long = count(split, "ttl_12h_tokens") if isinstance(split, dict) else written if asked_12h else 0
-    return Usage(whole, cached, written, output, reasoning, cache_write_1h=kept_long, **billing_facts({**answer, **given}))
+    if isinstance(split, dict):
+        written_12h = count(split, "ttl_12h_tokens")
+    return Usage(input_tokens, cached, written, output_tokens, reasoning, cache_write_1h=written_12h,
+                 **billing_facts({**answer, **given}))
 
 
 def merge_counts(held: JSON, given: Any) -> JSON:
-    """The counts with those of a later usage: what it leaves out, or gives as null, stays."""
+    """Updates counts with those of a later usage; what that omits, or gives as null, stays."""
     for name, value in as_dict(given).items():
-        if value is not None:
-            held[name] = merge_counts(as_dict(held.get(name)), value) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            held[name] = merge_counts(as_dict(held.get(name)), value)
+        elif value is not None:
+            held[name] = value
     return held
 
 
@@ -2022,81 +2078,95 @@ def error_fields(error: GatewayError) -> JSON:
 
 
 class Attempt:
-    """One target's try at the answer. Subclasses turn what the upstream sends into frames; this class ends.
+    """One target's attempt at the answer. Subclasses turn what the upstream sends into frames; this class ends the stream.
 
-    After any number of `feed`s, `finish` is called once; from then on `status`, `usage` and `error` say how it went,
-    and `terminal()` gives the last frames. Nothing is taken from `out` to the client before `output_started`.
+    After any number of `feed`s, `finish` is called once; then `status`, `usage` and `error` hold the outcome, and
+    `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
 
     def __init__(self, answer: ResponseContext, estimated_input: int) -> None:
         self.answer = answer
         self.estimated_input = estimated_input
+        self.streaming = answer.request.stream
         self.out: list[bytes] = []
-        self.output_started = False                          # output of the model has been given
-        self.upstream_done = False                           # the upstream has said all it will say
+        self.output_started = False                 # no other target may take over any more
+        self.upstream_done = False                  # nothing more will come
         self.ended = False
         self.items: dict[int, str] = {}             # finished items as JSON text, by output_index
         self.usage: Usage | None = None
         self.stop: Stop | None = None
         self.error: GatewayError | None = None
         self.status = "in_progress"
-        self.terminal_by = "gateway"                # "": an error's status took the place of a stream
-        self.output_chars = 0                            # characters of output, for estimates
-        self.output_limit = answer.max_chars        # for `output_chars`; what else is held lowers it
+        self.terminal_by = "gateway"                # "": the answer was an error's status, not a stream
+        self.output_chars = 0                       # for estimates
+        self.output_limit = answer.max_chars        # of output_chars; lowered by what else is held in memory
         self.items_left = answer.max_items
-        self.unbilled = False                        # the provider did nothing for it, and will not bill it
+        self.unbilled = False                       # the provider refused it, and will not bill it
+
+    @property
+    def incomplete_reason(self) -> str:
+        return self.stop.incomplete_reason if self.stop else ""
 
     def take_output(self) -> bytes:
-        """The frames since the last call, as one block."""
+        """The frames since the last call."""
         block = b"".join(self.out)
         self.out.clear()
         return block
 
     def emit(self, kind: str, fields: str) -> None:
-        if not self.answer.request.stream:
+        if not self.streaming:
             return
         if not self.answer.started:
             self.out.append(self.answer.start())
-        self.out.append(self.answer.frame(kind, fields).encode())
+        self.out.append(self.answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Decides the end by the evidence (DESIGN, promise 1); `error` is what broke the connection, if anything did.
-        Where nobody is left to be told, no frames are made: for a long answer that takes 20 ms."""
+        """Ends the attempt. `error` is what broke the connection, if anything did. Without `notify_client` nobody reads the
+        output any more: closing the items of a long answer takes 20 ms."""
         if self.ended:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.upstream_done else "gateway"
-        refused = self.unbilled or (self.error is not None and not self.output_chars)     # in its stream, in place of output
-        usage, stop = self.usage, self.stop
-        if self.error is None and stop is None:
-            self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif not (self.error or self.output_started or stop is None or stop.incomplete_reason
-                  or usage is None or usage.estimated or usage.output):
-            self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
-        elif usage == Usage():                      # of an answer that is not empty: it does not count
-            self.usage = None
+        failed_instead = self.error is not None and not self.output_chars       # an error in place of output
+        self.check_evidence(error)
         if notify_client:
             self.close_open_items()
         if self.error is not None:
             self.status = "failed"
-        elif self.stop is not None and self.stop.incomplete_reason:
-            self.status = "incomplete"
         else:
-            self.status = "completed"
-        if self.usage is None or self.usage.estimated:      # Anthropic counts the input first, the output at the end
-            known = self.usage or Usage(0 if refused else self.estimated_input, estimated=not refused)
-            self.usage = dataclasses.replace(known, output=max(known.output, -(-self.output_chars // 4)))
-        self.usage = checked_usage(self.usage)
+            self.status = "incomplete" if self.incomplete_reason else "completed"
+        self.usage = self.final_usage(self.unbilled or failed_instead)
+
+    def check_evidence(self, error: GatewayError | None) -> None:
+        """Sets `error` unless there is evidence that the model had finished (DESIGN, promise 1)."""
+        usage = self.usage
+        counts_nothing = usage is not None and not usage.estimated and not usage.output
+        if self.error is None and self.stop is None:
+            self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
+        elif self.error is None and counts_nothing and not self.output_started and not self.incomplete_reason:
+            self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
+        elif usage == Usage():                      # of an answer that is not empty
+            self.usage = None
+
+    def final_usage(self, unbilled: bool) -> Usage:
+        """The provider's usage, completed by an estimate: Anthropic counts input first, output at the end."""
+        usage = self.usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
+        if self.usage is None or usage.estimated:
+            usage = dataclasses.replace(usage, output=max(usage.output, -(-self.output_chars // 4)))
+        return checked_usage(usage)
 
     def check_limits(self, chars: int = 0, items: int = 0) -> None:
-        """Counts what is held beside the output in `written`; the failure of an answer that is longer than one may be."""
+        """Counts what is held besides the output itself. Fails an answer that is too long."""
         self.output_limit -= chars
         self.items_left -= items
         if self.output_chars > self.output_limit or self.items_left < 0:
             self.error = GatewayError(
-                f"The provider's answer is longer than max_answer_chars = {self.answer.max_chars} and max_answer_items = "
-                f"{self.answer.max_items} in [server] allow.", status=502, headers=(("x-should-retry", "false"),))
+                f"The provider's answer is longer than max_answer_chars = {self.answer.max_chars} and "
+                f"max_answer_items = {self.answer.max_items} in [server] allow.",
+                status=502, headers=(("x-should-retry", "false"),))
             raise self.error
+
+    # the calls of a Sink that are no output
 
     def set_usage(self, usage: Usage) -> None:
         if usage.input or usage.output or not self.usage or self.usage.estimated:
@@ -2111,11 +2181,12 @@ class Attempt:
         self.error = error
         self.upstream_done = True
 
+    # the end
+
     def close_open_items(self) -> None:
-        """Closes or leaves what is still open; called once, before the status is decided."""
+        """Finishes or leaves the items that are still open, before the status is decided."""
 
     def has_no_message(self) -> bool:
-        """No message among the finished items?"""
         return not any(json.loads(item)["type"] == "message" for item in self.items.values())
 
     def output(self) -> str:
@@ -2124,16 +2195,20 @@ class Attempt:
     def body(self, now_s: int) -> str:
         """The whole response object, after finish()."""
         assert self.usage is not None
-        incomplete = self.stop.incomplete_reason if self.status == "incomplete" and self.stop else ""
-        failure = error_fields(self.error) if self.status == "failed" and self.error else None
-        return self.answer.response(self.status, self.output(), usage_object(self.usage), failure, incomplete,
-                                    now_s if self.status == "completed" else None)
+        return self.answer.response(
+            self.status,
+            self.output(),
+            completed_at=now_s if self.status == "completed" else None,
+            error=error_fields(self.error) if self.error else None,
+            incomplete_details={"reason": self.incomplete_reason} if self.status == "incomplete" else None,
+            usage=usage_object(self.usage),
+        )
 
     def terminal(self, now_s: int) -> bytes:
-        """The frames that end the stream: what is left of `out`, the terminal event, [DONE]."""
-        if self.status == "failed" and self.answer.profile.error_event and self.error:
-            told = {"type": self.error.type, **error_fields(self.error), "param": self.error.param}
-            self.emit("error", f'"error":{dumps(told)}')
+        """The last frames: the rest of the output, the terminal event, [DONE]."""
+        if self.error and self.answer.profile.error_event:
+            fields = {"type": self.error.type, **error_fields(self.error), "param": self.error.param}
+            self.emit("error", f'"error":{dumps(fields)}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
             kind = "completed"
@@ -2141,31 +2216,41 @@ class Attempt:
         return self.take_output() + DONE_FRAME
 
 
-# --- 5.7 the assembler: deltas in, events out -----------------------------------------------------
+# --- 5.7 the assembler: calls of a decoder in, events out -----------------------------------------
 
 class PartShape(NamedTuple):
-    """How one channel of text is spelled on the wire."""
-    event: str          # the part's own .added and .done
-    at: str             # its index field
+    """The wire format of one channel of text."""
+    event: str          # family of the part's own .added and .done
+    container: str      # the item's list of such parts; the number of a part is `{container}_index`
     type: str
     text: str           # the field that holds the text
-    delta: str          # the family of the text's .delta and .done
-    more: str           # fields that the SDK's types require besides
+    delta: str          # family of the text's .delta and .done
+    more: str = ""      # further fields of these, which the SDK's types require
 
 
 PARTS: dict[str, PartShape] = {
-    "text": PartShape("response.content_part", "content_index", "output_text", "text", "response.output_text",
-                      ',"logprobs":[]'),
-    "refusal": PartShape("response.content_part", "content_index", "refusal", "refusal", "response.refusal", ""),
-    "summary": PartShape("response.reasoning_summary_part", "summary_index", "summary_text", "text",
-                         "response.reasoning_summary_text", ""),
-    "raw": PartShape("response.content_part", "content_index", "reasoning_text", "text", "response.reasoning_text", ""),
+    "text": PartShape("response.content_part", "content", "output_text", "text",
+                      "response.output_text", ',"logprobs":[]'),
+    "refusal": PartShape("response.content_part", "content", "refusal", "refusal", "response.refusal"),
+    "summary": PartShape("response.reasoning_summary_part", "summary", "summary_text", "text",
+                         "response.reasoning_summary_text"),
+    "raw": PartShape("response.content_part", "content", "reasoning_text", "text", "response.reasoning_text"),
 }
-ID_PREFIX: dict[str, str] = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "custom_tool_call": "ctc_",
-                             "tool_search_call": "tsc_", "local_shell_call": "lsh_", "web_search_call": "ws_",
-                             "image_generation_call": "ig_"}
-HOSTED_STEPS = {"web_search_call": ("in_progress", "searching"), "image_generation_call": ("in_progress", "generating")}
-CALL_FIELD: dict[str, tuple[str, str]] = {      # kind -> event family, the item's field
+ID_PREFIX: dict[str, str] = {
+    "message": "msg_",
+    "reasoning": "rs_",
+    "function_call": "fc_",
+    "custom_tool_call": "ctc_",
+    "tool_search_call": "tsc_",
+    "local_shell_call": "lsh_",
+    "web_search_call": "ws_",
+    "image_generation_call": "ig_",
+}
+HOSTED_STEPS = {
+    "web_search_call": ("in_progress", "searching"),
+    "image_generation_call": ("in_progress", "generating"),
+}
+CALL_FIELD: dict[str, tuple[str, str]] = {      # item type -> event family, the item's field
     "function_call": ("response.function_call_arguments", "arguments"),
     "custom_tool_call": ("response.custom_tool_call_input", "input"),
 }
@@ -2173,106 +2258,157 @@ CALL_FIELD: dict[str, tuple[str, str]] = {      # kind -> event family, the item
 
 @dataclass(slots=True)
 class Part:
-    channel: str
-    index: int
-    upstream_part: int                                     # the provider's number of it
-    delta: str                                      # the name of its delta events, and what is constant in them
-    delta_head: str
-    delta_tail: str
+    """The part of an item that is being streamed."""
+    shape: PartShape
+    upstream_part: int                              # the provider's number of it
+    location_json: str                              # `"item_id":..,"output_index":..,"content_index":..`
     text: list[str] = field(default_factory=list)
-    annotations: list[JSON] = field(default_factory=list)
+    annotations: list[str] = field(default_factory=list)    # as JSON text
 
-    def as_json(self) -> JSON:
-        shape = PARTS[self.channel]
-        plain = {"type": shape.type, shape.text: "".join(self.text)}
-        return {**plain, "annotations": list(self.annotations), "logprobs": []} if self.channel == "text" else plain
+    def to_json(self, text: str) -> str:
+        """The part as JSON. `text` is its whole text as a JSON string, since a long one is encoded only once."""
+        shape = self.shape
+        more = ""
+        if shape.type == "output_text":
+            more = f',"annotations":[{",".join(self.annotations)}]{shape.more}'
+        return f'{{"type":"{shape.type}","{shape.text}":{text}{more}}}'
 
 
 @dataclass(slots=True)
 class Item:
-    """An output item that is being built."""
+    """An output item that is being streamed."""
     kind: ItemType
-    fields: JSON                                    # the item's own, e.g. {"phase": "commentary"}
+    fields: JSON = field(default_factory=dict)      # those that no part makes, e.g. {"phase": "commentary"}
     call_id: str = ""
     tool: Tool | None = None                        # of a call
-    unwrapper: CustomInputDecoder | None = None
-    id: str = ""
+    input_decoder: CustomInputDecoder | None = None
+    id: str = ""                                    # "" until the client has seen output_item.added
     index: int = -1
-    location_json: str = ""                                 # `"item_id":..,"output_index":..`
-    parts: list[Part] = field(default_factory=list)     # finished ones
-    part: Part | None = None                            # the open one
-    argument: list[str] = field(default_factory=list)   # a call's arguments or input
-    visible: int | None = None                      # only so many of its pieces were shown: then came a control character
-    pending_surrogate: str = ""                                  # half a surrogate pair
-    leading_whitespace: list[str] = field(default_factory=list)     # the white space that a message began with
-    shown: bool = False                             # output_item.added has been given
-    done: bool = False                              # the provider called it whole
+    location_json: str = ""                         # `"item_id":..,"output_index":..`
+    part: Part | None = None
+    parts: dict[str, list[str]] = field(default_factory=lambda: {"content": [], "summary": []})     # finished, as JSON text
+    arguments: list[str] = field(default_factory=list)      # a call's arguments or input
+    sent: list[str] = field(default_factory=list)           # the deltas of it
+    has_control: bool = False                       # a control character came: the rest is sent escaped, when it is complete
+    pending_surrogate: str = ""                     # a high one
+    leading_whitespace: list[str] = field(default_factory=list)
+    done: bool = False                              # the provider has ended it
 
-    def sent(self) -> str:
-        """What the deltas of a call have shown."""
-        return "".join(self.argument[:self.visible] if self.unwrapper is None else self.unwrapper.given)
+    def complete_arguments(self) -> str | None:
+        """A call's arguments or input; None where they are truncated."""
+        raw = "".join(self.arguments)
+        if self.has_control:
+            raw = escaped_controls(raw)
+        if self.input_decoder is not None:
+            return self.input_decoder.finish(raw)
+        if self.kind == "custom_tool_call" or self.tool is None:
+            return raw
+        if not raw.strip():                         # a tool without arguments
+            return raw + "{}" if self.done else None
+        return None if parse_object(raw) is None else raw
+
+    def to_json(self, status: str, arguments: str = "") -> str:
+        fields: JSON = {"id": self.id, "type": self.kind, "status": status}
+        if self.tool is not None:
+            fields |= {"call_id": self.call_id, **call_fields(self.tool, arguments)}
+        texts = {name: dumps(value) for name, value in fields.items()}
+        content = f"[{','.join(self.parts['content'])}]"
+        if self.kind == "message":
+            texts |= {"role": '"assistant"', "content": content}
+        elif self.kind == "reasoning":
+            texts["summary"] = f"[{','.join(self.parts['summary'])}]"
+            if self.parts["content"]:
+                texts["content"] = content
+        texts |= {name: dumps(value) for name, value in self.fields.items()}
+        return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
 
 
 class Assembler(Attempt):
-    """The Sink whose events are those of Responses: every event numbered, every item whole, in order and once."""
+    """The Sink that makes Responses events: numbered, each item complete, in order and once."""
 
     def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str]) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
-        self.unfinished: dict[Any, Item] = {}       # by key
+        self.open_items: dict[Any, Item] = {}       # by key
         self.next_index = 0
 
-    # what a decoder calls
+    # the calls of a decoder
 
     def text(self, text: str, channel: PartType = "text") -> None:
-        item = self.unfinished.get(None)
-        if item is None or item.kind != "message":
-            item = self._begin(None, Item("message", {}))
-        self._add(item, text, channel, 0)
+        kind: ItemType = "reasoning" if channel == "summary" else "message"
+        item = self.open_items.get(None)
+        if item is None or item.kind != kind:
+            self.begin(None, Item(kind))
+        self.add(None, text, channel)
 
     def reasoning(self, text: str) -> None:
-        item = self.unfinished.get(None)
-        if item is None or item.kind != "reasoning":
-            item = self._begin(None, Item("reasoning", {}))
-        self._add(item, text, "summary", 0)
+        self.text(text, "summary")
 
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
-        self._begin(key, Item(kind, fields))
+        self.begin(key, Item(kind, fields))
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
-        wrapped = tool.kind == "custom_tool_call" or tool.fitted
+        item = Item(tool.kind, {}, call_id, tool)
+        if tool.kind == "custom_tool_call" or tool.fitted:
+            item.input_decoder = CustomInputDecoder(tool.fitted)
         if self.answer.secrets.search(call_id):
-            call_id = self.new_item_id("call_", self.next_index)
-        self._begin(key, Item(tool.kind, {}, call_id, tool, CustomInputDecoder(tool.fitted) if wrapped else None))
+            item.call_id = self.new_item_id("call_", self.next_index)
+        self.begin(key, item)
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        if key not in self.unfinished:
+        item = self.open_items.get(key)
+        if item is None:
             raise UpstreamError(f"The provider sent a piece of item {key}, which is not open.")
-        self._add(self.unfinished[key], text, channel, part)
+        if item.pending_surrogate or not text.isascii():
+            text, item.pending_surrogate = split_trailing_surrogate(item.pending_surrogate + text)
+        if not text:
+            return
+        if not item.id:
+            item.leading_whitespace.append(text)
+            if not text.strip():                    # claude-opus-4-6 opens with "\n\n" before it thinks
+                self.check_limits(len(text))
+                return
+            text = "".join(item.leading_whitespace)
+            self.item_added(item)
+        self.output_chars += len(text)
+        if self.output_chars > self.output_limit:
+            self.check_limits()
+        if channel == "refusal" and self.answer.profile.refusal_as_text:
+            channel = "text"
+        shape = PARTS.get(channel)
+        if shape is None:
+            self.arguments_delta(item, text, channel)
+            return
+        written = item.part
+        if written is None or written.shape is not shape or written.upstream_part < part:
+            written = self.open_part(item, shape, part)
+        written.text.append(text)
+        if self.streaming:
+            fields = f'{written.location_json},"delta":{json_string(text)}{shape.more}'
+            self.out.append(self.answer.frame(f"{shape.delta}.delta", fields))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
-        item = self.unfinished.get(key)
-        if item is None or item.part is None or item.part.channel != "text":
+        item = self.open_items.get(key)
+        if item is None or item.part is None or item.part.shape.type != "output_text":
             return
-        item.part.annotations.append(annotation)
-        text = dumps(annotation)
+        part, text = item.part, dumps(annotation)
         self.check_limits(len(text))
         self.emit("response.output_text.annotation.added",
-                  f'{item.location_json},"content_index":{item.part.index},"annotation_index":{len(item.part.annotations) - 1},'
-                  f'"annotation":{text}')
+                  f'{part.location_json},"annotation_index":{len(part.annotations)},"annotation":{text}')
+        part.annotations.append(text)
 
     def done(self, key: Any = None, **fields: Any) -> None:
-        item = self.unfinished.get(key)
+        item = self.open_items.get(key)
         if item is None:
             return
-        if not item.shown:                          # nothing but white space: no item
-            del self.unfinished[key]
+        if not item.id:                             # nothing but white space
+            del self.open_items[key]
             return
         item.done = True
         if replay := fields.pop("sealed_replay", None):
             fields["encrypted_content"] = self.seal(replay)
         item.fields |= fields
-        self._finish_item(key, item)
+        self.finish_item(key, item)
 
     def item(self, item: JSON) -> None:
         self.done()
@@ -2288,185 +2424,139 @@ class Assembler(Attempt):
             self.emit(f"response.output_item.{step}", f'"output_index":{index},"item":{text}')
         self.items[index] = text
 
-    # items
+    # items and their parts
 
-    def _begin(self, key: Any, item: Item) -> Item:
+    def begin(self, key: Any, item: Item) -> None:
         self.done()
-        self.unfinished[key] = item
+        self.open_items[key] = item
         self.check_limits(items=1)
-        if item.kind != "message":              # a message shows itself with its first visible character
+        if item.kind != "message":                  # a message is added with its first visible character
             self.item_added(item)
-        return item
-
-    def _add(self, item: Item, text: str, channel: PartType, source: int) -> None:
-        if item.pending_surrogate or not text.isascii():
-            text, item.pending_surrogate = split_trailing_surrogate(item.pending_surrogate + text)
-        if not text:
-            return
-        if not item.shown:
-            item.leading_whitespace.append(text)
-            if not text.strip():                    # claude-opus-4-6 opens with "\n\n" before it thinks
-                self.check_limits(len(text))
-                return
-            text = "".join(item.leading_whitespace)
-            self.item_added(item)
-        self.output_chars += len(text)
-        if self.output_chars > self.output_limit:
-            self.check_limits()
-        if channel not in PARTS:
-            self.arguments_delta(item, channel, text)
-            return
-        if channel == "refusal" and self.answer.profile.refusal_as_text:
-            channel = "text"
-        part = item.part
-        if part is None or part.channel != channel or part.upstream_part < source:
-            part = self._open_part(item, channel, source)
-        self.text_delta(part, text)
-
-    def text_delta(self, part: Part, text: str) -> None:
-        part.text.append(text)
-        self.emit(part.delta, f"{part.delta_head}{json_string(text)}{part.delta_tail}")
 
     def new_item_id(self, prefix: str, index: int) -> str:
         return f"{prefix}{self.answer.id.removeprefix('resp_')}_{index}"
 
     def item_added(self, item: Item) -> None:
-        kind = item.kind
         item.index, self.next_index = self.next_index, self.next_index + 1
-        item.id = self.new_item_id(ID_PREFIX[kind], item.index)
+        item.id = self.new_item_id(ID_PREFIX[item.kind], item.index)
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
-        item.shown = self.output_started = True
-        opening = dumps(self._json(item, "in_progress"))
-        self.emit("response.output_item.added", f'"output_index":{item.index},"item":{opening}')
-        for step in HOSTED_STEPS.get(kind, ()):
-            self.emit(f"response.{kind}.{step}", item.location_json)
+        self.output_started = True
+        self.emit("response.output_item.added",
+                  f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
+        for step in HOSTED_STEPS.get(item.kind, ()):
+            self.emit(f"response.{item.kind}.{step}", item.location_json)
 
-    def _open_part(self, item: Item, channel: str, source: int = 0) -> Part:
-        self._close_part(item)
-        shape = PARTS[channel]
-        index = sum(PARTS[p.channel].at == shape.at for p in item.parts)
-        where = f'{item.location_json},"{shape.at}":{index}'
-        item.part = Part(channel, index, source, f"{shape.delta}.delta", f'{where},"delta":', shape.more)
-        self.emit(f"{shape.event}.added", f'{where},"part":{dumps(item.part.as_json())}')
+    def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> Part:
+        self.close_part(item)
+        number = len(item.parts[shape.container])
+        location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.part = Part(shape, upstream_part, location_json)
+        empty = item.part.to_json('""')
+        self.emit(f"{shape.event}.added", f'{location_json},"part":{empty}')
         return item.part
 
-    def _close_part(self, item: Item) -> None:
+    def close_part(self, item: Item) -> None:
         part = item.part
         if part is None:
             return
-        shape, whole = PARTS[part.channel], part.as_json()
-        where = f'{item.location_json},"{shape.at}":{part.index}'
-        self.emit(f"{shape.delta}.done", f'{where},"{shape.text}":{json_string(whole[shape.text])}{shape.more}')
-        self.emit(f"{shape.event}.done", f'{where},"part":{dumps(whole)}')
-        item.parts.append(part)
+        shape, text = part.shape, json_string("".join(part.text))
+        whole = part.to_json(text)
+        self.emit(f"{shape.delta}.done", f'{part.location_json},"{shape.text}":{text}{shape.more}')
+        self.emit(f"{shape.event}.done", f'{part.location_json},"part":{whole}')
+        item.parts[shape.container].append(whole)
         item.part = None
 
-    def arguments_delta(self, item: Item, channel: str, text: str) -> None:
-        if item.visible is None and item.kind == "function_call" and CONTROL.search(text):
-            item.visible = len(item.argument)       # the rest is shown as strict JSON when it is whole
-        item.argument.append(text)
-        if item.unwrapper is not None and channel == "arguments":
-            text = item.unwrapper.feed(text)
-        elif item.unwrapper is not None:
-            item.unwrapper = None                   # the provider sends raw input: nothing is wrapped
-        if text and item.visible is None and item.kind in CALL_FIELD:
+    def arguments_delta(self, item: Item, text: str, channel: str) -> None:
+        if item.kind == "function_call" and CONTROL.search(text):
+            item.has_control = True
+        item.arguments.append(text)
+        if channel == "input":                      # raw, with no JSON around it
+            item.input_decoder = None
+        elif item.input_decoder is not None:
+            text = item.input_decoder.feed(text)
+        if text and item.kind in CALL_FIELD and not item.has_control:
+            item.sent.append(text)
             self.emit(f"{CALL_FIELD[item.kind][0]}.delta", f'{item.location_json},"delta":{json_string(text)}')
 
-    def _argument(self, item: Item) -> str | None:
-        """A call's whole arguments or input; None where they are cut."""
-        if not item.tool:
-            return ""
-        raw = "".join(item.argument)
-        if item.visible is not None:
-            raw = escaped_controls(raw)
-        if item.unwrapper is not None:
-            return item.unwrapper.finish(raw)
-        if item.kind == "custom_tool_call":
-            return raw
-        if not raw.strip():                         # a tool without arguments; a placeholder is not JSON
-            return raw + "{}" if item.done else None
-        return raw if parse_object(raw) is not None else None
-
-    def _finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
-        """A call whose arguments are cut stays open."""
-        argument = self._argument(item) if status == "completed" else item.sent()
-        if argument is None:
+    def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
+        """Leaves a call open whose arguments are truncated."""
+        sent = "".join(item.sent)
+        arguments = item.complete_arguments() if status == "completed" else sent
+        if arguments is None:
             return
-        del self.unfinished[key]
-        self._close_part(item)
+        del self.open_items[key]
+        self.close_part(item)
         if item.tool and item.kind in CALL_FIELD:
             family, name = CALL_FIELD[item.kind]
-            rest = argument.removeprefix(item.sent())   # what could not be shown as it came: a fence, no arguments at all
-            if rest:
+            rest = arguments.removeprefix(sent)
+            if rest:                                # e.g. input without its fence
                 self.emit(f"{family}.delta", f'{item.location_json},"delta":{json_string(rest)}')
-            extra = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
-            self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(argument)}{extra}')
+            more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
+            self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
         if item.kind in HOSTED_STEPS:
             self.emit(f"response.{item.kind}.completed", item.location_json)
-        text = dumps(self._json(item, status, argument))
+        text = item.to_json(status, arguments)
         self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
         self.items[item.index] = text
-
-    def _json(self, item: Item, status: str, argument: str = "") -> JSON:
-        whole: JSON = {"id": item.id, "type": item.kind, "status": status}
-        parts = [part.as_json() for part in item.parts if PARTS[part.channel].at == "content_index"]
-        if item.kind == "message":
-            whole |= {"role": "assistant", "content": parts}
-        elif item.kind == "reasoning":
-            whole["summary"] = [part.as_json() for part in item.parts if part.channel == "summary"]
-            if parts:
-                whole["content"] = parts
-        elif item.tool:
-            whole |= {"call_id": item.call_id, **call_fields(item.tool, argument)}
-        return whole | item.fields
 
     # the end
 
     def close_open_items(self) -> None:
-        finished = self.error is None and self.stop is not None
-        cut = finished and bool(self.stop and self.stop.incomplete_reason)
-        for key, item in list(self.unfinished.items()):
-            if not item.shown:
-                del self.unfinished[key]
-            elif finished and (not cut or parse_object("".join(item.argument)) is not None):
-                self._finish_item(key, item)
-        if finished and not cut and self.unfinished:
-            names = ", ".join(item.tool.name for item in self.unfinished.values() if item.tool)
-            self.error = UpstreamError(f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
-        self.add_placeholder_message()
-        # half a call must not be run; half a message would stay in Codex's history when it asks again
-        shorter = self.answer.profile.incomplete_as_completed
-        if self.error is None or not (self.answer.profile.errors_as_events or self.output_chars > self.output_limit):
-            for key, item in list(self.unfinished.items()):
-                if not item.tool or self.error is None and not shorter:
-                    self._finish_item(key, item, "completed" if shorter else "incomplete")
+        for key, item in list(self.open_items.items()):
+            if not item.id:
+                del self.open_items[key]
+            elif self.error is None and not self.incomplete_reason:
+                self.finish_item(key, item)
+            elif self.error is None and parse_object("".join(item.arguments)) is not None:
+                self.finish_item(key, item)
+        if self.error is None and not self.incomplete_reason and self.open_items:
+            names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
+            self.error = UpstreamError(
+                f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
+        if self.error is None:
+            self.add_placeholder_message()
+        profile = self.answer.profile
+        if self.error is not None and (profile.errors_as_events or self.output_chars > self.output_limit):
+            return                                  # Codex asks again, and would keep half a message in its history
+        status = "completed" if profile.incomplete_as_completed else "incomplete"
+        for key, item in list(self.open_items.items()):
+            if item.tool is None or (self.error is None and status == "incomplete"):    # nobody may run half a call
+                self.finish_item(key, item, status)
 
     def add_placeholder_message(self) -> None:
-        """A filtered answer without a word says why; an empty answer is one empty message."""
-        if self.error is not None or self.stop is None:
-            return
-        filtered = self.stop.incomplete_reason == "content_filter"
-        if filtered and (not self.has_no_message() or any(item.kind == "message" for item in self.unfinished.values())):
-            return
-        if not filtered and (self.stop.incomplete_reason or self.items or self.unfinished):
-            return
-        item = self._begin(None, Item("message", {}))
-        self.item_added(item)
-        part = self._open_part(item, "refusal" if filtered and not self.answer.profile.refusal_as_text else "text")
+        """Adds an empty message to an empty answer; where a content filter left no message, its explanation."""
+        filtered = self.incomplete_reason == "content_filter"
         if filtered:
-            self.text_delta(part, self.stop.explanation or FILTERED)
+            needed = self.has_no_message() and all(item.kind != "message" for item in self.open_items.values())
+        else:
+            needed = not (self.incomplete_reason or self.items or self.open_items)
+        if not needed:
+            return
+        item = Item("message")
+        self.begin(None, item)
+        self.item_added(item)
+        if filtered and not self.answer.profile.refusal_as_text:
+            part = self.open_part(item, PARTS["refusal"])
+        else:
+            part = self.open_part(item, PARTS["text"])
+        if filtered and self.stop is not None:
+            part.text.append(self.stop.explanation or FILTERED)
+            self.emit(f"{part.shape.delta}.delta", f'{part.location_json},"delta":{json_string(part.text[0])}{part.shape.more}')
         self.done()
 
 
-def call_fields(tool: Tool, argument: str) -> JSON:
-    """A call's own fields, by its kind."""
+SHELL_FIELDS = ("command", "timeout_ms", "working_directory", "user")
+
+
+def call_fields(tool: Tool, arguments: str) -> JSON:
+    """The fields of a call that depend on its type."""
     if tool.kind == "tool_search_call":
-        return {"execution": "client", "arguments": parse_object(argument) or {}}
+        return {"execution": "client", "arguments": parse_object(arguments) or {}}
     if tool.kind == "local_shell_call":
-        known = {k: v for k, v in (parse_object(argument) or {}).items()
-                 if k in ("command", "timeout_ms", "working_directory", "user")}
+        given = parse_object(arguments) or {}
+        known = {name: value for name, value in given.items() if name in SHELL_FIELDS}
         return {"action": {"type": "exec", "command": [], "env": {}, **known}}
-    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind][1]: argument}
+    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind][1]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 

@@ -144,7 +144,7 @@ class GatewayError(Exception):
     """
     status: int = 500
     type: str = "server_error"
-    code: str | None = "server_error"
+    code: str = "server_error"
     retryable: bool = False         # another target, or the same one later, may succeed
     ledger_code: str = ""           # the code in the ledger, where a client must get another one
     plain: bool = False             # the body is the sentence alone, for a client that shows bodies as they are
@@ -255,7 +255,7 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
     """The fields of Usage that change a price, from an answer and its usage object merged."""
     cost = facts.get("cost")
     is_cost = isinstance(cost, (int, float)) and 0 < cost < 10**6
-    tiers = [facts.get(name) for name in ("service_tier", "speed", "inference_geo")]
+    tiers = map(facts.get, ("service_tier", "speed", "inference_geo"))
     web_searches = (
         count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")               # OpenAI
         or count(facts.get("server_tool_use"), "web_search_requests")                           # Anthropic, OpenRouter
@@ -1932,15 +1932,9 @@ ECHO_DEFAULTS: JSON = {
     "tools": [],
     "truncation": "disabled",
     "metadata": {},
+    "user": None,
 }
-
-
-def echo_tool(tool: JSON) -> JSON:
-    """Open Responses requires description, parameters and strict on every function tool."""
-    if tool.get("type") != "function":
-        return tool
-    return {**tool, "description": tool.get("description"), "parameters": tool.get("parameters"),
-            "strict": tool.get("strict", True)}
+FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}       # Open Responses requires these fields
 
 
 def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
@@ -1957,28 +1951,28 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
         fields["service_tier"] = "default"
     if not echo_request:
         fields |= {"instructions": None, "tools": []}
-    fields["tools"] = [echo_tool(tool) for tool in fields["tools"]]
-    if request.body.get("user") is not None:
-        fields["user"] = request.body["user"]
+    fields["tools"] = [
+        {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool for tool in fields["tools"]]
+    if fields["user"] is None:
+        del fields["user"]
     return fields
 
 
+@dataclass(eq=False)
 class ResponseContext:
     """What the attempts at one answer share: the response id, the event numbers, the echo of the request.
 
     Each Attempt writes through it; the client sees the output of one of them.
     """
-
-    max_chars, max_items = 32 << 20, 4096           # of one attempt's output; replaced by those of the configuration
-    secrets = re.compile(r"(?!)")                   # a call id must not match it
-
-    def __init__(self, request: ResponsesRequest, response_id: str, created_s: int, profile: ClientProfile) -> None:
-        self.request = request
-        self.id = response_id
-        self.created_s = created_s
-        self.profile = profile
-        self.sequence = 0
-        self.started = False
+    request: ResponsesRequest
+    id: str
+    created_s: int
+    profile: ClientProfile
+    sequence: int = 0
+    started: bool = False
+    max_chars: int = 32 << 20                       # of one attempt's output
+    max_items: int = 4096
+    secrets: re.Pattern[str] = re.compile(r"(?!)")  # a call id must not match it
 
     @functools.cached_property
     def estimated_input(self) -> int:
@@ -2073,10 +2067,6 @@ def merge_counts(held: JSON, given: Any) -> JSON:
     return held
 
 
-def error_fields(error: GatewayError) -> JSON:
-    return {"code": error.code or "server_error", "message": str(error)}
-
-
 class Attempt:
     """One target's attempt at the answer. Subclasses turn what the upstream sends into frames; this class ends the stream.
 
@@ -2084,24 +2074,24 @@ class Attempt:
     `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
 
+    output_started = False                          # no other target may take over any more
+    upstream_done = False                           # nothing more will come
+    ended = False
+    usage: Usage | None = None
+    stop: Stop | None = None
+    error: GatewayError | None = None
+    status = "in_progress"
+    terminal_by = "gateway"                         # "": the answer was an error's status, not a stream
+    output_chars = 0                                # for estimates
+    unbilled = False                                # the provider refused it, and will not bill it
+
     def __init__(self, answer: ResponseContext, estimated_input: int) -> None:
         self.answer = answer
         self.estimated_input = estimated_input
-        self.streaming = answer.request.stream
         self.out: list[bytes] = []
-        self.output_started = False                 # no other target may take over any more
-        self.upstream_done = False                  # nothing more will come
-        self.ended = False
         self.items: dict[int, str] = {}             # finished items as JSON text, by output_index
-        self.usage: Usage | None = None
-        self.stop: Stop | None = None
-        self.error: GatewayError | None = None
-        self.status = "in_progress"
-        self.terminal_by = "gateway"                # "": the answer was an error's status, not a stream
-        self.output_chars = 0                       # for estimates
         self.output_limit = answer.max_chars        # of output_chars; lowered by what else is held in memory
         self.items_left = answer.max_items
-        self.unbilled = False                       # the provider refused it, and will not bill it
 
     @property
     def incomplete_reason(self) -> str:
@@ -2114,11 +2104,8 @@ class Attempt:
         return block
 
     def emit(self, kind: str, fields: str) -> None:
-        if not self.streaming:
-            return
-        if not self.answer.started:
-            self.out.append(self.answer.start())
-        self.out.append(self.answer.frame(kind, fields))
+        if self.answer.request.stream:
+            self.out.append(self.answer.start() + self.answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Ends the attempt. `error` is what broke the connection, if anything did. Without `notify_client` nobody reads the
@@ -2173,7 +2160,7 @@ class Attempt:
             self.usage = usage
 
     def set_stop(self, stop: Stop) -> None:
-        self.upstream_done = self.upstream_done or stop.final
+        self.upstream_done |= stop.final
         if self.stop is None or stop.incomplete_reason:
             self.stop = stop
 
@@ -2199,15 +2186,16 @@ class Attempt:
             self.status,
             self.output(),
             completed_at=now_s if self.status == "completed" else None,
-            error=error_fields(self.error) if self.error else None,
+            error={"code": self.error.code, "message": str(self.error)} if self.error else None,
             incomplete_details={"reason": self.incomplete_reason} if self.status == "incomplete" else None,
             usage=usage_object(self.usage),
         )
 
     def terminal(self, now_s: int) -> bytes:
         """The last frames: the rest of the output, the terminal event, [DONE]."""
-        if self.error and self.answer.profile.error_event:
-            fields = {"type": self.error.type, **error_fields(self.error), "param": self.error.param}
+        error = self.error
+        if error and self.answer.profile.error_event:
+            fields = {"type": error.type, "code": error.code, "message": str(error), "param": error.param}
             self.emit("error", f'"error":{dumps(fields)}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
@@ -2228,7 +2216,7 @@ class PartShape(NamedTuple):
     more: str = ""      # further fields of these, which the SDK's types require
 
 
-PARTS: dict[str, PartShape] = {
+PARTS = {
     "text": PartShape("response.content_part", "content", "output_text", "text",
                       "response.output_text", ',"logprobs":[]'),
     "refusal": PartShape("response.content_part", "content", "refusal", "refusal", "response.refusal"),
@@ -2236,7 +2224,7 @@ PARTS: dict[str, PartShape] = {
                          "response.reasoning_summary_text"),
     "raw": PartShape("response.content_part", "content", "reasoning_text", "text", "response.reasoning_text"),
 }
-ID_PREFIX: dict[str, str] = {
+ID_PREFIX = {
     "message": "msg_",
     "reasoning": "rs_",
     "function_call": "fc_",
@@ -2246,11 +2234,12 @@ ID_PREFIX: dict[str, str] = {
     "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
+NO_PARTS: dict[str, JSON] = {"message": {"content": []}, "reasoning": {"summary": []}}
 HOSTED_STEPS = {
     "web_search_call": ("in_progress", "searching"),
     "image_generation_call": ("in_progress", "generating"),
 }
-CALL_FIELD: dict[str, tuple[str, str]] = {      # item type -> event family, the item's field
+CALL_FIELD = {      # item type -> event family, the item's field
     "function_call": ("response.function_call_arguments", "arguments"),
     "custom_tool_call": ("response.custom_tool_call_input", "input"),
 }
@@ -2262,6 +2251,7 @@ class Part:
     shape: PartShape
     upstream_part: int                              # the provider's number of it
     location_json: str                              # `"item_id":..,"output_index":..,"content_index":..`
+    delta_event: str
     text: list[str] = field(default_factory=list)
     annotations: list[str] = field(default_factory=list)    # as JSON text
 
@@ -2286,7 +2276,7 @@ class Item:
     index: int = -1
     location_json: str = ""                         # `"item_id":..,"output_index":..`
     part: Part | None = None
-    parts: dict[str, list[str]] = field(default_factory=lambda: {"content": [], "summary": []})     # finished, as JSON text
+    parts: dict[str, list[str]] = field(default_factory=dict)       # finished ones as JSON text, by container
     arguments: list[str] = field(default_factory=list)      # a call's arguments or input
     sent: list[str] = field(default_factory=list)           # the deltas of it
     has_control: bool = False                       # a control character came: the rest is sent escaped, when it is complete
@@ -2311,14 +2301,11 @@ class Item:
         fields: JSON = {"id": self.id, "type": self.kind, "status": status}
         if self.tool is not None:
             fields |= {"call_id": self.call_id, **call_fields(self.tool, arguments)}
-        texts = {name: dumps(value) for name, value in fields.items()}
-        content = f"[{','.join(self.parts['content'])}]"
         if self.kind == "message":
-            texts |= {"role": '"assistant"', "content": content}
-        elif self.kind == "reasoning":
-            texts["summary"] = f"[{','.join(self.parts['summary'])}]"
-            if self.parts["content"]:
-                texts["content"] = content
+            fields["role"] = "assistant"
+        texts = {name: dumps(value) for name, value in fields.items()}
+        parts: dict[str, list[str]] = {**NO_PARTS.get(self.kind, {}), **self.parts}
+        texts |= {name: f"[{','.join(finished)}]" for name, finished in parts.items()}
         texts |= {name: dumps(value) for name, value in self.fields.items()}
         return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
 
@@ -2352,13 +2339,11 @@ class Assembler(Attempt):
         if tool.kind == "custom_tool_call" or tool.fitted:
             item.input_decoder = CustomInputDecoder(tool.fitted)
         if self.answer.secrets.search(call_id):
-            item.call_id = self.new_item_id("call_", self.next_index)
+            item.call_id = self.new_item_id("call_")
         self.begin(key, item)
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        item = self.open_items.get(key)
-        if item is None:
-            raise UpstreamError(f"The provider sent a piece of item {key}, which is not open.")
+        item = self.open_items[key]
         if item.pending_surrogate or not text.isascii():
             text, item.pending_surrogate = split_trailing_surrogate(item.pending_surrogate + text)
         if not text:
@@ -2383,9 +2368,9 @@ class Assembler(Attempt):
         if written is None or written.shape is not shape or written.upstream_part < part:
             written = self.open_part(item, shape, part)
         written.text.append(text)
-        if self.streaming:
+        if self.answer.request.stream:
             fields = f'{written.location_json},"delta":{json_string(text)}{shape.more}'
-            self.out.append(self.answer.frame(f"{shape.delta}.delta", fields))
+            self.out.append(self.answer.frame(written.delta_event, fields))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
@@ -2399,10 +2384,8 @@ class Assembler(Attempt):
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
-        if item is None:
-            return
-        if not item.id:                             # nothing but white space
-            del self.open_items[key]
+        if item is None or not item.id:             # nothing, or nothing but white space
+            self.open_items.pop(key, None)
             return
         item.done = True
         if replay := fields.pop("sealed_replay", None):
@@ -2412,9 +2395,10 @@ class Assembler(Attempt):
 
     def item(self, item: JSON) -> None:
         self.done()
-        index, self.next_index = self.next_index, self.next_index + 1
         if not item.get("id"):
-            item = {**item, "id": self.new_item_id(ID_PREFIX.get(item.get("type", ""), "item_"), index)}
+            item = {**item, "id": self.new_item_id(ID_PREFIX.get(item.get("type", ""), "item_"))}
+        index = self.next_index
+        self.next_index += 1
         self.output_started = True
         text = dumps(item)
         if parse_object(text) is None:
@@ -2433,12 +2417,12 @@ class Assembler(Attempt):
         if item.kind != "message":                  # a message is added with its first visible character
             self.item_added(item)
 
-    def new_item_id(self, prefix: str, index: int) -> str:
-        return f"{prefix}{self.answer.id.removeprefix('resp_')}_{index}"
+    def new_item_id(self, prefix: str) -> str:
+        return f"{prefix}{self.answer.id.removeprefix('resp_')}_{self.next_index}"
 
     def item_added(self, item: Item) -> None:
-        item.index, self.next_index = self.next_index, self.next_index + 1
-        item.id = self.new_item_id(ID_PREFIX[item.kind], item.index)
+        item.index, item.id = self.next_index, self.new_item_id(ID_PREFIX[item.kind])
+        self.next_index += 1
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         self.output_started = True
         self.emit("response.output_item.added",
@@ -2448,9 +2432,9 @@ class Assembler(Attempt):
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> Part:
         self.close_part(item)
-        number = len(item.parts[shape.container])
-        location_json = f'{item.location_json},"{shape.container}_index":{number}'
-        item.part = Part(shape, upstream_part, location_json)
+        finished = item.parts.setdefault(shape.container, [])
+        location_json = f'{item.location_json},"{shape.container}_index":{len(finished)}'
+        item.part = Part(shape, upstream_part, location_json, f"{shape.delta}.delta")
         empty = item.part.to_json('""')
         self.emit(f"{shape.event}.added", f'{location_json},"part":{empty}')
         return item.part
@@ -2476,7 +2460,9 @@ class Assembler(Attempt):
             text = item.input_decoder.feed(text)
         if text and item.kind in CALL_FIELD and not item.has_control:
             item.sent.append(text)
-            self.emit(f"{CALL_FIELD[item.kind][0]}.delta", f'{item.location_json},"delta":{json_string(text)}')
+            if self.answer.request.stream:
+                fields = f'{item.location_json},"delta":{json_string(text)}'
+                self.out.append(self.answer.frame(f"{CALL_FIELD[item.kind][0]}.delta", fields))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Leaves a call open whose arguments are truncated."""
@@ -2541,7 +2527,7 @@ class Assembler(Attempt):
             part = self.open_part(item, PARTS["text"])
         if filtered and self.stop is not None:
             part.text.append(self.stop.explanation or FILTERED)
-            self.emit(f"{part.shape.delta}.delta", f'{part.location_json},"delta":{json_string(part.text[0])}{part.shape.more}')
+            self.emit(part.delta_event, f'{part.location_json},"delta":{json_string(part.text[0])}{part.shape.more}')
         self.done()
 
 

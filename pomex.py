@@ -138,7 +138,7 @@ VERSION = "v00083"      # the product's own numbering; the first release with th
 
 
 class GatewayError(Exception):
-    """A failure with an answer: HTTP status, the fields of an OpenAI error, and whether another attempt may help.
+    """A failure with an answer: HTTP status, fields of an OpenAI error, and whether another attempt may help.
 
     `str(error)` is a sentence for the client; it never holds a key, a path of this machine or a prompt.
     """
@@ -147,11 +147,11 @@ class GatewayError(Exception):
     code: str = "server_error"
     retryable: bool = False         # another target, or the same one later, may succeed
     ledger_code: str = ""           # the code in the ledger, where a client must get another one
-    plain: bool = False             # the body is the sentence alone, for a client that shows bodies as they are
+    plain: bool = False             # the body is the sentence alone, for a client that shows raw bodies
 
     def __init__(
-        self, message: str, *, status: int = 0, type: str = "", code: str | None = None, param: str | None = None,
-        headers: tuple[tuple[str, str], ...] = (),
+        self, message: str, *, status: int = 0, type: str = "", code: str | None = None,
+        param: str | None = None, headers: tuple[tuple[str, str], ...] = (),
     ) -> None:
         super().__init__(message)
         self.status = status or self.status
@@ -193,7 +193,7 @@ def without_traceback(error: Raised) -> Raised:
 
 
 def fault_location(error: BaseException) -> str:
-    """Where a bug of Pomex raised, innermost frame first; without the message, which may hold private data."""
+    """Where a bug of Pomex raised, innermost frame first. Not its message, which may hold private data."""
     places = [
         f"{frame.f_code.co_name} line {line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -208,8 +208,8 @@ class ConfigError(Exception):
 
 # === 2. stream events =============================================================================
 #
-# A decoder reports a provider's stream by calls of a Sink and by nothing else: it numbers nothing, ends no stream and
-# knows no clock.
+# A decoder reports a provider's stream by calls of a Sink and by nothing else: it numbers nothing, ends no
+# stream and knows no clock.
 
 ItemType: TypeAlias = Literal[
     "message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
@@ -236,7 +236,7 @@ class Usage:
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24            # more than any answer has; a larger count is a mistake and would spoil every sum
+MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake, and would spoil every sum
 
 
 def as_dict(value: Any) -> JSON:
@@ -244,7 +244,7 @@ def as_dict(value: Any) -> JSON:
 
 
 def count(holder: Any, *names: str) -> int:
-    """The first of these fields that holds a positive number, or 0. `holder` is a provider's: its numbers may be 1e999."""
+    """The first of these fields that holds a positive number, or 0. A provider's number may be 1e999."""
     for value in map(as_dict(holder).get, names):
         if isinstance(value, (int, float)) and value is not True and value > 0:
             return int(min(value, 2 * MAX_TOKENS))
@@ -257,9 +257,9 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
     is_cost = isinstance(cost, (int, float)) and 0 < cost < 10**6
     tiers = map(facts.get, ("service_tier", "speed", "inference_geo"))
     web_searches = (
-        count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")               # OpenAI
-        or count(facts.get("server_tool_use"), "web_search_requests")                           # Anthropic, OpenRouter
-        or count(facts.get("server_side_tool_usage_details"), "web_search_calls"))              # xAI
+        count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")  # OpenAI
+        or count(facts.get("server_tool_use"), "web_search_requests")  # Anthropic, OpenRouter
+        or count(facts.get("server_side_tool_usage_details"), "web_search_calls"))  # xAI
     return {
         "web_searches": web_searches,
         "tier": " ".join(tier for tier in tiers if isinstance(tier, str) and tier != "auto").lower(),
@@ -300,10 +300,11 @@ class Stop:
 
 
 class Sink(Protocol):
-    """The calls that a decoder makes. An item has a key that is unique in the stream, or None: only one of these is open at a
-    time, and it ends when any other item begins.
+    """The calls that a decoder makes. An item has a key that is unique in the stream, or None: only one item
+    without a key is open at a time, and it ends when any other item begins.
 
-    >>> sink.reasoning("Hm."); sink.text("Hello"); sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
+    >>> sink.reasoning("Hm."); sink.text("Hello")
+    >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
     def text(self, text: str, channel: PartType = "text") -> None:
         """More of the message without a key, which begins with its first visible character."""
@@ -314,11 +315,11 @@ class Sink(Protocol):
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         """A tool call begins."""
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        """More of an item: a message's text or refusal, a reasoning item's summary or raw text, a call's arguments (JSON
-        text), a custom call's input (raw text). A higher part than before begins another summary or content part."""
+        """More of an item: a message's text or refusal, a reasoning item's summary or raw text, a call's
+        arguments (JSON text), a custom call's input (raw text). A higher part than before begins another."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
     def done(self, key: Any = None, **fields: Any) -> None:
-        """The item is complete; `fields` are its last ones: encrypted_content, action, status ... Ignored if it is not open."""
+        """The item, if it is open, is complete. `fields` are its last: encrypted_content, action, status."""
     def item(self, item: JSON) -> None:
         """A complete item of a type that is not built here; it passes unchanged."""
     def set_usage(self, usage: Usage) -> None: ...
@@ -1887,16 +1888,21 @@ def read_attachment(part: JSON) -> Attachment | None:
 @dataclass(frozen=True, slots=True)
 class ClientProfile:
     """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
-    incomplete_as_completed: bool = False   # a truncated or filtered answer ends with response.completed, without half a call
-    refusal_as_text: bool = False           # the client shows only output_text
-    error_event: bool = True                # an `error` event precedes response.failed
-    errors_as_events: bool = False          # errors that its HTTP retries would multiply become 200 + response.failed
-    echo_request: bool = True               # every response object repeats tools and instructions
+    incomplete_as_completed: bool = False   # a truncated answer ends as a complete one, without half a call
+    refusal_as_text: bool = False       # the client shows only output_text
+    error_event: bool = True            # an `error` event precedes response.failed
+    errors_as_events: bool = False      # errors that it would retry over HTTP become 200 + response.failed
+    echo_request: bool = True           # every response object repeats tools and instructions
 
 
 STANDARD = ClientProfile()
 CODEX = ClientProfile(
-    incomplete_as_completed=True, refusal_as_text=True, error_event=False, errors_as_events=True, echo_request=False)
+    incomplete_as_completed=True,
+    refusal_as_text=True,
+    error_event=False,
+    errors_as_events=True,
+    echo_request=False,
+)
 
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
@@ -1934,13 +1940,13 @@ ECHO_DEFAULTS: JSON = {
     "metadata": {},
     "user": None,
 }
-FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}       # Open Responses requires these fields
+FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}    # required by Open Responses
 
 
 def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     """The fields of a response object that repeat the request."""
     fields = {name: request.get(name, default) for name, default in ECHO_DEFAULTS.items()}
-    fields |= {"previous_response_id": None, "store": False, "background": False}   # nothing is kept, asked for or not
+    fields |= {"previous_response_id": None, "store": False, "background": False}   # Pomex keeps nothing
     fields["reasoning"] = {**ECHO_DEFAULTS["reasoning"], **fields["reasoning"]}
     text = {name: value for name, value in fields["text"].items() if value is not None}
     fields["text"] = {**ECHO_DEFAULTS["text"], **text}
@@ -1952,7 +1958,9 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     if not echo_request:
         fields |= {"instructions": None, "tools": []}
     fields["tools"] = [
-        {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool for tool in fields["tools"]]
+        {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
+        for tool in fields["tools"]
+    ]
     if fields["user"] is None:
         del fields["user"]
     return fields
@@ -1970,7 +1978,7 @@ class ResponseContext:
     profile: ClientProfile
     sequence: int = 0
     started: bool = False
-    max_chars: int = 32 << 20                       # of one attempt's output
+    max_chars: int = 32 << 20  # of one attempt's output
     max_items: int = 4096
     secrets: re.Pattern[str] = re.compile(r"(?!)")  # a call id must not match it
 
@@ -1984,7 +1992,7 @@ class ResponseContext:
         return dumps(echo_fields(self.request, self.profile.echo_request))[1:]
 
     def response(self, status: str, output: str = "[]", **fields: Any) -> str:
-        """The response object as JSON text. `output` is JSON text too; `fields` are those that an end fills."""
+        """The response object as JSON text; so is `output`. `fields` are those that the end fills."""
         head = {
             "id": self.id,
             "object": "response",
@@ -2032,14 +2040,18 @@ def usage_object(usage: Usage) -> JSON:
 TOTALS = ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens")
 
 
-def usage_from(given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True) -> Usage | None:
-    """Usage from the `usage` object that `answer` gives, in the fields of Responses or Chat Completions; None if it has none
-    of them. `asked_12h` decides where it does not say how long its cache writes are kept."""
+def usage_from(
+    given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True
+) -> Usage | None:
+    """Reads `given`, the usage object of `answer`, in the fields of Responses or of Chat Completions.
+
+    None if it has none of them. `asked_12h` decides where it does not say how long its cache writes are kept.
+    """
     given = as_dict(given)
     if not any(type(given.get(name)) in (int, float) for name in TOTALS):
         return None
-    inputs = {**as_dict(given.get("prompt_tokens_details")), **as_dict(given.get("input_tokens_details"))}
-    outputs = {**as_dict(given.get("completion_tokens_details")), **as_dict(given.get("output_tokens_details"))}
+    inputs = as_dict(given.get("prompt_tokens_details")) | as_dict(given.get("input_tokens_details"))
+    outputs = as_dict(given.get("completion_tokens_details")) | as_dict(given.get("output_tokens_details"))
     input_tokens = count(given, "input_tokens", "prompt_tokens")
     output_tokens = count(given, "output_tokens", "completion_tokens")
     reasoning = count(outputs, "reasoning_tokens") or count(given, "reasoning_tokens")
@@ -2047,7 +2059,8 @@ def usage_from(given: Any, answer: JSON, asked_12h: bool = False, reasoning_with
     is_apart = count(given, "total_tokens") == input_tokens + output_tokens + reasoning
     if is_apart or (reasoning > output_tokens and not reasoning_within):
         output_tokens += reasoning
-    cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")  # DeepSeek, Moonshot
+    # the second form is that of DeepSeek and Moonshot
+    cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")
     written = count(inputs, "cache_write_tokens")
     written_12h = written if asked_12h else 0
     split = inputs.get("cache_write_tokens_details")
@@ -2068,29 +2081,28 @@ def merge_counts(held: JSON, given: Any) -> JSON:
 
 
 class Attempt:
-    """One target's attempt at the answer. Subclasses turn what the upstream sends into frames; this class ends the stream.
+    """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
-    After any number of `feed`s, `finish` is called once; then `status`, `usage` and `error` hold the outcome, and
-    `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
+    After any number of `feed`s, `finish` is called once; then `status`, `usage` and `error` hold the outcome,
+    and `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
-
-    output_started = False                          # no other target may take over any more
-    upstream_done = False                           # nothing more will come
+    output_started = False   # no other target may take over any more
+    upstream_done = False    # nothing more will come
     ended = False
     usage: Usage | None = None
     stop: Stop | None = None
     error: GatewayError | None = None
     status = "in_progress"
-    terminal_by = "gateway"                         # "": the answer was an error's status, not a stream
-    output_chars = 0                                # for estimates
-    unbilled = False                                # the provider refused it, and will not bill it
+    terminal_by = "gateway"  # "": the answer was an error's status, not a stream
+    output_chars = 0         # for estimates
+    unbilled = False         # the provider refused it, and will not bill it
 
     def __init__(self, answer: ResponseContext, estimated_input: int) -> None:
         self.answer = answer
         self.estimated_input = estimated_input
         self.out: list[bytes] = []
-        self.items: dict[int, str] = {}             # finished items as JSON text, by output_index
-        self.output_limit = answer.max_chars        # of output_chars; lowered by what else is held in memory
+        self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
+        self.output_limit = answer.max_chars    # of output_chars; lowered by what else is held in memory
         self.items_left = answer.max_items
 
     @property
@@ -2108,13 +2120,13 @@ class Attempt:
             self.out.append(self.answer.start() + self.answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt. `error` is what broke the connection, if anything did. Without `notify_client` nobody reads the
-        output any more: closing the items of a long answer takes 20 ms."""
+        """Ends the attempt. `error` is the connection's, if it broke. Where the client has left, items need not
+        be closed: for a long answer that takes 20 ms."""
         if self.ended:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.upstream_done else "gateway"
-        failed_instead = self.error is not None and not self.output_chars       # an error in place of output
+        failed_instead = self.error is not None and not self.output_chars   # an error in place of output
         self.check_evidence(error)
         if notify_client:
             self.close_open_items()
@@ -2132,7 +2144,7 @@ class Attempt:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
         elif self.error is None and counts_nothing and not self.output_started and not self.incomplete_reason:
             self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
-        elif usage == Usage():                      # of an answer that is not empty
+        elif usage == Usage():  # of an answer that is not empty
             self.usage = None
 
     def final_usage(self, unbilled: bool) -> Usage:
@@ -2208,12 +2220,12 @@ class Attempt:
 
 class PartShape(NamedTuple):
     """The wire format of one channel of text."""
-    event: str          # family of the part's own .added and .done
-    container: str      # the item's list of such parts; the number of a part is `{container}_index`
+    event: str      # family of the part's own .added and .done
+    container: str  # the item's list of such parts; the number of a part is `{container}_index`
     type: str
-    text: str           # the field that holds the text
-    delta: str          # family of the text's .delta and .done
-    more: str = ""      # further fields of these, which the SDK's types require
+    text: str       # the field that holds the text
+    delta: str      # family of the text's .delta and .done
+    more: str = ""  # further fields of these, which the SDK's types require
 
 
 PARTS = {
@@ -2239,7 +2251,7 @@ HOSTED_STEPS = {
     "web_search_call": ("in_progress", "searching"),
     "image_generation_call": ("in_progress", "generating"),
 }
-CALL_FIELD = {      # item type -> event family, the item's field
+CALL_FIELD = {  # item type -> event family, the item's field
     "function_call": ("response.function_call_arguments", "arguments"),
     "custom_tool_call": ("response.custom_tool_call_input", "input"),
 }
@@ -2249,14 +2261,14 @@ CALL_FIELD = {      # item type -> event family, the item's field
 class Part:
     """The part of an item that is being streamed."""
     shape: PartShape
-    upstream_part: int                              # the provider's number of it
-    location_json: str                              # `"item_id":..,"output_index":..,"content_index":..`
+    upstream_part: int  # the provider's number of it
+    location_json: str  # `"item_id":..,"output_index":..,"content_index":..`
     delta_event: str
     text: list[str] = field(default_factory=list)
-    annotations: list[str] = field(default_factory=list)    # as JSON text
+    annotations: list[str] = field(default_factory=list)  # as JSON text
 
-    def to_json(self, text: str) -> str:
-        """The part as JSON. `text` is its whole text as a JSON string, since a long one is encoded only once."""
+    def to_json(self, text: str = '""') -> str:
+        """`text` is the whole text as a JSON string: a long one is encoded only once."""
         shape = self.shape
         more = ""
         if shape.type == "output_text":
@@ -2268,21 +2280,21 @@ class Part:
 class Item:
     """An output item that is being streamed."""
     kind: ItemType
-    fields: JSON = field(default_factory=dict)      # those that no part makes, e.g. {"phase": "commentary"}
+    fields: JSON = field(default_factory=dict)  # those that no part makes, e.g. {"phase": "commentary"}
     call_id: str = ""
-    tool: Tool | None = None                        # of a call
+    tool: Tool | None = None     # of a call
     input_decoder: CustomInputDecoder | None = None
-    id: str = ""                                    # "" until the client has seen output_item.added
+    id: str = ""                 # "" until the client has seen output_item.added
     index: int = -1
-    location_json: str = ""                         # `"item_id":..,"output_index":..`
+    location_json: str = ""      # `"item_id":..,"output_index":..`
     part: Part | None = None
-    parts: dict[str, list[str]] = field(default_factory=dict)       # finished ones as JSON text, by container
-    arguments: list[str] = field(default_factory=list)      # a call's arguments or input
-    sent: list[str] = field(default_factory=list)           # the deltas of it
-    has_control: bool = False                       # a control character came: the rest is sent escaped, when it is complete
-    pending_surrogate: str = ""                     # a high one
+    parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
+    arguments: list[str] = field(default_factory=list)  # a call's arguments or input
+    sent: list[str] = field(default_factory=list)  # the deltas of it
+    has_control: bool = False    # a control character came: the rest is sent at the end, escaped
+    pending_surrogate: str = ""  # a high one
     leading_whitespace: list[str] = field(default_factory=list)
-    done: bool = False                              # the provider has ended it
+    done: bool = False           # the provider has ended it
 
     def complete_arguments(self) -> str | None:
         """A call's arguments or input; None where they are truncated."""
@@ -2293,7 +2305,7 @@ class Item:
             return self.input_decoder.finish(raw)
         if self.kind == "custom_tool_call" or self.tool is None:
             return raw
-        if not raw.strip():                         # a tool without arguments
+        if not raw.strip():     # a tool without arguments
             return raw + "{}" if self.done else None
         return None if parse_object(raw) is None else raw
 
@@ -2316,7 +2328,7 @@ class Assembler(Attempt):
     def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str]) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
-        self.open_items: dict[Any, Item] = {}       # by key
+        self.open_items: dict[Any, Item] = {}   # by key
         self.next_index = 0
 
     # the calls of a decoder
@@ -2343,14 +2355,16 @@ class Assembler(Attempt):
         self.begin(key, item)
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        item = self.open_items[key]
+        item = self.open_items.get(key)
+        if item is None:
+            raise UpstreamError(f"The provider sent a piece of item {key}, which is not open.")
         if item.pending_surrogate or not text.isascii():
             text, item.pending_surrogate = split_trailing_surrogate(item.pending_surrogate + text)
         if not text:
             return
         if not item.id:
             item.leading_whitespace.append(text)
-            if not text.strip():                    # claude-opus-4-6 opens with "\n\n" before it thinks
+            if not text.strip():    # claude-opus-4-6 opens with "\n\n" before it thinks
                 self.check_limits(len(text))
                 return
             text = "".join(item.leading_whitespace)
@@ -2384,7 +2398,7 @@ class Assembler(Attempt):
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
-        if item is None or not item.id:             # nothing, or nothing but white space
+        if item is None or not item.id:     # nothing, or nothing but white space
             self.open_items.pop(key, None)
             return
         item.done = True
@@ -2414,7 +2428,7 @@ class Assembler(Attempt):
         self.done()
         self.open_items[key] = item
         self.check_limits(items=1)
-        if item.kind != "message":                  # a message is added with its first visible character
+        if item.kind != "message":  # a message is added with its first visible character
             self.item_added(item)
 
     def new_item_id(self, prefix: str) -> str:
@@ -2435,8 +2449,7 @@ class Assembler(Attempt):
         finished = item.parts.setdefault(shape.container, [])
         location_json = f'{item.location_json},"{shape.container}_index":{len(finished)}'
         item.part = Part(shape, upstream_part, location_json, f"{shape.delta}.delta")
-        empty = item.part.to_json('""')
-        self.emit(f"{shape.event}.added", f'{location_json},"part":{empty}')
+        self.emit(f"{shape.event}.added", f'{location_json},"part":{item.part.to_json()}')
         return item.part
 
     def close_part(self, item: Item) -> None:
@@ -2454,7 +2467,7 @@ class Assembler(Attempt):
         if item.kind == "function_call" and CONTROL.search(text):
             item.has_control = True
         item.arguments.append(text)
-        if channel == "input":                      # raw, with no JSON around it
+        if channel == "input":  # raw, with no JSON around it
             item.input_decoder = None
         elif item.input_decoder is not None:
             text = item.input_decoder.feed(text)
@@ -2475,7 +2488,7 @@ class Assembler(Attempt):
         if item.tool and item.kind in CALL_FIELD:
             family, name = CALL_FIELD[item.kind]
             rest = arguments.removeprefix(sent)
-            if rest:                                # e.g. input without its fence
+            if rest:    # e.g. input without its fence
                 self.emit(f"{family}.delta", f'{item.location_json},"delta":{json_string(rest)}')
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
             self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
@@ -2488,14 +2501,13 @@ class Assembler(Attempt):
     # the end
 
     def close_open_items(self) -> None:
+        truncated = bool(self.incomplete_reason)
         for key, item in list(self.open_items.items()):
             if not item.id:
                 del self.open_items[key]
-            elif self.error is None and not self.incomplete_reason:
+            elif self.error is None and (not truncated or parse_object("".join(item.arguments)) is not None):
                 self.finish_item(key, item)
-            elif self.error is None and parse_object("".join(item.arguments)) is not None:
-                self.finish_item(key, item)
-        if self.error is None and not self.incomplete_reason and self.open_items:
+        if self.error is None and not truncated and self.open_items:
             names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
             self.error = UpstreamError(
                 f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
@@ -2503,31 +2515,31 @@ class Assembler(Attempt):
             self.add_placeholder_message()
         profile = self.answer.profile
         if self.error is not None and (profile.errors_as_events or self.output_chars > self.output_limit):
-            return                                  # Codex asks again, and would keep half a message in its history
+            return  # Codex retries, and would keep half a message in its history
         status = "completed" if profile.incomplete_as_completed else "incomplete"
         for key, item in list(self.open_items.items()):
-            if item.tool is None or (self.error is None and status == "incomplete"):    # nobody may run half a call
+            # half a call is only for clients that see its status
+            if item.tool is None or (self.error is None and status == "incomplete"):
                 self.finish_item(key, item, status)
 
     def add_placeholder_message(self) -> None:
-        """Adds an empty message to an empty answer; where a content filter left no message, its explanation."""
+        """An empty answer gets an empty message; one that a content filter emptied, the explanation."""
         filtered = self.incomplete_reason == "content_filter"
-        if filtered:
-            needed = self.has_no_message() and all(item.kind != "message" for item in self.open_items.values())
-        else:
-            needed = not (self.incomplete_reason or self.items or self.open_items)
-        if not needed:
+        if not filtered and (self.incomplete_reason or self.items or self.open_items):
+            return
+        if not self.has_no_message() or any(item.kind == "message" for item in self.open_items.values()):
             return
         item = Item("message")
         self.begin(None, item)
         self.item_added(item)
+        channel = "text"
         if filtered and not self.answer.profile.refusal_as_text:
-            part = self.open_part(item, PARTS["refusal"])
-        else:
-            part = self.open_part(item, PARTS["text"])
+            channel = "refusal"
+        part = self.open_part(item, PARTS[channel])
         if filtered and self.stop is not None:
-            part.text.append(self.stop.explanation or FILTERED)
-            self.emit(part.delta_event, f'{part.location_json},"delta":{json_string(part.text[0])}{part.shape.more}')
+            text = self.stop.explanation or FILTERED
+            part.text.append(text)
+            self.emit(part.delta_event, f'{part.location_json},"delta":{json_string(text)}{part.shape.more}')
         self.done()
 
 

@@ -2258,27 +2258,8 @@ CALL_FIELD = {  # item type -> event family, the item's field
 
 
 @dataclass(slots=True)
-class Part:
-    """The part of an item that is being streamed."""
-    shape: PartShape
-    upstream_part: int  # the provider's number of it
-    location_json: str  # `"item_id":..,"output_index":..,"content_index":..`
-    delta_event: str
-    text: list[str] = field(default_factory=list)
-    annotations: list[str] = field(default_factory=list)  # as JSON text
-
-    def to_json(self, text: str = '""') -> str:
-        """`text` is the whole text as a JSON string: a long one is encoded only once."""
-        shape = self.shape
-        more = ""
-        if shape.type == "output_text":
-            more = f',"annotations":[{",".join(self.annotations)}]{shape.more}'
-        return f'{{"type":"{shape.type}","{shape.text}":{text}{more}}}'
-
-
-@dataclass(slots=True)
 class Item:
-    """An output item that is being streamed."""
+    """An output item that is being streamed, with at most one open part."""
     kind: ItemType
     fields: JSON = field(default_factory=dict)  # those that no part makes, e.g. {"phase": "commentary"}
     call_id: str = ""
@@ -2287,14 +2268,24 @@ class Item:
     id: str = ""                 # "" until the client has seen output_item.added
     index: int = -1
     location_json: str = ""      # `"item_id":..,"output_index":..`
-    part: Part | None = None
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
-    arguments: list[str] = field(default_factory=list)  # a call's arguments or input
-    sent: list[str] = field(default_factory=list)  # the deltas of it
+    shape: PartShape | None = None  # of the open part
+    upstream_part: int = 0       # the provider's number of it
+    delta_event: str = ""
+    part_location_json: str = ""  # `"item_id":..,"output_index":..,"content_index":..`
+    annotations: list[str] = field(default_factory=list)  # of it, as JSON text
+    text: list[str] = field(default_factory=list)  # of it, or a call's deltas, or white space before the first part
+    arguments: list[str] = field(default_factory=list)  # a call's arguments or input, as they came
     has_control: bool = False    # a control character came: the rest is sent at the end, escaped
     pending_surrogate: str = ""  # a high one
-    leading_whitespace: list[str] = field(default_factory=list)
     done: bool = False           # the provider has ended it
+
+    def part_json(self, shape: PartShape, text: str = '""') -> str:
+        """`text` is the part's whole text as a JSON string: a long one is encoded only once."""
+        more = ""
+        if shape.type == "output_text":
+            more = f',"annotations":[{",".join(self.annotations)}]{shape.more}'
+        return f'{{"type":"{shape.type}","{shape.text}":{text}{more}}}'
 
     def complete_arguments(self) -> str | None:
         """A call's arguments or input; None where they are truncated."""
@@ -2363,11 +2354,11 @@ class Assembler(Attempt):
         if not text:
             return
         if not item.id:
-            item.leading_whitespace.append(text)
+            item.text.append(text)
             if not text.strip():    # claude-opus-4-6 opens with "\n\n" before it thinks
                 self.check_limits(len(text))
                 return
-            text = "".join(item.leading_whitespace)
+            text = "".join(item.text)
             self.item_added(item)
         self.output_chars += len(text)
         if self.output_chars > self.output_limit:
@@ -2378,23 +2369,22 @@ class Assembler(Attempt):
         if shape is None:
             self.arguments_delta(item, text, channel)
             return
-        written = item.part
-        if written is None or written.shape is not shape or written.upstream_part < part:
-            written = self.open_part(item, shape, part)
-        written.text.append(text)
+        if item.shape is not shape or item.upstream_part < part:
+            self.open_part(item, shape, part)
+        item.text.append(text)
         if self.answer.request.stream:
-            fields = f'{written.location_json},"delta":{json_string(text)}{shape.more}'
-            self.out.append(self.answer.frame(written.delta_event, fields))
+            fields = f'{item.part_location_json},"delta":{json_string(text)}{shape.more}'
+            self.out.append(self.answer.frame(item.delta_event, fields))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
-        if item is None or item.part is None or item.part.shape.type != "output_text":
+        if item is None or item.shape is not PARTS["text"]:
             return
-        part, text = item.part, dumps(annotation)
+        text, number = dumps(annotation), len(item.annotations)
         self.check_limits(len(text))
         self.emit("response.output_text.annotation.added",
-                  f'{part.location_json},"annotation_index":{len(part.annotations)},"annotation":{text}')
-        part.annotations.append(text)
+                  f'{item.part_location_json},"annotation_index":{number},"annotation":{text}')
+        item.annotations.append(text)
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
@@ -2444,24 +2434,24 @@ class Assembler(Attempt):
         for step in HOSTED_STEPS.get(item.kind, ()):
             self.emit(f"response.{item.kind}.{step}", item.location_json)
 
-    def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> Part:
+    def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        finished = item.parts.setdefault(shape.container, [])
-        location_json = f'{item.location_json},"{shape.container}_index":{len(finished)}'
-        item.part = Part(shape, upstream_part, location_json, f"{shape.delta}.delta")
-        self.emit(f"{shape.event}.added", f'{location_json},"part":{item.part.to_json()}')
-        return item.part
+        number = len(item.parts.setdefault(shape.container, []))
+        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.shape, item.upstream_part, item.delta_event = shape, upstream_part, f"{shape.delta}.delta"
+        item.text, item.annotations = [], []
+        self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
 
     def close_part(self, item: Item) -> None:
-        part = item.part
-        if part is None:
+        shape, location_json = item.shape, item.part_location_json
+        if shape is None:
             return
-        shape, text = part.shape, json_string("".join(part.text))
-        whole = part.to_json(text)
-        self.emit(f"{shape.delta}.done", f'{part.location_json},"{shape.text}":{text}{shape.more}')
-        self.emit(f"{shape.event}.done", f'{part.location_json},"part":{whole}')
-        item.parts[shape.container].append(whole)
-        item.part = None
+        text = json_string("".join(item.text))
+        part_json = item.part_json(shape, text)
+        self.emit(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
+        self.emit(f"{shape.event}.done", f'{location_json},"part":{part_json}')
+        item.parts[shape.container].append(part_json)
+        item.shape = None
 
     def arguments_delta(self, item: Item, text: str, channel: str) -> None:
         if item.kind == "function_call" and CONTROL.search(text):
@@ -2472,22 +2462,21 @@ class Assembler(Attempt):
         elif item.input_decoder is not None:
             text = item.input_decoder.feed(text)
         if text and item.kind in CALL_FIELD and not item.has_control:
-            item.sent.append(text)
+            item.text.append(text)
             if self.answer.request.stream:
                 fields = f'{item.location_json},"delta":{json_string(text)}'
                 self.out.append(self.answer.frame(f"{CALL_FIELD[item.kind][0]}.delta", fields))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Leaves a call open whose arguments are truncated."""
-        sent = "".join(item.sent)
-        arguments = item.complete_arguments() if status == "completed" else sent
+        arguments = item.complete_arguments() if status == "completed" else "".join(item.text)
         if arguments is None:
             return
         del self.open_items[key]
         self.close_part(item)
         if item.tool and item.kind in CALL_FIELD:
             family, name = CALL_FIELD[item.kind]
-            rest = arguments.removeprefix(sent)
+            rest = arguments.removeprefix("".join(item.text))
             if rest:    # e.g. input without its fence
                 self.emit(f"{family}.delta", f'{item.location_json},"delta":{json_string(rest)}')
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
@@ -2535,11 +2524,12 @@ class Assembler(Attempt):
         channel = "text"
         if filtered and not self.answer.profile.refusal_as_text:
             channel = "refusal"
-        part = self.open_part(item, PARTS[channel])
+        shape = PARTS[channel]
+        self.open_part(item, shape)
         if filtered and self.stop is not None:
             text = self.stop.explanation or FILTERED
-            part.text.append(text)
-            self.emit(part.delta_event, f'{part.location_json},"delta":{json_string(text)}{part.shape.more}')
+            item.text.append(text)
+            self.emit(item.delta_event, f'{item.part_location_json},"delta":{json_string(text)}{shape.more}')
         self.done()
 
 

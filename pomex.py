@@ -2037,9 +2037,6 @@ def usage_object(usage: Usage) -> JSON:
     }
 
 
-TOTALS = ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens")
-
-
 def usage_from(
     given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True
 ) -> Usage | None:
@@ -2048,7 +2045,8 @@ def usage_from(
     None if it has none of them. `asked_12h` decides where it does not say how long its cache writes are kept.
     """
     given = as_dict(given)
-    if not any(type(given.get(name)) in (int, float) for name in TOTALS):
+    totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
+    if not any(type(total) in (int, float) for total in totals):
         return None
     inputs = as_dict(given.get("prompt_tokens_details")) | as_dict(given.get("input_tokens_details"))
     outputs = as_dict(given.get("completion_tokens_details")) | as_dict(given.get("output_tokens_details"))
@@ -2246,7 +2244,7 @@ ID_PREFIX = {
     "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
-NO_PARTS: dict[str, JSON] = {"message": {"content": []}, "reasoning": {"summary": []}}
+EMPTY_FIELDS = {"message": {"role": '"assistant"', "content": "[]"}, "reasoning": {"summary": "[]"}}    # as JSON text
 HOSTED_STEPS = {
     "web_search_call": ("in_progress", "searching"),
     "image_generation_call": ("in_progress", "generating"),
@@ -2304,11 +2302,9 @@ class Item:
         fields: JSON = {"id": self.id, "type": self.kind, "status": status}
         if self.tool is not None:
             fields |= {"call_id": self.call_id, **call_fields(self.tool, arguments)}
-        if self.kind == "message":
-            fields["role"] = "assistant"
         texts = {name: dumps(value) for name, value in fields.items()}
-        parts: dict[str, list[str]] = {**NO_PARTS.get(self.kind, {}), **self.parts}
-        texts |= {name: f"[{','.join(finished)}]" for name, finished in parts.items()}
+        texts |= EMPTY_FIELDS.get(self.kind, {})
+        texts |= {name: f"[{','.join(parts)}]" for name, parts in self.parts.items()}
         texts |= {name: dumps(value) for name, value in self.fields.items()}
         return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
 
@@ -2338,11 +2334,11 @@ class Assembler(Attempt):
         self.begin(key, Item(kind, fields))
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
+        if self.answer.secrets.search(call_id):
+            call_id = self.new_item_id("call_")
         item = Item(tool.kind, {}, call_id, tool)
         if tool.kind == "custom_tool_call" or tool.fitted:
             item.input_decoder = CustomInputDecoder(tool.fitted)
-        if self.answer.secrets.search(call_id):
-            item.call_id = self.new_item_id("call_")
         self.begin(key, item)
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:

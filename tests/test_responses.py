@@ -538,7 +538,7 @@ def test_every_kind_of_item_has_its_events(deltas, expected):
      '{"id":"msg_1_0","type":"message","status":"incomplete","role":"assistant","content":[{"type":"output_text","text":'
      '"caf\\u00e9 \\"x\\"\\n","annotations":[{"type":"url_citation","title":"\\u00e9"}],"logprobs":[]},'
      '{"type":"refusal","refusal":"No"}],"phase":"commentary"}'),
-    ([begins(0, "reasoning"), adds(0, "raw", "raw"), adds(0, "a", "summary"), adds(0, "b", "summary", 1), ends(0, {"pomex_replay": None, "extra": [1]})],
+    ([begins(0, "reasoning"), adds(0, "raw", "raw"), adds(0, "a", "summary"), adds(0, "b", "summary", 1), ends(0, {"sealed_replay": None, "extra": [1]})],
      '{"id":"rs_1_0","type":"reasoning","status":"completed","summary":[{"type":"summary_text","text":"a"},'
      '{"type":"summary_text","text":"b"}],"content":[{"type":"reasoning_text","text":"raw"}],"extra":[1]}'),
     ([begins(0, "function_call", "c", "f", "ns"), adds(0, ' {"a":\n"\u00e9"}', "arguments"), ends(0, {"status": "incomplete"})],

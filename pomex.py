@@ -1950,9 +1950,8 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     fields["reasoning"] = {**ECHO_DEFAULTS["reasoning"], **fields["reasoning"]}
     text = {name: value for name, value in fields["text"].items() if value is not None}
     fields["text"] = {**ECHO_DEFAULTS["text"], **text}
-    choice = fields["tool_choice"]
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        fields["tool_choice"] = {"mode": "auto", **choice}
+    if as_dict(fields["tool_choice"]).get("type") == "allowed_tools":
+        fields["tool_choice"] = {"mode": "auto", **fields["tool_choice"]}
     if fields["service_tier"] == "auto":
         fields["service_tier"] = "default"
     if not echo_request:
@@ -2118,8 +2117,8 @@ class Attempt:
             self.out.append(self.answer.start() + self.answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt. `error` is the connection's, if it broke. Where the client has left, items need not
-        be closed: for a long answer that takes 20 ms."""
+        """Ends the attempt. `error` is the connection's, if it broke. Where the client has left, no item is
+        closed: for a long answer that takes 20 ms."""
         if self.ended:
             return
         self.ended = True
@@ -2244,7 +2243,10 @@ ID_PREFIX = {
     "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
-EMPTY_FIELDS = {"message": {"role": '"assistant"', "content": "[]"}, "reasoning": {"summary": "[]"}}    # as JSON text
+EMPTY_FIELDS = {    # of an item without parts, as JSON text
+    "message": {"role": '"assistant"', "content": "[]"},
+    "reasoning": {"summary": "[]"},
+}
 HOSTED_STEPS = {
     "web_search_call": ("in_progress", "searching"),
     "image_generation_call": ("in_progress", "generating"),
@@ -2260,23 +2262,26 @@ class Item:
     """An output item that is being streamed, with at most one open part."""
     kind: ItemType
     fields: JSON = field(default_factory=dict)  # those that no part makes, e.g. {"phase": "commentary"}
+    # of a call
     call_id: str = ""
-    tool: Tool | None = None     # of a call
+    tool: Tool | None = None
     input_decoder: CustomInputDecoder | None = None
-    id: str = ""                 # "" until the client has seen output_item.added
+    arguments: list[str] = field(default_factory=list)  # or input, as they came
+    has_control: bool = False   # a control character came: the rest is sent at the end, escaped
+    # since output_item.added
+    id: str = ""
     index: int = -1
-    location_json: str = ""      # `"item_id":..,"output_index":..`
+    location_json: str = ""     # `"item_id":..,"output_index":..`
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
-    shape: PartShape | None = None  # of the open part
-    upstream_part: int = 0       # the provider's number of it
+    # of the open part
+    shape: PartShape | None = None
+    upstream_part: int = 0      # the provider's number of it
     delta_event: str = ""
-    part_location_json: str = ""  # `"item_id":..,"output_index":..,"content_index":..`
-    annotations: list[str] = field(default_factory=list)  # of it, as JSON text
-    text: list[str] = field(default_factory=list)  # of it, or a call's deltas, or white space before the first part
-    arguments: list[str] = field(default_factory=list)  # a call's arguments or input, as they came
-    has_control: bool = False    # a control character came: the rest is sent at the end, escaped
-    pending_surrogate: str = ""  # a high one
-    done: bool = False           # the provider has ended it
+    part_location_json: str = ""    # `"item_id":..,"output_index":..,"content_index":..`
+    annotations: list[str] = field(default_factory=list)  # as JSON text
+    text: list[str] = field(default_factory=list)  # also a call's deltas, and white space before a part
+    pending_surrogate: str = ""  # the first half of a pair
+    done: bool = False          # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
         """`text` is the part's whole text as a JSON string: a long one is encoded only once."""

@@ -4102,202 +4102,285 @@ class ChatMessages(TurnEncoder):
 # --- the answer
 
 CHAT_STOP = {
-    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded",
-                     "repetition"), "max_output_tokens"),
-    **dict.fromkeys(("content_filter", "safety", "sensitive", "refusal"), "content_filter")}
+    **dict.fromkeys("length max_tokens max_output_tokens model_length model_context_window_exceeded repetition".split(),
+                    "max_output_tokens"),
+    **dict.fromkeys("content_filter safety sensitive refusal".split(), "content_filter"),
+}
 # reasons that are failures; shown as a success, an agent would see an empty answer and ask on (coder#28470)
 CHAT_ERRORS: dict[str, ErrorKind] = {
-    **dict.fromkeys(("error", "abort", "network_error", "insufficient_system_resource"), "overload"),
-    **dict.fromkeys(("malformed_function_call", "malformed_response", "unexpected_tool_call",
-                     "too_many_tool_calls"), "tool_generation")}
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
-THINK, END_THINK = "<think>", "</think>"
+    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
+    **dict.fromkeys("malformed_function_call malformed_response unexpected_tool_call too_many_tool_calls".split(),
+                    "tool_generation"),
+}
+scan_string = vars(json.decoder)["scanstring"]      # (text, start) -> (string, end); type checkers do not know it
 
 
 class DeltaTemplate(NamedTuple):
-    """What stands before and after the text in an event that says nothing else. Most events of a stream have the same
-    around theirs, and need not be parsed to know that they say nothing else either: 1.6 us in place of 6.3."""
-    before: str         # up to the quote that opens the text; "" fits no event
-    after: str
-    name: str           # the field that holds the text
+    """An event that holds one piece of text and nothing else, as the two halves around the text.
+
+    Most events of a stream differ in their text alone. Those that fit the template of the event before need no JSON
+    parser: 1.6 us in place of 6.3.
+    """
+    before: str = ""        # ends with the quote that opens the text; "" fits no event
+    after: str = ""         # begins behind the quote that closes the text
+    channel: PartType = "text"
 
     def text_in(self, data: str) -> str | None:
-        """The text, if all else is as it was."""
+        """The text of an event that fits, None for any other."""
         if not self.before or not data.startswith(self.before):
             return None
         try:
-            text, end = scan_json(data, len(self.before) - 1)
+            text, end = scan_string(data, len(self.before))
         except ValueError:
             return None
         return text if data[end:] == self.after else None
 
 
-scan_json = json.JSONDecoder().raw_decode
-TEXT_FIELD = re.compile(r'"(content|reasoning_content|reasoning|thinking)": ?"')
-IGNORED_FIELDS = frozenset(("id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices",
-                          "index", "delta", "role"))
+def field_template(data: str, name: str, channel: PartType) -> DeltaTemplate:
+    """The template of an event whose text is the value of the field `name`; of none where that may be another's value too."""
+    key = f'"{name}"'
+    start = data.index('"', data.index(key) + len(key)) + 1
+    before, after = data[:start], data[scan_string(data, start)[1]:]
+    is_clear = data.count(key) == 1 and "\\" not in before + after      # an escape may hide a name
+    return DeltaTemplate(before, after, channel) if is_clear else DeltaTemplate()
 
 
-def delta_template(data: str, chunk: JSON) -> DeltaTemplate:
-    """The frame of an event with one piece of text and nothing else that is read; one that fits no event for any other."""
-    choices, places = only_dicts(chunk.get("choices")), list(TEXT_FIELD.finditer(data))
-    delta = choices[0].get("delta") if len(choices) == 1 else None
-    if isinstance(delta, dict) and len(places) == 1 and isinstance(delta.get(places[0][1]), str):
-        fields = [*chunk.items(), *choices[0].items(), *delta.items()]
-        if not any(value for name, value in fields if name not in IGNORED_FIELDS and name != places[0][1]):
-            return DeltaTemplate(data[:places[0].end()], data[scan_json(data, places[0].end() - 1)[1]:], places[0][1])
-    return DeltaTemplate("", "", "")
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
+TEXT_CHANNELS: dict[str, PartType] = {"content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
+IGNORED_FIELDS = frozenset(
+    "id object created model provider system_fingerprint service_tier choices index delta role".split())
 
 
-BRACES = re.compile(r'[{}"]|\\.', re.DOTALL)
+def chat_template(data: str, chunk: JSON) -> DeltaTemplate:
+    """The template of an event with one piece of text and nothing else that is read."""
+    choices = only_dicts(chunk.get("choices"))
+    delta = as_dict(choices[0].get("delta")) if len(choices) == 1 else {}
+    fields = [item for holder in (chunk, *choices, delta) for item in holder.items()]
+    names = [name for name, value in fields if value and name not in IGNORED_FIELDS]
+    if len(names) != 1 or names[0] not in TEXT_CHANNELS or not isinstance(delta.get(names[0]), str):
+        return DeltaTemplate()
+    return field_template(data, names[0], TEXT_CHANNELS[names[0]])
+
+
+ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 
 @dataclass(slots=True)
 class ChatCall:
     """A tool call that is being streamed."""
-    id: str = ""                    # the provider's, "" where it gave none
     name: str = ""
-    slot: int = -1                  # -1: not opened yet, its name has not come
-    pieces: list[str] = field(default_factory=list)
-    length: int = 0                 # of them together
-    end: str = ""                   # their last letter that is not blank
-    waiting: str = ""               # a piece that may be a placeholder, or a snapshot: the next one tells
-    streamed: bool = False          # came in more than one piece
-    named_again: bool = False       # by a piece without arguments: another call may follow
-    counted: int = 0                # of the pieces, for their braces
-    depth: int = 0
-    quoted: bool = False
-    broken: bool = False            # all braces are closed, and it is no JSON
+    id: str = ""                    # the provider's, "" where it gave none
+    item_key: int | None = None     # None: its item has not begun, for its name has not come
     closed: bool = False
+    streamed: bool = False          # some of its arguments came after its item had begun
+    next_name: str = ""             # its name, if a piece without arguments repeated it: another call may follow
+    arguments: io.StringIO = field(default_factory=io.StringIO)
+    last: str = ""                  # the last character of the arguments that is not blank
+    held: str = ""                  # a piece whose meaning the next one decides
+    scanned: int = 0                # characters of the arguments whose braces are counted
+    depth: float = 0                # of braces
+    quoted: int = 0                 # 1 inside a string
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces) + self.waiting
+        return self.arguments.getvalue() + self.held
 
-    def _add(self, arguments: str) -> str:
-        self.pieces.append(arguments)
-        self.length += len(arguments)
-        self.end = arguments.rstrip()[-1:] or self.end
-        return arguments
-
-    def take(self, piece: str) -> str:
-        """Takes more of the arguments, or a snapshot: some servers repeat what came before. The empty piece is their end.
-        What is new in them; what came is joined only where the piece is long enough to repeat it."""
-        if self.waiting:
-            nested = piece or parse_object(self.text) is not None
-            held, self.waiting = self.waiting, ""
-            if not piece.lstrip().startswith(held.rstrip(" }")):
-                return self._add(held if nested else held[self.length:]) + self.take(piece)
-        text = self.text if self.length <= 2 * len(piece) else ""
-        cumulative = text.lstrip().startswith("{") and piece.startswith(text)
+    def add(self, piece: str) -> str:
+        """Adds a piece of the arguments and returns what is new in it: a piece may be a snapshot that repeats those before.
+        One that may be a placeholder, or a snapshot, is held until the next piece; the empty piece is the last."""
+        held, self.held = self.held, ""
+        length = self.arguments.tell()
+        if held and not piece.lstrip().startswith(held.rstrip(" }")):
+            is_more = piece or parse_object(self.text + held) is not None
+            return self._append(held if is_more else held[length:]) + self.add(piece)
+        text = self.text if length <= 2 * len(piece) else ""        # a shorter piece repeats nothing
+        rest = rest_of_snapshot(text, piece) if text.lstrip().startswith("{") else None
         # {} may be a placeholder; is the second of {"a": and {"a":1} in the first, or does it repeat it?
-        if (not self.end and parse_object(piece) == {}) or (cumulative and self.end in ":[,"):
-            self.waiting, piece = piece, ""
-        elif cumulative:
-            piece = piece[self.length:]
-        elif text and self.end == "}" and self.is_repeated_by(piece):
-            piece = ""
-        return self._add(piece)
+        if (rest is not None and self.last in ":[,") or (not self.last and parse_object(piece) == {}):
+            self.held = piece
+            return ""
+        return self._append(piece if rest is None else rest)
+
+    def _append(self, text: str) -> str:
+        self.arguments.write(text)
+        self.last = text.rstrip()[-1:] or self.last
+        return text
+
+    def is_complete(self) -> bool:
+        """Are the arguments one JSON object? Some servers make us ask at every piece: each is scanned only once."""
+        if self.held:
+            return parse_object(self.text) is not None
+        if self.last != "}":
+            return False
+        self.arguments.seek(self.scanned)
+        parts = ESCAPED.sub("", self.arguments.read()).split('"')
+        self.scanned = self.arguments.tell()
+        unquoted = "".join(parts[self.quoted::2])
+        self.quoted = (self.quoted + len(parts) - 1) % 2
+        self.depth += unquoted.count("{") - unquoted.count("}")
+        if self.depth == 0 and parse_object(self.text) is None:
+            self.depth = math.inf       # every brace is closed: no further piece makes it JSON
+        return self.depth == 0
 
     def is_repeated_by(self, arguments: str) -> bool:
-        """Are they the same as far as these have come, or the same object spelt otherwise?"""
-        known = parse_object(self.text)
-        return arguments.startswith(self.text) or (known is not None and known == parse_object(arguments))
+        return rest_of_snapshot(self.text, arguments) is not None
 
-    def is_complete_json(self) -> bool:
-        """Are the arguments one JSON object? Some servers make us ask at every piece: braces are counted, each piece once."""
-        if self.waiting:
-            return parse_object(self.text) is not None
-        if self.end != "}" or self.broken:
+    def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
+        """Does a piece in the place of this call begin another? Ollama and many shims number all calls 0."""
+        if name and self.name and name != self.name:
+            return True
+        if call_id and self.id:         # an id that only rotates comes without a name, or with the same
+            is_bare = not self.name or not self.arguments.tell()
+            return call_id != self.id and (self.is_complete() or bool(name and is_bare))
+        if not arguments.strip() or not (name or self.next_name) or not self.is_complete():
             return False
-        for mark in BRACES.findall("".join(self.pieces[self.counted:])):
-            if mark == '"':
-                self.quoted = not self.quoted
-            elif not self.quoted:
-                self.depth += {"{": 1, "}": -1}.get(mark, 0)
-        self.counted = len(self.pieces)
-        if self.depth > 0:
-            return False
-        self.broken = parse_object(self.text) is None
-        return not self.broken
+        # what came in pieces, or with an id, is repeated without one as a snapshot; two whole calls may well be the same
+        may_be_snapshot = not self.next_name and (self.streamed or self.id)
+        return not may_be_snapshot or not self.is_repeated_by(arguments)
+
+
+def rest_of_snapshot(text: str, snapshot: str) -> str | None:
+    """What a snapshot of a call's arguments adds to `text`; None where it does not repeat it, if in another spelling."""
+    if snapshot.startswith(text):
+        return snapshot[len(text):]
+    arguments = parse_object(text)
+    return "" if arguments is not None and arguments == parse_object(snapshot) else None
 
 
 @dataclass(slots=True)
 class ReasoningBlock:
-    """The open reasoning item, and what must come back with the next turn."""
+    """What must come back with the next turn of one reasoning item."""
     texts: list[str] = field(default_factory=list)
     details: dict[tuple[Any, ...], tuple[JSON, list[str]]] = field(default_factory=dict)
 
-    def add(self, details: list[JSON]) -> None:
-        """OpenRouter's details come in pieces by type and index; sealed ones are whole and share theirs."""
+    def add(self, text: str, details: Sequence[JSON]) -> None:
+        """OpenRouter's details come in pieces by type and index; encrypted ones are whole and share theirs."""
+        self.texts.append(text)
         for detail in details:
-            kind = str(detail.get("type"))
-            own = "summary" if kind == "reasoning.summary" else "text"
-            sealed = kind == "reasoning.encrypted"
-            place = (kind, sealed, len(self.details) if sealed else str(detail.get("index")))
-            fields, pieces = self.details.setdefault(place, ({}, []))
-            fields.update({key: value for key, value in detail.items()
-                           if key != own and (value is not None or key not in fields)})
-            if isinstance(detail.get(own), str):
-                pieces.append(detail[own])
-                fields[own] = ""
+            kind, index = str(detail.get("type")), str(detail.get("index"))
+            name = "summary" if kind == "reasoning.summary" else "text"
+            key = (name, kind, len(self.details) if kind == "reasoning.encrypted" else index)
+            fields, pieces = self.details.setdefault(key, ({}, []))
+            fields.update((key, value) for key, value in detail.items() if value is not None or key not in (*fields, name))
+            if isinstance(detail.get(name), str):
+                pieces.append(detail[name])
 
     def replay(self, form: str) -> JSON:
-        text = "".join(self.texts)
+        """The block in the form that the dialect wants back."""
+        value: Any = "".join(self.texts)
         if form == "reasoning_details":
-            whole = [{k: "".join(pieces) if k in ("text", "summary") else v for k, v in fields.items()}
-                     for fields, pieces in self.details.values()]
-            return {form: whole} if whole else {}
-        if form == "thinking":
-            thinking = [{"type": "text", "text": text}]
-            return {form: [{"type": "thinking", "thinking": thinking}]} if text else {}
-        return {form: text} if form and text else {}
+            value = [{**fields, key[0]: "".join(pieces)} if pieces else fields
+                     for key, (fields, pieces) in self.details.items()]
+        elif form == "thinking" and value:
+            value = [{"type": "thinking", "thinking": [text_block(value)]}]
+        return {form: value} if form and value else {}
+
+
+THINK, END_THINK = "<think>", "</think>"
+
+
+class ThinkTags:
+    """Separates content that begins with a thought in <think> tags.
+
+    A server may give the same thought in a reasoning field as well. If the field came first, the text of the tags waits for
+    the closing tag and is left out if the field had it; if the tags came first, the field is left out.
+    """
+
+    def __init__(self, expected: bool, reasoning: list[str]) -> None:
+        self.place = "start" if expected else ""        # start, inside, behind; "" where no tag can come
+        self.held = ""                                  # content that may be the beginning of a tag
+        self.waiting: list[str] | None = None           # text of the tags, while a field may have it
+        self.reasoning = reasoning                      # the decoder's list of all that fields and tags gave
+
+    def read(self, content: str) -> tuple[str, str]:
+        """The reasoning and the text in a piece of content."""
+        reasoning, text, self.held = "", self.held + content, ""
+        if self.place == "start":
+            bare = text.lstrip()
+            if not bare.startswith(THINK):
+                self.held = text
+                return ("", "") if THINK.startswith(bare) else self.flush()
+            self.place, text = "inside", bare[len(THINK):]
+            self.waiting = [] if self.reasoning else None
+        if self.place == "inside":
+            reasoning, tag, text = text.partition(END_THINK)
+            start, mark, rest = reasoning.rpartition("<")
+            if tag:
+                self.place = "behind"
+            elif mark and END_THINK.startswith(mark + rest):
+                reasoning, self.held = start, mark + rest
+            if self.waiting is not None:
+                self.waiting.append(reasoning)
+                reasoning = self._waiting_text() if tag else ""
+        if self.place == "behind":
+            text = text.lstrip()
+            self.place = "" if text else "behind"
+        return reasoning, text
+
+    def flush(self) -> tuple[str, str]:
+        """What is left where no tag can come any more: text, or the end of the thought. A tag that never ends is text."""
+        held, self.held = self.held, ""
+        place, self.place = self.place, ""
+        if place != "inside":
+            return "", held
+        if self.waiting is None:
+            return held, ""
+        waiting = self._waiting_text()
+        return "", THINK + waiting + held if waiting else ""
+
+    def read_field(self, text: str) -> str:
+        """The text of a reasoning field inside the tags; "" where the tags have it."""
+        if text and self.waiting is None:
+            if any(map(str.strip, self.reasoning)):
+                return ""
+            self.waiting = []
+        return text
+
+    def _waiting_text(self) -> str:
+        """"" where the reasoning field has it."""
+        text = "".join(self.waiting or ())
+        return "" if text.strip() in "".join(self.reasoning) else text
 
 
 class ChatDecoder(ItemDecoder):
     """One chat stream, or one whole answer.
 
-    Chat never says that an item ends. A message or a thought ends when something else begins; a call ends
-    when its arguments are one whole object and something else begins. Only calls may be open together: some
-    servers mix the pieces of parallel ones.
+    Chat never says that an item ends. A message or a reasoning block ends when something else begins; a call ends when its
+    arguments are one whole object and something else begins. Only calls may be open together: some servers mix the pieces
+    of parallel ones.
     """
 
     def __init__(self, book: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
         self.dialect = dialect
-        self.message = False                    # is a message open?
-        self.thought: ReasoningBlock | None = None
-        self.calls: list[ChatCall] = []
-        self.changed: dict[int, ChatCall] = {}      # those of them that were not looked at since
-        self.by_index: dict[int, ChatCall] = {}     # the newest call of each index
-        self.by_id: dict[str, ChatCall] = {}
-        self.ids: set[str] = set()
+        self.open_item = ""                         # "message" or "reasoning", "" where neither is open
+        self.block = ReasoningBlock()               # of the open reasoning item
+        self.texts: dict[PartType, list[str]] = {"summary": [], "text": [], "refusal": []}      # of the whole answer
+        self.tags = ThinkTags(dialect.think_tags, self.texts["summary"])
         self.images: set[str] = set()
-        self.think = "start" if dialect.think_tags else ""      # place in <think>: start, in, after, or past
-        self.twice: list[str] | None = None     # what the tags say of a thought that a field began
-        self.seen: dict[str, list[str]] = {"text": [], "refusal": [], "thought": []}    # what has been said
         self.cited = False
-        self.counts: JSON = {}                  # all that usages have said
-        self.streamed = False                   # did anything come in a delta? Then a message is a snapshot
-        self.held = ""                          # content that may be the beginning of a tag
+        self.calls: list[ChatCall] = []
+        self.changed: list[ChatCall] = []           # since the calls that were whole were last ended
+        self.by_key: dict[Any, ChatCall] = {}       # the newest call of an index, of an id, and of all by ""
+        self.call_ids: set[str] = set()
+        self.counts: JSON = {}                      # of all usages together
+        self.streamed = False                       # a delta has come: a message is a snapshot
         self.stop: Stop | None = None
-        self.frame = DeltaTemplate("", "", "")      # of the newest piece of text
+        self.template = DeltaTemplate()             # of the newest event
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
-        if (text := self.frame.text_in(data)) is not None:
-            self._content(text) if self.frame.name == "content" else self._reason(text, [])
-            return
-        if data.strip() == "[DONE]":
+        text = self.template.text_in(data)
+        if text is not None:
+            self._take(self.template.channel, text)
+        elif data.strip() == "[DONE]":
             self._done()
-            return
-        if not data.strip():
-            return
-        chunk = provider_json(data, "The provider sent an event that is not JSON.")
-        if isinstance(chunk, dict):
-            self._chunk(chunk)
-            self.frame = delta_template(data, chunk)
+        elif data.strip():
+            chunk = provider_json(data, "The provider sent an event that is not JSON.")
+            if isinstance(chunk, dict):
+                self._chunk(chunk)
+                self.template = chat_template(data, chunk)
 
     def whole(self, body: JSON) -> None:
         """An answer that was not streamed."""
@@ -4309,283 +4392,231 @@ class ChatDecoder(ItemDecoder):
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = next((holder["usage"] for holder in holders if holder.get("usage")), None)
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        usage = usage_from(counts and merge_counts(self.counts, counts), chunk, reasoning_within=self.dialect.reasoning_within)
-        if usage is not None:           # OpenRouter's reasoning is at times one more
+        usage = usage_from(counts and merge_counts(self.counts, counts), chunk,
+                           reasoning_within=self.dialect.reasoning_within)
+        if usage:           # OpenRouter's reasoning is at times one more
             self.sink.set_usage(dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output)))
-        failure = next((choice["error"] for choice in choices if choice.get("error")), chunk if states_error(chunk) else None)
-        if failure is not None:
-            self._fail(inband_error(failure))
+        errors = [choice["error"] for choice in choices if choice.get("error")]
+        if errors or states_error(chunk):
+            self._fail(inband_error([*errors, chunk][0]))
             return
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = inband_error(chunk)
         for choice in choices:                  # Copilot gives text and calls of one answer in two choices
             for name in ("delta", "message"):
-                if isinstance(said := choice.get(name), dict) and said:
-                    self._delta(said, whole=name == "message")
+                if message := as_dict(choice.get(name)):
+                    self._message(message, whole=name == "message")
             self._finish_reason(choice)
-        if usage is not None and self.stop is not None and not choices:
+        if usage and self.stop and not choices:
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))       # OpenAI's order: finish, usage, [DONE]
 
-    def _delta(self, delta: JSON, whole: bool = False) -> None:
-        """A piece of a message, or a `whole` one: the answer itself, or behind pieces their snapshot."""
-        self.streamed, snapshot = self.streamed or not whole, whole and self.streamed
-        left = {name: "".join(texts) for name, texts in self.seen.items()} if snapshot else {}
-        thought, details = reasoning_of(delta)
-        self._reason(unseen(left, "thought", thought), [] if snapshot and self.seen["thought"] else details)
-        content = delta.get("content")
-        for part in [content] if isinstance(content, str) else only_dicts(content):      # Mistral: an array
-            if isinstance(part, str):
-                self._content(unseen(left, "text", part))
-            elif part.get("type") == "thinking":
-                self._think(unseen(left, "thought", text_of(part.get("thinking"))), [])
-            elif isinstance(part.get("text"), str):
-                self._content(unseen(left, "text", part["text"]))
-        if isinstance(delta.get("refusal"), str):
-            self._say(unseen(left, "refusal", delta["refusal"]), "refusal")
-        for image in only_dicts(delta.get("images")):         # OpenRouter's
+    def _message(self, message: JSON, whole: bool) -> None:
+        """A delta, or a `whole` message: the answer itself, or a snapshot of what the deltas before it gave."""
+        self.streamed = self.streamed or not whole
+        snapshot = whole and self.streamed
+        if not (snapshot and self.texts["summary"]):
+            self._add("summary", "", only_dicts(message.get("reasoning_details")))
+        known = {channel: "".join(texts) for channel, texts in self.texts.items()} if snapshot else {}
+        for channel, text in message_texts(message):
+            self._take(channel, unseen(known, channel, text))
+        for image in only_dicts(message.get("images")):         # OpenRouter's
             self._show_image(as_dict(image.get("image_url")).get("url"))
-        for cited in [] if snapshot and self.cited else only_dicts(delta.get("annotations")):
-            self._cite(cited.get("url_citation"))
-        for place, call in enumerate(only_dicts(delta.get("tool_calls"))):
-            self._call(call, whole, self._repeated(place, call) if snapshot else None)
+        if not (snapshot and self.cited):
+            for annotation in only_dicts(message.get("annotations")):
+                self._cite(as_dict(annotation.get("url_citation")))
+        for place, call in enumerate(only_dicts(message.get("tool_calls"))):
+            self._call(call, whole, place if snapshot else None)
 
-    # text and thoughts
+    # messages and reasoning
 
-    def _reason(self, thought: str, details: list[JSON]) -> None:
-        if thought and self.think == "in" and self.twice is None:
-            if any(map(str.strip, self.seen["thought"])):
-                thought = ""                    # the tags say it
-            else:
-                self.twice = []
-        if thought or details:
-            self._think(thought, details)
+    def _take(self, channel: PartType, text: str) -> None:
+        """A text of a message: content may have reasoning in tags, and a reasoning field the same."""
+        if channel == "text" and self.tags.place:
+            reasoning, text = self.tags.read(text)
+            self._add("summary", reasoning)
+        elif channel == "summary" and self.tags.place == "inside":
+            text = self.tags.read_field(text)
+        self._add(channel, text)
 
-    def _content(self, text: str) -> None:
-        """Content, which may begin with a thought in tags."""
-        text = self.held + text
-        self.held = ""
-        if self.think == "start":
-            bare = text.lstrip()
-            if not bare.startswith(THINK) and THINK.startswith(bare):
-                self.held = text
-                return
-            self.think, text = ("in", bare[len(THINK):]) if bare.startswith(THINK) else ("", text)
-            self.twice = [] if self.seen["thought"] else None
-        if self.think == "in":
-            inside, tag, text = text.partition(END_THINK)
-            if not tag:
-                inside, self.held = split_tag_start(inside, END_THINK)
-            if self.twice is not None:
-                self.twice.append(inside)
-                inside = "".join(self.twice) if tag and not self._is_double() else ""
-            self._think(inside, [])
-            self.think = "after" if tag else "in"
-        if self.think == "after":
-            text = text.lstrip()
-            self.think = "" if text else "after"
-        self._say(text)
-
-    def _leave_tags(self) -> None:
-        """No tag can come any more: what was held was text, or the end of a thought."""
-        held, self.held = self.held, ""
-        state, self.think = self.think, ""
-        if state != "in":
-            self._say(held)
-        elif self.twice is None:
-            self._think(held, [])
-        elif not self._is_double():             # a tag that never ends is text
-            self._say("".join((THINK, *self.twice, held)))
-
-    def _is_double(self) -> bool:
-        """Do the tags say nothing but what the field has said?"""
-        return "".join(self.twice or ()).strip() in "".join(self.seen["thought"])
-
-    def _say(self, text: str, channel: PartType = "text") -> None:
-        if not text:
+    def _add(self, channel: PartType, text: str, details: Sequence[JSON] = ()) -> None:
+        """More of the message or the reasoning block, which begins here if it is not open."""
+        if not text and not details:
             return
-        if not self.message:
-            self._close_texts()
-            if text.strip():                    # Kimi sends blanks around its calls
-                self._close_calls()
-            self.message = True
+        kind = "reasoning" if channel == "summary" else "message"
+        if self.open_item != kind:
+            self._end_text()
+            if kind == "reasoning" or text.strip():     # Kimi sends blanks around its calls
+                self._end_calls()
+            self.open_item = kind
             self._slot()
-        self.seen[channel].append(text)
-        self.sink.text(text, channel)
+        self.texts[channel].append(text)
+        if kind == "message":
+            self.sink.text(text, channel)
+        else:
+            self.block.add(text, details)
+            self.sink.reasoning(text)
 
     def _show_image(self, url: Any) -> None:
         head, comma, data = str(url).partition(";base64,")
         if comma and data not in self.images:       # the whole message may repeat it
             self.images.add(data)
-            self._leave_item()
+            self._end_items()
             self._image(data)
         elif not comma and isinstance(url, str):
-            self._content(url)
+            self._take("text", url)
 
-    def _cite(self, cited: Any) -> None:
+    def _cite(self, citation: JSON) -> None:
         """Where the open message has something from, by OpenAI's and OpenRouter's search models."""
-        if self.message and isinstance(cited, dict) and isinstance(cited.get("url"), str):
+        if self.open_item == "message" and isinstance(citation.get("url"), str):
             self.cited = True
             self.sink.annotate({
-                "type": "url_citation", "start_index": count(cited, "start_index"), "end_index": count(cited, "end_index"),
-                "url": cited["url"], "title": str(cited.get("title") or "")})
-
-    def _think(self, text: str, details: list[JSON]) -> None:
-        if not text and not details:
-            return
-        if self.thought is None:
-            self._close_texts()
-            self._close_calls()
-            self.thought = ReasoningBlock()
-            self._slot()
-        self.seen["thought"].append(text)
-        self.thought.texts.append(text)
-        self.thought.add(details)
-        self.sink.reasoning(text)
-
-    def _close_texts(self) -> None:
-        replay = self.thought.replay(self.dialect.replay) if self.thought else {}
-        self.sink.done(sealed_replay=replay)
-        self.message, self.thought = False, None
+                "type": "url_citation",
+                "start_index": count(citation, "start_index"),
+                "end_index": count(citation, "end_index"),
+                "url": citation["url"],
+                "title": str(citation.get("title") or ""),
+            })
 
     # calls
 
-    def _call(self, given: JSON, whole: bool, repeated: ChatCall | None) -> None:
+    def _call(self, given: JSON, whole: bool, place: int | None) -> None:
+        """A piece of a call, or a `whole` call; in a snapshot the one at this place."""
         name, arguments = call_texts(given)
-        call_id, index = str(given.get("id") or ""), given.get("index")
-        known = call = repeated or (None if whole and not isinstance(index, int) else self._known(index, call_id))
-        if call is None or (not repeated and begins_new_call(call, call_id, name, arguments)):
-            call = ChatCall()
-            self.calls.append(call)
-            name = known.name if known and known.named_again and not name else name
-        if isinstance(index, int):
-            self.by_index[index] = call
+        call_id, key = str(given.get("id") or ""), given.get("index")
+        if not isinstance(key, int):
+            key = object() if whole else call_id        # a whole call goes on with none
+        call = self._find_call(key, call_id, name, arguments, place)
         call.id, call.name = call.id or call_id, call.name or name
-        if call.id:
-            self.by_id[call.id] = call
+        self.by_key |= {key: call, call.id or key: call}
         if call.closed:                         # some servers repeat the whole call when it is done
             return
-        if not arguments:
-            call.named_again = bool(call.end and name and not call_id)
-        news = call.take(arguments) if arguments else ""
-        if call.slot < 0 and call.name:
-            self._open_call(call, given)
-        elif call.slot >= 0 and arguments:
-            call.streamed = True
-            if news:
-                self.sink.add(call.slot, news, "arguments")
-        self.changed[id(call)] = call           # behind the calls that its beginning ended
+        new = ""
+        if arguments:
+            call.streamed = call.item_key is not None
+            new = call.add(arguments)
+        else:
+            call.next_name = name if call.last and not call_id else ""
+        if call.item_key is not None and new:
+            self.sink.add(call.item_key, new, "arguments")
+        elif call.item_key is None and call.name:
+            self._begin_call(call, given)
+        self.changed.append(call)               # behind the calls that its beginning ended
 
-    def _repeated(self, place: int, given: JSON) -> ChatCall | None:
-        """The call that one in a snapshot repeats: that of its id, else the one at its place, if it is the same so far."""
-        name, arguments = call_texts(given)
-        same = [call for call in self.calls[place:place + 1] if call.name == name and call.is_repeated_by(arguments)]
-        return self.by_id.get(str(given.get("id") or "")) or next(iter(same), None)
+    def _find_call(self, key: Any, call_id: str, name: str, arguments: str, place: int | None) -> ChatCall:
+        """The call that a piece goes on with: that of its index, else of its id, else the newest; or the one that it begins.
+        A call of a snapshot repeats that of its id, else the one at its place if it is the same so far."""
+        if place is not None:
+            if call_id and call_id in self.by_key:
+                return self.by_key[call_id]
+            for call in self.calls[place:place + 1]:
+                if call.name == name and call.is_repeated_by(arguments):
+                    return call
+        known = self.by_key.get(key)
+        if known and not known.is_followed_by(call_id, name, arguments):
+            return known
+        call = ChatCall(name or (known.next_name if known else ""))
+        self.calls.append(call)
+        self.by_key[""] = call
+        return call
 
-    def _open_call(self, call: ChatCall, given: JSON) -> None:
-        self._leave_item()
-        call.slot = self._slot()
-        call_id = call.id or f"{self.prefix}{call.slot}"
-        call_id = f"{call_id}_{call.slot}" if call_id in self.ids else call_id
-        self.ids.add(call_id)
+    def _begin_call(self, call: ChatCall, given: JSON) -> None:
+        self._end_items()
+        call.item_key = self._slot()
+        call_id = call.id or f"{self.prefix}{call.item_key}"
+        if call_id in self.call_ids:
+            call_id = f"{call_id}_{call.item_key}"
+        self.call_ids.add(call_id)
         if given.get("extra_content"):          # Gemini's OpenAI endpoint: a signature, in an item of its own
             self._carry({"extra_content": [{"id": call_id, "extra_content": given["extra_content"]}]})
-        self.sink.call(call.slot, call_id, self.book.tool(call.name))
-        if call.length:
-            self.sink.add(call.slot, "".join(call.pieces), "arguments")
+        self.sink.call(call.item_key, call_id, self.book.tool(call.name))
+        if arguments := call.arguments.getvalue():
+            self.sink.add(call.item_key, arguments, "arguments")
 
-    def _known(self, index: Any, call_id: str) -> ChatCall | None:
-        """The call that a piece goes on with: that of its index, else of its id, else the newest."""
-        if isinstance(index, int):
-            return self.by_index.get(index)
-        if call_id:
-            return self.by_id.get(call_id)
-        return self.calls[-1] if self.calls else None
+    # ends
 
-    def _close_calls(self, ended: bool = False) -> None:
-        """Ends the calls whose arguments are whole; at a proper end none at all is whole too."""
-        for call in self.calls if ended else self.changed.values():
-            if call.slot < 0 or call.closed:
+    def _end_text(self) -> None:
+        self.sink.done(sealed_replay=self.block.replay(self.dialect.replay))
+        self.block = ReasoningBlock()
+        self.open_item = ""
+
+    def _end_calls(self, last: bool = False) -> None:
+        """Ends the calls whose arguments are whole; at the `last` end a call without arguments is whole too."""
+        for call in self.calls if last else self.changed:
+            if call.item_key is None or call.closed:
                 continue
-            if ended and (rest := call.take("")):
-                self.sink.add(call.slot, rest, "arguments")
-            if (not call.waiting and call.is_complete_json()) or (ended and not call.end):
+            if last and (rest := call.add("")):
+                self.sink.add(call.item_key, rest, "arguments")
+            if (call.is_complete() and not call.held) or (last and not call.last):
                 call.closed = True
-                self.sink.done(call.slot)
+                self.sink.done(call.item_key)
         self.changed.clear()
 
-    # the end
+    def _end_items(self, last: bool = False) -> None:
+        reasoning, text = self.tags.flush()
+        self._add("summary", reasoning)
+        self._add("text", text)
+        self._end_text()
+        self._end_calls(last and not (self.stop and self.stop.incomplete_reason))
 
     def _finish_reason(self, choice: JSON) -> None:
-        given = choice.get("finish_reason")
-        if isinstance(given, dict):
-            given = given.get("type") or given.get("reason")
-        if not given:
+        reason = choice.get("finish_reason")
+        if isinstance(reason, dict):
+            reason = reason.get("type") or reason.get("reason")
+        if not reason:
             return
-        reason, native = str(given).lower(), str(choice.get("native_finish_reason") or "").lower()
+        reason, native = str(reason).lower(), str(choice.get("native_finish_reason") or "").lower()
         kind = CHAT_ERRORS.get(reason) or CHAT_ERRORS.get(native)
         if kind or reason.startswith("function_call_filter"):
-            said = (native if native in CHAT_ERRORS else reason)[:64]
-            self._fail(ProviderError(f"The provider broke off its answer: {said}.",
-                                           kind=kind or "tool_generation"))
+            name = (native if native in CHAT_ERRORS else reason)[:64]
+            self._fail(ProviderError(f"The provider broke off its answer: {name}.", kind=kind or "tool_generation"))
             return
         self.stop = Stop(CHAT_STOP.get(reason) or CHAT_STOP.get(native, ""), explanation=filter_explanation(choice))
-        self._close_all()
+        self._end_items(last=True)
         self.sink.set_stop(self.stop)
-
-    def _leave_item(self, ended: bool = False) -> None:
-        self._leave_tags()
-        self._close_texts()
-        self._close_calls(ended)
-
-    def _close_all(self) -> None:
-        self._leave_item(ended=self.stop is None or not self.stop.incomplete_reason)
 
     def _done(self) -> None:
         """[DONE], or the end of a whole answer."""
         if self.failed:
             return
-        self._close_all()
-        if any(call.slot < 0 and call.pieces for call in self.calls):
-            nameless = "The provider sent a tool call without a name."
-            self._fail(ProviderError(nameless, kind="tool_generation"))
+        self._end_items(last=True)
+        if any(call.item_key is None and call.text for call in self.calls):
+            self._fail(ProviderError("The provider sent a tool call without a name.", kind="tool_generation"))
         elif self.stop is None and not self.slots:
             self._fail(self.notice or ProviderError("The provider's answer is empty.", kind="overload"))
         else:
             self.sink.set_stop(dataclasses.replace(self.stop or Stop(), final=True))
 
 
-def split_tag_start(text: str, tag: str) -> tuple[str, str]:
-    """The text, and what at its end may be the beginning of `tag`."""
-    keep = next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
-    return text[:len(text) - keep], text[len(text) - keep:]
+def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
+    """The texts of a delta or a message in their order."""
+    reasoning = next(filter(None, map(message.get, REASONING_FIELDS)), "")
+    details = only_dicts(message.get("reasoning_details"))
+    if details and not reasoning:       # Snowflake
+        reasoning = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
+    yield "summary", text_of(reasoning)
+    content = message.get("content")
+    for part in [{"text": content}] if isinstance(content, str) else only_dicts(content):       # Mistral: an array
+        if part.get("type") == "thinking":
+            yield "summary", text_of(part.get("thinking"))
+        else:
+            yield "text", text_of(part.get("text"))
+    yield "refusal", text_of(message.get("refusal") or "")
 
 
-def begins_new_call(known: ChatCall, call_id: str, name: str, arguments: str) -> bool:
-    """Does a piece at the place of a known call begin another? Ollama and many shims number all calls 0."""
-    if name and known.name and name != known.name:
-        return True
-    if call_id and known.id and call_id != known.id:        # an id that only rotates comes without a name, or with the same
-        return (bool(name) and not (known.name and known.pieces)) or known.is_complete_json()
-    if not arguments.strip() or (call_id and call_id == known.id) or not (name or known.named_again) \
-            or not known.is_complete_json():
-        return False
-    # what came in pieces, or with an id, is repeated without one as a snapshot; two whole calls may well be the same
-    snapshot = not known.named_again and (known.streamed or (known.id and not call_id))
-    return not snapshot or not known.is_repeated_by(arguments)
-
-
-def unseen(left: dict[str, str], channel: str, text: str) -> str:
-    """What a snapshot's text has beyond its pieces; `left` is what they said and the snapshot has not repeated yet."""
-    said = left.get(channel, "").lstrip()
-    if not said:
+def unseen(known: dict[PartType, str], channel: PartType, text: str) -> str:
+    """What a snapshot's text has beyond its pieces; `known` is what they gave and the snapshot has not repeated yet."""
+    pieces = known.pop(channel, "").lstrip()
+    if not pieces:
         return text
     text = text.lstrip()
-    left[channel] = said.removeprefix(text) if not text.startswith(said) else ""
-    return text[len(said):] if text.startswith(said) else ""
+    if text.startswith(pieces):
+        return text[len(pieces):]
+    known[channel] = pieces.removeprefix(text)
+    return ""
 
 
 def call_texts(given: JSON) -> tuple[str, str]:
-    """Name and arguments of a piece of a call: either may be null, and arguments an object."""
+    """Name and arguments of a piece of a call: either may be null, and the arguments an object."""
     function = as_dict(given.get("function"))
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, str):
@@ -4593,21 +4624,11 @@ def call_texts(given: JSON) -> tuple[str, str]:
     return str(function.get("name") or ""), arguments or ""
 
 
-def reasoning_of(delta: JSON) -> tuple[str, list[JSON]]:
-    """The reasoning text of a delta, and the details that belong to it."""
-    details = only_dicts(delta.get("reasoning_details"))
-    for name in REASONING_FIELDS:
-        if isinstance(delta.get(name), str) and delta[name]:
-            return delta[name], details
-    texts = (detail.get("text") or detail.get("summary") for detail in details)      # Snowflake: only details
-    return "".join(text for text in texts if isinstance(text, str)), details
-
-
 def filter_explanation(choice: JSON) -> str:
     """Which of Azure's filters stopped the answer, in words."""
     results = as_dict(choice.get("content_filter_results"))
-    struck = [name for name, result in results.items() if as_dict(result).get("filtered")]
-    return f"The provider's content filter stopped this answer: {', '.join(struck)}." if struck else ""
+    filters = [name for name, result in results.items() if as_dict(result).get("filtered")]
+    return f"The provider's content filter stopped this answer: {', '.join(filters)}." if filters else ""
 
 
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------

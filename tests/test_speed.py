@@ -46,7 +46,7 @@ def said(stream, spelling):
     decoder.sink = Recorder()
     for event in stream:
         data = json.dumps(event, **spelling)
-        short += decoder.frame.text_in(data) is not None
+        short += decoder.template.text_in(data) is not None
         decoder.feed(data)
     decoder.feed("[DONE]")
     return decoder.sink.made, short
@@ -56,7 +56,7 @@ def said(stream, spelling):
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
 def test_an_event_that_is_not_parsed_says_what_it_would_say_parsed(stream, spelling, monkeypatch):
     short, _ = said(stream, spelling)
-    monkeypatch.setattr(pomex, "delta_template", lambda data, made: pomex.DeltaTemplate("", "", ""))
+    monkeypatch.setattr(pomex, "chat_template", lambda data, chunk: pomex.DeltaTemplate())
     assert short == said(stream, spelling)[0]
 
 

@@ -4137,16 +4137,23 @@ class DeltaTemplate(NamedTuple):
 
 
 def field_template(data: str, name: str, channel: PartType) -> DeltaTemplate:
-    """The template of an event whose text is the value of the field `name`; of none where that may be another's value too."""
-    key = f'"{name}"'
-    start = data.index('"', data.index(key) + len(key)) + 1
-    before, after = data[:start], data[scan_string(data, start)[1]:]
-    is_clear = data.count(key) == 1 and "\\" not in before + after      # an escape may hide a name
-    return DeltaTemplate(before, after, channel) if is_clear else DeltaTemplate()
+    """The template of an event whose text is the value of the only field `name`."""
+    places = list(re.finditer(rf'"{name}"\s*:\s*"', data))
+    if len(places) != 1:
+        return DeltaTemplate()
+    start = places[0].end()
+    text, end = scan_string(data, start)
+    before, after = data[:start], data[end:]
+    if "\\" in before + after:         # another field may have the same name, spelled with an escape
+        return DeltaTemplate()
+    return DeltaTemplate(before, after, channel)
 
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
-TEXT_CHANNELS: dict[str, PartType] = {"content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
+TEXT_CHANNELS: dict[str, PartType] = {
+    "content": "text",
+    **dict.fromkeys(REASONING_FIELDS, "summary"),
+}
 IGNORED_FIELDS = frozenset(
     "id object created model provider system_fingerprint service_tier choices index delta role".split())
 
@@ -4155,11 +4162,13 @@ def chat_template(data: str, chunk: JSON) -> DeltaTemplate:
     """The template of an event with one piece of text and nothing else that is read."""
     choices = only_dicts(chunk.get("choices"))
     delta = as_dict(choices[0].get("delta")) if len(choices) == 1 else {}
-    fields = [item for holder in (chunk, *choices, delta) for item in holder.items()]
-    names = [name for name, value in fields if value and name not in IGNORED_FIELDS]
-    if len(names) != 1 or names[0] not in TEXT_CHANNELS or not isinstance(delta.get(names[0]), str):
-        return DeltaTemplate()
-    return field_template(data, names[0], TEXT_CHANNELS[names[0]])
+    for name, channel in TEXT_CHANNELS.items():
+        if delta.get(name):
+            fields = [*chunk.items(), *choices[0].items(), *delta.items()]
+            given = {key for key, value in fields if value}
+            if isinstance(delta[name], str) and given <= IGNORED_FIELDS | {name}:
+                return field_template(data, name, channel)
+    return DeltaTemplate()
 
 
 ESCAPED = re.compile(r"\\.", re.DOTALL)
@@ -4192,11 +4201,13 @@ class ChatCall:
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
             is_more = piece or parse_object(self.text + held) is not None
-            return self._append(held if is_more else held[length:]) + self.add(piece)
+            new = self._append(held if is_more else held[length:])
+            return new + self.add(piece)
         text = self.text if length <= 2 * len(piece) else ""        # a shorter piece repeats nothing
         rest = rest_of_snapshot(text, piece) if text.lstrip().startswith("{") else None
         # {} may be a placeholder; is the second of {"a": and {"a":1} in the first, or does it repeat it?
-        if (rest is not None and self.last in ":[,") or (not self.last and parse_object(piece) == {}):
+        is_placeholder = not self.last and parse_object(piece) == {}
+        if is_placeholder or (rest is not None and self.last in ":[,"):
             self.held = piece
             return ""
         return self._append(piece if rest is None else rest)
@@ -4213,8 +4224,9 @@ class ChatCall:
         if self.last != "}":
             return False
         self.arguments.seek(self.scanned)
-        parts = ESCAPED.sub("", self.arguments.read()).split('"')
+        text = ESCAPED.sub("", self.arguments.read())
         self.scanned = self.arguments.tell()
+        parts = text.split('"')
         unquoted = "".join(parts[self.quoted::2])
         self.quoted = (self.quoted + len(parts) - 1) % 2
         self.depth += unquoted.count("{") - unquoted.count("}")
@@ -4222,21 +4234,22 @@ class ChatCall:
             self.depth = math.inf       # every brace is closed: no further piece makes it JSON
         return self.depth == 0
 
-    def is_repeated_by(self, arguments: str) -> bool:
-        return rest_of_snapshot(self.text, arguments) is not None
-
     def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
         """Does a piece in the place of this call begin another? Ollama and many shims number all calls 0."""
         if name and self.name and name != self.name:
             return True
         if call_id and self.id:         # an id that only rotates comes without a name, or with the same
+            if call_id == self.id:
+                return False
             is_bare = not self.name or not self.arguments.tell()
-            return call_id != self.id and (self.is_complete() or bool(name and is_bare))
-        if not arguments.strip() or not (name or self.next_name) or not self.is_complete():
+            return self.is_complete() or bool(name and is_bare)
+        if not arguments.strip() or not (name or self.next_name):
+            return False
+        if not self.is_complete():
             return False
         # what came in pieces, or with an id, is repeated without one as a snapshot; two whole calls may well be the same
         may_be_snapshot = not self.next_name and (self.streamed or self.id)
-        return not may_be_snapshot or not self.is_repeated_by(arguments)
+        return not may_be_snapshot or rest_of_snapshot(self.text, arguments) is None
 
 
 def rest_of_snapshot(text: str, snapshot: str) -> str | None:
@@ -4244,24 +4257,28 @@ def rest_of_snapshot(text: str, snapshot: str) -> str | None:
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
-    return "" if arguments is not None and arguments == parse_object(snapshot) else None
+    if arguments is None or arguments != parse_object(snapshot):
+        return None
+    return ""
 
 
 @dataclass(slots=True)
 class ReasoningBlock:
     """What must come back with the next turn of one reasoning item."""
     texts: list[str] = field(default_factory=list)
-    details: dict[tuple[Any, ...], tuple[JSON, list[str]]] = field(default_factory=dict)
+    details: dict[Any, tuple[JSON, list[str]]] = field(default_factory=dict)
 
     def add(self, text: str, details: Sequence[JSON]) -> None:
-        """OpenRouter's details come in pieces by type and index; encrypted ones are whole and share theirs."""
+        """OpenRouter's details come in pieces by type and index. Encrypted ones are whole, but may share an index."""
         self.texts.append(text)
         for detail in details:
-            kind, index = str(detail.get("type")), str(detail.get("index"))
+            kind = str(detail.get("type"))
             name = "summary" if kind == "reasoning.summary" else "text"
-            key = (name, kind, len(self.details) if kind == "reasoning.encrypted" else index)
-            fields, pieces = self.details.setdefault(key, ({}, []))
-            fields.update((key, value) for key, value in detail.items() if value is not None or key not in (*fields, name))
+            place = f"{detail.get('index')} {detail.get('data')}"
+            fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
+            for key, value in detail.items():
+                if value is not None or key not in (*fields, name):
+                    fields[key] = value
             if isinstance(detail.get(name), str):
                 pieces.append(detail[name])
 
@@ -4269,8 +4286,9 @@ class ReasoningBlock:
         """The block in the form that the dialect wants back."""
         value: Any = "".join(self.texts)
         if form == "reasoning_details":
-            value = [{**fields, key[0]: "".join(pieces)} if pieces else fields
-                     for key, (fields, pieces) in self.details.items()]
+            value = []
+            for (name, *_), (fields, pieces) in self.details.items():
+                value.append({**fields, name: "".join(pieces)} if pieces else fields)
         elif form == "thinking" and value:
             value = [{"type": "thinking", "thinking": [text_block(value)]}]
         return {form: value} if form and value else {}
@@ -4294,13 +4312,17 @@ class ThinkTags:
 
     def read(self, content: str) -> tuple[str, str]:
         """The reasoning and the text in a piece of content."""
-        reasoning, text, self.held = "", self.held + content, ""
+        text, self.held = self.held + content, ""
+        reasoning = ""
         if self.place == "start":
             bare = text.lstrip()
             if not bare.startswith(THINK):
                 self.held = text
-                return ("", "") if THINK.startswith(bare) else self.flush()
-            self.place, text = "inside", bare[len(THINK):]
+                if THINK.startswith(bare):
+                    return "", ""
+                return self.flush()
+            self.place = "inside"
+            text = bare[len(THINK):]
             self.waiting = [] if self.reasoning else None
         if self.place == "inside":
             reasoning, tag, text = text.partition(END_THINK)
@@ -4326,7 +4348,9 @@ class ThinkTags:
         if self.waiting is None:
             return held, ""
         waiting = self._waiting_text()
-        return "", THINK + waiting + held if waiting else ""
+        if waiting:
+            return "", THINK + waiting + held
+        return "", ""
 
     def read_field(self, text: str) -> str:
         """The text of a reasoning field inside the tags; "" where the tags have it."""
@@ -4339,7 +4363,9 @@ class ThinkTags:
     def _waiting_text(self) -> str:
         """"" where the reasoning field has it."""
         text = "".join(self.waiting or ())
-        return "" if text.strip() in "".join(self.reasoning) else text
+        if text.strip() in "".join(self.reasoning):
+            return ""
+        return text
 
 
 class ChatDecoder(ItemDecoder):
@@ -4356,7 +4382,7 @@ class ChatDecoder(ItemDecoder):
         self.dialect = dialect
         self.open_item = ""                         # "message" or "reasoning", "" where neither is open
         self.block = ReasoningBlock()               # of the open reasoning item
-        self.texts: dict[PartType, list[str]] = {"summary": [], "text": [], "refusal": []}      # of the whole answer
+        self.texts: dict[PartType, list[str]] = collections.defaultdict(list)       # of the whole answer
         self.tags = ThinkTags(dialect.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.cited = False
@@ -4390,12 +4416,13 @@ class ChatDecoder(ItemDecoder):
     def _chunk(self, chunk: JSON) -> None:
         choices = only_dicts(chunk.get("choices"))
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
-        counts = next((holder["usage"] for holder in holders if holder.get("usage")), None)
+        counts = next(filter(None, (holder.get("usage") for holder in holders)), None)
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         usage = usage_from(counts and merge_counts(self.counts, counts), chunk,
                            reasoning_within=self.dialect.reasoning_within)
         if usage:           # OpenRouter's reasoning is at times one more
-            self.sink.set_usage(dataclasses.replace(usage, reasoning=min(usage.reasoning, usage.output)))
+            reasoning = min(usage.reasoning, usage.output)
+            self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
         if errors or states_error(chunk):
             self._fail(inband_error([*errors, chunk][0]))
@@ -4407,24 +4434,29 @@ class ChatDecoder(ItemDecoder):
                 if message := as_dict(choice.get(name)):
                     self._message(message, whole=name == "message")
             self._finish_reason(choice)
-        if usage and self.stop and not choices:
-            self.sink.set_stop(dataclasses.replace(self.stop, final=True))       # OpenAI's order: finish, usage, [DONE]
+        if usage and self.stop and not choices:         # OpenAI's order: finish, usage, [DONE]
+            self.sink.set_stop(dataclasses.replace(self.stop, final=True))
 
     def _message(self, message: JSON, whole: bool) -> None:
         """A delta, or a `whole` message: the answer itself, or a snapshot of what the deltas before it gave."""
         self.streamed = self.streamed or not whole
         snapshot = whole and self.streamed
+        known: dict[PartType, str] = {}
+        if snapshot:
+            known = {channel: "".join(texts) for channel, texts in self.texts.items()}
         if not (snapshot and self.texts["summary"]):
             self._add("summary", "", only_dicts(message.get("reasoning_details")))
-        known = {channel: "".join(texts) for channel, texts in self.texts.items()} if snapshot else {}
         for channel, text in message_texts(message):
-            self._take(channel, unseen(known, channel, text))
+            if text:
+                self._take(channel, unseen(known, channel, text))
         for image in only_dicts(message.get("images")):         # OpenRouter's
-            self._show_image(as_dict(image.get("image_url")).get("url"))
+            address = as_dict(image.get("image_url"))
+            self._show_image(address.get("url"))
         if not (snapshot and self.cited):
             for annotation in only_dicts(message.get("annotations")):
                 self._cite(as_dict(annotation.get("url_citation")))
-        for place, call in enumerate(only_dicts(message.get("tool_calls"))):
+        calls = only_dicts(message.get("tool_calls"))
+        for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
 
     # messages and reasoning
@@ -4481,12 +4513,18 @@ class ChatDecoder(ItemDecoder):
 
     def _call(self, given: JSON, whole: bool, place: int | None) -> None:
         """A piece of a call, or a `whole` call; in a snapshot the one at this place."""
-        name, arguments = call_texts(given)
-        call_id, key = str(given.get("id") or ""), given.get("index")
+        function = as_dict(given.get("function"))
+        name = str(function.get("name") or "")
+        arguments = function.get("arguments")
+        if arguments is not None and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        call_id = str(given.get("id") or "")
+        key = given.get("index")
         if not isinstance(key, int):
             key = object() if whole else call_id        # a whole call goes on with none
-        call = self._find_call(key, call_id, name, arguments, place)
-        call.id, call.name = call.id or call_id, call.name or name
+        call = self._find_call(key, call_id, name, arguments or "", place)
+        call.id = call.id or call_id
+        call.name = call.name or name
         self.by_key |= {key: call, call.id or key: call}
         if call.closed:                         # some servers repeat the whole call when it is done
             return
@@ -4496,10 +4534,11 @@ class ChatDecoder(ItemDecoder):
             new = call.add(arguments)
         else:
             call.next_name = name if call.last and not call_id else ""
+        if call.item_key is None and call.name:
+            self._begin_call(call, given)
+            new = call.arguments.getvalue()
         if call.item_key is not None and new:
             self.sink.add(call.item_key, new, "arguments")
-        elif call.item_key is None and call.name:
-            self._begin_call(call, given)
         self.changed.append(call)               # behind the calls that its beginning ended
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str, place: int | None) -> ChatCall:
@@ -4509,7 +4548,7 @@ class ChatDecoder(ItemDecoder):
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]
             for call in self.calls[place:place + 1]:
-                if call.name == name and call.is_repeated_by(arguments):
+                if call.name == name and rest_of_snapshot(call.text, arguments) is not None:
                     return call
         known = self.by_key.get(key)
         if known and not known.is_followed_by(call_id, name, arguments):
@@ -4527,15 +4566,15 @@ class ChatDecoder(ItemDecoder):
             call_id = f"{call_id}_{call.item_key}"
         self.call_ids.add(call_id)
         if given.get("extra_content"):          # Gemini's OpenAI endpoint: a signature, in an item of its own
-            self._carry({"extra_content": [{"id": call_id, "extra_content": given["extra_content"]}]})
+            extra = {"id": call_id, "extra_content": given["extra_content"]}
+            self._carry({"extra_content": [extra]})
         self.sink.call(call.item_key, call_id, self.book.tool(call.name))
-        if arguments := call.arguments.getvalue():
-            self.sink.add(call.item_key, arguments, "arguments")
 
     # ends
 
     def _end_text(self) -> None:
-        self.sink.done(sealed_replay=self.block.replay(self.dialect.replay))
+        replay = self.block.replay(self.dialect.replay)
+        self.sink.done(sealed_replay=replay)
         self.block = ReasoningBlock()
         self.open_item = ""
 
@@ -4546,7 +4585,8 @@ class ChatDecoder(ItemDecoder):
                 continue
             if last and (rest := call.add("")):
                 self.sink.add(call.item_key, rest, "arguments")
-            if (call.is_complete() and not call.held) or (last and not call.last):
+            is_whole = call.is_complete() and not call.held
+            if is_whole or (last and not call.last):
                 call.closed = True
                 self.sink.done(call.item_key)
         self.changed.clear()
@@ -4556,7 +4596,8 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", reasoning)
         self._add("text", text)
         self._end_text()
-        self._end_calls(last and not (self.stop and self.stop.incomplete_reason))
+        is_cut = self.stop and self.stop.incomplete_reason
+        self._end_calls(last and not is_cut)
 
     def _finish_reason(self, choice: JSON) -> None:
         reason = choice.get("finish_reason")
@@ -4564,13 +4605,16 @@ class ChatDecoder(ItemDecoder):
             reason = reason.get("type") or reason.get("reason")
         if not reason:
             return
-        reason, native = str(reason).lower(), str(choice.get("native_finish_reason") or "").lower()
+        reason = str(reason).lower()
+        native = str(choice.get("native_finish_reason")).lower()
         kind = CHAT_ERRORS.get(reason) or CHAT_ERRORS.get(native)
         if kind or reason.startswith("function_call_filter"):
-            name = (native if native in CHAT_ERRORS else reason)[:64]
-            self._fail(ProviderError(f"The provider broke off its answer: {name}.", kind=kind or "tool_generation"))
+            name = native if native in CHAT_ERRORS else reason
+            message = f"The provider broke off its answer: {name[:64]}."
+            self._fail(ProviderError(message, kind=kind or "tool_generation"))
             return
-        self.stop = Stop(CHAT_STOP.get(reason) or CHAT_STOP.get(native, ""), explanation=filter_explanation(choice))
+        incomplete_reason = CHAT_STOP.get(reason) or CHAT_STOP.get(native, "")
+        self.stop = Stop(incomplete_reason, explanation=filter_explanation(choice))
         self._end_items(last=True)
         self.sink.set_stop(self.stop)
 
@@ -4582,9 +4626,11 @@ class ChatDecoder(ItemDecoder):
         if any(call.item_key is None and call.text for call in self.calls):
             self._fail(ProviderError("The provider sent a tool call without a name.", kind="tool_generation"))
         elif self.stop is None and not self.slots:
-            self._fail(self.notice or ProviderError("The provider's answer is empty.", kind="overload"))
+            empty = ProviderError("The provider's answer is empty.", kind="overload")
+            self._fail(self.notice or empty)
         else:
-            self.sink.set_stop(dataclasses.replace(self.stop or Stop(), final=True))
+            stop = self.stop or Stop()
+            self.sink.set_stop(dataclasses.replace(stop, final=True))
 
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
@@ -4613,15 +4659,6 @@ def unseen(known: dict[PartType, str], channel: PartType, text: str) -> str:
         return text[len(pieces):]
     known[channel] = pieces.removeprefix(text)
     return ""
-
-
-def call_texts(given: JSON) -> tuple[str, str]:
-    """Name and arguments of a piece of a call: either may be null, and the arguments an object."""
-    function = as_dict(given.get("function"))
-    arguments = function.get("arguments")
-    if arguments is not None and not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return str(function.get("name") or ""), arguments or ""
 
 
 def filter_explanation(choice: JSON) -> str:

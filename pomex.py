@@ -4269,12 +4269,12 @@ class ReasoningBlock:
     details: dict[Any, tuple[JSON, list[str]]] = field(default_factory=dict)
 
     def add(self, text: str, details: Sequence[JSON]) -> None:
-        """OpenRouter's details come in pieces by type and index. Encrypted ones are whole, but may share an index."""
+        """OpenRouter's details come in pieces by type and index. Encrypted ones are whole and may share an index."""
         self.texts.append(text)
         for detail in details:
             kind = str(detail.get("type"))
             name = "summary" if kind == "reasoning.summary" else "text"
-            place = f"{detail.get('index')} {detail.get('data')}"
+            place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
             fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
             for key, value in detail.items():
                 if value is not None or key not in (*fields, name):
@@ -4418,8 +4418,10 @@ class ChatDecoder(ItemDecoder):
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = next(filter(None, (holder.get("usage") for holder in holders)), None)
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        usage = usage_from(counts and merge_counts(self.counts, counts), chunk,
-                           reasoning_within=self.dialect.reasoning_within)
+        usage = usage_from(
+            counts and merge_counts(self.counts, counts),
+            chunk,
+            reasoning_within=self.dialect.reasoning_within)
         if usage:           # OpenRouter's reasoning is at times one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))

@@ -4102,22 +4102,24 @@ class ChatMessages(TurnEncoder):
 # --- the answer
 
 CHAT_STOP = {
-    **dict.fromkeys("length max_tokens max_output_tokens model_length model_context_window_exceeded repetition".split(),
-                    "max_output_tokens"),
     **dict.fromkeys("content_filter safety sensitive refusal".split(), "content_filter"),
+    **dict.fromkeys(
+        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition".split(),
+        "max_output_tokens"),
 }
 # shown as a success, an agent would see an empty answer and ask on (coder#28470)
 CHAT_ERRORS: dict[str, ErrorKind] = {
     **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys("malformed_function_call malformed_response unexpected_tool_call too_many_tool_calls".split(),
-                    "tool_generation"),
+    **dict.fromkeys(
+        "malformed_function_call malformed_response unexpected_tool_call too_many_tool_calls".split(),
+        "tool_generation"),
 }
 scan_string = vars(json.decoder)["scanstring"]    # type checkers do not know it
 
 
 class DeltaTemplate(NamedTuple):
-    """What stands around the text in an event with nothing else. Most events of a stream have the same around theirs, and
-    need no JSON parser: 0.8 us in place of 7."""
+    """What stands around the text in an event with nothing else. Most events of a stream have the same there,
+    and need no JSON parser: 0.8 us in place of 7."""
     before: str = ""    # to the quote that opens the text; "" fits no event
     after: str = ""
     channel: PartType = "text"
@@ -4192,8 +4194,8 @@ class ChatCall:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Adds a piece and returns what is new in it: it may repeat those before. One that only may, or may be a placeholder,
-        is held until the next one; the empty piece is the last."""
+        """Adds a piece and returns what is new in it: some servers repeat the pieces before. If that is unclear,
+        the piece is held until the next; the empty piece is the last."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
@@ -4218,7 +4220,7 @@ class ChatCall:
         return text
 
     def is_complete(self) -> bool:
-        """Are the arguments one JSON object? Some servers make us ask at every piece: each is scanned once."""
+        """Are the arguments one JSON object? It may be asked at every piece: each is scanned once."""
         if self.held:
             return parse_object(self.text) is not None
         if self.last != "}":
@@ -4248,7 +4250,7 @@ class ChatCall:
             return False
         if not self.is_complete():
             return False
-        # what came in pieces, or with an id, is repeated without one as a snapshot; two whole calls may well be the same
+        # without an id comes the snapshot of a call in pieces, or with one; whole calls may well be the same
         may_be_snapshot = not self.next_name and (self.streamed or self.id)
         return not may_be_snapshot or rest_of_snapshot(self.text, arguments) is None
 
@@ -4270,7 +4272,7 @@ class ReasoningBlock:
     details: dict[Any, tuple[JSON, list[str]]] = field(default_factory=dict)
 
     def add(self, text: str, details: Sequence[JSON]) -> None:
-        """OpenRouter's details come in pieces by type and index; encrypted ones are whole and share theirs."""
+        """OpenRouter's details come in pieces by type and index; encrypted ones are whole, and share it."""
         self.texts.append(text)
         for detail in details:
             kind = str(detail.get("type"))
@@ -4298,8 +4300,8 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class ThinkTags:
-    """Separates content from reasoning in <think> tags before it. A field may give the reasoning too: the second of them is
-    left out, for which tags behind a field wait for their end."""
+    """Separates content from reasoning in <think> tags before it. A field may give the reasoning too: the
+    second is left out, for which the text of tags behind a field waits for their end."""
 
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
         self.place = "start" if expected else ""    # start, inside, behind; "" where no tag can come
@@ -4368,8 +4370,8 @@ class ThinkTags:
 class ChatDecoder(ItemDecoder):
     """One chat stream, or one whole answer.
 
-    Chat never says that an item ends. It ends when something else begins; a call, if its arguments are whole. Only calls may
-    be open together: some servers mix the pieces of parallel ones.
+    Chat never says that an item ends. It ends when something else begins; a call, if its arguments are whole.
+    Only calls may be open together: some servers mix the pieces of parallel ones.
     """
 
     def __init__(self, book: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
@@ -4539,8 +4541,8 @@ class ChatDecoder(ItemDecoder):
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
                    place: int | None) -> ChatCall:
-        """The call that a piece continues (that of its index, else of its id, else the newest) or begins, or that a snapshot
-        repeats (that of its id, else the one at its place)."""
+        """The call that a piece continues (of its index, else of its id, else the newest) or begins, or that a
+        snapshot repeats (of its id, else at its place)."""
         if place is not None:
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]

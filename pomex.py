@@ -4194,7 +4194,7 @@ class ChatCall:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Adds a piece and returns what is new in it: some servers repeat the pieces before. If that is unclear,
+        """Adds a piece and returns what is new in it: some servers repeat pieces. If that is unclear,
         the piece is held until the next; the empty piece is the last."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
@@ -4541,7 +4541,7 @@ class ChatDecoder(ItemDecoder):
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
                    place: int | None) -> ChatCall:
-        """The call that a piece continues (of its index, else of its id, else the newest) or begins, or that a
+        """The call that a piece continues (of its index, else its id, else the newest) or begins, or that a
         snapshot repeats (of its id, else at its place)."""
         if place is not None:
             if call_id and call_id in self.by_key:

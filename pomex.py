@@ -3086,15 +3086,16 @@ def is_incomplete_call(item: Any) -> bool:
 
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
-# A provider's failure, HTTP body or event in a stream, becomes one ProviderError. Routing decides by its `kind`:
-# the status alone misleads (Gemini's bad key is a 400, llama.cpp's refusals are 500).
+# A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind: the
+# status alone misleads, since Gemini answers a bad key with 400 and llama.cpp refuses with 500.
 
-ErrorKind: TypeAlias = Literal["rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length",
-                               "bad_request", "tool_generation"]
+ErrorKind: TypeAlias = Literal[
+    "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
+    "tool_generation"]
 
 
 class ErrorClass(NamedTuple):
-    """What the client gets for one kind of failure. Status 0: the provider's own where it is a 4xx, else 400."""
+    """The client's error for one kind of failure. Status 0: the provider's own if it is a 4xx, else 400."""
     status: int
     type: str = "server_error"
     code: str = "server_error"
@@ -3113,8 +3114,8 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first rule that matches decides: by one of the provider's own names for the failure (see error_tokens), by its HTTP
-# status, or by its message. What matches none is an overload.
+# The first rule that matches decides: by the provider's name for the failure (see error_tokens), by the HTTP
+# status, or by the message. A failure that matches none is an overload.
 ERROR_RULES: list[tuple[ErrorKind, str, Sequence[int], str]] = [
     ("tool_generation", "tool_use_failed", (), ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded", (),
@@ -3123,11 +3124,13 @@ ERROR_RULES: list[tuple[ErrorKind, str, Sequence[int], str]] = [
     # xAI reports an empty purse as 403; Gemini says "quota" for every limit, only PerDay means a long one
     ("quota", "insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached", (402,),
-     r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit|arrearage"),
+     r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
+     r"|arrearage"),
     ("auth", "api_key_invalid authentication_error invalid_api_key unauthenticated", (401,), ""),
-    ("rate_limit", "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests",
-     (429,), r"rate.?limit|too many requests|throttling"),
-    ("model_not_found", "model_not_found invalid_model deploymentnotfound", (),      # DeepSeek, OpenRouter: 400
+    ("rate_limit",
+     "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests", (429,),
+     r"rate.?limit|too many requests|throttling"),
+    ("model_not_found", "model_not_found invalid_model deploymentnotfound", (),    # DeepSeek, OpenRouter: 400
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
     # OpenRouter: 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the model
     ("bad_request", "", (), r"requires moderation|input was flagged|items are not persisted"
@@ -3139,7 +3142,7 @@ ERROR_RULES: list[tuple[ErrorKind, str, Sequence[int], str]] = [
     ("overload", "overloaded_error api_error server_is_overloaded server_error internal unavailable "
      "internal_server_error service_unavailable deadline_exceeded timeout_error",
      (408, *range(500, 600)), r"overloaded"),
-    # inside a stream, where no status says so, only an error that calls itself the request's fault
+    # inside a stream, without a status, only by its own word
     ("bad_request", "invalid_request_error", range(400, 500), ""),
 ]
 
@@ -3149,8 +3152,9 @@ MAX_RETRY_AFTER_S = 60.0
 
 # keys, tokens and paths
 SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(?:sk|pk|rk|gsk|xai|hf|fw|tgp|csk|nvapi|pplx|key|org|proj)[-_][\w*.-]{6,}|AIza[\w-]{10,}|AKIA\w{12,}"
-    r"|bearer\s+[^\s\"',]+|eyJ[\w-]{8,}\.[\w.-]+|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
+    r"(?<![A-Za-z0-9])(?:sk|pk|rk|gsk|xai|hf|fw|tgp|csk|nvapi|pplx|key|org|proj)[-_][\w*.-]{6,}"
+    r"|AIza[\w-]{10,}|AKIA\w{12,}|bearer\s+[^\s\"',]+|eyJ[\w-]{8,}\.[\w.-]+"
+    r"|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
 # where errors of all forms stand, and the names of their fields
@@ -3169,18 +3173,18 @@ class ProviderError(UpstreamError):
     """`status` and `code` are for the client, `kind` and `retry_after_s` for routing."""
 
     def __init__(
-            self, message: str, *,
-            kind: ErrorKind,
-            code: str | None = None,
-            param: str | None = None,
-            retry_after_s: float | None = None,
-            upstream_status: int = 0,               # 0: an error inside a stream, or no answer at all
-            source_text: str = "",                  # the provider's words, before `redacted` shortened them
+        self, message: str, *,
+        kind: ErrorKind,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        upstream_status: int = 0,       # 0: an error inside a stream, or no answer at all
+        source_text: str = "",          # the provider's words, before `redacted` shortened them
     ) -> None:
         shown = ERROR_CLASSES[kind]
         own_status = upstream_status if 400 <= upstream_status < 500 else 400
-        super().__init__(message, status=shown.status or own_status, type=shown.type, code=code or shown.code,
-                         param=param)
+        status = shown.status or own_status
+        super().__init__(message, status=status, type=shown.type, code=code or shown.code, param=param)
         if retry_after_s is not None and kind in ("rate_limit", "overload"):
             self.headers = (("retry-after", str(max(1, int(retry_after_s + 0.999)))),)
         self.kind: ErrorKind = kind
@@ -3192,7 +3196,8 @@ class ProviderError(UpstreamError):
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
     """The failure that an HTTP answer stands for."""
-    return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
+    decoded = decode_error(body.decode("utf-8", "replace"))
+    return classify_error(decoded, status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
@@ -3212,9 +3217,9 @@ def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) ->
     kind = error_kind(status, names, " ".join((source, *names)))
     answered = f"answered HTTP {status}" if status else "failed"
     message = redacted(source) or f"The provider {answered} without a reason."
-    if kind == "auth" and not re.search("country|territory", source):   # remarks on our key are not for the client
+    if kind == "auth" and not re.search("country|territory", source):
         message = "The provider refused the gateway's credentials."
-        source = ""
+        source = ""                     # remarks on our key are not for the client
     code, param = fields.get("code"), fields.get("param")
     if kind != "bad_request" or not isinstance(code, str) or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else None
@@ -3238,9 +3243,9 @@ def error_kind(status: int, names: list[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and their like, out of an error of any form. The innermost object that says
-    something wins: `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`,
-    FastAPI's `detail`, and the error of OpenRouter's provider."""
+    """The object with `message`, `code` and their like, from an error of any form. The innermost value wins: in
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
         if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists its complaints
@@ -3250,7 +3255,10 @@ def error_object(decoded: Any) -> JSON:
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
         text = value_text(next(filter(None, map(level.get, MESSAGE_FIELDS)), None))
         codes = [level[name] for name in CODE_FIELDS if level.get(name) is not None]
-        found = {**level, "message": text, "code": codes[0] if codes else None}
+        found = {
+            **level,
+            "message": text,
+            "code": codes[0] if codes else None}
         if isinstance(level.get("loc"), list):  # FastAPI: where in the request
             place = ".".join(map(str, level["loc"]))
             found = {"param": place, **found, "message": f"{place}: {text}".strip()}
@@ -3260,8 +3268,11 @@ def error_object(decoded: Any) -> JSON:
         raw = as_dict(level.get("metadata")).get("raw")
         if isinstance(raw, str):
             raw = decode_error(raw)
-        inner = filter(None, (raw, *map(level.get, ERROR_FIELDS)))
-        decoded = next((each for each in inner if isinstance(each, (str, list, dict))), None)
+        decoded = None
+        for inner in (raw, *map(level.get, ERROR_FIELDS)):
+            if inner and isinstance(inner, (str, list, dict)):
+                decoded = inner
+                break
     return fields
 
 
@@ -3276,19 +3287,21 @@ def decode_error(text: str) -> Any:
 
 def error_tokens(fields: JSON) -> list[str]:
     """The provider's own names for the failure, in lower case."""
-    names = [*map(fields.get, ("type", "code", "status")), as_dict(fields.get("metadata")).get("error_type")]
+    names = [fields.get("type"), fields.get("code"), fields.get("status")]
+    names.append(as_dict(fields.get("metadata")).get("error_type"))
     if "failed_generation" in fields:                   # Groq
         names.append("tool_use_failed")
     for detail in only_dicts(fields.get("details")):
         names.append(detail.get("reason"))
-        names += [violation.get("quotaId") for violation in only_dicts(detail.get("violations"))]
+        for violation in only_dicts(detail.get("violations")):
+            names.append(violation.get("quotaId"))
     return [name.lower() for name in names if isinstance(name, str)]
 
 
 def states_error(body: JSON, whole: bool = False) -> bool:
-    """Is an event, or a `whole` answer with 200, an error? Beside an answer only `error` and MiniMax's status say so;
-    a code that means success never does."""
-    if body.get("error") or ("base_resp" in body and is_failure(as_dict(body["base_resp"]).get("status_code"))):
+    """Is an event, or a `whole` answer with 200, an error? Beside an answer only `error` and MiniMax's status
+    say so; a code that means success never does."""
+    if body.get("error") or is_failure(as_dict(body.get("base_resp")).get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
         return False
@@ -3299,7 +3312,9 @@ def states_error(body: JSON, whole: bool = False) -> bool:
 
 
 def is_failure(code: Any) -> bool:
-    return isinstance(code, (int, str)) and not SUCCESS.fullmatch(str(code))
+    if not isinstance(code, (int, str)):
+        return False
+    return not SUCCESS.fullmatch(str(code))
 
 
 def value_text(value: Any) -> str:
@@ -3313,40 +3328,51 @@ def plain_text(text: str) -> str:
     """The title of an HTML page, else the words of a body that is not JSON."""
     text = text[:8192]          # both patterns look for an end from every beginning
     title = HTML_TITLE.search(text)
-    return " ".join((title[1] if title else HTML_TAG.sub(" ", text)).split())
+    words = title[1] if title else HTML_TAG.sub(" ", text)
+    return " ".join(words.split())
 
 
 def redacted(text: str) -> str:
     """At most 300 characters, without anything that looks like a secret."""
-    short = SECRET.sub("[redacted]", text[:4 * MAX_UPSTREAM_TEXT])
-    return short if len(short) <= MAX_UPSTREAM_TEXT else short[:MAX_UPSTREAM_TEXT - 1] + "…"
+    text = SECRET.sub("[redacted]", text[:4 * MAX_UPSTREAM_TEXT])
+    if len(text) > MAX_UPSTREAM_TEXT:
+        text = text[:MAX_UPSTREAM_TEXT - 1] + "…"
+    return text
 
 
-def redact_configured(error: GatewayError, secrets: re.Pattern[str]) -> None:
-    """Removes the configured secrets from everything that a provider wrote into an error, also where `redacted` cut one."""
+def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
+    """Removes the configured secrets from the words of a provider, also one that `redacted` cut."""
     source = getattr(error, "source_text", "") or str(error)
-    if secrets.search(f"{source} {error.code} {error.param}"):
-        cleaned = secrets.sub("[redacted]", source)
-        error.args = (redacted(cleaned),)
-        error.code = secrets.sub("redacted", error.code or "")
-        error.param = secrets.sub("[redacted]", error.param or "") or None
+    code, param = error.code or "", error.param or ""
+    if configured.search(f"{source} {code} {param}"):
+        source = configured.sub("[redacted]", source)
+        error.args = (redacted(source),)
+        error.code = configured.sub("redacted", code)
+        error.param = configured.sub("[redacted]", param) or None
 
 
 # --- how long to wait
 
 NUMBER = re.compile(r"\d{1,12}(?:\.\d{1,12})?")      # bounded: of n digits \d+ makes n * n steps
 DURATION = re.compile(f"({NUMBER.pattern})(ms|s|m|h)")
-TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER.pattern}(?:ms|h|m|s))+|{NUMBER.pattern})", re.IGNORECASE)
-UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+TRY_AGAIN = re.compile(
+    f"(?:try again|retry) in ((?:{NUMBER.pattern}(?:ms|h|m|s))+|{NUMBER.pattern})", re.IGNORECASE)
+UNIT_S = {
+    "ms": 0.001,
+    "s": 1.0,
+    "m": 60.0,
+    "h": 3600.0}
 LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
-    """Seconds to wait as the provider asks, at most 60; None where it does not say. The first source above 0 counts
-    (Azure sends `retry-after-ms: 0` beside `retry-after: 1`), of limits that are used up the longest. Points in time
-    are read against the answer's Date, else `now_s`."""
+    """Seconds to wait as the provider asks, at most 60, or None. The first source above 0 counts (Azure sends
+    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are read
+    against the answer's Date, else `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
-    texts = [headers.get("retry-after-ms") + "ms", headers.get("retry-after")]
+    texts = [
+        headers.get("retry-after-ms") + "ms",
+        headers.get("retry-after")]
     for detail in only_dicts(error.get("details")):
         texts.append(str(detail.get("retryDelay")))
     if in_message := TRY_AGAIN.search(error.get("message", "")):
@@ -3354,7 +3380,8 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     waits = [wait_s(text, date_s) for text in texts]
     resets = [0.0]
     for name, value in headers:
-        if LIMIT_RESET.fullmatch(name) and headers.get(name.replace("-reset", "-remaining"), "0") == "0":
+        remaining = name.replace("-reset", "-remaining")
+        if LIMIT_RESET.fullmatch(name) and headers.get(remaining, "0") == "0":
             resets.append(wait_s(value, date_s))
     for seconds in (*waits, max(resets)):
         if seconds > 0:
@@ -3363,7 +3390,7 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
 
 
 def wait_s(text: str, date_s: float) -> float:
-    """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for anything else."""
+    """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other text."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
     if NUMBER.fullmatch(text.strip()):
@@ -3772,11 +3799,11 @@ def provider_json(data: str | bytes, complaint: str) -> Any:
 
 
 class ItemDecoder:
-    """What the decoders of Chat, Messages and Gemini share: they number the items of a stream themselves, as they begin."""
+    """Shared by the decoders of Chat, Messages and Gemini, which number the items of a stream themselves."""
     sink: Sink
 
     def __init__(self, prefix: str) -> None:
-        self.prefix = prefix            # of the call ids made here: unique in the conversation
+        self.prefix = prefix            # of call ids made here: unique in the conversation
         self.call_ids: set[str] = set()
         self.slots = 0                  # number of items begun
         self.failed = False
@@ -3800,7 +3827,7 @@ class ItemDecoder:
         return call_id
 
     def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, else one made for it, with what must come back with the next turn."""
+        """Ends the open reasoning item, or a new one, with what must come back with the next turn."""
         self.sink.reasoning("")
         self.sink.done(sealed_replay=replay)
 
@@ -3824,12 +3851,12 @@ class ItemDecoder:
         self.sink.fail(error)
 
 
-def search_action(queries: Any) -> JSON:
+def search_action(queries: list[str]) -> JSON:
     """The action of a web_search_call item."""
-    texts: list[str] = []
-    if isinstance(queries, list):
-        texts = [query for query in queries if isinstance(query, str)]
-    return {"type": "search", "query": texts[0] if texts else "", "queries": texts}
+    return {
+        "type": "search",
+        "query": queries[0] if queries else "",
+        "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
@@ -5181,18 +5208,22 @@ def resumed_body(body: JSON, paused: list[JSON]) -> JSON:
 # --- the answer
 
 MESSAGES_STOP = {
-    "max_tokens": "max_output_tokens", "model_context_window_exceeded": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "model_context_window_exceeded": "max_output_tokens",
     "pause_turn": "max_output_tokens",      # one that cannot be resumed
     "refusal": "content_filter"}
 MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as cut
-DELTA_FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+DELTA_FIELDS = {
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "input_json_delta": "partial_json"}
 
 
 @dataclass(slots=True)
 class Block:
     """A content block that is being streamed."""
     kind: Any
-    content: JSON               # as it began, later with its signature or citations, at its end with its text or input
+    content: JSON       # completed by its signature and citations, at its end by its text or input
     slot: int
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
@@ -5200,8 +5231,8 @@ class Block:
 class MessagesDecoder(ItemDecoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    Adjacent texts are one message: citations cut a sentence into blocks. Only known blocks open an item: compaction,
-    fallback, code execution and later inventions are passed over.
+    Adjacent texts are one message: citations cut a sentence into blocks. Unknown blocks are passed over, like
+    those of compaction, fallback and code execution.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
@@ -5209,8 +5240,8 @@ class MessagesDecoder(ItemDecoder):
         self.book = book
         self.id: str | None = None              # of the message that is being read
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
-        self.length = 0                         # of the finished blocks of the open message
-        self.empty_calls: list[int] = []        # calls without arguments: what follows shows whether they were cut
+        self.length = 0                         # of the open message's finished blocks
+        self.empty_calls: list[int] = []        # without arguments: what follows shows whether they were cut
         self.searches: dict[Any, int] = {}      # web searches without their results, by id
         self.counts: JSON = {}                  # usage of this stream
         self.earlier = self.usage = Usage()     # of the streams before it; of them all
@@ -5244,7 +5275,7 @@ class MessagesDecoder(ItemDecoder):
         self._message_stop({})
 
     def resume(self) -> list[JSON] | None:
-        """The blocks that go back to the provider where it paused its turn, else None. The next stream is the rest of it."""
+        """The blocks to send back if the provider paused its turn, else None. The next stream is its rest."""
         paused, self.paused = self.paused, []
         if paused:
             self.id, self.earlier, self.counts = None, self.usage, {}
@@ -5254,33 +5285,40 @@ class MessagesDecoder(ItemDecoder):
 
     def _message_start(self, event: JSON) -> None:
         message = event.get("message") or {}
-        given = message.get("id")
         if self.id is None:
-            self.id = given                     # the output's count comes with the end
-            self._count({**as_dict(message.get("usage")), "model": message.get("model")}, estimated=True)
-        elif given != self.id and self.slots:   # some proxies repeat it, others splice in a second answer (vercel/ai)
-            self._fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
+            self.id = message.get("id")
+            usage = as_dict(message.get("usage"))           # the output is counted at the end
+            self._count({**usage, "model": message.get("model")}, estimated=True)
+        elif self.slots and message.get("id") != self.id:
+            # some proxies repeat the event, others splice in a second answer (vercel/ai)
+            error = "The provider spliced a second message into its stream."
+            self._fail(ProviderError(error, kind="overload"))
 
     def _message_delta(self, event: JSON) -> None:
-        delta, usage = event.get("delta") or {}, as_dict(event.get("usage"))
+        usage = as_dict(event.get("usage"))
         self._count(usage, estimated="output_tokens" not in usage)
+        delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.content = self.content, []
             self.pauses += 1
             self.sink.done()
         elif reason:
-            details = delta.get("stop_details") or {}
-            self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=details.get("explanation") or ""))
+            details = as_dict(delta.get("stop_details"))
+            explanation = details.get("explanation") or ""
+            self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
 
     def _message_stop(self, event: JSON) -> None:
-        if not self.paused:
-            self._finish(dataclasses.replace(self.stop or Stop(), final=True))
+        if self.paused:
+            return
+        stop = self.stop or Stop()
+        self._finish(dataclasses.replace(stop, final=True))
 
     def _finish(self, stop: Stop) -> None:
         """The model has finished. A call that was cut stays open, and an empty one may have been cut."""
-        for index in list(self.blocks):
-            self._block_stop({"index": index})
+        for index, block in list(self.blocks.items()):
+            if block.kind != "tool_use":
+                self._block_stop({"index": index})
         self.sink.done()
         if not stop.incomplete_reason:
             self._end_empty_calls()
@@ -5291,8 +5329,11 @@ class MessagesDecoder(ItemDecoder):
         self.sink.set_stop(stop)
 
     def _count(self, given: JSON, estimated: bool) -> None:
+        """Adds the usage of this stream to that of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
+        totals = {}
+        for name in COUNTED:
+            totals[name] = getattr(self.earlier, name) + getattr(now, name)
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
@@ -5316,7 +5357,7 @@ class MessagesDecoder(ItemDecoder):
                 search = next(iter(self.searches))
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(search), status=status)
-        self._text(block, content.get(block.kind) or "")        # a text or thinking block may begin with some
+        self._text(block, content.get(block.kind) or "")        # of a text or thinking block
 
     def _block_delta(self, event: JSON) -> None:
         block = self.blocks.get(event.get("index", 0))
@@ -5347,7 +5388,8 @@ class MessagesDecoder(ItemDecoder):
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
             return
-        kind, content, text = block.kind, block.content, "".join(block.pieces)
+        kind, content = block.kind, block.content
+        text = "".join(block.pieces)
         if kind in ("text", "thinking"):
             content[kind] = text
         elif kind in ("tool_use", "server_tool_use") and text.strip():
@@ -5356,11 +5398,12 @@ class MessagesDecoder(ItemDecoder):
             start = self.length
             self.length += len(text)
             for citation in only_dicts(content.get("citations")):
-                if isinstance(citation.get("url"), str):        # those of documents name files that no client knows
-                    self._annotate(start, self.length, citation["url"], citation.get("title"))
+                url = citation.get("url")
+                if isinstance(url, str):        # a citation of a document names a file that no client knows
+                    self._annotate(start, self.length, url, citation.get("title"))
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
-            if sealed or text:                  # without a signature it cannot come back; with nothing else it must
+            if sealed or text:          # without a signature it cannot come back; with nothing else it must
                 self._carry({"blocks": [content]} if sealed else {})
         elif kind == "tool_use":
             self._end_call(block, text.strip(), content.get("input"))
@@ -5368,7 +5411,7 @@ class MessagesDecoder(ItemDecoder):
             query = as_dict(content.get("input")).get("query") or ""
             self.searches[content.get("id")] = block.slot
             self.sink.open(block.slot, "web_search_call", action=search_action([query]))
-        if self.book.hosted and kind and content.get("text") != "":     # only with hosted tools can a turn be paused
+        if self.book.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
 
     def _end_call(self, block: Block, streamed: str, arguments: Any) -> None:
@@ -5385,19 +5428,27 @@ class MessagesDecoder(ItemDecoder):
         self.empty_calls.clear()
 
     HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], None]]] = {
-        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
-        "content_block_stop": _block_stop, "message_delta": _message_delta, "message_stop": _message_stop,
+        "message_start": _message_start,
+        "content_block_start": _block_start,
+        "content_block_delta": _block_delta,
+        "content_block_stop": _block_stop,
+        "message_delta": _message_delta,
+        "message_stop": _message_stop,
         "error": lambda self, event: self._fail(inband_error(event))}
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Anthropic counts cached input apart. Where it worked in several passes (compaction, fallback, an advisor), its
-    own sum is only that of the last pass."""
+    """Anthropic counts cached input apart. Of several passes (compaction, fallback, an advisor) its own sum is
+    only that of the last."""
     passes = only_dicts(counts.get("iterations")) or [counts]
-    fresh, read, written, output = (sum(count(each, name) for each in passes) for name in (
-        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens"))
+    fresh, read, written, output, kept_long = 0, 0, 0, 0, 0
+    for each in passes:
+        fresh += count(each, "input_tokens")
+        read += count(each, "cache_read_input_tokens")
+        written += count(each, "cache_creation_input_tokens")
+        output += count(each, "output_tokens")
+        kept_long += count(each.get("cache_creation"), "ephemeral_1h_input_tokens")
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
-    kept_long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     return Usage(
         input=fresh + read + written,
         cached=read,
@@ -5696,14 +5747,18 @@ def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
 # --- the answer
 
 GEMINI_STOP = {
-    "STOP": "", **dict.fromkeys(("MAX_TOKENS", "CONTINUATION"), "max_output_tokens"),
-    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
-                     "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "MODEL_ARMOR",
-                     "ESCALATION", "PUP_LIMITED_DISABLED"), "content_filter")}
-# reasons that are failures: shown as a success, an agent would see an empty answer and ask again (coder#28470)
+    "STOP": "",
+    "MAX_TOKENS": "max_output_tokens",
+    "CONTINUATION": "max_output_tokens",
+    **dict.fromkeys((
+        "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+        "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "MODEL_ARMOR",
+        "ESCALATION", "PUP_LIMITED_DISABLED"), "content_filter")}
+# failures: shown as a success, an agent would see an empty answer and ask again (coder#28470)
 GEMINI_ERRORS: dict[str, ErrorKind] = {
-    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
-                     "OTHER"), "tool_generation"),
+    **dict.fromkeys((
+        "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
+        "OTHER"), "tool_generation"),
     "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # of our request: no other target is to be asked
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
@@ -5711,8 +5766,8 @@ UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIE
 class GeminiDecoder(ItemDecoder):
     """One Gemini stream, or one whole answer.
 
-    Parts follow each other, so that only one item is open at a time. The message stays open after its signature:
-    its citations come with the last event.
+    Parts follow each other, so that only one item is open at a time. The message stays open after its
+    signature, since its citations come with the last event.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
@@ -5728,12 +5783,15 @@ class GeminiDecoder(ItemDecoder):
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
-        if data.strip() not in ("", "[DONE]"):
-            self.whole(provider_json(data, "The provider sent an event that is not JSON."))
+        if data.strip() in ("", "[DONE]"):
+            return
+        chunk = provider_json(data, "The provider sent an event that is not JSON.")
+        self.whole(chunk)
 
     def whole(self, body: Any) -> None:
         """An answer that was not streamed; without alt=sse even a stream is one array."""
-        for chunk in only_dicts(body if isinstance(body, list) else [body]):
+        chunks = body if isinstance(body, list) else [body]
+        for chunk in only_dicts(chunks):
             if not self.failed:
                 self._chunk(chunk)
 
@@ -5741,24 +5799,30 @@ class GeminiDecoder(ItemDecoder):
         candidates = only_dicts(chunk.get("candidates"))
         candidate = candidates[0] if candidates else {}
         self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
-        self._count({**as_dict(chunk.get("usageMetadata")), "model": chunk.get("modelVersion")})
+        counts = as_dict(chunk.get("usageMetadata"))
+        self._count({**counts, "model": chunk.get("modelVersion")})
         if states_error(chunk):
             self._fail(inband_error(chunk))
         if self.failed or self.finished:
             return
-        for part in only_dicts(as_dict(candidate.get("content")).get("parts")):
+        content = as_dict(candidate.get("content"))
+        for part in only_dicts(content.get("parts")):
             self._part(part)
-        if candidate.get("finishReason") not in UNSPECIFIED:
-            self._finish(candidate, str(candidate["finishReason"]))
+        reason = candidate.get("finishReason")
+        if reason not in UNSPECIFIED:
+            self._finish(candidate, str(reason))
         feedback = as_dict(chunk.get("promptFeedback"))
         if not candidates and feedback.get("blockReason") not in UNSPECIFIED:
-            reason = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
-            self.sink.set_stop(Stop("content_filter", explanation=reason))
+            explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
+            self.sink.set_stop(Stop("content_filter", explanation=explanation))
 
     def _count(self, given: JSON) -> None:
         known = self.counts if self.finished else {}
-        for name, value in given.items():       # behind the end only higher counts are taken
-            if value is not None and (name not in known or count(given, name) > count(known, name)):
+        for name, value in given.items():
+            if value is None:
+                continue
+            # behind the end only higher counts are taken
+            if name not in known or count(given, name) > count(known, name):
                 self.counts[name] = value
         usage = gemini_usage(self.counts, self.grounding)
         if usage is not None:
@@ -5781,12 +5845,13 @@ class GeminiDecoder(ItemDecoder):
             self._carry({"part": part})
             call = as_dict(part.get("toolCall"))
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                self._search(as_dict(call.get("args")).get("queries"))
+                args = as_dict(call.get("args"))
+                self._search(args.get("queries"))
         elif str(media.get("mimeType")).startswith("image/") and not part.get("thought"):
             self._close_texts()
             self._image(str(media.get("data")))
             self._sign(signature, 0)
-        # no item stands for the rest: sound, and code that ran at Google's with its result
+        # there is no item for sound, and for code that ran at Google's
 
     def _text(self, kind: str, text: str, signature: str) -> None:
         if text:
@@ -5810,7 +5875,10 @@ class GeminiDecoder(ItemDecoder):
 
     def _search(self, queries: Any) -> None:
         self.searched = True
-        self.sink.item({"type": "web_search_call", "status": "completed", "action": search_action(queries)})
+        self.sink.item({
+            "type": "web_search_call",
+            "status": "completed",
+            "action": search_action(queries if isinstance(queries, list) else [])})
 
     def _close_texts(self) -> None:
         for citation in citations("".join(self.texts), self.grounding):
@@ -5823,27 +5891,33 @@ class GeminiDecoder(ItemDecoder):
 
     def _function_call(self, given: JSON, signature: str) -> None:
         name, args = given.get("name"), given.get("args")
-        if (args and not name) or given.get("partialArgs") or given.get("willContinue"):    # Vertex's pieces: not asked for
+        in_pieces = given.get("partialArgs") or given.get("willContinue")       # Vertex's: not asked for
+        if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             self._fail(ProviderError(message, kind="tool_generation"))
-        elif name:
+        elif name and isinstance(name, str):
             self._close_texts()
             slot = self._slot()
             call_id = self._call_id(slot, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            self.sink.call(slot, call_id, self.book.tool(str(name)))
-            self.sink.add(slot, value_text(args) or "{}", "arguments")
+            tool = self.book.tool(name)
+            self.sink.call(slot, call_id, tool)
+            arguments = value_text(args) or "{}"
+            self.sink.add(slot, arguments, "arguments")
             self.sink.done(slot)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
-        failure = GEMINI_ERRORS.get(reason)
-        if failure or (reason not in GEMINI_STOP and not self.slots):
+        if self.failed:
+            return
+        kind = GEMINI_ERRORS.get(reason)
+        if not kind and reason not in GEMINI_STOP and not self.slots:
+            kind = "tool_generation"
+        if kind:
             # without its finishMessage: that repeats what the model wrote, and failures are logged
             message = block_reason("broke off its answer", candidate, "finishReason", "")
-            code = "invalid_prompt" if failure == "bad_request" else None
-            self._fail(ProviderError(message, kind=failure or "tool_generation", code=code))
-        if self.failed:
+            code = "invalid_prompt" if kind == "bad_request" else None
+            self._fail(ProviderError(message, kind=kind, code=code))
             return
         self._close_texts()
         self.finished = self.slots > 0          # some proxies begin with an empty STOP
@@ -5856,32 +5930,38 @@ class GeminiDecoder(ItemDecoder):
 
 
 def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
-    """Start, end, URL and title of each citation in a message. Gemini counts bytes, and is at times one off."""
+    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is at times one off."""
     encoded = text.encode("utf-8", "replace")
     sources = [as_dict(chunk.get("web")) for chunk in only_dicts(grounding.get("groundingChunks"))]
     for support in only_dicts(grounding.get("groundingSupports")):
-        segment, indices = as_dict(support.get("segment")), support.get("groundingChunkIndices")
+        segment = as_dict(support.get("segment"))
         start, end = count(segment, "startIndex"), count(segment, "endIndex")
         cited = str(segment.get("text") or encoded[start:end].decode("utf-8", "ignore"))
         begin = len(encoded[:start].decode("utf-8", "ignore"))
         if not text.startswith(cited, begin):
             begin = text.find(cited)
-        if cited and begin >= 0 and isinstance(indices, list):
-            for index, source in enumerate(sources):
-                if source and index in indices:
-                    yield begin, begin + len(cited), source.get("uri") or "", source.get("title")
+        indices = support.get("groundingChunkIndices")
+        if not cited or begin < 0 or not isinstance(indices, list):
+            continue
+        for index, source in enumerate(sources):
+            if source and index in indices:
+                url = source.get("uri") or ""
+                yield begin, begin + len(cited), url, source.get("title")
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
     """Why the provider gave no answer, in a sentence for the user."""
-    blocked = [str(rating.get("category")) for rating in only_dicts(holder.get("safetyRatings")) if rating.get("blocked")]
-    words = ", ".join([str(holder.get(reason)), *blocked])
+    words = [str(holder.get(reason))]
+    for rating in only_dicts(holder.get("safetyRatings")):
+        if rating.get("blocked"):
+            words.append(str(rating.get("category")))
     more = redacted(value_text(holder.get(message)))
-    return f"The provider {action} ({words[:200]}){': ' + more if more else '.'}"
+    return f"The provider {action} ({', '.join(words)[:200]}){': ' + more if more else '.'}"
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Gemini counts thoughts and the input of its tools apart; it bills each query of a search, Gemini 2 an answer with any."""
+    """Gemini counts thoughts and the input of its tools apart. It bills each search query; Gemini 2 bills one an
+    answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")

@@ -5819,10 +5819,9 @@ class GeminiDecoder(ItemDecoder):
     def _count(self, given: JSON) -> None:
         known = self.counts if self.finished else {}
         for name, value in given.items():
-            if value is None:
-                continue
-            # behind the end only higher counts are taken
-            if name not in known or count(given, name) > count(known, name):
+            if name in known and count(given, name) <= count(known, name):
+                continue                        # behind the end only higher counts are taken
+            if value is not None:
                 self.counts[name] = value
         usage = gemini_usage(self.counts, self.grounding)
         if usage is not None:
@@ -5833,8 +5832,7 @@ class GeminiDecoder(ItemDecoder):
     def _part(self, part: JSON) -> None:
         if self.failed:
             return
-        text, media = part.get("text"), as_dict(part.get("inlineData"))
-        signature = str(part.get("thoughtSignature") or "")
+        text, signature = part.get("text"), str(part.get("thoughtSignature") or "")
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
         elif isinstance(text, str):
@@ -5847,10 +5845,12 @@ class GeminiDecoder(ItemDecoder):
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
                 args = as_dict(call.get("args"))
                 self._search(args.get("queries"))
-        elif str(media.get("mimeType")).startswith("image/") and not part.get("thought"):
-            self._close_texts()
-            self._image(str(media.get("data")))
-            self._sign(signature, 0)
+        elif "inlineData" in part and not part.get("thought"):
+            media = as_dict(part["inlineData"])
+            if str(media.get("mimeType")).startswith("image/"):
+                self._close_texts()
+                self._image(str(media.get("data")))
+                self._sign(signature, 0)
         # there is no item for sound, and for code that ran at Google's
 
     def _text(self, kind: str, text: str, signature: str) -> None:

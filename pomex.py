@@ -1019,16 +1019,19 @@ def reject_constant(name: str) -> Any:
 
 
 def finite(digits: str) -> float:
-    """1e999 is a JSON number, but what Python makes of it is not."""
-    return float(digits) if math.isfinite(float(digits)) else reject_constant(digits[:20])
+    """Rejects 1e999: a JSON number, but Python reads it as infinity."""
+    number = float(digits)
+    return number if math.isfinite(number) else reject_constant(digits[:20])
 
 
-strict_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
+# Clients get the strict reader; models may leave line ends in strings as they are. NaN is never read.
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+strict_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
+lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
 
 
 def load_json(raw: bytes) -> Any:
-    """One JSON text. ValueError says what is wrong and where."""
+    """Reads one JSON text strictly; the ValueError says what is wrong and where."""
     try:
         value = strict_json(raw.decode())
         if LONE_SURROGATE.search(raw):
@@ -1044,11 +1047,8 @@ def load_json(raw: bytes) -> Any:
     return value
 
 
-lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
-
-
 def parse_object(text: str) -> JSON | None:
-    """The JSON object that `text` is, if it is one. A model may leave line ends in strings as they are."""
+    """Reads a JSON object leniently; None for anything else."""
     try:
         value = lenient_json(text)
     except (ValueError, RecursionError):
@@ -1060,171 +1060,202 @@ def only_dicts(value: Any) -> list[JSON]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-class Rule(NamedTuple):
-    """What a field may hold. `low` and `high` bound a number, or the length of a string; `inner` checks what is in it."""
-    types: tuple[type, ...]
-    low: float | None = None
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-    inner: Callable[[Any, str], None] | None = None
-
-
 JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object",
               list: "an array", type(None): "null"}
 
 
-def invalid_param(param: str, words: str, code: str = "invalid_value") -> BadRequest:
-    """The field, then what is wrong with it or what it must be."""
-    return BadRequest(f"{param}{words}", param=param, code=code)
+class InvalidParam(BadRequest, ValueError):
+    """A value that its field does not take. The sentence begins with the field's path."""
+
+    def __init__(self, path: str, words: str, code: str | None = "invalid_value") -> None:
+        super().__init__(f"{path}{words}", param=path, code=code)
 
 
-def check_value(value: Any, rule: Rule, param: str) -> None:
-    if type(value) not in rule.types:
-        if value is None:
-            raise BadRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
-        wanted = " or ".join(JSON_NAMES[t] for t in rule.types if not (t is int and float in rule.types))
-        raise invalid_param(param, f" must be {wanted}, not {JSON_NAMES[type(value)]}.", "invalid_type")
-    if rule.low is not None:
-        what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
-        if not rule.low <= size <= rule.high:
-            limits = f"at least {rule.low:g}" if rule.high == math.inf else f"between {rule.low:g} and {rule.high:g}"
-            raise invalid_param(param, f": its {what} must be {limits}.")
-    if rule.choices and value not in rule.choices:
-        raise invalid_param(param, f" must be one of {', '.join(rule.choices)}.")
-    if rule.inner:
-        rule.inner(value, param)
+class Field(NamedTuple):
+    """The values that a field takes: of a request, of pomex.toml, of an admin body or a command."""
+    types: tuple[type, ...] = (str,)
+    minimum: float | None = None            # of a number, or of a string's length
+    maximum: float = math.inf
+    choices: tuple[str, ...] = ()
+    items: Field | None = None              # for every entry of an array or object
+    inner: Callable[[Any, str], None] | None = None         # checks more; called with value and path
+    read: Callable[[Any], Any] | None = None        # converts; ValueError, ArithmeticError or KeyError refuse the value
+    wanted: str = ""                        # completes "must be" where the types do not say enough
+    meaning: str = ""                       # for people
+    secret: bool = False                    # never shown
 
 
-def check_fields(holder: JSON, rules: Mapping[str, Rule], param: str) -> None:
-    for name, rule in rules.items():
-        value = holder.get(name)
-        if type(value) not in rule.types or rule.low is not None or rule.choices or (
-                rule.inner and type(value) is not str):
-            check_value(value, rule, f"{param}.{name}")
+def check(value: Any, spec: Field, path: str) -> Any:
+    """Returns the value as `spec` converts it; raises InvalidParam if it is not valid."""
+    if type(value) not in spec.types:
+        raise type_error(value, spec, path)
+    if spec.minimum is not None:
+        check_range(value, spec.minimum, spec.maximum, path)
+    if spec.choices and value not in spec.choices:
+        raise InvalidParam(path, f" must be one of {', '.join(filter(None, spec.choices))}.")
+    if spec.items and not isinstance(value, str):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            check(entry, spec.items, f"{path}[{key!r}]")
+    if spec.inner:
+        spec.inner(value, path)
+    if not spec.read:
+        return value
+    try:
+        return spec.read(value)
+    except (ValueError, ArithmeticError, KeyError) as error:
+        raise InvalidParam(path, f" must be {spec.wanted}." if spec.wanted else f": {error}.", None) from None
 
 
-def check_metadata(metadata: JSON, param: str) -> None:
+def type_error(value: Any, spec: Field, path: str) -> BadRequest:
+    if spec.wanted:
+        return InvalidParam(path, f" must be {spec.wanted}.", "invalid_type")
+    if value is None:
+        return BadRequest(f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
+    wanted = "a number" if float in spec.types else " or ".join(map(JSON_NAMES.__getitem__, spec.types))
+    return InvalidParam(path, f" must be {wanted}, not {JSON_NAMES.get(type(value), 'a date')}.", "invalid_type")
+
+
+def check_range(value: Any, minimum: float, maximum: float, path: str) -> None:
+    what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
+    if not minimum <= size <= maximum:
+        limits = f"at least {minimum}" if maximum == math.inf else f"between {minimum} and {maximum}"
+        raise InvalidParam(path, f": its {what} must be {limits}.")
+
+
+def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
+    for name, spec in members.items():
+        given = value.get(name)
+        if type(given) not in spec.types or spec.minimum is not None or spec.choices or (
+                spec.items and type(given) is not str):         # most values need no call
+            check(given, spec, f"{path}.{name}")
+
+
+def object_type(value: JSON, path: str) -> str:
+    kind = value.get("type")
+    if not isinstance(kind, str):
+        raise InvalidParam(path, " must be an object with a type.", "invalid_type")
+    return kind
+
+
+def check_part(part: JSON, path: str) -> None:
+    if object_type(part, path) in ("input_text", "output_text") and not isinstance(part.get("text"), str):
+        raise InvalidParam(f"{path}.text", " must be a string.", "invalid_type")
+
+
+def check_tool(tool: JSON, path: str) -> None:
+    kind = object_type(tool, path)
+    if "name" not in tool and isinstance(tool.get("function"), dict):
+        raise InvalidParam(f"{path}.name", " is missing: tools are flat here, without a function object inside.",
+                           "missing_required_parameter")
+    check_members(tool, TOOL_FIELDS.get(kind, {}), path)
+
+
+def check_metadata(metadata: JSON, path: str) -> None:
     if len(metadata) > 16:                  # these limits are OpenAI's
-        raise invalid_param(param, " may have at most 16 entries.")
+        raise InvalidParam(path, " may have at most 16 entries.")
     if any(not isinstance(value, str) or len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
-        raise invalid_param(param, " maps keys of at most 64 to strings of at most 512 characters.")
+        raise InvalidParam(path, " maps keys of at most 64 to strings of at most 512 characters.")
 
 
-def check_parts(content: Any, param: str) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise invalid_param(param, " must be a string or an array of parts.", "invalid_type")
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise invalid_param(f"{param}[{index}]", " must be an object with a type.", "invalid_type")
-        if part["type"] in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-            raise invalid_param(f"{param}[{index}].text", " must be a string.", "invalid_type")
-
-
-def check_tools(tools: list[Any], param: str) -> None:
-    for index, tool in enumerate(tools):
-        here = f"{param}[{index}]"
-        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            raise invalid_param(here, " must be an object with a type.", "invalid_type")
-        if "name" not in tool and isinstance(tool.get("function"), dict):
-            raise invalid_param(f"{here}.name", " is missing: tools are flat here, without a function object inside.",
-                        "missing_required_parameter")
-        check_fields(tool, TOOL_RULES.get(tool["type"], {}), here)
-
-
-def check_format(text: JSON, param: str) -> None:
+def check_format(text: JSON, path: str) -> None:
     shape = text.get("format")
     if shape is None:
         return
     if not isinstance(shape, dict) or shape.get("type") not in ("text", "json_object", "json_schema"):
-        raise invalid_param(f"{param}.format.type", " must be text, json_object or json_schema.")
+        raise InvalidParam(f"{path}.format.type", " must be text, json_object or json_schema.")
     if shape["type"] == "json_schema":
-        check_fields(shape, {"name": Rule((str,), 1, 64), "schema": OBJECT}, f"{param}.format")
+        check_members(shape, {"name": Field(minimum=1, maximum=64), "schema": OBJECT}, f"{path}.format")
 
 
-TEXT, FLAG, OBJECT, LIST = Rule((str,)), Rule((bool,)), Rule((dict,)), Rule((list,))
-MAYBE_TEXT, MAYBE_OBJECT = Rule((str, type(None))), Rule((dict, type(None)))
-NAME, OUTPUT, TOOLS = Rule((str,), 1), Rule((str, list), inner=check_parts), Rule((list,), inner=check_tools)
+TEXT, FLAG, OBJECT, NAME = Field(), Field((bool,)), Field((dict,)), Field(minimum=1)
+MAYBE_TEXT, MAYBE_OBJECT = Field((str, type(None))), Field((dict, type(None)))
+PART = Field((dict,), inner=check_part, wanted="an object with a type")
+CONTENT = Field((str, list), items=PART, wanted="a string or an array of parts")
+OUTPUT = Field((str, list), items=PART)
+TOOLS = Field((list,), items=Field((dict,), inner=check_tool, wanted="an object with a type"))
 
-# RESPONSES.md section 2. A field that is not here is the client's affair: it passes to a Responses upstream.
-# null counts as absent everywhere: SDKs send it.
-REQUEST_RULES: dict[str, Rule] = {
+# RESPONSES.md section 2. Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.
+REQUEST_FIELDS: dict[str, Field] = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
-    "model": Rule((str,), 1, 256),
-    **dict.fromkeys(("input", "instructions"), Rule((str, list))),
-    "include": LIST,
-    "max_output_tokens": Rule((int,), 1),
-    "max_tool_calls": Rule((int,), 0),
-    "metadata": Rule((dict,), inner=check_metadata),
-    "temperature": Rule((int, float), 0, 2),
-    "top_p": Rule((int, float), 0, 1),
-    "top_logprobs": Rule((int,), 0, 20),
-    "text": Rule((dict,), inner=check_format),
+    **dict.fromkeys(("input", "instructions"), Field((str, list))),
+    "model": Field(minimum=1, maximum=256),
+    "include": Field((list,)),
+    "max_output_tokens": Field((int,), 1),
+    "max_tool_calls": Field((int,), 0),
+    "metadata": Field((dict,), inner=check_metadata),
+    "temperature": Field((int, float), 0, 2),
+    "top_p": Field((int, float), 0, 1),
+    "top_logprobs": Field((int,), 0, 20),
+    "text": Field((dict,), inner=check_format),
     "tools": TOOLS,
-    "tool_choice": Rule((str, dict)),
-    "truncation": Rule((str,), choices=("auto", "disabled")),
-    "safety_identifier": Rule((str,), 0, 512),
+    "tool_choice": Field((str, dict)),
+    "truncation": Field(choices=("auto", "disabled")),
+    "safety_identifier": Field(maximum=512, minimum=0),
 }
 
-# What needs state that we do not keep is refused rather than answered wrongly.
+# Requests that need stored state are refused rather than answered wrongly.
 NEEDS_STATE = {
-    "previous_response_id": ("previous_response_not_found", "Pomex stores no responses: send the whole history in input."),
+    "previous_response_id": ("previous_response_not_found",
+                             "Pomex stores no responses: send the whole history in input."),
     "conversation": ("unsupported_parameter", "Pomex stores no conversations: send the whole history in input."),
     "prompt": ("unsupported_parameter", "Pomex stores no prompt templates: send instructions and input."),
     "background": ("unsupported_parameter", "Pomex runs no background responses: send background: false."),
 }
 
-# Known input items and tools: the fields that we read. Unknown ones are never refused.
+# Known input items and tools: the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_RULES: dict[str, dict[str, Rule]] = {
-    "message": {"role": Rule((str,), choices=("assistant", "developer", "system", "user"))},
+ITEM_FIELDS: dict[str, dict[str, Field]] = {
+    "message": {"role": Field(choices=("assistant", "developer", "system", "user")), "content": CONTENT},
     "function_call": {**CALL, "name": NAME, "arguments": TEXT},
     "function_call_output": {**CALL, "output": OUTPUT},
     "custom_tool_call": {**CALL, "name": NAME, "input": TEXT},
     "custom_tool_call_output": {**CALL, "output": OUTPUT},
-    "local_shell_call": {**CALL, "action": MAYBE_OBJECT}, "local_shell_call_output": {**CALL, "output": MAYBE_TEXT},
-    "shell_call": {**CALL, "action": MAYBE_OBJECT}, "shell_call_output": CALL,
-    "apply_patch_call": CALL, "apply_patch_call_output": {**CALL, "output": MAYBE_TEXT},
-    "tool_search_call": CALL, "tool_search_output": {**CALL, "tools": TOOLS},
+    "local_shell_call": {**CALL, "action": MAYBE_OBJECT},
+    "local_shell_call_output": {**CALL, "output": MAYBE_TEXT},
+    "shell_call": {**CALL, "action": MAYBE_OBJECT},
+    "shell_call_output": CALL,
+    "apply_patch_call": CALL,
+    "apply_patch_call_output": {**CALL, "output": MAYBE_TEXT},
+    "tool_search_call": CALL,
+    "tool_search_output": {**CALL, "tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
 }
-TOOL_RULES: dict[str, dict[str, Rule]] = {
+TOOL_FIELDS: dict[str, dict[str, Field]] = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
     "namespace": {"name": NAME, "tools": TOOLS},
     "tool_search": {"description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
 }
 
-def check_item(given: Any, param: str) -> JSON:
-    """One input item with its `type` filled in; only a message (by its role) may come without."""
+
+def check_item(given: Any, path: str) -> JSON:
+    """Returns an input item with its `type` filled in: a message (known by its role) may come without."""
     if not isinstance(given, dict):
-        raise invalid_param(param, " must be an object.", "invalid_type")
+        raise InvalidParam(path, " must be an object.", "invalid_type")
     item: JSON = given
     kind = item.get("type")
     if kind is None:
         kind = "message" if "role" in item else "item_reference" if "id" in item else None
         item = {"type": kind} | item | {"type": kind}
     if not isinstance(kind, str):
-        raise invalid_param(f"{param}.type", " must be a string.", "missing_required_parameter")
-    check_fields(item, ITEM_RULES.get(kind, {}), param)
-    if kind == "message":
-        check_parts(item.get("content"), f"{param}.content")
-    elif kind == "item_reference":
-        raise invalid_param(param, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
+        raise InvalidParam(f"{path}.type", " must be a string.", "missing_required_parameter")
+    if kind == "item_reference":
+        raise InvalidParam(path, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
+    check_members(item, ITEM_FIELDS.get(kind, {}), path)
     return item
 
 
 def check_tool_choice(choice: Any, tools: Sequence[JSON]) -> None:
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        raise invalid_param("tool_choice", " must be none, auto, required or an object.")
+        raise InvalidParam("tool_choice", " must be none, auto, required or an object.")
     if isinstance(choice, dict):
         if not isinstance(choice.get("type"), str):
-            raise invalid_param("tool_choice.type", " must be a string.")
-        if choice["type"] in ("function", "custom") and choice.get("name") not in list(tool_names(tools)):
-            raise invalid_param("tool_choice", f" names {str(choice.get('name'))[:64]!r}, which is not among the tools.")
+            raise InvalidParam("tool_choice.type", " must be a string.")
+        name = choice.get("name")
+        if choice["type"] in ("function", "custom") and name not in list(tool_names(tools)):
+            raise InvalidParam("tool_choice", f" names {str(name)[:64]!r}, which is not among the tools.")
 
 
 def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
@@ -1237,8 +1268,8 @@ def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A checked request. `tools` are those of `tools`, then of input items (additional_tools, tool_search_output), in order;
-    `input` is always a list of items that have a type."""
+    """A validated request. `input` is always a list of items that have a type; `tools` are those of the body, then those
+    of input items (additional_tools, tool_search_output), in order."""
     body: JSON
     raw: bytes
     model: str
@@ -1253,25 +1284,25 @@ class ResponsesRequest:
         return default if value is None else value
 
     def cache_key(self) -> str:
-        """prompt_cache_key, or one that all requests which begin alike have in common."""
+        """prompt_cache_key, or one that all requests with the same beginning share."""
         given: str = self.get("prompt_cache_key", "")
         return given or sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
 
 
-INLINE_DATA = (b";base64,", b'"file_data":"')       # images and files begin behind these
+INLINE_DATA = (b";base64,", b'"file_data":"')       # these precede images and files
 INLINE_DATA_BYTES = 1024        # a shorter one counts as text
-INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that say
+INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that document it
 
 
 def estimate_input_tokens(raw: bytes) -> int:
-    """Tokens of a request: a quarter of its bytes."""
+    """Tokens of a request: a quarter of its bytes, and a fixed count for each inline image or file."""
     text, tokens = len(raw), 0
     for mark in INLINE_DATA:
-        end = 0
-        while (at := raw.find(mark, end) + len(mark)) >= len(mark):
-            end = raw.find(b'"', at) % (len(raw) + 1)       # none: up to the end
-            if end - at >= INLINE_DATA_BYTES and not raw.startswith(b"data:", at):
-                text, tokens = text - (end - at), tokens + INLINE_DATA_TOKENS
+        for following in raw.split(mark)[1:]:
+            size = following.find(b'"')
+            if size >= INLINE_DATA_BYTES and not following.startswith(b"data:"):
+                text -= size
+                tokens += INLINE_DATA_TOKENS
     return text // 4 + tokens
 
 
@@ -1281,7 +1312,7 @@ COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text
 
 
 def parse_request(raw: bytes) -> ResponsesRequest:
-    """The body of POST /v1/responses. BadRequest names the field, what is wrong and what would do."""
+    """Parses the body of POST /v1/responses. The BadRequest names the field, its fault and its valid values."""
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.", status=413,
                          code="request_too_large")
@@ -1299,24 +1330,28 @@ def parse_request(raw: bytes) -> ResponsesRequest:
 
 def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
     for name, value in body.items():
-        if value is not None and name in REQUEST_RULES:
-            check_value(value, REQUEST_RULES[name], name)
+        if value is not None and name in REQUEST_FIELDS:
+            check(value, REQUEST_FIELDS[name], name)
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) not in (None, False):
             raise BadRequest(sentence, param=name, code=code)
-    for name in ("model", "input"):                 # a prompt template stands for both
-        check_value(body.get(name), REQUEST_RULES[name], name)
+    for name in ("model", "input"):                 # not required with a prompt template, refused above
+        check(body.get(name), REQUEST_FIELDS[name], name)
     if not body["model"].isprintable():
-        raise invalid_param("model", " holds characters that no name has.")
+        raise InvalidParam("model", " holds characters that no name has.")
     given = body["input"]
-    if isinstance(given, list) and len(given) > MAX_INPUT_ITEMS:
-        raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.", "array_above_max_length")
-    items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else \
-        [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if len(given) > MAX_INPUT_ITEMS:
+        raise InvalidParam("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
+                           "array_above_max_length")
+    items = [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
     if not items:
-        raise invalid_param("input", " is empty: send at least one item.")
-    tools = [*(body.get("tools") or ()), *(tool for item in items if "tools" in ITEM_RULES.get(item["type"], ())
-                                           for tool in item["tools"])]
+        raise InvalidParam("input", " is empty: send at least one item.")
+    tools = list(body.get("tools") or ())
+    for item in items:
+        if "tools" in ITEM_FIELDS.get(item["type"], ()):
+            tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
     return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions_text(body), items, tools)
 
@@ -6242,58 +6277,127 @@ WIRES: dict[str, WireApi] = {
 
 # === 7. configuration =============================================================================
 #
-# pomex.toml as frozen dataclasses. A field made by `option` is a key of the file: its annotation is the type, its
-# metadata the range and meaning. A test keeps pomex.toml.example complete. The other fields are worked out.
+# pomex.toml as frozen dataclasses. A dataclass field made by `option` is a key of the file; the others are derived.
+# A test keeps pomex.toml.example complete.
 
-def option(default: object, meaning: str, least: float = 0, most: float = 0, *,
-           choices: tuple[str, ...] = (), secret: bool = False) -> Any:
-    """A key of pomex.toml. Without `most` it has no range; a secret is never shown."""
-    metadata = {"meaning": meaning, "least": least, "most": most, "choices": choices, "secret": secret}
-    if isinstance(default, dict):
-        return field(default_factory=dict, hash=False, repr=not secret, metadata=metadata)
-    return field(default=default, repr=not secret, metadata=metadata)
+DOLLARS = "an amount of dollars with at most six decimals"
 
 
-NonEmptyStr: TypeAlias = str
+def parse_dollars(value: float) -> decimal.Decimal:
+    """The decimal number as the file has it: a float's shortest text."""
+    number = decimal.Decimal(str(value))
+    if number != round(number, 6):
+        raise ValueError
+    return number
+
+
+def matching(pattern: str) -> Callable[[str], str]:
+    """Makes a reader that takes only text of this pattern."""
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+    return read
+
+
+def read_target(text: str) -> Target:
+    """A target is split at its first colon."""
+    provider, model = text.split(":", 1)
+    if not provider or not model:
+        raise ValueError
+    return Target(provider, model)
+
+
+def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
+    """A string is a tier of its own, a list of strings is one tier."""
+    tiers = []
+    for tier in value:
+        names = tier if isinstance(tier, list) else [tier]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError
+        tiers.append(tuple(map(read_target, names)))
+    return tuple(tiers)
+
+
+def read_base_url(url: str) -> str:
+    """The address without its last slash; the ValueError says what is valid."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[!-~]+", url):
+        raise ValueError('must be an address like "https://api.example.com/v1"')
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
+    try:
+        if parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError("the port must be from 1 to 65535") from None
+    if tail := re.search(r"/(chat/completions|responses|messages)/?$", parts.path):
+        raise ValueError(f"leave out /{tail[1]}: Pomex appends it")
+    return url.rstrip("/")
+
+
+# by the type of a key's default
+OPTION_FIELDS: dict[type, Field] = {
+    str: Field(), bool: FLAG, int: Field((int,)), float: Field((int, float), read=float),
+    tuple: Field((list,), items=NAME, read=tuple, wanted="a list of strings"),
+    dict: Field((dict,), items=TEXT, wanted='a table of strings, like { "name" = "value" }'),
+    type(None): Field((int, float), read=parse_dollars, wanted=DOLLARS),
+}
+
+
+def option(default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf, **rules: Any) -> Any:
+    """A key of pomex.toml. It takes values of the default's type; `rules` are fields of a Field."""
+    spec = OPTION_FIELDS[type(default)]._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
+    return field(default_factory=lambda: default, hash=not isinstance(default, dict), repr=not spec.secret,
+                 metadata={"spec": spec})
+
+
 Dollars: TypeAlias = "decimal.Decimal | None"
-price_option = functools.partial(option, None, most=100000)
+seconds = functools.partial(option, minimum=0.1, maximum=3600)
+price_option = functools.partial(option, None, minimum=0, maximum=100000)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    host: NonEmptyStr = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface", 1)
     port: int = option(7663, "port to listen on; 0 takes a free one", 0, 65535)
     workers: int = option(1, "processes that share port and database; one a core", 1, 64)
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
     tls_key: str = option("", "its private key (PEM file)")
-    public_hosts: tuple[str, ...] = option((), "more names by which clients call it, e.g. a proxy's")
-    trusted_proxies: tuple[str, ...] = option((), "addresses and networks whose X-Forwarded-For tells who asks")
-    header_timeout_s: float = option(30.0, "longest wait for a whole request head", 0.1, 3600)
-    body_timeout_s: float = option(120.0, "longest wait for a whole body: MBs on a slow line", 0.1, 3600)
-    keep_alive_timeout_s: float = option(75.0, "how long an idle client connection is kept", 0.1, 3600)
-    write_timeout_s: float = option(60.0, "a client that takes nothing for so long is gone", 0.1, 3600)
-    drain_timeout_s: float = option(30.0, "open streams may go on for so long after a stop signal", 0, 3600)
-    heartbeat_s: float = option(15.0, "silence before a sign of life; proxies cut at 60", 0.1, 3600)
-    early_200_after_s: float = option(20.0, "wait for output before 200 and heartbeats", 0.1, 3600)
+    public_hosts: tuple[str, ...] = option((), "more host names that clients use, e.g. a proxy's", items=Field(
+        read=matching(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"), wanted="a plain name, without scheme, port or wildcard"))
+    trusted_proxies: tuple[str, ...] = option((), "addresses and networks whose X-Forwarded-For names the client",
+                                              items=Field(read=ipaddress.ip_network, wanted=(
+                                                  'an address or a network, like "10.0.0.7" or "10.0.0.0/8"')))
+    header_timeout_s: float = seconds(30.0, "longest wait for a whole request head")
+    body_timeout_s: float = seconds(120.0, "longest wait for a whole body: MBs on a slow line")
+    keep_alive_timeout_s: float = seconds(75.0, "how long an idle client connection is kept")
+    write_timeout_s: float = seconds(60.0, "a client that reads nothing for this long is disconnected")
+    drain_timeout_s: float = option(30.0, "how long open streams may go on after a stop signal", 0, 3600)
+    heartbeat_s: float = seconds(15.0, "silence before a heartbeat; proxies cut at 60")
+    early_200_after_s: float = seconds(20.0, "wait for output before 200 and heartbeats")
     max_head_bytes: int = option(65536, "longest request head; real ones have about 2 KB", 1024, 16777216)
     max_body_bytes: int = option(67108864, "longest request body; images come inline", 1024, 4294967296)
-    max_bodies_bytes: int = option(1073741824, "request bodies in memory at once, of all requests under way", 1024, 1 << 50)
-    max_bodies_bytes_each: int = option(268435456, "of those, the share of one key or one address", 1024, 1 << 50)
+    max_bodies_bytes: int = option(1073741824, "request bodies in memory, of all open requests", 1024, 1 << 50)
+    max_bodies_bytes_each: int = option(268435456, "the share of one key or one address in it", 1024, 1 << 50)
     max_connections: int = option(4096, "client connections at once; a stream takes two files", 1, 1000000)
-    max_connections_per_address: int = option(512, "of those from one address; a whole office may be behind it", 1, 1000000)
-    request_deadline_s: float = option(3600.0, "longest request, all tries together: a turn of hours is stuck", 0.1, 86400)
+    max_connections_per_address: int = option(512, "the share of one address, perhaps a whole office", 1, 1000000)
+    request_deadline_s: float = option(3600.0, "longest request, all attempts together", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
-    admin_token: str = option("", 'opens the admin API to machines: "env:NAME", "file:PATH", or 16 signs or more', secret=True)
-    max_answer_chars: int = option(33554432, "longest answer: its text, thoughts and arguments; real ones end below 1 MB",
-                                   1024, 4294967296)
+    admin_token: str = option("", 'opens the admin API to machines: "env:NAME", "file:PATH", or at least 16 characters',
+                              secret=True)
+    max_answer_chars: int = option(
+        33554432, "longest answer: its text, reasoning and arguments; real ones end below 1 MB", 1024, 4294967296)
     max_answer_items: int = option(4096, "output items of one answer; real ones have below 100", 1, 1000000)
-    reserve_output_tokens: int = option(16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
-    allow_unpriced: bool = option(False, "keys with a budget may use models without a price; these cost them nothing")
+    reserve_output_tokens: int = option(
+        16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
+    allow_unpriced: bool = option(False, "keys with a budget may use models without a price, at no cost")
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseConfig:
-    url: str = option("sqlite:pomex.db", "keys and usage; a relative path is beside this file")
+    url: str = option("sqlite:pomex.db", "keys and usage; a relative path is beside this file", secret=True,
+                      read=matching("sqlite:(?!//).+"), wanted='like "sqlite:pomex.db"')
     durability: str = option("process", "what answered requests survive: a killed process, or a power loss",
                              choices=("process", "power"))
 
@@ -6304,33 +6408,36 @@ class DatabaseConfig:
 
 @dataclass(frozen=True, slots=True)
 class DemoConfig:
-    enabled: bool = option(True, "demo/echo and its family: works offline, costs nothing, asks no model")
+    enabled: bool = option(True, "demo/echo and its family: works offline, costs nothing, calls no model")
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderConfig:
     name: str
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
-    base_url: str = option("", "its address with its version; Pomex appends e.g. /chat/completions")
+    base_url: str = option("", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
-    api_keys: tuple[str, ...] = option((), "instead: several such keys; each is left out by itself when it fails", secret=True)
+    api_keys: tuple[str, ...] = option((), "instead: several such keys; one that fails is skipped", secret=True)
     http_headers: dict[str, str] = option({}, "headers added to every call", secret=True)
     env_http_headers: dict[str, str] = option({}, "the same, each value taken from an environment variable")
     query_params: dict[str, str] = option({}, "query parameters added to every call", secret=True)
-    models: tuple[str, ...] = option(("*",), "which names may be asked for as provider/NAME; * is any")
-    relay: str = option("normalise", "a responses provider's stream: made anew, or passed on byte for byte",
+    models: tuple[str, ...] = option(("*",), "which names clients may use as provider/NAME; * is any text")
+    relay: str = option("normalise", "a responses provider's stream: normalised, or passed through byte for byte",
                         choices=("normalise", "bytes"))
-    dialect: str = option("", "habits of a chat server, e.g. deepseek; left out: those of a plain server")
+    dialect: str = option("", "the kind of chat server, e.g. deepseek; by default a plain one", choices=("", *DIALECTS))
     ca_file: str = option("", "certificates to trust in place of the system's (PEM file)")
-    proxy: str = option("off", '"http://host:port", or "env": what HTTPS_PROXY says', secret=True)
-    connect_timeout_s: float = option(10.0, "longest wait for a connection, TLS included", 0.1, 3600)
+    proxy: str = option("off", '"http://host:port", or "env" for HTTPS_PROXY', secret=True,
+                        read=matching("off|env|http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?"),
+                        wanted='"off", "env" or an address like "http://proxy.example:3128"')
+    connect_timeout_s: float = seconds(10.0, "longest wait for a connection, TLS included")
     first_byte_timeout_s: float = option(300.0, "longest wait for the answer's head", 0.1, 86400)
     idle_timeout_s: float = option(300.0, "longest silence inside an answer; pings are silence", 0.1, 86400)
     total_timeout_s: float = option(3600.0, "longest answer", 0.1, 86400)
     prompt_cache: str = option("5m", "how long a messages provider is asked to keep prompts",
                                choices=("5m", "1h", "off"))
-    overrides: dict[str, JSON] = option({}, "what is otherwise than Pomex knows it, by the beginning of a model's name")
+    overrides: dict[str, JSON] = option({}, "capability overrides by model-name prefix", items=OBJECT,
+                                        wanted='a table of tables, like { "name" = { key = value } }')
     free: bool = option(False, "its models cost nothing where they have no price")
     local: bool = False         # base_url is on this machine or its private network
     key_source: str = ""        # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
@@ -6345,27 +6452,31 @@ class Target(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     name: str
-    targets: tuple[tuple[Target, ...], ...] = option((), "tiers in failover order")
-    context_window: int = option(0, "tokens; clients compact by it; 0: not known", 0, 100000000)
+    targets: tuple[tuple[Target, ...], ...] = option((), "tiers in failover order", items=None, read=target_tiers,
+                                                     wanted='a list of "provider:model"; a list inside it is one tier')
+    context_window: int = option(0, "tokens, for clients to compact by; 0: not known", 0, 100000000)
     description: str = option("", "one line for the model list")
 
 
 @dataclass(frozen=True, slots=True)
 class PriceConfig:
-    """US dollars per million tokens. What is left out of the cache prices costs what plain input costs."""
+    """US dollars per million tokens. A cache price left out is that of plain input."""
     input: Dollars = price_option("input that is not cached; 0 is free")
     output: Dollars = price_option("output, reasoning included")
     cache_read: Dollars = price_option("input read from the provider's cache")
     cache_write: Dollars = price_option("input written to it")
     cache_write_1h: Dollars = price_option("input written to be kept long: 1 h at Anthropic")
     search_per_1000: Dollars = price_option("a thousand of the provider's own web searches")
-    tiers: dict[str, decimal.Decimal] = option({}, "times so much for an answer that says it was served so")
-    long_over: int = option(0, "with more input than this the whole request has the long_ prices; 0: never", 0, 100000000)
+    tiers: dict[str, decimal.Decimal] = option(
+        {}, "price factors of service tiers", items=Field((int, float), 0, 10**9),
+        read=lambda table: {name: parse_dollars(value) for name, value in table.items()},
+        wanted="a table of numbers, like { priority = 2 }")
+    long_over: int = option(0, "with more input than this a request has the long_ prices; 0: never", 0, 100000000)
     long_input: Dollars = price_option("input of a long request")
     long_output: Dollars = price_option("its output")
-    long_cache_read: Dollars = price_option("what it reads from the cache")
-    long_cache_write: Dollars = price_option("what it writes there")
-    long_cache_write_1h: Dollars = price_option("what it writes there to be kept long")
+    long_cache_read: Dollars = price_option("input that it reads from the cache")
+    long_cache_write: Dollars = price_option("input that it writes there")
+    long_cache_write_1h: Dollars = price_option("input that it writes there to be kept long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6376,9 +6487,9 @@ class Config:
     providers: dict[str, ProviderConfig] = field(hash=False)
     models: dict[str, ModelConfig] = field(hash=False)
     prices: dict[str, PriceConfig] = field(default_factory=dict, hash=False)
-    path: str = ""                      # the file it came from; "" for none
+    path: str = ""                      # of the file; "" for none
     warnings: tuple[str, ...] = ()
-    flags: tuple[tuple[str, str], ...] = ()         # what the command line said of all this: name, value
+    flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
 
 
 SECTIONS: dict[str, type[Any]] = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
@@ -6407,97 +6518,24 @@ BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {row.name: row for row in (
 DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
-# --- 7.1 one value --------------------------------------------------------------------------------
-
-def of_type(*types: type) -> Callable[[Any], Any]:
-    """A reader of values of these very types: to Python true is also the integer 1."""
-    def read(value: Any) -> Any:
-        if type(value) not in types:
-            raise ValueError
-        return types[-1](value)
-    return read
+def config_fields(section: type[Any]) -> dict[str, Field]:
+    return {key.name: key.metadata["spec"] for key in dataclasses.fields(section) if key.metadata}
 
 
-def nonempty(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
+# --- 7.1 the file ---------------------------------------------------------------------------------
 
-
-def strings(value: Any) -> tuple[str, ...]:
-    return tuple(map(nonempty, of_type(list)(value)))
-
-
-def table_with(read: Callable[[Any], Any]) -> Callable[[Any], JSON]:
-    """A reader of tables whose values are all read so."""
-    return lambda value: {name: read(each) for name, each in of_type(dict)(value).items()}
-
-
-def read_target(value: Any) -> Target:
-    """A target is split at its first colon."""
-    provider, model = map(nonempty, nonempty(value).split(":", 1))
-    return Target(provider, model)
-
-
-def target_tiers(value: Any) -> tuple[tuple[Target, ...], ...]:
-    """A string is a tier of its own, a list of strings is one tier."""
-    tiers = [tuple(map(read_target, tier if isinstance(tier, list) else [tier])) for tier in of_type(list)(value)]
-    if not all(tiers):
-        raise ValueError
-    return tuple(tiers)
-
-
-def amount(value: Any) -> decimal.Decimal:
-    """The decimal number as it was written: a float's shortest text is what the file says."""
-    of_type(int, float)(value)
-    if not abs(value) < 10**9:                  # NaN neither
-        raise ValueError
-    number = decimal.Decimal(str(value))
-    if number != round(number, 6):
-        raise ValueError
-    return number
-
-
-class ValueType(NamedTuple):
-    """How a value of one annotated type is read, and what it must be."""
-    words: str
-    from_toml: Callable[[Any], Any]
-    from_text: Callable[[str], Any] = str       # of an environment variable; raises ValueError or KeyError
-
-
-VALUE_TYPES: dict[str, ValueType] = {
-    "str": ValueType("a string", of_type(str)),
-    "NonEmptyStr": ValueType("a string that is not empty", nonempty, nonempty),
-    "bool": ValueType("true or false", of_type(bool), lambda text: {"true": True, "false": False}[text]),
-    "int": ValueType("a whole number", of_type(int), int),
-    "float": ValueType("a number", of_type(int, float), float),
-    "dict[str, decimal.Decimal]": ValueType("a table of numbers, like { priority = 2 }", table_with(amount)),
-    "Dollars": ValueType("an amount of dollars with at most six decimals", amount),
-    "tuple[str, ...]": ValueType("a list of strings", strings, lambda text: strings(text.split(","))),
-    "dict[str, str]": ValueType('a table of strings, like { "name" = "value" }', table_with(of_type(str))),
-    "dict[str, JSON]": ValueType('a table of tables, like { "name" = { key = value } }', table_with(of_type(dict))),
-    "tuple[tuple[Target, ...], ...]": ValueType('a list of "provider:model"; a list inside it is one tier',
-                                              target_tiers),
+FROM_TEXT: dict[type, Callable[[str], Any]] = {
+    str: str, int: int, float: float, bool: {"true": True, "false": False}.__getitem__,
+    list: lambda text: [entry.strip() for entry in text.split(",")],
 }
 
 
-def read_value(key: dataclasses.Field[Any], value: Any, from_text: bool = False) -> Any:
-    """The value as the key wants it; ValueError says what it must be."""
-    least, most, choices = (key.metadata[name] for name in ("least", "most", "choices"))
-    words, from_toml, from_string = VALUE_TYPES[str(key.type)]
-    with contextlib.suppress(ValueError, KeyError, OverflowError):
-        result = (from_string if from_text else from_toml)(value)
-        if result in choices if choices else not most or least <= result <= most:
-            return result
-    if choices:
-        words = "one of " + ", ".join(f'"{choice}"' for choice in choices)
-    elif most:
-        words += f" from {least} to {most}"
-    raise ValueError(f"must be {words}")
-
-
-def config_fields(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    return {key.name: key for key in dataclasses.fields(section) if key.metadata}
+def check_text(text: str, field: Field, path: str) -> Any:
+    """Converts and checks the text of a variable or an argument."""
+    value: Any = text
+    with contextlib.suppress(ValueError, KeyError):     # check says what is wrong with it
+        value = FROM_TEXT[field.types[-1]](text)
+    return check(value, field, path)
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
@@ -6506,10 +6544,16 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
     return f" Did you mean {form % near[0]}?" if near else ""
 
 
-# --- 7.2 the file ---------------------------------------------------------------------------------
+def toml_name(path: tuple[str, ...]) -> str:
+    """A key path as a user writes it."""
+    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
+
 
 def no_file(path: str) -> str:
     raise OSError(errno.ENOENT, "no files here")
+
+
+REFERENCE = ("env:", "file:")       # any other secret is a literal
 
 
 class ConfigFile:
@@ -6524,19 +6568,28 @@ class ConfigFile:
         except (ValueError, RecursionError) as error:       # a number of 5,000 digits, brackets in brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
             raise ConfigError(f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}") from None
+        for section, value in self.toml.items():
+            if section in SECTIONS or section in NAMED_SECTIONS:
+                continue
+            if isinstance(value, dict):
+                hint = did_you_mean(section, (*SECTIONS, *NAMED_SECTIONS), "[%s]")
+                raise self.error(f"unknown section [{toml_name((section,))}].{hint}")
+            hints = [f" Put it under [{home}]." for home, cls in SECTIONS.items() if section in config_fields(cls)]
+            raise self.error(f'key "{section}" stands outside any section.{"".join(hints[:1])}')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
 
     @contextlib.contextmanager
     def about(self, path: tuple[str, ...], value: object, secret: bool = False) -> Iterator[None]:
-        """A ValueError in here is a complaint about the value at this path."""
+        """Turns a ValueError into a complaint about the value at this path."""
         try:
             yield
         except ValueError as error:
             shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
-            end = "" if str(error).endswith("?") else "."
-            raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {error}{end}") from None
+            sentence = str(error).lstrip(": ")
+            end = "" if sentence.endswith((".", "?")) else "."
+            raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}{end}") from None
 
     def table(self, *path: str) -> JSON:
         """A table of the file, empty where it is left out."""
@@ -6545,114 +6598,67 @@ class ConfigFile:
             raise self.error(f"{toml_name(path)} must be a table: [{toml_name(path)}]")
         return table
 
-    def check_sections(self) -> None:
-        for name, value in self.toml.items():
-            if name in SECTIONS or name in NAMED_SECTIONS:
-                continue
-            if isinstance(value, dict):
-                hint = did_you_mean(name, (*SECTIONS, *NAMED_SECTIONS), "[%s]")
-                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
-            home = [section for section, cls in SECTIONS.items() if name in config_fields(cls)]
-            raise self.error(f'key "{name}" stands outside any section.'
-                             + (f" Put it under [{home[0]}]." if home else ""))
-
-    def settings(self, section: type[Any], *path: str) -> dict[str, Any]:
-        """The checked values of a section."""
-        keys, values = config_fields(section), {}
+    def settings(self, section: type[Any], *path: str, prefix: str = "") -> dict[str, Any]:
+        """The checked values of a section. Variables with the prefix, like POMEX_PORT, win over the file."""
+        fields, values = config_fields(section), {}
         for name, value in self.table(*path).items():
-            if name not in keys:
-                hint = did_you_mean(name, keys) or f" Known keys: {', '.join(keys)}."
+            if name not in fields:
+                hint = did_you_mean(name, fields) or f" Known keys: {', '.join(fields)}."
                 raise self.error(f'unknown key "{name}" in [{toml_name(path)}].{hint}')
-            with self.about((*path, name), value, keys[name].metadata["secret"]):
-                values[name] = read_value(keys[name], value)
-        return values
-
-    def from_environment(self, section: type[Any], prefix: str) -> dict[str, Any]:
-        """POMEX_PORT and the like: every key of a section has its variable, which wins over the file."""
-        values = {}
-        for name, key in config_fields(section).items():
-            if text := self.environ.get(variable := prefix + name.upper()):
+            with self.about((*path, name), value, fields[name].secret):
+                values[name] = check(value, fields[name], "")
+        for name, spec in fields.items():
+            variable = prefix + name.upper()
+            if prefix and self.environ.get(variable):
                 try:
-                    values[name] = read_value(key, text, from_text=True)
-                except ValueError as error:
-                    raise ConfigError(f'{variable} = "{text}": {error}.') from None
+                    values[name] = check_text(self.environ[variable], spec, variable)
+                except InvalidParam as error:
+                    raise ConfigError(str(error)) from None
         return values
 
-    def place(self, path: str) -> str:
+    def resolve_path(self, path: str) -> str:
         """A path relative to the file, with ~ for the home directory."""
         if path.startswith("~/"):
             path = self.environ.get("HOME", "~") + path[1:]
         return os.path.join(os.path.dirname(self.name), path) if path else ""
 
     def variable(self, name: str) -> str:
-        """A variable's value; ValueError names the one that may have been meant."""
+        """A variable's value; the ValueError names the one that may have been meant."""
         if value := self.environ.get(name, "").strip():
             return value
         near = difflib.get_close_matches(name, [key for key in self.environ if self.environ[key].strip()], 1)
         raise ValueError("that variable is not set" + (f". {near[0]} is; is that it?" if near else ""))
 
     def secret(self, reference: str) -> tuple[str, str]:
-        """(secret, source) of "env:NAME", "file:PATH" or a literal, whose source is ""."""
+        """(secret, source) of "env:NAME", "file:PATH" or a literal, whose source is this file."""
         kind, _, rest = reference.partition(":")
         if kind == "env":
             return self.variable(rest), reference
-        if kind == "file":
-            try:
-                return self.read_file(self.place(rest)).strip(), reference
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "it is not text"
-                raise ValueError(f"that file cannot be read ({reason})") from None
-        return reference, ""
+        if kind != "file":
+            return reference, self.name
+        try:
+            return self.read_file(self.resolve_path(rest)).strip(), reference
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise ValueError(f"that file cannot be read ({reason})") from None
 
 
-def toml_name(path: tuple[str, ...]) -> str:
-    """A key path as a user writes it."""
-    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
+# --- 7.2 providers and models ---------------------------------------------------------------------
+
+PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
+KEY_VALUE = re.compile(r"[!-~]+")
+OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
+HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*")       # RFC 9110 5.5, 5.6.2; as latin-1
 
 
-# --- 7.3 secrets and addresses --------------------------------------------------------------------
-
-def is_private(host: str) -> bool:
-    """Is this host on this machine or its own network?"""
+def is_private(url: str) -> bool:
+    """Is this address on this machine or its own network?"""
+    host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:      # a name: of one word, or in a domain kept for private use (RFC 6761, 6762, 8375)
         return "." not in host or host.endswith((".localhost", ".local", ".internal", ".lan", ".home.arpa"))
-
-
-def check_base_url(url: str, has_key: bool) -> tuple[str, bool]:
-    """(address without its last slash, whether it is local); ValueError says what would do."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[!-~]+", url):
-        raise ValueError('must be an address like "https://api.example.com/v1"')
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
-    try:
-        if parts.port == 0:
-            raise ValueError
-    except ValueError:
-        raise ValueError("the port must be from 1 to 65535") from None
-    if tail := re.search(r"/(chat/completions|responses|messages)/?$", parts.path):
-        raise ValueError(f"leave out /{tail[1]}: Pomex appends it")
-    local = is_private(parts.hostname)
-    if parts.scheme == "http" and has_key and not local:
-        raise ValueError("http would send the key for everybody on the way to read; use https")
-    return url.rstrip("/"), local
-
-
-PROXY = re.compile(r"http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?")
-
-
-# --- 7.4 providers and models ---------------------------------------------------------------------
-
-PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")       # RFC 9110, 5.6.2
-OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
-HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")          # 5.5, as latin-1
-KEY_VALUE = re.compile(r"[!-~]+")
-REFERENCE = ("env:", "file:")       # a secret that begins otherwise stands there itself
-MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
-PUBLIC_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
@@ -6661,29 +6667,27 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     if not PROVIDER_NAME.fullmatch(name):
         raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
     values = source.settings(ProviderConfig, *path)
+    if values.keys() & {"base_url", "api_key", "api_keys"}:
+        values.setdefault("env_key", "")            # a built-in provider's key goes to no other address
+    if "base_url" in values:
+        values.setdefault("relay", "normalise")     # and no other server is trusted to speak like the original
     base = BUILTIN_PROVIDERS.get(name, DEMO_PROVIDER if name == "demo" else ProviderConfig(name))
-    if values.keys() & {"base_url", "api_key", "api_keys"}:     # a key goes nowhere but where it was meant to
-        base = dataclasses.replace(base, env_key="")
-    if "base_url" in values:                            # nor is a stranger trusted to speak like the original
-        base = dataclasses.replace(base, relay="normalise")
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    with source.about((*path, "dialect"), provider.dialect):
-        if provider.dialect and provider.dialect not in DIALECTS:
-            raise ValueError("must be one of " + ", ".join(DIALECTS))
     check_overrides(source, path, provider)
-    provider = with_headers(source, path, with_key(source, path, provider))
+    credentials = read_keys(source, path, provider)
+    headers = read_headers(source, path, provider)
     if provider.wire_api == "demo":
-        return provider
+        return dataclasses.replace(provider, http_headers=headers, **credentials)
     if not provider.base_url:
         raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
+    local = is_private(provider.base_url)
     with source.about((*path, "base_url"), provider.base_url):
-        url, local = check_base_url(provider.base_url, bool(provider.api_key or provider.env_http_headers))
-    with source.about((*path, "proxy"), provider.proxy):
-        if provider.proxy not in ("off", "env") and not PROXY.fullmatch(provider.proxy):
-            raise ValueError('must be "off", "env" or an address like "http://proxy.example:3128"')
-    return dataclasses.replace(provider, base_url=url, local=local, ca_file=source.place(provider.ca_file))
+        if provider.base_url.startswith("http:") and not local and (credentials or provider.env_http_headers):
+            raise ValueError("plain http would expose the API key; use https")
+    return dataclasses.replace(provider, http_headers=headers, local=local,
+                               ca_file=source.resolve_path(provider.ca_file), **credentials)
 
 
 def check_overrides(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> None:
@@ -6693,43 +6697,42 @@ def check_overrides(source: ConfigFile, path: tuple[str, ...], provider: Provide
             with source.about((*path, "overrides", prefix, fact), value):
                 if fact not in known:
                     there = f" There is: {', '.join(known)}" if known else ""
-                    raise ValueError(f"is nothing that Pomex knows of the models of a {provider.wire_api} server."
+                    raise ValueError(f"is not a model setting for wire_api = {provider.wire_api}."
                                      + (did_you_mean(fact, known) or there))
                 if type(value) is not type(known[fact]):
                     raise ValueError(f"must be like {json.dumps(known[fact])}")
 
 
-def with_key(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> ProviderConfig:
-    """The provider with its keys, fetched from where the file says they lie."""
+def read_keys(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> JSON:
+    """A provider's keys and their sources, as values of its configuration; {} where it has none."""
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
+    if not given:
+        return {}
     if len(given) > 1:
         raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
-    if not given:
-        return provider
-    keys: dict[str, str] = {}           # each with its source
+    keys: dict[str, str] = {}           # key -> its source
     for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
         with source.about((*path, given[0]), provider.env_key or reference, not reference.startswith(REFERENCE)):
             key, where = source.secret(reference)
             if not KEY_VALUE.fullmatch(key):
-                raise ValueError("the key is empty" if not key else "the key holds a space or a sign no key has")
-            keys.setdefault(key, where or source.name)
-    return dataclasses.replace(provider, api_key=next(iter(keys)), api_keys=tuple(keys) if len(keys) > 1 else (),
-                               key_source=", ".join(dict.fromkeys(keys.values())))
+                raise ValueError("the key has a space or a character not allowed in keys" if key else "the key is empty")
+            keys.setdefault(key, where)
+    return {"api_key": next(iter(keys)), "api_keys": tuple(keys) if len(keys) > 1 else (),
+            "key_source": ", ".join(dict.fromkeys(keys.values()))}
 
 
-def with_headers(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> ProviderConfig:
-    """The provider with the headers of the environment too, all checked."""
-    headers = dict(provider.http_headers)
-    for name, variable in provider.env_http_headers.items():
-        with source.about((*path, "env_http_headers", name), variable):
-            headers[name] = source.variable(variable)
-    for name, value in headers.items():
-        with source.about((*path, "http_headers" if name in provider.http_headers else "env_http_headers", name), "", True):
-            if name.lower() in OWN_HEADERS:
-                raise ValueError("is a header that Pomex sets itself")
-            if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
-                raise ValueError("a header needs a plain name and a value of one line")
-    return dataclasses.replace(provider, http_headers=headers)
+def read_headers(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> dict[str, str]:
+    """The headers of every call, those from the environment included."""
+    headers = {}
+    for table in ("http_headers", "env_http_headers"):
+        for name, value in getattr(provider, table).items():
+            with source.about((*path, table, name), value, table == "http_headers"):
+                headers[name] = value if table == "http_headers" else source.variable(value)
+                if name.lower() in OWN_HEADERS:
+                    raise ValueError("is a header that Pomex sets itself")
+                if not HEADER.fullmatch(f"{name}: {headers[name]}"):
+                    raise ValueError("a header needs a plain name and a value of one line")
+    return headers
 
 
 def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig]) -> ModelConfig:
@@ -6741,10 +6744,9 @@ def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderCo
         raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex", or have targets.')
     for target in itertools.chain.from_iterable(model.targets):
         if target.provider not in providers:
-            add = f" Add [{toml_name(('providers', target.provider))}]."
-            hint = did_you_mean(target.provider, providers) or add
-            asked = f'[{toml_name(path)}] targets: "{":".join(target)}"'
-            raise source.error(f"{asked} names no configured provider.{hint}")
+            hint = did_you_mean(target.provider, providers) or f" Add [{toml_name(('providers', target.provider))}]."
+            written = f'[{toml_name(path)}] targets: "{":".join(target)}"'
+            raise source.error(f"{written} names no configured provider.{hint}")
     return model
 
 
@@ -6760,42 +6762,31 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
     return prices
 
 
-# --- 7.5 the whole --------------------------------------------------------------------------------
+# --- 7.3 the whole --------------------------------------------------------------------------------
 
 def load_config(text: str, name: str, environ: Mapping[str, str],
                 read_file: Callable[[str], str] = no_file) -> Config:
     """The configuration in a file's text; without a name, the defaults."""
     source = ConfigFile(text, name, environ, read_file)
-    source.check_sections()
-    server = ServerConfig(**source.settings(ServerConfig, "server") | source.from_environment(ServerConfig, "POMEX_"))
+    server = ServerConfig(**source.settings(ServerConfig, "server", prefix="POMEX_"))
     if bool(server.tls_cert) != bool(server.tls_key):
         raise source.error("[server] tls_cert and tls_key need each other.")
-    check_names(source, server)
-    server = dataclasses.replace(server, tls_cert=source.place(server.tls_cert), tls_key=source.place(server.tls_key),
+    server = dataclasses.replace(server, tls_cert=source.resolve_path(server.tls_cert),
+                                 tls_key=source.resolve_path(server.tls_key),
                                  admin_token=read_admin_token(source, server.admin_token))
+    database = DatabaseConfig(**source.settings(DatabaseConfig, "database", prefix="POMEX_DATABASE_"))
+    path = source.resolve_path(database.path)       # beside the file; without one in the user's state folder
+    if not name and not environ.get("POMEX_DATABASE_URL"):
+        path = state_folder(environ) + "/pomex.db"
     demo = DemoConfig(**source.settings(DemoConfig, "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    return Config(server, read_database(source), demo, providers,
+    return Config(server, dataclasses.replace(database, url=f"sqlite:{path}"), demo, providers,
                   {each: read_model(source, each, providers) for each in source.table("models")},
                   {each: read_prices(source, each) for each in source.table("prices")},
                   name, tuple(f"{each.name}: http sends every prompt in the clear; use https where the server has it"
                               for each in providers.values() if each.base_url.startswith("http:") and not each.local))
-
-
-def check_names(source: ConfigFile, server: ServerConfig) -> None:
-    """Names and addresses that no request could ever match are mistakes."""
-    for name in server.public_hosts:
-        with source.about(("server", "public_hosts"), name):
-            if not PUBLIC_HOST.fullmatch(name):
-                raise ValueError("must be plain names, without scheme, port or wildcard")
-    for proxy in server.trusted_proxies:
-        with source.about(("server", "trusted_proxies"), proxy):
-            try:
-                ipaddress.ip_network(proxy)
-            except ValueError:
-                raise ValueError('must be addresses and networks, like "10.0.0.7" or "10.0.0.0/8"') from None
 
 
 def read_admin_token(source: ConfigFile, reference: str) -> str:
@@ -6805,22 +6796,8 @@ def read_admin_token(source: ConfigFile, reference: str) -> str:
     with source.about(("server", "admin_token"), reference, not reference.startswith(REFERENCE)):
         token, _ = source.secret(reference)
         if not KEY_VALUE.fullmatch(token) or len(token) < 16 or token.startswith("sk-rh-"):
-            raise ValueError("must have 16 signs or more, no spaces, and not be an API key")
+            raise ValueError("must have at least 16 characters, no spaces, and not be an API key")
     return token
-
-
-def read_database(source: ConfigFile) -> DatabaseConfig:
-    """Beside the configuration file; without one in the user's state folder."""
-    default = {} if source.name else {"url": "sqlite:" + state_folder(source.environ) + "/pomex.db"}
-    environment = source.from_environment(DatabaseConfig, "POMEX_DATABASE_")
-    database = DatabaseConfig(**{**default, **source.settings(DatabaseConfig, "database"), **environment})
-    scheme, _, path = database.url.partition(":")
-    with source.about(("database", "url"), scheme + ":..."):
-        if scheme != "sqlite" or not path or path.startswith("//"):
-            if "url" in environment:
-                raise ConfigError('POMEX_DATABASE_URL must be like "sqlite:pomex.db".')
-            raise ValueError('must be like "sqlite:pomex.db"')
-    return dataclasses.replace(database, url="sqlite:" + source.place(path))
 
 
 PLAIN_VALUES = re.compile(r"(?i)(api|anthropic|openai)-(version|beta)|accept|content-type|user-agent|http-referer|x-title")
@@ -6832,9 +6809,13 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
     for provider in providers:
         found |= {provider.api_key, *provider.api_keys, provider.proxy}
         for name, value in {**provider.http_headers, **provider.query_params}.items():
-            found |= set() if PLAIN_VALUES.fullmatch(name) else {value, *value.split()}
-    forms = {form for secret in found if len(secret) >= 8 for raw in [secret.encode()] for form in (
-        secret, urllib.parse.quote(secret, safe=""), raw.hex(), base64.b64encode(raw).decode().rstrip("="))}
+            if not PLAIN_VALUES.fullmatch(name):
+                found |= {value, *value.split()}
+    forms = set()
+    for secret in found:
+        if len(secret) >= 8:
+            raw = secret.encode()
+            forms |= {secret, urllib.parse.quote(secret, safe=""), raw.hex(), base64.b64encode(raw).decode().rstrip("=")}
     return re.compile("|".join(sorted(map(re.escape, forms), key=len, reverse=True)) or "(?!)", re.IGNORECASE)
 
 
@@ -6850,9 +6831,12 @@ def state_folder(environ: Mapping[str, str]) -> str:
 
 def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
     """The built-in providers whose key is in the environment."""
-    return {name: dataclasses.replace(row, api_key=key, key_source="env:" + row.env_key)
-            for name, row in BUILTIN_PROVIDERS.items()
-            if KEY_VALUE.fullmatch(key := environ.get(row.env_key, "").strip())}
+    found = {}
+    for name, row in BUILTIN_PROVIDERS.items():
+        key = environ.get(row.env_key, "").strip()
+        if KEY_VALUE.fullmatch(key):
+            found[name] = dataclasses.replace(row, api_key=key, key_source=f"env:{row.env_key}")
+    return found
 
 
 # === 8. ledger ====================================================================================
@@ -11025,16 +11009,14 @@ class Guard:
             raise
 
 
-# --- 11.7 what an operation takes: the body of a request, the arguments of a command ----------------
+# --- 11.7 operations' fields: the body of a request, the arguments of a command -----------------------
 
-class Field(NamedTuple):
-    """A member of a JSON body and an argument of a command."""
+class Argument(NamedTuple):
+    """A member of an admin body, or an argument of a command."""
     name: str
-    wanted: str = ""                        # what it must be; "": text on one line
-    parse: Callable[[str], Any] = str       # ValueError, ArithmeticError or KeyError: it is not that
-    help: str = ""
+    field: Field = TEXT                     # without `read`: text on one line
     metavar: str | None = None
-    empty: str = ""                         # what an empty one stands for in a body
+    empty: str = ""                         # what an empty value in a body stands for
     required: bool = False                  # in a command an argument without --; in a body empty where it is missing
     more: Mapping[str, Any] = {}            # for argparse
 
@@ -11045,9 +11027,9 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def parse_usd(text: str, least: int = 0) -> int:
-    """In nano-dollars; $1,000.50 is as good."""
-    return fraction(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, least)
+def parse_usd(text: str, minimum: int = 0) -> int:
+    """Nano-dollars of an amount, also of one like $1,000.50."""
+    return fraction(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, minimum)
 
 
 def parse_limit(text: str) -> int | None:
@@ -11072,58 +11054,64 @@ def parse_expiry(text: str) -> dict[str, int]:
 
 
 TRUTH = {"": False, "0": False, "False": False, "1": True, "True": True}.__getitem__
-USD, COUNT = "an amount like 50 or 12.50", "a whole number of at most nine digits"
-NAME_FIELD = Field("name", metavar="NAME", required=True)
-MODELS = Field("models", "patterns like openai/*,demo/echo, or all", model_patterns,
-               "patterns of names it may use, e.g. 'openai/*,anthropic/*'; all", empty="all")
-RATE_FIELDS = tuple(Field(name, COUNT, parse_count, f"{meaning}; 0: any number", "N", empty="0") for name, meaning in (
+BOOLEAN = Field(read=TRUTH, wanted="true or false")
+COUNT = Field(read=parse_count, wanted="a whole number of at most nine digits")
+USD = Field(read=parse_limit, wanted="an amount like 50 or 12.50")
+NAME_FIELD = Argument("name", metavar="NAME", required=True)
+MODELS = Argument("models", empty="all", field=Field(
+    read=model_patterns, wanted="patterns like openai/*,demo/echo, or all",
+    meaning="patterns of names it may use, e.g. 'openai/*,anthropic/*'; all"))
+RATE_FIELDS = tuple(Argument(name, COUNT._replace(meaning=f"{meaning}; 0: any number"), "N", "0") for name, meaning in (
     ("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")))
-ACCOUNT = Field("account", help="who pays", metavar="NAME")
+ACCOUNT = Argument("account", Field(meaning="who pays"), "NAME")
 KEY_FIELDS = (
-    Field("budget", USD, lambda text: {"budget_nanos": parse_limit(text)}, empty="none"),
-    Field("period", f"one of {', '.join(PERIODS)}", {period: period for period in PERIODS}.__getitem__),
-    MODELS, *RATE_FIELDS, ACCOUNT, Field("allow_unpriced", "true or false", TRUTH),
-    Field("expires_days", "a number of days", lambda text: parse_expiry(f"{int(text)}d" if int(text) else "never"), empty="0"))
+    Argument("budget", USD._replace(read=lambda text: {"budget_nanos": parse_limit(text)}), empty="none"),
+    Argument("period", Field(read={name: name for name in PERIODS}.__getitem__, wanted=f"one of {', '.join(PERIODS)}")),
+    MODELS, *RATE_FIELDS, ACCOUNT, Argument("allow_unpriced", BOOLEAN),
+    Argument("expires_days", empty="0", field=Field(
+        read=lambda text: parse_expiry(f"{int(text)}d" if int(text) else "never"), wanted="a number of days")))
 ACCOUNT_FIELDS = (
-    NAME_FIELD, Field("prepaid", "true or false", TRUTH, "it can spend its credit, and no more"),
-    Field("limit", USD, parse_limit, "it can spend so much a month", "USD", "none"),
-    Field("multiplier", "a number like 1.2", lambda text: fraction(text, ONE), "of all prices, e.g. 1.2", empty="1"))
+    NAME_FIELD,
+    Argument("prepaid", BOOLEAN._replace(meaning="it can spend its credit, and no more")),
+    Argument("limit", USD._replace(meaning="it can spend this much a month"), "USD", "none"),
+    Argument("multiplier", empty="1", field=Field(
+        read=lambda text: fraction(text, ONE), wanted="a number like 1.2", meaning="of all prices, e.g. 1.2")))
 CREDIT_FIELDS = (
-    Field("amount", USD, functools.partial(parse_usd, least=-2**60), "below nought it takes credit away: write -- before it",
-          "USD", "0", True), Field("reason", help="why; makes it an adjustment"))
-MONTH = Field("month", "a month like 2026-11", month_bounds)
+    Argument("amount", USD._replace(read=functools.partial(parse_usd, minimum=-2**60),
+                                    meaning="a negative amount takes credit away: write -- before it"), "USD", "0", True),
+    Argument("reason", Field(meaning="why; makes it an adjustment")))
+MONTH = Argument("month", Field(read=month_bounds, wanted="a month like 2026-11"))
 
 
-def read_field(field: Field, value: object) -> Any:
-    """The value of a member; numbers and truths may be JSON or text."""
-    plain = isinstance(value, str) or field.wanted and isinstance(value, (int, float))
+def read_argument(argument: Argument, value: object) -> Any:
+    """The value of a body's member; where the field converts, numbers and booleans may be JSON or text."""
+    spec = argument.field
+    plain = isinstance(value, str) or (spec.read and isinstance(value, (int, float)))
     text = str(value).strip() if plain else "\n"
-    try:
-        if len(text) > 1000 or not text.isprintable():
-            raise ValueError
-        return field.parse(text or field.empty)
-    except (ValueError, ArithmeticError, KeyError):
-        raise BadRequest(f"{field.name} must be {field.wanted or 'text, on one line'}.", param=field.name) from None
+    if len(text) > 1000 or not text.isprintable():
+        raise InvalidParam(argument.name, f" must be {spec.wanted or 'text, on one line'}.", None)
+    return check(text or argument.empty, spec, argument.name)
 
 
-def read_fields(data: bytes, fields: Sequence[Field]) -> JSON:
-    """The values of a body whose members are all known: a mistyped limit would be none."""
+def read_fields(data: bytes, arguments: Sequence[Argument]) -> JSON:
+    """The values of a body. Unknown members are refused: a mistyped limit would be no limit."""
     try:
-        body = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
+        body = load_json(data or b"{}")
+    except ValueError:
         body = None
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.")
-    known = [field.name for field in fields]
+    known = [argument.name for argument in arguments]
     for name in body:
         if name not in known:
             hint = did_you_mean(name, known) or (f" It has {', '.join(known)}." if known else "")
             raise BadRequest(f"The body has no field {printable(name)!r}.{hint}", param=printable(name))
-    return {field.name: read_field(field, body.get(field.name, "")) for field in fields if field.required or field.name in body}
+    return {argument.name: read_argument(argument, body.get(argument.name, "")) for argument in arguments
+            if argument.required or argument.name in body}
 
 
 def key_settings(ledger: Ledger, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a key among the values that were given; what is not given stays as it is."""
+    """A key's settings among the values given; the others stay as they are."""
     settings: dict[str, Any] = {}
     for name, value in given.items():
         settings.update(value if isinstance(value, dict) else {name: value})
@@ -11347,7 +11335,7 @@ async def enter_credit(gateway: Gateway, ask: Ask) -> JSON:
 
 
 async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
-    first, last = read_field(MONTH, ask.query.get("month", ""))
+    first, last = read_argument(MONTH, ask.query.get("month", ""))
     return {"account": ask.name, "first_day": first, "last_day": last,
             **statement_rows(gateway.ledger, account_named(gateway.ledger, ask.name), first, last)}
 
@@ -11535,11 +11523,11 @@ def news_frame(news: News) -> bytes:
 class AdminRoute(NamedTuple):
     function: Callable[[Gateway, Ask], Awaitable[JSON | None]]
     who: str = "admin"          # admin | holder: the administrator too, the answer narrowed to the key | anybody
-    fields: Sequence[Field] = ()        # of its body
+    fields: Sequence[Argument] = ()        # of its body
 
 
 ADMIN_ROUTES: dict[str, AdminRoute] = {
-    "POST login": AdminRoute(log_in, "anybody", [Field("token", required=True)]),
+    "POST login": AdminRoute(log_in, "anybody", [Argument("token", required=True)]),
     "POST logout": AdminRoute(log_out, "anybody"),
     "GET session": AdminRoute(show_session, "holder"),
     "GET overview": AdminRoute(show_overview, "holder"),
@@ -13972,37 +13960,40 @@ def run_health(args: Args) -> int:
 
 class OneOf(NamedTuple):
     """Of these fields at most one is given; where `required`, exactly one."""
-    fields: tuple[Field, ...]
+    fields: tuple[Argument, ...]
     required: bool = False
 
 
 class Command(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
-    fields: Sequence[Field | OneOf] = ()
+    fields: Sequence[Argument | OneOf] = ()
 
 
-def flag(name: str, help: str = "") -> Field:
-    return Field(name, parse=TRUTH, help=help)
+def flag(name: str, help: str = "") -> Argument:
+    return Argument(name, Field(read=TRUTH, meaning=help))
 
 
-def server_field(name: str) -> Field:
+def server_field(name: str) -> Argument:
     """A flag that wins over the key of [server] of the same name, and is checked as that is."""
-    key = config_fields(ServerConfig)[name]
-    return Field(name, parse=functools.partial(read_value, key, from_text=True), help=key.metadata["meaning"])
+    return Argument(name, config_fields(ServerConfig)[name])
 
 
-CONFIG = Field("config", help="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none", metavar="FILE")
+CONFIG = Argument("config", Field(
+    meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none"), "FILE")
 PLACE = server_field("host"), server_field("port")
 AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv"), flag("jsonl")
 KEY_FLAGS = (
-    Field("budget", "like 50/month (day, week, month, total), or none", parse_budget,
-          "e.g. 50/month; day, week, month or total; none", "USD/PERIOD"),
+    Argument("budget", Field(read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
+                             meaning="e.g. 50/month; day, week, month or total; none"), "USD/PERIOD"),
     MODELS, *RATE_FIELDS,
-    Field("allow_unpriced", "yes or no", {"yes": 1, "no": 0}.__getitem__, "models without a price too", "yes|no"),
-    Field("expires", "a time to come, like 30d or 2027-01-31, or never", parse_expiry, "when it ends; never", "30d|DATE"),
+    Argument("allow_unpriced", Field(read={"yes": 1, "no": 0}.__getitem__, wanted="yes or no",
+                                     meaning="models without a price too"), "yes|no"),
+    Argument("expires", Field(read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never",
+                              meaning="when it ends; never"), "30d|DATE"),
     ACCOUNT)
-SINCE = Field("since", "like 7d or 2026-11-01", parse_day, "whole days (UTC), with today", "7d|DATE", more={"default": "7d"})
+SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
+                 "7d|DATE", more={"default": "7d"})
 COMMAND_GROUPS = {
     "keys": "create, edit, list and revoke clients' keys", "accounts": "create and list accounts, and give them credit",
     "prices": "what tokens cost", "ledger": "check and export the ledger",
@@ -14020,30 +14011,33 @@ COMMANDS = {
     "accounts credit": Command(run_accounts_credit, "add a top-up, or with --reason an adjustment",
                                [NAME_FIELD, *CREDIT_FIELDS]),
     "accounts list": Command(run_accounts_list, "list the accounts", [AS_JSON]),
-    "usage": Command(run_usage, "sums of what was used", [AS_JSON, SINCE, Field(
+    "usage": Command(run_usage, "sums of what was used", [AS_JSON, SINCE, Argument(
         "by", more={"choices": sorted(REPORT_BY), "default": "model"}), AS_CSV, AS_JSONL]),
     "statement": Command(run_statement, "an account's bill of one month", [
-        AS_JSON, Field("account", metavar="ACCOUNT", required=True),
-        MONTH._replace(parse=lambda text: month_bounds(text or time.strftime("%Y-%m", time.gmtime())), metavar="YYYY-MM",
-                       more={"default": ""})]),
+        AS_JSON, Argument("account", metavar="ACCOUNT", required=True),
+        MONTH._replace(
+            field=MONTH.field._replace(read=lambda text: month_bounds(text or time.strftime("%Y-%m", time.gmtime()))),
+            metavar="YYYY-MM", more={"default": ""})]),
     "prices show": Command(run_prices_show, "list all prices", [AS_JSON]),
     "ledger verify": Command(run_verify, "compute every cost and sum again", [AS_JSON]),
     "ledger export": Command(run_export, "print every line", [
-        SINCE._replace(help="", more={"default": "1970-01-01"}), OneOf((AS_CSV, AS_JSONL), required=True)]),
+        SINCE._replace(field=SINCE.field._replace(meaning=""), more={"default": "1970-01-01"}),
+        OneOf((AS_CSV, AS_JSONL), required=True)]),
     "prune": Command(run_prune, "remove old lines; the sums of each day stay", [
-        SINCE._replace(name="older", help="than so many days, or than this day", metavar="90d|DATE", more={"required": True})]),
-    "backup": Command(run_backup, "copy the database while servers run", [Field("file", metavar="FILE", required=True)]),
+        SINCE._replace(name="older", field=SINCE.field._replace(meaning="than so many days, or than this day"),
+                       metavar="90d|DATE", more={"required": True})]),
+    "backup": Command(run_backup, "copy the database while servers run", [Argument("file", metavar="FILE", required=True)]),
     "models": Command(run_models, "list the models that can be asked for", [AS_JSON]),
     "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", PLACE),
     "init": Command(run_init, "write a pomex.toml of what is found on this machine", [
-        Field("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
+        Argument("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
     "codex": Command(run_codex, "print the configuration for Codex, or put it in place", [
-        *PLACE, Field("model", help="the model to begin with"),
+        *PLACE, Argument("model", Field(meaning="the model to begin with")),
         OneOf((flag("write", "merge it into Codex's config.toml; a backup is kept"),
                flag("undo", "take it out again; what has changed since stays"),
                flag("run", "start codex with it, changing no file: --run -- PROMPT"))),
         flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
-        Field("prompt", help="arguments of codex", metavar="PROMPT", required=True, more={"nargs": "*"})]),
+        Argument("prompt", Field(meaning="arguments of codex"), "PROMPT", required=True, more={"nargs": "*"})]),
     "doctor": Command(run_doctor, "find what keeps Codex from working", [
         *PLACE, flag("live", "ask each provider, too; says what that cost")]),
     "version": Command(run_version, "print the version"),
@@ -14062,25 +14056,25 @@ class CommandParser(argparse.ArgumentParser):
         super().error(message)
 
 
-def argument_type(field: Field) -> Callable[[str], Any]:
+def argument_type(spec: Field) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            return field.parse(text)
-        except (ValueError, ArithmeticError, KeyError) as error:
-            wanted = f"must be {field.wanted}" if field.wanted else error
-            raise argparse.ArgumentTypeError(f"{text!r} {wanted}") from None
+            return check_text(text, spec, repr(text))
+        except InvalidParam as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
     return read
 
 
-def add_fields(parser: argparse._ActionsContainer, fields: Iterable[Field | OneOf]) -> None:
+def add_fields(parser: argparse._ActionsContainer, fields: Iterable[Argument | OneOf]) -> None:
     for each in fields:
         if isinstance(each, OneOf):
             add_fields(parser.add_mutually_exclusive_group(required=each.required), each.fields)
-        elif each.parse is TRUTH:
-            parser.add_argument(f"--{each.name.replace('_', '-')}", action="store_true", help=each.help)
+        elif each.field.read is TRUTH:
+            parser.add_argument(f"--{each.name.replace('_', '-')}", action="store_true", help=each.field.meaning)
         else:
             name = each.name if each.required else f"--{each.name.replace('_', '-')}"
-            parser.add_argument(name, type=argument_type(each), help=each.help, metavar=each.metavar, **each.more)
+            parser.add_argument(name, type=argument_type(each.field), help=each.field.meaning, metavar=each.metavar,
+                                **each.more)
 
 
 def command_parser() -> CommandParser:

@@ -553,20 +553,26 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int | None
 class Reader(Generic[Head]):
     """What both sides share: the buffer, and bodies by length, by chunks, or up to the end of the connection.
 
-    next() returns the head, then the body in pieces as they come (not copied where that can be), then END; or NEED_DATA
-    where more input is required. After feed_eof() it raises if the message is not whole. Generators read a message from
-    top to bottom; they yield what next() returns.
+    next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA where more
+    input is required. After feed_eof() it raises if the message is incomplete. Generators read a message from top to
+    bottom; they yield what next() returns.
     """
-    _blame: ClassVar[JSON] = {}     # what the errors of this side are besides
+    _error_fields: ClassVar[JSON] = {}      # attributes of this side's errors
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self._method = ""               # of the request under way; "" between messages
         self._data = b""
-        self._at = 0                    # what is before it was given out
+        self._at = 0                    # everything before it has been returned
         self._scanned = 0               # this many bytes from there hold no end of the header block
         self._eof = False
         self._error: ProtocolError | None = None
         self._parts: Iterator[Head | bytes | Signal] = self._messages()
+
+    @property
+    def idle(self) -> bool:
+        """Between messages, with nothing of another one here."""
+        return not self._method and self._at == len(self._data)
 
     def _messages(self) -> Iterator[Head | bytes | Signal]:
         raise NotImplementedError
@@ -583,25 +589,19 @@ class Reader(Generic[Head]):
         if self._error is not None:
             raise self._error
         try:
-            return next(self._parts)
+            part = next(self._parts)
         except ProtocolError as error:
-            vars(error).update(self._blame)
+            vars(error).update(self._error_fields)
             self._error = error
             raise
+        if isinstance(part, Signal):
+            self.feed(b"")              # an idle connection keeps no read buffer alive
+        return part
 
-    def _free(self) -> None:
-        """Drops what was given out: an idle connection keeps no read buffer alive."""
-        self._data, self._at = self._data[self._at:], 0
-
-    def _more_data(self) -> Signal:
-        """What to yield in the middle of a message."""
+    def _need_more_data(self) -> Signal:
+        """Yielded in the middle of a message."""
         if self._eof:
             raise ProtocolError("The connection ended in the middle of a message.")
-        return self._pause()
-
-    def _pause(self) -> Signal:
-        """What to yield where the connection may end as well."""
-        self._free()
         return NEED_DATA
 
     def _header_block(self, limit: int) -> bytes | None:
@@ -609,7 +609,8 @@ class Reader(Generic[Head]):
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
-            self._at, self._scanned = end + 4, 0
+            self._at = end + 4
+            self._scanned = 0
             return data[at:end]
         if len(data) - at >= limit + 4:
             raise ProtocolError(f"The headers are over {limit} bytes.", 431)
@@ -618,51 +619,63 @@ class Reader(Generic[Head]):
         self._scanned = len(data) - at
         return None
 
-    def _body(self, length: int, chunked: bool) -> Iterator[bytes | Signal]:
-        yield from self._chunks() if chunked else self._counted(length)
-        self._free()
+    def _body(self, length: int | None, chunked: bool) -> Iterator[bytes | Signal]:
+        if chunked:
+            return self._chunked_body()
+        return self._body_until_close() if length is None else self._fixed_length_body(length)
 
-    def _counted(self, left: int) -> Iterator[bytes | Signal]:
-        while left:
-            piece = self._data[self._at:self._at + left]
-            self._at += len(piece)
-            left -= len(piece)
-            yield piece or self._more_data()
+    def _take(self, size: int) -> bytes:
+        """At most `size` bytes of what is here."""
+        piece = self._data[self._at:self._at + size]
+        self._at += len(piece)
+        return piece
 
-    def _until_close(self) -> Iterator[bytes | Signal]:
-        while not self._eof or self._at < len(self._data):
-            piece, self._at = self._data[self._at:], len(self._data)
-            yield piece or self._pause()
+    def _fixed_length_body(self, length: int) -> Iterator[bytes | Signal]:
+        while length:
+            piece = self._take(length)
+            length -= len(piece)
+            yield piece or self._need_more_data()
 
-    def _chunks(self) -> Iterator[bytes | Signal]:
-        """RFC 9112 7.1. Whole chunks at hand come joined; the size is checked before the data is read."""
+    def _body_until_close(self) -> Iterator[bytes | Signal]:
+        while (piece := self._take(len(self._data))) or not self._eof:
+            yield piece or NEED_DATA
+
+    def _chunked_body(self) -> Iterator[bytes | Signal]:
+        """RFC 9112 7.1. Complete chunks at hand come joined; the size is checked before the data is read."""
         total = 0
         while True:
-            if pieces := self._whole_chunks():
-                total += sum(map(len, pieces))
+            if joined := self._complete_chunks():
+                total += len(joined)
                 self._check_size(total)
-                yield b"".join(pieces)
-            line = CHUNK_LINE.match(self._data, self._at, self._at + MAX_CHUNK_LINE_BYTES)
+                yield joined
+            limit = self._at + MAX_CHUNK_LINE_BYTES
+            line = CHUNK_LINE.match(self._data, self._at, limit)
             if line is None:
-                rest = self._data[self._at:self._at + MAX_CHUNK_LINE_BYTES]
-                if len(rest) == MAX_CHUNK_LINE_BYTES or not CHUNK_START.fullmatch(rest):
+                if len(self._data) >= limit or not CHUNK_START.fullmatch(self._data, self._at):
                     raise ProtocolError("The line before a chunk is malformed or too long.")
-                yield self._more_data()
+                yield self._need_more_data()
                 continue
-            size, self._at = int(line[1], 16), line.end()
+            self._at = line.end()
+            size = int(line[1], 16)
             if not size:
                 break
             total += size
             self._check_size(total)
-            yield from self._counted(size)
+            yield from self._fixed_length_body(size)
             while not self._data.startswith(CRLF, self._at):
                 if not CRLF.startswith(self._data[self._at:self._at + 2]):      # CVE-2025-43859: look at both
                     raise ProtocolError("The data of a chunk is not followed by CRLF.")
-                yield self._more_data()
+                yield self._need_more_data()
             self._at += 2
-        yield from self._trailers()
+        while not self._data.startswith(CRLF, self._at):
+            trailers = self._header_block(self.limits.max_line_bytes)
+            if trailers is not None:        # checked and dropped (RFC 9110 6.5.1)
+                parse_fields(trailers, self.limits.max_headers)
+                return
+            yield self._need_more_data()
+        self._at += 2
 
-    def _whole_chunks(self) -> list[bytes]:
+    def _complete_chunks(self) -> bytes:
         data, at, match, pieces = self._data, self._at, CHUNK_LINE.match, []
         while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
             start = line.end()
@@ -672,17 +685,7 @@ class Reader(Generic[Head]):
             pieces.append(data[start:end])
             at = end + 2
         self._at = at
-        return pieces
-
-    def _trailers(self) -> Iterator[Signal]:
-        """Trailer fields are checked and dropped (RFC 9110 6.5.1)."""
-        while not self._data.startswith(CRLF, self._at):
-            section = self._header_block(self.limits.max_line_bytes)
-            if section is not None:
-                parse_fields(section, self.limits.max_headers)
-                return
-            yield self._more_data()
-        self._at += 2
+        return b"".join(pieces)
 
     def _check_size(self, total: int) -> None:
         limit = self.limits.max_body_bytes
@@ -692,59 +695,44 @@ class Reader(Generic[Head]):
 
 class RequestReader(Reader[RequestHead]):
     """The server's side. After END the next call begins with the next request, unless the last one closes."""
-    _between = True         # no request is under way
-
-    @property
-    def idle(self) -> bool:
-        """Between requests, with nothing of the next one here."""
-        return self._between and self._at == len(self._data)
 
     def _messages(self) -> Iterator[RequestHead | bytes | Signal]:
-        keep_alive = True
-        while keep_alive:
+        while not self._method:
             head = yield from self._head()
-            self._between, keep_alive = False, head.keep_alive
+            self._method = head.method
             yield head
-            yield from self._body(head.length or 0, head.chunked)
-            self._between = keep_alive
+            yield from self._body(head.length, head.chunked)
+            if head.keep_alive:
+                self._method = ""
             yield END
-        while True:         # what follows the last request is not read
-            yield self._pause()
+        while True:         # data after the last request is not read
+            yield NEED_DATA
 
     def _head(self) -> Generator[Signal, None, RequestHead]:
-        blank_skipped = False
+        limits, blank_skipped = self.limits, False
         while True:
             if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
-                self._at, blank_skipped = self._at + 2, True
-            self._check_start()
-            section = self._header_block(self.limits.max_head_bytes)
+                self._at += 2
+                blank_skipped = True
+            # a TLS hello, NULs or an endless line are refused before any CRLF comes
+            if not REQUEST_START.match(self._data, self._at):
+                raise ProtocolError("This is not an HTTP/1.1 request (is it https or HTTP/2?).")
+            line_end = self._at + limits.max_line_bytes + 2
+            if len(self._data) >= line_end and self._data.find(CRLF, self._at, line_end) < 0:
+                raise ProtocolError(f"The request line is over {limits.max_line_bytes} bytes.", 414)
+            section = self._header_block(limits.max_head_bytes)
             if section is not None:
-                break
-            yield self._pause() if self.idle else self._more_data()
-        line, _, fields = section.partition(CRLF)
-        return parse_request_head(line, parse_fields(fields, self.limits.max_headers), self.limits.max_body_bytes)
-
-    def _check_start(self) -> None:
-        """Refuses a TLS hello, NULs or an endless line before any CRLF comes."""
-        data, at, limit = self._data, self._at, self.limits.max_line_bytes
-        if not REQUEST_START.match(data, at):
-            raise ProtocolError("This is not an HTTP/1.1 request (is it https or HTTP/2?).")
-        if len(data) - at >= limit + 2 and data.find(CRLF, at, at + limit + 2) < 0:
-            raise ProtocolError(f"The request line is over {limit} bytes.", 414)
+                line, _, fields = section.partition(CRLF)
+                return parse_request_head(line, parse_fields(fields, limits.max_headers), limits.max_body_bytes)
+            yield NEED_DATA if self.idle else self._need_more_data()
 
 
 class ResponseReader(Reader[ResponseHead]):
-    """The client's side. Its errors are the upstream's doing: 502, retryable."""
-    _method = ""            # of the request that is out; "": none is
-    _blame = {"status": 502, "type": "server_error", "code": "server_error", "retryable": True}
+    """The client's side. Its errors are the upstream's fault: 502, retryable."""
+    _error_fields = {"status": 502, "type": "server_error", "code": "server_error", "retryable": True}
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         super().__init__(limits)
-
-    @property
-    def idle(self) -> bool:
-        """Between answers, with nothing here that nobody asked for."""
-        return not self._method and self._at == len(self._data)
 
     def start(self, method: str) -> None:
         """A request of that method goes out. Bytes that came before it would be taken for its answer."""
@@ -755,32 +743,21 @@ class ResponseReader(Reader[ResponseHead]):
     def _messages(self) -> Iterator[ResponseHead | bytes | Signal]:
         while True:
             while not self._method:
-                yield self._pause()
-            line, headers = yield from self._head()
-            version, status, reason = (1, int(line[1])), int(line[2]), (line[3] or b"").decode("latin-1")
-            keep_alive = keeps_alive(headers, version)
-            length: int | None = 0
-            chunked = False
-            if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
-                length = None
-            elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
-                length, chunked = framing(headers, version)
-            framed = chunked or length is not None
-            self._check_size(length or 0)
-            yield ResponseHead(status, reason, version, headers, keep_alive and framed, length, chunked)
-            yield from self._body(length or 0, chunked) if framed else self._until_close()
+                yield NEED_DATA
+            head = yield from self._head()
+            yield head
+            yield from self._body(head.length, head.chunked)
             self._method = ""
             yield END
 
-    def _head(self) -> Generator[Signal, None, tuple[re.Match[bytes], Headers]]:
-        """Status line and headers of the final answer; those of 1xx answers are passed over."""
+    def _head(self) -> Generator[Signal, None, ResponseHead]:
+        """The head of the final answer; 1xx answers are skipped."""
         while True:
-            beginning = self._data[self._at:self._at + 7]
-            if not b"HTTP/1.".startswith(beginning):
+            if not b"HTTP/1.".startswith(self._data[self._at:self._at + 7]):
                 raise ProtocolError("The answer does not begin with HTTP/1.1.")
             section = self._header_block(self.limits.max_head_bytes)
             if section is None:
-                yield self._more_data()
+                yield self._need_more_data()
                 continue
             line, _, fields = section.partition(CRLF)
             match = STATUS_LINE.fullmatch(line)
@@ -788,7 +765,17 @@ class ResponseReader(Reader[ResponseHead]):
                 raise ProtocolError("The answer's status line is malformed, or switches protocols.")
             headers = parse_fields(fields, self.limits.max_headers)
             if match[2] >= b"200":
-                return match, headers
+                break
+        version, status = (1, int(match[1])), int(match[2])
+        length: int | None = 0
+        chunked = False
+        if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
+            length = None
+        elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
+            length, chunked = framing(headers, version)
+        self._check_size(length or 0)
+        keep_alive = keeps_alive(headers, version) and (chunked or length is not None)
+        return ResponseHead(status, (match[3] or b"").decode("latin-1"), version, headers, keep_alive, length, chunked)
 
 
 # --- writers --------------------------------------------------------------------------------------
@@ -837,7 +824,7 @@ RATIO_FREE_BYTES = 4 << 20  # so much may come of any
 
 
 class ContentDecoder:
-    """Takes gzip (RFC 9110 8.4.1.3), if that is the coding, off a body. 413 as soon as more than `max_bytes` come out."""
+    """Decodes a gzip body (RFC 9110 8.4.1.3), or passes an uncoded one. 413 as soon as it is larger than `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         coding = encoding.strip(" \t").lower()
@@ -845,42 +832,44 @@ class ContentDecoder:
             raise ProtocolError("Content-Encoding must be gzip or none.", 415)
         self._gzip = coding.endswith("gzip")
         self._max_bytes = max_bytes
-        self._room = sys.maxsize if max_bytes is None else max_bytes + 1
-        self._packed = 0                    # bytes of the coded body so far
+        self._coded = 0             # bytes of the coded body so far
+        self._decoded = 0
         self._members = 0
-        self._inner: zlib._Decompress | None = None
+        self._member: zlib._Decompress | None = None
 
     def feed(self, data: bytes) -> bytes:
         if not self._gzip:
-            return self._counted(data)
-        return b"".join(self._inflate(data[start:start + INFLATE_SLICE]) for start in range(0, len(data), INFLATE_SLICE))
+            return self._limited(data)
+        slices = range(0, len(data), INFLATE_SLICE)
+        return b"".join(self._inflate(data[start:start + INFLATE_SLICE]) for start in slices)
 
     def finish(self) -> None:
-        if self._inner is not None and not self._inner.eof:
+        if self._member and not self._member.eof:
             raise ProtocolError("The gzip body is cut short.")
 
     def _inflate(self, data: bytes) -> bytes:
         pieces = []
-        self._packed += len(data)
+        self._coded += len(data)
         while data:
-            if self._inner is None or self._inner.eof:
+            if self._member is None or self._member.eof:
                 self._members += 1          # RFC 1952 2.2: members may follow each other
                 if self._members > MAX_MEMBERS:
                     raise ProtocolError(f"The gzip body has more than {MAX_MEMBERS} members.")
-                self._inner = zlib.decompressobj(16 + zlib.MAX_WBITS)
+                self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+            room = 0 if self._max_bytes is None else self._max_bytes + 1 - self._decoded        # 0: no limit
             try:
-                pieces.append(self._counted(self._inner.decompress(data, self._room)))
+                pieces.append(self._limited(self._member.decompress(data, room)))
             except zlib.error as error:
                 raise ProtocolError("The body is not valid gzip.") from error
-            data = self._inner.unused_data
+            data = self._member.unused_data
         return b"".join(pieces)
 
-    def _counted(self, data: bytes) -> bytes:
+    def _limited(self, data: bytes) -> bytes:
+        self._decoded += len(data)
         if self._max_bytes is not None:
-            self._room -= len(data)
-            if self._room <= 0:
+            if self._decoded > self._max_bytes:
                 raise ProtocolError(f"The decompressed body is over {self._max_bytes} bytes.", 413)
-            if self._packed and self._max_bytes - self._room > max(RATIO_FREE_BYTES, MAX_RATIO * self._packed):
+            if self._coded and self._decoded > max(RATIO_FREE_BYTES, MAX_RATIO * self._coded):
                 raise ProtocolError(f"The body grows to more than {MAX_RATIO} times its size.", 413)
         return data
 
@@ -6300,22 +6289,14 @@ def matching(pattern: str) -> Callable[[str], str]:
     return read
 
 
-def read_target(text: str) -> Target:
-    """A target is split at its first colon."""
-    provider, model = text.split(":", 1)
-    if not provider or not model:
-        raise ValueError
-    return Target(provider, model)
-
-
 def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
-    """A string is a tier of its own, a list of strings is one tier."""
+    """A string is a tier of its own, a list of strings is one tier. A target is split at its first colon."""
     tiers = []
     for tier in value:
-        names = tier if isinstance(tier, list) else [tier]
-        if not names or not all(isinstance(name, str) for name in names):
+        pairs = [name.split(":", 1) for name in (tier if isinstance(tier, list) else [tier])]
+        if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
             raise ValueError
-        tiers.append(tuple(map(read_target, names)))
+        tiers.append(tuple(Target(*pair) for pair in pairs))
     return tuple(tiers)
 
 
@@ -6452,8 +6433,9 @@ class Target(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     name: str
-    targets: tuple[tuple[Target, ...], ...] = option((), "tiers in failover order", items=None, read=target_tiers,
-                                                     wanted='a list of "provider:model"; a list inside it is one tier')
+    targets: tuple[tuple[Target, ...], ...] = option(
+        (), "tiers in failover order", items=Field((str, list), items=TEXT), read=target_tiers,
+        wanted='a list of "provider:model"; a list inside it is one tier')
     context_window: int = option(0, "tokens, for clients to compact by; 0: not known", 0, 100000000)
     description: str = option("", "one line for the model list")
 
@@ -6524,18 +6506,15 @@ def config_fields(section: type[Any]) -> dict[str, Field]:
 
 # --- 7.1 the file ---------------------------------------------------------------------------------
 
-FROM_TEXT: dict[type, Callable[[str], Any]] = {
-    str: str, int: int, float: float, bool: {"true": True, "false": False}.__getitem__,
-    list: lambda text: [entry.strip() for entry in text.split(",")],
-}
-
-
-def check_text(text: str, field: Field, path: str) -> Any:
+def check_text(text: str, spec: Field, path: str) -> Any:
     """Converts and checks the text of a variable or an argument."""
     value: Any = text
-    with contextlib.suppress(ValueError, KeyError):     # check says what is wrong with it
-        value = FROM_TEXT[field.types[-1]](text)
-    return check(value, field, path)
+    if list in spec.types:
+        value = [entry.strip() for entry in text.split(",")]
+    elif str not in spec.types:
+        with contextlib.suppress(ValueError):       # check says what is wrong
+            value = json.loads(text)
+    return check(value, spec, path)
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
@@ -6575,7 +6554,7 @@ class ConfigFile:
                 hint = did_you_mean(section, (*SECTIONS, *NAMED_SECTIONS), "[%s]")
                 raise self.error(f"unknown section [{toml_name((section,))}].{hint}")
             hints = [f" Put it under [{home}]." for home, cls in SECTIONS.items() if section in config_fields(cls)]
-            raise self.error(f'key "{section}" stands outside any section.{"".join(hints[:1])}')
+            raise self.error(f'key "{section}" stands outside any section.{"".join(hints)}')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
@@ -6588,8 +6567,7 @@ class ConfigFile:
         except ValueError as error:
             shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
             sentence = str(error).lstrip(": ")
-            end = "" if sentence.endswith((".", "?")) else "."
-            raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}{end}") from None
+            raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}") from None
 
     def table(self, *path: str) -> JSON:
         """A table of the file, empty where it is left out."""
@@ -6598,12 +6576,12 @@ class ConfigFile:
             raise self.error(f"{toml_name(path)} must be a table: [{toml_name(path)}]")
         return table
 
-    def settings(self, section: type[Any], *path: str, prefix: str = "") -> dict[str, Any]:
-        """The checked values of a section. Variables with the prefix, like POMEX_PORT, win over the file."""
-        fields, values = config_fields(section), {}
+    def settings(self, fields: Mapping[str, Field], *path: str, prefix: str = "") -> dict[str, Any]:
+        """The checked values of a table. Variables with the prefix, like POMEX_PORT, win over the file."""
+        values = {}
         for name, value in self.table(*path).items():
             if name not in fields:
-                hint = did_you_mean(name, fields) or f" Known keys: {', '.join(fields)}."
+                hint = did_you_mean(name, fields) or f" Known keys: {', '.join(fields)}." * bool(fields)
                 raise self.error(f'unknown key "{name}" in [{toml_name(path)}].{hint}')
             with self.about((*path, name), value, fields[name].secret):
                 values[name] = check(value, fields[name], "")
@@ -6627,7 +6605,7 @@ class ConfigFile:
         if value := self.environ.get(name, "").strip():
             return value
         near = difflib.get_close_matches(name, [key for key in self.environ if self.environ[key].strip()], 1)
-        raise ValueError("that variable is not set" + (f". {near[0]} is; is that it?" if near else ""))
+        raise ValueError("that variable is not set." + (f" {near[0]} is; is that it?" if near else ""))
 
     def secret(self, reference: str) -> tuple[str, str]:
         """(secret, source) of "env:NAME", "file:PATH" or a literal, whose source is this file."""
@@ -6640,7 +6618,7 @@ class ConfigFile:
             return self.read_file(self.resolve_path(rest)).strip(), reference
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
-            raise ValueError(f"that file cannot be read ({reason})") from None
+            raise ValueError(f"that file cannot be read ({reason}).") from None
 
 
 # --- 7.2 providers and models ---------------------------------------------------------------------
@@ -6666,7 +6644,7 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     path = ("providers", name)
     if not PROVIDER_NAME.fullmatch(name):
         raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
-    values = source.settings(ProviderConfig, *path)
+    values = source.settings(config_fields(ProviderConfig), *path)
     if values.keys() & {"base_url", "api_key", "api_keys"}:
         values.setdefault("env_key", "")            # a built-in provider's key goes to no other address
     if "base_url" in values:
@@ -6675,32 +6653,19 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    check_overrides(source, path, provider)
-    credentials = read_keys(source, path, provider)
-    headers = read_headers(source, path, provider)
+    known = {fact: Field((type(value),)) for fact, value in WIRES[provider.wire_api].facts.items()}
+    for prefix in provider.overrides:
+        source.settings(known, *path, "overrides", prefix)
+    provider = dataclasses.replace(provider, http_headers=read_headers(source, path, provider),
+                                   **read_keys(source, path, provider))
     if provider.wire_api == "demo":
-        return dataclasses.replace(provider, http_headers=headers, **credentials)
+        return provider
     if not provider.base_url:
         raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
     local = is_private(provider.base_url)
-    with source.about((*path, "base_url"), provider.base_url):
-        if provider.base_url.startswith("http:") and not local and (credentials or provider.env_http_headers):
-            raise ValueError("plain http would expose the API key; use https")
-    return dataclasses.replace(provider, http_headers=headers, local=local,
-                               ca_file=source.resolve_path(provider.ca_file), **credentials)
-
-
-def check_overrides(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> None:
-    known = WIRES[provider.wire_api].facts
-    for prefix, facts in provider.overrides.items():
-        for fact, value in facts.items():
-            with source.about((*path, "overrides", prefix, fact), value):
-                if fact not in known:
-                    there = f" There is: {', '.join(known)}" if known else ""
-                    raise ValueError(f"is not a model setting for wire_api = {provider.wire_api}."
-                                     + (did_you_mean(fact, known) or there))
-                if type(value) is not type(known[fact]):
-                    raise ValueError(f"must be like {json.dumps(known[fact])}")
+    if provider.base_url.startswith("http:") and not local and (provider.api_key or provider.env_http_headers):
+        raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
+    return dataclasses.replace(provider, local=local, ca_file=source.resolve_path(provider.ca_file))
 
 
 def read_keys(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> JSON:
@@ -6715,7 +6680,7 @@ def read_keys(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfi
         with source.about((*path, given[0]), provider.env_key or reference, not reference.startswith(REFERENCE)):
             key, where = source.secret(reference)
             if not KEY_VALUE.fullmatch(key):
-                raise ValueError("the key has a space or a character not allowed in keys" if key else "the key is empty")
+                raise ValueError("the key has a space or a character not allowed in keys." if key else "the key is empty.")
             keys.setdefault(key, where)
     return {"api_key": next(iter(keys)), "api_keys": tuple(keys) if len(keys) > 1 else (),
             "key_source": ", ".join(dict.fromkeys(keys.values()))}
@@ -6729,16 +6694,16 @@ def read_headers(source: ConfigFile, path: tuple[str, ...], provider: ProviderCo
             with source.about((*path, table, name), value, table == "http_headers"):
                 headers[name] = value if table == "http_headers" else source.variable(value)
                 if name.lower() in OWN_HEADERS:
-                    raise ValueError("is a header that Pomex sets itself")
+                    raise ValueError("is a header that Pomex sets itself.")
                 if not HEADER.fullmatch(f"{name}: {headers[name]}"):
-                    raise ValueError("a header needs a plain name and a value of one line")
+                    raise ValueError("a header needs a plain name and a value of one line.")
     return headers
 
 
 def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig]) -> ModelConfig:
     """One [models.NAME]; without targets it only describes the model."""
     path = ("models", name)
-    model = ModelConfig(name, **source.settings(ModelConfig, *path))
+    model = ModelConfig(name, **source.settings(config_fields(ModelConfig), *path))
     bare = model.targets and "/" not in name and KEY_VALUE.fullmatch(name)
     if not bare and not MODEL_NAME.fullmatch(name):
         raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex", or have targets.')
@@ -6754,7 +6719,7 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
     path = ("prices", name)
     if not MODEL_NAME.fullmatch(name):
         raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
-    prices = PriceConfig(**source.settings(PriceConfig, *path))
+    prices = PriceConfig(**source.settings(config_fields(PriceConfig), *path))
     if prices.input is None or prices.output is None:
         raise source.error(f"[{toml_name(path)}] needs input and output, in US dollars per million tokens; 0 is free.")
     if prices.long_over and (prices.long_input is None or prices.long_output is None):
@@ -6768,17 +6733,17 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
                 read_file: Callable[[str], str] = no_file) -> Config:
     """The configuration in a file's text; without a name, the defaults."""
     source = ConfigFile(text, name, environ, read_file)
-    server = ServerConfig(**source.settings(ServerConfig, "server", prefix="POMEX_"))
+    server = ServerConfig(**source.settings(config_fields(ServerConfig), "server", prefix="POMEX_"))
     if bool(server.tls_cert) != bool(server.tls_key):
         raise source.error("[server] tls_cert and tls_key need each other.")
     server = dataclasses.replace(server, tls_cert=source.resolve_path(server.tls_cert),
                                  tls_key=source.resolve_path(server.tls_key),
                                  admin_token=read_admin_token(source, server.admin_token))
-    database = DatabaseConfig(**source.settings(DatabaseConfig, "database", prefix="POMEX_DATABASE_"))
+    database = DatabaseConfig(**source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_"))
     path = source.resolve_path(database.path)       # beside the file; without one in the user's state folder
     if not name and not environ.get("POMEX_DATABASE_URL"):
         path = state_folder(environ) + "/pomex.db"
-    demo = DemoConfig(**source.settings(DemoConfig, "demo"))
+    demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
@@ -6796,7 +6761,7 @@ def read_admin_token(source: ConfigFile, reference: str) -> str:
     with source.about(("server", "admin_token"), reference, not reference.startswith(REFERENCE)):
         token, _ = source.secret(reference)
         if not KEY_VALUE.fullmatch(token) or len(token) < 16 or token.startswith("sk-rh-"):
-            raise ValueError("must have at least 16 characters, no spaces, and not be an API key")
+            raise ValueError("must have at least 16 characters, no spaces, and not be an API key.")
     return token
 
 

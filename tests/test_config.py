@@ -138,7 +138,7 @@ COMPLAINTS = {
     "headers that are a list": (provider("http_headers = []"),
                                 'http_headers = (hidden): must be a table of strings, like { "name" = "value" }.'),
     "a fact that no model has": (provider('overrides = { "m" = { think_tag = false } }'), "Did you mean think_tags?"),
-    "a fact of another type": (provider('overrides = { "m" = { think_tags = 1 } }'), "must be like true"),
+    "a fact of another type": (provider('overrides = { "m" = { think_tags = 1 } }'), "think_tags = 1: must be true or false, not an integer."),
     "an unknown dialect": (provider('dialect = "klingon"'), 'dialect = "klingon": must be one of '),
     "a proxy without port": (provider('proxy = "http://proxy.example"'),
                              'must be "off", "env" or an address like "http://proxy.example:3128".'),
@@ -149,7 +149,7 @@ COMPLAINTS = {
                               'pomex.toml: [models."a/b"] targets = ["openai"]: must be a list of '
                               '"provider:model"; a list inside it is one tier.'),
     "an empty tier": ('[models."a/b"]\ntargets = [[]]\n', "must be a list of"),
-    "tiers in tiers": ('[models."a/b"]\ntargets = [["a:b", ["c:d"]]]\n', "must be a list of"),
+    "tiers in tiers": ('[models."a/b"]\ntargets = [["a:b", ["c:d"]]]\n', "[0][1] must be a string, not an array."),
     "a target nobody serves": (
         provider("", "azure") + '[models."a/b"]\ntargets = ["azur:m"]\n',
         'pomex.toml: [models."a/b"] targets: "azur:m" names no configured provider. Did you mean azure?'),

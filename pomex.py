@@ -1114,7 +1114,7 @@ def check_range(value: Any, minimum: float, maximum: float, path: str) -> None:
 def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
     for name, spec in members.items():
         given = value.get(name)
-        if type(given) not in spec.types or spec.minimum is not None or spec.choices or (
+        if type(given) not in spec.types or spec.minimum is not None or (spec.choices and given not in spec.choices) or (
                 spec.items and type(given) is not str):         # most values need no call
             check(given, spec, f"{path}.{name}")
 
@@ -1278,7 +1278,7 @@ class ResponsesRequest:
         return given or sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
 
 
-INLINE_DATA = (b";base64,", b'"file_data":"')       # these precede images and files
+INLINE_DATA = (re.compile(rb';base64,([^"]*)'), re.compile(rb'"file_data":"(?!data:)([^"]*)'))     # images and files
 INLINE_DATA_BYTES = 1024        # a shorter one counts as text
 INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that document it
 
@@ -1286,10 +1286,10 @@ INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that d
 def estimate_input_tokens(raw: bytes) -> int:
     """Tokens of a request: a quarter of its bytes, and a fixed count for each inline image or file."""
     text, tokens = len(raw), 0
-    for mark in INLINE_DATA:
-        for following in raw.split(mark)[1:]:
-            size = following.find(b'"')
-            if size >= INLINE_DATA_BYTES and not following.startswith(b"data:"):
+    for pattern in INLINE_DATA:
+        for match in pattern.finditer(raw):
+            size = len(match[1])
+            if size >= INLINE_DATA_BYTES:
                 text -= size
                 tokens += INLINE_DATA_TOKENS
     return text // 4 + tokens
@@ -11061,8 +11061,8 @@ def read_argument(argument: Argument, value: object) -> Any:
 def read_fields(data: bytes, arguments: Sequence[Argument]) -> JSON:
     """The values of a body. Unknown members are refused: a mistyped limit would be no limit."""
     try:
-        body = load_json(data or b"{}")
-    except ValueError:
+        body = strict_json((data or b"{}").decode())
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.")

@@ -220,7 +220,7 @@ warning      local/tiny-1 has no price: refused to keys with a budget, billed 0 
     ("keys create k --rpm -1", "at most nine digits"), ("keys create k --budget=-5/month", "must be like 50/month"),
     ("keys create k --budget inf/month", "must be like 50/month"), ("keys create k --expires 0d", "a time to come"),
     ("keys create k --expires 2001-01-01", "a time to come"), ("accounts create a --multiplier -1", "must be a number like 1.2"),
-    ("accounts create a --limit -5", "must be an amount"), ("serve --host ''", "must be a string that is not empty"),
+    ("accounts create a --limit -5", "must be an amount"), ("serve --host ''", "its length must be at least 1"),
     ("usage --by nope", "argument --by: invalid choice: 'nope'"), ("completion bash", "unknown command completion"),
     ("serv", "unknown command serv. Did you mean serve?"),
 ])

@@ -1053,11 +1053,9 @@ JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true
               list: "an array", type(None): "null"}
 
 
-class InvalidParam(BadRequest, ValueError):
+def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
     """A value that its field does not take. The sentence begins with the field's path."""
-
-    def __init__(self, path: str, words: str, code: str | None = "invalid_value") -> None:
-        super().__init__(f"{path}{words}", param=path, code=code)
+    return BadRequest(f"{path}{words}", param=path, code=code)
 
 
 class Field(NamedTuple):
@@ -1068,6 +1066,7 @@ class Field(NamedTuple):
     choices: tuple[str, ...] = ()
     items: Field | None = None              # for every entry of an array or object
     inner: Callable[[Any, str], None] | None = None         # checks more; called with value and path
+    pattern: str = ""                       # of the whole text
     read: Callable[[Any], Any] | None = None        # converts; ValueError, ArithmeticError or KeyError refuse the value
     wanted: str = ""                        # completes "must be" where the types do not say enough
     meaning: str = ""                       # for people
@@ -1075,40 +1074,38 @@ class Field(NamedTuple):
 
 
 def check(value: Any, spec: Field, path: str) -> Any:
-    """Returns the value as `spec` converts it; raises InvalidParam if it is not valid."""
+    """Returns the value as `spec` converts it; raises BadRequest if it is not valid."""
     if type(value) not in spec.types:
         raise type_error(value, spec, path)
     if spec.minimum is not None:
-        check_range(value, spec.minimum, spec.maximum, path)
+        what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
+        if not spec.minimum <= size <= spec.maximum:
+            limits = f"between {spec.minimum} and {spec.maximum}"
+            if spec.maximum == math.inf:
+                limits = f"at least {spec.minimum}"
+            raise invalid_param(path, f": its {what} must be {limits}.")
     if spec.choices and value not in spec.choices:
-        raise InvalidParam(path, f" must be one of {', '.join(filter(None, spec.choices))}.")
+        raise invalid_param(path, f" must be one of {', '.join(filter(None, spec.choices))}.")
     if spec.items and not isinstance(value, str):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             check(entry, spec.items, f"{path}[{key!r}]")
     if spec.inner:
         spec.inner(value, path)
-    if not spec.read:
-        return value
     try:
-        return spec.read(value)
+        if spec.pattern and not re.fullmatch(spec.pattern, value):
+            raise ValueError
+        return spec.read(value) if spec.read else value
     except (ValueError, ArithmeticError, KeyError) as error:
-        raise InvalidParam(path, f" must be {spec.wanted}." if spec.wanted else f": {error}.", None) from None
+        raise invalid_param(path, f" must be {spec.wanted}." if spec.wanted else f": {error}.", None) from None
 
 
 def type_error(value: Any, spec: Field, path: str) -> BadRequest:
     if spec.wanted:
-        return InvalidParam(path, f" must be {spec.wanted}.", "invalid_type")
+        return invalid_param(path, f" must be {spec.wanted}.", "invalid_type")
     if value is None:
         return BadRequest(f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
     wanted = "a number" if float in spec.types else " or ".join(map(JSON_NAMES.__getitem__, spec.types))
-    return InvalidParam(path, f" must be {wanted}, not {JSON_NAMES.get(type(value), 'a date')}.", "invalid_type")
-
-
-def check_range(value: Any, minimum: float, maximum: float, path: str) -> None:
-    what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
-    if not minimum <= size <= maximum:
-        limits = f"at least {minimum}" if maximum == math.inf else f"between {minimum} and {maximum}"
-        raise InvalidParam(path, f": its {what} must be {limits}.")
+    return invalid_param(path, f" must be {wanted}, not {JSON_NAMES.get(type(value), 'a date')}.", "invalid_type")
 
 
 def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
@@ -1122,37 +1119,38 @@ def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
 def object_type(value: JSON, path: str) -> str:
     kind = value.get("type")
     if not isinstance(kind, str):
-        raise InvalidParam(path, " must be an object with a type.", "invalid_type")
+        raise invalid_param(path, " must be an object with a type.", "invalid_type")
     return kind
 
 
 def check_part(part: JSON, path: str) -> None:
     if object_type(part, path) in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-        raise InvalidParam(f"{path}.text", " must be a string.", "invalid_type")
+        raise invalid_param(f"{path}.text", " must be a string.", "invalid_type")
 
 
 def check_tool(tool: JSON, path: str) -> None:
     kind = object_type(tool, path)
     if "name" not in tool and isinstance(tool.get("function"), dict):
-        raise InvalidParam(f"{path}.name", " is missing: tools are flat here, without a function object inside.",
+        raise invalid_param(f"{path}.name", " is missing: tools are flat here, without a function object inside.",
                            "missing_required_parameter")
     check_members(tool, TOOL_FIELDS.get(kind, {}), path)
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
     if len(metadata) > 16:                  # these limits are OpenAI's
-        raise InvalidParam(path, " may have at most 16 entries.")
+        raise invalid_param(path, " may have at most 16 entries.")
     if any(not isinstance(value, str) or len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
-        raise InvalidParam(path, " maps keys of at most 64 to strings of at most 512 characters.")
+        raise invalid_param(path, " maps keys of at most 64 to strings of at most 512 characters.")
 
 
 def check_format(text: JSON, path: str) -> None:
     shape = text.get("format")
     if shape is None:
         return
-    if not isinstance(shape, dict) or shape.get("type") not in ("text", "json_object", "json_schema"):
-        raise InvalidParam(f"{path}.format.type", " must be text, json_object or json_schema.")
-    if shape["type"] == "json_schema":
+    kind = shape.get("type") if isinstance(shape, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise invalid_param(f"{path}.format.type", " must be text, json_object or json_schema.")
+    if kind == "json_schema":
         check_members(shape, {"name": Field(minimum=1, maximum=64), "schema": OBJECT}, f"{path}.format")
 
 
@@ -1219,32 +1217,31 @@ TOOL_FIELDS: dict[str, dict[str, Field]] = {
 }
 
 
-def check_item(given: Any, path: str) -> JSON:
+def check_item(item: JSON, path: str) -> JSON:
     """Returns an input item with its `type` filled in: a message (known by its role) may come without."""
-    if not isinstance(given, dict):
-        raise InvalidParam(path, " must be an object.", "invalid_type")
-    item: JSON = given
+    if not isinstance(item, dict):
+        raise invalid_param(path, " must be an object.", "invalid_type")
     kind = item.get("type")
-    if kind is None:
-        kind = "message" if "role" in item else "item_reference" if "id" in item else None
+    if kind is None and "role" in item:
+        kind = "message"
         item = {"type": kind} | item | {"type": kind}
+    if kind == "item_reference" or (kind is None and "id" in item):
+        raise invalid_param(path, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
     if not isinstance(kind, str):
-        raise InvalidParam(f"{path}.type", " must be a string.", "missing_required_parameter")
-    if kind == "item_reference":
-        raise InvalidParam(path, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
+        raise invalid_param(f"{path}.type", " must be a string.", "missing_required_parameter")
     check_members(item, ITEM_FIELDS.get(kind, {}), path)
     return item
 
 
 def check_tool_choice(choice: Any, tools: Sequence[JSON]) -> None:
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        raise InvalidParam("tool_choice", " must be none, auto, required or an object.")
+        raise invalid_param("tool_choice", " must be none, auto, required or an object.")
     if isinstance(choice, dict):
         if not isinstance(choice.get("type"), str):
-            raise InvalidParam("tool_choice.type", " must be a string.")
+            raise invalid_param("tool_choice.type", " must be a string.")
         name = choice.get("name")
         if choice["type"] in ("function", "custom") and name not in list(tool_names(tools)):
-            raise InvalidParam("tool_choice", f" names {str(name)[:64]!r}, which is not among the tools.")
+            raise invalid_param("tool_choice", f" names {str(name)[:64]!r}, which is not among the tools.")
 
 
 def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
@@ -1327,16 +1324,16 @@ def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
     for name in ("model", "input"):                 # not required with a prompt template, refused above
         check(body.get(name), REQUEST_FIELDS[name], name)
     if not body["model"].isprintable():
-        raise InvalidParam("model", " holds characters that no name has.")
+        raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if len(given) > MAX_INPUT_ITEMS:
-        raise InvalidParam("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
+        raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
                            "array_above_max_length")
     items = [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
     if not items:
-        raise InvalidParam("input", " is empty: send at least one item.")
+        raise invalid_param("input", " is empty: send at least one item.")
     tools = list(body.get("tools") or ())
     for item in items:
         if "tools" in ITEM_FIELDS.get(item["type"], ()):
@@ -6280,15 +6277,6 @@ def parse_dollars(value: float) -> decimal.Decimal:
     return number
 
 
-def matching(pattern: str) -> Callable[[str], str]:
-    """Makes a reader that takes only text of this pattern."""
-    def read(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError
-        return text
-    return read
-
-
 def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
     """A string is a tier of its own, a list of strings is one tier. A target is split at its first colon."""
     tiers = []
@@ -6308,10 +6296,11 @@ def read_base_url(url: str) -> str:
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
     try:
-        if parts.port == 0:
-            raise ValueError
+        port = parts.port
     except ValueError:
-        raise ValueError("the port must be from 1 to 65535") from None
+        port = 0
+    if port == 0:
+        raise ValueError("the port must be from 1 to 65535")
     if tail := re.search(r"/(chat/completions|responses|messages)/?$", parts.path):
         raise ValueError(f"leave out /{tail[1]}: Pomex appends it")
     return url.rstrip("/")
@@ -6346,7 +6335,7 @@ class ServerConfig:
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
     tls_key: str = option("", "its private key (PEM file)")
     public_hosts: tuple[str, ...] = option((), "more host names that clients use, e.g. a proxy's", items=Field(
-        read=matching(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"), wanted="a plain name, without scheme, port or wildcard"))
+        pattern=r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", wanted="a plain name, without scheme, port or wildcard"))
     trusted_proxies: tuple[str, ...] = option((), "addresses and networks whose X-Forwarded-For names the client",
                                               items=Field(read=ipaddress.ip_network, wanted=(
                                                   'an address or a network, like "10.0.0.7" or "10.0.0.0/8"')))
@@ -6378,7 +6367,7 @@ class ServerConfig:
 @dataclass(frozen=True, slots=True)
 class DatabaseConfig:
     url: str = option("sqlite:pomex.db", "keys and usage; a relative path is beside this file", secret=True,
-                      read=matching("sqlite:(?!//).+"), wanted='like "sqlite:pomex.db"')
+                      pattern="sqlite:(?!//).+", wanted='like "sqlite:pomex.db"')
     durability: str = option("process", "what answered requests survive: a killed process, or a power loss",
                              choices=("process", "power"))
 
@@ -6409,7 +6398,7 @@ class ProviderConfig:
     dialect: str = option("", "the kind of chat server, e.g. deepseek; by default a plain one", choices=("", *DIALECTS))
     ca_file: str = option("", "certificates to trust in place of the system's (PEM file)")
     proxy: str = option("off", '"http://host:port", or "env" for HTTPS_PROXY', secret=True,
-                        read=matching("off|env|http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?"),
+                        pattern="off|env|http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?",
                         wanted='"off", "env" or an address like "http://proxy.example:3128"')
     connect_timeout_s: float = seconds(10.0, "longest wait for a connection, TLS included")
     first_byte_timeout_s: float = option(300.0, "longest wait for the answer's head", 0.1, 86400)
@@ -6474,8 +6463,8 @@ class Config:
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
 
 
-SECTIONS: dict[str, type[Any]] = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
-NAMED_SECTIONS: dict[str, type[Any]] = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
+SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
+NAMED_SECTIONS = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
 def builtin(name: str, wire_api: str, base_url: str, env_key: str = "", relay: str = "normalise") -> ProviderConfig:
@@ -6561,10 +6550,10 @@ class ConfigFile:
 
     @contextlib.contextmanager
     def about(self, path: tuple[str, ...], value: object, secret: bool = False) -> Iterator[None]:
-        """Turns a ValueError into a complaint about the value at this path."""
+        """Turns an error into a complaint about the value at this path."""
         try:
             yield
-        except ValueError as error:
+        except (ValueError, BadRequest) as error:
             shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
             sentence = str(error).lstrip(": ")
             raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}") from None
@@ -6590,7 +6579,7 @@ class ConfigFile:
             if prefix and self.environ.get(variable):
                 try:
                     values[name] = check_text(self.environ[variable], spec, variable)
-                except InvalidParam as error:
+                except BadRequest as error:
                     raise ConfigError(str(error)) from None
         return values
 
@@ -6601,11 +6590,11 @@ class ConfigFile:
         return os.path.join(os.path.dirname(self.name), path) if path else ""
 
     def variable(self, name: str) -> str:
-        """A variable's value; the ValueError names the one that may have been meant."""
+        """A variable's value; the ValueError names a similar one that is set."""
         if value := self.environ.get(name, "").strip():
             return value
-        near = difflib.get_close_matches(name, [key for key in self.environ if self.environ[key].strip()], 1)
-        raise ValueError("that variable is not set." + (f" {near[0]} is; is that it?" if near else ""))
+        known = [key for key in self.environ if self.environ[key].strip()]
+        raise ValueError(f"that variable is not set.{did_you_mean(name, known)}")
 
     def secret(self, reference: str) -> tuple[str, str]:
         """(secret, source) of "env:NAME", "file:PATH" or a literal, whose source is this file."""
@@ -6754,14 +6743,15 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
                               for each in providers.values() if each.base_url.startswith("http:") and not each.local))
 
 
+ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}", wanted="at least 16 characters, without spaces, and no API key")
+
+
 def read_admin_token(source: ConfigFile, reference: str) -> str:
     """The token itself; "" where none is set."""
     if not reference:
         return ""
     with source.about(("server", "admin_token"), reference, not reference.startswith(REFERENCE)):
-        token, _ = source.secret(reference)
-        if not KEY_VALUE.fullmatch(token) or len(token) < 16 or token.startswith("sk-rh-"):
-            raise ValueError("must have at least 16 characters, no spaces, and not be an API key.")
+        token: str = check(source.secret(reference)[0], ADMIN_TOKEN, "")
     return token
 
 
@@ -10986,12 +10976,6 @@ class Argument(NamedTuple):
     more: Mapping[str, Any] = {}            # for argparse
 
 
-def parse_count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError
-    return int(text)
-
-
 def parse_usd(text: str, minimum: int = 0) -> int:
     """Nano-dollars of an amount, also of one like $1,000.50."""
     return fraction(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, minimum)
@@ -11020,7 +11004,7 @@ def parse_expiry(text: str) -> dict[str, int]:
 
 TRUTH = {"": False, "0": False, "False": False, "1": True, "True": True}.__getitem__
 BOOLEAN = Field(read=TRUTH, wanted="true or false")
-COUNT = Field(read=parse_count, wanted="a whole number of at most nine digits")
+COUNT = Field(pattern="[0-9]{1,9}", read=int, wanted="a whole number of at most nine digits")
 USD = Field(read=parse_limit, wanted="an amount like 50 or 12.50")
 NAME_FIELD = Argument("name", metavar="NAME", required=True)
 MODELS = Argument("models", empty="all", field=Field(
@@ -11054,7 +11038,7 @@ def read_argument(argument: Argument, value: object) -> Any:
     plain = isinstance(value, str) or (spec.read and isinstance(value, (int, float)))
     text = str(value).strip() if plain else "\n"
     if len(text) > 1000 or not text.isprintable():
-        raise InvalidParam(argument.name, f" must be {spec.wanted or 'text, on one line'}.", None)
+        raise invalid_param(argument.name, f" must be {spec.wanted or 'text, on one line'}.", None)
     return check(text or argument.empty, spec, argument.name)
 
 
@@ -14025,7 +14009,7 @@ def argument_type(spec: Field) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
             return check_text(text, spec, repr(text))
-        except InvalidParam as error:
+        except BadRequest as error:
             raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
     return read
 

@@ -115,8 +115,8 @@ COMPLAINTS = {
                  "pomex.toml: [providers.x] has both env_key and api_key; keep one."),
     "a variable that is not set": (
         "[providers.openai]\napi_key = \"env:OPENAI_KEY\"\n",
-        'pomex.toml: [providers.openai] api_key = "env:OPENAI_KEY": that variable is not set. OPENAI_API_KEY '
-        'is; is that it?'),
+        'pomex.toml: [providers.openai] api_key = "env:OPENAI_KEY": that variable is not set. Did you '
+        'mean OPENAI_API_KEY?'),
     "a variable that is not set, and nothing near": (
         provider('env_key = "ZZZ"'), 'pomex.toml: [providers.x] env_key = "ZZZ": that variable is not set.'),
     "a built-in without its key": (

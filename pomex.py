@@ -545,7 +545,7 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int | None
     expect_continue = bool(expectations) and version >= (1, 1) and (chunked or bool(length))
     keep_alive = keeps_alive(headers, version)
     return RequestHead(method, match[2].decode(), path, query, version, headers, keep_alive, expect_continue,
-                       None if chunked else length or 0, chunked)      # neither header: no body (RFC 9112 6.3)
+                       None if chunked else length or 0, chunked)   # neither header: no body (RFC 9112 6.3)
 
 
 # --- readers --------------------------------------------------------------------------------------
@@ -553,9 +553,9 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int | None
 class Reader(Generic[Head]):
     """What both sides share: the buffer, and bodies by length, by chunks, or up to the end of the connection.
 
-    next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA where more
-    input is required. After feed_eof() it raises if the message is incomplete. Generators read a message from top to
-    bottom; they yield what next() returns.
+    next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA
+    where more input is required. After feed_eof() it raises if the message is incomplete. Generators read a
+    message from top to bottom; they yield what next() returns.
     """
     _error_fields: ClassVar[JSON] = {}      # attributes of this side's errors
 
@@ -723,7 +723,8 @@ class RequestReader(Reader[RequestHead]):
             section = self._header_block(limits.max_head_bytes)
             if section is not None:
                 line, _, fields = section.partition(CRLF)
-                return parse_request_head(line, parse_fields(fields, limits.max_headers), limits.max_body_bytes)
+                headers = parse_fields(fields, limits.max_headers)
+                return parse_request_head(line, headers, limits.max_body_bytes)
             yield NEED_DATA if self.idle else self._need_more_data()
 
 
@@ -774,8 +775,9 @@ class ResponseReader(Reader[ResponseHead]):
         elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
             length, chunked = framing(headers, version)
         self._check_size(length or 0)
+        reason = (match[3] or b"").decode("latin-1")
         keep_alive = keeps_alive(headers, version) and (chunked or length is not None)
-        return ResponseHead(status, (match[3] or b"").decode("latin-1"), version, headers, keep_alive, length, chunked)
+        return ResponseHead(status, reason, version, headers, keep_alive, length, chunked)
 
 
 # --- writers --------------------------------------------------------------------------------------
@@ -824,7 +826,7 @@ RATIO_FREE_BYTES = 4 << 20  # so much may come of any
 
 
 class ContentDecoder:
-    """Decodes a gzip body (RFC 9110 8.4.1.3), or passes an uncoded one. 413 as soon as it is larger than `max_bytes`."""
+    """Decodes a gzip body (RFC 9110 8.4.1.3), or passes an uncoded one; 413 as soon as it is over `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         coding = encoding.strip(" \t").lower()
@@ -1024,7 +1026,7 @@ def load_json(raw: bytes) -> Any:
     try:
         value = strict_json(raw.decode())
         if LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()      # a lone surrogate would fail later, in log or ledger
+            json.dumps(value, ensure_ascii=False).encode()      # else it would fail later, in log or ledger
     except UnicodeEncodeError:
         raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
     except UnicodeDecodeError as error:
@@ -1067,7 +1069,7 @@ class Field(NamedTuple):
     items: Field | None = None              # for every entry of an array or object
     inner: Callable[[Any, str], None] | None = None         # checks more; called with value and path
     pattern: str = ""                       # of the whole text
-    read: Callable[[Any], Any] | None = None        # converts; ValueError, ArithmeticError or KeyError refuse the value
+    read: Callable[[Any], Any] | None = None        # converts; ValueError, ArithmeticError, KeyError: not valid
     wanted: str = ""                        # completes "must be" where the types do not say enough
     meaning: str = ""                       # for people
     secret: bool = False                    # never shown
@@ -1096,23 +1098,30 @@ def check(value: Any, spec: Field, path: str) -> Any:
             raise ValueError
         return spec.read(value) if spec.read else value
     except (ValueError, ArithmeticError, KeyError) as error:
-        raise invalid_param(path, f" must be {spec.wanted}." if spec.wanted else f": {error}.", None) from None
+        words = f" must be {spec.wanted}." if spec.wanted else f": {error}."
+        raise invalid_param(path, words, None) from None
 
 
 def type_error(value: Any, spec: Field, path: str) -> BadRequest:
     if spec.wanted:
         return invalid_param(path, f" must be {spec.wanted}.", "invalid_type")
     if value is None:
-        return BadRequest(f"Missing required parameter: {path}.", param=path, code="missing_required_parameter")
+        return BadRequest(f"Missing required parameter: {path}.", param=path,
+                          code="missing_required_parameter")
     wanted = "a number" if float in spec.types else " or ".join(map(JSON_NAMES.__getitem__, spec.types))
-    return invalid_param(path, f" must be {wanted}, not {JSON_NAMES.get(type(value), 'a date')}.", "invalid_type")
+    given = JSON_NAMES.get(type(value), "a date")
+    return invalid_param(path, f" must be {wanted}, not {given}.", "invalid_type")
 
 
 def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
     for name, spec in members.items():
         given = value.get(name)
-        if type(given) not in spec.types or spec.minimum is not None or (spec.choices and given not in spec.choices) or (
-                spec.items and type(given) is not str):         # most values need no call
+        if (
+            type(given) not in spec.types       # most values need no call
+            or spec.minimum is not None
+            or (spec.choices and given not in spec.choices)
+            or (spec.items and type(given) is not str)
+        ):
             check(given, spec, f"{path}.{name}")
 
 
@@ -1131,16 +1140,17 @@ def check_part(part: JSON, path: str) -> None:
 def check_tool(tool: JSON, path: str) -> None:
     kind = object_type(tool, path)
     if "name" not in tool and isinstance(tool.get("function"), dict):
-        raise invalid_param(f"{path}.name", " is missing: tools are flat here, without a function object inside.",
-                           "missing_required_parameter")
+        words = " is missing: tools are flat here, without a function object inside."
+        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
     check_members(tool, TOOL_FIELDS.get(kind, {}), path)
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
     if len(metadata) > 16:                  # these limits are OpenAI's
         raise invalid_param(path, " may have at most 16 entries.")
-    if any(not isinstance(value, str) or len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
-        raise invalid_param(path, " maps keys of at most 64 to strings of at most 512 characters.")
+    for key, value in metadata.items():
+        if not isinstance(value, str) or len(key) > 64 or len(value) > 512:
+            raise invalid_param(path, " maps keys of at most 64 to strings of at most 512 characters.")
 
 
 def check_format(text: JSON, path: str) -> None:
@@ -1161,7 +1171,7 @@ CONTENT = Field((str, list), items=PART, wanted="a string or an array of parts")
 OUTPUT = Field((str, list), items=PART)
 TOOLS = Field((list,), items=Field((dict,), inner=check_tool, wanted="an object with a type"))
 
-# RESPONSES.md section 2. Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.
+# Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.
 REQUEST_FIELDS: dict[str, Field] = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
@@ -1186,9 +1196,12 @@ REQUEST_FIELDS: dict[str, Field] = {
 NEEDS_STATE = {
     "previous_response_id": ("previous_response_not_found",
                              "Pomex stores no responses: send the whole history in input."),
-    "conversation": ("unsupported_parameter", "Pomex stores no conversations: send the whole history in input."),
-    "prompt": ("unsupported_parameter", "Pomex stores no prompt templates: send instructions and input."),
-    "background": ("unsupported_parameter", "Pomex runs no background responses: send background: false."),
+    "conversation": ("unsupported_parameter",
+                     "Pomex stores no conversations: send the whole history in input."),
+    "prompt": ("unsupported_parameter",
+               "Pomex stores no prompt templates: send instructions and input."),
+    "background": ("unsupported_parameter",
+                   "Pomex runs no background responses: send background: false."),
 }
 
 # Known input items and tools: the fields that Pomex reads. Unknown ones are never refused.
@@ -1226,7 +1239,8 @@ def check_item(item: JSON, path: str) -> JSON:
         kind = "message"
         item = {"type": kind} | item | {"type": kind}
     if kind == "item_reference" or (kind is None and "id" in item):
-        raise invalid_param(path, ": Pomex stores no items: send the item itself.", "previous_response_not_found")
+        raise invalid_param(path, ": Pomex stores no items: send the item itself.",
+                            "previous_response_not_found")
     if not isinstance(kind, str):
         raise invalid_param(f"{path}.type", " must be a string.", "missing_required_parameter")
     check_members(item, ITEM_FIELDS.get(kind, {}), path)
@@ -1254,8 +1268,8 @@ def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A validated request. `input` is always a list of items that have a type; `tools` are those of the body, then those
-    of input items (additional_tools, tool_search_output), in order."""
+    """A validated request. `input` is always a list of items that have a type; `tools` are those of the body,
+    then those of input items (additional_tools, tool_search_output), in order."""
     body: JSON
     raw: bytes
     model: str
@@ -1275,7 +1289,10 @@ class ResponsesRequest:
         return given or sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
 
 
-INLINE_DATA = (re.compile(rb';base64,([^"]*)'), re.compile(rb'"file_data":"(?!data:)([^"]*)'))     # images and files
+INLINE_DATA = (     # images and files
+    re.compile(rb';base64,([^"]*)'),
+    re.compile(rb'"file_data":"(?!data:)([^"]*)'),
+)
 INLINE_DATA_BYTES = 1024        # a shorter one counts as text
 INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that document it
 
@@ -1298,16 +1315,17 @@ COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text
 
 
 def parse_request(raw: bytes) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. The BadRequest names the field, its fault and its valid values."""
+    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values."""
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.", status=413,
-                         code="request_too_large")
+        raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
+                         status=413, code="request_too_large")
     try:
         body = load_json(raw)
     except ValueError as error:
         raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.", code="invalid_json")
+        raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
+                         code="invalid_json")
     try:
         return validate_request(body, raw)
     except RecursionError:              # newer Pythons decode deeper than they call
@@ -1339,12 +1357,15 @@ def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
         if "tools" in ITEM_FIELDS.get(item["type"], ()):
             tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
-    return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions_text(body), items, tools)
+    return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions_text(body),
+                            items, tools)
 
 
 def instructions_text(body: JSON) -> str:
     given = body.get("instructions") or ""
-    return given if isinstance(given, str) else "\n\n".join(text_of(item.get("content")) for item in only_dicts(given))
+    if isinstance(given, str):
+        return given
+    return "\n\n".join(text_of(item.get("content")) for item in only_dicts(given))
 
 
 def text_of(content: Any, separator: str = "") -> str:
@@ -6263,8 +6284,8 @@ WIRES: dict[str, WireApi] = {
 
 # === 7. configuration =============================================================================
 #
-# pomex.toml as frozen dataclasses. A dataclass field made by `option` is a key of the file; the others are derived.
-# A test keeps pomex.toml.example complete.
+# pomex.toml as frozen dataclasses. A dataclass field made by `option` is a key of the file; the others are
+# derived. A test keeps pomex.toml.example complete.
 
 DOLLARS = "an amount of dollars with at most six decimals"
 
@@ -6315,16 +6336,22 @@ OPTION_FIELDS: dict[type, Field] = {
 }
 
 
-def option(default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf, **rules: Any) -> Any:
-    """A key of pomex.toml. It takes values of the default's type; `rules` are fields of a Field."""
+def option(default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf,
+           **rules: Any) -> Any:
+    """A key of pomex.toml. It takes values of the default's type; `rules` are attributes of its Field."""
     spec = OPTION_FIELDS[type(default)]._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
-    return field(default_factory=lambda: default, hash=not isinstance(default, dict), repr=not spec.secret,
-                 metadata={"spec": spec})
+    hashable = not isinstance(default, dict)
+    return field(default_factory=lambda: default, hash=hashable, repr=not spec.secret, metadata={"spec": spec})
 
 
 Dollars: TypeAlias = "decimal.Decimal | None"
 seconds = functools.partial(option, minimum=0.1, maximum=3600)
 price_option = functools.partial(option, None, minimum=0, maximum=100000)
+
+
+PUBLIC_HOST = Field(pattern=r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]",
+                    wanted="a plain name, without scheme, port or wildcard")
+NETWORK = Field(read=ipaddress.ip_network, wanted='an address or a network, like "10.0.0.7" or "10.0.0.0/8"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -6334,11 +6361,10 @@ class ServerConfig:
     workers: int = option(1, "processes that share port and database; one a core", 1, 64)
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
     tls_key: str = option("", "its private key (PEM file)")
-    public_hosts: tuple[str, ...] = option((), "more host names that clients use, e.g. a proxy's", items=Field(
-        pattern=r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", wanted="a plain name, without scheme, port or wildcard"))
-    trusted_proxies: tuple[str, ...] = option((), "addresses and networks whose X-Forwarded-For names the client",
-                                              items=Field(read=ipaddress.ip_network, wanted=(
-                                                  'an address or a network, like "10.0.0.7" or "10.0.0.0/8"')))
+    public_hosts: tuple[str, ...] = option(
+        (), "more host names that clients use, e.g. a proxy's", items=PUBLIC_HOST)
+    trusted_proxies: tuple[str, ...] = option(
+        (), "addresses and networks whose X-Forwarded-For names the client", items=NETWORK)
     header_timeout_s: float = seconds(30.0, "longest wait for a whole request head")
     body_timeout_s: float = seconds(120.0, "longest wait for a whole body: MBs on a slow line")
     keep_alive_timeout_s: float = seconds(75.0, "how long an idle client connection is kept")
@@ -6348,16 +6374,19 @@ class ServerConfig:
     early_200_after_s: float = seconds(20.0, "wait for output before 200 and heartbeats")
     max_head_bytes: int = option(65536, "longest request head; real ones have about 2 KB", 1024, 16777216)
     max_body_bytes: int = option(67108864, "longest request body; images come inline", 1024, 4294967296)
-    max_bodies_bytes: int = option(1073741824, "request bodies in memory, of all open requests", 1024, 1 << 50)
-    max_bodies_bytes_each: int = option(268435456, "the share of one key or one address in it", 1024, 1 << 50)
+    max_bodies_bytes: int = option(
+        1073741824, "request bodies in memory, of all open requests", 1024, 1 << 50)
+    max_bodies_bytes_each: int = option(
+        268435456, "the share of one key or one address in it", 1024, 1 << 50)
     max_connections: int = option(4096, "client connections at once; a stream takes two files", 1, 1000000)
-    max_connections_per_address: int = option(512, "the share of one address, perhaps a whole office", 1, 1000000)
+    max_connections_per_address: int = option(
+        512, "the share of one address, perhaps a whole office", 1, 1000000)
     request_deadline_s: float = option(3600.0, "longest request, all attempts together", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
-    admin_token: str = option("", 'opens the admin API to machines: "env:NAME", "file:PATH", or at least 16 characters',
-                              secret=True)
+    admin_token: str = option(
+        "", 'opens the admin API to machines: "env:NAME", "file:PATH", or at least 16 characters', secret=True)
     max_answer_chars: int = option(
-        33554432, "longest answer: its text, reasoning and arguments; real ones end below 1 MB", 1024, 4294967296)
+        33554432, "longest answer: text, reasoning and arguments; real ones end below 1 MB", 1024, 4294967296)
     max_answer_items: int = option(4096, "output items of one answer; real ones have below 100", 1, 1000000)
     reserve_output_tokens: int = option(
         16384, "output that a request of a key with a budget reserves at first", 256, 1000000)
@@ -6366,10 +6395,12 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseConfig:
-    url: str = option("sqlite:pomex.db", "keys and usage; a relative path is beside this file", secret=True,
-                      pattern="sqlite:(?!//).+", wanted='like "sqlite:pomex.db"')
-    durability: str = option("process", "what answered requests survive: a killed process, or a power loss",
-                             choices=("process", "power"))
+    url: str = option(
+        "sqlite:pomex.db", "keys and usage; a relative path is beside this file", secret=True,
+        pattern="sqlite:(?!//).+", wanted='like "sqlite:pomex.db"')
+    durability: str = option(
+        "process", "what answered requests survive: a killed process, or a power loss",
+        choices=("process", "power"))
 
     @property
     def path(self) -> str:
@@ -6385,29 +6416,35 @@ class DemoConfig:
 class ProviderConfig:
     name: str
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
-    base_url: str = option("", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
+    base_url: str = option(
+        "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
-    api_keys: tuple[str, ...] = option((), "instead: several such keys; one that fails is skipped", secret=True)
+    api_keys: tuple[str, ...] = option(
+        (), "instead: several such keys; one that fails is skipped", secret=True)
     http_headers: dict[str, str] = option({}, "headers added to every call", secret=True)
     env_http_headers: dict[str, str] = option({}, "the same, each value taken from an environment variable")
     query_params: dict[str, str] = option({}, "query parameters added to every call", secret=True)
     models: tuple[str, ...] = option(("*",), "which names clients may use as provider/NAME; * is any text")
-    relay: str = option("normalise", "a responses provider's stream: normalised, or passed through byte for byte",
-                        choices=("normalise", "bytes"))
-    dialect: str = option("", "the kind of chat server, e.g. deepseek; by default a plain one", choices=("", *DIALECTS))
+    relay: str = option(
+        "normalise", "a responses provider's stream: normalised, or passed through byte for byte",
+        choices=("normalise", "bytes"))
+    dialect: str = option(
+        "", "the kind of chat server, e.g. deepseek; by default a plain one", choices=("", *DIALECTS))
     ca_file: str = option("", "certificates to trust in place of the system's (PEM file)")
-    proxy: str = option("off", '"http://host:port", or "env" for HTTPS_PROXY', secret=True,
-                        pattern="off|env|http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?",
-                        wanted='"off", "env" or an address like "http://proxy.example:3128"')
+    proxy: str = option(
+        "off", '"http://host:port", or "env" for HTTPS_PROXY', secret=True,
+        pattern="off|env|http://([!-.0-?A-~]+@)?[!-.0-?A-~]+:[0-9]{1,5}/?",
+        wanted='"off", "env" or an address like "http://proxy.example:3128"')
     connect_timeout_s: float = seconds(10.0, "longest wait for a connection, TLS included")
     first_byte_timeout_s: float = option(300.0, "longest wait for the answer's head", 0.1, 86400)
     idle_timeout_s: float = option(300.0, "longest silence inside an answer; pings are silence", 0.1, 86400)
     total_timeout_s: float = option(3600.0, "longest answer", 0.1, 86400)
-    prompt_cache: str = option("5m", "how long a messages provider is asked to keep prompts",
-                               choices=("5m", "1h", "off"))
-    overrides: dict[str, JSON] = option({}, "capability overrides by model-name prefix", items=OBJECT,
-                                        wanted='a table of tables, like { "name" = { key = value } }')
+    prompt_cache: str = option(
+        "5m", "how long a messages provider is asked to keep prompts", choices=("5m", "1h", "off"))
+    overrides: dict[str, JSON] = option(
+        {}, "capability overrides by model-name prefix", items=OBJECT,
+        wanted='a table of tables, like { "name" = { key = value } }')
     free: bool = option(False, "its models cost nothing where they have no price")
     local: bool = False         # base_url is on this machine or its private network
     key_source: str = ""        # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
@@ -6442,7 +6479,8 @@ class PriceConfig:
         {}, "price factors of service tiers", items=Field((int, float), 0, 10**9),
         read=lambda table: {name: parse_dollars(value) for name, value in table.items()},
         wanted="a table of numbers, like { priority = 2 }")
-    long_over: int = option(0, "with more input than this a request has the long_ prices; 0: never", 0, 100000000)
+    long_over: int = option(
+        0, "with more input than this a request has the long_ prices; 0: never", 0, 100000000)
     long_input: Dollars = price_option("input of a long request")
     long_output: Dollars = price_option("its output")
     long_cache_read: Dollars = price_option("input that it reads from the cache")
@@ -6467,7 +6505,8 @@ SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConf
 NAMED_SECTIONS = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
-def builtin(name: str, wire_api: str, base_url: str, env_key: str = "", relay: str = "normalise") -> ProviderConfig:
+def builtin(name: str, wire_api: str, base_url: str, env_key: str = "",
+            relay: str = "normalise") -> ProviderConfig:
     return ProviderConfig(name, wire_api=wire_api, base_url=base_url, env_key=env_key, relay=relay,
                           dialect=name if wire_api == "chat" else "", local=not env_key)
 
@@ -6527,7 +6566,8 @@ REFERENCE = ("env:", "file:")       # any other secret is a literal
 class ConfigFile:
     """One configuration file, with the variables and files that it may refer to."""
 
-    def __init__(self, text: str, name: str, environ: Mapping[str, str], read_file: Callable[[str], str]) -> None:
+    def __init__(self, text: str, name: str, environ: Mapping[str, str],
+                 read_file: Callable[[str], str]) -> None:
         self.name = name
         self.environ = environ
         self.read_file = read_file
@@ -6535,15 +6575,19 @@ class ConfigFile:
             self.toml: JSON = tomllib.loads(text)
         except (ValueError, RecursionError) as error:       # a number of 5,000 digits, brackets in brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
-            raise ConfigError(f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}") from None
+            where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
+            raise ConfigError(where) from None
         for section, value in self.toml.items():
             if section in SECTIONS or section in NAMED_SECTIONS:
                 continue
             if isinstance(value, dict):
                 hint = did_you_mean(section, (*SECTIONS, *NAMED_SECTIONS), "[%s]")
                 raise self.error(f"unknown section [{toml_name((section,))}].{hint}")
-            hints = [f" Put it under [{home}]." for home, cls in SECTIONS.items() if section in config_fields(cls)]
-            raise self.error(f'key "{section}" stands outside any section.{"".join(hints)}')
+            hint = ""
+            for home, cls in SECTIONS.items():
+                if section in config_fields(cls):
+                    hint = f" Put it under [{home}]."
+            raise self.error(f'key "{section}" stands outside any section.{hint}')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
@@ -6616,7 +6660,7 @@ PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
 KEY_VALUE = re.compile(r"[!-~]+")
 OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
-HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*")       # RFC 9110 5.5, 5.6.2; as latin-1
+HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*")       # RFC 9110 5.5, 5.6.2
 
 
 def is_private(url: str) -> bool:
@@ -6652,7 +6696,8 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     if not provider.base_url:
         raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
     local = is_private(provider.base_url)
-    if provider.base_url.startswith("http:") and not local and (provider.api_key or provider.env_http_headers):
+    has_key = provider.api_key or provider.env_http_headers
+    if provider.base_url.startswith("http:") and has_key and not local:
         raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
     return dataclasses.replace(provider, local=local, ca_file=source.resolve_path(provider.ca_file))
 
@@ -6666,10 +6711,13 @@ def read_keys(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfi
         raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
     keys: dict[str, str] = {}           # key -> its source
     for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
-        with source.about((*path, given[0]), provider.env_key or reference, not reference.startswith(REFERENCE)):
+        secret = not reference.startswith(REFERENCE)
+        with source.about((*path, given[0]), provider.env_key or reference, secret):
             key, where = source.secret(reference)
+            if not key:
+                raise ValueError("the key is empty.")
             if not KEY_VALUE.fullmatch(key):
-                raise ValueError("the key has a space or a character not allowed in keys." if key else "the key is empty.")
+                raise ValueError("the key has a space or a character not allowed in keys.")
             keys.setdefault(key, where)
     return {"api_key": next(iter(keys)), "api_keys": tuple(keys) if len(keys) > 1 else (),
             "key_source": ", ".join(dict.fromkeys(keys.values()))}
@@ -6698,7 +6746,8 @@ def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderCo
         raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex", or have targets.')
     for target in itertools.chain.from_iterable(model.targets):
         if target.provider not in providers:
-            hint = did_you_mean(target.provider, providers) or f" Add [{toml_name(('providers', target.provider))}]."
+            table = toml_name(("providers", target.provider))
+            hint = did_you_mean(target.provider, providers) or f" Add [{table}]."
             written = f'[{toml_name(path)}] targets: "{":".join(target)}"'
             raise source.error(f"{written} names no configured provider.{hint}")
     return model
@@ -6710,7 +6759,8 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
         raise source.error(f'model name "{name}": it must be like "openai/gpt-5.3-codex".')
     prices = PriceConfig(**source.settings(config_fields(PriceConfig), *path))
     if prices.input is None or prices.output is None:
-        raise source.error(f"[{toml_name(path)}] needs input and output, in US dollars per million tokens; 0 is free.")
+        raise source.error(
+            f"[{toml_name(path)}] needs input and output, in US dollars per million tokens; 0 is free.")
     if prices.long_over and (prices.long_input is None or prices.long_output is None):
         raise source.error(f"[{toml_name(path)}] long_over needs long_input and long_output.")
     return prices
@@ -6728,7 +6778,8 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
     server = dataclasses.replace(server, tls_cert=source.resolve_path(server.tls_cert),
                                  tls_key=source.resolve_path(server.tls_key),
                                  admin_token=read_admin_token(source, server.admin_token))
-    database = DatabaseConfig(**source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_"))
+    database = DatabaseConfig(
+        **source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_"))
     path = source.resolve_path(database.path)       # beside the file; without one in the user's state folder
     if not name and not environ.get("POMEX_DATABASE_URL"):
         path = state_folder(environ) + "/pomex.db"
@@ -6736,14 +6787,17 @@ def load_config(text: str, name: str, environ: Mapping[str, str],
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    return Config(server, dataclasses.replace(database, url=f"sqlite:{path}"), demo, providers,
-                  {each: read_model(source, each, providers) for each in source.table("models")},
-                  {each: read_prices(source, each) for each in source.table("prices")},
-                  name, tuple(f"{each.name}: http sends every prompt in the clear; use https where the server has it"
-                              for each in providers.values() if each.base_url.startswith("http:") and not each.local))
+    return Config(
+        server, dataclasses.replace(database, url=f"sqlite:{path}"), demo, providers,
+        models={each: read_model(source, each, providers) for each in source.table("models")},
+        prices={each: read_prices(source, each) for each in source.table("prices")},
+        path=name,
+        warnings=tuple(f"{each.name}: http sends every prompt in the clear; use https where the server has it"
+                       for each in providers.values() if each.base_url.startswith("http:") and not each.local))
 
 
-ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}", wanted="at least 16 characters, without spaces, and no API key")
+ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
+                    wanted="at least 16 characters, without spaces, and no API key")
 
 
 def read_admin_token(source: ConfigFile, reference: str) -> str:
@@ -6755,7 +6809,8 @@ def read_admin_token(source: ConfigFile, reference: str) -> str:
     return token
 
 
-PLAIN_VALUES = re.compile(r"(?i)(api|anthropic|openai)-(version|beta)|accept|content-type|user-agent|http-referer|x-title")
+PLAIN_VALUES = re.compile(
+    r"(?i)(api|anthropic|openai)-(version|beta)|accept|content-type|user-agent|http-referer|x-title")
 
 
 def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Pattern[str]:
@@ -6770,8 +6825,10 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
     for secret in found:
         if len(secret) >= 8:
             raw = secret.encode()
-            forms |= {secret, urllib.parse.quote(secret, safe=""), raw.hex(), base64.b64encode(raw).decode().rstrip("=")}
-    return re.compile("|".join(sorted(map(re.escape, forms), key=len, reverse=True)) or "(?!)", re.IGNORECASE)
+            forms |= {secret, urllib.parse.quote(secret, safe=""), raw.hex()}
+            forms.add(base64.b64encode(raw).decode().rstrip("="))
+    longest_first = sorted(map(re.escape, forms), key=len, reverse=True)
+    return re.compile("|".join(longest_first) or "(?!)", re.IGNORECASE)
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:

@@ -595,7 +595,7 @@ class Reader(Generic[Head]):
             self._error = error
             raise
         if isinstance(part, Signal):
-            self.feed(b"")              # an idle connection keeps no read buffer alive
+            self.feed(b"")              # drops what was returned: an idle connection keeps no buffer alive
         return part
 
     def _need_more_data(self) -> Signal:
@@ -637,8 +637,8 @@ class Reader(Generic[Head]):
             yield piece or self._need_more_data()
 
     def _body_until_close(self) -> Iterator[bytes | Signal]:
-        while (piece := self._take(len(self._data))) or not self._eof:
-            yield piece or NEED_DATA
+        while not self._eof or self._at < len(self._data):
+            yield self._take(len(self._data)) or NEED_DATA
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
         """RFC 9112 7.1. Complete chunks at hand come joined; the size is checked before the data is read."""
@@ -676,7 +676,8 @@ class Reader(Generic[Head]):
         self._at += 2
 
     def _complete_chunks(self) -> bytes:
-        data, at, match, pieces = self._data, self._at, CHUNK_LINE.match, []
+        data, at, match = self._data, self._at, CHUNK_LINE.match        # locals: this loop is hot
+        pieces = []
         while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
             start = line.end()
             end = start + int(line[1], 16)
@@ -767,7 +768,8 @@ class ResponseReader(Reader[ResponseHead]):
             headers = parse_fields(fields, self.limits.max_headers)
             if match[2] >= b"200":
                 break
-        version, status = (1, int(match[1])), int(match[2])
+        version = 1, int(match[1])
+        status = int(match[2])
         length: int | None = 0
         chunked = False
         if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
@@ -1051,8 +1053,10 @@ def only_dicts(value: Any) -> list[JSON]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object",
-              list: "an array", type(None): "null"}
+JSON_NAMES = {
+    str: "a string", int: "an integer", float: "a number", bool: "true or false",
+    dict: "an object", list: "an array", type(None): "null",
+}
 
 
 def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
@@ -1089,7 +1093,8 @@ def check(value: Any, spec: Field, path: str) -> Any:
     if spec.choices and value not in spec.choices:
         raise invalid_param(path, f" must be one of {', '.join(filter(None, spec.choices))}.")
     if spec.items and not isinstance(value, str):
-        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
             check(entry, spec.items, f"{path}[{key!r}]")
     if spec.inner:
         spec.inner(value, path)
@@ -1108,7 +1113,9 @@ def type_error(value: Any, spec: Field, path: str) -> BadRequest:
     if value is None:
         return BadRequest(f"Missing required parameter: {path}.", param=path,
                           code="missing_required_parameter")
-    wanted = "a number" if float in spec.types else " or ".join(map(JSON_NAMES.__getitem__, spec.types))
+    wanted = " or ".join(JSON_NAMES[each] for each in spec.types)
+    if float in spec.types:
+        wanted = "a number"
     given = JSON_NAMES.get(type(value), "a date")
     return invalid_param(path, f" must be {wanted}, not {given}.", "invalid_type")
 
@@ -1133,7 +1140,8 @@ def object_type(value: JSON, path: str) -> str:
 
 
 def check_part(part: JSON, path: str) -> None:
-    if object_type(part, path) in ("input_text", "output_text") and not isinstance(part.get("text"), str):
+    text_types = "input_text", "output_text"
+    if object_type(part, path) in text_types and not isinstance(part.get("text"), str):
         raise invalid_param(f"{path}.text", " must be a string.", "invalid_type")
 
 
@@ -1161,15 +1169,22 @@ def check_format(text: JSON, path: str) -> None:
     if kind not in ("text", "json_object", "json_schema"):
         raise invalid_param(f"{path}.format.type", " must be text, json_object or json_schema.")
     if kind == "json_schema":
-        check_members(shape, {"name": Field(minimum=1, maximum=64), "schema": OBJECT}, f"{path}.format")
+        check_members(shape, JSON_SCHEMA, f"{path}.format")
 
 
-TEXT, FLAG, OBJECT, NAME = Field(), Field((bool,)), Field((dict,)), Field(minimum=1)
-MAYBE_TEXT, MAYBE_OBJECT = Field((str, type(None))), Field((dict, type(None)))
+TEXT = Field()
+NAME = Field(minimum=1)
+FLAG = Field((bool,))
+OBJECT = Field((dict,))
+MAYBE_TEXT = Field((str, type(None)))
+MAYBE_OBJECT = Field((dict, type(None)))
+JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART = Field((dict,), inner=check_part, wanted="an object with a type")
 CONTENT = Field((str, list), items=PART, wanted="a string or an array of parts")
 OUTPUT = Field((str, list), items=PART)
-TOOLS = Field((list,), items=Field((dict,), inner=check_tool, wanted="an object with a type"))
+TOOL = Field((dict,), inner=check_tool, wanted="an object with a type")
+TOOLS = Field((list,), items=TOOL)
+ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.
 REQUEST_FIELDS: dict[str, Field] = {
@@ -1207,7 +1222,7 @@ NEEDS_STATE = {
 # Known input items and tools: the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 ITEM_FIELDS: dict[str, dict[str, Field]] = {
-    "message": {"role": Field(choices=("assistant", "developer", "system", "user")), "content": CONTENT},
+    "message": {"role": ROLE, "content": CONTENT},
     "function_call": {**CALL, "name": NAME, "arguments": TEXT},
     "function_call_output": {**CALL, "output": OUTPUT},
     "custom_tool_call": {**CALL, "name": NAME, "input": TEXT},
@@ -1286,7 +1301,9 @@ class ResponsesRequest:
     def cache_key(self) -> str:
         """prompt_cache_key, or one that all requests with the same beginning share."""
         given: str = self.get("prompt_cache_key", "")
-        return given or sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
+        if given:
+            return given
+        return sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
 
 
 INLINE_DATA = (     # images and files
@@ -1316,7 +1333,8 @@ COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text
 
 def parse_request(raw: bytes) -> ResponsesRequest:
     """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values."""
-    if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+    marks = (b",", b"[", b"{")
+    if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
     try:
@@ -1357,8 +1375,13 @@ def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
         if "tools" in ITEM_FIELDS.get(item["type"], ()):
             tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
-    return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions_text(body),
-                            items, tools)
+    return ResponsesRequest(
+        body, raw,
+        model=body["model"],
+        stream=bool(body.get("stream")),
+        instructions=instructions_text(body),
+        input=items,
+        tools=tools)
 
 
 def instructions_text(body: JSON) -> str:
@@ -1372,7 +1395,8 @@ def text_of(content: Any, separator: str = "") -> str:
     """The text of a message content or a tool output, which is a string or a list of parts."""
     if isinstance(content, str):
         return content
-    return separator.join(part["text"] for part in only_dicts(content) if isinstance(part.get("text"), str))
+    texts = [part.get("text") for part in only_dicts(content)]
+    return separator.join(text for text in texts if isinstance(text, str))
 
 
 # --- 5.2 the envelope of reasoning ----------------------------------------------------------------
@@ -6302,7 +6326,8 @@ def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
     """A string is a tier of its own, a list of strings is one tier. A target is split at its first colon."""
     tiers = []
     for tier in value:
-        pairs = [name.split(":", 1) for name in (tier if isinstance(tier, list) else [tier])]
+        names = tier if isinstance(tier, list) else [tier]
+        pairs = [name.split(":", 1) for name in names]
         if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
             raise ValueError
         tiers.append(tuple(Target(*pair) for pair in pairs))
@@ -6329,19 +6354,27 @@ def read_base_url(url: str) -> str:
 
 # by the type of a key's default
 OPTION_FIELDS: dict[type, Field] = {
-    str: Field(), bool: FLAG, int: Field((int,)), float: Field((int, float), read=float),
+    str: TEXT,
+    bool: FLAG,
+    int: Field((int,)),
+    float: Field((int, float), read=float),
     tuple: Field((list,), items=NAME, read=tuple, wanted="a list of strings"),
     dict: Field((dict,), items=TEXT, wanted='a table of strings, like { "name" = "value" }'),
     type(None): Field((int, float), read=parse_dollars, wanted=DOLLARS),
 }
 
 
-def option(default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf,
-           **rules: Any) -> Any:
+def option(
+    default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf, **rules: Any,
+) -> Any:
     """A key of pomex.toml. It takes values of the default's type; `rules` are attributes of its Field."""
-    spec = OPTION_FIELDS[type(default)]._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
-    hashable = not isinstance(default, dict)
-    return field(default_factory=lambda: default, hash=hashable, repr=not spec.secret, metadata={"spec": spec})
+    spec = OPTION_FIELDS[type(default)]
+    spec = spec._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
+    return field(
+        default_factory=lambda: default,
+        hash=not isinstance(default, dict),
+        repr=not spec.secret,
+        metadata={"spec": spec})
 
 
 Dollars: TypeAlias = "decimal.Decimal | None"
@@ -6460,7 +6493,8 @@ class Target(NamedTuple):
 class ModelConfig:
     name: str
     targets: tuple[tuple[Target, ...], ...] = option(
-        (), "tiers in failover order", items=Field((str, list), items=TEXT), read=target_tiers,
+        (), "tiers in failover order",
+        items=Field((str, list), items=TEXT), read=target_tiers,
         wanted='a list of "provider:model"; a list inside it is one tier')
     context_window: int = option(0, "tokens, for clients to compact by; 0: not known", 0, 100000000)
     description: str = option("", "one line for the model list")
@@ -6476,7 +6510,8 @@ class PriceConfig:
     cache_write_1h: Dollars = price_option("input written to be kept long: 1 h at Anthropic")
     search_per_1000: Dollars = price_option("a thousand of the provider's own web searches")
     tiers: dict[str, decimal.Decimal] = option(
-        {}, "price factors of service tiers", items=Field((int, float), 0, 10**9),
+        {}, "price factors of service tiers",
+        items=Field((int, float), 0, 10**9),
         read=lambda table: {name: parse_dollars(value) for name, value in table.items()},
         wanted="a table of numbers, like { priority = 2 }")
     long_over: int = option(
@@ -6529,7 +6564,8 @@ DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
 def config_fields(section: type[Any]) -> dict[str, Field]:
-    return {key.name: key.metadata["spec"] for key in dataclasses.fields(section) if key.metadata}
+    keys = dataclasses.fields(section)
+    return {key.name: key.metadata["spec"] for key in keys if key.metadata}
 
 
 # --- 7.1 the file ---------------------------------------------------------------------------------
@@ -6598,7 +6634,9 @@ class ConfigFile:
         try:
             yield
         except (ValueError, BadRequest) as error:
-            shown = "(hidden)" if secret else json.dumps(value, ensure_ascii=False, default=str)[:100]
+            shown = json.dumps(value, ensure_ascii=False, default=str)[:100]
+            if secret:
+                shown = "(hidden)"
             sentence = str(error).lstrip(": ")
             raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}") from None
 
@@ -6631,7 +6669,8 @@ class ConfigFile:
         """A path relative to the file, with ~ for the home directory."""
         if path.startswith("~/"):
             path = self.environ.get("HOME", "~") + path[1:]
-        return os.path.join(os.path.dirname(self.name), path) if path else ""
+        folder = os.path.dirname(self.name)
+        return os.path.join(folder, path) if path else ""
 
     def variable(self, name: str) -> str:
         """A variable's value; the ValueError names a similar one that is set."""
@@ -6686,7 +6725,8 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    known = {fact: Field((type(value),)) for fact, value in WIRES[provider.wire_api].facts.items()}
+    facts = WIRES[provider.wire_api].facts
+    known = {name: Field((type(value),)) for name, value in facts.items()}
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
     provider = dataclasses.replace(provider, http_headers=read_headers(source, path, provider),
@@ -6719,11 +6759,16 @@ def read_keys(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfi
             if not KEY_VALUE.fullmatch(key):
                 raise ValueError("the key has a space or a character not allowed in keys.")
             keys.setdefault(key, where)
-    return {"api_key": next(iter(keys)), "api_keys": tuple(keys) if len(keys) > 1 else (),
-            "key_source": ", ".join(dict.fromkeys(keys.values()))}
+    return {
+        "api_key": next(iter(keys)),
+        "api_keys": tuple(keys) if len(keys) > 1 else (),
+        "key_source": ", ".join(dict.fromkeys(keys.values())),
+    }
 
 
-def read_headers(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> dict[str, str]:
+def read_headers(
+    source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig,
+) -> dict[str, str]:
     """The headers of every call, those from the environment included."""
     headers = {}
     for table in ("http_headers", "env_http_headers"):
@@ -6768,32 +6813,42 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
 
 # --- 7.3 the whole --------------------------------------------------------------------------------
 
-def load_config(text: str, name: str, environ: Mapping[str, str],
-                read_file: Callable[[str], str] = no_file) -> Config:
+def load_config(
+    text: str, name: str, environ: Mapping[str, str], read_file: Callable[[str], str] = no_file,
+) -> Config:
     """The configuration in a file's text; without a name, the defaults."""
     source = ConfigFile(text, name, environ, read_file)
-    server = ServerConfig(**source.settings(config_fields(ServerConfig), "server", prefix="POMEX_"))
+    values = source.settings(config_fields(ServerConfig), "server", prefix="POMEX_")
+    server = ServerConfig(**values)
     if bool(server.tls_cert) != bool(server.tls_key):
         raise source.error("[server] tls_cert and tls_key need each other.")
-    server = dataclasses.replace(server, tls_cert=source.resolve_path(server.tls_cert),
-                                 tls_key=source.resolve_path(server.tls_key),
-                                 admin_token=read_admin_token(source, server.admin_token))
-    database = DatabaseConfig(
-        **source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_"))
+    server = dataclasses.replace(
+        server,
+        tls_cert=source.resolve_path(server.tls_cert),
+        tls_key=source.resolve_path(server.tls_key),
+        admin_token=read_admin_token(source, server.admin_token))
+    values = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
+    database = DatabaseConfig(**values)
     path = source.resolve_path(database.path)       # beside the file; without one in the user's state folder
-    if not name and not environ.get("POMEX_DATABASE_URL"):
+    if not name and "url" not in values:
         path = state_folder(environ) + "/pomex.db"
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
+    warnings = []
+    for provider in providers.values():
+        if provider.base_url.startswith("http:") and not provider.local:
+            warnings.append(f"{provider.name}: http sends every prompt in the clear; use https where the server has it")
     return Config(
-        server, dataclasses.replace(database, url=f"sqlite:{path}"), demo, providers,
+        server,
+        dataclasses.replace(database, url=f"sqlite:{path}"),
+        demo,
+        providers,
         models={each: read_model(source, each, providers) for each in source.table("models")},
         prices={each: read_prices(source, each) for each in source.table("prices")},
         path=name,
-        warnings=tuple(f"{each.name}: http sends every prompt in the clear; use https where the server has it"
-                       for each in providers.values() if each.base_url.startswith("http:") and not each.local))
+        warnings=tuple(warnings))
 
 
 ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
@@ -6804,7 +6859,8 @@ def read_admin_token(source: ConfigFile, reference: str) -> str:
     """The token itself; "" where none is set."""
     if not reference:
         return ""
-    with source.about(("server", "admin_token"), reference, not reference.startswith(REFERENCE)):
+    secret = not reference.startswith(REFERENCE)
+    with source.about(("server", "admin_token"), reference, secret):
         token: str = check(source.secret(reference)[0], ADMIN_TOKEN, "")
     return token
 

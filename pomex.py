@@ -6573,11 +6573,14 @@ def config_fields(section: type[Any]) -> dict[str, Field]:
 def check_text(text: str, spec: Field, path: str) -> Any:
     """Converts and checks the text of a variable or an argument."""
     value: Any = text
-    if list in spec.types:
+    kind = spec.types[-1]
+    if kind is list:
         value = [entry.strip() for entry in text.split(",")]
-    elif str not in spec.types:
+    elif kind is bool:
+        value = {"true": True, "false": False}.get(text, text)
+    else:
         with contextlib.suppress(ValueError):       # check says what is wrong
-            value = json.loads(text)
+            value = kind(text)
     return check(value, spec, path)
 
 

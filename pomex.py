@@ -1098,6 +1098,8 @@ def check(value: Any, spec: Field, path: str) -> Any:
             check(entry, spec.items, f"{path}[{key!r}]")
     if spec.inner:
         spec.inner(value, path)
+    if not spec.pattern and not spec.read:
+        return value
     try:
         if spec.pattern and not re.fullmatch(spec.pattern, value):
             raise ValueError
@@ -1132,21 +1134,18 @@ def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
             check(given, spec, f"{path}.{name}")
 
 
-def object_type(value: JSON, path: str) -> str:
-    kind = value.get("type")
-    if not isinstance(kind, str):
-        raise invalid_param(path, " must be an object with a type.", "invalid_type")
-    return kind
-
-
 def check_part(part: JSON, path: str) -> None:
-    text_types = "input_text", "output_text"
-    if object_type(part, path) in text_types and not isinstance(part.get("text"), str):
+    kind = part.get("type")
+    if not isinstance(kind, str):
+        raise type_error(part, PART, path)
+    if kind in ("input_text", "output_text") and not isinstance(part.get("text"), str):
         raise invalid_param(f"{path}.text", " must be a string.", "invalid_type")
 
 
 def check_tool(tool: JSON, path: str) -> None:
-    kind = object_type(tool, path)
+    kind = tool.get("type")
+    if not isinstance(kind, str):
+        raise type_error(tool, TOOL, path)
     if "name" not in tool and isinstance(tool.get("function"), dict):
         words = " is missing: tools are flat here, without a function object inside."
         raise invalid_param(f"{path}.name", words, "missing_required_parameter")
@@ -6511,7 +6510,7 @@ class PriceConfig:
     search_per_1000: Dollars = price_option("a thousand of the provider's own web searches")
     tiers: dict[str, decimal.Decimal] = option(
         {}, "price factors of service tiers",
-        items=Field((int, float), 0, 10**9),
+        items=Field((int, float), 0, 999_999_999),
         read=lambda table: {name: parse_dollars(value) for name, value in table.items()},
         wanted="a table of numbers, like { priority = 2 }")
     long_over: int = option(
@@ -14121,10 +14120,10 @@ class CommandParser(argparse.ArgumentParser):
         super().error(message)
 
 
-def argument_type(spec: Field) -> Callable[[str], Any]:
+def argument_type(argument: Argument) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            return check_text(text, spec, repr(text))
+            return check_text(text, argument.field, repr(text))
         except BadRequest as error:
             raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
     return read
@@ -14138,7 +14137,7 @@ def add_fields(parser: argparse._ActionsContainer, fields: Iterable[Argument | O
             parser.add_argument(f"--{each.name.replace('_', '-')}", action="store_true", help=each.field.meaning)
         else:
             name = each.name if each.required else f"--{each.name.replace('_', '-')}"
-            parser.add_argument(name, type=argument_type(each.field), help=each.field.meaning, metavar=each.metavar,
+            parser.add_argument(name, type=argument_type(each), help=each.field.meaning, metavar=each.metavar,
                                 **each.more)
 
 

@@ -74,7 +74,7 @@ COMPLAINTS = {
     "a number in a secret table": (provider('query_params = { "x" = 5 }'), "query_params = (hidden): ['x'] must be a string, not an integer."),
     "a price below nothing": ('[prices."a/b"]\ninput = -1\n', 'input = -1: its value must be between 0 and 100000.'),
     "a price too exact": ('[prices."a/b"]\ninput = 0.0000001\n', "input = 1e-07: must be an amount of dollars with at most six decimals."),
-    "a price factor below nothing": ('[prices."a/b"]\ntiers = { flex = -1 }\n', "['flex']: its value must be between 0 and 1000000000."),
+    "a price factor below nothing": ('[prices."a/b"]\ntiers = { flex = -1 }\n', "['flex']: its value must be between 0 and 999999999."),
     "a price factor too exact": ('[prices."a/b"]\ntiers = { flex = 0.1234567 }\n', "must be a table of numbers, like { priority = 2 }."),
     "another database": ('[database]\nurl = "mysql://me:secret@host/db"\n',
                          'pomex.toml: [database] url = (hidden): must be like "sqlite:pomex.db".'),

@@ -594,8 +594,9 @@ class Reader(Generic[Head]):
             vars(error).update(self._error_fields)
             self._error = error
             raise
-        if isinstance(part, Signal):
-            self.feed(b"")              # drops what was returned: an idle connection keeps no buffer alive
+        if part is NEED_DATA or part is END:    # an idle connection keeps no buffer alive
+            self._data = self._data[self._at:]
+            self._at = 0
         return part
 
     def _need_more_data(self) -> Signal:

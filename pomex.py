@@ -1130,27 +1130,32 @@ def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
             type(given) not in spec.types       # most values need no call
             or spec.minimum is not None
             or (spec.choices and given not in spec.choices)
-            or (spec.items and type(given) is not str)
+            or (spec.inner and type(given) is not str)
         ):
             check(given, spec, f"{path}.{name}")
 
 
-def check_part(part: JSON, path: str) -> None:
-    kind = part.get("type")
-    if not isinstance(kind, str):
-        raise type_error(part, PART, path)
-    if kind in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-        raise invalid_param(f"{path}.text", " must be a string.", "invalid_type")
+def check_parts(content: str | list[Any], path: str) -> None:
+    if isinstance(content, str):
+        return
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise invalid_param(f"{path}[{index}]", " must be an object with a type.", "invalid_type")
+        if kind in ("input_text", "output_text") and not isinstance(part.get("text"), str):
+            raise invalid_param(f"{path}[{index}].text", " must be a string.", "invalid_type")
 
 
-def check_tool(tool: JSON, path: str) -> None:
-    kind = tool.get("type")
-    if not isinstance(kind, str):
-        raise type_error(tool, TOOL, path)
-    if "name" not in tool and isinstance(tool.get("function"), dict):
-        words = " is missing: tools are flat here, without a function object inside."
-        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
-    check_members(tool, TOOL_FIELDS.get(kind, {}), path)
+def check_tools(tools: list[Any], path: str) -> None:
+    for index, tool in enumerate(tools):
+        here = f"{path}[{index}]"
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if not isinstance(kind, str):
+            raise invalid_param(here, " must be an object with a type.", "invalid_type")
+        if "name" not in tool and isinstance(tool.get("function"), dict):
+            words = " is missing: tools are flat here, without a function object inside."
+            raise invalid_param(f"{here}.name", words, "missing_required_parameter")
+        check_members(tool, TOOL_FIELDS.get(kind, {}), here)
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
@@ -1179,11 +1184,9 @@ OBJECT = Field((dict,))
 MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
-PART = Field((dict,), inner=check_part, wanted="an object with a type")
-CONTENT = Field((str, list), items=PART, wanted="a string or an array of parts")
-OUTPUT = Field((str, list), items=PART)
-TOOL = Field((dict,), inner=check_tool, wanted="an object with a type")
-TOOLS = Field((list,), items=TOOL)
+CONTENT = Field((str, list), inner=check_parts, wanted="a string or an array of parts")
+OUTPUT = Field((str, list), inner=check_parts)
+TOOLS = Field((list,), inner=check_tools)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.

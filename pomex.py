@@ -559,7 +559,7 @@ class Reader(Generic[Head]):
     """
     _error_fields: ClassVar[JSON] = {}      # attributes of this side's errors
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         self.limits = limits
         self._method = ""               # of the request under way; "" between messages
         self._data = b""
@@ -734,9 +734,6 @@ class ResponseReader(Reader[ResponseHead]):
     """The client's side. Its errors are the upstream's fault: 502, retryable."""
     _error_fields = {"status": 502, "type": "server_error", "code": "server_error", "retryable": True}
 
-    def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
-        super().__init__(limits)
-
     def start(self, method: str) -> None:
         """A request of that method goes out. Bytes that came before it would be taken for its answer."""
         if not self.idle:
@@ -801,7 +798,9 @@ def field_lines(headers: Iterable[tuple[str, str]]) -> list[bytes]:
     return lines
 
 
-def request_bytes(method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
+def request_bytes(
+    method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes,
+) -> bytes:
     """One request, nothing added: host and content-length are the caller's."""
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
@@ -6314,9 +6313,6 @@ WIRES: dict[str, WireApi] = {
 # pomex.toml as frozen dataclasses. A dataclass field made by `option` is a key of the file; the others are
 # derived. A test keeps pomex.toml.example complete.
 
-DOLLARS = "an amount of dollars with at most six decimals"
-
-
 def parse_dollars(value: float) -> decimal.Decimal:
     """The decimal number as the file has it: a float's shortest text."""
     number = decimal.Decimal(str(value))
@@ -6363,7 +6359,8 @@ OPTION_FIELDS: dict[type, Field] = {
     float: Field((int, float), read=float),
     tuple: Field((list,), items=NAME, read=tuple, wanted="a list of strings"),
     dict: Field((dict,), items=TEXT, wanted='a table of strings, like { "name" = "value" }'),
-    type(None): Field((int, float), read=parse_dollars, wanted=DOLLARS),
+    type(None): Field((int, float), read=parse_dollars,
+                      wanted="an amount of dollars with at most six decimals"),
 }
 
 
@@ -6619,11 +6616,12 @@ class ConfigFile:
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
             where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
             raise ConfigError(where) from None
+        sections = (*SECTIONS, *NAMED_SECTIONS)
         for section, value in self.toml.items():
-            if section in SECTIONS or section in NAMED_SECTIONS:
+            if section in sections:
                 continue
             if isinstance(value, dict):
-                hint = did_you_mean(section, (*SECTIONS, *NAMED_SECTIONS), "[%s]")
+                hint = did_you_mean(section, sections, "[%s]")
                 raise self.error(f"unknown section [{toml_name((section,))}].{hint}")
             hint = ""
             for home, cls in SECTIONS.items():

@@ -6336,7 +6336,11 @@ def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
 def read_base_url(url: str) -> str:
     """The address without its last slash; the ValueError says what is valid."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[!-~]+", url):
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or not re.fullmatch(r"[!-~]+", url)
+    ):
         raise ValueError('must be an address like "https://api.example.com/v1"')
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
@@ -6542,8 +6546,10 @@ NAMED_SECTIONS = {"providers": ProviderConfig, "models": ModelConfig, "prices": 
 
 def builtin(name: str, wire_api: str, base_url: str, env_key: str = "",
             relay: str = "normalise") -> ProviderConfig:
-    return ProviderConfig(name, wire_api=wire_api, base_url=base_url, env_key=env_key, relay=relay,
-                          dialect=name if wire_api == "chat" else "", local=not env_key)
+    return ProviderConfig(
+        name, wire_api=wire_api, base_url=base_url, env_key=env_key, relay=relay,
+        dialect=name if wire_api == "chat" else "",
+        local=not env_key)
 
 
 BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {row.name: row for row in (
@@ -6586,13 +6592,15 @@ def check_text(text: str, spec: Field, path: str) -> Any:
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
     """' Did you mean X?', or '' where nothing is near."""
-    near = difflib.get_close_matches(name.replace("-", "_"), list(known), 1)
+    name = name.replace("-", "_")
+    near = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean {form % near[0]}?" if near else ""
 
 
 def toml_name(path: tuple[str, ...]) -> str:
     """A key path as a user writes it."""
-    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in path)
+    bare = re.compile(r"[A-Za-z0-9_-]+")
+    return ".".join(key if bare.fullmatch(key) else f'"{key}"' for key in path)
 
 
 def no_file(path: str) -> str:
@@ -6633,7 +6641,9 @@ class ConfigFile:
         return ConfigError(f"{self.name}: {sentence}")
 
     @contextlib.contextmanager
-    def about(self, path: tuple[str, ...], value: object, secret: bool = False) -> Iterator[None]:
+    def about(
+        self, path: tuple[str, ...], value: object, secret: bool = False,
+    ) -> Iterator[None]:
         """Turns an error into a complaint about the value at this path."""
         try:
             yield
@@ -6651,7 +6661,9 @@ class ConfigFile:
             raise self.error(f"{toml_name(path)} must be a table: [{toml_name(path)}]")
         return table
 
-    def settings(self, fields: Mapping[str, Field], *path: str, prefix: str = "") -> dict[str, Any]:
+    def settings(
+        self, fields: Mapping[str, Field], *path: str, prefix: str = "",
+    ) -> dict[str, Any]:
         """The checked values of a table. Variables with the prefix, like POMEX_PORT, win over the file."""
         values = {}
         for name, value in self.table(*path).items():
@@ -6712,7 +6724,8 @@ def is_private(url: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:      # a name: of one word, or in a domain kept for private use (RFC 6761, 6762, 8375)
-        return "." not in host or host.endswith((".localhost", ".local", ".internal", ".lan", ".home.arpa"))
+        domains = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
+        return "." not in host or host.endswith(domains)
 
 
 def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
@@ -6733,8 +6746,10 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     known = {name: Field((type(value),)) for name, value in facts.items()}
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
-    provider = dataclasses.replace(provider, http_headers=read_headers(source, path, provider),
-                                   **read_keys(source, path, provider))
+    provider = dataclasses.replace(
+        provider,
+        http_headers=read_headers(source, path, provider),
+        **read_keys(source, path, provider))
     if provider.wire_api == "demo":
         return provider
     if not provider.base_url:
@@ -6743,10 +6758,13 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     has_key = provider.api_key or provider.env_http_headers
     if provider.base_url.startswith("http:") and has_key and not local:
         raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
-    return dataclasses.replace(provider, local=local, ca_file=source.resolve_path(provider.ca_file))
+    ca_file = source.resolve_path(provider.ca_file)
+    return dataclasses.replace(provider, local=local, ca_file=ca_file)
 
 
-def read_keys(source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig) -> JSON:
+def read_keys(
+    source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig,
+) -> JSON:
     """A provider's keys and their sources, as values of its configuration; {} where it has none."""
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
     if not given:
@@ -6786,7 +6804,9 @@ def read_headers(
     return headers
 
 
-def read_model(source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig]) -> ModelConfig:
+def read_model(
+    source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig],
+) -> ModelConfig:
     """One [models.NAME]; without targets it only describes the model."""
     path = ("models", name)
     model = ModelConfig(name, **source.settings(config_fields(ModelConfig), *path))
@@ -6843,7 +6863,8 @@ def load_config(
     warnings = []
     for provider in providers.values():
         if provider.base_url.startswith("http:") and not provider.local:
-            warnings.append(f"{provider.name}: http sends every prompt in the clear; use https where the server has it")
+            warnings.append(
+                f"{provider.name}: http sends every prompt in the clear; use https where the server has it")
     return Config(
         server,
         dataclasses.replace(database, url=f"sqlite:{path}"),
@@ -6878,7 +6899,8 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
     found = set(more)
     for provider in providers:
         found |= {provider.api_key, *provider.api_keys, provider.proxy}
-        for name, value in {**provider.http_headers, **provider.query_params}.items():
+        settings = {**provider.http_headers, **provider.query_params}
+        for name, value in settings.items():
             if not PLAIN_VALUES.fullmatch(name):
                 found |= {value, *value.split()}
     forms = set()

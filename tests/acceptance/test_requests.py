@@ -2,7 +2,9 @@
 request types of the provider's own package, and by what the provider refuses (strict.py)."""
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 
 import pytest
@@ -62,3 +64,83 @@ def refusals(form, body):
     except Refused as refused:
         return [str(refused)]
     return []
+
+
+# Fields that may go up nowhere and be named nowhere, by their paths: they ask nothing of a provider.
+ASKS_NOTHING = {
+    r"metadata|store|stream_options\..*|prompt_cache_key": "the gateway does it itself",
+    r"input\[.*\.(id|status|call_id)": "marks of a turn that is over",
+    r"input\[\w+\](\.operation\[\w+\])?\.(caller\[\w+\](\..*)?|execution)": "who called, in a turn that is over",
+    r"input\[message\]\.(phase|content\[output_text\]\.(annotations|logprobs)\b.*)": "marks of text that is in the history",
+    r"input\[function_call_output\]\.(name|namespace)": "its call has them",
+    r"input\[(image_generation_call|shell_call|shell_call_output)\]\..*": "how a tool ran, in a turn that is over",
+    r"reasoning\.summary": "where thoughts are open they need no summary",
+    r".*\[input_(image|file)\]\.(file_id|file_url)": "a second source of the file that is sent",
+    r"text\.format\[json_schema\]\.name": "a label",
+}
+# Values that ask for what happens anyway, by the last name of a path.
+NEUTRAL = {
+    "background": [False], "include[]": ["reasoning.encrypted_content"], "service_tier": ["auto", "default"], "verbosity": ["medium"],
+    "truncation": ["disabled"], "effort": ["none"], "tool_choice": ["auto"], "parallel_tool_calls": [True], "strict": [False], "async": [False],
+    "defer_loading": [False], "allowed_callers[]": ["direct"], "detail": ["auto"], "search_context_size": ["medium"],
+    "search_content_types[]": ["text"], "external_web_access": [True]}
+# Fields that nobody names yet. Each goes as soon as it is named.
+OTHERS, ALL = ("chat", "messages", "gemini"), ("responses", "chat", "messages", "gemini")
+NOT_YET: dict[str, tuple[str, ...]] = {
+    r".*\[input_(text|image|file)\]\.prompt_cache_breakpoint": ALL,
+    r"(.*\.)?tools\[\w+\]\.(async|allowed_callers\[\]|defer_loading|output_schema)": ALL,
+    r"(.*\.)?tools\[namespace\]\.description": ALL,
+    r"(.*\.)?tools\[function\]\.strict": OTHERS,
+    r"(.*\.)?tools\[web_search(_preview)?\]\.(external_web_access|search_context_size|search_content_types\[\])": ("messages", "gemini"),
+    r"input\[(function_call|custom_tool_call)\]\.async": ALL,
+    r"input\[reasoning\]": ALL,
+    r".*\[input_(image|file)\]\.detail": OTHERS,
+    r".*\[input_file\]\.filename": ("gemini",),
+    r"text\.format\[json_schema\]\.(description|strict)": ("messages", "gemini"),
+}
+
+
+def unnamed(silent):
+    """Paths and values that ask for something, and are passed over in silence."""
+    found = {}
+    for path, values in silent.items():
+        values = [value for value in values if value not in NEUTRAL.get(path.rpartition(".")[2], [])]
+        if values and not any(re.fullmatch(pattern, path) for pattern in ASKS_NOTHING):
+            found[path] = values
+    return found
+
+
+FIELD_FORMS = ["responses", "chat", "chat:gpt-5.5:openai", "messages:claude-opus-5", "messages:claude-sonnet-4-5",
+               "gemini:gemini-3.8-flash", "gemini:gemini-2.5-pro"]
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """The driver's findings for a form."""
+    @functools.cache
+    def walk(form):
+        done = subprocess.run([str(package_python("openai-3")), str(HERE / "fields_driver.py"), str(POMEX), form],
+                              env=clean_environment(tmp_path_factory.mktemp("home")), capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+    return walk
+
+
+@pytest.mark.parametrize("form", FIELD_FORMS)
+def test_every_field_that_the_sdk_knows_is_carried_or_named(form, walked):
+    found = walked(form)
+    assert len(found["fields"]) > 300
+    assert set(found["refused"]) <= {"conversation", "prompt", "input[]"}, found["refused"]
+    wire = form.partition(":")[0]
+    missing = {path: values for path, values in unnamed(found["silent"]).items()
+               if not any(wire in wires and re.fullmatch(pattern, path) for pattern, wires in NOT_YET.items())}
+    assert missing == {}, json.dumps(missing, indent=1)[:6000]
+
+
+def test_no_exception_for_a_field_is_left_over(walked):
+    silent = {(form.partition(":")[0], path) for form in FIELD_FORMS for path in unnamed(walked(form)["silent"])}
+    left_over = [(pattern, wire) for pattern, wires in NOT_YET.items() for wire in wires
+                 if not any(wire == its and re.fullmatch(pattern, path) for its, path in silent)]
+    assert left_over == []
+    paths = {path for form in FIELD_FORMS for path in walked(form)["silent"]}
+    assert [pattern for pattern in ASKS_NOTHING if not any(re.fullmatch(pattern, path) for path in paths)] == []

@@ -66,6 +66,33 @@ def test_no_name_is_defined_twice():
     assert [name for name, times in names.items() if times > 1] == []
 
 
+# Of the file at ed367ec: what a redesign replaced does not come back, and nothing keeps both names.
+GONE = """
+    Answer CLAUDES ChatFrame Claude Close ConfigText FAULTS FAULT_RULES Fail Fault Fragment GEMINIS Inflater Kind Channel Manners
+    MessagesBook MessagesTurns.lost_thought Open Reader._announce Reader._odd_chunk Reader._starve Relay Stop.incomplete Stop.last
+    Surroundings THOUGHTS Thought ToolBook Translation Unwrapper Usage.broken Whole barred carried check_request checked claude
+    compact detected dicts_in exactly explained fits_any flat_name input_estimate is_torn is_whole json_dict manners_of mend
+    overridden plain_history plain_item quote said_in shown_only table_of trail unfit untraced whole_characters
+""".split()
+
+
+def definitions(body, prefix=""):
+    """Qualified names of the classes, functions, methods, fields and constants of a module or class."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield prefix + node.name
+        if isinstance(node, ast.ClassDef):
+            yield from definitions(node.body, f"{prefix}{node.name}.")
+        for target in getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else []):
+            yield from (prefix + each.id for each in ast.walk(target) if isinstance(each, ast.Name))
+
+
+def test_what_was_replaced_is_gone():
+    known = set(definitions(TREE.body))
+    assert {"Sink", "Sink.text", "Usage.input", "WIRES"} <= known
+    assert known & set(GONE) == set()
+
+
 def test_a_definition_names_only_things_of_its_own_layer_or_of_those_before_it():
     shape = REPOSITORY.parent / "shared" / "tools" / "shape.py"
     if not shape.is_file():

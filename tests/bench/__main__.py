@@ -1,12 +1,18 @@
 """What a request costs: python3 tests/bench
 
+The headline is a turn of Codex: a recorded request of 121 KB, answered by a stream of 308 events. It is measured as agents
+send it, with a body that grows by a turn each time, and as the first turn of a conversation; both are printed, and their mean is
+held to the target.
+
 CPU time of Pomex beside that of nginx as a plain reverse proxy, in the same minutes, with keys and usage rows on;
 memory at rest; time to the first answer. Figures are multiples, since only those can be compared between machines;
 but for the latency of a token over a kept-alive connection, in ms, beside that of a connection straight to the provider.
-Needs Linux, gcc, nginx and the load rig in ../shared/rig beside the repository; says what is missing.
+Needs Linux, gcc, nginx, the load rig in ../shared/rig and the requests in ../shared/codex-requests beside the repository; says
+what is missing.
 Exit code 1: a target is missed.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import http.client
@@ -14,6 +20,7 @@ import http.server
 import importlib.util
 import json
 import pathlib
+import random
 import re
 import shutil
 import socket
@@ -26,6 +33,7 @@ import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RIG = REPOSITORY.parent / "shared" / "rig"
+TURN = REPOSITORY.parent / "shared" / "codex-requests" / "0.169.0" / "03-shell-turn2-with-output.json"
 BARE = "import asyncio, ssl, sqlite3, tomllib"      # what the start is measured against
 MAX_RSS_MB, MAX_START, MAX_TOKEN_MS = 30.0, 4.0, 3.0
 TOKENS, TOKEN_S = 60, 0.005         # of one answer, and between two of them
@@ -42,6 +50,16 @@ SCENARIOS = [
     ("burst event from chat", "sse_c16", "mockchat", "cpu_us_ev", None),
     ("paced event from chat, 100 streams", "paced_100", "pacedchat", "cpu_us_ev", None),
 ]
+# a turn of Codex: title, the model asked for, at most x nginx
+TURNS = [
+    ("Codex turn passed", "mock", 8.0),
+    ("Codex turn from chat", "mockchat", 14.0),
+    ("Codex turn from messages", "mockmessages", 14.0),
+    ("Codex turn from gemini", "mockgemini", 14.0),
+]
+TURN_BYTES, TURN_EVENTS = 121_000, 308
+CONVERSATIONS, TURNS_EACH = 4, 16       # at once, each over its own connection; turns of one in a run
+SETTLE_S = 0.05                         # the usage rows are written after the answer
 UNIT = {"cpu_us_req": "us/request", "cpu_us_ev": "us/event"}
 
 CONFIG = """
@@ -62,6 +80,14 @@ api_key = "env:MOCK_KEY"
 [providers.mockchat]
 wire_api = "chat"
 base_url = "http://127.0.0.1:{blast}/v1"
+api_key = "env:MOCK_KEY"
+[providers.mockmessages]
+wire_api = "messages"
+base_url = "http://127.0.0.1:{blast}/v1"
+api_key = "env:MOCK_KEY"
+[providers.mockgemini]
+wire_api = "gemini"
+base_url = "http://127.0.0.1:{blast}/v1beta"
 api_key = "env:MOCK_KEY"
 [providers.pacedchat]
 wire_api = "chat"
@@ -190,6 +216,104 @@ class Bench:
             sys.exit(f"{target['name']}, {scenario}: {got.get('first_error') or got}")
         return got
 
+    def turns(self, model, pid, conversations, grows):
+        """CPU of nginx (model "") or Pomex for a turn, in us: of conversations that grow, without their first turns, or of first turns."""
+        port, name = (self.ports["pomex"], f"{model}/gpt-mock") if model else (self.ports["nginx_blast"], "m")
+        parts = [list(conversations.bodies(name, TURNS_EACH + 1)) if grows else
+                 [body for _ in range(TURNS_EACH + 1) for body in conversations.bodies(name, 1)] for _ in range(CONVERSATIONS)]
+        self.beside(port, [part[:1] for part in parts])
+        pids = self.rig.tree([pid])
+        before = cpu_us(pids)
+        self.beside(port, [part[1:] for part in parts])
+        time.sleep(SETTLE_S)
+        return (cpu_us(pids) - before) / (CONVERSATIONS * TURNS_EACH)
+
+    def beside(self, port, parts):
+        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+            for done in [pool.submit(play, port, self.key, part) for part in parts]:
+                done.result()
+
+
+class Conversations:
+    """Bodies of Codex turns: of a recorded request, with text of the stated lengths and as many tool calls as make it TURN_BYTES long.
+    All share instructions and tools, and nothing else."""
+
+    def __init__(self):
+        self.random = random.Random(3)
+        words = "the model answers with words that look like plain english code def return import os \"x\" \\n (a, b) -> None: # note".split(" ")
+        self.words = "".join(self.random.choice(words) + (" " if self.random.random() > 0.1 else "\n") for _ in range(60_000))
+        recorded = json.loads(TURN.read_bytes())
+        self.request = self.filled(recorded.get("body", recorded))
+
+    def text(self, length):
+        begin = self.random.randrange(len(self.words) - length)
+        return self.words[begin:begin + length]
+
+    def filled(self, value):
+        if isinstance(value, dict):
+            return {name: self.filled(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self.filled(each) for each in value]
+        if isinstance(value, str):
+            return re.sub(r"<text of (\d+) characters>", lambda found: self.text(int(found[1])), value)
+        return value
+
+    def bodies(self, model, count):
+        """The turns of a new conversation, the one in the middle about TURN_BYTES long."""
+        key = f"{self.random.getrandbits(128):032x}"
+        request = {**self.request, "model": model, "stream": True, "prompt_cache_key": key,
+                   "input": [self.message(1000), *self.request["input"]]}
+        size, number, added = len(dumped(request)), 0, 0
+        while size + added * (count - 1) / 2 < TURN_BYTES:
+            turn = self.turn(number)
+            request["input"] += turn
+            added = len(dumped(turn))
+            size, number = size + added, number + 1
+        for _ in range(count):
+            yield dumped({**request, "input": [*request["input"], self.message(20)]})
+            request["input"] += self.turn(number)
+            number += 1
+
+    def turn(self, number):
+        call = {"type": "function_call", "name": "shell_command", "call_id": f"call_{number}", "id": f"fc_{number}",
+                "arguments": json.dumps({"command": self.text(60), "workdir": "/w"})}
+        return [call, {"type": "function_call_output", "call_id": f"call_{number}", "output": self.text(1500)}]
+
+    def message(self, length):
+        return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": self.text(length)}]}
+
+
+def dumped(value):
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def play(port, key, bodies):
+    """Sends bodies over one connection, one after the other, and reads the answers to their ends."""
+    head = f"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port), 60) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for body in bodies:
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            pieces, end = [], b""
+            while not end.endswith(b"\r\n0\r\n\r\n"):
+                pieces.append(connection.recv(1 << 18))
+                end = (end + pieces[-1])[-7:]
+                if not pieces[-1]:
+                    sys.exit(f"port {port}: cut after {b''.join(pieces)[-300:]}")
+            answer = b"".join(pieces)
+            if not answer.startswith(b"HTTP/1.1 200") or answer.count(b"data: {") < TURN_EVENTS or b'"response.completed"' not in answer:
+                sys.exit(f"port {port}: {answer[:500]} ... {answer[-300:]}")
+
+
+def cpu_us(pids):
+    """CPU that processes have had, all threads, in us."""
+    total = 0
+    for pid in pids:
+        for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                total += int((task / "schedstat").read_text().split()[0])
+    return total / 1000
+
 
 class TokenProvider(http.server.BaseHTTPRequestHandler):
     """Sends a token every 5 ms, on the wire that it is asked on; its text is the moment of its sending, in ns."""
@@ -253,7 +377,8 @@ def missing():
     wants = [(sys.platform == "linux", "Linux (/proc and epoll)"),
              (shutil.which("gcc"), "gcc (apt-get install gcc)"),
              (nginx_program(), "nginx (apt-get install nginx)"),
-             (RIG.is_dir(), f"the load rig at {RIG}")]
+             (RIG.is_dir(), f"the load rig at {RIG}"),
+             (TURN.is_file(), f"a recorded request at {TURN}")]
     return [what for there, what in wants if not there]
 
 
@@ -284,6 +409,28 @@ def measure_load(bench, repeat, seconds, only):
             kept &= row(title, statistics.median(ratios), limit,
                         f"{middle[1]:.2f} against {middle[0]:.2f} {UNIT[per]}; "
                         f"{min(ratios):.2f} to {max(ratios):.2f}; {pairs[-1][1]['rss']:.0f} MB")
+    return kept
+
+
+def measure_turns(bench, repeat, only):
+    """Codex turns, Pomex and nginx taking turns; the medians of the ratios of neighbours, and the mean of both kinds of turn."""
+    kept, conversations = True, Conversations()
+    with bench.mock() as mock, bench.nginx() as nginx, bench.gateway() as gateway:
+        for port, process, what in ((bench.ports["blast"], mock, "mock"), (bench.ports["nginx_blast"], nginx, "nginx"),
+                                    (bench.ports["pomex"], gateway, "Pomex")):
+            wait_for(port, process, what)
+        for title, model, limit in TURNS:
+            if only and not any(word in f"codex-{model.removeprefix('mock') or 'passed'}" for word in only):
+                continue
+            figures = []
+            for kind, grows in (("one turn more", True), ("the first turn", False)):
+                pairs = [(bench.turns("", nginx.pid, conversations, grows), bench.turns(model, gateway.pid, conversations, grows))
+                         for _ in range(repeat + 1)][1:]        # the first pair warms up
+                ratios = [ours / theirs for theirs, ours in pairs]
+                figures.append(statistics.median(ratios))
+                theirs, ours = (statistics.median(each) for each in zip(*pairs, strict=True))
+                row(f"  {kind}", figures[-1], None, f"{ours:.0f} against {theirs:.0f} us/request; {min(ratios):.2f} to {max(ratios):.2f}")
+            kept &= row(title, statistics.mean(figures), limit, "the mean of both")
     return kept
 
 
@@ -354,7 +501,7 @@ def token_latencies(port, path, model, key, repeat):
 
 def main():
     parser = argparse.ArgumentParser(prog="python3 tests/bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("only", nargs="*", help="parts of names: json big sse paced chat; rest, start, latency")
+    parser.add_argument("only", nargs="*", help="parts of names: codex (codex-passed, codex-chat ...) json big sse paced chat; rest, start, latency")
     parser.add_argument("-r", "--repeat", type=int, default=3, help="pairs of runs a scenario (default 3)")
     parser.add_argument("-t", "--seconds", type=int, default=2, help="of one run (default 2)")
     parser.add_argument("--program", default=REPOSITORY / "pomex.py", help="the pomex.py to measure")
@@ -365,17 +512,23 @@ def main():
         folder.chmod(0o755)             # nginx's worker is another user where this is run by root
         bench = Bench(folder, pathlib.Path(args.program).resolve())
         print(f"{'':36}{'figure':>8}{'at most':>8}")
-        if not args.only or "rest" in args.only:
-            kept &= measure_rest(bench)
-        if not args.only or "start" in args.only:
-            kept &= measure_start(bench, 2 * args.repeat + 1)
-        if not args.only or "latency" in args.only:
-            kept &= measure_latency(bench, args.repeat)
-        if lacking := missing():
+        lacking, words = missing(), set(args.only)
+        turns = {word for word in words if word.startswith("codex")}
+        loads = words - turns - {"rest", "start", "latency"}
+        if lacking:
             print("CPU beside nginx: not measured. Missing: " + "; ".join(lacking))
-        elif set(args.only) - {"rest", "start", "latency"} or not args.only:
+        elif turns or loads or not words:
             bench.build_rig()
-            kept &= measure_load(bench, args.repeat, args.seconds, set(args.only) - {"rest", "start", "latency"})
+        if not lacking and (turns or not words):
+            kept &= measure_turns(bench, args.repeat, turns)
+        if not words or "rest" in words:
+            kept &= measure_rest(bench)
+        if not words or "start" in words:
+            kept &= measure_start(bench, 2 * args.repeat + 1)
+        if not words or "latency" in words:
+            kept &= measure_latency(bench, args.repeat)
+        if not lacking and (loads or not words):
+            kept &= measure_load(bench, args.repeat, args.seconds, loads)
     return 0 if kept else 1
 
 

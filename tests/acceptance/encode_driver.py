@@ -103,13 +103,11 @@ def complaints(body, judge) -> list[str]:
     return []
 
 
-def encode(pomex, wire, model, dialect, raw) -> tuple[Any, list[str]]:
-    """The body that goes up, and what is named as not carried."""
+def encode(pomex, wire, model, dialect, raw) -> Any:
     request = pomex.parse_request(raw)
     answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
     job = pomex.Job(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect)
-    call = pomex.WIRES[wire].call(job)
-    return json.loads(call.body), call.dropped
+    return json.loads(pomex.WIRES[wire].call(job).body)
 
 
 def main(path, form, *files):
@@ -125,7 +123,7 @@ def main(path, form, *files):
         except pomex.BadRequest:
             found[file] = None
             continue
-        body, _ = encode(pomex, wire, model or "some-model", dialect, raw)     # nothing that was taken may be refused here
+        body = encode(pomex, wire, model or "some-model", dialect, raw)     # nothing that was taken may be refused here
         found[file] = {"body": body, "complaints": complaints(body, judge)}
     print(json.dumps(found))
 

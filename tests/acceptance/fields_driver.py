@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import typing_extensions
-from encode_driver import encode, load_pomex
+from encode_driver import load_pomex
 from openai.types.responses import response_create_params
 
 JSON = dict[str, Any]
@@ -120,10 +120,18 @@ class Walk:
 
     def ask(self, request: JSON) -> Outcome:
         try:
-            body, dropped = encode(self.pomex, *self.target, json.dumps(request).encode())
+            body, dropped = self.encode(json.dumps(request).encode())
         except self.pomex.BadRequest as refused:
             return Outcome("", (), str(refused))
-        return Outcome(json.dumps(body), tuple(dropped), "")
+        return Outcome(body.decode(), tuple(dropped), "")
+
+    def encode(self, raw: bytes) -> tuple[bytes, list[str]]:
+        """The body that goes up, and what is named as not carried."""
+        pomex, (wire, model, dialect) = self.pomex, self.target
+        answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
+        context = getattr(pomex, "Job", None) or pomex.EncodeContext
+        call = pomex.WIRES[wire].call(context(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect))
+        return call.body, call.dropped
 
     def look(self, path: str, value: Any, found: Outcome, without: Outcome) -> None:
         """Notes a value that makes no difference."""

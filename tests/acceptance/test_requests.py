@@ -88,7 +88,8 @@ NEUTRAL = {
 OTHERS, ALL = ("chat", "messages", "gemini"), ("responses", "chat", "messages", "gemini")
 NOT_YET: dict[str, tuple[str, ...]] = {
     r".*\[input_(text|image|file)\]\.prompt_cache_breakpoint": ALL,
-    r"(.*\.)?tools\[\w+\]\.(async|allowed_callers\[\]|defer_loading|output_schema)": ALL,
+    r"(.*\.)?tools\[\w+\]\.(async|allowed_callers\[\]|output_schema)": ALL,
+    r"(.*\.)?tools\[\w+\]\.defer_loading": ALL,
     r"(.*\.)?tools\[namespace\]\.description": ALL,
     r"(.*\.)?tools\[function\]\.strict": OTHERS,
     r"(.*\.)?tools\[web_search(_preview)?\]\.(external_web_access|search_context_size|search_content_types\[\])": ("messages", "gemini"),

@@ -319,7 +319,7 @@ def test_18_mb_of_neighbours_cost_what_their_number_costs(kind, wire, linear):
     quarter, _ = cost(linear, body(whole_count // 4))
     whole, waited = cost(linear, body(whole_count))
     print(f"\n{whole_count:,} {kind} to {wire}: {whole:.2f} s of CPU, a quarter {quarter:.2f} s; others waited at most {waited * 1000:.0f} ms")
-    assert whole < max(FOURFOLD * quarter, 0.5)
+    assert whole < max(FOURFOLD * quarter, 1.0)
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -327,7 +327,7 @@ def test_an_event_of_24_mb_in_small_pieces_costs_four_times_what_one_of_6_mb_cos
     costs = [cost(linear, {"model": f"{wire}-huge-{size}/m", "stream": True, "input": "x"}, 2 * size) for size in (6, 24)]
     (quarter, _), (whole, waited) = costs
     print(f"\nan event of 24 MB from {wire}: {whole:.2f} s of CPU, one of 6 MB {quarter:.2f} s; others waited at most {waited * 1000:.0f} ms")
-    assert whole < max(FOURFOLD * quarter, 0.5)
+    assert whole < max(FOURFOLD * quarter, 1.0)
 
 
 def conversation(megabytes):

@@ -1355,13 +1355,13 @@ class Envelope:
 
 def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[list[JSON], list[str]]:
     """Input items as `provider` may see them, and what had to be dropped. An item with content that the provider sealed
-    gets `pomex_replay`; one of another provider, or one that does not verify, is left out. Content that was never ours
+    gets `sealed_replay`; one of another provider, or one that does not verify, is left out. Content that was never ours
     (no prefix) stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
     before = envelope.inflated
     for item in items:
-        if "pomex_replay" in item:                  # a client's own: only what an envelope held is believed
-            item = {name: value for name, value in item.items() if name != "pomex_replay"}
+        if "sealed_replay" in item:                  # a client's own: only what an envelope held is believed
+            item = {name: value for name, value in item.items() if name != "sealed_replay"}
         sealed = item.get("encrypted_content")
         if not isinstance(sealed, str) or not sealed.startswith(ENVELOPE_PREFIX):
             kept.append(item)
@@ -1373,7 +1373,7 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
         if opened is None or opened[0] != provider:
             dropped.append(f"{item['type']}:unverified" if opened is None else f"{item['type']}:{opened[0]}")
             continue
-        kept.append({**{k: v for k, v in item.items() if k != "encrypted_content"}, "pomex_replay": opened[2]})
+        kept.append({**{k: v for k, v in item.items() if k != "encrypted_content"}, "sealed_replay": opened[2]})
     return kept, dropped
 
 
@@ -1644,7 +1644,7 @@ def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
 class History(NamedTuple):
     """A conversation in four plain items, its calls and outputs in pairs (TRANSLATION.md 3.3):
 
-    message {role, content: [part], generated?: it is an image that the model made}, reasoning {pomex_replay}, function_call
+    message {role, content: [part], generated?: it is an image that the model made}, reasoning {sealed_replay}, function_call
     {call_id, name, arguments} with a flat name and arguments that are a JSON object, function_call_output {call_id, output:
     str | [part]}. Every run of calls is followed by its outputs, in the order of the calls. `system` holds the leading
     instructions, in order.
@@ -1731,7 +1731,7 @@ def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
         shown = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
         return {"type": "message", "role": "user", "content": [shown], "generated": True}
     if kind == "reasoning":
-        return {"type": "reasoning", "pomex_replay": item["pomex_replay"]} if "pomex_replay" in item else None
+        return {"type": "reasoning", "sealed_replay": item["sealed_replay"]} if "sealed_replay" in item else None
     if kind in CALL_CONVERTERS:
         named = kind in ("function_call", "custom_tool_call")
         name = upstream_tool_name(item["name"], item.get("namespace") or "") if named else kind.removesuffix("_call")
@@ -2267,7 +2267,7 @@ class Assembler(Attempt):
             del self.unfinished[key]
             return
         item.done = True
-        if replay := fields.pop("pomex_replay", None):
+        if replay := fields.pop("sealed_replay", None):
             fields["encrypted_content"] = self.seal(replay)
         item.fields |= fields
         self._finish_item(key, item)
@@ -3349,7 +3349,7 @@ def relay_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
     raw, body = request.raw, request.body
     opened = [replayed(item) for item in items]
     envelopes = {} if dropped else {old["encrypted_content"]: new["encrypted_content"]
-                                    for old, new, item in zip(request.input, opened, items) if "pomex_replay" in item}
+                                    for old, new, item in zip(request.input, opened, items) if "sealed_replay" in item}
     if envelopes and sorted(envelopes) == sorted(text.decode() for text in ENVELOPED.findall(raw)):
         raw = ENVELOPED.sub(lambda m: json_string(envelopes[m[1].decode()]).encode(), raw)
         envelopes = {}
@@ -3373,10 +3373,10 @@ def model_fields(raw: bytes) -> Iterator[re.Match[bytes]]:
 
 def replayed(item: JSON) -> JSON:
     """An item as the provider gave it, out of our envelope."""
-    replay = item.get("pomex_replay")
+    replay = item.get("sealed_replay")
     if replay is None:
         return item
-    return {**{k: v for k, v in item.items() if k != "pomex_replay"}, **replay}
+    return {**{k: v for k, v in item.items() if k != "sealed_replay"}, **replay}
 
 
 # What a Responses server other than OpenAI's can be expected to know.
@@ -3404,7 +3404,7 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 def plain_input(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: no ids but where the SDK's types ask for one."""
     if item["type"] == "reasoning":
-        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["pomex_replay"]}
+        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
         parts = [plain_part(part, assistant) for part in item["content"]]
@@ -3585,9 +3585,9 @@ class ResponsesDecoder:
         fields: JSON = {"status": "incomplete"} if item.get("status") == "incomplete" else {}
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed:
-            fields["pomex_replay"] = {"encrypted_content": sealed}
+            fields["sealed_replay"] = {"encrypted_content": sealed}
             if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
-                fields["pomex_replay"]["id"] = item["id"]
+                fields["sealed_replay"]["id"] = item["id"]
         self.sink.done(known.slot, **fields)
 
     def _fill(self, known: UpstreamItem, item: JSON) -> None:
@@ -3686,7 +3686,7 @@ class ItemDecoder:
     def _carry(self, replay: JSON) -> None:
         """What must come back with the next turn, in a reasoning item of its own."""
         self.sink.open(None, "reasoning")
-        self.sink.done(pomex_replay=replay)
+        self.sink.done(sealed_replay=replay)
 
     def _image(self, data: str) -> None:
         self._slot()
@@ -3928,7 +3928,7 @@ class ChatMessages(TurnEncoder):
 
     def reasoning(self, item: JSON) -> None:
         replay = self._assistant().replay
-        for name, value in item["pomex_replay"].items():    # several items of one turn follow each other
+        for name, value in item["sealed_replay"].items():    # several items of one turn follow each other
             replay.setdefault(name, []).append(value)
 
     def function_call(self, item: JSON) -> None:
@@ -4363,7 +4363,7 @@ class ChatDecoder(ItemDecoder):
 
     def _close_texts(self) -> None:
         replay = self.thought.replay(self.dialect.replay) if self.thought else {}
-        self.sink.done(pomex_replay=replay)
+        self.sink.done(sealed_replay=replay)
         self.message, self.thought = False, None
 
     # calls
@@ -4818,7 +4818,7 @@ class MessagesTurns(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def reasoning(self, item: JSON) -> None:
-        blocks = only_dicts(item["pomex_replay"].get("blocks"))
+        blocks = only_dicts(item["sealed_replay"].get("blocks"))
         self.add("assistant", blocks)
         if not blocks:
             self.dropped.append("reasoning")
@@ -5195,7 +5195,7 @@ class MessagesDecoder(ItemDecoder):
         sealed = whole.get("signature") or whole.get("data")
         if sealed or block.pieces:
             self.sink.reasoning("")
-            self.sink.done(pomex_replay={"blocks": [whole]} if sealed else None)
+            self.sink.done(sealed_replay={"blocks": [whole]} if sealed else None)
 
     def _end_call(self, block: Block) -> None:
         given = block.start.get("input")
@@ -5428,7 +5428,7 @@ class GeminiContents(TurnEncoder):
         self.add("model" if item["role"] == "assistant" or "generated" in item else "user", parts)
 
     def reasoning(self, item: JSON) -> None:
-        replay = item["pomex_replay"]
+        replay = item["sealed_replay"]
         if isinstance(replay.get("part"), dict) and self.settings.combines_tools:     # older models refuse a server's tool
             self.add("model", [replay["part"]])
         elif not isinstance(replay.get("signature"), str):
@@ -5988,7 +5988,7 @@ class WireApi(NamedTuple):
     def _relayed(self, job: Job, unsealed: list[JSON], dropped: list[str]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
-        items = [item for item in unsealed if "pomex_replay" in item or not is_summary_only(item)]
+        items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
         dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
         attempt = Passthrough(job.answer, job.answer.estimated_input, job.seal, ResponsesDecoder(ToolMap(())))
         return UpstreamCall(self, self.path, relay_body(job.request, items, dropped, job.model), attempt, dropped)

@@ -62,7 +62,7 @@ class View:
         assert item or key is None, "done without being open"
         if item:
             item["closed"] = True
-            item["fields"] |= {name: value for name, value in fields.items() if value or name != "pomex_replay"}
+            item["fields"] |= {name: value for name, value in fields.items() if value or name != "sealed_replay"}
 
     def item(self, item: JSON) -> None:
         self._begin(None, item["type"], fields=item)

@@ -357,7 +357,7 @@ def test_what_is_cheap_to_send_is_cheap_to_answer(name, tmp_path):
 @pytest.mark.parametrize("kind", ["text", "image", "thought"])
 def test_neighbours_become_one_message_in_linear_time(kind):
     def encode(count):
-        thought = {"type": "reasoning", "pomex_replay": {"reasoning_content": "a" * 500}}
+        thought = {"type": "reasoning", "sealed_replay": {"reasoning_content": "a" * 500}}
         part = {"type": "input_text", "text": "b" * 500} if kind == "text" else \
             {"type": "input_image", "image_url": "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" * 3).decode()}
         item = thought if kind == "thought" else {"type": "message", "role": "user", "content": [part]}

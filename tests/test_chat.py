@@ -1077,14 +1077,14 @@ def test_15_reasoning_comes_back_on_the_message_it_belongs_to(
     dialect: str, chunks: list[JSON], replay: JSON
 ) -> None:
     view = view_of([*chunks, call(0, "c", "f", "{}"), CALLED], dialect)
-    assert view.items[0]["fields"] == {"pomex_replay": replay} and view.kinds() == [
+    assert view.items[0]["fields"] == {"sealed_replay": replay} and view.kinds() == [
         "reasoning",
         "function_call",
     ]
     message = encoded(
         [
             user("q"),
-            {"type": "reasoning", "summary": [], "pomex_replay": replay},
+            {"type": "reasoning", "summary": [], "sealed_replay": replay},
             function_call("c"),
             output("c"),
         ],
@@ -1103,7 +1103,7 @@ def test_reasoning_is_not_sent_back_where_nobody_wants_it() -> None:
     bare = encoded(
         [
             user("q"),
-            {"type": "reasoning", "summary": [], "pomex_replay": {"reasoning_content": "a"}},
+            {"type": "reasoning", "summary": [], "sealed_replay": {"reasoning_content": "a"}},
             says("b"),
             user("c"),
         ]
@@ -1117,7 +1117,7 @@ def test_31_deepseek_gets_the_field_on_every_message_with_calls() -> None:
 
 
 def test_what_another_wire_kept_of_its_thoughts_is_no_trouble_here() -> None:
-    history = [user("q"), {"type": "reasoning", "pomex_replay": {"signature": "s", "characters": 5, "blocks": [{"type": "thinking"}]}}]
+    history = [user("q"), {"type": "reasoning", "sealed_replay": {"signature": "s", "characters": 5, "blocks": [{"type": "thinking"}]}}]
     assert [message["role"] for message in encoded([*history, function_call("c"), output("c")])["messages"]][1:] == ["assistant", "tool"]
 
 
@@ -1125,10 +1125,10 @@ def test_48_a_signature_of_gemini_behind_its_openai_endpoint_comes_back_on_its_c
     extra = {"google": {"thought_signature": "s"}}
     given = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}, "extra_content": extra}
     view = view_of([piece(tool_calls=[given]), CALLED])
-    replay = view.items[0]["fields"]["pomex_replay"]
+    replay = view.items[0]["fields"]["sealed_replay"]
     assert view.items[0]["kind"] == "reasoning"
     message = encoded(
-        [user("q"), {"type": "reasoning", "pomex_replay": replay}, function_call("c"), output("c")]
+        [user("q"), {"type": "reasoning", "sealed_replay": replay}, function_call("c"), output("c")]
     )["messages"][1]
     assert message["tool_calls"][0]["extra_content"] == extra
 
@@ -1155,7 +1155,7 @@ def output(call_id: str, value: Any = "ok") -> JSON:
 def encode(body: JSON, dialect: str = "generic", model: str = "m") -> tuple[JSON, list[str]]:
     envelope = pomex.Envelope(b"s", "a")
     sealed = [
-        {**item, "encrypted_content": envelope.seal("p", model, item["pomex_replay"])} if "pomex_replay" in item else item
+        {**item, "encrypted_content": envelope.seal("p", model, item["sealed_replay"])} if "sealed_replay" in item else item
         for item in body["input"]
         if isinstance(item, dict)
     ]

@@ -38,7 +38,7 @@ class View(sinks.View):
         return [i["id"] for i in self.items.values() if i["id"]]
 
     def replays(self) -> list[JSON]:
-        return [i["fields"]["pomex_replay"] for i in self.items.values() if "pomex_replay" in i["fields"]]
+        return [i["fields"]["sealed_replay"] for i in self.items.values() if "sealed_replay" in i["fields"]]
 
     def outcome(self) -> tuple[Any, ...]:
         return self.said(), self.said("summary"), self.calls(), self.replays(), self.usage, self.end(), self.kinds()
@@ -450,7 +450,7 @@ def output(call_id: str, value: Any = "ok") -> JSON:
 
 
 def replay(**fields: Any) -> JSON:
-    return {"type": "reasoning", "summary": [], "pomex_replay": fields}
+    return {"type": "reasoning", "summary": [], "sealed_replay": fields}
 
 
 def encode(items: list[JSON] | str, model: str = PRO, overrides: Any = None, **fields: Any) -> tuple[JSON, list[str]]:
@@ -713,9 +713,9 @@ SIGNED = [user("q"), replay(**{"for": "a"}, signature="SIG"), function_call("a")
 
 
 def replayed(items: list[JSON], model: str = PRO) -> tuple[list[JSON], list[str]]:
-    """The contents of items whose `pomex_replay` comes in an envelope."""
+    """The contents of items whose `sealed_replay` comes in an envelope."""
     envelope = pomex.Envelope(b"secret", "account")
-    sealed = [{**item, "encrypted_content": envelope.seal("google", model, item["pomex_replay"])} if "pomex_replay" in item else item
+    sealed = [{**item, "encrypted_content": envelope.seal("google", model, item["sealed_replay"])} if "sealed_replay" in item else item
               for item in items]
     body, dropped = encode(sealed, model)
     return body["contents"], dropped

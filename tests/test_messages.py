@@ -34,7 +34,7 @@ class View(sinks.View):
         return [(i["id"], i["name"], i["arguments"]) for i in self.all("function_call")]
 
     def thoughts(self) -> list[JSON]:
-        replays = [i["fields"].get("pomex_replay") for i in self.all("reasoning")]
+        replays = [i["fields"].get("sealed_replay") for i in self.all("reasoning")]
         return [block for replay in replays if replay for block in replay["blocks"]]
 
     def citations(self) -> list[tuple[str, str]]:

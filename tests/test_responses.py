@@ -308,9 +308,9 @@ def test_items_are_unsealed_for_their_provider_and_dropped_by_name_for_others():
     mine, other = pomex.Envelope(SECRET, "a").seal("p", "m", {"k": 1}), pomex.Envelope(SECRET, "a").seal("q", "m", {"k": 1})
     stranger = pomex.Envelope(SECRET, "b").seal("p", "m", {"k": 1})
     items = [reasoning(mine), reasoning(other), reasoning(stranger), reasoning("gAAAA"), reasoning(None), reasoning(mine, "compaction"),
-             {"type": "reasoning", "pomex_replay": {"forged": 1}}]
+             {"type": "reasoning", "sealed_replay": {"forged": 1}}]
     kept, dropped = pomex.unseal_items(items, pomex.Envelope(SECRET, "a"), "p")
-    replay = {"id": "rs", "pomex_replay": {"k": 1}}
+    replay = {"id": "rs", "sealed_replay": {"k": 1}}
     assert kept == [{"type": "reasoning", **replay}, reasoning("gAAAA"), reasoning(None), {"type": "compaction", **replay}, {"type": "reasoning"}]
     assert dropped == ["reasoning:q", "reasoning:unverified"]
 
@@ -546,7 +546,7 @@ def test_two_calls_may_come_in_turns():
 
 
 def test_sealed_reasoning_comes_with_the_finished_item_only():
-    raw, _ = told([begins(0, "reasoning"), ends(0, {"pomex_replay": {"k": 1}}), Stop()])
+    raw, _ = told([begins(0, "reasoning"), ends(0, {"sealed_replay": {"k": 1}}), Stop()])
     added, done = (e["item"] for e in streams.events(raw) if "item" in e)
     assert "encrypted_content" not in added
     assert pomex.Envelope(SECRET, "a").open(done["encrypted_content"]) == ("p", "m", {"k": 1})
@@ -698,7 +698,7 @@ def test_a_failure_carries_the_code_and_to_standard_clients_an_error_event():
     assert streams.check(told(fail, pomex.CODEX)[0], True)["error"]["code"] == "context_length_exceeded"
 
 
-MIXED = [begins(0, "reasoning"), adds(0, "hm", "summary"), ends(0, {"pomex_replay": {"k": 1}}), begins(1, "message"), adds(1, "Hel"),
+MIXED = [begins(0, "reasoning"), adds(0, "hm", "summary"), ends(0, {"sealed_replay": {"k": 1}}), begins(1, "message"), adds(1, "Hel"),
          adds(1, "lo"), ends(1), begins(2, "function_call", "a", "f"), begins(3, "custom_tool_call", "b", "t"), adds(2, '{"x":', "arguments"),
          adds(3, '{"input":"p', "arguments"), adds(2, "1}", "arguments"), adds(3, 'q"}', "arguments"), ends(2), ends(3),
          Usage(5, output=3), Stop()]
@@ -782,7 +782,7 @@ def test_the_clients_own_bytes_go_up_with_the_model_replaced(raw, expected):
     RAW, '{"input":"x","model":"m/x","store":true}', '{"input":"x","model":"m/x","store":null}', '{"model":"m/x","input":"x","model":"m/x"}',
     '{"model":"m/x","input":"x","mod\\u0065l":"m/x"}', '{"\\u006Dodel":"m/x","input":"x"}', '{"model":"a","input":"x","model":"m/x"}',
     '{"metadata":{"model":"m/x"},"input":"x","model":"m/x"}', '{"model":"m/x","input":"x","metadata":{"a\\"model":"y"}}',
-    '{"model":"m/x","input":"x","st\\u006fre":true}', '{"model":"m/x","input":[{"type":"reasoning","id":"r","pomex_replay":{"x":1}}]}',
+    '{"model":"m/x","input":"x","st\\u006fre":true}', '{"model":"m/x","input":[{"type":"reasoning","id":"r","sealed_replay":{"x":1}}]}',
     '{"model":"m/x","input":[{"role":"user","content":"no type"}],"store":true}',
 ], ids=str)
 def test_whatever_the_body_looks_like_the_model_is_theirs_and_nothing_is_stored(raw):

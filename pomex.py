@@ -1641,56 +1641,34 @@ def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
 
-class History(NamedTuple):
-    """A conversation in four plain items, its calls and outputs in pairs (TRANSLATION.md 3.3):
+class Turn(NamedTuple):
+    """What one role said at a stretch, in plain items; `results` are the outputs of the calls, in their order."""
+    role: str                   # "assistant", "user", "system" or "developer"
+    items: list[JSON]           # messages, and reasoning before the calls
+    calls: list[JSON]           # calls, and reasoning between them
+    results: list[JSON]
 
-    message {role, content: [part], generated?: it is an image that the model made}, reasoning {sealed_replay}, function_call
-    {call_id, name, arguments} with a flat name and arguments that are a JSON object, function_call_output {call_id, output:
-    str | [part]}. Every run of calls is followed by its outputs, in the order of the calls. `system` holds the leading
-    instructions, in order.
+    def all_items(self) -> list[JSON]:
+        return [*self.items, *self.calls, *self.results]
+
+
+class History(NamedTuple):
+    """A conversation in turns of four plain items (TRANSLATION.md 3.3):
+
+    message {role, content: [part], generated?: an image that the model made}, reasoning {sealed_replay}, function_call
+    {call_id, name, arguments} with an upstream name and arguments that are a JSON object, function_call_output {call_id,
+    output: str | [part]}. `system` holds the leading instructions, in order.
     """
     system: list[str]
-    items: list[JSON]
+    turns: list[Turn]
     dropped: list[str]
+
+    @property
+    def items(self) -> list[JSON]:
+        return [item for turn in self.turns for item in turn.all_items()]
 
 
 NO_OUTPUT = "no output was recorded for this call"
-
-
-def as_object_json(arguments: str) -> str:
-    """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
-    arguments = arguments or "{}"
-    try:
-        if isinstance(load_json(arguments.encode()), dict):
-            return arguments
-    except ValueError:
-        pass
-    return dumps({"_raw": arguments})
-
-
-def shell_action(item: JSON) -> str:
-    return dumps({k: v for k, v in (item.get("action") or {}).items() if k != "type" and v})
-
-
-# item type -> its arguments, whether or not the tool is still offered
-CALL_CONVERTERS: dict[str, Callable[[JSON], str]] = {
-    "function_call": lambda i: as_object_json(i["arguments"]),
-    "custom_tool_call": lambda i: dumps({"input": i["input"]}),
-    "tool_search_call": lambda i: as_object_json(dumps(i.get("arguments") or {})),
-    "local_shell_call": shell_action,
-    "shell_call": shell_action,
-    "apply_patch_call": lambda i: as_object_json(dumps(i.get("operation") or {})),
-}
-OUTPUT_CONVERTERS: dict[str, Callable[[JSON], Any]] = {
-    "function_call_output": lambda i: i["output"],
-    "custom_tool_call_output": lambda i: i["output"],
-    "tool_search_output": lambda i: "Found: " + (", ".join(tool_names(i["tools"])) or "no tools"),
-    "local_shell_call_output": lambda i: i.get("output") or "",
-    "shell_call_output": lambda i: dumps(i.get("output") or []),
-    "apply_patch_call_output": lambda i: i.get("output") or i.get("status") or "",
-}
-PLAIN_TEXTS = ("compaction", "compaction_summary", "context_compaction")     # where they hold text
-CIPHER = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
 
 
 def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
@@ -1703,10 +1681,12 @@ def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> Histo
             plain.append(made)
         elif item["type"] != "additional_tools" and not is_summary_only(item):
             dropped.append(f"input:{item['type']}")
+    turns = gather_turns(plain)
+    leading = list(itertools.takewhile(lambda turn: turn.role in ("system", "developer"), turns))
     system = [request.instructions] if request.instructions else []
-    leading = list(itertools.takewhile(lambda item: item.get("role") in ("system", "developer"), plain))
-    system += ["\n\n".join(part.get("text") or "" for part in item["content"]) for item in leading]
-    return History(system, pair_calls(unique_calls(plain[len(leading):])), list(dict.fromkeys(dropped)))
+    for item in itertools.chain.from_iterable(turn.items for turn in leading):
+        system.append("\n\n".join(part.get("text") or "" for part in item["content"]))
+    return History(system, turns[len(leading):], list(dict.fromkeys(dropped)))
 
 
 def is_summary_only(item: JSON) -> bool:
@@ -1714,155 +1694,191 @@ def is_summary_only(item: JSON) -> bool:
     return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
 
 
-def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
-    kind = item["type"]
-    if kind == "message" or kind == "agent_message":
-        role, content, parts = item.get("role") or "user", item.get("content"), []
-        text_type = "output_text" if role == "assistant" else "input_text"
-        for part in [{"type": text_type, "text": content}] if isinstance(content, str) else only_dicts(content):
-            # messages between agents are encrypted at OpenAI, plain elsewhere
-            sealed = str(part.get("encrypted_content") or "")
-            if CIPHER.fullmatch(sealed):
-                dropped.append("content:encrypted_content")
-            else:
-                parts.append({"type": text_type, "text": sealed} if sealed else {"type": "unknown", **part})
-        return {"type": "message", "role": role, "content": parts} if parts or kind == "message" else None
-    if kind == "image_generation_call" and item.get("result"):
-        shown = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
-        return {"type": "message", "role": "user", "content": [shown], "generated": True}
-    if kind == "reasoning":
-        return {"type": "reasoning", "sealed_replay": item["sealed_replay"]} if "sealed_replay" in item else None
-    if kind in CALL_CONVERTERS:
-        named = kind in ("function_call", "custom_tool_call")
-        name = upstream_tool_name(item["name"], item.get("namespace") or "") if named else kind.removesuffix("_call")
-        return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name,
-                "arguments": CALL_CONVERTERS[kind](item)}
-    if kind in OUTPUT_CONVERTERS:
-        return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": OUTPUT_CONVERTERS[kind](item)}
-    said = text_of(item.get("content") or item.get("summary"))
-    if kind in PLAIN_TEXTS and said:
-        return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": said}]}
-    return None
-
-
-def unique_calls(items: list[JSON]) -> list[JSON]:
-    """Repeated call ids (local servers begin at call_0 in every turn) numbered apart, outputs with their calls. Later items
-    change no name: a history that grows keeps its names."""
-    numbers: collections.Counter[str] = collections.Counter()
-    taken: set[str] = set()
-    current: dict[str, collections.deque[str]] = {}
-    result = []
+def gather_turns(items: Sequence[JSON]) -> list[Turn]:
+    """Plain items as turns. Each call gets an output and an id of its own: local servers begin at call_0 in every turn.
+    Later items change no id, so a history that grows keeps its bytes."""
+    turns: list[Turn] = []
+    role = ""                                           # of the turn that may go on
+    numbers: collections.Counter[str] = collections.Counter()   # call id -> duplicates of it that were renamed
+    waiting: dict[str, collections.deque[JSON]] = collections.defaultdict(collections.deque)    # results without output
     for item in items:
-        given = item.get("call_id", "")
-        if item["type"] == "function_call":
+        kind, given = item["type"], item.get("call_id", "")
+        if kind == "function_call_output" and waiting[given]:
+            waiting[given].popleft()["output"] = item["output"]
+            if turns[-1].calls:
+                role = ""
+            continue
+        if kind == "function_call_output":              # with a call made up for it, the thread would be stuck (CLIProxyAPI#5375)
+            item = user_text(f"[tool output] {text_of(item['output'])}")
+        if item.get("role", "assistant") != role:
+            role = item.get("role", "assistant")
+            turns.append(Turn(role, [], [], []))
+        turn = turns[-1]
+        if kind == "function_call":
             unique = given
-            while not unique or unique in taken:
+            while not unique or unique in numbers:
                 numbers[given] += 1
                 unique = f"{given}_{numbers[given] + 1}" if given else f"call_{numbers[given]}"
-            taken.add(unique)
-            current.setdefault(given, collections.deque()).append(unique)
-            item = {**item, "call_id": unique}
-        elif item["type"] == "function_call_output" and current.get(given):
-            item = {**item, "call_id": current[given].popleft()}
-        elif item["type"] == "function_call_output":     # an id made up for it would wedge the thread (CLIProxyAPI#5375)
-            item = {"type": "message", "role": "user", "content": [
-                {"type": "input_text", "text": f"[tool output] {text_of(item['output'])}"}]}
-        result.append(item)
-    return result
+            numbers[unique] = 0
+            turn.calls.append({**item, "call_id": unique})
+            turn.results.append({"type": "function_call_output", "call_id": unique, "output": NO_OUTPUT})
+            waiting[given].append(turn.results[-1])
+        elif kind == "reasoning" and turn.calls:
+            turn.calls.append(item)
+        else:                       # text between a call and its output goes before the call (mlx-openai-server#268)
+            turn.items.append(item)
+    return turns
 
 
-def pair_calls(items: list[JSON]) -> list[JSON]:
-    outputs = {item["call_id"]: item for item in items if item["type"] == "function_call_output"}
-    result: list[JSON] = []
-    batch: list[JSON] = []          # calls without outputs yet, and reasoning between them
-    answered = False
-
-    def flush() -> None:
-        nonlocal answered
-        calls = [entry["call_id"] for entry in batch if entry["type"] == "function_call"]
-        result.extend(batch)
-        result.extend(outputs.get(c) or {"type": "function_call_output", "call_id": c, "output": NO_OUTPUT} for c in calls)
-        batch.clear()
-        answered = False
-
-    for item in items:
-        if item["type"] == "function_call_output":
-            answered = True
-        elif item["type"] == "function_call" or (item["type"] == "reasoning" and batch and not answered):
-            if answered:
-                flush()
-            batch.append(item)
-        elif item.get("role") == "assistant" and batch and not answered:
-            result.append(item)     # text between a call and its output goes before the call (mlx-openai-server#268)
-        else:
-            flush()
-            result.append(item)
-    flush()
-    return result
+CALL_FIELDS = {                     # the field that holds a call's arguments, whether or not its tool is still offered
+    "function_call": "arguments",
+    "custom_tool_call": "input",
+    "tool_search_call": "arguments",
+    "local_shell_call": "action",
+    "shell_call": "action",
+    "apply_patch_call": "operation",
+}
+OUTPUT_TYPES = frozenset((
+    "function_call_output", "custom_tool_call_output", "tool_search_output", "local_shell_call_output", "shell_call_output",
+    "apply_patch_call_output"))
+COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
+ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
 
 
-def convert_parts(content: str | list[JSON], encode: Callable[[JSON], JSON | None], dropped: list[str]) -> list[JSON]:
-    """A content in a provider's parts; those that it cannot take are named, empty texts left out."""
+def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
+    """A plain item; None for one that has no such form."""
+    kind = item["type"]
+    if kind in ("message", "agent_message"):
+        return normalize_message(item, dropped)
+    if kind in CALL_FIELDS:
+        name = kind.removesuffix("_call")
+        if kind in ("function_call", "custom_tool_call"):
+            name = upstream_tool_name(item["name"], item.get("namespace") or "")
+        return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name, "arguments": call_arguments(item)}
+    if kind in OUTPUT_TYPES:
+        return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": call_output(item)}
+    if kind == "reasoning" and "sealed_replay" in item:
+        return {"type": "reasoning", "sealed_replay": item["sealed_replay"]}
+    if kind == "image_generation_call" and item.get("result"):
+        image = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
+        return {"type": "message", "role": "user", "content": [image], "generated": True}
+    text = text_of(item.get("content") or item.get("summary")) if kind in COMPACTION_TYPES else ""
+    return user_text(text) if text else None
+
+
+def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
+    role = item.get("role") or "user"
+    text_type = "output_text" if role == "assistant" else "input_text"
+    content = item.get("content")
     parts = []
-    for given in [{"type": "input_text", "text": content}] if isinstance(content, str) else content:
-        part = encode(given)
-        if part is None:
-            dropped.append(f"content:{given['type']}")
-        elif part.get("text") != "":
-            parts.append(part)
-    return parts
+    for part in [{"type": text_type, "text": content}] if isinstance(content, str) else only_dicts(content):
+        encrypted = str(part.get("encrypted_content") or "")    # of messages between agents; only OpenAI encrypts them
+        if ENCRYPTED_TEXT.fullmatch(encrypted):
+            dropped.append("content:encrypted_content")
+        else:
+            parts.append({"type": text_type, "text": encrypted} if encrypted else {"type": "unknown", **part})
+    return {"type": "message", "role": role, "content": parts} if parts or item["type"] == "message" else None
 
 
-def text_part(part: JSON) -> JSON | None:
-    text = part.get("refusal" if part["type"] == "refusal" else "text")
-    return {"type": "text", "text": text} if isinstance(text, str) else None
+def user_text(text: str) -> JSON:
+    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+
+
+def call_arguments(item: JSON) -> str:
+    """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
+    field = CALL_FIELDS[item["type"]]
+    given = item.get(field)
+    if field == "input":
+        return dumps({"input": given})
+    if field == "action":
+        return dumps({key: value for key, value in (given or {}).items() if key != "type" and value})
+    text = given or "{}" if item["type"] == "function_call" else dumps(given or {})
+    with contextlib.suppress(ValueError):
+        if isinstance(load_json(text.encode()), dict):
+            return text
+    return dumps({"_raw": text})
+
+
+def call_output(item: JSON) -> Any:
+    kind, output = item["type"], item.get("output")
+    if kind == "tool_search_output":
+        output = "Found: " + (", ".join(tool_names(item["tools"])) or "no tools")
+    elif kind == "shell_call_output":
+        output = dumps(output or [])
+    elif kind == "apply_patch_call_output":
+        output = output or item.get("status")
+    return output or ""
 
 
 class Attachment(NamedTuple):
     """An image or a file: an address, or bytes."""
     mime: str                   # by the bytes, else as declared, else by the ending; "": unknown
     name: str
+    detail: str                 # of an image: "low", "high" or ""
     url: str = ""
     data: str = ""              # clean base64
     text: str | None = None     # of a text file
 
 
-MAGIC = re.compile(rb"(\x89PNG\r\n\x1a\n)|(\xff\xd8\xff)|(GIF8[79]a)|(RIFF....WEBP)|(....ftyp(?:hei[cx]|mif1))|(%PDF-)",
-                   re.DOTALL)
-MAGIC_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/heic", "application/pdf")
-IMAGE_TYPES = frozenset(MAGIC_TYPES[:4])        # what is known everywhere
-TYPE_BY_ENDING = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "gif": "image/gif", "webp": "image/webp",
-                  "heic": "image/heic", "pdf": "application/pdf", "txt": "text/plain", "mp4": "video/mp4"}
+MAGIC = {
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"(?s:RIFF....WEBP)",
+    "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
+    "application/pdf": rb"%PDF-",
+}
+IMAGE_TYPES = frozenset(("image/png", "image/jpeg", "image/gif", "image/webp"))     # known everywhere
+TYPE_BY_ENDING = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "gif": "image/gif",
+    "webp": "image/webp",
+    "heic": "image/heic",
+    "pdf": "application/pdf",
+    "txt": "text/plain",
+    "mp4": "video/mp4",
+}
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None where there is none, only its id at OpenAI, or no base64: in the history it would
-    have every later turn refused."""
+    """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64: once in the
+    history, every later turn would be refused."""
     if part["type"] not in ("input_image", "input_file"):
         return None
+    given = (part.get(key) for key in ("file_data", "image_url", "file_url"))
+    source = next((value for value in given if isinstance(value, str)), "")
+    is_url = re.match("(https?|gs)://", source)
     name = str(part.get("filename") or "")
-    given = next((part[key] for key in ("file_data", "image_url", "file_url") if isinstance(part.get(key), str)), "")
-    url = given if re.match("(https?|gs)://", given) else ""
-    declared = TYPE_BY_ENDING.get((url.split("?")[0] or name).rpartition(".")[2].lower(), "")
-    if url:
-        return Attachment(declared or ("image/" if part["type"] == "input_image" else ""), name, url)
-    head, comma, encoded = given.partition(",")
-    # without line ends, with padding, in no letters of URLs
-    bare = "".join((encoded if comma else given).split()).rstrip("=").replace("-", "+").replace("_", "/")
-    data = bare + "=" * (-len(bare) % 4)
+    detail = part["detail"] if part.get("detail") in ("low", "high") else ""    # auto is the default; others are unknown
+    path = source.split("?")[0] if is_url else name
+    mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
+    if is_url:
+        return Attachment(mime or ("image/" if part["type"] == "input_image" else ""), name, detail, url=source)
+    head, comma, encoded = source.rpartition(",")
+    if comma and not head.endswith(";base64"):
+        return None
+    data = clean_base64(encoded)
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
         return None
-    if not content or (comma and not head.endswith(";base64")):
+    if not content:
         return None
-    mime = (head.removeprefix("data:").partition(";")[0].lower() if comma else "") or declared
-    if magic := MAGIC.match(content):
-        mime = MAGIC_TYPES[(magic.lastindex or 1) - 1]
-    elif part["type"] == "input_file" and b"\0" not in content and not re.match("(image|audio|video)/(?!svg)", mime):
+    mime = head.removeprefix("data:").partition(";")[0].lower() or mime
+    found = next((each for each, magic in MAGIC.items() if re.match(magic, content)), "")
+    is_media = found or part["type"] == "input_image" or re.match("(image|audio|video)/(?!svg)", mime)
+    if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
-            return Attachment("text/plain", name, "", data, content.decode("utf-8-sig"))
-    return Attachment("image/jpeg" if mime == "image/jpg" else mime, name, "", data)
+            return Attachment("text/plain", name, detail, data=data, text=content.decode("utf-8-sig"))
+    return Attachment(found or mime.replace("image/jpg", "image/jpeg"), name, detail, data=data)
+
+
+def clean_base64(text: str) -> str:
+    """Without line ends, with padding, in the standard alphabet."""
+    bare = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    return bare + "=" * (-len(bare) % 4)
 
 
 # --- 5.5 client manners ---------------------------------------------------------------------------
@@ -3316,23 +3332,71 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the sam
 
 
 class TurnEncoder:
-    """A History in the turns of a provider: subclasses have a method for each type of its items."""
-    CONTENT = "content"         # a turn's key of its parts
+    """A History as the messages of a provider. Subclasses have a method for each type of plain items, and one for files."""
+    PARTS = "content"           # a message's key of its parts
+    TEXT: JSON = {"type": "text"}       # a text part without its text
+    encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
         self.history, self.settings, self.dropped = ctx.history, ctx.settings, ctx.dropped
         self.out: list[JSON] = []
 
-    def encode_items(self) -> None:
-        for item in self.history.items:
+    def encode_turns(self) -> None:
+        for turn in self.history.turns:
+            self.encode_turn(turn)
+
+    def encode_turn(self, turn: Turn) -> None:
+        for item in turn.all_items():
             getattr(self, item["type"])(item)
 
+    def message(self, item: JSON) -> None:
+        role, parts = item["role"], self.encode_parts(item["content"])
+        if role in ("user", "assistant"):
+            self.add(role, parts)
+        else:
+            self.add_system(text_of(parts, "\n\n"))
+
     def add(self, role: str, parts: list[JSON]) -> None:
-        """Neighbours of one role are one turn."""
+        """Neighbours of one role are one message: many servers ask that roles alternate."""
         if parts and self.out and self.out[-1]["role"] == role:
-            self.out[-1][self.CONTENT] += parts
+            self.out[-1][self.PARTS] += parts
         elif parts:
-            self.out.append({"role": role, self.CONTENT: [*parts]})
+            self.out.append({"role": role, self.PARTS: parts})
+
+    def add_system(self, text: str) -> None:
+        """A system message after the leading ones: few servers have a place for it."""
+        if text:
+            self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
+
+    def add_fillers(self, may_begin: bool = False, may_end: bool = False) -> None:
+        """The user begins and ends; `may_begin` and `may_end` allow the assistant to."""
+        if not may_end and self.out and self.out[-1]["role"] == "assistant":
+            self.add("user", [self.text_part("Continue.")])
+        if not self.out or (not may_begin and self.out[0]["role"] == "assistant"):
+            self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
+
+    def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
+        """Content in the provider's parts; those that it cannot take are named, empty texts left out."""
+        if isinstance(content, str):
+            content = [{"type": "input_text", "text": content}]
+        parts = []
+        for given in content:
+            part = self.encode_part(given)
+            if part is None:
+                self.dropped.append(f"content:{given['type']}")
+            elif part.get("text") != "":
+                parts.append(part)
+        return parts
+
+    def encode_part(self, part: JSON) -> JSON | None:
+        file = read_attachment(part)
+        if file is not None:
+            return self.encode_file(file)
+        text = part.get("refusal" if part["type"] == "refusal" else "text")
+        return self.text_part(text) if isinstance(text, str) else None
+
+    def text_part(self, text: str) -> JSON:
+        return {**self.TEXT, "text": text}
 
 
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
@@ -3882,140 +3946,95 @@ def effort_fields(effort: Any, model: str, dialect: Dialect) -> JSON:
     return EFFORT_FORMS[rule.form](value) if value else {}
 
 
-@dataclass(slots=True)
-class ChatStep:
-    """One assistant message that is being put together, and the results of its calls."""
-    texts: list[str] = field(default_factory=list)
-    replay: dict[str, list[Any]] = field(default_factory=dict)      # pieces of reasoning in the provider's own form
-    calls: list[JSON] = field(default_factory=list)
-    results: list[JSON] = field(default_factory=list)
-    images: list[JSON] = field(default_factory=list)    # of results, for the user message after them
-
-
 class ChatMessages(TurnEncoder):
-    """A History as chat messages: texts, thoughts and calls of one turn are one assistant message."""
-    step: ChatStep | None = None
+    """A History as chat messages: an assistant's turn is one message, the results of its calls follow."""
 
     def encode(self, closing: str) -> list[JSON]:
-        """All messages; `closing` is said at the end of the system message."""
-        self.encode_items()
-        self._flush()
-        if self.out and self.out[-1]["role"] == "assistant":    # Mistral, Claude behind a router: refused
-            self._user([text_block("Continue.")])
-        if not self.out:                                        # only instructions, or an empty input: no request at all
-            self._user([text_block("(continue)")])
-        for message in self.out:                                # joined once: each neighbour by itself takes n * n steps
+        """All messages; `closing` ends the system message."""
+        self.encode_turns()
+        self.add_fillers(may_begin=True)        # Mistral, Claude behind a router: the assistant may not end
+        for message in self.out:                # joined once: neighbour by neighbour would be quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        system = "\n\n".join(text for text in (*self.history.system, closing) if text)
+        system = "\n\n".join(filter(None, (*self.history.system, closing)))
         return [{"role": "system", "content": system}, *self.out] if system else self.out
 
-    # one method a kind of item
+    def encode_turn(self, turn: Turn) -> None:
+        if turn.role != "assistant":
+            super().encode_turn(turn)
+            return
+        texts = [text_of(self.encode_parts(item["content"]), "\n\n")
+                 for item in turn.items if item["type"] == "message"]
+        text = "\n\n".join(filter(None, texts))
+        calls = [item for item in turn.calls if item["type"] == "function_call"]
+        replays = [item["sealed_replay"] for item in (*turn.items, *turn.calls) if item["type"] == "reasoning"]
+        if text or calls:
+            self.out.append(self._assistant_message(text, calls, replays))
+            self._add_results(turn.results)
 
-    def message(self, item: JSON) -> None:
-        parts = convert_parts(item["content"], self._part, self.dropped)
-        text = text_of(parts, "\n\n")
-        if item["role"] == "assistant":
-            self._assistant().texts += [text] if text else []
-        elif item["role"] == "user":
-            self._user(parts)
-        elif self.settings.system_anywhere:
-            self._flush()
+    def add_system(self, text: str) -> None:
+        if self.settings.system_anywhere:
             self.out.append({"role": "system", "content": text})
         else:
-            self._user([text_block(LATER_SYSTEM.format(text))])
+            self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
-    def reasoning(self, item: JSON) -> None:
-        replay = self._assistant().replay
-        for name, value in item["sealed_replay"].items():    # several items of one turn follow each other
-            replay.setdefault(name, []).append(value)
-
-    def function_call(self, item: JSON) -> None:
-        function = {"name": item["name"], "arguments": item["arguments"]}
-        self._assistant().calls.append({"id": item["call_id"], "type": "function", "function": function})
-
-    def function_call_output(self, item: JSON) -> None:
-        step = self.step or ChatStep()
-        parts = convert_parts(item["output"], self._part, self.dropped)
-        text = text_of(parts, "\n")
-        others = [part for part in parts if part["type"] != "text"]
-        content: Any = text
-        if others and self.settings.tool_parts:
-            content = parts
-        elif others:        # everywhere else a tool message is text: what it showed comes after them all
-            step.images += [text_block(f"Images from tool call {item['call_id']}:"), *others]
-            content = text or "The images follow."
-        step.results.append({"role": "tool", "tool_call_id": self._id(item["call_id"]), "content": content})
-
-    # messages
-
-    def _assistant(self) -> ChatStep:
-        """The assistant message that goes on; after results a new one begins."""
-        if self.step is None or self.step.results:
-            self._flush()
-            self.step = ChatStep()
-        return self.step
-
-    def _flush(self) -> None:
-        step, self.step = self.step, None
-        if step is None or not (step.texts or step.calls):
-            return
-        self.out += [self._assistant_message(step), *step.results]
-        if step.images:
-            self._user(step.images)
-
-    def _assistant_message(self, step: ChatStep) -> JSON:
-        text, form = "\n\n".join(step.texts), self.settings.replay
-        replay: JSON = {
-            name: "".join(values) if isinstance(values[0], str) else [*itertools.chain(*values)]
-            for name, values in step.replay.items() if isinstance(values[0], (str, list))}
+    def _assistant_message(self, text: str, calls: list[JSON], replays: list[JSON]) -> JSON:
+        form = self.settings.replay
+        reasoning = join_replays(replays, form)
         message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
-        if form == "thinking" and replay.get(form):
-            message["content"] = [*replay[form], *([text_block(text)] if text else [])]
-        elif form and (replay.get(form) or (self.settings.replay_always and step.calls)):
-            message[form] = replay.get(form, "")
-        if step.calls:
-            extras = {extra["id"]: extra["extra_content"] for extra in replay.get("extra_content", [])}
-            for call in step.calls:
-                if call["id"] in extras:
-                    call["extra_content"] = extras[call["id"]]
-                call["id"] = self._id(call["id"])
-            message["tool_calls"] = step.calls
+        if form == "thinking" and reasoning:
+            message["content"] = [*reasoning, text_block(text)] if text else reasoning
+        elif form and (reasoning or (calls and self.settings.replay_always)):
+            message[form] = reasoning or ""
+        if calls:
+            extras = {extra["id"]: extra for extra in join_replays(replays, "extra_content")}
+            message["tool_calls"] = [self._tool_call(call, extras.get(call["call_id"])) for call in calls]
         return message
 
-    def _user(self, parts: list[JSON]) -> None:
-        """A user message; neighbours become one, since many templates ask that roles alternate."""
-        self._flush()
-        if not parts:
-            return
-        if not self.out or self.out[-1]["role"] != "user":
-            self.out.append({"role": "user", "content": []})
-        self.out[-1]["content"] += parts
+    def _tool_call(self, call: JSON, extra: JSON | None) -> JSON:
+        function = {"name": call["name"], "arguments": call["arguments"]}
+        made = {"id": self._call_id(call["call_id"]), "type": "function", "function": function}
+        return {**made, "extra_content": extra["extra_content"]} if extra else made
 
-    def _id(self, given: str) -> str:
-        fits = re.fullmatch(r"[a-zA-Z0-9]{9}", given) if self.settings.short_ids else len(given) <= MAX_CALL_ID
-        if fits:
+    def _add_results(self, results: list[JSON]) -> None:
+        images: list[JSON] = []         # for the user message after them
+        for result in results:
+            parts = self.encode_parts(result["output"])
+            content: Any = text_of(parts, "\n")
+            others = [part for part in parts if part["type"] != "text"]
+            if others and self.settings.tool_parts:
+                content = parts
+            elif others:                # elsewhere a tool message is only text
+                images += [text_block(f"Images from tool call {result['call_id']}:"), *others]
+                content = content or "The images follow."
+            call_id = self._call_id(result["call_id"])
+            self.out.append({"role": "tool", "tool_call_id": call_id, "content": content})
+        self.add("user", images)
+
+    def _call_id(self, given: str) -> str:
+        short = self.settings.short_ids
+        if re.fullmatch("[a-zA-Z0-9]{9}", given) if short else len(given) <= MAX_CALL_ID:
             return given
-        return sha256_hex(given)[:9] if self.settings.short_ids else "call_" + sha256_hex(given)[:32]
+        return sha256_hex(given)[:9] if short else "call_" + sha256_hex(given)[:32]
 
-    # parts
-
-    def _part(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file is None:
-            return text_part(part)
+    def encode_file(self, file: Attachment) -> JSON | None:
         name = file.name or "file"
         if file.text is not None:
             return text_block(f'<file name="{name}">\n{file.text}\n</file>')
         data_url = f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
-            # auto is the default; others know no more than these
-            detail = {"detail": part["detail"]} if part.get("detail") in ("low", "high") else {}
+            detail = {"detail": file.detail} if file.detail else {}
             return {"type": "image_url", "image_url": {"url": file.url or data_url, **detail}}
         if file.url or not file.mime or not self.settings.files:
             return None
         return {"type": "file", "file": {"filename": name, "file_data": data_url}}
+
+
+def join_replays(replays: list[JSON], name: str) -> Any:
+    """The pieces of a turn's reasoning in the provider's own form: several items of one turn follow each other."""
+    pieces = [replay[name] for replay in replays if name in replay]
+    return "".join(pieces) if name == "reasoning_content" else [*itertools.chain(*pieces)]
 
 
 # --- the answer
@@ -4773,49 +4792,61 @@ TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
-    """A History as turns: neighbours of one role are one turn, thoughts before what they led to, results before text."""
+    """A History as Anthropic's messages: reasoning before what it led to, results before text."""
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.later: list[JSON] = []         # system texts for the end of the user turn: nowhere else may they stand
-        self.encode_items()
-        self._leave("user")
+        self.pending_system: list[JSON] = []        # they wait for the end of the user's turn: nowhere else may they stand
+        self.encode_turns()
+        self.end_turn("user")
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
         """The messages; `closing` is said at their end. A model that thinks begins its turn itself."""
-        if closing:
-            self._system(closing)
-        last = self.out[-1]["role"] if self.out else ""
-        if last == "assistant" and (self.later or thinks or not self.settings.prefill):
-            self.add("user", [text_block("Continue.")])
-        elif last == "assistant" and self.out[-1]["content"][-1]["type"] == "text":
-            block = self.out[-1]["content"].pop()       # "final assistant content cannot end with trailing whitespace"
-            self.out[-1]["content"].append({**block, "text": block["text"].rstrip()})
-        if not self.out or self.out[0]["role"] != "user":
-            self.out.insert(0, {"role": "user", "content": [text_block("(continue)")]})
-        self._place_later()
+        self.add_system(closing)
+        prefill = self.settings.prefill and not thinks and not self.pending_system
+        self.add_fillers(may_end=prefill)
+        last = self.out[-1]["content"]
+        if self.out[-1]["role"] == "assistant" and last[-1]["type"] == "text":
+            last[-1] = {**last[-1], "text": last[-1]["text"].rstrip()}      # trailing whitespace is refused there
+        self._place_system()
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Does the last turn answer calls that no thought of ours leads to? With a budget that is a 400."""
-        if len(self.out) < 2 or self.out[-1]["role"] != "user" or self.out[-1]["content"][0]["type"] != "tool_result":
+        """Whether the last turn answers calls that no reasoning of ours leads to. With a budget that is a 400."""
+        if len(self.out) < 2 or self.out[-1]["content"][0]["type"] != "tool_result":
             return False
         return self.out[-2]["content"][0]["type"] not in THINKING_BLOCKS
 
-    # one method a kind of item
+    def add(self, role: str, parts: list[JSON]) -> None:
+        if parts:
+            self.end_turn(role)
+        super().add(role, parts)
 
-    def message(self, item: JSON) -> None:
-        blocks = self._blocks(item["content"])
-        if item["role"] in ("user", "assistant"):
-            self.add(item["role"], blocks)
+    def end_turn(self, role: str) -> None:
+        """Ends the turn before one of `role`. An assistant's may not end with reasoning."""
+        if self.out and self.out[-1]["role"] == "assistant" and (role != "assistant" or self.pending_system):
+            blocks = self.out[-1]["content"]
+            while blocks and blocks[-1]["type"] in THINKING_BLOCKS:
+                blocks.pop()
+            if not blocks:
+                self.out.pop()
+        if role == "assistant":
+            self._place_system()
+
+    def add_system(self, text: str) -> None:
+        if text and self.settings.system_anywhere:
+            self.pending_system.append(text_block(text))
         else:
-            self._system(text_of(blocks, "\n\n"))
+            super().add_system(text)
 
-    def _system(self, text: str) -> None:
-        if self.settings.system_anywhere and text:
-            self.later.append(text_block(text))
-        elif text:
-            self.add("user", [text_block(LATER_SYSTEM.format(text))])
+    def _place_system(self) -> None:
+        """A system message stands right after a user turn, and before the assistant's or at the end."""
+        pending, self.pending_system = self.pending_system, []
+        if pending and self.out and self.out[-1]["role"] == "user":
+            self.out.append({"role": "system", "content": pending})
+        elif pending:
+            texts = [text_block(LATER_SYSTEM.format(block["text"])) for block in pending]
+            self.out.append({"role": "user", "content": texts})
 
     def reasoning(self, item: JSON) -> None:
         blocks = only_dicts(item["sealed_replay"].get("blocks"))
@@ -4825,58 +4856,28 @@ class MessagesTurns(TurnEncoder):
 
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{"type": "tool_use", "id": tool_use_id(item["call_id"]), "name": item["name"],
-                                 "input": json.loads(item["arguments"])}])
+                                "input": json.loads(item["arguments"])}])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
-        content = self._blocks(output) if isinstance(output, list) else output if output.strip() else None
         result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
+        content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
         if content:
             result["content"] = content
-        self.add("user", [{**result, "is_error": True} if output == NO_OUTPUT else result])
+        if output == NO_OUTPUT:
+            result["is_error"] = True
+        self.add("user", [result])
 
-    # turns
-
-    def add(self, role: str, parts: list[JSON]) -> None:
-        if parts:
-            self._leave(role)
-        super().add(role, parts)
-
-    def _leave(self, role: str) -> None:
-        """Ends the turn before where `role` begins another. An assistant's may not end with a thought."""
-        before: JSON = self.out[-1] if self.out else {"role": "", "content": []}
-        if before["role"] == "assistant" and (role != "assistant" or self.later):
-            while before["content"] and before["content"][-1]["type"] in THINKING_BLOCKS:
-                before["content"].pop()
-            if not before["content"]:
-                self.out.pop()
-        if role == "assistant":
-            self._place_later()
-
-    def _place_later(self) -> None:
-        """A system message stands right after a user turn, and before the assistant's or at the end."""
-        later, self.later = self.later, []
-        if later and self.out and self.out[-1]["role"] == "user":
-            self.out.append({"role": "system", "content": later})
-        elif later:
-            self.out.append({"role": "user", "content": [
-                {**block, "text": LATER_SYSTEM.format(block["text"])} for block in later]})
-
-    # parts
-
-    def _blocks(self, content: str | list[JSON]) -> list[JSON]:
-        """Content as blocks; those that cannot be taken are named, blank texts are a 400."""
-        blocks = convert_parts(content, self._marked, self.dropped)
+    def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
+        """Blank texts are a 400."""
+        blocks = super().encode_parts(content)
         return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
-    def _marked(self, part: JSON) -> JSON | None:
-        block, own = self._block(part), part.get("cache_control")
-        return {**block, "cache_control": own} if block and isinstance(own, dict) else block
+    def encode_part(self, part: JSON) -> JSON | None:
+        block, mark = super().encode_part(part), part.get("cache_control")
+        return {**block, "cache_control": mark} if block and isinstance(mark, dict) else block
 
-    def _block(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file is None:
-            return text_part(part)
+    def encode_file(self, file: Attachment) -> JSON | None:
         source = {"type": "base64", "media_type": file.mime, "data": file.data}
         if file.url:
             source = {"type": "url", "url": file.url}
@@ -4886,7 +4887,8 @@ class MessagesTurns(TurnEncoder):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
-        return {"type": "document", "source": source, **({"title": file.name} if file.name else {})}
+        title = {"title": file.name} if file.name else {}
+        return {"type": "document", "source": source, **title}
 
 
 def tool_use_id(given: str) -> str:
@@ -5397,8 +5399,8 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
 
 class GeminiContents(TurnEncoder):
     """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
-
-    CONTENT = "parts"
+    PARTS = "parts"
+    TEXT: JSON = {}
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
@@ -5406,95 +5408,88 @@ class GeminiContents(TurnEncoder):
         self.signatures: dict[str, str] = {}        # by call_id
 
     def encode(self) -> list[JSON]:
-        self.encode_items()
+        self.encode_turns()
+        self.add_fillers()
         for content in self.out:
-            if content["role"] == "user":           # what a result showed stands behind all results
+            if content["role"] == "user":           # the media of a result stand behind all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
-            elif self.settings.thinking_param:
-                sign_step(content, replace=False)
-        if not self.out or self.out[0]["role"] == "model":
-            self.out.insert(0, {"role": "user", "parts": [{"text": "(continue)"}]})
-        if self.out[-1]["role"] == "model":
-            self.add("user", [{"text": "Continue."}])
+                continue
+            content["role"] = "model"
+            if self.settings.thinking_param:
+                add_thought_signature(content, replace=False)
         return self.out
 
-    # one method a kind of item
-
     def message(self, item: JSON) -> None:
-        parts = convert_parts(item["content"], gemini_part, self.dropped)
-        if item["role"] in ("system", "developer"):
-            text = text_of(parts, "\n\n")
-            parts = [{"text": LATER_SYSTEM.format(text)}] if text else []
-        self.add("model" if item["role"] == "assistant" or "generated" in item else "user", parts)
+        super().message({**item, "role": "assistant"} if "generated" in item else item)
 
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
-        if isinstance(replay.get("part"), dict) and self.settings.combines_tools:     # older models refuse a server's tool
-            self.add("model", [replay["part"]])
-        elif not isinstance(replay.get("signature"), str):
+        signature = replay.get("signature")
+        if isinstance(replay.get("part"), dict) and self.settings.combines_tools:   # older models refuse a server's tool
+            self.add("assistant", [replay["part"]])
+        elif not isinstance(signature, str):
             self.dropped.append("reasoning:foreign")
         elif replay.get("for"):
-            self.signatures[replay["for"]] = replay["signature"]
-        elif not self._sign_text(replay["signature"], replay.get("characters") or 0):
+            self.signatures[replay["for"]] = signature
+        elif not self._sign_text(signature, replay.get("characters") or 0):
             self.dropped.append("reasoning:signature")
 
     def _sign_text(self, signature: str, characters: int) -> bool:
-        """Signs the last `characters` of the text before, which were one part; none is an image, or a part of its own."""
-        parts = self.out[-1]["parts"] if self.out and self.out[-1]["role"] == "model" else []
-        if not characters and not (parts and "inlineData" in parts[-1]):
-            self.add("model", [{"text": ""}])
-        if not characters:
-            self.out[-1]["parts"][-1]["thoughtSignature"] = signature
+        """Signs the last `characters` of the text before, which were one part; 0 is an image, or a part of its own."""
+        parts = self.out[-1]["parts"] if self.out and self.out[-1]["role"] == "assistant" else []
+        if not characters and parts and "inlineData" in parts[-1]:
+            parts[-1]["thoughtSignature"] = signature
             return True
-        at = next((i for i in reversed(range(len(parts))) if parts[i].get("text") and len(parts[i]) == 1), None)
-        if at is None:
-            return False
-        text = parts[at]["text"]
-        head = {"text": text[:-characters]}
-        parts[at:at + 1] = [*([head] if head["text"] else []), {"text": text[-characters:], "thoughtSignature": signature}]
-        return True
+        if not characters:
+            self.add("assistant", [{"text": "", "thoughtSignature": signature}])
+            return True
+        for at in reversed(range(len(parts))):
+            text = parts[at].get("text")
+            if text and len(parts[at]) == 1:
+                signed = {"text": text[-characters:], "thoughtSignature": signature}
+                parts[at:at + 1] = [{"text": text[:-characters]}, signed] if len(text) > characters else [signed]
+                return True
+        return False
 
     def function_call(self, item: JSON) -> None:
         call_id = item["call_id"]
-        self.calls[call_id] = {"name": item["name"]}
+        call = self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
-            self.calls[call_id]["id"] = call_id
-        part: JSON = {"functionCall": {**self.calls[call_id], "args": parse_object(item["arguments"]) or {}}}
-        # unique_calls numbers repeated ids: the newest signature before is the one of this call
+            call["id"] = call_id
+        part: JSON = {"functionCall": {**call, "args": parse_object(item["arguments"]) or {}}}
+        # gather_turns numbers repeated ids: the newest signature before is the one of this call
         signature = self.signatures.get(call_id) or self.signatures.get(re.sub(r"_\d+$", "", call_id))
-        self.add("model", [{**part, "thoughtSignature": signature} if signature else part])
+        if signature:
+            part["thoughtSignature"] = signature
+        self.add("assistant", [part])
 
     def function_call_output(self, item: JSON) -> None:
-        parts = convert_parts(item["output"], gemini_part, self.dropped)
-        text = text_of(parts, "\n")
+        parts = self.encode_parts(item["output"])
         media = [part for part in parts if "text" not in part]
-        within = [part for part in media
-                  if self.settings.combines_tools and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
+        inside = [part for part in media if part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
+        if not self.settings.combines_tools:
+            inside = []
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        response: JSON = {**self.calls[item["call_id"]], "response": {key: text or ("The content follows." if media else "")}}
-        if within:
-            response["parts"] = within
-        self.add("user", [{"functionResponse": response}, *(part for part in media if part not in within)])
+        text = text_of(parts, "\n") or ("The content follows." if media else "")
+        response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
+        if inside:
+            response["parts"] = inside
+        self.add("user", [{"functionResponse": response}, *(part for part in media if part not in inside)])
+
+    def encode_file(self, file: Attachment) -> JSON | None:
+        if file.url:
+            mime = {"mimeType": file.mime} if file.mime[-1:] not in "/" else {}
+            return {"fileData": {"fileUri": file.url, **mime}}
+        return {"inlineData": {"mimeType": file.mime, "data": file.data}} if GEMINI_MEDIA.match(file.mime) else None
 
 
-def gemini_part(part: JSON) -> JSON | None:
-    file = read_attachment(part)
-    if file is None:
-        text = text_part(part)
-        return {"text": text["text"]} if text else None
-    if file.url:
-        return {"fileData": {"fileUri": file.url, **({"mimeType": file.mime} if file.mime[-1:] not in "/" else {})}}
-    return {"inlineData": {"mimeType": file.mime, "data": file.data}} if GEMINI_MEDIA.match(file.mime) else None
-
-
-def sign_step(content: JSON, replace: bool) -> None:
-    """The first call of a step needs a signature. The dummy stands for one that is lost, in old turns too, so that
-    the bytes of a turn never change; with `replace` it takes the place of all."""
-    calls = [part for part in content["parts"] if "functionCall" in part]
+def add_thought_signature(content: JSON, replace: bool) -> None:
+    """The first call of a step needs a signature. The dummy stands for a lost one, in old turns too, so that the bytes
+    of a turn never change; with `replace` it takes the place of all."""
     for part in content["parts"] if replace else []:
         part.pop("thoughtSignature", None)
-    for part in calls[:1]:
-        part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
+    first: JSON = next((part for part in content["parts"] if "functionCall" in part), {})
+    first.setdefault("thoughtSignature", DUMMY_SIGNATURE)
 
 
 # --- what it refuses
@@ -5518,7 +5513,7 @@ def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
     mended: JSON = json.loads(dumps(body))
     if re.search("thought.?signature", said, re.IGNORECASE):
         for content in mended["contents"]:
-            sign_step(content, replace=True)
+            add_thought_signature(content, replace=True)
     elif unknown := UNKNOWN_NAME.search(said):
         for function in (f for tool in mended.get("tools", []) for f in tool.get("functionDeclarations", [])):
             function["parametersJsonSchema"] = gemini_schema(function["parametersJsonSchema"], unknown[1])

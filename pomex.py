@@ -1318,6 +1318,7 @@ def text_of(content: Any, separator: str = "") -> str:
 # --- 5.2 the envelope of reasoning ----------------------------------------------------------------
 
 ENVELOPE_PREFIX = "pmx1."
+MAC_BYTES = 16
 MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
 MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB, and can be repeated
 
@@ -1332,48 +1333,51 @@ class Envelope:
         self.inflated = 0               # bytes of all that were opened
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
-        plain = json.dumps({"p": provider, "m": model, "b": replay}, separators=(",", ":"), sort_keys=True)
-        packed = zlib.compress(plain.encode(), 6)
-        return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
+        content = {"p": provider, "m": model, "b": replay}
+        packed = zlib.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
+        sealed = base64.urlsafe_b64encode(self.mac(packed) + packed)
+        return ENVELOPE_PREFIX + sealed.decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
         """(provider, model, replay); None where the text is not ours, altered, or of another account."""
         try:
-            data = base64.urlsafe_b64decode(text[len(ENVELOPE_PREFIX):] + "==")
-            if not hmac.compare_digest(self.mac(data[16:]), data[:16]):
+            data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
+            packed = data[MAC_BYTES:]
+            if not hmac.compare_digest(self.mac(packed), data[:MAC_BYTES]):
                 return None
-            plain = zlib.decompressobj().decompress(data[16:], MAX_ENVELOPE_BYTES)
+            plain = zlib.decompressobj().decompress(packed, MAX_ENVELOPE_BYTES)
             self.inflated += len(plain)
-            origin = json.loads(plain)
-            return str(origin["p"]), str(origin["m"]), dict(origin["b"])
-        except (ValueError, KeyError, TypeError, zlib.error):
+            content = json.loads(plain)
+        except (ValueError, zlib.error):
             return None
+        return content["p"], content["m"], content["b"]
 
     def mac(self, packed: bytes) -> bytes:
-        return hmac.digest(self.secret, self.account + b"\0" + packed, "sha256")[:16]
+        return hmac.digest(self.secret, self.account + b"\0" + packed, "sha256")[:MAC_BYTES]
 
 
 def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[list[JSON], list[str]]:
-    """Input items as `provider` may see them, and what had to be dropped. An item with content that the provider sealed
-    gets `sealed_replay`; one of another provider, or one that does not verify, is left out. Content that was never ours
+    """Input items as `provider` may see them, and the names of dropped ones. The content that the provider sealed stands
+    in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content that was never ours
     (no prefix) stays: only a Responses upstream can judge it."""
-    kept, dropped = [], []
+    kept: list[JSON] = []
+    dropped: list[str] = []
     before = envelope.inflated
-    for item in items:
-        if "sealed_replay" in item:                  # a client's own: only what an envelope held is believed
-            item = {name: value for name, value in item.items() if name != "sealed_replay"}
+    for given in items:
+        item = dict(given)
+        item.pop("sealed_replay", None)         # a client's own: only what an envelope held is believed
         sealed = item.get("encrypted_content")
-        if not isinstance(sealed, str) or not sealed.startswith(ENVELOPE_PREFIX):
-            kept.append(item)
-            continue
-        opened = envelope.open(sealed)
-        if envelope.inflated - before > MAX_ENVELOPES_BYTES:
-            raise BadRequest(f"The sealed reasoning in input is over {MAX_ENVELOPES_BYTES} bytes.", param="input", status=413,
-                             code="request_too_large")
-        if opened is None or opened[0] != provider:
-            dropped.append(f"{item['type']}:unverified" if opened is None else f"{item['type']}:{opened[0]}")
-            continue
-        kept.append({**{k: v for k, v in item.items() if k != "encrypted_content"}, "sealed_replay": opened[2]})
+        if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
+            opened = envelope.open(sealed)
+            if envelope.inflated - before > MAX_ENVELOPES_BYTES:
+                raise BadRequest(f"The sealed reasoning in input is over {MAX_ENVELOPES_BYTES} bytes.",
+                                 param="input", status=413, code="request_too_large")
+            if opened is None or opened[0] != provider:
+                dropped.append(f"{item['type']}:{opened[0] if opened else 'unverified'}")
+                continue
+            del item["encrypted_content"]
+            item["sealed_replay"] = opened[2]
+        kept.append(item)
     return kept, dropped
 
 
@@ -1381,51 +1385,64 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
 
 MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
 FREEFORM_PARAMETERS: JSON = {
-    "type": "object", "additionalProperties": False, "required": ["input"],
-    "properties": {"input": {"type": "string", "description": "The raw text, as the tool's description asks."}}}
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["input"],
+    "properties": {"input": {"type": "string", "description": "The raw text, as the tool's description asks."}},
+}
 LOCAL_SHELL: JSON = {
     "description": "Runs a command on the user's machine and returns its output.",
-    "parameters": {"type": "object", "additionalProperties": False, "required": ["command"], "properties": {
-        "command": {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."},
-        "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}}}}
+    "parameters": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["command"],
+        "properties": {
+            "command": {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."},
+            "working_directory": {"type": "string"},
+            "timeout_ms": {"type": "integer"},
+        },
+    },
+}
 
 
 class Tool(NamedTuple):
-    """What a flat upstream name stands for."""
+    """The client's tool behind an upstream name."""
     kind: ItemType
     name: str
     namespace: str
-    fitted: Mapping[str, str] = {}      # parameters that go up under another name: theirs -> that
+    fitted: Mapping[str, str] = {}      # parameters that go up under another name: the client's -> the provider's
 
 
-# of a tool's parameters, as Anthropic's error and Google's reference say
-PARAMETER_NAMES = {"claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"), "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}")}
-ANY_NAME = re.compile("(?s:.*)")
+# the names that a tool's parameters may have, as Anthropic's error and Google's reference say; others take any
+PARAMETER_NAMES = {
+    "claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"),
+    "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}"),
+    "": re.compile("(?s:.*)"),
+}
 
 
 def fit_parameter_names(names: Iterable[str], rule: re.Pattern[str]) -> dict[str, str]:
-    """Those of one tool's parameters that do not fit the rule, each with the name that stands for it."""
-    if all(map(rule.fullmatch, names)):
-        return {}
-    safe = {name: name if rule.fullmatch(name) else re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-            for name in names}
-    times = collections.Counter(safe.values())
-    return {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in safe.items() if fit != name}
+    """The names that do not fit the rule, each with its replacement."""
+    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+              for name in names if not rule.fullmatch(name)}
+    times = collections.Counter((*names, *fitted.values()))
+    return {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in fitted.items()}
+
+
+def map_keys(holder: JSON, names: Mapping[str, str]) -> JSON:
+    return {names.get(key, key): value for key, value in holder.items()}
 
 
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
-    """A call's arguments with other keys in their objects, where `names` has one."""
-    return dumps(json.loads(arguments, strict=False, object_hook=lambda given: {
-        names.get(key, key): value for key, value in given.items()}))
+    """A call's arguments with other keys in all their objects, where `names` has one."""
+    return dumps(json.loads(arguments, strict=False, object_hook=lambda holder: map_keys(holder, names)))
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
     safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
-    if len(safe) <= MAX_NAME and safe == full:
-        return safe
-    return with_digest(safe, full)
+    return full if safe == full and len(full) <= MAX_NAME else with_digest(safe, full)
 
 
 def with_digest(safe: str, full: str) -> str:
@@ -1439,37 +1456,43 @@ def freeform_description(tool: JSON) -> str:
     if shape.get("type") == "grammar" and isinstance(shape.get("definition"), str):
         lines.append(f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{shape['definition']}")
     lines.append("Put the raw text into `input`: no markdown fence, no extra quoting.")
-    return "\n\n".join(line for line in lines if line)
+    return "\n\n".join(filter(None, lines))
 
 
 SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"))
 SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "examples"))
 
 
-def map_schema(schema: Any, change: Callable[[JSON], JSON], names: Mapping[str, str]) -> Any:
-    """A copy of a JSON schema with its properties under other names and every schema object in it changed, the inner ones
-    first; `change` may alter what it is given."""
+def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
+    """A copy of a JSON schema with every schema object in it changed, the inner ones first; `change` may alter its
+    argument."""
     if isinstance(schema, list):
-        return [map_schema(entry, change, names) for entry in schema]
+        return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
         return schema
     made = dict(schema)
     for key, value in schema.items():
-        if not isinstance(value, (dict, list)):
+        if not isinstance(value, (dict, list)) or key in SCHEMA_DATA:
             continue
         if key in SCHEMA_MAPS and isinstance(value, dict):
-            renamed = names if key == "properties" else {}
-            made[key] = {renamed.get(name, name): map_schema(inner, change, names) for name, inner in value.items()}
-        elif key == "required" and names:
-            made[key] = [names.get(str(name), name) for name in value]
-        elif key not in SCHEMA_DATA:
-            made[key] = map_schema(value, change, names)
-    if names and isinstance(schema.get("$ref"), str):
-        made["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda found: names.get(found[0], found[0]), schema["$ref"])
+            made[key] = {name: map_schema(inner, change) for name, inner in value.items()}
+        else:
+            made[key] = map_schema(value, change)
     return change(made)
 
 
-# what templates leave in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
+def rename_properties(schema: JSON, names: Mapping[str, str]) -> JSON:
+    """One schema object with other names for its properties."""
+    if isinstance(schema.get("properties"), dict):
+        schema["properties"] = map_keys(schema["properties"], names)
+    if isinstance(schema.get("required"), list):
+        schema["required"] = [names.get(str(name), name) for name in schema["required"]]
+    if isinstance(schema.get("$ref"), str):
+        schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda found: names.get(found[0], found[0]), schema["$ref"])
+    return schema
+
+
+# left in a tool's name by chat templates: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
 TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
 
 
@@ -1477,31 +1500,33 @@ class ToolMap:
     """The request's tools under the names that providers see."""
 
     def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
-        rules = (rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
-        self.parameter_names = next(rules, ANY_NAME)
-        self.functions: list[JSON] = []         # what is offered: name, description, parameters, strict?
-        self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
-        self.dropped: list[str] = []            # what cannot be, as "tools:TYPE"
+        self.parameter_names = next(rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
         self.searches = searches
+        self.functions: list[JSON] = []         # the offer: name, description, parameters, strict?
+        self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
+        self.dropped: list[str] = []            # the rest, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
         for tool in tools:
             self._add(tool, "")
-        times = collections.Counter(tool.name for tool in self.by_upstream_name.values())
-        bare = {tool.name: tool for tool in self.by_upstream_name.values() if times[tool.name] == 1}
-        self.known = {**bare, **self.by_upstream_name}       # under bare names too, where only one namespace has them
+        offered = self.by_upstream_name.values()
+        times = collections.Counter(tool.name for tool in offered)
+        unique = {tool.name: tool for tool in offered if times[tool.name] == 1}
+        self.by_name = {**unique, **self.by_upstream_name}      # without a namespace too, where only one has the name
 
-    def tool(self, flat: str) -> Tool:
-        """The tool that a call of `flat` is for; a function of that name where none is offered."""
-        return self.find(flat) or Tool("function_call", flat, "")
-
-    def find(self, flat: str) -> Tool | None:
+    def find(self, name: str) -> Tool | None:
         """The tool that a model means."""
-        return self.known.get(flat) or self.known.get(TEMPLATE_REMAINS.sub("", flat))
+        return self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
+
+    def tool(self, name: str) -> Tool:
+        """The tool that a model means; a function of that name where none is offered."""
+        return self.find(name) or Tool("function_call", name, "")
 
     def renamed(self, item: JSON) -> JSON:
         """A call of the history by the name that its tool has now: else it would go back as it was misspelt."""
-        tool = self.find(item["name"]) if item["type"] == "function_call" and not item.get("namespace") else None
-        return {**item, "name": tool.name, "namespace": tool.namespace} if tool else item
+        if item["type"] != "function_call" or item.get("namespace"):
+            return item
+        tool = self.tool(item["name"])
+        return {**item, "name": tool.name, "namespace": tool.namespace}
 
     def _add(self, tool: JSON, namespace: str) -> None:
         kind = tool["type"]
@@ -1509,39 +1534,43 @@ class ToolMap:
             for member in tool["tools"]:
                 self._add(member, tool["name"])
         elif kind == "function":
-            self._offer(Tool("function_call", tool["name"], namespace), tool)
+            self._add_function(Tool("function_call", tool["name"], namespace), tool)
         elif kind == "custom":
-            self._offer(Tool("custom_tool_call", tool["name"], namespace),
-                        {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS})
+            freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
+            self._add_function(Tool("custom_tool_call", tool["name"], namespace), freeform)
         elif kind == "tool_search" and tool.get("execution") == "client":
-            self._offer(Tool("tool_search_call", "tool_search", ""), tool)
+            self._add_function(Tool("tool_search_call", "tool_search", ""), tool)
         elif kind == "local_shell":
-            self._offer(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL)
+            self._add_function(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL)
         elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
             self.hosted.append(tool)
         else:
             self.dropped.append(f"tools:{kind}")
 
-    def _offer(self, tool: Tool, given: JSON) -> None:
+    def _add_function(self, tool: Tool, given: JSON) -> None:
         name = upstream_tool_name(tool.name, tool.namespace)
-        if name in self.by_upstream_name:        # the first of two equal names wins
-            self.dropped += [f"tools:{name}"] if self.by_upstream_name[name][:3] != tool[:3] else []
+        known = self.by_upstream_name.get(name)
+        if known is not None:                   # the first of two equal names wins
+            if known[:3] != tool[:3]:
+                self.dropped.append(f"tools:{name}")
             return
-        found: JSON = {}
+        properties: set[str] = set()
 
-        def clean(schema: JSON) -> JSON:        # of Codex's own boolean keyword (openai/codex#27331), which others refuse
-            if isinstance(schema.get("encrypted"), bool):
+        def clean(schema: JSON) -> JSON:
+            if isinstance(schema.get("encrypted"), bool):       # Codex's own (openai/codex#27331), which others refuse
                 del schema["encrypted"]
-            if "properties" in schema:
-                found.update(as_dict(schema["properties"]))
+            properties.update(as_dict(schema.get("properties")))
             return schema
-        schema = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean, {})
-        fitted = fit_parameter_names(found, self.parameter_names)
+
+        schema = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean)
+        fitted = fit_parameter_names(properties, self.parameter_names)
         if fitted:
-            schema, tool = map_schema(schema, dict, fitted), tool._replace(fitted=fitted)
-        self.by_upstream_name[name] = tool
-        offered = {"name": name, "description": given.get("description") or "", "parameters": schema}
-        self.functions.append(offered if given.get("strict") is None else {**offered, "strict": given["strict"]})
+            schema = map_schema(schema, lambda inner: rename_properties(inner, fitted))
+        self.by_upstream_name[name] = tool._replace(fitted=fitted)
+        function = {"name": name, "description": given.get("description") or "", "parameters": schema}
+        if given.get("strict") is not None:
+            function["strict"] = given["strict"]
+        self.functions.append(function)
 
 
 def split_trailing_surrogate(text: str) -> tuple[str, str]:
@@ -1557,44 +1586,44 @@ def fix_surrogates(text: str) -> str:
 
 class CustomInputDecoder:
     """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions; or the
-    arguments of a function whose parameters are `fitted`, which are shown when they are whole.
+    arguments of a function whose parameters are `fitted`, which are shown when they are complete.
 
-    `feed` gives what can be shown already; `finish` gives the whole text, of which everything given before is the
-    beginning, or None where the JSON is not whole.
+    `feed` returns the new text that can be shown; `finish` returns the whole text, which begins with all that `feed`
+    returned, or None where the JSON is incomplete.
     """
-    # a text that begins with a fence is looked at whole, in finish()
+    # a text that begins with a fence is left to finish()
     HEAD = re.compile(r'(\s*\{\s*"input"\s*:\s*")(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z)')
-    # half a surrogate pair waits for what follows: its other half, or anything that is none
+    # half a surrogate pair waits for what follows: its other half, or anything else
     SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}|u[dD][89abAB][0-9a-fA-F]{2}'
                       r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))*')
-    LOOK = 1024                         # characters with nothing to show in them: then all is left to finish()
+    MAX_PENDING = 1024                  # characters that cannot be shown: then the rest is left to finish()
 
     def __init__(self, fitted: Mapping[str, str]) -> None:
-        self.theirs = {fit: given for given, fit in fitted.items()}
-        self.rest = ""                  # what has come and not been given
-        self.within = False             # are we inside the string?
-        self.blind = bool(fitted)       # is the rest left to finish()?
+        self.own_names = {fit: own for own, fit in fitted.items()}
+        self.buffering = bool(fitted)   # the rest is left to finish()
+        self.in_string = False
+        self.pending = ""
         self.given: list[str] = []
 
     def feed(self, text: str) -> str:
-        if self.blind:
+        if self.buffering:
             return ""
-        self.rest += text
-        if not self.within and (head := self.HEAD.match(self.rest)):
-            self.within, self.rest = True, self.rest[head.end(1):]
-        safe = self.SAFE.match(self.rest if self.within else "")
+        self.pending += text
+        if not self.in_string and (head := self.HEAD.match(self.pending)):
+            self.in_string = True
+            self.pending = self.pending[head.end(1):]
+        safe = self.SAFE.match(self.pending if self.in_string else "")
         assert safe is not None         # the pattern matches the empty string
-        self.rest = self.rest[safe.end():]
+        self.pending = self.pending[safe.end():]
+        self.buffering = len(self.pending) > self.MAX_PENDING
         self.given.append(fix_surrogates(json.loads(f'"{safe[0]}"', strict=False)))
-        if len(self.rest) > self.LOOK:
-            self.blind, self.rest = True, ""
         return self.given[-1]
 
     def finish(self, raw: str) -> str | None:
-        if self.theirs:
-            raw = raw if raw.strip() else "{}"
+        if self.own_names:
+            raw = raw.strip() or "{}"
             with contextlib.suppress(RecursionError):
-                return None if parse_object(raw) is None else rename_keys(raw, self.theirs)
+                return None if parse_object(raw) is None else rename_keys(raw, self.own_names)
             return None
         whole, given = unwrap(raw), "".join(self.given)
         return whole if whole is None or whole.startswith(given) else given
@@ -1605,11 +1634,14 @@ def unwrap(raw: str) -> str | None:
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
-        return None if raw.lstrip().startswith("{") else strip_fence(raw)       # a cut object is not an input
-    if isinstance(value, dict):
-        texts = [v for v in value.values() if isinstance(v, str)]
-        value = value["input"] if isinstance(value.get("input"), str) else texts[0] if len(texts) == 1 else raw if value else ""
-    return strip_fence(fix_surrogates(value) if isinstance(value, str) else raw)
+        return None if raw.lstrip().startswith("{") else strip_fence(raw)       # a cut object is no input
+    if value == {}:
+        return ""
+    members = value if isinstance(value, dict) else {"input": value}
+    texts = [text for text in members.values() if isinstance(text, str)]
+    if isinstance(members.get("input"), str):
+        texts = [members["input"]]
+    return strip_fence(fix_surrogates(texts[0] if len(texts) == 1 else raw))
 
 
 def strip_fence(text: str) -> str:
@@ -1618,25 +1650,23 @@ def strip_fence(text: str) -> str:
     return fenced[1] if fenced else text
 
 
-JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-STRING_PART = re.compile(r"\\.|[\x00-\x1f]", re.DOTALL)
+JSON_STRING = re.compile(r'"(?:[^"\\]++|\\[^\x00-\x1f])*+"?')
 CONTROL = re.compile(r"[\x00-\x1f]")
+CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
 def escaped_controls(text: str) -> str:
     """JSON with the control characters of its strings as escapes: models leave line ends, and strict readers refuse them."""
-    def escape(found: re.Match[str]) -> str:
-        return found[0] if len(found[0]) == 2 else json_string(found[0])[1:-1]
-    return JSON_STRING.sub(lambda string: STRING_PART.sub(escape, string[0]), text)
+    return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
 
 
 Row = TypeVar("Row", bound=NamedTuple)
 
 
 def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
-    """A row with what the configuration overrides; the longest prefix of the model counts."""
-    fitting = [prefix for prefix in overrides if model.startswith(prefix)]
-    return row._replace(**overrides[max(fitting, key=len)]) if fitting else row
+    """A row with the configuration's overrides; the longest prefix of the model counts."""
+    prefix = max(filter(model.startswith, overrides), key=len, default="")
+    return row._replace(**overrides.get(prefix, {}))
 
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
@@ -4785,7 +4815,7 @@ def strict_schema(schema: JSON) -> Any:
                 raise ValueError("a map")
             result["additionalProperties"] = False
         return result
-    return map_schema(schema, change, {})
+    return map_schema(schema, change)
 
 
 TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -5392,7 +5422,7 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
             form = made.pop("format")
             made["description"] = f"{made['description']} (format: {form})" if made.get("description") else f"Format: {form}"
         return made
-    return map_schema(schema, change, {})
+    return map_schema(schema, change)
 
 
 # --- its contents

@@ -1678,9 +1678,6 @@ class Turn(NamedTuple):
     calls: list[JSON]           # calls, and reasoning between them
     results: list[JSON]
 
-    def all_items(self) -> list[JSON]:
-        return [*self.items, *self.calls, *self.results]
-
 
 class History(NamedTuple):
     """A conversation in turns of four plain items (TRANSLATION.md 3.3):
@@ -1695,7 +1692,7 @@ class History(NamedTuple):
 
     @property
     def items(self) -> list[JSON]:
-        return [item for turn in self.turns for item in turn.all_items()]
+        return [item for turn in self.turns for item in (*turn.items, *turn.calls, *turn.results)]
 
 
 NO_OUTPUT = "no output was recorded for this call"
@@ -1703,20 +1700,19 @@ NO_OUTPUT = "no output was recorded for this call"
 
 def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
     """`items` are the request's, already unsealed for the provider (unseal_items)."""
+    system = [request.instructions] if request.instructions else []
     plain: list[JSON] = []
     dropped: list[str] = []
     for item in items:
         made = normalize_item(item, dropped)
-        if made is not None:
+        if made is None:
+            if item["type"] != "additional_tools" and not is_summary_only(item):
+                dropped.append(f"input:{item['type']}")
+        elif made.get("role") in ("system", "developer") and not plain:
+            system.append("\n\n".join(part.get("text") or "" for part in made["content"]))
+        else:
             plain.append(made)
-        elif item["type"] != "additional_tools" and not is_summary_only(item):
-            dropped.append(f"input:{item['type']}")
-    turns = gather_turns(plain)
-    leading = list(itertools.takewhile(lambda turn: turn.role in ("system", "developer"), turns))
-    system = [request.instructions] if request.instructions else []
-    for item in itertools.chain.from_iterable(turn.items for turn in leading):
-        system.append("\n\n".join(part.get("text") or "" for part in item["content"]))
-    return History(system, turns[len(leading):], list(dict.fromkeys(dropped)))
+    return History(system, gather_turns(plain), list(dict.fromkeys(dropped)))
 
 
 def is_summary_only(item: JSON) -> bool:
@@ -3362,21 +3358,16 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the sam
 
 
 class TurnEncoder:
-    """A History as the messages of a provider. Subclasses have a method for each type of plain items, and one for files."""
+    """A History as the messages of a provider. A subclass has a method for each type of plain items, and one for files."""
     PARTS = "content"           # a message's key of its parts
-    TEXT: JSON = {"type": "text"}       # a text part without its text
     encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
         self.history, self.settings, self.dropped = ctx.history, ctx.settings, ctx.dropped
         self.out: list[JSON] = []
 
-    def encode_turns(self) -> None:
-        for turn in self.history.turns:
-            self.encode_turn(turn)
-
-    def encode_turn(self, turn: Turn) -> None:
-        for item in turn.all_items():
+    def encode_items(self) -> None:
+        for item in self.history.items:
             getattr(self, item["type"])(item)
 
     def message(self, item: JSON) -> None:
@@ -3399,10 +3390,10 @@ class TurnEncoder:
             self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
 
     def add_fillers(self, may_begin: bool = False, may_end: bool = False) -> None:
-        """The user begins and ends; `may_begin` and `may_end` allow the assistant to."""
-        if not may_end and self.out and self.out[-1]["role"] == "assistant":
+        """The user begins and ends, unless the assistant may."""
+        if self.out and self.out[-1]["role"] == "assistant" and not may_end:
             self.add("user", [self.text_part("Continue.")])
-        if not self.out or (not may_begin and self.out[0]["role"] == "assistant"):
+        if not self.out or (self.out[0]["role"] == "assistant" and not may_begin):
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
@@ -3412,10 +3403,10 @@ class TurnEncoder:
         parts = []
         for given in content:
             part = self.encode_part(given)
-            if part is None:
-                self.dropped.append(f"content:{given['type']}")
-            elif part.get("text") != "":
+            if part:
                 parts.append(part)
+            elif part is None:
+                self.dropped.append(f"content:{given['type']}")
         return parts
 
     def encode_part(self, part: JSON) -> JSON | None:
@@ -3426,7 +3417,7 @@ class TurnEncoder:
         return self.text_part(text) if isinstance(text, str) else None
 
     def text_part(self, text: str) -> JSON:
-        return {**self.TEXT, "text": text}
+        return text_block(text) if text else {}
 
 
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
@@ -3981,8 +3972,13 @@ class ChatMessages(TurnEncoder):
 
     def encode(self, closing: str) -> list[JSON]:
         """All messages; `closing` ends the system message."""
-        self.encode_turns()
-        self.add_fillers(may_begin=True)        # Mistral, Claude behind a router: the assistant may not end
+        for turn in self.history.turns:
+            if turn.role == "assistant":
+                self._assistant_turn(turn)
+            else:
+                for item in turn.items:
+                    self.message(item)
+        self.add_fillers(may_begin=True)        # as the last, Mistral and Claude behind a router refuse the assistant
         for message in self.out:                # joined once: neighbour by neighbour would be quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
@@ -3990,42 +3986,47 @@ class ChatMessages(TurnEncoder):
         system = "\n\n".join(filter(None, (*self.history.system, closing)))
         return [{"role": "system", "content": system}, *self.out] if system else self.out
 
-    def encode_turn(self, turn: Turn) -> None:
-        if turn.role != "assistant":
-            super().encode_turn(turn)
-            return
-        texts = [text_of(self.encode_parts(item["content"]), "\n\n")
-                 for item in turn.items if item["type"] == "message"]
-        text = "\n\n".join(filter(None, texts))
-        calls = [item for item in turn.calls if item["type"] == "function_call"]
-        replays = [item["sealed_replay"] for item in (*turn.items, *turn.calls) if item["type"] == "reasoning"]
-        if text or calls:
-            self.out.append(self._assistant_message(text, calls, replays))
-            self._add_results(turn.results)
-
     def add_system(self, text: str) -> None:
         if self.settings.system_anywhere:
             self.out.append({"role": "system", "content": text})
         else:
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
-    def _assistant_message(self, text: str, calls: list[JSON], replays: list[JSON]) -> JSON:
+    def _assistant_turn(self, turn: Turn) -> None:
+        parts: list[JSON] = []
+        calls: list[JSON] = []
+        replays: list[JSON] = []
+        for item in (*turn.items, *turn.calls):
+            if item["type"] == "message":
+                parts += self.encode_parts(item["content"])
+            elif item["type"] == "reasoning":
+                replays.append(item["sealed_replay"])
+            else:
+                calls.append(item)
+        text = text_of(parts, "\n\n")
+        if text or calls:
+            self.out.append(self._assistant_message(text, replays, calls))
+            self._add_results(turn.results)
+
+    def _assistant_message(self, text: str, replays: list[JSON], calls: list[JSON]) -> JSON:
         form = self.settings.replay
-        reasoning = join_replays(replays, form)
+        pieces = [replay[form] for replay in replays if form in replay]     # several items of one turn follow each other
+        reasoning: Any = "".join(pieces) if form == "reasoning_content" else [*itertools.chain(*pieces)]
         message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
         if form == "thinking" and reasoning:
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
-        elif form and (reasoning or (calls and self.settings.replay_always)):
+        elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
+        extras = {extra["id"]: {"extra_content": extra["extra_content"]}
+                  for replay in replays for extra in replay.get("extra_content", ())}
         if calls:
-            extras = {extra["id"]: extra for extra in join_replays(replays, "extra_content")}
-            message["tool_calls"] = [self._tool_call(call, extras.get(call["call_id"])) for call in calls]
+            message["tool_calls"] = [{
+                "id": self._call_id(call["call_id"]),
+                "type": "function",
+                "function": {"name": call["name"], "arguments": call["arguments"]},
+                **extras.get(call["call_id"], {}),
+            } for call in calls]
         return message
-
-    def _tool_call(self, call: JSON, extra: JSON | None) -> JSON:
-        function = {"name": call["name"], "arguments": call["arguments"]}
-        made = {"id": self._call_id(call["call_id"]), "type": "function", "function": function}
-        return {**made, "extra_content": extra["extra_content"]} if extra else made
 
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
@@ -4059,12 +4060,6 @@ class ChatMessages(TurnEncoder):
         if file.url or not file.mime or not self.settings.files:
             return None
         return {"type": "file", "file": {"filename": name, "file_data": data_url}}
-
-
-def join_replays(replays: list[JSON], name: str) -> Any:
-    """The pieces of a turn's reasoning in the provider's own form: several items of one turn follow each other."""
-    pieces = [replay[name] for replay in replays if name in replay]
-    return "".join(pieces) if name == "reasoning_content" else [*itertools.chain(*pieces)]
 
 
 # --- the answer
@@ -4826,9 +4821,9 @@ class MessagesTurns(TurnEncoder):
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.pending_system: list[JSON] = []        # they wait for the end of the user's turn: nowhere else may they stand
-        self.encode_turns()
-        self.end_turn("user")
+        self.pending_reasoning: list[JSON] = []     # goes up with what it led to: a turn may not end with it
+        self.pending_system: list[str] = []         # waits for the end of the user's turn: it may stand nowhere else
+        self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
         """The messages; `closing` is said at their end. A model that thinks begins its turn itself."""
@@ -4848,41 +4843,37 @@ class MessagesTurns(TurnEncoder):
         return self.out[-2]["content"][0]["type"] not in THINKING_BLOCKS
 
     def add(self, role: str, parts: list[JSON]) -> None:
-        if parts:
-            self.end_turn(role)
-        super().add(role, parts)
-
-    def end_turn(self, role: str) -> None:
-        """Ends the turn before one of `role`. An assistant's may not end with reasoning."""
-        if self.out and self.out[-1]["role"] == "assistant" and (role != "assistant" or self.pending_system):
-            blocks = self.out[-1]["content"]
-            while blocks and blocks[-1]["type"] in THINKING_BLOCKS:
-                blocks.pop()
-            if not blocks:
-                self.out.pop()
+        if not parts:
+            return
         if role == "assistant":
             self._place_system()
+            parts = self.pending_reasoning + parts
+        self.pending_reasoning = []
+        super().add(role, parts)
 
     def add_system(self, text: str) -> None:
         if text and self.settings.system_anywhere:
-            self.pending_system.append(text_block(text))
+            self.pending_system.append(text)
+            self.pending_reasoning = []
         else:
             super().add_system(text)
 
     def _place_system(self) -> None:
         """A system message stands right after a user turn, and before the assistant's or at the end."""
-        pending, self.pending_system = self.pending_system, []
-        if pending and self.out and self.out[-1]["role"] == "user":
-            self.out.append({"role": "system", "content": pending})
-        elif pending:
-            texts = [text_block(LATER_SYSTEM.format(block["text"])) for block in pending]
-            self.out.append({"role": "user", "content": texts})
+        after_user = self.out and self.out[-1]["role"] == "user"
+        role, form = ("system", "{}") if after_user else ("user", LATER_SYSTEM)
+        super().add(role, [text_block(form.format(text)) for text in self.pending_system])
+        self.pending_system = []
 
     def reasoning(self, item: JSON) -> None:
         blocks = only_dicts(item["sealed_replay"].get("blocks"))
-        self.add("assistant", blocks)
         if not blocks:
             self.dropped.append("reasoning")
+        elif blocks[-1]["type"] in THINKING_BLOCKS:
+            self._place_system()
+            self.pending_reasoning += blocks
+        else:
+            self.add("assistant", blocks)
 
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{"type": "tool_use", "id": tool_use_id(item["call_id"]), "name": item["name"],
@@ -4898,10 +4889,8 @@ class MessagesTurns(TurnEncoder):
             result["is_error"] = True
         self.add("user", [result])
 
-    def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Blank texts are a 400."""
-        blocks = super().encode_parts(content)
-        return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
+    def text_part(self, text: str) -> JSON:
+        return text_block(text) if text.strip() else {}     # a blank text is a 400
 
     def encode_part(self, part: JSON) -> JSON | None:
         block, mark = super().encode_part(part), part.get("cache_control")
@@ -5430,7 +5419,6 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
 class GeminiContents(TurnEncoder):
     """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
     PARTS = "parts"
-    TEXT: JSON = {}
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
@@ -5438,7 +5426,7 @@ class GeminiContents(TurnEncoder):
         self.signatures: dict[str, str] = {}        # by call_id
 
     def encode(self) -> list[JSON]:
-        self.encode_turns()
+        self.encode_items()
         self.add_fillers()
         for content in self.out:
             if content["role"] == "user":           # the media of a result stand behind all results
@@ -5495,16 +5483,21 @@ class GeminiContents(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         parts = self.encode_parts(item["output"])
-        media = [part for part in parts if "text" not in part]
-        inside = [part for part in media if part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
-        if not self.settings.combines_tools:
-            inside = []
+        inside, outside = [], []                    # the media in the result itself, and behind all results
+        for part in parts:
+            if self.settings.combines_tools and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA:
+                inside.append(part)
+            elif "text" not in part:
+                outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        text = text_of(parts, "\n") or ("The content follows." if media else "")
+        text = text_of(parts, "\n") or ("The content follows." if inside or outside else "")
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
             response["parts"] = inside
-        self.add("user", [{"functionResponse": response}, *(part for part in media if part not in inside)])
+        self.add("user", [{"functionResponse": response}, *outside])
+
+    def text_part(self, text: str) -> JSON:
+        return {"text": text} if text else {}
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:

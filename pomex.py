@@ -1323,14 +1323,13 @@ MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking bloc
 MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB, and can be repeated
 
 
+@dataclass(eq=False, slots=True)
 class Envelope:
     """What a provider needs back with the next turn, carried by the client in `encrypted_content`: authenticated, not
     secret, bound to the account, marked with its origin."""
-
-    def __init__(self, secret: bytes, account: str) -> None:
-        self.secret = secret
-        self.account = account.encode()
-        self.inflated = 0               # bytes of all that were opened
+    secret: bytes
+    account: str
+    inflated: int = 0                   # bytes of all opened ones
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
@@ -1353,7 +1352,7 @@ class Envelope:
         return content["p"], content["m"], content["b"]
 
     def mac(self, packed: bytes) -> bytes:
-        return hmac.digest(self.secret, self.account + b"\0" + packed, "sha256")[:MAC_BYTES]
+        return hmac.digest(self.secret, self.account.encode() + b"\0" + packed, "sha256")[:MAC_BYTES]
 
 
 def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[list[JSON], list[str]]:
@@ -1391,6 +1390,7 @@ FREEFORM_PARAMETERS: JSON = {
     "properties": {"input": {"type": "string", "description": "The raw text, as the tool's description asks."}},
 }
 LOCAL_SHELL: JSON = {
+    "name": "local_shell",
     "description": "Runs a command on the user's machine and returns its output.",
     "parameters": {
         "type": "object",
@@ -1506,12 +1506,10 @@ class ToolMap:
         self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
         self.dropped: list[str] = []            # the rest, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
+        self.by_name: dict[str, Tool | None] = {}       # without a namespace too, where only one has the name
         for tool in tools:
             self._add(tool, "")
-        offered = self.by_upstream_name.values()
-        times = collections.Counter(tool.name for tool in offered)
-        unique = {tool.name: tool for tool in offered if times[tool.name] == 1}
-        self.by_name = {**unique, **self.by_upstream_name}      # without a namespace too, where only one has the name
+        self.by_name |= self.by_upstream_name
 
     def find(self, name: str) -> Tool | None:
         """The tool that a model means."""
@@ -1534,21 +1532,23 @@ class ToolMap:
             for member in tool["tools"]:
                 self._add(member, tool["name"])
         elif kind == "function":
-            self._add_function(Tool("function_call", tool["name"], namespace), tool)
+            self._add_function("function_call", namespace, tool)
         elif kind == "custom":
-            freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
-            self._add_function(Tool("custom_tool_call", tool["name"], namespace), freeform)
+            description = freeform_description(tool)
+            tool = {"name": tool["name"], "description": description, "parameters": FREEFORM_PARAMETERS}
+            self._add_function("custom_tool_call", namespace, tool)
         elif kind == "tool_search" and tool.get("execution") == "client":
-            self._add_function(Tool("tool_search_call", "tool_search", ""), tool)
+            self._add_function("tool_search_call", "", {**tool, "name": kind})
         elif kind == "local_shell":
-            self._add_function(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL)
+            self._add_function("local_shell_call", "", LOCAL_SHELL)
         elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
             self.hosted.append(tool)
         else:
             self.dropped.append(f"tools:{kind}")
 
-    def _add_function(self, tool: Tool, given: JSON) -> None:
-        name = upstream_tool_name(tool.name, tool.namespace)
+    def _add_function(self, kind: ItemType, namespace: str, given: JSON) -> None:
+        tool = Tool(kind, given["name"], namespace)
+        name = upstream_tool_name(tool.name, namespace)
         known = self.by_upstream_name.get(name)
         if known is not None:                   # the first of two equal names wins
             if known[:3] != tool[:3]:
@@ -1562,12 +1562,14 @@ class ToolMap:
             properties.update(as_dict(schema.get("properties")))
             return schema
 
-        schema = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean)
+        parameters = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean)
         fitted = fit_parameter_names(properties, self.parameter_names)
         if fitted:
-            schema = map_schema(schema, lambda inner: rename_properties(inner, fitted))
-        self.by_upstream_name[name] = tool._replace(fitted=fitted)
-        function = {"name": name, "description": given.get("description") or "", "parameters": schema}
+            parameters = map_schema(parameters, lambda schema: rename_properties(schema, fitted))
+            tool = tool._replace(fitted=fitted)
+        self.by_upstream_name[name] = tool
+        self.by_name[tool.name] = None if tool.name in self.by_name else tool
+        function = {"name": name, "description": given.get("description") or "", "parameters": parameters}
         if given.get("strict") is not None:
             function["strict"] = given["strict"]
         self.functions.append(function)
@@ -1736,8 +1738,9 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
             continue
         if kind == "function_call_output":              # with a call made up for it, the thread would be stuck (CLIProxyAPI#5375)
             item = user_text(f"[tool output] {text_of(item['output'])}")
-        if item.get("role", "assistant") != role:
-            role = item.get("role", "assistant")
+        speaker = item.get("role", "assistant")
+        if speaker != role:
+            role = speaker
             turns.append(Turn(role, [], [], []))
         turn = turns[-1]
         if kind == "function_call":
@@ -1773,16 +1776,16 @@ ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)  
 
 def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
     """A plain item; None for one that has no such form."""
-    kind = item["type"]
+    kind, call_id = item["type"], item.get("call_id") or ""
     if kind in ("message", "agent_message"):
         return normalize_message(item, dropped)
     if kind in CALL_FIELDS:
         name = kind.removesuffix("_call")
         if kind in ("function_call", "custom_tool_call"):
             name = upstream_tool_name(item["name"], item.get("namespace") or "")
-        return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name, "arguments": call_arguments(item)}
+        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": call_arguments(item)}
     if kind in OUTPUT_TYPES:
-        return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": call_output(item)}
+        return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
         return {"type": "reasoning", "sealed_replay": item["sealed_replay"]}
     if kind == "image_generation_call" and item.get("result"):
@@ -3379,10 +3382,13 @@ class TurnEncoder:
 
     def add(self, role: str, parts: list[JSON]) -> None:
         """Neighbours of one role are one message: many servers ask that roles alternate."""
-        if parts and self.out and self.out[-1]["role"] == role:
+        if parts and role == self.last_role():
             self.out[-1][self.PARTS] += parts
         elif parts:
             self.out.append({"role": role, self.PARTS: parts})
+
+    def last_role(self) -> str:
+        return self.out[-1]["role"] if self.out else ""
 
     def add_system(self, text: str) -> None:
         """A system message after the leading ones: few servers have a place for it."""
@@ -3391,7 +3397,7 @@ class TurnEncoder:
 
     def add_fillers(self, may_begin: bool = False, may_end: bool = False) -> None:
         """The user begins and ends, unless the assistant may."""
-        if self.out and self.out[-1]["role"] == "assistant" and not may_end:
+        if self.last_role() == "assistant" and not may_end:
             self.add("user", [self.text_part("Continue.")])
         if not self.out or (self.out[0]["role"] == "assistant" and not may_begin):
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
@@ -4831,16 +4837,15 @@ class MessagesTurns(TurnEncoder):
         prefill = self.settings.prefill and not thinks and not self.pending_system
         self.add_fillers(may_end=prefill)
         last = self.out[-1]["content"]
-        if self.out[-1]["role"] == "assistant" and last[-1]["type"] == "text":
+        if self.last_role() == "assistant" and last[-1]["type"] == "text":
             last[-1] = {**last[-1], "text": last[-1]["text"].rstrip()}      # trailing whitespace is refused there
         self._place_system()
         return self.out
 
     def missing_thinking(self) -> bool:
         """Whether the last turn answers calls that no reasoning of ours leads to. With a budget that is a 400."""
-        if len(self.out) < 2 or self.out[-1]["content"][0]["type"] != "tool_result":
-            return False
-        return self.out[-2]["content"][0]["type"] not in THINKING_BLOCKS
+        begins = [message["content"][0]["type"] for message in self.out[-2:]]
+        return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
     def add(self, role: str, parts: list[JSON]) -> None:
         if not parts:
@@ -4860,8 +4865,7 @@ class MessagesTurns(TurnEncoder):
 
     def _place_system(self) -> None:
         """A system message stands right after a user turn, and before the assistant's or at the end."""
-        after_user = self.out and self.out[-1]["role"] == "user"
-        role, form = ("system", "{}") if after_user else ("user", LATER_SYSTEM)
+        role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
 
@@ -5454,7 +5458,7 @@ class GeminiContents(TurnEncoder):
 
     def _sign_text(self, signature: str, characters: int) -> bool:
         """Signs the last `characters` of the text before, which were one part; 0 is an image, or a part of its own."""
-        parts = self.out[-1]["parts"] if self.out and self.out[-1]["role"] == "assistant" else []
+        parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters and parts and "inlineData" in parts[-1]:
             parts[-1]["thoughtSignature"] = signature
             return True
@@ -5501,7 +5505,7 @@ class GeminiContents(TurnEncoder):
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:
-            mime = {"mimeType": file.mime} if file.mime[-1:] not in "/" else {}
+            mime = {"mimeType": file.mime} if file.mime not in ("", "image/") else {}
             return {"fileData": {"fileUri": file.url, **mime}}
         return {"inlineData": {"mimeType": file.mime, "data": file.data}} if GEMINI_MEDIA.match(file.mime) else None
 

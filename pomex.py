@@ -1359,8 +1359,7 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
     """Input items as `provider` may see them, and the names of dropped ones. The content that the provider sealed stands
     in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content that was never ours
     (no prefix) stays: only a Responses upstream can judge it."""
-    kept: list[JSON] = []
-    dropped: list[str] = []
+    kept, dropped = [], []
     before = envelope.inflated
     for given in items:
         item = dict(given)
@@ -1390,7 +1389,6 @@ FREEFORM_PARAMETERS: JSON = {
     "properties": {"input": {"type": "string", "description": "The raw text, as the tool's description asks."}},
 }
 LOCAL_SHELL: JSON = {
-    "name": "local_shell",
     "description": "Runs a command on the user's machine and returns its output.",
     "parameters": {
         "type": "object",
@@ -1421,21 +1419,10 @@ PARAMETER_NAMES = {
 }
 
 
-def fit_parameter_names(names: Iterable[str], rule: re.Pattern[str]) -> dict[str, str]:
-    """The names that do not fit the rule, each with its replacement."""
-    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-              for name in names if not rule.fullmatch(name)}
-    times = collections.Counter((*names, *fitted.values()))
-    return {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in fitted.items()}
-
-
-def map_keys(holder: JSON, names: Mapping[str, str]) -> JSON:
-    return {names.get(key, key): value for key, value in holder.items()}
-
-
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     """A call's arguments with other keys in all their objects, where `names` has one."""
-    return dumps(json.loads(arguments, strict=False, object_hook=lambda holder: map_keys(holder, names)))
+    return dumps(json.loads(arguments, strict=False, object_hook=lambda holder: {
+        names.get(key, key): value for key, value in holder.items()}))
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
@@ -1470,26 +1457,43 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    made = dict(schema)
+    made: JSON = {}
     for key, value in schema.items():
-        if not isinstance(value, (dict, list)) or key in SCHEMA_DATA:
-            continue
         if key in SCHEMA_MAPS and isinstance(value, dict):
-            made[key] = {name: map_schema(inner, change) for name, inner in value.items()}
-        else:
-            made[key] = map_schema(value, change)
+            value = {name: map_schema(inner, change) for name, inner in value.items()}
+        elif isinstance(value, (dict, list)) and key not in SCHEMA_DATA:
+            value = map_schema(value, change)
+        made[key] = value
     return change(made)
 
 
-def rename_properties(schema: JSON, names: Mapping[str, str]) -> JSON:
-    """One schema object with other names for its properties."""
-    if isinstance(schema.get("properties"), dict):
-        schema["properties"] = map_keys(schema["properties"], names)
-    if isinstance(schema.get("required"), list):
-        schema["required"] = [names.get(str(name), name) for name in schema["required"]]
-    if isinstance(schema.get("$ref"), str):
-        schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda found: names.get(found[0], found[0]), schema["$ref"])
-    return schema
+def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
+    """A tool's parameters for a provider, and the names that had to be replaced, each with its replacement."""
+    names: set[str] = set()
+
+    def clean(schema: JSON) -> JSON:
+        if isinstance(schema.get("encrypted"), bool):       # Codex's own (openai/codex#27331), which others refuse
+            del schema["encrypted"]
+        names.update(as_dict(schema.get("properties")))
+        return schema
+
+    def rename(schema: JSON) -> JSON:
+        if isinstance(schema.get("properties"), dict):
+            schema["properties"] = {fitted.get(name, name): inner for name, inner in schema["properties"].items()}
+        if isinstance(schema.get("required"), list):
+            schema["required"] = [fitted.get(str(name), name) for name in schema["required"]]
+        if isinstance(schema.get("$ref"), str):
+            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fitted.get(at[0], at[0]), schema["$ref"])
+        return schema
+
+    cleaned = map_schema(parameters, clean)
+    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+              for name in names if not rule.fullmatch(name)}
+    if not fitted:
+        return cleaned, fitted
+    times = collections.Counter((*names, *fitted.values()))
+    fitted = {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in fitted.items()}
+    return map_schema(cleaned, rename), fitted
 
 
 # left in a tool's name by chat templates: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
@@ -1511,13 +1515,10 @@ class ToolMap:
             self._add(tool, "")
         self.by_name |= self.by_upstream_name
 
-    def find(self, name: str) -> Tool | None:
-        """The tool that a model means."""
-        return self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
-
     def tool(self, name: str) -> Tool:
         """The tool that a model means; a function of that name where none is offered."""
-        return self.find(name) or Tool("function_call", name, "")
+        found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
+        return found or Tool("function_call", name, "")
 
     def renamed(self, item: JSON) -> JSON:
         """A call of the history by the name that its tool has now: else it would go back as it was misspelt."""
@@ -1532,41 +1533,29 @@ class ToolMap:
             for member in tool["tools"]:
                 self._add(member, tool["name"])
         elif kind == "function":
-            self._add_function("function_call", namespace, tool)
+            self.add_function(Tool("function_call", tool["name"], namespace), tool)
         elif kind == "custom":
-            description = freeform_description(tool)
-            tool = {"name": tool["name"], "description": description, "parameters": FREEFORM_PARAMETERS}
-            self._add_function("custom_tool_call", namespace, tool)
+            freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
+            self.add_function(Tool("custom_tool_call", tool["name"], namespace), freeform)
         elif kind == "tool_search" and tool.get("execution") == "client":
-            self._add_function("tool_search_call", "", {**tool, "name": kind})
+            self.add_function(Tool("tool_search_call", kind, ""), tool)
         elif kind == "local_shell":
-            self._add_function("local_shell_call", "", LOCAL_SHELL)
+            self.add_function(Tool("local_shell_call", kind, ""), LOCAL_SHELL)
         elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
             self.hosted.append(tool)
         else:
             self.dropped.append(f"tools:{kind}")
 
-    def _add_function(self, kind: ItemType, namespace: str, given: JSON) -> None:
-        tool = Tool(kind, given["name"], namespace)
-        name = upstream_tool_name(tool.name, namespace)
+    def add_function(self, tool: Tool, given: JSON) -> None:
+        name = upstream_tool_name(tool.name, tool.namespace)
         known = self.by_upstream_name.get(name)
         if known is not None:                   # the first of two equal names wins
             if known[:3] != tool[:3]:
                 self.dropped.append(f"tools:{name}")
             return
-        properties: set[str] = set()
-
-        def clean(schema: JSON) -> JSON:
-            if isinstance(schema.get("encrypted"), bool):       # Codex's own (openai/codex#27331), which others refuse
-                del schema["encrypted"]
-            properties.update(as_dict(schema.get("properties")))
-            return schema
-
-        parameters = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean)
-        fitted = fit_parameter_names(properties, self.parameter_names)
-        if fitted:
-            parameters = map_schema(parameters, lambda schema: rename_properties(schema, fitted))
-            tool = tool._replace(fitted=fitted)
+        parameters = given.get("parameters") or {"type": "object", "properties": {}}
+        parameters, fitted = fit_parameters(parameters, self.parameter_names)
+        tool = tool._replace(fitted=fitted)
         self.by_upstream_name[name] = tool
         self.by_name[tool.name] = None if tool.name in self.by_name else tool
         function = {"name": name, "description": given.get("description") or "", "parameters": parameters}
@@ -1602,52 +1591,52 @@ class CustomInputDecoder:
 
     def __init__(self, fitted: Mapping[str, str]) -> None:
         self.own_names = {fit: own for own, fit in fitted.items()}
-        self.buffering = bool(fitted)   # the rest is left to finish()
-        self.in_string = False
         self.pending = ""
-        self.given: list[str] = []
+        self.given: list[str] = []      # not empty: the string has begun
 
     def feed(self, text: str) -> str:
-        if self.buffering:
+        if self.own_names or len(self.pending) > self.MAX_PENDING:
             return ""
         self.pending += text
-        if not self.in_string and (head := self.HEAD.match(self.pending)):
-            self.in_string = True
+        if not self.given:
+            head = self.HEAD.match(self.pending)
+            if head is None:
+                return ""
+            self.given.append("")
             self.pending = self.pending[head.end(1):]
-        safe = self.SAFE.match(self.pending if self.in_string else "")
-        assert safe is not None         # the pattern matches the empty string
-        self.pending = self.pending[safe.end():]
-        self.buffering = len(self.pending) > self.MAX_PENDING
-        self.given.append(fix_surrogates(json.loads(f'"{safe[0]}"', strict=False)))
-        return self.given[-1]
+        rest = self.SAFE.sub("", self.pending, count=1)
+        text = fix_surrogates(json.loads(f'"{self.pending.removesuffix(rest)}"', strict=False))
+        self.pending = rest
+        self.given.append(text)
+        return text
 
     def finish(self, raw: str) -> str | None:
         if self.own_names:
             raw = raw.strip() or "{}"
-            with contextlib.suppress(RecursionError):
+            try:
                 return None if parse_object(raw) is None else rename_keys(raw, self.own_names)
-            return None
+            except RecursionError:
+                return None
         whole, given = unwrap(raw), "".join(self.given)
         return whole if whole is None or whole.startswith(given) else given
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text itself."""
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text itself. A patch in
+    a markdown fence is taken out of it."""
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
-        return None if raw.lstrip().startswith("{") else strip_fence(raw)       # a cut object is no input
-    if value == {}:
-        return ""
+        if raw.lstrip().startswith("{"):        # a cut object is no input
+            return None
+        value = raw
     members = value if isinstance(value, dict) else {"input": value}
     texts = [text for text in members.values() if isinstance(text, str)]
     if isinstance(members.get("input"), str):
         texts = [members["input"]]
-    return strip_fence(fix_surrogates(texts[0] if len(texts) == 1 else raw))
-
-
-def strip_fence(text: str) -> str:
-    """A patch in a markdown fence without the fence; anything else unchanged."""
+    elif not members:
+        texts = [""]
+    text = fix_surrogates(texts[0] if len(texts) == 1 else raw)
     fenced = re.fullmatch(r"\s*```[a-z]*\n(\*\*\* Begin Patch\n.*?)\n?```\s*", text, re.DOTALL)
     return fenced[1] if fenced else text
 
@@ -1679,6 +1668,9 @@ class Turn(NamedTuple):
     items: list[JSON]           # messages, and reasoning before the calls
     calls: list[JSON]           # calls, and reasoning between them
     results: list[JSON]
+
+    def of_type(self, kind: str) -> list[JSON]:
+        return [item for item in (*self.items, *self.calls) if item["type"] == kind]
 
 
 class History(NamedTuple):
@@ -1737,7 +1729,7 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
                 role = ""
             continue
         if kind == "function_call_output":              # with a call made up for it, the thread would be stuck (CLIProxyAPI#5375)
-            item = user_text(f"[tool output] {text_of(item['output'])}")
+            item = user_message({"type": "input_text", "text": f"[tool output] {text_of(item['output'])}"})
         speaker = item.get("role", "assistant")
         if speaker != role:
             role = speaker
@@ -1759,7 +1751,7 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
     return turns
 
 
-CALL_FIELDS = {                     # the field that holds a call's arguments, whether or not its tool is still offered
+CALL_ARGUMENTS = {                  # the field of each type of call, whether or not its tool is still offered
     "function_call": "arguments",
     "custom_tool_call": "input",
     "tool_search_call": "arguments",
@@ -1768,8 +1760,8 @@ CALL_FIELDS = {                     # the field that holds a call's arguments, w
     "apply_patch_call": "operation",
 }
 OUTPUT_TYPES = frozenset((
-    "function_call_output", "custom_tool_call_output", "tool_search_output", "local_shell_call_output", "shell_call_output",
-    "apply_patch_call_output"))
+    "function_call_output", "custom_tool_call_output", "tool_search_output", "local_shell_call_output",
+    "shell_call_output", "apply_patch_call_output"))
 COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
 
@@ -1779,7 +1771,7 @@ def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
     kind, call_id = item["type"], item.get("call_id") or ""
     if kind in ("message", "agent_message"):
         return normalize_message(item, dropped)
-    if kind in CALL_FIELDS:
+    if kind in CALL_ARGUMENTS:
         name = kind.removesuffix("_call")
         if kind in ("function_call", "custom_tool_call"):
             name = upstream_tool_name(item["name"], item.get("namespace") or "")
@@ -1790,9 +1782,9 @@ def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
         return {"type": "reasoning", "sealed_replay": item["sealed_replay"]}
     if kind == "image_generation_call" and item.get("result"):
         image = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
-        return {"type": "message", "role": "user", "content": [image], "generated": True}
+        return {**user_message(image), "generated": True}
     text = text_of(item.get("content") or item.get("summary")) if kind in COMPACTION_TYPES else ""
-    return user_text(text) if text else None
+    return user_message({"type": "input_text", "text": text}) if text else None
 
 
 def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
@@ -1809,17 +1801,17 @@ def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
     return {"type": "message", "role": role, "content": parts} if parts or item["type"] == "message" else None
 
 
-def user_text(text: str) -> JSON:
-    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+def user_message(part: JSON) -> JSON:
+    return {"type": "message", "role": "user", "content": [part]}
 
 
 def call_arguments(item: JSON) -> str:
     """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
-    field = CALL_FIELDS[item["type"]]
-    given = item.get(field)
-    if field == "input":
+    name = CALL_ARGUMENTS[item["type"]]
+    given = item.get(name)
+    if name == "input":
         return dumps({"input": given})
-    if field == "action":
+    if name == "action":
         return dumps({key: value for key, value in (given or {}).items() if key != "type" and value})
     text = given or "{}" if item["type"] == "function_call" else dumps(given or {})
     with contextlib.suppress(ValueError):
@@ -1876,8 +1868,8 @@ def read_attachment(part: JSON) -> Attachment | None:
     history, every later turn would be refused."""
     if part["type"] not in ("input_image", "input_file"):
         return None
-    given = (part.get(key) for key in ("file_data", "image_url", "file_url"))
-    source = next((value for value in given if isinstance(value, str)), "")
+    sources = (part.get(key) for key in ("file_data", "image_url", "file_url"))
+    source = next((text for text in sources if isinstance(text, str)), "")
     is_url = re.match("(https?|gs)://", source)
     name = str(part.get("filename") or "")
     detail = part["detail"] if part.get("detail") in ("low", "high") else ""    # auto is the default; others are unknown
@@ -1886,14 +1878,14 @@ def read_attachment(part: JSON) -> Attachment | None:
     if is_url:
         return Attachment(mime or ("image/" if part["type"] == "input_image" else ""), name, detail, url=source)
     head, comma, encoded = source.rpartition(",")
-    if comma and not head.endswith(";base64"):
-        return None
-    data = clean_base64(encoded)
+    # without line ends, in the standard alphabet, with padding
+    data = "".join(encoded.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    data += "=" * (-len(data) % 4)
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
         return None
-    if not content:
+    if not content or (comma and not head.endswith(";base64")):
         return None
     mime = head.removeprefix("data:").partition(";")[0].lower() or mime
     found = next((each for each, magic in MAGIC.items() if re.match(magic, content)), "")
@@ -1902,12 +1894,6 @@ def read_attachment(part: JSON) -> Attachment | None:
         with contextlib.suppress(UnicodeDecodeError):
             return Attachment("text/plain", name, detail, data=data, text=content.decode("utf-8-sig"))
     return Attachment(found or mime.replace("image/jpg", "image/jpeg"), name, detail, data=data)
-
-
-def clean_base64(text: str) -> str:
-    """Without line ends, with padding, in the standard alphabet."""
-    bare = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
-    return bare + "=" * (-len(bare) % 4)
 
 
 # --- 5.5 client manners ---------------------------------------------------------------------------
@@ -3326,19 +3312,28 @@ CARRIED_BY_ALL = frozenset((
     "model", "input", "instructions", "stream", "stream_options", "store", "background", "metadata", "client_metadata",
     "tools", "tool_choice", "parallel_tool_calls", "prompt_cache_key", "reasoning.summary"))
 # values that ask for nothing: what happens anyway
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "text.verbosity": ("medium",), "service_tier": ("auto", "default"), "truncation": ("disabled",),
+NEUTRAL: dict[str, Any] = {
+    "text.verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+    "truncation": ("disabled",),
     "include": ([], ["reasoning.encrypted_content"]),
-    **dict.fromkeys(("temperature", "top_p"), (1,)),
-    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,))}
+    "temperature": (1,),
+    "top_p": (1,),
+    "top_logprobs": (0,),
+    "max_tool_calls": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
 
 
 def request_fields(body: JSON) -> JSON:
     """The fields of a request by their paths, without those that are null or that every wire carries."""
     fields: JSON = {}
     for name, value in body.items():
-        inner = value if name in ("reasoning", "text") else None
-        fields |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+        if name in ("reasoning", "text"):
+            fields |= {f"{name}.{key}": inner for key, inner in (value or {}).items()}
+        else:
+            fields[name] = value
     return {path: value for path, value in fields.items() if value is not None and path not in CARRIED_BY_ALL}
 
 
@@ -3999,26 +3994,16 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        parts: list[JSON] = []
-        calls: list[JSON] = []
-        replays: list[JSON] = []
-        for item in (*turn.items, *turn.calls):
-            if item["type"] == "message":
-                parts += self.encode_parts(item["content"])
-            elif item["type"] == "reasoning":
-                replays.append(item["sealed_replay"])
-            else:
-                calls.append(item)
-        text = text_of(parts, "\n\n")
-        if text or calls:
-            self.out.append(self._assistant_message(text, replays, calls))
-            self._add_results(turn.results)
-
-    def _assistant_message(self, text: str, replays: list[JSON], calls: list[JSON]) -> JSON:
+        parts = [part for item in turn.of_type("message") for part in self.encode_parts(item["content"])]
+        text, calls = text_of(parts, "\n\n"), turn.of_type("function_call")
+        if not text and not calls:
+            return
+        message: JSON = {"role": "assistant", "content": text}      # never missing: Mistral and llama.cpp mind
+        self.out.append(message)
         form = self.settings.replay
-        pieces = [replay[form] for replay in replays if form in replay]     # several items of one turn follow each other
+        replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
+        pieces = [replay[form] for replay in replays if form in replay]
         reasoning: Any = "".join(pieces) if form == "reasoning_content" else [*itertools.chain(*pieces)]
-        message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
         if form == "thinking" and reasoning:
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
@@ -4032,7 +4017,7 @@ class ChatMessages(TurnEncoder):
                 "function": {"name": call["name"], "arguments": call["arguments"]},
                 **extras.get(call["call_id"], {}),
             } for call in calls]
-        return message
+            self._add_results(turn.results)
 
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them

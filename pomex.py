@@ -1323,7 +1323,7 @@ MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking bloc
 MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB, and can be repeated
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(slots=True)
 class Envelope:
     """What a provider needs back with the next turn, carried by the client in `encrypted_content`: authenticated, not
     secret, bound to the account, marked with its origin."""
@@ -1729,7 +1729,7 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
                 role = ""
             continue
         if kind == "function_call_output":              # with a call made up for it, the thread would be stuck (CLIProxyAPI#5375)
-            item = user_message({"type": "input_text", "text": f"[tool output] {text_of(item['output'])}"})
+            item = user_message(text_block(f"[tool output] {text_of(item['output'])}"))
         speaker = item.get("role", "assistant")
         if speaker != role:
             role = speaker
@@ -1773,7 +1773,7 @@ def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
         return normalize_message(item, dropped)
     if kind in CALL_ARGUMENTS:
         name = kind.removesuffix("_call")
-        if kind in ("function_call", "custom_tool_call"):
+        if "name" in item:
             name = upstream_tool_name(item["name"], item.get("namespace") or "")
         return {"type": "function_call", "call_id": call_id, "name": name, "arguments": call_arguments(item)}
     if kind in OUTPUT_TYPES:
@@ -1784,21 +1784,25 @@ def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
         image = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
         return {**user_message(image), "generated": True}
     text = text_of(item.get("content") or item.get("summary")) if kind in COMPACTION_TYPES else ""
-    return user_message({"type": "input_text", "text": text}) if text else None
+    return user_message(text_block(text)) if text else None
 
 
 def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
-    role = item.get("role") or "user"
-    text_type = "output_text" if role == "assistant" else "input_text"
     content = item.get("content")
     parts = []
-    for part in [{"type": text_type, "text": content}] if isinstance(content, str) else only_dicts(content):
+    for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         encrypted = str(part.get("encrypted_content") or "")    # of messages between agents; only OpenAI encrypts them
         if ENCRYPTED_TEXT.fullmatch(encrypted):
             dropped.append("content:encrypted_content")
         else:
-            parts.append({"type": text_type, "text": encrypted} if encrypted else {"type": "unknown", **part})
-    return {"type": "message", "role": role, "content": parts} if parts or item["type"] == "message" else None
+            parts.append(text_block(encrypted) if encrypted else {"type": "unknown", **part})
+    if not parts and item["type"] == "agent_message":
+        return None
+    return {"type": "message", "role": item.get("role") or "user", "content": parts}
+
+
+def text_block(text: str) -> JSON:
+    return {"type": "text", "text": text}
 
 
 def user_message(part: JSON) -> JSON:
@@ -3348,10 +3352,6 @@ def effort_value(values: str, effort: Any) -> str:
     return values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")].strip("-")
 
 
-def text_block(text: str) -> JSON:
-    return {"type": "text", "text": text}
-
-
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
 
 
@@ -3400,21 +3400,21 @@ class TurnEncoder:
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
         """Content in the provider's parts; those that it cannot take are named, empty texts left out."""
         if isinstance(content, str):
-            content = [{"type": "input_text", "text": content}]
+            content = [text_block(content)]
         parts = []
         for given in content:
             part = self.encode_part(given)
-            if part:
-                parts.append(part)
-            elif part is None:
+            if part is None:
                 self.dropped.append(f"content:{given['type']}")
+            elif part:
+                parts.append(part)
         return parts
 
     def encode_part(self, part: JSON) -> JSON | None:
         file = read_attachment(part)
         if file is not None:
             return self.encode_file(file)
-        text = part.get("refusal" if part["type"] == "refusal" else "text")
+        text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None
 
     def text_part(self, text: str) -> JSON:
@@ -4823,7 +4823,7 @@ class MessagesTurns(TurnEncoder):
         self.add_fillers(may_end=prefill)
         last = self.out[-1]["content"]
         if self.last_role() == "assistant" and last[-1]["type"] == "text":
-            last[-1] = {**last[-1], "text": last[-1]["text"].rstrip()}      # trailing whitespace is refused there
+            last[-1]["text"] = last[-1]["text"].rstrip()        # trailing whitespace is refused there
         self._place_system()
         return self.out
 
@@ -5438,25 +5438,25 @@ class GeminiContents(TurnEncoder):
             self.dropped.append("reasoning:foreign")
         elif replay.get("for"):
             self.signatures[replay["for"]] = signature
-        elif not self._sign_text(signature, replay.get("characters") or 0):
-            self.dropped.append("reasoning:signature")
+        else:
+            self._sign_text(signature, replay.get("characters") or 0)
 
-    def _sign_text(self, signature: str, characters: int) -> bool:
+    def _sign_text(self, signature: str, characters: int) -> None:
         """Signs the last `characters` of the text before, which were one part; 0 is an image, or a part of its own."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters and parts and "inlineData" in parts[-1]:
             parts[-1]["thoughtSignature"] = signature
-            return True
+            return
         if not characters:
             self.add("assistant", [{"text": "", "thoughtSignature": signature}])
-            return True
+            return
         for at in reversed(range(len(parts))):
             text = parts[at].get("text")
             if text and len(parts[at]) == 1:
                 signed = {"text": text[-characters:], "thoughtSignature": signature}
                 parts[at:at + 1] = [{"text": text[:-characters]}, signed] if len(text) > characters else [signed]
-                return True
-        return False
+                return
+        self.dropped.append("reasoning:signature")
 
     def function_call(self, item: JSON) -> None:
         call_id = item["call_id"]

@@ -1469,12 +1469,13 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and the names that had to be replaced, each with its replacement."""
-    names: set[str] = set()
+    names: JSON = {}
 
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):       # Codex's own (openai/codex#27331), which others refuse
             del schema["encrypted"]
-        names.update(as_dict(schema.get("properties")))
+        if isinstance(schema.get("properties"), dict):
+            names.update(schema["properties"])
         return schema
 
     def rename(schema: JSON) -> JSON:
@@ -1487,10 +1488,10 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         return schema
 
     cleaned = map_schema(parameters, clean)
+    if all(map(rule.fullmatch, names)):
+        return cleaned, {}
     fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
               for name in names if not rule.fullmatch(name)}
-    if not fitted:
-        return cleaned, fitted
     times = collections.Counter((*names, *fitted.values()))
     fitted = {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in fitted.items()}
     return map_schema(cleaned, rename), fitted
@@ -1555,7 +1556,8 @@ class ToolMap:
             return
         parameters = given.get("parameters") or {"type": "object", "properties": {}}
         parameters, fitted = fit_parameters(parameters, self.parameter_names)
-        tool = tool._replace(fitted=fitted)
+        if fitted:
+            tool = tool._replace(fitted=fitted)
         self.by_upstream_name[name] = tool
         self.by_name[tool.name] = None if tool.name in self.by_name else tool
         function = {"name": name, "description": given.get("description") or "", "parameters": parameters}
@@ -1719,16 +1721,17 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
     Later items change no id, so a history that grows keeps its bytes."""
     turns: list[Turn] = []
     role = ""                                           # of the turn that may go on
-    numbers: collections.Counter[str] = collections.Counter()   # call id -> duplicates of it that were renamed
-    waiting: dict[str, collections.deque[JSON]] = collections.defaultdict(collections.deque)    # results without output
+    numbers = collections.Counter[str]()        # call id -> duplicates of it that were renamed
+    waiting = collections.defaultdict[str, collections.deque[JSON]](collections.deque)  # call id -> results without output
     for item in items:
         kind, given = item["type"], item.get("call_id", "")
-        if kind == "function_call_output" and waiting[given]:
-            waiting[given].popleft()["output"] = item["output"]
-            if turns[-1].calls:
-                role = ""
-            continue
-        if kind == "function_call_output":              # with a call made up for it, the thread would be stuck (CLIProxyAPI#5375)
+        if kind == "function_call_output":
+            if waiting[given]:
+                waiting[given].popleft()["output"] = item["output"]
+                if turns[-1].calls:
+                    role = ""
+                continue
+            # a call made up for it would block the thread (CLIProxyAPI#5375)
             item = user_message(text_block(f"[tool output] {text_of(item['output'])}"))
         speaker = item.get("role", "assistant")
         if speaker != role:
@@ -5444,11 +5447,10 @@ class GeminiContents(TurnEncoder):
     def _sign_text(self, signature: str, characters: int) -> None:
         """Signs the last `characters` of the text before, which were one part; 0 is an image, or a part of its own."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
-        if not characters and parts and "inlineData" in parts[-1]:
-            parts[-1]["thoughtSignature"] = signature
-            return
+        if not characters and not (parts and "inlineData" in parts[-1]):
+            self.add("assistant", [{"text": ""}])
         if not characters:
-            self.add("assistant", [{"text": "", "thoughtSignature": signature}])
+            self.out[-1]["parts"][-1]["thoughtSignature"] = signature
             return
         for at in reversed(range(len(parts))):
             text = parts[at].get("text")

@@ -1325,15 +1325,16 @@ MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to
 
 @dataclass(slots=True)
 class Envelope:
-    """What a provider needs back with the next turn, carried by the client in `encrypted_content`: authenticated, not
-    secret, bound to the account, marked with its origin."""
+    """Data that a provider needs back with the next turn, carried by the client in `encrypted_content`: authenticated,
+    not secret, bound to the account, marked with its origin."""
     secret: bytes
     account: str
     inflated: int = 0                   # bytes of all opened ones
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
-        packed = zlib.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
+        plain = json.dumps(content, separators=(",", ":"), sort_keys=True)
+        packed = zlib.compress(plain.encode())
         sealed = base64.urlsafe_b64encode(self.mac(packed) + packed)
         return ENVELOPE_PREFIX + sealed.decode().rstrip("=")
 
@@ -1352,13 +1353,15 @@ class Envelope:
         return content["p"], content["m"], content["b"]
 
     def mac(self, packed: bytes) -> bytes:
-        return hmac.digest(self.secret, self.account.encode() + b"\0" + packed, "sha256")[:MAC_BYTES]
+        bound = self.account.encode() + b"\0" + packed
+        return hmac.digest(self.secret, bound, "sha256")[:MAC_BYTES]
 
 
-def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[list[JSON], list[str]]:
-    """Input items as `provider` may see them, and the names of dropped ones. The content that the provider sealed stands
-    in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content that was never ours
-    (no prefix) stays: only a Responses upstream can judge it."""
+def unseal_items(items: list[JSON], envelope: Envelope,
+                 provider: str) -> tuple[list[JSON], list[str]]:
+    """Input items as `provider` may see them, and the names of dropped ones. Content that the provider sealed stands in
+    `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content without our prefix
+    stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
     before = envelope.inflated
     for given in items:
@@ -1386,7 +1389,9 @@ FREEFORM_PARAMETERS: JSON = {
     "type": "object",
     "additionalProperties": False,
     "required": ["input"],
-    "properties": {"input": {"type": "string", "description": "The raw text, as the tool's description asks."}},
+    "properties": {
+        "input": {"type": "string", "description": "The raw text, as the tool's description asks."},
+    },
 }
 LOCAL_SHELL: JSON = {
     "description": "Runs a command on the user's machine and returns its output.",
@@ -1395,7 +1400,11 @@ LOCAL_SHELL: JSON = {
         "additionalProperties": False,
         "required": ["command"],
         "properties": {
-            "command": {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."},
+            "command": {
+                "type": "array",
+                "items": {"type": "string"},
+                "description": "The command and its arguments.",
+            },
             "working_directory": {"type": "string"},
             "timeout_ms": {"type": "integer"},
         },
@@ -1408,10 +1417,10 @@ class Tool(NamedTuple):
     kind: ItemType
     name: str
     namespace: str
-    fitted: Mapping[str, str] = {}      # parameters that go up under another name: the client's -> the provider's
+    fitted: Mapping[str, str] = {}      # parameters with another name upstream: the client's -> the provider's
 
 
-# the names that a tool's parameters may have, as Anthropic's error and Google's reference say; others take any
+# names that a tool's parameters may have, as Anthropic's error and Google's reference say; others take any
 PARAMETER_NAMES = {
     "claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"),
     "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}"),
@@ -1429,7 +1438,9 @@ def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
     safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
-    return full if safe == full and len(full) <= MAX_NAME else with_digest(safe, full)
+    if safe == full and len(full) <= MAX_NAME:
+        return full
+    return with_digest(safe, full)
 
 
 def with_digest(safe: str, full: str) -> str:
@@ -1440,8 +1451,9 @@ def freeform_description(tool: JSON) -> str:
     """A custom tool's description with its grammar as advice: JSON-only providers cannot enforce it."""
     shape = tool.get("format") or {}
     lines = [tool.get("description") or ""]
-    if shape.get("type") == "grammar" and isinstance(shape.get("definition"), str):
-        lines.append(f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{shape['definition']}")
+    grammar = shape.get("definition")
+    if shape.get("type") == "grammar" and grammar:
+        lines.append(f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}")
     lines.append("Put the raw text into `input`: no markdown fence, no extra quoting.")
     return "\n\n".join(filter(None, lines))
 
@@ -1451,8 +1463,8 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with every schema object in it changed, the inner ones first; `change` may alter its
-    argument."""
+    """A copy of a JSON schema with every schema object in it changed, the inner ones first; `change` may alter the
+    object that it gets."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
@@ -1468,33 +1480,36 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 
 
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
-    """A tool's parameters for a provider, and the names that had to be replaced, each with its replacement."""
-    names: JSON = {}
+    """A tool's parameters for a provider, and the names that do not fit its rule, each with its replacement."""
+    schemas: list[JSON] = []
 
     def clean(schema: JSON) -> JSON:
-        if isinstance(schema.get("encrypted"), bool):       # Codex's own (openai/codex#27331), which others refuse
+        if isinstance(schema.get("encrypted"), bool):       # Codex's own (openai/codex#27331): others refuse it
             del schema["encrypted"]
-        if isinstance(schema.get("properties"), dict):
-            names.update(schema["properties"])
-        return schema
-
-    def rename(schema: JSON) -> JSON:
-        if isinstance(schema.get("properties"), dict):
-            schema["properties"] = {fitted.get(name, name): inner for name, inner in schema["properties"].items()}
-        if isinstance(schema.get("required"), list):
-            schema["required"] = [fitted.get(str(name), name) for name in schema["required"]]
-        if isinstance(schema.get("$ref"), str):
-            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fitted.get(at[0], at[0]), schema["$ref"])
+        schemas.append(schema)
         return schema
 
     cleaned = map_schema(parameters, clean)
+    names = {name for schema in schemas for name in as_dict(schema.get("properties"))}
     if all(map(rule.fullmatch, names)):
         return cleaned, {}
-    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-              for name in names if not rule.fullmatch(name)}
+    fitted: dict[str, str] = {}
+    for name in names:
+        if not rule.fullmatch(name):
+            fitted[name] = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
     times = collections.Counter((*names, *fitted.values()))
-    fitted = {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in fitted.items()}
-    return map_schema(cleaned, rename), fitted
+    for name, fit in fitted.items():
+        if times[fit] > 1:
+            fitted[name] = with_digest(fit, name)
+    for schema in schemas:
+        properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
+        if isinstance(properties, dict):
+            schema["properties"] = {fitted.get(name, name): inner for name, inner in properties.items()}
+        if isinstance(required, list):
+            schema["required"] = [fitted.get(str(name), name) for name in required]
+        if isinstance(ref, str):
+            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fitted.get(at[0], at[0]), ref)
+    return cleaned, fitted
 
 
 # left in a tool's name by chat templates: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
@@ -1505,7 +1520,8 @@ class ToolMap:
     """The request's tools under the names that providers see."""
 
     def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
-        self.parameter_names = next(rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
+        self.parameter_names = next(
+            rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
         self.searches = searches
         self.functions: list[JSON] = []         # the offer: name, description, parameters, strict?
         self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
@@ -1522,7 +1538,7 @@ class ToolMap:
         return found or Tool("function_call", name, "")
 
     def renamed(self, item: JSON) -> JSON:
-        """A call of the history by the name that its tool has now: else it would go back as it was misspelt."""
+        """A call of the history by the name of its tool: a misspelt name does not go back to the model."""
         if item["type"] != "function_call" or item.get("namespace"):
             return item
         tool = self.tool(item["name"])
@@ -1560,7 +1576,11 @@ class ToolMap:
             tool = tool._replace(fitted=fitted)
         self.by_upstream_name[name] = tool
         self.by_name[tool.name] = None if tool.name in self.by_name else tool
-        function = {"name": name, "description": given.get("description") or "", "parameters": parameters}
+        function = {
+            "name": name,
+            "description": given.get("description") or "",
+            "parameters": parameters,
+        }
         if given.get("strict") is not None:
             function["strict"] = given["strict"]
         self.functions.append(function)
@@ -1574,20 +1594,23 @@ def split_trailing_surrogate(text: str) -> tuple[str, str]:
 
 def fix_surrogates(text: str) -> str:
     """Surrogate pairs joined, lone halves replaced."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class CustomInputDecoder:
-    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions; or the
-    arguments of a function whose parameters are `fitted`, which are shown when they are complete.
+    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions; or
+    the arguments of a function whose parameters are `fitted`, which are shown when they are complete.
 
-    `feed` returns the new text that can be shown; `finish` returns the whole text, which begins with all that `feed`
+    `feed` returns new text for the client; `finish` returns the whole text, which begins with all that `feed` has
     returned, or None where the JSON is incomplete.
     """
     # a text that begins with a fence is left to finish()
     HEAD = re.compile(r'(\s*\{\s*"input"\s*:\s*")(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z)')
     # half a surrogate pair waits for what follows: its other half, or anything else
-    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}|u[dD][89abAB][0-9a-fA-F]{2}'
+    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
+                      r'|u[dD][89abAB][0-9a-fA-F]{2}'
                       r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))*')
     MAX_PENDING = 1024                  # characters that cannot be shown: then the rest is left to finish()
 
@@ -1624,8 +1647,8 @@ class CustomInputDecoder:
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text itself. A patch in
-    a markdown fence is taken out of it."""
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text itself. A patch
+    loses its markdown fence."""
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
@@ -1649,7 +1672,7 @@ CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
 def escaped_controls(text: str) -> str:
-    """JSON with the control characters of its strings as escapes: models leave line ends, and strict readers refuse them."""
+    """JSON with escapes for the control characters in its strings: models leave line ends, strict readers refuse them."""
     return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
 
 
@@ -1657,7 +1680,7 @@ Row = TypeVar("Row", bound=NamedTuple)
 
 
 def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
-    """A row with the configuration's overrides; the longest prefix of the model counts."""
+    """A row with the configuration's overrides; of several prefixes of the model the longest one counts."""
     prefix = max(filter(model.startswith, overrides), key=len, default="")
     return row._replace(**overrides.get(prefix, {}))
 
@@ -1665,22 +1688,25 @@ def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
 # --- 5.4 history for providers that know only functions --------------------------------------------
 
 class Turn(NamedTuple):
-    """What one role said at a stretch, in plain items; `results` are the outputs of the calls, in their order."""
+    """Consecutive plain items of one role, and the outputs of its calls."""
     role: str                   # "assistant", "user", "system" or "developer"
     items: list[JSON]           # messages, and reasoning before the calls
     calls: list[JSON]           # calls, and reasoning between them
-    results: list[JSON]
+    results: list[JSON]         # an output for each call, in the order of the calls
 
     def of_type(self, kind: str) -> list[JSON]:
         return [item for item in (*self.items, *self.calls) if item["type"] == kind]
 
 
 class History(NamedTuple):
-    """A conversation in turns of four plain items (TRANSLATION.md 3.3):
+    """A conversation in turns. They hold plain items of four types (TRANSLATION.md 3.3):
 
-    message {role, content: [part], generated?: an image that the model made}, reasoning {sealed_replay}, function_call
-    {call_id, name, arguments} with an upstream name and arguments that are a JSON object, function_call_output {call_id,
-    output: str | [part]}. `system` holds the leading instructions, in order.
+    - message {role, content: [part], generated?: the content is an image that the model made}
+    - reasoning {sealed_replay}
+    - function_call {call_id, name, arguments}: an upstream name, arguments that are a JSON object
+    - function_call_output {call_id, output: str | [part]}
+
+    `system` holds the leading instructions, in order.
     """
     system: list[str]
     turns: list[Turn]
@@ -1688,7 +1714,10 @@ class History(NamedTuple):
 
     @property
     def items(self) -> list[JSON]:
-        return [item for turn in self.turns for item in (*turn.items, *turn.calls, *turn.results)]
+        items: list[JSON] = []
+        for turn in self.turns:
+            items += (*turn.items, *turn.calls, *turn.results)
+        return items
 
 
 NO_OUTPUT = "no output was recorded for this call"
@@ -1705,7 +1734,8 @@ def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> Histo
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
         elif made.get("role") in ("system", "developer") and not plain:
-            system.append("\n\n".join(part.get("text") or "" for part in made["content"]))
+            texts = (part.get("text") or "" for part in made["content"])
+            system.append("\n\n".join(texts))
         else:
             plain.append(made)
     return History(system, gather_turns(plain), list(dict.fromkeys(dropped)))
@@ -1713,16 +1743,17 @@ def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> Histo
 
 def is_summary_only(item: JSON) -> bool:
     """A reasoning item that is only a summary: its provider wants nothing back."""
-    return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
+    return item["type"] == "reasoning" and not (item.get("encrypted_content") or item.get("content"))
 
 
 def gather_turns(items: Sequence[JSON]) -> list[Turn]:
-    """Plain items as turns. Each call gets an output and an id of its own: local servers begin at call_0 in every turn.
-    Later items change no id, so a history that grows keeps its bytes."""
+    """Plain items as turns. Each call gets an output, and an id of its own: local servers begin at call_0 in every
+    turn. Later items change no id, so that a history that grows keeps its bytes."""
     turns: list[Turn] = []
-    role = ""                                           # of the turn that may go on
+    role = ""                                   # of the turn that may go on
     numbers = collections.Counter[str]()        # call id -> duplicates of it that were renamed
-    waiting = collections.defaultdict[str, collections.deque[JSON]](collections.deque)  # call id -> results without output
+    # call id -> results that have no output yet
+    waiting = collections.defaultdict[str, collections.deque[JSON]](collections.deque)
     for item in items:
         kind, given = item["type"], item.get("call_id", "")
         if kind == "function_call_output":
@@ -1745,11 +1776,12 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
                 unique = f"{given}_{numbers[given] + 1}" if given else f"call_{numbers[given]}"
             numbers[unique] = 0
             turn.calls.append({**item, "call_id": unique})
-            turn.results.append({"type": "function_call_output", "call_id": unique, "output": NO_OUTPUT})
-            waiting[given].append(turn.results[-1])
+            result = {"type": "function_call_output", "call_id": unique, "output": NO_OUTPUT}
+            turn.results.append(result)
+            waiting[given].append(result)
         elif kind == "reasoning" and turn.calls:
             turn.calls.append(item)
-        else:                       # text between a call and its output goes before the call (mlx-openai-server#268)
+        else:               # text between a call and its output goes before the call (mlx-openai-server#268)
             turn.items.append(item)
     return turns
 
@@ -1762,11 +1794,11 @@ CALL_ARGUMENTS = {                  # the field of each type of call, whether or
     "shell_call": "action",
     "apply_patch_call": "operation",
 }
-OUTPUT_TYPES = frozenset((
-    "function_call_output", "custom_tool_call_output", "tool_search_output", "local_shell_call_output",
-    "shell_call_output", "apply_patch_call_output"))
+OUTPUT_TYPES = ("function_call_output", "custom_tool_call_output", "tool_search_output", "local_shell_call_output",
+                "shell_call_output", "apply_patch_call_output")
 COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
-ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
+# an envelope of ours, OpenAI's encryption, anybody's
+ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
 
 def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
@@ -1778,30 +1810,36 @@ def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
         name = kind.removesuffix("_call")
         if "name" in item:
             name = upstream_tool_name(item["name"], item.get("namespace") or "")
-        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": call_arguments(item)}
+        arguments = call_arguments(item)
+        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
     if kind in OUTPUT_TYPES:
         return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
-        return {"type": "reasoning", "sealed_replay": item["sealed_replay"]}
+        return item
     if kind == "image_generation_call" and item.get("result"):
         image = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
         return {**user_message(image), "generated": True}
-    text = text_of(item.get("content") or item.get("summary")) if kind in COMPACTION_TYPES else ""
-    return user_message(text_block(text)) if text else None
+    if kind in COMPACTION_TYPES:
+        text = text_of(item.get("content") or item.get("summary"))
+        return user_message(text_block(text)) if text else None
+    return None
 
 
 def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
-    content = item.get("content")
+    role, content = item.get("role") or "user", item.get("content")
+    given = [text_block(content)] if isinstance(content, str) else only_dicts(content)
     parts = []
-    for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
-        encrypted = str(part.get("encrypted_content") or "")    # of messages between agents; only OpenAI encrypts them
+    for part in given:
+        encrypted = str(part.get("encrypted_content") or "")    # only OpenAI encrypts messages between agents
         if ENCRYPTED_TEXT.fullmatch(encrypted):
             dropped.append("content:encrypted_content")
+        elif encrypted:
+            parts.append(text_block(encrypted))
         else:
-            parts.append(text_block(encrypted) if encrypted else {"type": "unknown", **part})
+            parts.append({"type": "unknown", **part})
     if not parts and item["type"] == "agent_message":
         return None
-    return {"type": "message", "role": item.get("role") or "user", "content": parts}
+    return {"type": "message", "role": role, "content": parts}
 
 
 def text_block(text: str) -> JSON:
@@ -1815,12 +1853,13 @@ def user_message(part: JSON) -> JSON:
 def call_arguments(item: JSON) -> str:
     """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
     name = CALL_ARGUMENTS[item["type"]]
-    given = item.get(name)
+    given: Any = item.get(name)
     if name == "input":
         return dumps({"input": given})
+    given = given or {}
     if name == "action":
-        return dumps({key: value for key, value in (given or {}).items() if key != "type" and value})
-    text = given or "{}" if item["type"] == "function_call" else dumps(given or {})
+        return dumps({key: value for key, value in given.items() if key != "type" and value})
+    text = given if given and item["type"] == "function_call" else dumps(given)
     with contextlib.suppress(ValueError):
         if isinstance(load_json(text.encode()), dict):
             return text
@@ -1830,7 +1869,8 @@ def call_arguments(item: JSON) -> str:
 def call_output(item: JSON) -> Any:
     kind, output = item["type"], item.get("output")
     if kind == "tool_search_output":
-        output = "Found: " + (", ".join(tool_names(item["tools"])) or "no tools")
+        names = ", ".join(tool_names(item["tools"]))
+        output = f"Found: {names or 'no tools'}"
     elif kind == "shell_call_output":
         output = dumps(output or [])
     elif kind == "apply_patch_call_output":
@@ -1842,7 +1882,7 @@ class Attachment(NamedTuple):
     """An image or a file: an address, or bytes."""
     mime: str                   # by the bytes, else as declared, else by the ending; "": unknown
     name: str
-    detail: str                 # of an image: "low", "high" or ""
+    detail: str                 # of an image, as the client gave it
     url: str = ""
     data: str = ""              # clean base64
     text: str | None = None     # of a text file
@@ -1856,7 +1896,7 @@ MAGIC = {
     "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
     "application/pdf": rb"%PDF-",
 }
-IMAGE_TYPES = frozenset(("image/png", "image/jpeg", "image/gif", "image/webp"))     # known everywhere
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")        # known everywhere
 TYPE_BY_ENDING = {
     "png": "image/png",
     "jpg": "image/jpeg",
@@ -1871,22 +1911,25 @@ TYPE_BY_ENDING = {
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64: once in the
-    history, every later turn would be refused."""
+    """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64: from the
+    history it would have every later turn refused."""
     if part["type"] not in ("input_image", "input_file"):
         return None
+    is_image = part["type"] == "input_image"
     sources = (part.get(key) for key in ("file_data", "image_url", "file_url"))
     source = next((text for text in sources if isinstance(text, str)), "")
     is_url = re.match("(https?|gs)://", source)
     name = str(part.get("filename") or "")
-    detail = part["detail"] if part.get("detail") in ("low", "high") else ""    # auto is the default; others are unknown
+    detail = part.get("detail") or ""
     path = source.split("?")[0] if is_url else name
     mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
     if is_url:
-        return Attachment(mime or ("image/" if part["type"] == "input_image" else ""), name, detail, url=source)
+        mime = mime or ("image/" if is_image else "")
+        return Attachment(mime, name, detail, url=source)
     head, comma, encoded = source.rpartition(",")
     # without line ends, in the standard alphabet, with padding
-    data = "".join(encoded.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    data = "".join(encoded.split()).rstrip("=")
+    data = data.replace("-", "+").replace("_", "/")
     data += "=" * (-len(data) % 4)
     try:
         content = base64.b64decode(data, validate=True)
@@ -1894,13 +1937,15 @@ def read_attachment(part: JSON) -> Attachment | None:
         return None
     if not content or (comma and not head.endswith(";base64")):
         return None
-    mime = head.removeprefix("data:").partition(";")[0].lower() or mime
-    found = next((each for each, magic in MAGIC.items() if re.match(magic, content)), "")
-    is_media = found or part["type"] == "input_image" or re.match("(image|audio|video)/(?!svg)", mime)
+    found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
+    declared = head.removeprefix("data:").partition(";")[0].lower()
+    mime = found or declared.replace("image/jpg", "image/jpeg") or mime
+    text = None
+    is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
     if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
-            return Attachment("text/plain", name, detail, data=data, text=content.decode("utf-8-sig"))
-    return Attachment(found or mime.replace("image/jpg", "image/jpeg"), name, detail, data=data)
+            mime, text = "text/plain", content.decode("utf-8-sig")
+    return Attachment(mime, name, detail, data=data, text=text)
 
 
 # --- 5.5 client manners ---------------------------------------------------------------------------
@@ -3316,20 +3361,20 @@ def parse_time_s(text: str) -> float:
 
 # which the gateway answers itself, or every wire carries as far as it has it
 CARRIED_BY_ALL = frozenset((
-    "model", "input", "instructions", "stream", "stream_options", "store", "background", "metadata", "client_metadata",
-    "tools", "tool_choice", "parallel_tool_calls", "prompt_cache_key", "reasoning.summary"))
+    "model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "reasoning.summary",
+    "stream", "stream_options", "store", "background", "metadata", "client_metadata", "prompt_cache_key"))
 # values that ask for nothing: what happens anyway
-NEUTRAL: dict[str, Any] = {
-    "text.verbosity": ("medium",),
-    "service_tier": ("auto", "default"),
-    "truncation": ("disabled",),
-    "include": ([], ["reasoning.encrypted_content"]),
-    "temperature": (1,),
-    "top_p": (1,),
-    "top_logprobs": (0,),
-    "max_tool_calls": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+NEUTRAL: dict[str, list[Any]] = {
+    "text.verbosity": ["medium"],
+    "service_tier": ["auto", "default"],
+    "truncation": ["disabled"],
+    "include": [[], ["reasoning.encrypted_content"]],
+    "temperature": [1],
+    "top_p": [1],
+    "top_logprobs": [0],
+    "max_tool_calls": [0],
+    "presence_penalty": [0],
+    "frequency_penalty": [0],
 }
 
 
@@ -3338,33 +3383,40 @@ def request_fields(body: JSON) -> JSON:
     fields: JSON = {}
     for name, value in body.items():
         if name in ("reasoning", "text"):
-            fields |= {f"{name}.{key}": inner for key, inner in (value or {}).items()}
+            for key, inner in (value or {}).items():
+                fields[f"{name}.{key}"] = inner
         else:
             fields[name] = value
-    return {path: value for path, value in fields.items() if value is not None and path not in CARRIED_BY_ALL}
+    return {path: value for path, value in fields.items()
+            if value is not None and path not in CARRIED_BY_ALL}
 
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The one of seven values, each for one of EFFORTS, that stands for `effort`; "" for "-" and where there is none. An
-    unknown effort counts as high (TRANSLATION.md 1.3)."""
+    """The value for `effort` among `values`, one for each of EFFORTS; "" for "-" and where there is none. An unknown
+    effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
-    return values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")].strip("-")
+    if effort not in EFFORTS:
+        effort = "high"
+    return values.split()[EFFORTS.index(effort)].strip("-")
 
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
 
 
 class TurnEncoder:
-    """A History as the messages of a provider. A subclass has a method for each type of plain items, and one for files."""
-    PARTS = "content"           # a message's key of its parts
+    """A History as the messages of a provider. A subclass has a method for each type of plain items, and one for
+    files."""
+    PARTS = "content"           # the field of a message that holds its parts
     encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
-        self.history, self.settings, self.dropped = ctx.history, ctx.settings, ctx.dropped
+        self.history = ctx.history
+        self.settings = ctx.settings
+        self.dropped = ctx.dropped
         self.out: list[JSON] = []
 
     def encode_items(self) -> None:
@@ -3372,7 +3424,8 @@ class TurnEncoder:
             getattr(self, item["type"])(item)
 
     def message(self, item: JSON) -> None:
-        role, parts = item["role"], self.encode_parts(item["content"])
+        role = item["role"]
+        parts = self.encode_parts(item["content"])
         if role in ("user", "assistant"):
             self.add(role, parts)
         else:
@@ -3394,14 +3447,15 @@ class TurnEncoder:
             self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
 
     def add_fillers(self, may_begin: bool = False, may_end: bool = False) -> None:
-        """The user begins and ends, unless the assistant may."""
+        """Lets the user begin and end the conversation, unless the assistant may."""
         if self.last_role() == "assistant" and not may_end:
             self.add("user", [self.text_part("Continue.")])
         if not self.out or (self.out[0]["role"] == "assistant" and not may_begin):
-            self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
+            filler = self.text_part("(continue)")
+            self.out.insert(0, {"role": "user", self.PARTS: [filler]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts; those that it cannot take are named, empty texts left out."""
+        """Content in the provider's parts. Parts that it cannot take are named; empty texts are left out."""
         if isinstance(content, str):
             content = [text_block(content)]
         parts = []
@@ -3982,13 +4036,15 @@ class ChatMessages(TurnEncoder):
             else:
                 for item in turn.items:
                     self.message(item)
-        self.add_fillers(may_begin=True)        # as the last, Mistral and Claude behind a router refuse the assistant
+        self.add_fillers(may_begin=True)        # Mistral, and Claude behind a router, refuse the assistant at the end
         for message in self.out:                # joined once: neighbour by neighbour would be quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
         system = "\n\n".join(filter(None, (*self.history.system, closing)))
-        return [{"role": "system", "content": system}, *self.out] if system else self.out
+        if system:
+            self.out.insert(0, {"role": "system", "content": system})
+        return self.out
 
     def add_system(self, text: str) -> None:
         if self.settings.system_anywhere:
@@ -3997,23 +4053,28 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        parts = [part for item in turn.of_type("message") for part in self.encode_parts(item["content"])]
-        text, calls = text_of(parts, "\n\n"), turn.of_type("function_call")
+        parts: list[JSON] = []
+        for item in turn.of_type("message"):
+            parts += self.encode_parts(item["content"])
+        text = text_of(parts, "\n\n")
+        calls = turn.of_type("function_call")
         if not text and not calls:
             return
-        message: JSON = {"role": "assistant", "content": text}      # never missing: Mistral and llama.cpp mind
+        message: JSON = {"role": "assistant", "content": text}      # Mistral and llama.cpp need even an empty one
         self.out.append(message)
         form = self.settings.replay
         replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
         pieces = [replay[form] for replay in replays if form in replay]
-        reasoning: Any = "".join(pieces) if form == "reasoning_content" else [*itertools.chain(*pieces)]
+        reasoning: Any = list(itertools.chain(*pieces))
+        if form == "reasoning_content":
+            reasoning = "".join(pieces)
         if form == "thinking" and reasoning:
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
-        extras = {extra["id"]: {"extra_content": extra["extra_content"]}
-                  for replay in replays for extra in replay.get("extra_content", ())}
         if calls:
+            extras = {extra["id"]: {"extra_content": extra["extra_content"]}
+                      for replay in replays for extra in replay.get("extra_content", ())}
             message["tool_calls"] = [{
                 "id": self._call_id(call["call_id"]),
                 "type": "function",
@@ -4033,15 +4094,19 @@ class ChatMessages(TurnEncoder):
             elif others:                # elsewhere a tool message is only text
                 images += [text_block(f"Images from tool call {result['call_id']}:"), *others]
                 content = content or "The images follow."
-            call_id = self._call_id(result["call_id"])
-            self.out.append({"role": "tool", "tool_call_id": call_id, "content": content})
+            self.out.append({
+                "role": "tool",
+                "tool_call_id": self._call_id(result["call_id"]),
+                "content": content,
+            })
         self.add("user", images)
 
     def _call_id(self, given: str) -> str:
         short = self.settings.short_ids
         if re.fullmatch("[a-zA-Z0-9]{9}", given) if short else len(given) <= MAX_CALL_ID:
             return given
-        return sha256_hex(given)[:9] if short else "call_" + sha256_hex(given)[:32]
+        digest = sha256_hex(given)
+        return digest[:9] if short else f"call_{digest[:32]}"
 
     def encode_file(self, file: Attachment) -> JSON | None:
         name = file.name or "file"
@@ -4049,8 +4114,10 @@ class ChatMessages(TurnEncoder):
             return text_block(f'<file name="{name}">\n{file.text}\n</file>')
         data_url = f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
-            detail = {"detail": file.detail} if file.detail else {}
-            return {"type": "image_url", "image_url": {"url": file.url or data_url, **detail}}
+            image = {"url": file.url or data_url}
+            if file.detail in ("low", "high"):      # auto is the default; others are unknown
+                image["detail"] = file.detail
+            return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
             return None
         return {"type": "file", "file": {"filename": name, "file_data": data_url}}
@@ -4815,8 +4882,8 @@ class MessagesTurns(TurnEncoder):
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.pending_reasoning: list[JSON] = []     # goes up with what it led to: a turn may not end with it
-        self.pending_system: list[str] = []         # waits for the end of the user's turn: it may stand nowhere else
+        self.pending_reasoning: list[JSON] = []     # waits for the blocks that it led to: no turn may end with it
+        self.pending_system: list[str] = []         # waits for the end of the user's turn, its only place
         self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
@@ -4824,14 +4891,14 @@ class MessagesTurns(TurnEncoder):
         self.add_system(closing)
         prefill = self.settings.prefill and not thinks and not self.pending_system
         self.add_fillers(may_end=prefill)
-        last = self.out[-1]["content"]
-        if self.last_role() == "assistant" and last[-1]["type"] == "text":
-            last[-1]["text"] = last[-1]["text"].rstrip()        # trailing whitespace is refused there
+        last = self.out[-1]["content"][-1]
+        if self.last_role() == "assistant" and last["type"] == "text":
+            last["text"] = last["text"].rstrip()        # trailing whitespace is refused there
         self._place_system()
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls that no reasoning of ours leads to. With a budget that is a 400."""
+        """Whether the last turn answers calls without reasoning before them. With a thinking budget that is a 400."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -4853,7 +4920,9 @@ class MessagesTurns(TurnEncoder):
 
     def _place_system(self) -> None:
         """A system message stands right after a user turn, and before the assistant's or at the end."""
-        role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
+        role, form = "user", LATER_SYSTEM
+        if self.last_role() == "user":
+            role, form = "system", "{}"
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
 
@@ -4868,15 +4937,20 @@ class MessagesTurns(TurnEncoder):
             self.add("assistant", blocks)
 
     def function_call(self, item: JSON) -> None:
-        self.add("assistant", [{"type": "tool_use", "id": tool_use_id(item["call_id"]), "name": item["name"],
-                                "input": json.loads(item["arguments"])}])
+        self.add("assistant", [{
+            "type": "tool_use",
+            "id": tool_use_id(item["call_id"]),
+            "name": item["name"],
+            "input": json.loads(item["arguments"]),
+        }])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
         result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
-        content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
-        if content:
-            result["content"] = content
+        if isinstance(output, str) and output.strip():
+            result["content"] = output
+        elif parts := self.encode_parts(output):
+            result["content"] = parts
         if output == NO_OUTPUT:
             result["is_error"] = True
         self.add("user", [result])
@@ -4885,8 +4959,10 @@ class MessagesTurns(TurnEncoder):
         return text_block(text) if text.strip() else {}     # a blank text is a 400
 
     def encode_part(self, part: JSON) -> JSON | None:
-        block, mark = super().encode_part(part), part.get("cache_control")
-        return {**block, "cache_control": mark} if block and isinstance(mark, dict) else block
+        block = super().encode_part(part)
+        if block and isinstance(part.get("cache_control"), dict):
+            block["cache_control"] = part["cache_control"]
+        return block
 
     def encode_file(self, file: Attachment) -> JSON | None:
         source = {"type": "base64", "media_type": file.mime, "data": file.data}
@@ -4903,10 +4979,11 @@ class MessagesTurns(TurnEncoder):
 
 
 def tool_use_id(given: str) -> str:
-    """A call id in the letters that Anthropic takes; others' are told apart by a digest."""
+    """A call id that Anthropic takes: where letters must be replaced, a digest keeps it unique."""
     if TOOL_USE_ID.fullmatch(given):
         return given
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40]) + "_" + sha256_hex(given)[:16]
+    safe = re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40])
+    return f"{safe}_{sha256_hex(given)[:16]}"
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
@@ -5412,12 +5489,9 @@ class GeminiContents(TurnEncoder):
     """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
     PARTS = "parts"
 
-    def __init__(self, ctx: EncodeContext) -> None:
-        super().__init__(ctx)
-        self.calls: dict[str, JSON] = {}            # by call_id: what a result repeats of its call
-        self.signatures: dict[str, str] = {}        # by call_id
-
     def encode(self) -> list[JSON]:
+        self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
+        self.signatures: dict[str, str] = {}        # by call_id
         self.encode_items()
         self.add_fillers()
         for content in self.out:
@@ -5430,13 +5504,16 @@ class GeminiContents(TurnEncoder):
         return self.out
 
     def message(self, item: JSON) -> None:
-        super().message({**item, "role": "assistant"} if "generated" in item else item)
+        if "generated" in item:
+            item = {**item, "role": "assistant"}
+        super().message(item)
 
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
         signature = replay.get("signature")
-        if isinstance(replay.get("part"), dict) and self.settings.combines_tools:   # older models refuse a server's tool
-            self.add("assistant", [replay["part"]])
+        part = replay.get("part")
+        if isinstance(part, dict) and self.settings.combines_tools:     # older models refuse a server's tool
+            self.add("assistant", [part])
         elif not isinstance(signature, str):
             self.dropped.append("reasoning:foreign")
         elif replay.get("for"):
@@ -5445,7 +5522,7 @@ class GeminiContents(TurnEncoder):
             self._sign_text(signature, replay.get("characters") or 0)
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text before, which were one part; 0 is an image, or a part of its own."""
+        """Signs the last `characters` of the text before, which were one part; for 0 an image, or an empty part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters and not (parts and "inlineData" in parts[-1]):
             self.add("assistant", [{"text": ""}])
@@ -5455,8 +5532,9 @@ class GeminiContents(TurnEncoder):
         for at in reversed(range(len(parts))):
             text = parts[at].get("text")
             if text and len(parts[at]) == 1:
-                signed = {"text": text[-characters:], "thoughtSignature": signature}
-                parts[at:at + 1] = [{"text": text[:-characters]}, signed] if len(text) > characters else [signed]
+                parts[at] = {"text": text[-characters:], "thoughtSignature": signature}
+                if len(text) > characters:
+                    parts.insert(at, {"text": text[:-characters]})
                 return
         self.dropped.append("reasoning:signature")
 
@@ -5465,9 +5543,10 @@ class GeminiContents(TurnEncoder):
         call = self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
             call["id"] = call_id
-        part: JSON = {"functionCall": {**call, "args": parse_object(item["arguments"]) or {}}}
-        # gather_turns numbers repeated ids: the newest signature before is the one of this call
-        signature = self.signatures.get(call_id) or self.signatures.get(re.sub(r"_\d+$", "", call_id))
+        arguments = parse_object(item["arguments"]) or {}
+        part: JSON = {"functionCall": {**call, "args": arguments}}
+        unnumbered = re.sub(r"_\d+$", "", call_id)      # gather_turns numbers repeated ids: the newest signature is meant
+        signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
         if signature:
             part["thoughtSignature"] = signature
         self.add("assistant", [part])
@@ -5476,12 +5555,15 @@ class GeminiContents(TurnEncoder):
         parts = self.encode_parts(item["output"])
         inside, outside = [], []                    # the media in the result itself, and behind all results
         for part in parts:
-            if self.settings.combines_tools and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA:
+            mime = part.get("inlineData", {}).get("mimeType")
+            if mime in RESULT_MEDIA and self.settings.combines_tools:
                 inside.append(part)
             elif "text" not in part:
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        text = text_of(parts, "\n") or ("The content follows." if inside or outside else "")
+        text = text_of(parts, "\n")
+        if not text and (inside or outside):
+            text = "The content follows."
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
             response["parts"] = inside
@@ -5492,14 +5574,18 @@ class GeminiContents(TurnEncoder):
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:
-            mime = {"mimeType": file.mime} if file.mime not in ("", "image/") else {}
-            return {"fileData": {"fileUri": file.url, **mime}}
-        return {"inlineData": {"mimeType": file.mime, "data": file.data}} if GEMINI_MEDIA.match(file.mime) else None
+            address = {"fileUri": file.url}
+            if file.mime not in ("", "image/"):
+                address["mimeType"] = file.mime
+            return {"fileData": address}
+        if GEMINI_MEDIA.match(file.mime):
+            return {"inlineData": {"mimeType": file.mime, "data": file.data}}
+        return None
 
 
 def add_thought_signature(content: JSON, replace: bool) -> None:
-    """The first call of a step needs a signature. The dummy stands for a lost one, in old turns too, so that the bytes
-    of a turn never change; with `replace` it takes the place of all."""
+    """Signs the first call of a step, which needs it, with the dummy if it has no signature: in old turns too, so that
+    the bytes of a turn never change. `replace` removes all other signatures."""
     for part in content["parts"] if replace else []:
         part.pop("thoughtSignature", None)
     first: JSON = next((part for part in content["parts"] if "functionCall" in part), {})

@@ -1491,12 +1491,10 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
 
     cleaned = map_schema(parameters, clean)
     names = {name for schema in schemas for name in as_dict(schema.get("properties"))}
-    if all(map(rule.fullmatch, names)):
+    unfit = list(itertools.filterfalse(rule.fullmatch, names))
+    if not unfit:
         return cleaned, {}
-    fitted: dict[str, str] = {}
-    for name in names:
-        if not rule.fullmatch(name):
-            fitted[name] = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME] for name in unfit}
     times = collections.Counter((*names, *fitted.values()))
     for name, fit in fitted.items():
         if times[fit] > 1:
@@ -1916,8 +1914,8 @@ def read_attachment(part: JSON) -> Attachment | None:
     if part["type"] not in ("input_image", "input_file"):
         return None
     is_image = part["type"] == "input_image"
-    sources = (part.get(key) for key in ("file_data", "image_url", "file_url"))
-    source = next((text for text in sources if isinstance(text, str)), "")
+    given = map(part.get, ("file_data", "image_url", "file_url"))
+    source = next((text for text in given if isinstance(text, str)), "")
     is_url = re.match("(https?|gs)://", source)
     name = str(part.get("filename") or "")
     detail = part.get("detail") or ""

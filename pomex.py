@@ -1325,8 +1325,8 @@ MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to
 
 @dataclass(slots=True)
 class Envelope:
-    """Data that a provider needs back with the next turn, carried by the client in `encrypted_content`: authenticated,
-    not secret, bound to the account, marked with its origin."""
+    """Data that a provider needs back with the next turn. The client carries it in `encrypted_content`:
+    authenticated, not secret, bound to the account, marked with its origin."""
     secret: bytes
     account: str
     inflated: int = 0                   # bytes of all opened ones
@@ -1359,9 +1359,9 @@ class Envelope:
 
 def unseal_items(items: list[JSON], envelope: Envelope,
                  provider: str) -> tuple[list[JSON], list[str]]:
-    """Input items as `provider` may see them, and the names of dropped ones. Content that the provider sealed stands in
-    `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content without our prefix
-    stays: only a Responses upstream can judge it."""
+    """Input items as `provider` may see them, and the names of dropped ones. Content that the provider sealed
+    stands in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content
+    without our prefix stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
     before = envelope.inflated
     for given in items:
@@ -1417,7 +1417,7 @@ class Tool(NamedTuple):
     kind: ItemType
     name: str
     namespace: str
-    fitted: Mapping[str, str] = {}      # parameters with another name upstream: the client's -> the provider's
+    fitted: Mapping[str, str] = {}      # renamed parameters: the client's name -> the provider's
 
 
 # names that a tool's parameters may have, as Anthropic's error and Google's reference say; others take any
@@ -1463,8 +1463,8 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with every schema object in it changed, the inner ones first; `change` may alter the
-    object that it gets."""
+    """A copy of a JSON schema with every schema object in it changed, the inner ones first; `change` may
+    alter its argument."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
@@ -1480,11 +1480,11 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 
 
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
-    """A tool's parameters for a provider, and the names that do not fit its rule, each with its replacement."""
+    """A tool's parameters for a provider, and the names that do not fit its rule with their replacements."""
     schemas: list[JSON] = []
 
     def clean(schema: JSON) -> JSON:
-        if isinstance(schema.get("encrypted"), bool):       # Codex's own (openai/codex#27331): others refuse it
+        if isinstance(schema.get("encrypted"), bool):   # Codex's own (openai/codex#27331), refused by others
             del schema["encrypted"]
         schemas.append(schema)
         return schema
@@ -1494,7 +1494,8 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     unfit = list(itertools.filterfalse(rule.fullmatch, names))
     if not unfit:
         return cleaned, {}
-    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME] for name in unfit}
+    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+              for name in unfit}
     times = collections.Counter((*names, *fitted.values()))
     for name, fit in fitted.items():
         if times[fit] > 1:
@@ -1598,11 +1599,11 @@ def fix_surrogates(text: str) -> str:
 
 
 class CustomInputDecoder:
-    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions; or
-    the arguments of a function whose parameters are `fitted`, which are shown when they are complete.
+    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string
+    functions; or the arguments of a function whose parameters are `fitted`, shown when they are complete.
 
-    `feed` returns new text for the client; `finish` returns the whole text, which begins with all that `feed` has
-    returned, or None where the JSON is incomplete.
+    `feed` returns new text for the client; `finish` returns the whole text, which begins with all that `feed`
+    has returned, or None where the JSON is incomplete.
     """
     # a text that begins with a fence is left to finish()
     HEAD = re.compile(r'(\s*\{\s*"input"\s*:\s*")(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z)')
@@ -1645,7 +1646,7 @@ class CustomInputDecoder:
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text itself. A patch
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A patch
     loses its markdown fence."""
     try:
         value = json.loads(raw, strict=False)
@@ -1670,7 +1671,8 @@ CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
 def escaped_controls(text: str) -> str:
-    """JSON with escapes for the control characters in its strings: models leave line ends, strict readers refuse them."""
+    """JSON with escapes for the control characters in its strings: models write raw line ends, which strict
+    readers refuse."""
     return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
 
 
@@ -1736,7 +1738,7 @@ def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> Histo
             system.append("\n\n".join(texts))
         else:
             plain.append(made)
-    return History(system, gather_turns(plain), list(dict.fromkeys(dropped)))
+    return History(system, gather_turns(plain), dropped)
 
 
 def is_summary_only(item: JSON) -> bool:
@@ -1745,8 +1747,8 @@ def is_summary_only(item: JSON) -> bool:
 
 
 def gather_turns(items: Sequence[JSON]) -> list[Turn]:
-    """Plain items as turns. Each call gets an output, and an id of its own: local servers begin at call_0 in every
-    turn. Later items change no id, so that a history that grows keeps its bytes."""
+    """Plain items as turns. Each call gets an output, and an id of its own: local servers begin at call_0 in
+    every turn. Later items change no id, so that a history that grows keeps its bytes."""
     turns: list[Turn] = []
     role = ""                                   # of the turn that may go on
     numbers = collections.Counter[str]()        # call id -> duplicates of it that were renamed
@@ -1792,8 +1794,14 @@ CALL_ARGUMENTS = {                  # the field of each type of call, whether or
     "shell_call": "action",
     "apply_patch_call": "operation",
 }
-OUTPUT_TYPES = ("function_call_output", "custom_tool_call_output", "tool_search_output", "local_shell_call_output",
-                "shell_call_output", "apply_patch_call_output")
+OUTPUT_TYPES = (
+    "function_call_output",
+    "custom_tool_call_output",
+    "tool_search_output",
+    "local_shell_call_output",
+    "shell_call_output",
+    "apply_patch_call_output",
+)
 COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
 # an envelope of ours, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
@@ -1909,8 +1917,8 @@ TYPE_BY_ENDING = {
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64: from the
-    history it would have every later turn refused."""
+    """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64, which
+    would have every later turn refused."""
     if part["type"] not in ("input_image", "input_file"):
         return None
     is_image = part["type"] == "input_image"
@@ -3393,8 +3401,8 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The value for `effort` among `values`, one for each of EFFORTS; "" for "-" and where there is none. An unknown
-    effort counts as high (TRANSLATION.md 1.3)."""
+    """The value for `effort` among `values`, one for each of EFFORTS; "" for "-" and where there is none. An
+    unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
     if effort not in EFFORTS:
@@ -3406,8 +3414,8 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the sam
 
 
 class TurnEncoder:
-    """A History as the messages of a provider. A subclass has a method for each type of plain items, and one for
-    files."""
+    """A History as the messages of a provider. A subclass has a method for each type of plain items and one
+    for files."""
     PARTS = "content"           # the field of a message that holds its parts
     encode_file: Callable[[Attachment], JSON | None]
 
@@ -4034,7 +4042,7 @@ class ChatMessages(TurnEncoder):
             else:
                 for item in turn.items:
                     self.message(item)
-        self.add_fillers(may_begin=True)        # Mistral, and Claude behind a router, refuse the assistant at the end
+        self.add_fillers(may_begin=True)    # Mistral and Claude behind a router refuse a last assistant message
         for message in self.out:                # joined once: neighbour by neighbour would be quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
@@ -4051,14 +4059,12 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        parts: list[JSON] = []
-        for item in turn.of_type("message"):
-            parts += self.encode_parts(item["content"])
-        text = text_of(parts, "\n\n")
+        content = [part for item in turn.of_type("message") for part in item["content"]]
+        text = text_of(self.encode_parts(content), "\n\n")
         calls = turn.of_type("function_call")
         if not text and not calls:
             return
-        message: JSON = {"role": "assistant", "content": text}      # Mistral and llama.cpp need even an empty one
+        message: JSON = {"role": "assistant", "content": text}  # Mistral and llama.cpp need even an empty one
         self.out.append(message)
         form = self.settings.replay
         replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
@@ -4880,15 +4886,14 @@ class MessagesTurns(TurnEncoder):
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.pending_reasoning: list[JSON] = []     # waits for the blocks that it led to: no turn may end with it
+        self.pending_reasoning: list[JSON] = []     # waits for other blocks: no turn may end with it
         self.pending_system: list[str] = []         # waits for the end of the user's turn, its only place
         self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
         """The messages; `closing` is said at their end. A model that thinks begins its turn itself."""
         self.add_system(closing)
-        prefill = self.settings.prefill and not thinks and not self.pending_system
-        self.add_fillers(may_end=prefill)
+        self.add_fillers(may_end=self.settings.prefill and not thinks and not self.pending_system)
         last = self.out[-1]["content"][-1]
         if self.last_role() == "assistant" and last["type"] == "text":
             last["text"] = last["text"].rstrip()        # trailing whitespace is refused there
@@ -4896,7 +4901,7 @@ class MessagesTurns(TurnEncoder):
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls without reasoning before them. With a thinking budget that is a 400."""
+        """Whether the last turn answers calls without reasoning before them: a 400 with a thinking budget."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -5520,7 +5525,7 @@ class GeminiContents(TurnEncoder):
             self._sign_text(signature, replay.get("characters") or 0)
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text before, which were one part; for 0 an image, or an empty part."""
+        """Signs the last `characters` of the text before, once a part; for 0 an image or an empty part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters and not (parts and "inlineData" in parts[-1]):
             self.add("assistant", [{"text": ""}])
@@ -5541,9 +5546,9 @@ class GeminiContents(TurnEncoder):
         call = self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
             call["id"] = call_id
-        arguments = parse_object(item["arguments"]) or {}
-        part: JSON = {"functionCall": {**call, "args": arguments}}
-        unnumbered = re.sub(r"_\d+$", "", call_id)      # gather_turns numbers repeated ids: the newest signature is meant
+        part: JSON = {"functionCall": {**call, "args": parse_object(item["arguments"]) or {}}}
+        # gather_turns numbers repeated ids: the newest signature is meant
+        unnumbered = re.sub(r"_\d+$", "", call_id)
         signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
         if signature:
             part["thoughtSignature"] = signature
@@ -5582,8 +5587,8 @@ class GeminiContents(TurnEncoder):
 
 
 def add_thought_signature(content: JSON, replace: bool) -> None:
-    """Signs the first call of a step, which needs it, with the dummy if it has no signature: in old turns too, so that
-    the bytes of a turn never change. `replace` removes all other signatures."""
+    """Gives the first call of a step, which must be signed, the dummy where it has no signature: in old turns
+    too, so that their bytes never change. `replace` removes all other signatures."""
     for part in content["parts"] if replace else []:
         part.pop("thoughtSignature", None)
     first: JSON = next((part for part in content["parts"] if "functionCall" in part), {})

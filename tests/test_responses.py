@@ -500,7 +500,7 @@ def test_leading_instructions_are_collected_and_what_is_lost_is_named():
                                              {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
     history = pomex.normalize_history(request, request.input)
     assert history.system == ["one", "two", "three"]
-    assert history.dropped == ["input:web_search_call"]
+    assert history.dropped == ["input:web_search_call"] * 2        # named once in the end: WireApi
 
 
 # --- the assembler: what each item looks like

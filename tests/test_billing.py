@@ -1,4 +1,4 @@
-"""Floor 8, money: prices, costs, limits that hold over processes, the bill, and what clients and operators are told."""
+"""Layer 8, money: prices, costs, limits that hold over processes, the bill, and what clients and operators are told."""
 import asyncio
 import contextlib
 import json

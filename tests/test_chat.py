@@ -218,6 +218,7 @@ def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> N
 
 ONE = [("call_1", "f", '{"a":1}')]
 TWO = [("call_1", "f", '{"a":1}'), ("call_2", "f", '{"a":2}')]
+BRACES = json.dumps({"s": '}"{\\', "t": ["}", {}], "u": "{"})
 CALL_QUIRKS: dict[str, tuple[list[Any], list[tuple[str, str, str]]]] = {
     "index at 1": ([call(1, "call_1", "f"), call(1, None, None, '{"a":1}'), CALLED], ONE),
     "index missing": ([call(None, "call_1", "f", '{"a"'), call(None, None, None, ":1}"), CALLED], ONE),
@@ -312,6 +313,29 @@ CALL_QUIRKS: dict[str, tuple[list[Any], list[tuple[str, str, str]]]] = {
     "finish_reason missing": ([call(0, "call_1", "f", '{"a":1}'), "[DONE]"], ONE),
     "finish_reason empty": ([call(0, "call_1", "f", '{"a":1}'), piece(""), "[DONE]"], ONE),
     "no arguments": ([call(0, "call_1", "f"), CALLED], [("call_1", "f", "")]),
+    "no arguments, twice": (
+        [call(0, "call_1", "f"), call(0, "call_2", "f"), CALLED],
+        [("call_1", "f", ""), ("call_2", "f", "")],
+    ),
+    "a placeholder, and another call": (
+        [call(0, "call_1", "f", "{}"), call(0, "call_2", "f", '{"a":2}'), CALLED],
+        [("call_1", "f", "{}"), ("call_2", "f", '{"a":2}')],
+    ),
+    "a name with every letter, braces in strings": (
+        [*(call(0, None, "f", letter) for letter in BRACES), call(0, None, "f", '{"a":2}'), CALLED],
+        [("call_new_0", "f", BRACES), ("call_new_1", "f", '{"a":2}')],
+    ),
+    "a name and a new id with every letter": (
+        [*(call(0, f"call_{n}", "f", letter) for n, letter in enumerate(BRACES, 1)), CALLED],
+        [("call_1", "f", BRACES)],
+    ),
+    "pieces by index, then by id": (
+        [call(0, "call_1", "f", '{"a"'), call(1, "call_2", "f", '{"a"'), call(None, "call_1", None, ":1}"),
+         call(None, None, None, ":2}"), CALLED],
+        TWO,
+    ),
+    "a call behind the finish": ([call(0, "call_1", "f"), CALLED, call(0, "call_2", "f", '{"a":2}'), "[DONE]"],
+                                 [("call_1", "f", ""), ("call_2", "f", '{"a":2}')]),
 }
 
 
@@ -556,6 +580,41 @@ def test_a_snapshot_is_not_one_more_piece(
             assert given[2].startswith(item["arguments"]) and (not item["closed"] or item["arguments"] == given[2])
 
 
+THOUGHTS: dict[str, tuple[str, list[JSON], str, str]] = {      # content, what comes before it, text and thought
+    "tags": ("\n<think>r <r</think>\n\n a </think>", [], "a </think>", "r <r"),
+    "no tags": (" <thin>a", [], " <thin>a", ""),
+    "a field with the same": ("<think>\nrr\n</think> a", [piece(reasoning="rrr")], "a", "rrr"),
+    "a field with another": ("<think>\nrr\n</think> a", [piece(reasoning="s")], "a", "s\nrr\n"),
+    "a field, and no end": ("<think> rr </thin", [piece(reasoning="s")], "<think> rr </thin", "s"),
+    "no end": ("<think> rr </thin", [], "", " rr </thin"),
+}
+
+
+@pytest.mark.parametrize("content, before, text, thought", THOUGHTS.values(), ids=THOUGHTS)
+def test_a_thought_in_tags_is_the_same_however_it_is_cut(content: str, before: list[JSON], text: str, thought: str) -> None:
+    for first in range(len(content) + 1):
+        for second in range(first, len(content) + 1):
+            parts = (content[:first], content[first:second], content[second:])
+            view = view_of([*before, *(piece(content=part) for part in parts), STOPPED])
+            assert (view.said(), view.said("summary"), view.end()) == (text, thought, "completed")
+
+
+def test_what_a_snapshot_repeats_beside_text_is_taken_once() -> None:
+    cited = {"type": "url_citation", "url_citation": {"url": "https://a.example", "start_index": 0, "end_index": 1}}
+    sealed = {"type": "reasoning.encrypted", "data": "x", "index": 0}
+    again: JSON = {"reasoning_details": [sealed], "content": "a", "annotations": [cited, cited]}
+    view = view_of([piece(reasoning_details=[sealed]), piece(content="a", annotations=[cited]), message("stop", **again)], "openrouter")
+    assert view.items[0]["fields"] == {"sealed_replay": {"reasoning_details": [sealed]}}
+    assert view.kinds() == ["reasoning", "message"] and len(view.items[1]["annotations"]) == 1
+    view = view_of([piece(role="assistant"), message("stop", **again)], "openrouter")
+    assert view.kinds() == ["reasoning", "message"] and len(view.items[1]["annotations"]) == 2
+
+
+def test_whole_calls_of_one_answer_may_share_an_id() -> None:
+    answer = {"choices": [{"message": {"tool_calls": [told("call_1", '{"a":1}'), told("call_1", '{"a":1}')]}, "finish_reason": "stop"}]}
+    assert whole(decoder(), answer).calls() == [("call_1", "f", '{"a":1}'), ("call_1_1", "f", '{"a":1}')]
+
+
 def answered(pieces: Iterable[bytes]) -> JSON:
     """The final response that the client sees of these bytes, every rule of its stream kept."""
     request = pomex.parse_request(b'{"model":"p/m","input":"hi","stream":true}')
@@ -565,7 +624,7 @@ def answered(pieces: Iterable[bytes]) -> JSON:
     attempt, shown = pomex.WIRES["chat"].call(job).attempt, b""
     for data in pieces:
         attempt.feed(data)
-        shown += attempt.take()
+        shown += attempt.take_output()
     attempt.end()
     attempt.finish()
     return check(shown + attempt.terminal(2))

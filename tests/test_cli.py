@@ -1,4 +1,4 @@
-"""Floor 13: what is printed where, exit codes, and a server that starts and stops as a user sees it."""
+"""Layer 13: what is printed where, exit codes, and a server that starts and stops as a user sees it."""
 import asyncio
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Floor 7: pomex.toml to frozen dataclasses, and what is said of a file that will not do."""
+"""Layer 7: pomex.toml to frozen dataclasses, and what is said of a file that will not do."""
 import re
 
 import pytest

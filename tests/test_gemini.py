@@ -996,7 +996,7 @@ def test_a_refusal_that_leaves_nothing_to_change_is_not_repeated() -> None:
 def test_24_nothing_is_begun_by_a_malformed_call() -> None:
     call = pomex.WIRES["gemini"].call(job_of({"model": "google/x", "input": "q", "stream": True}))
     answer = answer_of(call, [{"candidates": [{"finishReason": "MALFORMED_FUNCTION_CALL"}]}])
-    assert answer["status"] == "failed" and not call.attempt.begun
+    assert answer["status"] == "failed" and not call.attempt.output_started
 
 
 def scripted(turn: int) -> list[list[JSON]]:

@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import threading
 
 import pytest
 import streams
@@ -444,6 +445,47 @@ def test_what_cannot_be_carried_is_named(tmp_path):
         _, headers, _ = await world.post("up/m", tools=[{"type": "web_search"}])
         assert headers["x-pomex-dropped"] == "tools:web_search"
     run(tmp_path, scenario, {"up": WIRES["chat"]})
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("size, off_loop", [(1000, False), (300_000, True)])
+def test_a_large_body_is_read_and_encoded_off_the_loop(tmp_path, monkeypatch, wire, size, off_loop):
+    threads = []
+
+    def noting(function):
+        def noted(*arguments):
+            threads.append(threading.current_thread() is not threading.main_thread())
+            return function(*arguments)
+        return noted
+
+    async def scenario(world):
+        status, _, raw = await world.post("up/m", input="x" * size)
+        assert (status, streams.check(raw, relayed=wire == "relayed")["status"]) == (200, "completed")
+        assert threads == [off_loop, off_loop]
+        status, _, raw = await world.post("up/m", input=[{"type": "message", "role": "user", "content": 1}, "x" * size])
+        assert (status, json.loads(raw)["error"]["param"]) == (400, "input[0].content")
+    monkeypatch.setattr(pomex, "parse_request", noting(pomex.parse_request))
+    monkeypatch.setattr(pomex, "encode_call", noting(pomex.encode_call))
+    run(tmp_path, scenario, {"up": WIRES[wire]})
+
+
+def test_a_request_that_is_given_up_waits_for_its_thread(tmp_path):
+    async def main():
+        begun, go_on, ended = threading.Event(), threading.Event(), []
+
+        def work():
+            begun.set()
+            ended.append(go_on.wait(5))
+        task = asyncio.create_task(pomex.off_loop(pomex.LARGE_BODY_BYTES, work))
+        await asyncio.to_thread(begun.wait)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended == [True]
+    asyncio.run(main())
 
 
 # --- silence --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Floor 3: HTTP/1.1 fed with bytes. Every vector goes in whole, byte by byte, and cut at random."""
+"""Layer 3: HTTP/1.1 fed with bytes. Every vector goes in whole, byte by byte, and cut at random."""
 import email.message
 import gzip
 import http.client

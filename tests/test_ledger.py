@@ -1,4 +1,4 @@
-"""Floor 8: keys, the journal and the usage table, over real files and real processes."""
+"""Layer 8: keys, the journal and the usage table, over real files and real processes."""
 import asyncio
 import contextlib
 import os

@@ -98,7 +98,7 @@ def run(attempt, pieces, error=None, clean=True):
     raw = b""
     for piece in pieces:
         attempt.feed(piece)
-        raw += attempt.take()
+        raw += attempt.take_output()
     if clean:
         attempt.end()
     attempt.finish(error)
@@ -269,7 +269,7 @@ def test_a_recorded_failure_inside_a_stream_gives_no_output_and_its_code(name, c
     for relay in (True, False):
         attempt = exchange.attempt(relay)
         attempt.feed(exchange.raw)
-        assert not attempt.begun and not attempt.take(), "another target may still take over"
+        assert not attempt.output_started and not attempt.take_output(), "another target may still take over"
         attempt.finish()
         assert (attempt.status, attempt.error.code, attempt.error.retryable) == ("failed", code, retryable)
 

@@ -261,6 +261,8 @@ DEFAULTS = {
     ({"temperature": 0.5, "top_p": 0, "metadata": {"a": "b"}}, {"temperature": 0.5, "top_p": 0, "metadata": {"a": "b"}}),
     ({"reasoning": {"effort": "high"}}, {"reasoning": {"effort": "high", "summary": None}}),
     ({"text": {"format": None, "verbosity": "low"}}, {"text": {"format": {"type": "text"}, "verbosity": "low"}}),
+    ({"text": {"verbosity": None, "other": None}}, {}),
+    ({"reasoning": {"effort": None, "other": None}}, {"reasoning": {"effort": None, "summary": None, "other": None}}),
     ({"service_tier": "auto"}, {}), ({"service_tier": "flex"}, {"service_tier": "flex"}),
     ({"tools": [{"type": "function", "name": "f"}, PATCH]},
      {"tools": [{"type": "function", "name": "f", "description": None, "parameters": None, "strict": True}, PATCH]}),
@@ -565,6 +567,24 @@ def test_every_kind_of_item_has_its_events(deltas, expected):
     assert attempt.status == "completed"
 
 
+@pytest.mark.parametrize("calls_made, item", [
+    ([begins(0, "message", fields={"phase": "commentary"}), adds(0, "caf\u00e9 \"x\"\n"),
+      lambda sink: sink.annotate({"type": "url_citation", "title": "\u00e9"}, 0), adds(0, "No", "refusal"), ends(0, {"status": "incomplete"})],
+     '{"id":"msg_1_0","type":"message","status":"incomplete","role":"assistant","content":[{"type":"output_text","text":'
+     '"caf\\u00e9 \\"x\\"\\n","annotations":[{"type":"url_citation","title":"\\u00e9"}],"logprobs":[]},'
+     '{"type":"refusal","refusal":"No"}],"phase":"commentary"}'),
+    ([begins(0, "reasoning"), adds(0, "raw", "raw"), adds(0, "a", "summary"), adds(0, "b", "summary", 1), ends(0, {"sealed_replay": None, "extra": [1]})],
+     '{"id":"rs_1_0","type":"reasoning","status":"completed","summary":[{"type":"summary_text","text":"a"},'
+     '{"type":"summary_text","text":"b"}],"content":[{"type":"reasoning_text","text":"raw"}],"extra":[1]}'),
+    ([begins(0, "function_call", "c", "f", "ns"), adds(0, ' {"a":\n"\u00e9"}', "arguments"), ends(0, {"status": "incomplete"})],
+     '{"id":"fc_1_0","type":"function_call","status":"incomplete","call_id":"c","name":"f",'
+     '"arguments":" {\\"a\\":\\n\\"\\u00e9\\"}","namespace":"ns"}'),
+], ids=["message", "reasoning", "call"])
+def test_the_fields_of_an_item_are_in_order(calls_made, item):
+    raw, attempt = told([*calls_made, Stop("max_output_tokens")])
+    assert attempt.items == {0: item} and raw.count(item.encode()) == 2      # in output_item.done and in the terminal event
+
+
 @pytest.mark.parametrize("pieces, arguments", [
     (['{\n "a": "x\ny\tz"\n}'], '{\n "a": "x\\ny\\tz"\n}'), (['{"a":"x', '\n', 'y"}'], '{"a":"x\\ny"}'),
     (['{"a":"\\"', '\n"', '}\n'], '{"a":"\\"\\n"}\n'), (['{"a":"\\\\', '"', '\n}'], '{"a":"\\\\"\n}'),
@@ -772,7 +792,7 @@ def test_without_stream_there_are_no_frames_and_one_body():
     attempt = pomex.Assembler(answer(stream=False), 0, seal)
     tell(attempt, MIXED)
     attempt.finish()
-    assert attempt.take() == b""
+    assert attempt.take_output() == b""
     final = json.loads(attempt.body(1_700_000_009))
     assert final["output"] == streams.check(told(MIXED)[0])["output"]
     assert (final["status"], final["completed_at"]) == ("completed", 1_700_000_009)
@@ -784,7 +804,7 @@ def test_a_heartbeat_is_numbered_like_every_event():
     raw = ours.start() + ours.heartbeat()
     for each in MIXED:
         tell(attempt, [each])
-        raw += attempt.take() + ours.heartbeat()
+        raw += attempt.take_output() + ours.heartbeat()
     attempt.finish()
     streams.check(raw + attempt.terminal(1_700_000_009))
 
@@ -979,8 +999,8 @@ def relayed(pieces, profile=pomex.STANDARD, error=None, clean=True, early=b"", o
     raw = early
     for piece in pieces:
         attempt.feed(piece)
-        raw += attempt.take() if attempt.begun else b""
-        raw += after() if after and attempt.begun else b""
+        raw += attempt.take_output() if attempt.output_started else b""
+        raw += after() if after and attempt.output_started else b""
     if clean:
         attempt.end()
     attempt.finish(error)
@@ -1030,7 +1050,7 @@ def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
         attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.feed(b"".join(stream))
-        assert not attempt.begun and not attempt.take() and attempt.answer.sequence == 0
+        assert not attempt.output_started and not attempt.take_output() and attempt.answer.sequence == 0
 
 
 def test_numbers_move_once_frames_of_ours_went_in():
@@ -1371,7 +1391,7 @@ def decoded(pieces, profile=pomex.STANDARD):
     raw = b""
     for piece in pieces:
         attempt.feed(piece)
-        raw += attempt.take()
+        raw += attempt.take_output()
     attempt.end()
     attempt.finish()
     return raw + attempt.terminal(1_700_000_009), attempt
@@ -1421,7 +1441,7 @@ def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
     begun = time.process_time()
     for at in range(0, len(picture), 4096):
         attempt.feed(picture[at:at + 4096])
-    assert attempt.begun and time.process_time() - begun < 3        # 8 s where each piece was joined to all before
+    assert attempt.output_started and time.process_time() - begun < 3        # 8 s where each piece was joined to all before
 
 
 @pytest.mark.parametrize("road", [decoded, relayed])
@@ -1456,7 +1476,7 @@ def demo(model, **fields):
 def test_every_demo_model_ends_as_it_promises(model, status, begun, by):
     assert model in pomex.DEMO_MODELS
     final, attempt = demo(model)
-    assert (attempt.status, attempt.begun, attempt.terminal_by) == (status, begun, by)
+    assert (attempt.status, attempt.output_started, attempt.terminal_by) == (status, begun, by)
     if model == "echo":
         assert "one two three four" in final["output"][-1]["content"][0]["text"]
 

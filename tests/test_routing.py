@@ -1,4 +1,4 @@
-"""Floor 10: which target answers, what a failure means, and that nothing of it shows while another target can help."""
+"""Layer 10: which target answers, what a failure means, and that nothing of it shows while another target can help."""
 import asyncio
 import base64
 import collections
@@ -745,7 +745,7 @@ def stumbles(*_, **__):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("place", ["settle_items", "output", "feed"])
+@pytest.mark.parametrize("place", ["close_open_items", "output", "feed"])
 def test_where_an_answer_cannot_be_told_there_is_an_end_and_a_row(place, streaming, tmp_path, monkeypatch, caplog):
     """A fault of our own, wherever it strikes: one terminal event or a status, one row, and no word of the text in the log."""
     monkeypatch.setattr(pomex.TranslatedStream if place == "feed" else pomex.Assembler, place, stumbles)

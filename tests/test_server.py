@@ -1,4 +1,4 @@
-"""Floor 12: client connections, against scripted raw clients on loopback."""
+"""Layer 12: client connections, against scripted raw clients on loopback."""
 import asyncio
 import contextlib
 import errno

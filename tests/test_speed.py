@@ -46,7 +46,7 @@ def said(stream, spelling):
     decoder.sink = Recorder()
     for event in stream:
         data = json.dumps(event, **spelling)
-        short += decoder.frame.text_in(data) is not None
+        short += decoder.template.text_in(data) is not None
         decoder.feed(data)
     decoder.feed("[DONE]")
     return decoder.sink.made, short
@@ -56,7 +56,7 @@ def said(stream, spelling):
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
 def test_an_event_that_is_not_parsed_says_what_it_would_say_parsed(stream, spelling, monkeypatch):
     short, _ = said(stream, spelling)
-    monkeypatch.setattr(pomex, "delta_template", lambda data, made: pomex.DeltaTemplate("", "", ""))
+    monkeypatch.setattr(pomex, "chat_template", lambda data, chunk: pomex.DeltaTemplate())
     assert short == said(stream, spelling)[0]
 
 
@@ -75,6 +75,97 @@ def test_a_broken_event_is_an_error_on_both_roads(data):
     for broken in (data, whole[:whole.index("Hel") + 2], whole[:-1], whole.replace("Hel", "\n")):
         with pytest.raises(pomex.UpstreamError):
             decoder.feed(broken)
+
+
+
+# events as they may look on the line; every one is also fed behind every other
+RAW = {
+    "plain": '{"choices":[{"index":0,"delta":{"content":"Hi"}}]}',
+    "another text": '{"choices":[{"index":0,"delta":{"content":"you"}}]}',
+    "empty": '{"choices":[{"index":0,"delta":{"content":""}}]}',
+    "null": '{"choices":[{"index":0,"delta":{"content":null}}]}',
+    "a number": '{"choices":[{"index":0,"delta":{"content":7}}]}',
+    "parts": '{"choices":[{"index":0,"delta":{"content":[{"type":"text","text":"part"}]}}]}',
+    "escapes": '{"choices":[{"index":0,"delta":{"content":"\\"\\\\ \\n\\u00e9\\/"}}]}',
+    "a field's name in the text": '{"choices":[{"index":0,"delta":{"content":"\\"content\\": \\"x"}}]}',
+    "half a surrogate pair": '{"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}',
+    "its other half": '{"choices":[{"index":0,"delta":{"content":"\\ude00"}}]}',
+    "a lone surrogate as it is": '{"choices":[{"index":0,"delta":{"content":"\ud83d"}}]}',
+    "a raw line end": '{"choices":[{"index":0,"delta":{"content":"a\nb"}}]}',
+    "a raw null": '{"choices":[{"index":0,"delta":{"content":"a\0b"}}]}',
+    "a raw delete": '{"choices":[{"index":0,"delta":{"content":"a\x7f\u2028b"}}]}',
+    "cut behind a backslash": '{"choices":[{"index":0,"delta":{"content":"a\\',
+    "cut in an escape": '{"choices":[{"index":0,"delta":{"content":"a\\u00"}}]}',
+    "cut behind the text": '{"choices":[{"index":0,"delta":{"content":"a"',
+    "an escaped end": '{"choices":[{"index":0,"delta":{"content":"a\\"}}]}',
+    "no such escape": '{"choices":[{"index":0,"delta":{"content":"\\x"}}]}',
+    "more behind the end": '{"choices":[{"index":0,"delta":{"content":"a"}}]}{}',
+    "blanks behind the end": '{"choices":[{"index":0,"delta":{"content":"a"}}]} ',
+    "blanks before the brace": '{"choices":[{"index":0,"delta":{"content":"a" }}]}',
+    "blanks before the colon": '{"choices":[{"index":0,"delta":{"content" : "a"}}]}',
+    "another order": '{"choices":[{"delta":{"content":"a"},"index":0}]}',
+    "a role": '{"choices":[{"index":0,"delta":{"role":"assistant","content":"a"}}]}',
+    "the field's name as a role": '{"choices":[{"index":0,"delta":{"role":"content","\\u0063ontent":"a"}}]}',
+    "the field's name as a role, and a thought": '{"choices":[{"index":0,"delta":{"role":"content","reasoning":"a"}}]}',
+    "a thought": '{"choices":[{"index":0,"delta":{"reasoning":"a"}}]}',
+    "two fields of a thought": '{"choices":[{"index":0,"delta":{"reasoning":"a","thinking":"a"}}]}',
+    "a thought and a text": '{"choices":[{"index":0,"delta":{"reasoning":"a","content":"b"}}]}',
+    "a thought and no text": '{"choices":[{"index":0,"delta":{"reasoning":"a","content":null}}]}',
+    "the field twice": '{"choices":[{"index":0,"delta":{"content":"a","content":"b"}}]}',
+    "the field twice, once escaped": '{"choices":[{"index":0,"delta":{"content":"a","\\u0063ontent":"a"}}]}',
+    "the field twice, the other escaped": '{"choices":[{"index":0,"delta":{"content":"b","\\u0063ontent":"a"}}]}',
+    "the field outside": '{"content":"x","choices":[{"index":0,"delta":{"content" :"a"}}]}',
+    "another field outside": '{"content":"y","choices":[{"index":0,"delta":{"content" :"a"}}]}',
+    "the field in a field": '{"id":{"content":"x"},"choices":[{"index":0,"delta":{"\\u0063ontent":"a"}}]}',
+    "another field in a field": '{"id":{"content":"y"},"choices":[{"index":0,"delta":{"\\u0063ontent":"a"}}]}',
+    "the delta twice": '{"choices":[{"index":0,"delta":{"content":"x"},"delta":{"reasoning":"a"}}]}',
+    "two choices": '{"choices":[{"index":0,"delta":{"content":"a"}},{"index":1,"delta":{"content":"b"}}]}',
+    "no choice": '{"choices":[],"delta":{"content":"a"}}',
+    "a message": '{"choices":[{"index":0,"message":{"content":"Hi you"}}]}',
+    "a finish": '{"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}',
+    "a call": '{"choices":[{"index":0,"delta":{"content":"a","tool_calls":[{"index":0,"id":"c","function":{"name":"f","arguments":"{}"}}]}}]}',
+    "a call alone": '{"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"c","function":{"name":"f","arguments":"{}"}}]}}]}',
+    "half a tag": '{"choices":[{"index":0,"delta":{"content":"<think>a</"}}]}',
+    "usage": '{"choices":[{"index":0,"delta":{"content":"a"}}],"usage":{"prompt_tokens":1,"completion_tokens":2}}',
+    "a tier": '{"service_tier":"priority","choices":[{"index":0,"delta":{"content":"a"}}]}',
+    "an error": '{"choices":[{"index":0,"delta":{"content":"a"}}],"error":"no"}',
+    "done": "[DONE]",
+    "nothing": "",
+}
+
+
+def outcome(events):
+    """All calls of the sink, an error in the place of the event that it came of."""
+    decoder = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"])
+    decoder.sink = Recorder()
+    for data in events:
+        try:
+            decoder.feed(data)
+        except pomex.UpstreamError as error:
+            decoder.sink.made.append(("raised", str(error), {}))
+    return decoder.sink.made
+
+
+@pytest.mark.parametrize("first", RAW)
+def test_any_event_behind_any_other_says_the_same_on_both_roads(first, monkeypatch):
+    streams = [[RAW[first], *[second] * 3, RAW[first], RAW["plain"], second] for second in RAW.values()]
+    short = [outcome(stream) for stream in streams]
+    monkeypatch.setattr(pomex, "chat_template", lambda data, chunk: pomex.DeltaTemplate())
+    for second, found, stream in zip(RAW, short, streams):
+        assert found == outcome(stream), second
+
+
+def test_a_giant_event_in_splinters_takes_the_short_road_too():
+    text = 'a"\\\n\u00e9\U0001f600' * 200_000
+    events = [chunk(content=piece) for piece in ("a", text, text, "b")]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+    decoder, frames = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"]), pomex.SSEDecoder()
+    decoder.sink = Recorder()
+    for at in range(0, len(body), 1000):
+        for event in frames.feed(body[at:at + 1000]):
+            assert len(decoder.sink.made) < 2 or decoder.template.text_in(event.data) is not None
+            decoder.feed(event.data)
+    assert "".join(given[0] for name, given, _ in decoder.sink.made if name == "text") == f"a{text}{text}b"
 
 
 @pytest.mark.parametrize("wire", sorted(set(pomex.WIRES) - {"demo"}))

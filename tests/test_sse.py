@@ -1,4 +1,4 @@
-"""Floor 4: server-sent events. Every stream goes in whole, byte by byte, and cut at random."""
+"""Layer 4: server-sent events. Every stream goes in whole, byte by byte, and cut at random."""
 import pathlib
 import random
 import time

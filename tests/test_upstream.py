@@ -1,4 +1,4 @@
-"""Floor 9: one exchange with a provider, against scripted raw servers on loopback."""
+"""Layer 9: one exchange with a provider, against scripted raw servers on loopback."""
 import asyncio
 import contextlib
 import gzip

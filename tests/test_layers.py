@@ -1,4 +1,4 @@
-"""How pomex.py is built: standard library only, floors that hold, a pure half, and an import that does nothing."""
+"""How pomex.py is built: standard library only, layers that hold, a pure half, and an import that does nothing."""
 import ast
 import collections
 import os
@@ -17,9 +17,9 @@ FILE = pathlib.Path(pomex.__file__)
 TEXT = FILE.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT)
 BANNERS = re.findall(r"^# === (\d+)\. (.+?) =+$", TEXT, re.MULTILINE)
-FLOOR_STARTS = [(TEXT.count("\n", 0, match.start()) + 1, int(match[1]))
+LAYER_STARTS = [(TEXT.count("\n", 0, match.start()) + 1, int(match[1]))
                 for match in re.finditer(r"^# === (\d+)\. ", TEXT, re.MULTILINE)]
-LAST_PURE_FLOOR = 7
+LAST_PURE_LAYER = 7
 PYENV = pathlib.Path.home() / ".pyenv" / "versions"         # seen before a test moves the home directory
 WORLD = {"asyncio", "socket", "ssl", "sqlite3", "time", "secrets", "threading", "queue", "signal", "logging", "log",
          "pathlib", "open", "print", "input", "argparse", "subprocess", "random"}
@@ -34,9 +34,9 @@ def imported(tree):
             yield (node.module or "").split(".")[0]
 
 
-def floor_of(line):
-    """The number of the floor a line lies on; 0 above the first."""
-    return max((number for start, number in FLOOR_STARTS if start <= line), default=0)
+def layer_of(line):
+    """The number of the layer a line lies on; 0 above the first."""
+    return max((number for start, number in LAYER_STARTS if start <= line), default=0)
 
 
 def test_only_the_standard_library_is_imported_and_not_inside_of_functions():
@@ -46,12 +46,12 @@ def test_only_the_standard_library_is_imported_and_not_inside_of_functions():
     assert [function.name for function in functions if any(imported(function))] == []
 
 
-def test_the_floors_stand_in_order_each_once():
+def test_the_layers_stand_in_order_each_once():
     numbers = [int(number) for number, _ in BANNERS]
     assert numbers == sorted(set(numbers)) and {1, 2, 3, 4, 5, 6, 7, 13} <= set(numbers)
 
 
-def test_the_table_of_contents_names_the_floors_that_are_there():
+def test_the_table_of_contents_names_the_layers_that_are_there():
     contents = re.findall(r"^ +(\d+)  (\S.*?)  ", ast.get_docstring(TREE, clean=False), re.MULTILINE)
     assert [number for number, _ in contents] == [number for number, _ in BANNERS]
     assert [title.split()[0].lower() for _, title in contents] == [title.split()[0].lower() for _, title in BANNERS]
@@ -66,19 +66,19 @@ def test_no_name_is_defined_twice():
     assert [name for name, times in names.items() if times > 1] == []
 
 
-def test_a_definition_names_only_things_of_its_own_floor_or_of_those_before_it():
+def test_a_definition_names_only_things_of_its_own_layer_or_of_those_before_it():
     shape = REPOSITORY.parent / "shared" / "tools" / "shape.py"
     if not shape.is_file():
         pytest.skip("shape.py does not lie beside this repository")
-    done = subprocess.run([sys.executable, shape, "--floors", FILE], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, shape, "--layers", FILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_floors_above_the_line_are_pure():
+def test_the_layers_above_the_line_are_pure():
     found = []
     for node in ast.walk(TREE):
         line = getattr(node, "lineno", 0)
-        if not 1 <= floor_of(line) <= LAST_PURE_FLOOR:
+        if not 1 <= layer_of(line) <= LAST_PURE_LAYER:
             continue
         if isinstance(node, (ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith, ast.Await)):
             found.append((line, "async"))

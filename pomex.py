@@ -1500,15 +1500,17 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and the names that do not fit its rule with their replacements."""
     schemas: list[JSON] = []
+    names: set[str] = set()
 
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):   # Codex's own (openai/codex#27331), refused by others
             del schema["encrypted"]
+        if "properties" in schema:
+            names.update(as_dict(schema["properties"]))
         schemas.append(schema)
         return schema
 
     cleaned = map_schema(parameters, clean)
-    names = {name for schema in schemas for name in as_dict(schema.get("properties"))}
     unfit = list(itertools.filterfalse(rule.fullmatch, names))
     if not unfit:
         return cleaned, {}
@@ -1884,9 +1886,11 @@ def call_arguments(item: JSON) -> str:
     if name == "action":
         return dumps({key: value for key, value in given.items() if key != "type" and value})
     text = given if given and item["type"] == "function_call" else dumps(given)
-    with contextlib.suppress(ValueError):
+    try:
         if isinstance(load_json(text.encode()), dict):
             return text
+    except ValueError:
+        pass
     return dumps({"_raw": text})
 
 

@@ -1353,8 +1353,7 @@ class Envelope:
         content = {"p": provider, "m": model, "b": replay}
         plain = json.dumps(content, separators=(",", ":"), sort_keys=True)
         packed = zlib.compress(plain.encode())
-        sealed = base64.urlsafe_b64encode(self.mac(packed) + packed)
-        return ENVELOPE_PREFIX + sealed.decode().rstrip("=")
+        return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
         """(provider, model, replay); None where the text is not ours, altered, or of another account."""
@@ -1734,10 +1733,7 @@ class History(NamedTuple):
 
     @property
     def items(self) -> list[JSON]:
-        items: list[JSON] = []
-        for turn in self.turns:
-            items += (*turn.items, *turn.calls, *turn.results)
-        return items
+        return [item for turn in self.turns for item in (*turn.items, *turn.calls, *turn.results)]
 
 
 NO_OUTPUT = "no output was recorded for this call"
@@ -1966,8 +1962,8 @@ def read_attachment(part: JSON) -> Attachment | None:
     if not content or (comma and not head.endswith(";base64")):
         return None
     found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
-    declared = head.removeprefix("data:").partition(";")[0].lower()
-    mime = found or declared.replace("image/jpg", "image/jpeg") or mime
+    declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
+    mime = found or declared or mime
     text = None
     is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
     if not is_media and b"\0" not in content:
@@ -3542,8 +3538,7 @@ class TurnEncoder:
         if self.last_role() == "assistant" and not may_end:
             self.add("user", [self.text_part("Continue.")])
         if not self.out or (self.out[0]["role"] == "assistant" and not may_begin):
-            filler = self.text_part("(continue)")
-            self.out.insert(0, {"role": "user", self.PARTS: [filler]})
+            self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
         """Content in the provider's parts. Parts that it cannot take are named; empty texts are left out."""
@@ -5094,10 +5089,9 @@ class MessagesTurns(TurnEncoder):
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
         result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
-        if isinstance(output, str) and output.strip():
-            result["content"] = output
-        elif parts := self.encode_parts(output):
-            result["content"] = parts
+        content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
+        if content:
+            result["content"] = content
         if output == NO_OUTPUT:
             result["is_error"] = True
         self.add("user", [result])

@@ -3175,15 +3175,16 @@ def is_incomplete_call(item: Any) -> bool:
 
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
-# A provider's failure, HTTP body or event in a stream, becomes one ProviderError. Routing decides by its `kind`:
-# the status alone misleads (Gemini's bad key is a 400, llama.cpp's refusals are 500).
+# A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind: the
+# status alone misleads, since Gemini answers a bad key with 400 and llama.cpp refuses with 500.
 
-ErrorKind: TypeAlias = Literal["rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length",
-                               "bad_request", "tool_generation"]
+ErrorKind: TypeAlias = Literal[
+    "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
+    "tool_generation"]
 
 
 class ErrorClass(NamedTuple):
-    """What the client is told of one kind of failure. Status 0: the provider's own."""
+    """The client's error for one kind of failure. Status 0: the provider's own if it is a 4xx, else 400."""
     status: int
     type: str = "server_error"
     code: str = "server_error"
@@ -3202,9 +3203,9 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first rule that fits decides: by one of the provider's own words (its `type`, `code`, `status` and `reason`
-# fields), by its HTTP status, or by what its message says.
-ERROR_RULES: list[tuple[ErrorKind, str, tuple[int, ...], str]] = [
+# The first rule that matches decides: by the provider's name for the failure (see error_tokens), by the HTTP
+# status, or by the message. A failure that matches none is an overload.
+ERROR_RULES: list[tuple[ErrorKind, str, Sequence[int], str]] = [
     ("tool_generation", "tool_use_failed", (), ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded", (),
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
@@ -3212,134 +3213,155 @@ ERROR_RULES: list[tuple[ErrorKind, str, tuple[int, ...], str]] = [
     # xAI reports an empty purse as 403; Gemini says "quota" for every limit, only PerDay means a long one
     ("quota", "insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached", (402,),
-     r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit|arrearage"),
+     r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
+     r"|arrearage"),
     ("auth", "api_key_invalid authentication_error invalid_api_key unauthenticated", (401,), ""),
-    ("rate_limit", "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests",
-     (429,), r"rate.?limit|too many requests|throttling"),
-    ("model_not_found", "model_not_found invalid_model deploymentnotfound", (),      # DeepSeek, OpenRouter: 400
+    ("rate_limit",
+     "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests", (429,),
+     r"rate.?limit|too many requests|throttling"),
+    ("model_not_found", "model_not_found invalid_model deploymentnotfound", (),    # DeepSeek, OpenRouter: 400
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    # OpenRouter: 403; OpenAI's 404 for a thought that it did not store says nothing of the model
+    # OpenRouter: 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the model
     ("bad_request", "", (), r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "permission_error permission_denied", (403,), ""),
     ("model_not_found", "", (404,), ""),
-    # llama.cpp answers 500 to what it was not started for
+    # llama.cpp answers 500 to a feature that it was started without
     ("bad_request", "", (), r"requires --jinja|mmproj|input is not supported|not supported by this model"),
     ("overload", "overloaded_error api_error server_is_overloaded server_error internal unavailable "
      "internal_server_error service_unavailable deadline_exceeded timeout_error",
-     (408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529), r"overloaded"),
+     (408, *range(500, 600)), r"overloaded"),
+    # inside a stream, without a status, only by its own word
+    ("bad_request", "invalid_request_error", range(400, 500), ""),
 ]
 
 MAX_UPSTREAM_TEXT = 300         # characters of a provider's message that the client gets
-MAX_SAID = 65536                # that are searched for secrets
+MAX_SOURCE_TEXT = 65536         # characters of it that are searched for configured secrets
 MAX_RETRY_AFTER_S = 60.0
 
-# what looks like a key, a token or a path
+# keys, tokens and paths
 SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(?:sk|pk|rk|gsk|xai|hf|fw|tgp|csk|nvapi|pplx|key|org|proj)[-_][\w*.-]{6,}|AIza[\w-]{10,}|AKIA\w{12,}"
-    r"|bearer\s+[^\s\"',]+|eyJ[\w-]{8,}\.[\w.-]+|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
+    r"(?<![A-Za-z0-9])(?:sk|pk|rk|gsk|xai|hf|fw|tgp|csk|nvapi|pplx|key|org|proj)[-_][\w*.-]{6,}"
+    r"|AIza[\w-]{10,}|AKIA\w{12,}|bearer\s+[^\s\"',]+|eyJ[\w-]{8,}\.[\w.-]+"
+    r"|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
-# where errors of all forms stand, and what they are called
+# where errors of all forms stand, and the names of their fields
 ERROR_FIELDS = ("error", "base_resp", "errors", "ret", "detail")
 MESSAGE_FIELDS = ("message", "msg", "error_msg", "errorMessage", "status_msg", "errmsg")
 CODE_FIELDS = ("code", "error_code", "errorCode", "statusCode", "status_code", "errcode")
 ANSWER_FIELDS = ("choices", "candidates", "content", "output")
 SUCCESS = re.compile(r"|0+|2\d\d|ok|null|none|true|success.*", re.IGNORECASE | re.DOTALL)
-CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+CODE = re.compile(r"(?!\d+$)[A-Za-z0-9_.-]{1,64}", re.ASCII)
+STATUS = re.compile("[45][0-9][0-9]")
 HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 HTML_TAG = re.compile(r"<(style|script)\b.*?</\1\s*>|<[^>]*>", re.IGNORECASE | re.DOTALL)
-DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|s|m|h)")      # bounded: of n digits \d+ makes n * n steps
-TRY_AGAIN = re.compile(r"(?:try again|retry) in ((?:\d{1,12}(?:\.\d{1,12})?(?:ms|h|m|s))+|\d{1,12}(?:\.\d{1,12})?)",
-                       re.IGNORECASE)
-UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class ProviderError(UpstreamError):
     """`status` and `code` are for the client, `kind` and `retry_after_s` for routing."""
 
-    def __init__(self, message: str, *, kind: ErrorKind, status: int = 0, code: str | None = None,
-                 param: str | None = None, retry_after_s: float | None = None,
-                 upstream_status: int = 0, said: str = "") -> None:
-        fault = ERROR_CLASSES[kind]
-        wait = () if retry_after_s is None else (("retry-after", str(max(1, int(retry_after_s + 0.999)))),)
-        super().__init__(message, status=status or fault.status or 400, type=fault.type, code=code or fault.code, param=param,
-                         headers=wait if kind in ("rate_limit", "overload") else ())
+    def __init__(
+        self, message: str, *,
+        kind: ErrorKind,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        upstream_status: int = 0,       # 0: an error inside a stream, or no answer at all
+        source_text: str = "",          # the provider's words, before `redacted` shortened them
+    ) -> None:
+        shown = ERROR_CLASSES[kind]
+        own_status = upstream_status if 400 <= upstream_status < 500 else 400
+        status = shown.status or own_status
+        super().__init__(message, status=status, type=shown.type, code=code or shown.code, param=param)
+        if retry_after_s is not None and kind in ("rate_limit", "overload"):
+            self.headers = (("retry-after", str(max(1, int(retry_after_s + 0.999)))),)
         self.kind: ErrorKind = kind
-        self.retryable = fault.retryable
+        self.retryable = shown.retryable
         self.retry_after_s = retry_after_s
-        self.upstream_status = upstream_status      # 0: it came inside a stream, or nothing came
-        self.said = said                            # what the message was made of: see without
+        self.upstream_status = upstream_status
+        self.source_text = source_text
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
-    return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
+    """The failure that an HTTP answer stands for."""
+    decoded = decode_error(body.decode("utf-8", "replace"))
+    return classify_error(decoded, status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
     """The failure inside a stream, or inside a 200 answer."""
-    fields = error_object(error)
-    numbers = (str(fields.get(key)) for key in ("status_code", "code", "status", "raw_status_code"))
-    status = next((int(number) for number in numbers if re.fullmatch("[45][0-9][0-9]", number)), 0)
-    return classify_error(error, status, Headers([]), 0.0)
+    return classify_error(error, 0, Headers([]), 0.0)
 
 
 def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
+    """Without an HTTP status, that of the error's own fields counts."""
     fields = error_object(decoded)
-    words, text = error_tokens(fields), message_text(fields.get("message")) or (dumps(decoded) if decoded else "")
-    kind = error_kind(status, words, text + " " + " ".join(words))
-    failed = f"answered HTTP {status}" if status else "failed"
-    message = redacted(text) or f"The provider {failed} without a reason."
-    if kind == "auth" and not re.search("country|territory", text):      # remarks on our key are not the client's affair
+    numbers = map(str, map(fields.get, ("status_code", "code", "status", "raw_status_code")))
+    status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
+    source = fields["message"]
+    if not source and decoded:
+        source = dumps(decoded)
+    names = error_tokens(fields)
+    kind = error_kind(status, names, " ".join((source, *names)))
+    answered = f"answered HTTP {status}" if status else "failed"
+    message = redacted(source) or f"The provider {answered} without a reason."
+    if kind == "auth" and not re.search("country|territory", source):
         message = "The provider refused the gateway's credentials."
-    code = "server_is_overloaded" if "server_is_overloaded" in words else None
-    given = fields.get("code")
-    if kind == "bad_request" and isinstance(given, str) and CODE.fullmatch(given) and not given.isdecimal():
-        code = given
-    param = fields.get("param")
-    return ProviderError(message, kind=kind, code=code, param=param if isinstance(param, str) else None,
-                         status=status if kind == "bad_request" and 400 <= status < 500 else 0,
-                         retry_after_s=retry_after_s(headers, decoded, now_s), upstream_status=status,
-                         said="" if kind == "auth" else text[:MAX_SAID])
+        source = ""                     # remarks on our key are not for the client
+    code, param = fields.get("code"), fields.get("param")
+    if kind != "bad_request" or not isinstance(code, str) or not CODE.fullmatch(code):
+        code = "server_is_overloaded" if "server_is_overloaded" in names else None
+    return ProviderError(
+        message,
+        kind=kind,
+        code=code,
+        param=param if isinstance(param, str) else None,
+        retry_after_s=retry_after_s(headers, fields, now_s),
+        upstream_status=status,
+        source_text=source[:MAX_SOURCE_TEXT])
 
 
-def without(error: GatewayError, configured: re.Pattern[str]) -> None:
-    """Takes the configured secrets out of all that a provider said, before `redacted` cuts it."""
-    said = isinstance(error, ProviderError) and error.said or str(error)
-    if configured.search(f"{said} {error.code} {error.param}"):
-        error.args = (redacted(configured.sub("[redacted]", said)),)
-        error.code = configured.sub("redacted", error.code or "")
-        error.param = configured.sub("[redacted]", error.param or "") or None
-
-
-def error_kind(status: int, words: Sequence[str], text: str) -> ErrorKind:
-    for kind, names, statuses, pattern in ERROR_RULES:
-        if status in statuses or not set(words).isdisjoint(names.split()) or (
-                pattern and re.search(pattern, text, re.IGNORECASE)):
+def error_kind(status: int, names: list[str], text: str) -> ErrorKind:
+    for kind, known_names, statuses, pattern in ERROR_RULES:
+        if status in statuses or not set(names).isdisjoint(known_names.split()):
             return kind
-    # inside a stream, without a status, only what calls itself the request's fault is that
-    asked = 400 <= status < 500 or (not status and "invalid_request_error" in words)
-    return "bad_request" if asked else "overload"
+        if pattern and re.search(pattern, text, re.IGNORECASE):
+            return kind
+    return "overload"
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and their like, out of any form of error. What is within it wins, where that says
-    something: `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
-    `detail`, and what OpenRouter's provider said itself."""
-    if isinstance(decoded, list):               # Gemini wraps one in an array; FastAPI lists its complaints
-        texts = "; ".join(each for each in decoded if isinstance(each, str))
-        return error_object(decoded[0]) if decoded and not texts else {"message": texts}
-    if not isinstance(decoded, dict):
-        return {"message": message_text(decoded)}
-    place = decoded.get("loc")
-    where = ".".join(map(str, place)) if isinstance(place, list) else ""
-    text = message_text(next(filter(None, map(decoded.get, MESSAGE_FIELDS)), None))
-    codes = (decoded[name] for name in CODE_FIELDS if decoded.get(name) is not None)
-    fields = {"param": where or None, **decoded, "message": f"{where}: {text}".lstrip(": "), "code": next(codes, None)}
-    raw = as_dict(decoded.get("metadata")).get("raw")
-    for inner in (decode_error(raw) if isinstance(raw, str) else raw, *map(decoded.get, ERROR_FIELDS)):
-        if inner and isinstance(inner, (str, list, dict)):
-            return {**fields, **{name: value for name, value in error_object(inner).items() if value not in (None, "")}}
+    """The object with `message`, `code` and their like, from an error of any form. The innermost value wins: in
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and the error of OpenRouter's provider."""
+    fields: JSON = {"message": "", "code": None}
+    while decoded:
+        if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists its complaints
+            texts = [each for each in decoded if isinstance(each, str)]
+            decoded = "; ".join(texts) or decoded[0]
+            continue
+        level = decoded if isinstance(decoded, dict) else {"message": decoded}
+        text = value_text(next(filter(None, map(level.get, MESSAGE_FIELDS)), None))
+        codes = [level[name] for name in CODE_FIELDS if level.get(name) is not None]
+        found = {
+            **level,
+            "message": text,
+            "code": codes[0] if codes else None}
+        if isinstance(level.get("loc"), list):  # FastAPI: where in the request
+            place = ".".join(map(str, level["loc"]))
+            found = {"param": place, **found, "message": f"{place}: {text}".strip()}
+        for name, value in found.items():
+            if value not in (None, ""):
+                fields[name] = value
+        raw = as_dict(level.get("metadata")).get("raw")
+        if isinstance(raw, str):
+            raw = decode_error(raw)
+        decoded = None
+        for inner in (raw, *map(level.get, ERROR_FIELDS)):
+            if inner and isinstance(inner, (str, list, dict)):
+                decoded = inner
+                break
     return fields
 
 
@@ -3352,86 +3374,117 @@ def decode_error(text: str) -> Any:
         return plain_text(text)
 
 
+def error_tokens(fields: JSON) -> list[str]:
+    """The provider's own names for the failure, in lower case."""
+    names = [fields.get("type"), fields.get("code"), fields.get("status")]
+    names.append(as_dict(fields.get("metadata")).get("error_type"))
+    if "failed_generation" in fields:                   # Groq
+        names.append("tool_use_failed")
+    for detail in only_dicts(fields.get("details")):
+        names.append(detail.get("reason"))
+        for violation in only_dicts(detail.get("violations")):
+            names.append(violation.get("quotaId"))
+    return [name.lower() for name in names if isinstance(name, str)]
+
+
 def states_error(body: JSON, whole: bool = False) -> bool:
-    """Is an event, or a `whole` answer with 200, an error? Beside an answer only `error` says so, and MiniMax's status; a code
-    that means success never does."""
-    if body.get("error") or ("base_resp" in body and is_failure(as_dict(body["base_resp"]).get("status_code"))):
+    """Is an event, or a `whole` answer with 200, an error? Beside an answer only `error` and MiniMax's status
+    say so; a code that means success never does."""
+    if body.get("error") or is_failure(as_dict(body.get("base_resp")).get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
         return False
+    if body.get("object") == "error" or body.get("errors") or body.get("detail"):
+        return True
     fields = error_object(body)
-    named = body.get("object") == "error" or body.get("errors") or body.get("detail")
-    return bool(named) or (is_failure(fields["message"]) and (whole or is_failure(fields["code"]) or "ret" in body))
+    return is_failure(fields["message"]) and (whole or is_failure(fields["code"]) or "ret" in body)
 
 
 def is_failure(code: Any) -> bool:
-    return isinstance(code, (int, str)) and not SUCCESS.fullmatch(str(code))
+    if not isinstance(code, (int, str)):
+        return False
+    return not SUCCESS.fullmatch(str(code))
 
 
-def error_tokens(fields: JSON) -> list[str]:
-    """The provider's own names for the failure, lower-cased."""
-    found = [*map(fields.get, ("type", "code", "status")), as_dict(fields.get("metadata")).get("error_type")]
-    if "failed_generation" in fields:                   # Groq
-        found.append("tool_use_failed")
-    for detail in only_dicts(fields.get("details")):
-        found.append(detail.get("reason"))
-        found += [violation.get("quotaId") for violation in only_dicts(detail.get("violations"))]
-    return [word.lower() for word in found if isinstance(word, str)]
-
-
-def message_text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A string as it is, null as "", and anything else as JSON."""
     if isinstance(value, str):
         return value.strip()
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def plain_text(text: str) -> str:
-    """The title of an HTML page, else the words of a body that is no JSON."""
+    """The title of an HTML page, else the words of a body that is not JSON."""
     text = text[:8192]          # both patterns look for an end from every beginning
     title = HTML_TITLE.search(text)
-    return " ".join((title[1] if title else HTML_TAG.sub(" ", text)).split())
+    words = title[1] if title else HTML_TAG.sub(" ", text)
+    return " ".join(words.split())
 
 
 def redacted(text: str) -> str:
-    """At most 300 characters, without what looks like a secret."""
-    short = SECRET.sub("[redacted]", text[:4 * MAX_UPSTREAM_TEXT])
-    return short if len(short) <= MAX_UPSTREAM_TEXT else short[:MAX_UPSTREAM_TEXT - 1] + "…"
+    """At most 300 characters, without anything that looks like a secret."""
+    text = SECRET.sub("[redacted]", text[:4 * MAX_UPSTREAM_TEXT])
+    if len(text) > MAX_UPSTREAM_TEXT:
+        text = text[:MAX_UPSTREAM_TEXT - 1] + "…"
+    return text
+
+
+def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
+    """Removes the configured secrets from the words of a provider, also one that `redacted` cut."""
+    source = getattr(error, "source_text", "") or str(error)
+    code, param = error.code or "", error.param or ""
+    if configured.search(f"{source} {code} {param}"):
+        source = configured.sub("[redacted]", source)
+        error.args = (redacted(source),)
+        error.code = configured.sub("redacted", code)
+        error.param = configured.sub("[redacted]", param) or None
 
 
 # --- how long to wait
 
-def retry_after_s(headers: Headers, body_json: Any, now_s: float) -> float | None:
-    """Seconds to wait by the provider's own word, at most 60; None where it gave none. The first source above 0 counts: Azure
-    sends `retry-after-ms: 0` beside `retry-after: 1`. Points in time are read against the answer's Date, else `now_s`."""
-    date_s = parse_time_s(headers.get("date")) or now_s
-    fields = error_object(body_json)
-    message = TRY_AGAIN.search(message_text(fields.get("message")))
-    texts = (headers.get("retry-after"), *(str(detail.get("retryDelay")) for detail in only_dicts(fields.get("details"))),
-             message[1] if message else "")
-    sources = (plain_number(headers.get("retry-after-ms")) / 1000, *(wait_s(text, date_s) for text in texts),
-               limit_reset_s(headers, date_s))
-    seconds = next((seconds for seconds in sources if seconds > 0), None)
-    return None if seconds is None else min(seconds, MAX_RETRY_AFTER_S)
-
-
+NUMBER = re.compile(r"\d{1,12}(?:\.\d{1,12})?")      # bounded: of n digits \d+ makes n * n steps
+DURATION = re.compile(f"({NUMBER.pattern})(ms|s|m|h)")
+TRY_AGAIN = re.compile(
+    f"(?:try again|retry) in ((?:{NUMBER.pattern}(?:ms|h|m|s))+|{NUMBER.pattern})", re.IGNORECASE)
+UNIT_S = {
+    "ms": 0.001,
+    "s": 1.0,
+    "m": 60.0,
+    "h": 3600.0}
 LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
-def limit_reset_s(headers: Headers, date_s: float) -> float:
-    """The longest of the limits that are used up."""
-    return max((wait_s(value, date_s) for name, value in headers if LIMIT_RESET.fullmatch(name)
-                and headers.get(name.replace("-reset", "-remaining"), "0") == "0"), default=0.0)
+def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
+    """Seconds to wait as the provider asks, at most 60, or None. The first source above 0 counts (Azure sends
+    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are read
+    against the answer's Date, else `now_s`."""
+    date_s = parse_time_s(headers.get("date")) or now_s
+    texts = [
+        headers.get("retry-after-ms") + "ms",
+        headers.get("retry-after")]
+    for detail in only_dicts(error.get("details")):
+        texts.append(str(detail.get("retryDelay")))
+    if in_message := TRY_AGAIN.search(error.get("message", "")):
+        texts.append(in_message[1])
+    waits = [wait_s(text, date_s) for text in texts]
+    resets = [0.0]
+    for name, value in headers:
+        remaining = name.replace("-reset", "-remaining")
+        if LIMIT_RESET.fullmatch(name) and headers.get(remaining, "0") == "0":
+            resets.append(wait_s(value, date_s))
+    for seconds in (*waits, max(resets)):
+        if seconds > 0:
+            return min(seconds, MAX_RETRY_AFTER_S)
+    return None
 
 
 def wait_s(text: str, date_s: float) -> float:
-    """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for anything else."""
+    """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other text."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
-    return plain_number(text) or (parse_time_s(text) - date_s if date_s else 0.0)
-
-
-def plain_number(text: str) -> float:
-    return float(text) if re.fullmatch(r"\d{1,12}(\.\d{1,12})?", text.strip()) else 0.0
+    if NUMBER.fullmatch(text.strip()):
+        return float(text)
+    return parse_time_s(text) - date_s if date_s else 0.0
 
 
 def parse_time_s(text: str) -> float:
@@ -3894,17 +3947,18 @@ def provider_json(data: str | bytes, complaint: str) -> Any:
 
 
 class ItemDecoder:
-    """What the decoders of the other wires share: they number their calls themselves, as they begin."""
+    """Shared by the decoders of Chat, Messages and Gemini, which number the items of a stream themselves."""
     sink: Sink
 
     def __init__(self, prefix: str) -> None:
-        self.prefix = prefix            # of call ids that are minted: unique in the conversation
-        self.slots = 0                  # so many items have begun
+        self.prefix = prefix            # of call ids made here: unique in the conversation
+        self.call_ids: set[str] = set()
+        self.slots = 0                  # number of items begun
         self.failed = False
-        self.notice: GatewayError | None = None     # what may have been an error, should nothing else come
+        self.notice: GatewayError | None = None     # perhaps an error: reported if nothing else comes
 
     def end(self) -> None:
-        """The body ended cleanly; without evidence before that the model had finished, that says nothing."""
+        """The body ended cleanly, which by itself is no evidence that the model had finished."""
         if self.notice and not self.slots:
             self._fail(self.notice)
 
@@ -3912,9 +3966,17 @@ class ItemDecoder:
         self.slots += 1
         return self.slots - 1
 
+    def _call_id(self, slot: int, given: Any) -> str:
+        """The provider's id of a call; one made here where it is missing, or was used before."""
+        call_id = str(given or f"{self.prefix}{slot}")
+        if call_id in self.call_ids:
+            call_id = f"{call_id}_{slot}"
+        self.call_ids.add(call_id)
+        return call_id
+
     def _carry(self, replay: JSON) -> None:
-        """What must come back with the next turn, in a reasoning item of its own."""
-        self.sink.open(None, "reasoning")
+        """Ends the open reasoning item, or a new one, with what must come back with the next turn."""
+        self.sink.reasoning("")
         self.sink.done(sealed_replay=replay)
 
     def _image(self, data: str) -> None:
@@ -3922,9 +3984,27 @@ class ItemDecoder:
         self.sink.open(None, "image_generation_call", result=None)
         self.sink.done(result=data)
 
+    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
+        """The source of a span of characters of the open message."""
+        self.sink.annotate({
+            "type": "url_citation",
+            "start_index": start,
+            "end_index": end,
+            "url": url,
+            "title": title or "",
+        })
+
     def _fail(self, error: GatewayError) -> None:
         self.failed = True
         self.sink.fail(error)
+
+
+def search_action(queries: list[str]) -> JSON:
+    """The action of a web_search_call item."""
+    return {
+        "type": "search",
+        "query": queries[0] if queries else "",
+        "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
@@ -5218,43 +5298,32 @@ def resumed_body(body: JSON, paused: list[JSON]) -> JSON:
 
 # --- the answer
 
-MESSAGES_STOP = {"max_tokens": "max_output_tokens", "model_context_window_exceeded": "max_output_tokens",
-                 "refusal": "content_filter"}
-MAX_PAUSES = 5                  # a turn that is still paused after so many resumptions counts as cut
-BLOCK_TEXT = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+MESSAGES_STOP = {
+    "max_tokens": "max_output_tokens",
+    "model_context_window_exceeded": "max_output_tokens",
+    "pause_turn": "max_output_tokens",      # one that cannot be resumed
+    "refusal": "content_filter"}
+MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as cut
+DELTA_FIELDS = {
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "input_json_delta": "partial_json"}
 
 
 @dataclass(slots=True)
 class Block:
     """A content block that is being streamed."""
-    start: JSON                                         # as content_block_start gave it
+    kind: Any
+    content: JSON       # completed by its signature and citations, at its end by its text or input
     slot: int
-    pieces: list[str] = field(default_factory=list)     # text, thinking or partial_json
-    signature: str = ""
-    citations: list[JSON] = field(default_factory=list)
-    begin: int = 0                                      # where its text begins in the message
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-    def whole(self) -> JSON:
-        """The block as it would have come without streaming."""
-        kind, text = self.start["type"], self.text
-        if kind == "text":
-            return {**self.start, "text": text, **({"citations": self.citations} if self.citations else {})}
-        if kind == "thinking":
-            return {**self.start, "thinking": text, "signature": self.signature}
-        if kind in ("tool_use", "server_tool_use") and text.strip():
-            return {**self.start, "input": parse_object(text) or {}}
-        return self.start
+    pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
 class MessagesDecoder(ItemDecoder):
-    """One Messages stream, or one whole answer; after a pause the next stream goes on with the same items.
+    """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    Texts that follow each other are one message: citations cut a sentence into blocks. Only what is known opens an
-    item: compaction, fallback, code execution and whatever comes next are passed over.
+    Adjacent texts are one message: citations cut a sentence into blocks. Unknown blocks are passed over, like
+    those of compaction, fallback and code execution.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
@@ -5262,13 +5331,13 @@ class MessagesDecoder(ItemDecoder):
         self.book = book
         self.id: str | None = None              # of the message that is being read
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
-        self.said = 0                           # characters of the open message
-        self.empty_call: int | None = None      # a call without arguments: cut, or without any? what follows tells
-        self.searches: dict[str, int] = {}      # web searches without their results, by id
+        self.length = 0                         # of the open message's finished blocks
+        self.empty_calls: list[int] = []        # without arguments: what follows shows whether they were cut
+        self.searches: dict[Any, int] = {}      # web searches without their results, by id
         self.counts: JSON = {}                  # usage of this stream
-        self.earlier = Usage()                  # of those before it
-        self.content: list[JSON] = []           # what must go back after a pause
-        self.paused = False
+        self.earlier = self.usage = Usage()     # of the streams before it; of them all
+        self.content: list[JSON] = []           # finished blocks, for a resumption
+        self.paused: list[JSON] = []            # what goes back to the provider
         self.pauses = 0
         self.stop: Stop | None = None
 
@@ -5285,197 +5354,200 @@ class MessagesDecoder(ItemDecoder):
     def whole(self, body: JSON) -> None:
         """An answer that was not streamed."""
         if body.get("type") == "error":
-            self._error(body)
+            self._fail(inband_error(body))
             return
         if not isinstance(body.get("content"), list):
             raise UpstreamError("The provider's answer is not a message.")
         self._message_start({"message": body})
-        for index, block in enumerate(only_dicts(body["content"])):
-            self._start({"index": index, "content_block": block})
-            self._block_stop({"index": index})
+        for block in only_dicts(body["content"]):
+            self._block_start({"content_block": block})
+            self._block_stop({})
         self._message_delta({"delta": body, "usage": body.get("usage")})
-        self._message_stop(body)
+        self._message_stop({})
 
     def resume(self) -> list[JSON] | None:
-        """What goes back to the provider where it paused its turn, else None. The next stream is taken as its rest."""
-        if not self.paused:
-            return None
-        paused, self.content = self.content, []
-        self.earlier, self.counts = self._usage(), {}
-        self.paused, self.id = False, None
-        return paused
+        """The blocks to send back if the provider paused its turn, else None. The next stream is its rest."""
+        paused, self.paused = self.paused, []
+        if paused:
+            self.id, self.earlier, self.counts = None, self.usage, {}
+        return paused or None
 
     # messages
 
     def _message_start(self, event: JSON) -> None:
         message = event.get("message") or {}
-        given = str(message.get("id") or "")
-        if self.id is not None:         # some proxies repeat it, others splice in a second answer (vercel/ai's fixtures)
-            if given != self.id and (self.blocks or self.slots):
-                self.sink.fail(ProviderError("The provider spliced a second message into its stream.", kind="overload"))
-            return
-        self.id = given
-        merge_counts(self.counts, {**as_dict(message.get("usage")), "model": message.get("model")})
-        self.sink.set_usage(dataclasses.replace(self._usage(), estimated=True))     # the output's count comes with the end
+        if self.id is None:
+            self.id = message.get("id")
+            usage = as_dict(message.get("usage"))           # the output is counted at the end
+            self._count({**usage, "model": message.get("model")}, estimated=True)
+        elif self.slots and message.get("id") != self.id:
+            # some proxies repeat the event, others splice in a second answer (vercel/ai)
+            error = "The provider spliced a second message into its stream."
+            self._fail(ProviderError(error, kind="overload"))
 
     def _message_delta(self, event: JSON) -> None:
+        usage = as_dict(event.get("usage"))
+        self._count(usage, estimated="output_tokens" not in usage)
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
-        usage = as_dict(event.get("usage"))
-        merge_counts(self.counts, usage)
-        self.sink.set_usage(dataclasses.replace(self._usage(), estimated="output_tokens" not in usage))
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
-            self.paused, self.pauses = True, self.pauses + 1
+            self.paused, self.content = self.content, []
+            self.pauses += 1
             self.sink.done()
         elif reason:
-            details = delta.get("stop_details") or {}
-            incomplete = "max_output_tokens" if reason == "pause_turn" else MESSAGES_STOP.get(reason, "")
-            self._close_all(incomplete)
-            self.stop = Stop(incomplete, explanation=details.get("explanation") or "")
-            self.sink.set_stop(self.stop)
+            details = as_dict(delta.get("stop_details"))
+            explanation = details.get("explanation") or ""
+            self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
 
     def _message_stop(self, event: JSON) -> None:
         if self.paused:
             return
-        if self.stop is None:
-            self._close_all("")
-        self.sink.set_stop(dataclasses.replace(self.stop or Stop(), final=True))
+        stop = self.stop or Stop()
+        self._finish(dataclasses.replace(stop, final=True))
 
-    def _error(self, event: JSON) -> None:
-        self.sink.fail(inband_error(event))
+    def _finish(self, stop: Stop) -> None:
+        """The model has finished. A call that was cut stays open, and an empty one may have been cut."""
+        for index, block in list(self.blocks.items()):
+            if block.kind != "tool_use":
+                self._block_stop({"index": index})
+        self.sink.done()
+        if not stop.incomplete_reason:
+            self._end_empty_calls()
+        for slot in self.searches.values():
+            self.sink.done(slot, status="failed")
+        self.searches.clear()
+        self.stop = stop
+        self.sink.set_stop(stop)
 
-    def _usage(self) -> Usage:
-        now, before = messages_usage(self.counts), self.earlier
-        return dataclasses.replace(now, **{name: getattr(before, name) + getattr(now, name) for name in COUNTED})
+    def _count(self, given: JSON, estimated: bool) -> None:
+        """Adds the usage of this stream to that of earlier ones."""
+        now = messages_usage(merge_counts(self.counts, given))
+        totals = {}
+        for name in COUNTED:
+            totals[name] = getattr(self.earlier, name) + getattr(now, name)
+        self.usage = dataclasses.replace(now, estimated=estimated, **totals)
+        self.sink.set_usage(self.usage)
 
     # blocks
 
-    def _start(self, event: JSON) -> None:
-        block = Block(event.get("content_block") or {}, self._slot())
-        kind = block.start.get("type")
+    def _block_start(self, event: JSON) -> None:
+        content = event.get("content_block") or {}
+        block = Block(content.get("type"), content, self._slot())
         self.blocks[event.get("index", 0)] = block
-        self._close_empty_call()
-        if kind == "text":
-            block.begin = self.said
-            block.citations = only_dicts(block.start.get("citations"))
-            self._text(block, block.start.get("text") or "")
-            return
-        self.sink.done()
-        self.said = 0
-        if kind == "thinking":
-            block.signature = block.start.get("signature") or ""
-            self._text(block, block.start.get("thinking") or "")
-        elif kind == "tool_use":
-            call_id = str(block.start.get("id") or f"{self.prefix}{block.slot}")
-            self.sink.call(block.slot, call_id, self.book.tool(str(block.start.get("name") or "")))
-        elif kind == "web_search_tool_result":
-            found = str(block.start.get("tool_use_id"))
-            found = found if found in self.searches else next(iter(self.searches), "")
-            if found:
-                status = "completed" if isinstance(block.start.get("content"), list) else "failed"
-                self.sink.done(self.searches.pop(found), status=status)
+        self._end_empty_calls()
+        if block.kind != "text":
+            self.sink.done()
+            self.length = 0
+        if block.kind == "tool_use":
+            call_id = self._call_id(block.slot, content.get("id"))
+            tool = self.book.tool(str(content.get("name") or ""))
+            self.sink.call(block.slot, call_id, tool)
+        elif block.kind == "web_search_tool_result" and self.searches:
+            search = content.get("tool_use_id")
+            if search not in self.searches:
+                search = next(iter(self.searches))
+            status = "completed" if isinstance(content.get("content"), list) else "failed"
+            self.sink.done(self.searches.pop(search), status=status)
+        self._text(block, content.get(block.kind) or "")        # of a text or thinking block
 
-    def _delta(self, event: JSON) -> None:
+    def _block_delta(self, event: JSON) -> None:
         block = self.blocks.get(event.get("index", 0))
         if block is None:
             raise UpstreamError("The provider sent a piece of a block that is not open.")
         delta = event.get("delta") or {}
         kind = delta.get("type")
-        if kind in BLOCK_TEXT:
-            self._text(block, delta.get(BLOCK_TEXT[kind]) or "")
+        if kind in DELTA_FIELDS:
+            self._text(block, delta.get(DELTA_FIELDS[kind]) or "")
         elif kind == "signature_delta":
-            block.signature = delta.get("signature") or ""
-        elif kind == "citations_delta" and isinstance(delta.get("citation"), dict):
-            block.citations.append(delta["citation"])
+            block.content["signature"] = delta.get("signature")
+        elif kind == "citations_delta":
+            known = only_dicts(block.content.get("citations"))
+            block.content["citations"] = [*known, delta.get("citation")]
 
     def _text(self, block: Block, text: str) -> None:
         if not text:
             return
-        kind = block.start.get("type")
         block.pieces.append(text)
-        if kind == "text":
-            self.said += len(text)
+        if block.kind == "text":
             self.sink.text(text)
-        elif kind == "thinking":
+        elif block.kind == "thinking":
             self.sink.reasoning(text)
-        elif kind == "tool_use":
+        elif block.kind == "tool_use":
             self.sink.add(block.slot, text, "arguments")
 
     def _block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
             return
-        kind = block.start.get("type")
-        whole = block.whole() if kind else {}
+        kind, content = block.kind, block.content
+        text = "".join(block.pieces)
+        if kind in ("text", "thinking"):
+            content[kind] = text
+        elif kind in ("tool_use", "server_tool_use") and text.strip():
+            content["input"] = parse_object(text)
         if kind == "text":
-            for citation in block.citations:
-                if isinstance(citation.get("url"), str):        # those of documents name files that no client knows
-                    self.sink.annotate({"type": "url_citation", "start_index": block.begin, "end_index": self.said,
-                                        "url": citation["url"], "title": citation.get("title") or ""})
+            start = self.length
+            self.length += len(text)
+            for citation in only_dicts(content.get("citations")):
+                url = citation.get("url")
+                if isinstance(url, str):        # a citation of a document names a file that no client knows
+                    self._annotate(start, self.length, url, citation.get("title"))
         elif kind in THINKING_BLOCKS:
-            self._thought(block, whole)
+            sealed = content.get("signature") or content.get("data")
+            if sealed or text:          # without a signature it cannot come back; with nothing else it must
+                self._carry({"blocks": [content]} if sealed else {})
         elif kind == "tool_use":
-            self._end_call(block)
-        elif kind == "server_tool_use" and block.start.get("name") == "web_search":
-            self._search(block, whole)
-        if self.book.hosted and kind and (kind != "text" or whole["text"]):     # only then can a turn be paused
-            self.content.append(whole)
+            self._end_call(block, text.strip(), content.get("input"))
+        elif kind == "server_tool_use" and content.get("name") == "web_search":
+            query = as_dict(content.get("input")).get("query") or ""
+            self.searches[content.get("id")] = block.slot
+            self.sink.open(block.slot, "web_search_call", action=search_action([query]))
+        if self.book.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
+            self.content.append(content)
 
-    def _thought(self, block: Block, whole: JSON) -> None:
-        """A thought ends. Without a signature it cannot be given back; with nothing else it must be."""
-        sealed = whole.get("signature") or whole.get("data")
-        if sealed or block.pieces:
-            self.sink.reasoning("")
-            self.sink.done(sealed_replay={"blocks": [whole]} if sealed else None)
-
-    def _end_call(self, block: Block) -> None:
-        given = block.start.get("input")
-        if not block.text.strip() and given:        # some servers give the whole input at once
-            self._text(block, dumps(given))
-        if not block.text.strip():
-            self.empty_call = block.slot
-        elif parse_object(block.text) is not None:
+    def _end_call(self, block: Block, streamed: str, arguments: Any) -> None:
+        if arguments and not streamed:          # some servers give the whole input at once
+            self._text(block, dumps(arguments))
+        if not arguments and not streamed:
+            self.empty_calls.append(block.slot)
+        elif isinstance(arguments, dict):
             self.sink.done(block.slot)
 
-    def _search(self, block: Block, whole: JSON) -> None:
-        query = str((whole.get("input") or {}).get("query") or "")
-        self.searches[str(block.start.get("id"))] = block.slot
-        self.sink.open(block.slot, "web_search_call", action={"type": "search", "query": query, "queries": [query]})
-
-    def _close_empty_call(self) -> None:
-        if self.empty_call is not None:
-            self.sink.done(self.empty_call)
-        self.empty_call = None
-
-    def _close_all(self, incomplete: str) -> None:
-        """The model has finished. A call that was cut stays open, and one that is empty then counts as cut."""
-        for index in [i for i, block in self.blocks.items() if block.start.get("type") != "tool_use"]:
-            self._block_stop({"index": index})
-        self.sink.done()
-        if not incomplete:
-            self._close_empty_call()
-        for slot in self.searches.values():
-            self.sink.done(slot, status="failed")
-        self.searches.clear()
+    def _end_empty_calls(self) -> None:
+        for slot in self.empty_calls:
+            self.sink.done(slot)
+        self.empty_calls.clear()
 
     HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], None]]] = {
-        "message_start": _message_start, "content_block_start": _start, "content_block_delta": _delta,
-        "content_block_stop": _block_stop, "message_delta": _message_delta, "message_stop": _message_stop,
-        "error": _error}
+        "message_start": _message_start,
+        "content_block_start": _block_start,
+        "content_block_delta": _block_delta,
+        "content_block_stop": _block_stop,
+        "message_delta": _message_delta,
+        "message_stop": _message_stop,
+        "error": lambda self, event: self._fail(inband_error(event))}
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Anthropic counts cached input apart. Where it worked in several passes (compaction, fallback, an advisor), its
-    own sum is only the last pass's."""
+    """Anthropic counts cached input apart. Of several passes (compaction, fallback, an advisor) its own sum is
+    only that of the last."""
     passes = only_dicts(counts.get("iterations")) or [counts]
-
-    def total(name: str) -> int:
-        return sum(count(each, name) for each in passes)
-    read, written, output = total("cache_read_input_tokens"), total("cache_creation_input_tokens"), total("output_tokens")
+    fresh, read, written, output, kept_long = 0, 0, 0, 0, 0
+    for each in passes:
+        fresh += count(each, "input_tokens")
+        read += count(each, "cache_read_input_tokens")
+        written += count(each, "cache_creation_input_tokens")
+        output += count(each, "output_tokens")
+        kept_long += count(each.get("cache_creation"), "ephemeral_1h_input_tokens")
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
-    long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
-    return Usage(total("input_tokens") + read + written, read, written, output, min(reasoning, output),
-                 cache_write_1h=min(long, written), **billing_facts(counts))
+    return Usage(
+        input=fresh + read + written,
+        cached=read,
+        cache_write=written,
+        output=output,
+        reasoning=min(reasoning, output),
+        cache_write_1h=min(kept_long, written),
+        **billing_facts(counts))
 
 
 # --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
@@ -5771,221 +5843,238 @@ def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
 # --- the answer
 
 GEMINI_STOP = {
-    "STOP": "", **dict.fromkeys(("MAX_TOKENS", "CONTINUATION"), "max_output_tokens"),
-    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
-                     "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "MODEL_ARMOR",
-                     "ESCALATION", "PUP_LIMITED_DISABLED"), "content_filter")}
-# reasons that are failures; shown as a success, an agent would see an empty answer and ask on (coder#28470)
-GEMINI_ERRORS = frozenset(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE",
-                           "TOO_MANY_TOOL_CALLS", "OTHER", "MISSING_THOUGHT_SIGNATURE"))
-UNSPECIFIED = ("", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
+    "STOP": "",
+    "MAX_TOKENS": "max_output_tokens",
+    "CONTINUATION": "max_output_tokens",
+    **dict.fromkeys((
+        "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+        "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "MODEL_ARMOR",
+        "ESCALATION", "PUP_LIMITED_DISABLED"), "content_filter")}
+# failures: shown as a success, an agent would see an empty answer and ask again (coder#28470)
+GEMINI_ERRORS: dict[str, ErrorKind] = {
+    **dict.fromkeys((
+        "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
+        "OTHER"), "tool_generation"),
+    "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # of our request: no other target is to be asked
+UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
 class GeminiDecoder(ItemDecoder):
     """One Gemini stream, or one whole answer.
 
-    Parts follow each other, so that only one item is open at a time. The message stays open after its signature:
-    what it cites comes with the last event.
+    Parts follow each other, so that only one item is open at a time. The message stays open after its
+    signature, since its citations come with the last event.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
-        super().__init__(prefix)
+        super().__init__(f"{prefix}g")
         self.book = book
-        self.message = False                    # is a message open?
-        self.texts: list[str] = []              # what it said
-        self.signature: JSON | None = None      # of the text that was last: for an item behind the message
-        self.thought = False                    # is a reasoning item open?
-        self.ids: set[str] = set()
+        self.open = ""                          # "message" or "reasoning": the open item
+        self.texts: list[str] = []              # of the open message
+        self.signature: JSON = {}               # of its last part: carried by an item behind it
         self.counts: JSON = {}                  # the newest of each count, and the model
         self.grounding: JSON = {}
         self.searched = False                   # a web_search_call has been given
-        self.finished = False                   # something was said, and a finishReason came
+        self.finished = False                   # there was output, and then a finishReason
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
-        if not data.strip() or data.strip() == "[DONE]":
+        if data.strip() in ("", "[DONE]"):
             return
-        self.whole(provider_json(data, "The provider sent an event that is not JSON."))
+        chunk = provider_json(data, "The provider sent an event that is not JSON.")
+        self.whole(chunk)
 
     def whole(self, body: Any) -> None:
         """An answer that was not streamed; without alt=sse even a stream is one array."""
-        for chunk in only_dicts(body if isinstance(body, list) else [body]):
+        chunks = body if isinstance(body, list) else [body]
+        for chunk in only_dicts(chunks):
             if not self.failed:
                 self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        candidates = only_dicts(chunk.get("candidates"))[:1]
-        for candidate in candidates:
-            self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
-        given = {**as_dict(chunk.get("usageMetadata")), "model": chunk.get("modelVersion")}
-        self.counts.update({name: value for name, value in given.items() if value is not None and
-                            (not self.finished or name not in self.counts or count(given, name) > count(self.counts, name))})
-        usage = gemini_usage(self.counts, self.grounding)
-        if usage is not None:
-            self.sink.set_usage(usage)
+        candidates = only_dicts(chunk.get("candidates"))
+        candidate = candidates[0] if candidates else {}
+        self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
+        counts = as_dict(chunk.get("usageMetadata"))
+        self._count({**counts, "model": chunk.get("modelVersion")})
         if states_error(chunk):
             self._fail(inband_error(chunk))
         if self.failed or self.finished:
             return
-        for candidate in candidates:
-            for part in only_dicts(as_dict(candidate.get("content")).get("parts")):
-                if not self.failed:
-                    self._part(part)
-            self._finish(candidate)
+        content = as_dict(candidate.get("content"))
+        for part in only_dicts(content.get("parts")):
+            self._part(part)
+        reason = candidate.get("finishReason")
+        if reason not in UNSPECIFIED:
+            self._finish(candidate, str(reason))
         feedback = as_dict(chunk.get("promptFeedback"))
-        if not candidates and feedback.get("blockReason", "") not in UNSPECIFIED:
-            said = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
-            self.sink.set_stop(Stop("content_filter", explanation=said))
+        if not candidates and feedback.get("blockReason") not in UNSPECIFIED:
+            explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
+            self.sink.set_stop(Stop("content_filter", explanation=explanation))
+
+    def _count(self, given: JSON) -> None:
+        known = self.counts if self.finished else {}
+        for name, value in given.items():
+            if name in known and count(given, name) <= count(known, name):
+                continue                        # behind the end only higher counts are taken
+            if value is not None:
+                self.counts[name] = value
+        usage = gemini_usage(self.counts, self.grounding)
+        if usage is not None:
+            self.sink.set_usage(usage)
 
     # parts
 
     def _part(self, part: JSON) -> None:
-        given, media = part.get("thoughtSignature"), as_dict(part.get("inlineData"))
-        text, signature = part.get("text"), given if isinstance(given, str) else ""
+        if self.failed:
+            return
+        text, signature = part.get("text"), str(part.get("thoughtSignature") or "")
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
-        elif isinstance(text, str) and part.get("thought"):
-            self._think(text)
         elif isinstance(text, str):
-            self._say(text, signature)
+            self._text("reasoning" if part.get("thought") else "message", text, signature)
         elif part.get("toolCall") or part.get("toolResponse"):
-            self._server_tool(part)
-        elif str(media.get("mimeType")).startswith("image/") and not part.get("thought"):
+            # a search that the model combined with functions: both halves must come back as they are
             self._close_texts()
-            self._image(str(media.get("data")))
-            self.signature = {"signature": signature, "characters": 0} if signature else None
-        # else code that ran at Google's, its result, sound: there is no item for them
+            self._carry({"part": part})
+            call = as_dict(part.get("toolCall"))
+            if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
+                args = as_dict(call.get("args"))
+                self._search(args.get("queries"))
+        elif "inlineData" in part and not part.get("thought"):
+            media = as_dict(part["inlineData"])
+            if str(media.get("mimeType")).startswith("image/"):
+                self._close_texts()
+                self._image(str(media.get("data")))
+                self._sign(signature, 0)
+        # there is no item for sound, and for code that ran at Google's
 
-    def _say(self, text: str, signature: str) -> None:
-        if text and (not self.message or self.signature):       # a signed part takes no more text
-            self._close_texts()
-            self.message = True
-            self._slot()
+    def _text(self, kind: str, text: str, signature: str) -> None:
         if text:
-            self.texts.append(text)
-            self.sink.text(text)
+            if kind != self.open or self.signature:         # a signed part takes no more text
+                self._close_texts()
+                self._slot()
+                self.open = kind
+            if kind == "reasoning":
+                self.sink.reasoning(text)
+            else:
+                self.texts.append(text)
+                self.sink.text(text)
+        if kind == "message":
+            self._sign(signature, len(text))
+
+    def _sign(self, signature: str, characters: int) -> None:
         if signature and self.signature:
             self._close_texts()
         if signature:
-            self.signature = {"signature": signature, "characters": len(text)}
-
-    def _think(self, text: str) -> None:
-        if not text:
-            return
-        if not self.thought:
-            self._close_texts()
-            self.thought = True
-            self._slot()
-        self.sink.reasoning(text)
-
-    def _server_tool(self, part: JSON) -> None:
-        """A search that the model combined with functions: both halves must come back as they are."""
-        self._close_texts()
-        self._carry({"part": part})
-        call = as_dict(part.get("toolCall"))
-        if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-            self._search(as_dict(call.get("args")).get("queries"))
+            self.signature = {"signature": signature, "characters": characters}
 
     def _search(self, queries: Any) -> None:
         self.searched = True
-        asked = [query for query in queries or [] if isinstance(query, str)] if isinstance(queries, list) else []
-        action = {"type": "search", "query": asked[0] if asked else "", "queries": asked}
-        self.sink.item({"type": "web_search_call", "status": "completed", "action": action})
+        self.sink.item({
+            "type": "web_search_call",
+            "status": "completed",
+            "action": search_action(queries if isinstance(queries, list) else [])})
 
     def _close_texts(self) -> None:
-        for annotation in citations("".join(self.texts), self.grounding) if self.message else ():
-            self.sink.annotate(annotation)
+        for citation in citations("".join(self.texts), self.grounding):
+            self._annotate(*citation)
         self.sink.done()
-        if self.signature is not None:
+        if self.signature:
             self._carry(self.signature)
-        self.message = self.thought = False
-        self.signature = None
+        self.open, self.signature = "", {}
         self.texts.clear()
-
-    # calls
 
     def _function_call(self, given: JSON, signature: str) -> None:
         name, args = given.get("name"), given.get("args")
-        if (args and not name) or given.get("partialArgs") or given.get("willContinue"):    # Vertex's pieces: not asked for
-            said = "The provider sent a tool call without a name, or in pieces."
-            self._fail(ProviderError(said, kind="tool_generation"))
-        if self.failed or not isinstance(name, str) or not name:
-            return
-        self._close_texts()
-        call_id = str(given.get("id") or f"{self.prefix}g{self.slots}")
-        call_id = f"{call_id}_{self.slots}" if call_id in self.ids else call_id
-        self.ids.add(call_id)
-        if signature:
-            self._carry({"for": call_id, "signature": signature})
-        slot = self._slot()
-        self.sink.call(slot, call_id, self.book.tool(name))
-        args = {} if args in (None, "") else args
-        self.sink.add(slot, args if isinstance(args, str) else json.dumps(args, ensure_ascii=False), "arguments")
-        self.sink.done(slot)
+        in_pieces = given.get("partialArgs") or given.get("willContinue")       # Vertex's: not asked for
+        if in_pieces or (args and not name):
+            message = "The provider sent a tool call without a name, or in pieces."
+            self._fail(ProviderError(message, kind="tool_generation"))
+        elif name and isinstance(name, str):
+            self._close_texts()
+            slot = self._slot()
+            call_id = self._call_id(slot, given.get("id"))
+            if signature:
+                self._carry({"for": call_id, "signature": signature})
+            tool = self.book.tool(name)
+            self.sink.call(slot, call_id, tool)
+            arguments = value_text(args) or "{}"
+            self.sink.add(slot, arguments, "arguments")
+            self.sink.done(slot)
 
-    # the end
-
-    def _finish(self, candidate: JSON) -> None:
-        reason = str(candidate.get("finishReason") or "")
-        if reason in UNSPECIFIED or self.failed:
+    def _finish(self, candidate: JSON, reason: str) -> None:
+        if self.failed:
             return
-        if reason in GEMINI_ERRORS or (reason not in GEMINI_STOP and not self.slots):
+        kind = GEMINI_ERRORS.get(reason)
+        if not kind and reason not in GEMINI_STOP and not self.slots:
+            kind = "tool_generation"
+        if kind:
             # without its finishMessage: that repeats what the model wrote, and failures are logged
-            said = block_reason("broke off its answer", candidate, "finishReason", "")
-            # its own validator found a signature missing in what we sent: nothing another target is asked for
-            self._fail(ProviderError(said, kind="bad_request", code="invalid_prompt")
-                             if reason == "MISSING_THOUGHT_SIGNATURE" else ProviderError(said, kind="tool_generation"))
+            message = block_reason("broke off its answer", candidate, "finishReason", "")
+            code = "invalid_prompt" if kind == "bad_request" else None
+            self._fail(ProviderError(message, kind=kind, code=code))
             return
-        incomplete = GEMINI_STOP.get(reason, "")
         self._close_texts()
         self.finished = self.slots > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
-        filtered = incomplete == "content_filter"
-        said = block_reason("stopped this answer", candidate, "finishReason", "finishMessage") if filtered else ""
-        self.sink.set_stop(Stop(incomplete, explanation=said))
+        incomplete, explanation = GEMINI_STOP.get(reason, ""), ""
+        if incomplete == "content_filter":
+            explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
+        self.sink.set_stop(Stop(incomplete, explanation=explanation))
 
 
-def citations(text: str, grounding: JSON) -> Iterator[JSON]:
-    """url_citation annotations for what a message says; Gemini counts bytes, and is at times one off."""
-    encoded, sources = text.encode("utf-8", "replace"), grounding.get("groundingChunks")
+def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
+    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is at times one off."""
+    encoded = text.encode("utf-8", "replace")
+    sources = [as_dict(chunk.get("web")) for chunk in only_dicts(grounding.get("groundingChunks"))]
     for support in only_dicts(grounding.get("groundingSupports")):
-        segment = support.get("segment")
-        if not isinstance(segment, dict) or not isinstance(sources, list):
-            continue
-        begin, end = (len(encoded[:count(segment, key)].decode("utf-8", "ignore")) for key in ("startIndex", "endIndex"))
-        cited = str(segment.get("text") or text[begin:end])
-        if text[begin:end] != cited:
+        segment = as_dict(support.get("segment"))
+        start, end = count(segment, "startIndex"), count(segment, "endIndex")
+        cited = str(segment.get("text") or encoded[start:end].decode("utf-8", "ignore"))
+        begin = len(encoded[:start].decode("utf-8", "ignore"))
+        if not text.startswith(cited, begin):
             begin = text.find(cited)
-        named = support.get("groundingChunkIndices")
-        chosen = [chunk.get("web") for index, chunk in enumerate(sources) if isinstance(chunk, dict) and index in named] \
-            if isinstance(named, list) and cited and begin >= 0 else []
-        for source in only_dicts(chosen):
-            yield {"type": "url_citation", "start_index": begin, "end_index": begin + len(cited),
-                   "url": source.get("uri") or "", "title": source.get("title") or ""}
+        indices = support.get("groundingChunkIndices")
+        if not cited or begin < 0 or not isinstance(indices, list):
+            continue
+        for index, source in enumerate(sources):
+            if source and index in indices:
+                url = source.get("uri") or ""
+                yield begin, begin + len(cited), url, source.get("title")
 
 
-def block_reason(what: str, holder: JSON, reason: str, message: str) -> str:
+def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
     """Why the provider gave no answer, in a sentence for the user."""
-    struck = [str(rating.get("category")) for rating in only_dicts(holder.get("safetyRatings")) if rating.get("blocked")]
-    words = ", ".join([str(holder.get(reason)), *struck])
-    more = redacted(message_text(holder.get(message)))
-    return f"The provider {what} ({words[:200]}){': ' + more if more else '.'}"
+    words = [str(holder.get(reason))]
+    for rating in only_dicts(holder.get("safetyRatings")):
+        if rating.get("blocked"):
+            words.append(str(rating.get("category")))
+    more = redacted(value_text(holder.get(message)))
+    return f"The provider {action} ({', '.join(words)[:200]}){': ' + more if more else '.'}"
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Gemini counts thoughts and what its tools read apart; it bills each query of a search, Gemini 2 an answer with any."""
+    """Gemini counts thoughts and the input of its tools apart. It bills each search query; Gemini 2 bills one an
+    answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
-    output = count(given, "candidatesTokenCount") + thoughts
     queries, model = grounding.get("webSearchQueries"), str(given.get("model") or "")
     searches = len(queries) if isinstance(queries, list) else 0
-    tier = str(given.get("serviceTier") or given.get("trafficType") or "").lower().removeprefix("on_demand_")
-    cached = min(count(given, "cachedContentTokenCount"), inputs)
-    return Usage(inputs, cached, 0, output, thoughts, tier=tier, model=model[:200],
-                 web_searches=min(searches, 1) if model.startswith("gemini-2") else searches)
+    if model.startswith("gemini-2"):
+        searches = min(searches, 1)
+    tier = str(given.get("serviceTier") or given.get("trafficType") or "").lower()
+    return Usage(
+        input=inputs,
+        cached=min(count(given, "cachedContentTokenCount"), inputs),
+        output=count(given, "candidatesTokenCount") + thoughts,
+        reasoning=thoughts,
+        web_searches=searches,
+        tier=tier.removeprefix("on_demand_"),
+        model=model[:200])
 
 
 # --- 6.5 demo: a provider that works offline -------------------------------------------------------
@@ -10011,7 +10100,7 @@ class Router:
             log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
             down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:
-            without(down.attempt.error, self.upstream.secrets)
+            redact_configured(down.attempt.error, self.upstream.secrets)
 
     async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
         """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
@@ -11467,7 +11556,7 @@ async def contact(upstream: Upstream, provider: ProviderConfig) -> int:
         await exchange.close()
     if exchange.status >= 400:
         error = provider_error(exchange.status, exchange.headers, body, time.time())
-        without(error, secret_pattern([provider]))
+        redact_configured(error, secret_pattern([provider]))
         raise error
     return exchange.status
 

@@ -2144,6 +2144,14 @@ def test_the_time_to_wait_is_found_wherever_it_is_said(
     assert error.retry_after_s == (None if wait_s is None else pytest.approx(wait_s))
 
 
+def test_an_error_is_read_to_its_core_however_deep_it_lies() -> None:
+    error = {"message": "slow down", "code": "rate_limit_exceeded"}
+    for _ in range(20_000):
+        error = {"error": [error], "code": "outer"}
+    found = pomex.inband_error(error)
+    assert (found.kind, str(found)) == ("rate_limit", "slow down")
+
+
 def test_points_in_time_are_read_against_now_where_the_answer_has_no_date() -> None:
     headers = pomex.Headers([("retry-after", "Sun, 22 Nov 2026 08:00:05 GMT")])
     assert pomex.retry_after_s(headers, {}, 1795334400.0) == pytest.approx(5)

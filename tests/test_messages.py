@@ -305,6 +305,28 @@ def test_a_call_is_finished_only_when_its_arguments_are_whole(events: list[JSON]
     assert view.end() == end and [item["closed"] for item in view.all("function_call")] == closed
 
 
+def test_ids_of_calls_are_kept_made_where_missing_and_told_apart() -> None:
+    twice = [*called(0), {**called(1)[0], "content_block": called(0)[0]["content_block"]}, *called(1)[1:]]
+    nameless = {**called(2)[0], "content_block": {"type": "tool_use", "name": "f"}}
+    view = view_of([BEGIN, *twice, nameless, *called(2)[1:], *ended("tool_use")])
+    assert [item["id"] for item in view.all("function_call")] == ["toolu_0", "toolu_0_1", "call_new_2"]
+    assert all(item["closed"] for item in view.all("function_call"))
+
+
+def test_what_follows_a_call_without_a_stop_does_not_finish_it() -> None:
+    """Its arguments may still have been to come."""
+    for cut in ([*called(0, "")[:1], *ended("tool_use")], [*called(0, '{"a":')[:2], *ended("tool_use")]):
+        assert [item["closed"] for item in view_of([BEGIN, *cut]).all("function_call")] == [False]
+
+
+def test_citations_that_began_with_the_block_stay_before_those_that_follow() -> None:
+    first, second = ({"type": "web_search_result_location", "url": f"https://{name}.example/", "title": name} for name in "ab")
+    block = started(0, type="text", text="It ", citations=[first])
+    view = view_of([BEGIN, block, piece(0, "text", text="is."), piece(0, "citations", citation=second), stopped(0),
+                    *ended("end_turn")])
+    assert view.citations() == [("It is.", first["url"]), ("It is.", second["url"])]
+
+
 @pytest.mark.parametrize("data", ["{", "[]", "null",
                                   '{"type":"content_block_delta","index":3,"delta":{"type":"text_delta","text":"a"}}'])
 def test_what_cannot_be_read_is_the_upstreams_error(data: str) -> None:

@@ -1550,16 +1550,16 @@ class ToolMap:
             self._add(tool, "")
         self.by_name |= self.by_upstream_name
 
-    def tool(self, name: str) -> Tool:
+    def resolve(self, name: str) -> Tool:
         """The tool that a model means; a function of that name where none is offered."""
         found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
         return found or Tool("function_call", name, "")
 
-    def renamed(self, item: JSON) -> JSON:
+    def restore_name(self, item: JSON) -> JSON:
         """A call of the history by the name of its tool: a misspelt name does not go back to the model."""
         if item["type"] != "function_call" or item.get("namespace"):
             return item
-        tool = self.tool(item["name"])
+        tool = self.resolve(item["name"])
         return {**item, "name": tool.name, "namespace": tool.namespace}
 
     def _add(self, tool: JSON, namespace: str) -> None:
@@ -1689,7 +1689,7 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
-def escaped_controls(text: str) -> str:
+def escape_controls(text: str) -> str:
     """JSON with escapes for the control characters in its strings: models write raw line ends, which strict
     readers refuse."""
     return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
@@ -2383,7 +2383,7 @@ class Item:
         """A call's arguments or input; None where they are truncated."""
         raw = "".join(self.arguments)
         if self.has_control:
-            raw = escaped_controls(raw)
+            raw = escape_controls(raw)
         if self.input_decoder is not None:
             return self.input_decoder.finish(raw)
         if self.kind == "custom_tool_call" or self.tool is None:
@@ -3794,7 +3794,7 @@ class ResponsesDecoder:
         call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
         if kind == "function_call" or kind == "custom_tool_call":
             ours = kind == "function_call" and not space
-            self.sink.call(slot, call_id or f"call_{slot}", self.book.tool(name) if ours else Tool(kind, name, space))
+            self.sink.call(slot, call_id or f"call_{slot}", self.book.resolve(name) if ours else Tool(kind, name, space))
         elif kind == "message" or kind == "reasoning":
             self.sink.open(slot, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
         for part in known.texts:
@@ -4757,7 +4757,7 @@ class ChatDecoder(ItemDecoder):
         if given.get("extra_content"):    # a signature, of Gemini's OpenAI endpoint
             extra = {"id": call_id, "extra_content": given["extra_content"]}
             self._carry({"extra_content": [extra]})
-        self.sink.call(call.item_key, call_id, self.book.tool(call.name))
+        self.sink.call(call.item_key, call_id, self.book.resolve(call.name))
 
     # ends
 
@@ -5440,7 +5440,7 @@ class MessagesDecoder(ItemDecoder):
             self.length = 0
         if block.kind == "tool_use":
             call_id = self._call_id(block.slot, content.get("id"))
-            tool = self.book.tool(str(content.get("name") or ""))
+            tool = self.book.resolve(str(content.get("name") or ""))
             self.sink.call(block.slot, call_id, tool)
         elif block.kind == "web_search_tool_result" and self.searches:
             search = content.get("tool_use_id")
@@ -5997,7 +5997,7 @@ class GeminiDecoder(ItemDecoder):
             call_id = self._call_id(slot, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.book.tool(name)
+            tool = self.book.resolve(name)
             self.sink.call(slot, call_id, tool)
             arguments = value_text(args) or "{}"
             self.sink.add(slot, arguments, "arguments")
@@ -6295,7 +6295,7 @@ class WireApi(NamedTuple):
             return self._relayed(job, items, dropped)
         settings = self.settings(job)
         book = self.tools(job, settings)
-        history = normalize_history(request, [book.renamed(item) for item in items])
+        history = normalize_history(request, [book.restore_name(item) for item in items])
         for item in history.items:
             tool = book.by_upstream_name.get(item.get("name", ""))
             if tool and tool.fitted:

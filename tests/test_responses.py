@@ -341,7 +341,7 @@ def test_flat_names_are_short_plain_and_the_same_every_time(name, namespace, fla
     (EXEC, "never_offered", "function_call", "never_offered", ""),
 ], ids=lambda value: str(value)[:30])
 def test_what_is_offered_comes_back_as_what_it_was(tool, flat, kind, name, namespace):
-    assert pomex.ToolMap([tool]).tool(flat) == pomex.Tool(kind, name, namespace)
+    assert pomex.ToolMap([tool]).resolve(flat) == pomex.Tool(kind, name, namespace)
 
 
 def test_a_book_offers_functions_and_names_what_it_cannot():
@@ -379,7 +379,7 @@ def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_bac
     assert book.functions == pomex.ToolMap([ODD], model=model).functions
     given = {"$top": 5, "a.b": "$top", "list[]": [{"größe": 1, "free": {"x": None}}], "x" * 70: 1.5}
     theirs = pomex.rename_keys(json.dumps(given), fitted)
-    deltas = [calls(0, "c", book.tool("odd")), *(adds(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), ends(0), Stop()]
+    deltas = [calls(0, "c", book.resolve("odd")), *(adds(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), ends(0), Stop()]
     raw, attempt = told(deltas)
     assert json.loads(json.loads(attempt.output())[0]["arguments"]) == given
     assert raw.count(b"event: response.function_call_arguments.delta") == 1
@@ -388,7 +388,7 @@ def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_bac
 def test_other_tools_and_vendors_keep_their_names_and_stream_on():
     for book, name in ((pomex.ToolMap([ODD], model="gpt-5"), "odd"), (pomex.ToolMap([ODD, EXEC], model="claude-opus-5"), "exec")):
         assert not book.by_upstream_name[name].fitted
-        raw, _ = told([calls(0, "c", book.tool(name)), adds(0, '{"$t', "arguments"), adds(0, 'op":1}', "arguments"), ends(0), Stop()])
+        raw, _ = told([calls(0, "c", book.resolve(name)), adds(0, '{"$t', "arguments"), adds(0, 'op":1}', "arguments"), ends(0), Stop()])
         assert raw.count(b"event: response.function_call_arguments.delta") == 2
 
 
@@ -396,7 +396,7 @@ def test_other_tools_and_vendors_keep_their_names_and_stream_on():
                                               ('{"a":' * 99_999, None)], ids=lambda value: str(value)[:12])
 def test_fitted_arguments_are_whole_or_not_at_all(arguments, whole):
     book = pomex.ToolMap([{**ODD, "parameters": {"properties": {"$top": {}}}}], model="claude-opus-5")
-    _, attempt = told([calls(0, "c", book.tool("odd")), *([adds(0, arguments, "arguments")] if arguments else []), ends(0), Stop()])
+    _, attempt = told([calls(0, "c", book.resolve("odd")), *([adds(0, arguments, "arguments")] if arguments else []), ends(0), Stop()])
     assert [item["arguments"] for item in json.loads(attempt.output())] == ([] if whole is None else [whole])
     assert attempt.status == ("failed" if whole is None else "completed")
 

@@ -1404,62 +1404,66 @@ def text_of(content: Any, separator: str = "") -> str:
 # --- 5.2 the envelope of reasoning ----------------------------------------------------------------
 
 ENVELOPE_PREFIX = "pmx1."
+MAC_BYTES = 16
 MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
 MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB, and can be repeated
 
 
+@dataclass(slots=True)
 class Envelope:
-    """What a provider needs back with the next turn, carried by the client in `encrypted_content`: authenticated, not
-    secret, bound to the account, marked with its origin."""
-
-    def __init__(self, secret: bytes, account: str) -> None:
-        self.secret = secret
-        self.account = account.encode()
-        self.inflated = 0               # bytes of all that were opened
+    """Data that a provider needs back with the next turn. The client carries it in `encrypted_content`:
+    authenticated, not secret, bound to the account, marked with its origin."""
+    secret: bytes
+    account: str
+    inflated: int = 0                   # bytes of all opened ones
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
-        plain = json.dumps({"p": provider, "m": model, "b": replay}, separators=(",", ":"), sort_keys=True)
-        packed = zlib.compress(plain.encode(), 6)
+        content = {"p": provider, "m": model, "b": replay}
+        plain = json.dumps(content, separators=(",", ":"), sort_keys=True)
+        packed = zlib.compress(plain.encode())
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
         """(provider, model, replay); None where the text is not ours, altered, or of another account."""
         try:
-            data = base64.urlsafe_b64decode(text[len(ENVELOPE_PREFIX):] + "==")
-            if not hmac.compare_digest(self.mac(data[16:]), data[:16]):
+            data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
+            packed = data[MAC_BYTES:]
+            if not hmac.compare_digest(self.mac(packed), data[:MAC_BYTES]):
                 return None
-            plain = zlib.decompressobj().decompress(data[16:], MAX_ENVELOPE_BYTES)
+            plain = zlib.decompressobj().decompress(packed, MAX_ENVELOPE_BYTES)
             self.inflated += len(plain)
-            origin = json.loads(plain)
-            return str(origin["p"]), str(origin["m"]), dict(origin["b"])
-        except (ValueError, KeyError, TypeError, zlib.error):
+            content = json.loads(plain)
+        except (ValueError, zlib.error):
             return None
+        return content["p"], content["m"], content["b"]
 
     def mac(self, packed: bytes) -> bytes:
-        return hmac.digest(self.secret, self.account + b"\0" + packed, "sha256")[:16]
+        bound = self.account.encode() + b"\0" + packed
+        return hmac.digest(self.secret, bound, "sha256")[:MAC_BYTES]
 
 
-def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[list[JSON], list[str]]:
-    """Input items as `provider` may see them, and what had to be dropped. An item with content that the provider sealed
-    gets `sealed_replay`; one of another provider, or one that does not verify, is left out. Content that was never ours
-    (no prefix) stays: only a Responses upstream can judge it."""
+def unseal_items(items: list[JSON], envelope: Envelope,
+                 provider: str) -> tuple[list[JSON], list[str]]:
+    """Input items as `provider` may see them, and the names of dropped ones. Content that the provider sealed
+    stands in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content
+    without our prefix stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
     before = envelope.inflated
-    for item in items:
-        if "sealed_replay" in item:                  # a client's own: only what an envelope held is believed
-            item = {name: value for name, value in item.items() if name != "sealed_replay"}
+    for given in items:
+        item = dict(given)
+        item.pop("sealed_replay", None)         # a client's own: only what an envelope held is believed
         sealed = item.get("encrypted_content")
-        if not isinstance(sealed, str) or not sealed.startswith(ENVELOPE_PREFIX):
-            kept.append(item)
-            continue
-        opened = envelope.open(sealed)
-        if envelope.inflated - before > MAX_ENVELOPES_BYTES:
-            raise BadRequest(f"The sealed reasoning in input is over {MAX_ENVELOPES_BYTES} bytes.", param="input", status=413,
-                             code="request_too_large")
-        if opened is None or opened[0] != provider:
-            dropped.append(f"{item['type']}:unverified" if opened is None else f"{item['type']}:{opened[0]}")
-            continue
-        kept.append({**{k: v for k, v in item.items() if k != "encrypted_content"}, "sealed_replay": opened[2]})
+        if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
+            opened = envelope.open(sealed)
+            if envelope.inflated - before > MAX_ENVELOPES_BYTES:
+                raise BadRequest(f"The sealed reasoning in input is over {MAX_ENVELOPES_BYTES} bytes.",
+                                 param="input", status=413, code="request_too_large")
+            if opened is None or opened[0] != provider:
+                dropped.append(f"{item['type']}:{opened[0] if opened else 'unverified'}")
+                continue
+            del item["encrypted_content"]
+            item["sealed_replay"] = opened[2]
+        kept.append(item)
     return kept, dropped
 
 
@@ -1467,50 +1471,60 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
 
 MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
 FREEFORM_PARAMETERS: JSON = {
-    "type": "object", "additionalProperties": False, "required": ["input"],
-    "properties": {"input": {"type": "string", "description": "The raw text, as the tool's description asks."}}}
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["input"],
+    "properties": {
+        "input": {"type": "string", "description": "The raw text, as the tool's description asks."},
+    },
+}
 LOCAL_SHELL: JSON = {
     "description": "Runs a command on the user's machine and returns its output.",
-    "parameters": {"type": "object", "additionalProperties": False, "required": ["command"], "properties": {
-        "command": {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."},
-        "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}}}}
+    "parameters": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["command"],
+        "properties": {
+            "command": {
+                "type": "array",
+                "items": {"type": "string"},
+                "description": "The command and its arguments.",
+            },
+            "working_directory": {"type": "string"},
+            "timeout_ms": {"type": "integer"},
+        },
+    },
+}
 
 
 class Tool(NamedTuple):
-    """What a flat upstream name stands for."""
+    """The client's tool behind an upstream name."""
     kind: ItemType
     name: str
     namespace: str
-    fitted: Mapping[str, str] = {}      # parameters that go up under another name: theirs -> that
+    fitted: Mapping[str, str] = {}      # renamed parameters: the client's name -> the provider's
 
 
-# of a tool's parameters, as Anthropic's error and Google's reference say
-PARAMETER_NAMES = {"claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"), "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}")}
-ANY_NAME = re.compile("(?s:.*)")
-
-
-def fit_parameter_names(names: Iterable[str], rule: re.Pattern[str]) -> dict[str, str]:
-    """Those of one tool's parameters that do not fit the rule, each with the name that stands for it."""
-    if all(map(rule.fullmatch, names)):
-        return {}
-    safe = {name: name if rule.fullmatch(name) else re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-            for name in names}
-    times = collections.Counter(safe.values())
-    return {name: fit if times[fit] == 1 else with_digest(fit, name) for name, fit in safe.items() if fit != name}
+# names that a tool's parameters may have, as Anthropic's error and Google's reference say; others take any
+PARAMETER_NAMES = {
+    "claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"),
+    "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}"),
+    "": re.compile("(?s:.*)"),
+}
 
 
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
-    """A call's arguments with other keys in their objects, where `names` has one."""
-    return dumps(json.loads(arguments, strict=False, object_hook=lambda given: {
-        names.get(key, key): value for key, value in given.items()}))
+    """A call's arguments with other keys in all their objects, where `names` has one."""
+    return dumps(json.loads(arguments, strict=False, object_hook=lambda holder: {
+        names.get(key, key): value for key, value in holder.items()}))
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
     safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
-    if len(safe) <= MAX_NAME and safe == full:
-        return safe
+    if safe == full and len(full) <= MAX_NAME:
+        return full
     return with_digest(safe, full)
 
 
@@ -1522,40 +1536,69 @@ def freeform_description(tool: JSON) -> str:
     """A custom tool's description with its grammar as advice: JSON-only providers cannot enforce it."""
     shape = tool.get("format") or {}
     lines = [tool.get("description") or ""]
-    if shape.get("type") == "grammar" and isinstance(shape.get("definition"), str):
-        lines.append(f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{shape['definition']}")
+    grammar = shape.get("definition")
+    if shape.get("type") == "grammar" and grammar:
+        lines.append(f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}")
     lines.append("Put the raw text into `input`: no markdown fence, no extra quoting.")
-    return "\n\n".join(line for line in lines if line)
+    return "\n\n".join(filter(None, lines))
 
 
 SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"))
 SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "examples"))
 
 
-def map_schema(schema: Any, change: Callable[[JSON], JSON], names: Mapping[str, str]) -> Any:
-    """A copy of a JSON schema with its properties under other names and every schema object in it changed, the inner ones
-    first; `change` may alter what it is given."""
+def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
+    """A copy of a JSON schema with every schema object in it changed, the inner ones first; `change` may
+    alter its argument."""
     if isinstance(schema, list):
-        return [map_schema(entry, change, names) for entry in schema]
+        return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    made = dict(schema)
+    made: JSON = {}
     for key, value in schema.items():
-        if not isinstance(value, (dict, list)):
-            continue
         if key in SCHEMA_MAPS and isinstance(value, dict):
-            renamed = names if key == "properties" else {}
-            made[key] = {renamed.get(name, name): map_schema(inner, change, names) for name, inner in value.items()}
-        elif key == "required" and names:
-            made[key] = [names.get(str(name), name) for name in value]
-        elif key not in SCHEMA_DATA:
-            made[key] = map_schema(value, change, names)
-    if names and isinstance(schema.get("$ref"), str):
-        made["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda found: names.get(found[0], found[0]), schema["$ref"])
+            value = {name: map_schema(inner, change) for name, inner in value.items()}
+        elif isinstance(value, (dict, list)) and key not in SCHEMA_DATA:
+            value = map_schema(value, change)
+        made[key] = value
     return change(made)
 
 
-# what templates leave in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
+def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
+    """A tool's parameters for a provider, and the names that do not fit its rule with their replacements."""
+    schemas: list[JSON] = []
+    names: set[str] = set()
+
+    def clean(schema: JSON) -> JSON:
+        if isinstance(schema.get("encrypted"), bool):   # Codex's own (openai/codex#27331), refused by others
+            del schema["encrypted"]
+        if "properties" in schema:
+            names.update(as_dict(schema["properties"]))
+        schemas.append(schema)
+        return schema
+
+    cleaned = map_schema(parameters, clean)
+    unfit = list(itertools.filterfalse(rule.fullmatch, names))
+    if not unfit:
+        return cleaned, {}
+    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+              for name in unfit}
+    times = collections.Counter((*names, *fitted.values()))
+    for name, fit in fitted.items():
+        if times[fit] > 1:
+            fitted[name] = with_digest(fit, name)
+    for schema in schemas:
+        properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
+        if isinstance(properties, dict):
+            schema["properties"] = {fitted.get(name, name): inner for name, inner in properties.items()}
+        if isinstance(required, list):
+            schema["required"] = [fitted.get(str(name), name) for name in required]
+        if isinstance(ref, str):
+            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fitted.get(at[0], at[0]), ref)
+    return cleaned, fitted
+
+
+# left in a tool's name by chat templates: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
 TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
 
 
@@ -1563,31 +1606,29 @@ class ToolMap:
     """The request's tools under the names that providers see."""
 
     def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
-        rules = (rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
-        self.parameter_names = next(rules, ANY_NAME)
-        self.functions: list[JSON] = []         # what is offered: name, description, parameters, strict?
-        self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
-        self.dropped: list[str] = []            # what cannot be, as "tools:TYPE"
+        self.parameter_names = next(
+            rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
         self.searches = searches
+        self.functions: list[JSON] = []         # the offer: name, description, parameters, strict?
+        self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
+        self.dropped: list[str] = []            # the rest, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
+        self.by_name: dict[str, Tool | None] = {}       # without a namespace too, where only one has the name
         for tool in tools:
             self._add(tool, "")
-        times = collections.Counter(tool.name for tool in self.by_upstream_name.values())
-        bare = {tool.name: tool for tool in self.by_upstream_name.values() if times[tool.name] == 1}
-        self.known = {**bare, **self.by_upstream_name}       # under bare names too, where only one namespace has them
+        self.by_name |= self.by_upstream_name
 
-    def tool(self, flat: str) -> Tool:
-        """The tool that a call of `flat` is for; a function of that name where none is offered."""
-        return self.find(flat) or Tool("function_call", flat, "")
+    def resolve(self, name: str) -> Tool:
+        """The tool that a model means; a function of that name where none is offered."""
+        found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
+        return found or Tool("function_call", name, "")
 
-    def find(self, flat: str) -> Tool | None:
-        """The tool that a model means."""
-        return self.known.get(flat) or self.known.get(TEMPLATE_REMAINS.sub("", flat))
-
-    def renamed(self, item: JSON) -> JSON:
-        """A call of the history by the name that its tool has now: else it would go back as it was misspelt."""
-        tool = self.find(item["name"]) if item["type"] == "function_call" and not item.get("namespace") else None
-        return {**item, "name": tool.name, "namespace": tool.namespace} if tool else item
+    def restore_name(self, item: JSON) -> JSON:
+        """A call of the history by the name of its tool: a misspelt name does not go back to the model."""
+        if item["type"] != "function_call" or item.get("namespace"):
+            return item
+        tool = self.resolve(item["name"])
+        return {**item, "name": tool.name, "namespace": tool.namespace}
 
     def _add(self, tool: JSON, namespace: str) -> None:
         kind = tool["type"]
@@ -1595,39 +1636,40 @@ class ToolMap:
             for member in tool["tools"]:
                 self._add(member, tool["name"])
         elif kind == "function":
-            self._offer(Tool("function_call", tool["name"], namespace), tool)
+            self.add_function(Tool("function_call", tool["name"], namespace), tool)
         elif kind == "custom":
-            self._offer(Tool("custom_tool_call", tool["name"], namespace),
-                        {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS})
+            freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
+            self.add_function(Tool("custom_tool_call", tool["name"], namespace), freeform)
         elif kind == "tool_search" and tool.get("execution") == "client":
-            self._offer(Tool("tool_search_call", "tool_search", ""), tool)
+            self.add_function(Tool("tool_search_call", kind, ""), tool)
         elif kind == "local_shell":
-            self._offer(Tool("local_shell_call", "local_shell", ""), LOCAL_SHELL)
+            self.add_function(Tool("local_shell_call", kind, ""), LOCAL_SHELL)
         elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
             self.hosted.append(tool)
         else:
             self.dropped.append(f"tools:{kind}")
 
-    def _offer(self, tool: Tool, given: JSON) -> None:
+    def add_function(self, tool: Tool, given: JSON) -> None:
         name = upstream_tool_name(tool.name, tool.namespace)
-        if name in self.by_upstream_name:        # the first of two equal names wins
-            self.dropped += [f"tools:{name}"] if self.by_upstream_name[name][:3] != tool[:3] else []
+        known = self.by_upstream_name.get(name)
+        if known is not None:                   # the first of two equal names wins
+            if known[:3] != tool[:3]:
+                self.dropped.append(f"tools:{name}")
             return
-        found: JSON = {}
-
-        def clean(schema: JSON) -> JSON:        # of Codex's own boolean keyword (openai/codex#27331), which others refuse
-            if isinstance(schema.get("encrypted"), bool):
-                del schema["encrypted"]
-            if "properties" in schema:
-                found.update(as_dict(schema["properties"]))
-            return schema
-        schema = map_schema(given.get("parameters") or {"type": "object", "properties": {}}, clean, {})
-        fitted = fit_parameter_names(found, self.parameter_names)
+        parameters = given.get("parameters") or {"type": "object", "properties": {}}
+        parameters, fitted = fit_parameters(parameters, self.parameter_names)
         if fitted:
-            schema, tool = map_schema(schema, dict, fitted), tool._replace(fitted=fitted)
+            tool = tool._replace(fitted=fitted)
         self.by_upstream_name[name] = tool
-        offered = {"name": name, "description": given.get("description") or "", "parameters": schema}
-        self.functions.append(offered if given.get("strict") is None else {**offered, "strict": given["strict"]})
+        self.by_name[tool.name] = None if tool.name in self.by_name else tool
+        function = {
+            "name": name,
+            "description": given.get("description") or "",
+            "parameters": parameters,
+        }
+        if given.get("strict") is not None:
+            function["strict"] = given["strict"]
+        self.functions.append(function)
 
 
 def split_trailing_surrogate(text: str) -> tuple[str, str]:
@@ -1638,317 +1680,364 @@ def split_trailing_surrogate(text: str) -> tuple[str, str]:
 
 def fix_surrogates(text: str) -> str:
     """Surrogate pairs joined, lone halves replaced."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class CustomInputDecoder:
-    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string functions; or the
-    arguments of a function whose parameters are `fitted`, which are shown when they are whole.
+    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string
+    functions; or the arguments of a function whose parameters are `fitted`, shown when they are complete.
 
-    `feed` gives what can be shown already; `finish` gives the whole text, of which everything given before is the
-    beginning, or None where the JSON is not whole.
+    `feed` returns new text for the client; `finish` returns the whole text, which begins with all that `feed`
+    has returned, or None where the JSON is incomplete.
     """
-    # a text that begins with a fence is looked at whole, in finish()
+    # a text that begins with a fence is left to finish()
     HEAD = re.compile(r'(\s*\{\s*"input"\s*:\s*")(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z)')
-    # half a surrogate pair waits for what follows: its other half, or anything that is none
-    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}|u[dD][89abAB][0-9a-fA-F]{2}'
+    # half a surrogate pair waits for what follows: its other half, or anything else
+    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
+                      r'|u[dD][89abAB][0-9a-fA-F]{2}'
                       r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))*')
-    LOOK = 1024                         # characters with nothing to show in them: then all is left to finish()
+    MAX_PENDING = 1024                  # characters that cannot be shown: then the rest is left to finish()
 
     def __init__(self, fitted: Mapping[str, str]) -> None:
-        self.theirs = {fit: given for given, fit in fitted.items()}
-        self.rest = ""                  # what has come and not been given
-        self.within = False             # are we inside the string?
-        self.blind = bool(fitted)       # is the rest left to finish()?
-        self.given: list[str] = []
+        self.own_names = {fit: own for own, fit in fitted.items()}
+        self.pending = ""
+        self.given: list[str] = []      # not empty: the string has begun
 
     def feed(self, text: str) -> str:
-        if self.blind:
+        if self.own_names or len(self.pending) > self.MAX_PENDING:
             return ""
-        self.rest += text
-        if not self.within and (head := self.HEAD.match(self.rest)):
-            self.within, self.rest = True, self.rest[head.end(1):]
-        safe = self.SAFE.match(self.rest if self.within else "")
-        assert safe is not None         # the pattern matches the empty string
-        self.rest = self.rest[safe.end():]
-        self.given.append(fix_surrogates(json.loads(f'"{safe[0]}"', strict=False)))
-        if len(self.rest) > self.LOOK:
-            self.blind, self.rest = True, ""
-        return self.given[-1]
+        self.pending += text
+        if not self.given:
+            head = self.HEAD.match(self.pending)
+            if head is None:
+                return ""
+            self.given.append("")
+            self.pending = self.pending[head.end(1):]
+        rest = self.SAFE.sub("", self.pending, count=1)
+        text = fix_surrogates(json.loads(f'"{self.pending.removesuffix(rest)}"', strict=False))
+        self.pending = rest
+        self.given.append(text)
+        return text
 
     def finish(self, raw: str) -> str | None:
-        if self.theirs:
-            raw = raw if raw.strip() else "{}"
-            with contextlib.suppress(RecursionError):
-                return None if parse_object(raw) is None else rename_keys(raw, self.theirs)
-            return None
+        if self.own_names:
+            raw = raw.strip() or "{}"
+            try:
+                return None if parse_object(raw) is None else rename_keys(raw, self.own_names)
+            except RecursionError:
+                return None
         whole, given = unwrap(raw), "".join(self.given)
         return whole if whole is None or whole.startswith(given) else given
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text itself."""
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A patch
+    loses its markdown fence."""
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
-        return None if raw.lstrip().startswith("{") else strip_fence(raw)       # a cut object is not an input
-    if isinstance(value, dict):
-        texts = [v for v in value.values() if isinstance(v, str)]
-        value = value["input"] if isinstance(value.get("input"), str) else texts[0] if len(texts) == 1 else raw if value else ""
-    return strip_fence(fix_surrogates(value) if isinstance(value, str) else raw)
-
-
-def strip_fence(text: str) -> str:
-    """A patch in a markdown fence without the fence; anything else unchanged."""
+        if raw.lstrip().startswith("{"):        # a cut object is no input
+            return None
+        value = raw
+    members = value if isinstance(value, dict) else {"input": value}
+    texts = [text for text in members.values() if isinstance(text, str)]
+    if isinstance(members.get("input"), str):
+        texts = [members["input"]]
+    elif not members:
+        texts = [""]
+    text = fix_surrogates(texts[0] if len(texts) == 1 else raw)
     fenced = re.fullmatch(r"\s*```[a-z]*\n(\*\*\* Begin Patch\n.*?)\n?```\s*", text, re.DOTALL)
     return fenced[1] if fenced else text
 
 
-JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-STRING_PART = re.compile(r"\\.|[\x00-\x1f]", re.DOTALL)
+JSON_STRING = re.compile(r'"(?:[^"\\]++|\\[^\x00-\x1f])*+"?')
 CONTROL = re.compile(r"[\x00-\x1f]")
+CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
-def escaped_controls(text: str) -> str:
-    """JSON with the control characters of its strings as escapes: models leave line ends, and strict readers refuse them."""
-    def escape(found: re.Match[str]) -> str:
-        return found[0] if len(found[0]) == 2 else json_string(found[0])[1:-1]
-    return JSON_STRING.sub(lambda string: STRING_PART.sub(escape, string[0]), text)
+def escape_controls(text: str) -> str:
+    """JSON with escapes for the control characters in its strings: models write raw line ends, which strict
+    readers refuse."""
+    return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
 
 
 Row = TypeVar("Row", bound=NamedTuple)
 
 
 def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
-    """A row with what the configuration overrides; the longest prefix of the model counts."""
-    fitting = [prefix for prefix in overrides if model.startswith(prefix)]
-    return row._replace(**overrides[max(fitting, key=len)]) if fitting else row
+    """A row with the configuration's overrides; of several prefixes of the model the longest one counts."""
+    prefix = max(filter(model.startswith, overrides), key=len, default="")
+    return row._replace(**overrides.get(prefix, {}))
 
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
 
-class History(NamedTuple):
-    """A conversation in four plain items, its calls and outputs in pairs (TRANSLATION.md 3.3):
+class Turn(NamedTuple):
+    """Consecutive plain items of one role, and the outputs of its calls."""
+    role: str                   # "assistant", "user", "system" or "developer"
+    items: list[JSON]           # messages, and reasoning before the calls
+    calls: list[JSON]           # calls, and reasoning between them
+    results: list[JSON]         # an output for each call, in the order of the calls
 
-    message {role, content: [part], generated?: it is an image that the model made}, reasoning {sealed_replay}, function_call
-    {call_id, name, arguments} with a flat name and arguments that are a JSON object, function_call_output {call_id, output:
-    str | [part]}. Every run of calls is followed by its outputs, in the order of the calls. `system` holds the leading
-    instructions, in order.
+    def of_type(self, kind: str) -> list[JSON]:
+        return [item for item in (*self.items, *self.calls) if item["type"] == kind]
+
+
+class History(NamedTuple):
+    """A conversation in turns. They hold plain items of four types (TRANSLATION.md 3.3):
+
+    - message {role, content: [part], generated?: the content is an image that the model made}
+    - reasoning {sealed_replay}
+    - function_call {call_id, name, arguments}: an upstream name, arguments that are a JSON object
+    - function_call_output {call_id, output: str | [part]}
+
+    `system` holds the leading instructions, in order.
     """
     system: list[str]
-    items: list[JSON]
+    turns: list[Turn]
     dropped: list[str]
+
+    @property
+    def items(self) -> list[JSON]:
+        return [item for turn in self.turns for item in (*turn.items, *turn.calls, *turn.results)]
 
 
 NO_OUTPUT = "no output was recorded for this call"
 
 
-def as_object_json(arguments: str) -> str:
-    """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
-    arguments = arguments or "{}"
-    try:
-        if isinstance(load_json(arguments.encode()), dict):
-            return arguments
-    except ValueError:
-        pass
-    return dumps({"_raw": arguments})
-
-
-def shell_action(item: JSON) -> str:
-    return dumps({k: v for k, v in (item.get("action") or {}).items() if k != "type" and v})
-
-
-# item type -> its arguments, whether or not the tool is still offered
-CALL_CONVERTERS: dict[str, Callable[[JSON], str]] = {
-    "function_call": lambda i: as_object_json(i["arguments"]),
-    "custom_tool_call": lambda i: dumps({"input": i["input"]}),
-    "tool_search_call": lambda i: as_object_json(dumps(i.get("arguments") or {})),
-    "local_shell_call": shell_action,
-    "shell_call": shell_action,
-    "apply_patch_call": lambda i: as_object_json(dumps(i.get("operation") or {})),
-}
-OUTPUT_CONVERTERS: dict[str, Callable[[JSON], Any]] = {
-    "function_call_output": lambda i: i["output"],
-    "custom_tool_call_output": lambda i: i["output"],
-    "tool_search_output": lambda i: "Found: " + (", ".join(tool_names(i["tools"])) or "no tools"),
-    "local_shell_call_output": lambda i: i.get("output") or "",
-    "shell_call_output": lambda i: dumps(i.get("output") or []),
-    "apply_patch_call_output": lambda i: i.get("output") or i.get("status") or "",
-}
-PLAIN_TEXTS = ("compaction", "compaction_summary", "context_compaction")     # where they hold text
-CIPHER = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)     # an envelope, OpenAI's, anybody's
-
-
 def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
     """`items` are the request's, already unsealed for the provider (unseal_items)."""
+    system = [request.instructions] if request.instructions else []
     plain: list[JSON] = []
     dropped: list[str] = []
     for item in items:
         made = normalize_item(item, dropped)
-        if made is not None:
+        if made is None:
+            if item["type"] != "additional_tools" and not is_summary_only(item):
+                dropped.append(f"input:{item['type']}")
+        elif made.get("role") in ("system", "developer") and not plain:
+            texts = (part.get("text") or "" for part in made["content"])
+            system.append("\n\n".join(texts))
+        else:
             plain.append(made)
-        elif item["type"] != "additional_tools" and not is_summary_only(item):
-            dropped.append(f"input:{item['type']}")
-    system = [request.instructions] if request.instructions else []
-    leading = list(itertools.takewhile(lambda item: item.get("role") in ("system", "developer"), plain))
-    system += ["\n\n".join(part.get("text") or "" for part in item["content"]) for item in leading]
-    return History(system, pair_calls(unique_calls(plain[len(leading):])), list(dict.fromkeys(dropped)))
+    return History(system, gather_turns(plain), dropped)
 
 
 def is_summary_only(item: JSON) -> bool:
     """A reasoning item that is only a summary: its provider wants nothing back."""
-    return item["type"] == "reasoning" and not item.get("encrypted_content") and not item.get("content")
+    return item["type"] == "reasoning" and not (item.get("encrypted_content") or item.get("content"))
+
+
+def gather_turns(items: Sequence[JSON]) -> list[Turn]:
+    """Plain items as turns. Each call gets an output, and an id of its own: local servers begin at call_0 in
+    every turn. Later items change no id, so that a history that grows keeps its bytes."""
+    turns: list[Turn] = []
+    role = ""                                   # of the turn that may go on
+    numbers = collections.Counter[str]()        # call id -> duplicates of it that were renamed
+    # call id -> results that have no output yet
+    waiting = collections.defaultdict[str, collections.deque[JSON]](collections.deque)
+    for item in items:
+        kind, given = item["type"], item.get("call_id", "")
+        if kind == "function_call_output":
+            if waiting[given]:
+                waiting[given].popleft()["output"] = item["output"]
+                if turns[-1].calls:
+                    role = ""
+                continue
+            # a call made up for it would block the thread (CLIProxyAPI#5375)
+            item = user_message(text_block(f"[tool output] {text_of(item['output'])}"))
+        speaker = item.get("role", "assistant")
+        if speaker != role:
+            role = speaker
+            turns.append(Turn(role, [], [], []))
+        turn = turns[-1]
+        if kind == "function_call":
+            unique = given
+            while not unique or unique in numbers:
+                numbers[given] += 1
+                unique = f"{given}_{numbers[given] + 1}" if given else f"call_{numbers[given]}"
+            numbers[unique] = 0
+            turn.calls.append({**item, "call_id": unique})
+            result = {"type": "function_call_output", "call_id": unique, "output": NO_OUTPUT}
+            turn.results.append(result)
+            waiting[given].append(result)
+        elif kind == "reasoning" and turn.calls:
+            turn.calls.append(item)
+        else:               # text between a call and its output goes before the call (mlx-openai-server#268)
+            turn.items.append(item)
+    return turns
+
+
+CALL_ARGUMENTS = {                  # the field of each type of call, whether or not its tool is still offered
+    "function_call": "arguments",
+    "custom_tool_call": "input",
+    "tool_search_call": "arguments",
+    "local_shell_call": "action",
+    "shell_call": "action",
+    "apply_patch_call": "operation",
+}
+OUTPUT_TYPES = (
+    "function_call_output",
+    "custom_tool_call_output",
+    "tool_search_output",
+    "local_shell_call_output",
+    "shell_call_output",
+    "apply_patch_call_output",
+)
+COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
+# an envelope of ours, OpenAI's encryption, anybody's
+ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
 
 def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
-    kind = item["type"]
-    if kind == "message" or kind == "agent_message":
-        role, content, parts = item.get("role") or "user", item.get("content"), []
-        text_type = "output_text" if role == "assistant" else "input_text"
-        for part in [{"type": text_type, "text": content}] if isinstance(content, str) else only_dicts(content):
-            # messages between agents are encrypted at OpenAI, plain elsewhere
-            sealed = str(part.get("encrypted_content") or "")
-            if CIPHER.fullmatch(sealed):
-                dropped.append("content:encrypted_content")
-            else:
-                parts.append({"type": text_type, "text": sealed} if sealed else {"type": "unknown", **part})
-        return {"type": "message", "role": role, "content": parts} if parts or kind == "message" else None
+    """A plain item; None for one that has no such form."""
+    kind, call_id = item["type"], item.get("call_id") or ""
+    if kind in ("message", "agent_message"):
+        return normalize_message(item, dropped)
+    if kind in CALL_ARGUMENTS:
+        name = kind.removesuffix("_call")
+        if "name" in item:
+            name = upstream_tool_name(item["name"], item.get("namespace") or "")
+        arguments = call_arguments(item)
+        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
+    if kind in OUTPUT_TYPES:
+        return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
+    if kind == "reasoning" and "sealed_replay" in item:
+        return item
     if kind == "image_generation_call" and item.get("result"):
-        shown = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
-        return {"type": "message", "role": "user", "content": [shown], "generated": True}
-    if kind == "reasoning":
-        return {"type": "reasoning", "sealed_replay": item["sealed_replay"]} if "sealed_replay" in item else None
-    if kind in CALL_CONVERTERS:
-        named = kind in ("function_call", "custom_tool_call")
-        name = upstream_tool_name(item["name"], item.get("namespace") or "") if named else kind.removesuffix("_call")
-        return {"type": "function_call", "call_id": item.get("call_id") or "", "name": name,
-                "arguments": CALL_CONVERTERS[kind](item)}
-    if kind in OUTPUT_CONVERTERS:
-        return {"type": "function_call_output", "call_id": item.get("call_id") or "", "output": OUTPUT_CONVERTERS[kind](item)}
-    said = text_of(item.get("content") or item.get("summary"))
-    if kind in PLAIN_TEXTS and said:
-        return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": said}]}
+        image = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
+        return {**user_message(image), "generated": True}
+    if kind in COMPACTION_TYPES:
+        text = text_of(item.get("content") or item.get("summary"))
+        return user_message(text_block(text)) if text else None
     return None
 
 
-def unique_calls(items: list[JSON]) -> list[JSON]:
-    """Repeated call ids (local servers begin at call_0 in every turn) numbered apart, outputs with their calls. Later items
-    change no name: a history that grows keeps its names."""
-    numbers: collections.Counter[str] = collections.Counter()
-    taken: set[str] = set()
-    current: dict[str, collections.deque[str]] = {}
-    result = []
-    for item in items:
-        given = item.get("call_id", "")
-        if item["type"] == "function_call":
-            unique = given
-            while not unique or unique in taken:
-                numbers[given] += 1
-                unique = f"{given}_{numbers[given] + 1}" if given else f"call_{numbers[given]}"
-            taken.add(unique)
-            current.setdefault(given, collections.deque()).append(unique)
-            item = {**item, "call_id": unique}
-        elif item["type"] == "function_call_output" and current.get(given):
-            item = {**item, "call_id": current[given].popleft()}
-        elif item["type"] == "function_call_output":     # an id made up for it would wedge the thread (CLIProxyAPI#5375)
-            item = {"type": "message", "role": "user", "content": [
-                {"type": "input_text", "text": f"[tool output] {text_of(item['output'])}"}]}
-        result.append(item)
-    return result
-
-
-def pair_calls(items: list[JSON]) -> list[JSON]:
-    outputs = {item["call_id"]: item for item in items if item["type"] == "function_call_output"}
-    result: list[JSON] = []
-    batch: list[JSON] = []          # calls without outputs yet, and reasoning between them
-    answered = False
-
-    def flush() -> None:
-        nonlocal answered
-        calls = [entry["call_id"] for entry in batch if entry["type"] == "function_call"]
-        result.extend(batch)
-        result.extend(outputs.get(c) or {"type": "function_call_output", "call_id": c, "output": NO_OUTPUT} for c in calls)
-        batch.clear()
-        answered = False
-
-    for item in items:
-        if item["type"] == "function_call_output":
-            answered = True
-        elif item["type"] == "function_call" or (item["type"] == "reasoning" and batch and not answered):
-            if answered:
-                flush()
-            batch.append(item)
-        elif item.get("role") == "assistant" and batch and not answered:
-            result.append(item)     # text between a call and its output goes before the call (mlx-openai-server#268)
-        else:
-            flush()
-            result.append(item)
-    flush()
-    return result
-
-
-def convert_parts(content: str | list[JSON], encode: Callable[[JSON], JSON | None], dropped: list[str]) -> list[JSON]:
-    """A content in a provider's parts; those that it cannot take are named, empty texts left out."""
+def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
+    role, content = item.get("role") or "user", item.get("content")
+    given = [text_block(content)] if isinstance(content, str) else only_dicts(content)
     parts = []
-    for given in [{"type": "input_text", "text": content}] if isinstance(content, str) else content:
-        part = encode(given)
-        if part is None:
-            dropped.append(f"content:{given['type']}")
-        elif part.get("text") != "":
-            parts.append(part)
-    return parts
+    for part in given:
+        encrypted = str(part.get("encrypted_content") or "")    # only OpenAI encrypts messages between agents
+        if ENCRYPTED_TEXT.fullmatch(encrypted):
+            dropped.append("content:encrypted_content")
+        elif encrypted:
+            parts.append(text_block(encrypted))
+        else:
+            parts.append({"type": "unknown", **part})
+    if not parts and item["type"] == "agent_message":
+        return None
+    return {"type": "message", "role": role, "content": parts}
 
 
-def text_part(part: JSON) -> JSON | None:
-    text = part.get("refusal" if part["type"] == "refusal" else "text")
-    return {"type": "text", "text": text} if isinstance(text, str) else None
+def text_block(text: str) -> JSON:
+    return {"type": "text", "text": text}
+
+
+def user_message(part: JSON) -> JSON:
+    return {"type": "message", "role": "user", "content": [part]}
+
+
+def call_arguments(item: JSON) -> str:
+    """A call's arguments as a JSON object: some servers refuse a model's mistake with a 400."""
+    name = CALL_ARGUMENTS[item["type"]]
+    given: Any = item.get(name)
+    if name == "input":
+        return dumps({"input": given})
+    given = given or {}
+    if name == "action":
+        return dumps({key: value for key, value in given.items() if key != "type" and value})
+    text = given if given and item["type"] == "function_call" else dumps(given)
+    try:
+        if isinstance(load_json(text.encode()), dict):
+            return text
+    except ValueError:
+        pass
+    return dumps({"_raw": text})
+
+
+def call_output(item: JSON) -> Any:
+    kind, output = item["type"], item.get("output")
+    if kind == "tool_search_output":
+        names = ", ".join(tool_names(item["tools"]))
+        output = f"Found: {names or 'no tools'}"
+    elif kind == "shell_call_output":
+        output = dumps(output or [])
+    elif kind == "apply_patch_call_output":
+        output = output or item.get("status")
+    return output or ""
 
 
 class Attachment(NamedTuple):
     """An image or a file: an address, or bytes."""
     mime: str                   # by the bytes, else as declared, else by the ending; "": unknown
     name: str
+    detail: str                 # of an image, as the client gave it
     url: str = ""
     data: str = ""              # clean base64
     text: str | None = None     # of a text file
 
 
-MAGIC = re.compile(rb"(\x89PNG\r\n\x1a\n)|(\xff\xd8\xff)|(GIF8[79]a)|(RIFF....WEBP)|(....ftyp(?:hei[cx]|mif1))|(%PDF-)",
-                   re.DOTALL)
-MAGIC_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/heic", "application/pdf")
-IMAGE_TYPES = frozenset(MAGIC_TYPES[:4])        # what is known everywhere
-TYPE_BY_ENDING = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "gif": "image/gif", "webp": "image/webp",
-                  "heic": "image/heic", "pdf": "application/pdf", "txt": "text/plain", "mp4": "video/mp4"}
+MAGIC = {
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"(?s:RIFF....WEBP)",
+    "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
+    "application/pdf": rb"%PDF-",
+}
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")        # known everywhere
+TYPE_BY_ENDING = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "gif": "image/gif",
+    "webp": "image/webp",
+    "heic": "image/heic",
+    "pdf": "application/pdf",
+    "txt": "text/plain",
+    "mp4": "video/mp4",
+}
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None where there is none, only its id at OpenAI, or no base64: in the history it would
-    have every later turn refused."""
+    """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64, which
+    would have every later turn refused."""
     if part["type"] not in ("input_image", "input_file"):
         return None
+    is_image = part["type"] == "input_image"
+    given = map(part.get, ("file_data", "image_url", "file_url"))
+    source = next((text for text in given if isinstance(text, str)), "")
+    is_url = re.match("(https?|gs)://", source)
     name = str(part.get("filename") or "")
-    given = next((part[key] for key in ("file_data", "image_url", "file_url") if isinstance(part.get(key), str)), "")
-    url = given if re.match("(https?|gs)://", given) else ""
-    declared = TYPE_BY_ENDING.get((url.split("?")[0] or name).rpartition(".")[2].lower(), "")
-    if url:
-        return Attachment(declared or ("image/" if part["type"] == "input_image" else ""), name, url)
-    head, comma, encoded = given.partition(",")
-    # without line ends, with padding, in no letters of URLs
-    bare = "".join((encoded if comma else given).split()).rstrip("=").replace("-", "+").replace("_", "/")
-    data = bare + "=" * (-len(bare) % 4)
+    detail = part.get("detail") or ""
+    path = source.split("?")[0] if is_url else name
+    mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
+    if is_url:
+        mime = mime or ("image/" if is_image else "")
+        return Attachment(mime, name, detail, url=source)
+    head, comma, encoded = source.rpartition(",")
+    # without line ends, in the standard alphabet, with padding
+    data = "".join(encoded.split()).rstrip("=")
+    data = data.replace("-", "+").replace("_", "/")
+    data += "=" * (-len(data) % 4)
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
         return None
     if not content or (comma and not head.endswith(";base64")):
         return None
-    mime = (head.removeprefix("data:").partition(";")[0].lower() if comma else "") or declared
-    if magic := MAGIC.match(content):
-        mime = MAGIC_TYPES[(magic.lastindex or 1) - 1]
-    elif part["type"] == "input_file" and b"\0" not in content and not re.match("(image|audio|video)/(?!svg)", mime):
+    found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
+    declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
+    mime = found or declared or mime
+    text = None
+    is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
+    if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
-            return Attachment("text/plain", name, "", data, content.decode("utf-8-sig"))
-    return Attachment("image/jpeg" if mime == "image/jpg" else mime, name, "", data)
+            mime, text = "text/plain", content.decode("utf-8-sig")
+    return Attachment(mime, name, detail, data=data, text=text)
 
 
 # --- 5.5 client profiles --------------------------------------------------------------------------
@@ -2362,7 +2451,7 @@ class Item:
         """A call's arguments or input; None where they are truncated."""
         raw = "".join(self.arguments)
         if self.has_control:
-            raw = escaped_controls(raw)
+            raw = escape_controls(raw)
         if self.input_decoder is not None:
             return self.input_decoder.finish(raw)
         if self.kind == "custom_tool_call" or self.tool is None:
@@ -3480,61 +3569,120 @@ def parse_time_s(text: str) -> float:
 
 # which the gateway answers itself, or every wire carries as far as it has it
 CARRIED_BY_ALL = frozenset((
-    "model", "input", "instructions", "stream", "stream_options", "store", "background", "metadata", "client_metadata",
-    "tools", "tool_choice", "parallel_tool_calls", "prompt_cache_key", "reasoning.summary"))
+    "model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "reasoning.summary",
+    "stream", "stream_options", "store", "background", "metadata", "client_metadata", "prompt_cache_key"))
 # values that ask for nothing: what happens anyway
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "text.verbosity": ("medium",), "service_tier": ("auto", "default"), "truncation": ("disabled",),
-    "include": ([], ["reasoning.encrypted_content"]),
-    **dict.fromkeys(("temperature", "top_p"), (1,)),
-    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,))}
+NEUTRAL: dict[str, list[Any]] = {
+    "text.verbosity": ["medium"],
+    "service_tier": ["auto", "default"],
+    "truncation": ["disabled"],
+    "include": [[], ["reasoning.encrypted_content"]],
+    "temperature": [1],
+    "top_p": [1],
+    "top_logprobs": [0],
+    "max_tool_calls": [0],
+    "presence_penalty": [0],
+    "frequency_penalty": [0],
+}
 
 
 def request_fields(body: JSON) -> JSON:
     """The fields of a request by their paths, without those that are null or that every wire carries."""
     fields: JSON = {}
     for name, value in body.items():
-        inner = value if name in ("reasoning", "text") else None
-        fields |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
-    return {path: value for path, value in fields.items() if value is not None and path not in CARRIED_BY_ALL}
+        if name in ("reasoning", "text"):
+            for key, inner in (value or {}).items():
+                fields[f"{name}.{key}"] = inner
+        else:
+            fields[name] = value
+    return {path: value for path, value in fields.items()
+            if value is not None and path not in CARRIED_BY_ALL}
 
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The one of seven values, each for one of EFFORTS, that stands for `effort`; "" for "-" and where there is none. An
+    """The value for `effort` among `values`, one for each of EFFORTS; "" for "-" and where there is none. An
     unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
-    return values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")].strip("-")
-
-
-def text_block(text: str) -> JSON:
-    return {"type": "text", "text": text}
+    if effort not in EFFORTS:
+        effort = "high"
+    return values.split()[EFFORTS.index(effort)].strip("-")
 
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
 
 
 class TurnEncoder:
-    """A History in the turns of a provider: subclasses have a method for each type of its items."""
-    CONTENT = "content"         # a turn's key of its parts
+    """A History as the messages of a provider. A subclass has a method for each type of plain items and one
+    for files."""
+    PARTS = "content"           # the field of a message that holds its parts
+    encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
-        self.history, self.settings, self.dropped = ctx.history, ctx.settings, ctx.dropped
+        self.history = ctx.history
+        self.settings = ctx.settings
+        self.dropped = ctx.dropped
         self.out: list[JSON] = []
 
     def encode_items(self) -> None:
         for item in self.history.items:
             getattr(self, item["type"])(item)
 
+    def message(self, item: JSON) -> None:
+        role = item["role"]
+        parts = self.encode_parts(item["content"])
+        if role in ("user", "assistant"):
+            self.add(role, parts)
+        else:
+            self.add_system(text_of(parts, "\n\n"))
+
     def add(self, role: str, parts: list[JSON]) -> None:
-        """Neighbours of one role are one turn."""
-        if parts and self.out and self.out[-1]["role"] == role:
-            self.out[-1][self.CONTENT] += parts
+        """Neighbours of one role are one message: many servers ask that roles alternate."""
+        if parts and role == self.last_role():
+            self.out[-1][self.PARTS] += parts
         elif parts:
-            self.out.append({"role": role, self.CONTENT: [*parts]})
+            self.out.append({"role": role, self.PARTS: parts})
+
+    def last_role(self) -> str:
+        return self.out[-1]["role"] if self.out else ""
+
+    def add_system(self, text: str) -> None:
+        """A system message after the leading ones: few servers have a place for it."""
+        if text:
+            self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
+
+    def add_fillers(self, may_begin: bool = False, may_end: bool = False) -> None:
+        """Lets the user begin and end the conversation, unless the assistant may."""
+        if self.last_role() == "assistant" and not may_end:
+            self.add("user", [self.text_part("Continue.")])
+        if not self.out or (self.out[0]["role"] == "assistant" and not may_begin):
+            self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
+
+    def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
+        """Content in the provider's parts. Parts that it cannot take are named; empty texts are left out."""
+        if isinstance(content, str):
+            content = [text_block(content)]
+        parts = []
+        for given in content:
+            part = self.encode_part(given)
+            if part is None:
+                self.dropped.append(f"content:{given['type']}")
+            elif part:
+                parts.append(part)
+        return parts
+
+    def encode_part(self, part: JSON) -> JSON | None:
+        file = read_attachment(part)
+        if file is not None:
+            return self.encode_file(file)
+        text = part.get("text", part.get("refusal"))
+        return self.text_part(text) if isinstance(text, str) else None
+
+    def text_part(self, text: str) -> JSON:
+        return text_block(text) if text else {}
 
 
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
@@ -3714,7 +3862,7 @@ class ResponsesDecoder:
         call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
         if kind == "function_call" or kind == "custom_tool_call":
             ours = kind == "function_call" and not space
-            self.sink.call(slot, call_id or f"call_{slot}", self.book.tool(name) if ours else Tool(kind, name, space))
+            self.sink.call(slot, call_id or f"call_{slot}", self.book.resolve(name) if ours else Tool(kind, name, space))
         elif kind == "message" or kind == "reasoning":
             self.sink.open(slot, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
         for part in known.texts:
@@ -4111,137 +4259,97 @@ def effort_fields(effort: Any, model: str, dialect: Dialect) -> JSON:
     return EFFORT_FORMS[rule.form](value) if value else {}
 
 
-@dataclass(slots=True)
-class ChatStep:
-    """One assistant message that is being put together, and the results of its calls."""
-    texts: list[str] = field(default_factory=list)
-    replay: dict[str, list[Any]] = field(default_factory=dict)      # pieces of reasoning in the provider's own form
-    calls: list[JSON] = field(default_factory=list)
-    results: list[JSON] = field(default_factory=list)
-    images: list[JSON] = field(default_factory=list)    # of results, for the user message after them
-
-
 class ChatMessages(TurnEncoder):
-    """A History as chat messages: texts, thoughts and calls of one turn are one assistant message."""
-    step: ChatStep | None = None
+    """A History as chat messages: an assistant's turn is one message, the results of its calls follow."""
 
     def encode(self, closing: str) -> list[JSON]:
-        """All messages; `closing` is said at the end of the system message."""
-        self.encode_items()
-        self._flush()
-        if self.out and self.out[-1]["role"] == "assistant":    # Mistral, Claude behind a router: refused
-            self._user([text_block("Continue.")])
-        if not self.out:                                        # only instructions, or an empty input: no request at all
-            self._user([text_block("(continue)")])
-        for message in self.out:                                # joined once: each neighbour by itself takes n * n steps
+        """All messages; `closing` ends the system message."""
+        for turn in self.history.turns:
+            if turn.role == "assistant":
+                self._assistant_turn(turn)
+            else:
+                for item in turn.items:
+                    self.message(item)
+        self.add_fillers(may_begin=True)    # Mistral and Claude behind a router refuse a last assistant message
+        for message in self.out:                # joined once: neighbour by neighbour would be quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        system = "\n\n".join(text for text in (*self.history.system, closing) if text)
-        return [{"role": "system", "content": system}, *self.out] if system else self.out
+        system = "\n\n".join(filter(None, (*self.history.system, closing)))
+        if system:
+            self.out.insert(0, {"role": "system", "content": system})
+        return self.out
 
-    # one method a kind of item
-
-    def message(self, item: JSON) -> None:
-        parts = convert_parts(item["content"], self._part, self.dropped)
-        text = text_of(parts, "\n\n")
-        if item["role"] == "assistant":
-            self._assistant().texts += [text] if text else []
-        elif item["role"] == "user":
-            self._user(parts)
-        elif self.settings.system_anywhere:
-            self._flush()
+    def add_system(self, text: str) -> None:
+        if self.settings.system_anywhere:
             self.out.append({"role": "system", "content": text})
         else:
-            self._user([text_block(LATER_SYSTEM.format(text))])
+            self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
-    def reasoning(self, item: JSON) -> None:
-        replay = self._assistant().replay
-        for name, value in item["sealed_replay"].items():    # several items of one turn follow each other
-            replay.setdefault(name, []).append(value)
-
-    def function_call(self, item: JSON) -> None:
-        function = {"name": item["name"], "arguments": item["arguments"]}
-        self._assistant().calls.append({"id": item["call_id"], "type": "function", "function": function})
-
-    def function_call_output(self, item: JSON) -> None:
-        step = self.step or ChatStep()
-        parts = convert_parts(item["output"], self._part, self.dropped)
-        text = text_of(parts, "\n")
-        others = [part for part in parts if part["type"] != "text"]
-        content: Any = text
-        if others and self.settings.tool_parts:
-            content = parts
-        elif others:        # everywhere else a tool message is text: what it showed comes after them all
-            step.images += [text_block(f"Images from tool call {item['call_id']}:"), *others]
-            content = text or "The images follow."
-        step.results.append({"role": "tool", "tool_call_id": self._id(item["call_id"]), "content": content})
-
-    # messages
-
-    def _assistant(self) -> ChatStep:
-        """The assistant message that goes on; after results a new one begins."""
-        if self.step is None or self.step.results:
-            self._flush()
-            self.step = ChatStep()
-        return self.step
-
-    def _flush(self) -> None:
-        step, self.step = self.step, None
-        if step is None or not (step.texts or step.calls):
+    def _assistant_turn(self, turn: Turn) -> None:
+        content = [part for item in turn.of_type("message") for part in item["content"]]
+        text = text_of(self.encode_parts(content), "\n\n")
+        calls = turn.of_type("function_call")
+        if not text and not calls:
             return
-        self.out += [self._assistant_message(step), *step.results]
-        if step.images:
-            self._user(step.images)
+        message: JSON = {"role": "assistant", "content": text}  # Mistral and llama.cpp need even an empty one
+        self.out.append(message)
+        form = self.settings.replay
+        replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
+        pieces = [replay[form] for replay in replays if form in replay]
+        reasoning: Any = list(itertools.chain(*pieces))
+        if form == "reasoning_content":
+            reasoning = "".join(pieces)
+        if form == "thinking" and reasoning:
+            message["content"] = [*reasoning, text_block(text)] if text else reasoning
+        elif reasoning or (form and calls and self.settings.replay_always):
+            message[form] = reasoning or ""
+        if calls:
+            extras = {extra["id"]: {"extra_content": extra["extra_content"]}
+                      for replay in replays for extra in replay.get("extra_content", ())}
+            message["tool_calls"] = [{
+                "id": self._call_id(call["call_id"]),
+                "type": "function",
+                "function": {"name": call["name"], "arguments": call["arguments"]},
+                **extras.get(call["call_id"], {}),
+            } for call in calls]
+            self._add_results(turn.results)
 
-    def _assistant_message(self, step: ChatStep) -> JSON:
-        text, form = "\n\n".join(step.texts), self.settings.replay
-        replay: JSON = {
-            name: "".join(values) if isinstance(values[0], str) else [*itertools.chain(*values)]
-            for name, values in step.replay.items() if isinstance(values[0], (str, list))}
-        message: JSON = {"role": "assistant", "content": text}     # never missing: Mistral and llama.cpp mind
-        if form == "thinking" and replay.get(form):
-            message["content"] = [*replay[form], *([text_block(text)] if text else [])]
-        elif form and (replay.get(form) or (self.settings.replay_always and step.calls)):
-            message[form] = replay.get(form, "")
-        if step.calls:
-            extras = {extra["id"]: extra["extra_content"] for extra in replay.get("extra_content", [])}
-            for call in step.calls:
-                if call["id"] in extras:
-                    call["extra_content"] = extras[call["id"]]
-                call["id"] = self._id(call["id"])
-            message["tool_calls"] = step.calls
-        return message
+    def _add_results(self, results: list[JSON]) -> None:
+        images: list[JSON] = []         # for the user message after them
+        for result in results:
+            parts = self.encode_parts(result["output"])
+            content: Any = text_of(parts, "\n")
+            others = [part for part in parts if part["type"] != "text"]
+            if others and self.settings.tool_parts:
+                content = parts
+            elif others:                # elsewhere a tool message is only text
+                images += [text_block(f"Images from tool call {result['call_id']}:"), *others]
+                content = content or "The images follow."
+            self.out.append({
+                "role": "tool",
+                "tool_call_id": self._call_id(result["call_id"]),
+                "content": content,
+            })
+        self.add("user", images)
 
-    def _user(self, parts: list[JSON]) -> None:
-        """A user message; neighbours become one, since many templates ask that roles alternate."""
-        self._flush()
-        if not parts:
-            return
-        if not self.out or self.out[-1]["role"] != "user":
-            self.out.append({"role": "user", "content": []})
-        self.out[-1]["content"] += parts
-
-    def _id(self, given: str) -> str:
-        fits = re.fullmatch(r"[a-zA-Z0-9]{9}", given) if self.settings.short_ids else len(given) <= MAX_CALL_ID
-        if fits:
+    def _call_id(self, given: str) -> str:
+        short = self.settings.short_ids
+        if re.fullmatch("[a-zA-Z0-9]{9}", given) if short else len(given) <= MAX_CALL_ID:
             return given
-        return sha256_hex(given)[:9] if self.settings.short_ids else "call_" + sha256_hex(given)[:32]
+        digest = sha256_hex(given)
+        return digest[:9] if short else f"call_{digest[:32]}"
 
-    # parts
-
-    def _part(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file is None:
-            return text_part(part)
+    def encode_file(self, file: Attachment) -> JSON | None:
         name = file.name or "file"
         if file.text is not None:
             return text_block(f'<file name="{name}">\n{file.text}\n</file>')
         data_url = f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
-            # auto is the default; others know no more than these
-            detail = {"detail": part["detail"]} if part.get("detail") in ("low", "high") else {}
-            return {"type": "image_url", "image_url": {"url": file.url or data_url, **detail}}
+            image = {"url": file.url or data_url}
+            if file.detail in ("low", "high"):      # auto is the default; others are unknown
+                image["detail"] = file.detail
+            return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
             return None
         return {"type": "file", "file": {"filename": name, "file_data": data_url}}
@@ -4717,7 +4825,7 @@ class ChatDecoder(ItemDecoder):
         if given.get("extra_content"):    # a signature, of Gemini's OpenAI endpoint
             extra = {"id": call_id, "extra_content": given["extra_content"]}
             self._carry({"extra_content": [extra]})
-        self.sink.call(call.item_key, call_id, self.book.tool(call.name))
+        self.sink.call(call.item_key, call_id, self.book.resolve(call.name))
 
     # ends
 
@@ -5054,117 +5162,98 @@ def strict_schema(schema: JSON) -> Any:
                 raise ValueError("a map")
             result["additionalProperties"] = False
         return result
-    return map_schema(schema, change, {})
+    return map_schema(schema, change)
 
 
 TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
-    """A History as turns: neighbours of one role are one turn, thoughts before what they led to, results before text."""
+    """A History as Anthropic's messages: reasoning before what it led to, results before text."""
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.later: list[JSON] = []         # system texts for the end of the user turn: nowhere else may they stand
+        self.pending_reasoning: list[JSON] = []     # waits for other blocks: no turn may end with it
+        self.pending_system: list[str] = []         # waits for the end of the user's turn, its only place
         self.encode_items()
-        self._leave("user")
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
         """The messages; `closing` is said at their end. A model that thinks begins its turn itself."""
-        if closing:
-            self._system(closing)
-        last = self.out[-1]["role"] if self.out else ""
-        if last == "assistant" and (self.later or thinks or not self.settings.prefill):
-            self.add("user", [text_block("Continue.")])
-        elif last == "assistant" and self.out[-1]["content"][-1]["type"] == "text":
-            block = self.out[-1]["content"].pop()       # "final assistant content cannot end with trailing whitespace"
-            self.out[-1]["content"].append({**block, "text": block["text"].rstrip()})
-        if not self.out or self.out[0]["role"] != "user":
-            self.out.insert(0, {"role": "user", "content": [text_block("(continue)")]})
-        self._place_later()
+        self.add_system(closing)
+        self.add_fillers(may_end=self.settings.prefill and not thinks and not self.pending_system)
+        last = self.out[-1]["content"][-1]
+        if self.last_role() == "assistant" and last["type"] == "text":
+            last["text"] = last["text"].rstrip()        # trailing whitespace is refused there
+        self._place_system()
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Does the last turn answer calls that no thought of ours leads to? With a budget that is a 400."""
-        if len(self.out) < 2 or self.out[-1]["role"] != "user" or self.out[-1]["content"][0]["type"] != "tool_result":
-            return False
-        return self.out[-2]["content"][0]["type"] not in THINKING_BLOCKS
+        """Whether the last turn answers calls without reasoning before them: a 400 with a thinking budget."""
+        begins = [message["content"][0]["type"] for message in self.out[-2:]]
+        return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
-    # one method a kind of item
+    def add(self, role: str, parts: list[JSON]) -> None:
+        if not parts:
+            return
+        if role == "assistant":
+            self._place_system()
+            parts = self.pending_reasoning + parts
+        self.pending_reasoning = []
+        super().add(role, parts)
 
-    def message(self, item: JSON) -> None:
-        blocks = self._blocks(item["content"])
-        if item["role"] in ("user", "assistant"):
-            self.add(item["role"], blocks)
+    def add_system(self, text: str) -> None:
+        if text and self.settings.system_anywhere:
+            self.pending_system.append(text)
+            self.pending_reasoning = []
         else:
-            self._system(text_of(blocks, "\n\n"))
+            super().add_system(text)
 
-    def _system(self, text: str) -> None:
-        if self.settings.system_anywhere and text:
-            self.later.append(text_block(text))
-        elif text:
-            self.add("user", [text_block(LATER_SYSTEM.format(text))])
+    def _place_system(self) -> None:
+        """A system message stands right after a user turn, and before the assistant's or at the end."""
+        role, form = "user", LATER_SYSTEM
+        if self.last_role() == "user":
+            role, form = "system", "{}"
+        super().add(role, [text_block(form.format(text)) for text in self.pending_system])
+        self.pending_system = []
 
     def reasoning(self, item: JSON) -> None:
         blocks = only_dicts(item["sealed_replay"].get("blocks"))
-        self.add("assistant", blocks)
         if not blocks:
             self.dropped.append("reasoning")
+        elif blocks[-1]["type"] in THINKING_BLOCKS:
+            self._place_system()
+            self.pending_reasoning += blocks
+        else:
+            self.add("assistant", blocks)
 
     def function_call(self, item: JSON) -> None:
-        self.add("assistant", [{"type": "tool_use", "id": tool_use_id(item["call_id"]), "name": item["name"],
-                                 "input": json.loads(item["arguments"])}])
+        self.add("assistant", [{
+            "type": "tool_use",
+            "id": tool_use_id(item["call_id"]),
+            "name": item["name"],
+            "input": json.loads(item["arguments"]),
+        }])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
-        content = self._blocks(output) if isinstance(output, list) else output if output.strip() else None
         result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
+        content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
         if content:
             result["content"] = content
-        self.add("user", [{**result, "is_error": True} if output == NO_OUTPUT else result])
+        if output == NO_OUTPUT:
+            result["is_error"] = True
+        self.add("user", [result])
 
-    # turns
+    def text_part(self, text: str) -> JSON:
+        return text_block(text) if text.strip() else {}     # a blank text is a 400
 
-    def add(self, role: str, parts: list[JSON]) -> None:
-        if parts:
-            self._leave(role)
-        super().add(role, parts)
+    def encode_part(self, part: JSON) -> JSON | None:
+        block = super().encode_part(part)
+        if block and isinstance(part.get("cache_control"), dict):
+            block["cache_control"] = part["cache_control"]
+        return block
 
-    def _leave(self, role: str) -> None:
-        """Ends the turn before where `role` begins another. An assistant's may not end with a thought."""
-        before: JSON = self.out[-1] if self.out else {"role": "", "content": []}
-        if before["role"] == "assistant" and (role != "assistant" or self.later):
-            while before["content"] and before["content"][-1]["type"] in THINKING_BLOCKS:
-                before["content"].pop()
-            if not before["content"]:
-                self.out.pop()
-        if role == "assistant":
-            self._place_later()
-
-    def _place_later(self) -> None:
-        """A system message stands right after a user turn, and before the assistant's or at the end."""
-        later, self.later = self.later, []
-        if later and self.out and self.out[-1]["role"] == "user":
-            self.out.append({"role": "system", "content": later})
-        elif later:
-            self.out.append({"role": "user", "content": [
-                {**block, "text": LATER_SYSTEM.format(block["text"])} for block in later]})
-
-    # parts
-
-    def _blocks(self, content: str | list[JSON]) -> list[JSON]:
-        """Content as blocks; those that cannot be taken are named, blank texts are a 400."""
-        blocks = convert_parts(content, self._marked, self.dropped)
-        return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
-
-    def _marked(self, part: JSON) -> JSON | None:
-        block, own = self._block(part), part.get("cache_control")
-        return {**block, "cache_control": own} if block and isinstance(own, dict) else block
-
-    def _block(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file is None:
-            return text_part(part)
+    def encode_file(self, file: Attachment) -> JSON | None:
         source = {"type": "base64", "media_type": file.mime, "data": file.data}
         if file.url:
             source = {"type": "url", "url": file.url}
@@ -5174,14 +5263,16 @@ class MessagesTurns(TurnEncoder):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
-        return {"type": "document", "source": source, **({"title": file.name} if file.name else {})}
+        title = {"title": file.name} if file.name else {}
+        return {"type": "document", "source": source, **title}
 
 
 def tool_use_id(given: str) -> str:
-    """A call id in the letters that Anthropic takes; others' are told apart by a digest."""
+    """A call id that Anthropic takes: where letters must be replaced, a digest keeps it unique."""
     if TOOL_USE_ID.fullmatch(given):
         return given
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40]) + "_" + sha256_hex(given)[:16]
+    safe = re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40])
+    return f"{safe}_{sha256_hex(given)[:16]}"
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
@@ -5417,7 +5508,7 @@ class MessagesDecoder(ItemDecoder):
             self.length = 0
         if block.kind == "tool_use":
             call_id = self._call_id(block.slot, content.get("id"))
-            tool = self.book.tool(str(content.get("name") or ""))
+            tool = self.book.resolve(str(content.get("name") or ""))
             self.sink.call(block.slot, call_id, tool)
         elif block.kind == "web_search_tool_result" and self.searches:
             search = content.get("tool_use_id")
@@ -5670,111 +5761,116 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
             form = made.pop("format")
             made["description"] = f"{made['description']} (format: {form})" if made.get("description") else f"Format: {form}"
         return made
-    return map_schema(schema, change, {})
+    return map_schema(schema, change)
 
 
 # --- its contents
 
 class GeminiContents(TurnEncoder):
     """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
-
-    CONTENT = "parts"
-
-    def __init__(self, ctx: EncodeContext) -> None:
-        super().__init__(ctx)
-        self.calls: dict[str, JSON] = {}            # by call_id: what a result repeats of its call
-        self.signatures: dict[str, str] = {}        # by call_id
+    PARTS = "parts"
 
     def encode(self) -> list[JSON]:
+        self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
+        self.signatures: dict[str, str] = {}        # by call_id
         self.encode_items()
+        self.add_fillers()
         for content in self.out:
-            if content["role"] == "user":           # what a result showed stands behind all results
+            if content["role"] == "user":           # the media of a result stand behind all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
-            elif self.settings.thinking_param:
-                sign_step(content, replace=False)
-        if not self.out or self.out[0]["role"] == "model":
-            self.out.insert(0, {"role": "user", "parts": [{"text": "(continue)"}]})
-        if self.out[-1]["role"] == "model":
-            self.add("user", [{"text": "Continue."}])
+                continue
+            content["role"] = "model"
+            if self.settings.thinking_param:
+                add_thought_signature(content, replace=False)
         return self.out
 
-    # one method a kind of item
-
     def message(self, item: JSON) -> None:
-        parts = convert_parts(item["content"], gemini_part, self.dropped)
-        if item["role"] in ("system", "developer"):
-            text = text_of(parts, "\n\n")
-            parts = [{"text": LATER_SYSTEM.format(text)}] if text else []
-        self.add("model" if item["role"] == "assistant" or "generated" in item else "user", parts)
+        if "generated" in item:
+            item = {**item, "role": "assistant"}
+        super().message(item)
 
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
-        if isinstance(replay.get("part"), dict) and self.settings.combines_tools:     # older models refuse a server's tool
-            self.add("model", [replay["part"]])
-        elif not isinstance(replay.get("signature"), str):
+        signature = replay.get("signature")
+        part = replay.get("part")
+        if isinstance(part, dict) and self.settings.combines_tools:     # older models refuse a server's tool
+            self.add("assistant", [part])
+        elif not isinstance(signature, str):
             self.dropped.append("reasoning:foreign")
         elif replay.get("for"):
-            self.signatures[replay["for"]] = replay["signature"]
-        elif not self._sign_text(replay["signature"], replay.get("characters") or 0):
-            self.dropped.append("reasoning:signature")
+            self.signatures[replay["for"]] = signature
+        else:
+            self._sign_text(signature, replay.get("characters") or 0)
 
-    def _sign_text(self, signature: str, characters: int) -> bool:
-        """Signs the last `characters` of the text before, which were one part; none is an image, or a part of its own."""
-        parts = self.out[-1]["parts"] if self.out and self.out[-1]["role"] == "model" else []
+    def _sign_text(self, signature: str, characters: int) -> None:
+        """Signs the last `characters` of the text before, once a part; for 0 an image or an empty part."""
+        parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters and not (parts and "inlineData" in parts[-1]):
-            self.add("model", [{"text": ""}])
+            self.add("assistant", [{"text": ""}])
         if not characters:
             self.out[-1]["parts"][-1]["thoughtSignature"] = signature
-            return True
-        at = next((i for i in reversed(range(len(parts))) if parts[i].get("text") and len(parts[i]) == 1), None)
-        if at is None:
-            return False
-        text = parts[at]["text"]
-        head = {"text": text[:-characters]}
-        parts[at:at + 1] = [*([head] if head["text"] else []), {"text": text[-characters:], "thoughtSignature": signature}]
-        return True
+            return
+        for at in reversed(range(len(parts))):
+            text = parts[at].get("text")
+            if text and len(parts[at]) == 1:
+                parts[at] = {"text": text[-characters:], "thoughtSignature": signature}
+                if len(text) > characters:
+                    parts.insert(at, {"text": text[:-characters]})
+                return
+        self.dropped.append("reasoning:signature")
 
     def function_call(self, item: JSON) -> None:
         call_id = item["call_id"]
-        self.calls[call_id] = {"name": item["name"]}
+        call = self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
-            self.calls[call_id]["id"] = call_id
-        part: JSON = {"functionCall": {**self.calls[call_id], "args": parse_object(item["arguments"]) or {}}}
-        # unique_calls numbers repeated ids: the newest signature before is the one of this call
-        signature = self.signatures.get(call_id) or self.signatures.get(re.sub(r"_\d+$", "", call_id))
-        self.add("model", [{**part, "thoughtSignature": signature} if signature else part])
+            call["id"] = call_id
+        part: JSON = {"functionCall": {**call, "args": parse_object(item["arguments"]) or {}}}
+        # gather_turns numbers repeated ids: the newest signature is meant
+        unnumbered = re.sub(r"_\d+$", "", call_id)
+        signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
+        if signature:
+            part["thoughtSignature"] = signature
+        self.add("assistant", [part])
 
     def function_call_output(self, item: JSON) -> None:
-        parts = convert_parts(item["output"], gemini_part, self.dropped)
-        text = text_of(parts, "\n")
-        media = [part for part in parts if "text" not in part]
-        within = [part for part in media
-                  if self.settings.combines_tools and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
+        parts = self.encode_parts(item["output"])
+        inside, outside = [], []                    # the media in the result itself, and behind all results
+        for part in parts:
+            mime = part.get("inlineData", {}).get("mimeType")
+            if mime in RESULT_MEDIA and self.settings.combines_tools:
+                inside.append(part)
+            elif "text" not in part:
+                outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        response: JSON = {**self.calls[item["call_id"]], "response": {key: text or ("The content follows." if media else "")}}
-        if within:
-            response["parts"] = within
-        self.add("user", [{"functionResponse": response}, *(part for part in media if part not in within)])
+        text = text_of(parts, "\n")
+        if not text and (inside or outside):
+            text = "The content follows."
+        response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
+        if inside:
+            response["parts"] = inside
+        self.add("user", [{"functionResponse": response}, *outside])
+
+    def text_part(self, text: str) -> JSON:
+        return {"text": text} if text else {}
+
+    def encode_file(self, file: Attachment) -> JSON | None:
+        if file.url:
+            address = {"fileUri": file.url}
+            if file.mime not in ("", "image/"):
+                address["mimeType"] = file.mime
+            return {"fileData": address}
+        if GEMINI_MEDIA.match(file.mime):
+            return {"inlineData": {"mimeType": file.mime, "data": file.data}}
+        return None
 
 
-def gemini_part(part: JSON) -> JSON | None:
-    file = read_attachment(part)
-    if file is None:
-        text = text_part(part)
-        return {"text": text["text"]} if text else None
-    if file.url:
-        return {"fileData": {"fileUri": file.url, **({"mimeType": file.mime} if file.mime[-1:] not in "/" else {})}}
-    return {"inlineData": {"mimeType": file.mime, "data": file.data}} if GEMINI_MEDIA.match(file.mime) else None
-
-
-def sign_step(content: JSON, replace: bool) -> None:
-    """The first call of a step needs a signature. The dummy stands for one that is lost, in old turns too, so that
-    the bytes of a turn never change; with `replace` it takes the place of all."""
-    calls = [part for part in content["parts"] if "functionCall" in part]
+def add_thought_signature(content: JSON, replace: bool) -> None:
+    """Gives the first call of a step, which must be signed, the dummy where it has no signature: in old turns
+    too, so that their bytes never change. `replace` removes all other signatures."""
     for part in content["parts"] if replace else []:
         part.pop("thoughtSignature", None)
-    for part in calls[:1]:
-        part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
+    first: JSON = next((part for part in content["parts"] if "functionCall" in part), {})
+    first.setdefault("thoughtSignature", DUMMY_SIGNATURE)
 
 
 # --- what it refuses
@@ -5798,7 +5894,7 @@ def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
     mended: JSON = json.loads(dumps(body))
     if re.search("thought.?signature", said, re.IGNORECASE):
         for content in mended["contents"]:
-            sign_step(content, replace=True)
+            add_thought_signature(content, replace=True)
     elif unknown := UNKNOWN_NAME.search(said):
         for function in (f for tool in mended.get("tools", []) for f in tool.get("functionDeclarations", [])):
             function["parametersJsonSchema"] = gemini_schema(function["parametersJsonSchema"], unknown[1])
@@ -5969,7 +6065,7 @@ class GeminiDecoder(ItemDecoder):
             call_id = self._call_id(slot, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.book.tool(name)
+            tool = self.book.resolve(name)
             self.sink.call(slot, call_id, tool)
             arguments = value_text(args) or "{}"
             self.sink.add(slot, arguments, "arguments")
@@ -6267,7 +6363,7 @@ class WireApi(NamedTuple):
             return self._relayed(job, items, dropped)
         settings = self.settings(job)
         book = self.tools(job, settings)
-        history = normalize_history(request, [book.renamed(item) for item in items])
+        history = normalize_history(request, [book.restore_name(item) for item in items])
         for item in history.items:
             tool = book.by_upstream_name.get(item.get("name", ""))
             if tool and tool.fitted:

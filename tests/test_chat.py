@@ -982,9 +982,9 @@ def test_a_misspelt_name_of_the_history_goes_back_as_its_tools() -> None:
     book = pomex.ToolMap(DOTTED)
     for name, meant in LEAKED.items():
         item = {"type": "function_call", "call_id": "a", "name": name, "arguments": "{}"}
-        sent = book.renamed(item)
+        sent = book.restore_name(item)
         assert (sent.get("namespace", ""), sent["name"]) == meant
-        assert book.renamed({**item, "namespace": "other"})["name"] == name
+        assert book.restore_name({**item, "namespace": "other"})["name"] == name
 
 
 USAGES: dict[str, tuple[JSON, pomex.Usage]] = {

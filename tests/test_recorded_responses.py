@@ -449,7 +449,7 @@ def test_every_tool_that_codex_offers_comes_back_as_its_own_kind(path):
         flat = pomex.upstream_tool_name(name, namespace)
         assert offered[flat]["parameters"]["type"] == "object"
         attempt = pomex.Assembler(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), 0, str)
-        tell(attempt, [calls(0, "c", book.tool(flat)), adds(0, '{"input":"x"}', "arguments"), ends(0), pomex.Stop()])
+        tell(attempt, [calls(0, "c", book.resolve(flat)), adds(0, '{"input":"x"}', "arguments"), ends(0), pomex.Stop()])
         attempt.finish()
         item = streams.check(attempt.terminal(1_700_000_002), codex=True)["output"][0]
         assert item["type"] == kinds[tool["type"]] and item["call_id"] == "c"

@@ -341,7 +341,7 @@ def test_flat_names_are_short_plain_and_the_same_every_time(name, namespace, fla
     (EXEC, "never_offered", "function_call", "never_offered", ""),
 ], ids=lambda value: str(value)[:30])
 def test_what_is_offered_comes_back_as_what_it_was(tool, flat, kind, name, namespace):
-    assert pomex.ToolMap([tool]).tool(flat) == pomex.Tool(kind, name, namespace)
+    assert pomex.ToolMap([tool]).resolve(flat) == pomex.Tool(kind, name, namespace)
 
 
 def test_a_book_offers_functions_and_names_what_it_cannot():
@@ -379,7 +379,7 @@ def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_bac
     assert book.functions == pomex.ToolMap([ODD], model=model).functions
     given = {"$top": 5, "a.b": "$top", "list[]": [{"größe": 1, "free": {"x": None}}], "x" * 70: 1.5}
     theirs = pomex.rename_keys(json.dumps(given), fitted)
-    deltas = [calls(0, "c", book.tool("odd")), *(adds(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), ends(0), Stop()]
+    deltas = [calls(0, "c", book.resolve("odd")), *(adds(0, theirs[i:i + 7], "arguments") for i in range(0, len(theirs), 7)), ends(0), Stop()]
     raw, attempt = told(deltas)
     assert json.loads(json.loads(attempt.output())[0]["arguments"]) == given
     assert raw.count(b"event: response.function_call_arguments.delta") == 1
@@ -388,7 +388,7 @@ def test_parameters_are_offered_under_names_that_the_provider_takes_and_come_bac
 def test_other_tools_and_vendors_keep_their_names_and_stream_on():
     for book, name in ((pomex.ToolMap([ODD], model="gpt-5"), "odd"), (pomex.ToolMap([ODD, EXEC], model="claude-opus-5"), "exec")):
         assert not book.by_upstream_name[name].fitted
-        raw, _ = told([calls(0, "c", book.tool(name)), adds(0, '{"$t', "arguments"), adds(0, 'op":1}', "arguments"), ends(0), Stop()])
+        raw, _ = told([calls(0, "c", book.resolve(name)), adds(0, '{"$t', "arguments"), adds(0, 'op":1}', "arguments"), ends(0), Stop()])
         assert raw.count(b"event: response.function_call_arguments.delta") == 2
 
 
@@ -396,7 +396,7 @@ def test_other_tools_and_vendors_keep_their_names_and_stream_on():
                                               ('{"a":' * 99_999, None)], ids=lambda value: str(value)[:12])
 def test_fitted_arguments_are_whole_or_not_at_all(arguments, whole):
     book = pomex.ToolMap([{**ODD, "parameters": {"properties": {"$top": {}}}}], model="claude-opus-5")
-    _, attempt = told([calls(0, "c", book.tool("odd")), *([adds(0, arguments, "arguments")] if arguments else []), ends(0), Stop()])
+    _, attempt = told([calls(0, "c", book.resolve("odd")), *([adds(0, arguments, "arguments")] if arguments else []), ends(0), Stop()])
     assert [item["arguments"] for item in json.loads(attempt.output())] == ([] if whole is None else [whole])
     assert attempt.status == ("failed" if whole is None else "completed")
 
@@ -415,6 +415,15 @@ def message(text, role="user"):
     return {"type": "message", "role": role, "content": [{"type": "output_text" if role == "assistant" else "input_text", "text": text}]}
 
 
+def plain(text, role="user"):
+    """A message whose text was none of the client's parts."""
+    return {"type": "message", "role": role, "content": [{"type": "text", "text": text}]}
+
+
+def thought(name):
+    return {"type": "reasoning", "sealed_replay": {"k": name}}
+
+
 NONE = pomex.NO_OUTPUT
 
 
@@ -426,8 +435,8 @@ NONE = pomex.NO_OUTPUT
     ([call("a"), message("stop"), output("a")], [call("a"), output("a"), message("stop")]),
     ([call("a"), output("a"), call("b"), output("b")], [call("a"), output("a"), call("b"), output("b")]),
     ([call("a"), output("a", "1"), call("a"), output("a", "2")], [call("a"), output("a", "1"), call("a_2"), output("a_2", "2")]),
-    ([output("z", "lost")], [message("[tool output] lost")]),
-    ([call("a"), output("a"), output("a", "again")], [call("a"), output("a"), message("[tool output] again")]),
+    ([output("z", "lost")], [plain("[tool output] lost")]),
+    ([call("a"), output("a"), output("a", "again")], [call("a"), output("a"), plain("[tool output] again")]),
     ([call(""), output("")], [call("call_1"), output("call_1")]),
     ([call("a", arguments="")], [call("a"), output("a", NONE)]),
     ([call("a", arguments="{cut")], [call("a", arguments='{"_raw":"{cut"}'), output("a", NONE)]),
@@ -445,11 +454,37 @@ NONE = pomex.NO_OUTPUT
      [call("a", name="shell", arguments='{"commands":["ls"]}'), output("a", "[]")]),
     ([{"type": "reasoning", "summary": []}, message("x")], [message("x")]),
     ([{"type": "agent_message", "content": [{"type": "input_text", "text": "hi"}]}], [message("hi")]),
-    ([{"type": "agent_message", "content": "hi"}], [message("hi")]),
+    ([{"type": "agent_message", "content": "hi"}], [plain("hi")]),
+    ([{"type": "agent_message", "content": [{"type": "encrypted_content", "encrypted_content": "gAAAA"}]}], []),
     ([{"type": "agent_message", "content": [{"type": "input_text", "text": "Payload:\n"}, {"type": "encrypted_content", "encrypted_content": "sum 42"}]}],
-     [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Payload:\n"}, {"type": "input_text", "text": "sum 42"}]}]),
+     [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Payload:\n"}, {"type": "text", "text": "sum 42"}]}]),
     ([message("x"), {"type": "message", "role": "assistant", "content": [{"type": "encrypted_content", "encrypted_content": "said"}]}],
-     [message("x"), {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "said"}]}]),
+     [message("x"), plain("said", "assistant")]),
+    ([{"type": "compaction", "content": "so far"}, {"type": "compaction_summary", "summary": [{"type": "text", "text": "short"}]},
+      {"type": "context_compaction", "encrypted_content": "gAAAA"}], [plain("so far"), plain("short")]),
+    ([{"type": "apply_patch_call", "call_id": "a", "operation": {"type": "delete_file", "path": "f"}},
+      {"type": "apply_patch_call_output", "call_id": "a", "status": "completed"}],
+     [call("a", name="apply_patch", arguments='{"type":"delete_file","path":"f"}'), output("a", "completed")]),
+    # what stands between calls and outputs: reasoning stays between the calls, an assistant's text goes before them
+    ([call("a"), thought(1), call("b"), thought(2), message("so", "assistant"), output("b", "2"), output("a", "1")],
+     [message("so", "assistant"), call("a"), thought(1), call("b"), thought(2), output("a", "1"), output("b", "2")]),
+    ([call("a"), output("a"), thought(1), call("b"), output("b")], [call("a"), output("a"), thought(1), call("b"), output("b")]),
+    ([call("a"), output("a", "1"), message("so", "assistant"), call("b"), call("c"), output("c", "3"), output("b", "2")],
+     [call("a"), output("a", "1"), message("so", "assistant"), call("b"), call("c"), output("b", "2"), output("c", "3")]),
+    ([call("a"), call("b"), output("a", "1"), call("c"), output("b", "2"), output("c", "3")],
+     [call("a"), call("b"), output("a", "1"), output("b", "2"), call("c"), output("c", "3")]),
+    # an output that comes late ends no turn but that of its call
+    ([call("a"), message("stop"), message("so", "assistant"), output("a"), message("then", "assistant"), call("b"), call("c")],
+     [call("a"), output("a"), message("stop"), message("so", "assistant"), message("then", "assistant"), call("b"), call("c"),
+      output("b", NONE), output("c", NONE)]),
+    ([call("a"), message("stop"), call("b"), output("a", "1"), call("c"), output("b", "2")],
+     [call("a"), output("a", "1"), message("stop"), call("b"), output("b", "2"), call("c"), output("c", NONE)]),
+    # given ids that are numbered ids of others
+    ([call("a_2"), call("a"), call("a"), output("a", "1"), output("a", "2"), output("a_2", "0")],
+     [call("a_2"), call("a"), call("a_3"), output("a_2", "0"), output("a", "1"), output("a_3", "2")]),
+    ([call("a"), call("a"), call("a_2"), call(""), call("call_1")],
+     [call("a"), call("a_2"), call("a_2_2"), call("call_1"), call("call_1_2"),
+      *(output(name, NONE) for name in ("a", "a_2", "a_2_2", "call_1", "call_1_2"))]),
     ([{"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "AAAA"}],
      [{"type": "message", "role": "user", "generated": True, "content": [{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]}]),
     ([message("later", "developer"), message("x"), message("mid", "developer")], [message("x"), message("mid", "developer")]),
@@ -467,7 +502,7 @@ def test_leading_instructions_are_collected_and_what_is_lost_is_named():
                                              {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
     history = pomex.normalize_history(request, request.input)
     assert history.system == ["one", "two", "three"]
-    assert history.dropped == ["input:web_search_call"]
+    assert history.dropped == ["input:web_search_call"] * 2        # named once in the end: WireApi
 
 
 # --- the assembler: what each item looks like

@@ -228,7 +228,7 @@ def test_garbage_made_of_good_requests_gives_nothing_but_bad_requests():
             continue
         answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
         for wire in pomex.WIRES.values():
-            wire.call(pomex.Job(answer, pomex.Envelope(SECRET, "a"), "p", "m", False, ""))
+            wire.call(pomex.EncodeContext(answer, pomex.Envelope(SECRET, "a"), "p", "m", False, ""))
         answer.response("in_progress")
 
 
@@ -238,7 +238,7 @@ def test_a_schema_nested_too_deeply_is_the_clients_fault():
         raw = deep % (b'{"not":' * depth + b"{}" + b"}" * depth)
         try:
             request = pomex.parse_request(raw)
-            job = pomex.Job(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", False, "")
+            job = pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", False, "")
             pomex.WIRES["responses"].call(job)
         except pomex.BadRequest as refused:
             assert "nested too deeply" in str(refused)
@@ -795,7 +795,7 @@ RAW = '{"model":"m/x","input":"hello","tools":[{"type":"function","name":"f","pa
 ], ids=str)
 def test_the_clients_own_bytes_go_up_with_the_model_replaced(raw, expected):
     request = pomex.parse_request(raw.encode())
-    assert pomex.relay_body(request, request.input, [], "up").decode() == expected
+    assert pomex.passthrough_body(request, request.input, [], "up").decode() == expected
 
 
 @pytest.mark.parametrize("raw", [
@@ -808,7 +808,7 @@ def test_the_clients_own_bytes_go_up_with_the_model_replaced(raw, expected):
 def test_whatever_the_body_looks_like_the_model_is_theirs_and_nothing_is_stored(raw):
     request = pomex.parse_request(raw.encode())
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    pairs = json.loads(pomex.relay_body(request, items, dropped, 'up"\u00e9'), object_pairs_hook=list)
+    pairs = json.loads(pomex.passthrough_body(request, items, dropped, 'up"\u00e9'), object_pairs_hook=list)
     assert [value for key, value in pairs if key == "model"] == ['up"\u00e9']
     assert [value for key, value in pairs if key == "store"] == [False]
     rest = {key for key, _ in pairs} - {"model", "store"}
@@ -822,7 +822,7 @@ def test_what_was_sealed_goes_back_up_byte_for_byte():
     raw = json.dumps({"model": "m/x", "input": items, "store": False}).encode()
     request = pomex.parse_request(raw)
     opened, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    up = pomex.relay_body(request, opened, dropped, "up")
+    up = pomex.passthrough_body(request, opened, dropped, "up")
     expected = raw.replace(b'"m/x"', b'"up"')
     for text, secret in zip(sealed, secrets):
         expected = expected.replace(json.dumps(text).encode(), json.dumps(secret).encode())
@@ -830,7 +830,7 @@ def test_what_was_sealed_goes_back_up_byte_for_byte():
     for odd in (raw.replace(b"pmx1.", b"pmx\\u0031."), raw.replace(b'"hello"', json.dumps(sealed[0]).encode())):
         request = pomex.parse_request(odd)
         opened, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-        told_up = json.loads(pomex.relay_body(request, opened, dropped, "up"))
+        told_up = json.loads(pomex.passthrough_body(request, opened, dropped, "up"))
         assert [i["encrypted_content"] for i in told_up["input"][:2]] == secrets
 
 
@@ -838,7 +838,7 @@ def test_what_another_provider_sealed_does_not_go_up():
     foreign = pomex.Envelope(SECRET, "a").seal("q", "m", {"encrypted_content": "theirs"})
     request = ask(input=[{"type": "reasoning", "id": "r", "encrypted_content": foreign}, *item("message")])
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    up = json.loads(pomex.relay_body(request, items, dropped, "up"))
+    up = json.loads(pomex.passthrough_body(request, items, dropped, "up"))
     assert dropped == ["reasoning:q"] and up["input"] == item("message")
 
 
@@ -875,7 +875,7 @@ def test_a_thought_without_a_seal_does_not_go_up_where_nothing_is_stored():
 NEUTRAL = {"text": {"verbosity": "medium", "format": None}, "service_tier": "auto", "truncation": "disabled", "include": [],
            "top_logprobs": 0, "frequency_penalty": 0, "temperature": 1, "parallel_tool_calls": True, "metadata": {"a": "b"},
            "client_metadata": {}, "prompt_cache_key": "k", "reasoning": {"summary": "auto", "effort": None}, "seed": None}
-CARRIED = {"responses": {"text.frobnicate", "reasoning.mode", "truncation", "include"}, "messages": {"user"}}
+CARRIED = {"responses": {"truncation", "include"}, "messages": {"user"}}
 
 
 @pytest.mark.parametrize("wire", ["responses", "chat", "messages", "gemini"])
@@ -891,7 +891,7 @@ def test_every_field_that_a_wire_does_not_carry_is_named_by_its_path(wire):
 
 
 def relay_job(request, relay=True):
-    return pomex.Job(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
+    return pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
 
 
 @pytest.mark.parametrize("choice, up, dropped", [
@@ -1352,7 +1352,7 @@ def facts(item):
 
 
 def decoded(pieces, profile=pomex.STANDARD):
-    attempt = pomex.WIRES["responses"].call(pomex.Job(answer(profile), pomex.Envelope(SECRET, "a"), "p", "m", False, "")).attempt
+    attempt = pomex.WIRES["responses"].call(pomex.EncodeContext(answer(profile), pomex.Envelope(SECRET, "a"), "p", "m", False, "")).attempt
     raw = b""
     for piece in pieces:
         attempt.feed(piece)
@@ -1423,7 +1423,7 @@ def test_a_call_cut_before_its_arguments_is_never_done(road, profile):
 
 def demo(model, **fields):
     request = ask(**{"stream": True, "input": "one two three four", **fields})
-    job = pomex.Job(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
+    job = pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
     call = pomex.WIRES["demo"].call(job)
     error = None
     try:

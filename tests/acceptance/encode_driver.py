@@ -106,7 +106,7 @@ def complaints(body, judge) -> list[str]:
 def encode(pomex, wire, model, dialect, raw) -> Any:
     request = pomex.parse_request(raw)
     answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
-    job = pomex.Job(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect)
+    job = pomex.EncodeContext(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect)
     return json.loads(pomex.WIRES[wire].call(job).body)
 
 

@@ -1618,6 +1618,8 @@ class ToolMap:
         def clean(schema: JSON) -> JSON:        # of Codex's own boolean keyword (openai/codex#27331), which others refuse
             if isinstance(schema.get("encrypted"), bool):
                 del schema["encrypted"]
+            if None in schema.values():         # `"required": null` of Codex: strict servers refuse it (cc-switch#7019)
+                schema = {key: value for key, value in schema.items() if value is not None or key in ("default", "const")}
             if "properties" in schema:
                 found.update(as_dict(schema["properties"]))
             return schema
@@ -3479,6 +3481,34 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([], ["reasoning.encrypted_content"]),
     **dict.fromkeys(("temperature", "top_p"), (1,)),
     **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,))}
+
+
+# The keys of tools and parts that are carried, or ask for nothing (caches fill by themselves). Of a type that is not here,
+# nothing is carried.
+KNOWN_KEYS = {kind: frozenset(("type", *keys.split())) for kind, keys in {
+    "function": "name description parameters strict defer_loading",
+    "custom": "name description format defer_loading",
+    "namespace": "name description tools",
+    "tool_search": "execution description parameters",
+    "web_search": "filters user_location external_web_access search_context_size search_content_types",
+    "input_text": "text cache_control",
+    "output_text": "text annotations logprobs cache_control",
+    "input_image": "image_url file_id detail cache_control",
+    "input_file": "file_data file_url file_id filename detail cache_control",
+}.items()}
+
+
+def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
+    """The keys of tools or parts that no wire carries, as "tools:TYPE.KEY" or "content:TYPE.KEY"."""
+    found: list[str] = []
+    for holder in holders:
+        kind = str(holder.get("type"))
+        known = KNOWN_KEYS.get(kind, holder.keys())
+        if not holder.keys() <= known:
+            found += [f"{prefix}:{kind}.{key}" for key in holder if key not in known and holder[key] is not None]
+        if kind == "namespace":
+            found += unknown_keys(prefix, holder["tools"])
+    return found
 
 
 def request_fields(body: JSON) -> JSON:
@@ -6300,6 +6330,11 @@ class WireApi(NamedTuple):
                 item["arguments"] = rename_keys(item["arguments"], tool.fitted)
         ctx.dropped += ctx.book.dropped + ctx.history.dropped
         ctx.fields = request_fields(request.body)
+        for item in request.input:
+            if item["type"] == "configuration_update":      # the last one counts
+                ctx.fields |= request_fields({name: item.get(name) for name in ("reasoning", "text")})
+        parts = (part for item in request.input for part in only_dicts(item.get("content") or item.get("output")))
+        ctx.dropped += unknown_keys("tools", request.tools) + unknown_keys("content", parts)
         body = self.encode(ctx)
         dropped = ctx.dropped + [path for path, value in ctx.fields.items()
                                  if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]

@@ -841,7 +841,7 @@ THINKING: list[tuple[str, str, Any]] = [
     ("gemini-3.7-flash", "none", "LOW"), ("gemini-3.8-flash", "medium", "MEDIUM"), ("gemini-4-argon", "minimal", "LOW"),
     ("gemini-3.1-flash-lite-image", "low", "HIGH"), ("gemini-3.5-flash", "none", "MINIMAL"), ("gemini-3.5-flash", "strange", "HIGH"),
     ("models/gemini-3.6-flash", "xhigh", "HIGH"), ("gemini-flash-latest", "max", "HIGH"), ("gemini-9", "low", "LOW"),
-    ("gemini-pro-latest", "minimal", "LOW"),
+    ("gemini-pro-latest", "minimal", "LOW"), ("gemini-4-hydrogen", "none", "LOW"),
 ]
 
 
@@ -860,6 +860,14 @@ def test_44_49_effort_is_said_the_way_the_model_knows(model: str, effort: str, v
 ])
 def test_thoughts_are_told_to_who_asks(model: str, reasoning: JSON, thinking: JSON | None) -> None:
     assert encode("q", model, reasoning=reasoning)[0].get("generationConfig", {}).get("thinkingConfig") == thinking
+
+
+@pytest.mark.parametrize(("model", "stream", "asked", "sent"), [
+    ("gemini-4-argon", True, 1_000_000, 65_536), ("gemini-4-argon", False, 1_000_000, 32_768), ("gemini-4-argon", False, 99, 99),
+    ("gemini-4-argon", True, None, None), (PRO, True, 1_000_000, 1_000_000)])
+def test_no_more_is_asked_than_one_answer_may_have(model: str, stream: bool, asked: int | None, sent: int | None) -> None:
+    body, _ = encode("q", model, stream=stream, max_output_tokens=asked)
+    assert body.get("generationConfig", {}).get("maxOutputTokens") == sent
 
 
 def test_what_is_known_of_a_model_can_be_overridden() -> None:

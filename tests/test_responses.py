@@ -890,6 +890,31 @@ def test_every_field_that_a_wire_does_not_carry_is_named_by_its_path(wire):
     assert pomex.WIRES["responses"].call(relay_job(ask(**fields))).dropped == [], "the relay carries all"
 
 
+LOOK = {"type": "function", "name": "look"}
+
+
+@pytest.mark.parametrize("wire", ["responses", "chat", "messages", "gemini"])
+def test_keys_of_tools_and_parts_that_a_wire_does_not_carry_are_named(wire):
+    part = {"type": "input_text", "text": "q", "prompt_cache_breakpoint": {}, "cache_control": None}
+    tools = [{**LOOK, "execution": "async", "strict": False}, {"type": "namespace", "name": "ns", "description": "d", "tools": [
+        {**LOOK, "name": "f", "frobnicate": 1}]}, {"type": "custom", "name": "c", "description": "d", "format": None, "x": None}]
+    items = [message("q"), {"type": "message", "role": "user", "content": [part]}, call("a"), output("a", [{**part, "detail": 1}])]
+    dropped = pomex.WIRES[wire].call(relay_job(ask(tools=tools, input=items), relay=False)).dropped
+    assert dropped == ["tools:function.execution", "tools:function.frobnicate", "content:input_text.prompt_cache_breakpoint",
+                       "content:input_text.detail"]
+
+
+@pytest.mark.parametrize("given, sent", [
+    ({"type": "object", "properties": {"a": {"type": "string", "enum": None, "default": None}}, "required": None},
+     {"type": "object", "properties": {"a": {"type": "string", "default": None}}}),
+    ({"type": "object", "properties": {"a": {"type": "array", "items": None, "const": None}}, "$defs": None},
+     {"type": "object", "properties": {"a": {"type": "array", "const": None}}}),
+])
+def test_nulls_of_a_tools_schema_that_ask_for_nothing_are_left_out(given, sent):
+    """`"required": null` comes from Codex; strict servers refuse it (farion1231/cc-switch#7019)."""
+    assert pomex.ToolMap([{**LOOK, "parameters": given}]).functions[0]["parameters"] == sent
+
+
 def relay_job(request, relay=True):
     return pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
 

@@ -3477,10 +3477,13 @@ CARRIED_BY_ALL = frozenset((
     "tools", "tool_choice", "parallel_tool_calls", "prompt_cache_key", "reasoning.summary"))
 # values that ask for nothing: what happens anyway
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "text.verbosity": ("medium",), "service_tier": ("auto", "default"), "truncation": ("disabled",),
+    "text.verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+    "truncation": ("disabled",),
     "include": ([], ["reasoning.encrypted_content"]),
     **dict.fromkeys(("temperature", "top_p"), (1,)),
-    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,))}
+    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,)),
+}
 
 
 # The keys of tools and parts that are carried, or ask for nothing (caches fill by themselves). Of a type that is not here,
@@ -3504,8 +3507,9 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
     for holder in holders:
         kind = str(holder.get("type"))
         known = KNOWN_KEYS.get(kind, holder.keys())
-        if not holder.keys() <= known:
-            found += [f"{prefix}:{kind}.{key}" for key in holder if key not in known and holder[key] is not None]
+        for key in holder if not holder.keys() <= known else ():
+            if key not in known and holder[key] is not None:
+                found.append(f"{prefix}:{kind}.{key}")
         if kind == "namespace":
             found += unknown_keys(prefix, holder["tools"])
     return found
@@ -3513,10 +3517,10 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
 
 def request_fields(body: JSON) -> JSON:
     """The fields of a request that are not null, those of its objects by their paths."""
-    fields: JSON = {}
-    for name, value in body.items():
-        inner = value if name in ("reasoning", "text") else None
-        fields |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    fields = dict(body)
+    for name in ("reasoning", "text"):
+        for key, value in (fields.pop(name, None) or {}).items():
+            fields[f"{name}.{key}"] = value
     return {path: value for path, value in fields.items() if value is not None}
 
 
@@ -3543,7 +3547,10 @@ def bare_model_name(name: str) -> str:
 def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
     """The entry for the longest prefix that the model's name has; None where no prefix fits."""
     name = bare_model_name(model)
-    prefixes = [prefix for prefix in rows if model.startswith(prefix) or name.startswith(bare_model_name(prefix))]
+    prefixes = [
+        prefix for prefix in rows
+        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
+    ]
     return rows.get(max(prefixes, key=len, default=""))
 
 
@@ -3564,7 +3571,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         return ToolChoice(choice, [])
     allowed, offered = choice["type"] == "allowed_tools", ctx.book.by_upstream_name
     wanted = only_dicts(choice.get("tools")) if allowed else [choice]
-    names = [name for name in (offered_name(tool, offered) for tool in wanted) if name]
+    names = [*filter(None, (offered_name(tool, offered) for tool in wanted))]
     if not names:
         ctx.dropped.append("tool_choice")
         return ToolChoice("auto", [])
@@ -3578,7 +3585,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
 
 def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
     """The upstream name of the tool that a tool_choice means, in its namespace if there is one; "" if it is not offered."""
-    name, namespace = chosen.get("name") or chosen.get("type"), chosen.get("namespace") or ""
+    name = chosen.get("name") or chosen.get("type")
+    namespace = chosen.get("namespace") or ""
     named = [flat for flat, tool in offered.items() if tool.name == name]
     return min(named, key=lambda flat: offered[flat].namespace != namespace, default="")
 
@@ -3629,25 +3637,26 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     raw, body, exact = request.raw, request.body, not dropped
     opened = [replayed(item) for item in items]
     if exact:
-        envelopes = {old["encrypted_content"]: new["encrypted_content"]
-                     for old, new, item in zip(request.input, opened, items) if "sealed_replay" in item}
-        exact = not envelopes or sorted(envelopes) == sorted(map(bytes.decode, ENVELOPED.findall(raw)))
-        if exact and envelopes:
-            raw = ENVELOPED.sub(lambda found: json_string(envelopes[found[1].decode()]).encode(), raw)
+        secrets = {old["encrypted_content"].encode(): json_string(new["encrypted_content"]).encode()
+                   for old, new, item in zip(request.input, opened, items)
+                   if "sealed_replay" in item}
+        exact = not secrets or sorted(secrets) == sorted(ENVELOPED.findall(raw))
+        if exact and secrets:
+            raw = ENVELOPED.sub(lambda found: secrets[found[1]], raw)
     models = list(MODEL_FIELD.finditer(raw))
     if not exact or len(models) != 1 or LETTER_ESCAPE.search(raw) or body.get("store", False) is not False:
         given = opened if isinstance(body["input"], list) else body["input"]
         return dumps({**body, "input": given, "model": model, "store": False}).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    return b"".join((raw[:models[0].start(1)], named.encode(), raw[models[0].end(1):]))
+    start, end = models[0].span(1)
+    return b"".join((raw[:start], named.encode(), raw[end:]))
 
 
 def replayed(item: JSON) -> JSON:
     """An item as the provider gave it, out of our envelope."""
-    replay = item.get("sealed_replay")
-    if replay is None:
-        return item
-    return {**{k: v for k, v in item.items() if k != "sealed_replay"}, **replay}
+    opened = dict(item)
+    opened |= opened.pop("sealed_replay", {})
+    return opened
 
 
 # What any Responses server can be expected to know.
@@ -3665,11 +3674,15 @@ def encode_responses(ctx: EncodeContext) -> JSON:
     if functions:
         choice = resolve_tool_choice(ctx)
         body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
-        body["tool_choice"] = {"type": "function", "name": choice.names[0]} if choice.names else choice.mode
+        body["tool_choice"] = choice.mode
+        if choice.names:
+            body["tool_choice"] = {"type": "function", "name": choice.names[0]}
         body["parallel_tool_calls"] = request.get("parallel_tool_calls", True)
-    for path, value in without_empty({path: ctx.take(path) for path in RESPONSES_FIELDS}).items():
+    fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
+    for path, value in without_empty(fields).items():
         outer, _, name = path.rpartition(".")
-        (body.setdefault(outer, {}) if outer else body)[name] = value
+        holder = body.setdefault(outer, {}) if outer else body
+        holder[name] = value
     return {**body, "stream": request.stream, "store": False}
 
 
@@ -3689,10 +3702,10 @@ def responses_item(item: JSON, index: int) -> JSON:
 
 
 def responses_part(part: JSON, assistant: bool) -> JSON:
-    if assistant and part["type"] == "refusal":
+    if part["type"] == "input_image":
+        return {"detail": "auto", **part}
+    if "text" not in part or (assistant and part["type"] == "refusal"):
         return part
-    if "text" not in part:
-        return {"detail": "auto", **part} if part["type"] == "input_image" else part
     if assistant:
         return {"type": "output_text", "text": part["text"], "annotations": []}
     return {"type": "input_text", "text": part["text"]}
@@ -4010,7 +4023,11 @@ ON_OFF = "disabled enabled enabled enabled enabled enabled enabled"
 THINKING_BUDGETS = "0 1024 2048 10000 16384 32768 32768"
 # An unknown server is sent no effort, but for models that are the same everywhere.
 OPEN_MODELS = (EffortRule("gpt-oss", values=UP_TO_HIGH),)
-OPEN_TEMPLATES = (*OPEN_MODELS, EffortRule("qwen3", "template", ON_OFF), EffortRule("glm-4", "template", ON_OFF))
+OPEN_TEMPLATES = (
+    *OPEN_MODELS,
+    EffortRule("qwen3", "template", ON_OFF),
+    EffortRule("glm-4", "template", ON_OFF),
+)
 OPENAI_EFFORTS = (
     *map(EffortRule, ("gpt-3", "gpt-4", "chat-latest")),
     *(EffortRule(series, values=UP_TO_HIGH) for series in ("o1", "o3", "o4")),
@@ -4051,10 +4068,12 @@ class Dialect(NamedTuple):
 
 
 OPENAI_FIELDS = ("text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")
-OPENAI = Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
-                 strict_tools=True, passthrough_fields=OPENAI_FIELDS)
-QWEN = Dialect(replay="reasoning_content", think_tags=False, efforts=(
-    EffortRule("coder"), EffortRule("", "budget", THINKING_BUDGETS, {"preserve_thinking": True})))
+OPENAI = Dialect(
+    "max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
+    strict_tools=True, passthrough_fields=OPENAI_FIELDS)
+QWEN = Dialect(
+    replay="reasoning_content", think_tags=False,
+    efforts=(EffortRule("coder"), EffortRule("", "budget", THINKING_BUDGETS, {"preserve_thinking": True})))
 DIALECTS: dict[str, Dialect] = {
     **dict.fromkeys(("generic", "together", "fireworks", "ollama", "lmstudio"), Dialect()),
     **dict.fromkeys(("vllm", "llama.cpp", "llamacpp"), Dialect(efforts=OPEN_TEMPLATES)),
@@ -4070,16 +4089,23 @@ DIALECTS: dict[str, Dialect] = {
     "groq": Dialect(
         "max_completion_tokens", tool_parts=True, passthrough_fields=("service_tier",),
         efforts=(*OPEN_MODELS, EffortRule("qwen3", values="none default default default default default default"))),
-    "xai": Dialect(think_tags=False, efforts=(EffortRule("mini", values="low low low low high high high"),)),
+    "xai": Dialect(
+        think_tags=False,
+        efforts=(EffortRule("mini", values="low low low low high high high"),)),
     "mistral": Dialect(
         replay="thinking", think_tags=False, tool_parts=True, short_ids=True,
         efforts=(EffortRule("small", values="none high high high high high high"),)),
     "cerebras": Dialect("max_completion_tokens"),
     "moonshot": Dialect(
         replay="reasoning_content", replay_always=True, think_tags=False,
-        efforts=(EffortRule("k3", values="low low low high high high max"), EffortRule("k2.", "thinking", ON_OFF))),
-    "zai": Dialect(replay="reasoning_content", think_tags=False, tool_stream=True, efforts=ZAI_EFFORTS),
-    "minimax": Dialect("max_completion_tokens", replay="reasoning_details", efforts=MINIMAX_EFFORTS),
+        efforts=(EffortRule("k3", values="low low low high high high max"),
+                 EffortRule("k2.", "thinking", ON_OFF))),
+    "zai": Dialect(
+        replay="reasoning_content", think_tags=False, tool_stream=True,
+        efforts=ZAI_EFFORTS),
+    "minimax": Dialect(
+        "max_completion_tokens", replay="reasoning_details",
+        efforts=MINIMAX_EFFORTS),
     "qwen": QWEN,
     "dashscope": QWEN,
 }
@@ -4095,9 +4121,13 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
-    body: JSON = {"model": ctx.model, "messages": ChatMessages(ctx).encode(instruction)}
+    body: JSON = {
+        "model": ctx.model,
+        "messages": ChatMessages(ctx).encode(instruction),
+    }
     if ctx.book.functions:
-        body |= chat_tools(ctx, dialect.forced_choice or thinking.get("thinking") == {"type": "disabled"})
+        forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
+        body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
     for path in ("temperature", "top_p", *dialect.passthrough_fields):
         body[path.rpartition(".")[2]] = ctx.take(path)
     if "prompt_cache_key" in body:
@@ -4106,35 +4136,37 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     body |= {**thinking, "response_format": shape}
     if ctx.request.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-        body["tool_stream"] = (dialect.tool_stream and bool(ctx.book.functions)) or None
+        if dialect.tool_stream and ctx.book.functions:
+            body["tool_stream"] = True
     return without_empty(body)
 
 
 def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     """tools, tool_choice and parallel_tool_calls, which only go together."""
-    refused = "" if ctx.settings.strict_tools else "strict"     # most servers refuse a tool for it
-    functions = [{key: value for key, value in function.items() if key != refused} for function in ctx.book.functions]
-    fields: JSON = {"tools": [{"type": "function", "function": function} for function in functions]}
-    choice = resolve_tool_choice(ctx)
-    if choice.mode == "required" and not may_force:
+    functions = ctx.book.functions
+    if not ctx.settings.strict_tools:           # most servers refuse a tool for it
+        functions = [{key: function[key] for key in function if key != "strict"} for function in functions]
+    tools = [{"type": "function", "function": function} for function in functions]
+    mode, names = resolve_tool_choice(ctx)
+    choice: Any = None if mode == "auto" else mode      # auto is every server's default
+    if names:
+        choice = {"type": "function", "function": {"name": names[0]}}
+    if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
-    elif choice.names:
-        fields["tool_choice"] = {"type": "function", "function": {"name": choice.names[0]}}
-    elif choice.mode != "auto":         # every server's default
-        fields["tool_choice"] = choice.mode
-    return {**fields, "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
-
-
-SCHEMA_FIELDS = ("name", "description", "schema", "strict")
+        choice = None
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction beside it for servers that know no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        return {"type": kind, kind: without_empty({key: shape.get(key) for key in SCHEMA_FIELDS})}, ""
-    instruction = f"Answer with one JSON object that fits this JSON schema:\n{dumps(shape.get('schema'))}"
-    return None if kind == "text" else {"type": "json_object"}, instruction if kind == "json_schema" else ""
+        known = {key: shape.get(key) for key in ("name", "description", "schema", "strict")}
+        return {"type": kind, kind: without_empty(known)}, ""
+    if kind == "json_schema":
+        schema = dumps(shape["schema"])
+        return {"type": "json_object"}, f"Answer with one JSON object that fits this JSON schema:\n{schema}"
+    return None if kind == "text" else {"type": kind}, ""
 
 
 EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for a value
@@ -4152,9 +4184,11 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
 def chat_thinking(ctx: EncodeContext) -> JSON:
     """The request fields about reasoning."""
     name = ctx.model.lower()
-    rule = next((rule for rule in ctx.settings.efforts if rule.model in name), EffortRule(""))
+    fitting = (rule for rule in ctx.settings.efforts if rule.model in name)
+    rule = next(fitting, EffortRule(""))
     value = ctx.take_effort(rule.values)
-    return {**rule.always, **(EFFORT_FORMS[rule.form](value) if value else {})}
+    asked = EFFORT_FORMS[rule.form](value) if value else {}
+    return {**rule.always, **asked}
 
 
 @dataclass(slots=True)
@@ -4926,14 +4960,16 @@ def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
     if not book.hosted or "web_search" in book.by_upstream_name:
         return []
     filters, location = (as_dict(book.hosted[0].get(name)) for name in ("filters", "user_location"))
-    tool: JSON = {"type": settings.web_search, "name": "web_search"}
-    if settings.web_search >= "web_search_20260209":    # called from code, it gives no citations
-        tool["allowed_callers"] = ["direct"]
-    domains = "allowed_domains" if filters.get("allowed_domains") else "blocked_domains"    # never both
-    if filters.get(domains):
-        tool[domains] = filters[domains]
-    place = {key: value for key, value in location.items() if value and key != "type"}
-    return [{**tool, "user_location": {"type": "approximate", **place}} if place else tool]
+    allowed, place = filters.get("allowed_domains"), without_empty({**location, "type": ""})
+    dynamic = settings.web_search >= "web_search_20260209"
+    return [without_empty({
+        "type": settings.web_search,
+        "name": "web_search",
+        "allowed_callers": ["direct"] if dynamic else None,     # called from code, it gives no citations
+        "allowed_domains": allowed,
+        "blocked_domains": None if allowed else filters.get("blocked_domains"),     # never both
+        "user_location": place and {"type": "approximate", **place},
+    })]
 
 
 # --- the request
@@ -4953,7 +4989,10 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     max_tokens, thinking = token_limits(ctx.take("max_output_tokens"), thinking, settings, turns.missing_thinking())
     native = native_web_search(ctx.book, settings)
     tools = [messages_tool(function) for function in ctx.book.functions] + native
-    choice, sentence = messages_tool_choice(ctx, thinking, bool(native)) if tools else (None, "")
+    budgeted = thinking is not None and thinking["type"] == "enabled"
+    choice, sentence = None, ""
+    if tools:
+        choice, sentence = messages_tool_choice(ctx, settings.forced_choice and not budgeted, bool(native))
     user = ctx.take("safety_identifier", ctx.take("user", ""))
     body: JSON = {
         "model": ctx.model,
@@ -4967,8 +5006,9 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "metadata": without_empty({"user_id": user if len(user) <= 256 else sha256_hex(user)}),
     }
     if settings.sampling and (thinking is None or thinking["type"] not in ("enabled", "adaptive")):
-        for name in [name for name in ("temperature", "top_p") if name in ctx.fields][:1]:      # never both
-            body[name] = min(ctx.take(name), 1)
+        for name in ("temperature", "top_p"):
+            if name in ctx.fields and "temperature" not in body:        # never both
+                body[name] = min(ctx.take(name), 1)
     if asked not in (None, "none") and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     if ctx.book.hosted and not native:
@@ -4982,17 +5022,16 @@ def choose_thinking(effort: Any, summary: Any, settings: AnthropicModel) -> JSON
     """`thinking` for a reasoning effort and summary; None leaves the model to its own ways."""
     shown = settings.always_show_thinking or summary not in (None, "none")
     if effort == "none" and settings.disable_thinking != "never":
-        return {"type": settings.disable_thinking} if settings.disable_thinking else None
+        return without_empty({"type": settings.disable_thinking}) or None
     if not settings.thinking or not (effort or shown or settings.binds_thinking):
         return None
     if settings.thinking == "budget":
         return {"type": "enabled", "budget_tokens": int(effort_value(THINKING_BUDGETS, effort or "medium"))}
-    thinking: JSON = {"type": "adaptive"}
-    if shown:
-        thinking["display"] = "summarized"
-    if settings.binds_thinking:
-        thinking["block_binding"] = DROP_STALE
-    return thinking
+    return without_empty({
+        "type": "adaptive",
+        "display": "summarized" if shown else None,
+        "block_binding": DROP_STALE if settings.binds_thinking else None,
+    })
 
 
 def token_limits(asked: int | None, thinking: JSON | None, settings: AnthropicModel,
@@ -5005,28 +5044,28 @@ def token_limits(asked: int | None, thinking: JSON | None, settings: AnthropicMo
     if missing_thinking or wanted <= LEAST_BUDGET:
         return wanted, None
     whole = min(cap, wanted + thinking["budget_tokens"])
-    budget = max(LEAST_BUDGET, min(thinking["budget_tokens"], whole - LEAST_BUDGET))
-    return whole, {"type": "enabled", "budget_tokens": budget}
+    thinking["budget_tokens"] = max(LEAST_BUDGET, min(thinking["budget_tokens"], whole - LEAST_BUDGET))
+    return whole, thinking
 
 
-def messages_tool_choice(ctx: EncodeContext, thinking: JSON | None, native: bool) -> tuple[JSON | None, str]:
+def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON | None, str]:
     """tool_choice, and the instruction in its place where a call may not be forced."""
-    asked, sentence = as_dict(ctx.request.get("tool_choice")), ""
-    choice: JSON = {}
-    if native and str(asked.get("type")).startswith("web_search"):
+    asked = ctx.request.get("tool_choice")
+    if native and str(as_dict(asked).get("type")).startswith("web_search"):
         mode, names = ToolChoice("required", ["web_search"])
     else:
         mode, names = resolve_tool_choice(ctx)
-    if mode == "required" and ctx.settings.forced_choice and (thinking or {}).get("type") != "enabled":
+    choice: JSON = {"type": mode}
+    sentence = ""
+    if mode == "required":
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
-    elif mode == "required":
-        choice = {"type": "auto"}
-        sentence = MUST_CALL.format(f"the tool {names[0]}" if names else "one of the tools")
-    elif mode == "none":
-        return {"type": "none"}, ""
-    if ctx.request.get("parallel_tool_calls") is False:
-        choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
-    return choice or None, sentence
+        if not may_force:
+            choice = {"type": "auto"}
+            sentence = MUST_CALL.format(f"the tool {names[0]}" if names else "one of the tools")
+    if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
+        choice["disable_parallel_tool_use"] = True
+    default = choice == {"type": "auto"} and not sentence
+    return None if default else choice, sentence
 
 
 def messages_tool(function: JSON) -> JSON:
@@ -5240,14 +5279,15 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     """Marks what the provider shall cache: up to the last tool, the last system block, the ends of the last turn and of
     the user turn before it (a step that adds more than 20 blocks would miss the first). Nothing where the client did."""
     *earlier, last = body["messages"]
-    tools, system = body.get("tools", []), body.get("system", [])
-    blocks = [*tools, *system, *itertools.chain(*(message["content"] for message in body["messages"]))]
+    ends = [body.get("tools", []), body.get("system", [])]
+    turns = [message["content"] for message in body["messages"]]
+    blocks = [*itertools.chain(*ends, *turns)]
     blocks += [part for block in blocks for part in only_dicts(block.get("content"))]
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
-    mark = {"type": "ephemeral", "ttl": ttl} if ttl != "5m" else {"type": "ephemeral"}
+    mark = without_empty({"type": "ephemeral", "ttl": "" if ttl == "5m" else ttl})
     users = [message["content"] for message in earlier if message["role"] == "user"]
-    for content in (tools, system, *users[-1:], last["content"]):
+    for content in (*ends, *users[-1:], last["content"]):
         for at in reversed(range(len(content))):
             if content[at].get("type") not in THINKING_BLOCKS:
                 content[at] = {**content[at], "cache_control": mark}
@@ -5647,9 +5687,11 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     # AUTO takes no names; VALIDATED, which does, came with 2.5
     mode, names = resolve_tool_choice(ctx, ("auto", "required") if settings.thinking_param else ("required",))
     if book.functions:
-        tools.append({"functionDeclarations": [
-            {"name": function["name"], "description": function["description"],
-             "parametersJsonSchema": gemini_schema(function["parameters"])} for function in book.functions]})
+        tools.append({"functionDeclarations": [{
+            "name": function["name"],
+            "description": function["description"],
+            "parametersJsonSchema": gemini_schema(function["parameters"]),
+        } for function in book.functions]})
         if names or mode != "auto":
             config["functionCallingConfig"] = without_empty({"mode": CALLING_MODES[mode], "allowedFunctionNames": names})
     elif mode == "required":
@@ -5659,9 +5701,8 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     elif book.hosted:
         tools.append({"googleSearch": {}})
         dropped += [f"web_search.{name}" for name in ("filters", "user_location") if book.hosted[0].get(name)]
-        if book.functions:
-            config["includeServerSideToolInvocations"] = True       # required where the two are combined
-    return {"tools": tools, "toolConfig": config}
+        config["includeServerSideToolInvocations"] = bool(book.functions) or None       # required where the two are combined
+    return {"tools": tools, "toolConfig": without_empty(config)}
 
 
 def gemini_config(ctx: EncodeContext) -> JSON:
@@ -6119,15 +6160,15 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     text, call = demo_answer(ctx)
-    words = re.findall(r"\S+\s*|\s+", text)
-    deltas: list[JSON] = [{"content": word} for word in words]
+    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
     if call:
-        called = {"index": 0, "id": f"call_{len(ctx.history.items)}_demo", "type": "function", "function": call}
-        deltas.append({"tool_calls": [called]})
-    for delta in deltas:
-        yield demo_chunk(delta)
-    yield demo_chunk({}, "tool_calls" if call else "stop", {
-        "prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": len(words) + (10 if call else 0)})
+        call_id = f"call_{len(ctx.history.items)}_demo"
+        deltas.append({"tool_calls": [{"index": 0, "id": call_id, "type": "function", "function": call}]})
+    counts = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": 10 if call else len(deltas)}
+    reason = "tool_calls" if call else "stop"
+    for delta in (*deltas, {}):
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else reason}
+        yield sse_frame("", dumps({"model": "demo", "choices": [choice], "usage": None if delta else counts}))
     yield DONE_FRAME
 
 
@@ -6135,11 +6176,6 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     """Nothing goes up, and nothing is lost."""
     ctx.fields = {}
     return {}
-
-
-def demo_chunk(delta: JSON, finish_reason: str = "", usage: JSON | None = None) -> bytes:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason or None}
-    return sse_frame("", dumps({"model": "demo", "choices": [choice], "usage": usage}))
 
 
 def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:

@@ -4920,8 +4920,9 @@ class AnthropicModel(NamedTuple):
     web_search: str = "web_search_20260209"     # its type; "": it has none of its own
 
 
-BUDGET = AnthropicModel("budget", "", "", 64_000, sampling=True, forced_choice=True, prefill=True,
-                        web_search="web_search_20250305")
+BUDGET = AnthropicModel(
+    "budget", "", "", 64_000,
+    sampling=True, forced_choice=True, prefill=True, web_search="web_search_20250305")
 # Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence their default_max_tokens.
 OLD = BUDGET._replace(default_max_tokens=8192, json_schema=False)
 SYSTEM = AnthropicModel(system_anywhere=True)
@@ -4933,8 +4934,8 @@ ANTHROPIC_MODELS: dict[str, AnthropicModel] = {
     "claude-opus-5": SYSTEM._replace(disable_thinking="disabled", forced_choice=True),
     "claude-sonnet-5-5": AnthropicModel(disable_thinking="between_tools", always_show_thinking=True, binds_thinking=True),
     "claude-sonnet-5": AnthropicModel(disable_thinking="disabled", forced_choice=True),
-    "claude-haiku-5-5": AnthropicModel(disable_thinking="disabled", forced_choice=True, always_show_thinking=True,
-                                       binds_thinking=True),
+    "claude-haiku-5-5": AnthropicModel(
+        disable_thinking="disabled", forced_choice=True, always_show_thinking=True, binds_thinking=True),
     "claude-opus-4-8": SYSTEM._replace(disable_thinking="", forced_choice=True),
     "claude-opus-4-7": AnthropicModel(disable_thinking="", forced_choice=True),
     **dict.fromkeys(("claude-opus-4-6", "claude-sonnet-4-6"), AnthropicModel(
@@ -4959,8 +4960,10 @@ def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
     """The provider's own tool; a function of the same name takes its place."""
     if not book.hosted or "web_search" in book.by_upstream_name:
         return []
-    filters, location = (as_dict(book.hosted[0].get(name)) for name in ("filters", "user_location"))
-    allowed, place = filters.get("allowed_domains"), without_empty({**location, "type": ""})
+    asked = book.hosted[0]
+    filters = as_dict(asked.get("filters"))
+    place = without_empty({**as_dict(asked.get("user_location")), "type": ""})
+    allowed = filters.get("allowed_domains")
     dynamic = settings.web_search >= "web_search_20260209"
     return [without_empty({
         "type": settings.web_search,
@@ -4984,16 +4987,21 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
     asked = ctx.take("reasoning.effort")
-    effort = "" if asked == "none" and settings.disable_thinking != "never" else effort_value(settings.efforts, asked)
+    effort = effort_value(settings.efforts, asked)
+    if asked == "none" and settings.disable_thinking != "never":
+        effort = ""
     thinking = choose_thinking(asked, ctx.fields.get("reasoning.summary"), settings)
     max_tokens, thinking = token_limits(ctx.take("max_output_tokens"), thinking, settings, turns.missing_thinking())
     native = native_web_search(ctx.book, settings)
     tools = [messages_tool(function) for function in ctx.book.functions] + native
-    budgeted = thinking is not None and thinking["type"] == "enabled"
+    kind = thinking["type"] if thinking else ""
     choice, sentence = None, ""
     if tools:
-        choice, sentence = messages_tool_choice(ctx, settings.forced_choice and not budgeted, bool(native))
+        may_force = settings.forced_choice and kind != "enabled"
+        choice, sentence = messages_tool_choice(ctx, may_force, bool(native))
     user = ctx.take("safety_identifier", ctx.take("user", ""))
+    if len(user) > 256:
+        user = sha256_hex(user)
     body: JSON = {
         "model": ctx.model,
         "max_tokens": max_tokens,
@@ -5003,9 +5011,9 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "messages": turns.finish(sentence, thinking is not None),
         "thinking": thinking,
         "output_config": without_empty({"effort": effort, "format": shape}),
-        "metadata": without_empty({"user_id": user if len(user) <= 256 else sha256_hex(user)}),
+        "metadata": without_empty({"user_id": user}),
     }
-    if settings.sampling and (thinking is None or thinking["type"] not in ("enabled", "adaptive")):
+    if settings.sampling and kind not in ("enabled", "adaptive"):
         for name in ("temperature", "top_p"):
             if name in ctx.fields and "temperature" not in body:        # never both
                 body[name] = min(ctx.take(name), 1)
@@ -5043,15 +5051,16 @@ def token_limits(asked: int | None, thinking: JSON | None, settings: AnthropicMo
         return wanted, thinking
     if missing_thinking or wanted <= LEAST_BUDGET:
         return wanted, None
-    whole = min(cap, wanted + thinking["budget_tokens"])
-    thinking["budget_tokens"] = max(LEAST_BUDGET, min(thinking["budget_tokens"], whole - LEAST_BUDGET))
+    budget = thinking["budget_tokens"]
+    whole = min(cap, wanted + budget)
+    thinking["budget_tokens"] = max(LEAST_BUDGET, min(budget, whole - LEAST_BUDGET))
     return whole, thinking
 
 
 def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON | None, str]:
     """tool_choice, and the instruction in its place where a call may not be forced."""
-    asked = ctx.request.get("tool_choice")
-    if native and str(as_dict(asked).get("type")).startswith("web_search"):
+    asked = as_dict(ctx.request.get("tool_choice"))
+    if native and str(asked.get("type")).startswith("web_search"):
         mode, names = ToolChoice("required", ["web_search"])
     else:
         mode, names = resolve_tool_choice(ctx)
@@ -5071,9 +5080,12 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
 def messages_tool(function: JSON) -> JSON:
     """Not `strict`: a request may have 20 strict tools and 24 optional parameters at most."""
     schema = function["parameters"]
-    defs = {**as_dict(schema.get("definitions")), **as_dict(schema.get("$defs"))}     # the first: zod-to-json-schema
-    return without_empty({"name": function["name"], "description": function["description"],
-                          "input_schema": object_root(schema, defs)})
+    old, new = as_dict(schema.get("definitions")), as_dict(schema.get("$defs"))     # the first: zod-to-json-schema
+    return without_empty({
+        "name": function["name"],
+        "description": function["description"],
+        "input_schema": object_root(schema, {**old, **new}),
+    })
 
 
 def object_root(schema: JSON, defs: JSON) -> JSON:
@@ -5082,10 +5094,11 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     in each of n would make 2 ** n."""
     root = dict(schema)
     reference = root.pop("$ref", None)
-    target = as_dict(defs.pop(reference.rpartition("/")[2], None)) if isinstance(reference, str) else {}
-    options = [object_root(branch, defs) for key in ("anyOf", "oneOf") for branch in only_dicts(root.pop(key, None))]
+    target = defs.pop(reference.rpartition("/")[2], None) if isinstance(reference, str) else None
+    branches = only_dicts(root.pop("anyOf", None)) + only_dicts(root.pop("oneOf", None))
+    options = [object_root(branch, defs) for branch in branches]
     merged = [object_root(branch, defs) for branch in only_dicts(root.pop("allOf", None))]
-    if target:
+    if target and isinstance(target, dict):
         merged.append(object_root(target, defs))
     if options or merged:
         merged.insert(0, dict(root))
@@ -5105,7 +5118,9 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
 
 def required_by(schema: JSON) -> set[str]:
     required = schema.get("required")
-    return {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    if not isinstance(required, list):
+        return set()
+    return {name for name in required if isinstance(name, str)}
 
 
 def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, str]:
@@ -5119,10 +5134,9 @@ def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, s
     return None, f"{JSON_ONLY} It fits this JSON schema:\n{dumps(shape['schema'])}"
 
 
-STRICT_KEYWORDS = frozenset(("type", "enum", "const", "description", "title", "required", "properties", "$defs", "definitions",
-                             "items", "anyOf", "oneOf", "allOf"))
-STRICT_VALUES = [("minItems", 0), ("minItems", 1), *(("format", name) for name in (
-    "date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"))]
+STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
+anyOf oneOf allOf""".split())
+STRICT_FORMATS = "date-time time date duration email hostname uri ipv4 ipv6 uuid".split()
 
 
 def strict_schema(schema: JSON) -> Any:
@@ -5133,13 +5147,15 @@ def strict_schema(schema: JSON) -> Any:
             return {key: given[key] for key in ("$ref", "$defs", "definitions") if key in given}
         result: JSON = {}
         lost: JSON = {}
+        allowed = {"minItems": (0, 1), "format": STRICT_FORMATS}
         for key, value in given.items():
-            if key in STRICT_KEYWORDS or (key, value) in STRICT_VALUES:
+            if key in STRICT_KEYWORDS or value in allowed.get(key, ()):
                 result["anyOf" if key == "oneOf" else key] = value
             elif key not in ("additionalProperties", "$schema"):
                 lost[key] = value
         if lost:
-            result["description"] = "\n\n".join(part for part in (result.get("description"), dumps(lost)) if part)
+            texts = [result.get("description"), dumps(lost)]
+            result["description"] = "\n\n".join(filter(None, texts))
         if "properties" in result or "object" in (result.get("type") or ""):
             if "properties" not in result or given.get("additionalProperties") or given.get("patternProperties"):
                 raise ValueError("a map")
@@ -5348,7 +5364,10 @@ def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> None:
 
 def drop_thoughts(body: JSON, found: re.Match[str]) -> None:
     for message in body["messages"]:
-        message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
+        message["content"] = [
+            block for block in message["content"]
+            if block["type"] not in THINKING_BLOCKS
+        ]
     if body.get("thinking", {}).get("type") == "enabled":
         del body["thinking"]
 
@@ -5363,7 +5382,8 @@ def lower_limit(body: JSON, found: re.Match[str]) -> None:
 
 
 def add_user_turn(body: JSON, found: re.Match[str]) -> None:
-    body["messages"].append({"role": "user", "content": [text_block("Continue.")]})
+    turn = {"role": "user", "content": [text_block("Continue.")]}
+    body["messages"].append(turn)
 
 
 MESSAGES_REPAIRS = (
@@ -5672,8 +5692,12 @@ GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text
 def encode_gemini(ctx: EncodeContext) -> JSON:
     """The body of POST /models/MODEL:generateContent."""
     system = [{"text": text} for text in ctx.history.system if text]
-    return without_empty({"systemInstruction": without_empty({"parts": system}), **gemini_tools(ctx),
-                          "contents": GeminiContents(ctx).encode(), "generationConfig": gemini_config(ctx)})
+    return without_empty({
+        "systemInstruction": without_empty({"parts": system}),
+        **gemini_tools(ctx),
+        "contents": GeminiContents(ctx).encode(),
+        "generationConfig": gemini_config(ctx),
+    })
 
 
 CALLING_MODES = {"none": "NONE", "auto": "VALIDATED", "required": "ANY"}
@@ -5684,8 +5708,10 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     book, settings, dropped = ctx.book, ctx.settings, ctx.dropped
     tools: list[JSON] = []
     config: JSON = {}
-    # AUTO takes no names; VALIDATED, which does, came with 2.5
-    mode, names = resolve_tool_choice(ctx, ("auto", "required") if settings.thinking_param else ("required",))
+    subset_modes = ["required"]
+    if settings.thinking_param:         # AUTO takes no names; VALIDATED, which does, came with 2.5
+        subset_modes.append("auto")
+    mode, names = resolve_tool_choice(ctx, subset_modes)
     if book.functions:
         tools.append({"functionDeclarations": [{
             "name": function["name"],
@@ -5693,7 +5719,8 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
             "parametersJsonSchema": gemini_schema(function["parameters"]),
         } for function in book.functions]})
         if names or mode != "auto":
-            config["functionCallingConfig"] = without_empty({"mode": CALLING_MODES[mode], "allowedFunctionNames": names})
+            calling = {"mode": CALLING_MODES[mode], "allowedFunctionNames": names}
+            config["functionCallingConfig"] = without_empty(calling)
     elif mode == "required":
         dropped.append("tool_choice")
     if book.hosted and book.functions and not settings.combines_tools:
@@ -5708,19 +5735,25 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
 def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
-    functions, shape, max_tokens = ctx.book.functions, ctx.take("text.format", {}), ctx.take("max_output_tokens")
+    functions, shape = ctx.book.functions, ctx.take("text.format", {})
+    max_tokens = ctx.take("max_output_tokens")
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     if max_tokens and settings.max_tokens:
-        max_tokens = min(max_tokens, settings.max_tokens if ctx.request.stream else settings.max_tokens // 2)
-    config: JSON = {"maxOutputTokens": max_tokens, "temperature": ctx.take("temperature"), "topP": ctx.take("top_p"),
-                    "thinkingConfig": thinking_config(ctx)}
+        cap = settings.max_tokens if ctx.request.stream else settings.max_tokens // 2
+        max_tokens = min(max_tokens, cap)
+    config: JSON = {
+        "maxOutputTokens": max_tokens,
+        "temperature": ctx.take("temperature"),
+        "topP": ctx.take("top_p"),
+        "thinkingConfig": thinking_config(ctx),
+    }
     asks_json = shape.get("type") in ("json_object", "json_schema")
     if asks_json and functions and not settings.combines_tools:
         ctx.dropped.append("text.format")
     elif asks_json:
         config["responseMimeType"] = "application/json"
-        config["responseJsonSchema"] = gemini_schema(shape["schema"]) if "schema" in shape else None
+        config["responseJsonSchema"] = gemini_schema(shape.get("schema"))
     return without_empty(config)
 
 
@@ -5730,15 +5763,20 @@ def thinking_config(ctx: EncodeContext) -> JSON:
     value = ctx.take_effort(ctx.settings.values if param else NEVER_THINKS)
     if not param:
         return {}
-    shown = ctx.fields.get("reasoning.summary") not in (None, "none") and value != "0"
-    return without_empty({param: int(value) if value.isdigit() else value, "includeThoughts": shown or None})
+    shown = ctx.fields.get("reasoning.summary") not in (None, "none")
+    return without_empty({
+        param: int(value) if value.isdigit() else value,
+        "includeThoughts": True if shown and value != "0" else None,
+    })
 
 
 # --- its schemas
 
 UNKNOWN_KEYWORDS = frozenset(("$schema", "discriminator", "examples", "title", "exclusiveMinimum", "exclusiveMaximum"))
-JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
-              type(None): "null"}
+JSON_TYPES = {
+    str: "string", bool: "boolean", int: "integer", float: "number",
+    list: "array", dict: "object", type(None): "null",
+}
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
@@ -5747,13 +5785,15 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & {*UNKNOWN_KEYWORDS, refused}:
             del made[key]
         if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
-            made["$defs"] = {**as_dict(made.pop("definitions")), **as_dict(made.get("$defs"))}
+            old = as_dict(made.pop("definitions"))
+            made["$defs"] = {**old, **as_dict(made.get("$defs"))}
         if isinstance(made.get("$ref"), str):       # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
             value = made.pop("const")
-            made |= {"enum": [value], "type": made.get("type") or JSON_TYPES[type(value)]}
+            made["enum"] = [value]
+            made["type"] = made.get("type") or JSON_TYPES[type(value)]
         if made.get("type") == "string" and "format" in made:
             form, text = made.pop("format"), made.get("description")
             made["description"] = f"{text} (format: {form})" if text else f"Format: {form}"
@@ -6152,7 +6192,10 @@ DEMO_MODELS = {
 }
 MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
 DEMO_SHELL = re.compile(r"(functions__)?(exec_command|(local_)?shell(_command)?)")       # of Codex and its kin
-DEMO_VALUES = {"array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
+DEMO_VALUES = {
+    "array": ["echo", "hello from pomex"],
+    "number": 1, "integer": 1, "boolean": True, "object": {},
+}
 
 
 def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
@@ -6164,12 +6207,16 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     if call:
         call_id = f"call_{len(ctx.history.items)}_demo"
         deltas.append({"tool_calls": [{"index": 0, "id": call_id, "type": "function", "function": call}]})
+    for delta in deltas:
+        yield demo_chunk({"delta": delta})
     counts = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": 10 if call else len(deltas)}
-    reason = "tool_calls" if call else "stop"
-    for delta in (*deltas, {}):
-        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else reason}
-        yield sse_frame("", dumps({"model": "demo", "choices": [choice], "usage": None if delta else counts}))
+    yield demo_chunk({"delta": {}, "finish_reason": "tool_calls" if call else "stop"}, counts)
     yield DONE_FRAME
+
+
+def demo_chunk(choice: JSON, usage: JSON | None = None) -> bytes:
+    chunk = {"model": "demo", "choices": [{"index": 0, **choice}], "usage": usage}
+    return sse_frame("", dumps(chunk))
 
 
 def encode_demo(ctx: EncodeContext) -> JSON:
@@ -6188,12 +6235,14 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
         return f"{DEMO_SAYS} The command printed: {text_of(items[-1]['output']).strip()[:MAX_DEMO_TEXT]}", None
     if not ctx.book.functions:
         return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", None
-    tool = max(ctx.book.functions, key=lambda function: bool(DEMO_SHELL.fullmatch(function["name"])))
-    properties, required = (tool["parameters"].get(key) for key in ("properties", "required"))
-    rules = {name: rule for name, rule in as_dict(properties).items() if isinstance(required, list) and name in required}
-    # one harmless command for a shell
-    given = {name: DEMO_VALUES.get(str(as_dict(rule).get("type")), "echo hello from pomex") for name, rule in rules.items()}
-    return "", {"name": tool["name"], "arguments": dumps(given)}
+    shells = [tool for tool in ctx.book.functions if DEMO_SHELL.fullmatch(tool["name"])]
+    tool = (shells or ctx.book.functions)[0]
+    required = required_by(tool["parameters"])
+    arguments: JSON = {}
+    for name, rule in as_dict(tool["parameters"].get("properties")).items():
+        if name in required:            # for a shell: one harmless command
+            arguments[name] = DEMO_VALUES.get(str(as_dict(rule).get("type")), "echo hello from pomex")
+    return "", {"name": tool["name"], "arguments": dumps(arguments)}
 
 
 # --- 6.6 the table ---------------------------------------------------------------------------------
@@ -6327,7 +6376,8 @@ class UpstreamCall(NamedTuple):
         return self._with(body)
 
     def _with(self, body: JSON) -> UpstreamCall:
-        return self._replace(body=dumps(body).encode(), headers=self.wire.headers(body))
+        headers = self.wire.headers(body)
+        return self._replace(body=dumps(body).encode(), headers=headers)
 
 
 class WireApi(NamedTuple):
@@ -6358,42 +6408,60 @@ class WireApi(NamedTuple):
         request = ctx.request
         row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
         ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
-        ctx.book = ToolMap(request.tools, bool(getattr(ctx.settings, "web_search", "")), self.vendor or ctx.model)
-        ctx.history = normalize_history(request, [ctx.book.renamed(item) for item in items])
+        searches = bool(getattr(ctx.settings, "web_search", ""))
+        ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
+        ctx.history = normalize_history(request, [book.renamed(item) for item in items])
         for item in ctx.history.items:
-            tool = ctx.book.by_upstream_name.get(item.get("name", ""))
+            tool = book.by_upstream_name.get(item.get("name", ""))
             if tool and tool.fitted:
                 item["arguments"] = rename_keys(item["arguments"], tool.fitted)
-        ctx.dropped += ctx.book.dropped + ctx.history.dropped
+        ctx.dropped += book.dropped + ctx.history.dropped
         ctx.fields = request_fields(request.body)
         for item in request.input:
             if item["type"] == "configuration_update":      # the last one counts
-                ctx.fields |= request_fields({name: item.get(name) for name in ("reasoning", "text")})
+                update = {name: item.get(name) for name in ("reasoning", "text")}
+                ctx.fields |= request_fields(update)
         parts = (part for item in request.input for part in only_dicts(item.get("content") or item.get("output")))
         ctx.dropped += unknown_keys("tools", request.tools) + unknown_keys("content", parts)
         body = self.encode(ctx)
         dropped = ctx.dropped + [path for path, value in ctx.fields.items()
                                  if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]
+        model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
-        path = self.path.format(urllib.parse.quote(ctx.model.removeprefix("models/"), safe=""), method)
-        return UpstreamCall(self, path, dumps(body).encode(), TranslatedStream(ctx, self.decoder(ctx)),
-                            list(dict.fromkeys(dropped)), self.headers(body), () if path else demo_frames(ctx))
+        return UpstreamCall(
+            wire=self,
+            path=self.path.format(model, method),
+            body=dumps(body).encode(),
+            attempt=TranslatedStream(ctx, self.decoder(ctx)),
+            dropped=list(dict.fromkeys(dropped)),
+            headers=self.headers(body),
+            frames=() if self.path else demo_frames(ctx),
+        )
 
     def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
         items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
-        ctx.dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
-        attempt = Passthrough(ctx.answer, ctx.answer.estimated_input, ctx.seal, ResponsesDecoder(ToolMap(())))
-        return UpstreamCall(self, self.path, passthrough_body(ctx.request, items, ctx.dropped, ctx.model), attempt, ctx.dropped)
+        if len(items) < len(unsealed):
+            ctx.dropped.append("input:reasoning")
+        body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
+        decoder = ResponsesDecoder(ToolMap(()))
+        attempt = Passthrough(ctx.answer, ctx.answer.estimated_input, ctx.seal, decoder)
+        return UpstreamCall(self, self.path, body, attempt, ctx.dropped)
 
 
 WIRES: dict[str, WireApi] = {
-    "responses": WireApi("/responses", encode_responses, lambda ctx: ResponsesDecoder(ctx.book), repair=repair_responses),
+    "responses": WireApi(
+        "/responses", encode_responses,
+        decoder=lambda ctx: ResponsesDecoder(ctx.book),
+        repair=repair_responses),
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings, ctx.call_prefix),
-        model_settings={name: usual for name, usual in Dialect._field_defaults.items() if isinstance(usual, (str, bool))}),
+        model_settings={
+            name: usual for name, usual in Dialect._field_defaults.items()
+            if isinstance(usual, (str, bool))
+        }),
     "messages": WireApi(
         "/messages", encode_messages,
         decoder=lambda ctx: MessagesDecoder(ctx.book, ctx.call_prefix),

@@ -3484,10 +3484,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("temperature", "top_p"), (1,)),
     **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,)),
 }
-
-
-# The keys of tools and parts that are carried, or ask for nothing (caches fill by themselves). Of a type that is not here,
-# nothing is carried.
+# The keys of tools and parts that are carried, or ask for nothing (caches fill by themselves). Whatever has a type that is
+# not here is carried or named as a whole.
 KNOWN_KEYS = {kind: frozenset(("type", *keys.split())) for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
@@ -3517,10 +3515,12 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
 
 def request_fields(body: JSON) -> JSON:
     """The fields of a request that are not null, those of its objects by their paths."""
-    fields = dict(body)
-    for name in ("reasoning", "text"):
-        for key, value in (fields.pop(name, None) or {}).items():
-            fields[f"{name}.{key}"] = value
+    fields: JSON = {}
+    for name, value in body.items():
+        if name in ("reasoning", "text") and isinstance(value, dict):
+            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            fields[name] = value
     return {path: value for path, value in fields.items() if value is not None}
 
 
@@ -3552,9 +3552,6 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
         if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
     ]
     return rows.get(max(prefixes, key=len, default=""))
-
-
-NEVER_THINKS = "none - - - - - -"       # for a model without efforts: `none` is what it does anyway
 
 
 class ToolChoice(NamedTuple):
@@ -3635,7 +3632,7 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     They are spliced where that is exact; otherwise the body is encoded again.
     """
     raw, body, exact = request.raw, request.body, not dropped
-    opened = [replayed(item) for item in items]
+    opened = [replayed(item) if "sealed_replay" in item else item for item in items]
     if exact:
         secrets = {old["encrypted_content"].encode(): json_string(new["encrypted_content"]).encode()
                    for old, new, item in zip(request.input, opened, items)
@@ -3655,7 +3652,7 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
 def replayed(item: JSON) -> JSON:
     """An item as the provider gave it, out of our envelope."""
     opened = dict(item)
-    opened |= opened.pop("sealed_replay", {})
+    opened |= opened.pop("sealed_replay")
     return opened
 
 
@@ -5666,6 +5663,7 @@ class GeminiModel(NamedTuple):
     max_tokens: int = 0             # of a streamed answer, others have half of it; 0: not known
 
 
+NEVER_THINKS = "none - - - - - -"       # without thinking_param: `none` is no loss, all else is
 NO_MINIMAL = GeminiModel(values="LOW LOW LOW MEDIUM HIGH HIGH HIGH")
 NO_THINKING = GeminiModel("", combines_tools=False)
 GEMINI_MODELS: dict[str, GeminiModel] = {

@@ -3532,7 +3532,8 @@ def effort_value(values: str, effort: Any) -> str:
     unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
-    return values.split()[EFFORTS.index(effort if effort in EFFORTS else "high")].strip("-")
+    known = effort if effort in EFFORTS else "high"
+    return values.split()[EFFORTS.index(known)].strip("-")
 
 
 VENDOR = re.compile(r"^(?:.*?(?=claude-)|.*/(?=.))")
@@ -3590,7 +3591,10 @@ def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
 
 def without_empty(fields: JSON) -> JSON:
     """Without the fields that ask for nothing: null, "", [] and {}."""
-    return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+    return {
+        name: value for name, value in fields.items()
+        if value not in (None, "", [], {})
+    }
 
 
 def text_block(text: str) -> JSON:
@@ -3626,7 +3630,8 @@ ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
 LETTER_ESCAPE = re.compile(rb"\\u006")     # of d, e, l, m or o: a key may be "model" without looking so
 
 
-def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str], model: str) -> bytes:
+def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
+                     model: str) -> bytes:
     """The client's own bytes with `model` replaced and `store` false: only the gateway keeps state.
 
     They are spliced where that is exact; otherwise the body is encoded again.
@@ -3634,16 +3639,20 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     raw, body, exact = request.raw, request.body, not dropped
     opened = [replayed(item) if "sealed_replay" in item else item for item in items]
     if exact:
-        secrets = {old["encrypted_content"].encode(): json_string(new["encrypted_content"]).encode()
-                   for old, new, item in zip(request.input, opened, items)
-                   if "sealed_replay" in item}
+        secrets = {
+            old["encrypted_content"].encode(): json_string(new["encrypted_content"]).encode()
+            for old, new, item in zip(request.input, opened, items)
+            if "sealed_replay" in item
+        }
         exact = not secrets or sorted(secrets) == sorted(ENVELOPED.findall(raw))
         if exact and secrets:
             raw = ENVELOPED.sub(lambda found: secrets[found[1]], raw)
     models = list(MODEL_FIELD.finditer(raw))
-    if not exact or len(models) != 1 or LETTER_ESCAPE.search(raw) or body.get("store", False) is not False:
+    stores = body.get("store", False) is not False
+    if not exact or stores or len(models) != 1 or LETTER_ESCAPE.search(raw):
         given = opened if isinstance(body["input"], list) else body["input"]
-        return dumps({**body, "input": given, "model": model, "store": False}).encode()
+        changed = {**body, "input": given, "model": model, "store": False}
+        return dumps(changed).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
     start, end = models[0].span(1)
     return b"".join((raw[:start], named.encode(), raw[end:]))
@@ -3693,7 +3702,7 @@ def responses_item(item: JSON, index: int) -> JSON:
         fixed: JSON = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
         return {"type": "message", **fixed, "role": item["role"], "content": parts}
     output = item.get("output")
-    if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
+    if isinstance(output, list) and {part["type"] for part in output} <= {"input_text", "output_text"}:
         return {**item, "output": text_of(output)}      # llama.cpp takes strings only (ggml-org/llama.cpp#23465)
     return item
 
@@ -4142,7 +4151,9 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     """tools, tool_choice and parallel_tool_calls, which only go together."""
     functions = ctx.book.functions
     if not ctx.settings.strict_tools:           # most servers refuse a tool for it
-        functions = [{key: function[key] for key in function if key != "strict"} for function in functions]
+        functions = [{**function} for function in functions]
+        for function in functions:
+            function.pop("strict", None)
     tools = [{"type": "function", "function": function} for function in functions]
     mode, names = resolve_tool_choice(ctx)
     choice: Any = None if mode == "auto" else mode      # auto is every server's default
@@ -4151,7 +4162,8 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
         choice = None
-    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
+    parallel = ctx.request.get("parallel_tool_calls")
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
@@ -4926,10 +4938,13 @@ SYSTEM = AnthropicModel(system_anywhere=True)
 ANTHROPIC_MODELS: dict[str, AnthropicModel] = {
     **dict.fromkeys(("claude-fable-5", "claude-mythos-5"), SYSTEM._replace(forced_choice=True)),
     "claude-mythos-5-1": SYSTEM,
-    **dict.fromkeys(("claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-2"), SYSTEM._replace(binds_thinking=True)),
+    **dict.fromkeys(
+        ("claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-2"),
+        SYSTEM._replace(binds_thinking=True)),
     "claude-opus-5-5": SYSTEM._replace(always_show_thinking=True, binds_thinking=True),
     "claude-opus-5": SYSTEM._replace(disable_thinking="disabled", forced_choice=True),
-    "claude-sonnet-5-5": AnthropicModel(disable_thinking="between_tools", always_show_thinking=True, binds_thinking=True),
+    "claude-sonnet-5-5": AnthropicModel(
+        disable_thinking="between_tools", always_show_thinking=True, binds_thinking=True),
     "claude-sonnet-5": AnthropicModel(disable_thinking="disabled", forced_choice=True),
     "claude-haiku-5-5": AnthropicModel(
         disable_thinking="disabled", forced_choice=True, always_show_thinking=True, binds_thinking=True),
@@ -4983,12 +4998,14 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     settings: AnthropicModel = ctx.settings
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
+    system = [part for part in (*ctx.history.system, instruction) if part.strip()]
     asked = ctx.take("reasoning.effort")
     effort = effort_value(settings.efforts, asked)
     if asked == "none" and settings.disable_thinking != "never":
         effort = ""
     thinking = choose_thinking(asked, ctx.fields.get("reasoning.summary"), settings)
-    max_tokens, thinking = token_limits(ctx.take("max_output_tokens"), thinking, settings, turns.missing_thinking())
+    max_tokens, thinking = token_limits(
+        ctx.take("max_output_tokens"), thinking, settings, turns.missing_thinking())
     native = native_web_search(ctx.book, settings)
     tools = [messages_tool(function) for function in ctx.book.functions] + native
     kind = thinking["type"] if thinking else ""
@@ -5002,7 +5019,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     body: JSON = {
         "model": ctx.model,
         "max_tokens": max_tokens,
-        "system": [text_block(part) for part in (*ctx.history.system, instruction) if part.strip()],
+        "system": [*map(text_block, system)],
         "tools": tools,
         "tool_choice": choice,
         "messages": turns.finish(sentence, thinking is not None),
@@ -5077,7 +5094,8 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
 def messages_tool(function: JSON) -> JSON:
     """Not `strict`: a request may have 20 strict tools and 24 optional parameters at most."""
     schema = function["parameters"]
-    old, new = as_dict(schema.get("definitions")), as_dict(schema.get("$defs"))     # the first: zod-to-json-schema
+    old = as_dict(schema.get("definitions"))        # of zod-to-json-schema
+    new = as_dict(schema.get("$defs"))
     return without_empty({
         "name": function["name"],
         "description": function["description"],
@@ -5091,11 +5109,13 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     in each of n would make 2 ** n."""
     root = dict(schema)
     reference = root.pop("$ref", None)
-    target = defs.pop(reference.rpartition("/")[2], None) if isinstance(reference, str) else None
-    branches = only_dicts(root.pop("anyOf", None)) + only_dicts(root.pop("oneOf", None))
-    options = [object_root(branch, defs) for branch in branches]
-    merged = [object_root(branch, defs) for branch in only_dicts(root.pop("allOf", None))]
-    if target and isinstance(target, dict):
+    target = {}
+    if isinstance(reference, str):
+        target = as_dict(defs.pop(reference.rpartition("/")[2], None))
+    any_of, one_of, all_of = (only_dicts(root.pop(key, None)) for key in ("anyOf", "oneOf", "allOf"))
+    options = [object_root(branch, defs) for branch in any_of + one_of]
+    merged = [object_root(branch, defs) for branch in all_of]
+    if target:
         merged.append(object_root(target, defs))
     if options or merged:
         merged.insert(0, dict(root))
@@ -5725,7 +5745,9 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
         dropped.append("tools:web_search")
     elif book.hosted:
         tools.append({"googleSearch": {}})
-        dropped += [f"web_search.{name}" for name in ("filters", "user_location") if book.hosted[0].get(name)]
+        for name in ("filters", "user_location"):
+            if book.hosted[0].get(name):
+                dropped.append(f"web_search.{name}")
         config["includeServerSideToolInvocations"] = bool(book.functions) or None       # required where the two are combined
     return {"tools": tools, "toolConfig": without_empty(config)}
 
@@ -5759,13 +5781,13 @@ def thinking_config(ctx: EncodeContext) -> JSON:
     """How much to think, and whether to show it."""
     param = ctx.settings.thinking_param
     value = ctx.take_effort(ctx.settings.values if param else NEVER_THINKS)
-    if not param:
-        return {}
     shown = ctx.fields.get("reasoning.summary") not in (None, "none")
-    return without_empty({
-        param: int(value) if value.isdigit() else value,
-        "includeThoughts": True if shown and value != "0" else None,
-    })
+    config: JSON = {}
+    if param and value:
+        config[param] = int(value) if param == "thinkingBudget" else value
+    if param and shown and value != "0":
+        config["includeThoughts"] = True
+    return config
 
 
 # --- its schemas
@@ -5921,10 +5943,11 @@ def drop_keyword(body: JSON, found: re.Match[str]) -> None:
 
 
 def drop_search(body: JSON, found: re.Match[str]) -> None:
-    body["tools"] = [tool for tool in body.get("tools", []) if "googleSearch" not in tool]
     drop_field(body, "toolConfig.includeServerSideToolInvocations")
-    if not body["tools"]:
-        del body["tools"]
+    tools = body.get("tools", [])
+    tools[:] = [tool for tool in tools if "googleSearch" not in tool]
+    if not tools:
+        body.pop("tools", None)
 
 
 GEMINI_REPAIRS = (
@@ -6204,17 +6227,21 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
     if call:
         call_id = f"call_{len(ctx.history.items)}_demo"
-        deltas.append({"tool_calls": [{"index": 0, "id": call_id, "type": "function", "function": call}]})
+        called = {"index": 0, "id": call_id, "type": "function", "function": call}
+        deltas.append({"tool_calls": [called]})
     for delta in deltas:
         yield demo_chunk({"delta": delta})
-    counts = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": 10 if call else len(deltas)}
+    counts = {
+        "prompt_tokens": -(-len(ctx.request.raw) // 4),
+        "completion_tokens": 10 if call else len(deltas),
+    }
     yield demo_chunk({"delta": {}, "finish_reason": "tool_calls" if call else "stop"}, counts)
     yield DONE_FRAME
 
 
 def demo_chunk(choice: JSON, usage: JSON | None = None) -> bytes:
-    chunk = {"model": "demo", "choices": [{"index": 0, **choice}], "usage": usage}
-    return sse_frame("", dumps(chunk))
+    choices = [{"index": 0, **choice}]
+    return sse_frame("", dumps({"model": "demo", "choices": choices, "usage": usage}))
 
 
 def encode_demo(ctx: EncodeContext) -> JSON:
@@ -6227,8 +6254,11 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
     """A text, or a call with its name and arguments."""
     items = ctx.history.items
     if ctx.model != "tools":
-        said = [text_of(item["content"]) for item in items if item.get("role") == "user"] or [""]
-        return f"{DEMO_SAYS} You sent: {said[-1].strip()[:MAX_DEMO_TEXT]}", None
+        said = ""
+        for item in items:
+            if item.get("role") == "user":
+                said = text_of(item["content"]).strip()
+        return f"{DEMO_SAYS} You sent: {said[:MAX_DEMO_TEXT]}", None
     if items and items[-1]["type"] == "function_call_output":
         return f"{DEMO_SAYS} The command printed: {text_of(items[-1]['output']).strip()[:MAX_DEMO_TEXT]}", None
     if not ctx.book.functions:
@@ -6239,7 +6269,8 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
     arguments: JSON = {}
     for name, rule in as_dict(tool["parameters"].get("properties")).items():
         if name in required:            # for a shell: one harmless command
-            arguments[name] = DEMO_VALUES.get(str(as_dict(rule).get("type")), "echo hello from pomex")
+            kind = str(as_dict(rule).get("type"))
+            arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
     return "", {"name": tool["name"], "arguments": dumps(arguments)}
 
 
@@ -6386,12 +6417,13 @@ class WireApi(NamedTuple):
     models: Mapping[str, Any] = DIALECTS        # what is known of them, by a prefix of their name or by the dialect
     repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
-    auth_header: str = "authorization"  # a header with all of them: an address is written into logs
+    key_header: tuple[str, str] = ("authorization", "Bearer ")      # never a query: an address is written into logs
     vendor: str = ""                    # whose rule for names of parameters holds; "": the model's name tells
     model_settings: Mapping[str, Any] = {}      # what the configuration may override, with the defaults
 
     def auth(self, key: str) -> list[tuple[str, str]]:
-        return [(self.auth_header, f"Bearer {key}" if self.auth_header == "authorization" else key)]
+        name, scheme = self.key_header
+        return [(name, scheme + key)]
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
@@ -6419,8 +6451,10 @@ class WireApi(NamedTuple):
             if item["type"] == "configuration_update":      # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
-        parts = (part for item in request.input for part in only_dicts(item.get("content") or item.get("output")))
-        ctx.dropped += unknown_keys("tools", request.tools) + unknown_keys("content", parts)
+        contents = (item.get("content") or item.get("output") for item in request.input)
+        parts = itertools.chain.from_iterable(map(only_dicts, contents))
+        ctx.dropped += unknown_keys("tools", request.tools)
+        ctx.dropped += unknown_keys("content", parts)
         body = self.encode(ctx)
         dropped = ctx.dropped + [path for path, value in ctx.fields.items()
                                  if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]
@@ -6465,14 +6499,14 @@ WIRES: dict[str, WireApi] = {
         decoder=lambda ctx: MessagesDecoder(ctx.book, ctx.call_prefix),
         models=ANTHROPIC_MODELS,
         repair=functools.partial(repair_from, MESSAGES_REPAIRS),
-        headers=messages_headers, auth_header="x-api-key", vendor="claude",
+        headers=messages_headers, key_header=("x-api-key", ""), vendor="claude",
         model_settings=AnthropicModel._field_defaults),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=lambda ctx: GeminiDecoder(ctx.book, ctx.call_prefix),
         models=GEMINI_MODELS,
         repair=functools.partial(repair_from, GEMINI_REPAIRS),
-        auth_header="x-goog-api-key", vendor="gemini",
+        key_header=("x-goog-api-key", ""), vendor="gemini",
         model_settings=GeminiModel._field_defaults),
     "demo": WireApi(
         "", encode_demo,

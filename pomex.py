@@ -4999,16 +4999,10 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
     system = [part for part in (*ctx.history.system, instruction) if part.strip()]
-    asked = ctx.take("reasoning.effort")
-    effort = effort_value(settings.efforts, asked)
-    if asked == "none" and settings.disable_thinking != "never":
-        effort = ""
-    thinking = choose_thinking(asked, ctx.fields.get("reasoning.summary"), settings)
-    max_tokens, thinking = token_limits(
-        ctx.take("max_output_tokens"), thinking, settings, turns.missing_thinking())
+    max_tokens, thinking, effort = fit_thinking(ctx, turns.missing_thinking())
+    kind = thinking["type"] if thinking else ""
     native = native_web_search(ctx.book, settings)
     tools = [messages_tool(function) for function in ctx.book.functions] + native
-    kind = thinking["type"] if thinking else ""
     choice, sentence = None, ""
     if tools:
         may_force = settings.forced_choice and kind != "enabled"
@@ -5031,8 +5025,6 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         for name in ("temperature", "top_p"):
             if name in ctx.fields and "temperature" not in body:        # never both
                 body[name] = min(ctx.take(name), 1)
-    if asked not in (None, "none") and not effort and not thinking:
-        ctx.dropped.append("reasoning.effort")
     if ctx.book.hosted and not native:
         ctx.dropped.append("tools:web_search")
     body = without_empty(body)
@@ -5040,35 +5032,30 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     return {**body, "stream": True}
 
 
-def choose_thinking(effort: Any, summary: Any, settings: AnthropicModel) -> JSON | None:
-    """`thinking` for a reasoning effort and summary; None leaves the model to its own ways."""
-    shown = settings.always_show_thinking or summary not in (None, "none")
-    if effort == "none" and settings.disable_thinking != "never":
-        return without_empty({"type": settings.disable_thinking}) or None
-    if not settings.thinking or not (effort or shown or settings.binds_thinking):
-        return None
-    if settings.thinking == "budget":
-        return {"type": "enabled", "budget_tokens": int(effort_value(THINKING_BUDGETS, effort or "medium"))}
-    return without_empty({
-        "type": "adaptive",
-        "display": "summarized" if shown else None,
-        "block_binding": DROP_STALE if settings.binds_thinking else None,
-    })
-
-
-def token_limits(asked: int | None, thinking: JSON | None, settings: AnthropicModel,
-                 missing_thinking: bool) -> tuple[int, JSON | None]:
-    """max_tokens, and the thinking that fits in: a budget comes on top of the answer, and stays below the cap."""
+def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON | None, str]:
+    """max_tokens, `thinking` and effort; None and "" leave the model to its own ways. A thinking budget comes on top of the
+    answer, and stays below the cap."""
+    settings: AnthropicModel = ctx.settings
+    asked = ctx.take("reasoning.effort")
+    shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
     cap = settings.max_tokens or 1 << 31
-    wanted = min(asked or settings.default_max_tokens or cap, cap)
-    if thinking is None or thinking["type"] != "enabled":
-        return wanted, thinking
-    if missing_thinking or wanted <= LEAST_BUDGET:
-        return wanted, None
-    budget = thinking["budget_tokens"]
-    whole = min(cap, wanted + budget)
-    thinking["budget_tokens"] = max(LEAST_BUDGET, min(budget, whole - LEAST_BUDGET))
-    return whole, thinking
+    max_tokens = min(ctx.take("max_output_tokens") or settings.default_max_tokens or cap, cap)
+    if asked == "none" and settings.disable_thinking != "never":
+        return max_tokens, without_empty({"type": settings.disable_thinking}) or None, ""
+    effort = effort_value(settings.efforts, asked)
+    kind = settings.thinking if asked or shown or settings.binds_thinking else ""
+    thinking: JSON = {}
+    if kind == "adaptive":
+        thinking = {"type": kind, "display": "summarized"} if shown else {"type": kind}
+        if settings.binds_thinking:
+            thinking["block_binding"] = DROP_STALE
+    elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
+        budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
+        max_tokens = min(cap, max_tokens + budget)
+        thinking = {"type": "enabled", "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))}
+    if asked not in (None, "none") and not effort and not thinking:
+        ctx.dropped.append("reasoning.effort")
+    return max_tokens, thinking or None, effort
 
 
 def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON | None, str]:
@@ -5756,38 +5743,31 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
     functions, shape = ctx.book.functions, ctx.take("text.format", {})
-    max_tokens = ctx.take("max_output_tokens")
-    if functions and ctx.request.get("parallel_tool_calls") is False:
-        ctx.dropped.append("parallel_tool_calls")       # there is no such switch
-    if max_tokens and settings.max_tokens:
-        cap = settings.max_tokens if ctx.request.stream else settings.max_tokens // 2
-        max_tokens = min(max_tokens, cap)
-    config: JSON = {
-        "maxOutputTokens": max_tokens,
-        "temperature": ctx.take("temperature"),
-        "topP": ctx.take("top_p"),
-        "thinkingConfig": thinking_config(ctx),
-    }
     asks_json = shape.get("type") in ("json_object", "json_schema")
     if asks_json and functions and not settings.combines_tools:
         ctx.dropped.append("text.format")
-    elif asks_json:
-        config["responseMimeType"] = "application/json"
-        config["responseJsonSchema"] = gemini_schema(shape.get("schema"))
-    return without_empty(config)
-
-
-def thinking_config(ctx: EncodeContext) -> JSON:
-    """How much to think, and whether to show it."""
-    param = ctx.settings.thinking_param
-    value = ctx.take_effort(ctx.settings.values if param else NEVER_THINKS)
-    shown = ctx.fields.get("reasoning.summary") not in (None, "none")
-    config: JSON = {}
+        asks_json = False
+    max_tokens = ctx.take("max_output_tokens")
+    if max_tokens and settings.max_tokens:
+        cap = settings.max_tokens if ctx.request.stream else settings.max_tokens // 2
+        max_tokens = min(max_tokens, cap)
+    param = settings.thinking_param
+    value = ctx.take_effort(settings.values if param else NEVER_THINKS)
+    thinking: JSON = {}
     if param and value:
-        config[param] = int(value) if param == "thinkingBudget" else value
-    if param and shown and value != "0":
-        config["includeThoughts"] = True
-    return config
+        thinking[param] = int(value) if param == "thinkingBudget" else value
+    if param and value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none"):
+        thinking["includeThoughts"] = True
+    if functions and ctx.request.get("parallel_tool_calls") is False:
+        ctx.dropped.append("parallel_tool_calls")       # there is no such switch
+    return without_empty({
+        "maxOutputTokens": max_tokens,
+        "temperature": ctx.take("temperature"),
+        "topP": ctx.take("top_p"),
+        "thinkingConfig": thinking,
+        "responseMimeType": "application/json" if asks_json else None,
+        "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
+    })
 
 
 # --- its schemas

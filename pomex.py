@@ -6188,11 +6188,10 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
 DEMO_SAYS = "This is Pomex's offline demo, no model was asked."
 DEMO_MODELS = {
     "echo": "repeats what you sent, word by word",
-    "tools": "asks for one tool call, of a shell if there is one, then finishes on its output",
+    "tools": "calls the first tool that you offer, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
 MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
-DEMO_SHELL = re.compile(r"(functions__)?(exec_command|(local_)?shell(_command)?)")       # of Codex and its kin
 DEMO_VALUES = {
     "array": ["echo", "hello from pomex"],
     "number": 1, "integer": 1, "boolean": True, "object": {},
@@ -6243,12 +6242,11 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
         return f"{DEMO_SAYS} The command printed: {text_of(items[-1]['output']).strip()[:MAX_DEMO_TEXT]}", None
     if not ctx.book.functions:
         return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", None
-    shells = [tool for tool in ctx.book.functions if DEMO_SHELL.fullmatch(tool["name"])]
-    tool = (shells or ctx.book.functions)[0]
+    tool = ctx.book.functions[0]        # of Codex: the shell, which gets one harmless command
     required = required_by(tool["parameters"])
     arguments: JSON = {}
     for name, rule in as_dict(tool["parameters"].get("properties")).items():
-        if name in required:            # for a shell: one harmless command
+        if name in required:
             kind = str(as_dict(rule).get("type"))
             arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
     return "", {"name": tool["name"], "arguments": dumps(arguments)}

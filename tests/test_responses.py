@@ -1490,9 +1490,10 @@ def test_the_demo_asks_for_one_shell_call_and_ends_on_its_output():
     ({"type": "object", "properties": {"a": {"type": ["string", "null"]}, "b": {"type": "boolean"}, "c": 5}, "required": ["a", "b", "c"]},
      {"a": "echo hello from pomex", "b": True, "c": "echo hello from pomex"}),
 ])
-def test_the_demo_calls_whatever_tool_is_offered_a_shell_first(parameters, arguments):
+def test_the_demo_calls_the_first_tool_that_is_offered(parameters, arguments):
     weather = {"type": "function", "name": "get_weather", "parameters": parameters}
     made = demo("tools", tools=[weather])[0]["output"][-1]
     assert (made["name"], json.loads(made["arguments"])) == ("get_weather", arguments)
     shell = {"type": "function", "name": "shell_command", "parameters": {}}
-    assert demo("tools", tools=[weather, shell])[0]["output"][-1]["name"] == "shell_command"
+    assert demo("tools", tools=[weather, shell])[0]["output"][-1]["name"] == "get_weather"
+    assert demo("tools", tools=[shell, weather])[0]["output"][-1]["name"] == "shell_command"

@@ -3504,9 +3504,8 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
     found: list[str] = []
     for holder in holders:
         kind = str(holder.get("type"))
-        known = KNOWN_KEYS.get(kind, holder.keys())
-        for key in holder if not holder.keys() <= known else ():
-            if key not in known and holder[key] is not None:
+        for key in sorted(holder.keys() - KNOWN_KEYS.get(kind, holder.keys())):
+            if holder[key] is not None:
                 found.append(f"{prefix}:{kind}.{key}")
         if kind == "namespace":
             found += unknown_keys(prefix, holder["tools"])
@@ -3591,10 +3590,7 @@ def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
 
 def without_empty(fields: JSON) -> JSON:
     """Without the fields that ask for nothing: null, "", [] and {}."""
-    return {
-        name: value for name, value in fields.items()
-        if value not in (None, "", [], {})
-    }
+    return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
 def text_block(text: str) -> JSON:
@@ -3639,20 +3635,19 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     raw, body, exact = request.raw, request.body, not dropped
     opened = [replayed(item) if "sealed_replay" in item else item for item in items]
     if exact:
-        secrets = {
+        envelopes = {
             old["encrypted_content"].encode(): json_string(new["encrypted_content"]).encode()
             for old, new, item in zip(request.input, opened, items)
             if "sealed_replay" in item
         }
-        exact = not secrets or sorted(secrets) == sorted(ENVELOPED.findall(raw))
-        if exact and secrets:
-            raw = ENVELOPED.sub(lambda found: secrets[found[1]], raw)
+        exact = not envelopes or sorted(envelopes) == sorted(ENVELOPED.findall(raw))
+        if exact and envelopes:
+            raw = ENVELOPED.sub(lambda found: envelopes[found[1]], raw)
     models = list(MODEL_FIELD.finditer(raw))
     stores = body.get("store", False) is not False
     if not exact or stores or len(models) != 1 or LETTER_ESCAPE.search(raw):
         given = opened if isinstance(body["input"], list) else body["input"]
-        changed = {**body, "input": given, "model": model, "store": False}
-        return dumps(changed).encode()
+        return dumps({**body, "input": given, "model": model, "store": False}).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
     start, end = models[0].span(1)
     return b"".join((raw[:start], named.encode(), raw[end:]))
@@ -5158,8 +5153,8 @@ def strict_schema(schema: JSON) -> Any:
             elif key not in ("additionalProperties", "$schema"):
                 lost[key] = value
         if lost:
-            texts = [result.get("description"), dumps(lost)]
-            result["description"] = "\n\n".join(filter(None, texts))
+            texts = filter(None, (result.get("description"), dumps(lost)))
+            result["description"] = "\n\n".join(texts)
         if "properties" in result or "object" in (result.get("type") or ""):
             if "properties" not in result or given.get("additionalProperties") or given.get("patternProperties"):
                 raise ValueError("a map")
@@ -5298,16 +5293,15 @@ def tool_use_id(given: str) -> str:
 def place_cache_control(body: JSON, ttl: str) -> None:
     """Marks what the provider shall cache: up to the last tool, the last system block, the ends of the last turn and of
     the user turn before it (a step that adds more than 20 blocks would miss the first). Nothing where the client did."""
-    *earlier, last = body["messages"]
     ends = [body.get("tools", []), body.get("system", [])]
     turns = [message["content"] for message in body["messages"]]
     blocks = [*itertools.chain(*ends, *turns)]
-    blocks += [part for block in blocks for part in only_dicts(block.get("content"))]
+    blocks += itertools.chain(*(only_dicts(block.get("content")) for block in blocks))
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
     mark = without_empty({"type": "ephemeral", "ttl": "" if ttl == "5m" else ttl})
-    users = [message["content"] for message in earlier if message["role"] == "user"]
-    for content in (*ends, *users[-1:], last["content"]):
+    users = [message["content"] for message in body["messages"][:-1] if message["role"] == "user"]
+    for content in (*ends, *users[-1:], turns[-1]):
         for at in reversed(range(len(content))):
             if content[at].get("type") not in THINKING_BLOCKS:
                 content[at] = {**content[at], "cache_control": mark}
@@ -5368,10 +5362,7 @@ def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> None:
 
 def drop_thoughts(body: JSON, found: re.Match[str]) -> None:
     for message in body["messages"]:
-        message["content"] = [
-            block for block in message["content"]
-            if block["type"] not in THINKING_BLOCKS
-        ]
+        message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
     if body.get("thinking", {}).get("type") == "enabled":
         del body["thinking"]
 
@@ -5386,8 +5377,7 @@ def lower_limit(body: JSON, found: re.Match[str]) -> None:
 
 
 def add_user_turn(body: JSON, found: re.Match[str]) -> None:
-    turn = {"role": "user", "content": [text_block("Continue.")]}
-    body["messages"].append(turn)
+    body["messages"].append({"role": "user", "content": [text_block("Continue.")]})
 
 
 MESSAGES_REPAIRS = (
@@ -5710,33 +5700,31 @@ CALLING_MODES = {"none": "NONE", "auto": "VALIDATED", "required": "ANY"}
 
 def gemini_tools(ctx: EncodeContext) -> JSON:
     """tools and toolConfig: a calling mode without functions is refused."""
-    book, settings, dropped = ctx.book, ctx.settings, ctx.dropped
+    functions, hosted, dropped = ctx.book.functions, ctx.book.hosted, ctx.dropped
     tools: list[JSON] = []
     config: JSON = {}
-    subset_modes = ["required"]
-    if settings.thinking_param:         # AUTO takes no names; VALIDATED, which does, came with 2.5
-        subset_modes.append("auto")
-    mode, names = resolve_tool_choice(ctx, subset_modes)
-    if book.functions:
+    # AUTO takes no names; VALIDATED, which does, came with 2.5
+    modes = ("required", "auto") if ctx.settings.thinking_param else ("required",)
+    mode, names = resolve_tool_choice(ctx, modes)
+    if functions:
         tools.append({"functionDeclarations": [{
             "name": function["name"],
             "description": function["description"],
             "parametersJsonSchema": gemini_schema(function["parameters"]),
-        } for function in book.functions]})
+        } for function in functions]})
         if names or mode != "auto":
             calling = {"mode": CALLING_MODES[mode], "allowedFunctionNames": names}
             config["functionCallingConfig"] = without_empty(calling)
     elif mode == "required":
         dropped.append("tool_choice")
-    if book.hosted and book.functions and not settings.combines_tools:
+    if hosted and functions and not ctx.settings.combines_tools:
         dropped.append("tools:web_search")
-    elif book.hosted:
+    elif hosted:
         tools.append({"googleSearch": {}})
-        for name in ("filters", "user_location"):
-            if book.hosted[0].get(name):
-                dropped.append(f"web_search.{name}")
-        config["includeServerSideToolInvocations"] = bool(book.functions) or None       # required where the two are combined
-    return {"tools": tools, "toolConfig": without_empty(config)}
+        dropped += [f"web_search.{name}" for name in ("filters", "user_location") if hosted[0].get(name)]
+        if functions:
+            config["includeServerSideToolInvocations"] = True       # required where the two are combined
+    return {"tools": tools, "toolConfig": config}
 
 
 def gemini_config(ctx: EncodeContext) -> JSON:
@@ -6210,11 +6198,9 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
         deltas.append({"tool_calls": [called]})
     for delta in deltas:
         yield demo_chunk({"delta": delta})
-    counts = {
-        "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": 10 if call else len(deltas),
-    }
-    yield demo_chunk({"delta": {}, "finish_reason": "tool_calls" if call else "stop"}, counts)
+    reason, tokens = ("tool_calls", 10) if call else ("stop", len(deltas))
+    counts = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": tokens}
+    yield demo_chunk({"delta": {}, "finish_reason": reason}, counts)
     yield DONE_FRAME
 
 
@@ -6383,8 +6369,7 @@ class UpstreamCall(NamedTuple):
         return self._with(body)
 
     def _with(self, body: JSON) -> UpstreamCall:
-        headers = self.wire.headers(body)
-        return self._replace(body=dumps(body).encode(), headers=headers)
+        return self._replace(body=dumps(body).encode(), headers=self.wire.headers(body))
 
 
 class WireApi(NamedTuple):
@@ -6429,24 +6414,19 @@ class WireApi(NamedTuple):
             if item["type"] == "configuration_update":      # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
-        contents = (item.get("content") or item.get("output") for item in request.input)
-        parts = itertools.chain.from_iterable(map(only_dicts, contents))
         ctx.dropped += unknown_keys("tools", request.tools)
-        ctx.dropped += unknown_keys("content", parts)
+        contents = (item.get("content") or item.get("output") for item in request.input)
+        ctx.dropped += unknown_keys("content", itertools.chain(*map(only_dicts, contents)))
         body = self.encode(ctx)
         dropped = ctx.dropped + [path for path, value in ctx.fields.items()
                                  if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
+        path = self.path.format(model, method)
+        attempt = TranslatedStream(ctx, self.decoder(ctx))
+        frames = () if path else demo_frames(ctx)
         return UpstreamCall(
-            wire=self,
-            path=self.path.format(model, method),
-            body=dumps(body).encode(),
-            attempt=TranslatedStream(ctx, self.decoder(ctx)),
-            dropped=list(dict.fromkeys(dropped)),
-            headers=self.headers(body),
-            frames=() if self.path else demo_frames(ctx),
-        )
+            self, path, dumps(body).encode(), attempt, [*dict.fromkeys(dropped)], self.headers(body), frames)
 
     def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""

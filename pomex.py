@@ -3484,23 +3484,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("temperature", "top_p"), (1,)),
     **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,)),
 }
-# The keys of tools and parts that are carried, or ask for nothing (caches fill by themselves). Whatever has a type that is
-# not here is carried or named as a whole.
-KNOWN_KEYS = {kind: frozenset(("type", *keys.split())) for kind, keys in {
+# keys of tools and parts that are carried or ask for nothing; other types are carried or named as a whole
+KNOWN_KEYS = {kind: frozenset(("type", "cache_control", *keys.split())) for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
     "namespace": "name description tools",
     "tool_search": "execution description parameters",
     "web_search": "filters user_location external_web_access search_context_size search_content_types",
-    "input_text": "text cache_control",
-    "output_text": "text annotations logprobs cache_control",
-    "input_image": "image_url file_id detail cache_control",
-    "input_file": "file_data file_url file_id filename detail cache_control",
+    "input_text": "text",
+    "output_text": "text annotations logprobs",
+    "input_image": "image_url file_id detail",
+    "input_file": "file_data file_url file_id filename detail",
 }.items()}
 
 
 def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
-    """The keys of tools or parts that no wire carries, as "tools:TYPE.KEY" or "content:TYPE.KEY"."""
+    """The keys of tools or parts that no wire carries, as PREFIX:TYPE.KEY."""
     found: list[str] = []
     for holder in holders:
         kind = str(holder.get("type"))
@@ -3527,8 +3526,8 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The one of seven values, each for one of EFFORTS, that stands for `effort`; "" for "-" and where there is none. An
-    unknown effort counts as high (TRANSLATION.md 1.3)."""
+    """The one of seven values, each for one of EFFORTS, for `effort`; "" for "-" and without one. An unknown effort counts
+    as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
     known = effort if effort in EFFORTS else "high"
@@ -3561,8 +3560,8 @@ class ToolChoice(NamedTuple):
 
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> ToolChoice:
-    """The request's tool_choice; what is lost of it is named. Every wire can force one tool; `subset_modes` are the modes
-    in which it also takes several names."""
+    """The request's tool_choice; what is lost of it is named. Every wire can force one tool; in `subset_modes` it takes
+    several names too."""
     choice = ctx.request.get("tool_choice", "auto")
     if isinstance(choice, str):
         return ToolChoice(choice, [])
@@ -3581,7 +3580,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
 
 
 def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
-    """The upstream name of the tool that a tool_choice means, in its namespace if there is one; "" if it is not offered."""
+    """The upstream name of the tool that a tool_choice means; "" if it is not offered."""
     name = chosen.get("name") or chosen.get("type")
     namespace = chosen.get("namespace") or ""
     named = [flat for flat, tool in offered.items() if tool.name == name]
@@ -4007,12 +4006,12 @@ def search_action(queries: list[str]) -> JSON:
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
 #
-# One wire, spoken by some forty kinds of server, each with its own habits. Habits that are values stand in DIALECTS; those
-# of streams are harmless to expect of every server, so the decoder has hardly a branch by dialect.
+# One wire, spoken by some forty kinds of server. Habits that are values stand in DIALECTS; those of streams are harmless to
+# expect of every server, so the decoder has hardly a branch by dialect.
 
 class EffortRule(NamedTuple):
-    """How the models whose name contains `model` take a reasoning effort: a form of EFFORT_FORMS, and a value for each of
-    EFFORTS; without values they take none. `always` are fields of every request."""
+    """How models whose name contains `model` take a reasoning effort: a form of EFFORT_FORMS, and a value for each of
+    EFFORTS, if any. `always` goes with every request."""
     model: str
     form: str = "effort"
     values: str = ""
@@ -4064,7 +4063,7 @@ class Dialect(NamedTuple):
     forced_choice: bool = True      # tool_choice may force a call
     short_ids: bool = False         # call ids must be nine letters or digits
     reasoning_within: bool = False  # completion_tokens hold the reasoning even where it is counted as more
-    tool_stream: bool = False       # arguments are only streamed on request: else minutes of silence, then all at once
+    tool_stream: bool = False       # arguments are streamed only on request: else minutes of silence
     passthrough_fields: tuple[str, ...] = ()
 
 
@@ -4907,8 +4906,8 @@ def unseen(known: dict[PartType, str], channel: PartType, text: str) -> str:
 # with the next turn byte for byte: each is one reasoning item, the block in its envelope.
 
 class AnthropicModel(NamedTuple):
-    """What is known of a series of models. The defaults are the newest and strictest ways, so that an unknown model is
-    asked for nothing it could refuse."""
+    """What is known of a series of models. The defaults are the strictest, so that an unknown model is asked for nothing
+    it could refuse."""
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
     disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"  # the type; "": no `thinking` at all
     efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": it has none
@@ -4920,7 +4919,7 @@ class AnthropicModel(NamedTuple):
     system_anywhere: bool = False   # honours system messages among the others (claude-sonnet-5 takes and ignores them)
     prefill: bool = False           # the last turn may be the assistant's
     always_show_thinking: bool = False      # texts between calls are in its thoughts
-    binds_thinking: bool = False    # refuses thoughts of a conversation that was changed, unless asked to drop them
+    binds_thinking: bool = False    # refuses thoughts of a changed conversation, unless asked to drop them
     web_search: str = "web_search_20260209"     # its type; "": it has none of its own
 
 
@@ -5028,8 +5027,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON | None, str]:
-    """max_tokens, `thinking` and effort; None and "" leave the model to its own ways. A thinking budget comes on top of the
-    answer, and stays below the cap."""
+    """max_tokens, `thinking` and effort. A thinking budget comes on top of the answer, and stays below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -5291,8 +5289,8 @@ def tool_use_id(given: str) -> str:
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
-    """Marks what the provider shall cache: up to the last tool, the last system block, the ends of the last turn and of
-    the user turn before it (a step that adds more than 20 blocks would miss the first). Nothing where the client did."""
+    """Marks what the provider shall cache, unless the client did: up to the last tool, the last system block, the ends of
+    the last turn and of the user turn before it (a step that adds over 20 blocks would miss the first)."""
     ends = [body.get("tools", []), body.get("system", [])]
     turns = [message["content"] for message in body["messages"]]
     blocks = [*itertools.chain(*ends, *turns)]
@@ -5326,8 +5324,7 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 # --- what can be repaired after a refusal
 
 def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
-    """Changes the body by the first row whose pattern the error's message has: it drops the fields named there, or calls
-    the function. Nothing happens where no row fits."""
+    """Changes the body by the first row whose pattern fits the error: drops the fields, or calls the function."""
     if getattr(error, "kind", "") != "bad_request":
         return
     for pattern, repair in repairs:
@@ -5352,7 +5349,7 @@ def drop_field(body: JSON, path: str) -> None:
 
 
 def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> None:
-    """The provider drops the thoughts of another conversation itself, if its thinking is adaptive."""
+    """Adaptive thinking can drop the thoughts of another conversation itself."""
     thinking = body.setdefault("thinking", {"type": "adaptive"})
     if thinking["type"] == "adaptive" and "block_binding" not in thinking:
         thinking["block_binding"] = DROP_STALE
@@ -6306,10 +6303,10 @@ class EncodeContext:
     calls: int = 1              # the request's upstream calls, this one included
     # worked out by WireApi.call
     dropped: list[str] = field(init=False)      # what the target cannot carry: encoders add to it
-    settings: Any = field(init=False)           # what is known of the model: a Dialect, an AnthropicModel or a GeminiModel
+    settings: Any = field(init=False)           # what is known of the model
     book: ToolMap = field(init=False)
     history: History = field(init=False)
-    fields: JSON = field(init=False)            # of the request, by path: encoders take what they carry, the rest is named
+    fields: JSON = field(init=False)            # of the request, by path: encoders take theirs, the rest is named
 
     @property
     def request(self) -> ResponsesRequest:
@@ -6357,7 +6354,7 @@ class UpstreamCall(NamedTuple):
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
-        """The call that goes on after a paused turn with what the assistant has said so far, into the same attempt."""
+        """The call that continues a paused turn, into the same attempt."""
         decoder = self.attempt.decoder
         paused = decoder.resume() if isinstance(decoder, MessagesDecoder) else None
         if paused is None:

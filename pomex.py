@@ -3580,7 +3580,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
 
 
 def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
-    """The upstream name of the tool that a tool_choice means; "" if it is not offered."""
+    """The upstream name of the tool that a tool_choice means, or ""."""
     name = chosen.get("name") or chosen.get("type")
     namespace = chosen.get("namespace") or ""
     named = [flat for flat, tool in offered.items() if tool.name == name]
@@ -4018,10 +4018,10 @@ class EffortRule(NamedTuple):
     always: Mapping[str, Any] = {}
 
 
-UP_TO_HIGH, VERBATIM = "low low low medium high high high", " ".join(EFFORTS)
+UP_TO_HIGH = "low low low medium high high high"
 ON_OFF = "disabled enabled enabled enabled enabled enabled enabled"
 THINKING_BUDGETS = "0 1024 2048 10000 16384 32768 32768"
-# An unknown server is sent no effort, but for models that are the same everywhere.
+# An unknown server is sent an effort only for models that are the same everywhere.
 OPEN_MODELS = (EffortRule("gpt-oss", values=UP_TO_HIGH),)
 OPEN_TEMPLATES = (
     *OPEN_MODELS,
@@ -4032,9 +4032,9 @@ OPENAI_EFFORTS = (
     *map(EffortRule, ("gpt-3", "gpt-4", "chat-latest")),
     *(EffortRule(series, values=UP_TO_HIGH) for series in ("o1", "o3", "o4")),
     EffortRule("gpt-6.2", values="low low low medium high xhigh max"),
-    EffortRule("", values=VERBATIM),
+    EffortRule("", values=" ".join(EFFORTS)),
 )
-# GLM-5.3 always thinks, at full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349)
+# GLM-5.3 thinks at full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349)
 ZAI_EFFORTS = (
     EffortRule("glm-5.3", values="low low low high high max max",
                always={"thinking": {"type": "enabled", "clear_thinking": False}}),
@@ -4926,7 +4926,7 @@ class AnthropicModel(NamedTuple):
 BUDGET = AnthropicModel(
     "budget", "", "", 64_000,
     sampling=True, forced_choice=True, prefill=True, web_search="web_search_20250305")
-# Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence their default_max_tokens.
+# Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence default_max_tokens.
 OLD = BUDGET._replace(default_max_tokens=8192, json_schema=False)
 SYSTEM = AnthropicModel(system_anywhere=True)
 ANTHROPIC_MODELS: dict[str, AnthropicModel] = {
@@ -5092,9 +5092,9 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     target = {}
     if isinstance(reference, str):
         target = as_dict(defs.pop(reference.rpartition("/")[2], None))
-    any_of, one_of, all_of = (only_dicts(root.pop(key, None)) for key in ("anyOf", "oneOf", "allOf"))
-    options = [object_root(branch, defs) for branch in any_of + one_of]
-    merged = [object_root(branch, defs) for branch in all_of]
+    options = only_dicts(root.pop("anyOf", None)) + only_dicts(root.pop("oneOf", None))
+    options = [object_root(branch, defs) for branch in options]
+    merged = [object_root(branch, defs) for branch in only_dicts(root.pop("allOf", None))]
     if target:
         merged.append(object_root(target, defs))
     if options or merged:
@@ -6176,7 +6176,7 @@ DEMO_MODELS = {
     "tools": "calls the first tool that you offer, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
-MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
+MAX_DEMO_TEXT = 2000        # characters repeated: the demo is no file server
 DEMO_VALUES = {
     "array": ["echo", "hello from pomex"],
     "number": 1, "integer": 1, "boolean": True, "object": {},
@@ -6213,7 +6213,7 @@ def encode_demo(ctx: EncodeContext) -> JSON:
 
 
 def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
-    """A text, or a call with its name and arguments."""
+    """A text, or a call."""
     items = ctx.history.items
     if ctx.model != "tools":
         said = ""
@@ -6319,7 +6319,7 @@ class EncodeContext:
 
     @property
     def seal(self) -> Callable[[JSON], str]:
-        return functools.partial(self.envelope.seal, self.provider, self.model)     # an attempt needs no more of this
+        return functools.partial(self.envelope.seal, self.provider, self.model)
 
     def take(self, path: str, default: Any = None) -> Any:
         return self.fields.pop(path, default)
@@ -6344,7 +6344,7 @@ class UpstreamCall(NamedTuple):
     frames: Iterable[bytes] = ()            # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
-        """The call as a known refusal asks for it; None where no known change helps. To be used once a request."""
+        """The call as a known refusal asks for it, or None. To be used once a request."""
         body = json.loads(self.body)
         self.wire.repair(body, error)
         if body == json.loads(self.body):
@@ -6374,12 +6374,12 @@ class WireApi(NamedTuple):
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[EncodeContext], Decoder]
-    models: Mapping[str, Any] = DIALECTS        # what is known of them, by a prefix of their name or by the dialect
+    models: Mapping[str, Any] = DIALECTS  # what is known of them, by dialect or by prefix
     repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
-    key_header: tuple[str, str] = ("authorization", "Bearer ")      # never a query: an address is written into logs
-    vendor: str = ""                    # whose rule for names of parameters holds; "": the model's name tells
-    model_settings: Mapping[str, Any] = {}      # what the configuration may override, with the defaults
+    key_header: tuple[str, str] = ("authorization", "Bearer ")  # not in the address, which is logged
+    vendor: str = ""  # of the rule for names of parameters; "": the model's name tells
+    model_settings: Mapping[str, Any] = {}  # that the configuration may override, with their defaults
 
     def auth(self, key: str) -> list[tuple[str, str]]:
         name, scheme = self.key_header
@@ -6422,8 +6422,8 @@ class WireApi(NamedTuple):
         path = self.path.format(model, method)
         attempt = TranslatedStream(ctx, self.decoder(ctx))
         frames = () if path else demo_frames(ctx)
-        return UpstreamCall(
-            self, path, dumps(body).encode(), attempt, [*dict.fromkeys(dropped)], self.headers(body), frames)
+        dropped = list(dict.fromkeys(dropped))
+        return UpstreamCall(self, path, dumps(body).encode(), attempt, dropped, self.headers(body), frames)
 
     def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""

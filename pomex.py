@@ -5340,7 +5340,7 @@ def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayEr
 
 
 def drop_field(body: JSON, path: str) -> None:
-    """Drops one field, and the object around it if that is empty then."""
+    """Drops one field, and an object that it leaves empty."""
     outer, _, name = path.rpartition(".")
     holder = body.get(outer, body)
     holder.pop(name, None)
@@ -6301,7 +6301,7 @@ class EncodeContext:
     prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
     overrides: Mapping[str, JSON] = field(default_factory=dict)     # of what is known of models, by prefix
     calls: int = 1              # the request's upstream calls, this one included
-    # worked out by WireApi.call
+    # by WireApi.call
     dropped: list[str] = field(init=False)      # what the target cannot carry: encoders add to it
     settings: Any = field(init=False)           # what is known of the model
     book: ToolMap = field(init=False)
@@ -6344,7 +6344,7 @@ class UpstreamCall(NamedTuple):
     frames: Iterable[bytes] = ()            # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
-        """The call as a known refusal asks for it, or None. To be used once a request."""
+        """The call as a known refusal asks for it, if so. Once a request."""
         body = json.loads(self.body)
         self.wire.repair(body, error)
         if body == json.loads(self.body):

@@ -3503,7 +3503,8 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
     found: list[str] = []
     for holder in holders:
         kind = str(holder.get("type"))
-        for key in sorted(holder.keys() - KNOWN_KEYS.get(kind, holder.keys())):
+        known = KNOWN_KEYS.get(kind, holder.keys())
+        for key in () if holder.keys() <= known else sorted(holder.keys() - known):
             if holder[key] is not None:
                 found.append(f"{prefix}:{kind}.{key}")
         if kind == "namespace":
@@ -6407,13 +6408,16 @@ class WireApi(NamedTuple):
                 item["arguments"] = rename_keys(item["arguments"], tool.fitted)
         ctx.dropped += book.dropped + ctx.history.dropped
         ctx.fields = request_fields(request.body)
+        parts: list[Any] = []
         for item in request.input:
+            content = item.get("content") or item.get("output")
+            if isinstance(content, list):
+                parts += content
             if item["type"] == "configuration_update":      # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
         ctx.dropped += unknown_keys("tools", request.tools)
-        contents = (item.get("content") or item.get("output") for item in request.input)
-        ctx.dropped += unknown_keys("content", itertools.chain(*map(only_dicts, contents)))
+        ctx.dropped += unknown_keys("content", only_dicts(parts))
         body = self.encode(ctx)
         dropped = ctx.dropped + [path for path, value in ctx.fields.items()
                                  if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]

@@ -86,8 +86,6 @@ NEUTRAL = {
 # Fields that nobody names yet. Each goes as soon as it is named.
 OTHERS, ALL = ("chat", "messages", "gemini"), ("responses", "chat", "messages", "gemini")
 NOT_YET: dict[str, tuple[str, ...]] = {
-    r".*\[input_(text|image|file)\]\.prompt_cache_breakpoint": ALL,
-    r"(.*\.)?tools\[\w+\]\.(async|allowed_callers\[\]|output_schema)": ALL,
     r"(.*\.)?tools\[\w+\]\.defer_loading": ALL,
     r"(.*\.)?tools\[namespace\]\.description": ALL,
     r"(.*\.)?tools\[function\]\.strict": OTHERS,

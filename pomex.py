@@ -1572,6 +1572,9 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):   # Codex's own (openai/codex#27331), refused by others
             del schema["encrypted"]
+        if None in schema.values():     # `"required": null` of Codex: strict servers refuse it (cc-switch#7019)
+            schema = {key: value for key, value in schema.items()
+                      if value is not None or key in ("default", "const")}
         if "properties" in schema:
             names.update(as_dict(schema["properties"]))
         schemas.append(schema)
@@ -1761,15 +1764,6 @@ def escape_controls(text: str) -> str:
     """JSON with escapes for the control characters in its strings: models write raw line ends, which strict
     readers refuse."""
     return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
-
-
-Row = TypeVar("Row", bound=NamedTuple)
-
-
-def with_overrides(row: Row, overrides: Mapping[str, JSON], model: str) -> Row:
-    """A row with the configuration's overrides; of several prefixes of the model the longest one counts."""
-    prefix = max(filter(model.startswith, overrides), key=len, default="")
-    return row._replace(**overrides.get(prefix, {}))
 
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
@@ -3572,44 +3566,121 @@ CARRIED_BY_ALL = frozenset((
     "model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "reasoning.summary",
     "stream", "stream_options", "store", "background", "metadata", "client_metadata", "prompt_cache_key"))
 # values that ask for nothing: what happens anyway
-NEUTRAL: dict[str, list[Any]] = {
-    "text.verbosity": ["medium"],
-    "service_tier": ["auto", "default"],
-    "truncation": ["disabled"],
-    "include": [[], ["reasoning.encrypted_content"]],
-    "temperature": [1],
-    "top_p": [1],
-    "top_logprobs": [0],
-    "max_tool_calls": [0],
-    "presence_penalty": [0],
-    "frequency_penalty": [0],
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "text.verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+    "truncation": ("disabled",),
+    "include": ([], ["reasoning.encrypted_content"]),
+    **dict.fromkeys(("temperature", "top_p"), (1,)),
+    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,)),
 }
+# keys of tools and parts that are carried or ask for nothing; other types are carried or named as a whole
+KNOWN_KEYS = {kind: frozenset(("type", "cache_control", *keys.split())) for kind, keys in {
+    "function": "name description parameters strict defer_loading",
+    "custom": "name description format defer_loading",
+    "namespace": "name description tools",
+    "tool_search": "execution description parameters",
+    "web_search": "filters user_location external_web_access search_context_size search_content_types",
+    "input_text": "text",
+    "output_text": "text annotations logprobs",
+    "input_image": "image_url file_id detail",
+    "input_file": "file_data file_url file_id filename detail",
+}.items()}
+
+
+def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
+    """The keys of tools or parts that no wire carries, as PREFIX:TYPE.KEY."""
+    found: list[str] = []
+    for holder in holders:
+        kind = str(holder.get("type"))
+        known = KNOWN_KEYS.get(kind, holder.keys())
+        for key in () if holder.keys() <= known else sorted(holder.keys() - known):
+            if holder[key] is not None:
+                found.append(f"{prefix}:{kind}.{key}")
+        if kind == "namespace":
+            found += unknown_keys(prefix, holder["tools"])
+    return found
 
 
 def request_fields(body: JSON) -> JSON:
-    """The fields of a request by their paths, without those that are null or that every wire carries."""
+    """The fields of a request that are not null, those of its objects by their paths."""
     fields: JSON = {}
     for name, value in body.items():
-        if name in ("reasoning", "text"):
-            for key, inner in (value or {}).items():
-                fields[f"{name}.{key}"] = inner
+        if name in ("reasoning", "text") and isinstance(value, dict):
+            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
             fields[name] = value
-    return {path: value for path, value in fields.items()
-            if value is not None and path not in CARRIED_BY_ALL}
+    return {path: value for path, value in fields.items() if value is not None}
 
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The value for `effort` among `values`, one for each of EFFORTS; "" for "-" and where there is none. An
-    unknown effort counts as high (TRANSLATION.md 1.3)."""
+    """The one of seven values, each for one of EFFORTS, for `effort`; "" for "-" and without one. An unknown effort counts
+    as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
-    if effort not in EFFORTS:
-        effort = "high"
-    return values.split()[EFFORTS.index(effort)].strip("-")
+    known = effort if effort in EFFORTS else "high"
+    return values.split()[EFFORTS.index(known)].strip("-")
+
+
+VENDOR = re.compile(r"^(?:.*?(?=claude-)|.*/(?=.))")
+
+
+@functools.lru_cache(1000)
+def bare_model_name(name: str) -> str:
+    """A model's name without its vendor (anthropic/, us.anthropic., models/), and with 4-5 for 4.5."""
+    return VENDOR.sub("", name).replace(".", "-")
+
+
+def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
+    """The entry for the longest prefix that the model's name has; None where no prefix fits."""
+    name = bare_model_name(model)
+    prefixes = [
+        prefix for prefix in rows
+        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
+    ]
+    return rows.get(max(prefixes, key=len, default=""))
+
+
+class ToolChoice(NamedTuple):
+    """What the model may call: only `names` where there are some. `required`: it must call one."""
+    mode: str                   # none, auto or required
+    names: list[str]            # as they go upstream
+
+
+def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> ToolChoice:
+    """The request's tool_choice; what is lost of it is named. Every wire can force one tool; in `subset_modes` it takes
+    several names too."""
+    choice = ctx.request.get("tool_choice", "auto")
+    if isinstance(choice, str):
+        return ToolChoice(choice, [])
+    allowed, offered = choice["type"] == "allowed_tools", ctx.book.by_upstream_name
+    wanted = only_dicts(choice.get("tools")) if allowed else [choice]
+    names = [*filter(None, (offered_name(tool, offered) for tool in wanted))]
+    if not names:
+        ctx.dropped.append("tool_choice")
+        return ToolChoice("auto", [])
+    mode = "auto" if allowed and choice.get("mode") != "required" else "required"
+    if mode in subset_modes or (mode == "required" and len(names) == 1):
+        return ToolChoice(mode, names)
+    if not offered.keys() <= set(names):        # all tools stay offered: prompt caches begin with them
+        ctx.dropped.append("tool_choice.tools")
+    return ToolChoice(mode, [])
+
+
+def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
+    """The upstream name of the tool that a tool_choice means, or ""."""
+    name = chosen.get("name") or chosen.get("type")
+    namespace = chosen.get("namespace") or ""
+    named = [flat for flat, tool in offered.items() if tool.name == name]
+    return min(named, key=lambda flat: offered[flat].namespace != namespace, default="")
+
+
+def without_empty(fields: JSON) -> JSON:
+    """Without the fields that ask for nothing: null, "", [] and {}."""
+    return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
@@ -3691,108 +3762,103 @@ ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
 LETTER_ESCAPE = re.compile(rb"\\u006")     # of d, e, l, m or o: a key may be "model" without looking so
 
 
-def relay_body(request: ResponsesRequest, items: list[JSON], dropped: list[str], model: str) -> bytes:
-    """The client's own bytes with `model` replaced and `store` false: state is the gateway's, never the upstream's.
+def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
+                     model: str) -> bytes:
+    """The client's own bytes with `model` replaced and `store` false: only the gateway keeps state.
 
-    They are spliced where that is exact, else the body is dumped anew.
+    They are spliced where that is exact; otherwise the body is encoded again.
     """
-    raw, body = request.raw, request.body
-    opened = [replayed(item) for item in items]
-    envelopes = {} if dropped else {old["encrypted_content"]: new["encrypted_content"]
-                                    for old, new, item in zip(request.input, opened, items) if "sealed_replay" in item}
-    if envelopes and sorted(envelopes) == sorted(text.decode() for text in ENVELOPED.findall(raw)):
-        raw = ENVELOPED.sub(lambda m: json_string(envelopes[m[1].decode()]).encode(), raw)
-        envelopes = {}
-    models = list(model_fields(raw))
-    if dropped or envelopes or len(models) != 1 or LETTER_ESCAPE.search(raw) or body.get("store", False) is not False:
+    raw, body, exact = request.raw, request.body, not dropped
+    opened = [replayed(item) if "sealed_replay" in item else item for item in items]
+    if exact:
+        envelopes = {
+            old["encrypted_content"].encode(): json_string(new["encrypted_content"]).encode()
+            for old, new, item in zip(request.input, opened, items)
+            if "sealed_replay" in item
+        }
+        exact = not envelopes or sorted(envelopes) == sorted(ENVELOPED.findall(raw))
+        if exact and envelopes:
+            raw = ENVELOPED.sub(lambda found: envelopes[found[1]], raw)
+    models = list(MODEL_FIELD.finditer(raw))
+    stores = body.get("store", False) is not False
+    if not exact or stores or len(models) != 1 or LETTER_ESCAPE.search(raw):
         given = opened if isinstance(body["input"], list) else body["input"]
         return dumps({**body, "input": given, "model": model, "store": False}).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    return b"".join((raw[:models[0].start(1)], named.encode(), raw[models[0].end(1):]))
-
-
-def model_fields(raw: bytes) -> Iterator[re.Match[bytes]]:
-    """Where a key "model" has a string; a tool's parameter of that name is an object. (`find` outruns a pattern.)"""
-    at = raw.find(b'"model"')
-    while at >= 0:
-        found = MODEL_FIELD.match(raw, at)
-        if found:
-            yield found
-        at = raw.find(b'"model"', at + 1)
+    start, end = models[0].span(1)
+    return b"".join((raw[:start], named.encode(), raw[end:]))
 
 
 def replayed(item: JSON) -> JSON:
     """An item as the provider gave it, out of our envelope."""
-    replay = item.get("sealed_replay")
-    if replay is None:
-        return item
-    return {**{k: v for k, v in item.items() if k != "sealed_replay"}, **replay}
+    opened = dict(item)
+    opened |= opened.pop("sealed_replay")
+    return opened
 
 
-# What a Responses server other than OpenAI's can be expected to know.
-NORMALISED_FIELDS = ("max_output_tokens", "temperature", "top_p", "text", "reasoning", "truncation", "include",
-                     "prompt_cache_key", "service_tier")
+# What any Responses server can be expected to know.
+RESPONSES_FIELDS = ("max_output_tokens", "temperature", "top_p", "text.verbosity", "text.format", "reasoning.effort",
+                    "reasoning.summary", "truncation", "include", "prompt_cache_key", "service_tier")
 
 
 def encode_responses(ctx: EncodeContext) -> JSON:
     """The body for a server that knows messages, functions and reasoning, and refuses the rest."""
-    get, history, functions = ctx.request.get, ctx.history, ctx.book.functions
-    for path in [path for path in ctx.fields if path.partition(".")[0] in NORMALISED_FIELDS]:
-        ctx.take(path)
-    body: JSON = {"model": ctx.job.model}
+    request, history, functions = ctx.request, ctx.history, ctx.book.functions
+    body: JSON = {"model": ctx.model}
     if history.system:
         body["instructions"] = "\n\n".join(history.system)
-    body["input"] = [plain_input(item, index) for index, item in enumerate(history.items)]
+    body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
+        choice = resolve_tool_choice(ctx)
         body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
-        body["tool_choice"] = plain_choice(ctx)
-        body["parallel_tool_calls"] = get("parallel_tool_calls", True)
-    body.update({name: get(name) for name in NORMALISED_FIELDS if get(name) not in (None, [], {})})
-    return {**body, "stream": ctx.request.stream, "store": False}
+        body["tool_choice"] = choice.mode
+        if choice.names:
+            body["tool_choice"] = {"type": "function", "name": choice.names[0]}
+        body["parallel_tool_calls"] = request.get("parallel_tool_calls", True)
+    fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
+    for path, value in without_empty(fields).items():
+        outer, _, name = path.rpartition(".")
+        holder = body.setdefault(outer, {}) if outer else body
+        holder[name] = value
+    return {**body, "stream": request.stream, "store": False}
 
 
-def plain_input(item: JSON, index: int) -> JSON:
+def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: no ids but where the SDK's types ask for one."""
     if item["type"] == "reasoning":
         return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
-        parts = [plain_part(part, assistant) for part in item["content"]]
+        parts = [responses_part(part, assistant) for part in item["content"]]
         fixed: JSON = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
         return {"type": "message", **fixed, "role": item["role"], "content": parts}
     output = item.get("output")
-    if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
+    if isinstance(output, list) and {part["type"] for part in output} <= {"input_text", "output_text"}:
         return {**item, "output": text_of(output)}      # llama.cpp takes strings only (ggml-org/llama.cpp#23465)
     return item
 
 
-def plain_part(part: JSON, assistant: bool) -> JSON:
-    if assistant and part["type"] == "refusal":
+def responses_part(part: JSON, assistant: bool) -> JSON:
+    if part["type"] == "input_image":
+        return {"detail": "auto", **part}
+    if "text" not in part or (assistant and part["type"] == "refusal"):
         return part
-    if "text" in part:
-        return {"type": "output_text", "text": part["text"], "annotations": []} if assistant \
-            else {"type": "input_text", "text": part["text"]}
-    return {"detail": "auto", **part} if part["type"] == "input_image" else part
+    if assistant:
+        return {"type": "output_text", "text": part["text"], "annotations": []}
+    return {"type": "input_text", "text": part["text"]}
 
 
-def plain_choice(ctx: EncodeContext) -> Any:
-    """tool_choice in flat names; one that functions cannot express is named, and becomes auto."""
-    found = chosen_tool(ctx)
-    return {"type": "function", **found["function"]} if isinstance(found, dict) else found or "auto"
-
-
-# Sealed by another organisation, region or key: without a retry the conversation would be refused for good. Some relays drop
-# the code (lidge-jun/opencodex#2269).
+# Sealed by another organisation, region or key: without a retry the conversation would be refused for good. Some gateways
+# drop the code (lidge-jun/opencodex#2269).
 SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
                           r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
 
 
-def repair_responses(body: JSON, error: GatewayError) -> JSON | None:
-    """The request without what is sealed, where that was refused."""
-    if isinstance(body["input"], str) or not SEAL_REFUSED.search(f"{error.code} {error}"):
-        return None
-    return {**body, "input": [item for item in body["input"]
-                              if item.get("type") != "reasoning" and "encrypted_content" not in item]}
+def repair_responses(body: JSON, error: GatewayError) -> None:
+    """Drops everything sealed, where that was refused."""
+    if isinstance(body["input"], list) and SEAL_REFUSED.search(f"{error.code} {error}"):
+        body["input"] = [item for item in body["input"]
+                         if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
 # codes of refusals: another target would refuse too, and clients act on them (CODEX.md 7.3)
@@ -4077,25 +4143,46 @@ def search_action(queries: list[str]) -> JSON:
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
 #
-# One wire, spoken by some forty kinds of server, each with habits. Habits that are values stand in DIALECTS;
-# those of streams are harmless to expect from everybody, and so the decoder has hardly a branch by dialect.
+# One wire, spoken by some forty kinds of server. Habits that are values stand in DIALECTS; those of streams are harmless to
+# expect of every server, so the decoder has hardly a branch by dialect.
 
 class EffortRule(NamedTuple):
-    """How models whose name holds `model` are told to think: a form, and its value for each of EFFORTS; without
-    them nothing at all, for models that refuse the field."""
+    """How models whose name contains `model` take a reasoning effort: a form of EFFORT_FORMS, and a value for each of
+    EFFORTS, if any. `always` goes with every request."""
     model: str
-    form: Literal["effort", "reasoning", "thinking", "thinking_effort", "template"] = "effort"
+    form: str = "effort"
     values: str = ""
+    always: Mapping[str, Any] = {}
 
 
-UP_TO_HIGH, VERBATIM = "low low low medium high high high", " ".join(EFFORTS)
+UP_TO_HIGH = "low low low medium high high high"
 ON_OFF = "disabled enabled enabled enabled enabled enabled enabled"
-# a server that we do not know is told nothing, but for models that are the same everywhere
-OPEN_MODELS = (EffortRule("gpt-oss", "effort", UP_TO_HIGH),)
-OPEN_TEMPLATES = (*OPEN_MODELS, *(EffortRule(series, "template", ON_OFF) for series in ("qwen3", "glm-4")))
-OPENAI_EFFORTS = (EffortRule("gpt-3"), EffortRule("gpt-4"), EffortRule("chat-latest"),
-                  *(EffortRule(series, "effort", UP_TO_HIGH) for series in ("o1", "o3", "o4")),
-                  EffortRule("", "effort", VERBATIM))
+THINKING_BUDGETS = "0 1024 2048 10000 16384 32768 32768"
+# An unknown server is sent an effort only for models that are the same everywhere.
+OPEN_MODELS = (EffortRule("gpt-oss", values=UP_TO_HIGH),)
+OPEN_TEMPLATES = (
+    *OPEN_MODELS,
+    EffortRule("qwen3", "template", ON_OFF),
+    EffortRule("glm-4", "template", ON_OFF),
+)
+OPENAI_EFFORTS = (
+    *map(EffortRule, ("gpt-3", "gpt-4", "chat-latest")),
+    *(EffortRule(series, values=UP_TO_HIGH) for series in ("o1", "o3", "o4")),
+    EffortRule("gpt-6.2", values="low low low medium high xhigh max"),
+    EffortRule("", values=" ".join(EFFORTS)),
+)
+# GLM-5.3 thinks at full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349)
+ZAI_EFFORTS = (
+    EffortRule("glm-5.3", values="low low low high high max max",
+               always={"thinking": {"type": "enabled", "clear_thinking": False}}),
+    EffortRule("", "thinking", ON_OFF),
+)
+SPLIT = {"reasoning_split": True}       # else the thoughts stand in the text
+MINIMAX_EFFORTS = (
+    EffortRule("m3.1", values="low low low medium high max max", always=SPLIT),
+    EffortRule("m3", "thinking", ON_OFF.replace("enabled", "adaptive"), SPLIT),
+    EffortRule("", always=SPLIT),
+)
 
 
 class Dialect(NamedTuple):
@@ -4105,7 +4192,7 @@ class Dialect(NamedTuple):
     replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
     efforts: tuple[EffortRule, ...] = OPEN_MODELS
     think_tags: bool = True         # an answer may begin with <think>
-    system_anywhere: bool = False        # system messages may stand anywhere
+    system_anywhere: bool = False   # system messages may stand anywhere
     strict_tools: bool = False
     tool_parts: bool = False        # tool results may hold images
     files: bool = False             # {"type": "file"} parts are understood
@@ -4113,39 +4200,52 @@ class Dialect(NamedTuple):
     forced_choice: bool = True      # tool_choice may force a call
     short_ids: bool = False         # call ids must be nine letters or digits
     reasoning_within: bool = False  # completion_tokens hold the reasoning even where it is counted as more
-    passed: tuple[str, ...] = ()    # request fields that go up as they are
+    tool_stream: bool = False       # arguments are streamed only on request: else minutes of silence
+    passthrough_fields: tuple[str, ...] = ()
 
 
-OPENAI_FIELDS = ("text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-                 "service_tier")
+OPENAI_FIELDS = ("text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")
+OPENAI = Dialect(
+    "max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
+    strict_tools=True, passthrough_fields=OPENAI_FIELDS)
+QWEN = Dialect(
+    replay="reasoning_content", think_tags=False,
+    efforts=(EffortRule("coder"), EffortRule("", "budget", THINKING_BUDGETS, {"preserve_thinking": True})))
 DIALECTS: dict[str, Dialect] = {
     **dict.fromkeys(("generic", "together", "fireworks", "ollama", "lmstudio"), Dialect()),
     **dict.fromkeys(("vllm", "llama.cpp", "llamacpp"), Dialect(efforts=OPEN_TEMPLATES)),
-    "openai": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
-                      strict_tools=True, files=True, passed=OPENAI_FIELDS),
-    "azure": Dialect("max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
-                     strict_tools=True, passed=OPENAI_FIELDS[:-1]),
+    "openai": OPENAI._replace(files=True, passthrough_fields=(*OPENAI_FIELDS, "service_tier")),
+    "azure": OPENAI,
     "deepseek": Dialect(
         replay="reasoning_content", replay_always=True, think_tags=False, json_schema=False,
         forced_choice=False,            # "Thinking mode does not support this tool_choice"
         efforts=(EffortRule("", "thinking_effort", "disabled low low high high high max"),)),
-    "openrouter": Dialect(replay="reasoning_details", think_tags=False, files=True, reasoning_within=True,
-                          efforts=(EffortRule("", "reasoning", "none minimal low medium high xhigh xhigh"),)),
-    "groq": Dialect("max_completion_tokens", tool_parts=True, passed=("service_tier",), efforts=(
-        *OPEN_MODELS, EffortRule("qwen3", "effort", "none default default default default default default"))),
-    "xai": Dialect(think_tags=False, efforts=(EffortRule("mini", "effort", "low low low low high high high"),)),
-    "mistral": Dialect(replay="thinking", think_tags=False, tool_parts=True, short_ids=True,
-                       efforts=(EffortRule("small", "effort", "none high high high high high high"),)),
+    "openrouter": Dialect(
+        replay="reasoning_details", think_tags=False, files=True, reasoning_within=True,
+        efforts=(EffortRule("", "reasoning", "none minimal low medium high xhigh xhigh"),)),
+    "groq": Dialect(
+        "max_completion_tokens", tool_parts=True, passthrough_fields=("service_tier",),
+        efforts=(*OPEN_MODELS, EffortRule("qwen3", values="none default default default default default default"))),
+    "xai": Dialect(
+        think_tags=False,
+        efforts=(EffortRule("mini", values="low low low low high high high"),)),
+    "mistral": Dialect(
+        replay="thinking", think_tags=False, tool_parts=True, short_ids=True,
+        efforts=(EffortRule("small", values="none high high high high high high"),)),
     "cerebras": Dialect("max_completion_tokens"),
-    "moonshot": Dialect(replay="reasoning_content", replay_always=True, think_tags=False, efforts=(
-        EffortRule("k3", "effort", "low low low high high high max"), EffortRule("k2.", "thinking", ON_OFF))),
-    "zai": Dialect(replay="reasoning_content", think_tags=False, efforts=(EffortRule("", "thinking", ON_OFF),)),
+    "moonshot": Dialect(
+        replay="reasoning_content", replay_always=True, think_tags=False,
+        efforts=(EffortRule("k3", values="low low low high high high max"),
+                 EffortRule("k2.", "thinking", ON_OFF))),
+    "zai": Dialect(
+        replay="reasoning_content", think_tags=False, tool_stream=True,
+        efforts=ZAI_EFFORTS),
+    "minimax": Dialect(
+        "max_completion_tokens", replay="reasoning_details",
+        efforts=MINIMAX_EFFORTS),
+    "qwen": QWEN,
+    "dashscope": QWEN,
 }
-
-
-def chat_dialect(job: Job) -> Dialect:
-    """The habits of a job's server, as the configuration has them."""
-    return with_overrides(DIALECTS[job.dialect or "generic"], job.overrides, job.model)
 
 
 # --- the request
@@ -4155,108 +4255,80 @@ MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string wi
 
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
-    request, model, dialect = ctx.request, ctx.job.model, ctx.settings
+    dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
-    effort = ctx.take("reasoning.effort")
-    thinking = effort_fields(effort, model, dialect)
-    if effort and not thinking:
-        ctx.dropped.append("reasoning.effort")
-    body: JSON = {"model": model, "messages": ChatMessages(ctx).encode(instruction)}
+    thinking = chat_thinking(ctx)
+    body: JSON = {
+        "model": ctx.model,
+        "messages": ChatMessages(ctx).encode(instruction),
+    }
     if ctx.book.functions:
-        body |= chat_tools(ctx, dialect.forced_choice or thinking.get("thinking") == {"type": "disabled"})
-    body |= chat_settings(ctx) | thinking
-    if shape is not None:
-        body["response_format"] = shape
-    if request.stream:
+        forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
+        body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
+    for path in ("temperature", "top_p", *dialect.passthrough_fields):
+        body[path.rpartition(".")[2]] = ctx.take(path)
+    if "prompt_cache_key" in body:
+        body["prompt_cache_key"] = ctx.request.cache_key()
+    body[dialect.max_tokens] = ctx.take("max_output_tokens")
+    body |= {**thinking, "response_format": shape}
+    if ctx.request.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    return body
+        if dialect.tool_stream and ctx.book.functions:
+            body["tool_stream"] = True
+    return without_empty(body)
 
 
 def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
-    """tools, tool_choice, parallel_tool_calls: without the first, the others are refused."""
-    fields: JSON = {"tools": [chat_tool(function, ctx.settings) for function in ctx.book.functions]}
-    choice, parallel = chosen_tool(ctx), ctx.request.get("parallel_tool_calls")
-    if choice not in ("auto", "none", None) and not may_force:
+    """tools, tool_choice and parallel_tool_calls, which only go together."""
+    functions = ctx.book.functions
+    if not ctx.settings.strict_tools:           # most servers refuse a tool for it
+        functions = [{**function} for function in functions]
+        for function in functions:
+            function.pop("strict", None)
+    tools = [{"type": "function", "function": function} for function in functions]
+    mode, names = resolve_tool_choice(ctx)
+    choice: Any = None if mode == "auto" else mode      # auto is every server's default
+    if names:
+        choice = {"type": "function", "function": {"name": names[0]}}
+    if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
-    elif choice not in ("auto", None):          # auto is everybody's own
-        fields["tool_choice"] = choice
-    return fields if parallel is None else {**fields, "parallel_tool_calls": parallel}
-
-
-def chat_settings(ctx: EncodeContext) -> JSON:
-    """The fields that are only renamed, or passed where the server knows them."""
-    dialect: Dialect = ctx.settings
-    asked = {path.rpartition(".")[2]: ctx.take(path) for path in ("temperature", "top_p", *dialect.passed)}
-    if "prompt_cache_key" in asked:
-        asked["prompt_cache_key"] = ctx.request.cache_key()
-    asked[dialect.max_tokens] = ctx.take("max_output_tokens")
-    return {name: value for name, value in asked.items() if value is not None}
-
-
-def chat_tool(function: JSON, dialect: Dialect) -> JSON:
-    """Only some servers take `strict`; others refuse the tool for it."""
-    return {"type": "function", "function": {key: value for key, value in function.items()
-                                             if key != "strict" or dialect.strict_tools}}
-
-
-def chosen_tool(ctx: EncodeContext) -> Any:
-    """chat_tool_choice of the request; names what it loses: a tool that is not offered, or that an allowed_tools bars
-    (only one that is forced says so)."""
-    choice, book = ctx.request.get("tool_choice", "auto"), ctx.book
-    given = chat_tool_choice(choice, book)
-    if given is None:
-        ctx.dropped.append("tool_choice")
-    elif isinstance(choice, dict) and choice["type"] == "allowed_tools" and not isinstance(given, dict):
-        found = (chat_tool_choice({"type": "", **tool}, book) for tool in only_dicts(choice.get("tools")))
-        if book.by_upstream_name.keys() - {each["function"]["name"] for each in found if isinstance(each, dict)}:
-            ctx.dropped.append("tool_choice.tools")
-    return given
-
-
-def chat_tool_choice(choice: Any, book: ToolMap) -> Any:
-    """The chat form of a tool_choice; None for a tool that is not offered."""
-    if isinstance(choice, str):
-        return choice
-    if choice["type"] == "allowed_tools":       # the tools stay as they are: caches begin with them
-        allowed, mode = only_dicts(choice.get("tools")), choice.get("mode", "auto")
-        forced = mode == "required" and len(allowed) == 1
-        return chat_tool_choice({"type": "", **allowed[0]}, book) if forced else mode
-    name = choice.get("name") or choice["type"]
-    flat = upstream_tool_name(str(name), choice.get("namespace") or "")
-    if flat not in book.by_upstream_name:
-        flat = next((flat for flat, tool in book.by_upstream_name.items() if tool.name == name), "")
-    return {"type": "function", "function": {"name": flat}} if flat else None
+        choice = None
+    parallel = ctx.request.get("parallel_tool_calls")
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
-    """response_format, and what must be said in words where the server knows no schemas."""
-    if shape.get("type") == "json_object":
-        return {"type": "json_object"}, ""
-    if shape.get("type") != "json_schema":
-        return None, ""
-    if not dialect.json_schema:
-        asked = f"Answer with one JSON object that fits this JSON schema:\n{dumps(shape['schema'])}"
-        return {"type": "json_object"}, asked
-    carried = ("name", "description", "schema", "strict")
-    schema = {key: shape[key] for key in carried if shape.get(key) is not None}
-    return {"type": "json_schema", "json_schema": schema}, ""
+    """response_format, and an instruction beside it for servers that know no schemas."""
+    kind = shape.get("type", "text")
+    if kind == "json_schema" and dialect.json_schema:
+        known = {key: shape.get(key) for key in ("name", "description", "schema", "strict")}
+        return {"type": kind, kind: without_empty(known)}, ""
+    if kind == "json_schema":
+        schema = dumps(shape["schema"])
+        return {"type": "json_object"}, f"Answer with one JSON object that fits this JSON schema:\n{schema}"
+    return None if kind == "text" else {"type": kind}, ""
 
 
-EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # form -> the request fields of a value
+EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for a value
     "effort": lambda value: {"reasoning_effort": value},
     "reasoning": lambda value: {"reasoning": {"effort": value}},
     "template": lambda value: {"chat_template_kwargs": {"enable_thinking": value == "enabled"}},
     "thinking": lambda value: {"thinking": {"type": value}},
     "thinking_effort": lambda value: {"thinking": {"type": "enabled"}, "reasoning_effort": value}
     if value != "disabled" else {"thinking": {"type": value}},
+    "budget": lambda value: {"enable_thinking": True, "thinking_budget": int(value)}
+    if value != "0" else {"enable_thinking": False},
 }
 
 
-def effort_fields(effort: Any, model: str, dialect: Dialect) -> JSON:
-    """The request fields for a reasoning effort."""
-    rule = next((rule for rule in dialect.efforts if rule.model in model.lower()), EffortRule(""))
-    value = effort_value(rule.values, effort)
-    return EFFORT_FORMS[rule.form](value) if value else {}
+def chat_thinking(ctx: EncodeContext) -> JSON:
+    """The request fields about reasoning."""
+    name = ctx.model.lower()
+    fitting = (rule for rule in ctx.settings.efforts if rule.model in name)
+    rule = next(fitting, EffortRule(""))
+    value = ctx.take_effort(rule.values)
+    asked = EFFORT_FORMS[rule.form](value) if value else {}
+    return {**rule.always, **asked}
 
 
 class ChatMessages(TurnEncoder):
@@ -4931,62 +5003,60 @@ def unseen(known: dict[PartType, str], channel: PartType, text: str) -> str:
 # with the next turn byte for byte: each is one reasoning item, the block in its envelope.
 
 class AnthropicModel(NamedTuple):
-    """What is known of the models whose name begins with `prefix`. The defaults are the newest and strictest ways, so
-    that a model that is not known yet is asked for nothing it could refuse."""
-    prefix: str
+    """What is known of a series of models. The defaults are the strictest, so that an unknown model is asked for nothing
+    it could refuse."""
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
-    off: Literal["", "disabled", "between_tools", "never"] = "never"   # told not to think; "": it must be told to
+    disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"  # the type; "": no `thinking` at all
     efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": it has none
     max_tokens: int = 128_000       # its cap; 0: not known
-    usual_tokens: int = 0           # sent where the client names no limit; 0: the cap
+    default_max_tokens: int = 0     # sent where the client names no limit; 0: the cap
     sampling: bool = False          # takes temperature or top_p
     forced_choice: bool = False     # a tool may be forced; with a thinking budget never
     json_schema: bool = True
-    system_anywhere: bool = False        # honours system messages among the others (claude-sonnet-5 takes and ignores them)
+    system_anywhere: bool = False   # honours system messages among the others (claude-sonnet-5 takes and ignores them)
     prefill: bool = False           # the last turn may be the assistant's
-    shown: bool = False             # what it says between calls is in its thoughts: they are always asked for
-    web_search: str = "web_search_20260209"     # "": it has none of its own
+    always_show_thinking: bool = False      # texts between calls are in its thoughts
+    binds_thinking: bool = False    # refuses thoughts of a changed conversation, unless asked to drop them
+    web_search: str = "web_search_20260209"     # its type; "": it has none of its own
 
 
-BUDGET = AnthropicModel("", "budget", "", "", 64_000, sampling=True, forced_choice=True, prefill=True,
-                web_search="web_search_20250305")
-# Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence their usual_tokens.
-ANTHROPIC_MODELS = (
-    *(AnthropicModel(series, system_anywhere=True) for series in (
-        "claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-1", "claude-mythos-5-2")),
-    *(AnthropicModel(series, system_anywhere=True, forced_choice=True) for series in ("claude-fable-5", "claude-mythos-5")),
-    AnthropicModel("claude-opus-5-5", system_anywhere=True, shown=True),
-    AnthropicModel("claude-opus-5", off="disabled", system_anywhere=True, forced_choice=True),
-    AnthropicModel("claude-sonnet-5-5", off="between_tools", shown=True),
-    AnthropicModel("claude-sonnet-5", off="disabled", forced_choice=True),
-    AnthropicModel("claude-haiku-5-5", off="disabled", forced_choice=True, shown=True),
-    AnthropicModel("claude-opus-4-8", off="", system_anywhere=True, forced_choice=True),
-    AnthropicModel("claude-opus-4-7", off="", forced_choice=True),
-    *(AnthropicModel(series, off="", efforts="low low low medium high max max", sampling=True, forced_choice=True)
-      for series in ("claude-opus-4-6", "claude-sonnet-4-6")),
-    BUDGET._replace(prefix="claude-opus-4-5", efforts="low low low medium high high high"),
-    BUDGET._replace(prefix="claude-sonnet-4-5"),
-    BUDGET._replace(prefix="claude-haiku-4-5"),
-    BUDGET._replace(prefix="claude-opus-4-1", max_tokens=32_000, usual_tokens=8192),
-    BUDGET._replace(prefix="claude-opus-4", max_tokens=32_000, usual_tokens=8192, json_schema=False),
-    BUDGET._replace(prefix="claude-sonnet-4", usual_tokens=8192, json_schema=False),
-    BUDGET._replace(prefix="claude-3-7", usual_tokens=8192, json_schema=False),
-    BUDGET._replace(prefix="claude-3-5", thinking="", max_tokens=8192, json_schema=False),
-    BUDGET._replace(prefix="claude-3", thinking="", max_tokens=4096, json_schema=False, web_search=""),
-    AnthropicModel("claude-"),
-    # another's model behind the same API: llama.cpp, vLLM, and what DeepSeek, Moonshot and Z.ai offer
-    BUDGET._replace(thinking="", max_tokens=0, usual_tokens=8192, json_schema=False, prefill=False, web_search=""),
-)
+BUDGET = AnthropicModel(
+    "budget", "", "", 64_000,
+    sampling=True, forced_choice=True, prefill=True, web_search="web_search_20250305")
+# Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence default_max_tokens.
+OLD = BUDGET._replace(default_max_tokens=8192, json_schema=False)
+SYSTEM = AnthropicModel(system_anywhere=True)
+ANTHROPIC_MODELS: dict[str, AnthropicModel] = {
+    **dict.fromkeys(("claude-fable-5", "claude-mythos-5"), SYSTEM._replace(forced_choice=True)),
+    "claude-mythos-5-1": SYSTEM,
+    **dict.fromkeys(
+        ("claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-2"),
+        SYSTEM._replace(binds_thinking=True)),
+    "claude-opus-5-5": SYSTEM._replace(always_show_thinking=True, binds_thinking=True),
+    "claude-opus-5": SYSTEM._replace(disable_thinking="disabled", forced_choice=True),
+    "claude-sonnet-5-5": AnthropicModel(
+        disable_thinking="between_tools", always_show_thinking=True, binds_thinking=True),
+    "claude-sonnet-5": AnthropicModel(disable_thinking="disabled", forced_choice=True),
+    "claude-haiku-5-5": AnthropicModel(
+        disable_thinking="disabled", forced_choice=True, always_show_thinking=True, binds_thinking=True),
+    "claude-opus-4-8": SYSTEM._replace(disable_thinking="", forced_choice=True),
+    "claude-opus-4-7": AnthropicModel(disable_thinking="", forced_choice=True),
+    **dict.fromkeys(("claude-opus-4-6", "claude-sonnet-4-6"), AnthropicModel(
+        disable_thinking="", efforts="low low low medium high max max", sampling=True, forced_choice=True)),
+    "claude-opus-4-5": BUDGET._replace(efforts="low low low medium high high high"),
+    **dict.fromkeys(("claude-sonnet-4-5", "claude-haiku-4-5"), BUDGET),
+    "claude-opus-4-1": OLD._replace(max_tokens=32_000, json_schema=True),
+    "claude-opus-4": OLD._replace(max_tokens=32_000),
+    **dict.fromkeys(("claude-sonnet-4", "claude-3-7"), OLD),
+    "claude-3-5": OLD._replace(thinking="", max_tokens=8192),
+    "claude-3": OLD._replace(thinking="", max_tokens=4096, web_search=""),
+    "claude-": AnthropicModel(),
+    # another vendor's model behind the same API: llama.cpp, vLLM, DeepSeek, Moonshot, Z.ai
+    "": OLD._replace(thinking="", max_tokens=0, prefill=False, web_search=""),
+}
 
-THINKING_BUDGETS = "0 1024 2048 10000 16384 32768 32768"     # for each of EFFORTS
 LEAST_BUDGET = 1024
 THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
-
-
-def anthropic_model(model: str, overrides: Mapping[str, JSON] | None = None) -> AnthropicModel:
-    """The row of a model; `overrides` maps prefixes to fields that differ."""
-    name = model[max(model.find("claude-"), 0):].replace(".", "-")      # routers and clouds name the vendor before it
-    return with_overrides(next(row for row in ANTHROPIC_MODELS if name.startswith(row.prefix)), overrides or {}, name)
 
 
 def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
@@ -4995,14 +5065,17 @@ def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
         return []
     asked = book.hosted[0]
     filters = as_dict(asked.get("filters"))
-    location = {k: v for k, v in as_dict(asked.get("user_location")).items() if v and k != "type"}
-    tool: JSON = {"type": settings.web_search, "name": "web_search"}
-    if settings.web_search >= "web_search_20260209":    # called from code, it gives no citations
-        tool["allowed_callers"] = ["direct"]
-    given = "allowed_domains" if filters.get("allowed_domains") else "blocked_domains"      # never both
-    if filters.get(given):
-        tool[given] = filters[given]
-    return [{**tool, "user_location": {"type": "approximate", **location}} if location else tool]
+    place = without_empty({**as_dict(asked.get("user_location")), "type": ""})
+    allowed = filters.get("allowed_domains")
+    dynamic = settings.web_search >= "web_search_20260209"
+    return [without_empty({
+        "type": settings.web_search,
+        "name": "web_search",
+        "allowed_callers": ["direct"] if dynamic else None,     # called from code, it gives no citations
+        "allowed_domains": allowed,
+        "blocked_domains": None if allowed else filters.get("blocked_domains"),     # never both
+        "user_location": place and {"type": "approximate", **place},
+    })]
 
 
 # --- the request
@@ -5012,151 +5085,171 @@ JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
 def encode_messages(ctx: EncodeContext) -> JSON:
-    """The body of POST /messages. Always a stream: long answers cannot be had without one."""
-    take, row, book, asked = ctx.take, ctx.settings, ctx.book, ctx.take("reasoning.effort")
+    """The body of POST /messages. Always a stream: long answers are refused otherwise."""
+    settings: AnthropicModel = ctx.settings
     turns = MessagesTurns(ctx)
-    shape, instruction = output_format(take("text.format", {}), row)
-    thinking, effort = thinking_of(asked, ctx.request.get("reasoning", {}).get("summary"), row)
-    max_tokens, thinking = token_limits(take("max_output_tokens"), thinking, row, turns.missing_thinking())
-    native = native_web_search(book, row)
-    tools = [messages_tool(function) for function in book.functions] + native
-    choice, sentence = messages_tool_choice(ctx, thinking, bool(native)) if tools else (None, "")
-    system = [text_block(part) for part in (*ctx.history.system, instruction) if part.strip()]
-    named, user = take("user"), take("safety_identifier")
-    user = user or named
-    wanted: JSON = {
-        "model": ctx.job.model, "max_tokens": max_tokens, "system": system, "tools": tools, "tool_choice": choice,
-        "messages": turns.finish(sentence, thinking is not None), "thinking": thinking,
-        "output_config": {name: value for name, value in (("effort", effort), ("format", shape)) if value},
-        "metadata": {"user_id": user if len(user) <= 256 else sha256_hex(user)} if user else None, **sampling_of(ctx, thinking)}
-    ctx.dropped += ["reasoning.effort"] if asked not in (None, "none") and not effort and not thinking else []
-    ctx.dropped += ["tools:web_search"] if book.hosted and not native else []
-    body = {name: value for name, value in wanted.items() if value not in (None, [], {})}
-    place_cache_control(body, ctx.job.prompt_cache)
+    shape, instruction = output_format(ctx.take("text.format", {}), settings)
+    system = [part for part in (*ctx.history.system, instruction) if part.strip()]
+    max_tokens, thinking, effort = fit_thinking(ctx, turns.missing_thinking())
+    kind = thinking["type"] if thinking else ""
+    native = native_web_search(ctx.book, settings)
+    tools = [messages_tool(function) for function in ctx.book.functions] + native
+    choice, sentence = None, ""
+    if tools:
+        may_force = settings.forced_choice and kind != "enabled"
+        choice, sentence = messages_tool_choice(ctx, may_force, bool(native))
+    user = ctx.take("safety_identifier", ctx.take("user", ""))
+    if len(user) > 256:
+        user = sha256_hex(user)
+    body: JSON = {
+        "model": ctx.model,
+        "max_tokens": max_tokens,
+        "system": [*map(text_block, system)],
+        "tools": tools,
+        "tool_choice": choice,
+        "messages": turns.finish(sentence, thinking is not None),
+        "thinking": thinking,
+        "output_config": without_empty({"effort": effort, "format": shape}),
+        "metadata": without_empty({"user_id": user}),
+    }
+    if settings.sampling and kind not in ("enabled", "adaptive"):
+        for name in ("temperature", "top_p"):
+            if name in ctx.fields and "temperature" not in body:        # never both
+                body[name] = min(ctx.take(name), 1)
+    if ctx.book.hosted and not native:
+        ctx.dropped.append("tools:web_search")
+    body = without_empty(body)
+    place_cache_control(body, ctx.prompt_cache)
     return {**body, "stream": True}
 
 
-def thinking_of(asked: Any, summary: Any, row: AnthropicModel) -> tuple[JSON | None, str]:
-    """`thinking` and effort for what the client asked; None and "" leave the model to its own ways."""
-    shown = row.shown or summary not in (None, "none")
-    if asked == "none" and row.off != "never":
-        return ({"type": row.off} if row.off else None), ""
-    effort = effort_value(row.efforts, asked)
-    if not row.thinking or not (asked or shown):
-        return None, effort
-    if row.thinking == "budget":
-        return {"type": "enabled", "budget_tokens": int(effort_value(THINKING_BUDGETS, asked or "medium"))}, effort
-    return {"type": "adaptive", "display": "summarized"} if shown else {"type": "adaptive"}, effort
+def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON | None, str]:
+    """max_tokens, `thinking` and effort. A thinking budget comes on top of the answer, and stays below the cap."""
+    settings: AnthropicModel = ctx.settings
+    asked = ctx.take("reasoning.effort")
+    shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
+    cap = settings.max_tokens or 1 << 31
+    max_tokens = min(ctx.take("max_output_tokens") or settings.default_max_tokens or cap, cap)
+    if asked == "none" and settings.disable_thinking != "never":
+        return max_tokens, without_empty({"type": settings.disable_thinking}) or None, ""
+    effort = effort_value(settings.efforts, asked)
+    kind = settings.thinking if asked or shown or settings.binds_thinking else ""
+    thinking: JSON = {}
+    if kind == "adaptive":
+        thinking = {"type": kind, "display": "summarized"} if shown else {"type": kind}
+        if settings.binds_thinking:
+            thinking["block_binding"] = DROP_STALE
+    elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
+        budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
+        max_tokens = min(cap, max_tokens + budget)
+        thinking = {"type": "enabled", "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))}
+    if asked not in (None, "none") and not effort and not thinking:
+        ctx.dropped.append("reasoning.effort")
+    return max_tokens, thinking or None, effort
 
 
-def token_limits(asked: int | None, thinking: JSON | None, row: AnthropicModel,
-                 missing_thinking: bool) -> tuple[int, JSON | None]:
-    """max_tokens, and the thinking that fits in: a budget comes on top of the answer, and below the cap."""
-    cap = row.max_tokens or 1 << 31
-    wanted = min(asked or row.usual_tokens or cap, cap)
-    if thinking is None or thinking["type"] != "enabled":
-        return wanted, thinking
-    if missing_thinking or wanted <= LEAST_BUDGET:
-        return wanted, None
-    whole = min(cap, wanted + thinking["budget_tokens"])
-    return whole, {**thinking, "budget_tokens": max(LEAST_BUDGET, min(thinking["budget_tokens"], whole - LEAST_BUDGET))}
-
-
-def sampling_of(ctx: EncodeContext, thinking: JSON | None) -> JSON:
-    """temperature or top_p, never both; none where the model refuses it or thinks."""
-    given = {name: ctx.take(name) for name in ("temperature", "top_p") if name in ctx.fields}
-    thinks = thinking is not None and thinking["type"] in ("enabled", "adaptive")
-    kept = dict(list(given.items())[:1]) if ctx.settings.sampling and not thinks else {}
-    ctx.dropped += [name for name, value in given.items() if name not in kept and value != 1]      # 1 is everybody's default
-    return {name: min(value, 1) for name, value in kept.items()}
-
-
-def messages_tool_choice(ctx: EncodeContext, thinking: JSON | None, native: bool) -> tuple[JSON | None, str]:
-    """tool_choice, and what must be said in words where a call may not be forced."""
-    get = ctx.request.get
-    asks_search = native and str(as_dict(get("tool_choice")).get("type")).startswith("web_search")
-    given = {"function": {"name": "web_search"}} if asks_search else chosen_tool(ctx)
-    single: JSON = {"disable_parallel_tool_use": True} if get("parallel_tool_calls") is False else {}
-    if given == "none":
-        return {"type": "none"}, ""
-    name = given["function"]["name"] if isinstance(given, dict) else ""
-    if not name and given != "required":
-        return ({"type": "auto", **single} if single else None), ""
-    if not ctx.settings.forced_choice or (thinking is not None and thinking["type"] == "enabled"):
-        words = f"the tool {name}" if name else "one of the tools"
-        return {"type": "auto", **single}, MUST_CALL.format(words)
-    return {"type": "tool", "name": name, **single} if name else {"type": "any", **single}, ""
+def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON | None, str]:
+    """tool_choice, and the instruction in its place where a call may not be forced."""
+    asked = as_dict(ctx.request.get("tool_choice"))
+    if native and str(asked.get("type")).startswith("web_search"):
+        mode, names = ToolChoice("required", ["web_search"])
+    else:
+        mode, names = resolve_tool_choice(ctx)
+    choice: JSON = {"type": mode}
+    sentence = ""
+    if mode == "required":
+        choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
+        if not may_force:
+            choice = {"type": "auto"}
+            sentence = MUST_CALL.format(f"the tool {names[0]}" if names else "one of the tools")
+    if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
+        choice["disable_parallel_tool_use"] = True
+    default = choice == {"type": "auto"} and not sentence
+    return None if default else choice, sentence
 
 
 def messages_tool(function: JSON) -> JSON:
-    """Not `strict`: 20 strict tools and 24 optional parameters are the most that a request may have."""
-    described = {"description": function["description"]} if function["description"] else {}
+    """Not `strict`: a request may have 20 strict tools and 24 optional parameters at most."""
     schema = function["parameters"]
-    defs = {**as_dict(schema.get("definitions")), **as_dict(schema.get("$defs"))}     # the first: zod-to-json-schema
-    return {"name": function["name"], **described, "input_schema": object_root(schema, defs)}
+    old = as_dict(schema.get("definitions"))        # of zod-to-json-schema
+    new = as_dict(schema.get("$defs"))
+    return without_empty({
+        "name": function["name"],
+        "description": function["description"],
+        "input_schema": object_root(schema, {**old, **new}),
+    })
 
 
 def object_root(schema: JSON, defs: JSON) -> JSON:
     """A tool's schema with `type: object` at its root, where no anyOf, oneOf, allOf or $ref may stand: their branches
     become one object, which requires what all of them require. Each of `defs` is taken where it is first named: two names
     in each of n would make 2 ** n."""
-    target = as_dict(defs.pop(schema["$ref"].rpartition("/")[2], None)) if isinstance(schema.get("$ref"), str) else {}
-    options = [object_root(branch, defs) for key in ("anyOf", "oneOf") for branch in only_dicts(schema.get(key))]
-    merged = [object_root(branch, defs) for branch in only_dicts(schema.get("allOf"))]
-    merged += [object_root(target, defs)] if target else []
-    rest = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf", "allOf", "$ref")}
-    if not options and not merged:
-        return {**rest, "type": "object"}
-    properties: JSON = {}
-    for branch in (rest, *merged, *options):
-        for name, inner in as_dict(branch.get("properties")).items():
-            known = properties.setdefault(name, inner)
-            properties[name] = known if known == inner else {"anyOf": [known, inner]}
-    needed = set().union(*map(required_by, (rest, *merged)), set.intersection(*map(required_by, options)) if options else ())
-    required = [name for name in properties if name in needed]
-    return {**rest, "type": "object", "properties": properties, **({"required": required} if required else {})}
+    root = dict(schema)
+    reference = root.pop("$ref", None)
+    target = {}
+    if isinstance(reference, str):
+        target = as_dict(defs.pop(reference.rpartition("/")[2], None))
+    options = only_dicts(root.pop("anyOf", None)) + only_dicts(root.pop("oneOf", None))
+    options = [object_root(branch, defs) for branch in options]
+    merged = [object_root(branch, defs) for branch in only_dicts(root.pop("allOf", None))]
+    if target:
+        merged.append(object_root(target, defs))
+    if options or merged:
+        merged.insert(0, dict(root))
+        properties: JSON = {}
+        for branch in merged + options:
+            for name, inner in as_dict(branch.get("properties")).items():
+                known = properties.setdefault(name, inner)
+                properties[name] = known if known == inner else {"anyOf": [known, inner]}
+        needed = set().union(*map(required_by, merged))
+        if options:
+            needed |= set.intersection(*map(required_by, options))
+        root |= {"type": "object", "properties": properties}
+        if required := [name for name in properties if name in needed]:
+            root["required"] = required
+    return {**root, "type": "object"}
 
 
 def required_by(schema: JSON) -> set[str]:
     required = schema.get("required")
-    return {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    if not isinstance(required, list):
+        return set()
+    return {name for name in required if isinstance(name, str)}
 
 
-def output_format(shape: JSON, row: AnthropicModel) -> tuple[JSON | None, str]:
-    """output_config.format, and what must be said in words where there is none."""
-    if shape.get("type") == "json_object":
-        return None, JSON_ONLY
-    if shape.get("type") != "json_schema":
-        return None, ""
+def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, str]:
+    """output_config.format, or the instruction in its place."""
+    kind = shape.get("type", "text")
+    if kind != "json_schema":
+        return None, JSON_ONLY if kind == "json_object" else ""
     with contextlib.suppress(ValueError):
-        if row.json_schema:
-            return {"type": "json_schema", "schema": strict_schema(shape["schema"])}, ""
+        if settings.json_schema:
+            return {"type": kind, "schema": strict_schema(shape["schema"])}, ""
     return None, f"{JSON_ONLY} It fits this JSON schema:\n{dumps(shape['schema'])}"
 
 
-STRICT_KEYWORDS = frozenset(("type", "enum", "const", "description", "title", "required", "properties", "$defs", "definitions",
-                             "items", "anyOf", "allOf", "$ref"))
-STRICT_FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"))
+STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
+anyOf oneOf allOf""".split())
+STRICT_FORMATS = "date-time time date duration email hostname uri ipv4 ipv6 uuid".split()
 
 
 def strict_schema(schema: JSON) -> Any:
     """A schema in the part of JSON Schema that output_config.format takes; the rest goes into the description. ValueError
     where that would take something away: an object with members of any name."""
     def change(given: JSON) -> JSON:
+        if "$ref" in given:                     # nothing else may stand beside it
+            return {key: given[key] for key in ("$ref", "$defs", "definitions") if key in given}
         result: JSON = {}
         lost: JSON = {}
+        allowed = {"minItems": (0, 1), "format": STRICT_FORMATS}
         for key, value in given.items():
-            if key == "oneOf":
-                result["anyOf"] = value
-            elif key in STRICT_KEYWORDS or (key, value) in (("minItems", 0), ("minItems", 1)) or \
-                    (key == "format" and value in STRICT_FORMATS):
-                result[key] = value
+            if key in STRICT_KEYWORDS or value in allowed.get(key, ()):
+                result["anyOf" if key == "oneOf" else key] = value
             elif key not in ("additionalProperties", "$schema"):
                 lost[key] = value
-        if "$ref" in given:                     # nothing else may stand beside it
-            return {key: result[key] for key in ("$ref", "$defs", "definitions") if key in result}
         if lost:
-            result["description"] = "\n\n".join(part for part in (result.get("description"), dumps(lost)) if part)
+            texts = filter(None, (result.get("description"), dumps(lost)))
+            result["description"] = "\n\n".join(texts)
         if "properties" in result or "object" in (result.get("type") or ""):
             if "properties" not in result or given.get("additionalProperties") or given.get("patternProperties"):
                 raise ValueError("a map")
@@ -5276,92 +5369,102 @@ def tool_use_id(given: str) -> str:
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
-    """Marks what the provider shall keep: the last tool, the last system block, the ends of the last turn and of the
-    user turn before it (a step that adds more than 20 blocks would miss the first). Nothing where the client did."""
-    turns: list[list[JSON]] = [message["content"] for message in body["messages"]]
-    ends = [body.get("tools") or [], body.get("system") or [], *turns]
-    inner = [part for blocks in turns for block in blocks for part in only_dicts(block.get("content"))]
-    if ttl == "off" or any("cache_control" in block for block in (*itertools.chain(*ends), *inner)):
+    """Marks what the provider shall cache, unless the client did: up to the last tool, the last system block, the ends of
+    the last turn and of the user turn before it (a step that adds over 20 blocks would miss the first)."""
+    ends = [body.get("tools", []), body.get("system", [])]
+    turns = [message["content"] for message in body["messages"]]
+    blocks = [*itertools.chain(*ends, *turns)]
+    blocks += itertools.chain(*(only_dicts(block.get("content")) for block in blocks))
+    if ttl == "off" or any("cache_control" in block for block in blocks):
         return
-    users = [content for content, message in zip(turns[:-1], body["messages"]) if message["role"] == "user"]
-    mark = {"type": "ephemeral", "ttl": ttl} if ttl != "5m" else {"type": "ephemeral"}
-    for blocks in (*ends[:2], *users[-1:], turns[-1]):
-        at = next((i for i in range(len(blocks) - 1, -1, -1) if blocks[i].get("type") not in THINKING_BLOCKS), None)
-        if at is not None:
-            blocks[at] = {**blocks[at], "cache_control": mark}
+    mark = without_empty({"type": "ephemeral", "ttl": "" if ttl == "5m" else ttl})
+    users = [message["content"] for message in body["messages"][:-1] if message["role"] == "user"]
+    for content in (*ends, *users[-1:], turns[-1]):
+        for at in reversed(range(len(content))):
+            if content[at].get("type") not in THINKING_BLOCKS:
+                content[at] = {**content[at], "cache_control": mark}
+                break
 
 
 BINDING_BETA = "thinking-binding-controls-2026-08-01"
 INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"    # thoughts between calls, for models with a budget
+DROP_STALE = {"prefix_mismatch_behavior": "drop_block"}
 
 
 def messages_headers(body: JSON) -> list[tuple[str, str]]:
-    thinking = body.get("thinking") or {}
-    betas = [BINDING_BETA] if "block_binding" in thinking else []
-    betas += [INTERLEAVED_BETA] if thinking.get("type") == "enabled" and body.get("tools") else []
-    return [("anthropic-version", "2023-06-01"), *([("anthropic-beta", ",".join(betas))] if betas else [])]
+    thinking = body.get("thinking", {})
+    headers = [("anthropic-version", "2023-06-01")]
+    if "block_binding" in thinking:
+        headers.append(("anthropic-beta", BINDING_BETA))
+    elif thinking.get("type") == "enabled" and "tools" in body:
+        headers.append(("anthropic-beta", INTERLEAVED_BETA))
+    return headers
 
 
-# --- what can be mended after a refusal
+# --- what can be repaired after a refusal
 
-def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> JSON:
-    """The provider leaves out the thoughts that were had in another conversation; only adaptive thinking knows how."""
-    thinking = body.get("thinking") or {"type": "adaptive"}
-    if thinking["type"] != "adaptive":
-        return drop_thoughts(body, found)
-    return {**body, "thinking": {**thinking, "block_binding": {"prefix_mismatch_behavior": "drop_block"}}}
+def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
+    """Changes the body by the first row whose pattern fits the error: drops the fields, or calls the function."""
+    if getattr(error, "kind", "") != "bad_request":
+        return
+    for pattern, repair in repairs:
+        found = re.search(pattern, str(error), re.IGNORECASE)
+        if found is None:
+            continue
+        if callable(repair):
+            repair(body, found)
+        else:
+            for path in found.expand(repair).split():
+                drop_field(body, path)
+        return
 
 
-def drop_thoughts(body: JSON, found: re.Match[str]) -> JSON:
-    messages = [{**message, "content": [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]}
-                for message in body["messages"]]
+def drop_field(body: JSON, path: str) -> None:
+    """Drops one field, and an object that it leaves empty."""
+    outer, _, name = path.rpartition(".")
+    holder = body.get(outer, body)
+    holder.pop(name, None)
+    if not holder:
+        body.pop(outer, None)
+
+
+def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> None:
+    """Adaptive thinking can drop the thoughts of another conversation itself."""
+    thinking = body.setdefault("thinking", {"type": "adaptive"})
+    if thinking["type"] == "adaptive" and "block_binding" not in thinking:
+        thinking["block_binding"] = DROP_STALE
+    else:
+        drop_thoughts(body, found)
+
+
+def drop_thoughts(body: JSON, found: re.Match[str]) -> None:
+    for message in body["messages"]:
+        message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
     if body.get("thinking", {}).get("type") == "enabled":
-        body = {**body, "thinking": None}
-    return {**body, "messages": messages}
+        del body["thinking"]
 
 
-def drop_effort(body: JSON, found: re.Match[str]) -> JSON:
-    return {**body, "output_config": {k: v for k, v in body.get("output_config", {}).items() if k != "effort"} or None}
-
-
-def lower_limit(body: JSON, found: re.Match[str]) -> JSON:
-    limit, thinking = int(found[1]), body.get("thinking") or {}
+def lower_limit(body: JSON, found: re.Match[str]) -> None:
+    limit = body["max_tokens"] = int(found[1])
+    thinking = body.get("thinking", {})
     if thinking.get("budget_tokens", 0) >= limit:
-        thinking = {**thinking, "budget_tokens": limit - LEAST_BUDGET} if limit > 2 * LEAST_BUDGET else None
-    return {**body, "max_tokens": limit, "thinking": thinking}
+        thinking["budget_tokens"] = limit - LEAST_BUDGET
+        if limit <= 2 * LEAST_BUDGET:
+            del body["thinking"]
 
 
-def add_user_turn(body: JSON, found: re.Match[str]) -> JSON:
-    return {**body, "messages": [*body["messages"], {"role": "user", "content": [text_block("Continue.")]}]}
+def add_user_turn(body: JSON, found: re.Match[str]) -> None:
+    body["messages"].append({"role": "user", "content": [text_block("Continue.")]})
 
 
-MESSAGES_REPAIRS: list[tuple[str, Callable[[JSON, re.Match[str]], JSON]]] = [
+MESSAGES_REPAIRS = (
     (r"bound to a different (?:conversation|model)", drop_stale_thoughts),
     (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified", drop_thoughts),
     (r"max_tokens: \d+ > (\d+)", lower_limit),
     (r"prefill", add_user_turn),
-    (r"effort", drop_effort),
-    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b",
-     lambda body, found: {**body, found[1]: None}),
-]
-
-
-def repair_messages(body: JSON, error: GatewayError) -> JSON | None:
-    """The body as a known refusal asks for it; None where nothing is known that helps. To be used once a request."""
-    if not isinstance(error, ProviderError) or error.kind != "bad_request":
-        return None
-    for pattern, repair in MESSAGES_REPAIRS:
-        found = re.search(pattern, str(error), re.IGNORECASE)
-        if found:
-            return {name: value for name, value in repair(body, found).items() if value is not None}
-    return None
-
-
-def resumed_body(body: JSON, paused: list[JSON]) -> JSON:
-    """The request again, with what the assistant has said so far."""
-    before = list(body["messages"])
-    earlier = before.pop()["content"] if before[-1]["role"] == "assistant" else []
-    return {**body, "messages": [*before, {"role": "assistant", "content": [*earlier, *paused]}]}
+    (r"effort", "output_config.effort"),
+    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b", r"\1"),
+)
 
 
 # --- the answer
@@ -5626,31 +5729,27 @@ def messages_usage(counts: JSON) -> Usage:
 # GEMINI_MODELS, and nowhere else.
 
 class GeminiModel(NamedTuple):
-    """What is known of the models whose name begins with `prefix`. The defaults are the newest generation's."""
-    prefix: str
+    """What is known of a series of models. The defaults are the newest generation's."""
     thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"     # both in one request are refused
-    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"                   # of the knob, for each of EFFORTS
-    combines_tools: bool = True      # functions beside googleSearch or a response schema, and media inside a function's result
+    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"       # of thinking_param, for each of EFFORTS
+    combines_tools: bool = True     # functions beside googleSearch or a response schema, media inside a function's result
+    web_search: bool = True
+    max_tokens: int = 0             # of a streamed answer, others have half of it; 0: not known
 
 
-NO_MINIMAL = "LOW LOW LOW MEDIUM HIGH HIGH HIGH"
-GEMINI_MODELS = (
-    GeminiModel("gemini-3.1-flash-lite-image", values="MINIMAL MINIMAL HIGH HIGH HIGH HIGH HIGH"),
-    GeminiModel("gemini-3-pro", values="LOW LOW LOW HIGH HIGH HIGH HIGH"),
-    *(GeminiModel(series, values=NO_MINIMAL) for series in (
-        "gemini-3.1-pro", "gemini-3.7-flash", "gemini-3.8-flash", "gemini-4-argon", "gemini-4-carbon", "gemini-pro-latest")),
-    GeminiModel("gemini-2.5-flash-image", "", combines_tools=False),
-    GeminiModel("gemini-2.5-pro", "thinkingBudget", "128 512 2048 8192 16384 32768 32768", combines_tools=False),    # never off
-    GeminiModel("gemini-2.5", "thinkingBudget", "0 512 2048 8192 16384 24576 24576", combines_tools=False),
-    *(GeminiModel(series, "", combines_tools=False) for series in ("gemini-2.", "gemini-1", "gemini-pro", "gemma", "learnlm")),
-    GeminiModel(""),
-)
-
-
-def gemini_model(model: str, overrides: Mapping[str, JSON] | None = None) -> GeminiModel:
-    """The row of a model; `overrides` maps prefixes to fields that differ."""
-    name = model.removeprefix("models/")
-    return with_overrides(next(row for row in GEMINI_MODELS if name.startswith(row.prefix)), overrides or {}, name)
+NEVER_THINKS = "none - - - - - -"       # without thinking_param: `none` is no loss, all else is
+NO_MINIMAL = GeminiModel(values="LOW LOW LOW MEDIUM HIGH HIGH HIGH")
+NO_THINKING = GeminiModel("", combines_tools=False)
+GEMINI_MODELS: dict[str, GeminiModel] = {
+    "gemini-3.1-flash-lite-image": GeminiModel(values="MINIMAL MINIMAL HIGH HIGH HIGH HIGH HIGH"),
+    "gemini-3-pro": GeminiModel(values="LOW LOW LOW HIGH HIGH HIGH HIGH"),
+    **dict.fromkeys(("gemini-3.1-pro", "gemini-3.7-flash", "gemini-3.8-flash", "gemini-4", "gemini-pro-latest"), NO_MINIMAL),
+    "gemini-4-argon": NO_MINIMAL._replace(max_tokens=65_536),
+    "gemini-2.5-pro": GeminiModel("thinkingBudget", "128 512 2048 8192 16384 32768 32768", combines_tools=False),  # never off
+    "gemini-2.5": GeminiModel("thinkingBudget", "0 512 2048 8192 16384 24576 24576", combines_tools=False),
+    **dict.fromkeys(("gemini-2.5-flash-image", "gemini-2.", "gemini-1", "gemini-pro", "gemma", "learnlm"), NO_THINKING),
+    "": GeminiModel(),
+}
 
 
 # --- the request
@@ -5665,101 +5764,104 @@ GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text
 def encode_gemini(ctx: EncodeContext) -> JSON:
     """The body of POST /models/MODEL:generateContent."""
     system = [{"text": text} for text in ctx.history.system if text]
-    body: JSON = {"systemInstruction": {"parts": system} if system else {}, **gemini_tools(ctx),
-                  "contents": GeminiContents(ctx).encode(), "generationConfig": gemini_config(ctx)}
-    return {name: value for name, value in body.items() if value}
+    return without_empty({
+        "systemInstruction": without_empty({"parts": system}),
+        **gemini_tools(ctx),
+        "contents": GeminiContents(ctx).encode(),
+        "generationConfig": gemini_config(ctx),
+    })
+
+
+CALLING_MODES = {"none": "NONE", "auto": "VALIDATED", "required": "ANY"}
 
 
 def gemini_tools(ctx: EncodeContext) -> JSON:
     """tools and toolConfig: a calling mode without functions is refused."""
-    choice, book, row, dropped = ctx.request.get("tool_choice", "auto"), ctx.book, ctx.settings, ctx.dropped
-    mode = calling_mode(choice, book, row) if book.functions else {} if choice in ("auto", "none") else None
+    functions, hosted, dropped = ctx.book.functions, ctx.book.hosted, ctx.dropped
     tools: list[JSON] = []
-    config: JSON = {"functionCallingConfig": mode} if mode else {}
-    if mode is None:
+    config: JSON = {}
+    # AUTO takes no names; VALIDATED, which does, came with 2.5
+    modes = ("required", "auto") if ctx.settings.thinking_param else ("required",)
+    mode, names = resolve_tool_choice(ctx, modes)
+    if functions:
+        tools.append({"functionDeclarations": [{
+            "name": function["name"],
+            "description": function["description"],
+            "parametersJsonSchema": gemini_schema(function["parameters"]),
+        } for function in functions]})
+        if names or mode != "auto":
+            calling = {"mode": CALLING_MODES[mode], "allowedFunctionNames": names}
+            config["functionCallingConfig"] = without_empty(calling)
+    elif mode == "required":
         dropped.append("tool_choice")
-    if book.functions:
-        tools.append({"functionDeclarations": [gemini_function(function) for function in book.functions]})
-    if book.hosted and book.functions and not row.combines_tools:
+    if hosted and functions and not ctx.settings.combines_tools:
         dropped.append("tools:web_search")
-    elif book.hosted:
+    elif hosted:
         tools.append({"googleSearch": {}})
-        dropped += [f"web_search.{name}" for name in ("filters", "user_location") if book.hosted[0].get(name)]
-        if book.functions:
+        dropped += [f"web_search.{name}" for name in ("filters", "user_location") if hosted[0].get(name)]
+        if functions:
             config["includeServerSideToolInvocations"] = True       # required where the two are combined
     return {"tools": tools, "toolConfig": config}
 
 
-def gemini_function(function: JSON) -> JSON:
-    return {"name": function["name"], "description": function["description"],
-            "parametersJsonSchema": gemini_schema(function["parameters"])}
-
-
-def calling_mode(choice: Any, book: ToolMap, row: GeminiModel) -> JSON | None:
-    """functionCallingConfig for a tool_choice, {} for the default; None for what is not offered."""
-    if isinstance(choice, str):
-        return {"none": {"mode": "NONE"}, "required": {"mode": "ANY"}}.get(choice, {})
-    allowed = only_dicts(choice.get("tools")) if choice["type"] == "allowed_tools" else [choice]
-    found = (chat_tool_choice({"type": "function", **each}, book) for each in allowed)
-    names = [each["function"]["name"] for each in found if each]
-    if not names:
-        return None
-    forced = choice["type"] != "allowed_tools" or choice.get("mode") == "required"
-    if not forced and not row.thinking_param:
-        return None                 # AUTO takes no names; VALIDATED, which does, came with 2.5
-    return {"mode": "ANY" if forced else "VALIDATED", "allowedFunctionNames": names}
-
-
 def gemini_config(ctx: EncodeContext) -> JSON:
-    """generationConfig; what it has no place for is named."""
-    row, functions, shape, effort = ctx.settings, ctx.book.functions, ctx.take("text.format", {}), ctx.take("reasoning.effort")
+    """generationConfig."""
+    settings: GeminiModel = ctx.settings
+    functions, shape = ctx.book.functions, ctx.take("text.format", {})
     asks_json = shape.get("type") in ("json_object", "json_schema")
-    refused = asks_json and functions and not row.combines_tools
-    lost = {"text.format": refused, "reasoning.effort": effort not in (None, "none") and not row.thinking_param,
-            "parallel_tool_calls": functions and ctx.request.get("parallel_tool_calls") is False}   # there is no such switch
-    ctx.dropped += [name for name, is_lost in lost.items() if is_lost]
-    config: JSON = {"maxOutputTokens": ctx.take("max_output_tokens"), "temperature": ctx.take("temperature"),
-                    "topP": ctx.take("top_p"), "thinkingConfig": thinking_config(ctx, effort) or None}
-    if asks_json and not refused:
-        config["responseMimeType"] = "application/json"
-        config["responseJsonSchema"] = gemini_schema(shape["schema"]) if "schema" in shape else None
-    return {name: value for name, value in config.items() if value is not None}
-
-
-def thinking_config(ctx: EncodeContext, effort: Any) -> JSON:
-    """How to think, and whether to tell of it."""
-    config: JSON = {}
-    param, value = ctx.settings.thinking_param, effort_value(ctx.settings.values, effort)
+    if asks_json and functions and not settings.combines_tools:
+        ctx.dropped.append("text.format")
+        asks_json = False
+    max_tokens = ctx.take("max_output_tokens")
+    if max_tokens and settings.max_tokens:
+        cap = settings.max_tokens if ctx.request.stream else settings.max_tokens // 2
+        max_tokens = min(max_tokens, cap)
+    param = settings.thinking_param
+    value = ctx.take_effort(settings.values if param else NEVER_THINKS)
+    thinking: JSON = {}
     if param and value:
-        config[param] = int(value) if param == "thinkingBudget" else value
-    if param and ctx.request.get("reasoning", {}).get("summary") not in (None, "none") and config.get(param) != 0:
-        config["includeThoughts"] = True
-    return config
+        thinking[param] = int(value) if param == "thinkingBudget" else value
+    if param and value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none"):
+        thinking["includeThoughts"] = True
+    if functions and ctx.request.get("parallel_tool_calls") is False:
+        ctx.dropped.append("parallel_tool_calls")       # there is no such switch
+    return without_empty({
+        "maxOutputTokens": max_tokens,
+        "temperature": ctx.take("temperature"),
+        "topP": ctx.take("top_p"),
+        "thinkingConfig": thinking,
+        "responseMimeType": "application/json" if asks_json else None,
+        "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
+    })
 
 
 # --- its schemas
 
 UNKNOWN_KEYWORDS = frozenset(("$schema", "discriminator", "examples", "title", "exclusiveMinimum", "exclusiveMaximum"))
-JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
-              type(None): "null"}
+JSON_TYPES = {
+    str: "string", bool: "boolean", int: "integer", float: "number",
+    list: "array", dict: "object", type(None): "null",
+}
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
-    """A JSON schema without the keywords that Gemini refuses, nor `refused`; a string's format is told in words."""
+    """A JSON schema without the keywords that Gemini refuses, nor `refused`; a string's format goes into its description."""
     def change(made: JSON) -> JSON:
         for key in made.keys() & {*UNKNOWN_KEYWORDS, refused}:
             del made[key]
         if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
-            made["$defs"] = {**as_dict(made.pop("definitions")), **as_dict(made.get("$defs"))}
+            old = as_dict(made.pop("definitions"))
+            made["$defs"] = {**old, **as_dict(made.get("$defs"))}
         if isinstance(made.get("$ref"), str):       # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
             value = made.pop("const")
-            made |= {"enum": [value], "type": made.get("type") or JSON_TYPES[type(value)]}
+            made["enum"] = [value]
+            made["type"] = made.get("type") or JSON_TYPES[type(value)]
         if made.get("type") == "string" and "format" in made:
-            form = made.pop("format")
-            made["description"] = f"{made['description']} (format: {form})" if made.get("description") else f"Format: {form}"
+            form, text = made.pop("format"), made.get("description")
+            made["description"] = f"{text} (format: {form})" if text else f"Format: {form}"
         return made
     return map_schema(schema, change)
 
@@ -5875,37 +5977,41 @@ def add_thought_signature(content: JSON, replace: bool) -> None:
 
 # --- what it refuses
 
-# what an error says -> where, and which fields are left out
-GEMINI_REPAIRS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+def replace_signatures(body: JSON, found: re.Match[str]) -> None:
+    for content in body["contents"]:
+        add_thought_signature(content, replace=True)
+
+
+def drop_keyword(body: JSON, found: re.Match[str]) -> None:
+    """Drops a keyword that an "Unknown name" error quotes from all schemas."""
+    config = body.get("generationConfig", {})
+    if "responseJsonSchema" in config:
+        config["responseJsonSchema"] = gemini_schema(config["responseJsonSchema"], found[1])
+    for tool in body.get("tools", []):
+        for function in tool.get("functionDeclarations", []):
+            function["parametersJsonSchema"] = gemini_schema(function["parametersJsonSchema"], found[1])
+
+
+def drop_search(body: JSON, found: re.Match[str]) -> None:
+    drop_field(body, "toolConfig.includeServerSideToolInvocations")
+    tools = body.get("tools", [])
+    tools[:] = [tool for tool in tools if "googleSearch" not in tool]
+    if not tools:
+        body.pop("tools", None)
+
+
+GEMINI_REPAIRS = (
+    (r"thought.?signature", replace_signatures),
+    (r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)", drop_keyword),
     (r"context circulation|server.?side.?tool|tool use with function calling|google.?search\b.*(not |un)supported",
-     "toolConfig", ("googleSearch", "includeServerSideToolInvocations")),
-    (r"response.?mime.?type|response.?(json.?)?schema", "generationConfig", ("responseMimeType", "responseJsonSchema")),
-    (r"thinking|\bbudget\b|include.?thoughts", "generationConfig", ("thinkingConfig",)),
-    (r"temperature", "generationConfig", ("temperature",)),
-    (r"\btop_?p\b", "generationConfig", ("topP",)),
-    (r"max_?output_?tokens", "generationConfig", ("maxOutputTokens",)),
+     drop_search),
+    (r"response.?mime.?type|response.?(json.?)?schema",
+     "generationConfig.responseMimeType generationConfig.responseJsonSchema"),
+    (r"thinking|\bbudget\b|include.?thoughts", "generationConfig.thinkingConfig"),
+    (r"temperature", "generationConfig.temperature"),
+    (r"\btop_?p\b", "generationConfig.topP"),
+    (r"max_?output_?tokens", "generationConfig.maxOutputTokens"),
 )
-UNKNOWN_NAME = re.compile(r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)")
-
-
-def repair_gemini(body: JSON, error: GatewayError) -> JSON | None:
-    """The request again without what `error` refused; None where it says nothing that leaving out would cure."""
-    said = str(error)
-    mended: JSON = json.loads(dumps(body))
-    if re.search("thought.?signature", said, re.IGNORECASE):
-        for content in mended["contents"]:
-            add_thought_signature(content, replace=True)
-    elif unknown := UNKNOWN_NAME.search(said):
-        for function in (f for tool in mended.get("tools", []) for f in tool.get("functionDeclarations", [])):
-            function["parametersJsonSchema"] = gemini_schema(function["parametersJsonSchema"], unknown[1])
-        if schema := mended.get("generationConfig", {}).get("responseJsonSchema"):
-            mended["generationConfig"]["responseJsonSchema"] = gemini_schema(schema, unknown[1])
-    else:
-        row = next((row for row in GEMINI_REPAIRS if re.search(row[0], said, re.IGNORECASE)), ("", "", ()))
-        mended["tools"] = [tool for tool in mended.get("tools", []) if not set(tool) & set(row[2])]
-        mended[row[1]] = {name: value for name, value in mended.get(row[1], {}).items() if name not in row[2]}
-        mended = {name: value for name, value in mended.items() if value}
-    return mended
 
 
 # --- the answer
@@ -6152,61 +6258,67 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
 DEMO_SAYS = "This is Pomex's offline demo, no model was asked."
 DEMO_MODELS = {
     "echo": "repeats what you sent, word by word",
-    "tools": "asks for one tool call, of a shell if there is one, then finishes on its output",
+    "tools": "calls the first tool that you offer, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
-MAX_DEMO_TEXT = 2000                # characters repeated: the demo is no file server
-DEMO_SHELLS = ("exec_command", "shell_command", "shell", "local_shell", "functions__exec_command")    # of Codex and its kin
-DEMO_VALUES = {"array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
+MAX_DEMO_TEXT = 2000        # characters repeated: the demo is no file server
+DEMO_SHELLS = ("exec_command", "shell_command", "shell")        # Codex's and its kin's; other tools come second
+DEMO_VALUES = {
+    "array": ["echo", "hello from pomex"],
+    "number": 1, "integer": 1, "boolean": True, "object": {},
+}
 
 
-def demo_frames(request: ResponsesRequest, history: History, model: str, book: ToolMap, calls: int = 1) -> Iterator[bytes]:
-    """The answer of demo/MODEL to the request's first, second ... call, as chat completion chunks."""
-    if model == "flaky" and calls == 1:
+def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
+    """The answer of a demo model, as chat completion chunks."""
+    if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
-    text, call = demo_answer(history, model, book)
-    words = re.findall(r"\S+\s*|\s+", text)
-    for word in words:
-        yield demo_chunk({"content": word})
+    text, call = demo_answer(ctx)
+    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
     if call:
-        name, arguments = call
-        yield demo_chunk({"tool_calls": [{"index": 0, "id": f"call_{len(history.items)}_demo", "type": "function",
-                                          "function": {"name": name, "arguments": dumps(arguments)}}]})
-    yield demo_chunk({}, "tool_calls" if call else "stop")
-    counts = {"prompt_tokens": -(-len(request.raw) // 4), "completion_tokens": len(words) + (10 if call else 0)}
-    yield sse_frame("", dumps({"choices": [], "usage": counts}))
+        call_id = f"call_{len(ctx.history.items)}_demo"
+        called = {"index": 0, "id": call_id, "type": "function", "function": call}
+        deltas.append({"tool_calls": [called]})
+    for delta in deltas:
+        yield demo_chunk({"delta": delta})
+    reason, tokens = ("tool_calls", 10) if call else ("stop", len(deltas))
+    counts = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": tokens}
+    yield demo_chunk({"delta": {}, "finish_reason": reason}, counts)
     yield DONE_FRAME
 
 
+def demo_chunk(choice: JSON, usage: JSON | None = None) -> bytes:
+    choices = [{"index": 0, **choice}]
+    return sse_frame("", dumps({"model": "demo", "choices": choices, "usage": usage}))
+
+
 def encode_demo(ctx: EncodeContext) -> JSON:
-    """It is sent nothing, and whatever was asked of it is as it should be."""
+    """Nothing goes up, and nothing is lost."""
     ctx.fields = {}
     return {}
 
 
-def demo_chunk(delta: JSON, finish_reason: str | None = None) -> bytes:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return sse_frame("", dumps({"object": "chat.completion.chunk", "model": "demo", "choices": [choice]}))
-
-
-def demo_answer(history: History, model: str, book: ToolMap) -> tuple[str, tuple[str, JSON] | None]:
-    last = history.items[-1] if history.items else {}
-    if model == "tools":
-        if last.get("type") == "function_call_output":
-            return f"{DEMO_SAYS} The command printed: {text_of(last['output']).strip()[:MAX_DEMO_TEXT]}", None
-        offered = {function["name"]: as_dict(function.get("parameters")) for function in book.functions}
-        for name in [name for name in (*DEMO_SHELLS, *offered) if name in offered][:1]:
-            return "", (name, demo_arguments(offered[name]))
+def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
+    """A text, or a call."""
+    items = ctx.history.items
+    if ctx.model != "tools":
+        said = ""
+        for item in items:
+            if item.get("role") == "user":
+                said = text_of(item["content"]).strip()
+        return f"{DEMO_SAYS} You sent: {said[:MAX_DEMO_TEXT]}", None
+    if items and items[-1]["type"] == "function_call_output":
+        return f"{DEMO_SAYS} The command printed: {text_of(items[-1]['output']).strip()[:MAX_DEMO_TEXT]}", None
+    if not ctx.book.functions:
         return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", None
-    said = [text_of(i["content"]) for i in history.items if i.get("role") == "user"]
-    return f"{DEMO_SAYS} You sent: {said[-1].strip()[:MAX_DEMO_TEXT] if said else ''}", None
-
-
-def demo_arguments(schema: JSON) -> JSON:
-    """What a tool requires, by the types: for a shell one harmless command."""
-    required, properties = schema.get("required"), as_dict(schema.get("properties"))
-    rules = {name: as_dict(properties[name]) for name in properties if isinstance(required, list) and name in required}
-    return {name: DEMO_VALUES.get(str(rule.get("type")), "echo hello from pomex") for name, rule in rules.items()}
+    tool = max(ctx.book.functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))     # else the first
+    required = required_by(tool["parameters"])
+    arguments: JSON = {}
+    for name, rule in as_dict(tool["parameters"].get("properties")).items():
+        if name in required:
+            kind = str(as_dict(rule).get("type"))
+            arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
+    return "", {"name": tool["name"], "arguments": dumps(arguments)}
 
 
 # --- 6.6 the table ---------------------------------------------------------------------------------
@@ -6231,20 +6343,20 @@ def error_data(data: str) -> str:
 class TranslatedStream(Assembler):
     """An attempt over a provider's stream: bytes to events, and by the decoder's calls to frames."""
 
-    def __init__(self, job: Job, decoder: Decoder) -> None:
-        super().__init__(job.answer, job.answer.estimated_input, job.seal)
+    def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
+        super().__init__(ctx.answer, ctx.answer.estimated_input, ctx.seal)
         self.decoder = decoder
         self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
         self.events = SSEDecoder()
 
     def feed(self, data: bytes) -> None:
-        for event in self.events.feed(data):
-            self._take(event.data if event.event != "error" else error_data(event.data))
+        self._take(self.events.feed(data))
 
-    def _take(self, data: str) -> None:
-        if not data or self.upstream_done:
-            return
-        self.decoder.feed(data)
+    def _take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            data = error_data(event.data) if event.event == "error" else event.data
+            if data and not self.upstream_done:
+                self.decoder.feed(data)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data, "The provider's answer is not JSON.")
@@ -6255,27 +6367,32 @@ class TranslatedStream(Assembler):
         try:
             self.decoder.whole(body)
         except (LookupError, TypeError, ValueError, AttributeError):
-            raise UpstreamError("The provider's answer has not the form that its API has.") from None
+            raise UpstreamError("The provider's answer does not have the form that its API defines.") from None
 
     def end(self) -> None:
-        for event in self.events.finish():
-            self._take(event.data)
+        self._take(self.events.finish())
         if not self.events.truncated:
             self.decoder.end()
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request for one target."""
+@dataclass(slots=True)
+class EncodeContext:
+    """One request for one target: what an encoder works on, and a decoder after it."""
     answer: ResponseContext
     envelope: Envelope
     provider: str               # as its envelopes name it
     model: str                  # the provider's own name for it
-    relay: bool                 # pass a Responses upstream's frames as they come
+    passthrough: bool           # a Responses upstream's bytes pass as they are
     dialect: str
     prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
     overrides: Mapping[str, JSON] = field(default_factory=dict)     # of what is known of models, by prefix
     calls: int = 1              # the request's upstream calls, this one included
+    # by WireApi.call
+    dropped: list[str] = field(init=False)      # what the target cannot carry: encoders add to it
+    settings: Any = field(init=False)           # what is known of the model
+    book: ToolMap = field(init=False)
+    history: History = field(init=False)
+    fields: JSON = field(init=False)            # of the request, by path: encoders take theirs, the rest is named
 
     @property
     def request(self) -> ResponsesRequest:
@@ -6286,23 +6403,20 @@ class Job:
         """For call ids that a provider leaves out: unique in the conversation, since each answer has its own."""
         return f"call_{self.answer.id[-12:]}_"
 
-    def seal(self, replay: JSON) -> str:
-        return self.envelope.seal(self.provider, self.model, replay)
-
-
-@dataclass(slots=True)
-class EncodeContext:
-    """What an encoder works on, and a decoder after it."""
-    job: Job
-    request: ResponsesRequest
-    settings: Any               # what is known of the model: a Dialect, a Claude or a Gemini
-    book: ToolMap
-    history: History
-    fields: JSON                # of the request, by path: encoders take what they carry, the rest is named
-    dropped: list[str]          # what else the target cannot carry: encoders add to it
+    @property
+    def seal(self) -> Callable[[JSON], str]:
+        return functools.partial(self.envelope.seal, self.provider, self.model)
 
     def take(self, path: str, default: Any = None) -> Any:
         return self.fields.pop(path, default)
+
+    def take_effort(self, values: str) -> str:
+        """effort_value of the effort asked; an effort without a value is named as lost."""
+        asked = self.take("reasoning.effort")
+        value = effort_value(values, asked)
+        if asked and not value:
+            self.dropped.append("reasoning.effort")
+        return value
 
 
 class UpstreamCall(NamedTuple):
@@ -6316,20 +6430,26 @@ class UpstreamCall(NamedTuple):
     frames: Iterable[bytes] = ()            # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
-        """The call as a known refusal asks for it; None where nothing is known that helps. To be used once a request."""
+        """The call as a known refusal asks for it, if so. Once a request."""
         body = json.loads(self.body)
-        changed = self.wire.repair(body, error)
-        if changed is None or changed == body:
+        self.wire.repair(body, error)
+        if body == json.loads(self.body):
             return None
         if self.wire.repair is repair_responses:
             self.dropped.append("encrypted_content:refused")
-        return self._with(changed)
+        return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
-        """The call that goes on after a paused turn, into the same attempt."""
+        """The call that continues a paused turn, into the same attempt."""
         decoder = self.attempt.decoder
         paused = decoder.resume() if isinstance(decoder, MessagesDecoder) else None
-        return None if paused is None else self._with(resumed_body(json.loads(self.body), paused))
+        if paused is None:
+            return None
+        body = json.loads(self.body)
+        if body["messages"][-1]["role"] != "assistant":
+            body["messages"].append({"role": "assistant", "content": []})
+        body["messages"][-1]["content"] += paused
+        return self._with(body)
 
     def _with(self, body: JSON) -> UpstreamCall:
         return self._replace(body=dumps(body).encode(), headers=self.wire.headers(body))
@@ -6340,67 +6460,101 @@ class WireApi(NamedTuple):
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[EncodeContext], Decoder]
-    settings: Callable[[Job], Any] = lambda job: None
-    tools: Callable[[Job, Any], ToolMap] = lambda job, settings: ToolMap(job.request.tools, model=job.model)
-    repair: Callable[[JSON, GatewayError], JSON | None] = lambda body, error: None
+    models: Mapping[str, Any] = DIALECTS  # what is known of them, by dialect or by prefix
+    repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
-    auth_header: str = "authorization"  # a header with all of them: an address is written into logs
-    facts: Mapping[str, Any] = {}       # what the configuration may say otherwise of a model, with what is assumed
+    key_header: tuple[str, str] = ("authorization", "Bearer ")  # not in the address, which is logged
+    vendor: str = ""  # of the rule for names of parameters; "": the model's name tells
+    model_settings: Mapping[str, Any] = {}  # that the configuration may override, with their defaults
 
     def auth(self, key: str) -> list[tuple[str, str]]:
-        return [(self.auth_header, f"Bearer {key}" if self.auth_header == "authorization" else key)]
+        name, scheme = self.key_header
+        return [(name, scheme + key)]
 
-    def call(self, job: Job) -> UpstreamCall:
+    def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
-            return self._prepare(job)
+            items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
+            if ctx.passthrough and self.encode is encode_responses:
+                return self._pass(ctx, items)
+            return self._translate(ctx, items)
         except RecursionError:
             raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
 
-    def _prepare(self, job: Job) -> UpstreamCall:
-        request = job.request
-        items, dropped = unseal_items(request.input, job.envelope, job.provider)
-        if job.relay and self.encode is encode_responses:
-            return self._relayed(job, items, dropped)
-        settings = self.settings(job)
-        book = self.tools(job, settings)
-        history = normalize_history(request, [book.restore_name(item) for item in items])
-        for item in history.items:
+    def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
+        request = ctx.request
+        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
+        ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
+        searches = bool(getattr(ctx.settings, "web_search", ""))
+        ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
+        ctx.history = normalize_history(request, [book.restore_name(item) for item in items])
+        for item in ctx.history.items:
             tool = book.by_upstream_name.get(item.get("name", ""))
             if tool and tool.fitted:
                 item["arguments"] = rename_keys(item["arguments"], tool.fitted)
-        ctx = EncodeContext(job, request, settings, book, history, request_fields(request.body),
-                            dropped + book.dropped + history.dropped)
+        ctx.dropped += book.dropped + ctx.history.dropped
+        ctx.fields = request_fields(request.body)
+        parts: list[Any] = []
+        for item in request.input:
+            content = item.get("content") or item.get("output")
+            if isinstance(content, list):
+                parts += content
+            if item["type"] == "configuration_update":      # the last one counts
+                update = {name: item.get(name) for name in ("reasoning", "text")}
+                ctx.fields |= request_fields(update)
+        ctx.dropped += unknown_keys("tools", request.tools)
+        ctx.dropped += unknown_keys("content", only_dicts(parts))
         body = self.encode(ctx)
-        dropped = ctx.dropped + [path for path, value in ctx.fields.items() if value not in NEUTRAL.get(path, ())]
+        dropped = ctx.dropped + [path for path, value in ctx.fields.items()
+                                 if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]
+        model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
-        path = self.path.format(urllib.parse.quote(job.model.removeprefix("models/"), safe=""), method)
-        call = UpstreamCall(self, path, dumps(body).encode(), TranslatedStream(job, self.decoder(ctx)),
-                            list(dict.fromkeys(dropped)), self.headers(body))
-        return call if path else call._replace(frames=demo_frames(request, history, job.model, book, job.calls))
+        path = self.path.format(model, method)
+        attempt = TranslatedStream(ctx, self.decoder(ctx))
+        frames = () if path else demo_frames(ctx)
+        dropped = list(dict.fromkeys(dropped))
+        return UpstreamCall(self, path, dumps(body).encode(), attempt, dropped, self.headers(body), frames)
 
-    def _relayed(self, job: Job, unsealed: list[JSON], dropped: list[str]) -> UpstreamCall:
+    def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
         items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
-        dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
-        attempt = Passthrough(job.answer, job.answer.estimated_input, job.seal, ResponsesDecoder(ToolMap(())))
-        return UpstreamCall(self, self.path, relay_body(job.request, items, dropped, job.model), attempt, dropped)
+        if len(items) < len(unsealed):
+            ctx.dropped.append("input:reasoning")
+        body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
+        decoder = ResponsesDecoder(ToolMap(()))
+        attempt = Passthrough(ctx.answer, ctx.answer.estimated_input, ctx.seal, decoder)
+        return UpstreamCall(self, self.path, body, attempt, ctx.dropped)
 
 
 WIRES: dict[str, WireApi] = {
-    "responses": WireApi("/responses", encode_responses, lambda ctx: ResponsesDecoder(ctx.book), repair=repair_responses),
-    "chat": WireApi("/chat/completions", encode_chat, lambda ctx: ChatDecoder(ctx.book, ctx.settings, ctx.job.call_prefix),
-                 settings=chat_dialect,
-                 facts={name: usual for name, usual in Dialect._field_defaults.items() if isinstance(usual, (str, bool))}),
-    "messages": WireApi("/messages", encode_messages, lambda ctx: MessagesDecoder(ctx.book, ctx.job.call_prefix),
-                     lambda job: anthropic_model(job.model, job.overrides),
-                     lambda job, settings: ToolMap(job.request.tools, bool(settings.web_search), "claude"),
-                     repair_messages, messages_headers, "x-api-key", AnthropicModel._field_defaults),
-    "gemini": WireApi("/models/{}:{}", encode_gemini, lambda ctx: GeminiDecoder(ctx.book, ctx.job.call_prefix),
-                   lambda job: gemini_model(job.model, job.overrides),
-                   lambda job, settings: ToolMap(job.request.tools, True, "gemini"),
-                   repair_gemini, auth_header="x-goog-api-key", facts=GeminiModel._field_defaults),
-    "demo": WireApi("", encode_demo, lambda ctx: ChatDecoder(ctx.book, ctx.settings), chat_dialect),
+    "responses": WireApi(
+        "/responses", encode_responses,
+        decoder=lambda ctx: ResponsesDecoder(ctx.book),
+        repair=repair_responses),
+    "chat": WireApi(
+        "/chat/completions", encode_chat,
+        decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings, ctx.call_prefix),
+        model_settings={
+            name: usual for name, usual in Dialect._field_defaults.items()
+            if isinstance(usual, (str, bool))
+        }),
+    "messages": WireApi(
+        "/messages", encode_messages,
+        decoder=lambda ctx: MessagesDecoder(ctx.book, ctx.call_prefix),
+        models=ANTHROPIC_MODELS,
+        repair=functools.partial(repair_from, MESSAGES_REPAIRS),
+        headers=messages_headers, key_header=("x-api-key", ""), vendor="claude",
+        model_settings=AnthropicModel._field_defaults),
+    "gemini": WireApi(
+        "/models/{}:{}", encode_gemini,
+        decoder=lambda ctx: GeminiDecoder(ctx.book, ctx.call_prefix),
+        models=GEMINI_MODELS,
+        repair=functools.partial(repair_from, GEMINI_REPAIRS),
+        key_header=("x-goog-api-key", ""), vendor="gemini",
+        model_settings=GeminiModel._field_defaults),
+    "demo": WireApi(
+        "", encode_demo,
+        decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings)),
 }
 
 
@@ -6838,7 +6992,7 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    facts = WIRES[provider.wire_api].facts
+    facts = WIRES[provider.wire_api].model_settings
     known = {name: Field((type(value),)) for name, value in facts.items()}
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
@@ -10273,10 +10427,10 @@ async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
 def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> UpstreamCall:
     """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
     provider = target.provider
-    job = Job(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
-              provider.prompt_cache, provider.overrides, down.attempts + 1)
+    ctx = EncodeContext(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
+                        provider.prompt_cache, provider.overrides, down.attempts + 1)
     try:
-        return WIRES[provider.wire_api].call(job)
+        return WIRES[provider.wire_api].call(ctx)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
         raise BadRequest("A field of the request has a type that it may not have.", code="invalid_type") from None

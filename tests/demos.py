@@ -24,11 +24,11 @@ class Slowly:
 def slow_and_error():
     frames, read = pomex.demo_frames, pomex.DemoExchange.read
 
-    def more(request, history, model, *rest):
-        if model == "error":
+    def more(ctx):
+        if ctx.model == "error":
             raise pomex.ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
-        found = frames(request, history, model, *rest)
-        return Slowly(found) if model == "slow" else found
+        found = frames(ctx)
+        return Slowly(found) if ctx.model == "slow" else found
 
     async def read_slowly(exchange, heard=True):
         if isinstance(exchange.frames, Slowly):

@@ -618,7 +618,7 @@ def test_whole_calls_of_one_answer_may_share_an_id() -> None:
 def answered(pieces: Iterable[bytes]) -> JSON:
     """The final response that the client sees of these bytes, every rule of its stream kept."""
     request = pomex.parse_request(b'{"model":"p/m","input":"hi","stream":true}')
-    job = pomex.Job(
+    job = pomex.EncodeContext(
         pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(b"s" * 32, "a"), "p", "m", False, ""
     )
     attempt, shown = pomex.WIRES["chat"].call(job).attempt, b""
@@ -1220,7 +1220,7 @@ def encode(body: JSON, dialect: str = "generic", model: str = "m") -> tuple[JSON
     ]
     request = pomex.parse_request(json.dumps({**body, "input": sealed or body["input"]}).encode())
     answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
-    call = pomex.WIRES["chat"].call(pomex.Job(answer, envelope, "p", model, False, dialect))
+    call = pomex.WIRES["chat"].call(pomex.EncodeContext(answer, envelope, "p", model, False, dialect))
     return json.loads(call.body), call.dropped
 
 
@@ -1560,7 +1560,7 @@ def test_parameters_fit_the_vendor_behind_a_router() -> None:
     body = {"model": "x/m", "input": [user("q"), function_call("a", '{"$top":5}'), output("a")], "tools": [tool]}
     for model, name in (("anthropic/claude-opus-5", "_top"), ("google/gemini-3-pro", "_top"), ("openai/gpt-6", "$top")):
         answer = pomex.ResponseContext(pomex.parse_request(json.dumps(body).encode()), "resp_0123456789abcdef", 0, pomex.STANDARD)
-        made = json.loads(pomex.WIRES["chat"].call(pomex.Job(answer, pomex.Envelope(b"s", "a"), "p", model, False, "openrouter")).body)
+        made = json.loads(pomex.WIRES["chat"].call(pomex.EncodeContext(answer, pomex.Envelope(b"s", "a"), "p", model, False, "openrouter")).body)
         assert list(made["tools"][0]["function"]["parameters"]["properties"]) == [name]
         assert json.loads(made["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {name: 5}
 
@@ -1628,6 +1628,8 @@ def test_tool_choice(dialect: str, choice: Any, sent: Any) -> None:
     assert ("tool_choice" in dropped) == (choice == {"type": "web_search"} or dialect == "deepseek")
 
 
+PRESERVED = {"type": "enabled", "clear_thinking": False}
+EFFORT_KEYS = ("reasoning_effort", "thinking", "reasoning", "chat_template_kwargs", "enable_thinking", "thinking_budget")
 EFFORT_ROWS = [
     ("openai", "gpt-5.6", "max", {"reasoning_effort": "max"}),
     ("openai", "gpt-4o", "high", {}),
@@ -1645,6 +1647,18 @@ EFFORT_ROWS = [
     ("zai", "glm-4.7", "low", {"thinking": {"type": "enabled"}}),
     ("vllm", "Qwen3-8B", "none", {"chat_template_kwargs": {"enable_thinking": False}}),
     ("generic", "gpt-oss-20b", "brand-new", {"reasoning_effort": "high"}),
+    *(("openai", "gpt-6.2-sol", effort, {"reasoning_effort": sent}) for effort, sent in
+      (("none", "low"), ("minimal", "low"), ("medium", "medium"), ("max", "max"))),
+    *(("zai", "glm-5.3", effort, {"thinking": PRESERVED, "reasoning_effort": sent}) for effort, sent in
+      (("none", "low"), ("low", "low"), ("medium", "high"), ("high", "high"), ("xhigh", "max"), ("max", "max"))),
+    ("minimax", "MiniMax-M3", "none", {"thinking": {"type": "disabled"}}),
+    ("minimax", "MiniMax-M3", "low", {"thinking": {"type": "adaptive"}}),
+    ("minimax", "MiniMax-M3.1-Flash", "low", {"reasoning_effort": "low"}),
+    ("minimax", "MiniMax-M3.1", "max", {"reasoning_effort": "max"}),
+    ("minimax", "MiniMax-M2.5", "low", {}),
+    ("qwen", "qwen3.8-max", "none", {"enable_thinking": False}),
+    ("dashscope", "qwen3.8-max", "high", {"enable_thinking": True, "thinking_budget": 16384}),
+    ("dashscope", "qwen3-coder-plus", "high", {}),
     ("generic", "anything", "high", {}),
 ]
 
@@ -1654,10 +1668,36 @@ def test_44_effort_is_said_the_way_the_server_knows(
     dialect: str, model: str, effort: str, fields: JSON
 ) -> None:
     body, dropped = encode({"model": "m", "input": "q", "reasoning": {"effort": effort}}, dialect, model)
-    assert {
-        k: body[k] for k in ("reasoning_effort", "thinking", "reasoning", "chat_template_kwargs") if k in body
-    } == fields
+    assert {k: body[k] for k in EFFORT_KEYS if k in body} == fields
     assert ("reasoning.effort" in dropped) == (not fields)
+
+
+@pytest.mark.parametrize("dialect, model, fields", [
+    ("zai", "glm-5.3", {"thinking": PRESERVED}), ("zai", "glm-4.7", {}), ("minimax", "MiniMax-M3", {"reasoning_split": True}),
+    ("minimax", "MiniMax-M2.5", {"reasoning_split": True}), ("dashscope", "qwen3.8-max", {"preserve_thinking": True})])
+def test_some_servers_are_sent_fields_with_every_request(dialect: str, model: str, fields: JSON) -> None:
+    body = encoded([user("q")], dialect, model)
+    assert {key: body[key] for key in body if key not in ("model", "messages")} == fields
+
+
+def test_zai_is_asked_to_stream_the_arguments_of_calls() -> None:
+    for stream, tools in ((True, TOOLS), (True, []), (False, TOOLS)):
+        body = encoded([user("q")], "zai", "glm-5.3", stream=stream, tools=tools)
+        assert body.get("tool_stream") == (True if stream and tools else None)
+    assert "tool_stream" not in encoded([user("q")], "moonshot", stream=True, tools=TOOLS)
+
+
+@pytest.mark.parametrize("updates, effort, verbosity", [
+    ([], "low", "low"), ([{"reasoning": {"effort": "high"}}], "high", "low"),
+    ([{"reasoning": {"effort": "high"}}, {"reasoning": {"effort": "max"}}, {"reasoning": None}], "max", "low"),
+    ([{"reasoning": {"effort": "high"}, "text": {"verbosity": "high"}}, {"text": {}}], "high", "high"),
+])
+def test_the_last_configuration_update_counts(updates: list[JSON], effort: str, verbosity: str) -> None:
+    items = [user("q"), *({"type": "configuration_update", **update} for update in updates), user("r")]
+    fields = {"reasoning": {"effort": "low"}, "text": {"verbosity": "low"}}
+    body = encoded(items, "openai", "gpt-6", **fields)
+    assert (body["reasoning_effort"], body["verbosity"]) == (effort, verbosity)
+    assert [message["content"] for message in body["messages"]] == ["q\n\nr"]
 
 
 def test_the_plain_fields_go_under_the_servers_names() -> None:

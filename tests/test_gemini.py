@@ -841,7 +841,7 @@ THINKING: list[tuple[str, str, Any]] = [
     ("gemini-3.7-flash", "none", "LOW"), ("gemini-3.8-flash", "medium", "MEDIUM"), ("gemini-4-argon", "minimal", "LOW"),
     ("gemini-3.1-flash-lite-image", "low", "HIGH"), ("gemini-3.5-flash", "none", "MINIMAL"), ("gemini-3.5-flash", "strange", "HIGH"),
     ("models/gemini-3.6-flash", "xhigh", "HIGH"), ("gemini-flash-latest", "max", "HIGH"), ("gemini-9", "low", "LOW"),
-    ("gemini-pro-latest", "minimal", "LOW"),
+    ("gemini-pro-latest", "minimal", "LOW"), ("gemini-4-hydrogen", "none", "LOW"),
 ]
 
 
@@ -862,11 +862,21 @@ def test_thoughts_are_told_to_who_asks(model: str, reasoning: JSON, thinking: JS
     assert encode("q", model, reasoning=reasoning)[0].get("generationConfig", {}).get("thinkingConfig") == thinking
 
 
+@pytest.mark.parametrize(("model", "stream", "asked", "sent"), [
+    ("gemini-4-argon", True, 1_000_000, 65_536), ("gemini-4-argon", False, 1_000_000, 32_768), ("gemini-4-argon", False, 99, 99),
+    ("gemini-4-argon", True, None, None), (PRO, True, 1_000_000, 1_000_000)])
+def test_no_more_is_asked_than_one_answer_may_have(model: str, stream: bool, asked: int | None, sent: int | None) -> None:
+    body, _ = encode("q", model, stream=stream, max_output_tokens=asked)
+    assert body.get("generationConfig", {}).get("maxOutputTokens") == sent
+
+
 def test_what_is_known_of_a_model_can_be_overridden() -> None:
     overrides = {"gemini-5": {"thinking_param": "", "combines_tools": False}, "gemini-5-pro": {"values": "LOW " * 7}}
-    assert pomex.gemini_model("gemini-5-flash", overrides).thinking_param == ""
-    assert pomex.gemini_model("gemini-5-pro", overrides) == pomex.GeminiModel("", values="LOW " * 7)
-    assert pomex.gemini_model("gemini-6", overrides) == pomex.GeminiModel("")
+    _, dropped = encode("q", "gemini-5-flash", overrides, reasoning={"effort": "low"})
+    assert dropped == ["reasoning.effort"]
+    for model, level in (("gemini-5-pro", "LOW"), ("models/gemini-5-pro", "LOW"), ("gemini-6", "HIGH")):
+        body, _ = encode("q", model, overrides, reasoning={"effort": "high"})
+        assert body["generationConfig"]["thinkingConfig"] == {"thinkingLevel": level}
 
 
 def test_plain_fields_go_under_geminis_names_and_others_are_named() -> None:
@@ -925,19 +935,24 @@ REPAIRS: list[tuple[str, JSON, str]] = [
 ]
 
 
+def repaired(body: JSON, error: pomex.GatewayError) -> JSON:
+    changed: JSON = json.loads(json.dumps(body))
+    pomex.WIRES["gemini"].repair(changed, error)
+    return changed
+
+
 @pytest.mark.parametrize(("said", "fields", "gone"), REPAIRS)
 def test_a_refused_parameter_is_left_out_once(said: str, fields: JSON, gone: str) -> None:
     tool = {**FUNCTION, "parameters": {"type": "object", "properties": {"pattern": {"type": "string", "pattern": "a"}}}}
     body, _ = encode("q", tools=[tool, {"type": "web_search"}], **fields)
     error = pomex.provider_error(400, pomex.Headers([]), json.dumps({"error": {"code": 400, "message": said, "status": "INVALID_ARGUMENT"}}).encode())
     before = json.dumps(body)
-    mended = pomex.repair_gemini(body, error)
-    assert mended is not None and json.dumps(body) == before
+    mended = repaired(body, error)
     assert before.count(f'"{gone}') > json.dumps(mended).count(f'"{gone}')
     assert mended["tools"][0]["functionDeclarations"][0]["parametersJsonSchema"]["properties"]["pattern"]["type"] == "string"
     check_body(mended, PRO)
-    assert pomex.repair_gemini(mended, error) == mended
-    assert pomex.repair_gemini(body, pomex.BadRequest("No such thing.")) == body
+    assert repaired(mended, error) == mended
+    assert repaired(body, pomex.BadRequest("No such thing.")) == body
 
 
 @pytest.mark.parametrize("error", [pomex.ProviderError(MISSING, kind="bad_request"),
@@ -945,19 +960,18 @@ def test_a_refused_parameter_is_left_out_once(said: str, fields: JSON, gone: str
 def test_20_a_signature_that_is_refused_becomes_the_dummy_once(error: pomex.GatewayError) -> None:
     items = [user_item("q"), says("t"), replay(signature="T", characters=1), replay(**{"for": "a"}, signature="S"), *CALLS]
     made, _ = replayed(items)
-    mended = pomex.repair_gemini({"contents": made}, error)
-    assert mended is not None
+    mended = repaired({"contents": made}, error)
     assert [part.get("thoughtSignature") for part in mended["contents"][1]["parts"]] == [None, DUMMY, None]
-    assert pomex.repair_gemini(mended, error) == mended
+    assert repaired(mended, error) == mended
 
 
 # --- whole conversations
 
 
-def job_of(body: JSON, model: str = PRO, response_id: str = "resp_0123456789abcdef") -> pomex.Job:
+def job_of(body: JSON, model: str = PRO, response_id: str = "resp_0123456789abcdef") -> pomex.EncodeContext:
     request = pomex.parse_request(json.dumps(body).encode())
     answer = pomex.ResponseContext(request, response_id, 0, pomex.STANDARD)
-    return pomex.Job(answer, pomex.Envelope(b"secret", "account"), "google", model, False, "")
+    return pomex.EncodeContext(answer, pomex.Envelope(b"secret", "account"), "google", model, False, "")
 
 
 def answer_of(call: pomex.UpstreamCall, chunks: list[JSON]) -> JSON:

@@ -49,7 +49,7 @@ class View(sinks.View):
 
 
 def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.ToolMap:
-    return pomex.ToolMap(list(tools), bool(pomex.anthropic_model(model).web_search), "claude")
+    return pomex.ToolMap(list(tools), bool(pomex.longest_prefix(pomex.ANTHROPIC_MODELS, model).web_search), "claude")
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.MessagesDecoder:
@@ -353,24 +353,33 @@ def test_a_refusal_says_why() -> None:
 
 # --- a turn that is paused
 
+def resumed(body: bytes, reader: Any) -> JSON:
+    """The body that goes up after the pause that `reader` has read."""
+    call = pomex.WIRES["messages"].call(job({"input": "q"}))._replace(body=body)
+    assert isinstance(call.attempt, pomex.TranslatedStream)
+    call.attempt.decoder = reader
+    again = call.resumed()
+    assert again is not None
+    sent: JSON = json.loads(again.body)
+    return sent
+
+
 @NO_RECORDINGS
 def test_a_paused_turn_goes_on_with_the_recorded_request_in_the_same_answer() -> None:
-    paused, resumed = (RECORDED / "anthropic" / name for name in ("pause-turn-stream", "pause-turn-resumed-stream"))
+    paused, rest = (RECORDED / "anthropic" / name for name in ("pause-turn-stream", "pause-turn-resumed-stream"))
     reader = decoder([SEARCH])
     view = view_of(recorded_data(paused / "response.sse"), reader)
     assert view.end() == "none" and not view.all("web_search_call")[-1]["closed"]
     first = view.usage
-    content = reader.resume()
-    asked = json.loads((paused / "request.json").read_bytes())
-    sent = pomex.resumed_body(asked, content)
-    recorded = json.loads((resumed / "request.json").read_bytes())
+    sent = resumed((paused / "request.json").read_bytes(), reader)
+    recorded = json.loads((rest / "request.json").read_bytes())
 
     def shape(blocks: list[JSON]) -> list[Any]:
         return [(b["type"], b.get("text"), b.get("thinking"), b.get("signature"), b.get("id"), b.get("input"),
                  b.get("tool_use_id")) for b in blocks]
     assert shape(sent["messages"][-1]["content"]) == shape(recorded["messages"][-1]["content"])
     assert sent["messages"][:-1] == recorded["messages"][:-1] and reader.resume() is None
-    for data in recorded_data(resumed / "response.sse"):
+    for data in recorded_data(rest / "response.sse"):
         reader.feed(data)
     assert view.end() == "completed" and all(item["closed"] for item in view.items.values())
     assert view.usage.input == first.input + 482529 and view.usage.output == first.output + 1310
@@ -390,10 +399,13 @@ def test_pauses_end_after_five() -> None:
 
 def test_a_second_pause_continues_the_same_assistant_turn() -> None:
     body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}
-    once = pomex.resumed_body(body, [{"type": "text", "text": "a"}])
-    twice = pomex.resumed_body(once, [{"type": "text", "text": "b"}])
-    assert [m["role"] for m in twice["messages"]] == ["user", "assistant"] and len(twice["messages"][1]["content"]) == 2
-    assert len(body["messages"]) == 1 and len(once["messages"][1]["content"]) == 1
+    reader = decoder([SEARCH])
+    for text in "ab":
+        view = view_of([{**BEGIN, "message": {"id": f"msg_{text}", "usage": {"input_tokens": 1}}}, *said(text), *ended("pause_turn")], reader)
+        assert view.end() == "none"
+        body = resumed(json.dumps(body).encode(), reader)
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant"]
+    assert [block["text"] for block in body["messages"][1]["content"]] == ["a", "b"]
 
 
 # --- through the whole gateway: answers, and what comes back with the next turn
@@ -405,9 +417,9 @@ def request_of(body: JSON) -> pomex.ResponsesRequest:
     return pomex.parse_request(json.dumps({"model": "anthropic/x", **body}).encode())
 
 
-def job(body: JSON, model: str = BUDGET, prompt_cache: str = "5m") -> pomex.Job:
+def job(body: JSON, model: str = BUDGET, prompt_cache: str = "5m") -> pomex.EncodeContext:
     answer = pomex.ResponseContext(request_of(body), "resp_test", 1790000000, pomex.STANDARD)
-    return pomex.Job(answer, ENVELOPE, "anthropic", model, False, "", prompt_cache)
+    return pomex.EncodeContext(answer, ENVELOPE, "anthropic", model, False, "", prompt_cache)
 
 
 def encoded(body: JSON, model: str = BUDGET, prompt_cache: str = "off") -> tuple[JSON, list[str]]:
@@ -896,6 +908,20 @@ def test_effort_takes_the_form_of_the_model(model: str, effort: str | None, summ
     assert thinks(model, effort, summary) == wanted
 
 
+@pytest.mark.parametrize("model, asked, binds", [
+    *((model, effort, True) for effort in (None, "low", "max") for model in (
+        "claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-2", "claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")),
+    ("claude-fable-5-1", "none", True), ("claude-sonnet-5-5", "none", False), ("claude-haiku-5-5", "none", False),
+    *((model, "low", False) for model in ("claude-mythos-5-1", "claude-fable-5", "claude-opus-5", "claude-opus-4-6", BUDGET, "claude-new")),
+])
+def test_models_that_bind_thoughts_are_asked_beforehand_to_drop_stale_ones(model: str, asked: str | None, binds: bool) -> None:
+    """Else every turn after a change of its prefix is refused once (NousResearch/hermes-agent#106426)."""
+    call = pomex.WIRES["messages"].call(job({"input": "q", "reasoning": {"effort": asked}}, model))
+    thinking = json.loads(call.body).get("thinking", {})
+    assert thinking.get("block_binding") == ({"prefix_mismatch_behavior": "drop_block"} if binds else None)
+    assert (pomex.BINDING_BETA in dict(call.headers).get("anthropic-beta", "")) is binds
+
+
 def test_a_budget_comes_on_top_of_the_answer() -> None:
     """#49 too: adaptive models get no budget."""
     def limits(tokens: int | None, model: str = BUDGET) -> tuple[Any, ...]:
@@ -1199,7 +1225,8 @@ def test_headers_say_the_version_and_the_betas_that_are_used() -> None:
         return dict(pomex.WIRES["messages"].call(job(asked, model)).headers)
     assert headers({"input": "q"}) == {"anthropic-version": "2023-06-01"}
     assert headers({"input": "q", "tools": [TOOL], "reasoning": {"effort": "low"}})["anthropic-beta"] == pomex.INTERLEAVED_BETA
-    assert "anthropic-beta" not in headers({"input": "q", "tools": [TOOL], "reasoning": {"effort": "low"}}, NEWEST)
+    assert headers({"input": "q"}, NEWEST)["anthropic-beta"] == pomex.BINDING_BETA
+    assert "anthropic-beta" not in headers({"input": "q", "tools": [TOOL], "reasoning": {"effort": "low"}}, "claude-opus-5")
     assert pomex.WIRES["messages"].auth("k") == [("x-api-key", "k")]
 
 
@@ -1213,7 +1240,8 @@ LOOP = {"input": [user(), THOUGHT, fcall("1"), fout("1")], "tools": [TOOL], "rea
         "safety_identifier": "u"}
 BOUND = "messages.1.content.0: Invalid `signature` in `thinking` block. The block is bound to a different conversation."
 REPAIRS: dict[str, tuple[str, str, Any, Any]] = {
-    "bound": (NEWEST, BOUND, lambda b: b["thinking"]["block_binding"], {"prefix_mismatch_behavior": "drop_block"}),
+    "bound": ("claude-opus-5", BOUND, lambda b: b["thinking"]["block_binding"], {"prefix_mismatch_behavior": "drop_block"}),
+    "bound, though its provider drops stale blocks": (NEWEST, BOUND, shape, ["u:t", "a:t", "u:r"]),
     "bound, with a budget": (BUDGET, BOUND, lambda b: ("thinking" in b, shape(b)), (False, ["u:t", "a:t", "u:r"])),
     "a signature": ("claude-opus-4-6", "messages.1.content.0: Invalid `signature` in `thinking` block",
                     lambda b: (b["thinking"]["type"], shape(b)),
@@ -1250,14 +1278,25 @@ def test_what_is_not_known_is_not_asked_twice(error: pomex.GatewayError) -> None
     assert pomex.WIRES["messages"].call(job(LOOP)).repaired(error) is None
 
 
-def test_the_table_can_be_overridden_by_prefix() -> None:
-    overrides = {"claude-opus": {"sampling": True}, "claude-opus-5-5": {"efforts": "low"}}
-    assert pomex.anthropic_model("claude-opus-5-5", overrides).efforts == "low" and not pomex.anthropic_model("claude-opus-5-5",
-                                                                                            overrides).sampling
-    assert pomex.anthropic_model("claude-opus-5", overrides).sampling and pomex.anthropic_model("claude-fable-5",
-                                                                              overrides) == pomex.anthropic_model("claude-fable-5")
+def settings_of(model: str, overrides: JSON) -> pomex.AnthropicModel:
+    ctx = job({"input": "q"}, model)
+    ctx.overrides = overrides
+    pomex.WIRES["messages"].call(ctx)
+    assert isinstance(ctx.settings, pomex.AnthropicModel)
+    return ctx.settings
 
 
-def test_no_row_of_the_table_hides_another() -> None:
-    for at, row in enumerate(pomex.ANTHROPIC_MODELS):
-        assert pomex.anthropic_model(row.prefix or "x") == row, at
+@pytest.mark.parametrize("given", ["claude-opus-5-5", "claude-opus-5.5", "anthropic/claude-opus-5.5", "us.anthropic.claude-opus-5-5"])
+@pytest.mark.parametrize("model", ["claude-opus-5-5", "anthropic/claude-opus-5.5", "us.anthropic.claude-opus-5-5-v1:0"])
+def test_the_table_can_be_overridden_by_the_longest_prefix(given: str, model: str) -> None:
+    """However the vendor and the version are written, in the configuration and in the model's name."""
+    overrides = {"claude-opus": {"sampling": True}, given: {"efforts": "low " * 7}}
+    assert (settings_of(model, overrides).efforts, settings_of(model, overrides).sampling) == ("low " * 7, False)
+    assert settings_of("claude-opus-5", overrides).sampling
+    assert settings_of("claude-fable-5", overrides) == pomex.ANTHROPIC_MODELS["claude-fable-5"]
+
+
+@pytest.mark.parametrize("table", [pomex.ANTHROPIC_MODELS, pomex.GEMINI_MODELS])
+def test_every_row_of_a_table_is_found_by_its_own_prefix(table: JSON) -> None:
+    for prefix, row in table.items():
+        assert pomex.longest_prefix(table, prefix or "x") is row

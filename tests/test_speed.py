@@ -177,7 +177,7 @@ def test_a_request_leaves_nothing_to_the_garbage_collector(wire, relay):
         raw = json.dumps({"model": "p/m", "stream": True, "input": "hi", "tools": tools}).encode()
         answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
         envelope = pomex.Envelope(b"k" * 32, "a")
-        attempt = pomex.WIRES[wire].call(pomex.Job(answer, envelope, "p", "m", relay, "")).attempt
+        attempt = pomex.WIRES[wire].call(pomex.EncodeContext(answer, envelope, "p", "m", relay, "")).attempt
         attempt.feed(b'event: response.created\ndata: {"type":"response.created","response":{}}\n\n')
         attempt.finish(pomex.UpstreamError("cut"))
         attempt.terminal(2)

@@ -1,7 +1,7 @@
 """Runs inside an environment with a provider's package: encodes requests with pomex.py, validates the bodies by its types.
 
     python encode_driver.py POMEX.PY WIRE[:MODEL[:DIALECT]] FILE...
-prints {"FILE": {"body": {...}, "complaints": ["what is wrong", ...]}, ...}; a file that parse_request refuses is given as null.
+prints {"FILE": {"body": {...}, "headers": {...}, "complaints": ["what is wrong", ...]}, ...}; a file that parse_request refuses is given as null.
 """
 from __future__ import annotations
 
@@ -66,8 +66,18 @@ def responses_judge():
 
 
 def messages_judge():
+    """`block_binding` has a type of its own: it is a beta's, whose header asks for it."""
     from anthropic.types import message_create_params as params
-    return typed_dict(params.MessageCreateParamsStreaming, params.MessageCreateParamsNonStreaming)
+    from anthropic.types.beta.beta_thinking_block_binding_param import BetaThinkingBlockBindingParam as Binding
+    plain = typed_dict(params.MessageCreateParamsStreaming, params.MessageCreateParamsNonStreaming)
+    forbid_extras(Binding, set())
+    binding = pydantic.TypeAdapter(Binding)
+
+    def judge(body):
+        thinking = dict(body.get("thinking", {}))
+        binding.validate_python(thinking.pop("block_binding", {}))
+        return plain({**body, "thinking": thinking} if thinking else body)
+    return judge
 
 
 def gemini_judge():
@@ -106,8 +116,9 @@ def complaints(body, judge) -> list[str]:
 def encode(pomex, wire, model, dialect, raw) -> Any:
     request = pomex.parse_request(raw)
     answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
-    job = pomex.Job(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect)
-    return json.loads(pomex.WIRES[wire].call(job).body)
+    context = pomex.EncodeContext(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect)
+    call = pomex.WIRES[wire].call(context)
+    return json.loads(call.body), dict(call.headers)
 
 
 def main(path, form, *files):
@@ -123,8 +134,9 @@ def main(path, form, *files):
         except pomex.BadRequest:
             found[file] = None
             continue
-        body = encode(pomex, wire, model or "some-model", dialect, raw)     # nothing that was taken may be refused here
-        found[file] = {"body": body, "complaints": complaints(body, judge)}
+        # nothing that was taken may be refused here
+        body, headers = encode(pomex, wire, model or "some-model", dialect, raw)
+        found[file] = {"body": body, "headers": headers, "complaints": complaints(body, judge)}
     print(json.dumps(found))
 
 

@@ -887,10 +887,10 @@ class ContentDecoder:
 
 # === 4. SSE =======================================================================================
 #
-# Server-sent events (WHATWG HTML 9.2.6), whole blocks at a time: a line's end is ASCII, so a block can be decoded by itself.
+# Server-sent events (WHATWG HTML 9.2.6), whole events at a time: line ends are ASCII, so each can be decoded by itself.
 
 MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the answer, images included
-SIMPLE_BLOCK = re.compile(r"(?:event: ([^\n]*)\n)?data: ([^\n]*)")      # what nearly every provider sends
+SIMPLE_EVENT = re.compile(r"(?:event: ([^\n]*)\n)?data: ([^\n]*)")      # as nearly every provider sends it
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -899,21 +899,20 @@ class Event(NamedTuple):
     data: str
 
 
-def parse_block(block: str) -> Event | None:
+def parse_event(block: str) -> Event | None:
     """The event of the lines between two empty lines, if it has `data`."""
     if block.startswith("data: ") and "\n" not in block:
         return Event("message", block[6:])
-    match = SIMPLE_BLOCK.fullmatch(block)
+    match = SIMPLE_EVENT.fullmatch(block)
     if match:
         return Event(match[1] or "message", match[2])
     name, data = "", []
     for line in block.split("\n"):
         key, _, value = line.partition(":")     # a comment has the key ""
-        value = value[1:] if value.startswith(" ") else value
         if key == "data":
-            data.append(value)
+            data.append(value.removeprefix(" "))
         elif key == "event":
-            name = value
+            name = value.removeprefix(" ")
     return Event(name or "message", "\n".join(data)) if data else None
 
 
@@ -925,70 +924,62 @@ def is_complete_json(data: str) -> bool:
         return False
 
 
-def is_truncated(rest: bytes | bytearray) -> bool:
-    """Is the rest more than comments?"""
-    return any(line and not line.startswith(b":") for line in rest.split(b"\n"))
-
-
 class SSEDecoder:
-    """Bytes in, events out. `id` and `retry` are passed over: no stream of ours is ever resumed."""
+    """Bytes in, events out. It ignores `id` and `retry`: Pomex never resumes a stream."""
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
-        self._rest = bytearray()        # no empty line in it, but perhaps a line end as its last byte
-        self._begun = False             # is a byte order mark out of the question?
-        self.truncated = False               # after finish(): did the body end inside of an event?
-        self._after_cr = False          # then a first LF belongs to that line end
+        self.truncated = False          # after finish(): the body ended inside an event
+        self._rest = bytearray()        # holds no empty line, but may end with a line end
+        self._started = False           # the first event was read: no byte order mark can follow
+        self._after_cr = False          # an LF that comes first belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
-        blocks = self.blocks(data).decode("utf-8", "replace").split("\n\n")
-        return [event for block in blocks if block and (event := parse_block(block))]
+        return self.parse(self.split(data))
 
-    def blocks(self, data: bytes) -> bytes:
+    def split(self, data: bytes) -> bytes:
         """All up to the last empty line, with LF as line ends."""
-        if not self._begun:
-            data = self._without_mark(data)
-        if self._after_cr or b"\r" in data:
-            data = self._with_lf(data)
+        if b"\r" in data or self._after_cr:
+            data = self._normalize_newlines(data)
         end = data.rfind(b"\n\n") + 2
         if end == 1 and not (self._rest.endswith(b"\n") and data.startswith(b"\n")):
             self._rest += data
             data = b""
         elif self._rest or end < len(data):
             self._rest, data = bytearray(data[end:]), bytes(self._rest) + data[:end]
+        longest = len(self._rest) - 1
         if len(data) > self.max_event_bytes:
-            self._check_size(max(map(len, data.split(b"\n\n"))))
-        self._check_size(len(self._rest) - 1)
+            longest = max(longest, *map(len, data.split(b"\n\n")))
+        if longest > self.max_event_bytes:
+            raise UpstreamError(f"The upstream sent an event of more than {self.max_event_bytes} bytes.")
         return data
+
+    def parse(self, data: bytes) -> list[Event]:
+        """The events of whole blocks."""
+        text = data.decode("utf-8", "replace")
+        if text and not self._started:
+            self._started = True
+            text = text.removeprefix("\ufeff")
+        return [event for block in text.split("\n\n") if block and (event := parse_event(block))]
 
     def finish(self) -> list[Event]:
         """The body is over. The standard drops an event without its empty line, but many chat servers end so:
-        it is given out if all its lines are complete, or if its data can be no part of something longer."""
-        rest = self._rest if self._begun else b""
-        event = parse_block(rest.decode("utf-8", "replace").strip("\n"))
-        self._rest = bytearray()
-        given = [event] if event and (rest.endswith(b"\n") or is_complete_json(event.data)) else []
-        self.truncated = not given and is_truncated(rest)
-        return given
+        it counts if all its lines are complete, or if its data cannot be part of something longer."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        events = self.parse(rest.strip(b"\n"))
+        if events and not rest.endswith(b"\n") and not is_complete_json(events[0].data):
+            events = []
+        lines = rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
+        self.truncated = not events and any(line and not line.startswith(b":") for line in lines)
+        return events
 
-    def _without_mark(self, data: bytes) -> bytes:
-        """Without a byte order mark at the very beginning; nothing while it could still be one."""
-        data = bytes(self._rest) + data
-        self._begun = not codecs.BOM_UTF8.startswith(data) or data == codecs.BOM_UTF8
-        self._rest = bytearray(b"" if self._begun else data)
-        return data.removeprefix(codecs.BOM_UTF8) if self._begun else b""
-
-    def _with_lf(self, data: bytes) -> bytes:
+    def _normalize_newlines(self, data: bytes) -> bytes:
         """With every line end as LF. A CR at the end is one already, with an LF that follows it."""
         if data:
             if self._after_cr:
                 data = data.removeprefix(b"\n")
             self._after_cr = data.endswith(b"\r")
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def _check_size(self, size: int) -> None:
-        if size > self.max_event_bytes:
-            raise UpstreamError(f"The upstream sent an event of more than {self.max_event_bytes} bytes.")
 
 
 def sse_frame(type: str, data: str) -> bytes:
@@ -2565,51 +2556,52 @@ PART_FAMILY = {shape.type: shape.delta for shape in PARTS.values()}
 TEXT_KINDS = ("message", "reasoning", "call")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class UpstreamText:
     """One text of an item: a part, or a call's arguments."""
     channel: PartType
-    place: int
+    index: int = 0
     pieces: list[str] = field(default_factory=list)
-    sent: bool = False
+    sent: bool = False          # the sink has what came so far
     done: bool = False
-    noted: int = 0              # annotations that came with events of their own
+    annotations: list[JSON] = field(default_factory=list)       # of a snapshot's text
 
     def so_far(self) -> str:
         self.pieces[:] = ["".join(self.pieces)]
         return self.pieces[0]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class UpstreamItem:
     """An item as far as it has come."""
     kind: Any                   # "message", "reasoning", "call", or the type of another item
-    item: JSON                  # as it was told last
-    index: Any                  # the server's number of it
-    slot: int = -1              # ours
-    done: bool = False          # by the server's own word
-    shown: bool = False
-    closed: bool = False
+    item: JSON                  # its newest snapshot
+    upstream_index: Any
+    index: int = -1             # ours
+    shown: bool = False         # the sink knows of it
+    done: bool = False          # the server called it done
+    closed: bool = False        # nothing more is expected of it
+    annotation_count: int = 0   # of events of their own
     texts: list[UpstreamText] = field(default_factory=list)
-    numbered: dict[tuple[str, Any], UpstreamText] = field(default_factory=dict)
+    numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
-    def part(self, channel: PartType, number: Any, whole: str | None = None) -> UpstreamText:
-        """The text that a piece belongs to, or the one that a `done` event gives the whole of: that one may bear
-        another number there than its pieces had."""
-        part, last = self.numbered.get((channel, number)), self.texts[-1] if self.texts else None
+    def text(self, channel: PartType, number: Any, whole: str | None = None) -> UpstreamText:
+        """The text that a piece belongs to, or that a `done` event completes: its number may be another there."""
+        text = self.numbered.get((channel, number))
         if whole is None:
-            part = None if part and part.done else part
-        elif part is None and last and last.channel == channel and not last.done and whole.startswith(last.so_far()):
-            part = last
-        if part is None:
-            part = UpstreamText(channel, len(self.texts))
-            self.texts.append(part)
-        part.done = whole is not None
-        self.numbered[channel, number] = part
-        return part
+            text = None if text and text.done else text
+        elif text is None and self.texts:
+            last = self.texts[-1]
+            text = last if last.channel == channel and not last.done and whole.startswith(last.so_far()) else None
+        if text is None:
+            text = UpstreamText(channel, len(self.texts))
+            self.texts.append(text)
+        text.done = whole is not None
+        self.numbered[channel, number] = text
+        return text
 
-    def differs(self, name: str, value: Any) -> bool:
-        return bool(value and self.item.get(name)) and self.item[name] != value
+    def is_other(self, name: str, value: Any) -> bool:
+        return bool(value) and value != (self.item.get(name) or value)
 
 
 def item_kind(item: JSON) -> Any:
@@ -2620,117 +2612,116 @@ def item_content(item: JSON) -> str:
     return dumps({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
 
 
-Told = TypeVar("Told")
+Known = TypeVar("Known")
 
 
-def paired(given: Sequence[Told], known: Sequence[Told], *keys: Callable[[Told], Any]) -> list[Told | None]:
-    """For each of the given the first known one with the same key, each once; a later key for those that are left. None is
-    no key."""
-    found: dict[int, int] = {}
+def pair(given: Sequence[Known], known: Sequence[Known], *keys: Callable[[Known], Any]) -> list[Known | None]:
+    """For each of the given the first known one with the same key, each once; later keys serve those that are left.
+    None is no key."""
+    found: list[Known | None] = [None] * len(given)
     for key in keys:
-        if len(found) == len(given):
+        if not known or None not in found:
             break
-        taken, free = set(found.values()), collections.defaultdict[Any, "collections.deque[int]"](collections.deque)
-        for place, each in enumerate(known):
-            if place not in taken:
-                free[key(each)].append(place)
+        free = collections.defaultdict[Any, "collections.deque[Known]"](collections.deque)
+        taken = set(found)
+        for each in known:
+            if each not in taken:
+                free[key(each)].append(each)
         free.pop(None, None)
         for place, each in enumerate(given):
-            if place not in found and free.get(wanted := key(each)):
-                found[place] = free[wanted].popleft()
-    return [known[found[place]] if place in found else None for place in range(len(given))]
+            if found[place] is None and (queue := free.get(key(each))):
+                found[place] = queue.popleft()
+    return found
 
 
 class UpstreamItems:
     """Which item an event is about. Servers give an item a new id in every event (Copilot), tell items apart by their ids
-    alone (llama.cpp) or by nothing at all, count from 1, or give one number to all.
+    alone (llama.cpp) or by nothing at all, count from 1, or give one index to all.
 
-    So an open item goes by any of its names, and an event without one is about the newest of its kind. An `added`, and what
-    comes for an item that is done, begins another where a name differs.
+    So an open item goes by any of its keys, and an event without one is about the newest of its kind. An `added`, and what
+    comes for an item that is done, begins another item where a key differs.
     """
 
     def __init__(self) -> None:
         self.all: list[UpstreamItem] = []
-        self.undone = [0, 0]                            # so many other items and calls
-        self.named: dict[Any, UpstreamItem] = {}        # by number; by kind; by kind and call_id, and id, and id and number
+        self.open_calls = 0
+        self.by_key: dict[Any, UpstreamItem] = {}       # (kind, id, index), (kind, call_id), (kind, id), index, kind
 
-    def find(self, event: JSON, kind: Any, opens: bool = False) -> UpstreamItem | None:
-        """The item of an event, which `opens` one if it says `added`; None if it is about a new one."""
-        item, index = event.get("item") or {}, event.get("output_index")
+    def find(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem | None:
+        """The item of an event, which `begins` one if it is `added`; None for a new one. For a text it may be an item of a
+        kind whose texts are not read."""
+        index, item = event.get("output_index"), event.get("item") or {}
         item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
-        for name in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
-            known = self.named.get(name)
-            if known and not known.differs("call_id", call_id) and (
-                    not (known.done or opens) or index is None or known.index in (None, index)
+        for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
+            known = self.by_key.get(key)
+            if known and not known.is_other("call_id", call_id) and (
+                    not (known.done or begins) or index is None or known.upstream_index in (None, index)
                     or call_id and known.item.get("id") == item_id):
                 return known
-        known = self.named.get(kind if index is None else index)
+        known = self.by_key.get(kind if index is None else index)
         if known is None or known.kind != kind:
             return known if known and not (item or known.done or known.kind in TEXT_KINDS) else None
-        renamed = known.differs("id", item_id) or known.differs("call_id", call_id)
-        if opens or "delta" in event and known.done:
-            other = renamed or index is None or opens and known.done
-        elif known.done:                            # told once more, or another in its place
-            other = bool(item) and (renamed or item_content(item) != item_content(known.item))
+        other = known.is_other("id", item_id) or known.is_other("call_id", call_id)
+        if known.done and not begins and "delta" not in event:      # a repetition, or another item in its place
+            other = bool(item) and (other or item_content(item) != item_content(known.item))
+        elif known.done or begins:
+            other = other or index is None or (known.done and begins)
         else:
-            other = renamed and index is None
+            other = other and index is None
         return None if other else known
 
-    def take(self, event: JSON, kind: Any, opens: bool = False) -> UpstreamItem:
-        """The item of an event, a new one if need be. For a text it may be one of a kind whose texts are not read."""
+    def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
+        """The item of an event, a new one if need be."""
         index, item_id = event.get("output_index"), event.get("item_id")
-        known = self.named.get((kind, item_id, index))
-        if known and not (known.done or "item" in event):       # nearly always
+        known = self.by_key.get((kind, item_id, index))
+        if known and not known.done and "item" not in event:        # nearly always
             return known
-        item, known = event.get("item") or {}, self.find(event, kind, opens)
-        return self.name(known, item) if known else self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
-
-    def add(self, known: UpstreamItem) -> UpstreamItem:
-        known.slot = len(self.all)
-        self.all.append(known)
-        self.undone[known.kind == "call"] += 1
-        self.named[known.kind] = known
-        if known.index is not None:
-            self.named[known.index] = known
-        return self.name(known, known.item)
-
-    def name(self, known: UpstreamItem, item: JSON) -> UpstreamItem:
-        if item.get("call_id"):
-            self.named[known.kind, item["call_id"]] = known
-        if item.get("id"):
-            self.named[known.kind, item["id"]] = self.named[known.kind, item["id"], known.index] = known
+        known, item = self.find(event, kind, begins), event.get("item") or {}
+        if known is None:
+            return self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
+        self.add_keys(known, item)
         return known
 
-    def last(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with what is known of it: by name, by content, in order among its kind. A call
-        that is done is no other call. New ones are numbered on."""
-        given = [UpstreamItem(item_kind(item), item, None) for item in output]
-        found = paired(given, self.all,
-                       lambda each: (name := each.item.get("call_id") or each.item.get("id")) and (each.kind, name),
-                       lambda each: item_content(each.item),
-                       lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
-        count = max([len(self.all), *(known.index + 1 for known in self.all if isinstance(known.index, int))])
-        for each, known in zip(given, found):
-            if known is None:
-                each.index, count = count, count + 1
-                self.add(each)
-        return [(known or each, each.item) for each, known in zip(given, found)]
+    def add(self, known: UpstreamItem) -> UpstreamItem:
+        known.index = len(self.all)
+        self.all.append(known)
+        self.open_calls += known.kind == "call"
+        self.by_key[known.kind] = known
+        if known.upstream_index is not None:
+            self.by_key[known.upstream_index] = known
+        self.add_keys(known, known.item)
+        return known
 
-    def stop(self) -> Stop | None:
-        """What a clean end of the body stands for: with every item done the model had finished, unless it had only thought."""
-        if any(self.undone) or all(known.kind == "reasoning" for known in self.all):
+    def add_keys(self, known: UpstreamItem, item: JSON) -> None:
+        if item.get("call_id"):
+            self.by_key[known.kind, item["call_id"]] = known
+        if item.get("id"):
+            self.by_key[known.kind, item["id"]] = self.by_key[known.kind, item["id"], known.upstream_index] = known
+
+    def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
+        """The items of a final response, each with its record: by key, by content, in order among its kind. No call is
+        taken for one that is done. New items are numbered on."""
+        given = [UpstreamItem(item_kind(item), item, None) for item in output]
+        found = pair(given, self.all,
+                     lambda each: (key := each.item.get("call_id") or each.item.get("id")) and (each.kind, key),
+                     lambda each: item_content(each.item),
+                     lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
+        indices = [known.upstream_index for known in self.all if isinstance(known.upstream_index, int)]
+        next_index = max([len(self.all) - 1, *indices]) + 1
+        taken = []
+        for new, known in zip(given, found):
+            if known is None:
+                new.upstream_index, next_index = next_index, next_index + 1
+                known = self.add(new)
+            taken.append((known, new.item))
+        return taken
+
+    def evidence(self) -> Stop | None:
+        """The meaning of a clean end of the body: with every item done the model had finished, but not with reasoning
+        alone (DESIGN, promise 1)."""
+        if not all(known.done for known in self.all) or all(known.kind == "reasoning" for known in self.all):
             return None
         return Stop("max_output_tokens" if any(known.item.get("status") == "incomplete" for known in self.all) else "")
-
-
-def done_text(event: JSON) -> tuple[PartType, Any, str, Any]:
-    """Of a `done` event: the channel and number of its text, its kind of item, and the whole text."""
-    part = event.get("part")
-    family: str = PART_FAMILY.get(part["type"], "") if isinstance(part, dict) else event["type"].removesuffix(".done")
-    if family not in TEXT_EVENTS:
-        return "text", 0, "", ""
-    channel, number, kind, whole = TEXT_EVENTS[family]
-    return channel, event.get(number, 0), kind, as_text((part or event).get(whole))
 
 
 def as_text(value: Any) -> str:
@@ -2738,345 +2729,338 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else dumps(value) if isinstance(value, dict) else ""
 
 
-def item_texts(item: JSON) -> Iterator[tuple[UpstreamText, JSON]]:
-    """The texts that an item says it has, each with its part."""
-    for name in ("arguments", "input"):
-        whole = as_text(item.get(name))
-        channel: PartType = "input" if name == "input" and whole == item.get(name) else "arguments"
-        if whole.strip() and (channel == "input" or whole.strip() != "{}"):
-            yield UpstreamText(channel, 0, [whole]), {}
+def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
+    """Of a `done` event: the channel and number of its text, its kind of item, and the whole text."""
+    part = event.get("part")
+    family = PART_FAMILY.get(part["type"], "") if isinstance(part, dict) else event["type"].removesuffix(".done")
+    channel, number, kind, whole = TEXT_EVENTS.get(family, ("text", "", "", ""))
+    return channel, event.get(number, 0), kind, as_text((part or event).get(whole))
+
+
+def item_texts(item: JSON) -> list[UpstreamText]:
+    """The texts of a snapshot. `{}` may only hold the place of arguments to come."""
+    texts = []
+    arguments, custom = as_text(item.get("arguments")), item.get("input")
+    if isinstance(custom, dict):
+        arguments = dumps(custom)
+    elif isinstance(custom, str) and custom.strip():
+        texts.append(UpstreamText("input", 0, [custom]))
+    if arguments.strip() not in ("", "{}"):
+        texts.append(UpstreamText("arguments", 0, [arguments]))
     for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
         if part.get("type") in PART_FAMILY:
             channel, _, _, whole = done_text({"part": part})
-            yield UpstreamText(channel, 0, [whole]), part
-
-
-def has_content(item: JSON) -> bool:
-    """Does it say anything, in the form that clients read?"""
-    if item_kind(item) == "call":
-        said = item.get(CALL_FIELD[item["type"]][1])
-        return isinstance(said, str) and said.strip() not in ("", "{}")
-    return item.get("type") != "message" or any(text.so_far() for text, _ in item_texts(item)) or any(
-        part.get("type") not in PART_FAMILY for part in only_dicts(item.get("content")))
+            texts.append(UpstreamText(channel, 0, [whole], annotations=part.get("annotations") or []))
+    return texts
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
-    """Gives an item that says nothing what its events said: was there need?"""
-    if has_content(item):
-        return False
+    """Gives an item that says nothing, in the form that clients read, the text of its events: was there need?"""
+    texts = "".join(text.so_far() for text in item_texts(item))
     said = "".join(text.so_far() for text in known.texts)
-    if known.kind != "call":
+    if known.kind == "message":
+        foreign = any(part.get("type") not in PART_FAMILY for part in only_dicts(item.get("content")))
+        if texts or foreign:
+            return False
         item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
                            for text in known.texts] or only_dicts(item.get("content"))
-    elif item["type"] == "function_call":
-        item["arguments"] = said or "{}"
+        return True
+    name = CALL_FIELD[item["type"]][1] if known.kind == "call" else ""
+    if not name or (texts and isinstance(item.get(name), str)):
+        return False
+    if name == "arguments":
+        item[name] = said or "{}"
     else:
-        item["input"] = said if known.texts and known.texts[0].channel == "input" else unwrap(said) or said
+        item[name] = said if known.texts and known.texts[0].channel == "input" else unwrap(said) or said
     return True
 
 
-# --- 5.9 the relay: a Responses upstream's frames pass as they came -------------------------------
+def is_incomplete_call(item: JSON) -> bool:
+    """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
+    arguments = item.get("arguments")
+    broken = isinstance(arguments, str) and arguments.strip() and parse_object(arguments) is None
+    return "call_id" in item and (bool(broken) or item.get("status") == "incomplete")
+
+
+# --- 5.9 passthrough ------------------------------------------------------------------------------
+#
+# Where the upstream speaks the client's API its events pass as they came. A wire needs a subclass with its patterns and the
+# handlers of its parsed events.
 
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 
 class Passthrough(Attempt):
-    """Frames of a Responses upstream, unread but for those that carry the response object, an item or a whole text.
+    """An attempt whose events pass unread but for those of PARSED_EVENTS. Their numbers follow ours."""
+    API_EVENT: ClassVar[bytes]                  # stands in every event of the API
+    OPENING: ClassVar[bytes]                    # stands in the event that opens the response: none goes before it
+    OUTPUT_EVENT: ClassVar[re.Pattern[bytes]]   # with it output begins; another target may take over until then
+    PARSED_EVENT: ClassVar[re.Pattern[bytes]]
+    PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
+    DEFERRED: ClassVar[bytes]                   # stands in unread events that may have to be read later
+    HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]       # by type: an event and its frame
+    whole: Callable[[bytes], None]              # takes a response that came as one JSON object, requested or not
 
-    Response id, `model` and terminal frame are ours; so is what the final response alone holds. The numbers of later frames
-    are moved accordingly.
-    """
-    READ = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
-                      rb'output_item\.added|\w++\.done))"')
-    OUTPUT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
-    FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
-    NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
-
-    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
-                 decoder: Any) -> None:
+    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str], decoder: Any) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
-        self.decoder = decoder                      # a ResponsesDecoder: it reads along what is not passed unread
+        self.decoder = decoder                  # reads along, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
-        self.decoder.asked_12h = answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
-        self.frames = SSEDecoder(MAX_EVENT_BYTES)
-        self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
-        self.newest = b""                           # what passed last: where no end follows it may be an error
-        self.kept: list[bytes] = []                 # what came in a call: its arguments may stand in deltas alone
-        self.halves: dict[int, tuple[JSON, bytes]] = {}     # done events of half calls: shown only if the answer is incomplete
-        self.streamed = math.inf                    # so many items came before the final response
-        self.completed: JSON = {}                   # the upstream's own final response
+        self.events = SSEDecoder(MAX_EVENT_BYTES)
+        self.withheld: list[bytes] = []         # from the event that opens the response until output begins
+        self.deferred: list[bytes] = []
+        self.final_response: JSON = {}          # the upstream's own
 
     def feed(self, data: bytes) -> None:
-        """Takes bytes as they come. UpstreamError where a frame that must be read is not JSON."""
-        data, at = self.frames.blocks(data), 0      # where a frame begins
-        for found in self.READ.finditer(data):
-            if found.start() < at or self.upstream_done:
-                continue                            # a second match in a frame already read
-            begin = data.rfind(b"\n\n", at, found.start())
-            begin = at if begin < 0 else begin + 2
-            self._pass(data[at:begin])
-            at = data.find(b"\n\n", found.end()) + 2
-            self._read(data[begin:at])
-        if not self.upstream_done:
-            self._pass(data[at:])
-
-    def _pass(self, block: bytes) -> None:
-        """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
-        if not self.output_started or self.FOREIGN.search(b"\n" + block):
-            block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if self._is_event(frame))
-        if not block:
+        """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
+        block = self.events.split(data)
+        if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
+            self.forward(block)                 # nearly always
             return
-        self.newest = block
-        if not self.output_started and not self.OUTPUT.search(block):
-            self.held += [block] if self.held else []       # nothing goes before response.created
-            self.check_limits(len(block))
+        for event in self.events.parse(block):
+            self.take_event(event)
+
+    def take_event(self, event: Event) -> None:
+        name, data = event
+        frame = sse_frame("" if name == "message" else name, data)
+        if self.upstream_done:
             return
-        if not self.output_started:
-            self._begin()
-        self._give(block)
-        others, calls = self.decoder.items.undone
-        if calls or not others:
-            self.kept.append(block)
-        self.output_chars += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
-        if self.output_chars > self.output_limit:
-            self.check_limits()
+        if self.PARSED_EVENT.search(frame):
+            self.read(data, frame)
+        elif self.API_EVENT in frame:
+            self.forward(frame)
+        else:                                   # pings and [DONE] are our own affair; an error counts in any form
+            self.error = self.error or self.decoder.stray_error(data, name == "error")
 
-    def _is_event(self, frame: bytes) -> bool:
-        """Is it an event of this API? Of what is none, an error counts, whatever its form."""
-        if b'"response.' in frame:
-            return True
-        if event := parse_block(frame.decode("utf-8", "replace")):
-            self.error = self.error or self.decoder.stray_error(event.data, event.event == "error")
-        return False
-
-    def _begin(self) -> None:
-        """Output begins: what was held goes first, unless a beginning of ours has gone already."""
-        self.output_started = True
-        held = b"".join(self.held)
-        if self.answer.started or b'"response.created"' not in held:
-            self.out.append(self.answer.start())
-        else:
-            self.answer.started = True
-            self._give(held)
-
-    def _give(self, block: bytes) -> None:
-        """Frames to the client, numbered on from our last one."""
-        if not self.answer.request.stream:
-            return
-        first = self.NUMBER.search(block)
-        if first:
-            shift = self.answer.sequence - int(first[1])
-            if shift:
-                block = self.NUMBER.sub(lambda m: b'"sequence_number":%d' % (int(m[1]) + shift), block)
-            last = self.NUMBER.match(block, block.rfind(b'"sequence_number":'))
-            self.answer.sequence = int((last or first)[1]) + 1
-        self.out.append(block)
-
-    def _read(self, frame: bytes) -> None:
-        event = parse_block(frame.decode("utf-8", "replace").strip("\n"))
+    def read(self, data: str, frame: bytes) -> None:
         try:
-            content = json.loads(event.data if event else "")
-            self.HANDLERS.get(content["type"], Passthrough._other)(self, content, frame)
+            event = json.loads(data)
+            self.HANDLERS.get(event["type"], Passthrough.forward_read)(self, event, frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
-    def _handshake(self, event: JSON, frame: bytes) -> None:
+    def forward_read(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        self.forward(frame)
+
+    def forward(self, block: bytes) -> None:
+        """Whole events go to the client, once output has begun."""
+        if not self.output_started and not self.OUTPUT_EVENT.search(block):
+            self.check_limits(len(block))
+            if self.withheld or self.OPENING in block:
+                self.withheld.append(block)
+            return
         if not self.output_started:
-            self.check_limits(len(frame))
-            response = self._ours(event.get("response") or {})
-            self.held.append(sse_frame(event["type"], dumps({**event, "response": response})))
+            self.output_started = True
+            if self.withheld and not self.answer.started:
+                self.answer.started = True
+                self.send(b"".join(self.withheld))
+            else:
+                self.out.append(self.answer.start())
+        self.send(block)
+        if self.DEFERRED in block:
+            self.deferred.append(block)
+        self.output_chars += len(block) // 8        # about a token's worth of text in a delta event of 150 bytes
+        if self.output_chars > self.output_limit:
+            self.check_limits()
 
-    def _ours(self, response: JSON) -> JSON:
-        """The head that all response objects of a stream share, whether an upstream made them or we did."""
-        return {**response, "id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
-
-    def _added(self, event: JSON, frame: bytes) -> None:
-        item = event.get("item")
-        if isinstance(item, dict):
-            self.check_limits(items=1)
-            self.decoder.read(event)
-            if self._sealed(item):
-                frame = sse_frame(event["type"], dumps(event))
-        self._pass(frame)
-
-    def _other(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-        self._pass(frame)
-
-    def _done(self, event: JSON, frame: bytes) -> None:
-        """An item is done; one that says nothing waits for what the final response has of it."""
-        item = event.get("item")
-        if not isinstance(item, dict):
+    def send(self, block: bytes) -> None:
+        """Numbers whole events on from our last one."""
+        if not self.answer.request.stream:
             return
-        before = len(self.decoder.items.all)
-        known = self.decoder.items.take(event, item_kind(item))
-        self.check_limits(len(frame), len(self.decoder.items.all) - before)
-        if known.closed:
-            return
-        if known.kind == "call" and not has_content(item):
-            self._recall()
-        self.decoder.finish(known, item)
-        if not self.decoder.items.undone[True]:
-            self.kept.clear()
-        if known.closed:
-            self._accept(known, event, frame)
+        count = block.count(b"\n\n")
+        given = SEQUENCE_NUMBER.findall(block)[:count]
+        numbers = range(self.answer.sequence, self.answer.sequence + len(given))
+        if given != [b"%d" % number for number in numbers]:
+            following = iter(numbers)
+            block = SEQUENCE_NUMBER.sub(lambda found: b'"sequence_number":%d' % next(following), block, count)
+        self.answer.sequence += len(given)
+        self.out.append(block)
 
-    def _recall(self) -> None:
-        """Reads what has passed unread of the calls that are open."""
-        for event in SSEDecoder().feed(b"".join(self.kept)):
-            if re.search(r'_call_\w+\.delta"', event.data):
-                self.decoder.feed(event.data)
-        self.kept.clear()
-
-    def _accept(self, known: UpstreamItem, event: JSON, frame: bytes, new: bool = False) -> None:
-        """Gives out an item as the client can use it."""
-        item = event["item"]
-        if is_incomplete_call(item) and not self.ended:
-            self.halves[known.slot] = event, frame
-            return
-        changed = fill_item(item, known), self._sealed(item)
-        self.items[known.slot] = dumps(item)
-        if any(changed) or not frame:
-            frame = sse_frame(event["type"], dumps(event))
-        if new:
-            self._pass(frame.replace(b"output_item.done", b"output_item.added", 2))
-        self._pass(frame)
-
-    def _release(self) -> None:
-        """The items that only the final response holds, and those that waited for it."""
-        for known in self.decoder.items.all:
-            if known.closed and known.slot not in self.items:
-                made = {"type": "response.output_item.done", "sequence_number": 0, "output_index": known.index,
-                        "item": known.item}
-                self._accept(known, *self.halves.get(known.slot, (made, b"")), known.slot >= self.streamed)
-
-    def _sealed(self, item: JSON) -> bool:
-        """Puts an item's encrypted content into our envelope, and a refusal where it is seen: was there any?"""
-        refusals = [part for part in only_dicts(item.get("content")) if part.get("type") == "refusal"] \
-            if self.answer.profile.refusal_as_text else []
-        for part in refusals:
-            part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
-        if not item.get("encrypted_content"):
-            return bool(refusals)
-        item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
-        return True
-
-    def _terminal(self, event: JSON, frame: bytes) -> None:
-        self.streamed = len(self.decoder.items.all)
-        self._recall()
-        self.decoder.read(event)
-        self._release()
-        self._end(event.get("response") or {})
-
-    def _end(self, response: JSON) -> None:
-        """The upstream's own end. Half a call is no part of a whole answer."""
-        self.upstream_done = True
-        self.completed = response
-        items = only_dicts(response.get("output")) + [known.item for known in self.decoder.items.all]
-        if self.stop and not self.stop.incomplete_reason and any(map(is_incomplete_call, items)):
-            self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
-
-    def _error(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
+    def end(self) -> None:
+        """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
+        for event in self.events.finish():
+            self.take_event(event)
+        if not self.events.truncated:           # a truncated event may have said anything
+            self.decoder.end()
 
     def fail(self, error: GatewayError) -> None:
-        self.error = self.error or error            # its response.failed may follow, with a usage
+        self.error = self.error or error        # its response.failed may follow, with a usage
 
     def ignore(self, *_: Any, **__: Any) -> None:
-        """What a decoder says of items: they pass as they are."""
+        """The decoder's calls for items, which pass as they are."""
     text = reasoning = open = call = add = annotate = done = item = ignore
 
+
+class ResponsesPassthrough(Passthrough):
+    """Response id, `model` and terminal event are ours; so are the events of what the final response alone holds."""
+    API_EVENT = b'"response.'
+    OPENING = b'"response.created"'
+    OUTPUT_EVENT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
+    PARSED_EVENT = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
+                              rb'output_item\.added|\w++\.done))"')
+    PLAIN_EVENTS = re.compile(rb'(?:event: response[\w.]++\ndata: \{"type":"response\.\w++\.delta","sequence_number":\d++,'
+                              rb'[^\n]*+\n\n)++')
+    DEFERRED = b"_call_"                        # arguments may stand in deltas alone
+    streamed_items = math.inf                   # the number of items that came before the final response
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.decoder.asked_12h = self.answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
+        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}       # their done events, for an incomplete answer
+
+    def on_created(self, event: JSON, frame: bytes) -> None:
+        if not self.output_started:
+            response = self.rewrite_head(event.get("response") or {})
+            self.forward(sse_frame(event["type"], dumps({**event, "response": response})))
+
+    def rewrite_head(self, response: JSON) -> JSON:
+        """The fields that all response objects of a stream share, whether an upstream made them or we did."""
+        return {**response, "id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
+
+    def on_item(self, event: JSON, frame: bytes) -> None:
+        """An item is added or done. One that says nothing waits for what the final response has of it."""
+        item, items = event.get("item"), self.decoder.items
+        if not isinstance(item, dict):
+            return
+        if item_kind(item) == "call" and not item_texts(item):
+            self.read_deferred()
+        before = len(items.all)
+        known = self.decoder.read(event)
+        self.check_limits(items=len(items.all) - before)
+        if not items.open_calls:
+            self.deferred.clear()
+        if event["type"] == "response.output_item.added":
+            self.forward(self.adapted(event, frame))
+        elif known.closed and known.index not in self.items:
+            self.give_item(known, event, frame)
+
+    def read_deferred(self) -> None:
+        """Reads the deltas of calls that have passed unread."""
+        for event in SSEDecoder().feed(b"".join(self.deferred)):
+            if re.search(r'_call_\w+\.delta"', event.data):
+                self.decoder.feed(event.data)
+        self.deferred.clear()
+
+    def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
+        """Gives out a closed item as the client can use it. Only an incomplete answer has incomplete calls."""
+        item = event["item"]
+        if is_incomplete_call(item) and not self.ended:
+            self.incomplete_calls[known.index] = event, frame
+            return
+        if fill_item(item, known):
+            frame = b""
+        frame = self.adapted(event, frame)
+        self.items[known.index] = dumps(item)
+        if known.index >= self.streamed_items:
+            self.forward(frame.replace(b"output_item.done", b"output_item.added", 2))
+        self.forward(frame)
+
+    def release_items(self) -> None:
+        """Gives out the items that only the final response holds, and those that waited for it."""
+        for known in self.decoder.items.all:
+            if known.closed and known.index not in self.items:
+                event = {"type": "response.output_item.done", "sequence_number": 0,
+                         "output_index": known.upstream_index, "item": known.item}
+                self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
+
+    def adapted(self, event: JSON, frame: bytes) -> bytes:
+        """The frame of an item's event, with encrypted content sealed, and refusals as text where the client reads text
+        alone. Without a frame it is made."""
+        item = event["item"]
+        if item.get("encrypted_content"):
+            item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
+            frame = b""
+        for part in only_dicts(item.get("content")) if self.answer.profile.refusal_as_text else ():
+            if part.get("type") == "refusal":
+                part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
+                frame = b""
+        return frame or sse_frame(event["type"], dumps(event))
+
+    def on_terminal(self, event: JSON, frame: bytes) -> None:
+        self.streamed_items = len(self.decoder.items.all)
+        self.read_deferred()
+        self.decoder.read(event)
+        self.release_items()
+        self.conclude(event.get("response") or {})
+
+    def conclude(self, response: JSON) -> None:
+        """The upstream's own end. A completed answer holds no incomplete call."""
+        self.upstream_done = True
+        self.final_response = response
+        if self.stop and not self.stop.incomplete_reason and any(
+                is_incomplete_call(known.item) for known in self.decoder.items.all):
+            self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
+
+    def on_error(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+
     def whole(self, data: bytes) -> None:
-        """A response that came as one JSON object, asked for or not."""
         text = data.decode("utf-8", "replace")
         response = parse_object(text) or {}
         if "output" not in response and (error := self.decoder.stray_error(text, whole=True)):
             raise error
-        try:
-            status = response["status"]
-            if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
-                raise ValueError("no answer")
-        except (ValueError, KeyError):
-            raise UpstreamError("The provider's answer is not a response object.") from None
-        given = {**response, "output": only_dicts(response.get("output"))}
+        status = response.get("status")
+        if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
+            raise UpstreamError("The provider's answer is not a response object.")
+        output = only_dicts(response.get("output"))
         if self.answer.request.stream:
-            with self._voice() as voice:
-                self.decoder.sink = voice
-                self.decoder.whole(given)
-                self.usage, self.stop, self.error = voice.usage, voice.stop, voice.error
-        else:                                       # no piece of it has come before: there is nothing to compare
-            self.decoder.whole({**given, "output": []})
-            for index, item in enumerate(given["output"]):
-                if is_incomplete_call(item) and self.answer.profile.incomplete_as_completed:
-                    continue
-                if item.get("type") == "function_call" and not has_content(item):
-                    item["arguments"] = as_text(item.get("arguments")) or "{}"
-                self._sealed(item)
-                self.items[index] = dumps(item)
-        self._end(response)
-        self.output_started = self.output_started or bool(response.get("output"))
-        self.check_limits(len(data), len(given["output"]))
+            with self.builder() as builder:
+                self.decoder.sink = builder
+                self.decoder.whole({**response, "output": output})
+                self.usage, self.stop, self.error = builder.usage, builder.stop, builder.error
+        else:
+            self.decoder.whole({**response, "output": output})
+            self.release_items()
+        self.conclude(response)
+        self.check_limits(len(data), len(output))
 
     def end(self) -> None:
-        """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
-        for event in self.frames.finish():
-            self.feed(sse_frame(event.event, event.data))
-        if self.stop is None and not self.frames.truncated:      # a torn event may have said anything
-            self.decoder.end()
-        for frame in self.newest.split(b"\n\n") if self.stop is None else ():
-            self._is_event(frame)
-        self._release()
+        super().end()
+        self.release_items()
 
     def close_open_items(self) -> None:
         if self.error is not None or self.stop is None or not self.stop.incomplete_reason:
             return
         if not self.answer.profile.incomplete_as_completed:
-            self._release()
+            self.release_items()
         elif self.stop.incomplete_reason == "content_filter" and self.has_no_message():
-            with self._voice() as voice:
-                voice.stop = self.stop              # it explains itself
+            with self.builder() as builder:
+                builder.stop = self.stop        # it explains itself
 
     @contextlib.contextmanager
-    def _voice(self) -> Iterator[Assembler]:
-        """A sink for items in frames of ours."""
-        voice = Assembler(self.answer, 0, self.seal)
-        voice.next_index = max(self.items, default=-1) + 1
-        yield voice
-        voice.finish()
+    def builder(self) -> Iterator[Assembler]:
+        """A sink for items in events of ours."""
+        builder = Assembler(self.answer, 0, self.seal)
+        builder.next_index = max(self.items, default=-1) + 1
+        yield builder
+        builder.finish()
         self.output_started = True
-        self.out.append(voice.take_output())
-        self.items.update(voice.items)
+        self.out.append(builder.take_output())
+        self.items.update(builder.items)
 
     def body(self, now_s: int) -> str:
         """The upstream's own response where it gave one, with our id and model, and the items as they were sent."""
-        if self.status == "failed" or not self.completed.get("object"):
+        if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        usage = as_dict(self.completed.get("usage"))
-        usage |= {name: {**as_dict(usage.get(name)), **value} if isinstance(value, dict) else value
-                  for name, value in usage_object(self.usage).items()}
-        theirs = {**self._ours(self.completed), "status": self.status, "usage": usage}
+        usage = as_dict(self.final_response.get("usage"))
+        for name, value in usage_object(self.usage).items():
+            usage[name] = {**as_dict(usage.get(name)), **value} if isinstance(value, dict) else value
+        response = {**self.rewrite_head(self.final_response), "status": self.status, "usage": usage}
         if self.status == "completed":
-            theirs["completed_at"] = now_s              # by the clock that created_at is by
+            response["completed_at"] = now_s            # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
-            theirs["incomplete_details"] = {"reason": self.stop.incomplete_reason}
-        theirs.pop("output", None)
-        return f'{dumps(theirs)[:-1]},"output":{self.output()}}}'
+            response["incomplete_details"] = {"reason": self.stop.incomplete_reason}
+        response.pop("output", None)
+        return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
-    HANDLERS: ClassVar[dict[str, Callable[[Passthrough, JSON, bytes], None]]] = {
-        "response.created": _handshake, "response.queued": _handshake, "response.in_progress": _handshake,
-        "response.output_item.added": _added, "response.output_item.done": _done,
-        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error}
-
-
-def is_incomplete_call(item: Any) -> bool:
-    """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
-    if not isinstance(item, dict) or "call_id" not in item:
-        return False
-    arguments = item.get("arguments")
-    broken = isinstance(arguments, str) and arguments.strip() and parse_object(arguments) is None
-    return bool(broken) or item.get("status") == "incomplete"
+    HANDLERS = {
+        "response.created": on_created, "response.queued": on_created, "response.in_progress": on_created,
+        "response.output_item.added": on_item, "response.output_item.done": on_item,
+        "response.completed": on_terminal, "response.incomplete": on_terminal, "response.failed": on_terminal,
+        "error": on_error}
 
 
 # === 6. providers =================================================================================
@@ -3555,14 +3539,14 @@ class ResponsesDecoder:
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
         """The failure that data which is no event of this API states, by the event's name or in any form."""
-        said = parse_object(data) or {}
-        return responses_error(said.get("error") or said or data) if named or states_error(said, whole) else None
+        body = parse_object(data) or {}
+        return responses_error(body.get("error") or body or data) if named or states_error(body, whole) else None
 
-    def read(self, event: JSON) -> None:
+    def read(self, event: JSON) -> UpstreamItem | None:
+        """Reads one event; returns the item that it begins or ends."""
         try:
-            kind = event_type(event)
-            if kind in self.HANDLERS:
-                self.HANDLERS[kind](self, event)
+            handler = self.HANDLERS.get(event_type(event))
+            return handler(self, event) if handler else None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
@@ -3571,97 +3555,124 @@ class ResponsesDecoder:
         if not isinstance(body.get("output"), list) and not body.get("error"):
             raise UpstreamError("The provider's answer is not a response object.")
         status = body.get("status")
-        kind = status if status in ("incomplete", "failed") else "failed" if body.get("error") else "completed"
-        self.read({"type": f"response.{kind}", "response": body})
+        if status not in ("incomplete", "failed"):
+            status = "failed" if body.get("error") else "completed"
+        self.read({"type": f"response.{status}", "response": body})
 
     def end(self) -> None:
-        stop = self.items.stop()
+        stop = self.items.evidence()
         if stop is not None and not self.ended:
-            self._last([], stop)
+            self._conclude([], stop)
 
-    def _added(self, event: JSON) -> None:
+    def _added(self, event: JSON) -> UpstreamItem:
         item = event.get("item") or {}
-        known = self.items.take(event, item_kind(item), opens=True)
+        known = self.items.take(event, item_kind(item), begins=True)
         if known.kind != "call" or item.get("name"):
-            self._open(known, item)
+            self._show(known, item)
+        return known
 
-    def _open(self, known: UpstreamItem, item: JSON) -> None:
+    def _show(self, known: UpstreamItem, item: JSON) -> None:
+        """The item begins for the sink. Kinds without texts are given whole, at their `done`: it may bring more."""
         if known.shown:
             return
-        known.shown = True                              # others stay open till their own `done`: it may bring more
-        kind, slot = item.get("type"), known.slot
-        call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
-        if kind == "function_call" or kind == "custom_tool_call":
+        known.shown = True
+        kind = item.get("type")
+        if known.kind == "call":
+            call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
             ours = kind == "function_call" and not space
-            self.sink.call(slot, call_id or f"call_{slot}", self.book.tool(name) if ours else Tool(kind, name, space))
-        elif kind == "message" or kind == "reasoning":
-            self.sink.open(slot, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
-        for part in known.texts:
-            self._say(known, part, "")
+            tool = self.book.tool(name) if ours else Tool(item["type"], name, space)
+            self.sink.call(known.index, call_id or f"call_{known.index}", tool)
+        elif kind in TEXT_KINDS:
+            self.sink.open(known.index, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
+        for text in known.texts:
+            self._extend(known, text, "")
 
     def _delta(self, event: JSON) -> None:
         channel, number, kind, _ = TEXT_EVENTS[event["type"][:-6]]
-        text = event.get("delta")
-        if isinstance(text, str) and text:
+        delta = event.get("delta")
+        if isinstance(delta, str) and delta:
             known = self.items.take(event, kind)
             if known.kind == kind:
-                self._say(known, known.part(channel, event.get(number, 0)), text)
+                self._extend(known, known.text(channel, event.get(number, 0)), delta)
 
-    def _say(self, known: UpstreamItem, part: UpstreamText, text: str) -> None:
+    def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
         """More of a text. Arguments that say nothing yet wait: `{}` may only hold the place of those to come."""
         if not known.shown and known.kind != "call":    # before its `added` (litellm#22102); a call needs a name
-            self._open(known, {"type": known.kind})
-        part.pieces.append(text)
+            self._show(known, {"type": known.kind})
+        text.pieces.append(piece)
         if known.closed or not known.shown:
             return
-        if not part.sent:
-            text = part.so_far()
-            if part.channel == "arguments":
-                text = part.pieces[0] = text.lstrip().removeprefix("{}").lstrip()
-            part.sent = text not in ("", "{")
-        if part.sent:
-            self.sink.add(known.slot, text, part.channel, part.place)
+        if not text.sent:
+            piece = text.so_far()
+            if text.channel == "arguments":
+                piece = text.pieces[0] = piece.lstrip().removeprefix("{}").lstrip()
+            text.sent = piece not in ("", "{")
+        if text.sent:
+            self.sink.add(known.index, piece, text.channel, text.index)
 
     def _text_done(self, event: JSON) -> None:
         channel, number, kind, whole = done_text(event)
         known = self.items.take(event, kind) if whole else None
         if known and known.kind == kind:
-            self._rest(known, known.part(channel, number, whole), whole)
+            self._complete(known, known.text(channel, number, whole), whole)
+
+    def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
+        """Adds what a whole text has beyond its pieces: it may grow, never shrink, and only as the last of its item."""
+        if not text.sent and text.so_far().strip() == "{}":
+            text.pieces.clear()
+        so_far = text.so_far()
+        if text is known.texts[-1] and whole != so_far and whole.startswith(so_far):
+            self._extend(known, text, whole[len(so_far):])
+
+    def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
+        """Adds what a snapshot of an item has beyond its events."""
+        given = item_texts(snapshot)
+        found = pair(given, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
+        for place, (new, text) in enumerate(zip(given, found)):
+            whole = new.so_far()
+            if text is None and whole:
+                text = known.text(new.channel, ("snapshot", place))
+            if text is not None:
+                self._complete(known, text, whole)
+                for annotation in new.annotations[known.annotation_count:]:
+                    self.sink.annotate(annotation, known.index)
+                known.annotation_count = max(0, known.annotation_count - len(new.annotations))
 
     def _annotation(self, event: JSON) -> None:
         known = self.items.find(event, "message")
         if known and known.shown and not known.closed and isinstance(event.get("annotation"), dict):
-            number = event.get("content_index", 0)
-            (known.numbered.get(("text", number)) or known.part("text", number)).noted += 1
-            self.sink.annotate(event["annotation"], known.slot)
+            known.annotation_count += 1
+            self.sink.annotate(event["annotation"], known.index)
 
-    def _done(self, event: JSON) -> None:
+    def _done(self, event: JSON) -> UpstreamItem:
         item = event.get("item") or {}
-        self.finish(self.items.take(event, item_kind(item)), item)
+        known = self.items.take(event, item_kind(item))
+        self._finish(known, item)
+        return known
 
-    def finish(self, known: UpstreamItem, item: JSON) -> None:
-        """An item that its server calls done. Without a word in it, it waits for what the final response has of it."""
-        self._open(known, item)
+    def _finish(self, known: UpstreamItem, item: JSON) -> None:
+        """An item that its server calls done. Without content it waits for what the final response has of it."""
+        self._show(known, item)
         if known.closed:
             return
-        self.items.undone[known.kind == "call"] -= not known.done
+        self.items.open_calls -= known.kind == "call" and not known.done
         added, known.done, known.item = known.item, True, {**known.item, **item}
         if known.kind not in TEXT_KINDS:
             known.closed = True
             self.sink.item(item)
             return
-        self._fill(known, item)
+        self._merge(known, item)
         if not known.texts:
-            self._fill(known, added)
+            self._merge(known, added)
         if is_incomplete_call(item):
-            known.closed = True                                     # it is never closed
+            known.closed = True                         # the sink closes it as the answer ends
         elif known.texts or known.kind == "reasoning":
             self._close(known)
 
     def _close(self, known: UpstreamItem) -> None:
-        for part in known.texts:
-            if not part.sent and part.so_far():                     # the beginning of arguments
-                self.sink.add(known.slot, part.so_far(), part.channel, part.place)
+        for text in known.texts:
+            if not text.sent and text.so_far():         # the beginning of arguments
+                self.sink.add(known.index, text.so_far(), text.channel, text.index)
         known.closed, item = True, known.item
         fields: JSON = {"status": "incomplete"} if item.get("status") == "incomplete" else {}
         sealed = item.get("encrypted_content")
@@ -3669,28 +3680,7 @@ class ResponsesDecoder:
             fields["sealed_replay"] = {"encrypted_content": sealed}
             if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
                 fields["sealed_replay"]["id"] = item["id"]
-        self.sink.done(known.slot, **fields)
-
-    def _fill(self, known: UpstreamItem, item: JSON) -> None:
-        """What an item has beyond its deltas: it may fill, never shrink."""
-        told = list(item_texts(item))
-        found = paired([text for text, _ in told], known.texts,
-                       lambda text: (text.channel, text.so_far()), lambda text: text.channel)
-        for place, ((given, part), text) in enumerate(zip(told, found)):
-            whole = given.so_far()
-            text = text or (known.part(given.channel, ("final", place)) if whole else None)
-            if text:
-                self._rest(known, text, whole)
-                for annotation in (part.get("annotations") or [])[text.noted:]:
-                    self.sink.annotate(annotation, known.slot)
-
-    def _rest(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        said = text.so_far()
-        if not text.sent and said.strip() == "{}":
-            text.pieces.clear()
-            said = ""
-        if text is known.texts[-1] and whole != said and whole.startswith(said):
-            self._say(known, text, whole[len(said):])
+        self.sink.done(known.index, **fields)
 
     def _terminal(self, event: JSON) -> None:
         response = event.get("response") or {}
@@ -3703,18 +3693,18 @@ class ResponsesDecoder:
         # Codex is told of a cut as `completed` (so does this gateway, and so may the one before it): the object says the truth
         incomplete = event["type"] == "response.incomplete" or response.get("status") == "incomplete"
         reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
-        self._last(response.get("output") or [], Stop(reason if incomplete else "", final=True))
+        self._conclude(response.get("output") or [], Stop(reason if incomplete else "", final=True))
 
-    def _last(self, output: list[JSON], stop: Stop) -> None:
-        """What only the final response holds, then what waited for it."""
-        for known, item in self.items.last(output):
+    def _conclude(self, output: list[JSON], stop: Stop) -> None:
+        """What only the final response holds, then the items that waited for it."""
+        for known, item in self.items.take_final(output):
             if not known.closed:
-                self.finish(known, item)
+                self._finish(known, item)
         for known in self.items.all:
             text = known.texts[0] if known.texts and known.kind == "call" and known.item.get("name") else None
             if text and not known.done and not stop.incomplete_reason and (
                     text.channel == "input" or parse_object(text.so_far()) is not None):       # it lacks only its `done`
-                self.finish(known, {**known.item, "status": "completed"})
+                self._finish(known, {**known.item, "status": "completed"})
             if known.done and not known.closed and (
                     known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete_reason):
                 self._close(known)
@@ -3724,7 +3714,7 @@ class ResponsesDecoder:
     def _error(self, event: JSON) -> None:
         self.sink.fail(responses_error(event.get("error") or event))
 
-    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], None]]] = {
+    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], UpstreamItem | None]]] = {
         "response.output_item.added": _added, "response.output_item.done": _done,
         "response.output_text.annotation.added": _annotation,
         "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
@@ -3734,7 +3724,7 @@ class ResponsesDecoder:
 
 
 def event_type(event: JSON) -> Any:
-    """What an event says it is. Without a type it is an error, or a proxy's sign of life (`event: ping`, `data: {}`)."""
+    """The type of an event. Without one it is an error, or a proxy's sign of life (`event: ping`, `data: {}`)."""
     return event["type"] if "type" in event else "error" if states_error(event) else ""
 
 
@@ -6130,7 +6120,7 @@ class WireApi(NamedTuple):
         # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
         items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
         dropped += ["input:reasoning"] if len(items) < len(unsealed) else []
-        attempt = Passthrough(job.answer, job.answer.estimated_input, job.seal, ResponsesDecoder(ToolMap(())))
+        attempt = ResponsesPassthrough(job.answer, job.answer.estimated_input, job.seal, ResponsesDecoder(ToolMap(())))
         return UpstreamCall(self, self.path, relay_body(job.request, items, dropped, job.model), attempt, dropped)
 
 

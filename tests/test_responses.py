@@ -960,7 +960,7 @@ def end(kind="completed", **fields):
 
 def relayed(pieces, profile=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
     ours = ours or answer(profile)
-    attempt = pomex.Passthrough(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     raw = early
     for piece in pieces:
         attempt.feed(piece)
@@ -1013,7 +1013,7 @@ def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
 
 def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
-        attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+        attempt = pomex.ResponsesPassthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.feed(b"".join(stream))
         assert not attempt.output_started and not attempt.take_output() and attempt.answer.sequence == 0
 
@@ -1142,7 +1142,7 @@ def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
         raw, attempt = relayed([b"".join(numbered([*BEGIN, *stream]))])
         assert attempt.status == "failed" and [item["type"] for item in streams.check(raw)["output"]] == ["message"]
     for streamed in (True, False):
-        attempt = pomex.Passthrough(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+        attempt = pomex.ResponsesPassthrough(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.whole(json.dumps(response("completed", output=[bad], usage=GOOD_USAGE)).encode())
         attempt.finish()
         assert json.loads(attempt.body(1))["status"] == "failed"
@@ -1194,7 +1194,7 @@ def test_an_endless_frame_is_refused(monkeypatch):
 def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     usage = {**GOOD_USAGE, "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0}}
     plain = json.dumps(response("completed", output=[SAID], usage=usage, other={"kept": 1.50})).encode()
-    attempt = pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(plain)
     attempt.finish()
     assert json.loads(attempt.body(1)) == {**json.loads(plain), "id": "resp_1", "model": "m/x", "completed_at": 1}
@@ -1207,7 +1207,7 @@ def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     {"object": None, "output": [SAID]}, {"output": [SAID], "usage": GOOD_USAGE},        # a count is missing
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
-    attempt = pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(json.dumps(response("completed", **fields)).encode())
     attempt.finish()
     final = json.loads(attempt.body(1))
@@ -1219,13 +1219,13 @@ def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
 def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
     with pytest.raises(pomex.UpstreamError):
-        pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([]))).whole(body)
+        pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([]))).whole(body)
 
 
 @pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 def test_an_object_in_the_place_of_a_stream_becomes_a_stream(profile):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
-    attempt = pomex.Passthrough(answer(profile), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(profile), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     looked = {**RUN, "namespace": "ns", "status": "completed"}
     attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
@@ -1397,11 +1397,11 @@ def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
     decoder.sink = Recorder()
     for at in range(1000):
         decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}")))
-    assert (len(decoder.items.all), len(decoder.items.named)) == (1, 4)
+    assert (len(decoder.items.all), len(decoder.items.by_key)) == (1, 4)
 
 
 def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
-    attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (12 << 20)})
     begun = time.process_time()
     for at in range(0, len(picture), 4096):

@@ -2924,14 +2924,15 @@ class ResponsesPassthrough(Passthrough):
         item, items = event.get("item"), self.decoder.items
         if not isinstance(item, dict):
             return
-        if item_kind(item) == "call" and not item_texts(item):
+        added = event["type"] == "response.output_item.added"
+        if item_kind(item) == "call" and not added and not item_texts(item):
             self.read_deferred()
         before = len(items.all)
         known = self.decoder.read(event)
         self.check_limits(items=len(items.all) - before)
         if not items.open_calls:
             self.deferred.clear()
-        if event["type"] == "response.output_item.added":
+        if added:
             self.forward(self.adapted(event, frame))
         elif known.closed and known.index not in self.items:
             self.give_item(known, event, frame)

@@ -939,8 +939,11 @@ class SSEDecoder:
 
     def split(self, data: bytes) -> bytes:
         """All up to the last empty line, with LF as line ends."""
-        if b"\r" in data or self._after_cr:
-            data = self._normalize_newlines(data)
+        if b"\r" in data or (self._after_cr and data):
+            if self._after_cr:
+                data = data.removeprefix(b"\n")
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2
         if end == 1 and not (self._rest.endswith(b"\n") and data.startswith(b"\n")):
             self._rest += data
@@ -972,14 +975,6 @@ class SSEDecoder:
         lines = rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
         self.truncated = not events and any(line and not line.startswith(b":") for line in lines)
         return events
-
-    def _normalize_newlines(self, data: bytes) -> bytes:
-        """With every line end as LF. A CR at the end is one already, with an LF that follows it."""
-        if data:
-            if self._after_cr:
-                data = data.removeprefix(b"\n")
-            self._after_cr = data.endswith(b"\r")
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def sse_frame(type: str, data: str) -> bytes:
@@ -2560,8 +2555,8 @@ TEXT_KINDS = ("message", "reasoning", "call")
 class UpstreamText:
     """One text of an item: a part, or a call's arguments."""
     channel: PartType
-    index: int = 0
     pieces: list[str] = field(default_factory=list)
+    index: int = 0
     sent: bool = False          # the sink has what came so far
     done: bool = False
     annotations: list[JSON] = field(default_factory=list)       # of a snapshot's text
@@ -2585,23 +2580,20 @@ class UpstreamItem:
     texts: list[UpstreamText] = field(default_factory=list)
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
-    def text(self, channel: PartType, number: Any, whole: str | None = None) -> UpstreamText:
-        """The text that a piece belongs to, or that a `done` event completes: its number may be another there."""
+    def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
+        """The text that a piece belongs to, or that a `done` event completes: that may number it otherwise."""
         text = self.numbered.get((channel, number))
-        if whole is None:
-            text = None if text and text.done else text
-        elif text is None and self.texts:
-            last = self.texts[-1]
-            text = last if last.channel == channel and not last.done and whole.startswith(last.so_far()) else None
-        if text is None:
-            text = UpstreamText(channel, len(self.texts))
+        if text is None and done and self.texts and self.texts[-1].channel == channel and not self.texts[-1].done:
+            text = self.texts[-1]
+        if text is None or (text.done and not done):
+            text = UpstreamText(channel, index=len(self.texts))
             self.texts.append(text)
-        text.done = whole is not None
+        text.done = done
         self.numbered[channel, number] = text
         return text
 
-    def is_other(self, name: str, value: Any) -> bool:
-        return bool(value) and value != (self.item.get(name) or value)
+    def is_other(self, **names: Any) -> bool:
+        return any(value and self.item.get(name) not in (None, "", value) for name, value in names.items())
 
 
 def item_kind(item: JSON) -> Any:
@@ -2615,22 +2607,22 @@ def item_content(item: JSON) -> str:
 Known = TypeVar("Known")
 
 
-def pair(given: Sequence[Known], known: Sequence[Known], *keys: Callable[[Known], Any]) -> list[Known | None]:
+def pair(given: list[Known], known: list[Known], *keys: Callable[[Known], Any]) -> dict[Known, Known | None]:
     """For each of the given the first known one with the same key, each once; later keys serve those that are left.
     None is no key."""
-    found: list[Known | None] = [None] * len(given)
+    found: dict[Known, Known | None] = dict.fromkeys(given)
     for key in keys:
-        if not known or None not in found:
-            break
+        taken = set(found.values())
+        given, known = [new for new in given if not found[new]], [each for each in known if each not in taken]
+        if not given or not known:
+            break                               # some keys cost as much as their item
         free = collections.defaultdict[Any, "collections.deque[Known]"](collections.deque)
-        taken = set(found)
         for each in known:
-            if each not in taken:
-                free[key(each)].append(each)
-        free.pop(None, None)
-        for place, each in enumerate(given):
-            if found[place] is None and (queue := free.get(key(each))):
-                found[place] = queue.popleft()
+            free[key(each)].append(each)
+        free[None].clear()
+        for new in given:
+            if queue := free[key(new)]:
+                found[new] = queue.popleft()
     return found
 
 
@@ -2654,14 +2646,14 @@ class UpstreamItems:
         item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
         for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
             known = self.by_key.get(key)
-            if known and not known.is_other("call_id", call_id) and (
+            if known and not known.is_other(call_id=call_id) and (
                     not (known.done or begins) or index is None or known.upstream_index in (None, index)
                     or call_id and known.item.get("id") == item_id):
                 return known
         known = self.by_key.get(kind if index is None else index)
         if known is None or known.kind != kind:
             return known if known and not (item or known.done or known.kind in TEXT_KINDS) else None
-        other = known.is_other("id", item_id) or known.is_other("call_id", call_id)
+        other = known.is_other(id=item_id, call_id=call_id)
         if known.done and not begins and "delta" not in event:      # a repetition, or another item in its place
             other = bool(item) and (other or item_content(item) != item_content(known.item))
         elif known.done or begins:
@@ -2707,14 +2699,12 @@ class UpstreamItems:
                      lambda each: item_content(each.item),
                      lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
         indices = [known.upstream_index for known in self.all if isinstance(known.upstream_index, int)]
-        next_index = max([len(self.all) - 1, *indices]) + 1
-        taken = []
-        for new, known in zip(given, found):
+        following = itertools.count(max([len(self.all) - 1, *indices]) + 1)
+        for new, known in found.items():
             if known is None:
-                new.upstream_index, next_index = next_index, next_index + 1
-                known = self.add(new)
-            taken.append((known, new.item))
-        return taken
+                new.upstream_index = next(following)
+                self.add(new)
+        return [(known or new, new.item) for new, known in found.items()]
 
     def evidence(self) -> Stop | None:
         """The meaning of a clean end of the body: with every item done the model had finished, but not with reasoning
@@ -2732,54 +2722,50 @@ def as_text(value: Any) -> str:
 def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
     """Of a `done` event: the channel and number of its text, its kind of item, and the whole text."""
     part = event.get("part")
-    family = PART_FAMILY.get(part["type"], "") if isinstance(part, dict) else event["type"].removesuffix(".done")
+    family = PART_FAMILY.get(part.get("type", ""), "") if isinstance(part, dict) else event["type"].removesuffix(".done")
     channel, number, kind, whole = TEXT_EVENTS.get(family, ("text", "", "", ""))
     return channel, event.get(number, 0), kind, as_text((part or event).get(whole))
 
 
 def item_texts(item: JSON) -> list[UpstreamText]:
     """The texts of a snapshot. `{}` may only hold the place of arguments to come."""
-    texts = []
-    arguments, custom = as_text(item.get("arguments")), item.get("input")
-    if isinstance(custom, dict):
-        arguments = dumps(custom)
-    elif isinstance(custom, str) and custom.strip():
-        texts.append(UpstreamText("input", 0, [custom]))
-    if arguments.strip() not in ("", "{}"):
-        texts.append(UpstreamText("arguments", 0, [arguments]))
+    custom = item.get("input")
+    arguments = as_text(item.get("arguments") or (custom if isinstance(custom, dict) else ""))
+    texts = [UpstreamText("arguments", [arguments])] if arguments.strip() not in ("", "{}") else []
+    if isinstance(custom, str) and custom.strip():
+        texts.append(UpstreamText("input", [custom]))
     for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
-        if part.get("type") in PART_FAMILY:
-            channel, _, _, whole = done_text({"part": part})
-            texts.append(UpstreamText(channel, 0, [whole], annotations=part.get("annotations") or []))
+        channel, _, _, whole = done_text({"part": part})
+        if whole:
+            texts.append(UpstreamText(channel, [whole], annotations=part.get("annotations") or []))
     return texts
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
     """Gives an item that says nothing, in the form that clients read, the text of its events: was there need?"""
-    texts = "".join(text.so_far() for text in item_texts(item))
     said = "".join(text.so_far() for text in known.texts)
-    if known.kind == "message":
-        foreign = any(part.get("type") not in PART_FAMILY for part in only_dicts(item.get("content")))
-        if texts or foreign:
+    if known.kind == "call":
+        name = CALL_FIELD[item["type"]][1]
+        if item_texts(item) and isinstance(item.get(name), str):
             return False
-        item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
-                           for text in known.texts] or only_dicts(item.get("content"))
+        if name == "arguments":
+            said = said or "{}"
+        elif known.texts and known.texts[0].channel == "arguments":
+            said = unwrap(said) or said
+        item[name] = said
         return True
-    name = CALL_FIELD[item["type"]][1] if known.kind == "call" else ""
-    if not name or (texts and isinstance(item.get(name), str)):
+    parts = only_dicts(item.get("content"))
+    if known.kind != "message" or item_texts(item) or any(part.get("type") not in PART_FAMILY for part in parts):
         return False
-    if name == "arguments":
-        item[name] = said or "{}"
-    else:
-        item[name] = said if known.texts and known.texts[0].channel == "input" else unwrap(said) or said
+    item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
+                       for text in known.texts] or parts
     return True
 
 
 def is_incomplete_call(item: JSON) -> bool:
     """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
-    arguments = item.get("arguments")
-    broken = isinstance(arguments, str) and arguments.strip() and parse_object(arguments) is None
-    return "call_id" in item and (bool(broken) or item.get("status") == "incomplete")
+    arguments = as_text(item.get("arguments")).strip() or "{}"
+    return "call_id" in item and (item.get("status") == "incomplete" or parse_object(arguments) is None)
 
 
 # --- 5.9 passthrough ------------------------------------------------------------------------------
@@ -2826,12 +2812,13 @@ class Passthrough(Attempt):
         frame = sse_frame("" if name == "message" else name, data)
         if self.upstream_done:
             return
-        if self.PARSED_EVENT.search(frame):
-            self.read(data, frame)
-        elif self.API_EVENT in frame:
-            self.forward(frame)
-        else:                                   # pings and [DONE] are our own affair; an error counts in any form
+        if self.API_EVENT not in frame and not self.PARSED_EVENT.search(frame):
+            # pings and [DONE] are our own affair; an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
+        elif not self.PARSED_EVENT.search(frame):
+            self.forward(frame)
+        else:
+            self.read(data, frame)
 
     def read(self, data: str, frame: bytes) -> None:
         try:
@@ -2934,7 +2921,7 @@ class ResponsesPassthrough(Passthrough):
             self.deferred.clear()
         if added:
             self.forward(self.adapted(event, frame))
-        elif known.closed and known.index not in self.items:
+        elif known.closed and known.index not in self.items and known.index not in self.incomplete_calls:
             self.give_item(known, event, frame)
 
     def read_deferred(self) -> None:
@@ -3615,7 +3602,7 @@ class ResponsesDecoder:
         channel, number, kind, whole = done_text(event)
         known = self.items.take(event, kind) if whole else None
         if known and known.kind == kind:
-            self._complete(known, known.text(channel, number, whole), whole)
+            self._complete(known, known.text(channel, number, done=True), whole)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
         """Adds what a whole text has beyond its pieces: it may grow, never shrink, and only as the last of its item."""
@@ -3627,17 +3614,12 @@ class ResponsesDecoder:
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
         """Adds what a snapshot of an item has beyond its events."""
-        given = item_texts(snapshot)
-        found = pair(given, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
-        for place, (new, text) in enumerate(zip(given, found)):
-            whole = new.so_far()
-            if text is None and whole:
-                text = known.text(new.channel, ("snapshot", place))
-            if text is not None:
-                self._complete(known, text, whole)
-                for annotation in new.annotations[known.annotation_count:]:
-                    self.sink.annotate(annotation, known.index)
-                known.annotation_count = max(0, known.annotation_count - len(new.annotations))
+        found = pair(item_texts(snapshot), known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
+        for new, text in found.items():
+            self._complete(known, text or known.text(new.channel, new), new.so_far())
+            for annotation in new.annotations[known.annotation_count:]:
+                self.sink.annotate(annotation, known.index)
+            known.annotation_count = max(0, known.annotation_count - len(new.annotations))
 
     def _annotation(self, event: JSON) -> None:
         known = self.items.find(event, "message")
@@ -3677,10 +3659,9 @@ class ResponsesDecoder:
         known.closed, item = True, known.item
         fields: JSON = {"status": "incomplete"} if item.get("status") == "incomplete" else {}
         sealed = item.get("encrypted_content")
-        if isinstance(sealed, str) and sealed:
-            fields["sealed_replay"] = {"encrypted_content": sealed}
-            if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
-                fields["sealed_replay"]["id"] = item["id"]
+        if sealed and isinstance(sealed, str):          # Copilot's is bound to the id: "item_id did not match"
+            fields["sealed_replay"] = {name: item[name] for name in ("encrypted_content", "id")
+                                      if isinstance(item.get(name), str)}
         self.sink.done(known.index, **fields)
 
     def _terminal(self, event: JSON) -> None:

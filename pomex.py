@@ -887,10 +887,10 @@ class ContentDecoder:
 
 # === 4. SSE =======================================================================================
 #
-# Server-sent events (WHATWG HTML 9.2.6), whole events at a time: line ends are ASCII, so each can be decoded by itself.
+# Server-sent events (WHATWG HTML 9.2.6), whole events at a time: line ends are ASCII, so each can be decoded
+# by itself.
 
 MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the answer, images included
-SIMPLE_EVENT = re.compile(r"(?:event: ([^\n]*)\n)?data: ([^\n]*)")      # as nearly every provider sends it
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -903,9 +903,6 @@ def parse_event(block: str) -> Event | None:
     """The event of the lines between two empty lines, if it has `data`."""
     if block.startswith("data: ") and "\n" not in block:
         return Event("message", block[6:])
-    match = SIMPLE_EVENT.fullmatch(block)
-    if match:
-        return Event(match[1] or "message", match[2])
     name, data = "", []
     for line in block.split("\n"):
         key, _, value = line.partition(":")     # a comment has the key ""
@@ -949,7 +946,9 @@ class SSEDecoder:
             self._rest += data
             data = b""
         elif self._rest or end < len(data):
-            self._rest, data = bytearray(data[end:]), bytes(self._rest) + data[:end]
+            rest = data[end:]
+            data = bytes(self._rest) + data[:end]
+            self._rest = bytearray(rest)
         longest = len(self._rest) - 1
         if len(data) > self.max_event_bytes:
             longest = max(longest, *map(len, data.split(b"\n\n")))
@@ -963,7 +962,8 @@ class SSEDecoder:
         if text and not self._started:
             self._started = True
             text = text.removeprefix("\ufeff")
-        return [event for block in text.split("\n\n") if block and (event := parse_event(block))]
+        events = map(parse_event, text.split("\n\n"))
+        return [event for event in events if event]
 
     def finish(self) -> list[Event]:
         """The body is over. The standard drops an event without its empty line, but many chat servers end so:
@@ -2592,8 +2592,24 @@ class UpstreamItem:
         self.numbered[channel, number] = text
         return text
 
-    def is_other(self, **names: Any) -> bool:
-        return any(value and self.item.get(name) not in (None, "", value) for name, value in names.items())
+    def is_other(self, item_id: Any, call_id: Any) -> bool:
+        """Does one of these ids differ from its own?"""
+        other_id = item_id and self.item.get("id") not in (None, "", item_id)
+        return bool(other_id or (call_id and self.item.get("call_id") not in (None, "", call_id)))
+
+    def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
+        """Is an event under its index, or of its kind and without an index, about the next item?"""
+        item = event.get("item")
+        if self.kind != kind:
+            return bool(item or self.done or self.kind in TEXT_KINDS)
+        without_index = event.get("output_index") is None
+        if begins:
+            return other or without_index or self.done
+        if not self.done:
+            return other and without_index
+        if "delta" in event:
+            return other or without_index
+        return bool(item) and (other or item_content(item or {}) != item_content(self.item))     # else a repetition
 
 
 def item_kind(item: JSON) -> Any:
@@ -2604,19 +2620,17 @@ def item_content(item: JSON) -> str:
     return dumps({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
 
 
-Known = TypeVar("Known")
-
-
-def pair(given: list[Known], known: list[Known], *keys: Callable[[Known], Any]) -> dict[Known, Known | None]:
-    """For each of the given the first known one with the same key, each once; later keys serve those that are left.
-    None is no key."""
-    found: dict[Known, Known | None] = dict.fromkeys(given)
+def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
+    """For each of the given the first known one with the same key, each once; later keys serve those that are
+    left. None is no key."""
+    found = dict.fromkeys(given)
     for key in keys:
         taken = set(found.values())
-        given, known = [new for new in given if not found[new]], [each for each in known if each not in taken]
+        given = [new for new in given if not found[new]]
+        known = [each for each in known if each not in taken]
         if not given or not known:
             break                               # some keys cost as much as their item
-        free = collections.defaultdict[Any, "collections.deque[Known]"](collections.deque)
+        free = collections.defaultdict[Any, Any](collections.deque)
         for each in known:
             free[key(each)].append(each)
         free[None].clear()
@@ -2639,36 +2653,26 @@ class UpstreamItems:
         self.open_calls = 0
         self.by_key: dict[Any, UpstreamItem] = {}       # (kind, id, index), (kind, call_id), (kind, id), index, kind
 
-    def find(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem | None:
-        """The item of an event, which `begins` one if it is `added`; None for a new one. For a text it may be an item of a
-        kind whose texts are not read."""
-        index, item = event.get("output_index"), event.get("item") or {}
+    def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
+        """The item of an event, which `begins` one if it is `added`. For a text it may be an item of a kind whose
+        texts are not read."""
+        index = event.get("output_index")
+        known = self.by_key.get((kind, event.get("item_id"), index))
+        if known and not known.done and "item" not in event:        # nearly always
+            return known
+        item = event.get("item") or {}
         item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
         for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
             known = self.by_key.get(key)
-            if known and not known.is_other(call_id=call_id) and (
-                    not (known.done or begins) or index is None or known.upstream_index in (None, index)
-                    or call_id and known.item.get("id") == item_id):
-                return known
-        known = self.by_key.get(kind if index is None else index)
-        if known is None or known.kind != kind:
-            return known if known and not (item or known.done or known.kind in TEXT_KINDS) else None
-        other = known.is_other(id=item_id, call_id=call_id)
-        if known.done and not begins and "delta" not in event:      # a repetition, or another item in its place
-            other = bool(item) and (other or item_content(item) != item_content(known.item))
-        elif known.done or begins:
-            other = other or index is None or (known.done and begins)
+            if known and not known.is_other(None, call_id) and (
+                    not (known.done or begins)
+                    or index is None or known.upstream_index in (None, index)
+                    or (call_id and known.item.get("id") == item_id)):
+                break
         else:
-            other = other and index is None
-        return None if other else known
-
-    def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
-        """The item of an event, a new one if need be."""
-        index, item_id = event.get("output_index"), event.get("item_id")
-        known = self.by_key.get((kind, item_id, index))
-        if known and not known.done and "item" not in event:        # nearly always
-            return known
-        known, item = self.find(event, kind, begins), event.get("item") or {}
+            known = self.by_key.get(kind if index is None else index)
+            if known and known.is_followed(event, kind, begins, known.is_other(item_id, call_id)):
+                known = None
         if known is None:
             return self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
         self.add_keys(known, item)
@@ -2720,11 +2724,11 @@ def as_text(value: Any) -> str:
 
 
 def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
-    """Of a `done` event: the channel and number of its text, its kind of item, and the whole text."""
-    part = event.get("part")
-    family = PART_FAMILY.get(part.get("type", ""), "") if isinstance(part, dict) else event["type"].removesuffix(".done")
-    channel, number, kind, whole = TEXT_EVENTS.get(family, ("text", "", "", ""))
-    return channel, event.get(number, 0), kind, as_text((part or event).get(whole))
+    """Of a `done` event, or a part: the channel and number of its text, its kind of item, and the whole text."""
+    part = event.get("part") or event
+    name = str(part.get("type")).removesuffix(".done")
+    channel, number, kind, whole = TEXT_EVENTS.get(PART_FAMILY.get(name, name), ("text", "", "", ""))
+    return channel, event.get(number, 0), kind, as_text(part.get(whole))
 
 
 def item_texts(item: JSON) -> list[UpstreamText]:
@@ -2735,7 +2739,7 @@ def item_texts(item: JSON) -> list[UpstreamText]:
     if isinstance(custom, str) and custom.strip():
         texts.append(UpstreamText("input", [custom]))
     for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
-        channel, _, _, whole = done_text({"part": part})
+        channel, _, _, whole = done_text(part)
         if whole:
             texts.append(UpstreamText(channel, [whole], annotations=part.get("annotations") or []))
     return texts
@@ -2812,20 +2816,16 @@ class Passthrough(Attempt):
         frame = sse_frame("" if name == "message" else name, data)
         if self.upstream_done:
             return
-        if self.API_EVENT not in frame and not self.PARSED_EVENT.search(frame):
-            # pings and [DONE] are our own affair; an error counts in any form
-            self.error = self.error or self.decoder.stray_error(data, name == "error")
-        elif not self.PARSED_EVENT.search(frame):
+        if self.PARSED_EVENT.search(frame):
+            try:
+                event = json.loads(data)
+                self.HANDLERS.get(event["type"], Passthrough.forward_read)(self, event, frame)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UpstreamError("The provider sent an event that cannot be read.") from None
+        elif self.API_EVENT in frame:
             self.forward(frame)
-        else:
-            self.read(data, frame)
-
-    def read(self, data: str, frame: bytes) -> None:
-        try:
-            event = json.loads(data)
-            self.HANDLERS.get(event["type"], Passthrough.forward_read)(self, event, frame)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UpstreamError("The provider sent an event that cannot be read.") from None
+        else:                                   # no event of the API: an error counts in any form
+            self.error = self.error or self.decoder.stray_error(data, name == "error")
 
     def forward_read(self, event: JSON, frame: bytes) -> None:
         self.decoder.read(event)
@@ -3009,11 +3009,10 @@ class ResponsesPassthrough(Passthrough):
         self.release_items()
 
     def close_open_items(self) -> None:
-        if self.error is not None or self.stop is None or not self.stop.incomplete_reason:
-            return
-        if not self.answer.profile.incomplete_as_completed:
+        reason = self.stop.incomplete_reason if self.stop and not self.error else ""
+        if reason and not self.answer.profile.incomplete_as_completed:
             self.release_items()
-        elif self.stop.incomplete_reason == "content_filter" and self.has_no_message():
+        elif reason == "content_filter" and self.has_no_message():
             with self.builder() as builder:
                 builder.stop = self.stop        # it explains itself
 
@@ -3033,9 +3032,7 @@ class ResponsesPassthrough(Passthrough):
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        usage = as_dict(self.final_response.get("usage"))
-        for name, value in usage_object(self.usage).items():
-            usage[name] = {**as_dict(usage.get(name)), **value} if isinstance(value, dict) else value
+        usage = merge_counts(as_dict(self.final_response.get("usage")), usage_object(self.usage))
         response = {**self.rewrite_head(self.final_response), "status": self.status, "usage": usage}
         if self.status == "completed":
             response["completed_at"] = now_s            # by the clock that created_at is by
@@ -3622,8 +3619,8 @@ class ResponsesDecoder:
             known.annotation_count = max(0, known.annotation_count - len(new.annotations))
 
     def _annotation(self, event: JSON) -> None:
-        known = self.items.find(event, "message")
-        if known and known.shown and not known.closed and isinstance(event.get("annotation"), dict):
+        known = self.items.take(event, "message")
+        if known.shown and not known.closed and isinstance(event.get("annotation"), dict):
             known.annotation_count += 1
             self.sink.annotate(event["annotation"], known.index)
 

@@ -2650,7 +2650,7 @@ class UpstreamItems:
 
     def __init__(self) -> None:
         self.all: list[UpstreamItem] = []
-        self.open_calls = 0
+        self.open_count = 0
         self.by_key: dict[Any, UpstreamItem] = {}       # (kind, id, index), (kind, call_id), (kind, id), index, kind
 
     def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
@@ -2681,7 +2681,7 @@ class UpstreamItems:
     def add(self, known: UpstreamItem) -> UpstreamItem:
         known.index = len(self.all)
         self.all.append(known)
-        self.open_calls += known.kind == "call"
+        self.open_count += 1
         self.by_key[known.kind] = known
         if known.upstream_index is not None:
             self.by_key[known.upstream_index] = known
@@ -2788,7 +2788,7 @@ class Passthrough(Attempt):
     OUTPUT_EVENT: ClassVar[re.Pattern[bytes]]   # with it output begins; another target may take over until then
     PARSED_EVENT: ClassVar[re.Pattern[bytes]]
     PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
-    DEFERRED: ClassVar[bytes]                   # stands in unread events that may have to be read later
+    DEFERRED: ClassVar[tuple[bytes, ...]]       # stand in unread events that may have to be read later
     HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]       # by type: an event and its frame
     whole: Callable[[bytes], None]              # takes a response that came as one JSON object, requested or not
 
@@ -2806,7 +2806,7 @@ class Passthrough(Attempt):
         """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
         block = self.events.split(data)
         if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
-            self.forward(block)                 # nearly always
+            self.forward_unread(block)          # nearly always
             return
         for event in self.events.parse(block):
             self.take_event(event)
@@ -2817,19 +2817,27 @@ class Passthrough(Attempt):
         if self.upstream_done:
             return
         if self.PARSED_EVENT.search(frame):
-            try:
-                event = json.loads(data)
-                self.HANDLERS.get(event["type"], Passthrough.forward_read)(self, event, frame)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UpstreamError("The provider sent an event that cannot be read.") from None
+            self.read(data, frame)
         elif self.API_EVENT in frame:
-            self.forward(frame)
+            self.forward_unread(frame)
         else:                                   # no event of the API: an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
 
-    def forward_read(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-        self.forward(frame)
+    def read(self, data: str, frame: bytes) -> None:
+        try:
+            event = json.loads(data)
+            handler = self.HANDLERS.get(event["type"])
+            if handler:
+                handler(self, event, frame)
+            else:                               # the type stood inside
+                self.forward(frame)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UpstreamError("The provider sent an event that cannot be read.") from None
+
+    def forward_unread(self, block: bytes) -> None:
+        if any(mark in block for mark in self.DEFERRED):
+            self.deferred.append(block)
+        self.forward(block)
 
     def forward(self, block: bytes) -> None:
         """Whole events go to the client, once output has begun."""
@@ -2846,8 +2854,6 @@ class Passthrough(Attempt):
             else:
                 self.out.append(self.answer.start())
         self.send(block)
-        if self.DEFERRED in block:
-            self.deferred.append(block)
         self.output_chars += len(block) // 8        # about a token's worth of text in a delta event of 150 bytes
         if self.output_chars > self.output_limit:
             self.check_limits()
@@ -2885,11 +2891,11 @@ class ResponsesPassthrough(Passthrough):
     API_EVENT = b'"response.'
     OPENING = b'"response.created"'
     OUTPUT_EVENT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
-    PARSED_EVENT = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
-                              rb'output_item\.added|\w++\.done))"')
-    PLAIN_EVENTS = re.compile(rb'(?:event: response[\w.]++\ndata: \{"type":"response\.\w++\.delta","sequence_number":\d++,'
-                              rb'[^\n]*+\n\n)++')
-    DEFERRED = b"_call_"                        # arguments may stand in deltas alone
+    PARSED_EVENT = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
+                              rb'|output_item\.added|output_item\.done))"')
+    PLAIN_EVENTS = re.compile(rb'(?:event: response[\w.]++\ndata: \{"type":"response\.(?!output_item)\w++\.\w++",'
+                              rb'"sequence_number":\d++,[^\n]*+\n\n)++')
+    DEFERRED = (b'.done"', b"_call_")           # what an item's own done event lacks
     streamed_items = math.inf                   # the number of items that came before the final response
 
     def __init__(self, *arguments: Any) -> None:
@@ -2912,12 +2918,12 @@ class ResponsesPassthrough(Passthrough):
         if not isinstance(item, dict):
             return
         added = event["type"] == "response.output_item.added"
-        if item_kind(item) == "call" and not added and not item_texts(item):
+        if not added and not item_texts(item):
             self.read_deferred()
         before = len(items.all)
         known = self.decoder.read(event)
         self.check_limits(items=len(items.all) - before)
-        if not items.open_calls:
+        if not items.open_count:
             self.deferred.clear()
         if added:
             self.forward(self.adapted(event, frame))
@@ -2925,9 +2931,9 @@ class ResponsesPassthrough(Passthrough):
             self.give_item(known, event, frame)
 
     def read_deferred(self) -> None:
-        """Reads the deltas of calls that have passed unread."""
+        """Reads whole texts and the deltas of calls, which have passed unread."""
         for event in SSEDecoder().feed(b"".join(self.deferred)):
-            if re.search(r'_call_\w+\.delta"', event.data):
+            if re.search(r'"response\.\w+(_call_\w+\.delta|\.done)"', event.data):
                 self.decoder.feed(event.data)
         self.deferred.clear()
 
@@ -3635,7 +3641,7 @@ class ResponsesDecoder:
         self._show(known, item)
         if known.closed:
             return
-        self.items.open_calls -= known.kind == "call" and not known.done
+        self.items.open_count -= not known.done
         added, known.done, known.item = known.item, True, {**known.item, **item}
         if known.kind not in TEXT_KINDS:
             known.closed = True

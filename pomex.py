@@ -2537,7 +2537,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
 
 # --- 5.8 the items of a Responses upstream --------------------------------------------------------
 
-# family of .delta and .done events -> channel, field with the part's number, kind of item, field with the whole text
+# family of .delta and .done events -> channel, field with the part's number, kind of item, field with the text
 TEXT_EVENTS: dict[str, tuple[PartType, str, str, str]] = {
     "response.output_text": ("text", "content_index", "message", "text"),
     "response.refusal": ("refusal", "content_index", "message", "refusal"),
@@ -2583,8 +2583,9 @@ class UpstreamItem:
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
         """The text that a piece belongs to, or that a `done` event completes: that may number it otherwise."""
         text = self.numbered.get((channel, number))
-        if text is None and done and self.texts and self.texts[-1].channel == channel and not self.texts[-1].done:
-            text = self.texts[-1]
+        if text is None and done and self.texts:
+            last = self.texts[-1]
+            text = last if last.channel == channel and not last.done else None
         if text is None or (text.done and not done):
             text = UpstreamText(channel, index=len(self.texts))
             self.texts.append(text)
@@ -2594,8 +2595,8 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from its own?"""
-        other_id = item_id and self.item.get("id") not in (None, "", item_id)
-        return bool(other_id or (call_id and self.item.get("call_id") not in (None, "", call_id)))
+        names = ("id", item_id), ("call_id", call_id)
+        return any(value and self.item.get(name) not in (None, "", value) for name, value in names)
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event under its index, or of its kind and without an index, about the next item?"""
@@ -2603,13 +2604,11 @@ class UpstreamItem:
         if self.kind != kind:
             return bool(item or self.done or self.kind in TEXT_KINDS)
         without_index = event.get("output_index") is None
-        if begins:
-            return other or without_index or self.done
+        if begins or (self.done and "delta" in event):
+            return other or without_index or (begins and self.done)
         if not self.done:
             return other and without_index
-        if "delta" in event:
-            return other or without_index
-        return bool(item) and (other or item_content(item or {}) != item_content(self.item))     # else a repetition
+        return bool(item) and (other or item_content(item or {}) != item_content(self.item))     # or a repetition
 
 
 def item_kind(item: JSON) -> Any:
@@ -2641,17 +2640,18 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
 
 
 class UpstreamItems:
-    """Which item an event is about. Servers give an item a new id in every event (Copilot), tell items apart by their ids
-    alone (llama.cpp) or by nothing at all, count from 1, or give one index to all.
+    """Finds the item of an event. Servers give an item a new id in every event (Copilot), tell items apart by
+    their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index to all.
 
-    So an open item goes by any of its keys, and an event without one is about the newest of its kind. An `added`, and what
-    comes for an item that is done, begins another item where a key differs.
+    So an open item goes by any of its keys, and an event without one is about the newest of its kind. An `added`,
+    or an event for an item that is done, begins another item where a key differs.
     """
 
     def __init__(self) -> None:
         self.all: list[UpstreamItem] = []
         self.open_count = 0
-        self.by_key: dict[Any, UpstreamItem] = {}       # (kind, id, index), (kind, call_id), (kind, id), index, kind
+        # (kind, id, index), (kind, call_id), (kind, id), index, kind
+        self.by_key: dict[Any, UpstreamItem] = {}
 
     def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
         """The item of an event, which `begins` one if it is `added`. For a text it may be an item of a kind whose
@@ -2661,7 +2661,8 @@ class UpstreamItems:
         if known and not known.done and "item" not in event:        # nearly always
             return known
         item = event.get("item") or {}
-        item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
+        item_id = event.get("item_id") or item.get("id")
+        call_id = item.get("call_id")
         for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
             known = self.by_key.get(key)
             if known and not known.is_other(None, call_id) and (
@@ -2689,38 +2690,43 @@ class UpstreamItems:
         return known
 
     def add_keys(self, known: UpstreamItem, item: JSON) -> None:
-        if item.get("call_id"):
-            self.by_key[known.kind, item["call_id"]] = known
+        for name in ("call_id", "id"):
+            if item.get(name):
+                self.by_key[known.kind, item[name]] = known
         if item.get("id"):
-            self.by_key[known.kind, item["id"]] = self.by_key[known.kind, item["id"], known.upstream_index] = known
+            self.by_key[known.kind, item["id"], known.upstream_index] = known
 
     def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with its record: by key, by content, in order among its kind. No call is
-        taken for one that is done. New items are numbered on."""
+        """The items of a final response, each with its record: by id, by content, in order among its kind. No call
+        is taken for one that is done. The indices of new items follow."""
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
-        found = pair(given, self.all,
-                     lambda each: (key := each.item.get("call_id") or each.item.get("id")) and (each.kind, key),
-                     lambda each: item_content(each.item),
-                     lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
-        indices = [known.upstream_index for known in self.all if isinstance(known.upstream_index, int)]
+        found = pair(
+            given, self.all,
+            lambda each: (name := each.item.get("call_id") or each.item.get("id")) and (each.kind, name),
+            lambda each: item_content(each.item),
+            lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
+        indices = [each.upstream_index for each in self.all if isinstance(each.upstream_index, int)]
         following = itertools.count(max([len(self.all) - 1, *indices]) + 1)
-        for new, known in found.items():
-            if known is None:
+        for new in given:
+            if found[new] is None:
                 new.upstream_index = next(following)
                 self.add(new)
-        return [(known or new, new.item) for new, known in found.items()]
+        return [(found[new] or new, new.item) for new in given]
 
     def evidence(self) -> Stop | None:
-        """The meaning of a clean end of the body: with every item done the model had finished, but not with reasoning
-        alone (DESIGN, promise 1)."""
-        if not all(known.done for known in self.all) or all(known.kind == "reasoning" for known in self.all):
+        """The end that a clean end of the body stands for (DESIGN, promise 1): with every item done the model had
+        finished, but not with reasoning alone."""
+        if self.open_count or {known.kind for known in self.all} <= {"reasoning"}:
             return None
-        return Stop("max_output_tokens" if any(known.item.get("status") == "incomplete" for known in self.all) else "")
+        incomplete = any(known.item.get("status") == "incomplete" for known in self.all)
+        return Stop("max_output_tokens" if incomplete else "")
 
 
 def as_text(value: Any) -> str:
     """Arguments, which some servers give as an object."""
-    return value if isinstance(value, str) else dumps(value) if isinstance(value, dict) else ""
+    if isinstance(value, dict):
+        return dumps(value)
+    return value if isinstance(value, str) else ""
 
 
 def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
@@ -2733,11 +2739,13 @@ def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
 
 def item_texts(item: JSON) -> list[UpstreamText]:
     """The texts of a snapshot. `{}` may only hold the place of arguments to come."""
+    texts = []
     custom = item.get("input")
-    arguments = as_text(item.get("arguments") or (custom if isinstance(custom, dict) else ""))
-    texts = [UpstreamText("arguments", [arguments])] if arguments.strip() not in ("", "{}") else []
     if isinstance(custom, str) and custom.strip():
         texts.append(UpstreamText("input", [custom]))
+    arguments = as_text(item.get("arguments") or as_dict(custom))
+    if arguments.strip() not in ("", "{}"):
+        texts.append(UpstreamText("arguments", [arguments]))
     for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
         channel, _, _, whole = done_text(part)
         if whole:
@@ -2746,59 +2754,67 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
-    """Gives an item that says nothing, in the form that clients read, the text of its events: was there need?"""
-    said = "".join(text.so_far() for text in known.texts)
+    """Gives an item without content, in the form that clients read, that of its events: was there need?"""
+    empty = not item_texts(item)
+    parts = only_dicts(item.get("content"))
     if known.kind == "call":
         name = CALL_FIELD[item["type"]][1]
-        if item_texts(item) and isinstance(item.get(name), str):
+        if not empty and isinstance(item.get(name), str):
             return False
+        whole = "".join(text.so_far() for text in known.texts)
         if name == "arguments":
-            said = said or "{}"
+            whole = whole or "{}"
         elif known.texts and known.texts[0].channel == "arguments":
-            said = unwrap(said) or said
-        item[name] = said
+            whole = unwrap(whole) or whole
+        item[name] = whole
         return True
-    parts = only_dicts(item.get("content"))
-    if known.kind != "message" or item_texts(item) or any(part.get("type") not in PART_FAMILY for part in parts):
+    if known.kind != "message" or not empty or any(part.get("type") not in PART_FAMILY for part in parts):
         return False
-    item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
-                       for text in known.texts] or parts
+    filled = []
+    for text in known.texts:
+        shape = PARTS[text.channel]
+        filled.append({"type": shape.type, shape.text: text.so_far(), "annotations": []})
+    item["content"] = filled or parts
     return True
 
 
 def is_incomplete_call(item: JSON) -> bool:
     """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
+    if "call_id" not in item:
+        return False
     arguments = as_text(item.get("arguments")).strip() or "{}"
-    return "call_id" in item and (item.get("status") == "incomplete" or parse_object(arguments) is None)
+    return item.get("status") == "incomplete" or parse_object(arguments) is None
 
 
 # --- 5.9 passthrough ------------------------------------------------------------------------------
 #
-# Where the upstream speaks the client's API its events pass as they came. A wire needs a subclass with its patterns and the
-# handlers of its parsed events.
+# Where the upstream speaks the client's API, its events pass as they came. A wire needs a subclass with its patterns
+# and the handlers of the events that are parsed.
 
-MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
+# possessive: a step kept a byte took 130 bytes each
+MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 
 class Passthrough(Attempt):
     """An attempt whose events pass unread but for those of PARSED_EVENTS. Their numbers follow ours."""
-    API_EVENT: ClassVar[bytes]                  # stands in every event of the API
-    OPENING: ClassVar[bytes]                    # stands in the event that opens the response: none goes before it
-    OUTPUT_EVENT: ClassVar[re.Pattern[bytes]]   # with it output begins; another target may take over until then
-    PARSED_EVENT: ClassVar[re.Pattern[bytes]]
+    API_EVENTS: ClassVar[bytes]                 # stands in every event of the API
+    OPENING_EVENT: ClassVar[bytes]              # stands in the first event of a response
+    OUTPUT_EVENTS: ClassVar[re.Pattern[bytes]]  # output begins: no other target may take over
+    PARSED_EVENTS: ClassVar[re.Pattern[bytes]]
     PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
-    DEFERRED: ClassVar[tuple[bytes, ...]]       # stand in unread events that may have to be read later
-    HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]       # by type: an event and its frame
+    DEFERRED_EVENTS: ClassVar[tuple[bytes, ...]]    # one stands in each unread event that may be needed later
+    HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]   # by type: an event and its frame
     whole: Callable[[bytes], None]              # takes a response that came as one JSON object, requested or not
 
-    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str], decoder: Any) -> None:
+    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
+                 decoder: Any) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
         self.decoder = decoder                  # reads along, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # from the event that opens the response until output begins
+        self.withheld: list[bytes] = []         # from the opening event until output begins
         self.deferred: list[bytes] = []
         self.final_response: JSON = {}          # the upstream's own
 
@@ -2807,18 +2823,18 @@ class Passthrough(Attempt):
         block = self.events.split(data)
         if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
             self.forward_unread(block)          # nearly always
-            return
-        for event in self.events.parse(block):
-            self.take_event(event)
+        else:
+            for event in self.events.parse(block):
+                self.take_event(event)
 
     def take_event(self, event: Event) -> None:
         name, data = event
         frame = sse_frame("" if name == "message" else name, data)
         if self.upstream_done:
             return
-        if self.PARSED_EVENT.search(frame):
+        if self.PARSED_EVENTS.search(frame):
             self.read(data, frame)
-        elif self.API_EVENT in frame:
+        elif self.API_EVENTS in frame:
             self.forward_unread(frame)
         else:                                   # no event of the API: an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
@@ -2835,15 +2851,15 @@ class Passthrough(Attempt):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def forward_unread(self, block: bytes) -> None:
-        if any(mark in block for mark in self.DEFERRED):
+        if any(mark in block for mark in self.DEFERRED_EVENTS):
             self.deferred.append(block)
         self.forward(block)
 
     def forward(self, block: bytes) -> None:
         """Whole events go to the client, once output has begun."""
-        if not self.output_started and not self.OUTPUT_EVENT.search(block):
+        if not self.output_started and not self.OUTPUT_EVENTS.search(block):
             self.check_limits(len(block))
-            if self.withheld or self.OPENING in block:
+            if self.withheld or self.OPENING_EVENT in block:
                 self.withheld.append(block)
             return
         if not self.output_started:
@@ -2854,7 +2870,7 @@ class Passthrough(Attempt):
             else:
                 self.out.append(self.answer.start())
         self.send(block)
-        self.output_chars += len(block) // 8        # about a token's worth of text in a delta event of 150 bytes
+        self.output_chars += len(block) // 8    # about a token's worth of text in a delta event of 150 bytes
         if self.output_chars > self.output_limit:
             self.check_limits()
 
@@ -2867,7 +2883,7 @@ class Passthrough(Attempt):
         numbers = range(self.answer.sequence, self.answer.sequence + len(given))
         if given != [b"%d" % number for number in numbers]:
             following = iter(numbers)
-            block = SEQUENCE_NUMBER.sub(lambda found: b'"sequence_number":%d' % next(following), block, count)
+            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(following), block, count)
         self.answer.sequence += len(given)
         self.out.append(block)
 
@@ -2887,21 +2903,25 @@ class Passthrough(Attempt):
 
 
 class ResponsesPassthrough(Passthrough):
-    """Response id, `model` and terminal event are ours; so are the events of what the final response alone holds."""
-    API_EVENT = b'"response.'
-    OPENING = b'"response.created"'
-    OUTPUT_EVENT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
-    PARSED_EVENT = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
-                              rb'|output_item\.added|output_item\.done))"')
-    PLAIN_EVENTS = re.compile(rb'(?:event: response[\w.]++\ndata: \{"type":"response\.(?!output_item)\w++\.\w++",'
-                              rb'"sequence_number":\d++,[^\n]*+\n\n)++')
-    DEFERRED = (b'.done"', b"_call_")           # what an item's own done event lacks
+    """Response id, `model` and terminal event are ours; so are the events of items that only the final response
+    holds."""
+    API_EVENTS = b'"response.'
+    OPENING_EVENT = b'"response.created"'
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')        # output_text.delta, but not response.metadata
+    PARSED_EVENTS = re.compile(
+        rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
+        rb'|output_item\.added|output_item\.done))"')
+    PLAIN_EVENTS = re.compile(
+        rb'(?:event: response[\w.]++\n'
+        rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,[^\n]*+\n\n)++')
+    DEFERRED_EVENTS = (b'.done"', b"_call_")    # whole texts, and the arguments of calls
     streamed_items = math.inf                   # the number of items that came before the final response
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.decoder.asked_12h = self.answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
-        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}       # their done events, for an incomplete answer
+        cache_options = self.answer.request.get("prompt_cache_options", {})
+        self.decoder.asked_12h = cache_options.get("ttl") == "12h"
+        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
 
     def on_created(self, event: JSON, frame: bytes) -> None:
         if not self.output_started:
@@ -2910,10 +2930,11 @@ class ResponsesPassthrough(Passthrough):
 
     def rewrite_head(self, response: JSON) -> JSON:
         """The fields that all response objects of a stream share, whether an upstream made them or we did."""
-        return {**response, "id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
+        head = {"id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
+        return {**response, **head}
 
     def on_item(self, event: JSON, frame: bytes) -> None:
-        """An item is added or done. One that says nothing waits for what the final response has of it."""
+        """An item is added or done. One without content waits for the final response."""
         item, items = event.get("item"), self.decoder.items
         if not isinstance(item, dict):
             return
@@ -2927,7 +2948,7 @@ class ResponsesPassthrough(Passthrough):
             self.deferred.clear()
         if added:
             self.forward(self.adapted(event, frame))
-        elif known.closed and known.index not in self.items and known.index not in self.incomplete_calls:
+        elif known.closed:
             self.give_item(known, event, frame)
 
     def read_deferred(self) -> None:
@@ -2938,8 +2959,10 @@ class ResponsesPassthrough(Passthrough):
         self.deferred.clear()
 
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
-        """Gives out a closed item as the client can use it. Only an incomplete answer has incomplete calls."""
+        """Gives out a closed item, once, as the client can use it. Only an incomplete answer has incomplete calls."""
         item = event["item"]
+        if known.index in self.items:
+            return
         if is_incomplete_call(item) and not self.ended:
             self.incomplete_calls[known.index] = event, frame
             return
@@ -2954,20 +2977,20 @@ class ResponsesPassthrough(Passthrough):
     def release_items(self) -> None:
         """Gives out the items that only the final response holds, and those that waited for it."""
         for known in self.decoder.items.all:
-            if known.closed and known.index not in self.items:
+            if known.closed:
                 event = {"type": "response.output_item.done", "sequence_number": 0,
                          "output_index": known.upstream_index, "item": known.item}
                 self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
-        """The frame of an item's event, with encrypted content sealed, and refusals as text where the client reads text
-        alone. Without a frame it is made."""
+        """The frame of an item's event with its encrypted content sealed, and refusals as text where the client
+        reads only text. Makes the frame if none is given."""
         item = event["item"]
         if item.get("encrypted_content"):
             item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
             frame = b""
-        for part in only_dicts(item.get("content")) if self.answer.profile.refusal_as_text else ():
-            if part.get("type") == "refusal":
+        for part in only_dicts(item.get("content")):
+            if part.get("type") == "refusal" and self.answer.profile.refusal_as_text:
                 part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
                 frame = b""
         return frame or sse_frame(event["type"], dumps(event))
@@ -2983,8 +3006,8 @@ class ResponsesPassthrough(Passthrough):
         """The upstream's own end. A completed answer holds no incomplete call."""
         self.upstream_done = True
         self.final_response = response
-        if self.stop and not self.stop.incomplete_reason and any(
-                is_incomplete_call(known.item) for known in self.decoder.items.all):
+        incomplete = any(is_incomplete_call(known.item) for known in self.decoder.items.all)
+        if incomplete and self.stop and not self.stop.incomplete_reason:
             self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
 
     def on_error(self, event: JSON, frame: bytes) -> None:
@@ -3039,7 +3062,8 @@ class ResponsesPassthrough(Passthrough):
             return super().body(now_s)
         assert self.usage is not None
         usage = merge_counts(as_dict(self.final_response.get("usage")), usage_object(self.usage))
-        response = {**self.rewrite_head(self.final_response), "status": self.status, "usage": usage}
+        response = self.rewrite_head(self.final_response)
+        response |= {"status": self.status, "usage": usage}
         if self.status == "completed":
             response["completed_at"] = now_s            # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
@@ -3048,9 +3072,14 @@ class ResponsesPassthrough(Passthrough):
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
     HANDLERS = {
-        "response.created": on_created, "response.queued": on_created, "response.in_progress": on_created,
-        "response.output_item.added": on_item, "response.output_item.done": on_item,
-        "response.completed": on_terminal, "response.incomplete": on_terminal, "response.failed": on_terminal,
+        "response.created": on_created,
+        "response.queued": on_created,
+        "response.in_progress": on_created,
+        "response.output_item.added": on_item,
+        "response.output_item.done": on_item,
+        "response.completed": on_terminal,
+        "response.incomplete": on_terminal,
+        "response.failed": on_terminal,
         "error": on_error}
 
 
@@ -3513,8 +3542,8 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class ResponsesDecoder:
-    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: what one of them
-    has is taken once."""
+    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: the decoder
+    takes once what any of them has."""
     sink: Sink
     asked_12h = False       # of the prompt cache
 
@@ -3524,14 +3553,16 @@ class ResponsesDecoder:
         self.ended = False
 
     def feed(self, data: str) -> None:
-        """One event's data. Unknown events say nothing; UpstreamError where it is not JSON, or no event."""
+        """One event's data. Ignores unknown events; UpstreamError where it is not JSON, or not an event."""
         if data.strip() != "[DONE]":
             self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
         """The failure that data which is no event of this API states, by the event's name or in any form."""
         body = parse_object(data) or {}
-        return responses_error(body.get("error") or body or data) if named or states_error(body, whole) else None
+        if not named and not states_error(body, whole):
+            return None
+        return responses_error(body.get("error") or body or data)
 
     def read(self, event: JSON) -> UpstreamItem | None:
         """Reads one event; returns the item that it begins or ends."""
@@ -3567,14 +3598,16 @@ class ResponsesDecoder:
         if known.shown:
             return
         known.shown = True
-        kind = item.get("type")
+        kind, index = item.get("type"), known.index
         if known.kind == "call":
-            call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
-            ours = kind == "function_call" and not space
-            tool = self.book.tool(name) if ours else Tool(item["type"], name, space)
-            self.sink.call(known.index, call_id or f"call_{known.index}", tool)
+            names = ("call_id", "name", "namespace")
+            call_id, name, space = [str(item.get(field) or "") for field in names]
+            own = kind == "function_call" and not space
+            tool = self.book.tool(name) if own else Tool(item["type"], name, space)
+            self.sink.call(index, call_id or f"call_{index}", tool)
         elif kind in TEXT_KINDS:
-            self.sink.open(known.index, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
+            fields = {"phase": item["phase"]} if item.get("phase") else {}
+            self.sink.open(index, kind, **fields)
         for text in known.texts:
             self._extend(known, text, "")
 
@@ -3608,16 +3641,15 @@ class ResponsesDecoder:
             self._complete(known, known.text(channel, number, done=True), whole)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        """Adds what a whole text has beyond its pieces: it may grow, never shrink, and only as the last of its item."""
-        if not text.sent and text.so_far().strip() == "{}":
-            text.pieces.clear()
+        """Adds what a whole text has beyond its pieces: it may grow, never shrink, and only as the item's last."""
         so_far = text.so_far()
         if text is known.texts[-1] and whole != so_far and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
         """Adds what a snapshot of an item has beyond its events."""
-        found = pair(item_texts(snapshot), known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
+        found = pair(item_texts(snapshot), known.texts,
+                     lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for new, text in found.items():
             self._complete(known, text or known.text(new.channel, new), new.so_far())
             for annotation in new.annotations[known.annotation_count:]:
@@ -3659,12 +3691,15 @@ class ResponsesDecoder:
         for text in known.texts:
             if not text.sent and text.so_far():         # the beginning of arguments
                 self.sink.add(known.index, text.so_far(), text.channel, text.index)
-        known.closed, item = True, known.item
-        fields: JSON = {"status": "incomplete"} if item.get("status") == "incomplete" else {}
+        known.closed = True
+        item = known.item
+        fields: JSON = {}
+        if item.get("status") == "incomplete":
+            fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
         if sealed and isinstance(sealed, str):          # Copilot's is bound to the id: "item_id did not match"
-            fields["sealed_replay"] = {name: item[name] for name in ("encrypted_content", "id")
-                                      if isinstance(item.get(name), str)}
+            replay = {"encrypted_content": sealed, "id": item.get("id")}
+            fields["sealed_replay"] = {name: value for name, value in replay.items() if isinstance(value, str)}
         self.sink.done(known.index, **fields)
 
     def _terminal(self, event: JSON) -> None:
@@ -3675,7 +3710,7 @@ class ResponsesDecoder:
         if event["type"] == "response.failed":
             self.sink.fail(responses_error(response.get("error") or {}))
             return
-        # Codex is told of a cut as `completed` (so does this gateway, and so may the one before it): the object says the truth
+        # a gateway may send Codex an incomplete answer as `completed`, as this one does: the object's status is true
         incomplete = event["type"] == "response.incomplete" or response.get("status") == "incomplete"
         reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
         self._conclude(response.get("output") or [], Stop(reason if incomplete else "", final=True))
@@ -3683,15 +3718,15 @@ class ResponsesDecoder:
     def _conclude(self, output: list[JSON], stop: Stop) -> None:
         """What only the final response holds, then the items that waited for it."""
         for known, item in self.items.take_final(output):
-            if not known.closed:
-                self._finish(known, item)
+            self._finish(known, item)
+        complete = not stop.incomplete_reason
         for known in self.items.all:
-            text = known.texts[0] if known.texts and known.kind == "call" and known.item.get("name") else None
-            if text and not known.done and not stop.incomplete_reason and (
-                    text.channel == "input" or parse_object(text.so_far()) is not None):       # it lacks only its `done`
-                self._finish(known, {**known.item, "status": "completed"})
-            if known.done and not known.closed and (
-                    known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete_reason):
+            call, item = known.kind == "call", known.item
+            if call and complete and not known.done and item.get("name") and known.texts:
+                text = known.texts[0]
+                if text.channel == "input" or parse_object(text.so_far()) is not None:      # it lacks only its `done`
+                    self._finish(known, {**item, "status": "completed"})
+            elif known.done and not known.closed and (complete or not call or item.get("arguments")):
                 self._close(known)
         self.ended = True
         self.sink.set_stop(stop)

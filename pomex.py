@@ -942,7 +942,8 @@ class SSEDecoder:
             self._after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2
-        if end == 1 and not (self._rest.endswith(b"\n") and data.startswith(b"\n")):
+        joined = self._rest.endswith(b"\n") and data.startswith(b"\n")
+        if end == 1 and not joined:
             self._rest += data
             data = b""
         elif self._rest or end < len(data):
@@ -972,8 +973,9 @@ class SSEDecoder:
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n") and not is_complete_json(events[0].data):
             events = []
-        lines = rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
-        self.truncated = not events and any(line and not line.startswith(b":") for line in lines)
+        fields = [line for line in rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
+                  if line and not line.startswith(b":")]
+        self.truncated = not events and bool(fields)
         return events
 
 
@@ -2537,7 +2539,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
 
 # --- 5.8 the items of a Responses upstream --------------------------------------------------------
 
-# family of .delta and .done events -> channel, field with the part's number, kind of item, field with the text
+# family of .delta and .done events -> channel, field of the part's number, kind of item, field of the text
 TEXT_EVENTS: dict[str, tuple[PartType, str, str, str]] = {
     "response.output_text": ("text", "content_index", "message", "text"),
     "response.refusal": ("refusal", "content_index", "message", "refusal"),
@@ -2581,7 +2583,7 @@ class UpstreamItem:
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
-        """The text that a piece belongs to, or that a `done` event completes: that may number it otherwise."""
+        """The text that a piece continues, or that a `done` event completes: that may number it otherwise."""
         text = self.numbered.get((channel, number))
         if text is None and done and self.texts:
             last = self.texts[-1]
@@ -2595,8 +2597,10 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from its own?"""
-        names = ("id", item_id), ("call_id", call_id)
-        return any(value and self.item.get(name) not in (None, "", value) for name, value in names)
+        for name, value in (("id", item_id), ("call_id", call_id)):
+            if value and self.item.get(name) not in (None, "", value):
+                return True
+        return False
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event under its index, or of its kind and without an index, about the next item?"""
@@ -2608,7 +2612,7 @@ class UpstreamItem:
             return other or without_index or (begins and self.done)
         if not self.done:
             return other and without_index
-        return bool(item) and (other or item_content(item or {}) != item_content(self.item))     # or a repetition
+        return bool(item) and (other or item_content(item or {}) != item_content(self.item))
 
 
 def item_kind(item: JSON) -> Any:
@@ -2616,7 +2620,8 @@ def item_kind(item: JSON) -> Any:
 
 
 def item_content(item: JSON) -> str:
-    return dumps({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
+    names = ("id", "call_id", "status")
+    return dumps({name: value for name, value in item.items() if name not in names})
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -2643,8 +2648,8 @@ class UpstreamItems:
     """Finds the item of an event. Servers give an item a new id in every event (Copilot), tell items apart by
     their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index to all.
 
-    So an open item goes by any of its keys, and an event without one is about the newest of its kind. An `added`,
-    or an event for an item that is done, begins another item where a key differs.
+    So an open item goes by any of its keys, and an event without one is about the newest of its kind. An
+    `added`, or an event for an item that is done, begins another item where a key differs.
     """
 
     def __init__(self) -> None:
@@ -2654,8 +2659,8 @@ class UpstreamItems:
         self.by_key: dict[Any, UpstreamItem] = {}
 
     def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
-        """The item of an event, which `begins` one if it is `added`. For a text it may be an item of a kind whose
-        texts are not read."""
+        """The item of an event, which `begins` one if it is `added`. For a text it may be an item of a kind
+        whose texts are not read."""
         index = event.get("output_index")
         known = self.by_key.get((kind, event.get("item_id"), index))
         if known and not known.done and "item" not in event:        # nearly always
@@ -2672,10 +2677,12 @@ class UpstreamItems:
                 break
         else:
             known = self.by_key.get(kind if index is None else index)
-            if known and known.is_followed(event, kind, begins, known.is_other(item_id, call_id)):
+            other = known is not None and known.is_other(item_id, call_id)
+            if known and known.is_followed(event, kind, begins, other):
                 known = None
         if known is None:
-            return self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
+            snapshot = {"id": item_id, **item}
+            return self.add(UpstreamItem(kind, snapshot, index))
         self.add_keys(known, item)
         return known
 
@@ -2697,26 +2704,33 @@ class UpstreamItems:
             self.by_key[known.kind, item["id"], known.upstream_index] = known
 
     def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with its record: by id, by content, in order among its kind. No call
-        is taken for one that is done. The indices of new items follow."""
+        """The items of a final response, each with its record: by id, by content, in order among its kind. No
+        call is taken for one that is done. The indices of new items follow."""
+        def by_id(each: UpstreamItem) -> Any:
+            item_id = each.item.get("call_id") or each.item.get("id")
+            return item_id and (each.kind, item_id)
+
+        def by_kind(each: UpstreamItem) -> Any:
+            return None if each.kind == "call" and each.done else (each.kind, each.item.get("name"))
+
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
-        found = pair(
-            given, self.all,
-            lambda each: (name := each.item.get("call_id") or each.item.get("id")) and (each.kind, name),
-            lambda each: item_content(each.item),
-            lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
-        indices = [each.upstream_index for each in self.all if isinstance(each.upstream_index, int)]
-        following = itertools.count(max([len(self.all) - 1, *indices]) + 1)
+        found = pair(given, self.all, by_id, lambda each: item_content(each.item), by_kind)
+        next_index = len(self.all)
+        for each in self.all:
+            if isinstance(each.upstream_index, int):
+                next_index = max(next_index, each.upstream_index + 1)
         for new in given:
             if found[new] is None:
-                new.upstream_index = next(following)
+                new.upstream_index = next_index
+                next_index += 1
                 self.add(new)
         return [(found[new] or new, new.item) for new in given]
 
     def evidence(self) -> Stop | None:
-        """The end that a clean end of the body stands for (DESIGN, promise 1): with every item done the model had
-        finished, but not with reasoning alone."""
-        if self.open_count or {known.kind for known in self.all} <= {"reasoning"}:
+        """The end that a clean end of the body stands for (DESIGN, promise 1): with every item done the model
+        had finished, but not with reasoning alone."""
+        kinds = {known.kind for known in self.all}
+        if self.open_count or kinds <= {"reasoning"}:
             return None
         incomplete = any(known.item.get("status") == "incomplete" for known in self.all)
         return Stop("max_output_tokens" if incomplete else "")
@@ -2730,10 +2744,11 @@ def as_text(value: Any) -> str:
 
 
 def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
-    """Of a `done` event, or a part: the channel and number of its text, its kind of item, and the whole text."""
+    """Of a `done` event, or a part: the channel and number of its text, its kind of item, and the whole."""
     part = event.get("part") or event
     name = str(part.get("type")).removesuffix(".done")
-    channel, number, kind, whole = TEXT_EVENTS.get(PART_FAMILY.get(name, name), ("text", "", "", ""))
+    family = PART_FAMILY.get(name, name)
+    channel, number, kind, whole = TEXT_EVENTS.get(family, ("text", "", "", ""))
     return channel, event.get(number, 0), kind, as_text(part.get(whole))
 
 
@@ -2748,8 +2763,9 @@ def item_texts(item: JSON) -> list[UpstreamText]:
         texts.append(UpstreamText("arguments", [arguments]))
     for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
         channel, _, _, whole = done_text(part)
+        annotations = part.get("annotations") or []
         if whole:
-            texts.append(UpstreamText(channel, [whole], annotations=part.get("annotations") or []))
+            texts.append(UpstreamText(channel, [whole], annotations=annotations))
     return texts
 
 
@@ -2768,7 +2784,8 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
             whole = unwrap(whole) or whole
         item[name] = whole
         return True
-    if known.kind != "message" or not empty or any(part.get("type") not in PART_FAMILY for part in parts):
+    other_parts = any(part.get("type") not in PART_FAMILY for part in parts)
+    if known.kind != "message" or not empty or other_parts:
         return False
     filled = []
     for text in known.texts:
@@ -2779,7 +2796,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
 
 
 def is_incomplete_call(item: JSON) -> bool:
-    """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
+    """A call that its provider calls incomplete, or with arguments that are not a JSON object: unsafe to run."""
     if "call_id" not in item:
         return False
     arguments = as_text(item.get("arguments")).strip() or "{}"
@@ -2788,8 +2805,8 @@ def is_incomplete_call(item: JSON) -> bool:
 
 # --- 5.9 passthrough ------------------------------------------------------------------------------
 #
-# Where the upstream speaks the client's API, its events pass as they came. A wire needs a subclass with its patterns
-# and the handlers of the events that are parsed.
+# Where the upstream speaks the client's API, its events pass as they came. A wire needs a subclass with its
+# patterns and the handlers of the events that are parsed.
 
 # possessive: a step kept a byte took 130 bytes each
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
@@ -2805,7 +2822,7 @@ class Passthrough(Attempt):
     PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
     DEFERRED_EVENTS: ClassVar[tuple[bytes, ...]]    # one stands in each unread event that may be needed later
     HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]   # by type: an event and its frame
-    whole: Callable[[bytes], None]              # takes a response that came as one JSON object, requested or not
+    whole: Callable[[bytes], None]              # takes a response that came as one JSON object
 
     def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
                  decoder: Any) -> None:
@@ -2888,7 +2905,7 @@ class Passthrough(Attempt):
         self.out.append(block)
 
     def end(self) -> None:
-        """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
+        """The body ended cleanly: with every item done, that is an end (DESIGN, promise 1)."""
         for event in self.events.finish():
             self.take_event(event)
         if not self.events.truncated:           # a truncated event may have said anything
@@ -2903,11 +2920,11 @@ class Passthrough(Attempt):
 
 
 class ResponsesPassthrough(Passthrough):
-    """Response id, `model` and terminal event are ours; so are the events of items that only the final response
-    holds."""
+    """Response id, `model` and terminal event are ours; so are the events of items that only the final
+    response holds."""
     API_EVENTS = b'"response.'
     OPENING_EVENT = b'"response.created"'
-    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')        # output_text.delta, but not response.metadata
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, but not response.metadata
     PARSED_EVENTS = re.compile(
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
         rb'|output_item\.added|output_item\.done))"')
@@ -2925,13 +2942,13 @@ class ResponsesPassthrough(Passthrough):
 
     def on_created(self, event: JSON, frame: bytes) -> None:
         if not self.output_started:
-            response = self.rewrite_head(event.get("response") or {})
-            self.forward(sse_frame(event["type"], dumps({**event, "response": response})))
+            event["response"] = self.rewrite_head(event.get("response") or {})
+            self.forward(sse_frame(event["type"], dumps(event)))
 
     def rewrite_head(self, response: JSON) -> JSON:
         """The fields that all response objects of a stream share, whether an upstream made them or we did."""
-        head = {"id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
-        return {**response, **head}
+        answer = self.answer
+        return {**response, "id": answer.id, "created_at": answer.created_s, "model": answer.request.model}
 
     def on_item(self, event: JSON, frame: bytes) -> None:
         """An item is added or done. One without content waits for the final response."""
@@ -2959,7 +2976,7 @@ class ResponsesPassthrough(Passthrough):
         self.deferred.clear()
 
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
-        """Gives out a closed item, once, as the client can use it. Only an incomplete answer has incomplete calls."""
+        """Gives out a closed item, once, as the client can use it. Incomplete calls wait for an incomplete answer."""
         item = event["item"]
         if known.index in self.items:
             return
@@ -2978,20 +2995,25 @@ class ResponsesPassthrough(Passthrough):
         """Gives out the items that only the final response holds, and those that waited for it."""
         for known in self.decoder.items.all:
             if known.closed:
-                event = {"type": "response.output_item.done", "sequence_number": 0,
-                         "output_index": known.upstream_index, "item": known.item}
-                self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
+                event = {
+                    "type": "response.output_item.done",
+                    "sequence_number": 0,
+                    "output_index": known.upstream_index,
+                    "item": known.item}
+                event, frame = self.incomplete_calls.get(known.index, (event, b""))
+                self.give_item(known, event, frame)
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
-        """The frame of an item's event with its encrypted content sealed, and refusals as text where the client
-        reads only text. Makes the frame if none is given."""
+        """The frame of an item's event with its encrypted content sealed, and refusals as text where the
+        client reads only text. Makes the frame if none is given."""
         item = event["item"]
         if item.get("encrypted_content"):
             item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
             frame = b""
         for part in only_dicts(item.get("content")):
             if part.get("type") == "refusal" and self.answer.profile.refusal_as_text:
-                part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
+                text = part.pop("refusal", "")
+                part.update(type="output_text", text=text, annotations=[])
                 frame = b""
         return frame or sse_frame(event["type"], dumps(event))
 
@@ -3016,19 +3038,23 @@ class ResponsesPassthrough(Passthrough):
     def whole(self, data: bytes) -> None:
         text = data.decode("utf-8", "replace")
         response = parse_object(text) or {}
-        if "output" not in response and (error := self.decoder.stray_error(text, whole=True)):
+        error = None if "output" in response else self.decoder.stray_error(text, whole=True)
+        if error:
             raise error
         status = response.get("status")
         if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
             raise UpstreamError("The provider's answer is not a response object.")
         output = only_dicts(response.get("output"))
+        readable = {**response, "output": output}
         if self.answer.request.stream:
             with self.builder() as builder:
                 self.decoder.sink = builder
-                self.decoder.whole({**response, "output": output})
-                self.usage, self.stop, self.error = builder.usage, builder.stop, builder.error
+                self.decoder.whole(readable)
+                self.usage = builder.usage
+                self.stop = builder.stop
+                self.error = builder.error
         else:
-            self.decoder.whole({**response, "output": output})
+            self.decoder.whole(readable)
             self.release_items()
         self.conclude(response)
         self.check_limits(len(data), len(output))
@@ -3057,13 +3083,13 @@ class ResponsesPassthrough(Passthrough):
         self.items.update(builder.items)
 
     def body(self, now_s: int) -> str:
-        """The upstream's own response where it gave one, with our id and model, and the items as they were sent."""
+        """The upstream's own response if it gave one, with our id and model, and the items as sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        usage = merge_counts(as_dict(self.final_response.get("usage")), usage_object(self.usage))
         response = self.rewrite_head(self.final_response)
-        response |= {"status": self.status, "usage": usage}
+        usage = as_dict(response.get("usage"))
+        response |= {"status": self.status, "usage": merge_counts(usage, usage_object(self.usage))}
         if self.status == "completed":
             response["completed_at"] = now_s            # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
@@ -3542,8 +3568,8 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class ResponsesDecoder:
-    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: the decoder
-    takes once what any of them has."""
+    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: the
+    decoder takes once what any of them has."""
     sink: Sink
     asked_12h = False       # of the prompt cache
 
@@ -3558,7 +3584,7 @@ class ResponsesDecoder:
             self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
-        """The failure that data which is no event of this API states, by the event's name or in any form."""
+        """The failure in data that is not an event of this API, by the event's name or in any form."""
         body = parse_object(data) or {}
         if not named and not states_error(body, whole):
             return None
@@ -3594,17 +3620,18 @@ class ResponsesDecoder:
         return known
 
     def _show(self, known: UpstreamItem, item: JSON) -> None:
-        """The item begins for the sink. Kinds without texts are given whole, at their `done`: it may bring more."""
+        """The item begins for the sink. Kinds without texts are given whole, once done."""
         if known.shown:
             return
         known.shown = True
         kind, index = item.get("type"), known.index
         if known.kind == "call":
-            names = ("call_id", "name", "namespace")
-            call_id, name, space = [str(item.get(field) or "") for field in names]
-            own = kind == "function_call" and not space
-            tool = self.book.tool(name) if own else Tool(item["type"], name, space)
-            self.sink.call(index, call_id or f"call_{index}", tool)
+            name, space = str(item.get("name") or ""), str(item.get("namespace") or "")
+            if kind == "function_call" and not space:
+                tool = self.book.tool(name)
+            else:
+                tool = Tool(item["type"], name, space)
+            self.sink.call(index, str(item.get("call_id") or f"call_{index}"), tool)
         elif kind in TEXT_KINDS:
             fields = {"phase": item["phase"]} if item.get("phase") else {}
             self.sink.open(index, kind, **fields)
@@ -3620,8 +3647,8 @@ class ResponsesDecoder:
                 self._extend(known, known.text(channel, event.get(number, 0)), delta)
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
-        """More of a text. Arguments that say nothing yet wait: `{}` may only hold the place of those to come."""
-        if not known.shown and known.kind != "call":    # before its `added` (litellm#22102); a call needs a name
+        """More of a text. Empty arguments wait: `{}` may only hold the place of those to come."""
+        if not known.shown and known.kind != "call":    # `added` comes late (litellm#22102); a call needs a name
             self._show(known, {"type": known.kind})
         text.pieces.append(piece)
         if known.closed or not known.shown:
@@ -3641,7 +3668,7 @@ class ResponsesDecoder:
             self._complete(known, known.text(channel, number, done=True), whole)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        """Adds what a whole text has beyond its pieces: it may grow, never shrink, and only as the item's last."""
+        """Adds what a whole text has beyond its pieces. The last text of an item may grow, none may shrink."""
         so_far = text.so_far()
         if text is known.texts[-1] and whole != so_far and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
@@ -3651,7 +3678,8 @@ class ResponsesDecoder:
         found = pair(item_texts(snapshot), known.texts,
                      lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for new, text in found.items():
-            self._complete(known, text or known.text(new.channel, new), new.so_far())
+            text = text or known.text(new.channel, new)
+            self._complete(known, text, new.so_far())
             for annotation in new.annotations[known.annotation_count:]:
                 self.sink.annotate(annotation, known.index)
             known.annotation_count = max(0, known.annotation_count - len(new.annotations))
@@ -3669,12 +3697,14 @@ class ResponsesDecoder:
         return known
 
     def _finish(self, known: UpstreamItem, item: JSON) -> None:
-        """An item that its server calls done. Without content it waits for what the final response has of it."""
+        """An item that its server calls done. Without content it waits for the final response."""
         self._show(known, item)
         if known.closed:
             return
         self.items.open_count -= not known.done
-        added, known.done, known.item = known.item, True, {**known.item, **item}
+        added = known.item
+        known.done = True
+        known.item = {**added, **item}
         if known.kind not in TEXT_KINDS:
             known.closed = True
             self.sink.item(item)
@@ -3697,9 +3727,10 @@ class ResponsesDecoder:
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):          # Copilot's is bound to the id: "item_id did not match"
-            replay = {"encrypted_content": sealed, "id": item.get("id")}
-            fields["sealed_replay"] = {name: value for name, value in replay.items() if isinstance(value, str)}
+        if sealed and isinstance(sealed, str):
+            fields["sealed_replay"] = replay = {"encrypted_content": sealed}
+            if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
+                replay["id"] = item["id"]
         self.sink.done(known.index, **fields)
 
     def _terminal(self, event: JSON) -> None:
@@ -3710,10 +3741,12 @@ class ResponsesDecoder:
         if event["type"] == "response.failed":
             self.sink.fail(responses_error(response.get("error") or {}))
             return
-        # a gateway may send Codex an incomplete answer as `completed`, as this one does: the object's status is true
-        incomplete = event["type"] == "response.incomplete" or response.get("status") == "incomplete"
-        reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
-        self._conclude(response.get("output") or [], Stop(reason if incomplete else "", final=True))
+        reason = ""
+        # to Codex a gateway sends an incomplete answer as `completed`: the object's status is true
+        if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
+            details = response.get("incomplete_details") or {}
+            reason = details.get("reason") or "max_output_tokens"
+        self._conclude(response.get("output") or [], Stop(reason, final=True))
 
     def _conclude(self, output: list[JSON], stop: Stop) -> None:
         """What only the final response holds, then the items that waited for it."""
@@ -3722,12 +3755,15 @@ class ResponsesDecoder:
         complete = not stop.incomplete_reason
         for known in self.items.all:
             call, item = known.kind == "call", known.item
-            if call and complete and not known.done and item.get("name") and known.texts:
+            if known.closed:
+                continue
+            if known.done:
+                if complete or not call or item.get("arguments"):
+                    self._close(known)
+            elif call and complete and item.get("name") and known.texts:
                 text = known.texts[0]
-                if text.channel == "input" or parse_object(text.so_far()) is not None:      # it lacks only its `done`
-                    self._finish(known, {**item, "status": "completed"})
-            elif known.done and not known.closed and (complete or not call or item.get("arguments")):
-                self._close(known)
+                if text.channel == "input" or parse_object(text.so_far()) is not None:
+                    self._finish(known, {**item, "status": "completed"})    # it lacks only its `done`
         self.ended = True
         self.sink.set_stop(stop)
 
@@ -3735,17 +3771,23 @@ class ResponsesDecoder:
         self.sink.fail(responses_error(event.get("error") or event))
 
     HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], UpstreamItem | None]]] = {
-        "response.output_item.added": _added, "response.output_item.done": _done,
+        "response.output_item.added": _added,
+        "response.output_item.done": _done,
         "response.output_text.annotation.added": _annotation,
-        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
+        "response.completed": _terminal,
+        "response.incomplete": _terminal,
+        "response.failed": _terminal,
+        "error": _error,
         **dict.fromkeys([f"{family}.delta" for family in TEXT_EVENTS], _delta),
         **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), "response.content_part.done",
                          "response.reasoning_summary_part.done"], _text_done)}
 
 
 def event_type(event: JSON) -> Any:
-    """The type of an event. Without one it is an error, or a proxy's sign of life (`event: ping`, `data: {}`)."""
-    return event["type"] if "type" in event else "error" if states_error(event) else ""
+    """The type of an event. Without one it is an error, or a proxy's heartbeat (`event: ping`, `data: {}`)."""
+    if "type" in event:
+        return event["type"]
+    return "error" if states_error(event) else ""
 
 
 def provider_json(data: str | bytes, complaint: str) -> Any:

@@ -2796,7 +2796,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
 
 
 def is_incomplete_call(item: JSON) -> bool:
-    """A call that its provider calls incomplete, or with arguments that are not a JSON object: unsafe to run."""
+    """A call that its provider calls incomplete, or with arguments that are not a JSON object."""
     if "call_id" not in item:
         return False
     arguments = as_text(item.get("arguments")).strip() or "{}"
@@ -2833,6 +2833,7 @@ class Passthrough(Attempt):
         self.events = SSEDecoder(MAX_EVENT_BYTES)
         self.withheld: list[bytes] = []         # from the opening event until output begins
         self.deferred: list[bytes] = []
+        self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own
 
     def feed(self, data: bytes) -> None:
@@ -2887,7 +2888,8 @@ class Passthrough(Attempt):
             else:
                 self.out.append(self.answer.start())
         self.send(block)
-        self.output_chars += len(block) // 8    # about a token's worth of text in a delta event of 150 bytes
+        self.passed_bytes += len(block)
+        self.output_chars = self.passed_bytes // 8      # a delta event of 150 bytes has about a token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
@@ -2924,7 +2926,7 @@ class ResponsesPassthrough(Passthrough):
     response holds."""
     API_EVENTS = b'"response.'
     OPENING_EVENT = b'"response.created"'
-    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, but not response.metadata
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
         rb'|output_item\.added|output_item\.done))"')
@@ -2976,7 +2978,7 @@ class ResponsesPassthrough(Passthrough):
         self.deferred.clear()
 
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
-        """Gives out a closed item, once, as the client can use it. Incomplete calls wait for an incomplete answer."""
+        """Gives out a closed item, once, as the client can use it. An incomplete call waits for the end."""
         item = event["item"]
         if known.index in self.items:
             return
@@ -3648,7 +3650,7 @@ class ResponsesDecoder:
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
         """More of a text. Empty arguments wait: `{}` may only hold the place of those to come."""
-        if not known.shown and known.kind != "call":    # `added` comes late (litellm#22102); a call needs a name
+        if not known.shown and known.kind != "call":    # a late `added` (litellm#22102); a call needs a name
             self._show(known, {"type": known.kind})
         text.pieces.append(piece)
         if known.closed or not known.shown:
@@ -3668,7 +3670,7 @@ class ResponsesDecoder:
             self._complete(known, known.text(channel, number, done=True), whole)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        """Adds what a whole text has beyond its pieces. The last text of an item may grow, none may shrink."""
+        """Adds what a whole text has beyond its pieces. An item's last text may grow, none may shrink."""
         so_far = text.so_far()
         if text is known.texts[-1] and whole != so_far and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
@@ -3784,7 +3786,7 @@ class ResponsesDecoder:
 
 
 def event_type(event: JSON) -> Any:
-    """The type of an event. Without one it is an error, or a proxy's heartbeat (`event: ping`, `data: {}`)."""
+    """The type of an event. Without one it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
     if "type" in event:
         return event["type"]
     return "error" if states_error(event) else ""

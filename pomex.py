@@ -942,8 +942,7 @@ class SSEDecoder:
             self._after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2
-        joined = self._rest.endswith(b"\n") and data.startswith(b"\n")
-        if end == 1 and not joined:
+        if end == 1 and not (self._rest.endswith(b"\n") and data.startswith(b"\n")):
             self._rest += data
             data = b""
         elif self._rest or end < len(data):
@@ -2820,7 +2819,7 @@ class Passthrough(Attempt):
     OUTPUT_EVENTS: ClassVar[re.Pattern[bytes]]  # output begins: no other target may take over
     PARSED_EVENTS: ClassVar[re.Pattern[bytes]]
     PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
-    DEFERRED_EVENTS: ClassVar[tuple[bytes, ...]]    # one stands in each unread event that may be needed later
+    DEFERRED_EVENTS: ClassVar[tuple[bytes, bytes]]  # stand in unread events that may be needed later
     HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]   # by type: an event and its frame
     whole: Callable[[bytes], None]              # takes a response that came as one JSON object
 
@@ -2840,7 +2839,8 @@ class Passthrough(Attempt):
         """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
         block = self.events.split(data)
         if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
-            self.forward_unread(block)          # nearly always
+            self.defer(block)                   # nearly always
+            self.forward(block, None)
         else:
             for event in self.events.parse(block):
                 self.take_event(event)
@@ -2853,7 +2853,8 @@ class Passthrough(Attempt):
         if self.PARSED_EVENTS.search(frame):
             self.read(data, frame)
         elif self.API_EVENTS in frame:
-            self.forward_unread(frame)
+            self.defer(frame)
+            self.forward(frame)
         else:                                   # no event of the API: an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
 
@@ -2868,13 +2869,14 @@ class Passthrough(Attempt):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
-    def forward_unread(self, block: bytes) -> None:
-        if any(mark in block for mark in self.DEFERRED_EVENTS):
+    def defer(self, block: bytes) -> None:
+        """Keeps unread events that may be needed later."""
+        whole_text, arguments = self.DEFERRED_EVENTS
+        if whole_text in block or arguments in block:
             self.deferred.append(block)
-        self.forward(block)
 
-    def forward(self, block: bytes) -> None:
-        """Whole events go to the client, once output has begun."""
+    def forward(self, block: bytes, count: int | None = 1) -> None:
+        """Gives the client whole events once output has begun: `count` of them, or a run of numbered ones."""
         if not self.output_started and not self.OUTPUT_EVENTS.search(block):
             self.check_limits(len(block))
             if self.withheld or self.OPENING_EVENT in block:
@@ -2884,25 +2886,25 @@ class Passthrough(Attempt):
             self.output_started = True
             if self.withheld and not self.answer.started:
                 self.answer.started = True
-                self.send(b"".join(self.withheld))
+                for frame in self.withheld:
+                    self.send(frame, 1)
             else:
                 self.out.append(self.answer.start())
-        self.send(block)
+        self.send(block, count)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8      # a delta event of 150 bytes has about a token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
-    def send(self, block: bytes) -> None:
+    def send(self, block: bytes, count: int | None) -> None:
         """Numbers whole events on from our last one."""
         if not self.answer.request.stream:
             return
-        count = block.count(b"\n\n")
         given = SEQUENCE_NUMBER.findall(block)[:count]
         numbers = range(self.answer.sequence, self.answer.sequence + len(given))
-        if given != [b"%d" % number for number in numbers]:
+        if list(map(int, given)) != list(numbers):
             following = iter(numbers)
-            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(following), block, count)
+            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(following), block, count or 0)
         self.answer.sequence += len(given)
         self.out.append(block)
 
@@ -2931,8 +2933,8 @@ class ResponsesPassthrough(Passthrough):
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
         rb'|output_item\.added|output_item\.done))"')
     PLAIN_EVENTS = re.compile(
-        rb'(?:event: response[\w.]++\n'
-        rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,[^\n]*+\n\n)++')
+        rb'(?:event: response.++\n'
+        rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,.++\n\n)++')
     DEFERRED_EVENTS = (b'.done"', b"_call_")    # whole texts, and the arguments of calls
     streamed_items = math.inf                   # the number of items that came before the final response
 
@@ -3614,10 +3616,13 @@ class ResponsesDecoder:
         if stop is not None and not self.ended:
             self._conclude([], stop)
 
-    def _added(self, event: JSON) -> UpstreamItem:
+    def _item(self, event: JSON) -> UpstreamItem:
         item = event.get("item") or {}
-        known = self.items.take(event, item_kind(item), begins=True)
-        if known.kind != "call" or item.get("name"):
+        added = event["type"] == "response.output_item.added"
+        known = self.items.take(event, item_kind(item), begins=added)
+        if not added:
+            self._finish(known, item)
+        elif known.kind != "call" or item.get("name"):
             self._show(known, item)
         return known
 
@@ -3691,12 +3696,6 @@ class ResponsesDecoder:
         if known.shown and not known.closed and isinstance(event.get("annotation"), dict):
             known.annotation_count += 1
             self.sink.annotate(event["annotation"], known.index)
-
-    def _done(self, event: JSON) -> UpstreamItem:
-        item = event.get("item") or {}
-        known = self.items.take(event, item_kind(item))
-        self._finish(known, item)
-        return known
 
     def _finish(self, known: UpstreamItem, item: JSON) -> None:
         """An item that its server calls done. Without content it waits for the final response."""
@@ -3773,8 +3772,8 @@ class ResponsesDecoder:
         self.sink.fail(responses_error(event.get("error") or event))
 
     HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], UpstreamItem | None]]] = {
-        "response.output_item.added": _added,
-        "response.output_item.done": _done,
+        "response.output_item.added": _item,
+        "response.output_item.done": _item,
         "response.output_text.annotation.added": _annotation,
         "response.completed": _terminal,
         "response.incomplete": _terminal,

@@ -970,8 +970,8 @@ class SSEDecoder:
         it counts if all its lines are complete, or if its data cannot be part of something longer."""
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
-        if events and not rest.endswith(b"\n") and not is_complete_json(events[0].data):
-            events = []
+        if events and not rest.endswith(b"\n"):
+            events = [event for event in events if is_complete_json(event.data)]
         fields = [line for line in rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
                   if line and not line.startswith(b":")]
         self.truncated = not events and bool(fields)
@@ -2596,10 +2596,10 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from its own?"""
-        for name, value in (("id", item_id), ("call_id", call_id)):
-            if value and self.item.get(name) not in (None, "", value):
-                return True
-        return False
+        own_id, own_call_id = self.item.get("id"), self.item.get("call_id")
+        if item_id and own_id and own_id != item_id:
+            return True
+        return bool(call_id and own_call_id and own_call_id != call_id)
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event under its index, or of its kind and without an index, about the next item?"""
@@ -2667,7 +2667,10 @@ class UpstreamItems:
         item = event.get("item") or {}
         item_id = event.get("item_id") or item.get("id")
         call_id = item.get("call_id")
-        for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
+        for key in (
+                (kind, item_id, index),
+                (kind, call_id),
+                (kind, item_id)):
             known = self.by_key.get(key)
             if known and not known.is_other(None, call_id) and (
                     not (known.done or begins)
@@ -2710,10 +2713,15 @@ class UpstreamItems:
             return item_id and (each.kind, item_id)
 
         def by_kind(each: UpstreamItem) -> Any:
-            return None if each.kind == "call" and each.done else (each.kind, each.item.get("name"))
+            if each.kind == "call" and each.done:
+                return None
+            return each.kind, each.item.get("name")
+
+        def by_content(each: UpstreamItem) -> str:
+            return item_content(each.item)
 
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
-        found = pair(given, self.all, by_id, lambda each: item_content(each.item), by_kind)
+        found = pair(given, self.all, by_id, by_content, by_kind)
         next_index = len(self.all)
         for each in self.all:
             if isinstance(each.upstream_index, int):
@@ -2789,7 +2797,10 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
     filled = []
     for text in known.texts:
         shape = PARTS[text.channel]
-        filled.append({"type": shape.type, shape.text: text.so_far(), "annotations": []})
+        filled.append({
+            "type": shape.type,
+            shape.text: text.so_far(),
+            "annotations": []})
     item["content"] = filled or parts
     return True
 
@@ -2819,7 +2830,7 @@ class Passthrough(Attempt):
     OUTPUT_EVENTS: ClassVar[re.Pattern[bytes]]  # output begins: no other target may take over
     PARSED_EVENTS: ClassVar[re.Pattern[bytes]]
     PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
-    DEFERRED_EVENTS: ClassVar[tuple[bytes, bytes]]  # stand in unread events that may be needed later
+    DEFERRED_EVENTS: ClassVar[tuple[bytes, ...]]    # one stands in each unread event that may be needed later
     HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]   # by type: an event and its frame
     whole: Callable[[bytes], None]              # takes a response that came as one JSON object
 
@@ -2840,7 +2851,7 @@ class Passthrough(Attempt):
         block = self.events.split(data)
         if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
             self.defer(block)                   # nearly always
-            self.forward(block, None)
+            self.forward(block, count=0)
         else:
             for event in self.events.parse(block):
                 self.take_event(event)
@@ -2871,12 +2882,13 @@ class Passthrough(Attempt):
 
     def defer(self, block: bytes) -> None:
         """Keeps unread events that may be needed later."""
-        whole_text, arguments = self.DEFERRED_EVENTS
-        if whole_text in block or arguments in block:
-            self.deferred.append(block)
+        for mark in self.DEFERRED_EVENTS:
+            if mark in block:
+                self.deferred.append(block)
+                break
 
-    def forward(self, block: bytes, count: int | None = 1) -> None:
-        """Gives the client whole events once output has begun: `count` of them, or a run of numbered ones."""
+    def forward(self, block: bytes, count: int = 1) -> None:
+        """Gives the client an event, or with count 0 a run of plain ones, once output has begun."""
         if not self.output_started and not self.OUTPUT_EVENTS.search(block):
             self.check_limits(len(block))
             if self.withheld or self.OPENING_EVENT in block:
@@ -2896,16 +2908,18 @@ class Passthrough(Attempt):
         if self.output_chars > self.output_limit:
             self.check_limits()
 
-    def send(self, block: bytes, count: int | None) -> None:
-        """Numbers whole events on from our last one."""
+    def send(self, block: bytes, count: int) -> None:
+        """Numbers the events on from our last one."""
         if not self.answer.request.stream:
             return
-        given = SEQUENCE_NUMBER.findall(block)[:count]
-        numbers = range(self.answer.sequence, self.answer.sequence + len(given))
-        if list(map(int, given)) != list(numbers):
-            following = iter(numbers)
-            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(following), block, count or 0)
+        given = SEQUENCE_NUMBER.findall(block)
+        if count:
+            given = given[:count]
+        first = self.answer.sequence
         self.answer.sequence += len(given)
+        if list(map(int, given)) != list(range(first, self.answer.sequence)):
+            numbers = itertools.count(first)
+            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, count)
         self.out.append(block)
 
     def end(self) -> None:
@@ -2951,8 +2965,11 @@ class ResponsesPassthrough(Passthrough):
 
     def rewrite_head(self, response: JSON) -> JSON:
         """The fields that all response objects of a stream share, whether an upstream made them or we did."""
-        answer = self.answer
-        return {**response, "id": answer.id, "created_at": answer.created_s, "model": answer.request.model}
+        return {
+            **response,
+            "id": self.answer.id,
+            "created_at": self.answer.created_s,
+            "model": self.answer.request.model}
 
     def on_item(self, event: JSON, frame: bytes) -> None:
         """An item is added or done. One without content waits for the final response."""
@@ -3032,8 +3049,8 @@ class ResponsesPassthrough(Passthrough):
         """The upstream's own end. A completed answer holds no incomplete call."""
         self.upstream_done = True
         self.final_response = response
-        incomplete = any(is_incomplete_call(known.item) for known in self.decoder.items.all)
-        if incomplete and self.stop and not self.stop.incomplete_reason:
+        items = [known.item for known in self.decoder.items.all]
+        if self.stop and not self.stop.incomplete_reason and any(map(is_incomplete_call, items)):
             self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
 
     def on_error(self, event: JSON, frame: bytes) -> None:
@@ -3093,7 +3110,8 @@ class ResponsesPassthrough(Passthrough):
         assert self.usage is not None
         response = self.rewrite_head(self.final_response)
         usage = as_dict(response.get("usage"))
-        response |= {"status": self.status, "usage": merge_counts(usage, usage_object(self.usage))}
+        response["status"] = self.status
+        response["usage"] = merge_counts(usage, usage_object(self.usage))
         if self.status == "completed":
             response["completed_at"] = now_s            # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
@@ -3633,12 +3651,14 @@ class ResponsesDecoder:
         known.shown = True
         kind, index = item.get("type"), known.index
         if known.kind == "call":
-            name, space = str(item.get("name") or ""), str(item.get("namespace") or "")
+            name = str(item.get("name") or "")
+            space = str(item.get("namespace") or "")
+            call_id = item.get("call_id") or f"call_{index}"
             if kind == "function_call" and not space:
                 tool = self.book.tool(name)
             else:
                 tool = Tool(item["type"], name, space)
-            self.sink.call(index, str(item.get("call_id") or f"call_{index}"), tool)
+            self.sink.call(index, str(call_id), tool)
         elif kind in TEXT_KINDS:
             fields = {"phase": item["phase"]} if item.get("phase") else {}
             self.sink.open(index, kind, **fields)
@@ -3651,7 +3671,8 @@ class ResponsesDecoder:
         if isinstance(delta, str) and delta:
             known = self.items.take(event, kind)
             if known.kind == kind:
-                self._extend(known, known.text(channel, event.get(number, 0)), delta)
+                text = known.text(channel, event.get(number, 0))
+                self._extend(known, text, delta)
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
         """More of a text. Empty arguments wait: `{}` may only hold the place of those to come."""
@@ -3663,16 +3684,20 @@ class ResponsesDecoder:
         if not text.sent:
             piece = text.so_far()
             if text.channel == "arguments":
-                piece = text.pieces[0] = piece.lstrip().removeprefix("{}").lstrip()
+                piece = piece.lstrip().removeprefix("{}").lstrip()
+                text.pieces[0] = piece
             text.sent = piece not in ("", "{")
         if text.sent:
             self.sink.add(known.index, piece, text.channel, text.index)
 
     def _text_done(self, event: JSON) -> None:
         channel, number, kind, whole = done_text(event)
-        known = self.items.take(event, kind) if whole else None
-        if known and known.kind == kind:
-            self._complete(known, known.text(channel, number, done=True), whole)
+        if not whole:
+            return
+        known = self.items.take(event, kind)
+        if known.kind == kind:
+            text = known.text(channel, number, done=True)
+            self._complete(known, text, whole)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
         """Adds what a whole text has beyond its pieces. An item's last text may grow, none may shrink."""
@@ -3682,20 +3707,24 @@ class ResponsesDecoder:
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
         """Adds what a snapshot of an item has beyond its events."""
-        found = pair(item_texts(snapshot), known.texts,
-                     lambda text: (text.channel, text.so_far()), lambda text: text.channel)
+        found = pair(
+            item_texts(snapshot), known.texts,
+            lambda text: (text.channel, text.so_far()),
+            lambda text: text.channel)
         for new, text in found.items():
             text = text or known.text(new.channel, new)
             self._complete(known, text, new.so_far())
             for annotation in new.annotations[known.annotation_count:]:
                 self.sink.annotate(annotation, known.index)
-            known.annotation_count = max(0, known.annotation_count - len(new.annotations))
+            left = known.annotation_count - len(new.annotations)
+            known.annotation_count = max(0, left)
 
     def _annotation(self, event: JSON) -> None:
         known = self.items.take(event, "message")
-        if known.shown and not known.closed and isinstance(event.get("annotation"), dict):
+        annotation = event.get("annotation")
+        if known.shown and not known.closed and isinstance(annotation, dict):
             known.annotation_count += 1
-            self.sink.annotate(event["annotation"], known.index)
+            self.sink.annotate(annotation, known.index)
 
     def _finish(self, known: UpstreamItem, item: JSON) -> None:
         """An item that its server calls done. Without content it waits for the final response."""
@@ -3780,8 +3809,9 @@ class ResponsesDecoder:
         "response.failed": _terminal,
         "error": _error,
         **dict.fromkeys([f"{family}.delta" for family in TEXT_EVENTS], _delta),
-        **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), "response.content_part.done",
-                         "response.reasoning_summary_part.done"], _text_done)}
+        **dict.fromkeys([f"{family}.done" for family in TEXT_EVENTS], _text_done),
+        "response.content_part.done": _text_done,
+        "response.reasoning_summary_part.done": _text_done}
 
 
 def event_type(event: JSON) -> Any:

@@ -2981,7 +2981,7 @@ class ResponsesPassthrough(Passthrough):
             self.read_deferred()
         before = len(items.all)
         known = self.decoder.read(event)
-        self.check_limits(items=len(items.all) - before)
+        self.check_limits(len(frame), len(items.all) - before)
         if not items.open_count:
             self.deferred.clear()
         if added:

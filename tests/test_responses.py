@@ -1446,6 +1446,19 @@ def test_whole_texts_are_read_only_where_an_item_lacks_them(monkeypatch):
                 and "arguments" not in kind], "of SAYING nothing but its item; of RUNNING, whose arguments say nothing, also its deltas"
 
 
+def test_what_is_held_of_passed_items_is_bounded():
+    def limited(chars, items, *more):
+        ours = answer()
+        ours.max_chars, ours.max_items = chars, items
+        return relayed(numbered([*BEGIN, *more]), ours=ours)
+
+    long = frame("response.output_item.done", output_index=0, item=says("x" * 3000))
+    assert limited(6000, 1, long, *end())[1].status == "completed"
+    for chars, items, stream in ((3000, 1, [long]), (6000, 1, [*SAYING, *RUNNING]), (6000, 1, [done(asks(call_id=f"c{at}"), output_index=at) for at in range(2)])):
+        with pytest.raises(pomex.GatewayError, match="max_answer_chars"):
+            limited(chars, items, *(each if isinstance(each, bytes) else frame(each["type"], **without(each, "type")) for each in stream))
+
+
 @pytest.mark.parametrize("road", [decoded, relayed])
 def test_an_event_of_24_mb_in_small_pieces_takes_no_square_of_its_time(road):
     picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (24 << 20)})

@@ -2638,8 +2638,9 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
             free[key(each)].append(each)
         free[None].clear()
         for new in given:
-            if queue := free[key(new)]:
-                found[new] = queue.popleft()
+            same = free[key(new)]
+            if same:
+                found[new] = same.popleft()
     return found
 
 

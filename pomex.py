@@ -2619,8 +2619,10 @@ def item_kind(item: JSON) -> Any:
 
 
 def item_content(item: JSON) -> str:
-    names = ("id", "call_id", "status")
-    return dumps({name: value for name, value in item.items() if name not in names})
+    content = dict(item)
+    for name in ("id", "call_id", "status"):
+        content.pop(name, None)
+    return dumps(content)
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -2740,8 +2742,10 @@ class UpstreamItems:
         kinds = {known.kind for known in self.all}
         if self.open_count or kinds <= {"reasoning"}:
             return None
-        incomplete = any(known.item.get("status") == "incomplete" for known in self.all)
-        return Stop("max_output_tokens" if incomplete else "")
+        for known in self.all:
+            if known.item.get("status") == "incomplete":
+                return Stop("max_output_tokens")
+        return Stop()
 
 
 def as_text(value: Any) -> str:
@@ -2757,7 +2761,8 @@ def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
     name = str(part.get("type")).removesuffix(".done")
     family = PART_FAMILY.get(name, name)
     channel, number, kind, whole = TEXT_EVENTS.get(family, ("text", "", "", ""))
-    return channel, event.get(number, 0), kind, as_text(part.get(whole))
+    text = as_text(part.get(whole))
+    return channel, event.get(number, 0), kind, text
 
 
 def item_texts(item: JSON) -> list[UpstreamText]:
@@ -2769,7 +2774,8 @@ def item_texts(item: JSON) -> list[UpstreamText]:
     arguments = as_text(item.get("arguments") or as_dict(custom))
     if arguments.strip() not in ("", "{}"):
         texts.append(UpstreamText("arguments", [arguments]))
-    for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
+    parts = only_dicts(item.get("summary")) + only_dicts(item.get("content"))
+    for part in parts:
         channel, _, _, whole = done_text(part)
         annotations = part.get("annotations") or []
         if whole:
@@ -3050,8 +3056,10 @@ class ResponsesPassthrough(Passthrough):
         """The upstream's own end. A completed answer holds no incomplete call."""
         self.upstream_done = True
         self.final_response = response
+        if self.stop is None or self.stop.incomplete_reason:
+            return
         items = [known.item for known in self.decoder.items.all]
-        if self.stop and not self.stop.incomplete_reason and any(map(is_incomplete_call, items)):
+        if any(map(is_incomplete_call, items)):
             self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
 
     def on_error(self, event: JSON, frame: bytes) -> None:
@@ -3650,7 +3658,8 @@ class ResponsesDecoder:
         if known.shown:
             return
         known.shown = True
-        kind, index = item.get("type"), known.index
+        kind = item.get("type")
+        index = known.index
         if known.kind == "call":
             name = str(item.get("name") or "")
             space = str(item.get("namespace") or "")
@@ -3671,8 +3680,9 @@ class ResponsesDecoder:
         delta = event.get("delta")
         if isinstance(delta, str) and delta:
             known = self.items.take(event, kind)
+            number = event.get(number, 0)
             if known.kind == kind:
-                text = known.text(channel, event.get(number, 0))
+                text = known.text(channel, number)
                 self._extend(known, text, delta)
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
@@ -3777,7 +3787,8 @@ class ResponsesDecoder:
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
             details = response.get("incomplete_details") or {}
             reason = details.get("reason") or "max_output_tokens"
-        self._conclude(response.get("output") or [], Stop(reason, final=True))
+        output = response.get("output") or []
+        self._conclude(output, Stop(reason, final=True))
 
     def _conclude(self, output: list[JSON], stop: Stop) -> None:
         """What only the final response holds, then the items that waited for it."""
@@ -3785,9 +3796,10 @@ class ResponsesDecoder:
             self._finish(known, item)
         complete = not stop.incomplete_reason
         for known in self.items.all:
-            call, item = known.kind == "call", known.item
             if known.closed:
                 continue
+            item = known.item
+            call = known.kind == "call"
             if known.done:
                 if complete or not call or item.get("arguments"):
                     self._close(known)

@@ -880,10 +880,10 @@ class ContentDecoder:
 
 # === 4. SSE =======================================================================================
 #
-# Server-sent events (WHATWG HTML 9.2.6), whole blocks at a time: a line's end is ASCII, so a block can be decoded by itself.
+# Server-sent events (WHATWG HTML 9.2.6), whole events at a time: line ends are ASCII, so each can be decoded
+# by itself.
 
 MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the answer, images included
-SIMPLE_BLOCK = re.compile(r"(?:event: ([^\n]*)\n)?data: ([^\n]*)")      # what nearly every provider sends
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -892,21 +892,17 @@ class Event(NamedTuple):
     data: str
 
 
-def parse_block(block: str) -> Event | None:
+def parse_event(block: str) -> Event | None:
     """The event of the lines between two empty lines, if it has `data`."""
     if block.startswith("data: ") and "\n" not in block:
         return Event("message", block[6:])
-    match = SIMPLE_BLOCK.fullmatch(block)
-    if match:
-        return Event(match[1] or "message", match[2])
     name, data = "", []
     for line in block.split("\n"):
         key, _, value = line.partition(":")     # a comment has the key ""
-        value = value[1:] if value.startswith(" ") else value
         if key == "data":
-            data.append(value)
+            data.append(value.removeprefix(" "))
         elif key == "event":
-            name = value
+            name = value.removeprefix(" ")
     return Event(name or "message", "\n".join(data)) if data else None
 
 
@@ -918,70 +914,61 @@ def is_complete_json(data: str) -> bool:
         return False
 
 
-def is_truncated(rest: bytes | bytearray) -> bool:
-    """Is the rest more than comments?"""
-    return any(line and not line.startswith(b":") for line in rest.split(b"\n"))
-
-
 class SSEDecoder:
-    """Bytes in, events out. `id` and `retry` are passed over: no stream of ours is ever resumed."""
+    """Bytes in, events out. It ignores `id` and `retry`: Pomex never resumes a stream."""
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
-        self._rest = bytearray()        # no empty line in it, but perhaps a line end as its last byte
-        self._begun = False             # is a byte order mark out of the question?
-        self.truncated = False               # after finish(): did the body end inside of an event?
-        self._after_cr = False          # then a first LF belongs to that line end
+        self.truncated = False          # after finish(): the body ended inside an event
+        self._rest = bytearray()        # holds no empty line, but may end with a line end
+        self._started = False           # the first event was read: no byte order mark can follow
+        self._after_cr = False          # an LF that comes first belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
-        blocks = self.blocks(data).decode("utf-8", "replace").split("\n\n")
-        return [event for block in blocks if block and (event := parse_block(block))]
+        return self.parse(self.split(data))
 
-    def blocks(self, data: bytes) -> bytes:
+    def split(self, data: bytes) -> bytes:
         """All up to the last empty line, with LF as line ends."""
-        if not self._begun:
-            data = self._without_mark(data)
-        if self._after_cr or b"\r" in data:
-            data = self._with_lf(data)
+        if b"\r" in data or (self._after_cr and data):
+            if self._after_cr:
+                data = data.removeprefix(b"\n")
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2
         if end == 1 and not (self._rest.endswith(b"\n") and data.startswith(b"\n")):
             self._rest += data
             data = b""
         elif self._rest or end < len(data):
-            self._rest, data = bytearray(data[end:]), bytes(self._rest) + data[:end]
+            rest = data[end:]
+            data = bytes(self._rest) + data[:end]
+            self._rest = bytearray(rest)
+        longest = len(self._rest) - 1
         if len(data) > self.max_event_bytes:
-            self._check_size(max(map(len, data.split(b"\n\n"))))
-        self._check_size(len(self._rest) - 1)
+            longest = max(longest, *map(len, data.split(b"\n\n")))
+        if longest > self.max_event_bytes:
+            raise UpstreamError(f"The upstream sent an event of more than {self.max_event_bytes} bytes.")
         return data
+
+    def parse(self, data: bytes) -> list[Event]:
+        """The events of whole blocks."""
+        text = data.decode("utf-8", "replace")
+        if text and not self._started:
+            self._started = True
+            text = text.removeprefix("\ufeff")
+        events = map(parse_event, text.split("\n\n"))
+        return [event for event in events if event]
 
     def finish(self) -> list[Event]:
         """The body is over. The standard drops an event without its empty line, but many chat servers end so:
-        it is given out if all its lines are complete, or if its data can be no part of something longer."""
-        rest = self._rest if self._begun else b""
-        event = parse_block(rest.decode("utf-8", "replace").strip("\n"))
-        self._rest = bytearray()
-        given = [event] if event and (rest.endswith(b"\n") or is_complete_json(event.data)) else []
-        self.truncated = not given and is_truncated(rest)
-        return given
-
-    def _without_mark(self, data: bytes) -> bytes:
-        """Without a byte order mark at the very beginning; nothing while it could still be one."""
-        data = bytes(self._rest) + data
-        self._begun = not codecs.BOM_UTF8.startswith(data) or data == codecs.BOM_UTF8
-        self._rest = bytearray(b"" if self._begun else data)
-        return data.removeprefix(codecs.BOM_UTF8) if self._begun else b""
-
-    def _with_lf(self, data: bytes) -> bytes:
-        """With every line end as LF. A CR at the end is one already, with an LF that follows it."""
-        if data:
-            if self._after_cr:
-                data = data.removeprefix(b"\n")
-            self._after_cr = data.endswith(b"\r")
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def _check_size(self, size: int) -> None:
-        if size > self.max_event_bytes:
-            raise UpstreamError(f"The upstream sent an event of more than {self.max_event_bytes} bytes.")
+        it counts if all its lines are complete, or if its data cannot be part of something longer."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        events = self.parse(rest.strip(b"\n"))
+        if events and not rest.endswith(b"\n"):
+            events = [event for event in events if is_complete_json(event.data)]
+        fields = [line for line in rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
+                  if line and not line.startswith(b":")]
+        self.truncated = not events and bool(fields)
+        return events
 
 
 def sse_frame(type: str, data: str) -> bytes:
@@ -2702,7 +2689,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
 
 # --- 5.8 the items of a Responses upstream --------------------------------------------------------
 
-# family of .delta and .done events -> channel, field with the part's number, kind of item, field with the whole text
+# family of .delta and .done events -> channel, field of the part's number, kind of item, field of the text
 TEXT_EVENTS: dict[str, tuple[PartType, str, str, str]] = {
     "response.output_text": ("text", "content_index", "message", "text"),
     "response.refusal": ("refusal", "content_index", "message", "refusal"),
@@ -2716,51 +2703,66 @@ PART_FAMILY = {shape.type: shape.delta for shape in PARTS.values()}
 TEXT_KINDS = ("message", "reasoning", "call")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class UpstreamText:
     """One text of an item: a part, or a call's arguments."""
     channel: PartType
-    place: int
     pieces: list[str] = field(default_factory=list)
-    sent: bool = False
+    index: int = 0
+    sent: bool = False          # the sink has what came so far
     done: bool = False
-    noted: int = 0              # annotations that came with events of their own
+    annotations: list[JSON] = field(default_factory=list)       # of a snapshot's text
 
     def so_far(self) -> str:
         self.pieces[:] = ["".join(self.pieces)]
         return self.pieces[0]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class UpstreamItem:
     """An item as far as it has come."""
     kind: Any                   # "message", "reasoning", "call", or the type of another item
-    item: JSON                  # as it was told last
-    index: Any                  # the server's number of it
-    slot: int = -1              # ours
-    done: bool = False          # by the server's own word
-    shown: bool = False
-    closed: bool = False
+    item: JSON                  # its newest snapshot
+    upstream_index: Any
+    index: int = -1             # ours
+    shown: bool = False         # the sink knows of it
+    done: bool = False          # the server called it done
+    closed: bool = False        # nothing more is expected of it
+    annotation_count: int = 0   # of events of their own
     texts: list[UpstreamText] = field(default_factory=list)
-    numbered: dict[tuple[str, Any], UpstreamText] = field(default_factory=dict)
+    numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
-    def part(self, channel: PartType, number: Any, whole: str | None = None) -> UpstreamText:
-        """The text that a piece belongs to, or the one that a `done` event gives the whole of: that one may bear
-        another number there than its pieces had."""
-        part, last = self.numbered.get((channel, number)), self.texts[-1] if self.texts else None
-        if whole is None:
-            part = None if part and part.done else part
-        elif part is None and last and last.channel == channel and not last.done and whole.startswith(last.so_far()):
-            part = last
-        if part is None:
-            part = UpstreamText(channel, len(self.texts))
-            self.texts.append(part)
-        part.done = whole is not None
-        self.numbered[channel, number] = part
-        return part
+    def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
+        """The text that a piece continues, or that a `done` event completes: that may number it otherwise."""
+        text = self.numbered.get((channel, number))
+        if text is None and done and self.texts:
+            last = self.texts[-1]
+            text = last if last.channel == channel and not last.done else None
+        if text is None or (text.done and not done):
+            text = UpstreamText(channel, index=len(self.texts))
+            self.texts.append(text)
+        text.done = done
+        self.numbered[channel, number] = text
+        return text
 
-    def differs(self, name: str, value: Any) -> bool:
-        return bool(value and self.item.get(name)) and self.item[name] != value
+    def is_other(self, item_id: Any, call_id: Any) -> bool:
+        """Does one of these ids differ from its own?"""
+        own_id, own_call_id = self.item.get("id"), self.item.get("call_id")
+        if item_id and own_id and own_id != item_id:
+            return True
+        return bool(call_id and own_call_id and own_call_id != call_id)
+
+    def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
+        """Is an event under its index, or of its kind and without an index, about the next item?"""
+        item = event.get("item")
+        if self.kind != kind:
+            return bool(item or self.done or self.kind in TEXT_KINDS)
+        without_index = event.get("output_index") is None
+        if begins or (self.done and "delta" in event):
+            return other or without_index or (begins and self.done)
+        if not self.done:
+            return other and without_index
+        return bool(item) and (other or item_content(item or {}) != item_content(self.item))
 
 
 def item_kind(item: JSON) -> Any:
@@ -2768,466 +2770,525 @@ def item_kind(item: JSON) -> Any:
 
 
 def item_content(item: JSON) -> str:
-    return dumps({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
+    content = dict(item)
+    for name in ("id", "call_id", "status"):
+        content.pop(name, None)
+    return dumps(content)
 
 
-Told = TypeVar("Told")
-
-
-def paired(given: Sequence[Told], known: Sequence[Told], *keys: Callable[[Told], Any]) -> list[Told | None]:
-    """For each of the given the first known one with the same key, each once; a later key for those that are left. None is
-    no key."""
-    found: dict[int, int] = {}
+def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
+    """For each of the given the first known one with the same key, each once; later keys serve those that are
+    left. None is no key."""
+    found = dict.fromkeys(given)
     for key in keys:
-        if len(found) == len(given):
-            break
-        taken, free = set(found.values()), collections.defaultdict[Any, "collections.deque[int]"](collections.deque)
-        for place, each in enumerate(known):
-            if place not in taken:
-                free[key(each)].append(place)
-        free.pop(None, None)
-        for place, each in enumerate(given):
-            if place not in found and free.get(wanted := key(each)):
-                found[place] = free[wanted].popleft()
-    return [known[found[place]] if place in found else None for place in range(len(given))]
+        taken = set(found.values())
+        given = [new for new in given if not found[new]]
+        known = [each for each in known if each not in taken]
+        if not given or not known:
+            break                               # some keys cost as much as their item
+        free = collections.defaultdict[Any, Any](collections.deque)
+        for each in known:
+            free[key(each)].append(each)
+        free[None].clear()
+        for new in given:
+            same = free[key(new)]
+            if same:
+                found[new] = same.popleft()
+    return found
 
 
 class UpstreamItems:
-    """Which item an event is about. Servers give an item a new id in every event (Copilot), tell items apart by their ids
-    alone (llama.cpp) or by nothing at all, count from 1, or give one number to all.
+    """Finds the item of an event. Servers give an item a new id in every event (Copilot), tell items apart by
+    their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index to all.
 
-    So an open item goes by any of its names, and an event without one is about the newest of its kind. An `added`, and what
-    comes for an item that is done, begins another where a name differs.
+    So an open item goes by any of its keys, and an event without one is about the newest of its kind. An
+    `added`, or an event for an item that is done, begins another item where a key differs.
     """
 
     def __init__(self) -> None:
         self.all: list[UpstreamItem] = []
-        self.undone = [0, 0]                            # so many other items and calls
-        self.named: dict[Any, UpstreamItem] = {}        # by number; by kind; by kind and call_id, and id, and id and number
+        self.open_count = 0
+        # (kind, id, index), (kind, call_id), (kind, id), index, kind
+        self.by_key: dict[Any, UpstreamItem] = {}
 
-    def find(self, event: JSON, kind: Any, opens: bool = False) -> UpstreamItem | None:
-        """The item of an event, which `opens` one if it says `added`; None if it is about a new one."""
-        item, index = event.get("item") or {}, event.get("output_index")
-        item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
-        for name in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
-            known = self.named.get(name)
-            if known and not known.differs("call_id", call_id) and (
-                    not (known.done or opens) or index is None or known.index in (None, index)
-                    or call_id and known.item.get("id") == item_id):
-                return known
-        known = self.named.get(kind if index is None else index)
-        if known is None or known.kind != kind:
-            return known if known and not (item or known.done or known.kind in TEXT_KINDS) else None
-        renamed = known.differs("id", item_id) or known.differs("call_id", call_id)
-        if opens or "delta" in event and known.done:
-            other = renamed or index is None or opens and known.done
-        elif known.done:                            # told once more, or another in its place
-            other = bool(item) and (renamed or item_content(item) != item_content(known.item))
-        else:
-            other = renamed and index is None
-        return None if other else known
-
-    def take(self, event: JSON, kind: Any, opens: bool = False) -> UpstreamItem:
-        """The item of an event, a new one if need be. For a text it may be one of a kind whose texts are not read."""
-        index, item_id = event.get("output_index"), event.get("item_id")
-        known = self.named.get((kind, item_id, index))
-        if known and not (known.done or "item" in event):       # nearly always
+    def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
+        """The item of an event, which `begins` one if it is `added`. For a text it may be an item of a kind
+        whose texts are not read."""
+        index = event.get("output_index")
+        known = self.by_key.get((kind, event.get("item_id"), index))
+        if known and not known.done and "item" not in event:        # nearly always
             return known
-        item, known = event.get("item") or {}, self.find(event, kind, opens)
-        return self.name(known, item) if known else self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
-
-    def add(self, known: UpstreamItem) -> UpstreamItem:
-        known.slot = len(self.all)
-        self.all.append(known)
-        self.undone[known.kind == "call"] += 1
-        self.named[known.kind] = known
-        if known.index is not None:
-            self.named[known.index] = known
-        return self.name(known, known.item)
-
-    def name(self, known: UpstreamItem, item: JSON) -> UpstreamItem:
-        if item.get("call_id"):
-            self.named[known.kind, item["call_id"]] = known
-        if item.get("id"):
-            self.named[known.kind, item["id"]] = self.named[known.kind, item["id"], known.index] = known
+        item = event.get("item") or {}
+        item_id = event.get("item_id") or item.get("id")
+        call_id = item.get("call_id")
+        for key in (
+                (kind, item_id, index),
+                (kind, call_id),
+                (kind, item_id)):
+            known = self.by_key.get(key)
+            if known and not known.is_other(None, call_id) and (
+                    not (known.done or begins)
+                    or index is None or known.upstream_index in (None, index)
+                    or (call_id and known.item.get("id") == item_id)):
+                break
+        else:
+            known = self.by_key.get(kind if index is None else index)
+            other = known is not None and known.is_other(item_id, call_id)
+            if known and known.is_followed(event, kind, begins, other):
+                known = None
+        if known is None:
+            snapshot = {"id": item_id, **item}
+            return self.add(UpstreamItem(kind, snapshot, index))
+        self.add_keys(known, item)
         return known
 
-    def last(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with what is known of it: by name, by content, in order among its kind. A call
-        that is done is no other call. New ones are numbered on."""
+    def add(self, known: UpstreamItem) -> UpstreamItem:
+        known.index = len(self.all)
+        self.all.append(known)
+        self.open_count += 1
+        self.by_key[known.kind] = known
+        if known.upstream_index is not None:
+            self.by_key[known.upstream_index] = known
+        self.add_keys(known, known.item)
+        return known
+
+    def add_keys(self, known: UpstreamItem, item: JSON) -> None:
+        for name in ("call_id", "id"):
+            if item.get(name):
+                self.by_key[known.kind, item[name]] = known
+        if item.get("id"):
+            self.by_key[known.kind, item["id"], known.upstream_index] = known
+
+    def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
+        """The items of a final response, each with its record: by id, by content, in order among its kind. No
+        call is taken for one that is done. The indices of new items follow."""
+        def by_id(each: UpstreamItem) -> Any:
+            item_id = each.item.get("call_id") or each.item.get("id")
+            return item_id and (each.kind, item_id)
+
+        def by_kind(each: UpstreamItem) -> Any:
+            if each.kind == "call" and each.done:
+                return None
+            return each.kind, each.item.get("name")
+
+        def by_content(each: UpstreamItem) -> str:
+            return item_content(each.item)
+
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
-        found = paired(given, self.all,
-                       lambda each: (name := each.item.get("call_id") or each.item.get("id")) and (each.kind, name),
-                       lambda each: item_content(each.item),
-                       lambda each: None if each.kind == "call" and each.done else (each.kind, each.item.get("name")))
-        count = max([len(self.all), *(known.index + 1 for known in self.all if isinstance(known.index, int))])
-        for each, known in zip(given, found):
-            if known is None:
-                each.index, count = count, count + 1
-                self.add(each)
-        return [(known or each, each.item) for each, known in zip(given, found)]
+        found = pair(given, self.all, by_id, by_content, by_kind)
+        next_index = len(self.all)
+        for each in self.all:
+            if isinstance(each.upstream_index, int):
+                next_index = max(next_index, each.upstream_index + 1)
+        for new in given:
+            if found[new] is None:
+                new.upstream_index = next_index
+                next_index += 1
+                self.add(new)
+        return [(found[new] or new, new.item) for new in given]
 
-    def stop(self) -> Stop | None:
-        """What a clean end of the body stands for: with every item done the model had finished, unless it had only thought."""
-        if any(self.undone) or all(known.kind == "reasoning" for known in self.all):
+    def evidence(self) -> Stop | None:
+        """The end that a clean end of the body stands for (DESIGN, promise 1): with every item done the model
+        had finished, but not with reasoning alone."""
+        kinds = {known.kind for known in self.all}
+        if self.open_count or kinds <= {"reasoning"}:
             return None
-        return Stop("max_output_tokens" if any(known.item.get("status") == "incomplete" for known in self.all) else "")
-
-
-def done_text(event: JSON) -> tuple[PartType, Any, str, Any]:
-    """Of a `done` event: the channel and number of its text, its kind of item, and the whole text."""
-    part = event.get("part")
-    family: str = PART_FAMILY.get(part["type"], "") if isinstance(part, dict) else event["type"].removesuffix(".done")
-    if family not in TEXT_EVENTS:
-        return "text", 0, "", ""
-    channel, number, kind, whole = TEXT_EVENTS[family]
-    return channel, event.get(number, 0), kind, as_text((part or event).get(whole))
+        for known in self.all:
+            if known.item.get("status") == "incomplete":
+                return Stop("max_output_tokens")
+        return Stop()
 
 
 def as_text(value: Any) -> str:
     """Arguments, which some servers give as an object."""
-    return value if isinstance(value, str) else dumps(value) if isinstance(value, dict) else ""
+    if isinstance(value, dict):
+        return dumps(value)
+    return value if isinstance(value, str) else ""
 
 
-def item_texts(item: JSON) -> Iterator[tuple[UpstreamText, JSON]]:
-    """The texts that an item says it has, each with its part."""
-    for name in ("arguments", "input"):
-        whole = as_text(item.get(name))
-        channel: PartType = "input" if name == "input" and whole == item.get(name) else "arguments"
-        if whole.strip() and (channel == "input" or whole.strip() != "{}"):
-            yield UpstreamText(channel, 0, [whole]), {}
-    for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
-        if part.get("type") in PART_FAMILY:
-            channel, _, _, whole = done_text({"part": part})
-            yield UpstreamText(channel, 0, [whole]), part
+def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
+    """Of a `done` event, or a part: the channel and number of its text, its kind of item, and the whole."""
+    part = event.get("part") or event
+    name = str(part.get("type")).removesuffix(".done")
+    family = PART_FAMILY.get(name, name)
+    channel, number, kind, whole = TEXT_EVENTS.get(family, ("text", "", "", ""))
+    text = as_text(part.get(whole))
+    return channel, event.get(number, 0), kind, text
 
 
-def has_content(item: JSON) -> bool:
-    """Does it say anything, in the form that clients read?"""
-    if item_kind(item) == "call":
-        said = item.get(CALL_FIELD[item["type"]][1])
-        return isinstance(said, str) and said.strip() not in ("", "{}")
-    return item.get("type") != "message" or any(text.so_far() for text, _ in item_texts(item)) or any(
-        part.get("type") not in PART_FAMILY for part in only_dicts(item.get("content")))
+def item_texts(item: JSON) -> list[UpstreamText]:
+    """The texts of a snapshot. `{}` may only hold the place of arguments to come."""
+    texts = []
+    custom = item.get("input")
+    if isinstance(custom, str) and custom.strip():
+        texts.append(UpstreamText("input", [custom]))
+    arguments = as_text(item.get("arguments") or as_dict(custom))
+    if arguments.strip() not in ("", "{}"):
+        texts.append(UpstreamText("arguments", [arguments]))
+    parts = only_dicts(item.get("summary")) + only_dicts(item.get("content"))
+    for part in parts:
+        channel, _, _, whole = done_text(part)
+        annotations = part.get("annotations") or []
+        if whole:
+            texts.append(UpstreamText(channel, [whole], annotations=annotations))
+    return texts
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
-    """Gives an item that says nothing what its events said: was there need?"""
-    if has_content(item):
+    """Gives an item without content, in the form that clients read, that of its events: was there need?"""
+    empty = not item_texts(item)
+    parts = only_dicts(item.get("content"))
+    if known.kind == "call":
+        name = CALL_FIELD[item["type"]][1]
+        if not empty and isinstance(item.get(name), str):
+            return False
+        whole = "".join(text.so_far() for text in known.texts)
+        if name == "arguments":
+            whole = whole or "{}"
+        elif known.texts and known.texts[0].channel == "arguments":
+            whole = unwrap(whole) or whole
+        item[name] = whole
+        return True
+    other_parts = any(part.get("type") not in PART_FAMILY for part in parts)
+    if known.kind != "message" or not empty or other_parts:
         return False
-    said = "".join(text.so_far() for text in known.texts)
-    if known.kind != "call":
-        item["content"] = [{"type": PARTS[text.channel].type, PARTS[text.channel].text: text.so_far(), "annotations": []}
-                           for text in known.texts] or only_dicts(item.get("content"))
-    elif item["type"] == "function_call":
-        item["arguments"] = said or "{}"
-    else:
-        item["input"] = said if known.texts and known.texts[0].channel == "input" else unwrap(said) or said
+    filled = []
+    for text in known.texts:
+        shape = PARTS[text.channel]
+        filled.append({
+            "type": shape.type,
+            shape.text: text.so_far(),
+            "annotations": []})
+    item["content"] = filled or parts
     return True
 
 
-# --- 5.9 the relay: a Responses upstream's frames pass as they came -------------------------------
+def is_incomplete_call(item: JSON) -> bool:
+    """A call that its provider calls incomplete, or with arguments that are not a JSON object."""
+    if "call_id" not in item:
+        return False
+    arguments = as_text(item.get("arguments")).strip() or "{}"
+    return item.get("status") == "incomplete" or parse_object(arguments) is None
 
-MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')      # possessive: a step kept a byte took 130 bytes each
+
+# --- 5.9 passthrough ------------------------------------------------------------------------------
+#
+# Where the upstream speaks the client's API, its events pass as they came. A wire needs a subclass with its
+# patterns and the handlers of the events that are parsed.
+
+# possessive: a step kept a byte took 130 bytes each
+MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 
 class Passthrough(Attempt):
-    """Frames of a Responses upstream, unread but for those that carry the response object, an item or a whole text.
-
-    Response id, `model` and terminal frame are ours; so is what the final response alone holds. The numbers of later frames
-    are moved accordingly.
-    """
-    READ = re.compile(rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete|'
-                      rb'output_item\.added|\w++\.done))"')
-    OUTPUT = re.compile(rb'"type": ?"response\.\w+\.')      # response.output_text.delta, but no response.metadata
-    FOREIGN = re.compile(rb'\n(?:[^de\n]|data:(?! ?\{)|event: ?[^r ])')     # a line that no event of theirs has
-    NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
+    """An attempt whose events pass unread but for those of PARSED_EVENTS. Their numbers follow ours."""
+    API_EVENTS: ClassVar[bytes]                 # stands in every event of the API
+    OPENING_EVENT: ClassVar[bytes]              # stands in the first event of a response
+    OUTPUT_EVENTS: ClassVar[re.Pattern[bytes]]  # output begins: no other target may take over
+    PARSED_EVENTS: ClassVar[re.Pattern[bytes]]
+    PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
+    DEFERRED_EVENTS: ClassVar[tuple[bytes, ...]]    # one stands in each unread event that may be needed later
+    HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]   # by type: an event and its frame
+    whole: Callable[[bytes], None]              # takes a response that came as one JSON object
 
     def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
                  decoder: Any) -> None:
         super().__init__(answer, estimated_input)
         self.seal = seal
-        self.decoder = decoder                      # a ResponsesDecoder: it reads along what is not passed unread
+        self.decoder = decoder                  # reads along, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
-        self.decoder.asked_12h = answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
-        self.frames = SSEDecoder(MAX_EVENT_BYTES)
-        self.held: list[bytes] = []                 # created, in_progress and what else comes before output begins
-        self.newest = b""                           # what passed last: where no end follows it may be an error
-        self.kept: list[bytes] = []                 # what came in a call: its arguments may stand in deltas alone
-        self.halves: dict[int, tuple[JSON, bytes]] = {}     # done events of half calls: shown only if the answer is incomplete
-        self.streamed = math.inf                    # so many items came before the final response
-        self.completed: JSON = {}                   # the upstream's own final response
+        self.events = SSEDecoder(MAX_EVENT_BYTES)
+        self.withheld: list[bytes] = []         # from the opening event until output begins
+        self.deferred: list[bytes] = []
+        self.passed_bytes = 0
+        self.final_response: JSON = {}          # the upstream's own
 
     def feed(self, data: bytes) -> None:
-        """Takes bytes as they come. UpstreamError where a frame that must be read is not JSON."""
-        data, at = self.frames.blocks(data), 0      # where a frame begins
-        for found in self.READ.finditer(data):
-            if found.start() < at or self.upstream_done:
-                continue                            # a second match in a frame already read
-            begin = data.rfind(b"\n\n", at, found.start())
-            begin = at if begin < 0 else begin + 2
-            self._pass(data[at:begin])
-            at = data.find(b"\n\n", found.end()) + 2
-            self._read(data[begin:at])
-        if not self.upstream_done:
-            self._pass(data[at:])
-
-    def _pass(self, block: bytes) -> None:
-        """Frames as they came, but for their number. Comments, pings and [DONE] are left out: they are our own affair."""
-        if not self.output_started or self.FOREIGN.search(b"\n" + block):
-            block = b"".join(frame + b"\n\n" for frame in block.split(b"\n\n") if self._is_event(frame))
-        if not block:
-            return
-        self.newest = block
-        if not self.output_started and not self.OUTPUT.search(block):
-            self.held += [block] if self.held else []       # nothing goes before response.created
-            self.check_limits(len(block))
-            return
-        if not self.output_started:
-            self._begin()
-        self._give(block)
-        others, calls = self.decoder.items.undone
-        if calls or not others:
-            self.kept.append(block)
-        self.output_chars += len(block) // 8             # about a token's worth of text in a delta frame of 150 bytes
-        if self.output_chars > self.output_limit:
-            self.check_limits()
-
-    def _is_event(self, frame: bytes) -> bool:
-        """Is it an event of this API? Of what is none, an error counts, whatever its form."""
-        if b'"response.' in frame:
-            return True
-        if event := parse_block(frame.decode("utf-8", "replace")):
-            self.error = self.error or self.decoder.stray_error(event.data, event.event == "error")
-        return False
-
-    def _begin(self) -> None:
-        """Output begins: what was held goes first, unless a beginning of ours has gone already."""
-        self.output_started = True
-        held = b"".join(self.held)
-        if self.answer.started or b'"response.created"' not in held:
-            self.out.append(self.answer.start())
+        """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
+        block = self.events.split(data)
+        if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
+            self.defer(block)                   # nearly always
+            self.forward(block, count=0)
         else:
-            self.answer.started = True
-            self._give(held)
+            for event in self.events.parse(block):
+                self.take_event(event)
 
-    def _give(self, block: bytes) -> None:
-        """Frames to the client, numbered on from our last one."""
-        if not self.answer.request.stream:
+    def take_event(self, event: Event) -> None:
+        name, data = event
+        frame = sse_frame("" if name == "message" else name, data)
+        if self.upstream_done:
             return
-        first = self.NUMBER.search(block)
-        if first:
-            shift = self.answer.sequence - int(first[1])
-            if shift:
-                block = self.NUMBER.sub(lambda m: b'"sequence_number":%d' % (int(m[1]) + shift), block)
-            last = self.NUMBER.match(block, block.rfind(b'"sequence_number":'))
-            self.answer.sequence = int((last or first)[1]) + 1
-        self.out.append(block)
+        if self.PARSED_EVENTS.search(frame):
+            self.read(data, frame)
+        elif self.API_EVENTS in frame:
+            self.defer(frame)
+            self.forward(frame)
+        else:                                   # no event of the API: an error counts in any form
+            self.error = self.error or self.decoder.stray_error(data, name == "error")
 
-    def _read(self, frame: bytes) -> None:
-        event = parse_block(frame.decode("utf-8", "replace").strip("\n"))
+    def read(self, data: str, frame: bytes) -> None:
         try:
-            content = json.loads(event.data if event else "")
-            self.HANDLERS.get(content["type"], Passthrough._other)(self, content, frame)
+            event = json.loads(data)
+            handler = self.HANDLERS.get(event["type"])
+            if handler:
+                handler(self, event, frame)
+            else:                               # the type stood inside
+                self.forward(frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
-    def _handshake(self, event: JSON, frame: bytes) -> None:
+    def defer(self, block: bytes) -> None:
+        """Keeps unread events that may be needed later."""
+        for mark in self.DEFERRED_EVENTS:
+            if mark in block:
+                self.deferred.append(block)
+                break
+
+    def forward(self, block: bytes, count: int = 1) -> None:
+        """Gives the client an event, or with count 0 a run of plain ones, once output has begun."""
+        if not self.output_started and not self.OUTPUT_EVENTS.search(block):
+            self.check_limits(len(block))
+            if self.withheld or self.OPENING_EVENT in block:
+                self.withheld.append(block)
+            return
         if not self.output_started:
-            self.check_limits(len(frame))
-            response = self._ours(event.get("response") or {})
-            self.held.append(sse_frame(event["type"], dumps({**event, "response": response})))
+            self.output_started = True
+            if self.withheld and not self.answer.started:
+                self.answer.started = True
+                for frame in self.withheld:
+                    self.send(frame, 1)
+            else:
+                self.out.append(self.answer.start())
+        self.send(block, count)
+        self.passed_bytes += len(block)
+        self.output_chars = self.passed_bytes // 8      # a delta event of 150 bytes has about a token of text
+        if self.output_chars > self.output_limit:
+            self.check_limits()
 
-    def _ours(self, response: JSON) -> JSON:
-        """The head that all response objects of a stream share, whether an upstream made them or we did."""
-        return {**response, "id": self.answer.id, "created_at": self.answer.created_s, "model": self.answer.request.model}
-
-    def _added(self, event: JSON, frame: bytes) -> None:
-        item = event.get("item")
-        if isinstance(item, dict):
-            self.check_limits(items=1)
-            self.decoder.read(event)
-            if self._sealed(item):
-                frame = sse_frame(event["type"], dumps(event))
-        self._pass(frame)
-
-    def _other(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-        self._pass(frame)
-
-    def _done(self, event: JSON, frame: bytes) -> None:
-        """An item is done; one that says nothing waits for what the final response has of it."""
-        item = event.get("item")
-        if not isinstance(item, dict):
+    def send(self, block: bytes, count: int) -> None:
+        """Numbers the events on from our last one."""
+        if not self.answer.request.stream:
             return
-        before = len(self.decoder.items.all)
-        known = self.decoder.items.take(event, item_kind(item))
-        self.check_limits(len(frame), len(self.decoder.items.all) - before)
-        if known.closed:
-            return
-        if known.kind == "call" and not has_content(item):
-            self._recall()
-        self.decoder.finish(known, item)
-        if not self.decoder.items.undone[True]:
-            self.kept.clear()
-        if known.closed:
-            self._accept(known, event, frame)
-
-    def _recall(self) -> None:
-        """Reads what has passed unread of the calls that are open."""
-        for event in SSEDecoder().feed(b"".join(self.kept)):
-            if re.search(r'_call_\w+\.delta"', event.data):
-                self.decoder.feed(event.data)
-        self.kept.clear()
-
-    def _accept(self, known: UpstreamItem, event: JSON, frame: bytes, new: bool = False) -> None:
-        """Gives out an item as the client can use it."""
-        item = event["item"]
-        if is_incomplete_call(item) and not self.ended:
-            self.halves[known.slot] = event, frame
-            return
-        changed = fill_item(item, known), self._sealed(item)
-        self.items[known.slot] = dumps(item)
-        if any(changed) or not frame:
-            frame = sse_frame(event["type"], dumps(event))
-        if new:
-            self._pass(frame.replace(b"output_item.done", b"output_item.added", 2))
-        self._pass(frame)
-
-    def _release(self) -> None:
-        """The items that only the final response holds, and those that waited for it."""
-        for known in self.decoder.items.all:
-            if known.closed and known.slot not in self.items:
-                made = {"type": "response.output_item.done", "sequence_number": 0, "output_index": known.index,
-                        "item": known.item}
-                self._accept(known, *self.halves.get(known.slot, (made, b"")), known.slot >= self.streamed)
-
-    def _sealed(self, item: JSON) -> bool:
-        """Puts an item's encrypted content into our envelope, and a refusal where it is seen: was there any?"""
-        refusals = [part for part in only_dicts(item.get("content")) if part.get("type") == "refusal"] \
-            if self.answer.profile.refusal_as_text else []
-        for part in refusals:
-            part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
-        if not item.get("encrypted_content"):
-            return bool(refusals)
-        item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
-        return True
-
-    def _terminal(self, event: JSON, frame: bytes) -> None:
-        self.streamed = len(self.decoder.items.all)
-        self._recall()
-        self.decoder.read(event)
-        self._release()
-        self._end(event.get("response") or {})
-
-    def _end(self, response: JSON) -> None:
-        """The upstream's own end. Half a call is no part of a whole answer."""
-        self.upstream_done = True
-        self.completed = response
-        items = only_dicts(response.get("output")) + [known.item for known in self.decoder.items.all]
-        if self.stop and not self.stop.incomplete_reason and any(map(is_incomplete_call, items)):
-            self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
-
-    def _error(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-
-    def fail(self, error: GatewayError) -> None:
-        self.error = self.error or error            # its response.failed may follow, with a usage
-
-    def ignore(self, *_: Any, **__: Any) -> None:
-        """What a decoder says of items: they pass as they are."""
-    text = reasoning = open = call = add = annotate = done = item = ignore
-
-    def whole(self, data: bytes) -> None:
-        """A response that came as one JSON object, asked for or not."""
-        text = data.decode("utf-8", "replace")
-        response = parse_object(text) or {}
-        if "output" not in response and (error := self.decoder.stray_error(text, whole=True)):
-            raise error
-        try:
-            status = response["status"]
-            if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
-                raise ValueError("no answer")
-        except (ValueError, KeyError):
-            raise UpstreamError("The provider's answer is not a response object.") from None
-        given = {**response, "output": only_dicts(response.get("output"))}
-        if self.answer.request.stream:
-            with self._voice() as voice:
-                self.decoder.sink = voice
-                self.decoder.whole(given)
-                self.usage, self.stop, self.error = voice.usage, voice.stop, voice.error
-        else:                                       # no piece of it has come before: there is nothing to compare
-            self.decoder.whole({**given, "output": []})
-            for index, item in enumerate(given["output"]):
-                if is_incomplete_call(item) and self.answer.profile.incomplete_as_completed:
-                    continue
-                if item.get("type") == "function_call" and not has_content(item):
-                    item["arguments"] = as_text(item.get("arguments")) or "{}"
-                self._sealed(item)
-                self.items[index] = dumps(item)
-        self._end(response)
-        self.output_started = self.output_started or bool(response.get("output"))
-        self.check_limits(len(data), len(given["output"]))
+        given = SEQUENCE_NUMBER.findall(block)
+        if count:
+            given = given[:count]
+        first = self.answer.sequence
+        self.answer.sequence += len(given)
+        if list(map(int, given)) != list(range(first, self.answer.sequence)):
+            numbers = itertools.count(first)
+            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, count)
+        self.out.append(block)
 
     def end(self) -> None:
-        """The body ended cleanly: with every item done, that is an end (evidence table of DESIGN, promise 1)."""
-        for event in self.frames.finish():
-            self.feed(sse_frame(event.event, event.data))
-        if self.stop is None and not self.frames.truncated:      # a torn event may have said anything
+        """The body ended cleanly: with every item done, that is an end (DESIGN, promise 1)."""
+        for event in self.events.finish():
+            self.take_event(event)
+        if not self.events.truncated:           # a truncated event may have said anything
             self.decoder.end()
-        for frame in self.newest.split(b"\n\n") if self.stop is None else ():
-            self._is_event(frame)
-        self._release()
+
+    def fail(self, error: GatewayError) -> None:
+        self.error = self.error or error        # its response.failed may follow, with a usage
+
+    def ignore(self, *_: Any, **__: Any) -> None:
+        """The decoder's calls for items, which pass as they are."""
+    text = reasoning = open = call = add = annotate = done = item = ignore
+
+
+class ResponsesPassthrough(Passthrough):
+    """Response id, `model` and terminal event are ours; so are the events of items that only the final
+    response holds."""
+    API_EVENTS = b'"response.'
+    OPENING_EVENT = b'"response.created"'
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
+    PARSED_EVENTS = re.compile(
+        rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
+        rb'|output_item\.added|output_item\.done))"')
+    PLAIN_EVENTS = re.compile(
+        rb'(?:event: response.++\n'
+        rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,.++\n\n)++')
+    DEFERRED_EVENTS = (b'.done"', b"_call_")    # whole texts, and the arguments of calls
+    streamed_items = math.inf                   # the number of items that came before the final response
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        cache_options = self.answer.request.get("prompt_cache_options", {})
+        self.decoder.asked_12h = cache_options.get("ttl") == "12h"
+        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
+
+    def on_created(self, event: JSON, frame: bytes) -> None:
+        if not self.output_started:
+            event["response"] = self.rewrite_head(event.get("response") or {})
+            self.forward(sse_frame(event["type"], dumps(event)))
+
+    def rewrite_head(self, response: JSON) -> JSON:
+        """The fields that all response objects of a stream share, whether an upstream made them or we did."""
+        return {
+            **response,
+            "id": self.answer.id,
+            "created_at": self.answer.created_s,
+            "model": self.answer.request.model}
+
+    def on_item(self, event: JSON, frame: bytes) -> None:
+        """An item is added or done. One without content waits for the final response."""
+        item, items = event.get("item"), self.decoder.items
+        if not isinstance(item, dict):
+            return
+        added = event["type"] == "response.output_item.added"
+        if not added and not item_texts(item):
+            self.read_deferred()
+        before = len(items.all)
+        known = self.decoder.read(event)
+        self.check_limits(len(frame), len(items.all) - before)
+        if not items.open_count:
+            self.deferred.clear()
+        if added:
+            self.forward(self.adapted(event, frame))
+        elif known.closed:
+            self.give_item(known, event, frame)
+
+    def read_deferred(self) -> None:
+        """Reads whole texts and the deltas of calls, which have passed unread."""
+        for event in SSEDecoder().feed(b"".join(self.deferred)):
+            if re.search(r'"response\.\w+(_call_\w+\.delta|\.done)"', event.data):
+                self.decoder.feed(event.data)
+        self.deferred.clear()
+
+    def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
+        """Gives out a closed item, once, as the client can use it. An incomplete call waits for the end."""
+        item = event["item"]
+        if known.index in self.items:
+            return
+        if is_incomplete_call(item) and not self.ended:
+            self.incomplete_calls[known.index] = event, frame
+            return
+        if fill_item(item, known):
+            frame = b""
+        frame = self.adapted(event, frame)
+        self.items[known.index] = dumps(item)
+        if known.index >= self.streamed_items:
+            self.forward(frame.replace(b"output_item.done", b"output_item.added", 2))
+        self.forward(frame)
+
+    def release_items(self) -> None:
+        """Gives out the items that only the final response holds, and those that waited for it."""
+        for known in self.decoder.items.all:
+            if known.closed:
+                event = {
+                    "type": "response.output_item.done",
+                    "sequence_number": 0,
+                    "output_index": known.upstream_index,
+                    "item": known.item}
+                event, frame = self.incomplete_calls.get(known.index, (event, b""))
+                self.give_item(known, event, frame)
+
+    def adapted(self, event: JSON, frame: bytes) -> bytes:
+        """The frame of an item's event with its encrypted content sealed, and refusals as text where the
+        client reads only text. Makes the frame if none is given."""
+        item = event["item"]
+        if item.get("encrypted_content"):
+            item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
+            frame = b""
+        for part in only_dicts(item.get("content")):
+            if part.get("type") == "refusal" and self.answer.profile.refusal_as_text:
+                text = part.pop("refusal", "")
+                part.update(type="output_text", text=text, annotations=[])
+                frame = b""
+        return frame or sse_frame(event["type"], dumps(event))
+
+    def on_terminal(self, event: JSON, frame: bytes) -> None:
+        self.streamed_items = len(self.decoder.items.all)
+        self.read_deferred()
+        self.decoder.read(event)
+        self.release_items()
+        self.conclude(event.get("response") or {})
+
+    def conclude(self, response: JSON) -> None:
+        """The upstream's own end. A completed answer holds no incomplete call."""
+        self.upstream_done = True
+        self.final_response = response
+        if self.stop is None or self.stop.incomplete_reason:
+            return
+        items = [known.item for known in self.decoder.items.all]
+        if any(map(is_incomplete_call, items)):
+            self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
+
+    def on_error(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+
+    def whole(self, data: bytes) -> None:
+        text = data.decode("utf-8", "replace")
+        response = parse_object(text) or {}
+        error = None if "output" in response else self.decoder.stray_error(text, whole=True)
+        if error:
+            raise error
+        status = response.get("status")
+        if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
+            raise UpstreamError("The provider's answer is not a response object.")
+        output = only_dicts(response.get("output"))
+        readable = {**response, "output": output}
+        if self.answer.request.stream:
+            with self.builder() as builder:
+                self.decoder.sink = builder
+                self.decoder.whole(readable)
+                self.usage = builder.usage
+                self.stop = builder.stop
+                self.error = builder.error
+        else:
+            self.decoder.whole(readable)
+            self.release_items()
+        self.conclude(response)
+        self.check_limits(len(data), len(output))
+
+    def end(self) -> None:
+        super().end()
+        self.release_items()
 
     def close_open_items(self) -> None:
-        if self.error is not None or self.stop is None or not self.stop.incomplete_reason:
-            return
-        if not self.answer.profile.incomplete_as_completed:
-            self._release()
-        elif self.stop.incomplete_reason == "content_filter" and self.has_no_message():
-            with self._voice() as voice:
-                voice.stop = self.stop              # it explains itself
+        reason = self.stop.incomplete_reason if self.stop and not self.error else ""
+        if reason and not self.answer.profile.incomplete_as_completed:
+            self.release_items()
+        elif reason == "content_filter" and self.has_no_message():
+            with self.builder() as builder:
+                builder.stop = self.stop        # it explains itself
 
     @contextlib.contextmanager
-    def _voice(self) -> Iterator[Assembler]:
-        """A sink for items in frames of ours."""
-        voice = Assembler(self.answer, 0, self.seal)
-        voice.next_index = max(self.items, default=-1) + 1
-        yield voice
-        voice.finish()
+    def builder(self) -> Iterator[Assembler]:
+        """A sink for items in events of ours."""
+        builder = Assembler(self.answer, 0, self.seal)
+        builder.next_index = max(self.items, default=-1) + 1
+        yield builder
+        builder.finish()
         self.output_started = True
-        self.out.append(voice.take_output())
-        self.items.update(voice.items)
+        self.out.append(builder.take_output())
+        self.items.update(builder.items)
 
     def body(self, now_s: int) -> str:
-        """The upstream's own response where it gave one, with our id and model, and the items as they were sent."""
-        if self.status == "failed" or not self.completed.get("object"):
+        """The upstream's own response if it gave one, with our id and model, and the items as sent."""
+        if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        usage = as_dict(self.completed.get("usage"))
-        usage |= {name: {**as_dict(usage.get(name)), **value} if isinstance(value, dict) else value
-                  for name, value in usage_object(self.usage).items()}
-        theirs = {**self._ours(self.completed), "status": self.status, "usage": usage}
+        response = self.rewrite_head(self.final_response)
+        usage = as_dict(response.get("usage"))
+        response["status"] = self.status
+        response["usage"] = merge_counts(usage, usage_object(self.usage))
         if self.status == "completed":
-            theirs["completed_at"] = now_s              # by the clock that created_at is by
+            response["completed_at"] = now_s            # by the clock that created_at is by
         if self.status == "incomplete" and self.stop:
-            theirs["incomplete_details"] = {"reason": self.stop.incomplete_reason}
-        theirs.pop("output", None)
-        return f'{dumps(theirs)[:-1]},"output":{self.output()}}}'
+            response["incomplete_details"] = {"reason": self.stop.incomplete_reason}
+        response.pop("output", None)
+        return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
-    HANDLERS: ClassVar[dict[str, Callable[[Passthrough, JSON, bytes], None]]] = {
-        "response.created": _handshake, "response.queued": _handshake, "response.in_progress": _handshake,
-        "response.output_item.added": _added, "response.output_item.done": _done,
-        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error}
-
-
-def is_incomplete_call(item: Any) -> bool:
-    """A call that its provider calls incomplete, or with arguments that are not a JSON object: nobody may run it."""
-    if not isinstance(item, dict) or "call_id" not in item:
-        return False
-    arguments = item.get("arguments")
-    broken = isinstance(arguments, str) and arguments.strip() and parse_object(arguments) is None
-    return bool(broken) or item.get("status") == "incomplete"
+    HANDLERS = {
+        "response.created": on_created,
+        "response.queued": on_created,
+        "response.in_progress": on_created,
+        "response.output_item.added": on_item,
+        "response.output_item.done": on_item,
+        "response.completed": on_terminal,
+        "response.incomplete": on_terminal,
+        "response.failed": on_terminal,
+        "error": on_error}
 
 
 # === 6. providers =================================================================================
@@ -3873,8 +3934,8 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class ResponsesDecoder:
-    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: what one of them
-    has is taken once."""
+    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: the
+    decoder takes once what any of them has."""
     sink: Sink
     asked_12h = False       # of the prompt cache
 
@@ -3884,20 +3945,22 @@ class ResponsesDecoder:
         self.ended = False
 
     def feed(self, data: str) -> None:
-        """One event's data. Unknown events say nothing; UpstreamError where it is not JSON, or no event."""
+        """One event's data. Ignores unknown events; UpstreamError where it is not JSON, or not an event."""
         if data.strip() != "[DONE]":
             self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
-        """The failure that data which is no event of this API states, by the event's name or in any form."""
-        said = parse_object(data) or {}
-        return responses_error(said.get("error") or said or data) if named or states_error(said, whole) else None
+        """The failure in data that is not an event of this API, by the event's name or in any form."""
+        body = parse_object(data) or {}
+        if not named and not states_error(body, whole):
+            return None
+        return responses_error(body.get("error") or body or data)
 
-    def read(self, event: JSON) -> None:
+    def read(self, event: JSON) -> UpstreamItem | None:
+        """Reads one event; returns the item that it begins or ends."""
         try:
-            kind = event_type(event)
-            if kind in self.HANDLERS:
-                self.HANDLERS[kind](self, event)
+            handler = self.HANDLERS.get(event_type(event))
+            return handler(self, event) if handler else None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
@@ -3906,126 +3969,145 @@ class ResponsesDecoder:
         if not isinstance(body.get("output"), list) and not body.get("error"):
             raise UpstreamError("The provider's answer is not a response object.")
         status = body.get("status")
-        kind = status if status in ("incomplete", "failed") else "failed" if body.get("error") else "completed"
-        self.read({"type": f"response.{kind}", "response": body})
+        if status not in ("incomplete", "failed"):
+            status = "failed" if body.get("error") else "completed"
+        self.read({"type": f"response.{status}", "response": body})
 
     def end(self) -> None:
-        stop = self.items.stop()
+        stop = self.items.evidence()
         if stop is not None and not self.ended:
-            self._last([], stop)
+            self._conclude([], stop)
 
-    def _added(self, event: JSON) -> None:
+    def _item(self, event: JSON) -> UpstreamItem:
         item = event.get("item") or {}
-        known = self.items.take(event, item_kind(item), opens=True)
-        if known.kind != "call" or item.get("name"):
-            self._open(known, item)
+        added = event["type"] == "response.output_item.added"
+        known = self.items.take(event, item_kind(item), begins=added)
+        if not added:
+            self._finish(known, item)
+        elif known.kind != "call" or item.get("name"):
+            self._show(known, item)
+        return known
 
-    def _open(self, known: UpstreamItem, item: JSON) -> None:
+    def _show(self, known: UpstreamItem, item: JSON) -> None:
+        """The item begins for the sink. Kinds without texts are given whole, once done."""
         if known.shown:
             return
-        known.shown = True                              # others stay open till their own `done`: it may bring more
-        kind, slot = item.get("type"), known.slot
-        call_id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
-        if kind == "function_call" or kind == "custom_tool_call":
-            ours = kind == "function_call" and not space
-            self.sink.call(slot, call_id or f"call_{slot}", self.book.resolve(name) if ours else Tool(kind, name, space))
-        elif kind == "message" or kind == "reasoning":
-            self.sink.open(slot, kind, **({"phase": item["phase"]} if item.get("phase") else {}))
-        for part in known.texts:
-            self._say(known, part, "")
+        known.shown = True
+        kind = item.get("type")
+        index = known.index
+        if known.kind == "call":
+            name = str(item.get("name") or "")
+            space = str(item.get("namespace") or "")
+            call_id = item.get("call_id") or f"call_{index}"
+            if kind == "function_call" and not space:
+                tool = self.book.resolve(name)
+            else:
+                tool = Tool(item["type"], name, space)
+            self.sink.call(index, str(call_id), tool)
+        elif kind in TEXT_KINDS:
+            fields = {"phase": item["phase"]} if item.get("phase") else {}
+            self.sink.open(index, kind, **fields)
+        for text in known.texts:
+            self._extend(known, text, "")
 
     def _delta(self, event: JSON) -> None:
         channel, number, kind, _ = TEXT_EVENTS[event["type"][:-6]]
-        text = event.get("delta")
-        if isinstance(text, str) and text:
+        delta = event.get("delta")
+        if isinstance(delta, str) and delta:
             known = self.items.take(event, kind)
+            number = event.get(number, 0)
             if known.kind == kind:
-                self._say(known, known.part(channel, event.get(number, 0)), text)
+                text = known.text(channel, number)
+                self._extend(known, text, delta)
 
-    def _say(self, known: UpstreamItem, part: UpstreamText, text: str) -> None:
-        """More of a text. Arguments that say nothing yet wait: `{}` may only hold the place of those to come."""
-        if not known.shown and known.kind != "call":    # before its `added` (litellm#22102); a call needs a name
-            self._open(known, {"type": known.kind})
-        part.pieces.append(text)
+    def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
+        """More of a text. Empty arguments wait: `{}` may only hold the place of those to come."""
+        if not known.shown and known.kind != "call":    # a late `added` (litellm#22102); a call needs a name
+            self._show(known, {"type": known.kind})
+        text.pieces.append(piece)
         if known.closed or not known.shown:
             return
-        if not part.sent:
-            text = part.so_far()
-            if part.channel == "arguments":
-                text = part.pieces[0] = text.lstrip().removeprefix("{}").lstrip()
-            part.sent = text not in ("", "{")
-        if part.sent:
-            self.sink.add(known.slot, text, part.channel, part.place)
+        if not text.sent:
+            piece = text.so_far()
+            if text.channel == "arguments":
+                piece = piece.lstrip().removeprefix("{}").lstrip()
+                text.pieces[0] = piece
+            text.sent = piece not in ("", "{")
+        if text.sent:
+            self.sink.add(known.index, piece, text.channel, text.index)
 
     def _text_done(self, event: JSON) -> None:
         channel, number, kind, whole = done_text(event)
-        known = self.items.take(event, kind) if whole else None
-        if known and known.kind == kind:
-            self._rest(known, known.part(channel, number, whole), whole)
+        if not whole:
+            return
+        known = self.items.take(event, kind)
+        if known.kind == kind:
+            text = known.text(channel, number, done=True)
+            self._complete(known, text, whole)
+
+    def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
+        """Adds what a whole text has beyond its pieces. An item's last text may grow, none may shrink."""
+        so_far = text.so_far()
+        if text is known.texts[-1] and whole != so_far and whole.startswith(so_far):
+            self._extend(known, text, whole[len(so_far):])
+
+    def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
+        """Adds what a snapshot of an item has beyond its events."""
+        found = pair(
+            item_texts(snapshot), known.texts,
+            lambda text: (text.channel, text.so_far()),
+            lambda text: text.channel)
+        for new, text in found.items():
+            text = text or known.text(new.channel, new)
+            self._complete(known, text, new.so_far())
+            for annotation in new.annotations[known.annotation_count:]:
+                self.sink.annotate(annotation, known.index)
+            left = known.annotation_count - len(new.annotations)
+            known.annotation_count = max(0, left)
 
     def _annotation(self, event: JSON) -> None:
-        known = self.items.find(event, "message")
-        if known and known.shown and not known.closed and isinstance(event.get("annotation"), dict):
-            number = event.get("content_index", 0)
-            (known.numbered.get(("text", number)) or known.part("text", number)).noted += 1
-            self.sink.annotate(event["annotation"], known.slot)
+        known = self.items.take(event, "message")
+        annotation = event.get("annotation")
+        if known.shown and not known.closed and isinstance(annotation, dict):
+            known.annotation_count += 1
+            self.sink.annotate(annotation, known.index)
 
-    def _done(self, event: JSON) -> None:
-        item = event.get("item") or {}
-        self.finish(self.items.take(event, item_kind(item)), item)
-
-    def finish(self, known: UpstreamItem, item: JSON) -> None:
-        """An item that its server calls done. Without a word in it, it waits for what the final response has of it."""
-        self._open(known, item)
+    def _finish(self, known: UpstreamItem, item: JSON) -> None:
+        """An item that its server calls done. Without content it waits for the final response."""
+        self._show(known, item)
         if known.closed:
             return
-        self.items.undone[known.kind == "call"] -= not known.done
-        added, known.done, known.item = known.item, True, {**known.item, **item}
+        self.items.open_count -= not known.done
+        added = known.item
+        known.done = True
+        known.item = {**added, **item}
         if known.kind not in TEXT_KINDS:
             known.closed = True
             self.sink.item(item)
             return
-        self._fill(known, item)
+        self._merge(known, item)
         if not known.texts:
-            self._fill(known, added)
+            self._merge(known, added)
         if is_incomplete_call(item):
-            known.closed = True                                     # it is never closed
+            known.closed = True                         # the sink closes it as the answer ends
         elif known.texts or known.kind == "reasoning":
             self._close(known)
 
     def _close(self, known: UpstreamItem) -> None:
-        for part in known.texts:
-            if not part.sent and part.so_far():                     # the beginning of arguments
-                self.sink.add(known.slot, part.so_far(), part.channel, part.place)
-        known.closed, item = True, known.item
-        fields: JSON = {"status": "incomplete"} if item.get("status") == "incomplete" else {}
+        for text in known.texts:
+            if not text.sent and text.so_far():         # the beginning of arguments
+                self.sink.add(known.index, text.so_far(), text.channel, text.index)
+        known.closed = True
+        item = known.item
+        fields: JSON = {}
+        if item.get("status") == "incomplete":
+            fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if isinstance(sealed, str) and sealed:
-            fields["sealed_replay"] = {"encrypted_content": sealed}
+        if sealed and isinstance(sealed, str):
+            fields["sealed_replay"] = replay = {"encrypted_content": sealed}
             if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
-                fields["sealed_replay"]["id"] = item["id"]
-        self.sink.done(known.slot, **fields)
-
-    def _fill(self, known: UpstreamItem, item: JSON) -> None:
-        """What an item has beyond its deltas: it may fill, never shrink."""
-        told = list(item_texts(item))
-        found = paired([text for text, _ in told], known.texts,
-                       lambda text: (text.channel, text.so_far()), lambda text: text.channel)
-        for place, ((given, part), text) in enumerate(zip(told, found)):
-            whole = given.so_far()
-            text = text or (known.part(given.channel, ("final", place)) if whole else None)
-            if text:
-                self._rest(known, text, whole)
-                for annotation in (part.get("annotations") or [])[text.noted:]:
-                    self.sink.annotate(annotation, known.slot)
-
-    def _rest(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        said = text.so_far()
-        if not text.sent and said.strip() == "{}":
-            text.pieces.clear()
-            said = ""
-        if text is known.texts[-1] and whole != said and whole.startswith(said):
-            self._say(known, text, whole[len(said):])
+                replay["id"] = item["id"]
+        self.sink.done(known.index, **fields)
 
     def _terminal(self, event: JSON) -> None:
         response = event.get("response") or {}
@@ -4035,42 +4117,56 @@ class ResponsesDecoder:
         if event["type"] == "response.failed":
             self.sink.fail(responses_error(response.get("error") or {}))
             return
-        # Codex is told of a cut as `completed` (so does this gateway, and so may the one before it): the object says the truth
-        incomplete = event["type"] == "response.incomplete" or response.get("status") == "incomplete"
-        reason = (response.get("incomplete_details") or {}).get("reason") or "max_output_tokens"
-        self._last(response.get("output") or [], Stop(reason if incomplete else "", final=True))
+        reason = ""
+        # to Codex a gateway sends an incomplete answer as `completed`: the object's status is true
+        if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
+            details = response.get("incomplete_details") or {}
+            reason = details.get("reason") or "max_output_tokens"
+        output = response.get("output") or []
+        self._conclude(output, Stop(reason, final=True))
 
-    def _last(self, output: list[JSON], stop: Stop) -> None:
-        """What only the final response holds, then what waited for it."""
-        for known, item in self.items.last(output):
-            if not known.closed:
-                self.finish(known, item)
+    def _conclude(self, output: list[JSON], stop: Stop) -> None:
+        """What only the final response holds, then the items that waited for it."""
+        for known, item in self.items.take_final(output):
+            self._finish(known, item)
+        complete = not stop.incomplete_reason
         for known in self.items.all:
-            text = known.texts[0] if known.texts and known.kind == "call" and known.item.get("name") else None
-            if text and not known.done and not stop.incomplete_reason and (
-                    text.channel == "input" or parse_object(text.so_far()) is not None):       # it lacks only its `done`
-                self.finish(known, {**known.item, "status": "completed"})
-            if known.done and not known.closed and (
-                    known.texts or known.kind != "call" or known.item.get("arguments") or not stop.incomplete_reason):
-                self._close(known)
+            if known.closed:
+                continue
+            item = known.item
+            call = known.kind == "call"
+            if known.done:
+                if complete or not call or item.get("arguments"):
+                    self._close(known)
+            elif call and complete and item.get("name") and known.texts:
+                text = known.texts[0]
+                if text.channel == "input" or parse_object(text.so_far()) is not None:
+                    self._finish(known, {**item, "status": "completed"})    # it lacks only its `done`
         self.ended = True
         self.sink.set_stop(stop)
 
     def _error(self, event: JSON) -> None:
         self.sink.fail(responses_error(event.get("error") or event))
 
-    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], None]]] = {
-        "response.output_item.added": _added, "response.output_item.done": _done,
+    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], UpstreamItem | None]]] = {
+        "response.output_item.added": _item,
+        "response.output_item.done": _item,
         "response.output_text.annotation.added": _annotation,
-        "response.completed": _terminal, "response.incomplete": _terminal, "response.failed": _terminal, "error": _error,
+        "response.completed": _terminal,
+        "response.incomplete": _terminal,
+        "response.failed": _terminal,
+        "error": _error,
         **dict.fromkeys([f"{family}.delta" for family in TEXT_EVENTS], _delta),
-        **dict.fromkeys([*(f"{family}.done" for family in TEXT_EVENTS), "response.content_part.done",
-                         "response.reasoning_summary_part.done"], _text_done)}
+        **dict.fromkeys([f"{family}.done" for family in TEXT_EVENTS], _text_done),
+        "response.content_part.done": _text_done,
+        "response.reasoning_summary_part.done": _text_done}
 
 
 def event_type(event: JSON) -> Any:
-    """What an event says it is. Without a type it is an error, or a proxy's sign of life (`event: ping`, `data: {}`)."""
-    return event["type"] if "type" in event else "error" if states_error(event) else ""
+    """The type of an event. Without one it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
+    if "type" in event:
+        return event["type"]
+    return "error" if states_error(event) else ""
 
 
 def provider_json(data: str | bytes, complaint: str) -> Any:
@@ -6258,7 +6354,7 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
 DEMO_SAYS = "This is Pomex's offline demo, no model was asked."
 DEMO_MODELS = {
     "echo": "repeats what you sent, word by word",
-    "tools": "calls the first tool that you offer, then finishes on its output",
+    "tools": "calls one of your tools, a shell if there is one, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
 MAX_DEMO_TEXT = 2000        # characters repeated: the demo is no file server
@@ -6522,7 +6618,7 @@ class WireApi(NamedTuple):
             ctx.dropped.append("input:reasoning")
         body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
         decoder = ResponsesDecoder(ToolMap(()))
-        attempt = Passthrough(ctx.answer, ctx.answer.estimated_input, ctx.seal, decoder)
+        attempt = ResponsesPassthrough(ctx.answer, ctx.answer.estimated_input, ctx.seal, decoder)
         return UpstreamCall(self, self.path, body, attempt, ctx.dropped)
 
 

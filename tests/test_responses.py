@@ -1020,7 +1020,7 @@ def end(kind="completed", **fields):
 
 def relayed(pieces, profile=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
     ours = ours or answer(profile)
-    attempt = pomex.Passthrough(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     raw = early
     for piece in pieces:
         attempt.feed(piece)
@@ -1073,7 +1073,7 @@ def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
 
 def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
-        attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+        attempt = pomex.ResponsesPassthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.feed(b"".join(stream))
         assert not attempt.output_started and not attempt.take_output() and attempt.answer.sequence == 0
 
@@ -1202,7 +1202,7 @@ def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
         raw, attempt = relayed([b"".join(numbered([*BEGIN, *stream]))])
         assert attempt.status == "failed" and [item["type"] for item in streams.check(raw)["output"]] == ["message"]
     for streamed in (True, False):
-        attempt = pomex.Passthrough(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+        attempt = pomex.ResponsesPassthrough(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.whole(json.dumps(response("completed", output=[bad], usage=GOOD_USAGE)).encode())
         attempt.finish()
         assert json.loads(attempt.body(1))["status"] == "failed"
@@ -1254,7 +1254,7 @@ def test_an_endless_frame_is_refused(monkeypatch):
 def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     usage = {**GOOD_USAGE, "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0}}
     plain = json.dumps(response("completed", output=[SAID], usage=usage, other={"kept": 1.50})).encode()
-    attempt = pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(plain)
     attempt.finish()
     assert json.loads(attempt.body(1)) == {**json.loads(plain), "id": "resp_1", "model": "m/x", "completed_at": 1}
@@ -1267,7 +1267,7 @@ def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     {"object": None, "output": [SAID]}, {"output": [SAID], "usage": GOOD_USAGE},        # a count is missing
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
-    attempt = pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(json.dumps(response("completed", **fields)).encode())
     attempt.finish()
     final = json.loads(attempt.body(1))
@@ -1279,13 +1279,13 @@ def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
 def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
     with pytest.raises(pomex.UpstreamError):
-        pomex.Passthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([]))).whole(body)
+        pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([]))).whole(body)
 
 
 @pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 def test_an_object_in_the_place_of_a_stream_becomes_a_stream(profile):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
-    attempt = pomex.Passthrough(answer(profile), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(profile), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     looked = {**RUN, "namespace": "ns", "status": "completed"}
     attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
@@ -1457,11 +1457,78 @@ def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
     decoder.sink = Recorder()
     for at in range(1000):
         decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}")))
-    assert (len(decoder.items.all), len(decoder.items.named)) == (1, 4)
+    assert (len(decoder.items.all), len(decoder.items.by_key)) == (1, 4)
+
+
+PLAIN_RUNS = {
+    "numbers as ours": lambda at: frame(f"response.{TEXT_MORE}", at + 3, item_id="msg_1", output_index=0, content_index=0, delta=f"t{at} "),
+    "numbers behind ours": lambda at: frame(f"response.{TEXT_MORE}", at, item_id="msg_1", delta="t"),
+    "numbers with gaps": lambda at: frame(f"response.{TEXT_MORE}", at * at, item_id="msg_1", delta='\\"sequence_number\\":7'),
+    "one number for all": lambda at: frame(f"response.{TEXT_MORE}", 0, item_id="msg_1", delta='"type":"error"'),
+    "no numbers": lambda at: frame(f"response.{TEXT_MORE}", item_id="msg_1", delta="t"),
+    "some numbers": lambda at: frame(f"response.{TEXT_MORE}", at if at % 3 else None, item_id="msg_1", delta="\u65e5"),
+    "arguments, whole texts, parts": lambda at: frame(f"response.{(ARGS_MORE, ARGS_DONE, TEXT_DONE, 'content_part.added', 'new')[at % 5]}", at, text="{}", delta="{"),
+    "what is no event of theirs": lambda at: (frame(f"response.{TEXT_MORE}", at, delta="t"), b": ping\n\n", b'data: {"x":1}\n\n', b"data: [DONE]\n\n")[at % 4],
+    "odd frames": lambda at: (b'data: {"delta":"t","type":"response.output_text.delta","sequence_number": 5}\n\n',
+                              b'data: {"type":"response.output_text.delta",\ndata: "sequence_number":9}\n\n', frame(f"response.{TEXT_MORE}", at))[at % 3],
+}
+
+
+@pytest.mark.parametrize("event", PLAIN_RUNS.values(), ids=PLAIN_RUNS)
+def test_a_run_of_plain_events_passes_as_each_of_them_alone(event, monkeypatch):
+    opening = [*numbered([*BEGIN, frame("response.output_item.added", output_index=0, item=BLANK)])]
+    stream = b"".join([*opening, *map(event, range(60)), *end()])
+    chance = random.Random(1)
+    cuts = [sorted(chance.sample(range(len(stream)), chance.randint(1, 40))) for _ in range(30)]
+    pieces = [[stream], [stream[at:at + 1] for at in range(len(stream))], *([stream[a:b] for a, b in zip([0, *cut], [*cut, len(stream)])] for cut in cuts)]
+    def outcome(each):
+        raw, attempt = relayed(each)
+        return raw, attempt.usage, attempt.status, attempt.output_chars
+
+    whole = outcome([stream])
+    told = [json.loads(e.data) for e in pomex.SSEDecoder().feed(whole[0]) if e.data != "[DONE]"]
+    numbers = [e["sequence_number"] for e in told if "sequence_number" in e]
+    assert numbers == list(range(len(numbers))) and whole[2] == "completed"
+    torn = [[*each[:-1], each[-1][:len(each[-1]) // 2]] for each in pieces]
+    with_runs = list(map(outcome, torn))
+    assert all(outcome(each) == whole for each in pieces)
+    monkeypatch.setattr(pomex.ResponsesPassthrough, "PLAIN_EVENTS", pomex.re.compile(b"(?!)"))
+    assert all(outcome(each) == whole for each in pieces)
+    assert list(map(outcome, torn)) == with_runs
+
+
+def test_whole_texts_are_read_only_where_an_item_lacks_them(monkeypatch):
+    read = []
+    reader = pomex.ResponsesDecoder.read
+    monkeypatch.setattr(pomex.ResponsesDecoder, "read", lambda self, event: (read.append(event["type"]), reader(self, event))[1])
+    relayed([b"".join(numbered([*BEGIN, *SAYING, *RUNNING, *end()]))])
+    assert not [kind for kind in read if kind not in ("response.output_item.added", "response.output_item.done", "response.completed")
+                and "arguments" not in kind], "of SAYING nothing but its item; of RUNNING, whose arguments say nothing, also its deltas"
+
+
+def test_what_is_held_of_passed_items_is_bounded():
+    def limited(chars, items, *more):
+        ours = answer()
+        ours.max_chars, ours.max_items = chars, items
+        return relayed(numbered([*BEGIN, *more]), ours=ours)
+
+    long = frame("response.output_item.done", output_index=0, item=says("x" * 3000))
+    assert limited(6000, 1, long, *end())[1].status == "completed"
+    for chars, items, stream in ((3000, 1, [long]), (6000, 1, [*SAYING, *RUNNING]), (6000, 1, [done(asks(call_id=f"c{at}"), output_index=at) for at in range(2)])):
+        with pytest.raises(pomex.GatewayError, match="max_answer_chars"):
+            limited(chars, items, *(each if isinstance(each, bytes) else frame(each["type"], **without(each, "type")) for each in stream))
+
+
+@pytest.mark.parametrize("road", [decoded, relayed])
+def test_an_event_of_24_mb_in_small_pieces_takes_no_square_of_its_time(road):
+    picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (24 << 20)})
+    begun = time.process_time()
+    _, attempt = road([picture[at:at + 65536] for at in range(0, len(picture), 65536)])
+    assert attempt.status == "completed" and time.process_time() - begun < 2        # 0.3; 3.1 where each piece was searched anew with all before
 
 
 def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
-    attempt = pomex.Passthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (12 << 20)})
     begun = time.process_time()
     for at in range(0, len(picture), 4096):
@@ -1525,10 +1592,11 @@ def test_the_demo_asks_for_one_shell_call_and_ends_on_its_output():
     ({"type": "object", "properties": {"a": {"type": ["string", "null"]}, "b": {"type": "boolean"}, "c": 5}, "required": ["a", "b", "c"]},
      {"a": "echo hello from pomex", "b": True, "c": "echo hello from pomex"}),
 ])
-def test_the_demo_calls_the_first_tool_that_is_offered(parameters, arguments):
+def test_the_demo_calls_a_shell_or_the_first_tool_that_is_offered(parameters, arguments):
     weather = {"type": "function", "name": "get_weather", "parameters": parameters}
     made = demo("tools", tools=[weather])[0]["output"][-1]
     assert (made["name"], json.loads(made["arguments"])) == ("get_weather", arguments)
     shell = {"type": "function", "name": "shell_command", "parameters": {}}
-    assert demo("tools", tools=[weather, shell])[0]["output"][-1]["name"] == "get_weather"
+    assert demo("tools", tools=[weather, {**weather, "name": "b"}])[0]["output"][-1]["name"] == "get_weather"
+    assert demo("tools", tools=[weather, shell])[0]["output"][-1]["name"] == "shell_command"
     assert demo("tools", tools=[shell, weather])[0]["output"][-1]["name"] == "shell_command"

@@ -317,6 +317,8 @@ class Sink(Protocol):
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
         """More of an item: a message's text or refusal, a reasoning item's summary or raw text, a call's
         arguments (JSON text), a custom call's input (raw text). A higher part than before begins another."""
+    def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
+        """`add`, or `text`, of each piece."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
     def done(self, key: Any = None, **fields: Any) -> None:
         """The item, if it is open, is complete. `fields` are its last: encrypted_content, action, status."""
@@ -951,12 +953,16 @@ class SSEDecoder:
 
     def parse(self, data: bytes) -> list[Event]:
         """The events of whole blocks."""
+        events = map(parse_event, self.decode(data).split("\n\n"))
+        return [event for event in events if event]
+
+    def decode(self, data: bytes) -> str:
+        """Whole blocks as text."""
         text = data.decode("utf-8", "replace")
         if text and not self._started:
             self._started = True
             text = text.removeprefix("\ufeff")
-        events = map(parse_event, text.split("\n\n"))
-        return [event for event in events if event]
+        return text
 
     def finish(self) -> list[Event]:
         """The body is over. The standard drops an event without its empty line, but many chat servers end so:
@@ -2150,6 +2156,14 @@ class ResponseContext:
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
 
+    def frames(self, kind: str, events: list[str]) -> bytes:
+        """The frames of several events of one kind."""
+        head = f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":'
+        first = self.sequence
+        self.sequence += len(events)
+        numbered = enumerate(events, first)
+        return "".join([f"{head}{number},{fields}}}\n\n" for number, fields in numbered]).encode()
+
     def start(self) -> bytes:
         """response.created and .in_progress, or nothing if they have been sent."""
         if self.started:
@@ -2514,6 +2528,20 @@ class Assembler(Attempt):
         if self.answer.request.stream:
             fields = f'{item.part_location_json},"delta":{json_string(text)}{shape.more}'
             self.out.append(self.answer.frame(item.delta_event, fields))
+
+    def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
+        item, shape = self.open_items[key], PARTS.get(channel)
+        plain = item.shape is shape and not item.pending_surrogate and self.answer.request.stream
+        if shape is None or len(texts) == 1 or not plain:
+            for text in texts:
+                self.add(key, text, channel)
+            return
+        item.text += texts
+        self.output_chars += sum(map(len, texts))
+        self.check_limits()
+        start = f'{item.part_location_json},"delta":'
+        deltas = [f"{start}{json_string(text)}{shape.more}" for text in texts]
+        self.out.append(self.answer.frames(item.delta_event, deltas))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
@@ -3933,10 +3961,33 @@ def responses_error(error: Any) -> GatewayError:
     return inband_error(error)
 
 
-class ResponsesDecoder:
+class TextDelta(NamedTuple):
+    """An event that carries a piece of an open item's text, and nothing else."""
+    field: str      # holds the piece
+    place: Any      # what the decoder's add_all takes for more such pieces
+
+
+class Decoder:
+    """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
+    sink: Sink
+    delta: TextDelta | None = None      # of the last event; Responses has none, since it numbers its events
+
+    def feed(self, data: str) -> None:
+        """Reads one event's data. Ignores unknown events; UpstreamError where it cannot be read."""
+
+    def add_all(self, place: Any, texts: list[str]) -> None:
+        """Reads the pieces of more events like the last one, which was a TextDelta."""
+
+    def whole(self, body: Any) -> None:
+        """Reads an answer that was not streamed: an object, from Gemini perhaps an array of them."""
+
+    def end(self) -> None:
+        """The body ended cleanly."""
+
+
+class ResponsesDecoder(Decoder):
     """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: the
     decoder takes once what any of them has."""
-    sink: Sink
     asked_12h = False       # of the prompt cache
 
     def __init__(self, book: ToolMap) -> None:
@@ -4176,9 +4227,8 @@ def provider_json(data: str | bytes, complaint: str) -> Any:
         raise UpstreamError(complaint) from None
 
 
-class ItemDecoder:
+class ItemDecoder(Decoder):
     """Shared by the decoders of Chat, Messages and Gemini, which number the items of a stream themselves."""
-    sink: Sink
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix            # of call ids made here: unique in the conversation
@@ -4541,57 +4591,11 @@ CHAT_ERRORS: dict[str, ErrorKind] = {
 scan_string = vars(json.decoder)["scanstring"]    # type checkers do not know it
 
 
-class DeltaTemplate(NamedTuple):
-    """What stands around the text in an event with nothing else. Most events of a stream have the same there,
-    and need no JSON parser: 0.8 us in place of 7."""
-    before: str = ""    # to the quote that opens the text; "" fits no event
-    after: str = ""
-    channel: PartType = "text"
-
-    def text_in(self, data: str) -> str | None:
-        """The text of an event that fits."""
-        if not self.before or not data.startswith(self.before):
-            return None
-        try:
-            text, end = scan_string(data, len(self.before))
-        except ValueError:
-            return None
-        return text if data[end:] == self.after else None
-
-
-def field_template(data: str, name: str, channel: PartType) -> DeltaTemplate:
-    """The template of an event whose text is its only field `name`."""
-    places = list(re.finditer(rf'"{name}"\s*:\s*"', data))
-    if len(places) != 1:
-        return DeltaTemplate()
-    start = places[0].end()
-    text, end = scan_string(data, start)
-    before, after = data[:start], data[end:]
-    if "\\" in before + after:    # another field's name may be the same, with an escape
-        return DeltaTemplate()
-    return DeltaTemplate(before, after, channel)
-
-
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
 TEXT_CHANNELS: dict[str, PartType] = {
     "content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
 IGNORED_FIELDS = frozenset(
     "id object created model provider system_fingerprint service_tier choices index delta role".split())
-
-
-def chat_template(data: str, chunk: JSON) -> DeltaTemplate:
-    """The template of an event with one text and nothing else that is read."""
-    choices = only_dicts(chunk.get("choices"))
-    if len(choices) != 1:
-        return DeltaTemplate()
-    delta = as_dict(choices[0].get("delta"))
-    for name, channel in TEXT_CHANNELS.items():
-        if isinstance(delta.get(name), str) and delta[name]:
-            fields = [*chunk.items(), *choices[0].items(), *delta.items()]
-            others = {key for key, value in fields if value} - IGNORED_FIELDS
-            if others == {name}:
-                return field_template(data, name, channel)
-    return DeltaTemplate()
 
 
 ESCAPED = re.compile(r"\\.", re.DOTALL)
@@ -4815,20 +4819,35 @@ class ChatDecoder(ItemDecoder):
         self.counts: JSON = {}    # of all usages
         self.streamed = False    # after a delta a message is a snapshot
         self.stop: Stop | None = None
-        self.template = DeltaTemplate()
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
-        text = self.template.text_in(data)
-        if text is not None:
-            self._take(self.template.channel, text)
-        elif data.strip() == "[DONE]":
+        if data.strip() == "[DONE]":
             self._done()
         elif data.strip():
             chunk = provider_json(data, "The provider sent an event that is not JSON.")
             if isinstance(chunk, dict):
                 self._chunk(chunk)
-                self.template = chat_template(data, chunk)
+                self._note_delta(chunk)
+
+    def _note_delta(self, chunk: JSON) -> None:
+        """Remembers a chunk with one text and nothing else that is read."""
+        choices = only_dicts(chunk.get("choices"))
+        if len(choices) != 1 or self.tags.place == "inside":
+            return
+        delta = as_dict(choices[0].get("delta"))
+        fields = [*chunk.items(), *choices[0].items(), *delta.items()]
+        others = {name for name, value in fields if value} - IGNORED_FIELDS
+        for name, channel in TEXT_CHANNELS.items():
+            in_tags = channel == "text" and self.tags.place
+            if others == {name} and isinstance(delta.get(name), str) and not in_tags:
+                self.delta = TextDelta(name, channel)
+
+    def add_all(self, channel: PartType, texts: list[str]) -> None:
+        self.texts[channel] += texts
+        if channel == "summary":
+            self.block.add("".join(texts), ())
+        self.sink.add_all(None, texts, channel)
 
     def whole(self, body: JSON) -> None:
         """An answer that was not streamed."""
@@ -5577,6 +5596,9 @@ DELTA_FIELDS = {
     "input_json_delta": "partial_json"}
 
 
+BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "tool_use": "arguments"}
+
+
 @dataclass(slots=True)
 class Block:
     """A content block that is being streamed."""
@@ -5725,6 +5747,8 @@ class MessagesDecoder(ItemDecoder):
         kind = delta.get("type")
         if kind in DELTA_FIELDS:
             self._text(block, delta.get(DELTA_FIELDS[kind]) or "")
+            if len(event) == 3 and len(delta) == 2 and block.kind in BLOCK_CHANNELS:
+                self.delta = TextDelta(DELTA_FIELDS[kind], block)
         elif kind == "signature_delta":
             block.content["signature"] = delta.get("signature")
         elif kind == "citations_delta":
@@ -5741,6 +5765,11 @@ class MessagesDecoder(ItemDecoder):
             self.sink.reasoning(text)
         elif block.kind == "tool_use":
             self.sink.add(block.slot, text, "arguments")
+
+    def add_all(self, block: Block, texts: list[str]) -> None:
+        block.pieces += texts
+        key = block.slot if block.kind == "tool_use" else None
+        self.sink.add_all(key, texts, BLOCK_CHANNELS[block.kind])
 
     def _block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
@@ -6172,11 +6201,14 @@ class GeminiDecoder(ItemDecoder):
         if self.failed or self.finished:
             return
         content = as_dict(candidate.get("content"))
-        for part in only_dicts(content.get("parts")):
+        parts = only_dicts(content.get("parts"))
+        for part in parts:
             self._part(part)
         reason = candidate.get("finishReason")
         if reason not in UNSPECIFIED:
             self._finish(candidate, str(reason))
+        elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and self.open and not self.grounding:
+            self.delta = TextDelta("text", self.open)
         feedback = as_dict(chunk.get("promptFeedback"))
         if not candidates and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
@@ -6232,6 +6264,11 @@ class GeminiDecoder(ItemDecoder):
                 self.sink.text(text)
         if kind == "message":
             self._sign(signature, len(text))
+
+    def add_all(self, kind: str, texts: list[str]) -> None:
+        if kind == "message":
+            self.texts += texts
+        self.sink.add_all(None, texts, "text" if kind == "message" else "summary")
 
     def _sign(self, signature: str, characters: int) -> None:
         if signature and self.signature:
@@ -6419,21 +6456,59 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
 
 # --- 6.6 the table ---------------------------------------------------------------------------------
 
-class Decoder(Protocol):
-    """One upstream stream being read, told to `sink`. Pure: no clock, no socket, no log."""
-    sink: Sink
-    def feed(self, data: str) -> None:
-        """One event's data; UpstreamError where it cannot be read."""
-    def whole(self, body: Any) -> None:
-        """An answer that was not streamed: an object, from Gemini perhaps an array of them."""
-    def end(self) -> None:
-        """The body has ended cleanly."""
-
-
 def error_data(data: str) -> str:
     """The data of an `event: error` as all decoders know it: some say it by the event's name alone."""
     said = parse_object(data) or {"message": plain_text(data)}
     return data if said.get("error") else dumps({"error": said})
+
+
+PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f\x7f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f\x7f]*+)*+')     # in a JSON string
+NUMBERS = re.compile(r"\d+")
+MAX_TEMPLATES = 8           # in succession that fit no event: the events of some streams always differ
+
+
+class DeltaTemplate(NamedTuple):
+    """What stands around the text in the events of a stream that carry nothing else. They need no JSON parser."""
+    before: str = ""        # to the quote that opens the text; "" fits no event
+    after: str = ""         # from the quote that closes it
+    counts: str = ""        # then, to the end of the event, what differs in numbers alone
+
+    def texts(self, block: str, at: int) -> tuple[list[str], int]:
+        """The texts of the events from `at` on that fit, and the end of these. If there are counts, the last event is left:
+        only its own matter."""
+        texts: list[str] = []
+        ends = [at]
+        while self.before and block.startswith(self.before, at):
+            start = at + len(self.before)
+            end = block.find(self.after, start)
+            text = block[start:end]
+            if end < 0 or not PLAIN_TEXT.fullmatch(text):
+                break
+            at = end + len(self.after)
+            if self.counts:
+                end = block.find("\n\n", at) + 2
+                if NUMBERS.sub("0", block[at:end]) != self.counts:
+                    break
+                at = end
+            texts.append(json.loads(f'"{text}"') if "\\" in text else text)
+            ends.append(at)
+        if self.counts and texts:
+            del texts[-1], ends[-1]
+        return texts, ends[-1]
+
+
+def field_template(event: str, name: str) -> DeltaTemplate:
+    """The template of an event whose text is its only field `name`."""
+    places = list(re.finditer(rf'"{name}"\s*:\s*"', event))
+    if len(places) != 1:
+        return DeltaTemplate()
+    start = places[0].end()
+    _, end = scan_string(event, start)
+    before, after = event[:start], event[end - 1:]
+    if "\\" in before + after:    # another field's name may be the same, with an escape
+        return DeltaTemplate()
+    constant, usage, counts = after.partition('"usageMetadata"')
+    return DeltaTemplate(before, constant, NUMBERS.sub("0", usage + counts))
 
 
 class TranslatedStream(Assembler):
@@ -6444,15 +6519,35 @@ class TranslatedStream(Assembler):
         self.decoder = decoder
         self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
         self.events = SSEDecoder()
+        self.template = DeltaTemplate()
+        self.templates_left = MAX_TEMPLATES
 
     def feed(self, data: bytes) -> None:
-        self._take(self.events.feed(data))
+        block, at = self.events.decode(self.events.split(data)), 0
+        while at < len(block) and not self.upstream_done:
+            texts, end = self.template.texts(block, at)
+            if self.decoder.delta and end > at:
+                self.decoder.add_all(self.decoder.delta.place, list(filter(None, texts)))
+                self.templates_left = MAX_TEMPLATES
+            else:
+                end = block.find("\n\n", at) + 2
+                self._take(parse_event(block[at:end - 2]))
+                self._make_template(block[at:end])
+            at = end
 
-    def _take(self, events: Iterable[Event]) -> None:
-        for event in events:
-            data = error_data(event.data) if event.event == "error" else event.data
-            if data and not self.upstream_done:
-                self.decoder.feed(data)
+    def _take(self, event: Event | None) -> None:
+        self.decoder.delta = None
+        if event is None or self.upstream_done:
+            return
+        data = error_data(event.data) if event.event == "error" else event.data
+        if data:
+            self.decoder.feed(data)
+
+    def _make_template(self, event: str) -> None:
+        self.template = DeltaTemplate()
+        if self.decoder.delta and self.templates_left:
+            self.templates_left -= 1
+            self.template = field_template(event, self.decoder.delta.field)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data, "The provider's answer is not JSON.")
@@ -6466,7 +6561,8 @@ class TranslatedStream(Assembler):
             raise UpstreamError("The provider's answer does not have the form that its API defines.") from None
 
     def end(self) -> None:
-        self._take(self.events.finish())
+        for event in self.events.finish():
+            self._take(event)
         if not self.events.truncated:
             self.decoder.end()
 

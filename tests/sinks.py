@@ -54,6 +54,10 @@ class View:
         assert text
         self.keys[key][channel] += text
 
+    def add_all(self, key: Any, texts: list[str], channel: str) -> None:
+        for text in texts:
+            self.add(key, text, channel)
+
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         self.keys[key]["annotations"].append(annotation)
 

@@ -3,8 +3,6 @@ import gc
 import json
 
 import pytest
-from sinks import Recorder
-
 import pomex
 
 CONTENTS = ["Hel", "lo", "", " ", "\n\n", 'quote " back \\ slash', "é", "\ud83d", "\ude00", "😀", "}", '"}', "<th", "ink>", "deep",
@@ -35,47 +33,135 @@ STREAMS = {
     "an error with text": [*SAID[:2], {**chunk(content="no"), "error": {"message": "overloaded"}}, *SAID],
     "two choices": [{**made, "choices": made["choices"] * 2} for made in SAID] + END,
     "a refusal": [*SAID[:2], chunk(content="x", refusal="never"), *SAID[:2], *END],
+    "many texts": [chunk(content="x") for _ in range(40)] + END,
+    "many thoughts": [chunk(content=None, reasoning_content="x y") for _ in range(40)] + END,
     "another model": [*SAID[:2], *({**made, "model": "n"} for made in SAID), *END],
 }
 SPELLINGS = {"compact": {"separators": (",", ":")}, "spaced": {}, "as it is": {"ensure_ascii": False}}
 
 
-def said(stream, spelling):
-    """All calls of the sink, and how many events took the short road."""
-    decoder, short = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"]), 0
-    decoder.sink = Recorder()
-    for event in stream:
-        data = json.dumps(event, **spelling)
-        short += decoder.template.text_in(data) is not None
-        decoder.feed(data)
-    decoder.feed("[DONE]")
-    return decoder.sink.made, short
+def translated(wire="chat", **fields):
+    tools = [{"type": "function", "name": "f", "parameters": {}}]
+    raw = json.dumps({"model": "p/m", "stream": True, "input": "hi", "tools": tools, **fields}).encode()
+    answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
+    model = "claude-opus-5" if wire == "messages" else "m"
+    context = pomex.EncodeContext(answer, pomex.Envelope(b"k" * 32, "a"), "p", model, False, "")
+    return pomex.WIRES[wire].call(context).attempt
+
+
+def outcome(pieces, wire="chat", **fields):
+    """What the client gets, the usage, and how many events were parsed."""
+    attempt, parsed, error = translated(wire, **fields), [], None
+    feed = attempt.decoder.feed
+    attempt.decoder.feed = lambda data: (parsed.append(data), feed(data))
+    try:
+        for piece in pieces:
+            attempt.feed(piece)
+        attempt.end()
+    except pomex.UpstreamError as raised:
+        error = raised
+    attempt.finish(error)
+    del attempt.decoder.feed
+    return attempt.terminal(2) if fields.get("stream", True) else attempt.body(2), attempt.usage, len(parsed)
+
+
+def frames(events, **spelling):
+    texts = [event if isinstance(event, str) else json.dumps(event, **spelling) for event in events]
+    return [f"data: {text}\n\n".encode("utf-8", "surrogatepass") for text in texts]
+
+
+def cuts(events):
+    """The same bytes in one piece, event by event, each event cut, and byte by byte."""
+    body = b"".join(events)
+    yield "in one piece", [body]
+    yield "event by event", events
+    yield "two events at a time", [b"".join(events[at:at + 2]) for at in range(0, len(events), 2)]
+    yield "cut in events", [body[at:at + 97] for at in range(0, len(body), 97)]
+    yield "byte by byte", [body[at:at + 1] for at in range(len(body))]
+
+
+def check_both_roads(events, monkeypatch, wire="chat", **fields):
+    """Every cutting gives the client the same bytes with templates and without; returns the number of events parsed."""
+    with monkeypatch.context() as context:
+        context.setattr(pomex, "MAX_TEMPLATES", 0)
+        plain, usage, _ = outcome(events, wire, **fields)
+    parsed = {}
+    for cut, pieces in cuts(events):
+        found, counted, parsed[cut] = outcome(pieces, wire, **fields)
+        assert (found, counted) == (plain, usage), cut
+    return parsed
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
-def test_an_event_that_is_not_parsed_says_what_it_would_say_parsed(stream, spelling, monkeypatch):
-    short, _ = said(stream, spelling)
-    monkeypatch.setattr(pomex, "chat_template", lambda data, chunk: pomex.DeltaTemplate())
-    assert short == said(stream, spelling)[0]
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_event_that_is_not_parsed_says_what_it_would_say_parsed(stream, spelling, streamed, monkeypatch):
+    check_both_roads(frames([*stream, "[DONE]"], **spelling), monkeypatch, stream=streamed)
 
 
-def test_only_text_takes_the_short_road():
-    taken = {name: said(stream, {})[1] for name, stream in STREAMS.items()}
-    assert taken["text"] == len(SAID) - 1 and taken["thoughts"] == len(THOUGHT) - 1
-    assert taken["usage with every piece"] == taken["two choices"] == 0
+def test_only_text_takes_the_short_road(monkeypatch):
+    parsed = {name: check_both_roads(frames(stream), monkeypatch)["in one piece"] for name, stream in STREAMS.items()}
+    assert parsed["many texts"] == parsed["many thoughts"] == 3          # the first text, the finish and the usage
+    for name in ("usage with every piece", "two choices"):
+        assert parsed[name] == len(STREAMS[name])
+
+
+def named(kind, **fields):
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+
+def block(index, start, deltas):
+    return [named("content_block_start", index=index, content_block=start),
+            *(named("content_block_delta", index=index, delta=delta) for delta in deltas),
+            named("content_block_stop", index=index)]
+
+
+MESSAGE = [
+    named("message_start", message={"id": "m1", "usage": {"input_tokens": 3}}),
+    *block(0, {"type": "thinking", "thinking": ""}, [
+        *({"type": "thinking_delta", "thinking": text} for text in CONTENTS), {"type": "signature_delta", "signature": "s"}]),
+    *block(1, {"type": "text", "text": ""}, [{"type": "text_delta", "text": text} for text in ["\n", " ", *CONTENTS]]),
+    *block(2, {"type": "tool_use", "id": "t", "name": "f", "input": {}}, [
+        {"type": "input_json_delta", "partial_json": text} for text in ('{"a": "', "\\n", "b\nc", 'x"', "}")]),
+    *block(3, {"type": "text", "text": ""}, [{"type": "text_delta", "text": text} for text in 40 * ["x"]]),
+    named("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 9}), named("message_stop")]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_messages_say_the_same_on_both_roads(monkeypatch, streamed):
+    parsed = check_both_roads(MESSAGE, monkeypatch, "messages", stream=streamed)
+    assert parsed["in one piece"] < len(MESSAGE) - 38
+
+
+def content(*parts, count=1, **fields):
+    candidate = {"content": {"parts": parts, "role": "model"}, "index": 0, **fields}
+    usage = {"promptTokenCount": 12, "candidatesTokenCount": count, "totalTokenCount": 12 + count}
+    return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "gemini-9", "responseId": "r"}
+
+
+CONTENT = [
+    *(content({"text": text, "thought": True}, count=n) for n, text in enumerate(CONTENTS)),
+    *(content({"text": text}, count=n) for n, text in enumerate([*CONTENTS, *40 * ["y"]])),
+    content({"text": "s", "thoughtSignature": "sig"}, count=70), *(content({"text": text}) for text in CONTENTS[:3]),
+    content({"functionCall": {"name": "f", "args": {"a": 1}}}), content({"text": "z"}), content({"text": "z"}, count=99)]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("end", [[], [content({"text": ""}, count=101, finishReason="STOP")]], ids=["cut", "whole"])
+def test_gemini_says_the_same_on_both_roads(monkeypatch, streamed, end):
+    events = [event.replace(b"\n\n", b"\r\n\r\n") for event in frames([*CONTENT, *end])]
+    parsed = check_both_roads(events, monkeypatch, "gemini", stream=streamed)
+    assert parsed["in one piece"] < len(events) - 38
 
 
 @pytest.mark.parametrize("data", ['{"a":"content', '{"delta":{"content":"x', "{"])
 def test_a_broken_event_is_an_error_on_both_roads(data):
-    decoder = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"])
-    decoder.sink = Recorder()
     whole = json.dumps(SAID[0])
-    decoder.feed(whole)
     for broken in (data, whole[:whole.index("Hel") + 2], whole[:-1], whole.replace("Hel", "\n")):
+        attempt = translated()
+        attempt.feed(b"".join(frames([whole, whole])))
         with pytest.raises(pomex.UpstreamError):
-            decoder.feed(broken)
-
+            attempt.feed(b"".join(frames([broken])))
 
 
 # events as they may look on the line; every one is also fed behind every other
@@ -134,38 +220,29 @@ RAW = {
 }
 
 
-def outcome(events):
-    """All calls of the sink, an error in the place of the event that it came of."""
-    decoder = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"])
-    decoder.sink = Recorder()
-    for data in events:
-        try:
-            decoder.feed(data)
-        except pomex.UpstreamError as error:
-            decoder.sink.made.append(("raised", str(error), {}))
-    return decoder.sink.made
-
-
 @pytest.mark.parametrize("first", RAW)
 def test_any_event_behind_any_other_says_the_same_on_both_roads(first, monkeypatch):
-    streams = [[RAW[first], *[second] * 3, RAW[first], RAW["plain"], second] for second in RAW.values()]
-    short = [outcome(stream) for stream in streams]
-    monkeypatch.setattr(pomex, "chat_template", lambda data, chunk: pomex.DeltaTemplate())
+    streams = [frames([RAW[first], *[second] * 3, RAW[first], RAW["plain"], second]) for second in RAW.values()]
+    short = [[outcome(pieces)[:2] for pieces in (stream, [b"".join(stream)])] for stream in streams]
+    monkeypatch.setattr(pomex, "MAX_TEMPLATES", 0)
     for second, found, stream in zip(RAW, short, streams):
-        assert found == outcome(stream), second
+        assert found == [outcome(stream)[:2]] * 2, second
 
 
 def test_a_giant_event_in_splinters_takes_the_short_road_too():
-    text = 'a"\\\n\u00e9\U0001f600' * 200_000
-    events = [chunk(content=piece) for piece in ("a", text, text, "b")]
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
-    decoder, frames = pomex.ChatDecoder(pomex.ToolMap([]), pomex.DIALECTS["generic"]), pomex.SSEDecoder()
-    decoder.sink = Recorder()
-    for at in range(0, len(body), 1000):
-        for event in frames.feed(body[at:at + 1000]):
-            assert len(decoder.sink.made) < 2 or decoder.template.text_in(event.data) is not None
-            decoder.feed(event.data)
-    assert "".join(given[0] for name, given, _ in decoder.sink.made if name == "text") == f"a{text}{text}b"
+    text = 'a"\\\nb' * 200_000
+    events = frames([chunk(content=piece) for piece in ("a", text, text, "b")])
+    body = b"".join(events)
+    _, _, parsed = outcome([body[at:at + 1000] for at in range(0, len(body), 1000)])
+    assert parsed == 1
+
+
+def test_a_stream_whose_events_always_differ_is_not_looked_at_for_ever(monkeypatch):
+    made = []
+    template = pomex.field_template
+    monkeypatch.setattr(pomex, "field_template", lambda *given: made.append(given) or template(*given))
+    outcome(frames([{**chunk(content="x"), "created": n} for n in range(500)]))
+    assert len(made) == pomex.MAX_TEMPLATES
 
 
 @pytest.mark.parametrize("wire", sorted(set(pomex.WIRES) - {"demo"}))

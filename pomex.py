@@ -1287,6 +1287,12 @@ class ResponsesRequest:
     instructions: str
     input: list[JSON]
     tools: list[JSON]
+    weight: int                 # see weigh_input
+
+    @property
+    def estimated_input(self) -> int:
+        """Tokens."""
+        return self.weight // 4
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field of the body; null counts as absent."""
@@ -1306,19 +1312,18 @@ INLINE_DATA = (     # images and files
     re.compile(rb'"file_data":"(?!data:)([^"]*)'),
 )
 INLINE_DATA_BYTES = 1024        # a shorter one counts as text
-INLINE_DATA_TOKENS = 1500       # of each: a large image at the providers that document it
+INLINE_DATA_WEIGHT = 6000       # of each, 1,500 tokens: a large image at the providers that document it
 
 
-def estimate_input_tokens(raw: bytes) -> int:
-    """Tokens of a request: a quarter of its bytes, and a fixed count for each inline image or file."""
-    text, tokens = len(raw), 0
+def weigh_input(raw: bytes, start: int = 0) -> int:
+    """The bytes of a request from `start` on, of which four make a token. Inline images and files have a fixed weight."""
+    weight = len(raw) - start
     for pattern in INLINE_DATA:
-        for match in pattern.finditer(raw):
+        for match in pattern.finditer(raw, start):
             size = len(match[1])
             if size >= INLINE_DATA_BYTES:
-                text -= size
-                tokens += INLINE_DATA_TOKENS
-    return text // 4 + tokens
+                weight += INLINE_DATA_WEIGHT - size
+    return weight
 
 
 MAX_INPUT_ITEMS = 100_000       # a conversation of weeks has some thousands
@@ -1326,26 +1331,72 @@ MAX_JSON_VALUES = 2_000_000     # read, each takes a hundred bytes and a tenth o
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-def parse_request(raw: bytes) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values."""
+INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # in no JSON string: its quotes would be escaped there
+INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
+strict_scan = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).raw_decode
+
+
+def common_prefix(one: bytes, other: bytes) -> int:
+    """The number of bytes with which both begin, by halves: each is compared once."""
+    start, end = 0, min(len(one), len(other))
+    while start < end:
+        middle = (start + end + 1) // 2
+        if one[start:middle] == other[start:middle]:
+            start = middle
+        else:
+            end = middle - 1
+    return start
+
+
+def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> JSON | None:
+    """The decoded body if it is that of `last`, whose first `shared` bytes it has, with more input items; else None. Only the
+    new items and what stands around the array are decoded."""
+    array = INPUT_ARRAY.search(raw, 0, shared)
+    ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]
+    if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
+        return None
+    try:
+        text = "[0" + raw[shared:].decode()
+        items, end = strict_scan(text)
+        around = raw[:array.end() - 1].decode() + json_string(INPUT_MARK) + text[end:]      # or it is not JSON
+        body: JSON = strict_json(around)
+    except (ValueError, RecursionError):
+        return None
+    if body.get("input") != INPUT_MARK:
+        return None
+    return {**body, "input": [*last.body["input"], *items[1:]]}
+
+
+def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
+    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values. `last` is the
+    conversation's request before: what it has in common with this one is neither decoded nor validated again."""
     marks = (b",", b"[", b"{")
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
+    known: Sequence[JSON] = ()
     try:
-        body = load_json(raw)
+        shared = common_prefix(raw, last.raw) if last else 0
+        body = grown_body(raw, last, shared) if last else None
+        if last and body:
+            known = last.input
+            weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+        else:
+            body = load_json(raw)
+            weight = weigh_input(raw)
     except ValueError as error:
         raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
                          code="invalid_json")
     try:
-        return validate_request(body, raw)
+        return validate_request(body, raw, weight, known)
     except RecursionError:              # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
 
 
-def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
+def validate_request(body: JSON, raw: bytes, weight: int, known: Sequence[JSON]) -> ResponsesRequest:
+    """`known` are the first input items, if they are valid already."""
     for name, value in body.items():
         if value is not None and name in REQUEST_FIELDS:
             check(value, REQUEST_FIELDS[name], name)
@@ -1362,13 +1413,13 @@ def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
     if len(given) > MAX_INPUT_ITEMS:
         raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
                            "array_above_max_length")
-    items = [check_item(item, f"input[{index}]") for index, item in enumerate(given)]
+    items = [*known]
+    for index in range(len(items), len(given)):
+        items.append(check_item(given[index], f"input[{index}]"))
     if not items:
         raise invalid_param("input", " is empty: send at least one item.")
-    tools = list(body.get("tools") or ())
-    for item in items:
-        if "tools" in ITEM_FIELDS.get(item["type"], ()):
-            tools += item["tools"]
+    holders = [item for item in items if "tools" in ITEM_FIELDS.get(item["type"], ())]
+    tools = [*(body.get("tools") or ()), *itertools.chain.from_iterable(item["tools"] for item in holders)]
     check_tool_choice(body.get("tool_choice"), tools)
     return ResponsesRequest(
         body, raw,
@@ -1376,7 +1427,8 @@ def validate_request(body: JSON, raw: bytes) -> ResponsesRequest:
         stream=bool(body.get("stream")),
         instructions=instructions_text(body),
         input=items,
-        tools=tools)
+        tools=tools,
+        weight=weight)
 
 
 def instructions_text(body: JSON) -> str:
@@ -2127,7 +2179,7 @@ class ResponseContext:
 
     @functools.cached_property
     def estimated_input(self) -> int:
-        return estimate_input_tokens(self.request.raw)
+        return self.request.estimated_input
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -10774,6 +10826,7 @@ class Gateway:
         self.router: Router = old.router if old else Router(upstream)
         self.metrics: Metrics = old.metrics if old else Metrics(config.server.workers)
         self.watch: Watch = old.watch if old else Watch(ledger)
+        self.memo: RequestMemo = old.memo if old else RequestMemo()
         if old:
             self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
         self.prices = PriceBook(config)
@@ -10875,11 +10928,46 @@ def new_response_id(now_s: float) -> str:
     return f"resp_{int(now_s * 1000):012x}{secrets.token_hex(10)}"
 
 
+MEMO_BYTES = 16 << 20           # of all bodies, decoded ones included: some thirty conversations of 120 KB
+DECODED_RATIO = 4               # the memory that a body takes with what was decoded from it, in its bytes
+REMEMBERED_BYTES = 16384        # a smaller body is decoded as fast as it is found
+NEAR_THE_END = 8192             # where clients write prompt_cache_key
+CACHE_KEY = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"]{1,128})"')
+
+
+class RequestMemo:
+    """The last request of each conversation, of those used last: the next one most likely repeats its input."""
+
+    def __init__(self) -> None:
+        self.requests: collections.OrderedDict[Any, ResponsesRequest] = collections.OrderedDict()
+        self.size = 0
+
+    def put(self, conversation: Any, request: ResponsesRequest) -> None:
+        if len(request.raw) < REMEMBERED_BYTES:
+            return
+        if old := self.requests.pop(conversation, None):
+            self.size -= DECODED_RATIO * len(old.raw)
+        self.requests[conversation] = request
+        self.size += DECODED_RATIO * len(request.raw)
+        while self.size > MEMO_BYTES:
+            _, old = self.requests.popitem(last=False)
+            self.size -= DECODED_RATIO * len(old.raw)
+
+
+def conversation_hint(headers: Headers, raw: bytes) -> str:
+    """A name of the conversation that is known before the body is decoded; "" if there is none."""
+    found = CACHE_KEY.search(raw, max(0, len(raw) - NEAR_THE_END))
+    named = next(filter(None, map(headers.get, SESSION_HEADERS)), "")
+    return named or (found[1].decode("latin-1") if found else "")
+
+
 async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
     """One request, of the key that it names or of the one given, from its body to its terminal event."""
     key, headers = key or gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
-    request = await off_loop(len(raw), parse_request, raw)
+    conversation = key.id, conversation_hint(headers, raw)
+    request = await off_loop(len(raw), parse_request, raw, gateway.memo.requests.get(conversation))
+    gateway.memo.put(conversation, request)
     profile = client_profile(headers.get("originator"), headers.get("user-agent"))
     if (name := gateway.catalogue.full_name(request.model)) != request.model:
         request = dataclasses.replace(request, model=name)
@@ -10939,7 +11027,7 @@ async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: Re
                          candidates: Sequence[Candidate], payable: bool) -> tuple[ClientStream, GatewayError | None]:
     """The answer to be, its money reserved; and the error, where a limit is in the way."""
     config = gateway.config.server
-    estimate = estimate_input_tokens(request.raw)
+    estimate = request.estimated_input
     bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
                 int(client.started_s * 1000), request.get("service_tier", ""))
     refused: GatewayError | None = None

@@ -705,3 +705,30 @@ def test_a_stopping_gateway_gives_open_streams_their_terminal_event(tmp_path):
         final = streams.check((await asked)[2])
         assert final["status"] == "failed" and "stopping" in final["error"]["message"]
     run(tmp_path, scenario, {"up": ("chat", "normalise", [sse(first, 8.0)])})
+
+
+def test_a_conversation_is_remembered_by_key_and_within_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(pomex, "REMEMBERED_BYTES", 100)
+    used = []
+    grown_body = pomex.grown_body
+    monkeypatch.setattr(pomex, "grown_body", lambda *given: used.append(grown_body(*given) is not None) or grown_body(*given))
+    first = [{"role": "user", "content": "x" * 100}]
+    more = [*first, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+
+    async def scenario(world):
+        async def ask(items, headers=None, **fields):
+            used.clear()
+            status, _, _ = await world.post("up/m", input=items, headers=headers, **fields)
+            assert status == 200
+            return [message["content"] for message in world.upstreams["up"].asked[-1][1]["messages"]], used
+        assert await ask(first, prompt_cache_key="a") == (["x" * 100], [])
+        assert await ask(more, prompt_cache_key="a") == (["x" * 100, "y", "z"], [True])
+        assert (await ask(more, prompt_cache_key="b"))[1] == []                 # another conversation
+        assert (await ask(first, {"session_id": "s"}))[1] == []
+        assert (await ask(more, {"session_id": "s"}))[1] == [True]
+        token = world.ledger.create_key("other", 1_800_000_000)                  # another key
+        assert (await ask(more, {"session_id": "s", "authorization": f"Bearer {token}"}))[1] == []
+        monkeypatch.setattr(pomex, "MEMO_BYTES", 1)
+        assert (await ask(more, {"session_id": "s"}))[1] == [False]             # as long as before: not grown
+        assert (await ask(more, {"session_id": "s"}))[1] == []                  # forgotten
+    run(tmp_path, scenario, {"up": WIRES["chat"]})

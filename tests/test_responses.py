@@ -1600,3 +1600,110 @@ def test_the_demo_calls_a_shell_or_the_first_tool_that_is_offered(parameters, ar
     assert demo("tools", tools=[weather, {**weather, "name": "b"}])[0]["output"][-1]["name"] == "get_weather"
     assert demo("tools", tools=[weather, shell])[0]["output"][-1]["name"] == "shell_command"
     assert demo("tools", tools=[shell, weather])[0]["output"][-1]["name"] == "shell_command"
+
+
+# --- what a growing conversation repeats ------------------------------------------------------------
+
+def grown(last, raw):
+    """The request parsed with the last one known, and whether that was of use; equal to the one parsed alone."""
+    before = pomex.parse_request(last)
+    used = pomex.grown_body(raw, before, pomex.common_prefix(raw, last)) is not None
+    try:
+        alone = pomex.parse_request(raw)
+    except pomex.BadRequest as error:
+        with pytest.raises(pomex.BadRequest) as raised:
+            pomex.parse_request(raw, before)
+        assert (str(raised.value), raised.value.param, raised.value.code) == (str(error), error.param, error.code)
+        return None, used
+    found = pomex.parse_request(raw, before)
+    assert found == alone and all(a is b for a, b in zip(found.input, before.input if used else ()))
+    return found, used
+
+
+FIRST = [{"role": "user", "content": "Hi é 😀"}, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{\"input\":[]}"},
+         {"type": "function_call_output", "call_id": "c", "output": "x]}, {\"input\": ["}]
+NEXT = [{"role": "assistant", "content": "there"}, {"role": "user", "content": "go on"}]
+IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64," + 2000 * "A"}]}
+TOOL_WITH_INPUT = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"input": {"enum": [["a"]]}},
+                                                                    "examples": [{"input": ["a"]}]}}
+SPACED = {"separators": (", ", ": ")}
+ESCAPED = {"ensure_ascii": True}
+
+
+def text(*items, before=None, after=None, **spelling):
+    body = {"model": "p/m", **(before or {}), "input": [*FIRST, *items], **(after or {"tools": [], "prompt_cache_key": "k"})}
+    return json.dumps(body, **{"ensure_ascii": False, "separators": (",", ":"), **spelling}).encode()
+
+
+GROWN = {       # last body, next body, whether the first is of use
+    "two more items": (text(), text(*NEXT), True),
+    "with blanks": (text(**SPACED), text(*NEXT, **SPACED), True),
+    "indented": (text(indent=1), text(*NEXT, indent=1), False),
+    "the same": (text(), text(), False),
+    "shorter": (text(*NEXT), text(), False),
+    "other fields behind": (text(), text(*NEXT, after={"tools": [], "stream": True, "metadata": {"a": "b"}}), True),
+    "other fields before": (text(), text(*NEXT, before={"instructions": "x"}), False),
+    "an image more": (text(), text(IMAGE, *NEXT), True),
+    "an image before": (text(IMAGE), text(IMAGE, *NEXT), True),
+    "an image behind the input": (text(after={"x": IMAGE}), text(IMAGE, after={"x": IMAGE}), True),
+    "tools among the items": (text({"type": "additional_tools", "tools": [TOOL_WITH_INPUT]}),
+                              text({"type": "additional_tools", "tools": [TOOL_WITH_INPUT]}, *NEXT), True),
+    "an input in the tools before": (
+        text(before={"tools": [TOOL_WITH_INPUT]}, after={"x": 1}), text(*NEXT, before={"tools": [TOOL_WITH_INPUT]}, after={"x": 1}), False),
+    "a surrogate pair in escapes": (text(**ESCAPED), text({"role": "user", "content": "😀"}, **ESCAPED), False),
+    "escapes before only": (text(**ESCAPED), text(*NEXT, **ESCAPED), True),
+    "half a pair": (text(), text().replace(b"]}, {", b"]}, {").replace(b'}],"tools"', b'},{"role":"user","content":"\\ud83d"}],"tools"'), False),
+    "a longer list in the last item": (
+        text({"role": "user", "content": [{"type": "input_text", "text": "a"}]}),
+        text({"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]}), False),
+    "a bad item": (text(), text({"role": "nobody", "content": "x"}), True),
+    "an item that is no object": (text(), text(5), True),
+    "no comma": (text(), text().replace(b'}],"tools"', b'}{"role":"user","content":"x"}],"tools"'), False),
+    "a comma too much": (text(), text().replace(b'}],"tools"', b'},],"tools"'), False),
+    "two commas": (text(), text().replace(b'}],"tools"', b'},,{"role":"user","content":"x"}],"tools"'), False),
+    "cut": (text(), text(*NEXT)[:-40], False),
+    "more behind the end": (text(), text(*NEXT) + b"{}", False),
+    "a second input": (text(), text(*NEXT, after={"a": 1}).replace(b'"a":1', b'"input":"other"'), False),
+    "a second input of a list": (text(), text(*NEXT, after={"a": 1}).replace(b'"a":1', b'"input":[{"role":"user","content":"x"}]'), False),
+    "NaN": (text(), text(*NEXT, after={"temperature": float("nan")}), False),
+    "not UTF-8": (text(), text(*NEXT).replace(b"go on", b"go \xff on"), False),
+    "a text in its place": (text(), text(*NEXT).replace(b'"input":[', b'"input":"a","x":['), False),
+    "the mark itself": (text(), b'{"model":"p/m","input":"(input)"}', False),
+    "nested too deeply": (text(), text(*NEXT).replace(b'"go on"', b"[" * 9000 + b"]" * 9000), False),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_a_body_that_grows_is_read_as_if_it_came_alone(name):
+    last, raw, useful = GROWN[name]
+    _, used = grown(last, raw)
+    assert used == useful
+
+
+def test_any_two_bodies_are_read_as_if_they_came_alone():
+    bodies = [body for last, raw, _ in GROWN.values() for body in (last, raw)]
+    for last in bodies:
+        try:
+            pomex.parse_request(last)
+        except pomex.BadRequest:
+            continue
+        for raw in bodies:
+            grown(last, raw)
+
+
+def test_any_prefix_is_found():
+    for one, other, expected in ((b"", b"", 0), (b"a", b"", 0), (b"abc", b"abd", 2), (b"abc", b"abc", 3), (b"abc", b"abcd", 3), (b"x", b"y", 0)):
+        assert pomex.common_prefix(one, other) == pomex.common_prefix(other, one) == expected
+    for at in range(200):
+        assert pomex.common_prefix(b"a" * 200, b"a" * at + b"b" * 50) == at
+
+
+def test_encoding_changes_no_item_of_a_request():
+    raw = text(*NEXT, IMAGE, after={"tools": [TOOL_WITH_INPUT]})
+    for wire, dialect in (("chat", ""), ("chat", "mistral"), ("messages", ""), ("gemini", ""), ("responses", "")):
+        for passthrough in (True, False):
+            request = pomex.parse_request(raw)
+            before = json.dumps(request.input)
+            answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
+            pomex.WIRES[wire].call(pomex.EncodeContext(answer, pomex.Envelope(b"k" * 32, "a"), "p", "gemini-2.5-pro", passthrough, dialect))
+            assert json.dumps(request.input) == before

@@ -3086,13 +3086,18 @@ class Passthrough(Attempt):
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
-        block = self.events.split(data)
-        if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
-            self.defer(block)                   # nearly always
-            self.forward(block, count=0)
-        else:
-            for event in self.events.parse(block):
+        block, at = self.events.split(data), 0
+        while at < len(block) and not self.upstream_done:
+            run = self.PLAIN_EVENTS.match(block, at) if self.output_started else None
+            if run:                             # nearly always
+                self.defer(run[0])
+                self.forward(run[0], count=0)
+                at = run.end()
+                continue
+            end = block.find(b"\n\n", at) + 2
+            for event in self.events.parse(block[at:end]):
                 self.take_event(event)
+            at = end
 
     def take_event(self, event: Event) -> None:
         name, data = event

@@ -1288,6 +1288,8 @@ class ResponsesRequest:
     input: list[JSON]
     tools: list[JSON]
     weight: int                 # see weigh_input
+    # the body with INPUT_MARK for its input, as text and decoded, if it was decoded so
+    around: tuple[str, JSON] = field(default=("", {}), compare=False)
 
     @property
     def estimated_input(self) -> int:
@@ -1348,9 +1350,9 @@ def common_prefix(one: bytes, other: bytes) -> int:
     return start
 
 
-def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> JSON | None:
-    """The decoded body if it is that of `last`, whose first `shared` bytes it has, with more input items; else None. Only the
-    new items and what stands around the array are decoded."""
+def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, tuple[str, JSON]] | None:
+    """The decoded body, and what stands around its input, if it is the body of `last`, whose first `shared` bytes
+    it has, with more input items; else None. Only the new items are decoded, and around them what is new."""
     array = INPUT_ARRAY.search(raw, 0, shared)
     ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
@@ -1359,12 +1361,14 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> JSON | None:
         text = "[0" + raw[shared:].decode()
         items, end = strict_scan(text)
         around = raw[:array.end() - 1].decode() + json_string(INPUT_MARK) + text[end:]      # or it is not JSON
-        body: JSON = strict_json(around)
+        known, body = last.around
+        if around != known:
+            body = strict_json(around)
     except (ValueError, RecursionError):
         return None
     if body.get("input") != INPUT_MARK:
         return None
-    return {**body, "input": [*last.body["input"], *items[1:]]}
+    return {**body, "input": [*last.body["input"], *items[1:]]}, (around, body)
 
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
@@ -1374,31 +1378,33 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
-    known: Sequence[JSON] = ()
-    try:
-        shared = common_prefix(raw, last.raw) if last else 0
-        body = grown_body(raw, last, shared) if last else None
-        if last and body:
-            known = last.input
-            weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
-        else:
+    around: tuple[str, JSON] = ("", {})
+    shared = common_prefix(raw, last.raw) if last else 0
+    grown = grown_body(raw, last, shared) if last else None
+    if last and grown:
+        body, around = grown
+        weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+    else:
+        try:
             body = load_json(raw)
-            weight = weigh_input(raw)
-    except ValueError as error:
-        raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
-                         code="invalid_json")
+        except ValueError as error:
+            raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        if not isinstance(body, dict):
+            raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
+                             code="invalid_json")
+        last, weight = None, weigh_input(raw)
     try:
-        return validate_request(body, raw, weight, known)
+        return validate_request(body, raw, weight, last, around)
     except RecursionError:              # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
 
 
-def validate_request(body: JSON, raw: bytes, weight: int, known: Sequence[JSON]) -> ResponsesRequest:
-    """`known` are the first input items, if they are valid already."""
+def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest | None,
+                     around: tuple[str, JSON]) -> ResponsesRequest:
+    """The request of a decoded body. Of `last` it has the first input items, and perhaps fields."""
+    valid = last.body if last else {}
     for name, value in body.items():
-        if value is not None and name in REQUEST_FIELDS:
+        if value is not None and name in REQUEST_FIELDS and value is not valid.get(name):
             check(value, REQUEST_FIELDS[name], name)
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) not in (None, False):
@@ -1413,7 +1419,7 @@ def validate_request(body: JSON, raw: bytes, weight: int, known: Sequence[JSON])
     if len(given) > MAX_INPUT_ITEMS:
         raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
                            "array_above_max_length")
-    items = [*known]
+    items = [*last.input] if last else []
     for index in range(len(items), len(given)):
         items.append(check_item(given[index], f"input[{index}]"))
     if not items:
@@ -1428,7 +1434,8 @@ def validate_request(body: JSON, raw: bytes, weight: int, known: Sequence[JSON])
         instructions=instructions_text(body),
         input=items,
         tools=tools,
-        weight=weight)
+        weight=weight,
+        around=around)
 
 
 def instructions_text(body: JSON) -> str:

@@ -1691,6 +1691,23 @@ def test_any_two_bodies_are_read_as_if_they_came_alone():
             grown(last, raw)
 
 
+def test_the_fields_around_the_input_are_decoded_when_they_change(monkeypatch):
+    decoded = []
+    strict_json = pomex.strict_json
+    monkeypatch.setattr(pomex, "strict_json", lambda text: decoded.append(text) or strict_json(text))
+    bodies = [text(), text(*NEXT), text(*NEXT, *NEXT), text(*NEXT, *NEXT, *NEXT, after={"tools": [TOOL_WITH_INPUT]}),
+              text(*4 * NEXT, after={"tools": [TOOL_WITH_INPUT]}), text(*5 * NEXT, after={"tools": [{"type": 5}]})]
+    last, times = None, []
+    for raw in bodies[:-1]:
+        decoded.clear()
+        last = pomex.parse_request(raw, last)
+        times.append(len(decoded))
+        assert last == pomex.parse_request(raw)
+    assert times == [1, 1, 0, 1, 0]
+    with pytest.raises(pomex.BadRequest, match=r"tools\[0\]"):
+        pomex.parse_request(bodies[-1], last)
+
+
 def test_any_prefix_is_found():
     for one, other, expected in ((b"", b"", 0), (b"a", b"", 0), (b"abc", b"abd", 2), (b"abc", b"abc", 3), (b"abc", b"abcd", 3), (b"x", b"y", 0)):
         assert pomex.common_prefix(one, other) == pomex.common_prefix(other, one) == expected

@@ -270,7 +270,7 @@ class Conversations:
             added = len(dumped(turn))
             size, number = size + added, number + 1
         for _ in range(count):
-            yield dumped({**request, "input": [*request["input"], self.message(20)]})
+            yield dumped(request)       # ends with a call's output, as an agent's requests do
             request["input"] += self.turn(number)
             number += 1
 

@@ -1412,8 +1412,7 @@ class Envelope:
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
-        plain = json.dumps(content, separators=(",", ":"), sort_keys=True)
-        packed = zlib.compress(plain.encode())
+        packed = zlib.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
@@ -1516,9 +1515,7 @@ def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
     safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
-    if safe == full and len(full) <= MAX_NAME:
-        return full
-    return with_digest(safe, full)
+    return full if safe == full and len(full) <= MAX_NAME else with_digest(safe, full)
 
 
 def with_digest(safe: str, full: str) -> str:
@@ -1568,17 +1565,17 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         if None in schema.values():     # `"required": null` of Codex: strict servers refuse it (cc-switch#7019)
             schema = {key: value for key, value in schema.items()
                       if value is not None or key in ("default", "const")}
-        if "properties" in schema:
-            names.update(as_dict(schema["properties"]))
+        names.update(as_dict(schema.get("properties")))
         schemas.append(schema)
         return schema
 
     cleaned = map_schema(parameters, clean)
-    unfit = list(itertools.filterfalse(rule.fullmatch, names))
-    if not unfit:
-        return cleaned, {}
-    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-              for name in unfit}
+    fitted = {
+        name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+        for name in names if not rule.fullmatch(name)
+    }
+    if not fitted:
+        return cleaned, fitted
     times = collections.Counter((*names, *fitted.values()))
     for name, fit in fitted.items():
         if times[fit] > 1:
@@ -1619,47 +1616,38 @@ class ToolMap:
         found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
         return found or Tool("function_call", name, "")
 
-    def restore_name(self, item: JSON) -> JSON:
-        """A call of the history by the name of its tool: a misspelt name does not go back to the model."""
-        if item["type"] != "function_call" or item.get("namespace"):
-            return item
-        tool = self.resolve(item["name"])
-        return {**item, "name": tool.name, "namespace": tool.namespace}
-
     def _add(self, tool: JSON, namespace: str) -> None:
         kind = tool["type"]
         if kind == "namespace":
             for member in tool["tools"]:
                 self._add(member, tool["name"])
         elif kind == "function":
-            self.add_function(Tool("function_call", tool["name"], namespace), tool)
+            self.add_function("function_call", tool["name"], namespace, tool)
         elif kind == "custom":
             freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
-            self.add_function(Tool("custom_tool_call", tool["name"], namespace), freeform)
+            self.add_function("custom_tool_call", tool["name"], namespace, freeform)
         elif kind == "tool_search" and tool.get("execution") == "client":
-            self.add_function(Tool("tool_search_call", kind, ""), tool)
+            self.add_function("tool_search_call", kind, "", tool)
         elif kind == "local_shell":
-            self.add_function(Tool("local_shell_call", kind, ""), LOCAL_SHELL)
+            self.add_function("local_shell_call", kind, "", LOCAL_SHELL)
         elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
             self.hosted.append(tool)
         else:
             self.dropped.append(f"tools:{kind}")
 
-    def add_function(self, tool: Tool, given: JSON) -> None:
-        name = upstream_tool_name(tool.name, tool.namespace)
-        known = self.by_upstream_name.get(name)
+    def add_function(self, kind: ItemType, name: str, namespace: str, given: JSON) -> None:
+        upstream_name = upstream_tool_name(name, namespace)
+        known = self.by_upstream_name.get(upstream_name)
         if known is not None:                   # the first of two equal names wins
-            if known[:3] != tool[:3]:
-                self.dropped.append(f"tools:{name}")
+            if known[:3] != (kind, name, namespace):
+                self.dropped.append(f"tools:{upstream_name}")
             return
         parameters = given.get("parameters") or {"type": "object", "properties": {}}
         parameters, fitted = fit_parameters(parameters, self.parameter_names)
-        if fitted:
-            tool = tool._replace(fitted=fitted)
-        self.by_upstream_name[name] = tool
-        self.by_name[tool.name] = None if tool.name in self.by_name else tool
+        tool = self.by_upstream_name[upstream_name] = Tool(kind, name, namespace, fitted)
+        self.by_name[name] = None if name in self.by_name else tool
         function = {
-            "name": name,
+            "name": upstream_name,
             "description": given.get("description") or "",
             "parameters": parameters,
         }
@@ -1670,7 +1658,7 @@ class ToolMap:
 
 def split_trailing_surrogate(text: str) -> tuple[str, str]:
     """The text, and half a surrogate pair at its end, whose other half comes with the next fragment."""
-    half = text[-1:] if HIGH_SURROGATE[0] <= text[-1:] <= HIGH_SURROGATE[1] else ""
+    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     return fix_surrogates(text.removesuffix(half)), half
 
 
@@ -1794,13 +1782,13 @@ class History(NamedTuple):
 NO_OUTPUT = "no output was recorded for this call"
 
 
-def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
+def normalize_history(request: ResponsesRequest, items: Sequence[JSON], book: ToolMap) -> History:
     """`items` are the request's, already unsealed for the provider (unseal_items)."""
     system = [request.instructions] if request.instructions else []
     plain: list[JSON] = []
     dropped: list[str] = []
     for item in items:
-        made = normalize_item(item, dropped)
+        made = normalize_item(item, book, dropped)
         if made is None:
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
@@ -1865,31 +1853,26 @@ CALL_ARGUMENTS = {                  # the field of each type of call, whether or
     "shell_call": "action",
     "apply_patch_call": "operation",
 }
-OUTPUT_TYPES = (
-    "function_call_output",
-    "custom_tool_call_output",
-    "tool_search_output",
-    "local_shell_call_output",
-    "shell_call_output",
-    "apply_patch_call_output",
-)
 COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
 # an envelope of ours, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
 
-def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
+def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None:
     """A plain item; None for one that has no such form."""
     kind, call_id = item["type"], item.get("call_id") or ""
     if kind in ("message", "agent_message"):
         return normalize_message(item, dropped)
     if kind in CALL_ARGUMENTS:
-        name = kind.removesuffix("_call")
-        if "name" in item:
-            name = upstream_tool_name(item["name"], item.get("namespace") or "")
-        arguments = call_arguments(item)
+        name, namespace = item.get("name"), item.get("namespace") or ""
+        if kind == "function_call" and not namespace:   # a misspelt name does not go back to the model
+            _, name, namespace, _ = book.resolve(item["name"])
+        name = upstream_tool_name(name, namespace) if name else kind.removesuffix("_call")
+        arguments, tool = call_arguments(item), book.by_upstream_name.get(name)
+        if tool and tool.fitted:
+            arguments = rename_keys(arguments, tool.fitted)
         return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
-    if kind in OUTPUT_TYPES:
+    if kind.removesuffix("_output") in CALL_ARGUMENTS or kind == "tool_search_output":
         return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
         return item
@@ -2058,7 +2041,6 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
-HIGH_SURROGATE = ("\ud800", "\udbff")
 # the fields of a response object that repeat the request, with their defaults (RESPONSES.md section 4)
 ECHO_DEFAULTS: JSON = {
     "instructions": None,
@@ -6678,11 +6660,7 @@ class WireApi(NamedTuple):
         ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
         searches = bool(getattr(ctx.settings, "web_search", ""))
         ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
-        ctx.history = normalize_history(request, [book.restore_name(item) for item in items])
-        for item in ctx.history.items:
-            tool = book.by_upstream_name.get(item.get("name", ""))
-            if tool and tool.fitted:
-                item["arguments"] = rename_keys(item["arguments"], tool.fitted)
+        ctx.history = normalize_history(request, items, book)
         ctx.dropped += book.dropped + ctx.history.dropped
         ctx.fields = request_fields(request.body)
         parts: list[Any] = []

@@ -1507,7 +1507,7 @@ PARAMETER_NAMES = {
 
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     """A call's arguments with other keys in all their objects, where `names` has one."""
-    return dumps(json.loads(arguments, strict=False, object_hook=lambda holder: {
+    return arguments if not names else dumps(json.loads(arguments, strict=False, object_hook=lambda holder: {
         names.get(key, key): value for key, value in holder.items()}))
 
 
@@ -1669,51 +1669,27 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class CustomInputDecoder:
-    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string
-    functions; or the arguments of a function whose parameters are `fitted`, shown when they are complete.
+# half a surrogate pair waits for what follows: its other half, or anything else
+INPUT_TEXT = re.compile(r'(?P<text>(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
+                        r'|u[dD][89abAB][0-9a-fA-F]{2}'
+                        r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))+)')
+# a text that begins with a fence is left to unwrap()
+INPUT_START = re.compile(r'\s*\{\s*"input"\s*:\s*"(?=(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z))'
+                         + INPUT_TEXT.pattern)
+MAX_PENDING_INPUT = 1024    # characters; after more than these the rest is left to unwrap()
 
-    `feed` returns new text for the client; `finish` returns the whole text, which begins with all that `feed`
-    has returned, or None where the JSON is incomplete.
-    """
-    # a text that begins with a fence is left to finish()
-    HEAD = re.compile(r'(\s*\{\s*"input"\s*:\s*")(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z)')
-    # half a surrogate pair waits for what follows: its other half, or anything else
-    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                      r'|u[dD][89abAB][0-9a-fA-F]{2}'
-                      r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))*')
-    MAX_PENDING = 1024                  # characters that cannot be shown: then the rest is left to finish()
 
-    def __init__(self, fitted: Mapping[str, str]) -> None:
-        self.own_names = {fit: own for own, fit in fitted.items()}
-        self.pending = ""
-        self.given: list[str] = []      # not empty: the string has begun
-
-    def feed(self, text: str) -> str:
-        if self.own_names or len(self.pending) > self.MAX_PENDING:
-            return ""
-        self.pending += text
-        if not self.given:
-            head = self.HEAD.match(self.pending)
-            if head is None:
-                return ""
-            self.given.append("")
-            self.pending = self.pending[head.end(1):]
-        rest = self.SAFE.sub("", self.pending, count=1)
-        text = fix_surrogates(json.loads(f'"{self.pending.removesuffix(rest)}"', strict=False))
-        self.pending = rest
-        self.given.append(text)
-        return text
-
-    def finish(self, raw: str) -> str | None:
-        if self.own_names:
-            raw = raw.strip() or "{}"
-            try:
-                return None if parse_object(raw) is None else rename_keys(raw, self.own_names)
-            except RecursionError:
-                return None
-        whole, given = unwrap(raw), "".join(self.given)
-        return whole if whole is None or whole.startswith(given) else given
+def decode_input(pending: str, more: str, begun: bool) -> tuple[str, str]:
+    """The next text in `{"input": "..."}`, the arguments of a custom tool that is offered as a function; then
+    the new `pending`, which waits for more."""
+    if len(pending) > MAX_PENDING_INPUT:
+        return "", pending
+    pending += more
+    found = (INPUT_TEXT if begun else INPUT_START).match(pending)
+    if found is None:
+        return "", pending
+    text = fix_surrogates(json.loads(f'"{found["text"]}"', strict=False))
+    return text, pending[found.end():]
 
 
 def unwrap(raw: str) -> str | None:
@@ -1868,8 +1844,8 @@ def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None
         if kind == "function_call" and not namespace:   # a misspelt name does not go back to the model
             _, name, namespace, _ = book.resolve(item["name"])
         name = upstream_tool_name(name, namespace) if name else kind.removesuffix("_call")
-        arguments, tool = call_arguments(item), book.by_upstream_name.get(name)
-        if tool and tool.fitted:
+        tool, arguments = book.by_upstream_name.get(name), call_arguments(item)
+        if tool:
             arguments = rename_keys(arguments, tool.fitted)
         return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
     if kind.removesuffix("_output") in CALL_ARGUMENTS or kind == "tool_search_output":
@@ -2399,9 +2375,9 @@ class Item:
     # of a call
     call_id: str = ""
     tool: Tool | None = None
-    input_decoder: CustomInputDecoder | None = None
     arguments: list[str] = field(default_factory=list)  # or input, as they came
-    has_control: bool = False   # a control character came: the rest is sent at the end, escaped
+    pending_input: str | None = None    # of a custom tool offered as a function: what decode_input left
+    held_back: bool = False     # must be changed as a whole: control characters escaped, parameters renamed
     # since output_item.added
     id: str = ""
     index: int = -1
@@ -2427,15 +2403,21 @@ class Item:
     def complete_arguments(self) -> str | None:
         """A call's arguments or input; None where they are truncated."""
         raw = "".join(self.arguments)
-        if self.has_control:
+        if self.held_back:
             raw = escape_controls(raw)
-        if self.input_decoder is not None:
-            return self.input_decoder.finish(raw)
+        if self.pending_input is not None:
+            whole, shown = unwrap(raw), "".join(self.text)
+            return whole if whole is None or whole.startswith(shown) else shown
         if self.kind == "custom_tool_call" or self.tool is None:
             return raw
-        if not raw.strip():     # a tool without arguments
-            return raw + "{}" if self.done else None
-        return None if parse_object(raw) is None else raw
+        if self.done and not raw.strip():       # a tool without arguments
+            raw += "{}"
+        if parse_object(raw) is None:
+            return None
+        try:
+            return rename_keys(raw, {fit: own for own, fit in self.tool.fitted.items()})
+        except RecursionError:
+            return None
 
     def to_json(self, status: str, arguments: str = "") -> str:
         fields: JSON = {"id": self.id, "type": self.kind, "status": status}
@@ -2476,8 +2458,9 @@ class Assembler(Attempt):
         if self.answer.secrets.search(call_id):
             call_id = self.new_item_id("call_")
         item = Item(tool.kind, {}, call_id, tool)
-        if tool.kind == "custom_tool_call" or tool.fitted:
-            item.input_decoder = CustomInputDecoder(tool.fitted)
+        if tool.kind == "custom_tool_call":
+            item.pending_input = ""
+        item.held_back = bool(tool.fitted)
         self.begin(key, item)
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
@@ -2604,13 +2587,13 @@ class Assembler(Attempt):
 
     def arguments_delta(self, item: Item, text: str, channel: str) -> None:
         if item.kind == "function_call" and CONTROL.search(text):
-            item.has_control = True
+            item.held_back = True
         item.arguments.append(text)
         if channel == "input":  # raw, with no JSON around it
-            item.input_decoder = None
-        elif item.input_decoder is not None:
-            text = item.input_decoder.feed(text)
-        if text and item.kind in CALL_FIELD and not item.has_control:
+            item.pending_input = None
+        elif item.pending_input is not None:
+            text, item.pending_input = decode_input(item.pending_input, text, bool(item.text))
+        if text and item.kind in CALL_FIELD and not item.held_back:
             item.text.append(text)
             if self.answer.request.stream:
                 fields = f'{item.location_json},"delta":{json_string(text)}'

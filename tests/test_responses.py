@@ -168,8 +168,7 @@ def test_what_is_unknown_or_null_is_tolerated(fields):
     request = ask(**fields)
     assert all(isinstance(i["type"], str) for i in request.input)
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    pomex.ToolMap(request.tools)
-    pomex.normalize_history(request, items)
+    pomex.normalize_history(request, items, pomex.ToolMap(request.tools))
     pomex.dumps(pomex.echo_fields(request, True))
 
 
@@ -491,7 +490,7 @@ NONE = pomex.NO_OUTPUT
 ], ids=str)
 def test_a_history_is_mended_into_pairs(given, plain):
     request = ask(input=given)
-    history = pomex.normalize_history(request, request.input)
+    history = pomex.normalize_history(request, request.input, pomex.ToolMap(()))
     assert [{k: v for k, v in i.items()} for i in history.items] == plain
     calls = [i["call_id"] for i in history.items if i["type"] == "function_call"]
     assert sorted(calls) == sorted(i["call_id"] for i in history.items if i["type"] == "function_call_output")
@@ -500,7 +499,7 @@ def test_a_history_is_mended_into_pairs(given, plain):
 def test_leading_instructions_are_collected_and_what_is_lost_is_named():
     request = ask(instructions="one", input=[message("two", "developer"), message("three", "system"), message("x"),
                                              {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
-    history = pomex.normalize_history(request, request.input)
+    history = pomex.normalize_history(request, request.input, pomex.ToolMap(()))
     assert history.system == ["one", "two", "three"]
     assert history.dropped == ["input:web_search_call"] * 2        # named once in the end: WireApi
 
@@ -1180,7 +1179,7 @@ def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
 @pytest.mark.parametrize("kind", [{"type": "agent_message"}, {"type": "message", "role": "user"}], ids=str)
 def test_what_another_agent_was_told_is_text_unless_it_is_a_cipher(sealed, named, kind):
     request = ask(input=[{**kind, "content": [{"type": "input_text", "text": "a"}, {"type": "encrypted_content", "encrypted_content": sealed}]}])
-    history = pomex.normalize_history(request, request.input)
+    history = pomex.normalize_history(request, request.input, pomex.ToolMap(()))
     assert [part["text"] for part in history.items[0]["content"]] == (["a"] if named else ["a", sealed])
     assert history.dropped == (["content:encrypted_content"] if named else [])
 

@@ -1607,8 +1607,7 @@ class ToolMap:
         self.dropped: list[str] = []            # the rest, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
         self.by_name: dict[str, Tool | None] = {}       # without a namespace too, where only one has the name
-        for tool in tools:
-            self._add(tool, "")
+        self._add(tools, "")
         self.by_name |= self.by_upstream_name
 
     def resolve(self, name: str) -> Tool:
@@ -1616,35 +1615,35 @@ class ToolMap:
         found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
         return found or Tool("function_call", name, "")
 
-    def _add(self, tool: JSON, namespace: str) -> None:
-        kind = tool["type"]
-        if kind == "namespace":
-            for member in tool["tools"]:
-                self._add(member, tool["name"])
-        elif kind == "function":
-            self.add_function("function_call", tool["name"], namespace, tool)
-        elif kind == "custom":
-            freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
-            self.add_function("custom_tool_call", tool["name"], namespace, freeform)
-        elif kind == "tool_search" and tool.get("execution") == "client":
-            self.add_function("tool_search_call", kind, "", tool)
-        elif kind == "local_shell":
-            self.add_function("local_shell_call", kind, "", LOCAL_SHELL)
-        elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
-            self.hosted.append(tool)
-        else:
-            self.dropped.append(f"tools:{kind}")
+    def _add(self, tools: Sequence[JSON], namespace: str) -> None:
+        for tool in tools:
+            kind = tool["type"]
+            if kind == "namespace":
+                self._add(tool["tools"], tool["name"])
+            elif kind == "function":
+                self._add_function("function_call", tool["name"], namespace, tool)
+            elif kind == "custom":
+                freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
+                self._add_function("custom_tool_call", tool["name"], namespace, freeform)
+            elif kind == "tool_search" and tool.get("execution") == "client":
+                self._add_function("tool_search_call", kind, "", tool)
+            elif kind == "local_shell":
+                self._add_function("local_shell_call", kind, "", LOCAL_SHELL)
+            elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
+                self.hosted.append(tool)
+            else:
+                self.dropped.append(f"tools:{kind}")
 
-    def add_function(self, kind: ItemType, name: str, namespace: str, given: JSON) -> None:
+    def _add_function(self, kind: ItemType, name: str, namespace: str, given: JSON) -> None:
         upstream_name = upstream_tool_name(name, namespace)
-        known = self.by_upstream_name.get(upstream_name)
-        if known is not None:                   # the first of two equal names wins
-            if known[:3] != (kind, name, namespace):
-                self.dropped.append(f"tools:{upstream_name}")
-            return
         parameters = given.get("parameters") or {"type": "object", "properties": {}}
         parameters, fitted = fit_parameters(parameters, self.parameter_names)
-        tool = self.by_upstream_name[upstream_name] = Tool(kind, name, namespace, fitted)
+        tool = Tool(kind, name, namespace, fitted)
+        first = self.by_upstream_name.setdefault(upstream_name, tool)
+        if first is not tool:                   # the first of two equal names wins
+            if first[:3] != tool[:3]:
+                self.dropped.append(f"tools:{upstream_name}")
+            return
         self.by_name[name] = None if name in self.by_name else tool
         function = {
             "name": upstream_name,
@@ -1920,7 +1919,7 @@ class Attachment(NamedTuple):
     """An image or a file: an address, or bytes."""
     mime: str                   # by the bytes, else as declared, else by the ending; "": unknown
     name: str
-    detail: str                 # of an image, as the client gave it
+    detail: Any                 # of an image, as the client gave it
     url: str = ""
     data: str = ""              # clean base64
     text: str | None = None     # of a text file
@@ -1951,19 +1950,17 @@ TYPE_BY_ENDING = {
 def read_attachment(part: JSON) -> Attachment | None:
     """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64, which
     would have every later turn refused."""
-    if part["type"] not in ("input_image", "input_file"):
-        return None
     is_image = part["type"] == "input_image"
+    if not is_image and part["type"] != "input_file":
+        return None
     given = map(part.get, ("file_data", "image_url", "file_url"))
     source = next((text for text in given if isinstance(text, str)), "")
     is_url = re.match("(https?|gs)://", source)
-    name = str(part.get("filename") or "")
-    detail = part.get("detail") or ""
+    name, detail = str(part.get("filename") or ""), part.get("detail")
     path = source.split("?")[0] if is_url else name
     mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
     if is_url:
-        mime = mime or ("image/" if is_image else "")
-        return Attachment(mime, name, detail, url=source)
+        return Attachment(mime or ("image/" if is_image else ""), name, detail, url=source)
     head, comma, encoded = source.rpartition(",")
     # without line ends, in the standard alphabet, with padding
     data = "".join(encoded.split()).rstrip("=")
@@ -5436,8 +5433,7 @@ class MessagesTurns(TurnEncoder):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
-        title = {"title": file.name} if file.name else {}
-        return {"type": "document", "source": source, **title}
+        return without_empty({"type": "document", "source": source, "title": file.name})
 
 
 def tool_use_id(given: str) -> str:
@@ -5965,6 +5961,7 @@ class GeminiContents(TurnEncoder):
     def encode(self) -> list[JSON]:
         self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
         self.signatures: dict[str, str] = {}        # by call_id
+        self.searched = collections.Counter[int]()  # number of a content -> its parts behind which new text begins
         self.encode_items()
         self.add_fillers()
         for content in self.out:
@@ -5973,7 +5970,7 @@ class GeminiContents(TurnEncoder):
                 continue
             content["role"] = "model"
             if self.settings.thinking_param:
-                add_thought_signature(content, replace=False)
+                add_thought_signature(content)
         return self.out
 
     def message(self, item: JSON) -> None:
@@ -5984,39 +5981,40 @@ class GeminiContents(TurnEncoder):
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
         signature = replay.get("signature")
-        part = replay.get("part")
-        if isinstance(part, dict) and self.settings.combines_tools:     # older models refuse a server's tool
-            self.add("assistant", [part])
-        elif not isinstance(signature, str):
+        if "part" in replay and self.settings.combines_tools:       # older models refuse a server's tool
+            self.add("assistant", [replay["part"]])
+        elif not signature:
             self.dropped.append("reasoning:foreign")
-        elif replay.get("for"):
+        elif "for" in replay:
             self.signatures[replay["for"]] = signature
         else:
-            self._sign_text(signature, replay.get("characters") or 0)
+            self._sign_text(signature, replay.get("characters", 0))
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text before, once a part; for 0 an image or an empty part."""
+        """Signs the last `characters` of the text since the last signature; for 0 an image or an empty part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
-        if not characters and not (parts and "inlineData" in parts[-1]):
-            self.add("assistant", [{"text": ""}])
         if not characters:
+            if not parts or "inlineData" not in parts[-1]:
+                self.add("assistant", [{"text": ""}])
             self.out[-1]["parts"][-1]["thoughtSignature"] = signature
             return
-        for at in reversed(range(len(parts))):
+        for at in reversed(range(self.searched[len(self.out)], len(parts))):
             text = parts[at].get("text")
-            if text and len(parts[at]) == 1:
+            if text:
                 parts[at] = {"text": text[-characters:], "thoughtSignature": signature}
                 if len(text) > characters:
                     parts.insert(at, {"text": text[:-characters]})
-                return
-        self.dropped.append("reasoning:signature")
+                break
+        else:
+            self.dropped.append("reasoning:signature")
+        self.searched[len(self.out)] = len(parts)
 
     def function_call(self, item: JSON) -> None:
         call_id = item["call_id"]
         call = self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
             call["id"] = call_id
-        part: JSON = {"functionCall": {**call, "args": parse_object(item["arguments"]) or {}}}
+        part: JSON = {"functionCall": {**call, "args": json.loads(item["arguments"])}}
         # gather_turns numbers repeated ids: the newest signature is meant
         unnumbered = re.sub(r"_\d+$", "", call_id)
         signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
@@ -6035,7 +6033,7 @@ class GeminiContents(TurnEncoder):
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
         text = text_of(parts, "\n")
-        if not text and (inside or outside):
+        if parts and not text:
             text = "The content follows."
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
@@ -6056,20 +6054,22 @@ class GeminiContents(TurnEncoder):
         return None
 
 
-def add_thought_signature(content: JSON, replace: bool) -> None:
+def add_thought_signature(content: JSON) -> None:
     """Gives the first call of a step, which must be signed, the dummy where it has no signature: in old turns
-    too, so that their bytes never change. `replace` removes all other signatures."""
-    for part in content["parts"] if replace else []:
-        part.pop("thoughtSignature", None)
-    first: JSON = next((part for part in content["parts"] if "functionCall" in part), {})
-    first.setdefault("thoughtSignature", DUMMY_SIGNATURE)
+    too, so that their bytes never change."""
+    for part in content["parts"]:
+        if "functionCall" in part:
+            part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
+            break
 
 
 # --- what it refuses
 
 def replace_signatures(body: JSON, found: re.Match[str]) -> None:
     for content in body["contents"]:
-        add_thought_signature(content, replace=True)
+        for part in content["parts"]:
+            part.pop("thoughtSignature", None)
+        add_thought_signature(content)
 
 
 def drop_keyword(body: JSON, found: re.Match[str]) -> None:

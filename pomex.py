@@ -1408,7 +1408,7 @@ class Envelope:
     authenticated, not secret, bound to the account, marked with its origin."""
     secret: bytes
     account: str
-    inflated: int = 0                   # bytes of all opened ones
+    inflated: int = 0                   # bytes of all that were opened
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
@@ -1420,7 +1420,7 @@ class Envelope:
         try:
             data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
             packed = data[MAC_BYTES:]
-            if not hmac.compare_digest(self.mac(packed), data[:MAC_BYTES]):
+            if not hmac.compare_digest(self.mac(packed) + packed, data):
                 return None
             plain = zlib.decompressobj().decompress(packed, MAX_ENVELOPE_BYTES)
             self.inflated += len(plain)
@@ -1440,14 +1440,14 @@ def unseal_items(items: list[JSON], envelope: Envelope,
     stands in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content
     without our prefix stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
-    before = envelope.inflated
+    envelope.inflated = 0
     for given in items:
         item = dict(given)
         item.pop("sealed_replay", None)         # a client's own: only what an envelope held is believed
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
             opened = envelope.open(sealed)
-            if envelope.inflated - before > MAX_ENVELOPES_BYTES:
+            if envelope.inflated > MAX_ENVELOPES_BYTES:
                 raise BadRequest(f"The sealed reasoning in input is over {MAX_ENVELOPES_BYTES} bytes.",
                                  param="input", status=413, code="request_too_large")
             if opened is None or opened[0] != provider:
@@ -1525,12 +1525,11 @@ def with_digest(safe: str, full: str) -> str:
 def freeform_description(tool: JSON) -> str:
     """A custom tool's description with its grammar as advice: JSON-only providers cannot enforce it."""
     shape = tool.get("format") or {}
-    lines = [tool.get("description") or ""]
     grammar = shape.get("definition")
-    if shape.get("type") == "grammar" and grammar:
-        lines.append(f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}")
-    lines.append("Put the raw text into `input`: no markdown fence, no extra quoting.")
-    return "\n\n".join(filter(None, lines))
+    if grammar:
+        grammar = f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}"
+    advice = "Put the raw text into `input`: no markdown fence, no extra quoting."
+    return "\n\n".join(filter(None, (tool.get("description"), grammar, advice)))
 
 
 SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"))
@@ -1701,12 +1700,11 @@ def unwrap(raw: str) -> str | None:
             return None
         value = raw
     members = value if isinstance(value, dict) else {"input": value}
-    texts = [text for text in members.values() if isinstance(text, str)]
-    if isinstance(members.get("input"), str):
-        texts = [members["input"]]
-    elif not members:
-        texts = [""]
-    text = fix_surrogates(texts[0] if len(texts) == 1 else raw)
+    texts = {name: text for name, text in members.items() if isinstance(text, str)}
+    text = texts.get("input", raw if members else "")
+    if len(texts) == 1:
+        [text] = texts.values()
+    text = fix_surrogates(text)
     fenced = re.fullmatch(r"\s*```[a-z]*\n(\*\*\* Begin Patch\n.*?)\n?```\s*", text, re.DOTALL)
     return fenced[1] if fenced else text
 
@@ -1953,8 +1951,9 @@ def read_attachment(part: JSON) -> Attachment | None:
     is_image = part["type"] == "input_image"
     if not is_image and part["type"] != "input_file":
         return None
-    given = map(part.get, ("file_data", "image_url", "file_url"))
-    source = next((text for text in given if isinstance(text, str)), "")
+    source = part.get("file_data") or part.get("image_url") or part.get("file_url")
+    if not isinstance(source, str):
+        return None
     is_url = re.match("(https?|gs)://", source)
     name, detail = str(part.get("filename") or ""), part.get("detail")
     path = source.split("?")[0] if is_url else name
@@ -5995,8 +5994,9 @@ class GeminiContents(TurnEncoder):
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters:
             if not parts or "inlineData" not in parts[-1]:
-                self.add("assistant", [{"text": ""}])
-            self.out[-1]["parts"][-1]["thoughtSignature"] = signature
+                parts = [{"text": ""}]
+                self.add("assistant", parts)
+            parts[-1]["thoughtSignature"] = signature
             return
         for at in reversed(range(self.searched[len(self.out)], len(parts))):
             text = parts[at].get("text")

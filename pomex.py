@@ -1507,8 +1507,12 @@ PARAMETER_NAMES = {
 
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     """A call's arguments with other keys in all their objects, where `names` has one."""
-    return arguments if not names else dumps(json.loads(arguments, strict=False, object_hook=lambda holder: {
-        names.get(key, key): value for key, value in holder.items()}))
+    if not names:
+        return arguments
+    renamed = json.loads(arguments, strict=False, object_hook=lambda holder: {
+        names.get(key, key): value for key, value in holder.items()
+    })
+    return dumps(renamed)
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
@@ -1745,7 +1749,6 @@ class History(NamedTuple):
     """
     system: list[str]
     turns: list[Turn]
-    dropped: list[str]
 
     @property
     def items(self) -> list[JSON]:
@@ -1755,11 +1758,10 @@ class History(NamedTuple):
 NO_OUTPUT = "no output was recorded for this call"
 
 
-def normalize_history(request: ResponsesRequest, items: Sequence[JSON], book: ToolMap) -> History:
-    """`items` are the request's, already unsealed for the provider (unseal_items)."""
-    system = [request.instructions] if request.instructions else []
+def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, dropped: list[str]) -> History:
+    """A request's instructions and unsealed items as a History; adds the names of what it loses to `dropped`."""
+    system = [instructions] if instructions else []
     plain: list[JSON] = []
-    dropped: list[str] = []
     for item in items:
         made = normalize_item(item, book, dropped)
         if made is None:
@@ -1770,7 +1772,7 @@ def normalize_history(request: ResponsesRequest, items: Sequence[JSON], book: To
             system.append("\n\n".join(texts))
         else:
             plain.append(made)
-    return History(system, gather_turns(plain), dropped)
+    return History(system, gather_turns(plain))
 
 
 def is_summary_only(item: JSON) -> bool:
@@ -1826,7 +1828,6 @@ CALL_ARGUMENTS = {                  # the field of each type of call, whether or
     "shell_call": "action",
     "apply_patch_call": "operation",
 }
-COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
 # an envelope of ours, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
@@ -1837,14 +1838,15 @@ def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None
     if kind in ("message", "agent_message"):
         return normalize_message(item, dropped)
     if kind in CALL_ARGUMENTS:
-        name, namespace = item.get("name"), item.get("namespace") or ""
-        if kind == "function_call" and not namespace:   # a misspelt name does not go back to the model
-            _, name, namespace, _ = book.resolve(item["name"])
-        name = upstream_tool_name(name, namespace) if name else kind.removesuffix("_call")
-        tool, arguments = book.by_upstream_name.get(name), call_arguments(item)
-        if tool:
-            arguments = rename_keys(arguments, tool.fitted)
-        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
+        name, namespace = item.get("name") or kind.removesuffix("_call"), item.get("namespace")
+        # a misspelt name does not go back to the model
+        tool = book.resolve(upstream_tool_name(name, namespace) if namespace else name)
+        return {
+            "type": "function_call",
+            "call_id": call_id,
+            "name": upstream_tool_name(tool.name, tool.namespace),
+            "arguments": rename_keys(call_arguments(item), tool.fitted),
+        }
     if kind.removesuffix("_output") in CALL_ARGUMENTS or kind == "tool_search_output":
         return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
@@ -1852,7 +1854,7 @@ def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None
     if kind == "image_generation_call" and item.get("result"):
         image = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
         return {**user_message(image), "generated": True}
-    if kind in COMPACTION_TYPES:
+    if kind in ("compaction", "compaction_summary", "context_compaction"):
         text = text_of(item.get("content") or item.get("summary"))
         return user_message(text_block(text)) if text else None
     return None
@@ -6643,8 +6645,8 @@ class WireApi(NamedTuple):
         ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
         searches = bool(getattr(ctx.settings, "web_search", ""))
         ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
-        ctx.history = normalize_history(request, items, book)
-        ctx.dropped += book.dropped + ctx.history.dropped
+        ctx.dropped += book.dropped
+        ctx.history = normalize_history(request.instructions, items, book, ctx.dropped)
         ctx.fields = request_fields(request.body)
         parts: list[Any] = []
         for item in request.input:

@@ -1828,6 +1828,14 @@ CALL_ARGUMENTS = {                  # the field of each type of call, whether or
     "shell_call": "action",
     "apply_patch_call": "operation",
 }
+OUTPUT_TYPES = (
+    "function_call_output",
+    "custom_tool_call_output",
+    "tool_search_output",
+    "local_shell_call_output",
+    "shell_call_output",
+    "apply_patch_call_output",
+)
 # an envelope of ours, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
@@ -1847,7 +1855,7 @@ def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None
             "name": upstream_tool_name(tool.name, tool.namespace),
             "arguments": rename_keys(call_arguments(item), tool.fitted),
         }
-    if kind.removesuffix("_output") in CALL_ARGUMENTS or kind == "tool_search_output":
+    if kind in OUTPUT_TYPES:
         return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
         return item
@@ -3799,7 +3807,7 @@ class TurnEncoder:
 
     def encode_part(self, part: JSON) -> JSON | None:
         file = read_attachment(part)
-        if file is not None:
+        if file:
             return self.encode_file(file)
         text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None

@@ -1467,12 +1467,11 @@ class Envelope:
     authenticated, not secret, bound to the account, marked with its origin."""
     secret: bytes
     account: str
-    inflated: int = 0                   # bytes of all opened ones
+    inflated: int = 0                   # bytes of all that were opened
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
-        plain = json.dumps(content, separators=(",", ":"), sort_keys=True)
-        packed = zlib.compress(plain.encode())
+        packed = zlib.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
@@ -1480,7 +1479,7 @@ class Envelope:
         try:
             data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
             packed = data[MAC_BYTES:]
-            if not hmac.compare_digest(self.mac(packed), data[:MAC_BYTES]):
+            if not hmac.compare_digest(self.mac(packed) + packed, data):
                 return None
             plain = zlib.decompressobj().decompress(packed, MAX_ENVELOPE_BYTES)
             self.inflated += len(plain)
@@ -1500,14 +1499,14 @@ def unseal_items(items: list[JSON], envelope: Envelope,
     stands in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content
     without our prefix stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
-    before = envelope.inflated
+    envelope.inflated = 0
     for given in items:
         item = dict(given)
         item.pop("sealed_replay", None)         # a client's own: only what an envelope held is believed
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
             opened = envelope.open(sealed)
-            if envelope.inflated - before > MAX_ENVELOPES_BYTES:
+            if envelope.inflated > MAX_ENVELOPES_BYTES:
                 raise BadRequest(f"The sealed reasoning in input is over {MAX_ENVELOPES_BYTES} bytes.",
                                  param="input", status=413, code="request_too_large")
             if opened is None or opened[0] != provider:
@@ -1567,17 +1566,19 @@ PARAMETER_NAMES = {
 
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     """A call's arguments with other keys in all their objects, where `names` has one."""
-    return dumps(json.loads(arguments, strict=False, object_hook=lambda holder: {
-        names.get(key, key): value for key, value in holder.items()}))
+    if not names:
+        return arguments
+    renamed = json.loads(arguments, strict=False, object_hook=lambda holder: {
+        names.get(key, key): value for key, value in holder.items()
+    })
+    return dumps(renamed)
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
     safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
-    if safe == full and len(full) <= MAX_NAME:
-        return full
-    return with_digest(safe, full)
+    return full if safe == full and len(full) <= MAX_NAME else with_digest(safe, full)
 
 
 def with_digest(safe: str, full: str) -> str:
@@ -1587,12 +1588,11 @@ def with_digest(safe: str, full: str) -> str:
 def freeform_description(tool: JSON) -> str:
     """A custom tool's description with its grammar as advice: JSON-only providers cannot enforce it."""
     shape = tool.get("format") or {}
-    lines = [tool.get("description") or ""]
     grammar = shape.get("definition")
-    if shape.get("type") == "grammar" and grammar:
-        lines.append(f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}")
-    lines.append("Put the raw text into `input`: no markdown fence, no extra quoting.")
-    return "\n\n".join(filter(None, lines))
+    if grammar:
+        grammar = f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}"
+    advice = "Put the raw text into `input`: no markdown fence, no extra quoting."
+    return "\n\n".join(filter(None, (tool.get("description"), grammar, advice)))
 
 
 SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"))
@@ -1627,17 +1627,17 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         if None in schema.values():     # `"required": null` of Codex: strict servers refuse it (cc-switch#7019)
             schema = {key: value for key, value in schema.items()
                       if value is not None or key in ("default", "const")}
-        if "properties" in schema:
-            names.update(as_dict(schema["properties"]))
+        names.update(as_dict(schema.get("properties")))
         schemas.append(schema)
         return schema
 
     cleaned = map_schema(parameters, clean)
-    unfit = list(itertools.filterfalse(rule.fullmatch, names))
-    if not unfit:
-        return cleaned, {}
-    fitted = {name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-              for name in unfit}
+    fitted = {
+        name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+        for name in names if not rule.fullmatch(name)
+    }
+    if not fitted:
+        return cleaned, fitted
     times = collections.Counter((*names, *fitted.values()))
     for name, fit in fitted.items():
         if times[fit] > 1:
@@ -1669,8 +1669,7 @@ class ToolMap:
         self.dropped: list[str] = []            # the rest, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
         self.by_name: dict[str, Tool | None] = {}       # without a namespace too, where only one has the name
-        for tool in tools:
-            self._add(tool, "")
+        self._add(tools, "")
         self.by_name |= self.by_upstream_name
 
     def resolve(self, name: str) -> Tool:
@@ -1678,47 +1677,38 @@ class ToolMap:
         found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
         return found or Tool("function_call", name, "")
 
-    def restore_name(self, item: JSON) -> JSON:
-        """A call of the history by the name of its tool: a misspelt name does not go back to the model."""
-        if item["type"] != "function_call" or item.get("namespace"):
-            return item
-        tool = self.resolve(item["name"])
-        return {**item, "name": tool.name, "namespace": tool.namespace}
+    def _add(self, tools: Sequence[JSON], namespace: str) -> None:
+        for tool in tools:
+            kind = tool["type"]
+            if kind == "namespace":
+                self._add(tool["tools"], tool["name"])
+            elif kind == "function":
+                self._add_function("function_call", tool["name"], namespace, tool)
+            elif kind == "custom":
+                freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
+                self._add_function("custom_tool_call", tool["name"], namespace, freeform)
+            elif kind == "tool_search" and tool.get("execution") == "client":
+                self._add_function("tool_search_call", kind, "", tool)
+            elif kind == "local_shell":
+                self._add_function("local_shell_call", kind, "", LOCAL_SHELL)
+            elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
+                self.hosted.append(tool)
+            else:
+                self.dropped.append(f"tools:{kind}")
 
-    def _add(self, tool: JSON, namespace: str) -> None:
-        kind = tool["type"]
-        if kind == "namespace":
-            for member in tool["tools"]:
-                self._add(member, tool["name"])
-        elif kind == "function":
-            self.add_function(Tool("function_call", tool["name"], namespace), tool)
-        elif kind == "custom":
-            freeform = {"description": freeform_description(tool), "parameters": FREEFORM_PARAMETERS}
-            self.add_function(Tool("custom_tool_call", tool["name"], namespace), freeform)
-        elif kind == "tool_search" and tool.get("execution") == "client":
-            self.add_function(Tool("tool_search_call", kind, ""), tool)
-        elif kind == "local_shell":
-            self.add_function(Tool("local_shell_call", kind, ""), LOCAL_SHELL)
-        elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
-            self.hosted.append(tool)
-        else:
-            self.dropped.append(f"tools:{kind}")
-
-    def add_function(self, tool: Tool, given: JSON) -> None:
-        name = upstream_tool_name(tool.name, tool.namespace)
-        known = self.by_upstream_name.get(name)
-        if known is not None:                   # the first of two equal names wins
-            if known[:3] != tool[:3]:
-                self.dropped.append(f"tools:{name}")
-            return
+    def _add_function(self, kind: ItemType, name: str, namespace: str, given: JSON) -> None:
+        upstream_name = upstream_tool_name(name, namespace)
         parameters = given.get("parameters") or {"type": "object", "properties": {}}
         parameters, fitted = fit_parameters(parameters, self.parameter_names)
-        if fitted:
-            tool = tool._replace(fitted=fitted)
-        self.by_upstream_name[name] = tool
-        self.by_name[tool.name] = None if tool.name in self.by_name else tool
+        tool = Tool(kind, name, namespace, fitted)
+        first = self.by_upstream_name.setdefault(upstream_name, tool)
+        if first is not tool:                   # the first of two equal names wins
+            if first[:3] != tool[:3]:
+                self.dropped.append(f"tools:{upstream_name}")
+            return
+        self.by_name[name] = None if name in self.by_name else tool
         function = {
-            "name": name,
+            "name": upstream_name,
             "description": given.get("description") or "",
             "parameters": parameters,
         }
@@ -1729,7 +1719,7 @@ class ToolMap:
 
 def split_trailing_surrogate(text: str) -> tuple[str, str]:
     """The text, and half a surrogate pair at its end, whose other half comes with the next fragment."""
-    half = text[-1:] if HIGH_SURROGATE[0] <= text[-1:] <= HIGH_SURROGATE[1] else ""
+    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     return fix_surrogates(text.removesuffix(half)), half
 
 
@@ -1740,51 +1730,27 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class CustomInputDecoder:
-    """The text inside `{"input": "..."}` while it streams in, for custom tools offered as one-string
-    functions; or the arguments of a function whose parameters are `fitted`, shown when they are complete.
+# half a surrogate pair waits for what follows: its other half, or anything else
+INPUT_TEXT = re.compile(r'(?P<text>(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
+                        r'|u[dD][89abAB][0-9a-fA-F]{2}'
+                        r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))+)')
+# a text that begins with a fence is left to unwrap()
+INPUT_START = re.compile(r'\s*\{\s*"input"\s*:\s*"(?=(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z))'
+                         + INPUT_TEXT.pattern)
+MAX_PENDING_INPUT = 1024    # characters; after more than these the rest is left to unwrap()
 
-    `feed` returns new text for the client; `finish` returns the whole text, which begins with all that `feed`
-    has returned, or None where the JSON is incomplete.
-    """
-    # a text that begins with a fence is left to finish()
-    HEAD = re.compile(r'(\s*\{\s*"input"\s*:\s*")(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z)')
-    # half a surrogate pair waits for what follows: its other half, or anything else
-    SAFE = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                      r'|u[dD][89abAB][0-9a-fA-F]{2}'
-                      r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))*')
-    MAX_PENDING = 1024                  # characters that cannot be shown: then the rest is left to finish()
 
-    def __init__(self, fitted: Mapping[str, str]) -> None:
-        self.own_names = {fit: own for own, fit in fitted.items()}
-        self.pending = ""
-        self.given: list[str] = []      # not empty: the string has begun
-
-    def feed(self, text: str) -> str:
-        if self.own_names or len(self.pending) > self.MAX_PENDING:
-            return ""
-        self.pending += text
-        if not self.given:
-            head = self.HEAD.match(self.pending)
-            if head is None:
-                return ""
-            self.given.append("")
-            self.pending = self.pending[head.end(1):]
-        rest = self.SAFE.sub("", self.pending, count=1)
-        text = fix_surrogates(json.loads(f'"{self.pending.removesuffix(rest)}"', strict=False))
-        self.pending = rest
-        self.given.append(text)
-        return text
-
-    def finish(self, raw: str) -> str | None:
-        if self.own_names:
-            raw = raw.strip() or "{}"
-            try:
-                return None if parse_object(raw) is None else rename_keys(raw, self.own_names)
-            except RecursionError:
-                return None
-        whole, given = unwrap(raw), "".join(self.given)
-        return whole if whole is None or whole.startswith(given) else given
+def decode_input(pending: str, more: str, begun: bool) -> tuple[str, str]:
+    """The next text in `{"input": "..."}`, the arguments of a custom tool that is offered as a function; then
+    the new `pending`, which waits for more."""
+    if len(pending) > MAX_PENDING_INPUT:
+        return "", pending
+    pending += more
+    found = (INPUT_TEXT if begun else INPUT_START).match(pending)
+    if found is None:
+        return "", pending
+    text = fix_surrogates(json.loads(f'"{found["text"]}"', strict=False))
+    return text, pending[found.end():]
 
 
 def unwrap(raw: str) -> str | None:
@@ -1797,12 +1763,11 @@ def unwrap(raw: str) -> str | None:
             return None
         value = raw
     members = value if isinstance(value, dict) else {"input": value}
-    texts = [text for text in members.values() if isinstance(text, str)]
-    if isinstance(members.get("input"), str):
-        texts = [members["input"]]
-    elif not members:
-        texts = [""]
-    text = fix_surrogates(texts[0] if len(texts) == 1 else raw)
+    texts = {name: text for name, text in members.items() if isinstance(text, str)}
+    text = texts.get("input", raw if members else "")
+    if len(texts) == 1:
+        [text] = texts.values()
+    text = fix_surrogates(text)
     fenced = re.fullmatch(r"\s*```[a-z]*\n(\*\*\* Begin Patch\n.*?)\n?```\s*", text, re.DOTALL)
     return fenced[1] if fenced else text
 
@@ -1843,7 +1808,6 @@ class History(NamedTuple):
     """
     system: list[str]
     turns: list[Turn]
-    dropped: list[str]
 
     @property
     def items(self) -> list[JSON]:
@@ -1853,13 +1817,12 @@ class History(NamedTuple):
 NO_OUTPUT = "no output was recorded for this call"
 
 
-def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> History:
-    """`items` are the request's, already unsealed for the provider (unseal_items)."""
-    system = [request.instructions] if request.instructions else []
+def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, dropped: list[str]) -> History:
+    """A request's instructions and unsealed items as a History; adds the names of what it loses to `dropped`."""
+    system = [instructions] if instructions else []
     plain: list[JSON] = []
-    dropped: list[str] = []
     for item in items:
-        made = normalize_item(item, dropped)
+        made = normalize_item(item, book, dropped)
         if made is None:
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
@@ -1868,7 +1831,7 @@ def normalize_history(request: ResponsesRequest, items: Sequence[JSON]) -> Histo
             system.append("\n\n".join(texts))
         else:
             plain.append(made)
-    return History(system, gather_turns(plain), dropped)
+    return History(system, gather_turns(plain))
 
 
 def is_summary_only(item: JSON) -> bool:
@@ -1932,22 +1895,25 @@ OUTPUT_TYPES = (
     "shell_call_output",
     "apply_patch_call_output",
 )
-COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
 # an envelope of ours, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
 
-def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
+def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None:
     """A plain item; None for one that has no such form."""
     kind, call_id = item["type"], item.get("call_id") or ""
     if kind in ("message", "agent_message"):
         return normalize_message(item, dropped)
     if kind in CALL_ARGUMENTS:
-        name = kind.removesuffix("_call")
-        if "name" in item:
-            name = upstream_tool_name(item["name"], item.get("namespace") or "")
-        arguments = call_arguments(item)
-        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
+        name, namespace = item.get("name") or kind.removesuffix("_call"), item.get("namespace")
+        # a misspelt name does not go back to the model
+        tool = book.resolve(upstream_tool_name(name, namespace) if namespace else name)
+        return {
+            "type": "function_call",
+            "call_id": call_id,
+            "name": upstream_tool_name(tool.name, tool.namespace),
+            "arguments": rename_keys(call_arguments(item), tool.fitted),
+        }
     if kind in OUTPUT_TYPES:
         return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
@@ -1955,7 +1921,7 @@ def normalize_item(item: JSON, dropped: list[str]) -> JSON | None:
     if kind == "image_generation_call" and item.get("result"):
         image = {"type": "input_image", "image_url": f"data:image/png;base64,{item['result']}"}
         return {**user_message(image), "generated": True}
-    if kind in COMPACTION_TYPES:
+    if kind in ("compaction", "compaction_summary", "context_compaction"):
         text = text_of(item.get("content") or item.get("summary"))
         return user_message(text_block(text)) if text else None
     return None
@@ -2020,7 +1986,7 @@ class Attachment(NamedTuple):
     """An image or a file: an address, or bytes."""
     mime: str                   # by the bytes, else as declared, else by the ending; "": unknown
     name: str
-    detail: str                 # of an image, as the client gave it
+    detail: Any                 # of an image, as the client gave it
     url: str = ""
     data: str = ""              # clean base64
     text: str | None = None     # of a text file
@@ -2051,19 +2017,18 @@ TYPE_BY_ENDING = {
 def read_attachment(part: JSON) -> Attachment | None:
     """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64, which
     would have every later turn refused."""
-    if part["type"] not in ("input_image", "input_file"):
-        return None
     is_image = part["type"] == "input_image"
-    given = map(part.get, ("file_data", "image_url", "file_url"))
-    source = next((text for text in given if isinstance(text, str)), "")
+    if not is_image and part["type"] != "input_file":
+        return None
+    source = part.get("file_data") or part.get("image_url") or part.get("file_url")
+    if not isinstance(source, str):
+        return None
     is_url = re.match("(https?|gs)://", source)
-    name = str(part.get("filename") or "")
-    detail = part.get("detail") or ""
+    name, detail = str(part.get("filename") or ""), part.get("detail")
     path = source.split("?")[0] if is_url else name
     mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
     if is_url:
-        mime = mime or ("image/" if is_image else "")
-        return Attachment(mime, name, detail, url=source)
+        return Attachment(mime or ("image/" if is_image else ""), name, detail, url=source)
     head, comma, encoded = source.rpartition(",")
     # without line ends, in the standard alphabet, with padding
     data = "".join(encoded.split()).rstrip("=")
@@ -2117,7 +2082,6 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
-HIGH_SURROGATE = ("\ud800", "\udbff")
 # the fields of a response object that repeat the request, with their defaults (RESPONSES.md section 4)
 ECHO_DEFAULTS: JSON = {
     "instructions": None,
@@ -2476,9 +2440,9 @@ class Item:
     # of a call
     call_id: str = ""
     tool: Tool | None = None
-    input_decoder: CustomInputDecoder | None = None
     arguments: list[str] = field(default_factory=list)  # or input, as they came
-    has_control: bool = False   # a control character came: the rest is sent at the end, escaped
+    pending_input: str | None = None    # of a custom tool offered as a function: what decode_input left
+    held_back: bool = False     # must be changed as a whole: control characters escaped, parameters renamed
     # since output_item.added
     id: str = ""
     index: int = -1
@@ -2504,15 +2468,21 @@ class Item:
     def complete_arguments(self) -> str | None:
         """A call's arguments or input; None where they are truncated."""
         raw = "".join(self.arguments)
-        if self.has_control:
+        if self.held_back:
             raw = escape_controls(raw)
-        if self.input_decoder is not None:
-            return self.input_decoder.finish(raw)
+        if self.pending_input is not None:
+            whole, shown = unwrap(raw), "".join(self.text)
+            return whole if whole is None or whole.startswith(shown) else shown
         if self.kind == "custom_tool_call" or self.tool is None:
             return raw
-        if not raw.strip():     # a tool without arguments
-            return raw + "{}" if self.done else None
-        return None if parse_object(raw) is None else raw
+        if self.done and not raw.strip():       # a tool without arguments
+            raw += "{}"
+        if parse_object(raw) is None:
+            return None
+        try:
+            return rename_keys(raw, {fit: own for own, fit in self.tool.fitted.items()})
+        except RecursionError:
+            return None
 
     def to_json(self, status: str, arguments: str = "") -> str:
         fields: JSON = {"id": self.id, "type": self.kind, "status": status}
@@ -2553,8 +2523,9 @@ class Assembler(Attempt):
         if self.answer.secrets.search(call_id):
             call_id = self.new_item_id("call_")
         item = Item(tool.kind, {}, call_id, tool)
-        if tool.kind == "custom_tool_call" or tool.fitted:
-            item.input_decoder = CustomInputDecoder(tool.fitted)
+        if tool.kind == "custom_tool_call":
+            item.pending_input = ""
+        item.held_back = bool(tool.fitted)
         self.begin(key, item)
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
@@ -2681,13 +2652,13 @@ class Assembler(Attempt):
 
     def arguments_delta(self, item: Item, text: str, channel: str) -> None:
         if item.kind == "function_call" and CONTROL.search(text):
-            item.has_control = True
+            item.held_back = True
         item.arguments.append(text)
         if channel == "input":  # raw, with no JSON around it
-            item.input_decoder = None
-        elif item.input_decoder is not None:
-            text = item.input_decoder.feed(text)
-        if text and item.kind in CALL_FIELD and not item.has_control:
+            item.pending_input = None
+        elif item.pending_input is not None:
+            text, item.pending_input = decode_input(item.pending_input, text, bool(item.text))
+        if text and item.kind in CALL_FIELD and not item.held_back:
             item.text.append(text)
             if self.answer.request.stream:
                 fields = f'{item.location_json},"delta":{json_string(text)}'
@@ -3900,7 +3871,7 @@ class TurnEncoder:
 
     def encode_part(self, part: JSON) -> JSON | None:
         file = read_attachment(part)
-        if file is not None:
+        if file:
             return self.encode_file(file)
         text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None
@@ -5535,8 +5506,7 @@ class MessagesTurns(TurnEncoder):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
-        title = {"title": file.name} if file.name else {}
-        return {"type": "document", "source": source, **title}
+        return without_empty({"type": "document", "source": source, "title": file.name})
 
 
 def tool_use_id(given: str) -> str:
@@ -6064,6 +6034,7 @@ class GeminiContents(TurnEncoder):
     def encode(self) -> list[JSON]:
         self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
         self.signatures: dict[str, str] = {}        # by call_id
+        self.searched = collections.Counter[int]()  # number of a content -> its parts behind which new text begins
         self.encode_items()
         self.add_fillers()
         for content in self.out:
@@ -6072,7 +6043,7 @@ class GeminiContents(TurnEncoder):
                 continue
             content["role"] = "model"
             if self.settings.thinking_param:
-                add_thought_signature(content, replace=False)
+                add_thought_signature(content)
         return self.out
 
     def message(self, item: JSON) -> None:
@@ -6083,39 +6054,41 @@ class GeminiContents(TurnEncoder):
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
         signature = replay.get("signature")
-        part = replay.get("part")
-        if isinstance(part, dict) and self.settings.combines_tools:     # older models refuse a server's tool
-            self.add("assistant", [part])
-        elif not isinstance(signature, str):
+        if "part" in replay and self.settings.combines_tools:       # older models refuse a server's tool
+            self.add("assistant", [replay["part"]])
+        elif not signature:
             self.dropped.append("reasoning:foreign")
-        elif replay.get("for"):
+        elif "for" in replay:
             self.signatures[replay["for"]] = signature
         else:
-            self._sign_text(signature, replay.get("characters") or 0)
+            self._sign_text(signature, replay.get("characters", 0))
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text before, once a part; for 0 an image or an empty part."""
+        """Signs the last `characters` of the text since the last signature; for 0 an image or an empty part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
-        if not characters and not (parts and "inlineData" in parts[-1]):
-            self.add("assistant", [{"text": ""}])
         if not characters:
-            self.out[-1]["parts"][-1]["thoughtSignature"] = signature
+            if not parts or "inlineData" not in parts[-1]:
+                parts = [{"text": ""}]
+                self.add("assistant", parts)
+            parts[-1]["thoughtSignature"] = signature
             return
-        for at in reversed(range(len(parts))):
+        for at in reversed(range(self.searched[len(self.out)], len(parts))):
             text = parts[at].get("text")
-            if text and len(parts[at]) == 1:
+            if text:
                 parts[at] = {"text": text[-characters:], "thoughtSignature": signature}
                 if len(text) > characters:
                     parts.insert(at, {"text": text[:-characters]})
-                return
-        self.dropped.append("reasoning:signature")
+                break
+        else:
+            self.dropped.append("reasoning:signature")
+        self.searched[len(self.out)] = len(parts)
 
     def function_call(self, item: JSON) -> None:
         call_id = item["call_id"]
         call = self.calls[call_id] = {"name": item["name"]}
         if not MINTED_ID.fullmatch(call_id):
             call["id"] = call_id
-        part: JSON = {"functionCall": {**call, "args": parse_object(item["arguments"]) or {}}}
+        part: JSON = {"functionCall": {**call, "args": json.loads(item["arguments"])}}
         # gather_turns numbers repeated ids: the newest signature is meant
         unnumbered = re.sub(r"_\d+$", "", call_id)
         signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
@@ -6134,7 +6107,7 @@ class GeminiContents(TurnEncoder):
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
         text = text_of(parts, "\n")
-        if not text and (inside or outside):
+        if parts and not text:
             text = "The content follows."
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
@@ -6155,20 +6128,22 @@ class GeminiContents(TurnEncoder):
         return None
 
 
-def add_thought_signature(content: JSON, replace: bool) -> None:
+def add_thought_signature(content: JSON) -> None:
     """Gives the first call of a step, which must be signed, the dummy where it has no signature: in old turns
-    too, so that their bytes never change. `replace` removes all other signatures."""
-    for part in content["parts"] if replace else []:
-        part.pop("thoughtSignature", None)
-    first: JSON = next((part for part in content["parts"] if "functionCall" in part), {})
-    first.setdefault("thoughtSignature", DUMMY_SIGNATURE)
+    too, so that their bytes never change."""
+    for part in content["parts"]:
+        if "functionCall" in part:
+            part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
+            break
 
 
 # --- what it refuses
 
 def replace_signatures(body: JSON, found: re.Match[str]) -> None:
     for content in body["contents"]:
-        add_thought_signature(content, replace=True)
+        for part in content["parts"]:
+            part.pop("thoughtSignature", None)
+        add_thought_signature(content)
 
 
 def drop_keyword(body: JSON, found: re.Match[str]) -> None:
@@ -6742,12 +6717,8 @@ class WireApi(NamedTuple):
         ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
         searches = bool(getattr(ctx.settings, "web_search", ""))
         ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
-        ctx.history = normalize_history(request, [book.restore_name(item) for item in items])
-        for item in ctx.history.items:
-            tool = book.by_upstream_name.get(item.get("name", ""))
-            if tool and tool.fitted:
-                item["arguments"] = rename_keys(item["arguments"], tool.fitted)
-        ctx.dropped += book.dropped + ctx.history.dropped
+        ctx.dropped += book.dropped
+        ctx.history = normalize_history(request.instructions, items, book, ctx.dropped)
         ctx.fields = request_fields(request.body)
         parts: list[Any] = []
         for item in request.input:

@@ -362,7 +362,7 @@ def test_neighbours_become_one_message_in_linear_time(kind):
             {"type": "input_image", "image_url": "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" * 3).decode()}
         item = thought if kind == "thought" else {"type": "message", "role": "user", "content": [part]}
         last = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
-        history = pomex.History([], pomex.gather_turns([*[item] * count, last]), [])
+        history = pomex.History([], pomex.gather_turns([*[item] * count, last]))
         began = time.perf_counter()
         ctx = types.SimpleNamespace(history=history, settings=pomex.DIALECTS["deepseek"], dropped=[])
         [message, *_] = pomex.ChatMessages(ctx).encode("")

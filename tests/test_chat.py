@@ -982,9 +982,9 @@ def test_a_misspelt_name_of_the_history_goes_back_as_its_tools() -> None:
     book = pomex.ToolMap(DOTTED)
     for name, meant in LEAKED.items():
         item = {"type": "function_call", "call_id": "a", "name": name, "arguments": "{}"}
-        sent = book.restore_name(item)
-        assert (sent.get("namespace", ""), sent["name"]) == meant
-        assert book.restore_name({**item, "namespace": "other"})["name"] == name
+        namespace, own = meant
+        sent = [made["name"] for made in (pomex.normalize_item(each, book, []) for each in (item, {**item, "namespace": "other"})) if made]
+        assert sent == [pomex.upstream_tool_name(own, namespace), pomex.upstream_tool_name(name, "other")]
 
 
 USAGES: dict[str, tuple[JSON, pomex.Usage]] = {

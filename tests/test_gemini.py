@@ -7,6 +7,8 @@ import dataclasses
 import json
 import pathlib
 import re
+import time
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -762,6 +764,23 @@ def test_21_a_signature_of_text_stands_on_the_part_it_came_with(characters: int,
 def test_a_signature_whose_text_is_gone_is_named() -> None:
     made, dropped = replayed([user_item("q"), replay(signature="S", characters=3), user_item("r")])
     assert shape(made) == ["user: q | r"] and dropped == ["reasoning:signature"]
+
+
+def test_each_signature_looks_only_at_the_text_since_the_one_before() -> None:
+    signed = [replay(signature="S", characters=2), replay(signature="T", characters=2)]
+    made, dropped = replayed([user_item("q"), says("abcd"), signed[0], says("efgh"), *signed, user_item("r")])
+    first, second = ([{"text": text[:2]}, {"text": text[2:], "thoughtSignature": "S"}] for text in ("abcd", "efgh"))
+    assert made[1]["parts"] == first + second and dropped == ["reasoning:signature"]
+
+
+def test_signatures_take_linear_time() -> None:
+    many, signature = 20_000, replay(signature="S", characters=1)
+    for items in ([*[says("ab")] * many, *[signature] * many], [*[function_call("a")] * many, *[signature] * many],
+                  [says("ab" * many), *[signature] * many]):
+        history = pomex.History([], pomex.gather_turns(items))
+        began = time.process_time()
+        pomex.GeminiContents(types.SimpleNamespace(history=history, settings=pomex.GEMINI_MODELS["gemini-3-pro"], dropped=[])).encode()
+        assert time.process_time() - began < 3, "40,000 items took 15 s before"
 
 
 def test_parts_of_a_search_come_back_only_to_models_that_take_them() -> None:

@@ -168,8 +168,7 @@ def test_what_is_unknown_or_null_is_tolerated(fields):
     request = ask(**fields)
     assert all(isinstance(i["type"], str) for i in request.input)
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    pomex.ToolMap(request.tools)
-    pomex.normalize_history(request, items)
+    pomex.normalize_history(request.instructions, items, pomex.ToolMap(request.tools), dropped)
     pomex.dumps(pomex.echo_fields(request, True))
 
 
@@ -401,6 +400,25 @@ def test_fitted_arguments_are_whole_or_not_at_all(arguments, whole):
     assert attempt.status == ("failed" if whole is None else "completed")
 
 
+def test_fitted_arguments_that_never_came_are_incomplete_like_any_other():
+    for offered in ({"$top": {}}, {"top": {}}):
+        book = pomex.ToolMap([{**ODD, "parameters": {"properties": offered}}], model="claude-opus-5")
+        _, attempt = told([calls(0, "c", book.resolve("odd")), Stop()])
+        assert (attempt.status, json.loads(attempt.output())) == ("failed", [])
+
+
+@pytest.mark.parametrize("given, name", [
+    ({"type": "custom_tool_call", "name": "apply_patch", "input": "x"}, "mcp__demo__apply_patch"),
+    ({"type": "custom_tool_call", "name": "functions.apply_patch", "input": "x"}, "mcp__demo__apply_patch"),
+    ({"type": "custom_tool_call", "name": "apply_patch", "namespace": "mcp__demo", "input": "x"}, "mcp__demo__apply_patch"),
+    ({"type": "local_shell_call", "name": None, "action": {}}, "local_shell"),
+])
+def test_every_call_goes_back_under_the_name_of_its_tool(given, name):
+    request = ask(input=[{"call_id": "c", **given}], tools=[{**SPACE, "tools": [PATCH]}])
+    history = pomex.normalize_history("", request.input, pomex.ToolMap(request.tools), [])
+    assert history.items[0]["name"] == name
+
+
 # --- history for providers that know only functions
 
 def call(call_id, **fields):
@@ -491,7 +509,7 @@ NONE = pomex.NO_OUTPUT
 ], ids=str)
 def test_a_history_is_mended_into_pairs(given, plain):
     request = ask(input=given)
-    history = pomex.normalize_history(request, request.input)
+    history = pomex.normalize_history("", request.input, pomex.ToolMap(()), [])
     assert [{k: v for k, v in i.items()} for i in history.items] == plain
     calls = [i["call_id"] for i in history.items if i["type"] == "function_call"]
     assert sorted(calls) == sorted(i["call_id"] for i in history.items if i["type"] == "function_call_output")
@@ -500,9 +518,10 @@ def test_a_history_is_mended_into_pairs(given, plain):
 def test_leading_instructions_are_collected_and_what_is_lost_is_named():
     request = ask(instructions="one", input=[message("two", "developer"), message("three", "system"), message("x"),
                                              {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
-    history = pomex.normalize_history(request, request.input)
+    dropped: list[str] = []
+    history = pomex.normalize_history(request.instructions, request.input, pomex.ToolMap(()), dropped)
     assert history.system == ["one", "two", "three"]
-    assert history.dropped == ["input:web_search_call"] * 2        # named once in the end: WireApi
+    assert dropped == ["input:web_search_call"] * 2        # named once in the end: WireApi
 
 
 # --- the assembler: what each item looks like
@@ -1180,9 +1199,10 @@ def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
 @pytest.mark.parametrize("kind", [{"type": "agent_message"}, {"type": "message", "role": "user"}], ids=str)
 def test_what_another_agent_was_told_is_text_unless_it_is_a_cipher(sealed, named, kind):
     request = ask(input=[{**kind, "content": [{"type": "input_text", "text": "a"}, {"type": "encrypted_content", "encrypted_content": sealed}]}])
-    history = pomex.normalize_history(request, request.input)
+    dropped: list[str] = []
+    history = pomex.normalize_history("", request.input, pomex.ToolMap(()), dropped)
     assert [part["text"] for part in history.items[0]["content"]] == (["a"] if named else ["a", sealed])
-    assert history.dropped == (["content:encrypted_content"] if named else [])
+    assert dropped == (["content:encrypted_content"] if named else [])
 
 
 NO_OBJECTS = ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', "[1]", "3", '"x"', "null", '{"a"', "{} {}"]

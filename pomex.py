@@ -6370,24 +6370,21 @@ class DeltaTemplate(NamedTuple):
         """The texts of the events from `at` on that fit, and the end of these. If there are counts, the last event is left:
         only its own matter."""
         texts: list[str] = []
-        ends = [at]
+        last = at
         while self.before and block.startswith(self.before, at):
             start = at + len(self.before)
             end = block.find(self.after, start)
             text = block[start:end]
             if end < 0 or not PLAIN_TEXT.fullmatch(text):
                 break
-            at = end + len(self.after)
+            start = end = end + len(self.after)
             if self.counts:
-                end = block.find("\n\n", at) + 2
-                if NUMBERS.sub("0", block[at:end]) != self.counts:
+                end = block.find("\n\n", start) + 2
+                if NUMBERS.sub("0", block[start:end]) != self.counts:
                     break
-                at = end
             texts.append(json.loads(f'"{text}"') if "\\" in text else text)
-            ends.append(at)
-        if self.counts and texts:
-            del texts[-1], ends[-1]
-        return texts, ends[-1]
+            last, at = at, end
+        return (texts[:-1], last) if self.counts else (texts, at)
 
 
 def field_template(event: str, name: str) -> DeltaTemplate:
@@ -6425,7 +6422,10 @@ class TranslatedStream(Assembler):
             else:
                 end = block.find("\n\n", at) + 2
                 self._take(parse_event(block[at:end - 2]))
-                self._make_template(block[at:end])
+                self.template = DeltaTemplate()
+                if self.decoder.delta and self.templates_left:
+                    self.templates_left -= 1
+                    self.template = field_template(block[at:end], self.decoder.delta.field)
             at = end
 
     def _take(self, event: Event | None) -> None:
@@ -6435,12 +6435,6 @@ class TranslatedStream(Assembler):
         data = error_data(event.data) if event.event == "error" else event.data
         if data:
             self.decoder.feed(data)
-
-    def _make_template(self, event: str) -> None:
-        self.template = DeltaTemplate()
-        if self.decoder.delta and self.templates_left:
-            self.templates_left -= 1
-            self.template = field_template(event, self.decoder.delta.field)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data, "The provider's answer is not JSON.")
@@ -6545,12 +6539,11 @@ class WireApi(NamedTuple):
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[EncodeContext], Decoder]
-    models: Mapping[str, Any] = DIALECTS  # what is known of them, by dialect or by prefix
+    models: Mapping[str, Any] = {}      # what is known of them, by dialect or by prefix; "" for the unknown
     repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     key_header: tuple[str, str] = ("authorization", "Bearer ")  # not in the address, which is logged
     vendor: str = ""  # of the rule for names of parameters; "": the model's name tells
-    model_settings: Mapping[str, Any] = {}  # that the configuration may override, with their defaults
 
     def auth(self, key: str) -> list[tuple[str, str]]:
         name, scheme = self.key_header
@@ -6567,9 +6560,9 @@ class WireApi(NamedTuple):
 
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
-        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
+        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
         ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
-        searches = bool(getattr(ctx.settings, "web_search", ""))
+        searches = getattr(ctx.settings, "web_search", False)
         ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
         ctx.history = normalize_history(request, [book.restore_name(item) for item in items])
         for item in ctx.history.items:
@@ -6589,14 +6582,15 @@ class WireApi(NamedTuple):
         ctx.dropped += unknown_keys("tools", request.tools)
         ctx.dropped += unknown_keys("content", only_dicts(parts))
         body = self.encode(ctx)
-        dropped = ctx.dropped + [path for path, value in ctx.fields.items()
-                                 if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]
+        for path, value in ctx.fields.items():
+            if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
+                ctx.dropped.append(path)
+        dropped = list(dict.fromkeys(ctx.dropped))
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
         attempt = TranslatedStream(ctx, self.decoder(ctx))
         frames = () if path else demo_frames(ctx)
-        dropped = list(dict.fromkeys(dropped))
         return UpstreamCall(self, path, dumps(body).encode(), attempt, dropped, self.headers(body), frames)
 
     def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
@@ -6619,27 +6613,22 @@ WIRES: dict[str, WireApi] = {
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings, ctx.call_prefix),
-        model_settings={
-            name: usual for name, usual in Dialect._field_defaults.items()
-            if isinstance(usual, (str, bool))
-        }),
+        models=DIALECTS),
     "messages": WireApi(
         "/messages", encode_messages,
         decoder=lambda ctx: MessagesDecoder(ctx.book, ctx.call_prefix),
         models=ANTHROPIC_MODELS,
         repair=functools.partial(repair_from, MESSAGES_REPAIRS),
-        headers=messages_headers, key_header=("x-api-key", ""), vendor="claude",
-        model_settings=AnthropicModel._field_defaults),
+        headers=messages_headers, key_header=("x-api-key", ""), vendor="claude"),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=lambda ctx: GeminiDecoder(ctx.book, ctx.call_prefix),
         models=GEMINI_MODELS,
         repair=functools.partial(repair_from, GEMINI_REPAIRS),
-        key_header=("x-goog-api-key", ""), vendor="gemini",
-        model_settings=GeminiModel._field_defaults),
+        key_header=("x-goog-api-key", ""), vendor="gemini"),
     "demo": WireApi(
         "", encode_demo,
-        decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings)),
+        decoder=lambda ctx: ChatDecoder(ctx.book, DIALECTS[""])),
 }
 
 
@@ -7065,8 +7054,9 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    facts = WIRES[provider.wire_api].model_settings
-    known = {name: Field((type(value),)) for name, value in facts.items()}
+    models = WIRES[provider.wire_api].models
+    facts = models[""]._asdict() if models else {}
+    known = {name: Field((type(value),)) for name, value in facts.items() if isinstance(value, (str, int))}
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
     provider = dataclasses.replace(

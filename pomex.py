@@ -6468,7 +6468,7 @@ class EncodeContext:
     calls: int = 1              # the request's upstream calls, this one included
     # by WireApi.call
     dropped: list[str] = field(init=False)      # what the target cannot carry: encoders add to it
-    settings: Any = field(init=False)           # what is known of the model
+    settings: Any = None        # what is known of the model
     book: ToolMap = field(init=False)
     history: History = field(init=False)
     fields: JSON = field(init=False)            # of the request, by path: encoders take theirs, the rest is named
@@ -6542,12 +6542,9 @@ class WireApi(NamedTuple):
     models: Mapping[str, Any] = {}      # what is known of them, by dialect or by prefix; "" for the unknown
     repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
-    key_header: tuple[str, str] = ("authorization", "Bearer ")  # not in the address, which is logged
-    vendor: str = ""  # of the rule for names of parameters; "": the model's name tells
-
-    def auth(self, key: str) -> list[tuple[str, str]]:
-        name, scheme = self.key_header
-        return [(name, scheme + key)]
+    # the key is never in the address, which is logged
+    auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
+    vendor: str = ""    # whose rule for parameter names holds; "": the model's name decides
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
@@ -6561,7 +6558,8 @@ class WireApi(NamedTuple):
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
         row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
-        ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
+        overrides = longest_prefix(ctx.overrides, ctx.model) or {}
+        ctx.settings = row._replace(**overrides)
         searches = getattr(ctx.settings, "web_search", False)
         ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
         ctx.history = normalize_history(request, [book.restore_name(item) for item in items])
@@ -6571,16 +6569,13 @@ class WireApi(NamedTuple):
                 item["arguments"] = rename_keys(item["arguments"], tool.fitted)
         ctx.dropped += book.dropped + ctx.history.dropped
         ctx.fields = request_fields(request.body)
-        parts: list[Any] = []
+        ctx.dropped += unknown_keys("tools", request.tools)
         for item in request.input:
-            content = item.get("content") or item.get("output")
-            if isinstance(content, list):
-                parts += content
+            parts = only_dicts(item.get("content") or item.get("output"))
+            ctx.dropped += unknown_keys("content", parts)
             if item["type"] == "configuration_update":      # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
-        ctx.dropped += unknown_keys("tools", request.tools)
-        ctx.dropped += unknown_keys("content", only_dicts(parts))
         body = self.encode(ctx)
         for path, value in ctx.fields.items():
             if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
@@ -6590,12 +6585,14 @@ class WireApi(NamedTuple):
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
         attempt = TranslatedStream(ctx, self.decoder(ctx))
-        frames = () if path else demo_frames(ctx)
-        return UpstreamCall(self, path, dumps(body).encode(), attempt, dropped, self.headers(body), frames)
+        return UpstreamCall(
+            self, path, dumps(body).encode(), attempt, dropped,
+            headers=self.headers(body),
+            frames=() if path else demo_frames(ctx))
 
     def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""
-        # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
+        # nothing is stored there: a thought with only its id would be a 404 in every later turn
         items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
         if len(items) < len(unsealed):
             ctx.dropped.append("input:reasoning")
@@ -6619,13 +6616,16 @@ WIRES: dict[str, WireApi] = {
         decoder=lambda ctx: MessagesDecoder(ctx.book, ctx.call_prefix),
         models=ANTHROPIC_MODELS,
         repair=functools.partial(repair_from, MESSAGES_REPAIRS),
-        headers=messages_headers, key_header=("x-api-key", ""), vendor="claude"),
+        headers=messages_headers,
+        auth=lambda key: [("x-api-key", key)],
+        vendor="claude"),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=lambda ctx: GeminiDecoder(ctx.book, ctx.call_prefix),
         models=GEMINI_MODELS,
         repair=functools.partial(repair_from, GEMINI_REPAIRS),
-        key_header=("x-goog-api-key", ""), vendor="gemini"),
+        auth=lambda key: [("x-goog-api-key", key)],
+        vendor="gemini"),
     "demo": WireApi(
         "", encode_demo,
         decoder=lambda ctx: ChatDecoder(ctx.book, DIALECTS[""])),
@@ -7056,7 +7056,11 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
     models = WIRES[provider.wire_api].models
     facts = models[""]._asdict() if models else {}
-    known = {name: Field((type(value),)) for name, value in facts.items() if isinstance(value, (str, int))}
+    known = {
+        name: Field((type(value),))
+        for name, value in facts.items()
+        if isinstance(value, (str, int))
+    }
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
     provider = dataclasses.replace(
@@ -14641,8 +14645,8 @@ glm-5.3-flash 1048576 128000 0.15 0.5 0.03
 glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 """
 
-# What layers 6 and 7 know of servers, models and providers, in the form of a provider's `overrides`: names or prefixes, then
-# fields. A row that is `like` an earlier row has its fields, with those that differ.
+# What layers 6 and 7 know of servers, models and providers, in the form of `overrides`: names or prefixes, then fields. A row
+# that is `like` an earlier one names only the fields that differ.
 
 # Chat servers. One that is unknown is sent an effort only for models that are the same everywhere. Z.ai: GLM-5.3 thinks at
 # full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349). MiniMax: without
@@ -14695,7 +14699,7 @@ fill_table(DIALECTS, Dialect(), """{
 fill_table(ANTHROPIC_MODELS, AnthropicModel(), """{
 "claude-": {},
 "claude-mythos-5-1": {"system_anywhere": true},
-"claude-fable-5 claude-mythos-5":                     {"system_anywhere": true, "forced_choice": true},
+"claude-fable-5 claude-mythos-5": {"system_anywhere": true, "forced_choice": true},
 "claude-fable-5-1 claude-fable-5-2 claude-mythos-5-2": {"system_anywhere": true, "binds_thinking": true},
 "claude-opus-5-5":   {"system_anywhere": true, "binds_thinking": true, "always_show_thinking": true},
 "claude-opus-5":     {"system_anywhere": true, "forced_choice": true, "disable_thinking": "disabled"},
@@ -14815,8 +14819,8 @@ quotes of files that you wrote: the user has them. Use short lists where they he
 """
 
 
-# The dashboard: static, no value is put in by Python. Its script asks /admin/api/ for JSON and writes text nodes only, since
-# names of models and keys, user agents and errors are what anybody may have sent.
+# The dashboard, a static page. Its script asks /admin/api/ for JSON and writes text nodes only, since anybody may have sent
+# the names, user agents and errors that it shows.
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>Pomex</title><link rel="icon" href="data:,">

@@ -112,6 +112,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Generator,
     Iterable,
@@ -1062,7 +1063,7 @@ class Field(NamedTuple):
     types: tuple[type, ...] = (str,)
     minimum: float | None = None            # of a number, or of a string's length
     maximum: float = math.inf
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     items: Field | None = None              # for every entry of an array or object
     inner: Callable[[Any, str], None] | None = None         # checks more; called with value and path
     pattern: str = ""                       # of the whole text
@@ -3741,12 +3742,12 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The one of seven values, each for one of EFFORTS, for `effort`; "" for "-" and without one. An unknown effort counts
-    as high (TRANSLATION.md 1.3)."""
+    """The one of `values`, each for one of EFFORTS, the last for all that follow, for `effort`; "" for "-" and without one.
+    An unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
     known = effort if effort in EFFORTS else "high"
-    return values.split()[EFFORTS.index(known)].strip("-")
+    return values.split()[:EFFORTS.index(known) + 1][-1].strip("-")
 
 
 VENDOR = re.compile(r"^(?:.*?(?=claude-)|.*/(?=.))")
@@ -3766,6 +3767,13 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
         if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
     ]
     return rows.get(max(prefixes, key=len, default=""))
+
+
+def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
+    """Adds the rows of a table in layer 14, each for several names; the fields that it leaves out are the usual ones."""
+    for names, fields in json.loads(text).items():
+        base = table.get(fields.pop("like", None), usual)
+        table |= dict.fromkeys(names.split(" "), base._replace(**fields))
 
 
 class ToolChoice(NamedTuple):
@@ -4328,42 +4336,11 @@ def search_action(queries: list[str]) -> JSON:
 # expect of every server, so the decoder has hardly a branch by dialect.
 
 class EffortRule(NamedTuple):
-    """How models whose name contains `model` take a reasoning effort: a form of EFFORT_FORMS, and a value for each of
-    EFFORTS, if any. `always` goes with every request."""
-    model: str
+    """How models take a reasoning effort: a form of EFFORT_FORMS, and a value for each of EFFORTS, if any. `always` goes with
+    every request."""
     form: str = "effort"
     values: str = ""
     always: Mapping[str, Any] = {}
-
-
-UP_TO_HIGH = "low low low medium high high high"
-ON_OFF = "disabled enabled enabled enabled enabled enabled enabled"
-THINKING_BUDGETS = "0 1024 2048 10000 16384 32768 32768"
-# An unknown server is sent an effort only for models that are the same everywhere.
-OPEN_MODELS = (EffortRule("gpt-oss", values=UP_TO_HIGH),)
-OPEN_TEMPLATES = (
-    *OPEN_MODELS,
-    EffortRule("qwen3", "template", ON_OFF),
-    EffortRule("glm-4", "template", ON_OFF),
-)
-OPENAI_EFFORTS = (
-    *map(EffortRule, ("gpt-3", "gpt-4", "chat-latest")),
-    *(EffortRule(series, values=UP_TO_HIGH) for series in ("o1", "o3", "o4")),
-    EffortRule("gpt-6.2", values="low low low medium high xhigh max"),
-    EffortRule("", values=" ".join(EFFORTS)),
-)
-# GLM-5.3 thinks at full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349)
-ZAI_EFFORTS = (
-    EffortRule("glm-5.3", values="low low low high high max max",
-               always={"thinking": {"type": "enabled", "clear_thinking": False}}),
-    EffortRule("", "thinking", ON_OFF),
-)
-SPLIT = {"reasoning_split": True}       # else the thoughts stand in the text
-MINIMAX_EFFORTS = (
-    EffortRule("m3.1", values="low low low medium high max max", always=SPLIT),
-    EffortRule("m3", "thinking", ON_OFF.replace("enabled", "adaptive"), SPLIT),
-    EffortRule("", always=SPLIT),
-)
 
 
 class Dialect(NamedTuple):
@@ -4371,8 +4348,8 @@ class Dialect(NamedTuple):
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # how reasoning goes back
     replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
-    efforts: tuple[EffortRule, ...] = OPEN_MODELS
-    think_tags: bool = True         # an answer may begin with <think>
+    efforts: Mapping[str, JSON] = {}        # the EffortRule of models whose name contains the key: the first that fits
+    think_tags: bool = False        # an answer may begin with <think>
     system_anywhere: bool = False   # system messages may stand anywhere
     strict_tools: bool = False
     tool_parts: bool = False        # tool results may hold images
@@ -4382,51 +4359,10 @@ class Dialect(NamedTuple):
     short_ids: bool = False         # call ids must be nine letters or digits
     reasoning_within: bool = False  # completion_tokens hold the reasoning even where it is counted as more
     tool_stream: bool = False       # arguments are streamed only on request: else minutes of silence
-    passthrough_fields: tuple[str, ...] = ()
+    passthrough_fields: Sequence[str] = ()
 
 
-OPENAI_FIELDS = ("text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")
-OPENAI = Dialect(
-    "max_completion_tokens", efforts=OPENAI_EFFORTS, think_tags=False, system_anywhere=True,
-    strict_tools=True, passthrough_fields=OPENAI_FIELDS)
-QWEN = Dialect(
-    replay="reasoning_content", think_tags=False,
-    efforts=(EffortRule("coder"), EffortRule("", "budget", THINKING_BUDGETS, {"preserve_thinking": True})))
-DIALECTS: dict[str, Dialect] = {
-    **dict.fromkeys(("generic", "together", "fireworks", "ollama", "lmstudio"), Dialect()),
-    **dict.fromkeys(("vllm", "llama.cpp", "llamacpp"), Dialect(efforts=OPEN_TEMPLATES)),
-    "openai": OPENAI._replace(files=True, passthrough_fields=(*OPENAI_FIELDS, "service_tier")),
-    "azure": OPENAI,
-    "deepseek": Dialect(
-        replay="reasoning_content", replay_always=True, think_tags=False, json_schema=False,
-        forced_choice=False,            # "Thinking mode does not support this tool_choice"
-        efforts=(EffortRule("", "thinking_effort", "disabled low low high high high max"),)),
-    "openrouter": Dialect(
-        replay="reasoning_details", think_tags=False, files=True, reasoning_within=True,
-        efforts=(EffortRule("", "reasoning", "none minimal low medium high xhigh xhigh"),)),
-    "groq": Dialect(
-        "max_completion_tokens", tool_parts=True, passthrough_fields=("service_tier",),
-        efforts=(*OPEN_MODELS, EffortRule("qwen3", values="none default default default default default default"))),
-    "xai": Dialect(
-        think_tags=False,
-        efforts=(EffortRule("mini", values="low low low low high high high"),)),
-    "mistral": Dialect(
-        replay="thinking", think_tags=False, tool_parts=True, short_ids=True,
-        efforts=(EffortRule("small", values="none high high high high high high"),)),
-    "cerebras": Dialect("max_completion_tokens"),
-    "moonshot": Dialect(
-        replay="reasoning_content", replay_always=True, think_tags=False,
-        efforts=(EffortRule("k3", values="low low low high high high max"),
-                 EffortRule("k2.", "thinking", ON_OFF))),
-    "zai": Dialect(
-        replay="reasoning_content", think_tags=False, tool_stream=True,
-        efforts=ZAI_EFFORTS),
-    "minimax": Dialect(
-        "max_completion_tokens", replay="reasoning_details",
-        efforts=MINIMAX_EFFORTS),
-    "qwen": QWEN,
-    "dashscope": QWEN,
-}
+DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
 
 
 # --- the request
@@ -4505,8 +4441,8 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
 def chat_thinking(ctx: EncodeContext) -> JSON:
     """The request fields about reasoning."""
     name = ctx.model.lower()
-    fitting = (rule for rule in ctx.settings.efforts if rule.model in name)
-    rule = next(fitting, EffortRule(""))
+    fitting = (rule for part, rule in ctx.settings.efforts.items() if part in name)
+    rule = EffortRule(**next(fitting, {}))
     value = ctx.take_effort(rule.values)
     asked = EFFORT_FORMS[rule.form](value) if value else {}
     return {**rule.always, **asked}
@@ -5170,41 +5106,9 @@ class AnthropicModel(NamedTuple):
     web_search: str = "web_search_20260209"     # its type; "": it has none of its own
 
 
-BUDGET = AnthropicModel(
-    "budget", "", "", 64_000,
-    sampling=True, forced_choice=True, prefill=True, web_search="web_search_20250305")
-# Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence default_max_tokens.
-OLD = BUDGET._replace(default_max_tokens=8192, json_schema=False)
-SYSTEM = AnthropicModel(system_anywhere=True)
-ANTHROPIC_MODELS: dict[str, AnthropicModel] = {
-    **dict.fromkeys(("claude-fable-5", "claude-mythos-5"), SYSTEM._replace(forced_choice=True)),
-    "claude-mythos-5-1": SYSTEM,
-    **dict.fromkeys(
-        ("claude-fable-5-1", "claude-fable-5-2", "claude-mythos-5-2"),
-        SYSTEM._replace(binds_thinking=True)),
-    "claude-opus-5-5": SYSTEM._replace(always_show_thinking=True, binds_thinking=True),
-    "claude-opus-5": SYSTEM._replace(disable_thinking="disabled", forced_choice=True),
-    "claude-sonnet-5-5": AnthropicModel(
-        disable_thinking="between_tools", always_show_thinking=True, binds_thinking=True),
-    "claude-sonnet-5": AnthropicModel(disable_thinking="disabled", forced_choice=True),
-    "claude-haiku-5-5": AnthropicModel(
-        disable_thinking="disabled", forced_choice=True, always_show_thinking=True, binds_thinking=True),
-    "claude-opus-4-8": SYSTEM._replace(disable_thinking="", forced_choice=True),
-    "claude-opus-4-7": AnthropicModel(disable_thinking="", forced_choice=True),
-    **dict.fromkeys(("claude-opus-4-6", "claude-sonnet-4-6"), AnthropicModel(
-        disable_thinking="", efforts="low low low medium high max max", sampling=True, forced_choice=True)),
-    "claude-opus-4-5": BUDGET._replace(efforts="low low low medium high high high"),
-    **dict.fromkeys(("claude-sonnet-4-5", "claude-haiku-4-5"), BUDGET),
-    "claude-opus-4-1": OLD._replace(max_tokens=32_000, json_schema=True),
-    "claude-opus-4": OLD._replace(max_tokens=32_000),
-    **dict.fromkeys(("claude-sonnet-4", "claude-3-7"), OLD),
-    "claude-3-5": OLD._replace(thinking="", max_tokens=8192),
-    "claude-3": OLD._replace(thinking="", max_tokens=4096, web_search=""),
-    "claude-": AnthropicModel(),
-    # another vendor's model behind the same API: llama.cpp, vLLM, DeepSeek, Moonshot, Z.ai
-    "": OLD._replace(thinking="", max_tokens=0, prefill=False, web_search=""),
-}
+ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}        # filled in layer 14
 
+THINKING_BUDGETS = "0 1024 2048 10000 16384 32768"      # tokens, for each of EFFORTS
 LEAST_BUDGET = 1024
 THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
 
@@ -5896,19 +5800,8 @@ class GeminiModel(NamedTuple):
     max_tokens: int = 0             # of a streamed answer, others have half of it; 0: not known
 
 
-NEVER_THINKS = "none - - - - - -"       # without thinking_param: `none` is no loss, all else is
-NO_MINIMAL = GeminiModel(values="LOW LOW LOW MEDIUM HIGH HIGH HIGH")
-NO_THINKING = GeminiModel("", combines_tools=False)
-GEMINI_MODELS: dict[str, GeminiModel] = {
-    "gemini-3.1-flash-lite-image": GeminiModel(values="MINIMAL MINIMAL HIGH HIGH HIGH HIGH HIGH"),
-    "gemini-3-pro": GeminiModel(values="LOW LOW LOW HIGH HIGH HIGH HIGH"),
-    **dict.fromkeys(("gemini-3.1-pro", "gemini-3.7-flash", "gemini-3.8-flash", "gemini-4", "gemini-pro-latest"), NO_MINIMAL),
-    "gemini-4-argon": NO_MINIMAL._replace(max_tokens=65_536),
-    "gemini-2.5-pro": GeminiModel("thinkingBudget", "128 512 2048 8192 16384 32768 32768", combines_tools=False),  # never off
-    "gemini-2.5": GeminiModel("thinkingBudget", "0 512 2048 8192 16384 24576 24576", combines_tools=False),
-    **dict.fromkeys(("gemini-2.5-flash-image", "gemini-2.", "gemini-1", "gemini-pro", "gemma", "learnlm"), NO_THINKING),
-    "": GeminiModel(),
-}
+NEVER_THINKS = "none -"       # without thinking_param: `none` is no loss, all else is
+GEMINI_MODELS: dict[str, GeminiModel] = {}      # filled in layer 14
 
 
 # --- the request
@@ -6516,24 +6409,21 @@ class DeltaTemplate(NamedTuple):
         """The texts of the events from `at` on that fit, and the end of these. If there are counts, the last event is left:
         only its own matter."""
         texts: list[str] = []
-        ends = [at]
+        last = at
         while self.before and block.startswith(self.before, at):
             start = at + len(self.before)
             end = block.find(self.after, start)
             text = block[start:end]
             if end < 0 or not PLAIN_TEXT.fullmatch(text):
                 break
-            at = end + len(self.after)
+            start = end = end + len(self.after)
             if self.counts:
-                end = block.find("\n\n", at) + 2
-                if NUMBERS.sub("0", block[at:end]) != self.counts:
+                end = block.find("\n\n", start) + 2
+                if NUMBERS.sub("0", block[start:end]) != self.counts:
                     break
-                at = end
             texts.append(json.loads(f'"{text}"') if "\\" in text else text)
-            ends.append(at)
-        if self.counts and texts:
-            del texts[-1], ends[-1]
-        return texts, ends[-1]
+            last, at = at, end
+        return (texts[:-1], last) if self.counts else (texts, at)
 
 
 def field_template(event: str, name: str) -> DeltaTemplate:
@@ -6571,7 +6461,10 @@ class TranslatedStream(Assembler):
             else:
                 end = block.find("\n\n", at) + 2
                 self._take(parse_event(block[at:end - 2]))
-                self._make_template(block[at:end])
+                self.template = DeltaTemplate()
+                if self.decoder.delta and self.templates_left:
+                    self.templates_left -= 1
+                    self.template = field_template(block[at:end], self.decoder.delta.field)
             at = end
 
     def _take(self, event: Event | None) -> None:
@@ -6581,12 +6474,6 @@ class TranslatedStream(Assembler):
         data = error_data(event.data) if event.event == "error" else event.data
         if data:
             self.decoder.feed(data)
-
-    def _make_template(self, event: str) -> None:
-        self.template = DeltaTemplate()
-        if self.decoder.delta and self.templates_left:
-            self.templates_left -= 1
-            self.template = field_template(event, self.decoder.delta.field)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data, "The provider's answer is not JSON.")
@@ -6620,7 +6507,7 @@ class EncodeContext:
     calls: int = 1              # the request's upstream calls, this one included
     # by WireApi.call
     dropped: list[str] = field(init=False)      # what the target cannot carry: encoders add to it
-    settings: Any = field(init=False)           # what is known of the model
+    settings: Any = None        # what is known of the model
     book: ToolMap = field(init=False)
     history: History = field(init=False)
     fields: JSON = field(init=False)            # of the request, by path: encoders take theirs, the rest is named
@@ -6691,16 +6578,12 @@ class WireApi(NamedTuple):
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[EncodeContext], Decoder]
-    models: Mapping[str, Any] = DIALECTS  # what is known of them, by dialect or by prefix
+    models: Mapping[str, Any] = {}      # what is known of them, by dialect or by prefix; "" for the unknown
     repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
-    key_header: tuple[str, str] = ("authorization", "Bearer ")  # not in the address, which is logged
-    vendor: str = ""  # of the rule for names of parameters; "": the model's name tells
-    model_settings: Mapping[str, Any] = {}  # that the configuration may override, with their defaults
-
-    def auth(self, key: str) -> list[tuple[str, str]]:
-        name, scheme = self.key_header
-        return [(name, scheme + key)]
+    # the key is never in the address, which is logged
+    auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
+    vendor: str = ""    # whose rule for parameter names holds; "": the model's name decides
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
@@ -6713,37 +6596,38 @@ class WireApi(NamedTuple):
 
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
-        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
-        ctx.settings = row._replace(**longest_prefix(ctx.overrides, ctx.model) or {})
-        searches = bool(getattr(ctx.settings, "web_search", ""))
+        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
+        overrides = longest_prefix(ctx.overrides, ctx.model) or {}
+        ctx.settings = row._replace(**overrides)
+        searches = getattr(ctx.settings, "web_search", False)
         ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
         ctx.dropped += book.dropped
         ctx.history = normalize_history(request.instructions, items, book, ctx.dropped)
         ctx.fields = request_fields(request.body)
-        parts: list[Any] = []
+        ctx.dropped += unknown_keys("tools", request.tools)
         for item in request.input:
-            content = item.get("content") or item.get("output")
-            if isinstance(content, list):
-                parts += content
+            parts = only_dicts(item.get("content") or item.get("output"))
+            ctx.dropped += unknown_keys("content", parts)
             if item["type"] == "configuration_update":      # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
-        ctx.dropped += unknown_keys("tools", request.tools)
-        ctx.dropped += unknown_keys("content", only_dicts(parts))
         body = self.encode(ctx)
-        dropped = ctx.dropped + [path for path, value in ctx.fields.items()
-                                 if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ())]
+        for path, value in ctx.fields.items():
+            if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
+                ctx.dropped.append(path)
+        dropped = list(dict.fromkeys(ctx.dropped))
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
         attempt = TranslatedStream(ctx, self.decoder(ctx))
-        frames = () if path else demo_frames(ctx)
-        dropped = list(dict.fromkeys(dropped))
-        return UpstreamCall(self, path, dumps(body).encode(), attempt, dropped, self.headers(body), frames)
+        return UpstreamCall(
+            self, path, dumps(body).encode(), attempt, dropped,
+            headers=self.headers(body),
+            frames=() if path else demo_frames(ctx))
 
     def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
         """The client's own bytes go up, the upstream's come down."""
-        # nothing is stored there: by its id alone a thought is a 404 ("Items are not persisted"), in every turn to come
+        # nothing is stored there: a thought with only its id would be a 404 in every later turn
         items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
         if len(items) < len(unsealed):
             ctx.dropped.append("input:reasoning")
@@ -6761,27 +6645,25 @@ WIRES: dict[str, WireApi] = {
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings, ctx.call_prefix),
-        model_settings={
-            name: usual for name, usual in Dialect._field_defaults.items()
-            if isinstance(usual, (str, bool))
-        }),
+        models=DIALECTS),
     "messages": WireApi(
         "/messages", encode_messages,
         decoder=lambda ctx: MessagesDecoder(ctx.book, ctx.call_prefix),
         models=ANTHROPIC_MODELS,
         repair=functools.partial(repair_from, MESSAGES_REPAIRS),
-        headers=messages_headers, key_header=("x-api-key", ""), vendor="claude",
-        model_settings=AnthropicModel._field_defaults),
+        headers=messages_headers,
+        auth=lambda key: [("x-api-key", key)],
+        vendor="claude"),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=lambda ctx: GeminiDecoder(ctx.book, ctx.call_prefix),
         models=GEMINI_MODELS,
         repair=functools.partial(repair_from, GEMINI_REPAIRS),
-        key_header=("x-goog-api-key", ""), vendor="gemini",
-        model_settings=GeminiModel._field_defaults),
+        auth=lambda key: [("x-goog-api-key", key)],
+        vendor="gemini"),
     "demo": WireApi(
         "", encode_demo,
-        decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings)),
+        decoder=lambda ctx: ChatDecoder(ctx.book, DIALECTS[""])),
 }
 
 
@@ -6944,7 +6826,7 @@ class ProviderConfig:
         "normalise", "a responses provider's stream: normalised, or passed through byte for byte",
         choices=("normalise", "bytes"))
     dialect: str = option(
-        "", "the kind of chat server, e.g. deepseek; by default a plain one", choices=("", *DIALECTS))
+        "", "the kind of chat server, e.g. deepseek; by default a plain one", choices=DIALECTS)
     ca_file: str = option("", "certificates to trust in place of the system's (PEM file)")
     proxy: str = option(
         "off", '"http://host:port", or "env" for HTTPS_PROXY', secret=True,
@@ -7021,29 +6903,17 @@ SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConf
 NAMED_SECTIONS = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
-def builtin(name: str, wire_api: str, base_url: str, env_key: str = "",
-            relay: str = "normalise") -> ProviderConfig:
-    return ProviderConfig(
-        name, wire_api=wire_api, base_url=base_url, env_key=env_key, relay=relay,
-        dialect=name if wire_api == "chat" else "",
-        local=not env_key)
-
-
-BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {row.name: row for row in (
-    builtin("openai", "responses", "https://api.openai.com/v1", "OPENAI_API_KEY", "bytes"),
-    builtin("anthropic", "messages", "https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
-    builtin("google", "gemini", "https://generativelanguage.googleapis.com/v1beta", "GEMINI_API_KEY"),
-    builtin("openrouter", "chat", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
-    builtin("xai", "chat", "https://api.x.ai/v1", "XAI_API_KEY"),
-    builtin("deepseek", "chat", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
-    builtin("mistral", "chat", "https://api.mistral.ai/v1", "MISTRAL_API_KEY"),
-    builtin("groq", "chat", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    builtin("ollama", "chat", "http://127.0.0.1:11434/v1"),
-    builtin("lmstudio", "chat", "http://127.0.0.1:1234/v1"),
-    builtin("vllm", "chat", "http://127.0.0.1:8000/v1"),
-    builtin("llama.cpp", "chat", "http://127.0.0.1:8080/v1"),
-)}
+BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {}       # filled in layer 14
 DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
+
+
+def fill_providers(text: str) -> None:
+    """Adds the built-in providers, one a line. A chat server's name is its dialect; a server without a key is local."""
+    for line in text.splitlines():
+        values: JSON = dict(zip(("name", "wire_api", "base_url", "env_key", "relay"), line.split()))
+        name = values["name"]
+        dialect = name if values["wire_api"] == "chat" else ""
+        BUILTIN_PROVIDERS[name] = ProviderConfig(**values, dialect=dialect, local="env_key" not in values)
 
 
 def config_fields(section: type[Any]) -> dict[str, Field]:
@@ -7219,8 +7089,13 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
         raise source.error(f"[{toml_name(path)}] lacks wire_api, one of {', '.join(WIRES)}.")
-    facts = WIRES[provider.wire_api].model_settings
-    known = {name: Field((type(value),)) for name, value in facts.items()}
+    models = WIRES[provider.wire_api].models
+    facts = models[""]._asdict() if models else {}
+    known = {
+        name: Field((type(value),))
+        for name, value in facts.items()
+        if isinstance(value, (str, int))
+    }
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
     provider = dataclasses.replace(
@@ -14841,6 +14716,110 @@ glm-5.3-flash 1048576 128000 0.15 0.5 0.03
 glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 """
 
+# What layers 6 and 7 know of servers, models and providers, in the form of `overrides`: names or prefixes, then fields. A row
+# that is `like` an earlier one names only the fields that differ.
+
+# Chat servers. One that is unknown is sent an effort only for models that are the same everywhere. Z.ai: GLM-5.3 thinks at
+# full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349). MiniMax: without
+# reasoning_split the thoughts stand in the text. DeepSeek: "Thinking mode does not support this tool_choice".
+fill_table(DIALECTS, Dialect(), """{
+"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}},
+"generic together fireworks ollama lmstudio": {"like": ""},
+"vllm llama.cpp llamacpp": {"like": "", "efforts": {
+    "gpt-oss": {"values": "low low low medium high"},
+    "qwen3": {"form": "template", "values": "disabled enabled"},
+    "glm-4": {"form": "template", "values": "disabled enabled"}}},
+"openai": {"max_tokens": "max_completion_tokens", "system_anywhere": true, "strict_tools": true, "files": true,
+    "passthrough_fields": ["text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier"],
+    "efforts": {
+        "gpt-3": {}, "gpt-4": {}, "chat-latest": {},
+        "o1": {"values": "low low low medium high"},
+        "o3": {"values": "low low low medium high"},
+        "o4": {"values": "low low low medium high"},
+        "gpt-6.2": {"values": "low low low medium high xhigh max"},
+        "": {"values": "none minimal low medium high xhigh max"}}},
+"azure": {"like": "openai", "files": false,
+    "passthrough_fields": ["text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"]},
+"deepseek": {"replay": "reasoning_content", "replay_always": true, "json_schema": false, "forced_choice": false,
+    "efforts": {"": {"form": "thinking_effort", "values": "disabled low low high high high max"}}},
+"openrouter": {"replay": "reasoning_details", "files": true, "reasoning_within": true,
+    "efforts": {"": {"form": "reasoning", "values": "none minimal low medium high xhigh"}}},
+"groq": {"like": "", "max_tokens": "max_completion_tokens", "tool_parts": true, "passthrough_fields": ["service_tier"],
+    "efforts": {"gpt-oss": {"values": "low low low medium high"}, "qwen3": {"values": "none default"}}},
+"xai": {"efforts": {"mini": {"values": "low low low low high"}}},
+"mistral": {"replay": "thinking", "tool_parts": true, "short_ids": true,
+    "efforts": {"small": {"values": "none high"}}},
+"cerebras": {"like": "", "max_tokens": "max_completion_tokens"},
+"moonshot": {"replay": "reasoning_content", "replay_always": true, "efforts": {
+    "k3": {"values": "low low low high high high max"},
+    "k2.": {"form": "thinking", "values": "disabled enabled"}}},
+"zai": {"replay": "reasoning_content", "tool_stream": true, "efforts": {
+    "glm-5.3": {"values": "low low low high high max", "always": {"thinking": {"type": "enabled", "clear_thinking": false}}},
+    "": {"form": "thinking", "values": "disabled enabled"}}},
+"minimax": {"like": "", "max_tokens": "max_completion_tokens", "replay": "reasoning_details", "efforts": {
+    "m3.1": {"values": "low low low medium high max", "always": {"reasoning_split": true}},
+    "m3": {"form": "thinking", "values": "disabled adaptive", "always": {"reasoning_split": true}},
+    "": {"always": {"reasoning_split": true}}}},
+"qwen dashscope": {"replay": "reasoning_content", "efforts": {
+    "coder": {},
+    "": {"form": "budget", "values": "0 1024 2048 10000 16384 32768", "always": {"preserve_thinking": true}}}}
+}""")
+
+# Before claude-sonnet-4-5 input and max_tokens together must fit the context window: hence default_max_tokens. The last row is
+# another vendor's model behind the same API: llama.cpp, vLLM, DeepSeek, Moonshot, Z.ai.
+fill_table(ANTHROPIC_MODELS, AnthropicModel(), """{
+"claude-": {},
+"claude-mythos-5-1": {"system_anywhere": true},
+"claude-fable-5 claude-mythos-5": {"system_anywhere": true, "forced_choice": true},
+"claude-fable-5-1 claude-fable-5-2 claude-mythos-5-2": {"system_anywhere": true, "binds_thinking": true},
+"claude-opus-5-5":   {"system_anywhere": true, "binds_thinking": true, "always_show_thinking": true},
+"claude-opus-5":     {"system_anywhere": true, "forced_choice": true, "disable_thinking": "disabled"},
+"claude-opus-4-8":   {"system_anywhere": true, "forced_choice": true, "disable_thinking": ""},
+"claude-opus-4-7":   {"forced_choice": true, "disable_thinking": ""},
+"claude-sonnet-5":   {"forced_choice": true, "disable_thinking": "disabled"},
+"claude-haiku-5-5":  {"like": "claude-sonnet-5", "binds_thinking": true, "always_show_thinking": true},
+"claude-sonnet-5-5": {"disable_thinking": "between_tools", "binds_thinking": true, "always_show_thinking": true},
+"claude-opus-4-6 claude-sonnet-4-6": {"like": "claude-opus-4-7", "efforts": "low low low medium high max", "sampling": true},
+"claude-sonnet-4-5 claude-haiku-4-5": {
+    "thinking": "budget", "disable_thinking": "", "efforts": "", "max_tokens": 64000, "sampling": true,
+    "forced_choice": true, "prefill": true, "web_search": "web_search_20250305"},
+"claude-opus-4-5": {"like": "claude-sonnet-4-5", "efforts": "low low low medium high"},
+"claude-sonnet-4 claude-3-7": {"like": "claude-sonnet-4-5", "default_max_tokens": 8192, "json_schema": false},
+"claude-opus-4":   {"like": "claude-sonnet-4", "max_tokens": 32000},
+"claude-opus-4-1": {"like": "claude-opus-4", "json_schema": true},
+"claude-3-5":      {"like": "claude-sonnet-4", "thinking": "", "max_tokens": 8192},
+"claude-3":        {"like": "claude-3-5", "max_tokens": 4096, "web_search": ""},
+"":                {"like": "claude-3", "max_tokens": 0, "prefill": false}
+}""")
+
+# gemini-2.5-pro cannot stop thinking
+fill_table(GEMINI_MODELS, GeminiModel(), """{
+"": {},
+"gemini-3.1-flash-lite-image": {"values": "MINIMAL MINIMAL HIGH"},
+"gemini-3-pro": {"values": "LOW LOW LOW HIGH"},
+"gemini-3.1-pro gemini-3.7-flash gemini-3.8-flash gemini-4 gemini-pro-latest": {"values": "LOW LOW LOW MEDIUM HIGH"},
+"gemini-4-argon": {"like": "gemini-4", "max_tokens": 65536},
+"gemini-2.5-pro": {"thinking_param": "thinkingBudget", "values": "128 512 2048 8192 16384 32768", "combines_tools": false},
+"gemini-2.5":     {"thinking_param": "thinkingBudget", "values": "0 512 2048 8192 16384 24576", "combines_tools": false},
+"gemini-2.5-flash-image gemini-2. gemini-1 gemini-pro gemma learnlm": {"thinking_param": "", "combines_tools": false}
+}""")
+
+# Name, wire_api and base_url of the built-in providers; env_key and relay where they have them.
+fill_providers("""\
+openai     responses https://api.openai.com/v1 OPENAI_API_KEY bytes
+anthropic  messages  https://api.anthropic.com/v1 ANTHROPIC_API_KEY
+google     gemini    https://generativelanguage.googleapis.com/v1beta GEMINI_API_KEY
+openrouter chat      https://openrouter.ai/api/v1 OPENROUTER_API_KEY
+xai        chat      https://api.x.ai/v1 XAI_API_KEY
+deepseek   chat      https://api.deepseek.com/v1 DEEPSEEK_API_KEY
+mistral    chat      https://api.mistral.ai/v1 MISTRAL_API_KEY
+groq       chat      https://api.groq.com/openai/v1 GROQ_API_KEY
+ollama     chat      http://127.0.0.1:11434/v1
+lmstudio   chat      http://127.0.0.1:1234/v1
+vllm       chat      http://127.0.0.1:8000/v1
+llama.cpp  chat      http://127.0.0.1:8080/v1
+""")
+
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
 # name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
 # of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
@@ -14911,8 +14890,8 @@ quotes of files that you wrote: the user has them. Use short lists where they he
 """
 
 
-# The dashboard: static, no value is put in by Python. Its script asks /admin/api/ for JSON and writes text nodes only, since
-# names of models and keys, user agents and errors are what anybody may have sent.
+# The dashboard, a static page. Its script asks /admin/api/ for JSON and writes text nodes only, since anybody may have sent
+# the names, user agents and errors that it shows.
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>Pomex</title><link rel="icon" href="data:,">

@@ -139,6 +139,8 @@ COMPLAINTS = {
                                 'http_headers = (hidden): must be a table of strings, like { "name" = "value" }.'),
     "a fact that no model has": (provider('overrides = { "m" = { think_tag = false } }'), "Did you mean think_tags?"),
     "a fact of another type": (provider('overrides = { "m" = { think_tags = 1 } }'), "think_tags = 1: must be true or false, not an integer."),
+    "a fact that is no single value": (provider('overrides = { "m" = { passthrough_fields = [] } }'), 'unknown key "passthrough_fields"'),
+    "a fact where none counts": (provider('wire_api = "responses"\noverrides = { "m" = { max_tokens = 3 } }'), 'unknown key "max_tokens"'),
     "an unknown dialect": (provider('dialect = "klingon"'), 'dialect = "klingon": must be one of '),
     "a proxy without port": (provider('proxy = "http://proxy.example"'),
                              'must be "off", "env" or an address like "http://proxy.example:3128".'),

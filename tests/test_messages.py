@@ -1296,6 +1296,13 @@ def test_the_table_can_be_overridden_by_the_longest_prefix(given: str, model: st
     assert settings_of("claude-fable-5", overrides) == pomex.ANTHROPIC_MODELS["claude-fable-5"]
 
 
+@pytest.mark.parametrize("values, wanted", [("low", "low low low low low low low"), ("none high", "none high high high high high high"),
+                                            ("none -", "none      "), ("a b c d e f g", "a b c d e f g")])
+def test_the_last_value_holds_for_all_efforts_that_follow(values: str, wanted: str) -> None:
+    assert " ".join(pomex.effort_value(values, effort) for effort in pomex.EFFORTS) == wanted
+    assert pomex.effort_value(values, "unheard-of") == pomex.effort_value(values, "high")
+
+
 @pytest.mark.parametrize("table", [pomex.ANTHROPIC_MODELS, pomex.GEMINI_MODELS])
 def test_every_row_of_a_table_is_found_by_its_own_prefix(table: JSON) -> None:
     for prefix, row in table.items():

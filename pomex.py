@@ -113,7 +113,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
-    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -373,39 +372,33 @@ class Headers:
         return iter(self.items)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     max_line_bytes: int = 8192          # the request line (RFC 9112 3 asks for 8000); all trailers
     max_head_bytes: int = 65536         # Codex sends its turn's state and metadata in headers of some KiB
     max_headers: int = 100              # the SDKs send about 20, Azure answers with about 40
-    max_body_bytes: int | None = 64 << 20   # histories with images: providers take 32 to 50 MB
+    max_body_bytes: int = 64 << 20      # histories with images: providers take 32 to 50 MB
 
 
-ANSWER_LIMITS = Limits(max_body_bytes=None)     # a stream has no size; whoever collects an answer limits it
+ANSWER_LIMITS = Limits(max_body_bytes=sys.maxsize)     # a stream has no size; whoever collects an answer limits it
 MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which cost (CVE-2023-39326)
 
 
 class RequestHead(NamedTuple):
     method: str
-    target: str                 # as it was sent
     path: str                   # raw: what is routed is what is authorised
     query: str
-    version: tuple[int, int]
+    http11: bool                # else HTTP/1.0
     headers: Headers            # with `host` from the target where that was absolute (RFC 9112 3.2.2)
     keep_alive: bool
     expect_continue: bool
     length: int | None          # of the body; None when it comes in chunks
-    chunked: bool
 
 
 class ResponseHead(NamedTuple):
     status: int
-    reason: str
-    version: tuple[int, int]
     headers: Headers
     keep_alive: bool            # False also where the body ends with the connection
     length: int | None          # of the body; None when it comes in chunks or ends with the connection
-    chunked: bool
 
 
 class Signal(enum.Enum):
@@ -430,8 +423,8 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{
 
 HOST_VALUE = re.compile(HOST.decode())
 REQUEST_START = re.compile(TOKEN + rb"(?: |\Z)|\r?\Z")      # all that a request can begin with, cut anywhere
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-TARGET = re.compile(rb"(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])")
+TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")   # a last SP may lack
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
@@ -468,98 +461,91 @@ def list_values(headers: Headers, name: str) -> list[str]:
     return [element.strip(" \t").lower() for value in headers.get_all(name) for element in value.split(",")]
 
 
-def keeps_alive(headers: Headers, version: tuple[int, int]) -> bool:
+def keeps_alive(headers: Headers, http11: bool) -> bool:
     """RFC 9112 9.3; a `close` wins over everything."""
     options = list_values(headers, "connection")
-    return "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+    return "close" not in options and (http11 or "keep-alive" in options)
 
 
-def content_length(headers: Headers) -> int | None:
-    """A list of equal values is one value (RFC 9112 6.3)."""
-    values = list_values(headers, "content-length")
-    if not values:
-        return None
-    if not CONTENT_LENGTH.fullmatch(values[0]) or len(set(values)) > 1:
-        raise ProtocolError("Content-Length is not one decimal number.")
-    return int(values[0])
-
-
-def framing(headers: Headers, version: tuple[int, int]) -> tuple[int | None, bool]:
+def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[int | None, bool]:
     """Content-Length if there is one, and whether the body is chunked (RFC 9112 6.1, 6.3; strict)."""
-    if "transfer-encoding" not in headers:
-        return content_length(headers), False
-    if "content-length" in headers:
-        raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
-    if version < (1, 1):
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
+    lengths = list_values(headers, "content-length")
     codings = list_values(headers, "transfer-encoding")
-    for coding in codings:
-        if not coding or coding.encode("latin-1").translate(None, TOKEN_BYTES):
-            raise ProtocolError("Transfer-Encoding is malformed.")
-        if coding != "chunked":
-            raise ProtocolError("The only transfer coding taken is chunked.", 501)
-    if len(codings) > 1:
+    if not codings:
+        if not lengths:
+            return None, False
+        if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values are one value
+            raise ProtocolError("Content-Length is not one decimal number.")
+        length = int(lengths[0])
+        check_body_size(length, max_body_bytes)
+        return length, False
+    if lengths:
+        raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
+    if not http11:
+        raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
+    if codings != ["chunked"]:
+        for coding in codings:
+            if not re.fullmatch(TOKEN.decode(), coding):
+                raise ProtocolError("Transfer-Encoding is malformed.")
+            if coding != "chunked":
+                raise ProtocolError("The only transfer coding taken is chunked.", 501)
         raise ProtocolError("A body is chunked once.")
     return None, True
 
 
-def parse_target(method: str, target: bytes) -> tuple[str, str, str]:
-    """Path, query and authority of a request target in origin, absolute or asterisk form (RFC 9112 3.2)."""
-    if target == b"*" and method == "OPTIONS":
-        return "*", "", ""
-    match = TARGET.fullmatch(target)
-    if match is None or not (match[1] or match[2]):
-        raise ProtocolError("The request target is neither a path nor an http URL,"
-                            " or has a character that must be percent-encoded.")
-    authority, path, query = match.groups(b"")
-    return path.decode() or "/", query.decode(), authority.decode()
+def check_body_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ProtocolError(f"The body is over {max_bytes} bytes.", 413)
 
 
-def with_host(headers: Headers, authority: str, version: tuple[int, int]) -> Headers:
-    """The headers with exactly one valid Host; the target's own authority wins over it (RFC 9112 3.2)."""
-    hosts = headers.get_all("host")
-    if len(hosts) != 1 and (hosts or version >= (1, 1)):
-        raise ProtocolError("A request has exactly one Host header.")
-    if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
-        raise ProtocolError("Host is not a host name or address with an optional port.")
-    if not authority:
-        return headers
-    return Headers([("host", authority), *(item for item in headers if item[0] != "host")])
-
-
-def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int | None) -> RequestHead:
+def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> RequestHead:
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError("The request line is not 'METHOD target HTTP/1.1'.")
-    version = int(match[3]), int(match[4])
-    if version not in ((1, 0), (1, 1)):
+    method, target, version = match.groups()
+    if version not in (b"1.0", b"1.1"):
         raise ProtocolError("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505)
-    method = match[1].decode()
-    path, query, authority = parse_target(method, match[2])
-    headers = with_host(headers, authority, version)
-    length, chunked = framing(headers, version)
-    if max_body_bytes is not None and (length or 0) > max_body_bytes:
-        raise ProtocolError(f"The body is over {max_body_bytes} bytes.", 413)
+    http11 = version == b"1.1"
+    authority, path, query = b"", target, b""
+    if target != b"*" or method != b"OPTIONS":      # origin or absolute form (RFC 9112 3.2)
+        match = TARGET.fullmatch(target)
+        if match is None:
+            raise ProtocolError("The request target is neither a path nor an http URL,"
+                                " or has a character that must be percent-encoded.")
+        authority, path, query = match.groups(b"")
+    hosts = headers.get_all("host")
+    if len(hosts) != 1 and (hosts or http11):
+        raise ProtocolError("A request has exactly one Host header.")
+    if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
+        raise ProtocolError("Host is not a host name or address with an optional port.")
+    if authority:       # it wins over the Host header
+        headers = Headers([("host", authority.decode()), *(item for item in headers if item[0] != "host")])
+    length, chunked = body_framing(headers, http11, max_body_bytes)
+    if not chunked:
+        length = length or 0        # neither header: no body (RFC 9112 6.3)
     expectations = list_values(headers, "expect")
     if expectations not in ([], ["100-continue"]):
         raise ProtocolError("The only expectation met is 100-continue.", 417)
-    # HTTP/1.0 has none (RFC 9110 10.1.1)
-    expect_continue = bool(expectations) and version >= (1, 1) and (chunked or bool(length))
-    keep_alive = keeps_alive(headers, version)
-    return RequestHead(method, match[2].decode(), path, query, version, headers, keep_alive, expect_continue,
-                       None if chunked else length or 0, chunked)   # neither header: no body (RFC 9112 6.3)
+    return RequestHead(
+        method.decode(),
+        path.decode() or "/",
+        query.decode(),
+        http11,
+        headers,
+        keeps_alive(headers, http11),
+        expect_continue=bool(expectations) and http11 and length != 0,      # HTTP/1.0 has none (RFC 9110 10.1.1)
+        length=length)
 
 
 # --- readers --------------------------------------------------------------------------------------
 
 class Reader(Generic[Head]):
-    """What both sides share: the buffer, and bodies by length, by chunks, or up to the end of the connection.
+    """What both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
     next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA
     where more input is required. After feed_eof() it raises if the message is incomplete. Generators read a
     message from top to bottom; they yield what next() returns.
     """
-    _error_fields: ClassVar[JSON] = {}      # attributes of this side's errors
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         self.limits = limits
@@ -593,7 +579,6 @@ class Reader(Generic[Head]):
         try:
             part = next(self._parts)
         except ProtocolError as error:
-            vars(error).update(self._error_fields)
             self._error = error
             raise
         if part is NEED_DATA or part is END:    # an idle connection keeps no buffer alive
@@ -607,25 +592,21 @@ class Reader(Generic[Head]):
             raise ProtocolError("The connection ended in the middle of a message.")
         return NEED_DATA
 
-    def _header_block(self, limit: int) -> bytes | None:
-        """The lines before the next empty line, without their last CRLF; None while that is not here yet."""
+    def _header_block(self, limit: int) -> tuple[bytes, Headers] | None:
+        """The next line and the header fields that follow it; None while not all of it is here."""
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
             self._at = end + 4
             self._scanned = 0
-            return data[at:end]
+            line, _, fields = data[at:end].partition(CRLF)
+            return line, parse_fields(fields, self.limits.max_headers)
         if len(data) - at >= limit + 4:
             raise ProtocolError(f"The headers are over {limit} bytes.", 431)
         if STRAY_BYTE.search(data, at + max(0, self._scanned - 1)):     # or bare LFs would wait
             raise ProtocolError("A header has a control character, or a line that does not end with CRLF.")
         self._scanned = len(data) - at
         return None
-
-    def _body(self, length: int | None, chunked: bool) -> Iterator[bytes | Signal]:
-        if chunked:
-            return self._chunked_body()
-        return self._body_until_close() if length is None else self._fixed_length_body(length)
 
     def _take(self, size: int) -> bytes:
         """At most `size` bytes of what is here."""
@@ -639,17 +620,13 @@ class Reader(Generic[Head]):
             length -= len(piece)
             yield piece or self._need_more_data()
 
-    def _body_until_close(self) -> Iterator[bytes | Signal]:
-        while not self._eof or self._at < len(self._data):
-            yield self._take(len(self._data)) or NEED_DATA
-
     def _chunked_body(self) -> Iterator[bytes | Signal]:
         """RFC 9112 7.1. Complete chunks at hand come joined; the size is checked before the data is read."""
-        total = 0
+        limits, total = self.limits, 0
         while True:
             if joined := self._complete_chunks():
                 total += len(joined)
-                self._check_size(total)
+                check_body_size(total, limits.max_body_bytes)
                 yield joined
             limit = self._at + MAX_CHUNK_LINE_BYTES
             line = CHUNK_LINE.match(self._data, self._at, limit)
@@ -658,25 +635,20 @@ class Reader(Generic[Head]):
                     raise ProtocolError("The line before a chunk is malformed or too long.")
                 yield self._need_more_data()
                 continue
-            self._at = line.end()
             size = int(line[1], 16)
             if not size:
                 break
+            self._at = line.end()
             total += size
-            self._check_size(total)
+            check_body_size(total, limits.max_body_bytes)
             yield from self._fixed_length_body(size)
             while not self._data.startswith(CRLF, self._at):
                 if not CRLF.startswith(self._data[self._at:self._at + 2]):      # CVE-2025-43859: look at both
                     raise ProtocolError("The data of a chunk is not followed by CRLF.")
                 yield self._need_more_data()
             self._at += 2
-        while not self._data.startswith(CRLF, self._at):
-            trailers = self._header_block(self.limits.max_line_bytes)
-            if trailers is not None:        # checked and dropped (RFC 9110 6.5.1)
-                parse_fields(trailers, self.limits.max_headers)
-                return
+        while self._header_block(limits.max_line_bytes) is None:    # trailers: checked, dropped (RFC 9110 6.5.1)
             yield self._need_more_data()
-        self._at += 2
 
     def _complete_chunks(self) -> bytes:
         data, at, match = self._data, self._at, CHUNK_LINE.match        # locals: this loop is hot
@@ -691,30 +663,13 @@ class Reader(Generic[Head]):
         self._at = at
         return b"".join(pieces)
 
-    def _check_size(self, total: int) -> None:
-        limit = self.limits.max_body_bytes
-        if limit is not None and total > limit:
-            raise ProtocolError(f"The body is over {limit} bytes.", 413)
-
 
 class RequestReader(Reader[RequestHead]):
     """The server's side. After END the next call begins with the next request, unless the last one closes."""
 
     def _messages(self) -> Iterator[RequestHead | bytes | Signal]:
-        while not self._method:
-            head = yield from self._head()
-            self._method = head.method
-            yield head
-            yield from self._body(head.length, head.chunked)
-            if head.keep_alive:
-                self._method = ""
-            yield END
-        while True:         # data after the last request is not read
-            yield NEED_DATA
-
-    def _head(self) -> Generator[Signal, None, RequestHead]:
         limits, blank_skipped = self.limits, False
-        while True:
+        while not self._method:
             if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
                 self._at += 2
                 blank_skipped = True
@@ -724,17 +679,24 @@ class RequestReader(Reader[RequestHead]):
             line_end = self._at + limits.max_line_bytes + 2
             if len(self._data) >= line_end and self._data.find(CRLF, self._at, line_end) < 0:
                 raise ProtocolError(f"The request line is over {limits.max_line_bytes} bytes.", 414)
-            section = self._header_block(limits.max_head_bytes)
-            if section is not None:
-                line, _, fields = section.partition(CRLF)
-                headers = parse_fields(fields, limits.max_headers)
-                return parse_request_head(line, headers, limits.max_body_bytes)
-            yield NEED_DATA if self.idle else self._need_more_data()
+            block = self._header_block(limits.max_head_bytes)
+            if block is None:
+                yield NEED_DATA if self.idle else self._need_more_data()
+                continue
+            head = parse_request_head(*block, limits.max_body_bytes)
+            self._method = head.method
+            yield head
+            yield from self._chunked_body() if head.length is None else self._fixed_length_body(head.length)
+            if head.keep_alive:
+                self._method = ""
+            blank_skipped = False
+            yield END
+        while True:         # data after the last request is not read
+            yield NEED_DATA
 
 
 class ResponseReader(Reader[ResponseHead]):
-    """The client's side. Its errors are the upstream's fault: 502, retryable."""
-    _error_fields = {"status": 502, "type": "server_error", "code": "server_error", "retryable": True}
+    """The client's side."""
 
     def start(self, method: str) -> None:
         """A request of that method goes out. Bytes that came before it would be taken for its answer."""
@@ -744,42 +706,39 @@ class ResponseReader(Reader[ResponseHead]):
 
     def _messages(self) -> Iterator[ResponseHead | bytes | Signal]:
         while True:
-            while not self._method:
+            if not self._method:
                 yield NEED_DATA
-            head = yield from self._head()
-            yield head
-            yield from self._body(head.length, head.chunked)
-            self._method = ""
-            yield END
-
-    def _head(self) -> Generator[Signal, None, ResponseHead]:
-        """The head of the final answer; 1xx answers are skipped."""
-        while True:
+                continue
             if not b"HTTP/1.".startswith(self._data[self._at:self._at + 7]):
                 raise ProtocolError("The answer does not begin with HTTP/1.1.")
-            section = self._header_block(self.limits.max_head_bytes)
-            if section is None:
+            block = self._header_block(self.limits.max_head_bytes)
+            if block is None:
                 yield self._need_more_data()
                 continue
-            line, _, fields = section.partition(CRLF)
+            line, headers = block
             match = STATUS_LINE.fullmatch(line)
             if match is None or match[2] == b"101":     # an upgrade is never asked for
                 raise ProtocolError("The answer's status line is malformed, or switches protocols.")
-            headers = parse_fields(fields, self.limits.max_headers)
-            if match[2] >= b"200":
-                break
-        version = 1, int(match[1])
-        status = int(match[2])
-        length: int | None = 0
-        chunked = False
-        if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
-            length = None
-        elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
-            length, chunked = framing(headers, version)
-        self._check_size(length or 0)
-        reason = (match[3] or b"").decode("latin-1")
-        keep_alive = keeps_alive(headers, version) and (chunked or length is not None)
-        return ResponseHead(status, reason, version, headers, keep_alive, length, chunked)
+            http11, status = match[1] == b"1", int(match[2])
+            if status < 200:        # the final answer is still to come
+                continue
+            length: int | None = 0
+            chunked = False
+            if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
+                length = None
+            elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
+                length, chunked = body_framing(headers, http11, self.limits.max_body_bytes)
+            keep_alive = keeps_alive(headers, http11) and (chunked or length is not None)
+            yield ResponseHead(status, headers, keep_alive, length)
+            if chunked:
+                yield from self._chunked_body()
+            elif length is not None:
+                yield from self._fixed_length_body(length)
+            else:
+                while not self._eof or self._at < len(self._data):
+                    yield self._take(len(self._data)) or NEED_DATA
+            self._method = ""
+            yield END
 
 
 # --- writers --------------------------------------------------------------------------------------
@@ -846,29 +805,27 @@ class ContentDecoder:
     def feed(self, data: bytes) -> bytes:
         if not self._gzip:
             return self._limited(data)
-        slices = range(0, len(data), INFLATE_SLICE)
-        return b"".join(self._inflate(data[start:start + INFLATE_SLICE]) for start in slices)
+        pieces = []
+        for start in range(0, len(data), INFLATE_SLICE):
+            rest = data[start:start + INFLATE_SLICE]
+            self._coded += len(rest)
+            while rest:
+                if self._member is None or self._member.eof:
+                    self._members += 1          # RFC 1952 2.2: members may follow each other
+                    if self._members > MAX_MEMBERS:
+                        raise ProtocolError(f"The gzip body has more than {MAX_MEMBERS} members.")
+                    self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+                room = 0 if self._max_bytes is None else self._max_bytes + 1 - self._decoded    # 0: no limit
+                try:
+                    pieces.append(self._limited(self._member.decompress(rest, room)))
+                except zlib.error as error:
+                    raise ProtocolError("The body is not valid gzip.") from error
+                rest = self._member.unused_data
+        return b"".join(pieces)
 
     def finish(self) -> None:
         if self._member and not self._member.eof:
             raise ProtocolError("The gzip body is cut short.")
-
-    def _inflate(self, data: bytes) -> bytes:
-        pieces = []
-        self._coded += len(data)
-        while data:
-            if self._member is None or self._member.eof:
-                self._members += 1          # RFC 1952 2.2: members may follow each other
-                if self._members > MAX_MEMBERS:
-                    raise ProtocolError(f"The gzip body has more than {MAX_MEMBERS} members.")
-                self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
-            room = 0 if self._max_bytes is None else self._max_bytes + 1 - self._decoded        # 0: no limit
-            try:
-                pieces.append(self._limited(self._member.decompress(data, room)))
-            except zlib.error as error:
-                raise ProtocolError("The body is not valid gzip.") from error
-            data = self._member.unused_data
-        return b"".join(pieces)
 
     def _limited(self, data: bytes) -> bytes:
         self._decoded += len(data)
@@ -12268,7 +12225,7 @@ class Client:
 
     async def start(self, status: int, headers: list[tuple[str, str]]) -> None:
         """Begins an answer of unknown length. Its head goes out with the first write()."""
-        self.chunked = self.head.version >= (1, 1)
+        self.chunked = self.head.http11
         if not self.chunked:
             self.keep = False       # HTTP/1.0: the end of the connection is the end of the body
         self.begin(status, [*headers, ("transfer-encoding", "chunked")] if self.chunked else headers)
@@ -12298,7 +12255,7 @@ class Client:
         self.keep = connection.may_keep(self.head) and self.keep
         if not self.keep:
             headers = [*headers, ("connection", "close")]
-        elif self.head.version < (1, 1):
+        elif not self.head.http11:
             headers = [*headers, ("connection", "keep-alive")]
         self.pending = connection.server.answer_head(status, headers, self.request_id)
 
@@ -12484,7 +12441,7 @@ class Connection(Wire):
         while size <= most_bytes and (part := self.parser.next()) is not END:
             if isinstance(part, bytes):
                 pieces.append(part)
-                if head.chunked:
+                if head.length is None:
                     size += len(part)
                     client.hold(size)
                 continue

@@ -194,7 +194,7 @@ def test_headers_keep_order_and_are_lower_case_latin_1():
     assert head.headers.items == list(head.headers) == [("host", "a"), ("x-a", "one"), ("x-b", ""), ("x-a",
         "tw\xf6,\t3")]
     assert head.headers.get("x-a") == "one" and head.headers.get_all("x-a") == ["one", "tw\xf6,\t3"]
-    assert "x-b" in head.headers and "x-c" not in head.headers
+    assert head.headers.get_all("x-b") == [""]
     assert head.headers.get("x-c") == "" and head.headers.get("x-c",
         "d") == "d" and head.headers.get_all("x-c") == []
 

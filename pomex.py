@@ -621,23 +621,33 @@ class Reader(Generic[Head]):
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
         """RFC 9112 7.1. Complete chunks at hand come joined; the size is checked before the data is read."""
-        limits, total = self.limits, 0
+        limits, match, total = self.limits, CHUNK_LINE.match, 0
         while True:
-            if joined := self._complete_chunks():
+            data, at = self._data, self._at
+            pieces = []
+            while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
+                start = line.end()
+                size = int(line[1], 16)
+                end = start + size
+                if data[end:end + 2] != CRLF or not size:
+                    break
+                pieces.append(data[start:end])
+                at = end + 2
+            if pieces:
+                self._at = at
+                joined = b"".join(pieces)
                 total += len(joined)
                 check_body_size(total, limits.max_body_bytes)
                 yield joined
-            limit = self._at + MAX_CHUNK_LINE_BYTES
-            line = CHUNK_LINE.match(self._data, self._at, limit)
+                continue
             if line is None:
-                if len(self._data) >= limit or not CHUNK_START.fullmatch(self._data, self._at):
+                if len(data) - at >= MAX_CHUNK_LINE_BYTES or not CHUNK_START.fullmatch(data, at):
                     raise ProtocolError("The line before a chunk is malformed or too long.")
                 yield self._need_more_data()
                 continue
-            size = int(line[1], 16)
             if not size:
                 break
-            self._at = line.end()
+            self._at = start
             total += size
             check_body_size(total, limits.max_body_bytes)
             yield from self._fixed_length_body(size)
@@ -648,19 +658,6 @@ class Reader(Generic[Head]):
             self._at += 2
         while self._header_block(limits.max_line_bytes) is None:    # trailers: checked, dropped (RFC 9110 6.5.1)
             yield self._need_more_data()
-
-    def _complete_chunks(self) -> bytes:
-        data, at, match = self._data, self._at, CHUNK_LINE.match        # locals: this loop is hot
-        pieces = []
-        while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
-            start = line.end()
-            end = start + int(line[1], 16)
-            if data[end:end + 2] != CRLF or end == start:
-                break
-            pieces.append(data[start:end])
-            at = end + 2
-        self._at = at
-        return b"".join(pieces)
 
 
 class RequestReader(Reader[RequestHead]):
@@ -6838,7 +6835,6 @@ def option(
     spec = spec._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
     return field(
         default_factory=lambda: default,
-        hash=not isinstance(default, dict),
         repr=not spec.secret,
         metadata={"spec": spec})
 
@@ -6853,7 +6849,7 @@ PUBLIC_HOST = Field(pattern=r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]",
 NETWORK = Field(read=ipaddress.ip_network, wanted='an address or a network, like "10.0.0.7" or "10.0.0.0/8"')
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface", 1)
     port: int = option(7663, "port to listen on; 0 takes a free one", 0, 65535)
@@ -6892,7 +6888,7 @@ class ServerConfig:
     allow_unpriced: bool = option(False, "keys with a budget may use models without a price, at no cost")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DatabaseConfig:
     url: str = option(
         "sqlite:pomex.db", "keys and usage; a relative path is beside this file", secret=True,
@@ -6906,12 +6902,12 @@ class DatabaseConfig:
         return self.url.partition(":")[2]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DemoConfig:
     enabled: bool = option(True, "demo/echo and its family: works offline, costs nothing, calls no model")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ProviderConfig:
     name: str
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
@@ -6955,7 +6951,7 @@ class Target(NamedTuple):
     model: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelConfig:
     name: str
     targets: tuple[tuple[Target, ...], ...] = option(
@@ -6966,7 +6962,7 @@ class ModelConfig:
     description: str = option("", "one line for the model list")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PriceConfig:
     """US dollars per million tokens. A cache price left out is that of plain input."""
     input: Dollars = price_option("input that is not cached; 0 is free")
@@ -6989,14 +6985,14 @@ class PriceConfig:
     long_cache_write_1h: Dollars = price_option("input that it writes there to be kept long")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Config:
     server: ServerConfig
     database: DatabaseConfig
     demo: DemoConfig
-    providers: dict[str, ProviderConfig] = field(hash=False)
-    models: dict[str, ModelConfig] = field(hash=False)
-    prices: dict[str, PriceConfig] = field(default_factory=dict, hash=False)
+    providers: dict[str, ProviderConfig]
+    models: dict[str, ModelConfig]
+    prices: dict[str, PriceConfig]
     path: str = ""                      # of the file; "" for none
     warnings: tuple[str, ...] = ()
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
@@ -7070,6 +7066,7 @@ def no_file(path: str) -> str:
 
 
 REFERENCE = ("env:", "file:")       # any other secret is a literal
+PATH_KEYS = {"tls_cert", "tls_key", "ca_file"}
 
 
 class ConfigFile:
@@ -7141,6 +7138,8 @@ class ConfigFile:
                     values[name] = check_text(self.environ[variable], spec, variable)
                 except BadRequest as error:
                     raise ConfigError(str(error)) from None
+        for name in values.keys() & PATH_KEYS:
+            values[name] = self.resolve_path(values[name])
         return values
 
     def resolve_path(self, path: str) -> str:
@@ -7157,15 +7156,15 @@ class ConfigFile:
         known = [key for key in self.environ if self.environ[key].strip()]
         raise ValueError(f"that variable is not set.{did_you_mean(name, known)}")
 
-    def secret(self, reference: str) -> tuple[str, str]:
-        """(secret, source) of "env:NAME", "file:PATH" or a literal, whose source is this file."""
+    def secret(self, reference: str) -> str:
+        """The secret that "env:NAME", "file:PATH" or a literal stands for."""
         kind, _, rest = reference.partition(":")
         if kind == "env":
-            return self.variable(rest), reference
+            return self.variable(rest)
         if kind != "file":
-            return reference, self.name
+            return reference
         try:
-            return self.read_file(self.resolve_path(rest)).strip(), reference
+            return self.read_file(self.resolve_path(rest)).strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ValueError(f"that file cannot be read ({reason}).") from None
@@ -7208,26 +7207,20 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     known = {name: Field((type(value),)) for name, value in facts.items()}
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
-    provider = dataclasses.replace(
-        provider,
-        http_headers=read_headers(source, path, provider),
-        **read_keys(source, path, provider))
-    if provider.wire_api == "demo":
-        return provider
-    if not provider.base_url:
-        raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
+    headers = read_headers(source, provider)
+    keys = read_keys(source, provider)
     local = is_private(provider.base_url)
-    has_key = provider.api_key or provider.env_http_headers
-    if provider.base_url.startswith("http:") and has_key and not local:
-        raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
-    ca_file = source.resolve_path(provider.ca_file)
-    return dataclasses.replace(provider, local=local, ca_file=ca_file)
+    if provider.wire_api != "demo":
+        if not provider.base_url:
+            raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
+        if provider.base_url.startswith("http:") and (keys or provider.env_http_headers) and not local:
+            raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
+    return dataclasses.replace(provider, http_headers=headers, local=local, **keys)
 
 
-def read_keys(
-    source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig,
-) -> JSON:
+def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
     """A provider's keys and their sources, as values of its configuration; {} where it has none."""
+    path = ("providers", provider.name)
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
     if not given:
         return {}
@@ -7237,28 +7230,27 @@ def read_keys(
     for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
-            key, where = source.secret(reference)
+            key = source.secret(reference)
             if not key:
                 raise ValueError("the key is empty.")
             if not KEY_VALUE.fullmatch(key):
                 raise ValueError("the key has a space or a character not allowed in keys.")
-            keys.setdefault(key, where)
+            keys.setdefault(key, source.name if secret else reference)
     return {
-        "api_key": next(iter(keys)),
+        "api_key": [*keys][0],
         "api_keys": tuple(keys) if len(keys) > 1 else (),
         "key_source": ", ".join(dict.fromkeys(keys.values())),
     }
 
 
-def read_headers(
-    source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig,
-) -> dict[str, str]:
+def read_headers(source: ConfigFile, provider: ProviderConfig) -> dict[str, str]:
     """The headers of every call, those from the environment included."""
     headers = {}
     for table in ("http_headers", "env_http_headers"):
+        literal = table == "http_headers"
         for name, value in getattr(provider, table).items():
-            with source.about((*path, table, name), value, table == "http_headers"):
-                headers[name] = value if table == "http_headers" else source.variable(value)
+            with source.about(("providers", provider.name, table, name), value, secret=literal):
+                headers[name] = value if literal else source.variable(value)
                 if name.lower() in OWN_HEADERS:
                     raise ValueError("is a header that Pomex sets itself.")
                 if not HEADER.fullmatch(f"{name}: {headers[name]}"):
@@ -7299,25 +7291,25 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
 
 # --- 7.3 the whole --------------------------------------------------------------------------------
 
+ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
+                    wanted="at least 16 characters, without spaces, and no API key")
+
+
 def load_config(
     text: str, name: str, environ: Mapping[str, str], read_file: Callable[[str], str] = no_file,
 ) -> Config:
     """The configuration in a file's text; without a name, the defaults."""
     source = ConfigFile(text, name, environ, read_file)
-    values = source.settings(config_fields(ServerConfig), "server", prefix="POMEX_")
-    server = ServerConfig(**values)
-    if bool(server.tls_cert) != bool(server.tls_key):
+    server = source.settings(config_fields(ServerConfig), "server", prefix="POMEX_")
+    if bool(server.get("tls_cert")) != bool(server.get("tls_key")):
         raise source.error("[server] tls_cert and tls_key need each other.")
-    server = dataclasses.replace(
-        server,
-        tls_cert=source.resolve_path(server.tls_cert),
-        tls_key=source.resolve_path(server.tls_key),
-        admin_token=read_admin_token(source, server.admin_token))
-    values = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
-    database = DatabaseConfig(**values)
-    path = source.resolve_path(database.path)       # beside the file; without one in the user's state folder
-    if not name and "url" not in values:
-        path = state_folder(environ) + "/pomex.db"
+    if token := server.get("admin_token"):
+        with source.about(("server", "admin_token"), token, secret=not token.startswith(REFERENCE)):
+            server["admin_token"] = check(source.secret(token), ADMIN_TOKEN, "")
+    database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
+    if not name:            # the file would have been beside the database
+        database.setdefault("url", f"sqlite:{state_folder(environ)}/pomex.db")
+    path = source.resolve_path(DatabaseConfig(**database).path)
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
@@ -7328,28 +7320,14 @@ def load_config(
             warnings.append(
                 f"{provider.name}: http sends every prompt in the clear; use https where the server has it")
     return Config(
-        server,
-        dataclasses.replace(database, url=f"sqlite:{path}"),
+        ServerConfig(**server),
+        DatabaseConfig(**{**database, "url": f"sqlite:{path}"}),
         demo,
         providers,
         models={each: read_model(source, each, providers) for each in source.table("models")},
         prices={each: read_prices(source, each) for each in source.table("prices")},
         path=name,
         warnings=tuple(warnings))
-
-
-ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
-                    wanted="at least 16 characters, without spaces, and no API key")
-
-
-def read_admin_token(source: ConfigFile, reference: str) -> str:
-    """The token itself; "" where none is set."""
-    if not reference:
-        return ""
-    secret = not reference.startswith(REFERENCE)
-    with source.about(("server", "admin_token"), reference, secret):
-        token: str = check(source.secret(reference)[0], ADMIN_TOKEN, "")
-    return token
 
 
 PLAIN_VALUES = re.compile(

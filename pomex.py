@@ -740,11 +740,12 @@ class ResponseReader(Reader[ResponseHead]):
 # --- writers --------------------------------------------------------------------------------------
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+HeaderFields: TypeAlias = "Iterable[tuple[str, str]]"     # names and values
 LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def field_lines(headers: Iterable[tuple[str, str]]) -> list[bytes]:
+def field_lines(headers: HeaderFields) -> list[bytes]:
     """ValueError for what we would not take ourselves; it does not show the value."""
     lines = []
     for name, value in headers:
@@ -755,9 +756,7 @@ def field_lines(headers: Iterable[tuple[str, str]]) -> list[bytes]:
     return lines
 
 
-def request_bytes(
-    method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes,
-) -> bytes:
+def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
     """One request, nothing added: host and content-length are the caller's."""
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
@@ -765,7 +764,7 @@ def request_bytes(
     return b"".join([line, CRLF, *field_lines(headers), CRLF, body])
 
 
-def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+def response_head(status: int, headers: HeaderFields) -> bytes:
     """Status line and headers, nothing added."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
     return b"".join([line, *field_lines(headers), CRLF])
@@ -1010,12 +1009,15 @@ def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> 
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
+Strings: TypeAlias = "tuple[str, ...]"
+
+
 class Field(NamedTuple):
     """The values that a field takes: of a request, of pomex.toml, of an admin body or a command."""
     types: tuple[type, ...] = (str,)
     minimum: float | None = None            # of a number, or of a string's length
     maximum: float = math.inf
-    choices: tuple[str, ...] = ()
+    choices: Strings = ()
     items: Field | None = None              # for every entry of an array or object
     inner: Callable[[Any, str], None] | None = None         # checks more; called with value and path
     pattern: str = ""                       # of the whole text
@@ -1023,6 +1025,9 @@ class Field(NamedTuple):
     wanted: str = ""                        # completes "must be" where the types do not say enough
     meaning: str = ""                       # for people
     secret: bool = False                    # never shown
+
+
+Fields: TypeAlias = "Mapping[str, Field]"       # by name
 
 
 def check(value: Any, spec: Field, path: str) -> Any:
@@ -1068,7 +1073,7 @@ def type_error(value: Any, spec: Field, path: str) -> BadRequest:
     return invalid_param(path, f" must be {wanted}, not {given}.", "invalid_type")
 
 
-def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
+def check_members(value: JSON, members: Fields, path: str) -> None:
     for name, spec in members.items():
         given = value.get(name)
         if (
@@ -1135,7 +1140,7 @@ TOOLS = Field((list,), inner=check_tools)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.
-REQUEST_FIELDS: dict[str, Field] = {
+REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
@@ -1169,7 +1174,7 @@ NEEDS_STATE = {
 
 # Known input items and tools: the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, dict[str, Field]] = {
+ITEM_FIELDS: dict[str, Fields] = {
     "message": {"role": ROLE, "content": CONTENT},
     "function_call": {**CALL, "name": NAME, "arguments": TEXT},
     "function_call_output": {**CALL, "output": OUTPUT},
@@ -1185,7 +1190,7 @@ ITEM_FIELDS: dict[str, dict[str, Field]] = {
     "tool_search_output": {**CALL, "tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
 }
-TOOL_FIELDS: dict[str, dict[str, Field]] = {
+TOOL_FIELDS: dict[str, Fields] = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
     "namespace": {"name": NAME, "tools": TOOLS},
@@ -6856,9 +6861,9 @@ class ServerConfig:
     workers: int = option(1, "processes that share port and database; one a core", 1, 64)
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
     tls_key: str = option("", "its private key (PEM file)")
-    public_hosts: tuple[str, ...] = option(
+    public_hosts: Strings = option(
         (), "more host names that clients use, e.g. a proxy's", items=PUBLIC_HOST)
-    trusted_proxies: tuple[str, ...] = option(
+    trusted_proxies: Strings = option(
         (), "addresses and networks whose X-Forwarded-For names the client", items=NETWORK)
     header_timeout_s: float = seconds(30.0, "longest wait for a whole request head")
     body_timeout_s: float = seconds(120.0, "longest wait for a whole body: MBs on a slow line")
@@ -6915,12 +6920,12 @@ class ProviderConfig:
         "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
-    api_keys: tuple[str, ...] = option(
+    api_keys: Strings = option(
         (), "instead: several such keys; one that fails is skipped", secret=True)
     http_headers: dict[str, str] = option({}, "headers added to every call", secret=True)
     env_http_headers: dict[str, str] = option({}, "the same, each value taken from an environment variable")
     query_params: dict[str, str] = option({}, "query parameters added to every call", secret=True)
-    models: tuple[str, ...] = option(("*",), "which names clients may use as provider/NAME; * is any text")
+    models: Strings = option(("*",), "which names clients may use as provider/NAME; * is any text")
     relay: str = option(
         "normalise", "a responses provider's stream: normalised, or passed through byte for byte",
         choices=("normalise", "bytes"))
@@ -6994,7 +6999,7 @@ class Config:
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
     path: str = ""                      # of the file; "" for none
-    warnings: tuple[str, ...] = ()
+    warnings: Strings = ()
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
 
 
@@ -7027,7 +7032,7 @@ BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {row.name: row for row in (
 DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
-def config_fields(section: type[Any]) -> dict[str, Field]:
+def config_fields(section: type[Any]) -> Fields:
     keys = dataclasses.fields(section)
     return {key.name: key.metadata["spec"] for key in keys if key.metadata}
 
@@ -7055,7 +7060,7 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
     return f" Did you mean {form % near[0]}?" if near else ""
 
 
-def toml_name(path: tuple[str, ...]) -> str:
+def toml_name(path: Strings) -> str:
     """A key path as a user writes it."""
     bare = re.compile(r"[A-Za-z0-9_-]+")
     return ".".join(key if bare.fullmatch(key) else f'"{key}"' for key in path)
@@ -7100,9 +7105,7 @@ class ConfigFile:
         return ConfigError(f"{self.name}: {sentence}")
 
     @contextlib.contextmanager
-    def about(
-        self, path: tuple[str, ...], value: object, secret: bool = False,
-    ) -> Iterator[None]:
+    def about(self, path: Strings, value: object, secret: bool) -> Iterator[None]:
         """Turns an error into a complaint about the value at this path."""
         try:
             yield
@@ -7120,9 +7123,7 @@ class ConfigFile:
             raise self.error(f"{toml_name(path)} must be a table: [{toml_name(path)}]")
         return table
 
-    def settings(
-        self, fields: Mapping[str, Field], *path: str, prefix: str = "",
-    ) -> dict[str, Any]:
+    def settings(self, fields: Fields, *path: str, prefix: str = "") -> JSON:
         """The checked values of a table. Variables with the prefix, like POMEX_PORT, win over the file."""
         values = {}
         for name, value in self.table(*path).items():
@@ -7314,11 +7315,11 @@ def load_config(
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    warnings = []
-    for provider in providers.values():
-        if provider.base_url.startswith("http:") and not provider.local:
-            warnings.append(
-                f"{provider.name}: http sends every prompt in the clear; use https where the server has it")
+    warnings = [
+        f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
+        for provider in providers.values()
+        if provider.base_url.startswith("http:") and not provider.local
+    ]
     return Config(
         ServerConfig(**server),
         DatabaseConfig(**{**database, "url": f"sqlite:{path}"}),
@@ -7339,8 +7340,7 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
     found = set(more)
     for provider in providers:
         found |= {provider.api_key, *provider.api_keys, provider.proxy}
-        settings = {**provider.http_headers, **provider.query_params}
-        for name, value in settings.items():
+        for name, value in {**provider.http_headers, **provider.query_params}.items():
             if not PLAIN_VALUES.fullmatch(name):
                 found |= {value, *value.split()}
     forms = set()

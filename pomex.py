@@ -7320,13 +7320,16 @@ def load_config(
         for provider in providers.values()
         if provider.base_url.startswith("http:") and not provider.local
     ]
+    models = {each: read_model(source, each, providers) for each in source.table("models")}
+    prices = {each: read_prices(source, each) for each in source.table("prices")}
+    database["url"] = f"sqlite:{path}"
     return Config(
         ServerConfig(**server),
-        DatabaseConfig(**{**database, "url": f"sqlite:{path}"}),
+        DatabaseConfig(**database),
         demo,
         providers,
-        models={each: read_model(source, each, providers) for each in source.table("models")},
-        prices={each: read_prices(source, each) for each in source.table("prices")},
+        models,
+        prices,
         path=name,
         warnings=tuple(warnings))
 

@@ -114,7 +114,6 @@ from collections.abc import (
     Callable,
     Collection,
     Coroutine,
-    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -340,17 +339,19 @@ class Sink(Protocol):
 #
 # A broken peer gives a ProtocolError, the same at every later call. Any other exception is a bug here.
 
-PROTOCOL_CODES = {408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
-                  415: "unsupported_content_encoding", 417: "expectation_failed", 431: "headers_too_large",
-                  501: "not_implemented", 505: "http_version_not_supported"}
+PROTOCOL_CODES = {
+    408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
+    415: "unsupported_content_encoding", 417: "expectation_failed", 421: "misdirected_request",
+    431: "headers_too_large", 501: "not_implemented", 505: "http_version_not_supported",
+}
 
 
 class ProtocolError(GatewayError):
     """The peer broke HTTP or went over a limit. Answer, then close."""
     status, type, code = 400, "invalid_request_error", "invalid_http"
 
-    def __init__(self, message: str, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message, status=status, code=code or PROTOCOL_CODES.get(status))
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message, status=status, code=PROTOCOL_CODES.get(status))
 
 
 class Headers:
@@ -367,46 +368,37 @@ class Headers:
     def get_all(self, name: str) -> list[str]:
         return [value for key, value in self.items if key == name] if name in self._first else []
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._first
-
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.items)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     max_line_bytes: int = 8192          # the request line (RFC 9112 3 asks for 8000); all trailers
     max_head_bytes: int = 65536         # Codex sends its turn's state and metadata in headers of some KiB
     max_headers: int = 100              # the SDKs send about 20, Azure answers with about 40
-    max_body_bytes: int | None = 64 << 20   # histories with images: providers take 32 to 50 MB
+    max_body_bytes: int = 64 << 20      # histories with images: providers take 32 to 50 MB
 
 
-ANSWER_LIMITS = Limits(max_body_bytes=None)     # a stream has no size; whoever collects an answer limits it
+ANSWER_LIMITS = Limits(max_body_bytes=sys.maxsize)     # a stream has no size; whoever collects an answer limits it
 MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which cost (CVE-2023-39326)
 
 
 class RequestHead(NamedTuple):
     method: str
-    target: str                 # as it was sent
     path: str                   # raw: what is routed is what is authorised
     query: str
-    version: tuple[int, int]
+    http11: bool                # else HTTP/1.0
     headers: Headers            # with `host` from the target where that was absolute (RFC 9112 3.2.2)
     keep_alive: bool
     expect_continue: bool
     length: int | None          # of the body; None when it comes in chunks
-    chunked: bool
 
 
 class ResponseHead(NamedTuple):
     status: int
-    reason: str
-    version: tuple[int, int]
     headers: Headers
     keep_alive: bool            # False also where the body ends with the connection
     length: int | None          # of the body; None when it comes in chunks or ends with the connection
-    chunked: bool
 
 
 class Signal(enum.Enum):
@@ -421,9 +413,9 @@ Head = TypeVar("Head", RequestHead, ResponseHead)
 # --- grammar (RFC 9110 5, RFC 9112, RFC 3986) -----------------------------------------------------
 
 CRLF = b"\r\n"
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-TOKEN_BYTES = bytes(byte for byte in range(256) if re.fullmatch(TOKEN, bytes([byte])))
-VALUE_BYTES = b"\t" + bytes(range(0x20, 0x7f)) + bytes(range(0x80, 0x100))
+TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+TOKEN = b"[" + re.escape(TOKEN_BYTES) + b"]+"
+VALUE_BYTES = bytes({0x09, *range(0x20, 0x100)} - {0x7f})
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 PATH = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=:@/-]*)*"
 QUERY = PATH.replace(b"@/", b"@/?")
@@ -431,8 +423,8 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{
 
 HOST_VALUE = re.compile(HOST.decode())
 REQUEST_START = re.compile(TOKEN + rb"(?: |\Z)|\r?\Z")      # all that a request can begin with, cut anywhere
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-TARGET = re.compile(rb"(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])")
+TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")   # a last SP may lack
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
@@ -469,98 +461,91 @@ def list_values(headers: Headers, name: str) -> list[str]:
     return [element.strip(" \t").lower() for value in headers.get_all(name) for element in value.split(",")]
 
 
-def keeps_alive(headers: Headers, version: tuple[int, int]) -> bool:
+def keeps_alive(headers: Headers, http11: bool) -> bool:
     """RFC 9112 9.3; a `close` wins over everything."""
     options = list_values(headers, "connection")
-    return "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+    return "close" not in options and (http11 or "keep-alive" in options)
 
 
-def content_length(headers: Headers) -> int | None:
-    """A list of equal values is one value (RFC 9112 6.3)."""
-    values = list_values(headers, "content-length")
-    if not values:
-        return None
-    if not CONTENT_LENGTH.fullmatch(values[0]) or len(set(values)) > 1:
-        raise ProtocolError("Content-Length is not one decimal number.")
-    return int(values[0])
-
-
-def framing(headers: Headers, version: tuple[int, int]) -> tuple[int | None, bool]:
+def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[int | None, bool]:
     """Content-Length if there is one, and whether the body is chunked (RFC 9112 6.1, 6.3; strict)."""
-    if "transfer-encoding" not in headers:
-        return content_length(headers), False
-    if "content-length" in headers:
-        raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
-    if version < (1, 1):
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
+    lengths = list_values(headers, "content-length")
     codings = list_values(headers, "transfer-encoding")
-    for coding in codings:
-        if not coding or coding.encode("latin-1").translate(None, TOKEN_BYTES):
-            raise ProtocolError("Transfer-Encoding is malformed.")
-        if coding != "chunked":
-            raise ProtocolError("The only transfer coding taken is chunked.", 501)
-    if len(codings) > 1:
+    if not codings:
+        if not lengths:
+            return None, False
+        if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values are one value
+            raise ProtocolError("Content-Length is not one decimal number.")
+        length = int(lengths[0])
+        check_body_size(length, max_body_bytes)
+        return length, False
+    if lengths:
+        raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
+    if not http11:
+        raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
+    if codings != ["chunked"]:
+        for coding in codings:
+            if not re.fullmatch(TOKEN.decode(), coding):
+                raise ProtocolError("Transfer-Encoding is malformed.")
+            if coding != "chunked":
+                raise ProtocolError("The only transfer coding taken is chunked.", 501)
         raise ProtocolError("A body is chunked once.")
     return None, True
 
 
-def parse_target(method: str, target: bytes) -> tuple[str, str, str]:
-    """Path, query and authority of a request target in origin, absolute or asterisk form (RFC 9112 3.2)."""
-    if target == b"*" and method == "OPTIONS":
-        return "*", "", ""
-    match = TARGET.fullmatch(target)
-    if match is None or not (match[1] or match[2]):
-        raise ProtocolError("The request target is neither a path nor an http URL,"
-                            " or has a character that must be percent-encoded.")
-    authority, path, query = match.groups(b"")
-    return path.decode() or "/", query.decode(), authority.decode()
+def check_body_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ProtocolError(f"The body is over {max_bytes} bytes.", 413)
 
 
-def with_host(headers: Headers, authority: str, version: tuple[int, int]) -> Headers:
-    """The headers with exactly one valid Host; the target's own authority wins over it (RFC 9112 3.2)."""
-    hosts = headers.get_all("host")
-    if len(hosts) != 1 and (hosts or version >= (1, 1)):
-        raise ProtocolError("A request has exactly one Host header.")
-    if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
-        raise ProtocolError("Host is not a host name or address with an optional port.")
-    if not authority:
-        return headers
-    return Headers([("host", authority), *(item for item in headers if item[0] != "host")])
-
-
-def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int | None) -> RequestHead:
+def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> RequestHead:
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError("The request line is not 'METHOD target HTTP/1.1'.")
-    version = int(match[3]), int(match[4])
-    if version not in ((1, 0), (1, 1)):
+    method, target, version = match.groups()
+    if version not in (b"1.0", b"1.1"):
         raise ProtocolError("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505)
-    method = match[1].decode()
-    path, query, authority = parse_target(method, match[2])
-    headers = with_host(headers, authority, version)
-    length, chunked = framing(headers, version)
-    if max_body_bytes is not None and (length or 0) > max_body_bytes:
-        raise ProtocolError(f"The body is over {max_body_bytes} bytes.", 413)
+    http11 = version == b"1.1"
+    authority, path, query = b"", target, b""
+    if target != b"*" or method != b"OPTIONS":      # origin or absolute form (RFC 9112 3.2)
+        match = TARGET.fullmatch(target)
+        if match is None:
+            raise ProtocolError("The request target is neither a path nor an http URL,"
+                                " or has a character that must be percent-encoded.")
+        authority, path, query = match.groups(b"")
+    hosts = headers.get_all("host")
+    if len(hosts) != 1 and (hosts or http11):
+        raise ProtocolError("A request has exactly one Host header.")
+    if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
+        raise ProtocolError("Host is not a host name or address with an optional port.")
+    if authority:       # it wins over the Host header
+        headers = Headers([("host", authority.decode()), *(item for item in headers if item[0] != "host")])
+    length, chunked = body_framing(headers, http11, max_body_bytes)
+    if not chunked:
+        length = length or 0        # neither header: no body (RFC 9112 6.3)
     expectations = list_values(headers, "expect")
     if expectations not in ([], ["100-continue"]):
         raise ProtocolError("The only expectation met is 100-continue.", 417)
-    # HTTP/1.0 has none (RFC 9110 10.1.1)
-    expect_continue = bool(expectations) and version >= (1, 1) and (chunked or bool(length))
-    keep_alive = keeps_alive(headers, version)
-    return RequestHead(method, match[2].decode(), path, query, version, headers, keep_alive, expect_continue,
-                       None if chunked else length or 0, chunked)   # neither header: no body (RFC 9112 6.3)
+    return RequestHead(
+        method.decode(),
+        path.decode() or "/",
+        query.decode(),
+        http11,
+        headers,
+        keeps_alive(headers, http11),
+        expect_continue=bool(expectations) and http11 and length != 0,      # HTTP/1.0 has none (RFC 9110 10.1.1)
+        length=length)
 
 
 # --- readers --------------------------------------------------------------------------------------
 
 class Reader(Generic[Head]):
-    """What both sides share: the buffer, and bodies by length, by chunks, or up to the end of the connection.
+    """What both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
     next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA
     where more input is required. After feed_eof() it raises if the message is incomplete. Generators read a
     message from top to bottom; they yield what next() returns.
     """
-    _error_fields: ClassVar[JSON] = {}      # attributes of this side's errors
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         self.limits = limits
@@ -594,7 +579,6 @@ class Reader(Generic[Head]):
         try:
             part = next(self._parts)
         except ProtocolError as error:
-            vars(error).update(self._error_fields)
             self._error = error
             raise
         if part is NEED_DATA or part is END:    # an idle connection keeps no buffer alive
@@ -608,25 +592,21 @@ class Reader(Generic[Head]):
             raise ProtocolError("The connection ended in the middle of a message.")
         return NEED_DATA
 
-    def _header_block(self, limit: int) -> bytes | None:
-        """The lines before the next empty line, without their last CRLF; None while that is not here yet."""
+    def _header_block(self, limit: int) -> tuple[bytes, Headers] | None:
+        """The next line and the header fields that follow it; None while not all of it is here."""
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
             self._at = end + 4
             self._scanned = 0
-            return data[at:end]
+            line, _, fields = data[at:end].partition(CRLF)
+            return line, parse_fields(fields, self.limits.max_headers)
         if len(data) - at >= limit + 4:
             raise ProtocolError(f"The headers are over {limit} bytes.", 431)
         if STRAY_BYTE.search(data, at + max(0, self._scanned - 1)):     # or bare LFs would wait
             raise ProtocolError("A header has a control character, or a line that does not end with CRLF.")
         self._scanned = len(data) - at
         return None
-
-    def _body(self, length: int | None, chunked: bool) -> Iterator[bytes | Signal]:
-        if chunked:
-            return self._chunked_body()
-        return self._body_until_close() if length is None else self._fixed_length_body(length)
 
     def _take(self, size: int) -> bytes:
         """At most `size` bytes of what is here."""
@@ -640,82 +620,53 @@ class Reader(Generic[Head]):
             length -= len(piece)
             yield piece or self._need_more_data()
 
-    def _body_until_close(self) -> Iterator[bytes | Signal]:
-        while not self._eof or self._at < len(self._data):
-            yield self._take(len(self._data)) or NEED_DATA
-
     def _chunked_body(self) -> Iterator[bytes | Signal]:
         """RFC 9112 7.1. Complete chunks at hand come joined; the size is checked before the data is read."""
-        total = 0
+        limits, match, total = self.limits, CHUNK_LINE.match, 0
         while True:
-            if joined := self._complete_chunks():
+            data, at = self._data, self._at
+            pieces = []
+            while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
+                start = line.end()
+                size = int(line[1], 16)
+                end = start + size
+                if data[end:end + 2] != CRLF or not size:
+                    break
+                pieces.append(data[start:end])
+                at = end + 2
+            if pieces:
+                self._at = at
+                joined = b"".join(pieces)
                 total += len(joined)
-                self._check_size(total)
+                check_body_size(total, limits.max_body_bytes)
                 yield joined
-            limit = self._at + MAX_CHUNK_LINE_BYTES
-            line = CHUNK_LINE.match(self._data, self._at, limit)
+                continue
             if line is None:
-                if len(self._data) >= limit or not CHUNK_START.fullmatch(self._data, self._at):
+                if len(data) - at >= MAX_CHUNK_LINE_BYTES or not CHUNK_START.fullmatch(data, at):
                     raise ProtocolError("The line before a chunk is malformed or too long.")
                 yield self._need_more_data()
                 continue
-            self._at = line.end()
-            size = int(line[1], 16)
             if not size:
                 break
+            self._at = start
             total += size
-            self._check_size(total)
+            check_body_size(total, limits.max_body_bytes)
             yield from self._fixed_length_body(size)
             while not self._data.startswith(CRLF, self._at):
                 if not CRLF.startswith(self._data[self._at:self._at + 2]):      # CVE-2025-43859: look at both
                     raise ProtocolError("The data of a chunk is not followed by CRLF.")
                 yield self._need_more_data()
             self._at += 2
-        while not self._data.startswith(CRLF, self._at):
-            trailers = self._header_block(self.limits.max_line_bytes)
-            if trailers is not None:        # checked and dropped (RFC 9110 6.5.1)
-                parse_fields(trailers, self.limits.max_headers)
-                return
+        while self._header_block(limits.max_line_bytes) is None:    # trailers: checked, dropped (RFC 9110 6.5.1)
             yield self._need_more_data()
-        self._at += 2
-
-    def _complete_chunks(self) -> bytes:
-        data, at, match = self._data, self._at, CHUNK_LINE.match        # locals: this loop is hot
-        pieces = []
-        while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
-            start = line.end()
-            end = start + int(line[1], 16)
-            if data[end:end + 2] != CRLF or end == start:
-                break
-            pieces.append(data[start:end])
-            at = end + 2
-        self._at = at
-        return b"".join(pieces)
-
-    def _check_size(self, total: int) -> None:
-        limit = self.limits.max_body_bytes
-        if limit is not None and total > limit:
-            raise ProtocolError(f"The body is over {limit} bytes.", 413)
 
 
 class RequestReader(Reader[RequestHead]):
     """The server's side. After END the next call begins with the next request, unless the last one closes."""
 
     def _messages(self) -> Iterator[RequestHead | bytes | Signal]:
-        while not self._method:
-            head = yield from self._head()
-            self._method = head.method
-            yield head
-            yield from self._body(head.length, head.chunked)
-            if head.keep_alive:
-                self._method = ""
-            yield END
-        while True:         # data after the last request is not read
-            yield NEED_DATA
-
-    def _head(self) -> Generator[Signal, None, RequestHead]:
         limits, blank_skipped = self.limits, False
-        while True:
+        while not self._method:
             if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
                 self._at += 2
                 blank_skipped = True
@@ -725,17 +676,24 @@ class RequestReader(Reader[RequestHead]):
             line_end = self._at + limits.max_line_bytes + 2
             if len(self._data) >= line_end and self._data.find(CRLF, self._at, line_end) < 0:
                 raise ProtocolError(f"The request line is over {limits.max_line_bytes} bytes.", 414)
-            section = self._header_block(limits.max_head_bytes)
-            if section is not None:
-                line, _, fields = section.partition(CRLF)
-                headers = parse_fields(fields, limits.max_headers)
-                return parse_request_head(line, headers, limits.max_body_bytes)
-            yield NEED_DATA if self.idle else self._need_more_data()
+            block = self._header_block(limits.max_head_bytes)
+            if block is None:
+                yield NEED_DATA if self.idle else self._need_more_data()
+                continue
+            head = parse_request_head(*block, limits.max_body_bytes)
+            self._method = head.method
+            yield head
+            yield from self._chunked_body() if head.length is None else self._fixed_length_body(head.length)
+            if head.keep_alive:
+                self._method = ""
+            blank_skipped = False
+            yield END
+        while True:         # data after the last request is not read
+            yield NEED_DATA
 
 
 class ResponseReader(Reader[ResponseHead]):
-    """The client's side. Its errors are the upstream's fault: 502, retryable."""
-    _error_fields = {"status": 502, "type": "server_error", "code": "server_error", "retryable": True}
+    """The client's side."""
 
     def start(self, method: str) -> None:
         """A request of that method goes out. Bytes that came before it would be taken for its answer."""
@@ -745,52 +703,50 @@ class ResponseReader(Reader[ResponseHead]):
 
     def _messages(self) -> Iterator[ResponseHead | bytes | Signal]:
         while True:
-            while not self._method:
+            if not self._method:
                 yield NEED_DATA
-            head = yield from self._head()
-            yield head
-            yield from self._body(head.length, head.chunked)
-            self._method = ""
-            yield END
-
-    def _head(self) -> Generator[Signal, None, ResponseHead]:
-        """The head of the final answer; 1xx answers are skipped."""
-        while True:
+                continue
             if not b"HTTP/1.".startswith(self._data[self._at:self._at + 7]):
                 raise ProtocolError("The answer does not begin with HTTP/1.1.")
-            section = self._header_block(self.limits.max_head_bytes)
-            if section is None:
+            block = self._header_block(self.limits.max_head_bytes)
+            if block is None:
                 yield self._need_more_data()
                 continue
-            line, _, fields = section.partition(CRLF)
+            line, headers = block
             match = STATUS_LINE.fullmatch(line)
             if match is None or match[2] == b"101":     # an upgrade is never asked for
                 raise ProtocolError("The answer's status line is malformed, or switches protocols.")
-            headers = parse_fields(fields, self.limits.max_headers)
-            if match[2] >= b"200":
-                break
-        version = 1, int(match[1])
-        status = int(match[2])
-        length: int | None = 0
-        chunked = False
-        if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
-            length = None
-        elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
-            length, chunked = framing(headers, version)
-        self._check_size(length or 0)
-        reason = (match[3] or b"").decode("latin-1")
-        keep_alive = keeps_alive(headers, version) and (chunked or length is not None)
-        return ResponseHead(status, reason, version, headers, keep_alive, length, chunked)
+            http11, status = match[1] == b"1", int(match[2])
+            if status < 200:        # the final answer is still to come
+                continue
+            length: int | None = 0
+            chunked = False
+            if self._method == "CONNECT" and status < 300:          # RFC 9110 9.3.6: a tunnel has no framing
+                length = None
+            elif self._method != "HEAD" and status not in (204, 304):       # RFC 9112 6.3: these have no body
+                length, chunked = body_framing(headers, http11, self.limits.max_body_bytes)
+            keep_alive = keeps_alive(headers, http11) and (chunked or length is not None)
+            yield ResponseHead(status, headers, keep_alive, length)
+            if chunked:
+                yield from self._chunked_body()
+            elif length is not None:
+                yield from self._fixed_length_body(length)
+            else:
+                while not self._eof or self._at < len(self._data):
+                    yield self._take(len(self._data)) or NEED_DATA
+            self._method = ""
+            yield END
 
 
 # --- writers --------------------------------------------------------------------------------------
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+HeaderFields: TypeAlias = "Iterable[tuple[str, str]]"     # names and values
 LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def field_lines(headers: Iterable[tuple[str, str]]) -> list[bytes]:
+def field_lines(headers: HeaderFields) -> list[bytes]:
     """ValueError for what we would not take ourselves; it does not show the value."""
     lines = []
     for name, value in headers:
@@ -801,9 +757,7 @@ def field_lines(headers: Iterable[tuple[str, str]]) -> list[bytes]:
     return lines
 
 
-def request_bytes(
-    method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes,
-) -> bytes:
+def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
     """One request, nothing added: host and content-length are the caller's."""
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
@@ -811,7 +765,7 @@ def request_bytes(
     return b"".join([line, CRLF, *field_lines(headers), CRLF, body])
 
 
-def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+def response_head(status: int, headers: HeaderFields) -> bytes:
     """Status line and headers, nothing added."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
     return b"".join([line, *field_lines(headers), CRLF])
@@ -847,29 +801,27 @@ class ContentDecoder:
     def feed(self, data: bytes) -> bytes:
         if not self._gzip:
             return self._limited(data)
-        slices = range(0, len(data), INFLATE_SLICE)
-        return b"".join(self._inflate(data[start:start + INFLATE_SLICE]) for start in slices)
+        pieces = []
+        for start in range(0, len(data), INFLATE_SLICE):
+            rest = data[start:start + INFLATE_SLICE]
+            self._coded += len(rest)
+            while rest:
+                if self._member is None or self._member.eof:
+                    self._members += 1          # RFC 1952 2.2: members may follow each other
+                    if self._members > MAX_MEMBERS:
+                        raise ProtocolError(f"The gzip body has more than {MAX_MEMBERS} members.")
+                    self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+                room = 0 if self._max_bytes is None else self._max_bytes + 1 - self._decoded    # 0: no limit
+                try:
+                    pieces.append(self._limited(self._member.decompress(rest, room)))
+                except zlib.error as error:
+                    raise ProtocolError("The body is not valid gzip.") from error
+                rest = self._member.unused_data
+        return b"".join(pieces)
 
     def finish(self) -> None:
         if self._member and not self._member.eof:
             raise ProtocolError("The gzip body is cut short.")
-
-    def _inflate(self, data: bytes) -> bytes:
-        pieces = []
-        self._coded += len(data)
-        while data:
-            if self._member is None or self._member.eof:
-                self._members += 1          # RFC 1952 2.2: members may follow each other
-                if self._members > MAX_MEMBERS:
-                    raise ProtocolError(f"The gzip body has more than {MAX_MEMBERS} members.")
-                self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
-            room = 0 if self._max_bytes is None else self._max_bytes + 1 - self._decoded        # 0: no limit
-            try:
-                pieces.append(self._limited(self._member.decompress(data, room)))
-            except zlib.error as error:
-                raise ProtocolError("The body is not valid gzip.") from error
-            data = self._member.unused_data
-        return b"".join(pieces)
 
     def _limited(self, data: bytes) -> bytes:
         self._decoded += len(data)
@@ -1058,6 +1010,9 @@ def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> 
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
+Strings: TypeAlias = "tuple[str, ...]"
+
+
 class Field(NamedTuple):
     """The values that a field takes: of a request, of pomex.toml, of an admin body or a command."""
     types: tuple[type, ...] = (str,)
@@ -1071,6 +1026,9 @@ class Field(NamedTuple):
     wanted: str = ""                        # completes "must be" where the types do not say enough
     meaning: str = ""                       # for people
     secret: bool = False                    # never shown
+
+
+Fields: TypeAlias = "Mapping[str, Field]"       # by name
 
 
 def check(value: Any, spec: Field, path: str) -> Any:
@@ -1116,7 +1074,7 @@ def type_error(value: Any, spec: Field, path: str) -> BadRequest:
     return invalid_param(path, f" must be {wanted}, not {given}.", "invalid_type")
 
 
-def check_members(value: JSON, members: Mapping[str, Field], path: str) -> None:
+def check_members(value: JSON, members: Fields, path: str) -> None:
     for name, spec in members.items():
         given = value.get(name)
         if (
@@ -1183,7 +1141,7 @@ TOOLS = Field((list,), inner=check_tools)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.
-REQUEST_FIELDS: dict[str, Field] = {
+REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
@@ -1217,7 +1175,7 @@ NEEDS_STATE = {
 
 # Known input items and tools: the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, dict[str, Field]] = {
+ITEM_FIELDS: dict[str, Fields] = {
     "message": {"role": ROLE, "content": CONTENT},
     "function_call": {**CALL, "name": NAME, "arguments": TEXT},
     "function_call_output": {**CALL, "output": OUTPUT},
@@ -1233,7 +1191,7 @@ ITEM_FIELDS: dict[str, dict[str, Field]] = {
     "tool_search_output": {**CALL, "tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
 }
-TOOL_FIELDS: dict[str, dict[str, Field]] = {
+TOOL_FIELDS: dict[str, Fields] = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
     "namespace": {"name": NAME, "tools": TOOLS},
@@ -6735,7 +6693,6 @@ def option(
     spec = spec._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
     return field(
         default_factory=lambda: default,
-        hash=not isinstance(default, dict),
         repr=not spec.secret,
         metadata={"spec": spec})
 
@@ -6750,16 +6707,16 @@ PUBLIC_HOST = Field(pattern=r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]",
 NETWORK = Field(read=ipaddress.ip_network, wanted='an address or a network, like "10.0.0.7" or "10.0.0.0/8"')
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface", 1)
     port: int = option(7663, "port to listen on; 0 takes a free one", 0, 65535)
     workers: int = option(1, "processes that share port and database; one a core", 1, 64)
     tls_cert: str = option("", "certificate chain (PEM file); with it the gateway speaks https itself")
     tls_key: str = option("", "its private key (PEM file)")
-    public_hosts: tuple[str, ...] = option(
+    public_hosts: Strings = option(
         (), "more host names that clients use, e.g. a proxy's", items=PUBLIC_HOST)
-    trusted_proxies: tuple[str, ...] = option(
+    trusted_proxies: Strings = option(
         (), "addresses and networks whose X-Forwarded-For names the client", items=NETWORK)
     header_timeout_s: float = seconds(30.0, "longest wait for a whole request head")
     body_timeout_s: float = seconds(120.0, "longest wait for a whole body: MBs on a slow line")
@@ -6789,7 +6746,7 @@ class ServerConfig:
     allow_unpriced: bool = option(False, "keys with a budget may use models without a price, at no cost")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DatabaseConfig:
     url: str = option(
         "sqlite:pomex.db", "keys and usage; a relative path is beside this file", secret=True,
@@ -6803,12 +6760,12 @@ class DatabaseConfig:
         return self.url.partition(":")[2]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DemoConfig:
     enabled: bool = option(True, "demo/echo and its family: works offline, costs nothing, calls no model")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ProviderConfig:
     name: str
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
@@ -6816,12 +6773,12 @@ class ProviderConfig:
         "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
-    api_keys: tuple[str, ...] = option(
+    api_keys: Strings = option(
         (), "instead: several such keys; one that fails is skipped", secret=True)
     http_headers: dict[str, str] = option({}, "headers added to every call", secret=True)
     env_http_headers: dict[str, str] = option({}, "the same, each value taken from an environment variable")
     query_params: dict[str, str] = option({}, "query parameters added to every call", secret=True)
-    models: tuple[str, ...] = option(("*",), "which names clients may use as provider/NAME; * is any text")
+    models: Strings = option(("*",), "which names clients may use as provider/NAME; * is any text")
     relay: str = option(
         "normalise", "a responses provider's stream: normalised, or passed through byte for byte",
         choices=("normalise", "bytes"))
@@ -6852,7 +6809,7 @@ class Target(NamedTuple):
     model: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelConfig:
     name: str
     targets: tuple[tuple[Target, ...], ...] = option(
@@ -6863,7 +6820,7 @@ class ModelConfig:
     description: str = option("", "one line for the model list")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PriceConfig:
     """US dollars per million tokens. A cache price left out is that of plain input."""
     input: Dollars = price_option("input that is not cached; 0 is free")
@@ -6886,16 +6843,16 @@ class PriceConfig:
     long_cache_write_1h: Dollars = price_option("input that it writes there to be kept long")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Config:
     server: ServerConfig
     database: DatabaseConfig
     demo: DemoConfig
-    providers: dict[str, ProviderConfig] = field(hash=False)
-    models: dict[str, ModelConfig] = field(hash=False)
-    prices: dict[str, PriceConfig] = field(default_factory=dict, hash=False)
+    providers: dict[str, ProviderConfig]
+    models: dict[str, ModelConfig]
+    prices: dict[str, PriceConfig]
     path: str = ""                      # of the file; "" for none
-    warnings: tuple[str, ...] = ()
+    warnings: Strings = ()
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
 
 
@@ -6916,7 +6873,7 @@ def fill_providers(text: str) -> None:
         BUILTIN_PROVIDERS[name] = ProviderConfig(**values, dialect=dialect, local="env_key" not in values)
 
 
-def config_fields(section: type[Any]) -> dict[str, Field]:
+def config_fields(section: type[Any]) -> Fields:
     keys = dataclasses.fields(section)
     return {key.name: key.metadata["spec"] for key in keys if key.metadata}
 
@@ -6944,7 +6901,7 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
     return f" Did you mean {form % near[0]}?" if near else ""
 
 
-def toml_name(path: tuple[str, ...]) -> str:
+def toml_name(path: Strings) -> str:
     """A key path as a user writes it."""
     bare = re.compile(r"[A-Za-z0-9_-]+")
     return ".".join(key if bare.fullmatch(key) else f'"{key}"' for key in path)
@@ -6955,6 +6912,7 @@ def no_file(path: str) -> str:
 
 
 REFERENCE = ("env:", "file:")       # any other secret is a literal
+PATH_KEYS = {"tls_cert", "tls_key", "ca_file"}
 
 
 class ConfigFile:
@@ -6988,9 +6946,7 @@ class ConfigFile:
         return ConfigError(f"{self.name}: {sentence}")
 
     @contextlib.contextmanager
-    def about(
-        self, path: tuple[str, ...], value: object, secret: bool = False,
-    ) -> Iterator[None]:
+    def about(self, path: Strings, value: object, secret: bool) -> Iterator[None]:
         """Turns an error into a complaint about the value at this path."""
         try:
             yield
@@ -7008,9 +6964,7 @@ class ConfigFile:
             raise self.error(f"{toml_name(path)} must be a table: [{toml_name(path)}]")
         return table
 
-    def settings(
-        self, fields: Mapping[str, Field], *path: str, prefix: str = "",
-    ) -> dict[str, Any]:
+    def settings(self, fields: Fields, *path: str, prefix: str = "") -> JSON:
         """The checked values of a table. Variables with the prefix, like POMEX_PORT, win over the file."""
         values = {}
         for name, value in self.table(*path).items():
@@ -7026,6 +6980,8 @@ class ConfigFile:
                     values[name] = check_text(self.environ[variable], spec, variable)
                 except BadRequest as error:
                     raise ConfigError(str(error)) from None
+        for name in values.keys() & PATH_KEYS:
+            values[name] = self.resolve_path(values[name])
         return values
 
     def resolve_path(self, path: str) -> str:
@@ -7042,15 +6998,15 @@ class ConfigFile:
         known = [key for key in self.environ if self.environ[key].strip()]
         raise ValueError(f"that variable is not set.{did_you_mean(name, known)}")
 
-    def secret(self, reference: str) -> tuple[str, str]:
-        """(secret, source) of "env:NAME", "file:PATH" or a literal, whose source is this file."""
+    def secret(self, reference: str) -> str:
+        """The secret that "env:NAME", "file:PATH" or a literal stands for."""
         kind, _, rest = reference.partition(":")
         if kind == "env":
-            return self.variable(rest), reference
+            return self.variable(rest)
         if kind != "file":
-            return reference, self.name
+            return reference
         try:
-            return self.read_file(self.resolve_path(rest)).strip(), reference
+            return self.read_file(self.resolve_path(rest)).strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ValueError(f"that file cannot be read ({reason}).") from None
@@ -7098,26 +7054,20 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     }
     for prefix in provider.overrides:
         source.settings(known, *path, "overrides", prefix)
-    provider = dataclasses.replace(
-        provider,
-        http_headers=read_headers(source, path, provider),
-        **read_keys(source, path, provider))
-    if provider.wire_api == "demo":
-        return provider
-    if not provider.base_url:
-        raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
+    headers = read_headers(source, provider)
+    keys = read_keys(source, provider)
     local = is_private(provider.base_url)
-    has_key = provider.api_key or provider.env_http_headers
-    if provider.base_url.startswith("http:") and has_key and not local:
-        raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
-    ca_file = source.resolve_path(provider.ca_file)
-    return dataclasses.replace(provider, local=local, ca_file=ca_file)
+    if provider.wire_api != "demo":
+        if not provider.base_url:
+            raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
+        if provider.base_url.startswith("http:") and (keys or provider.env_http_headers) and not local:
+            raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
+    return dataclasses.replace(provider, http_headers=headers, local=local, **keys)
 
 
-def read_keys(
-    source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig,
-) -> JSON:
+def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
     """A provider's keys and their sources, as values of its configuration; {} where it has none."""
+    path = ("providers", provider.name)
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
     if not given:
         return {}
@@ -7127,28 +7077,27 @@ def read_keys(
     for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
-            key, where = source.secret(reference)
+            key = source.secret(reference)
             if not key:
                 raise ValueError("the key is empty.")
             if not KEY_VALUE.fullmatch(key):
                 raise ValueError("the key has a space or a character not allowed in keys.")
-            keys.setdefault(key, where)
+            keys.setdefault(key, source.name if secret else reference)
     return {
-        "api_key": next(iter(keys)),
+        "api_key": [*keys][0],
         "api_keys": tuple(keys) if len(keys) > 1 else (),
         "key_source": ", ".join(dict.fromkeys(keys.values())),
     }
 
 
-def read_headers(
-    source: ConfigFile, path: tuple[str, ...], provider: ProviderConfig,
-) -> dict[str, str]:
+def read_headers(source: ConfigFile, provider: ProviderConfig) -> dict[str, str]:
     """The headers of every call, those from the environment included."""
     headers = {}
     for table in ("http_headers", "env_http_headers"):
+        literal = table == "http_headers"
         for name, value in getattr(provider, table).items():
-            with source.about((*path, table, name), value, table == "http_headers"):
-                headers[name] = value if table == "http_headers" else source.variable(value)
+            with source.about(("providers", provider.name, table, name), value, secret=literal):
+                headers[name] = value if literal else source.variable(value)
                 if name.lower() in OWN_HEADERS:
                     raise ValueError("is a header that Pomex sets itself.")
                 if not HEADER.fullmatch(f"{name}: {headers[name]}"):
@@ -7189,57 +7138,46 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
 
 # --- 7.3 the whole --------------------------------------------------------------------------------
 
+ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
+                    wanted="at least 16 characters, without spaces, and no API key")
+
+
 def load_config(
     text: str, name: str, environ: Mapping[str, str], read_file: Callable[[str], str] = no_file,
 ) -> Config:
     """The configuration in a file's text; without a name, the defaults."""
     source = ConfigFile(text, name, environ, read_file)
-    values = source.settings(config_fields(ServerConfig), "server", prefix="POMEX_")
-    server = ServerConfig(**values)
-    if bool(server.tls_cert) != bool(server.tls_key):
+    server = source.settings(config_fields(ServerConfig), "server", prefix="POMEX_")
+    if bool(server.get("tls_cert")) != bool(server.get("tls_key")):
         raise source.error("[server] tls_cert and tls_key need each other.")
-    server = dataclasses.replace(
-        server,
-        tls_cert=source.resolve_path(server.tls_cert),
-        tls_key=source.resolve_path(server.tls_key),
-        admin_token=read_admin_token(source, server.admin_token))
-    values = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
-    database = DatabaseConfig(**values)
-    path = source.resolve_path(database.path)       # beside the file; without one in the user's state folder
-    if not name and "url" not in values:
-        path = state_folder(environ) + "/pomex.db"
+    if token := server.get("admin_token"):
+        with source.about(("server", "admin_token"), token, secret=not token.startswith(REFERENCE)):
+            server["admin_token"] = check(source.secret(token), ADMIN_TOKEN, "")
+    database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
+    if not name:            # the file would have been beside the database
+        database.setdefault("url", f"sqlite:{state_folder(environ)}/pomex.db")
+    path = source.resolve_path(DatabaseConfig(**database).path)
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    warnings = []
-    for provider in providers.values():
-        if provider.base_url.startswith("http:") and not provider.local:
-            warnings.append(
-                f"{provider.name}: http sends every prompt in the clear; use https where the server has it")
+    warnings = [
+        f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
+        for provider in providers.values()
+        if provider.base_url.startswith("http:") and not provider.local
+    ]
+    models = {each: read_model(source, each, providers) for each in source.table("models")}
+    prices = {each: read_prices(source, each) for each in source.table("prices")}
+    database["url"] = f"sqlite:{path}"
     return Config(
-        server,
-        dataclasses.replace(database, url=f"sqlite:{path}"),
+        ServerConfig(**server),
+        DatabaseConfig(**database),
         demo,
         providers,
-        models={each: read_model(source, each, providers) for each in source.table("models")},
-        prices={each: read_prices(source, each) for each in source.table("prices")},
+        models,
+        prices,
         path=name,
         warnings=tuple(warnings))
-
-
-ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
-                    wanted="at least 16 characters, without spaces, and no API key")
-
-
-def read_admin_token(source: ConfigFile, reference: str) -> str:
-    """The token itself; "" where none is set."""
-    if not reference:
-        return ""
-    secret = not reference.startswith(REFERENCE)
-    with source.about(("server", "admin_token"), reference, secret):
-        token: str = check(source.secret(reference)[0], ADMIN_TOKEN, "")
-    return token
 
 
 PLAIN_VALUES = re.compile(
@@ -7251,8 +7189,7 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
     found = set(more)
     for provider in providers:
         found |= {provider.api_key, *provider.api_keys, provider.proxy}
-        settings = {**provider.http_headers, **provider.query_params}
-        for name, value in settings.items():
+        for name, value in {**provider.http_headers, **provider.query_params}.items():
             if not PLAIN_VALUES.fullmatch(name):
                 found |= {value, *value.split()}
     forms = set()
@@ -12114,7 +12051,7 @@ class Client:
 
     async def start(self, status: int, headers: list[tuple[str, str]]) -> None:
         """Begins an answer of unknown length. Its head goes out with the first write()."""
-        self.chunked = self.head.version >= (1, 1)
+        self.chunked = self.head.http11
         if not self.chunked:
             self.keep = False       # HTTP/1.0: the end of the connection is the end of the body
         self.begin(status, [*headers, ("transfer-encoding", "chunked")] if self.chunked else headers)
@@ -12144,7 +12081,7 @@ class Client:
         self.keep = connection.may_keep(self.head) and self.keep
         if not self.keep:
             headers = [*headers, ("connection", "close")]
-        elif self.head.version < (1, 1):
+        elif not self.head.http11:
             headers = [*headers, ("connection", "keep-alive")]
         self.pending = connection.server.answer_head(status, headers, self.request_id)
 
@@ -12330,7 +12267,7 @@ class Connection(Wire):
         while size <= most_bytes and (part := self.parser.next()) is not END:
             if isinstance(part, bytes):
                 pieces.append(part)
-                if head.chunked:
+                if head.length is None:
                     size += len(part)
                     client.hold(size)
                 continue
@@ -12629,7 +12566,7 @@ class Server:
             if self.any_host and (not dashboard or ipaddress.ip_address(name.strip("[]"))):
                 return
         raise ProtocolError(f"This gateway does not answer for the host {name[:100]!r}. If that is its name, add it to "
-                            "public_hosts in [server] of pomex.toml.", 421, "misdirected_request")
+                            "public_hosts in [server] of pomex.toml.", 421)
 
     def answer_head(self, status: int, headers: list[tuple[str, str]], request_id: str) -> bytes:
         now_s = int(time.time())

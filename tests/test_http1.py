@@ -61,7 +61,7 @@ def drain(reader, parts):
 
 
 def read(reader, pieces, eof=False):
-    """All parts, then the error's status if it came to that."""
+    """All parts, then the status that answers a bad request, or the word for a bad answer."""
     parts = []
     try:
         for data in pieces:
@@ -71,7 +71,7 @@ def read(reader, pieces, eof=False):
             reader.feed_eof()
             drain(reader, parts)
     except ProtocolError as error:
-        parts.append(error.status)
+        parts.append(error.status if isinstance(reader, RequestReader) else "broken")
     return parts
 
 
@@ -87,7 +87,8 @@ def answer(cut, data, method="GET", limits=pomex.ANSWER_LIMITS, eof=False):
 
 def plain(parts):
     """Heads by what tells them apart, for comparing."""
-    return [(part.version, tuple(part.headers), getattr(part, "target", None) or part.status)
+    return [(tuple(part.headers), *[getattr(part, name, None) for name in (
+        "http11", "path", "query", "status", "length", "keep_alive")])
             if isinstance(part, (pomex.RequestHead, pomex.ResponseHead)) else part for part in parts]
 
 
@@ -100,23 +101,23 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 TAKEN = {   # name: bytes, attributes of the head, body
     "a plain GET": (GET + b"\r\n",
-                    {"method": "GET", "target": "/x", "path": "/x", "query": "", "version": (1, 1),
-                     "length": 0, "keep_alive": True, "chunked": False, "expect_continue": False},
+                    {"method": "GET", "path": "/x", "query": "", "http11": True,
+                     "length": 0, "keep_alive": True, "expect_continue": False},
                     b""),
     "one empty line before": (b"\r\n" + GET + b"\r\n", {"path": "/x"}, b""),
     "a query": (b"GET /a/b?c=d&e=%20?/ HTTP/1.1\r\n" + HOST + b"\r\n",
                 {"path": "/a/b", "query": "c=d&e=%20?/"}, b""),
-    "an empty query": (b"GET /a? HTTP/1.1\r\n" + HOST + b"\r\n", {"path": "/a", "query": "", "target": "/a?"},
+    "an empty query": (b"GET /a? HTTP/1.1\r\n" + HOST + b"\r\n", {"path": "/a", "query": ""},
                        b""),
     "percent signs are left": (b"GET /a%2fb%00 HTTP/1.1\r\n" + HOST + b"\r\n", {"path": "/a%2fb%00"}, b""),
     "two slashes are a path": (b"GET //b/c HTTP/1.1\r\n" + HOST + b"\r\n", {"path": "//b/c"}, b""),
     "asterisk": (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", {"path": "*"}, b""),
     "any token is a method": (b"M-SEARCH!x /x HTTP/1.1\r\n" + HOST + b"\r\n", {"method": "M-SEARCH!x"}, b""),
     "absolute": (b"GET http://b:8/y?z HTTP/1.1\r\n" + HOST + b"\r\n",
-                 {"path": "/y", "query": "z", "target": "http://b:8/y?z"}, b""),
+                 {"path": "/y", "query": "z"}, b""),
     "absolute without path": (b"GET HTTPS://b?z HTTP/1.1\r\n" + HOST + b"\r\n", {"path": "/", "query": "z"},
                               b""),
-    "HTTP/1.0": (b"GET / HTTP/1.0\r\n\r\n", {"version": (1, 0), "keep_alive": False}, b""),
+    "HTTP/1.0": (b"GET / HTTP/1.0\r\n\r\n", {"http11": False, "keep_alive": False}, b""),
     "HTTP/1.0 keep-alive": (b"GET / HTTP/1.0\r\nConnection: x, Keep-Alive\r\n\r\n", {"keep_alive": True},
                             b""),
     "HTTP/1.0 both": (b"GET / HTTP/1.0\r\nConnection: keep-alive, close\r\n\r\n", {"keep_alive": False}, b""),
@@ -131,8 +132,8 @@ TAKEN = {   # name: bytes, attributes of the head, body
                       b"hello"),
     "the largest body": (POST + b"Content-Length: 1000\r\n\r\n" + b"x" * 1000, {"length": 1000}, b"x" * 1000),
     "a GET with a body": (GET + b"Content-Length: 2\r\n\r\n\r\n", {"length": 2}, b"\r\n"),
-    "chunks": (CHUNKED + b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", {"length": None, "chunked": True}, b"hello!"),
-    "no chunks": (CHUNKED + b"0\r\n\r\n", {"chunked": True}, b""),
+    "chunks": (CHUNKED + b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", {"length": None}, b"hello!"),
+    "no chunks": (CHUNKED + b"0\r\n\r\n", {"length": None}, b""),
     "many zeros": (CHUNKED + b"0000000000000005\r\nhello\r\n000\r\n\r\n", {}, b"hello"),
     "hex": (CHUNKED + b"a\r\n0123456789\r\nA\r\n0123456789\r\n0\r\n\r\n", {}, b"0123456789" * 2),
     "line ends in chunks": (CHUNKED + b"6\r\n\r\n0\r\n\r\r\n0\r\n\r\n", {}, b"\r\n0\r\n\r"),
@@ -140,7 +141,7 @@ TAKEN = {   # name: bytes, attributes of the head, body
     "a quoted quote": (CHUNKED + b'1;d="e\\"f"\r\n!\r\n0\r\n\r\n', {}, b"!"),
     "trailers": (CHUNKED + b"1\r\n!\r\n0\r\nA: b\r\nContent-Length: 7\r\n\r\n", {}, b"!"),
     "Chunked in capitals": (POST + b"Transfer-Encoding: \tChunked \r\n\r\n1\r\n!\r\n0\r\n\r\n",
-                            {"chunked": True}, b"!"),
+                            {"length": None}, b"!"),
     "expect": (POST + b"Expect: 100-Continue\r\nContent-Length: 1\r\n\r\nx", {"expect_continue": True}, b"x"),
     "expect without a body": (GET + b"Expect: 100-continue\r\n\r\n", {"expect_continue": False}, b""),
     "expect in 1.0": (b"POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx",
@@ -193,7 +194,7 @@ def test_headers_keep_order_and_are_lower_case_latin_1():
     assert head.headers.items == list(head.headers) == [("host", "a"), ("x-a", "one"), ("x-b", ""), ("x-a",
         "tw\xf6,\t3")]
     assert head.headers.get("x-a") == "one" and head.headers.get_all("x-a") == ["one", "tw\xf6,\t3"]
-    assert "x-b" in head.headers and "x-c" not in head.headers
+    assert head.headers.get_all("x-b") == [""]
     assert head.headers.get("x-c") == "" and head.headers.get("x-c",
         "d") == "d" and head.headers.get_all("x-c") == []
 
@@ -437,29 +438,29 @@ def test_a_message_does_not_repeat_what_was_sent():
 OK = b"HTTP/1.1 200 OK\r\n"
 ANSWERS = {     # name: bytes, method, attributes, body, needs the end of the connection
     "length": (OK + b"Content-Length: 2\r\n\r\nhi", "GET",
-               {"status": 200, "reason": "OK", "keep_alive": True, "length": 2}, b"hi", False),
+               {"status": 200, "keep_alive": True, "length": 2}, b"hi", False),
     "length 0": (OK + b"Content-Length: 0\r\n\r\n", "POST", {"length": 0}, b"", False),
     "chunked": (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nx: y\r\n\r\n", "GET",
-                {"chunked": True, "length": None}, b"hi", False),
-    "until close": (OK + b"\r\nhi", "GET", {"length": None, "chunked": False, "keep_alive": False}, b"hi",
+                {"length": None, "keep_alive": True}, b"hi", False),
+    "until close": (OK + b"\r\nhi", "GET", {"length": None, "keep_alive": False}, b"hi",
                     True),
     "nothing until close": (OK + b"\r\n", "GET", {"keep_alive": False}, b"", True),
     "HTTP/1.0": (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi", "GET",
-                 {"version": (1, 0), "keep_alive": False}, b"hi", False),
+                 {"keep_alive": False}, b"hi", False),
     "1.0 keep-alive": (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nhi", "GET",
                        {"keep_alive": True}, b"hi", False),
     "close": (OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", "GET", {"keep_alive": False}, b"hi",
               False),
     "HEAD": (OK + b"Content-Length: 99\r\n\r\n", "HEAD", {"length": 0, "keep_alive": True}, b"", False),
-    "HEAD chunked": (OK + b"Transfer-Encoding: chunked\r\n\r\n", "HEAD", {"chunked": False}, b"", False),
+    "HEAD chunked": (OK + b"Transfer-Encoding: chunked\r\n\r\n", "HEAD", {"length": 0}, b"", False),
     "204": (b"HTTP/1.1 204 No Content\r\n\r\n", "GET", {"status": 204, "length": 0}, b"", False),
     "304": (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", "GET", {"status": 304}, b"", False),
     "205 has a body like others": (b"HTTP/1.1 205 R\r\nContent-Length: 1\r\n\r\nx", "GET", {"status": 205},
         b"x", False),
-    "no reason": (b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", "GET", {"reason": ""}, b"", False),
-    "no blank": (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", "GET", {"reason": ""}, b"", False),
+    "no reason": (b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", "GET", {"status": 200}, b"", False),
+    "no blank": (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", "GET", {"status": 200}, b"", False),
     "529": (b"HTTP/1.1 529 Site is overl\xf6aded\r\nContent-Length: 0\r\n\r\n", "GET",
-            {"status": 529, "reason": "Site is overl\xf6aded"}, b"", False),
+            {"status": 529}, b"", False),
     "100 before": (b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\nhi", "POST",
                    {"status": 200}, b"hi", False),
     "102, 103 before": (b"HTTP/1.1 102 P\r\n\r\nHTTP/1.1 103 E\r\nContent-Length: 7\r\n\r\n"
@@ -496,7 +497,7 @@ def test_a_cut_answer_is_the_upstreams_failure(name):
     data, method, _, body, by_close = ANSWERS[name]
     last = len(data) - len(body) - 1 if by_close else len(data) - 1
     for end in range(last + 1):
-        assert answer(whole, data[:end], method, eof=True)[-1] == 502
+        assert answer(whole, data[:end], method, eof=True)[-1] == "broken"
 
 
 BAD_ANSWERS = [
@@ -528,10 +529,10 @@ def test_a_bad_answer_is_the_upstreams_failure(number):
     for cut in CUTTINGS if len(BAD_ANSWERS[number]) < 10000 else [whole]:
         reader = ResponseReader()
         reader.start("GET")
-        assert read(reader, cut(BAD_ANSWERS[number]))[-1] == 502
-        with pytest.raises(ProtocolError) as caught:
+        assert read(reader, cut(BAD_ANSWERS[number]))[-1] == "broken"
+        reader.feed(OK + b"Content-Length: 0\r\n\r\n")
+        with pytest.raises(ProtocolError):
             reader.next()
-        assert (caught.value.status, caught.value.type, caught.value.retryable) == (502, "server_error", True)
 
 
 def test_a_connection_carries_answer_after_answer():
@@ -556,8 +557,8 @@ def test_surplus_bytes_keep_a_connection_from_being_used_again():
 
 def test_an_answer_may_be_limited():
     small = Limits(max_body_bytes=5)
-    assert answer(whole, OK + b"Content-Length: 6\r\n\r\n", limits=small) == [502]
-    assert answer(whole, OK + b"Transfer-Encoding: chunked\r\n\r\n6\r\n", limits=small)[1:] == [502]
+    assert answer(whole, OK + b"Content-Length: 6\r\n\r\n", limits=small) == ["broken"]
+    assert answer(whole, OK + b"Transfer-Encoding: chunked\r\n\r\n6\r\n", limits=small)[1:] == ["broken"]
 
 
 # --- writers --------------------------------------------------------------------------------------
@@ -571,7 +572,7 @@ FIELDS = [("host", "a:1"), ("X-Empty", ""), ("x-a", "one"), ("x-a", "tw\xf6\t!")
 def test_our_request_is_read_by_our_reader(target, body, cut):
     fields = [*FIELDS, ("content-length", str(len(body)))]
     head, *rest = request(cut, pomex.request_bytes("OPTIONS", target, fields, body))
-    assert (head.method, head.target) == ("OPTIONS", target)
+    assert (head.method, head.path + "?" * bool(head.query) + head.query) == ("OPTIONS", target)
     assert list(head.headers) == [(name.lower(), value) for name, value in fields]
     assert rest == [*([body] if body else []), END]
 

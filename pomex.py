@@ -2998,7 +2998,7 @@ class Passthrough(Attempt):
         """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
         block = self.events.split(data)
         if self.output_started and not self.upstream_done and self.PLAIN_EVENTS.fullmatch(block):
-            self.pass_unread(block)             # nearly always
+            self.pass_unread(block, len(block))     # nearly always
             return
         for event in self.events.parse(block):
             self.take_event(event)
@@ -3026,14 +3026,16 @@ class Passthrough(Attempt):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
-    def pass_unread(self, block: bytes) -> None:
-        """Forwards one event, or a run of plain ones, and keeps it if it may be needed later."""
-        if any(mark in block for mark in self.DEFERRED_EVENTS):
-            self.deferred.append(block)
-        self.forward(block)
+    def pass_unread(self, block: bytes, most: int = 1) -> None:
+        """Forwards at `most` so many events, and keeps them if they may be needed later."""
+        for mark in self.DEFERRED_EVENTS:
+            if mark in block:
+                self.deferred.append(block)
+                break
+        self.forward(block, most)
 
-    def forward(self, block: bytes) -> None:
-        """Gives the client one event or several, once output has begun."""
+    def forward(self, block: bytes, most: int = 1) -> None:
+        """Gives the client at `most` so many events, once output has begun."""
         if not self.output_started and not self.OUTPUT_EVENTS.search(block):
             self.check_limits(len(block))
             if self.withheld or self.OPENING_EVENT in block:
@@ -3043,27 +3045,25 @@ class Passthrough(Attempt):
             self.output_started = True
             if self.withheld and not self.answer.started:
                 self.answer.started = True
-                self.send(b"".join(self.withheld))
+                self.send(b"".join(self.withheld), len(self.withheld))
             else:
                 self.out.append(self.answer.start())
-        self.send(block)
+        self.send(block, most)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8      # a delta event of 150 bytes has about a token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
-    def send(self, block: bytes) -> None:
+    def send(self, block: bytes, most: int) -> None:
         """Numbers the events on from our last one."""
         if not self.answer.request.stream:
             return
-        given = SEQUENCE_NUMBER.findall(block)[:block.count(b"\n\n")]
+        given = list(map(int, SEQUENCE_NUMBER.findall(block)[:most]))
         first = self.answer.sequence
         self.answer.sequence += len(given)
-        numbers = range(first, self.answer.sequence)
-        if list(map(int, given)) != list(numbers):
-            following = iter(numbers)
-            block = SEQUENCE_NUMBER.sub(
-                lambda _: b'"sequence_number":%d' % next(following), block, len(given))
+        if given != list(range(first, self.answer.sequence)):
+            numbers = itertools.count(first)
+            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most)
         self.out.append(block)
 
     def end(self) -> None:

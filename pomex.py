@@ -2805,8 +2805,8 @@ def item_content(item: JSON) -> str:
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
-    """For each of the given the first known one with the same key, each once, if there is one; later keys serve
-    those that are left."""
+    """For each of the given the first known one with the same key, each once, where there is one; later keys
+    serve those that are left."""
     found: dict[Any, Any] = {}
     for key in keys:
         taken = set(found.values())
@@ -2825,8 +2825,9 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
 
 
 class UpstreamItems(list[UpstreamItem]):
-    """The items of a stream, each found by its events. Servers give an item a new id in every event (Copilot),
-    tell items apart by their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index to all.
+    """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
+    tell items apart by their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index
+    to all.
 
     So an open item goes by any of its keys, and an event without one is about the newest of its kind. An
     `added`, or an event for an item that is done, begins another item where a key differs.
@@ -2848,7 +2849,10 @@ class UpstreamItems(list[UpstreamItem]):
         item = event.get("item") or {}
         item_id = event.get("item_id") or item.get("id")
         call_id = item.get("call_id")
-        for key in (kind, item_id, index), (kind, call_id), (kind, item_id):
+        for key in (
+                (kind, item_id, index),
+                (kind, call_id),
+                (kind, item_id)):
             known = self.by_key.get(key)
             if known and not known.is_other(None, call_id) and (
                     not (known.done or begins)
@@ -2857,7 +2861,9 @@ class UpstreamItems(list[UpstreamItem]):
                 break
         else:
             known = self.by_key.get(kind if index is None else index)
-            if known and known.is_followed(event, kind, begins, known.is_other(item_id, call_id)):
+            if known and known.is_followed(
+                    event, kind, begins,
+                    other=known.is_other(item_id, call_id)):
                 known = None
         if known is None:
             return self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
@@ -3063,7 +3069,9 @@ class Passthrough(Attempt):
         self.answer.sequence += len(given)
         if given != list(range(first, self.answer.sequence)):
             numbers = itertools.count(first)
-            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most)
+            block = SEQUENCE_NUMBER.sub(
+                lambda _: b'"sequence_number":%d' % next(numbers),
+                block, most)
         self.out.append(block)
 
     def end(self) -> None:
@@ -4026,7 +4034,8 @@ class ResponsesDecoder(Decoder):
         known = self.items.take(event, kind)
         if known.kind != kind:
             return
-        place = known.text(channel, event.get("content_index", event.get("summary_index", 0)), done)
+        number = event.get("content_index", event.get("summary_index", 0))
+        place = known.text(channel, number, done)
         if done:
             self._complete(known, place, text)
         else:

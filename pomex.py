@@ -2706,17 +2706,17 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
 
 # --- 5.8 the items of a Responses upstream --------------------------------------------------------
 
-# family of .delta and .done events -> channel, field of the part's number, kind of item, field of the text
-TEXT_EVENTS: dict[str, tuple[PartType, str, str, str]] = {
-    "response.output_text": ("text", "content_index", "message", "text"),
-    "response.refusal": ("refusal", "content_index", "message", "refusal"),
-    "response.reasoning_summary_text": ("summary", "summary_index", "reasoning", "text"),
-    "response.reasoning_text": ("raw", "content_index", "reasoning", "text"),
-    "response.reasoning": ("raw", "content_index", "reasoning", "text"),          # the Open Responses name
-    "response.function_call_arguments": ("arguments", "", "call", "arguments"),
-    "response.custom_tool_call_input": ("input", "", "call", "input"),
+# type of a part, or of .delta and .done events -> channel, kind of item, field of the whole text
+TEXTS: dict[str, tuple[PartType, str, str]] = {
+    "output_text": ("text", "message", "text"),
+    "refusal": ("refusal", "message", "refusal"),
+    "summary_text": ("summary", "reasoning", "text"),
+    "reasoning_summary_text": ("summary", "reasoning", "text"),
+    "reasoning_text": ("raw", "reasoning", "text"),
+    "reasoning": ("raw", "reasoning", "text"),      # the Open Responses name
+    "function_call_arguments": ("arguments", "call", "arguments"),
+    "custom_tool_call_input": ("input", "call", "input"),
 }
-PART_FAMILY = {shape.type: shape.delta for shape in PARTS.values()}
 TEXT_KINDS = ("message", "reasoning", "call")
 
 
@@ -2794,19 +2794,18 @@ def item_content(item: JSON) -> str:
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
-    """For each of the given the first known one with the same key, each once; later keys serve those that are
-    left. None is no key."""
-    found = dict.fromkeys(given)
+    """For each of the given the first known one with the same key, each once, where there is one; later keys
+    serve those that are left."""
+    found: dict[Any, Any] = {}
     for key in keys:
         taken = set(found.values())
-        given = [new for new in given if not found[new]]
+        given = [new for new in given if new not in found]
         known = [each for each in known if each not in taken]
         if not given or not known:
             break                               # some keys cost as much as their item
         free = collections.defaultdict[Any, Any](collections.deque)
         for each in known:
             free[key(each)].append(each)
-        free[None].clear()
         for new in given:
             same = free[key(new)]
             if same:
@@ -2814,27 +2813,28 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
     return found
 
 
-class UpstreamItems:
-    """Finds the item of an event. Servers give an item a new id in every event (Copilot), tell items apart by
-    their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index to all.
+class UpstreamItems(list[UpstreamItem]):
+    """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
+    tell items apart by their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index
+    to all.
 
     So an open item goes by any of its keys, and an event without one is about the newest of its kind. An
     `added`, or an event for an item that is done, begins another item where a key differs.
     """
 
+    open_count = 0
+
     def __init__(self) -> None:
-        self.all: list[UpstreamItem] = []
-        self.open_count = 0
-        # (kind, id, index), (kind, call_id), (kind, id), index, kind
+        # by (kind, id, index), (kind, call_id), (kind, id), index, kind
         self.by_key: dict[Any, UpstreamItem] = {}
 
-    def take(self, event: JSON, kind: Any, begins: bool = False) -> UpstreamItem:
-        """The item of an event, which `begins` one if it is `added`. For a text it may be an item of a kind
-        whose texts are not read."""
+    def take(self, event: JSON, kind: Any) -> UpstreamItem:
+        """The item of an event. For a text it may be an item of a kind whose texts are not read."""
         index = event.get("output_index")
         known = self.by_key.get((kind, event.get("item_id"), index))
         if known and not known.done and "item" not in event:        # nearly always
             return known
+        begins = event["type"] == "response.output_item.added"
         item = event.get("item") or {}
         item_id = event.get("item_id") or item.get("id")
         call_id = item.get("call_id")
@@ -2850,22 +2850,21 @@ class UpstreamItems:
                 break
         else:
             known = self.by_key.get(kind if index is None else index)
-            other = known is not None and known.is_other(item_id, call_id)
-            if known and known.is_followed(event, kind, begins, other):
+            if known and known.is_followed(
+                    event, kind, begins,
+                    other=known.is_other(item_id, call_id)):
                 known = None
         if known is None:
-            snapshot = {"id": item_id, **item}
-            return self.add(UpstreamItem(kind, snapshot, index))
+            return self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
         self.add_keys(known, item)
         return known
 
     def add(self, known: UpstreamItem) -> UpstreamItem:
-        known.index = len(self.all)
-        self.all.append(known)
+        known.index = len(self)
+        self.append(known)
         self.open_count += 1
+        self.by_key[known.upstream_index] = known
         self.by_key[known.kind] = known
-        if known.upstream_index is not None:
-            self.by_key[known.upstream_index] = known
         self.add_keys(known, known.item)
         return known
 
@@ -2879,41 +2878,22 @@ class UpstreamItems:
     def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
         """The items of a final response, each with its record: by id, by content, in order among its kind. No
         call is taken for one that is done. The indices of new items follow."""
-        def by_id(each: UpstreamItem) -> Any:
-            item_id = each.item.get("call_id") or each.item.get("id")
-            return item_id and (each.kind, item_id)
-
-        def by_kind(each: UpstreamItem) -> Any:
-            if each.kind == "call" and each.done:
-                return None
-            return each.kind, each.item.get("name")
-
-        def by_content(each: UpstreamItem) -> str:
-            return item_content(each.item)
-
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
-        found = pair(given, self.all, by_id, by_content, by_kind)
-        next_index = len(self.all)
-        for each in self.all:
+        found = pair(
+            given, self,
+            lambda each: (each.kind, each.item.get("call_id") or each.item.get("id") or each),
+            lambda each: item_content(each.item),
+            lambda each: (each.kind, each.kind == "call" and each.done and each, each.item.get("name")))
+        next_index = len(self)
+        for each in self:
             if isinstance(each.upstream_index, int):
                 next_index = max(next_index, each.upstream_index + 1)
         for new in given:
-            if found[new] is None:
+            if new not in found:
                 new.upstream_index = next_index
                 next_index += 1
                 self.add(new)
-        return [(found[new] or new, new.item) for new in given]
-
-    def evidence(self) -> Stop | None:
-        """The end that a clean end of the body stands for (DESIGN, promise 1): with every item done the model
-        had finished, but not with reasoning alone."""
-        kinds = {known.kind for known in self.all}
-        if self.open_count or kinds <= {"reasoning"}:
-            return None
-        for known in self.all:
-            if known.item.get("status") == "incomplete":
-                return Stop("max_output_tokens")
-        return Stop()
+        return [(found.get(new, new), new.item) for new in given]
 
 
 def as_text(value: Any) -> str:
@@ -2921,16 +2901,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, dict):
         return dumps(value)
     return value if isinstance(value, str) else ""
-
-
-def done_text(event: JSON) -> tuple[PartType, Any, str, str]:
-    """Of a `done` event, or a part: the channel and number of its text, its kind of item, and the whole."""
-    part = event.get("part") or event
-    name = str(part.get("type")).removesuffix(".done")
-    family = PART_FAMILY.get(name, name)
-    channel, number, kind, whole = TEXT_EVENTS.get(family, ("text", "", "", ""))
-    text = as_text(part.get(whole))
-    return channel, event.get(number, 0), kind, text
 
 
 def item_texts(item: JSON) -> list[UpstreamText]:
@@ -2942,12 +2912,11 @@ def item_texts(item: JSON) -> list[UpstreamText]:
     arguments = as_text(item.get("arguments") or as_dict(custom))
     if arguments.strip() not in ("", "{}"):
         texts.append(UpstreamText("arguments", [arguments]))
-    parts = only_dicts(item.get("summary")) + only_dicts(item.get("content"))
-    for part in parts:
-        channel, _, _, whole = done_text(part)
-        annotations = part.get("annotations") or []
+    for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
+        channel, _, name = TEXTS.get(str(part.get("type")), ("text", "", ""))
+        whole = as_text(part.get(name))
         if whole:
-            texts.append(UpstreamText(channel, [whole], annotations=annotations))
+            texts.append(UpstreamText(channel, [whole], annotations=part.get("annotations") or []))
     return texts
 
 
@@ -2966,7 +2935,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
             whole = unwrap(whole) or whole
         item[name] = whole
         return True
-    other_parts = any(part.get("type") not in PART_FAMILY for part in parts)
+    other_parts = any(part.get("type") not in TEXTS for part in parts)
     if known.kind != "message" or not empty or other_parts:
         return False
     filled = []
@@ -2991,7 +2960,7 @@ def is_incomplete_call(item: JSON) -> bool:
 # --- 5.9 passthrough ------------------------------------------------------------------------------
 #
 # Where the upstream speaks the client's API, its events pass as they came. A wire needs a subclass with its
-# patterns and the handlers of the events that are parsed.
+# patterns, and a method for each type of event that is parsed: on_response_created for `response.created`.
 
 # possessive: a step kept a byte took 130 bytes each
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
@@ -3000,14 +2969,13 @@ SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 class Passthrough(Attempt):
     """An attempt whose events pass unread but for those of PARSED_EVENTS. Their numbers follow ours."""
-    API_EVENTS: ClassVar[bytes]                 # stands in every event of the API
-    OPENING_EVENT: ClassVar[bytes]              # stands in the first event of a response
-    OUTPUT_EVENTS: ClassVar[re.Pattern[bytes]]  # output begins: no other target may take over
-    PARSED_EVENTS: ClassVar[re.Pattern[bytes]]
-    PLAIN_EVENTS: ClassVar[re.Pattern[bytes]]   # a run of numbered events that pass unread, in the usual form
-    DEFERRED_EVENTS: ClassVar[tuple[bytes, ...]]    # one stands in each unread event that may be needed later
-    HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]   # by type: an event and its frame
-    whole: Callable[[bytes], None]              # takes a response that came as one JSON object
+    API_EVENTS: bytes                       # stands in every event of the API
+    OPENING_EVENT: bytes                    # stands in the first event of a response
+    OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: no other target may take over
+    PARSED_EVENTS: re.Pattern[bytes]
+    PLAIN_EVENTS: re.Pattern[bytes]         # a run of numbered events that pass unread, in the usual form
+    DEFERRED_EVENTS: tuple[bytes, ...]      # one stands in each unread event that may be needed later
+    whole: Callable[[bytes], None]          # takes a response that came as one JSON object
 
     def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
                  decoder: Any) -> None:
@@ -3027,8 +2995,7 @@ class Passthrough(Attempt):
         while at < len(block) and not self.upstream_done:
             run = self.PLAIN_EVENTS.match(block, at) if self.output_started else None
             if run:                             # nearly always
-                self.defer(run[0])
-                self.forward(run[0], count=0)
+                self.pass_unread(run[0], len(run[0]))
                 at = run.end()
                 continue
             end = block.find(b"\n\n", at) + 2
@@ -3044,31 +3011,31 @@ class Passthrough(Attempt):
         if self.PARSED_EVENTS.search(frame):
             self.read(data, frame)
         elif self.API_EVENTS in frame:
-            self.defer(frame)
-            self.forward(frame)
+            self.pass_unread(frame)
         else:                                   # no event of the API: an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
 
     def read(self, data: str, frame: bytes) -> None:
         try:
             event = json.loads(data)
-            handler = self.HANDLERS.get(event["type"])
+            handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
             if handler:
-                handler(self, event, frame)
+                handler(event, frame)
             else:                               # the type stood inside
                 self.forward(frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
-    def defer(self, block: bytes) -> None:
-        """Keeps unread events that may be needed later."""
+    def pass_unread(self, block: bytes, most: int = 1) -> None:
+        """Forwards at `most` so many events, and keeps them if they may be needed later."""
         for mark in self.DEFERRED_EVENTS:
             if mark in block:
                 self.deferred.append(block)
                 break
+        self.forward(block, most)
 
-    def forward(self, block: bytes, count: int = 1) -> None:
-        """Gives the client an event, or with count 0 a run of plain ones, once output has begun."""
+    def forward(self, block: bytes, most: int = 1) -> None:
+        """Gives the client at `most` so many events, once output has begun."""
         if not self.output_started and not self.OUTPUT_EVENTS.search(block):
             self.check_limits(len(block))
             if self.withheld or self.OPENING_EVENT in block:
@@ -3078,28 +3045,27 @@ class Passthrough(Attempt):
             self.output_started = True
             if self.withheld and not self.answer.started:
                 self.answer.started = True
-                for frame in self.withheld:
-                    self.send(frame, 1)
+                self.send(b"".join(self.withheld), len(self.withheld))
             else:
                 self.out.append(self.answer.start())
-        self.send(block, count)
+        self.send(block, most)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8      # a delta event of 150 bytes has about a token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
-    def send(self, block: bytes, count: int) -> None:
+    def send(self, block: bytes, most: int) -> None:
         """Numbers the events on from our last one."""
         if not self.answer.request.stream:
             return
-        given = SEQUENCE_NUMBER.findall(block)
-        if count:
-            given = given[:count]
+        given = list(map(int, SEQUENCE_NUMBER.findall(block)[:most]))
         first = self.answer.sequence
         self.answer.sequence += len(given)
-        if list(map(int, given)) != list(range(first, self.answer.sequence)):
+        if given != list(range(first, self.answer.sequence)):
             numbers = itertools.count(first)
-            block = SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, count)
+            block = SEQUENCE_NUMBER.sub(
+                lambda _: b'"sequence_number":%d' % next(numbers),
+                block, most)
         self.out.append(block)
 
     def end(self) -> None:
@@ -3138,10 +3104,12 @@ class ResponsesPassthrough(Passthrough):
         self.decoder.asked_12h = cache_options.get("ttl") == "12h"
         self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
 
-    def on_created(self, event: JSON, frame: bytes) -> None:
+    def on_response_created(self, event: JSON, frame: bytes) -> None:
         if not self.output_started:
             event["response"] = self.rewrite_head(event.get("response") or {})
             self.forward(sse_frame(event["type"], dumps(event)))
+
+    on_response_queued = on_response_in_progress = on_response_created
 
     def rewrite_head(self, response: JSON) -> JSON:
         """The fields that all response objects of a stream share, whether an upstream made them or we did."""
@@ -3151,23 +3119,25 @@ class ResponsesPassthrough(Passthrough):
             "created_at": self.answer.created_s,
             "model": self.answer.request.model}
 
-    def on_item(self, event: JSON, frame: bytes) -> None:
-        """An item is added or done. One without content waits for the final response."""
+    def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
+        """An item is done, or added. One without content waits for the final response."""
         item, items = event.get("item"), self.decoder.items
         if not isinstance(item, dict):
             return
-        added = event["type"] == "response.output_item.added"
-        if not added and not item_texts(item):
+        done = event["type"] == "response.output_item.done"
+        if done and not item_texts(item):
             self.read_deferred()
-        before = len(items.all)
+        before = len(items)
         known = self.decoder.read(event)
-        self.check_limits(len(frame), len(items.all) - before)
+        self.check_limits(len(frame), len(items) - before)
         if not items.open_count:
             self.deferred.clear()
-        if added:
-            self.forward(self.adapted(event, frame))
-        elif known.closed:
+        if done:
             self.give_item(known, event, frame)
+        else:
+            self.forward(self.adapted(event, frame))
+
+    on_response_output_item_added = on_response_output_item_done
 
     def read_deferred(self) -> None:
         """Reads whole texts and the deltas of calls, which have passed unread."""
@@ -3179,7 +3149,7 @@ class ResponsesPassthrough(Passthrough):
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
         """Gives out a closed item, once, as the client can use it. An incomplete call waits for the end."""
         item = event["item"]
-        if known.index in self.items:
+        if not known.closed or known.index in self.items:
             return
         if is_incomplete_call(item) and not self.ended:
             self.incomplete_calls[known.index] = event, frame
@@ -3194,15 +3164,13 @@ class ResponsesPassthrough(Passthrough):
 
     def release_items(self) -> None:
         """Gives out the items that only the final response holds, and those that waited for it."""
-        for known in self.decoder.items.all:
-            if known.closed:
-                event = {
-                    "type": "response.output_item.done",
-                    "sequence_number": 0,
-                    "output_index": known.upstream_index,
-                    "item": known.item}
-                event, frame = self.incomplete_calls.get(known.index, (event, b""))
-                self.give_item(known, event, frame)
+        for known in self.decoder.items:
+            event = {
+                "type": "response.output_item.done",
+                "sequence_number": 0,
+                "output_index": known.upstream_index,
+                "item": known.item}
+            self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
         """The frame of an item's event with its encrypted content sealed, and refusals as text where the
@@ -3218,22 +3186,15 @@ class ResponsesPassthrough(Passthrough):
                 frame = b""
         return frame or sse_frame(event["type"], dumps(event))
 
-    def on_terminal(self, event: JSON, frame: bytes) -> None:
-        self.streamed_items = len(self.decoder.items.all)
+    def on_response_completed(self, event: JSON, frame: bytes) -> None:
+        self.streamed_items = len(self.decoder.items)
         self.read_deferred()
         self.decoder.read(event)
         self.release_items()
-        self.conclude(event.get("response") or {})
-
-    def conclude(self, response: JSON) -> None:
-        """The upstream's own end. A completed answer holds no incomplete call."""
         self.upstream_done = True
-        self.final_response = response
-        if self.stop is None or self.stop.incomplete_reason:
-            return
-        items = [known.item for known in self.decoder.items.all]
-        if any(map(is_incomplete_call, items)):
-            self.fail(UpstreamError("The provider ended, but the arguments of a call are not whole JSON."))
+        self.final_response = event.get("response") or {}
+
+    on_response_incomplete = on_response_failed = on_response_completed
 
     def on_error(self, event: JSON, frame: bytes) -> None:
         self.decoder.read(event)
@@ -3247,19 +3208,19 @@ class ResponsesPassthrough(Passthrough):
         status = response.get("status")
         if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
             raise UpstreamError("The provider's answer is not a response object.")
-        output = only_dicts(response.get("output"))
-        readable = {**response, "output": output}
+        output = response["output"] = only_dicts(response.get("output"))
         if self.answer.request.stream:
-            with self.builder() as builder:
-                self.decoder.sink = builder
-                self.decoder.whole(readable)
-                self.usage = builder.usage
-                self.stop = builder.stop
-                self.error = builder.error
+            builder = self.decoder.sink = self.builder()
+            self.decoder.whole(response)
+            self.usage = builder.usage
+            self.stop = builder.stop
+            self.error = builder.error
+            builder.finish()
         else:
-            self.decoder.whole(readable)
+            self.decoder.whole(response)
             self.release_items()
-        self.conclude(response)
+        self.upstream_done = True
+        self.final_response = response
         self.check_limits(len(data), len(output))
 
     def end(self) -> None:
@@ -3267,23 +3228,29 @@ class ResponsesPassthrough(Passthrough):
         self.release_items()
 
     def close_open_items(self) -> None:
-        reason = self.stop.incomplete_reason if self.stop and not self.error else ""
-        if reason and not self.answer.profile.incomplete_as_completed:
+        reason, profile = self.incomplete_reason, self.answer.profile
+        if self.error is not None:
+            return
+        if not reason:
+            for known in self.decoder.items:
+                begun = known.shown and not known.closed and "call_id" in known.item
+                if begun or is_incomplete_call(known.item):
+                    self.error = UpstreamError(
+                        "The provider ended, but the arguments of a call are not whole JSON.")
+        elif not profile.incomplete_as_completed:
             self.release_items()
         elif reason == "content_filter" and self.has_no_message():
-            with self.builder() as builder:
-                builder.stop = self.stop        # it explains itself
+            builder = self.builder()
+            builder.stop = self.stop            # it explains itself
+            builder.finish()
 
-    @contextlib.contextmanager
-    def builder(self) -> Iterator[Assembler]:
-        """A sink for items in events of ours."""
+    def builder(self) -> Assembler:
+        """A sink that makes our own events of items."""
         builder = Assembler(self.answer, 0, self.seal)
         builder.next_index = max(self.items, default=-1) + 1
-        yield builder
-        builder.finish()
+        builder.items, builder.out = self.items, self.out
         self.output_started = True
-        self.out.append(builder.take_output())
-        self.items.update(builder.items)
+        return builder
 
     def body(self, now_s: int) -> str:
         """The upstream's own response if it gave one, with our id and model, and the items as sent."""
@@ -3294,23 +3261,12 @@ class ResponsesPassthrough(Passthrough):
         usage = as_dict(response.get("usage"))
         response["status"] = self.status
         response["usage"] = merge_counts(usage, usage_object(self.usage))
-        if self.status == "completed":
+        if self.incomplete_reason:
+            response["incomplete_details"] = {"reason": self.incomplete_reason}
+        else:
             response["completed_at"] = now_s            # by the clock that created_at is by
-        if self.status == "incomplete" and self.stop:
-            response["incomplete_details"] = {"reason": self.stop.incomplete_reason}
         response.pop("output", None)
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
-
-    HANDLERS = {
-        "response.created": on_created,
-        "response.queued": on_created,
-        "response.in_progress": on_created,
-        "response.output_item.added": on_item,
-        "response.output_item.done": on_item,
-        "response.completed": on_terminal,
-        "response.incomplete": on_terminal,
-        "response.failed": on_terminal,
-        "error": on_error}
 
 
 # === 6. providers =================================================================================
@@ -4008,11 +3964,15 @@ class ResponsesDecoder(Decoder):
             return None
         return responses_error(body.get("error") or body or data)
 
-    def read(self, event: JSON) -> UpstreamItem | None:
-        """Reads one event; returns the item that it begins or ends."""
+    def read(self, event: JSON) -> Any:
+        """Reads one event; returns the UpstreamItem that it begins or ends."""
         try:
-            handler = self.HANDLERS.get(event_type(event))
-            return handler(self, event) if handler else None
+            name = event_type(event).removeprefix("response.")
+            family, _, step = name.rpartition(".")
+            if family in TEXTS and step in ("delta", "done"):
+                return self._text(event, family, step)
+            handler = getattr(self, "on_" + name.replace(".", "_"), None)
+            return handler and handler(event)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
@@ -4026,19 +3986,22 @@ class ResponsesDecoder(Decoder):
         self.read({"type": f"response.{status}", "response": body})
 
     def end(self) -> None:
-        stop = self.items.evidence()
-        if stop is not None and not self.ended:
-            self._conclude([], stop)
+        """With every item done the model had finished, but not with reasoning alone (DESIGN, promise 1)."""
+        kinds = {known.kind for known in self.items}
+        if not self.ended and not self.items.open_count and not kinds <= {"reasoning"}:
+            incomplete = any(known.item.get("status") == "incomplete" for known in self.items)
+            self._conclude([], Stop("max_output_tokens" if incomplete else ""))
 
-    def _item(self, event: JSON) -> UpstreamItem:
+    def on_output_item_done(self, event: JSON) -> UpstreamItem:
         item = event.get("item") or {}
-        added = event["type"] == "response.output_item.added"
-        known = self.items.take(event, item_kind(item), begins=added)
-        if not added:
+        known = self.items.take(event, item_kind(item))
+        if event["type"] == "response.output_item.done":
             self._finish(known, item)
         elif known.kind != "call" or item.get("name"):
             self._show(known, item)
         return known
+
+    on_output_item_added = on_output_item_done
 
     def _show(self, known: UpstreamItem, item: JSON) -> None:
         """The item begins for the sink. Kinds without texts are given whole, once done."""
@@ -4062,15 +4025,29 @@ class ResponsesDecoder(Decoder):
         for text in known.texts:
             self._extend(known, text, "")
 
-    def _delta(self, event: JSON) -> None:
-        channel, number, kind, _ = TEXT_EVENTS[event["type"][:-6]]
-        delta = event.get("delta")
-        if isinstance(delta, str) and delta:
-            known = self.items.take(event, kind)
-            number = event.get(number, 0)
-            if known.kind == kind:
-                text = known.text(channel, number)
-                self._extend(known, text, delta)
+    def _text(self, event: JSON, name: str, step: str) -> None:
+        """A piece of a text, or the whole of it."""
+        channel, kind, field = TEXTS[name]
+        done = step == "done"
+        text = as_text(event.get(field)) if done else event.get("delta")
+        if not text or not isinstance(text, str):
+            return
+        known = self.items.take(event, kind)
+        if known.kind != kind:
+            return
+        number = event.get("content_index", event.get("summary_index", 0))
+        place = known.text(channel, number, done)
+        if done:
+            self._complete(known, place, text)
+        else:
+            self._extend(known, place, text)
+
+    def on_content_part_done(self, event: JSON) -> None:
+        part = as_dict(event.get("part"))
+        if part.get("type") in TEXTS:
+            self._text({**event, **part}, part["type"], "done")
+
+    on_reasoning_summary_part_done = on_content_part_done
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
         """More of a text. Empty arguments wait: `{}` may only hold the place of those to come."""
@@ -4088,36 +4065,29 @@ class ResponsesDecoder(Decoder):
         if text.sent:
             self.sink.add(known.index, piece, text.channel, text.index)
 
-    def _text_done(self, event: JSON) -> None:
-        channel, number, kind, whole = done_text(event)
-        if not whole:
-            return
-        known = self.items.take(event, kind)
-        if known.kind == kind:
-            text = known.text(channel, number, done=True)
-            self._complete(known, text, whole)
-
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
         """Adds what a whole text has beyond its pieces. An item's last text may grow, none may shrink."""
         so_far = text.so_far()
-        if text is known.texts[-1] and whole != so_far and whole.startswith(so_far):
+        if text is known.texts[-1] and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
         """Adds what a snapshot of an item has beyond its events."""
+        texts = item_texts(snapshot)
         found = pair(
-            item_texts(snapshot), known.texts,
+            texts, known.texts,
             lambda text: (text.channel, text.so_far()),
             lambda text: text.channel)
-        for new, text in found.items():
-            text = text or known.text(new.channel, new)
+        for new in texts:
+            text = found.get(new) or known.text(new.channel, new)
             self._complete(known, text, new.so_far())
-            for annotation in new.annotations[known.annotation_count:]:
-                self.sink.annotate(annotation, known.index)
-            left = known.annotation_count - len(new.annotations)
-            known.annotation_count = max(0, left)
+            for annotation in new.annotations:
+                if known.annotation_count:
+                    known.annotation_count -= 1
+                else:
+                    self.sink.annotate(annotation, known.index)
 
-    def _annotation(self, event: JSON) -> None:
+    def on_output_text_annotation_added(self, event: JSON) -> None:
         known = self.items.take(event, "message")
         annotation = event.get("annotation")
         if known.shown and not known.closed and isinstance(annotation, dict):
@@ -4161,7 +4131,7 @@ class ResponsesDecoder(Decoder):
                 replay["id"] = item["id"]
         self.sink.done(known.index, **fields)
 
-    def _terminal(self, event: JSON) -> None:
+    def on_completed(self, event: JSON) -> None:
         response = event.get("response") or {}
         usage = usage_from(response.get("usage"), response, self.asked_12h)
         if usage is not None:
@@ -4174,15 +4144,16 @@ class ResponsesDecoder(Decoder):
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
             details = response.get("incomplete_details") or {}
             reason = details.get("reason") or "max_output_tokens"
-        output = response.get("output") or []
-        self._conclude(output, Stop(reason, final=True))
+        self._conclude(response.get("output") or [], Stop(reason, final=True))
+
+    on_incomplete = on_failed = on_completed
 
     def _conclude(self, output: list[JSON], stop: Stop) -> None:
         """What only the final response holds, then the items that waited for it."""
         for known, item in self.items.take_final(output):
             self._finish(known, item)
         complete = not stop.incomplete_reason
-        for known in self.items.all:
+        for known in self.items:
             if known.closed:
                 continue
             item = known.item
@@ -4197,28 +4168,15 @@ class ResponsesDecoder(Decoder):
         self.ended = True
         self.sink.set_stop(stop)
 
-    def _error(self, event: JSON) -> None:
+    def on_error(self, event: JSON) -> None:
         self.sink.fail(responses_error(event.get("error") or event))
-
-    HANDLERS: ClassVar[dict[str, Callable[[ResponsesDecoder, JSON], UpstreamItem | None]]] = {
-        "response.output_item.added": _item,
-        "response.output_item.done": _item,
-        "response.output_text.annotation.added": _annotation,
-        "response.completed": _terminal,
-        "response.incomplete": _terminal,
-        "response.failed": _terminal,
-        "error": _error,
-        **dict.fromkeys([f"{family}.delta" for family in TEXT_EVENTS], _delta),
-        **dict.fromkeys([f"{family}.done" for family in TEXT_EVENTS], _text_done),
-        "response.content_part.done": _text_done,
-        "response.reasoning_summary_part.done": _text_done}
 
 
 def event_type(event: JSON) -> Any:
     """The type of an event. Without one it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
-    if "type" in event:
-        return event["type"]
-    return "error" if states_error(event) else ""
+    if event.get("type") is None:
+        return "error" if states_error(event) else ""
+    return event["type"]
 
 
 def provider_json(data: str | bytes, complaint: str) -> Any:

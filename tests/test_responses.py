@@ -1477,7 +1477,7 @@ def test_what_is_remembered_of_a_stream_does_not_grow_with_its_events():
     decoder.sink = Recorder()
     for at in range(1000):
         decoder.feed(json.dumps(ev(TEXT_MORE, delta="x", output_index=0, item_id=f"msg_{at}")))
-    assert (len(decoder.items.all), len(decoder.items.by_key)) == (1, 4)
+    assert (len(decoder.items), len(decoder.items.by_key)) == (1, 4)
 
 
 PLAIN_RUNS = {
@@ -1564,6 +1564,22 @@ def test_a_call_cut_before_its_arguments_is_never_done(road, profile):
         raw, attempt = road([*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)], profile)
         finished = [e["item"] for e in streams.events(raw) if e["type"] == "response.output_item.done"]
         assert [item for item in finished if item.get("status") != "incomplete"] == [], finished
+
+
+@pytest.mark.parametrize("road", [decoded, relayed])
+@pytest.mark.parametrize("stream", [
+    [added(ASKED, **AT0), over()],
+    [added(ASKED, **AT0), ev(ARGS_MORE, delta='{"a', **OF_CALL), over()],
+    [done(says("A"), **AT0), added(ASKED, output_index=1), over(says("A"))],
+    [done(asks('{"a'), **AT0)],
+    [done(asks(), **AT0), done(asks('{"a', "c2", "fc_2"), output_index=1)],
+], ids=["no arguments", "half its arguments", "after a message", "done, and no end", "a second one, and no end"])
+def test_a_call_that_is_never_finished_completes_no_answer(road, stream):
+    for profile in (pomex.STANDARD, pomex.CODEX):
+        raw, attempt = road(numbered([*BEGIN, *(frame(event["type"], **without(event, "type")) for event in stream)]), profile)
+        assert attempt.status == "failed" and "not whole JSON" in str(attempt.error)
+        whole = [event["item"] for event in stream if event["type"].endswith("item.done") and not pomex.is_incomplete_call(event["item"])]
+        assert [facts(item) for item in streams.events(raw)[-1]["response"]["output"]] == list(map(facts, whole))
 
 
 # --- the demo

@@ -307,7 +307,8 @@ class Sink(Protocol):
     >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
     def text(self, text: str, channel: PartType = "text") -> None:
-        """More of the message without a key, which begins with its first visible character."""
+        """More of the message without a key, which begins with its first visible character; by the channel
+        "summary" of the reasoning item without a key."""
     def reasoning(self, text: str) -> None:
         """More of the summary of the reasoning item without a key; "" only begins it."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
@@ -5593,26 +5594,26 @@ MAX_PAUSES = 5                  # a turn that is still paused after this many re
 DELTA_FIELDS = {
     "text_delta": "text",
     "thinking_delta": "thinking",
-    "input_json_delta": "partial_json"}
-
-
+    "input_json_delta": "partial_json",
+    "signature_delta": "signature",
+    "citations_delta": "citation"}
 BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "tool_use": "arguments"}
 
 
 @dataclass(slots=True)
 class Block:
     """A content block that is being streamed."""
-    kind: Any
     content: JSON       # completed by its signature and citations, at its end by its text or input
     slot: int
+    channel: Any        # PartType, or None: the client sees no text of it
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
 class MessagesDecoder(ItemDecoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    Adjacent texts are one message: citations cut a sentence into blocks. Unknown blocks are passed over, like
-    those of compaction, fallback and code execution.
+    A method `on_TYPE` handles each event. Adjacent texts are one message: citations cut a sentence into blocks.
+    Unknown blocks are passed over, like those of compaction, fallback and code execution.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
@@ -5628,31 +5629,30 @@ class MessagesDecoder(ItemDecoder):
         self.content: list[JSON] = []           # finished blocks, for a resumption
         self.paused: list[JSON] = []            # what goes back to the provider
         self.pauses = 0
-        self.stop: Stop | None = None
+        self.stop = Stop()
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON, or belongs to a block that never began."""
         try:
             event = json.loads(data)
-            handler = self.HANDLERS.get(event_type(event))
+            handler = getattr(self, f"on_{event_type(event)}", None)
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise UpstreamError("The provider sent an event that is not a JSON object.") from None
         if handler is not None:
-            handler(self, event)
+            handler(event)
 
     def whole(self, body: JSON) -> None:
-        """An answer that was not streamed."""
+        """An answer that was not streamed, as the events of a stream."""
         if body.get("type") == "error":
-            self._fail(inband_error(body))
+            self.on_error(body)
             return
-        if not isinstance(body.get("content"), list):
-            raise UpstreamError("The provider's answer is not a message.")
-        self._message_start({"message": body})
-        for block in only_dicts(body["content"]):
-            self._block_start({"content_block": block})
-            self._block_stop({})
-        self._message_delta({"delta": body, "usage": body.get("usage")})
-        self._message_stop({})
+        content = body["content"]
+        self.on_message_start({"message": body})
+        for block in content:
+            self.on_content_block_start({"content_block": block})
+            self.on_content_block_stop({})
+        self.on_message_delta({**body, "delta": body})
+        self.on_message_stop({})
 
     def resume(self) -> list[JSON] | None:
         """The blocks to send back if the provider paused its turn, else None. The next stream is its rest."""
@@ -5663,7 +5663,7 @@ class MessagesDecoder(ItemDecoder):
 
     # messages
 
-    def _message_start(self, event: JSON) -> None:
+    def on_message_start(self, event: JSON) -> None:
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
@@ -5674,7 +5674,7 @@ class MessagesDecoder(ItemDecoder):
             error = "The provider spliced a second message into its stream."
             self._fail(ProviderError(error, kind="overload"))
 
-    def _message_delta(self, event: JSON) -> None:
+    def on_message_delta(self, event: JSON) -> None:
         usage = as_dict(event.get("usage"))
         self._count(usage, estimated="output_tokens" not in usage)
         delta = event.get("delta") or {}
@@ -5688,17 +5688,18 @@ class MessagesDecoder(ItemDecoder):
             explanation = details.get("explanation") or ""
             self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
 
-    def _message_stop(self, event: JSON) -> None:
-        if self.paused:
-            return
-        stop = self.stop or Stop()
-        self._finish(dataclasses.replace(stop, final=True))
+    def on_message_stop(self, event: JSON) -> None:
+        if not self.paused:
+            self._finish(dataclasses.replace(self.stop, final=True))
+
+    def on_error(self, event: JSON) -> None:
+        self._fail(inband_error(event))
 
     def _finish(self, stop: Stop) -> None:
         """The model has finished. A call that was cut stays open, and an empty one may have been cut."""
         for index, block in list(self.blocks.items()):
-            if block.kind != "tool_use":
-                self._block_stop({"index": index})
+            if block.channel != "arguments":
+                self.on_content_block_stop({"index": index})
         self.sink.done()
         if not stop.incomplete_reason:
             self._end_empty_calls()
@@ -5711,89 +5712,86 @@ class MessagesDecoder(ItemDecoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to that of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {}
-        for name in COUNTED:
-            totals[name] = getattr(self.earlier, name) + getattr(now, name)
+        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
     # blocks
 
-    def _block_start(self, event: JSON) -> None:
+    def on_content_block_start(self, event: JSON) -> None:
         content = event.get("content_block") or {}
-        block = Block(content.get("type"), content, self._slot())
+        kind = content.get("type")
+        block = Block(content, self._slot(), BLOCK_CHANNELS.get(kind))
         self.blocks[event.get("index", 0)] = block
         self._end_empty_calls()
-        if block.kind != "text":
+        if kind != "text":
             self.sink.done()
             self.length = 0
-        if block.kind == "tool_use":
+        if kind == "tool_use":
             call_id = self._call_id(block.slot, content.get("id"))
             tool = self.book.resolve(str(content.get("name") or ""))
             self.sink.call(block.slot, call_id, tool)
-        elif block.kind == "web_search_tool_result" and self.searches:
+        elif kind == "web_search_tool_result" and self.searches:
             search = content.get("tool_use_id")
             if search not in self.searches:
                 search = next(iter(self.searches))
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(search), status=status)
-        self._text(block, content.get(block.kind) or "")        # of a text or thinking block
+        self._text(block, content.get(kind) or "")              # of a text or thinking block
 
-    def _block_delta(self, event: JSON) -> None:
+    def on_content_block_delta(self, event: JSON) -> None:
         block = self.blocks.get(event.get("index", 0))
         if block is None:
             raise UpstreamError("The provider sent a piece of a block that is not open.")
         delta = event.get("delta") or {}
-        kind = delta.get("type")
-        if kind in DELTA_FIELDS:
-            self._text(block, delta.get(DELTA_FIELDS[kind]) or "")
-            if len(event) == 3 and len(delta) == 2 and block.kind in BLOCK_CHANNELS:
-                self.delta = TextDelta(DELTA_FIELDS[kind], block)
-        elif kind == "signature_delta":
-            block.content["signature"] = delta.get("signature")
-        elif kind == "citations_delta":
-            known = only_dicts(block.content.get("citations"))
-            block.content["citations"] = [*known, delta.get("citation")]
+        name = DELTA_FIELDS.get(str(delta.get("type")), "")
+        piece = delta.get(name) or ""
+        if name == "signature":
+            block.content[name] = piece
+        elif name == "citation":
+            block.content["citations"] = [*only_dicts(block.content.get("citations")), piece]
+        elif piece:
+            self._text(block, piece)
+            if len(event) == 3 and len(delta) == 2 and block.channel:
+                self.delta = TextDelta(name, block)
 
     def _text(self, block: Block, text: str) -> None:
         if not text:
             return
         block.pieces.append(text)
-        if block.kind == "text":
-            self.sink.text(text)
-        elif block.kind == "thinking":
-            self.sink.reasoning(text)
-        elif block.kind == "tool_use":
-            self.sink.add(block.slot, text, "arguments")
+        if block.channel == "arguments":
+            self.sink.add(block.slot, text, block.channel)
+        elif block.channel:
+            self.sink.text(text, block.channel)
 
     def add_all(self, block: Block, texts: list[str]) -> None:
         block.pieces += texts
-        key = block.slot if block.kind == "tool_use" else None
-        self.sink.add_all(key, texts, BLOCK_CHANNELS[block.kind])
+        key = block.slot if block.channel == "arguments" else None
+        self.sink.add_all(key, texts, block.channel)
 
-    def _block_stop(self, event: JSON) -> None:
+    def on_content_block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
             return
-        kind, content = block.kind, block.content
-        text = "".join(block.pieces)
+        content, text = block.content, "".join(block.pieces)
+        kind, arguments = content.get("type"), content.get("input")
         if kind in ("text", "thinking"):
             content[kind] = text
-        elif kind in ("tool_use", "server_tool_use") and text.strip():
-            content["input"] = parse_object(text)
+        elif text.strip():
+            arguments = parse_object(text)
+            content["input"] = arguments or {}          # the API refuses null, also for a call that was cut
+        elif kind == "tool_use" and arguments:          # some servers give the whole input at once
+            self._text(block, dumps(arguments))
         if kind == "text":
-            start = self.length
-            self.length += len(text)
-            for citation in only_dicts(content.get("citations")):
-                url = citation.get("url")
-                if isinstance(url, str):        # a citation of a document names a file that no client knows
-                    self._annotate(start, self.length, url, citation.get("title"))
+            self._cite(content)
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:          # without a signature it cannot come back; with nothing else it must
                 self._carry({"blocks": [content]} if sealed else {})
-        elif kind == "tool_use":
-            self._end_call(block, text.strip(), content.get("input"))
+        elif kind == "tool_use" and not arguments and not text.strip():
+            self.empty_calls.append(block.slot)
+        elif kind == "tool_use" and isinstance(arguments, dict):
+            self.sink.done(block.slot)
         elif kind == "server_tool_use" and content.get("name") == "web_search":
             query = as_dict(content.get("input")).get("query") or ""
             self.searches[content.get("id")] = block.slot
@@ -5801,40 +5799,28 @@ class MessagesDecoder(ItemDecoder):
         if self.book.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
 
-    def _end_call(self, block: Block, streamed: str, arguments: Any) -> None:
-        if arguments and not streamed:          # some servers give the whole input at once
-            self._text(block, dumps(arguments))
-        if not arguments and not streamed:
-            self.empty_calls.append(block.slot)
-        elif isinstance(arguments, dict):
-            self.sink.done(block.slot)
+    def _cite(self, content: JSON) -> None:
+        start = self.length
+        self.length += len(content["text"])
+        for citation in only_dicts(content.get("citations")):
+            url = citation.get("url")
+            if isinstance(url, str):        # a citation of a document names a file that no client knows
+                self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
-        for slot in self.empty_calls:
-            self.sink.done(slot)
-        self.empty_calls.clear()
-
-    HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], None]]] = {
-        "message_start": _message_start,
-        "content_block_start": _block_start,
-        "content_block_delta": _block_delta,
-        "content_block_stop": _block_stop,
-        "message_delta": _message_delta,
-        "message_stop": _message_stop,
-        "error": lambda self, event: self._fail(inband_error(event))}
+        while self.empty_calls:
+            self.sink.done(self.empty_calls.pop(0))
 
 
 def messages_usage(counts: JSON) -> Usage:
     """Anthropic counts cached input apart. Of several passes (compaction, fallback, an advisor) its own sum is
     only that of the last."""
     passes = only_dicts(counts.get("iterations")) or [counts]
-    fresh, read, written, output, kept_long = 0, 0, 0, 0, 0
-    for each in passes:
-        fresh += count(each, "input_tokens")
-        read += count(each, "cache_read_input_tokens")
-        written += count(each, "cache_creation_input_tokens")
-        output += count(each, "output_tokens")
-        kept_long += count(each.get("cache_creation"), "ephemeral_1h_input_tokens")
+    fresh, read, written, output = (
+        sum(count(each, name) for each in passes)
+        for name in (
+            "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens"))
+    kept_long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
     return Usage(
         input=fresh + read + written,

@@ -3428,7 +3428,7 @@ class ProviderError(UpstreamError):
         super().__init__(message, status=status, type=shown.type, code=code or shown.code, param=param)
         if retry_after_s and kind in ("rate_limit", "overload"):
             self.headers = (("retry-after", str(math.ceil(retry_after_s))),)
-        self.kind: ErrorKind = kind
+        self.kind = kind
         self.retryable = shown.retryable
         self.retry_after_s = retry_after_s
         self.upstream_status = upstream_status
@@ -3597,16 +3597,18 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are read
     against the answer's Date, else `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
-    texts = [headers.get("retry-after-ms") + "ms", headers.get("retry-after")]
+    texts = [
+        headers.get("retry-after-ms") + "ms",
+        headers.get("retry-after")]
     texts += [str(detail.get("retryDelay")) for detail in only_dicts(error.get("details"))]
     texts += TRY_AGAIN.findall(error.get("message", ""))
     waits = [wait_s(text, date_s) for text in texts]
-    resets = [0.0]
-    for name, value in headers:
-        remaining = name.replace("-reset", "-remaining")
-        if LIMIT_RESET.fullmatch(name) and headers.get(remaining, "0") == "0":
-            resets.append(wait_s(value, date_s))
-    for seconds in (*waits, max(resets)):
+    resets = [
+        wait_s(value, date_s)
+        for name, value in headers
+        if LIMIT_RESET.fullmatch(name)
+        and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
+    for seconds in (*waits, max(resets, default=0.0)):
         if seconds > 0:
             return min(seconds, MAX_RETRY_AFTER_S)
     return None
@@ -5640,7 +5642,9 @@ class MessagesDecoder(ItemDecoder):
         """The blocks to send back if the provider paused its turn, else None. The next stream is its rest."""
         paused, self.paused = self.paused, []
         if paused:
-            self.id, self.earlier, self.counts = None, self.usage, {}
+            self.id = None
+            self.earlier = self.usage
+            self.counts = {}
         return paused or None
 
     # messages
@@ -5694,7 +5698,9 @@ class MessagesDecoder(ItemDecoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to that of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
+        totals = {
+            name: getattr(self.earlier, name) + getattr(now, name)
+            for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
@@ -5731,7 +5737,8 @@ class MessagesDecoder(ItemDecoder):
         if name == "signature":
             block.content[name] = piece
         elif name == "citation":
-            block.content["citations"] = [*only_dicts(block.content.get("citations")), piece]
+            known = only_dicts(block.content.get("citations"))
+            block.content["citations"] = [*known, piece]
         elif piece:
             self._text(block, piece)
             if len(event) == 3 and len(delta) == 2 and block.channel:
@@ -5755,8 +5762,10 @@ class MessagesDecoder(ItemDecoder):
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
             return
-        content, text = block.content, "".join(block.pieces)
-        kind, arguments = content.get("type"), content.get("input")
+        content = block.content
+        kind = content.get("type")
+        text = "".join(block.pieces)
+        arguments = content.get("input")
         if kind in ("text", "thinking"):
             content[kind] = text
         elif text.strip():
@@ -6158,15 +6167,17 @@ class GeminiDecoder(ItemDecoder):
 
     def _chunk(self, chunk: JSON) -> None:
         """ProviderError where the chunk is an error, or cannot be an answer."""
-        candidates = only_dicts(chunk.get("candidates"))
-        candidate = candidates[0] if candidates else {}
+        candidate = next(iter(only_dicts(chunk.get("candidates"))), {})
         self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
-        self._count({**as_dict(chunk.get("usageMetadata")), "model": chunk.get("modelVersion")})
+        self._count({
+            **as_dict(chunk.get("usageMetadata")),
+            "model": chunk.get("modelVersion")})
         if states_error(chunk):
             raise inband_error(chunk)
         if self.finished:
             return
-        parts = only_dicts(as_dict(candidate.get("content")).get("parts"))
+        content = as_dict(candidate.get("content"))
+        parts = only_dicts(content.get("parts"))
         for part in parts:
             self._part(part)
         reason = candidate.get("finishReason")
@@ -6175,14 +6186,15 @@ class GeminiDecoder(ItemDecoder):
         elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and self.open and not self.grounding:
             self.delta = TextDelta("text", self.open)
         feedback = as_dict(chunk.get("promptFeedback"))
-        if not candidates and feedback.get("blockReason") not in UNSPECIFIED:
+        if not candidate and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
 
     def _count(self, given: JSON) -> None:
         if self.finished:                       # behind the end only higher counts are taken
             given = {
-                name: value for name, value in given.items()
+                name: value
+                for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
         usage = gemini_usage(merge_counts(self.counts, given), self.grounding)
         if usage is not None:
@@ -6191,46 +6203,51 @@ class GeminiDecoder(ItemDecoder):
     # parts
 
     def _part(self, part: JSON) -> None:
-        text, signature = part.get("text"), str(part.get("thoughtSignature") or "")
+        text = part.get("text")
+        thought = part.get("thought")
+        signature = str(part.get("thoughtSignature") or "")
+        media = as_dict(part.get("inlineData"))
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
-        elif isinstance(text, str):
-            self._text("summary" if part.get("thought") else "text", text, signature)
+            return
+        if isinstance(text, str):
+            self._text("summary" if thought else "text", text)
         elif part.get("toolCall") or part.get("toolResponse"):
-            # a search that the model combined with functions: both halves must come back as they are
+            self._search_part(part)
+            return
+        elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
-            self._carry({"part": part})
-            call = as_dict(part.get("toolCall"))
-            if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                self._search(as_dict(call.get("args")).get("queries"))
-        elif "inlineData" in part and not part.get("thought"):
-            media = as_dict(part["inlineData"])
-            if str(media.get("mimeType")).startswith("image/"):
+            self._image(str(media.get("data")))
+        else:
+            return          # there is no item for sound, and for code that ran at Google's
+        if signature and not thought:
+            if self.signature:
                 self._close_texts()
-                self._image(str(media.get("data")))
-                self._sign(signature, 0)
-        # there is no item for sound, and for code that ran at Google's
+            self.signature = {
+                "signature": signature,
+                "characters": len(text or "")}
 
-    def _text(self, channel: PartType, text: str, signature: str) -> None:
-        if text:
-            if channel != self.open or self.signature:      # a signed part takes no more text
-                self._close_texts()
-                self._slot()
-                self.open = channel
-            self.texts.append(text)
-            self.sink.text(text, channel)
-        if channel == "text":
-            self._sign(signature, len(text))
+    def _text(self, channel: PartType, text: str) -> None:
+        if not text:
+            return
+        if channel != self.open or self.signature:      # a signed part takes no more text
+            self._close_texts()
+            self._slot()
+            self.open = channel
+        self.texts.append(text)
+        self.sink.text(text, channel)
 
     def add_all(self, channel: PartType, texts: list[str]) -> None:
         self.texts += texts
         self.sink.add_all(None, texts, channel)
 
-    def _sign(self, signature: str, characters: int) -> None:
-        if signature and self.signature:
-            self._close_texts()
-        if signature:
-            self.signature = {"signature": signature, "characters": characters}
+    def _search_part(self, part: JSON) -> None:
+        """Half of a search that the model combined with functions. Both halves must come back as they are."""
+        self._close_texts()
+        self._carry({"part": part})
+        call = as_dict(part.get("toolCall"))
+        if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
+            self._search(as_dict(call.get("args")).get("queries"))
 
     def _search(self, queries: Any) -> None:
         self.searched = True
@@ -6246,10 +6263,13 @@ class GeminiDecoder(ItemDecoder):
         self.sink.done()
         if self.signature:
             self._carry(self.signature)
-        self.open, self.signature, self.texts = None, {}, []
+        self.open = None
+        self.signature = {}
+        self.texts = []
 
     def _function_call(self, given: JSON, signature: str) -> None:
-        name, args = given.get("name"), given.get("args")
+        name = given.get("name")
+        args = given.get("args")
         in_pieces = given.get("partialArgs") or given.get("willContinue")       # Vertex's: not asked for
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
@@ -6260,8 +6280,10 @@ class GeminiDecoder(ItemDecoder):
             call_id = self._call_id(slot, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            self.sink.call(slot, call_id, self.book.resolve(name))
-            self.sink.add(slot, value_text(args) or "{}", "arguments")
+            tool = self.book.resolve(name)
+            self.sink.call(slot, call_id, tool)
+            arguments = value_text(args) or "{}"
+            self.sink.add(slot, arguments, "arguments")
             self.sink.done(slot)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
@@ -6287,7 +6309,8 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
     chunks = only_dicts(grounding.get("groundingChunks"))
     for support in only_dicts(grounding.get("groundingSupports")):
         segment = as_dict(support.get("segment"))
-        start, end = count(segment, "startIndex"), count(segment, "endIndex")
+        start = count(segment, "startIndex")
+        end = count(segment, "endIndex")
         cited = str(segment.get("text") or encoded[start:end].decode("utf-8", "ignore"))
         begin = len(encoded[:start].decode("utf-8", "ignore"))
         if not text.startswith(cited, begin):
@@ -6298,7 +6321,8 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         for index, chunk in enumerate(chunks):
             source = as_dict(chunk.get("web"))
             if source and index in indices:
-                yield begin, begin + len(cited), source.get("uri") or "", source.get("title")
+                url = source.get("uri") or ""
+                yield begin, begin + len(cited), url, source.get("title")
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
@@ -6318,7 +6342,8 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
         return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
-    queries, model = grounding.get("webSearchQueries"), str(given.get("model") or "")
+    queries = grounding.get("webSearchQueries")
+    model = str(given.get("model") or "")
     searches = len(queries) if isinstance(queries, list) else 0
     if model.startswith("gemini-2"):
         searches = min(searches, 1)

@@ -3437,8 +3437,7 @@ class ProviderError(UpstreamError):
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
     """The failure that an HTTP answer stands for."""
-    decoded = decode_error(body.decode("utf-8", "replace"))
-    return classify_error(decoded, status, headers, now_s)
+    return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
@@ -3492,11 +3491,11 @@ def error_object(decoded: Any) -> JSON:
             decoded = "; ".join(texts) or decoded[0]
             continue
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
-        codes = [level[name] for name in CODE_FIELDS if level.get(name) is not None]
+        text = next(filter(None, map(level.get, MESSAGE_FIELDS)), None)
         fields |= without_empty({
             **level,
-            "message": value_text(next(filter(None, map(level.get, MESSAGE_FIELDS)), None)),
-            "code": codes[0] if codes else None})
+            "message": value_text(text),
+            "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
         if isinstance(level.get("loc"), list):  # FastAPI: where in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
@@ -6183,8 +6182,9 @@ class GeminiDecoder(ItemDecoder):
         reason = candidate.get("finishReason")
         if reason not in UNSPECIFIED:
             self._finish(candidate, str(reason))
-        elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and self.open and not self.grounding:
-            self.delta = TextDelta("text", self.open)
+        elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and not self.grounding:
+            if parts[0].get("text"):
+                self.delta = TextDelta("text", self.open)
         feedback = as_dict(chunk.get("promptFeedback"))
         if not candidate and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
@@ -6213,7 +6213,13 @@ class GeminiDecoder(ItemDecoder):
         if isinstance(text, str):
             self._text("summary" if thought else "text", text)
         elif part.get("toolCall") or part.get("toolResponse"):
-            self._search_part(part)
+            # a search that the model combined with functions: both halves must come back as they are
+            self._close_texts()
+            self._carry({"part": part})
+            call = as_dict(part.get("toolCall"))
+            if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
+                args = as_dict(call.get("args"))
+                self._search(args.get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
@@ -6240,14 +6246,6 @@ class GeminiDecoder(ItemDecoder):
     def add_all(self, channel: PartType, texts: list[str]) -> None:
         self.texts += texts
         self.sink.add_all(None, texts, channel)
-
-    def _search_part(self, part: JSON) -> None:
-        """Half of a search that the model combined with functions. Both halves must come back as they are."""
-        self._close_texts()
-        self._carry({"part": part})
-        call = as_dict(part.get("toolCall"))
-        if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-            self._search(as_dict(call.get("args")).get("queries"))
 
     def _search(self, queries: Any) -> None:
         self.searched = True

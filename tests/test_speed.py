@@ -142,7 +142,8 @@ def content(*parts, count=1, **fields):
 CONTENT = [
     *(content({"text": text, "thought": True}, count=n) for n, text in enumerate(CONTENTS)),
     *(content({"text": text}, count=n) for n, text in enumerate([*CONTENTS, *40 * ["y"]])),
-    content({"text": "s", "thoughtSignature": "sig"}, count=70), *(content({"text": text}) for text in CONTENTS[:3]),
+    content({"text": "s", "thoughtSignature": "sig"}, count=70), *(content({"text": text}) for text in ["", "", *CONTENTS[:3]]),
+    *(content({"text": text, "thought": True}) for text in ["", "t", "u", "v"]),
     content({"functionCall": {"name": "f", "args": {"a": 1}}}), content({"text": "z"}), content({"text": "z"}, count=99)]
 
 

@@ -307,7 +307,8 @@ class Sink(Protocol):
     >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
     def text(self, text: str, channel: PartType = "text") -> None:
-        """More of the message without a key, which begins with its first visible character."""
+        """More of the message without a key, which begins with its first visible character; by the channel
+        "summary" of the reasoning item without a key."""
     def reasoning(self, text: str) -> None:
         """More of the summary of the reasoning item without a key; "" only begins it."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
@@ -3304,36 +3305,36 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first rule that matches decides: by the provider's name for the failure (see error_tokens), by the HTTP
-# status, or by the message. A failure that matches none is an overload.
-ERROR_RULES: list[tuple[ErrorKind, str, Sequence[int], str]] = [
-    ("tool_generation", "tool_use_failed", (), ""),
-    ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded", (),
+# The first rule that matches decides: by the provider's names for the failure (see error_names), among them its
+# HTTP status, or by the message. A failure that matches none is an overload.
+ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
+    ("tool_generation", "tool_use_failed", ""),
+    ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
     # xAI reports an empty purse as 403; Gemini says "quota" for every limit, only PerDay means a long one
-    ("quota", "insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
-     "usage_limit_reached", (402,),
+    ("quota", "http402 insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
+     "usage_limit_reached",
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
      r"|arrearage"),
-    ("auth", "api_key_invalid authentication_error invalid_api_key unauthenticated", (401,), ""),
-    ("rate_limit",
-     "rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted too_many_requests", (429,),
+    ("auth", "http401 api_key_invalid authentication_error invalid_api_key unauthenticated", ""),
+    ("rate_limit", "http429 rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted "
+     "too_many_requests",
      r"rate.?limit|too many requests|throttling"),
-    ("model_not_found", "model_not_found invalid_model deploymentnotfound", (),    # DeepSeek, OpenRouter: 400
+    ("model_not_found", "model_not_found invalid_model deploymentnotfound",      # DeepSeek, OpenRouter: 400
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
     # OpenRouter: 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the model
-    ("bad_request", "", (), r"requires moderation|input was flagged|items are not persisted"
+    ("bad_request", "", r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
-    ("auth", "permission_error permission_denied", (403,), ""),
-    ("model_not_found", "", (404,), ""),
+    ("auth", "http403 permission_error permission_denied", ""),
+    ("model_not_found", "http404", ""),
     # llama.cpp answers 500 to a feature that it was started without
-    ("bad_request", "", (), r"requires --jinja|mmproj|input is not supported|not supported by this model"),
-    ("overload", "overloaded_error api_error server_is_overloaded server_error internal unavailable "
-     "internal_server_error service_unavailable deadline_exceeded timeout_error",
-     (408, *range(500, 600)), r"overloaded"),
+    ("bad_request", "", r"requires --jinja|mmproj|input is not supported|not supported by this model"),
+    ("overload", "http408 http5xx overloaded_error api_error server_is_overloaded server_error internal "
+     "unavailable internal_server_error service_unavailable deadline_exceeded timeout_error",
+     r"overloaded"),
     # inside a stream, without a status, only by its own word
-    ("bad_request", "invalid_request_error", range(400, 500), ""),
+    ("bad_request", "http4xx invalid_request_error", ""),
 ]
 
 MAX_UPSTREAM_TEXT = 300         # characters of a provider's message that the client gets
@@ -3348,10 +3349,11 @@ SECRET = re.compile(
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
 # where errors of all forms stand, and the names of their fields
-ERROR_FIELDS = ("error", "base_resp", "errors", "ret", "detail")
-MESSAGE_FIELDS = ("message", "msg", "error_msg", "errorMessage", "status_msg", "errmsg")
-CODE_FIELDS = ("code", "error_code", "errorCode", "statusCode", "status_code", "errcode")
-ANSWER_FIELDS = ("choices", "candidates", "content", "output")
+ERROR_FIELDS = "error base_resp errors ret detail".split()
+MESSAGE_FIELDS = "message msg error_msg errorMessage status_msg errmsg".split()
+CODE_FIELDS = "code error_code errorCode statusCode status_code errcode".split()
+STATUS_FIELDS = "status_code code status raw_status_code".split()
+ANSWER_FIELDS = "choices candidates content output".split()
 SUCCESS = re.compile(r"|0+|2\d\d|ok|null|none|true|success.*", re.IGNORECASE | re.DOTALL)
 CODE = re.compile(r"(?!\d+$)[A-Za-z0-9_.-]{1,64}", re.ASCII)
 STATUS = re.compile("[45][0-9][0-9]")
@@ -3372,12 +3374,11 @@ class ProviderError(UpstreamError):
         source_text: str = "",          # the provider's words, before `redacted` shortened them
     ) -> None:
         shown = ERROR_CLASSES[kind]
-        own_status = upstream_status if 400 <= upstream_status < 500 else 400
-        status = shown.status or own_status
+        status = shown.status or (upstream_status if 400 <= upstream_status < 500 else 400)
         super().__init__(message, status=status, type=shown.type, code=code or shown.code, param=param)
-        if retry_after_s is not None and kind in ("rate_limit", "overload"):
-            self.headers = (("retry-after", str(max(1, int(retry_after_s + 0.999)))),)
-        self.kind: ErrorKind = kind
+        if retry_after_s and kind in ("rate_limit", "overload"):
+            self.headers = (("retry-after", str(math.ceil(retry_after_s))),)
+        self.kind = kind
         self.retryable = shown.retryable
         self.retry_after_s = retry_after_s
         self.upstream_status = upstream_status
@@ -3386,8 +3387,7 @@ class ProviderError(UpstreamError):
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
     """The failure that an HTTP answer stands for."""
-    decoded = decode_error(body.decode("utf-8", "replace"))
-    return classify_error(decoded, status, headers, now_s)
+    return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
@@ -3398,21 +3398,21 @@ def inband_error(error: Any) -> ProviderError:
 def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
     """Without an HTTP status, that of the error's own fields counts."""
     fields = error_object(decoded)
-    numbers = map(str, map(fields.get, ("status_code", "code", "status", "raw_status_code")))
+    numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
     source = fields["message"]
     if not source and decoded:
         source = dumps(decoded)
-    names = error_tokens(fields)
-    kind = error_kind(status, names, " ".join((source, *names)))
+    names = error_names(fields)
+    kind = error_kind({*names, f"http{status}", f"http{status // 100}xx"}, " ".join((source, *names)))
     answered = f"answered HTTP {status}" if status else "failed"
     message = redacted(source) or f"The provider {answered} without a reason."
     if kind == "auth" and not re.search("country|territory", source):
         message = "The provider refused the gateway's credentials."
         source = ""                     # remarks on our key are not for the client
-    code, param = fields.get("code"), fields.get("param")
-    if kind != "bad_request" or not isinstance(code, str) or not CODE.fullmatch(code):
-        code = "server_is_overloaded" if "server_is_overloaded" in names else None
+    code, param = str(fields["code"] or ""), fields.get("param")
+    if kind != "bad_request" or not CODE.fullmatch(code):
+        code = "server_is_overloaded" if "server_is_overloaded" in names else ""
     return ProviderError(
         message,
         kind=kind,
@@ -3423,11 +3423,9 @@ def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) ->
         source_text=source[:MAX_SOURCE_TEXT])
 
 
-def error_kind(status: int, names: list[str], text: str) -> ErrorKind:
-    for kind, known_names, statuses, pattern in ERROR_RULES:
-        if status in statuses or not set(names).isdisjoint(known_names.split()):
-            return kind
-        if pattern and re.search(pattern, text, re.IGNORECASE):
+def error_kind(names: set[str], text: str) -> ErrorKind:
+    for kind, known_names, pattern in ERROR_RULES:
+        if not names.isdisjoint(known_names.split()) or (pattern and re.search(pattern, text, re.IGNORECASE)):
             return kind
     return "overload"
 
@@ -3443,18 +3441,14 @@ def error_object(decoded: Any) -> JSON:
             decoded = "; ".join(texts) or decoded[0]
             continue
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
-        text = value_text(next(filter(None, map(level.get, MESSAGE_FIELDS)), None))
-        codes = [level[name] for name in CODE_FIELDS if level.get(name) is not None]
-        found = {
+        text = next(filter(None, map(level.get, MESSAGE_FIELDS)), None)
+        fields |= without_empty({
             **level,
-            "message": text,
-            "code": codes[0] if codes else None}
+            "message": value_text(text),
+            "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
         if isinstance(level.get("loc"), list):  # FastAPI: where in the request
-            place = ".".join(map(str, level["loc"]))
-            found = {"param": place, **found, "message": f"{place}: {text}".strip()}
-        for name, value in found.items():
-            if value not in (None, ""):
-                fields[name] = value
+            fields["param"] = place = ".".join(map(str, level["loc"]))
+            fields["message"] = f"{place}: {fields['message']}"
         raw = as_dict(level.get("metadata")).get("raw")
         if isinstance(raw, str):
             raw = decode_error(raw)
@@ -3475,17 +3469,16 @@ def decode_error(text: str) -> Any:
         return plain_text(text)
 
 
-def error_tokens(fields: JSON) -> list[str]:
+def error_names(fields: JSON) -> list[str]:
     """The provider's own names for the failure, in lower case."""
-    names = [fields.get("type"), fields.get("code"), fields.get("status")]
-    names.append(as_dict(fields.get("metadata")).get("error_type"))
-    if "failed_generation" in fields:                   # Groq
-        names.append("tool_use_failed")
+    names = ["tool_use_failed"] if "failed_generation" in fields else []         # Groq
+    holders = [fields, as_dict(fields.get("metadata"))]
     for detail in only_dicts(fields.get("details")):
-        names.append(detail.get("reason"))
-        for violation in only_dicts(detail.get("violations")):
-            names.append(violation.get("quotaId"))
-    return [name.lower() for name in names if isinstance(name, str)]
+        holders += [detail, *only_dicts(detail.get("violations"))]
+    for holder in holders:
+        values = map(holder.get, ("type", "code", "status", "error_type", "reason", "quotaId"))
+        names += [value.lower() for value in values if isinstance(value, str)]
+    return names
 
 
 def states_error(body: JSON, whole: bool = False) -> bool:
@@ -3502,8 +3495,6 @@ def states_error(body: JSON, whole: bool = False) -> bool:
 
 
 def is_failure(code: Any) -> bool:
-    if not isinstance(code, (int, str)):
-        return False
     return not SUCCESS.fullmatch(str(code))
 
 
@@ -3525,28 +3516,23 @@ def plain_text(text: str) -> str:
 def redacted(text: str) -> str:
     """At most 300 characters, without anything that looks like a secret."""
     text = SECRET.sub("[redacted]", text[:4 * MAX_UPSTREAM_TEXT])
-    if len(text) > MAX_UPSTREAM_TEXT:
-        text = text[:MAX_UPSTREAM_TEXT - 1] + "…"
-    return text
+    return text if len(text) <= MAX_UPSTREAM_TEXT else text[:MAX_UPSTREAM_TEXT - 1] + "…"
 
 
 def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
     """Removes the configured secrets from the words of a provider, also one that `redacted` cut."""
     source = getattr(error, "source_text", "") or str(error)
-    code, param = error.code or "", error.param or ""
-    if configured.search(f"{source} {code} {param}"):
-        source = configured.sub("[redacted]", source)
-        error.args = (redacted(source),)
-        error.code = configured.sub("redacted", code)
-        error.param = configured.sub("[redacted]", param) or None
+    if configured.search(f"{source} {error.code} {error.param}"):
+        error.args = (redacted(configured.sub("[redacted]", source)),)
+        error.code = configured.sub("redacted", error.code)
+        error.param = error.param and configured.sub("[redacted]", error.param)
 
 
 # --- how long to wait
 
-NUMBER = re.compile(r"\d{1,12}(?:\.\d{1,12})?")      # bounded: of n digits \d+ makes n * n steps
-DURATION = re.compile(f"({NUMBER.pattern})(ms|s|m|h)")
-TRY_AGAIN = re.compile(
-    f"(?:try again|retry) in ((?:{NUMBER.pattern}(?:ms|h|m|s))+|{NUMBER.pattern})", re.IGNORECASE)
+NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: of n digits \d+ makes n * n steps
+DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
+TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
 UNIT_S = {
     "ms": 0.001,
     "s": 1.0,
@@ -3563,17 +3549,15 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     texts = [
         headers.get("retry-after-ms") + "ms",
         headers.get("retry-after")]
-    for detail in only_dicts(error.get("details")):
-        texts.append(str(detail.get("retryDelay")))
-    if in_message := TRY_AGAIN.search(error.get("message", "")):
-        texts.append(in_message[1])
+    texts += [str(detail.get("retryDelay")) for detail in only_dicts(error.get("details"))]
+    texts += TRY_AGAIN.findall(error.get("message", ""))
     waits = [wait_s(text, date_s) for text in texts]
-    resets = [0.0]
-    for name, value in headers:
-        remaining = name.replace("-reset", "-remaining")
-        if LIMIT_RESET.fullmatch(name) and headers.get(remaining, "0") == "0":
-            resets.append(wait_s(value, date_s))
-    for seconds in (*waits, max(resets)):
+    resets = [
+        wait_s(value, date_s)
+        for name, value in headers
+        if LIMIT_RESET.fullmatch(name)
+        and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
+    for seconds in (*waits, max(resets, default=0.0)):
         if seconds > 0:
             return min(seconds, MAX_RETRY_AFTER_S)
     return None
@@ -3583,7 +3567,7 @@ def wait_s(text: str, date_s: float) -> float:
     """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other text."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
-    if NUMBER.fullmatch(text.strip()):
+    if re.fullmatch(NUMBER, text):
         return float(text)
     return parse_time_s(text) - date_s if date_s else 0.0
 
@@ -5447,26 +5431,26 @@ MAX_PAUSES = 5                  # a turn that is still paused after this many re
 DELTA_FIELDS = {
     "text_delta": "text",
     "thinking_delta": "thinking",
-    "input_json_delta": "partial_json"}
-
-
+    "input_json_delta": "partial_json",
+    "signature_delta": "signature",
+    "citations_delta": "citation"}
 BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "tool_use": "arguments"}
 
 
 @dataclass(slots=True)
 class Block:
     """A content block that is being streamed."""
-    kind: Any
     content: JSON       # completed by its signature and citations, at its end by its text or input
     slot: int
+    channel: Any        # PartType, or None: the client sees no text of it
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
 class MessagesDecoder(ItemDecoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    Adjacent texts are one message: citations cut a sentence into blocks. Unknown blocks are passed over, like
-    those of compaction, fallback and code execution.
+    A method `on_TYPE` handles each event. Adjacent texts are one message: citations cut a sentence into blocks.
+    Unknown blocks are passed over, like those of compaction, fallback and code execution.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
@@ -5482,42 +5466,43 @@ class MessagesDecoder(ItemDecoder):
         self.content: list[JSON] = []           # finished blocks, for a resumption
         self.paused: list[JSON] = []            # what goes back to the provider
         self.pauses = 0
-        self.stop: Stop | None = None
+        self.stop = Stop()
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON, or belongs to a block that never began."""
         try:
             event = json.loads(data)
-            handler = self.HANDLERS.get(event_type(event))
+            handler = getattr(self, f"on_{event_type(event)}", None)
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise UpstreamError("The provider sent an event that is not a JSON object.") from None
         if handler is not None:
-            handler(self, event)
+            handler(event)
 
     def whole(self, body: JSON) -> None:
-        """An answer that was not streamed."""
+        """An answer that was not streamed, as the events of a stream."""
         if body.get("type") == "error":
-            self._fail(inband_error(body))
+            self.on_error(body)
             return
-        if not isinstance(body.get("content"), list):
-            raise UpstreamError("The provider's answer is not a message.")
-        self._message_start({"message": body})
-        for block in only_dicts(body["content"]):
-            self._block_start({"content_block": block})
-            self._block_stop({})
-        self._message_delta({"delta": body, "usage": body.get("usage")})
-        self._message_stop({})
+        content = body["content"]
+        self.on_message_start({"message": body})
+        for block in content:
+            self.on_content_block_start({"content_block": block})
+            self.on_content_block_stop({})
+        self.on_message_delta({**body, "delta": body})
+        self.on_message_stop({})
 
     def resume(self) -> list[JSON] | None:
         """The blocks to send back if the provider paused its turn, else None. The next stream is its rest."""
         paused, self.paused = self.paused, []
         if paused:
-            self.id, self.earlier, self.counts = None, self.usage, {}
+            self.id = None
+            self.earlier = self.usage
+            self.counts = {}
         return paused or None
 
     # messages
 
-    def _message_start(self, event: JSON) -> None:
+    def on_message_start(self, event: JSON) -> None:
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
@@ -5528,7 +5513,7 @@ class MessagesDecoder(ItemDecoder):
             error = "The provider spliced a second message into its stream."
             self._fail(ProviderError(error, kind="overload"))
 
-    def _message_delta(self, event: JSON) -> None:
+    def on_message_delta(self, event: JSON) -> None:
         usage = as_dict(event.get("usage"))
         self._count(usage, estimated="output_tokens" not in usage)
         delta = event.get("delta") or {}
@@ -5542,17 +5527,18 @@ class MessagesDecoder(ItemDecoder):
             explanation = details.get("explanation") or ""
             self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
 
-    def _message_stop(self, event: JSON) -> None:
-        if self.paused:
-            return
-        stop = self.stop or Stop()
-        self._finish(dataclasses.replace(stop, final=True))
+    def on_message_stop(self, event: JSON) -> None:
+        if not self.paused:
+            self._finish(dataclasses.replace(self.stop, final=True))
+
+    def on_error(self, event: JSON) -> None:
+        self._fail(inband_error(event))
 
     def _finish(self, stop: Stop) -> None:
         """The model has finished. A call that was cut stays open, and an empty one may have been cut."""
         for index, block in list(self.blocks.items()):
-            if block.kind != "tool_use":
-                self._block_stop({"index": index})
+            if block.channel != "arguments":
+                self.on_content_block_stop({"index": index})
         self.sink.done()
         if not stop.incomplete_reason:
             self._end_empty_calls()
@@ -5565,89 +5551,91 @@ class MessagesDecoder(ItemDecoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to that of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {}
-        for name in COUNTED:
-            totals[name] = getattr(self.earlier, name) + getattr(now, name)
+        totals = {
+            name: getattr(self.earlier, name) + getattr(now, name)
+            for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
     # blocks
 
-    def _block_start(self, event: JSON) -> None:
+    def on_content_block_start(self, event: JSON) -> None:
         content = event.get("content_block") or {}
-        block = Block(content.get("type"), content, self._slot())
+        kind = content.get("type")
+        block = Block(content, self._slot(), BLOCK_CHANNELS.get(kind))
         self.blocks[event.get("index", 0)] = block
         self._end_empty_calls()
-        if block.kind != "text":
+        if kind != "text":
             self.sink.done()
             self.length = 0
-        if block.kind == "tool_use":
+        if kind == "tool_use":
             call_id = self._call_id(block.slot, content.get("id"))
             tool = self.book.resolve(str(content.get("name") or ""))
             self.sink.call(block.slot, call_id, tool)
-        elif block.kind == "web_search_tool_result" and self.searches:
+        elif kind == "web_search_tool_result" and self.searches:
             search = content.get("tool_use_id")
             if search not in self.searches:
                 search = next(iter(self.searches))
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(search), status=status)
-        self._text(block, content.get(block.kind) or "")        # of a text or thinking block
+        self._text(block, content.get(kind) or "")              # of a text or thinking block
 
-    def _block_delta(self, event: JSON) -> None:
+    def on_content_block_delta(self, event: JSON) -> None:
         block = self.blocks.get(event.get("index", 0))
         if block is None:
             raise UpstreamError("The provider sent a piece of a block that is not open.")
         delta = event.get("delta") or {}
-        kind = delta.get("type")
-        if kind in DELTA_FIELDS:
-            self._text(block, delta.get(DELTA_FIELDS[kind]) or "")
-            if len(event) == 3 and len(delta) == 2 and block.kind in BLOCK_CHANNELS:
-                self.delta = TextDelta(DELTA_FIELDS[kind], block)
-        elif kind == "signature_delta":
-            block.content["signature"] = delta.get("signature")
-        elif kind == "citations_delta":
+        name = DELTA_FIELDS.get(str(delta.get("type")), "")
+        piece = delta.get(name) or ""
+        if name == "signature":
+            block.content[name] = piece
+        elif name == "citation":
             known = only_dicts(block.content.get("citations"))
-            block.content["citations"] = [*known, delta.get("citation")]
+            block.content["citations"] = [*known, piece]
+        elif piece:
+            self._text(block, piece)
+            if len(event) == 3 and len(delta) == 2 and block.channel:
+                self.delta = TextDelta(name, block)
 
     def _text(self, block: Block, text: str) -> None:
         if not text:
             return
         block.pieces.append(text)
-        if block.kind == "text":
-            self.sink.text(text)
-        elif block.kind == "thinking":
-            self.sink.reasoning(text)
-        elif block.kind == "tool_use":
-            self.sink.add(block.slot, text, "arguments")
+        if block.channel == "arguments":
+            self.sink.add(block.slot, text, block.channel)
+        elif block.channel:
+            self.sink.text(text, block.channel)
 
     def add_all(self, block: Block, texts: list[str]) -> None:
         block.pieces += texts
-        key = block.slot if block.kind == "tool_use" else None
-        self.sink.add_all(key, texts, BLOCK_CHANNELS[block.kind])
+        key = block.slot if block.channel == "arguments" else None
+        self.sink.add_all(key, texts, block.channel)
 
-    def _block_stop(self, event: JSON) -> None:
+    def on_content_block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
             return
-        kind, content = block.kind, block.content
+        content = block.content
+        kind = content.get("type")
         text = "".join(block.pieces)
+        arguments = content.get("input")
         if kind in ("text", "thinking"):
             content[kind] = text
-        elif kind in ("tool_use", "server_tool_use") and text.strip():
-            content["input"] = parse_object(text)
+        elif text.strip():
+            arguments = parse_object(text)
+            content["input"] = arguments or {}          # the API refuses null, also for a call that was cut
+        elif kind == "tool_use" and arguments:          # some servers give the whole input at once
+            self._text(block, dumps(arguments))
         if kind == "text":
-            start = self.length
-            self.length += len(text)
-            for citation in only_dicts(content.get("citations")):
-                url = citation.get("url")
-                if isinstance(url, str):        # a citation of a document names a file that no client knows
-                    self._annotate(start, self.length, url, citation.get("title"))
+            self._cite(content)
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:          # without a signature it cannot come back; with nothing else it must
                 self._carry({"blocks": [content]} if sealed else {})
-        elif kind == "tool_use":
-            self._end_call(block, text.strip(), content.get("input"))
+        elif kind == "tool_use" and not arguments and not text.strip():
+            self.empty_calls.append(block.slot)
+        elif kind == "tool_use" and isinstance(arguments, dict):
+            self.sink.done(block.slot)
         elif kind == "server_tool_use" and content.get("name") == "web_search":
             query = as_dict(content.get("input")).get("query") or ""
             self.searches[content.get("id")] = block.slot
@@ -5655,40 +5643,28 @@ class MessagesDecoder(ItemDecoder):
         if self.book.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
 
-    def _end_call(self, block: Block, streamed: str, arguments: Any) -> None:
-        if arguments and not streamed:          # some servers give the whole input at once
-            self._text(block, dumps(arguments))
-        if not arguments and not streamed:
-            self.empty_calls.append(block.slot)
-        elif isinstance(arguments, dict):
-            self.sink.done(block.slot)
+    def _cite(self, content: JSON) -> None:
+        start = self.length
+        self.length += len(content["text"])
+        for citation in only_dicts(content.get("citations")):
+            url = citation.get("url")
+            if isinstance(url, str):        # a citation of a document names a file that no client knows
+                self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
-        for slot in self.empty_calls:
-            self.sink.done(slot)
-        self.empty_calls.clear()
-
-    HANDLERS: ClassVar[dict[str, Callable[[MessagesDecoder, JSON], None]]] = {
-        "message_start": _message_start,
-        "content_block_start": _block_start,
-        "content_block_delta": _block_delta,
-        "content_block_stop": _block_stop,
-        "message_delta": _message_delta,
-        "message_stop": _message_stop,
-        "error": lambda self, event: self._fail(inband_error(event))}
+        while self.empty_calls:
+            self.sink.done(self.empty_calls.pop(0))
 
 
 def messages_usage(counts: JSON) -> Usage:
     """Anthropic counts cached input apart. Of several passes (compaction, fallback, an advisor) its own sum is
     only that of the last."""
     passes = only_dicts(counts.get("iterations")) or [counts]
-    fresh, read, written, output, kept_long = 0, 0, 0, 0, 0
-    for each in passes:
-        fresh += count(each, "input_tokens")
-        read += count(each, "cache_read_input_tokens")
-        written += count(each, "cache_creation_input_tokens")
-        output += count(each, "output_tokens")
-        kept_long += count(each.get("cache_creation"), "ephemeral_1h_input_tokens")
+    fresh, read, written, output = (
+        sum(count(each, name) for each in passes)
+        for name in (
+            "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens"))
+    kept_long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
     return Usage(
         input=fresh + read + written,
@@ -5989,19 +5965,18 @@ GEMINI_REPAIRS = (
 
 # --- the answer
 
-GEMINI_STOP = {
+# why the answer ended -> incomplete_reason, or the kind of failure: shown as a success, an agent would see an
+# empty answer and ask again (coder#28470)
+GEMINI_ENDS: dict[str, Any] = {
     "STOP": "",
-    "MAX_TOKENS": "max_output_tokens",
-    "CONTINUATION": "max_output_tokens",
-    **dict.fromkeys((
-        "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
-        "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "MODEL_ARMOR",
-        "ESCALATION", "PUP_LIMITED_DISABLED"), "content_filter")}
-# failures: shown as a success, an agent would see an empty answer and ask again (coder#28470)
-GEMINI_ERRORS: dict[str, ErrorKind] = {
-    **dict.fromkeys((
-        "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
-        "OTHER"), "tool_generation"),
+    **dict.fromkeys("MAX_TOKENS CONTINUATION".split(), "max_output_tokens"),
+    **dict.fromkeys(
+        "SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT "
+        "IMAGE_RECITATION IMAGE_OTHER NO_IMAGE MODEL_ARMOR ESCALATION PUP_LIMITED_DISABLED".split(),
+        "content_filter"),
+    **dict.fromkeys(
+        "MALFORMED_FUNCTION_CALL UNEXPECTED_TOOL_CALL MALFORMED_RESPONSE TOO_MANY_TOOL_CALLS OTHER".split(),
+        "tool_generation"),
     "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # of our request: no other target is to be asked
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
@@ -6016,8 +5991,8 @@ class GeminiDecoder(ItemDecoder):
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
         super().__init__(f"{prefix}g")
         self.book = book
-        self.open = ""                          # "message" or "reasoning": the open item
-        self.texts: list[str] = []              # of the open message
+        self.open: PartType | None = None       # "text" or "summary": of the open item
+        self.texts: list[str] = []              # of the open item
         self.signature: JSON = {}               # of its last part: carried by an item behind it
         self.counts: JSON = {}                  # the newest of each count, and the model
         self.grounding: JSON = {}
@@ -6026,27 +6001,27 @@ class GeminiDecoder(ItemDecoder):
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
-        if data.strip() in ("", "[DONE]"):
-            return
-        chunk = provider_json(data, "The provider sent an event that is not JSON.")
-        self.whole(chunk)
+        if data.strip() not in ("", "[DONE]"):
+            self.whole(provider_json(data, "The provider sent an event that is not JSON."))
 
     def whole(self, body: Any) -> None:
         """An answer that was not streamed; without alt=sse even a stream is one array."""
-        chunks = body if isinstance(body, list) else [body]
-        for chunk in only_dicts(chunks):
-            if not self.failed:
+        try:
+            for chunk in only_dicts(body if isinstance(body, list) else [body]):
                 self._chunk(chunk)
+        except ProviderError as error:
+            self._fail(error)
 
     def _chunk(self, chunk: JSON) -> None:
-        candidates = only_dicts(chunk.get("candidates"))
-        candidate = candidates[0] if candidates else {}
+        """ProviderError where the chunk is an error, or cannot be an answer."""
+        candidate = next(iter(only_dicts(chunk.get("candidates"))), {})
         self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
-        counts = as_dict(chunk.get("usageMetadata"))
-        self._count({**counts, "model": chunk.get("modelVersion")})
+        self._count({
+            **as_dict(chunk.get("usageMetadata")),
+            "model": chunk.get("modelVersion")})
         if states_error(chunk):
-            self._fail(inband_error(chunk))
-        if self.failed or self.finished:
+            raise inband_error(chunk)
+        if self.finished:
             return
         content = as_dict(candidate.get("content"))
         parts = only_dicts(content.get("parts"))
@@ -6055,34 +6030,36 @@ class GeminiDecoder(ItemDecoder):
         reason = candidate.get("finishReason")
         if reason not in UNSPECIFIED:
             self._finish(candidate, str(reason))
-        elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and self.open and not self.grounding:
-            self.delta = TextDelta("text", self.open)
+        elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and not self.grounding:
+            if parts[0].get("text"):
+                self.delta = TextDelta("text", self.open)
         feedback = as_dict(chunk.get("promptFeedback"))
-        if not candidates and feedback.get("blockReason") not in UNSPECIFIED:
+        if not candidate and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
 
     def _count(self, given: JSON) -> None:
-        known = self.counts if self.finished else {}
-        for name, value in given.items():
-            if name in known and count(given, name) <= count(known, name):
-                continue                        # behind the end only higher counts are taken
-            if value is not None:
-                self.counts[name] = value
-        usage = gemini_usage(self.counts, self.grounding)
+        if self.finished:                       # behind the end only higher counts are taken
+            given = {
+                name: value
+                for name, value in given.items()
+                if name not in self.counts or count(given, name) > count(self.counts, name)}
+        usage = gemini_usage(merge_counts(self.counts, given), self.grounding)
         if usage is not None:
             self.sink.set_usage(usage)
 
     # parts
 
     def _part(self, part: JSON) -> None:
-        if self.failed:
-            return
-        text, signature = part.get("text"), str(part.get("thoughtSignature") or "")
+        text = part.get("text")
+        thought = part.get("thought")
+        signature = str(part.get("thoughtSignature") or "")
+        media = as_dict(part.get("inlineData"))
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
-        elif isinstance(text, str):
-            self._text("reasoning" if part.get("thought") else "message", text, signature)
+            return
+        if isinstance(text, str):
+            self._text("summary" if thought else "text", text)
         elif part.get("toolCall") or part.get("toolResponse"):
             # a search that the model combined with functions: both halves must come back as they are
             self._close_texts()
@@ -6091,38 +6068,32 @@ class GeminiDecoder(ItemDecoder):
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
                 args = as_dict(call.get("args"))
                 self._search(args.get("queries"))
-        elif "inlineData" in part and not part.get("thought"):
-            media = as_dict(part["inlineData"])
-            if str(media.get("mimeType")).startswith("image/"):
-                self._close_texts()
-                self._image(str(media.get("data")))
-                self._sign(signature, 0)
-        # there is no item for sound, and for code that ran at Google's
-
-    def _text(self, kind: str, text: str, signature: str) -> None:
-        if text:
-            if kind != self.open or self.signature:         # a signed part takes no more text
-                self._close_texts()
-                self._slot()
-                self.open = kind
-            if kind == "reasoning":
-                self.sink.reasoning(text)
-            else:
-                self.texts.append(text)
-                self.sink.text(text)
-        if kind == "message":
-            self._sign(signature, len(text))
-
-    def add_all(self, kind: str, texts: list[str]) -> None:
-        if kind == "message":
-            self.texts += texts
-        self.sink.add_all(None, texts, "text" if kind == "message" else "summary")
-
-    def _sign(self, signature: str, characters: int) -> None:
-        if signature and self.signature:
+            return
+        elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
-        if signature:
-            self.signature = {"signature": signature, "characters": characters}
+            self._image(str(media.get("data")))
+        else:
+            return          # there is no item for sound, and for code that ran at Google's
+        if signature and not thought:
+            if self.signature:
+                self._close_texts()
+            self.signature = {
+                "signature": signature,
+                "characters": len(text or "")}
+
+    def _text(self, channel: PartType, text: str) -> None:
+        if not text:
+            return
+        if channel != self.open or self.signature:      # a signed part takes no more text
+            self._close_texts()
+            self._slot()
+            self.open = channel
+        self.texts.append(text)
+        self.sink.text(text, channel)
+
+    def add_all(self, channel: PartType, texts: list[str]) -> None:
+        self.texts += texts
+        self.sink.add_all(None, texts, channel)
 
     def _search(self, queries: Any) -> None:
         self.searched = True
@@ -6132,21 +6103,24 @@ class GeminiDecoder(ItemDecoder):
             "action": search_action(queries if isinstance(queries, list) else [])})
 
     def _close_texts(self) -> None:
-        for citation in citations("".join(self.texts), self.grounding):
-            self._annotate(*citation)
+        if self.open == "text":
+            for citation in citations("".join(self.texts), self.grounding):
+                self._annotate(*citation)
         self.sink.done()
         if self.signature:
             self._carry(self.signature)
-        self.open, self.signature = "", {}
-        self.texts.clear()
+        self.open = None
+        self.signature = {}
+        self.texts = []
 
     def _function_call(self, given: JSON, signature: str) -> None:
-        name, args = given.get("name"), given.get("args")
+        name = given.get("name")
+        args = given.get("args")
         in_pieces = given.get("partialArgs") or given.get("willContinue")       # Vertex's: not asked for
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
-            self._fail(ProviderError(message, kind="tool_generation"))
-        elif name and isinstance(name, str):
+            raise ProviderError(message, kind="tool_generation")
+        if name and isinstance(name, str):
             self._close_texts()
             slot = self._slot()
             call_id = self._call_id(slot, given.get("id"))
@@ -6159,34 +6133,30 @@ class GeminiDecoder(ItemDecoder):
             self.sink.done(slot)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
-        if self.failed:
-            return
-        kind = GEMINI_ERRORS.get(reason)
-        if not kind and reason not in GEMINI_STOP and not self.slots:
-            kind = "tool_generation"
-        if kind:
+        outcome = GEMINI_ENDS.get(reason, "" if self.slots else "tool_generation")
+        if outcome in ERROR_CLASSES:
             # without its finishMessage: that repeats what the model wrote, and failures are logged
             message = block_reason("broke off its answer", candidate, "finishReason", "")
-            code = "invalid_prompt" if kind == "bad_request" else None
-            self._fail(ProviderError(message, kind=kind, code=code))
-            return
+            code = "invalid_prompt" if outcome == "bad_request" else None
+            raise ProviderError(message, kind=outcome, code=code)
         self._close_texts()
         self.finished = self.slots > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
-        incomplete, explanation = GEMINI_STOP.get(reason, ""), ""
-        if incomplete == "content_filter":
+        explanation = ""
+        if outcome == "content_filter":
             explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
-        self.sink.set_stop(Stop(incomplete, explanation=explanation))
+        self.sink.set_stop(Stop(outcome, explanation=explanation))
 
 
 def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
     """Start, end, URL and title of a message's citations. Gemini counts bytes, and is at times one off."""
     encoded = text.encode("utf-8", "replace")
-    sources = [as_dict(chunk.get("web")) for chunk in only_dicts(grounding.get("groundingChunks"))]
+    chunks = only_dicts(grounding.get("groundingChunks"))
     for support in only_dicts(grounding.get("groundingSupports")):
         segment = as_dict(support.get("segment"))
-        start, end = count(segment, "startIndex"), count(segment, "endIndex")
+        start = count(segment, "startIndex")
+        end = count(segment, "endIndex")
         cited = str(segment.get("text") or encoded[start:end].decode("utf-8", "ignore"))
         begin = len(encoded[:start].decode("utf-8", "ignore"))
         if not text.startswith(cited, begin):
@@ -6194,7 +6164,8 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         indices = support.get("groundingChunkIndices")
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
-        for index, source in enumerate(sources):
+        for index, chunk in enumerate(chunks):
+            source = as_dict(chunk.get("web"))
             if source and index in indices:
                 url = source.get("uri") or ""
                 yield begin, begin + len(cited), url, source.get("title")
@@ -6217,7 +6188,8 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
         return None                         # Vertex: {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
-    queries, model = grounding.get("webSearchQueries"), str(given.get("model") or "")
+    queries = grounding.get("webSearchQueries")
+    model = str(given.get("model") or "")
     searches = len(queries) if isinstance(queries, list) else 0
     if model.startswith("gemini-2"):
         searches = min(searches, 1)

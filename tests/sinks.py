@@ -33,16 +33,17 @@ class View:
 
     def text(self, text: str, channel: str = "text") -> None:
         assert text
-        item = self.keys.get(None)
-        if item is None or item["kind"] != "message":
-            item = self._begin(None, "message")
-        item[channel] += text
+        self._text(text, channel)
 
     def reasoning(self, text: str) -> None:
+        self._text(text, "summary")
+
+    def _text(self, text: str, channel: str) -> None:
+        kind = "reasoning" if channel == "summary" else "message"
         item = self.keys.get(None)
-        if item is None or item["kind"] != "reasoning":
-            item = self._begin(None, "reasoning")
-        item["summary"] += text
+        if item is None or item["kind"] != kind:
+            item = self._begin(None, kind)
+        item[channel] += text
 
     def open(self, key: Any, kind: str, **fields: Any) -> None:
         self._begin(key, kind, fields=fields)

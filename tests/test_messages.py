@@ -408,6 +408,13 @@ def test_a_second_pause_continues_the_same_assistant_turn() -> None:
     assert [block["text"] for block in body["messages"][1]["content"]] == ["a", "b"]
 
 
+@pytest.mark.parametrize("arguments, given", [('{"a": 1}', {"a": 1}), ('{"a":', {}), ("[1]", {}), ("", {})])
+def test_a_call_in_a_paused_turn_goes_back_with_an_object(arguments: str, given: JSON) -> None:
+    reader = decoder([SEARCH])
+    view_of([BEGIN, *called(0, arguments), *ended("pause_turn")], reader)
+    assert reader.resume() == [{"type": "tool_use", "id": "toolu_0", "name": "f", "input": given}]
+
+
 # --- through the whole gateway: answers, and what comes back with the next turn
 
 ENVELOPE = pomex.Envelope(b"secret", "account")

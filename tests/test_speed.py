@@ -119,8 +119,8 @@ def block(index, start, deltas):
 MESSAGE = [
     named("message_start", message={"id": "m1", "usage": {"input_tokens": 3}}),
     *block(0, {"type": "thinking", "thinking": ""}, [
-        *({"type": "thinking_delta", "thinking": text} for text in CONTENTS), {"type": "signature_delta", "signature": "s"}]),
-    *block(1, {"type": "text", "text": ""}, [{"type": "text_delta", "text": text} for text in ["\n", " ", *CONTENTS]]),
+        *({"type": "thinking_delta", "thinking": text} for text in ["", "", *CONTENTS]), {"type": "signature_delta", "signature": "s"}]),
+    *block(1, {"type": "text", "text": ""}, [{"type": "text_delta", "text": text} for text in ["", "", "\n", " ", *CONTENTS]]),
     *block(2, {"type": "tool_use", "id": "t", "name": "f", "input": {}}, [
         {"type": "input_json_delta", "partial_json": text} for text in ('{"a": "', "\\n", "b\nc", 'x"', "}")]),
     *block(3, {"type": "text", "text": ""}, [{"type": "text_delta", "text": text} for text in 40 * ["x"]]),
@@ -142,7 +142,8 @@ def content(*parts, count=1, **fields):
 CONTENT = [
     *(content({"text": text, "thought": True}, count=n) for n, text in enumerate(CONTENTS)),
     *(content({"text": text}, count=n) for n, text in enumerate([*CONTENTS, *40 * ["y"]])),
-    content({"text": "s", "thoughtSignature": "sig"}, count=70), *(content({"text": text}) for text in CONTENTS[:3]),
+    content({"text": "s", "thoughtSignature": "sig"}, count=70), *(content({"text": text}) for text in ["", "", *CONTENTS[:3]]),
+    *(content({"text": text, "thought": True}) for text in ["", "t", "u", "v"]),
     content({"functionCall": {"name": "f", "args": {"a": 1}}}), content({"text": "z"}), content({"text": "z"}, count=99)]
 
 

@@ -4426,19 +4426,20 @@ def encode_chat(ctx: EncodeContext) -> JSON:
 
 def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     """tools, tool_choice and parallel_tool_calls, which only go together."""
-    functions = ctx.book.functions
-    if not ctx.settings.strict_tools:           # most servers refuse a tool for it
-        functions = [{**function} for function in functions]
-        for function in functions:
+    tools = []
+    for given in ctx.book.functions:
+        function = {**given}
+        if not ctx.settings.strict_tools:       # most servers refuse a tool for it
             function.pop("strict", None)
-    tools = [{"type": "function", "function": function} for function in functions]
+        tools.append({"type": "function", "function": function})
     mode, names = resolve_tool_choice(ctx)
-    choice: Any = None if mode == "auto" else mode      # auto is every server's default
-    if names:
-        choice = {"type": "function", "function": {"name": names[0]}}
+    choice: Any = None                          # as auto: every server's default
     if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
-        choice = None
+    elif names:
+        choice = {"type": "function", "function": {"name": names[0]}}
+    elif mode != "auto":
+        choice = mode
     parallel = ctx.request.get("parallel_tool_calls")
     return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
 
@@ -4515,9 +4516,7 @@ class ChatMessages(TurnEncoder):
         form = self.settings.replay
         replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
         pieces = [replay[form] for replay in replays if form in replay]
-        reasoning: Any = list(itertools.chain(*pieces))
-        if form == "reasoning_content":
-            reasoning = "".join(pieces)
+        reasoning: Any = "".join(pieces) if form == "reasoning_content" else [*itertools.chain(*pieces)]
         if form == "thinking" and reasoning:
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
@@ -4562,15 +4561,15 @@ class ChatMessages(TurnEncoder):
         name = file.name or "file"
         if file.text is not None:
             return text_block(f'<file name="{name}">\n{file.text}\n</file>')
-        data_url = f"data:{file.mime};base64,{file.data}"
+        url = file.url or f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
-            image = {"url": file.url or data_url}
+            image = {"url": url}
             if file.detail in ("low", "high"):      # auto is the default; others are unknown
                 image["detail"] = file.detail
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
             return None
-        return {"type": "file", "file": {"filename": name, "file_data": data_url}}
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
 
 
 # --- the answer

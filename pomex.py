@@ -4596,8 +4596,6 @@ TEXT_CHANNELS: dict[str, PartType] = {
     "content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
 IGNORED_FIELDS = frozenset(
     "id object created model provider system_fingerprint service_tier choices index delta role".split())
-# the places of ThinkTags where more text of a channel cannot touch a tag
-TAG_FREE: dict[PartType, tuple[str, ...]] = {"text": ("",), "summary": ("", "start", "waiting", "behind")}
 
 
 ESCAPED = re.compile(r"\\.", re.DOTALL)
@@ -4724,8 +4722,11 @@ class ThinkTags:
                 reasoning = start
             if self.place == "waiting":
                 self.waiting.append(reasoning)
-                reasoning = self._waiting_text() if tag else ""
+                reasoning = ""
             if tag:
+                waiting = "".join(self.waiting)
+                if waiting.strip() not in "".join(self.reasoning):
+                    reasoning = waiting
                 self.place = "behind"
         if self.place == "behind":
             text = text.lstrip()
@@ -4736,17 +4737,12 @@ class ThinkTags:
     def flush(self) -> tuple[str, str]:
         """The rest, where no tag can come any more. A tag that never ended is text if its text waits."""
         held, self.held = self.held, ""
-        place, self.place = self.place, ""
-        if place == "inside":
-            return held, ""
+        place = self.place
         if place == "waiting":
-            waiting = self._waiting_text()
+            waiting, _ = self.read(END_THINK)
             held = THINK + waiting + held if waiting else ""
-        return "", held
-
-    def _waiting_text(self) -> str:
-        text = "".join(self.waiting)
-        return "" if text.strip() in "".join(self.reasoning) else text
+        self.place = ""
+        return (held, "") if place == "inside" else ("", held)
 
 
 class ChatDecoder(ItemDecoder):
@@ -4786,14 +4782,15 @@ class ChatDecoder(ItemDecoder):
     def _note_delta(self, chunk: JSON) -> None:
         """Remembers a chunk with one text and nothing else that is read."""
         choices = only_dicts(chunk.get("choices"))
-        if len(choices) != 1:
+        if len(choices) != 1 or self.tags.place == "inside":
             return
         delta = as_dict(choices[0].get("delta"))
         fields = {**chunk, **choices[0], **delta}
-        names = [name for name, value in fields.items() if value and name not in IGNORED_FIELDS]
-        channel = TEXT_CHANNELS.get(names[0]) if len(names) == 1 else None
-        if channel and isinstance(delta.get(names[0]), str) and self.tags.place in TAG_FREE[channel]:
-            self.delta = TextDelta(names[0], channel)
+        names = {name for name, value in fields.items() if value} - IGNORED_FIELDS
+        for name, channel in TEXT_CHANNELS.items():
+            in_tags = channel == "text" and self.tags.place
+            if names == {name} and isinstance(delta.get(name), str) and not in_tags:
+                self.delta = TextDelta(name, channel)
 
     def add_all(self, channel: PartType, texts: list[str]) -> None:
         self.texts[channel] += texts

@@ -4418,7 +4418,8 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     body[dialect.max_tokens] = ctx.take("max_output_tokens")
     body |= {**thinking, "response_format": shape}
     if ctx.request.stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body["stream"] = True
+        body["stream_options"] = {"include_usage": True}
         if dialect.tool_stream and ctx.book.functions:
             body["tool_stream"] = True
     return without_empty(body)
@@ -4440,15 +4441,20 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
         choice = {"type": "function", "function": {"name": names[0]}}
     elif mode != "auto":
         choice = mode
-    parallel = ctx.request.get("parallel_tool_calls")
-    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
+    return {
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction beside it for servers that know no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        known = {key: shape.get(key) for key in ("name", "description", "schema", "strict")}
+        known = {
+            name: shape.get(name)
+            for name in ("name", "description", "schema", "strict")
+        }
         return {"type": kind, kind: without_empty(known)}, ""
     if kind == "json_schema":
         schema = dumps(shape["schema"])
@@ -4494,7 +4500,8 @@ class ChatMessages(TurnEncoder):
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        system = "\n\n".join(filter(None, (*self.history.system, closing)))
+        texts = filter(None, (*self.history.system, closing))
+        system = "\n\n".join(texts)
         if system:
             self.out.insert(0, {"role": "system", "content": system})
         return self.out
@@ -4506,8 +4513,10 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        content = [part for item in turn.of_type("message") for part in item["content"]]
-        text = text_of(self.encode_parts(content), "\n\n")
+        parts: list[JSON] = []
+        for item in turn.of_type("message"):
+            parts += self.encode_parts(item["content"])
+        text = text_of(parts, "\n\n")
         calls = turn.of_type("function_call")
         if not text and not calls:
             return
@@ -4516,14 +4525,19 @@ class ChatMessages(TurnEncoder):
         form = self.settings.replay
         replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
         pieces = [replay[form] for replay in replays if form in replay]
-        reasoning: Any = "".join(pieces) if form == "reasoning_content" else [*itertools.chain(*pieces)]
+        reasoning: Any = [*itertools.chain(*pieces)]
+        if form == "reasoning_content":
+            reasoning = "".join(pieces)
         if form == "thinking" and reasoning:
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
         if calls:
-            extras = {extra["id"]: {"extra_content": extra["extra_content"]}
-                      for replay in replays for extra in replay.get("extra_content", ())}
+            extras = {
+                extra["id"]: {"extra_content": extra["extra_content"]}
+                for replay in replays
+                for extra in replay.get("extra_content", ())
+            }
             message["tool_calls"] = [{
                 "id": self._call_id(call["call_id"]),
                 "type": "function",
@@ -4569,7 +4583,9 @@ class ChatMessages(TurnEncoder):
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
             return None
-        return {"type": "file", "file": {"filename": name, "file_data": url}}
+        return {
+            "type": "file",
+            "file": {"filename": name, "file_data": url}}
 
 
 # --- the answer
@@ -4654,8 +4670,9 @@ class ChatCall:
         if self.last != "}":
             return False
         self.arguments.seek(self.scanned)
-        parts = ESCAPED.sub("", self.quote + self.arguments.read()).split('"')
+        text = self.quote + self.arguments.read()
         self.scanned = self.arguments.tell()
+        parts = ESCAPED.sub("", text).split('"')
         self.quote = "" if len(parts) % 2 else '"'
         unquoted = "".join(parts[::2])
         self.depth += unquoted.count("{") - unquoted.count("}")
@@ -4775,7 +4792,8 @@ class ChatDecoder(ItemDecoder):
         if data.strip() == "[DONE]":
             self._done()
         elif data.strip():
-            chunk = as_dict(provider_json(data, "The provider sent an event that is not JSON."))
+            given = provider_json(data, "The provider sent an event that is not JSON.")
+            chunk = as_dict(given)
             self._chunk(chunk)
             self._note_delta(chunk)
 
@@ -4806,10 +4824,8 @@ class ChatDecoder(ItemDecoder):
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = [holder["usage"] for holder in holders if holder.get("usage")]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        usage = usage_from(
-            counts and merge_counts(self.counts, counts[0]),
-            chunk,
-            reasoning_within=self.dialect.reasoning_within)
+        merged = counts and merge_counts(self.counts, counts[0])
+        usage = usage_from(merged, chunk, reasoning_within=self.dialect.reasoning_within)
         if usage:    # OpenRouter's reasoning is at times one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
@@ -4832,19 +4848,29 @@ class ChatDecoder(ItemDecoder):
         """A delta, or a `whole` message: the answer, or a snapshot of its deltas."""
         self.streamed = self.streamed or not whole
         snapshot = whole and self.streamed
-        known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts} if snapshot else {}
+        known: dict[PartType, str] = {}    # which the snapshot has yet to repeat
+        if snapshot:
+            known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
             for detail in only_dicts(message.get("reasoning_details")):
                 self._detail(detail)
         for channel, text in message_texts(message):
+            pieces = known.get(channel, "").lstrip()
+            if pieces:
+                text = text.lstrip()
+                is_whole = text.startswith(pieces)
+                known[channel] = "" if is_whole else pieces.removeprefix(text)
+                text = text[len(pieces):] if is_whole else ""
             if text:
-                self._take(channel, unseen(known, channel, text))
+                self._take(channel, text)
         for image in only_dicts(message.get("images")):    # OpenRouter's
-            self._show_image(text_of(as_dict(image.get("image_url")).get("url")))
+            link = as_dict(image.get("image_url"))
+            self._show_image(text_of(link.get("url")))
         if not (snapshot and self.cited):
             for annotation in only_dicts(message.get("annotations")):
                 self._cite(as_dict(annotation.get("url_citation")))
-        for place, call in enumerate(only_dicts(message.get("tool_calls"))):
+        calls = only_dicts(message.get("tool_calls"))
+        for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
 
     # messages and reasoning
@@ -4881,11 +4907,14 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
-        place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
-        fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
-        for key, value in detail.items():
-            if value is not None or key not in (*fields, name):
-                fields[key] = value
+        place = detail.get("index")
+        if kind == "reasoning.encrypted":
+            place = len(self.details)
+        key = (name, kind, str(place))
+        fields, pieces = self.details.setdefault(key, ({}, []))
+        for member, value in detail.items():
+            if value is not None or member not in (*fields, name):
+                fields[member] = value
         if isinstance(detail.get(name), str):
             pieces.append(detail[name])
 
@@ -4900,10 +4929,15 @@ class ChatDecoder(ItemDecoder):
 
     def _cite(self, citation: JSON) -> None:
         """A source of the open message, of OpenAI's and OpenRouter's search models."""
-        url, title = citation.get("url"), citation.get("title") or ""
+        url = citation.get("url")
         if self.open_item == "message" and isinstance(url, str):
             self.cited = True
-            self._annotate(count(citation, "start_index"), count(citation, "end_index"), url, str(title))
+            self._annotate(
+                count(citation, "start_index"),
+                count(citation, "end_index"),
+                url,
+                str(citation.get("title") or ""),
+            )
 
     # calls
 
@@ -4959,11 +4993,13 @@ class ChatDecoder(ItemDecoder):
 
     def _begin_call(self, call: ChatCall, signature: Any) -> None:
         self._end_items()
-        call.item_key = self._slot()
-        call_id = self._call_id(call.item_key, call.id)
+        slot = call.item_key = self._slot()
+        call_id = self._call_id(slot, call.id)
         if signature:    # of Gemini's OpenAI endpoint
-            self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
-        self.sink.call(call.item_key, call_id, self.book.resolve(call.name))
+            extra = {"id": call_id, "extra_content": signature}
+            self._carry({"extra_content": [extra]})
+        tool = self.book.resolve(call.name)
+        self.sink.call(slot, call_id, tool)
 
     # ends
 
@@ -4977,7 +5013,8 @@ class ChatDecoder(ItemDecoder):
             ]
         elif form == "thinking" and value:
             value = [{"type": "thinking", "thinking": [text_block(value)]}]
-        self.sink.done(sealed_replay={form: value} if form and value else {})
+        replay = {form: value} if form and value else {}
+        self.sink.done(sealed_replay=replay)
         self.details.clear()
         self.sealed_texts = len(self.texts["summary"])
         self.open_item = ""
@@ -5009,13 +5046,17 @@ class ChatDecoder(ItemDecoder):
             return
         reason = str(reason).lower()
         native = str(choice.get("native_finish_reason")).lower()
-        kind = CHAT_ERRORS.get(reason.partition(":")[0]) or CHAT_ERRORS.get(native)
+        word, *_ = reason.split(":")
+        kind = CHAT_ERRORS.get(word) or CHAT_ERRORS.get(native)
         if kind:
             name = native if native in CHAT_ERRORS else reason
             self._fail(ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind))
             return
         results = as_dict(choice.get("content_filter_results"))      # Azure's
-        filters = [name for name, result in results.items() if as_dict(result).get("filtered")]
+        filters = [
+            name for name, result in results.items()
+            if as_dict(result).get("filtered")
+        ]
         explanation = ""
         if filters:
             explanation = f"The provider's content filter stopped this answer: {', '.join(filters)}."
@@ -5031,7 +5072,8 @@ class ChatDecoder(ItemDecoder):
         stop = self.stop or Stop(final=True)
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
-            self._fail(ProviderError("The provider sent a tool call without a name.", kind="tool_generation"))
+            text = "The provider sent a tool call without a name."
+            self._fail(ProviderError(text, kind="tool_generation"))
         elif self.stop is None and not self.slots:
             empty = ProviderError("The provider's answer is empty.", kind="overload")
             self._fail(self.notice or empty)
@@ -5042,29 +5084,22 @@ class ChatDecoder(ItemDecoder):
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
     details = only_dicts(message.get("reasoning_details"))
-    shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
+    shown = [
+        {"text": detail.get("text") or detail.get("summary")}
+        for detail in details
+    ]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))       # Snowflake has only details
     content = message.get("content")
-    parts = [text_block(content)] if isinstance(content, str) else only_dicts(content)    # Mistral: an array
+    parts = only_dicts(content)    # Mistral: an array
+    if isinstance(content, str):
+        parts = [text_block(content)]
     for part in parts:
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
         else:
             yield "text", text_of(part.get("text"))
     yield "refusal", text_of(message.get("refusal"))
-
-
-def unseen(known: dict[PartType, str], channel: PartType, text: str) -> str:
-    """What a snapshot's text has beyond its pieces; `known` is what of these it has not repeated yet."""
-    pieces = known.pop(channel, "").lstrip()
-    if not pieces:
-        return text
-    text = text.lstrip()
-    if text.startswith(pieces):
-        return text[len(pieces):]
-    known[channel] = pieces.removeprefix(text)
-    return ""
 
 
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------

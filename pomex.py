@@ -4289,7 +4289,8 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     body[dialect.max_tokens] = ctx.take("max_output_tokens")
     body |= {**thinking, "response_format": shape}
     if ctx.request.stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body["stream"] = True
+        body["stream_options"] = {"include_usage": True}
         if dialect.tool_stream and ctx.book.functions:
             body["tool_stream"] = True
     return without_empty(body)
@@ -4297,28 +4298,34 @@ def encode_chat(ctx: EncodeContext) -> JSON:
 
 def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     """tools, tool_choice and parallel_tool_calls, which only go together."""
-    functions = ctx.book.functions
-    if not ctx.settings.strict_tools:           # most servers refuse a tool for it
-        functions = [{**function} for function in functions]
-        for function in functions:
+    tools = []
+    for given in ctx.book.functions:
+        function = {**given}
+        if not ctx.settings.strict_tools:       # most servers refuse a tool for it
             function.pop("strict", None)
-    tools = [{"type": "function", "function": function} for function in functions]
+        tools.append({"type": "function", "function": function})
     mode, names = resolve_tool_choice(ctx)
-    choice: Any = None if mode == "auto" else mode      # auto is every server's default
-    if names:
-        choice = {"type": "function", "function": {"name": names[0]}}
+    choice: Any = None                          # as auto: every server's default
     if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
-        choice = None
-    parallel = ctx.request.get("parallel_tool_calls")
-    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
+    elif names:
+        choice = {"type": "function", "function": {"name": names[0]}}
+    elif mode != "auto":
+        choice = mode
+    return {
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction beside it for servers that know no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        known = {key: shape.get(key) for key in ("name", "description", "schema", "strict")}
+        known = {
+            name: shape.get(name)
+            for name in ("name", "description", "schema", "strict")
+        }
         return {"type": kind, kind: without_empty(known)}, ""
     if kind == "json_schema":
         schema = dumps(shape["schema"])
@@ -4364,7 +4371,8 @@ class ChatMessages(TurnEncoder):
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        system = "\n\n".join(filter(None, (*self.history.system, closing)))
+        texts = filter(None, (*self.history.system, closing))
+        system = "\n\n".join(texts)
         if system:
             self.out.insert(0, {"role": "system", "content": system})
         return self.out
@@ -4376,8 +4384,10 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        content = [part for item in turn.of_type("message") for part in item["content"]]
-        text = text_of(self.encode_parts(content), "\n\n")
+        parts: list[JSON] = []
+        for item in turn.of_type("message"):
+            parts += self.encode_parts(item["content"])
+        text = text_of(parts, "\n\n")
         calls = turn.of_type("function_call")
         if not text and not calls:
             return
@@ -4386,7 +4396,7 @@ class ChatMessages(TurnEncoder):
         form = self.settings.replay
         replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
         pieces = [replay[form] for replay in replays if form in replay]
-        reasoning: Any = list(itertools.chain(*pieces))
+        reasoning: Any = [*itertools.chain(*pieces)]
         if form == "reasoning_content":
             reasoning = "".join(pieces)
         if form == "thinking" and reasoning:
@@ -4394,8 +4404,11 @@ class ChatMessages(TurnEncoder):
         elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
         if calls:
-            extras = {extra["id"]: {"extra_content": extra["extra_content"]}
-                      for replay in replays for extra in replay.get("extra_content", ())}
+            extras = {
+                extra["id"]: {"extra_content": extra["extra_content"]}
+                for replay in replays
+                for extra in replay.get("extra_content", ())
+            }
             message["tool_calls"] = [{
                 "id": self._call_id(call["call_id"]),
                 "type": "function",
@@ -4433,15 +4446,17 @@ class ChatMessages(TurnEncoder):
         name = file.name or "file"
         if file.text is not None:
             return text_block(f'<file name="{name}">\n{file.text}\n</file>')
-        data_url = f"data:{file.mime};base64,{file.data}"
+        url = file.url or f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
-            image = {"url": file.url or data_url}
+            image = {"url": url}
             if file.detail in ("low", "high"):      # auto is the default; others are unknown
                 image["detail"] = file.detail
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
             return None
-        return {"type": "file", "file": {"filename": name, "file_data": data_url}}
+        return {
+            "type": "file",
+            "file": {"filename": name, "file_data": url}}
 
 
 # --- the answer
@@ -4456,7 +4471,8 @@ CHAT_STOP = {
 CHAT_ERRORS: dict[str, ErrorKind] = {
     **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
     **dict.fromkeys(
-        "malformed_function_call malformed_response unexpected_tool_call too_many_tool_calls".split(),
+        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
+        "too_many_tool_calls".split(),
         "tool_generation"),
 }
 scan_string = vars(json.decoder)["scanstring"]    # type checkers do not know it
@@ -4475,7 +4491,7 @@ ESCAPED = re.compile(r"\\.", re.DOTALL)
 @dataclass(slots=True)
 class ChatCall:
     """A tool call that is being streamed."""
-    name: str = ""
+    name: str
     id: str = ""                    # the provider's, "" where it gave none
     item_key: int | None = None     # None: its name, and so its item, has not come
     closed: bool = False
@@ -4486,7 +4502,7 @@ class ChatCall:
     held: str = ""                  # a piece whose meaning the next one decides
     scanned: int = 0                # of their characters, for braces
     depth: float = 0
-    quoted: int = 0                 # 1 inside a string
+    quote: str = ""                 # of an open string
 
     @property
     def text(self) -> str:
@@ -4525,13 +4541,12 @@ class ChatCall:
         if self.last != "}":
             return False
         self.arguments.seek(self.scanned)
-        text = ESCAPED.sub("", self.arguments.read())
+        text = self.quote + self.arguments.read()
         self.scanned = self.arguments.tell()
-        parts = text.split('"')
-        unquoted = "".join(parts[self.quoted::2])
-        self.quoted = (self.quoted + len(parts) - 1) % 2
-        self.depth += unquoted.count("{")
-        self.depth -= unquoted.count("}")
+        parts = ESCAPED.sub("", text).split('"')
+        self.quote = "" if len(parts) % 2 else '"'
+        unquoted = "".join(parts[::2])
+        self.depth += unquoted.count("{") - unquoted.count("}")
         if self.depth == 0 and parse_object(self.text) is None:
             self.depth = math.inf    # nothing can make it JSON any more
         return self.depth == 0
@@ -4545,9 +4560,7 @@ class ChatCall:
                 return False
             is_bare = not self.name or not self.arguments.tell()
             return self.is_complete() or bool(name and is_bare)
-        if not arguments.strip() or not (name or self.next_name):
-            return False
-        if not self.is_complete():
+        if not arguments.strip() or not (name or self.next_name) or not self.is_complete():
             return False
         # without an id comes the snapshot of a call in pieces, or with one; whole calls may well be the same
         may_be_snapshot = not self.next_name and (self.streamed or self.id)
@@ -4564,37 +4577,6 @@ def rest_of_snapshot(text: str, snapshot: str) -> str | None:
     return ""
 
 
-@dataclass(slots=True)
-class ReasoningBlock:
-    """The open reasoning item, as the next turn must bring it back."""
-    texts: list[str] = field(default_factory=list)
-    details: dict[Any, tuple[JSON, list[str]]] = field(default_factory=dict)
-
-    def add(self, text: str, details: Sequence[JSON]) -> None:
-        """OpenRouter's details come in pieces by type and index; encrypted ones are whole, and share it."""
-        self.texts.append(text)
-        for detail in details:
-            kind = str(detail.get("type"))
-            name = "summary" if kind == "reasoning.summary" else "text"
-            place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
-            fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
-            for key, value in detail.items():
-                if value is not None or key not in (*fields, name):
-                    fields[key] = value
-            if isinstance(detail.get(name), str):
-                pieces.append(detail[name])
-
-    def replay(self, form: str) -> JSON:
-        value: Any = "".join(self.texts)
-        if form == "reasoning_details":
-            value = []
-            for (name, *_), (fields, pieces) in self.details.items():
-                value.append({**fields, name: "".join(pieces)} if pieces else fields)
-        elif form == "thinking" and value:
-            value = [{"type": "thinking", "thinking": [text_block(value)]}]
-        return {form: value} if form and value else {}
-
-
 THINK, END_THINK = "<think>", "</think>"
 
 
@@ -4603,9 +4585,10 @@ class ThinkTags:
     second is left out, for which the text of tags behind a field waits for their end."""
 
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
-        self.place = "start" if expected else ""    # start, inside, behind; "" where no tag can come
+        # start, inside, waiting (inside, where a field may have the text), behind; "" where no tag can come
+        self.place = "start" if expected else ""
         self.held = ""    # may be the beginning of a tag
-        self.waiting: list[str] | None = None    # text of the tags, if a field may have it
+        self.waiting: list[str] = []
         self.reasoning = reasoning    # all from fields and tags; the decoder adds to it
 
     def read(self, content: str) -> tuple[str, str]:
@@ -4616,24 +4599,23 @@ class ThinkTags:
             bare = text.lstrip()
             if not bare.startswith(THINK):
                 self.held = text
-                if THINK.startswith(bare):
-                    return "", ""
-                return self.flush()
-            self.place = "inside"
-            text = bare[len(THINK):]
-            if self.reasoning:
-                self.waiting = []
-        if self.place == "inside":
+                return ("", "") if THINK.startswith(bare) else self.flush()
+            self.place = "waiting" if self.reasoning else "inside"
+            text = bare.removeprefix(THINK)
+        if self.place in ("inside", "waiting"):
             reasoning, tag, text = text.partition(END_THINK)
             start, mark, rest = reasoning.rpartition("<")
-            if tag:
-                self.place = "behind"
-            elif mark and END_THINK.startswith(mark + rest):
+            if not tag and mark and END_THINK.startswith(mark + rest):
                 self.held = mark + rest
                 reasoning = start
-            if self.waiting is not None:
+            if self.place == "waiting":
                 self.waiting.append(reasoning)
-                reasoning = self._waiting_text() if tag else ""
+                reasoning = ""
+            if tag:
+                waiting = "".join(self.waiting)
+                if waiting.strip() not in "".join(self.reasoning):
+                    reasoning = waiting
+                self.place = "behind"
         if self.place == "behind":
             text = text.lstrip()
             if text:
@@ -4643,27 +4625,12 @@ class ThinkTags:
     def flush(self) -> tuple[str, str]:
         """The rest, where no tag can come any more. A tag that never ended is text if its text waits."""
         held, self.held = self.held, ""
-        place, self.place = self.place, ""
-        if place == "inside":
-            if self.waiting is None:
-                return held, ""
-            waiting = self._waiting_text()
+        place = self.place
+        if place == "waiting":
+            waiting, _ = self.read(END_THINK)
             held = THINK + waiting + held if waiting else ""
-        return "", held
-
-    def read_field(self, text: str) -> str:
-        """The text of a field between the tags; "" where these give it."""
-        if text and self.waiting is None:
-            if any(map(str.strip, self.reasoning)):
-                return ""
-            self.waiting = []
-        return text
-
-    def _waiting_text(self) -> str:
-        text = "".join(self.waiting or ())
-        if text.strip() in "".join(self.reasoning):
-            return ""
-        return text
+        self.place = ""
+        return (held, "") if place == "inside" else ("", held)
 
 
 class ChatDecoder(ItemDecoder):
@@ -4672,34 +4639,34 @@ class ChatDecoder(ItemDecoder):
     Chat never says that an item ends. It ends when something else begins; a call, if its arguments are whole.
     Only calls may be open together: some servers mix the pieces of parallel ones.
     """
+    open_item = ""                  # "message" or "reasoning"
+    sealed_texts = 0                # of texts["summary"]: those of ended reasoning items
+    cited = False
+    streamed = False                # after a delta a message is a snapshot
+    stop: Stop | None = None
 
     def __init__(self, book: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
         self.dialect = dialect
-        self.open_item = ""    # "message" or "reasoning"
-        self.block = ReasoningBlock()
-        self.texts: dict[PartType, list[str]] = collections.defaultdict(list)
+        self.texts = collections.defaultdict[PartType, list[str]](list)
+        self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
         self.tags = ThinkTags(dialect.think_tags, self.texts["summary"])
         self.images: set[str] = set()
-        self.cited = False
         self.calls: list[ChatCall] = []
         self.changed: list[ChatCall] = []    # since whole ones were last ended
         self.by_key: dict[Any, ChatCall] = {}    # the newest of an index, of an id, and by "" of all
-        self.call_ids: set[str] = set()
         self.counts: JSON = {}    # of all usages
-        self.streamed = False    # after a delta a message is a snapshot
-        self.stop: Stop | None = None
 
     def feed(self, data: str) -> None:
         """One event's data. UpstreamError where it is not JSON."""
         if data.strip() == "[DONE]":
             self._done()
         elif data.strip():
-            chunk = provider_json(data, "The provider sent an event that is not JSON.")
-            if isinstance(chunk, dict):
-                self._chunk(chunk)
-                self._note_delta(chunk)
+            given = provider_json(data, "The provider sent an event that is not JSON.")
+            chunk = as_dict(given)
+            self._chunk(chunk)
+            self._note_delta(chunk)
 
     def _note_delta(self, chunk: JSON) -> None:
         """Remembers a chunk with one text and nothing else that is read."""
@@ -4707,17 +4674,15 @@ class ChatDecoder(ItemDecoder):
         if len(choices) != 1 or self.tags.place == "inside":
             return
         delta = as_dict(choices[0].get("delta"))
-        fields = [*chunk.items(), *choices[0].items(), *delta.items()]
-        others = {name for name, value in fields if value} - IGNORED_FIELDS
+        fields = {**chunk, **choices[0], **delta}
+        names = {name for name, value in fields.items() if value} - IGNORED_FIELDS
         for name, channel in TEXT_CHANNELS.items():
             in_tags = channel == "text" and self.tags.place
-            if others == {name} and isinstance(delta.get(name), str) and not in_tags:
+            if names == {name} and isinstance(delta.get(name), str) and not in_tags:
                 self.delta = TextDelta(name, channel)
 
     def add_all(self, channel: PartType, texts: list[str]) -> None:
         self.texts[channel] += texts
-        if channel == "summary":
-            self.block.add("".join(texts), ())
         self.sink.add_all(None, texts, channel)
 
     def whole(self, body: JSON) -> None:
@@ -4728,12 +4693,10 @@ class ChatDecoder(ItemDecoder):
     def _chunk(self, chunk: JSON) -> None:
         choices = only_dicts(chunk.get("choices"))
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
-        counts = next(filter(None, (holder.get("usage") for holder in holders)), None)
+        counts = [holder["usage"] for holder in holders if holder.get("usage")]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        usage = usage_from(
-            counts and merge_counts(self.counts, counts),
-            chunk,
-            reasoning_within=self.dialect.reasoning_within)
+        merged = counts and merge_counts(self.counts, counts[0])
+        usage = usage_from(merged, chunk, reasoning_within=self.dialect.reasoning_within)
         if usage:    # OpenRouter's reasoning is at times one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
@@ -4747,7 +4710,8 @@ class ChatDecoder(ItemDecoder):
             for name in ("delta", "message"):
                 if message := as_dict(choice.get(name)):
                     self._message(message, whole=name == "message")
-            self._finish_reason(choice)
+            if reason := choice.get("finish_reason"):
+                self._finish(choice, reason)
         if usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
 
@@ -4755,16 +4719,24 @@ class ChatDecoder(ItemDecoder):
         """A delta, or a `whole` message: the answer, or a snapshot of its deltas."""
         self.streamed = self.streamed or not whole
         snapshot = whole and self.streamed
-        known: dict[PartType, str] = {}
+        known: dict[PartType, str] = {}    # which the snapshot has yet to repeat
         if snapshot:
-            known = {channel: "".join(texts) for channel, texts in self.texts.items()}
-        if not (snapshot and self.texts["summary"]):
-            self._add("summary", "", only_dicts(message.get("reasoning_details")))
+            known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
+        if "summary" not in known:
+            for detail in only_dicts(message.get("reasoning_details")):
+                self._detail(detail)
         for channel, text in message_texts(message):
+            pieces = known.get(channel, "").lstrip()
+            if pieces:
+                text = text.lstrip()
+                is_whole = text.startswith(pieces)
+                known[channel] = "" if is_whole else pieces.removeprefix(text)
+                text = text[len(pieces):] if is_whole else ""
             if text:
-                self._take(channel, unseen(known, channel, text))
+                self._take(channel, text)
         for image in only_dicts(message.get("images")):    # OpenRouter's
-            self._show_image(as_dict(image.get("image_url")).get("url"))
+            link = as_dict(image.get("image_url"))
+            self._show_image(text_of(link.get("url")))
         if not (snapshot and self.cited):
             for annotation in only_dicts(message.get("annotations")):
                 self._cite(as_dict(annotation.get("url_citation")))
@@ -4778,13 +4750,15 @@ class ChatDecoder(ItemDecoder):
         if channel == "text" and self.tags.place:
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
-        elif channel == "summary" and self.tags.place == "inside":
-            text = self.tags.read_field(text)
+        elif channel == "summary" and self.tags.place == "inside" and text:
+            if any(map(str.strip, self.texts[channel])):    # the tags give it
+                return
+            self.tags.place = "waiting"
         self._add(channel, text)
 
-    def _add(self, channel: PartType, text: str, details: Sequence[JSON] = ()) -> None:
-        """Adds to the message or the reasoning block, or begins it."""
-        if not text and not details:
+    def _add(self, channel: PartType, text: str, begins: bool = False) -> None:
+        """Adds to the message or the reasoning item, or begins it. An empty text only `begins` it, if so."""
+        if not text and not begins:
             return
         kind = "reasoning" if channel == "summary" else "message"
         if self.open_item != kind:
@@ -4794,32 +4768,47 @@ class ChatDecoder(ItemDecoder):
             self.open_item = kind
             self._slot()
         self.texts[channel].append(text)
-        if kind == "message":
-            self.sink.text(text, channel)
-        else:
-            self.block.add(text, details)
+        if kind == "reasoning":
             self.sink.reasoning(text)
+        else:
+            self.sink.text(text, channel)
 
-    def _show_image(self, url: Any) -> None:
-        _, comma, data = str(url).partition(";base64,")
-        if comma and data not in self.images:    # the whole message may repeat it
+    def _detail(self, detail: JSON) -> None:
+        """OpenRouter's details come in pieces by type and index; encrypted ones are whole, and share it."""
+        self._add("summary", "", begins=True)
+        kind = str(detail.get("type"))
+        name = "summary" if kind == "reasoning.summary" else "text"
+        place = detail.get("index")
+        if kind == "reasoning.encrypted":
+            place = len(self.details)
+        key = (name, kind, str(place))
+        fields, pieces = self.details.setdefault(key, ({}, []))
+        for member, value in detail.items():
+            if value is not None or member not in (*fields, name):
+                fields[member] = value
+        if isinstance(detail.get(name), str):
+            pieces.append(detail[name])
+
+    def _show_image(self, url: str) -> None:
+        _, comma, data = url.partition(";base64,")
+        if not comma:
+            self._take("text", url)
+        elif data not in self.images:    # the whole message may repeat it
             self.images.add(data)
             self._end_items()
             self._image(data)
-        elif not comma and isinstance(url, str):
-            self._take("text", url)
 
     def _cite(self, citation: JSON) -> None:
         """A source of the open message, of OpenAI's and OpenRouter's search models."""
-        if self.open_item == "message" and isinstance(citation.get("url"), str):
+        url = citation.get("url")
+        if self.open_item == "message" and isinstance(url, str):
             self.cited = True
-            self.sink.annotate({
-                "type": "url_citation",
-                "start_index": count(citation, "start_index"),
-                "end_index": count(citation, "end_index"),
-                "url": citation["url"],
-                "title": str(citation.get("title") or ""),
-            })
+            self._annotate(
+                count(citation, "start_index"),
+                count(citation, "end_index"),
+                url,
+                str(citation.get("title") or ""),
+            )
 
     # calls
 
@@ -4828,13 +4817,13 @@ class ChatDecoder(ItemDecoder):
         function = as_dict(given.get("function"))
         name = str(function.get("name") or "")
         arguments = function.get("arguments")
-        if arguments is not None and not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+        if not isinstance(arguments, str):
+            arguments = value_text(arguments)
         call_id = str(given.get("id") or "")
         key = given.get("index")
         if not isinstance(key, int):
             key = object() if whole else call_id    # a whole call continues none
-        call = self._find_call(key, call_id, name, arguments or "", place)
+        call = self._find_call(key, call_id, name, arguments, place)
         call.id = call.id or call_id
         call.name = call.name or name
         self.by_key |= {key: call, call.id or key: call}
@@ -4847,7 +4836,7 @@ class ChatDecoder(ItemDecoder):
         else:
             call.next_name = name if call.last and not call_id else ""
         if call.item_key is None and call.name:
-            self._begin_call(call, given)
+            self._begin_call(call, given.get("extra_content"))
             new = call.arguments.getvalue()
         if call.item_key is not None and new:
             self.sink.add(call.item_key, new, "arguments")
@@ -4873,24 +4862,32 @@ class ChatDecoder(ItemDecoder):
         self.by_key[""] = call
         return call
 
-    def _begin_call(self, call: ChatCall, given: JSON) -> None:
+    def _begin_call(self, call: ChatCall, signature: Any) -> None:
         self._end_items()
-        call.item_key = self._slot()
-        call_id = call.id or f"{self.prefix}{call.item_key}"
-        if call_id in self.call_ids:
-            call_id = f"{call_id}_{call.item_key}"
-        self.call_ids.add(call_id)
-        if given.get("extra_content"):    # a signature, of Gemini's OpenAI endpoint
-            extra = {"id": call_id, "extra_content": given["extra_content"]}
+        slot = call.item_key = self._slot()
+        call_id = self._call_id(slot, call.id)
+        if signature:    # of Gemini's OpenAI endpoint
+            extra = {"id": call_id, "extra_content": signature}
             self._carry({"extra_content": [extra]})
-        self.sink.call(call.item_key, call_id, self.book.resolve(call.name))
+        tool = self.book.resolve(call.name)
+        self.sink.call(slot, call_id, tool)
 
     # ends
 
     def _end_text(self) -> None:
-        replay = self.block.replay(self.dialect.replay)
+        form = self.dialect.replay
+        value: Any = "".join(self.texts["summary"][self.sealed_texts:])
+        if form == "reasoning_details":
+            value = [
+                {**fields, name: "".join(pieces)} if pieces else fields
+                for (name, *_), (fields, pieces) in self.details.items()
+            ]
+        elif form == "thinking" and value:
+            value = [{"type": "thinking", "thinking": [text_block(value)]}]
+        replay = {form: value} if form and value else {}
         self.sink.done(sealed_replay=replay)
-        self.block = ReasoningBlock()
+        self.details.clear()
+        self.sealed_texts = len(self.texts["summary"])
         self.open_item = ""
 
     def _end_calls(self, last: bool = False) -> None:
@@ -4911,76 +4908,69 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", reasoning)
         self._add("text", text)
         self._end_text()
-        is_cut = self.stop and self.stop.incomplete_reason
-        self._end_calls(last and not is_cut)
+        self._end_calls(last)
 
-    def _finish_reason(self, choice: JSON) -> None:
-        reason = choice.get("finish_reason")
+    def _finish(self, choice: JSON, reason: Any) -> None:
         if isinstance(reason, dict):
             reason = reason.get("type") or reason.get("reason")
         if not reason:
             return
         reason = str(reason).lower()
         native = str(choice.get("native_finish_reason")).lower()
-        kind = CHAT_ERRORS.get(reason) or CHAT_ERRORS.get(native)
-        if kind or reason.startswith("function_call_filter"):
+        word, *_ = reason.split(":")
+        kind = CHAT_ERRORS.get(word) or CHAT_ERRORS.get(native)
+        if kind:
             name = native if native in CHAT_ERRORS else reason
-            text = f"The provider broke off its answer: {name[:64]}."
-            self._fail(ProviderError(text, kind=kind or "tool_generation"))
+            self._fail(ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind))
             return
         results = as_dict(choice.get("content_filter_results"))      # Azure's
-        filters = [name for name, result in results.items() if as_dict(result).get("filtered")]
+        filters = [
+            name for name, result in results.items()
+            if as_dict(result).get("filtered")
+        ]
         explanation = ""
         if filters:
             explanation = f"The provider's content filter stopped this answer: {', '.join(filters)}."
         cut = CHAT_STOP.get(reason) or CHAT_STOP.get(native, "")
         self.stop = Stop(cut, explanation=explanation)
-        self._end_items(last=True)
+        self._end_items(last=not cut)
         self.sink.set_stop(self.stop)
 
     def _done(self) -> None:
         """[DONE], or the end of a whole answer."""
         if self.failed:
             return
-        self._end_items(last=True)
+        stop = self.stop or Stop(final=True)
+        self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
-            self._fail(ProviderError("The provider sent a tool call without a name.", kind="tool_generation"))
+            text = "The provider sent a tool call without a name."
+            self._fail(ProviderError(text, kind="tool_generation"))
         elif self.stop is None and not self.slots:
             empty = ProviderError("The provider's answer is empty.", kind="overload")
             self._fail(self.notice or empty)
         else:
-            stop = self.stop or Stop()
             self.sink.set_stop(dataclasses.replace(stop, final=True))
 
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
     details = only_dicts(message.get("reasoning_details"))
-    shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
+    shown = [
+        {"text": detail.get("text") or detail.get("summary")}
+        for detail in details
+    ]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))       # Snowflake has only details
     content = message.get("content")
     parts = only_dicts(content)    # Mistral: an array
     if isinstance(content, str):
-        parts = [{"text": content}]
+        parts = [text_block(content)]
     for part in parts:
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
         else:
             yield "text", text_of(part.get("text"))
-    yield "refusal", text_of(message.get("refusal") or "")
-
-
-def unseen(known: dict[PartType, str], channel: PartType, text: str) -> str:
-    """What a snapshot's text has beyond its pieces; `known` is what of these it has not repeated yet."""
-    pieces = known.pop(channel, "").lstrip()
-    if not pieces:
-        return text
-    text = text.lstrip()
-    if text.startswith(pieces):
-        return text[len(pieces):]
-    known[channel] = pieces.removeprefix(text)
-    return ""
+    yield "refusal", text_of(message.get("refusal"))
 
 
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------

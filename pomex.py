@@ -2245,10 +2245,10 @@ class Attempt:
     terminal_by = "gateway"  # "": the answer was an error's status, not a stream
     output_chars = 0         # for estimates
     unbilled = False         # the provider refused it, and will not bill it
+    estimated_input = 0      # tokens; none where no provider was asked
 
-    def __init__(self, answer: ResponseContext, estimated_input: int) -> None:
+    def __init__(self, answer: ResponseContext) -> None:
         self.answer = answer
-        self.estimated_input = estimated_input
         self.out: list[bytes] = []
         self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
         self.output_limit = answer.max_chars    # of output_chars; lowered by what else is held in memory
@@ -2469,8 +2469,9 @@ class Item:
 class Assembler(Attempt):
     """The Sink that makes Responses events: numbered, each item complete, in order and once."""
 
-    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str]) -> None:
-        super().__init__(answer, estimated_input)
+    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str]) -> None:
+        super().__init__(answer)
+        self.estimated_input = answer.estimated_input
         self.seal = seal
         self.open_items: dict[Any, Item] = {}   # by key
         self.next_index = 0
@@ -3020,9 +3021,9 @@ class Passthrough(Attempt):
     HANDLERS: ClassVar[dict[str, Callable[[Any, JSON, bytes], None]]]   # by type: an event and its frame
     whole: Callable[[bytes], None]              # takes a response that came as one JSON object
 
-    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
-                 decoder: Any) -> None:
-        super().__init__(answer, estimated_input)
+    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str], decoder: Any) -> None:
+        super().__init__(answer)
+        self.estimated_input = answer.estimated_input
         self.seal = seal
         self.decoder = decoder                  # reads along, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
@@ -3283,7 +3284,7 @@ class ResponsesPassthrough(Passthrough):
     @contextlib.contextmanager
     def builder(self) -> Iterator[Assembler]:
         """A sink for items in events of ours."""
-        builder = Assembler(self.answer, 0, self.seal)
+        builder = Assembler(self.answer, self.seal)
         builder.next_index = max(self.items, default=-1) + 1
         yield builder
         builder.finish()
@@ -6515,7 +6516,7 @@ class TranslatedStream(Assembler):
     """An attempt over a provider's stream: bytes to events, and by the decoder's calls to frames."""
 
     def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
-        super().__init__(ctx.answer, ctx.answer.estimated_input, ctx.seal)
+        super().__init__(ctx.answer, ctx.seal)
         self.decoder = decoder
         self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
         self.events = SSEDecoder()
@@ -6714,7 +6715,7 @@ class WireApi(NamedTuple):
             ctx.dropped.append("input:reasoning")
         body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
         decoder = ResponsesDecoder(ToolMap(()))
-        attempt = ResponsesPassthrough(ctx.answer, ctx.answer.estimated_input, ctx.seal, decoder)
+        attempt = ResponsesPassthrough(ctx.answer, ctx.seal, decoder)
         return UpstreamCall(self, self.path, body, attempt, ctx.dropped)
 
 
@@ -10281,7 +10282,7 @@ class ClientStream:
         self.server = server
         self.bill = bill
         # what the ledger and the access line want to know
-        self.attempt = Attempt(answer, 0)               # the newest
+        self.attempt = Attempt(answer)               # the newest
         self.provider, self.model = "", ""              # its target
         self.attempts = 0                               # upstream calls
         self.tries = 0                                  # of targets: a try may need several attempts
@@ -10495,7 +10496,7 @@ class Router:
         provider, failure = target.provider, None
         probe = self.health.probe(target.id, down.loop.time())
         down.provider, down.model, down.tries = provider.name, target.model, down.tries + 1
-        down.attempt, down.dropped = Attempt(down.answer, 0), []
+        down.attempt, down.dropped = Attempt(down.answer), []
         try:
             call = await off_loop(len(down.answer.request.raw), encode_call, target, envelope, down)
             down.attempt, down.dropped = call.attempt, call.dropped
@@ -10630,9 +10631,10 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 
 def failed_copy(attempt: Attempt) -> Attempt:
     """A failure in the place of an attempt that cannot be ended by itself, with what came of it and what it has used."""
-    failed = Attempt(attempt.answer, attempt.estimated_input)
+    failed = Attempt(attempt.answer)
     failed.out, failed.output_started = attempt.out, attempt.output_started
     failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
+    failed.estimated_input = attempt.estimated_input
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed

@@ -2156,21 +2156,12 @@ class ResponseContext:
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
 
-    def frames(self, kind: str, events: list[str]) -> bytes:
-        """The frames of several events of one kind."""
-        head = f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":'
-        first = self.sequence
-        self.sequence += len(events)
-        numbered = enumerate(events, first)
-        return "".join([f"{head}{number},{fields}}}\n\n" for number, fields in numbered]).encode()
-
     def start(self) -> bytes:
         """response.created and .in_progress, or nothing if they have been sent."""
         if self.started:
             return b""
         self.started = True
-        opening = f'"response":{self.response("in_progress")}'
-        return self.frame("response.created", opening) + self.frame("response.in_progress", opening)
+        return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()
 
     def heartbeat(self) -> bytes:
         """A data event: comments do not reset Codex's idle timer (CODEX.md 4.1)."""
@@ -2265,8 +2256,9 @@ class Attempt:
         return block
 
     def emit(self, kind: str, fields: str) -> None:
-        if self.answer.request.stream:
-            self.out.append(self.answer.start() + self.answer.frame(kind, fields))
+        answer = self.answer
+        if answer.request.stream:
+            self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Ends the attempt. `error` is the connection's, if it broke. Where the client has left, no item is
@@ -2482,7 +2474,7 @@ class Assembler(Attempt):
         kind: ItemType = "reasoning" if channel == "summary" else "message"
         item = self.open_items.get(None)
         if item is None or item.kind != kind:
-            self.begin(None, Item(kind))
+            self.open(None, kind)
         self.add(None, text, channel)
 
     def reasoning(self, text: str) -> None:
@@ -2515,8 +2507,7 @@ class Assembler(Attempt):
             text = "".join(item.text)
             self.item_added(item)
         self.output_chars += len(text)
-        if self.output_chars > self.output_limit:
-            self.check_limits()
+        self.check_limits()
         if channel == "refusal" and self.answer.profile.refusal_as_text:
             channel = "text"
         shape = PARTS.get(channel)
@@ -2525,24 +2516,17 @@ class Assembler(Attempt):
             return
         if item.shape is not shape or item.upstream_part < part:
             self.open_part(item, shape, part)
-        item.text.append(text)
-        if self.answer.request.stream:
-            fields = f'{item.part_location_json},"delta":{json_string(text)}{shape.more}'
-            self.out.append(self.answer.frame(item.delta_event, fields))
+        self.text_deltas(item, [text])
 
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
-        item, shape = self.open_items[key], PARTS.get(channel)
-        plain = item.shape is shape and not item.pending_surrogate and self.answer.request.stream
-        if shape is None or len(texts) == 1 or not plain:
+        item = self.open_items[key]
+        if item.shape is None or item.shape is not PARTS.get(channel) or item.pending_surrogate:
             for text in texts:
                 self.add(key, text, channel)
             return
-        item.text += texts
         self.output_chars += sum(map(len, texts))
         self.check_limits()
-        start = f'{item.part_location_json},"delta":'
-        deltas = [f"{start}{json_string(text)}{shape.more}" for text in texts]
-        self.out.append(self.answer.frames(item.delta_event, deltas))
+        self.text_deltas(item, texts)
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
@@ -2596,6 +2580,9 @@ class Assembler(Attempt):
         item.index, item.id = self.next_index, self.new_item_id(ID_PREFIX[item.kind])
         self.next_index += 1
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        if item.kind in CALL_FIELD:
+            item.part_location_json = item.location_json
+            item.delta_event = f"{CALL_FIELD[item.kind][0]}.delta"
         self.output_started = True
         self.emit("response.output_item.added",
                   f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
@@ -2629,11 +2616,15 @@ class Assembler(Attempt):
             item.input_decoder = None
         elif item.input_decoder is not None:
             text = item.input_decoder.feed(text)
-        if text and item.kind in CALL_FIELD and not item.has_control:
-            item.text.append(text)
-            if self.answer.request.stream:
-                fields = f'{item.location_json},"delta":{json_string(text)}'
-                self.out.append(self.answer.frame(f"{CALL_FIELD[item.kind][0]}.delta", fields))
+        if item.kind in CALL_FIELD and not item.has_control:
+            self.text_deltas(item, [text])
+
+    def text_deltas(self, item: Item, texts: list[str]) -> None:
+        """More text of the open part of an item, or of a call."""
+        item.text += texts
+        more = item.shape.more if item.shape else ""
+        for text in filter(None, texts):
+            self.emit(item.delta_event, f'{item.part_location_json},"delta":{json_string(text)}{more}')
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Leaves a call open whose arguments are truncated."""
@@ -2644,9 +2635,8 @@ class Assembler(Attempt):
         self.close_part(item)
         if item.tool and item.kind in CALL_FIELD:
             family, name = CALL_FIELD[item.kind]
-            rest = arguments.removeprefix("".join(item.text))
-            if rest:    # e.g. input without its fence
-                self.emit(f"{family}.delta", f'{item.location_json},"delta":{json_string(rest)}')
+            rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
+            self.text_deltas(item, [rest])
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
             self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
         if item.kind in HOSTED_STEPS:
@@ -6457,57 +6447,48 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
 
 # --- 6.6 the table ---------------------------------------------------------------------------------
 
-def error_data(data: str) -> str:
-    """The data of an `event: error` as all decoders know it: some say it by the event's name alone."""
-    said = parse_object(data) or {"message": plain_text(data)}
-    return data if said.get("error") else dumps({"error": said})
-
-
-PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f\x7f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f\x7f]*+)*+')     # in a JSON string
 NUMBERS = re.compile(r"\d+")
 MAX_TEMPLATES = 8           # in succession that fit no event: the events of some streams always differ
 
 
 class DeltaTemplate(NamedTuple):
-    """What stands around the text in the events of a stream that carry nothing else. They need no JSON parser."""
-    before: str = ""        # to the quote that opens the text; "" fits no event
+    """The constant halves of the events of a stream that differ only in one text: they need no JSON parser."""
+    before: str = ""        # up to the quote that opens the text; "" fits no event
     after: str = ""         # from the quote that closes it
-    counts: str = ""        # then, to the end of the event, what differs in numbers alone
+    counts: str = ""        # the rest of the event, whose numbers alone differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the events from `at` on that fit, and the end of these. If there are counts, the last event is left:
-        only its own matter."""
+        """The texts of the events that fit, from `at` on, and the end of these events. Where there are counts,
+        the last event is left: only its counts matter."""
         texts: list[str] = []
-        ends = [at]
+        last = at
         while self.before and block.startswith(self.before, at):
             start = at + len(self.before)
-            end = block.find(self.after, start)
-            text = block[start:end]
-            if end < 0 or not PLAIN_TEXT.fullmatch(text):
+            try:
+                text, end = scan_string(block, start)
+            except ValueError:
                 break
-            at = end + len(self.after)
+            if not block.startswith(self.after, end - 1) or block.find("\\u", start, end) >= 0:
+                break       # or half a surrogate pair, perhaps
+            end += len(self.after) - 1
             if self.counts:
-                end = block.find("\n\n", at) + 2
-                if NUMBERS.sub("0", block[at:end]) != self.counts:
+                counts, end = end, block.find("\n\n", end) + 2
+                if NUMBERS.sub("0", block[counts:end]) != self.counts:
                     break
-                at = end
-            texts.append(json.loads(f'"{text}"') if "\\" in text else text)
-            ends.append(at)
+            texts.append(text)
+            last, at = at, end
         if self.counts and texts:
-            del texts[-1], ends[-1]
-        return texts, ends[-1]
+            texts.pop()
+            return texts, last
+        return texts, at
 
 
 def field_template(event: str, name: str) -> DeltaTemplate:
-    """The template of an event whose text is its only field `name`."""
-    places = list(re.finditer(rf'"{name}"\s*:\s*"', event))
-    if len(places) != 1:
+    """The template of an event whose text is its only field `name`. A backslash elsewhere may hide another."""
+    found = re.fullmatch(rf'([^\\]*"{name}"\s*:\s*")[^"\\]*+(?:\\.[^"\\]*+)*+("[^\\]*)', event)
+    if found is None or event.count(f'"{name}"') > 1:
         return DeltaTemplate()
-    start = places[0].end()
-    _, end = scan_string(event, start)
-    before, after = event[:start], event[end - 1:]
-    if "\\" in before + after:    # another field's name may be the same, with an escape
-        return DeltaTemplate()
+    before, after = found.groups()
     constant, usage, counts = after.partition('"usageMetadata"')
     return DeltaTemplate(before, constant, NUMBERS.sub("0", usage + counts))
 
@@ -6527,28 +6508,29 @@ class TranslatedStream(Assembler):
         block, at = self.events.decode(self.events.split(data)), 0
         while at < len(block) and not self.upstream_done:
             texts, end = self.template.texts(block, at)
-            if self.decoder.delta and end > at:
-                self.decoder.add_all(self.decoder.delta.place, list(filter(None, texts)))
+            if self.decoder.delta and texts:
+                self.decoder.add_all(self.decoder.delta.place, texts)
                 self.templates_left = MAX_TEMPLATES
-            else:
-                end = block.find("\n\n", at) + 2
-                self._take(parse_event(block[at:end - 2]))
-                self._make_template(block[at:end])
-            at = end
+                at = end
+                continue
+            start, at = at, block.find("\n\n", at) + 2
+            self.read(parse_event(block[start:at - 2]))
+            self.template = DeltaTemplate()
+            if self.decoder.delta and self.templates_left:
+                self.templates_left -= 1
+                self.template = field_template(block[start:at], self.decoder.delta.field)
 
-    def _take(self, event: Event | None) -> None:
+    def read(self, event: Event | None) -> None:
+        """Reads an event, unless nothing more is expected. An error may be one by its event's name alone."""
         self.decoder.delta = None
         if event is None or self.upstream_done:
             return
-        data = error_data(event.data) if event.event == "error" else event.data
+        name, data = event
+        if name == "error":
+            error = parse_object(data) or {"message": plain_text(data)}
+            data = data if error.get("error") else dumps({"error": error})
         if data:
             self.decoder.feed(data)
-
-    def _make_template(self, event: str) -> None:
-        self.template = DeltaTemplate()
-        if self.decoder.delta and self.templates_left:
-            self.templates_left -= 1
-            self.template = field_template(event, self.decoder.delta.field)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data, "The provider's answer is not JSON.")
@@ -6563,7 +6545,7 @@ class TranslatedStream(Assembler):
 
     def end(self) -> None:
         for event in self.events.finish():
-            self._take(event)
+            self.read(event)
         if not self.events.truncated:
             self.decoder.end()
 

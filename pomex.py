@@ -176,7 +176,7 @@ class Unauthorized(BadRequest):
 
 class UpstreamError(GatewayError):
     """A provider failed or violated its protocol."""
-    status, type, code, retryable = 502, "server_error", "server_error", True
+    status, retryable = 502, True
 
 
 class UpstreamTimeout(UpstreamError):
@@ -271,24 +271,23 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 def checked_usage(usage: Usage) -> Usage:
     """The usage with consistent counts. Those that were cut to fit are named, and make it an estimate."""
     total = min(usage.input, MAX_TOKENS)
-    output = min(usage.output, MAX_TOKENS)
     cached = min(usage.cached, total)
     written = min(usage.cache_write, total - cached)
-    consistent = dataclasses.replace(
-        usage,
-        input=total,
-        cached=cached,
-        cache_write=written,
-        output=output,
-        reasoning=min(usage.reasoning, output),
-        cache_write_1h=min(usage.cache_write_1h, written),
-        web_searches=min(usage.web_searches, MAX_TOKENS),
-    )
-    names = [name for name in COUNTED if getattr(consistent, name) != getattr(usage, name)]
+    output = min(usage.output, MAX_TOKENS)
+    consistent: JSON = {
+        "input": total,
+        "cached": cached,
+        "cache_write": written,
+        "output": output,
+        "reasoning": min(usage.reasoning, output),
+        "cache_write_1h": min(usage.cache_write_1h, written),
+        "web_searches": min(usage.web_searches, MAX_TOKENS),
+    }
+    names = [name for name, number in consistent.items() if number != getattr(usage, name)]
     if not names:
         return usage
     inconsistency = f"the provider's count of {', '.join(names)} cannot be"
-    return dataclasses.replace(consistent, estimated=True, inconsistency=inconsistency)
+    return dataclasses.replace(usage, **consistent, estimated=True, inconsistency=inconsistency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2261,39 +2260,33 @@ class Attempt:
             self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt. `error` is the connection's, if it broke. Where the client has left, no item is
-        closed: for a long answer that takes 20 ms."""
+        """Ends the attempt: it fails unless there is evidence that the model had finished (DESIGN, promise 1).
+
+        `error` is the connection's, if it broke. Where the client has left, no item is closed: for a long
+        answer that takes 20 ms.
+        """
         if self.ended:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.upstream_done else "gateway"
-        failed_instead = self.error is not None and not self.output_chars   # an error in place of output
-        self.check_evidence(error)
-        if notify_client:
-            self.close_open_items()
-        if self.error is not None:
-            self.status = "failed"
-        else:
-            self.status = "incomplete" if self.incomplete_reason else "completed"
-        self.usage = self.final_usage(self.unbilled or failed_instead)
-
-    def check_evidence(self, error: GatewayError | None) -> None:
-        """Sets `error` unless there is evidence that the model had finished (DESIGN, promise 1)."""
-        usage = self.usage
-        counts_nothing = usage is not None and not usage.estimated and not usage.output
+        usage, failed_instead = self.usage, self.error is not None and not self.output_chars
+        has_output = self.output_started or usage is None or usage.estimated or usage.output
         if self.error is None and self.stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif self.error is None and counts_nothing and not self.output_started and not self.incomplete_reason:
+        elif self.error is None and not has_output and not self.incomplete_reason:
             self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
         elif usage == Usage():  # of an answer that is not empty
-            self.usage = None
-
-    def final_usage(self, unbilled: bool) -> Usage:
-        """The provider's usage, completed by an estimate: Anthropic counts input first, output at the end."""
-        usage = self.usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
-        if self.usage is None or usage.estimated:
-            usage = dataclasses.replace(usage, output=max(usage.output, -(-self.output_chars // 4)))
-        return checked_usage(usage)
+            usage = None
+        if notify_client:
+            self.close_open_items()
+        self.status = "incomplete" if self.incomplete_reason else "completed"
+        if self.error is not None:
+            self.status = "failed"
+        unbilled = self.unbilled or failed_instead
+        counts = usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
+        if usage is None or usage.estimated:    # Anthropic counts input first, output at the end
+            counts = dataclasses.replace(counts, output=max(counts.output, -(-self.output_chars // 4)))
+        self.usage = checked_usage(counts)
 
     def check_limits(self, chars: int = 0, items: int = 0) -> None:
         """Counts what is held besides the output itself. Fails an answer that is too long."""
@@ -2467,6 +2460,9 @@ class Assembler(Attempt):
         self.seal = seal
         self.open_items: dict[Any, Item] = {}   # by key
         self.next_index = 0
+        self.shapes = dict(PARTS)
+        if answer.profile.refusal_as_text:
+            self.shapes["refusal"] = PARTS["text"]
 
     # the calls of a decoder
 
@@ -2508,19 +2504,24 @@ class Assembler(Attempt):
             self.item_added(item)
         self.output_chars += len(text)
         self.check_limits()
-        if channel == "refusal" and self.answer.profile.refusal_as_text:
-            channel = "text"
-        shape = PARTS.get(channel)
-        if shape is None:
-            self.arguments_delta(item, text, channel)
-            return
-        if item.shape is not shape or item.upstream_part < part:
+        shape = self.shapes.get(channel)
+        if shape is None:   # a call
+            item.arguments.append(text)
+            if item.kind == "function_call" and CONTROL.search(text):
+                item.has_control = True
+            if channel == "input":  # raw, with no JSON around it
+                item.input_decoder = None
+            elif item.input_decoder is not None:
+                text = item.input_decoder.feed(text)
+            if item.has_control or item.kind not in CALL_FIELD:
+                return
+        elif item.shape is not shape or item.upstream_part < part:
             self.open_part(item, shape, part)
         self.text_deltas(item, [text])
 
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
         item = self.open_items[key]
-        if item.shape is None or item.shape is not PARTS.get(channel) or item.pending_surrogate:
+        if item.shape is None or item.shape is not self.shapes.get(channel) or item.pending_surrogate:
             for text in texts:
                 self.add(key, text, channel)
             return
@@ -2608,17 +2609,6 @@ class Assembler(Attempt):
         item.parts[shape.container].append(part_json)
         item.shape = None
 
-    def arguments_delta(self, item: Item, text: str, channel: str) -> None:
-        if item.kind == "function_call" and CONTROL.search(text):
-            item.has_control = True
-        item.arguments.append(text)
-        if channel == "input":  # raw, with no JSON around it
-            item.input_decoder = None
-        elif item.input_decoder is not None:
-            text = item.input_decoder.feed(text)
-        if item.kind in CALL_FIELD and not item.has_control:
-            self.text_deltas(item, [text])
-
     def text_deltas(self, item: Item, texts: list[str]) -> None:
         """More text of the open part of an item, or of a call."""
         item.text += texts
@@ -2671,23 +2661,19 @@ class Assembler(Attempt):
 
     def add_placeholder_message(self) -> None:
         """An empty answer gets an empty message; one that a content filter emptied, the explanation."""
-        filtered = self.incomplete_reason == "content_filter"
-        if not filtered and (self.incomplete_reason or self.items or self.open_items):
+        stop = self.stop or Stop()
+        filtered = stop.incomplete_reason == "content_filter"
+        is_open = any(item.kind == "message" for item in self.open_items.values())
+        if filtered and (is_open or not self.has_no_message()):
             return
-        if not self.has_no_message() or any(item.kind == "message" for item in self.open_items.values()):
+        if not filtered and (self.items or stop.incomplete_reason):
             return
-        item = Item("message")
-        self.begin(None, item)
+        self.open(None, "message")
+        item = self.open_items[None]
         self.item_added(item)
-        channel = "text"
-        if filtered and not self.answer.profile.refusal_as_text:
-            channel = "refusal"
-        shape = PARTS[channel]
-        self.open_part(item, shape)
-        if filtered and self.stop is not None:
-            text = self.stop.explanation or FILTERED
-            item.text.append(text)
-            self.emit(item.delta_event, f'{item.part_location_json},"delta":{json_string(text)}{shape.more}')
+        self.open_part(item, self.shapes["refusal" if filtered else "text"])
+        if filtered:
+            self.text_deltas(item, [stop.explanation or FILTERED])
         self.done()
 
 
@@ -6460,24 +6446,25 @@ class DeltaTemplate(NamedTuple):
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
         """The texts of the events that fit, from `at` on, and the end of these events. Where there are counts,
         the last event is left: only its counts matter."""
+        before, after, counts = self
         texts: list[str] = []
         last = at
-        while self.before and block.startswith(self.before, at):
-            start = at + len(self.before)
+        while before and block.startswith(before, at):
+            start = at + len(before)
             try:
                 text, end = scan_string(block, start)
             except ValueError:
                 break
-            if not block.startswith(self.after, end - 1) or block.find("\\u", start, end) >= 0:
+            if not block.startswith(after, end - 1) or block.find("\\u", start, end) >= 0:
                 break       # or half a surrogate pair, perhaps
-            end += len(self.after) - 1
-            if self.counts:
-                counts, end = end, block.find("\n\n", end) + 2
-                if NUMBERS.sub("0", block[counts:end]) != self.counts:
+            end += len(after) - 1
+            if counts:
+                start, end = end, block.find("\n\n", end) + 2
+                if NUMBERS.sub("0", block[start:end]) != counts:
                     break
             texts.append(text)
             last, at = at, end
-        if self.counts and texts:
+        if counts and texts:
             texts.pop()
             return texts, last
         return texts, at

@@ -142,12 +142,12 @@ class GatewayError(Exception):
 
     `str(error)` is a sentence for the client; it never holds a key, a path of this machine or a prompt.
     """
-    status: int = 500
-    type: str = "server_error"
-    code: str = "server_error"
-    retryable: bool = False         # another target, or the same one later, may succeed
-    ledger_code: str = ""           # the code in the ledger, where a client must get another one
-    plain: bool = False             # the body is the sentence alone, for a client that shows raw bodies
+    status = 500
+    type = "server_error"
+    code = "server_error"
+    retryable = False       # another target, or the same one later, may succeed
+    ledger_code = ""        # the code in the ledger, where a client must get another one
+    plain = False           # the body is the sentence alone, for a client that shows raw bodies
 
     def __init__(
         self, message: str, *, status: int = 0, type: str = "", code: str | None = None,
@@ -2028,8 +2028,7 @@ def read_attachment(part: JSON) -> Attachment | None:
 
 # --- 5.5 client profiles --------------------------------------------------------------------------
 
-@dataclass(frozen=True, slots=True)
-class ClientProfile:
+class ClientProfile(NamedTuple):
     """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
     incomplete_as_completed: bool = False   # a truncated answer ends as a complete one, without half a call
     refusal_as_text: bool = False       # the client shows only output_text
@@ -2118,11 +2117,12 @@ class ResponseContext:
     id: str
     created_s: int
     profile: ClientProfile
-    sequence: int = 0
-    started: bool = False
-    max_chars: int = 32 << 20  # of one attempt's output
-    max_items: int = 4096
-    secrets: re.Pattern[str] = re.compile(r"(?!)")  # a call id must not match it
+    # set later, if at all
+    sequence = 0            # of the next event
+    started = False
+    max_chars = 32 << 20    # of one attempt's output
+    max_items = 4096
+    secrets = re.compile(r"(?!)")   # a call id must not match it
 
     @functools.cached_property
     def estimated_input(self) -> int:
@@ -2394,7 +2394,7 @@ CALL_FIELD = {  # item type -> event family, the item's field
 }
 
 
-@dataclass(slots=True)
+@dataclass
 class Item:
     """An output item that is being streamed, with at most one open part."""
     kind: ItemType
@@ -2404,21 +2404,22 @@ class Item:
     tool: Tool | None = None
     input_decoder: CustomInputDecoder | None = None
     arguments: list[str] = field(default_factory=list)  # or input, as they came
-    has_control: bool = False   # a control character came: the rest is sent at the end, escaped
+    has_control = False     # a control character came: the rest is sent at the end, escaped
     # since output_item.added
-    id: str = ""
-    index: int = -1
-    location_json: str = ""     # `"item_id":..,"output_index":..`
+    id = ""
+    index = -1
+    location_json = ""      # `"item_id":..,"output_index":..`
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
-    # of the open part
+    # of the open part, or of a call
     shape: PartShape | None = None
-    upstream_part: int = 0      # the provider's number of it
-    delta_event: str = ""
-    part_location_json: str = ""    # `"item_id":..,"output_index":..,"content_index":..`
+    upstream_part = 0       # the provider's number of it
+    delta_event = ""
+    part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
+    more: str = ""          # further fields of a delta
     annotations: list[str] = field(default_factory=list)  # as JSON text
-    text: list[str] = field(default_factory=list)  # also a call's deltas, and white space before a part
-    pending_surrogate: str = ""  # the first half of a pair
-    done: bool = False          # the provider has ended the item
+    text: list[str] = field(default_factory=list)  # also white space before a part
+    pending_surrogate: str = ""     # the first half of a pair
+    done = False            # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
         """`text` is the part's whole text as a JSON string: a long one is encoded only once."""
@@ -2503,12 +2504,12 @@ class Assembler(Attempt):
             text = "".join(item.text)
             self.item_added(item)
         self.output_chars += len(text)
-        self.check_limits()
+        if self.output_chars > self.output_limit:
+            self.check_limits()
         shape = self.shapes.get(channel)
         if shape is None:   # a call
             item.arguments.append(text)
-            if item.kind == "function_call" and CONTROL.search(text):
-                item.has_control = True
+            item.has_control |= item.kind == "function_call" and bool(CONTROL.search(text))
             if channel == "input":  # raw, with no JSON around it
                 item.input_decoder = None
             elif item.input_decoder is not None:
@@ -2517,7 +2518,7 @@ class Assembler(Attempt):
                 return
         elif item.shape is not shape or item.upstream_part < part:
             self.open_part(item, shape, part)
-        self.text_deltas(item, [text])
+        self.text_delta(item, text)
 
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
         item = self.open_items[key]
@@ -2527,7 +2528,8 @@ class Assembler(Attempt):
             return
         self.output_chars += sum(map(len, texts))
         self.check_limits()
-        self.text_deltas(item, texts)
+        for text in texts:
+            self.text_delta(item, text)
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
@@ -2594,7 +2596,8 @@ class Assembler(Attempt):
         self.close_part(item)
         number = len(item.parts.setdefault(shape.container, []))
         item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
-        item.shape, item.upstream_part, item.delta_event = shape, upstream_part, f"{shape.delta}.delta"
+        item.shape, item.upstream_part = shape, upstream_part
+        item.delta_event, item.more = f"{shape.delta}.delta", shape.more
         item.text, item.annotations = [], []
         self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
 
@@ -2609,12 +2612,12 @@ class Assembler(Attempt):
         item.parts[shape.container].append(part_json)
         item.shape = None
 
-    def text_deltas(self, item: Item, texts: list[str]) -> None:
+    def text_delta(self, item: Item, text: str) -> None:
         """More text of the open part of an item, or of a call."""
-        item.text += texts
-        more = item.shape.more if item.shape else ""
-        for text in filter(None, texts):
-            self.emit(item.delta_event, f'{item.part_location_json},"delta":{json_string(text)}{more}')
+        item.text.append(text)
+        if text and self.answer.request.stream:
+            fields = f'{item.part_location_json},"delta":{json_string(text)}{item.more}'
+            self.out.append(self.answer.frame(item.delta_event, fields))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Leaves a call open whose arguments are truncated."""
@@ -2626,7 +2629,7 @@ class Assembler(Attempt):
         if item.tool and item.kind in CALL_FIELD:
             family, name = CALL_FIELD[item.kind]
             rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
-            self.text_deltas(item, [rest])
+            self.text_delta(item, rest)
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
             self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
         if item.kind in HOSTED_STEPS:
@@ -2638,7 +2641,7 @@ class Assembler(Attempt):
     # the end
 
     def close_open_items(self) -> None:
-        truncated = bool(self.incomplete_reason)
+        truncated = self.incomplete_reason
         for key, item in list(self.open_items.items()):
             if not item.id:
                 del self.open_items[key]
@@ -2673,7 +2676,7 @@ class Assembler(Attempt):
         self.item_added(item)
         self.open_part(item, self.shapes["refusal" if filtered else "text"])
         if filtered:
-            self.text_deltas(item, [stop.explanation or FILTERED])
+            self.text_delta(item, stop.explanation or FILTERED)
         self.done()
 
 
@@ -6472,8 +6475,10 @@ class DeltaTemplate(NamedTuple):
 
 def field_template(event: str, name: str) -> DeltaTemplate:
     """The template of an event whose text is its only field `name`. A backslash elsewhere may hide another."""
+    if event.count(f'"{name}"') > 1:
+        return DeltaTemplate()
     found = re.fullmatch(rf'([^\\]*"{name}"\s*:\s*")[^"\\]*+(?:\\.[^"\\]*+)*+("[^\\]*)', event)
-    if found is None or event.count(f'"{name}"') > 1:
+    if found is None:
         return DeltaTemplate()
     before, after = found.groups()
     constant, usage, counts = after.partition('"usageMetadata"')

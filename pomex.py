@@ -2260,7 +2260,7 @@ class Attempt:
             self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt: it fails unless there is evidence that the model had finished (DESIGN, promise 1).
+        """Ends the attempt: it fails without evidence that the model had finished (DESIGN, promise 1).
 
         `error` is the connection's, if it broke. Where the client has left, no item is closed: for a long
         answer that takes 20 ms.
@@ -6441,14 +6441,14 @@ MAX_TEMPLATES = 8           # in succession that fit no event: the events of som
 
 
 class DeltaTemplate(NamedTuple):
-    """The constant halves of the events of a stream that differ only in one text: they need no JSON parser."""
+    """The constant halves of a stream's events that differ only in one text: they need no JSON parser."""
     before: str = ""        # up to the quote that opens the text; "" fits no event
     after: str = ""         # from the quote that closes it
     counts: str = ""        # the rest of the event, whose numbers alone differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the events that fit, from `at` on, and the end of these events. Where there are counts,
-        the last event is left: only its counts matter."""
+        """The texts of the events from `at` on that fit, and the end of these events. Where there are
+        counts, the last event is left: only its counts matter."""
         before, after, counts = self
         texts: list[str] = []
         last = at
@@ -6474,7 +6474,7 @@ class DeltaTemplate(NamedTuple):
 
 
 def field_template(event: str, name: str) -> DeltaTemplate:
-    """The template of an event whose text is its only field `name`. A backslash elsewhere may hide another."""
+    """The template of an event whose text is its only `name`. A backslash elsewhere may hide another."""
     if event.count(f'"{name}"') > 1:
         return DeltaTemplate()
     found = re.fullmatch(rf'([^\\]*"{name}"\s*:\s*")[^"\\]*+(?:\\.[^"\\]*+)*+("[^\\]*)', event)

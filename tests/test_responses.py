@@ -778,6 +778,12 @@ def test_usage_is_the_providers_or_marked_as_estimated():
     assert attempt.usage == Usage(100, output=11, estimated=True)
 
 
+def test_an_attempt_for_which_no_provider_was_asked_has_no_input():
+    attempt = pomex.Attempt(answer())
+    attempt.finish(BROKEN)
+    assert attempt.usage == Usage(estimated=True)
+
+
 @pytest.mark.parametrize("given, usage", [
     (None, None), ([], None), ({}, None), ({"tokens": 5}, None), ({"input_tokens": "5", "output_tokens": -5}, Usage()),
     ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3},

@@ -2614,8 +2614,10 @@ class Assembler(Attempt):
 
     def text_delta(self, item: Item, text: str) -> None:
         """More text of the open part of an item, or of a call."""
+        if not text:
+            return
         item.text.append(text)
-        if text and self.answer.request.stream:
+        if self.answer.request.stream:
             fields = f'{item.part_location_json},"delta":{json_string(text)}{item.more}'
             self.out.append(self.answer.frame(item.delta_event, fields))
 

@@ -121,7 +121,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 if sys.platform != "win32":
     import fcntl
@@ -142,12 +142,12 @@ class GatewayError(Exception):
 
     `str(error)` is a sentence for the client; it never holds a key, a path of this machine or a prompt.
     """
-    status: int = 500
-    type: str = "server_error"
-    code: str = "server_error"
-    retryable: bool = False         # another target, or the same one later, may succeed
-    ledger_code: str = ""           # the code in the ledger, where a client must get another one
-    plain: bool = False             # the body is the sentence alone, for a client that shows raw bodies
+    status = 500
+    type = "server_error"
+    code = "server_error"
+    retryable = False       # another target, or the same one later, may succeed
+    ledger_code = ""        # the code in the ledger, where a client must get another one
+    plain = False           # the body is the sentence alone, for a client that shows raw bodies
 
     def __init__(
         self, message: str, *, status: int = 0, type: str = "", code: str | None = None,
@@ -176,7 +176,7 @@ class Unauthorized(BadRequest):
 
 class UpstreamError(GatewayError):
     """A provider failed or violated its protocol."""
-    status, type, code, retryable = 502, "server_error", "server_error", True
+    status, retryable = 502, True
 
 
 class UpstreamTimeout(UpstreamError):
@@ -271,24 +271,23 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 def checked_usage(usage: Usage) -> Usage:
     """The usage with consistent counts. Those that were cut to fit are named, and make it an estimate."""
     total = min(usage.input, MAX_TOKENS)
-    output = min(usage.output, MAX_TOKENS)
     cached = min(usage.cached, total)
     written = min(usage.cache_write, total - cached)
-    consistent = dataclasses.replace(
-        usage,
-        input=total,
-        cached=cached,
-        cache_write=written,
-        output=output,
-        reasoning=min(usage.reasoning, output),
-        cache_write_1h=min(usage.cache_write_1h, written),
-        web_searches=min(usage.web_searches, MAX_TOKENS),
-    )
-    names = [name for name in COUNTED if getattr(consistent, name) != getattr(usage, name)]
+    output = min(usage.output, MAX_TOKENS)
+    consistent: JSON = {
+        "input": total,
+        "cached": cached,
+        "cache_write": written,
+        "output": output,
+        "reasoning": min(usage.reasoning, output),
+        "cache_write_1h": min(usage.cache_write_1h, written),
+        "web_searches": min(usage.web_searches, MAX_TOKENS),
+    }
+    names = [name for name, number in consistent.items() if number != getattr(usage, name)]
     if not names:
         return usage
     inconsistency = f"the provider's count of {', '.join(names)} cannot be"
-    return dataclasses.replace(consistent, estimated=True, inconsistency=inconsistency)
+    return dataclasses.replace(usage, **consistent, estimated=True, inconsistency=inconsistency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2013,8 +2012,7 @@ def read_attachment(part: JSON) -> Attachment | None:
 
 # --- 5.5 client profiles --------------------------------------------------------------------------
 
-@dataclass(frozen=True, slots=True)
-class ClientProfile:
+class ClientProfile(NamedTuple):
     """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
     incomplete_as_completed: bool = False   # a truncated answer ends as a complete one, without half a call
     refusal_as_text: bool = False       # the client shows only output_text
@@ -2102,11 +2100,12 @@ class ResponseContext:
     id: str
     created_s: int
     profile: ClientProfile
-    sequence: int = 0
-    started: bool = False
-    max_chars: int = 32 << 20  # of one attempt's output
-    max_items: int = 4096
-    secrets: re.Pattern[str] = re.compile(r"(?!)")  # a call id must not match it
+    # set later, if at all
+    sequence = 0            # of the next event
+    started = False
+    max_chars = 32 << 20    # of one attempt's output
+    max_items = 4096
+    secrets = re.compile(r"(?!)")   # a call id must not match it
 
     @functools.cached_property
     def estimated_input(self) -> int:
@@ -2139,21 +2138,12 @@ class ResponseContext:
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
 
-    def frames(self, kind: str, events: list[str]) -> bytes:
-        """The frames of several events of one kind."""
-        head = f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":'
-        first = self.sequence
-        self.sequence += len(events)
-        numbered = enumerate(events, first)
-        return "".join([f"{head}{number},{fields}}}\n\n" for number, fields in numbered]).encode()
-
     def start(self) -> bytes:
         """response.created and .in_progress, or nothing if they have been sent."""
         if self.started:
             return b""
         self.started = True
-        opening = f'"response":{self.response("in_progress")}'
-        return self.frame("response.created", opening) + self.frame("response.in_progress", opening)
+        return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()
 
     def heartbeat(self) -> bytes:
         """A data event: comments do not reset Codex's idle timer (CODEX.md 4.1)."""
@@ -2228,10 +2218,10 @@ class Attempt:
     terminal_by = "gateway"  # "": the answer was an error's status, not a stream
     output_chars = 0         # for estimates
     unbilled = False         # the provider refused it, and will not bill it
+    estimated_input = 0      # tokens; none where no provider was asked
 
-    def __init__(self, answer: ResponseContext, estimated_input: int) -> None:
+    def __init__(self, answer: ResponseContext) -> None:
         self.answer = answer
-        self.estimated_input = estimated_input
         self.out: list[bytes] = []
         self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
         self.output_limit = answer.max_chars    # of output_chars; lowered by what else is held in memory
@@ -2248,43 +2238,38 @@ class Attempt:
         return block
 
     def emit(self, kind: str, fields: str) -> None:
-        if self.answer.request.stream:
-            self.out.append(self.answer.start() + self.answer.frame(kind, fields))
+        answer = self.answer
+        if answer.request.stream:
+            self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt. `error` is the connection's, if it broke. Where the client has left, no item is
-        closed: for a long answer that takes 20 ms."""
+        """Ends the attempt: it fails without evidence that the model had finished (DESIGN, promise 1).
+
+        `error` is the connection's, if it broke. Where the client has left, no item is closed: for a long
+        answer that takes 20 ms.
+        """
         if self.ended:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.upstream_done else "gateway"
-        failed_instead = self.error is not None and not self.output_chars   # an error in place of output
-        self.check_evidence(error)
-        if notify_client:
-            self.close_open_items()
-        if self.error is not None:
-            self.status = "failed"
-        else:
-            self.status = "incomplete" if self.incomplete_reason else "completed"
-        self.usage = self.final_usage(self.unbilled or failed_instead)
-
-    def check_evidence(self, error: GatewayError | None) -> None:
-        """Sets `error` unless there is evidence that the model had finished (DESIGN, promise 1)."""
-        usage = self.usage
-        counts_nothing = usage is not None and not usage.estimated and not usage.output
+        usage, failed_instead = self.usage, self.error is not None and not self.output_chars
+        has_output = self.output_started or usage is None or usage.estimated or usage.output
         if self.error is None and self.stop is None:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif self.error is None and counts_nothing and not self.output_started and not self.incomplete_reason:
+        elif self.error is None and not has_output and not self.incomplete_reason:
             self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
         elif usage == Usage():  # of an answer that is not empty
-            self.usage = None
-
-    def final_usage(self, unbilled: bool) -> Usage:
-        """The provider's usage, completed by an estimate: Anthropic counts input first, output at the end."""
-        usage = self.usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
-        if self.usage is None or usage.estimated:
-            usage = dataclasses.replace(usage, output=max(usage.output, -(-self.output_chars // 4)))
-        return checked_usage(usage)
+            usage = None
+        if notify_client:
+            self.close_open_items()
+        self.status = "incomplete" if self.incomplete_reason else "completed"
+        if self.error is not None:
+            self.status = "failed"
+        unbilled = self.unbilled or failed_instead
+        counts = usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
+        if usage is None or usage.estimated:    # Anthropic counts input first, output at the end
+            counts = dataclasses.replace(counts, output=max(counts.output, -(-self.output_chars // 4)))
+        self.usage = checked_usage(counts)
 
     def check_limits(self, chars: int = 0, items: int = 0) -> None:
         """Counts what is held besides the output itself. Fails an answer that is too long."""
@@ -2392,7 +2377,7 @@ CALL_FIELD = {  # item type -> event family, the item's field
 }
 
 
-@dataclass(slots=True)
+@dataclass
 class Item:
     """An output item that is being streamed, with at most one open part."""
     kind: ItemType
@@ -2404,19 +2389,20 @@ class Item:
     pending_input: str | None = None    # of a custom tool offered as a function: what decode_input left
     held_back: bool = False     # must be changed as a whole: control characters escaped, parameters renamed
     # since output_item.added
-    id: str = ""
-    index: int = -1
-    location_json: str = ""     # `"item_id":..,"output_index":..`
+    id = ""
+    index = -1
+    location_json = ""      # `"item_id":..,"output_index":..`
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
-    # of the open part
+    # of the open part, or of a call
     shape: PartShape | None = None
-    upstream_part: int = 0      # the provider's number of it
-    delta_event: str = ""
-    part_location_json: str = ""    # `"item_id":..,"output_index":..,"content_index":..`
+    upstream_part = 0       # the provider's number of it
+    delta_event = ""
+    part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
+    more: str = ""          # further fields of a delta
     annotations: list[str] = field(default_factory=list)  # as JSON text
-    text: list[str] = field(default_factory=list)  # also a call's deltas, and white space before a part
-    pending_surrogate: str = ""  # the first half of a pair
-    done: bool = False          # the provider has ended the item
+    text: list[str] = field(default_factory=list)  # also white space before a part
+    pending_surrogate: str = ""     # the first half of a pair
+    done = False            # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
         """`text` is the part's whole text as a JSON string: a long one is encoded only once."""
@@ -2458,11 +2444,15 @@ class Item:
 class Assembler(Attempt):
     """The Sink that makes Responses events: numbered, each item complete, in order and once."""
 
-    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str]) -> None:
-        super().__init__(answer, estimated_input)
+    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str]) -> None:
+        super().__init__(answer)
+        self.estimated_input = answer.estimated_input
         self.seal = seal
         self.open_items: dict[Any, Item] = {}   # by key
         self.next_index = 0
+        self.shapes = dict(PARTS)
+        if answer.profile.refusal_as_text:
+            self.shapes["refusal"] = PARTS["text"]
 
     # the calls of a decoder
 
@@ -2470,7 +2460,7 @@ class Assembler(Attempt):
         kind: ItemType = "reasoning" if channel == "summary" else "message"
         item = self.open_items.get(None)
         if item is None or item.kind != kind:
-            self.begin(None, Item(kind))
+            self.open(None, kind)
         self.add(None, text, channel)
 
     def reasoning(self, text: str) -> None:
@@ -2506,32 +2496,30 @@ class Assembler(Attempt):
         self.output_chars += len(text)
         if self.output_chars > self.output_limit:
             self.check_limits()
-        if channel == "refusal" and self.answer.profile.refusal_as_text:
-            channel = "text"
-        shape = PARTS.get(channel)
-        if shape is None:
-            self.arguments_delta(item, text, channel)
-            return
-        if item.shape is not shape or item.upstream_part < part:
+        shape = self.shapes.get(channel)
+        if shape is None:   # a call
+            item.arguments.append(text)
+            item.held_back |= item.kind == "function_call" and bool(CONTROL.search(text))
+            if channel == "input":  # raw, with no JSON around it
+                item.pending_input = None
+            elif item.pending_input is not None:
+                text, item.pending_input = decode_input(item.pending_input, text, bool(item.text))
+            if item.held_back or item.kind not in CALL_FIELD:
+                return
+        elif item.shape is not shape or item.upstream_part < part:
             self.open_part(item, shape, part)
-        item.text.append(text)
-        if self.answer.request.stream:
-            fields = f'{item.part_location_json},"delta":{json_string(text)}{shape.more}'
-            self.out.append(self.answer.frame(item.delta_event, fields))
+        self.text_delta(item, text)
 
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
-        item, shape = self.open_items[key], PARTS.get(channel)
-        plain = item.shape is shape and not item.pending_surrogate and self.answer.request.stream
-        if shape is None or len(texts) == 1 or not plain:
+        item = self.open_items[key]
+        if item.shape is None or item.shape is not self.shapes.get(channel) or item.pending_surrogate:
             for text in texts:
                 self.add(key, text, channel)
             return
-        item.text += texts
         self.output_chars += sum(map(len, texts))
         self.check_limits()
-        start = f'{item.part_location_json},"delta":'
-        deltas = [f"{start}{json_string(text)}{shape.more}" for text in texts]
-        self.out.append(self.answer.frames(item.delta_event, deltas))
+        for text in texts:
+            self.text_delta(item, text)
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
@@ -2585,6 +2573,9 @@ class Assembler(Attempt):
         item.index, item.id = self.next_index, self.new_item_id(ID_PREFIX[item.kind])
         self.next_index += 1
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        if item.kind in CALL_FIELD:
+            item.part_location_json = item.location_json
+            item.delta_event = f"{CALL_FIELD[item.kind][0]}.delta"
         self.output_started = True
         self.emit("response.output_item.added",
                   f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
@@ -2595,7 +2586,8 @@ class Assembler(Attempt):
         self.close_part(item)
         number = len(item.parts.setdefault(shape.container, []))
         item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
-        item.shape, item.upstream_part, item.delta_event = shape, upstream_part, f"{shape.delta}.delta"
+        item.shape, item.upstream_part = shape, upstream_part
+        item.delta_event, item.more = f"{shape.delta}.delta", shape.more
         item.text, item.annotations = [], []
         self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
 
@@ -2610,19 +2602,14 @@ class Assembler(Attempt):
         item.parts[shape.container].append(part_json)
         item.shape = None
 
-    def arguments_delta(self, item: Item, text: str, channel: str) -> None:
-        if item.kind == "function_call" and CONTROL.search(text):
-            item.held_back = True
-        item.arguments.append(text)
-        if channel == "input":  # raw, with no JSON around it
-            item.pending_input = None
-        elif item.pending_input is not None:
-            text, item.pending_input = decode_input(item.pending_input, text, bool(item.text))
-        if text and item.kind in CALL_FIELD and not item.held_back:
-            item.text.append(text)
-            if self.answer.request.stream:
-                fields = f'{item.location_json},"delta":{json_string(text)}'
-                self.out.append(self.answer.frame(f"{CALL_FIELD[item.kind][0]}.delta", fields))
+    def text_delta(self, item: Item, text: str) -> None:
+        """More text of the open part of an item, or of a call."""
+        if not text:
+            return
+        item.text.append(text)
+        if self.answer.request.stream:
+            fields = f'{item.part_location_json},"delta":{json_string(text)}{item.more}'
+            self.out.append(self.answer.frame(item.delta_event, fields))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Leaves a call open whose arguments are truncated."""
@@ -2633,9 +2620,8 @@ class Assembler(Attempt):
         self.close_part(item)
         if item.tool and item.kind in CALL_FIELD:
             family, name = CALL_FIELD[item.kind]
-            rest = arguments.removeprefix("".join(item.text))
-            if rest:    # e.g. input without its fence
-                self.emit(f"{family}.delta", f'{item.location_json},"delta":{json_string(rest)}')
+            rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
+            self.text_delta(item, rest)
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
             self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
         if item.kind in HOSTED_STEPS:
@@ -2647,7 +2633,7 @@ class Assembler(Attempt):
     # the end
 
     def close_open_items(self) -> None:
-        truncated = bool(self.incomplete_reason)
+        truncated = self.incomplete_reason
         for key, item in list(self.open_items.items()):
             if not item.id:
                 del self.open_items[key]
@@ -2670,23 +2656,19 @@ class Assembler(Attempt):
 
     def add_placeholder_message(self) -> None:
         """An empty answer gets an empty message; one that a content filter emptied, the explanation."""
-        filtered = self.incomplete_reason == "content_filter"
-        if not filtered and (self.incomplete_reason or self.items or self.open_items):
+        stop = self.stop or Stop()
+        filtered = stop.incomplete_reason == "content_filter"
+        is_open = any(item.kind == "message" for item in self.open_items.values())
+        if filtered and (is_open or not self.has_no_message()):
             return
-        if not self.has_no_message() or any(item.kind == "message" for item in self.open_items.values()):
+        if not filtered and (self.items or stop.incomplete_reason):
             return
-        item = Item("message")
-        self.begin(None, item)
+        self.open(None, "message")
+        item = self.open_items[None]
         self.item_added(item)
-        channel = "text"
-        if filtered and not self.answer.profile.refusal_as_text:
-            channel = "refusal"
-        shape = PARTS[channel]
-        self.open_part(item, shape)
-        if filtered and self.stop is not None:
-            text = self.stop.explanation or FILTERED
-            item.text.append(text)
-            self.emit(item.delta_event, f'{item.part_location_json},"delta":{json_string(text)}{shape.more}')
+        self.open_part(item, self.shapes["refusal" if filtered else "text"])
+        if filtered:
+            self.text_delta(item, stop.explanation or FILTERED)
         self.done()
 
 
@@ -2978,9 +2960,9 @@ class Passthrough(Attempt):
     DEFERRED_EVENTS: tuple[bytes, ...]      # one stands in each unread event that may be needed later
     whole: Callable[[bytes], None]          # takes a response that came as one JSON object
 
-    def __init__(self, answer: ResponseContext, estimated_input: int, seal: Callable[[JSON], str],
-                 decoder: Any) -> None:
-        super().__init__(answer, estimated_input)
+    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str], decoder: Any) -> None:
+        super().__init__(answer)
+        self.estimated_input = answer.estimated_input
         self.seal = seal
         self.decoder = decoder                  # reads along, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
@@ -2993,16 +2975,15 @@ class Passthrough(Attempt):
     def feed(self, data: bytes) -> None:
         """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
         block, at = self.events.split(data), 0
-        while at < len(block) and not self.upstream_done:
+        while not self.upstream_done and (end := block.find(b"\n\n", at)) >= 0:
             run = self.PLAIN_EVENTS.match(block, at) if self.output_started else None
             if run:                             # nearly always
                 self.pass_unread(run[0], len(run[0]))
                 at = run.end()
                 continue
-            end = block.find(b"\n\n", at) + 2
             for event in self.events.parse(block[at:end]):
                 self.take_event(event)
-            at = end
+            at = end + 2
 
     def take_event(self, event: Event) -> None:
         name, data = event
@@ -3247,7 +3228,7 @@ class ResponsesPassthrough(Passthrough):
 
     def builder(self) -> Assembler:
         """A sink that makes our own events of items."""
-        builder = Assembler(self.answer, 0, self.seal)
+        builder = Assembler(self.answer, self.seal)
         builder.next_index = max(self.items, default=-1) + 1
         builder.items, builder.out = self.items, self.out
         self.output_started = True
@@ -6266,54 +6247,51 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
 
 # --- 6.6 the table ---------------------------------------------------------------------------------
 
-def error_data(data: str) -> str:
-    """The data of an `event: error` as all decoders know it: some say it by the event's name alone."""
-    said = parse_object(data) or {"message": plain_text(data)}
-    return data if said.get("error") else dumps({"error": said})
-
-
-PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f\x7f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f\x7f]*+)*+')     # in a JSON string
 NUMBERS = re.compile(r"\d+")
 MAX_TEMPLATES = 8           # in succession that fit no event: the events of some streams always differ
 
 
 class DeltaTemplate(NamedTuple):
-    """What stands around the text in the events of a stream that carry nothing else. They need no JSON parser."""
-    before: str = ""        # to the quote that opens the text; "" fits no event
+    """The constant halves of a stream's events that differ only in one text: they need no JSON parser."""
+    before: str = ""        # up to the quote that opens the text; "" fits no event
     after: str = ""         # from the quote that closes it
-    counts: str = ""        # then, to the end of the event, what differs in numbers alone
+    counts: str = ""        # the rest of the event, whose numbers alone differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the events from `at` on that fit, and the end of these. If there are counts, the last event is left:
-        only its own matter."""
+        """The texts of the events from `at` on that fit, and the end of these events. Where there are
+        counts, the last event is left: only its counts matter."""
+        before, after, counts = self
         texts: list[str] = []
         last = at
-        while self.before and block.startswith(self.before, at):
-            start = at + len(self.before)
-            end = block.find(self.after, start)
-            text = block[start:end]
-            if end < 0 or not PLAIN_TEXT.fullmatch(text):
+        while before and block.startswith(before, at):
+            start = at + len(before)
+            try:
+                text, end = scan_string(block, start)
+            except ValueError:
                 break
-            start = end = end + len(self.after)
-            if self.counts:
-                end = block.find("\n\n", start) + 2
-                if NUMBERS.sub("0", block[start:end]) != self.counts:
+            if not block.startswith(after, end - 1) or block.find("\\u", start, end) >= 0:
+                break       # or half a surrogate pair, perhaps
+            end += len(after) - 1
+            if counts:
+                start, end = end, block.find("\n\n", end) + 2
+                if NUMBERS.sub("0", block[start:end]) != counts:
                     break
-            texts.append(json.loads(f'"{text}"') if "\\" in text else text)
+            texts.append(text)
             last, at = at, end
-        return (texts[:-1], last) if self.counts else (texts, at)
+        if counts and texts:
+            texts.pop()
+            return texts, last
+        return texts, at
 
 
 def field_template(event: str, name: str) -> DeltaTemplate:
-    """The template of an event whose text is its only field `name`."""
-    places = list(re.finditer(rf'"{name}"\s*:\s*"', event))
-    if len(places) != 1:
+    """The template of an event whose text is its only `name`. A backslash elsewhere may hide another."""
+    if event.count(f'"{name}"') > 1:
         return DeltaTemplate()
-    start = places[0].end()
-    _, end = scan_string(event, start)
-    before, after = event[:start], event[end - 1:]
-    if "\\" in before + after:    # another field's name may be the same, with an escape
+    found = re.fullmatch(rf'([^\\]*"{name}"\s*:\s*")[^"\\]*+(?:\\.[^"\\]*+)*+("[^\\]*)', event)
+    if found is None:
         return DeltaTemplate()
+    before, after = found.groups()
     constant, usage, counts = after.partition('"usageMetadata"')
     return DeltaTemplate(before, constant, NUMBERS.sub("0", usage + counts))
 
@@ -6322,7 +6300,7 @@ class TranslatedStream(Assembler):
     """An attempt over a provider's stream: bytes to events, and by the decoder's calls to frames."""
 
     def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
-        super().__init__(ctx.answer, ctx.answer.estimated_input, ctx.seal)
+        super().__init__(ctx.answer, ctx.seal)
         self.decoder = decoder
         self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
         self.events = SSEDecoder()
@@ -6331,25 +6309,29 @@ class TranslatedStream(Assembler):
 
     def feed(self, data: bytes) -> None:
         block, at = self.events.decode(self.events.split(data)), 0
-        while at < len(block) and not self.upstream_done:
-            texts, end = self.template.texts(block, at)
-            if self.decoder.delta and end > at:
-                self.decoder.add_all(self.decoder.delta.place, list(filter(None, texts)))
+        while not self.upstream_done and (end := block.find("\n\n", at)) >= 0:
+            texts, run_end = self.template.texts(block, at)
+            if self.decoder.delta and texts:
+                self.decoder.add_all(self.decoder.delta.place, texts)
                 self.templates_left = MAX_TEMPLATES
-            else:
-                end = block.find("\n\n", at) + 2
-                self._take(parse_event(block[at:end - 2]))
-                self.template = DeltaTemplate()
-                if self.decoder.delta and self.templates_left:
-                    self.templates_left -= 1
-                    self.template = field_template(block[at:end], self.decoder.delta.field)
-            at = end
+                at = run_end
+                continue
+            self.read(parse_event(block[at:end]))
+            self.template = DeltaTemplate()
+            if self.decoder.delta and self.templates_left:
+                self.templates_left -= 1
+                self.template = field_template(block[at:end + 2], self.decoder.delta.field)
+            at = end + 2
 
-    def _take(self, event: Event | None) -> None:
+    def read(self, event: Event | None) -> None:
+        """Reads an event, unless nothing more is expected. An error may be one by its event's name alone."""
         self.decoder.delta = None
         if event is None or self.upstream_done:
             return
-        data = error_data(event.data) if event.event == "error" else event.data
+        name, data = event
+        if name == "error":
+            error = parse_object(data) or {"message": plain_text(data)}
+            data = data if error.get("error") else dumps({"error": error})
         if data:
             self.decoder.feed(data)
 
@@ -6366,7 +6348,7 @@ class TranslatedStream(Assembler):
 
     def end(self) -> None:
         for event in self.events.finish():
-            self._take(event)
+            self.read(event)
         if not self.events.truncated:
             self.decoder.end()
 
@@ -6511,7 +6493,7 @@ class WireApi(NamedTuple):
             ctx.dropped.append("input:reasoning")
         body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
         decoder = ResponsesDecoder(ToolMap(()))
-        attempt = ResponsesPassthrough(ctx.answer, ctx.answer.estimated_input, ctx.seal, decoder)
+        attempt = ResponsesPassthrough(ctx.answer, ctx.seal, decoder)
         return UpstreamCall(self, self.path, body, attempt, ctx.dropped)
 
 
@@ -10048,7 +10030,7 @@ class ClientStream:
         self.server = server
         self.bill = bill
         # what the ledger and the access line want to know
-        self.attempt = Attempt(answer, 0)               # the newest
+        self.attempt = Attempt(answer)               # the newest
         self.provider, self.model = "", ""              # its target
         self.attempts = 0                               # upstream calls
         self.tries = 0                                  # of targets: a try may need several attempts
@@ -10262,7 +10244,7 @@ class Router:
         provider, failure = target.provider, None
         probe = self.health.probe(target.id, down.loop.time())
         down.provider, down.model, down.tries = provider.name, target.model, down.tries + 1
-        down.attempt, down.dropped = Attempt(down.answer, 0), []
+        down.attempt, down.dropped = Attempt(down.answer), []
         try:
             call = await off_loop(len(down.answer.request.raw), encode_call, target, envelope, down)
             down.attempt, down.dropped = call.attempt, call.dropped
@@ -10397,9 +10379,10 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 
 def failed_copy(attempt: Attempt) -> Attempt:
     """A failure in the place of an attempt that cannot be ended by itself, with what came of it and what it has used."""
-    failed = Attempt(attempt.answer, attempt.estimated_input)
+    failed = Attempt(attempt.answer)
     failed.out, failed.output_started = attempt.out, attempt.output_started
     failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
+    failed.estimated_input = attempt.estimated_input
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import time
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -2023,12 +2024,20 @@ FORMS: dict[str, tuple[JSON, str, str]] = {
 }
 
 
+def error_data(text: str) -> str:
+    """What a decoder gets of an `event: error` with this data."""
+    given: list[str] = []
+    stream: Any = types.SimpleNamespace(decoder=types.SimpleNamespace(feed=given.append), upstream_done=False)
+    pomex.TranslatedStream.read(stream, pomex.Event("error", text))
+    return given[0]
+
+
 @pytest.mark.parametrize("body, words, kind", FORMS.values(), ids=FORMS)
 def test_the_words_and_the_kind_of_an_error_are_found_in_any_form(body: JSON, words: str, kind: str) -> None:
     text = json.dumps(body)
     for given in (text, f"event: error\n:HTTP_STATUS/400\ndata: {text}\n\n"):
         assert str(pomex.provider_error(400, pomex.Headers([]), given.encode())) == words
-    for view in (view_of([text]), view_of([pomex.error_data(text)]), whole(decoder(), body)):
+    for view in (view_of([text]), view_of([error_data(text)]), whole(decoder(), body)):
         assert isinstance(view.error, pomex.ProviderError) and view.items == {}
         assert view.error.kind == kind and (str(view.error) == words or "the moon" in str(view.error))
     broken = view_of([piece(content="a"), text])
@@ -2044,7 +2053,7 @@ def test_a_message_alone_is_an_error_where_nothing_else_comes() -> None:
     reader.end()
     assert str(reader.sink.error) == "the moon is down"
     assert view_of([alone, piece(content="a"), STOPPED, "[DONE]"]).outcome()[-1] == "completed"
-    assert "the moon is down" in pomex.error_data("the moon is down")
+    assert "the moon is down" in error_data("the moon is down")
 
 
 NO_ERRORS: list[JSON] = [

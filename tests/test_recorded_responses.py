@@ -448,7 +448,7 @@ def test_every_tool_that_codex_offers_comes_back_as_its_own_kind(path):
         name = tool.get("name", tool["type"])
         flat = pomex.upstream_tool_name(name, namespace)
         assert offered[flat]["parameters"]["type"] == "object"
-        attempt = pomex.Assembler(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), 0, str)
+        attempt = pomex.Assembler(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), str)
         tell(attempt, [calls(0, "c", book.resolve(flat)), adds(0, '{"input":"x"}', "arguments"), ends(0), pomex.Stop()])
         attempt.finish()
         item = streams.check(attempt.terminal(1_700_000_002), codex=True)["output"][0]

@@ -37,7 +37,8 @@ def seal(replay):
 
 def told(said, profile=pomex.STANDARD, error=None, **fields):
     """The stream that these calls of a sink make, and the attempt that made it."""
-    attempt = pomex.Assembler(answer(profile, **fields), 100, seal)
+    attempt = pomex.Assembler(answer(profile, **fields), seal)
+    attempt.estimated_input = 100
     tell(attempt, said)
     attempt.finish(error)
     raw = attempt.terminal(1_700_000_009)
@@ -644,7 +645,7 @@ def test_a_message_of_white_space_is_none_but_an_answer_of_nothing_is_one():
 
 
 def test_a_fragment_of_nothing_open_is_the_upstreams_error():
-    attempt = pomex.Assembler(answer(), 0, seal)
+    attempt = pomex.Assembler(answer(), seal)
     with pytest.raises(pomex.UpstreamError):
         attempt.add(0, "x", "text")
     attempt.done(0)
@@ -796,6 +797,12 @@ def test_usage_is_the_providers_or_marked_as_estimated():
     assert attempt.usage == Usage(100, output=11, estimated=True)
 
 
+def test_an_attempt_for_which_no_provider_was_asked_has_no_input():
+    attempt = pomex.Attempt(answer())
+    attempt.finish(BROKEN)
+    assert attempt.usage == Usage(estimated=True)
+
+
 @pytest.mark.parametrize("given, usage", [
     (None, None), ([], None), ({}, None), ({"tokens": 5}, None), ({"input_tokens": "5", "output_tokens": -5}, Usage()),
     ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3},
@@ -808,7 +815,7 @@ def test_a_foreign_usage_is_read_as_far_as_it_can_be_believed(given, usage):
 
 
 def test_without_stream_there_are_no_frames_and_one_body():
-    attempt = pomex.Assembler(answer(stream=False), 0, seal)
+    attempt = pomex.Assembler(answer(stream=False), seal)
     tell(attempt, MIXED)
     attempt.finish()
     assert attempt.take_output() == b""
@@ -819,7 +826,7 @@ def test_without_stream_there_are_no_frames_and_one_body():
 
 def test_a_heartbeat_is_numbered_like_every_event():
     ours = answer()
-    attempt = pomex.Assembler(ours, 0, seal)
+    attempt = pomex.Assembler(ours, seal)
     raw = ours.start() + ours.heartbeat()
     for each in MIXED:
         tell(attempt, [each])
@@ -1039,7 +1046,7 @@ def end(kind="completed", **fields):
 
 def relayed(pieces, profile=pomex.STANDARD, error=None, clean=True, early=b"", ours=None, after=None):
     ours = ours or answer(profile)
-    attempt = pomex.ResponsesPassthrough(ours, 100, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(ours, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     raw = early
     for piece in pieces:
         attempt.feed(piece)
@@ -1092,7 +1099,7 @@ def test_a_relayed_stream_is_whole_however_it_is_cut(stream):
 
 def test_nothing_of_a_stream_is_shown_before_its_output():
     for stream in ([*BEGIN, frame("keepalive"), frame("response.metadata")], [*BEGIN, frame("error", error={"code": "x"})], [*BEGIN, *end("failed", error={})]):
-        attempt = pomex.ResponsesPassthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+        attempt = pomex.ResponsesPassthrough(answer(), seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.feed(b"".join(stream))
         assert not attempt.output_started and not attempt.take_output() and attempt.answer.sequence == 0
 
@@ -1222,7 +1229,7 @@ def test_arguments_of_theirs_that_are_no_json_object_finish_no_call(arguments):
         raw, attempt = relayed([b"".join(numbered([*BEGIN, *stream]))])
         assert attempt.status == "failed" and [item["type"] for item in streams.check(raw)["output"]] == ["message"]
     for streamed in (True, False):
-        attempt = pomex.ResponsesPassthrough(answer(stream=streamed), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+        attempt = pomex.ResponsesPassthrough(answer(stream=streamed), seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
         attempt.whole(json.dumps(response("completed", output=[bad], usage=GOOD_USAGE)).encode())
         attempt.finish()
         assert json.loads(attempt.body(1))["status"] == "failed"
@@ -1274,7 +1281,7 @@ def test_an_endless_frame_is_refused(monkeypatch):
 def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     usage = {**GOOD_USAGE, "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0}}
     plain = json.dumps(response("completed", output=[SAID], usage=usage, other={"kept": 1.50})).encode()
-    attempt = pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(stream=False), seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(plain)
     attempt.finish()
     assert json.loads(attempt.body(1)) == {**json.loads(plain), "id": "resp_1", "model": "m/x", "completed_at": 1}
@@ -1287,7 +1294,7 @@ def test_an_answer_that_was_not_streamed_keeps_all_that_it_says():
     {"object": None, "output": [SAID]}, {"output": [SAID], "usage": GOOD_USAGE},        # a count is missing
 ])
 def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
-    attempt = pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(stream=False), seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     attempt.whole(json.dumps(response("completed", **fields)).encode())
     attempt.finish()
     final = json.loads(attempt.body(1))
@@ -1299,13 +1306,13 @@ def test_an_odd_answer_that_was_not_streamed_is_made_anew(fields):
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"{}", b"nope", b'{"status":', b'{"error":{"message":"x"}}'])
 def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
     with pytest.raises(pomex.UpstreamError):
-        pomex.ResponsesPassthrough(answer(stream=False), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([]))).whole(body)
+        pomex.ResponsesPassthrough(answer(stream=False), seal, pomex.ResponsesDecoder(pomex.ToolMap([]))).whole(body)
 
 
 @pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
 def test_an_object_in_the_place_of_a_stream_becomes_a_stream(profile):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
-    attempt = pomex.ResponsesPassthrough(answer(profile), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(profile), seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     looked = {**RUN, "namespace": "ns", "status": "completed"}
     attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
@@ -1548,7 +1555,7 @@ def test_an_event_of_24_mb_in_small_pieces_takes_no_square_of_its_time(road):
 
 
 def test_the_time_for_a_large_frame_does_not_grow_with_its_square():
-    attempt = pomex.ResponsesPassthrough(answer(), 0, seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
+    attempt = pomex.ResponsesPassthrough(answer(), seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     picture = frame("response.output_item.done", output_index=0, item={"type": "image_generation_call", "id": "ig_1", "result": "A" * (12 << 20)})
     begun = time.process_time()
     for at in range(0, len(picture), 4096):

@@ -1,6 +1,7 @@
 """What was made fast: the short road says what the long one says, and a request leaves nothing behind."""
 import gc
 import json
+import time
 
 import pytest
 import pomex
@@ -174,6 +175,8 @@ RAW = {
     "a number": '{"choices":[{"index":0,"delta":{"content":7}}]}',
     "parts": '{"choices":[{"index":0,"delta":{"content":[{"type":"text","text":"part"}]}}]}',
     "escapes": '{"choices":[{"index":0,"delta":{"content":"\\"\\\\ \\n\\u00e9\\/"}}]}',
+    "a backslash before a u": '{"choices":[{"index":0,"delta":{"content":"C:\\\\users"}}]}',
+    "a surrogate pair": '{"choices":[{"index":0,"delta":{"content":"\\ud83d\\ude00"}}]}',
     "a field's name in the text": '{"choices":[{"index":0,"delta":{"content":"\\"content\\": \\"x"}}]}',
     "half a surrogate pair": '{"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}',
     "its other half": '{"choices":[{"index":0,"delta":{"content":"\\ude00"}}]}',
@@ -236,6 +239,13 @@ def test_a_giant_event_in_splinters_takes_the_short_road_too():
     body = b"".join(events)
     _, _, parsed = outcome([body[at:at + 1000] for at in range(0, len(body), 1000)])
     assert parsed == 1
+
+
+def test_a_template_is_found_or_given_up_in_linear_time():
+    events = ['data: {"x":[' + '{"content":"a"},' * 50_000 + '"\\""]}\n\n', 'data: {"content":"' + '\\"' * 400_000 + 'a\\"}\n\n']
+    started = time.perf_counter()
+    assert [pomex.field_template(event, "content").before for event in events] == ["", ""]
+    assert time.perf_counter() - started < 5
 
 
 def test_a_stream_whose_events_always_differ_is_not_looked_at_for_ever(monkeypatch):

@@ -1515,6 +1515,7 @@ def unseal_items(items: list[JSON], envelope: Envelope,
 # --- 5.3 tools for providers that know only functions ---------------------------------------------
 
 MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
+SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's begin with a letter or _
 FREEFORM_PARAMETERS: JSON = {
     "type": "object",
     "additionalProperties": False,
@@ -1567,10 +1568,9 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
 def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
-    safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
-    if safe == full and len(full) <= MAX_NAME:
+    if SAFE_NAME.fullmatch(full):
         return full
-    return with_digest(safe, full)
+    return with_digest(re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full), full)
 
 
 def with_digest(safe: str, full: str) -> str:
@@ -1669,7 +1669,8 @@ class ToolMap:
     def resolve(self, name: str) -> Tool:
         """The tool that a model means; a function of that name where none is offered."""
         found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
-        return found or Tool("function_call", name, "")
+        tool = self.by_name[name] = found or Tool("function_call", name, "")    # kept: a history repeats it
+        return tool
 
     def restore_name(self, item: JSON) -> JSON:
         """A call of the history by the name of its tool: a misspelt name does not go back to the model."""
@@ -3708,17 +3709,16 @@ def parse_time_s(text: str) -> float:
 # --- what encoders share
 
 # which the gateway answers itself, or every wire carries as far as it has it
-CARRIED_BY_ALL = frozenset((
-    "model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "reasoning.summary",
-    "stream", "stream_options", "store", "background", "metadata", "client_metadata", "prompt_cache_key"))
+CARRIED_BY_ALL = frozenset("""model input instructions tools tool_choice parallel_tool_calls reasoning.summary
+stream stream_options store background metadata client_metadata prompt_cache_key""".split())
 # values that ask for nothing: what happens anyway
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "text.verbosity": ("medium",),
-    "service_tier": ("auto", "default"),
-    "truncation": ("disabled",),
-    "include": ([], ["reasoning.encrypted_content"]),
-    **dict.fromkeys(("temperature", "top_p"), (1,)),
-    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,)),
+NEUTRAL: dict[str, list[Any]] = {
+    "text.verbosity": ["medium"],
+    "service_tier": ["auto", "default"],
+    "truncation": ["disabled"],
+    "include": [[], ["reasoning.encrypted_content"]],
+    **dict.fromkeys("temperature top_p".split(), [1]),
+    **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
 # keys of tools and parts that are carried or ask for nothing; other types are carried or named as a whole
 KNOWN_KEYS = {kind: frozenset(("type", "cache_control", *keys.split())) for kind, keys in {
@@ -3734,18 +3734,16 @@ KNOWN_KEYS = {kind: frozenset(("type", "cache_control", *keys.split())) for kind
 }.items()}
 
 
-def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
+def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
     """The keys of tools or parts that no wire carries, as PREFIX:TYPE.KEY."""
-    found: list[str] = []
     for holder in holders:
         kind = str(holder.get("type"))
         known = KNOWN_KEYS.get(kind, holder.keys())
         for key in sorted(holder.keys() - known):
             if holder[key] is not None:
-                found.append(f"{prefix}:{kind}.{key}")
+                yield f"{prefix}:{kind}.{key}"
         if kind == "namespace":
-            found += unknown_keys(prefix, holder["tools"])
-    return found
+            yield from unknown_keys(prefix, holder["tools"])
 
 
 def request_fields(body: JSON) -> JSON:
@@ -3759,7 +3757,7 @@ def request_fields(body: JSON) -> JSON:
     return {path: value for path, value in fields.items() if value is not None}
 
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = "none minimal low medium high xhigh max".split()
 
 
 def effort_value(values: str, effort: Any) -> str:
@@ -3930,8 +3928,8 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
 
 
 # What any Responses server can be expected to know.
-RESPONSES_FIELDS = ("max_output_tokens", "temperature", "top_p", "text.verbosity", "text.format", "reasoning.effort",
-                    "reasoning.summary", "truncation", "include", "prompt_cache_key", "service_tier")
+RESPONSES_FIELDS = """max_output_tokens temperature top_p text.verbosity text.format reasoning.effort reasoning.summary
+truncation include prompt_cache_key service_tier""".split()
 
 
 def encode_responses(ctx: EncodeContext) -> JSON:
@@ -5251,7 +5249,8 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     kind = thinking.get("type")
     native = native_web_search(ctx.book, settings)
     tools = [messages_tool(function) for function in ctx.book.functions] + native
-    choice, closing = None, ""
+    choice: JSON = {}
+    closing = ""
     if tools:
         may_force = settings.forced_choice and kind != "enabled"
         choice, closing = messages_tool_choice(ctx, may_force, bool(native))
@@ -5305,7 +5304,7 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     return max_tokens, thinking, effort
 
 
-def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON | None, str]:
+def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON, str]:
     """tool_choice, and the instruction in its place where a call may not be forced."""
     asked = as_dict(ctx.request.get("tool_choice"))
     mode, names = "required", ["web_search"]
@@ -5320,8 +5319,9 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
     if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
         choice["disable_parallel_tool_use"] = True
-    default = choice == {"type": "auto"} and not instruction
-    return None if default else choice, instruction
+    if choice == {"type": "auto"} and not instruction:      # the default
+        choice = {}
+    return choice, instruction
 
 
 def messages_tool(function: JSON) -> JSON:
@@ -5917,7 +5917,7 @@ GEMINI_MODELS: dict[str, GeminiModel] = {
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()    # ai.google.dev, thought-signatures
 MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")      # ids that GeminiDecoder made up: Gemini never saw them
 # what functionResponse.parts may hold, and a content
-RESULT_MEDIA = frozenset(("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"))
+RESULT_MEDIA = frozenset("image/png image/jpeg image/webp application/pdf text/plain".split())
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
 
@@ -5999,7 +5999,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
 
 # --- its schemas
 
-UNKNOWN_KEYWORDS = frozenset(("$schema", "discriminator", "examples", "title", "exclusiveMinimum", "exclusiveMaximum"))
+UNKNOWN_KEYWORDS = "$schema discriminator examples title exclusiveMinimum exclusiveMaximum".split()
 JSON_TYPES = {
     str: "string", bool: "boolean", int: "integer", float: "number",
     list: "array", dict: "object", type(None): "null",
@@ -6008,8 +6008,10 @@ JSON_TYPES = {
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
     """A JSON schema without the keywords that Gemini refuses, nor `refused`; a string's format goes into its description."""
+    unknown = {*UNKNOWN_KEYWORDS, refused}
+
     def change(made: JSON) -> JSON:
-        for key in made.keys() & {*UNKNOWN_KEYWORDS, refused}:
+        for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
             made["$defs"] = {**as_dict(made.pop("definitions")), **as_dict(made.get("$defs"))}
@@ -6445,11 +6447,13 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
         called = {"index": 0, "id": f"call_{len(ctx.history.items)}_demo", "function": call}
         deltas.append({"tool_calls": [called]})
         reason, tokens = "tool_calls", 10
-    chunks: list[JSON] = [{"delta": delta} for delta in deltas]
-    for choice in (*chunks, {"finish_reason": reason}):
-        yield sse_frame("", dumps({"choices": [choice]}))
-    usage = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": tokens}
-    yield sse_frame("", dumps({"choices": [], "usage": usage}))
+    chunks: list[JSON] = [{"choices": [{"delta": delta}]} for delta in deltas]
+    chunks.append({
+        "choices": [{"finish_reason": reason}],
+        "usage": {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": tokens},
+    })
+    for chunk in chunks:
+        yield sse_frame("", dumps(chunk))
     yield DONE_FRAME
 
 

@@ -1668,9 +1668,10 @@ class ToolMap:
 
     def resolve(self, name: str) -> Tool:
         """The tool that a model means; a function of that name where none is offered."""
-        found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
-        tool = self.by_name[name] = found or Tool("function_call", name, "")    # kept: a history repeats it
-        return tool
+        found = self.by_name.get(name)
+        if not found and not name.isidentifier():       # nearly all are: a pattern a call would be slow
+            found = self.by_name.get(TEMPLATE_REMAINS.sub("", name))
+        return found or Tool("function_call", name, "")
 
     def restore_name(self, item: JSON) -> JSON:
         """A call of the history by the name of its tool: a misspelt name does not go back to the model."""
@@ -3721,7 +3722,7 @@ NEUTRAL: dict[str, list[Any]] = {
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
 # keys of tools and parts that are carried or ask for nothing; other types are carried or named as a whole
-KNOWN_KEYS = {kind: frozenset(("type", "cache_control", *keys.split())) for kind, keys in {
+KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
     "namespace": "name description tools",
@@ -3791,14 +3792,19 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if some are named.
     What is lost of it is dropped. Every wire can force one tool; in `subset_modes` it takes several names too."""
-    choice, offered = ctx.request.get("tool_choice", "auto"), ctx.book.by_upstream_name
+    choice = ctx.request.get("tool_choice", "auto")
+    offered = ctx.book.by_upstream_name
     if isinstance(choice, str):
         return choice, []
     if choice["type"] != "allowed_tools":
         choice = {"mode": "required", "tools": [choice]}
     mode = "required" if choice.get("mode") == "required" else "auto"
-    wanted = only_dicts(choice.get("tools"))
-    names = [*filter(None, (offered_name(tool, offered) for tool in wanted))]
+    names: list[str] = []
+    for tool in only_dicts(choice.get("tools")):
+        name = str(tool.get("name") or tool.get("type"))
+        exact = upstream_tool_name(name, tool.get("namespace") or "")
+        found = [flat for flat, known in offered.items() if known.name == name]
+        names += [exact] if exact in offered else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []
@@ -3807,14 +3813,6 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     if not offered.keys() <= set(names):        # all tools stay offered: prompt caches begin with them
         ctx.dropped.append("tool_choice.tools")
     return mode, []
-
-
-def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
-    """The upstream name of the tool that a tool_choice means, or ""."""
-    name = str(chosen.get("name") or chosen.get("type"))
-    exact = upstream_tool_name(name, chosen.get("namespace") or "")
-    others = (flat for flat, tool in offered.items() if tool.name == name)
-    return exact if exact in offered else next(others, "")
 
 
 def without_empty(fields: JSON) -> JSON:
@@ -3911,8 +3909,9 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
             item.update(item.pop("sealed_replay"))
-            envelope = str(given.get("encrypted_content")).encode()
-            envelopes[envelope] = json_string(item["encrypted_content"]).encode()
+            if not dropped:         # else the two do not stand side by side
+                envelope = given["encrypted_content"].encode()
+                envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
     raw, models = MODEL_FIELD.subn(lambda at: at[0].removesuffix(at[1]) + named.encode(), raw)
     opened = 0
@@ -3941,8 +3940,13 @@ def encode_responses(ctx: EncodeContext) -> JSON:
     body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
         mode, names = resolve_tool_choice(ctx)
-        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
-        body["tool_choice"] = {"type": "function", "name": names[0]} if names else mode
+        body["tools"] = [
+            {"type": "function", "strict": None, **function}
+            for function in functions
+        ]
+        body["tool_choice"] = mode
+        if names:
+            body["tool_choice"] = {"type": "function", "name": names[0]}
         body["parallel_tool_calls"] = ctx.request.get("parallel_tool_calls", True)
     fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
     for path, value in without_empty(fields).items():
@@ -3955,14 +3959,24 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: no ids but where the SDK's types ask for one."""
     if item["type"] == "reasoning":
-        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
+        return {
+            "type": "reasoning",
+            "id": f"rs_{index}",
+            "summary": [],
+            **item["sealed_replay"],
+        }
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
         parts = [responses_part(part, assistant) for part in item["content"]]
-        fixed: JSON = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
-        return {"type": "message", **fixed, "role": item["role"], "content": parts}
+        fixed = {"id": f"msg_{index}", "status": "completed"}
+        return {
+            "type": "message",
+            **(fixed if assistant else {}),
+            "role": item["role"],
+            "content": parts,
+        }
     output = item.get("output")
-    if isinstance(output, list) and {part["type"] for part in output} <= {"input_text", "output_text"}:
+    if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
         return {**item, "output": text_of(output)}      # llama.cpp takes strings only (ggml-org/llama.cpp#23465)
     return item
 
@@ -5235,7 +5249,6 @@ def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
 
 # --- the request
 
-MUST_CALL = "Answer this turn with a call of {}."
 JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
@@ -5274,9 +5287,8 @@ def encode_messages(ctx: EncodeContext) -> JSON:
                 body[name] = min(ctx.take(name), 1)
     if ctx.book.hosted and not native:
         ctx.dropped.append("tools:web_search")
-    body = without_empty(body)
     place_cache_control(body, ctx.prompt_cache)
-    return {**body, "stream": True}
+    return {**without_empty(body), "stream": True}
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
@@ -5292,13 +5304,18 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     kind = settings.thinking if asked or shown or settings.binds_thinking else ""
     thinking: JSON = {}
     if kind == "adaptive":
-        thinking = {"type": kind, "display": "summarized"} if shown else {"type": kind}
+        thinking["type"] = kind
+        if shown:
+            thinking["display"] = "summarized"
         if settings.binds_thinking:
             thinking["block_binding"] = DROP_STALE
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
-        thinking = {"type": "enabled", "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))}
+        thinking = {
+            "type": "enabled",
+            "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET)),
+        }
     if asked and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     return max_tokens, thinking, effort
@@ -5313,7 +5330,8 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
     instruction = ""
     if mode == "required" and not may_force:
         mode = "auto"
-        instruction = MUST_CALL.format(f"the tool {names[0]}" if names else "one of the tools")
+        wanted = f"the tool {names[0]}" if names else "one of the tools"
+        instruction = f"Answer this turn with a call of {wanted}."
     choice: JSON = {"type": mode}
     if mode == "required":
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
@@ -5327,7 +5345,10 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
 def messages_tool(function: JSON) -> JSON:
     """Not `strict`: a request may have 20 strict tools and 24 optional parameters at most."""
     schema = function["parameters"]
-    defs = {**as_dict(schema.get("definitions")), **as_dict(schema.get("$defs"))}   # the former of zod-to-json-schema
+    defs = {
+        **as_dict(schema.get("definitions")),       # of zod-to-json-schema
+        **as_dict(schema.get("$defs")),
+    }
     return without_empty({
         "name": function["name"],
         "description": function["description"],
@@ -5340,12 +5361,15 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     become one object, which requires what all of them require. Each of `defs` is taken where it is first named: two names
     in each of n would make 2 ** n."""
     root = dict(schema)
-    target = defs.pop(str(root.pop("$ref", "")).rpartition("/")[2], None)
+    reference = str(root.pop("$ref", ""))
+    target = as_dict(defs.pop(reference.rpartition("/")[2], None))
     options: list[JSON] = []
     merged = [root]
     for keyword, branches in (("anyOf", options), ("oneOf", options), ("allOf", merged)):
-        branches += [object_root(branch, defs) for branch in only_dicts(root.pop(keyword, None))]
-    merged += [object_root(branch, defs) for branch in only_dicts([target])]
+        for branch in only_dicts(root.pop(keyword, None)):
+            branches.append(object_root(branch, defs))
+    if target:
+        merged.append(object_root(target, defs))
     if options or len(merged) > 1:
         properties: JSON = {}
         for branch in merged + options:
@@ -5521,14 +5545,19 @@ def tool_use_id(given: str) -> str:
 def place_cache_control(body: JSON, ttl: str) -> None:
     """Marks what the provider shall cache, unless the client did: up to the last tool, the last system block, the ends of
     the last turn and of the user turn before it (a step that adds over 20 blocks would miss the first)."""
-    turns = [message["content"] for message in body["messages"]]
-    blocks = [*itertools.chain(*turns)]
-    blocks += itertools.chain(*(only_dicts(block.get("content")) for block in blocks))
+    messages = body["messages"]
+    blocks = [*itertools.chain(*(message["content"] for message in messages))]
+    for block in list(blocks):
+        blocks += only_dicts(block.get("content"))
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
-    mark = without_empty({"type": "ephemeral", "ttl": "" if ttl == "5m" else ttl})
-    users = [message["content"] for message in body["messages"][:-1] if message["role"] == "user"]
-    for content in (body.get("tools", []), body.get("system", []), *users[-1:], turns[-1]):
+    mark = without_empty({
+        "type": "ephemeral",
+        "ttl": "" if ttl == "5m" else ttl,
+    })
+    users = [message for message in messages[:-1] if message["role"] == "user"]
+    turns = [message["content"] for message in (*users[-1:], messages[-1])]
+    for content in (body["tools"], body["system"], *turns):
         for block in reversed(content):
             if block.get("type") not in THINKING_BLOCKS:
                 block["cache_control"] = mark
@@ -6014,7 +6043,10 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
-            made["$defs"] = {**as_dict(made.pop("definitions")), **as_dict(made.get("$defs"))}
+            made["$defs"] = {
+                **as_dict(made.pop("definitions")),
+                **as_dict(made.get("$defs")),
+            }
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
@@ -6441,19 +6473,25 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     text, call = demo_answer(ctx)
-    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
-    reason, tokens = "stop", len(deltas)
+    words = re.findall(r"\S+\s*|\s+", text)
+    choices: list[JSON] = [{"delta": {"content": word}} for word in words]
+    reason, tokens = "stop", len(words)
     if call:
-        called = {"index": 0, "id": f"call_{len(ctx.history.items)}_demo", "function": call}
-        deltas.append({"tool_calls": [called]})
+        called = {
+            "index": 0,
+            "id": f"call_{len(ctx.history.items)}_demo",
+            "function": call,
+        }
+        choices.append({"delta": {"tool_calls": [called]}})
         reason, tokens = "tool_calls", 10
-    chunks: list[JSON] = [{"choices": [{"delta": delta}]} for delta in deltas]
-    chunks.append({
-        "choices": [{"finish_reason": reason}],
-        "usage": {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": tokens},
-    })
-    for chunk in chunks:
-        yield sse_frame("", dumps(chunk))
+    choices.append({"finish_reason": reason})
+    for choice in choices:
+        yield sse_frame("", dumps({"choices": [choice]}))
+    usage = {
+        "prompt_tokens": -(-len(ctx.request.raw) // 4),
+        "completion_tokens": tokens,
+    }
+    yield sse_frame("", dumps({"choices": [], "usage": usage}))
     yield DONE_FRAME
 
 

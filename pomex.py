@@ -1480,6 +1480,7 @@ def unseal_items(items: list[JSON], envelope: Envelope,
 # --- 5.3 tools for providers that know only functions ---------------------------------------------
 
 MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
+SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's begin with a letter or _
 FREEFORM_PARAMETERS: JSON = {
     "type": "object",
     "additionalProperties": False,
@@ -1536,8 +1537,9 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
 def upstream_tool_name(name: str, namespace: str) -> str:
     """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
-    safe = re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full)         # Gemini's begin with a letter or _
-    return full if safe == full and len(full) <= MAX_NAME else with_digest(safe, full)
+    if SAFE_NAME.fullmatch(full):
+        return full
+    return with_digest(re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full), full)
 
 
 def with_digest(safe: str, full: str) -> str:
@@ -1633,7 +1635,9 @@ class ToolMap:
 
     def resolve(self, name: str) -> Tool:
         """The tool that a model means; a function of that name where none is offered."""
-        found = self.by_name.get(name) or self.by_name.get(TEMPLATE_REMAINS.sub("", name))
+        found = self.by_name.get(name)
+        if not found and not name.isidentifier():       # nearly all are: a pattern a call would be slow
+            found = self.by_name.get(TEMPLATE_REMAINS.sub("", name))
         return found or Tool("function_call", name, "")
 
     def _add(self, tools: Sequence[JSON], namespace: str) -> None:
@@ -3566,20 +3570,19 @@ def parse_time_s(text: str) -> float:
 # --- what encoders share
 
 # which the gateway answers itself, or every wire carries as far as it has it
-CARRIED_BY_ALL = frozenset((
-    "model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "reasoning.summary",
-    "stream", "stream_options", "store", "background", "metadata", "client_metadata", "prompt_cache_key"))
+CARRIED_BY_ALL = frozenset("""model input instructions tools tool_choice parallel_tool_calls reasoning.summary
+stream stream_options store background metadata client_metadata prompt_cache_key""".split())
 # values that ask for nothing: what happens anyway
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "text.verbosity": ("medium",),
-    "service_tier": ("auto", "default"),
-    "truncation": ("disabled",),
-    "include": ([], ["reasoning.encrypted_content"]),
-    **dict.fromkeys(("temperature", "top_p"), (1,)),
-    **dict.fromkeys(("top_logprobs", "max_tool_calls", "presence_penalty", "frequency_penalty"), (0,)),
+NEUTRAL: dict[str, list[Any]] = {
+    "text.verbosity": ["medium"],
+    "service_tier": ["auto", "default"],
+    "truncation": ["disabled"],
+    "include": [[], ["reasoning.encrypted_content"]],
+    **dict.fromkeys("temperature top_p".split(), [1]),
+    **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
 # keys of tools and parts that are carried or ask for nothing; other types are carried or named as a whole
-KNOWN_KEYS = {kind: frozenset(("type", "cache_control", *keys.split())) for kind, keys in {
+KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
     "namespace": "name description tools",
@@ -3592,18 +3595,16 @@ KNOWN_KEYS = {kind: frozenset(("type", "cache_control", *keys.split())) for kind
 }.items()}
 
 
-def unknown_keys(prefix: str, holders: Iterable[JSON]) -> list[str]:
+def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
     """The keys of tools or parts that no wire carries, as PREFIX:TYPE.KEY."""
-    found: list[str] = []
     for holder in holders:
         kind = str(holder.get("type"))
         known = KNOWN_KEYS.get(kind, holder.keys())
-        for key in () if holder.keys() <= known else sorted(holder.keys() - known):
+        for key in sorted(holder.keys() - known):
             if holder[key] is not None:
-                found.append(f"{prefix}:{kind}.{key}")
+                yield f"{prefix}:{kind}.{key}"
         if kind == "namespace":
-            found += unknown_keys(prefix, holder["tools"])
-    return found
+            yield from unknown_keys(prefix, holder["tools"])
 
 
 def request_fields(body: JSON) -> JSON:
@@ -3617,7 +3618,7 @@ def request_fields(body: JSON) -> JSON:
     return {path: value for path, value in fields.items() if value is not None}
 
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = "none minimal low medium high xhigh max".split()
 
 
 def effort_value(values: str, effort: Any) -> str:
@@ -3655,38 +3656,30 @@ def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
         table |= dict.fromkeys(names.split(" "), base._replace(**fields))
 
 
-class ToolChoice(NamedTuple):
-    """What the model may call: only `names` where there are some. `required`: it must call one."""
-    mode: str                   # none, auto or required
-    names: list[str]            # as they go upstream
-
-
-def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> ToolChoice:
-    """The request's tool_choice; what is lost of it is named. Every wire can force one tool; in `subset_modes` it takes
-    several names too."""
+def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if some are named.
+    What is lost of it is dropped. Every wire can force one tool; in `subset_modes` it takes several names too."""
     choice = ctx.request.get("tool_choice", "auto")
+    offered = ctx.book.by_upstream_name
     if isinstance(choice, str):
-        return ToolChoice(choice, [])
-    allowed, offered = choice["type"] == "allowed_tools", ctx.book.by_upstream_name
-    wanted = only_dicts(choice.get("tools")) if allowed else [choice]
-    names = [*filter(None, (offered_name(tool, offered) for tool in wanted))]
+        return choice, []
+    if choice["type"] != "allowed_tools":
+        choice = {"mode": "required", "tools": [choice]}
+    mode = "required" if choice.get("mode") == "required" else "auto"
+    names: list[str] = []
+    for tool in only_dicts(choice.get("tools")):
+        name = str(tool.get("name") or tool.get("type"))
+        exact = upstream_tool_name(name, tool.get("namespace") or "")
+        found = [flat for flat, known in offered.items() if known.name == name]
+        names += [exact] if exact in offered else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
-        return ToolChoice("auto", [])
-    mode = "auto" if allowed and choice.get("mode") != "required" else "required"
+        return "auto", []
     if mode in subset_modes or (mode == "required" and len(names) == 1):
-        return ToolChoice(mode, names)
+        return mode, names
     if not offered.keys() <= set(names):        # all tools stay offered: prompt caches begin with them
         ctx.dropped.append("tool_choice.tools")
-    return ToolChoice(mode, [])
-
-
-def offered_name(chosen: JSON, offered: Mapping[str, Tool]) -> str:
-    """The upstream name of the tool that a tool_choice means, or ""."""
-    name = chosen.get("name") or chosen.get("type")
-    namespace = chosen.get("namespace") or ""
-    named = [flat for flat, tool in offered.items() if tool.name == name]
-    return min(named, key=lambda flat: offered[flat].namespace != namespace, default="")
+    return mode, []
 
 
 def without_empty(fields: JSON) -> JSON:
@@ -3770,81 +3763,87 @@ class TurnEncoder:
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
 
 ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
-LETTER_ESCAPE = re.compile(rb"\\u006")     # of d, e, l, m or o: a key may be "model" without looking so
+# of an ASCII letter, a digit, "-" or ".": a key or an envelope may be there without looking so
+LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
 def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
                      model: str) -> bytes:
-    """The client's own bytes with `model` replaced and `store` false: only the gateway keeps state.
-
-    They are spliced where that is exact; otherwise the body is encoded again.
-    """
-    raw, body, exact = request.raw, request.body, not dropped
-    opened = [replayed(item) if "sealed_replay" in item else item for item in items]
-    if exact:
-        envelopes = {
-            old["encrypted_content"].encode(): json_string(new["encrypted_content"]).encode()
-            for old, new, item in zip(request.input, opened, items)
-            if "sealed_replay" in item
-        }
-        exact = not envelopes or sorted(envelopes) == sorted(ENVELOPED.findall(raw))
-        if exact and envelopes:
-            raw = ENVELOPED.sub(lambda found: envelopes[found[1]], raw)
-    models = list(MODEL_FIELD.finditer(raw))
-    stores = body.get("store", False) is not False
-    if not exact or stores or len(models) != 1 or LETTER_ESCAPE.search(raw):
-        given = opened if isinstance(body["input"], list) else body["input"]
-        return dumps({**body, "input": given, "model": model, "store": False}).encode()
+    """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
+    envelopes of `items` opened. They are spliced where that is exact; otherwise the body is encoded again."""
+    raw, body = request.raw, request.body
+    envelopes: dict[bytes, bytes] = {}      # and their contents
+    for given, item in zip(request.input, items):
+        if "sealed_replay" in item:
+            item.update(item.pop("sealed_replay"))
+            if not dropped:         # else the two do not stand side by side
+                envelope = given["encrypted_content"].encode()
+                envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    start, end = models[0].span(1)
-    return b"".join((raw[:start], named.encode(), raw[end:]))
-
-
-def replayed(item: JSON) -> JSON:
-    """An item as the provider gave it, out of our envelope."""
-    opened = dict(item)
-    opened |= opened.pop("sealed_replay")
-    return opened
+    raw, models = MODEL_FIELD.subn(lambda at: at[0].removesuffix(at[1]) + named.encode(), raw)
+    opened = 0
+    if envelopes:
+        raw, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), raw)
+    exact = models == 1 and opened == len(envelopes) and body.get("store", False) is False
+    if exact and not dropped and not LETTER_ESCAPE.search(raw):
+        return raw
+    body = {**body, "model": model, "store": False}
+    if isinstance(body["input"], list):
+        body["input"] = items
+    return dumps(body).encode()
 
 
 # What any Responses server can be expected to know.
-RESPONSES_FIELDS = ("max_output_tokens", "temperature", "top_p", "text.verbosity", "text.format", "reasoning.effort",
-                    "reasoning.summary", "truncation", "include", "prompt_cache_key", "service_tier")
+RESPONSES_FIELDS = """max_output_tokens temperature top_p text.verbosity text.format reasoning.effort reasoning.summary
+truncation include prompt_cache_key service_tier""".split()
 
 
 def encode_responses(ctx: EncodeContext) -> JSON:
     """The body for a server that knows messages, functions and reasoning, and refuses the rest."""
-    request, history, functions = ctx.request, ctx.history, ctx.book.functions
+    history, functions = ctx.history, ctx.book.functions
     body: JSON = {"model": ctx.model}
     if history.system:
         body["instructions"] = "\n\n".join(history.system)
     body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
-        choice = resolve_tool_choice(ctx)
-        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
-        body["tool_choice"] = choice.mode
-        if choice.names:
-            body["tool_choice"] = {"type": "function", "name": choice.names[0]}
-        body["parallel_tool_calls"] = request.get("parallel_tool_calls", True)
+        mode, names = resolve_tool_choice(ctx)
+        body["tools"] = [
+            {"type": "function", "strict": None, **function}
+            for function in functions
+        ]
+        body["tool_choice"] = mode
+        if names:
+            body["tool_choice"] = {"type": "function", "name": names[0]}
+        body["parallel_tool_calls"] = ctx.request.get("parallel_tool_calls", True)
     fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
     for path, value in without_empty(fields).items():
         outer, _, name = path.rpartition(".")
         holder = body.setdefault(outer, {}) if outer else body
         holder[name] = value
-    return {**body, "stream": request.stream, "store": False}
+    return {**body, "stream": ctx.request.stream, "store": False}
 
 
 def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: no ids but where the SDK's types ask for one."""
     if item["type"] == "reasoning":
-        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
+        return {
+            "type": "reasoning",
+            "id": f"rs_{index}",
+            "summary": [],
+            **item["sealed_replay"],
+        }
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
         parts = [responses_part(part, assistant) for part in item["content"]]
-        fixed: JSON = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
-        return {"type": "message", **fixed, "role": item["role"], "content": parts}
+        fixed = {"id": f"msg_{index}", "status": "completed"}
+        return {
+            "type": "message",
+            **(fixed if assistant else {}),
+            "role": item["role"],
+            "content": parts,
+        }
     output = item.get("output")
-    if isinstance(output, list) and {part["type"] for part in output} <= {"input_text", "output_text"}:
+    if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
         return {**item, "output": text_of(output)}      # llama.cpp takes strings only (ggml-org/llama.cpp#23465)
     return item
 
@@ -3852,7 +3851,7 @@ def responses_item(item: JSON, index: int) -> JSON:
 def responses_part(part: JSON, assistant: bool) -> JSON:
     if part["type"] == "input_image":
         return {"detail": "auto", **part}
-    if "text" not in part or (assistant and part["type"] == "refusal"):
+    if "text" not in part:
         return part
     if assistant:
         return {"type": "output_text", "text": part["text"], "annotations": []}
@@ -5005,7 +5004,6 @@ def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
 
 # --- the request
 
-MUST_CALL = "Answer this turn with a call of {}."
 JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
@@ -5016,13 +5014,14 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
     system = [part for part in (*ctx.history.system, instruction) if part.strip()]
     max_tokens, thinking, effort = fit_thinking(ctx, turns.missing_thinking())
-    kind = thinking["type"] if thinking else ""
+    kind = thinking.get("type")
     native = native_web_search(ctx.book, settings)
     tools = [messages_tool(function) for function in ctx.book.functions] + native
-    choice, sentence = None, ""
+    choice: JSON = {}
+    closing = ""
     if tools:
         may_force = settings.forced_choice and kind != "enabled"
-        choice, sentence = messages_tool_choice(ctx, may_force, bool(native))
+        choice, closing = messages_tool_choice(ctx, may_force, bool(native))
     user = ctx.take("safety_identifier", ctx.take("user", ""))
     if len(user) > 256:
         user = sha256_hex(user)
@@ -5032,7 +5031,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "system": [*map(text_block, system)],
         "tools": tools,
         "tool_choice": choice,
-        "messages": turns.finish(sentence, thinking is not None),
+        "messages": turns.finish(closing, bool(thinking)),
         "thinking": thinking,
         "output_config": without_empty({"effort": effort, "format": shape}),
         "metadata": without_empty({"user_id": user}),
@@ -5043,12 +5042,11 @@ def encode_messages(ctx: EncodeContext) -> JSON:
                 body[name] = min(ctx.take(name), 1)
     if ctx.book.hosted and not native:
         ctx.dropped.append("tools:web_search")
-    body = without_empty(body)
     place_cache_control(body, ctx.prompt_cache)
-    return {**body, "stream": True}
+    return {**without_empty(body), "stream": True}
 
 
-def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON | None, str]:
+def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
     """max_tokens, `thinking` and effort. A thinking budget comes on top of the answer, and stays below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
@@ -5056,52 +5054,60 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON 
     cap = settings.max_tokens or 1 << 31
     max_tokens = min(ctx.take("max_output_tokens") or settings.default_max_tokens or cap, cap)
     if asked == "none" and settings.disable_thinking != "never":
-        return max_tokens, without_empty({"type": settings.disable_thinking}) or None, ""
+        return max_tokens, without_empty({"type": settings.disable_thinking}), ""
     effort = effort_value(settings.efforts, asked)
     kind = settings.thinking if asked or shown or settings.binds_thinking else ""
     thinking: JSON = {}
     if kind == "adaptive":
-        thinking = {"type": kind, "display": "summarized"} if shown else {"type": kind}
+        thinking["type"] = kind
+        if shown:
+            thinking["display"] = "summarized"
         if settings.binds_thinking:
             thinking["block_binding"] = DROP_STALE
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
-        thinking = {"type": "enabled", "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))}
-    if asked not in (None, "none") and not effort and not thinking:
+        thinking = {
+            "type": "enabled",
+            "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET)),
+        }
+    if asked and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
-    return max_tokens, thinking or None, effort
+    return max_tokens, thinking, effort
 
 
-def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON | None, str]:
+def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON, str]:
     """tool_choice, and the instruction in its place where a call may not be forced."""
     asked = as_dict(ctx.request.get("tool_choice"))
-    if native and str(asked.get("type")).startswith("web_search"):
-        mode, names = ToolChoice("required", ["web_search"])
-    else:
+    mode, names = "required", ["web_search"]
+    if not native or not str(asked.get("type")).startswith("web_search"):
         mode, names = resolve_tool_choice(ctx)
+    instruction = ""
+    if mode == "required" and not may_force:
+        mode = "auto"
+        wanted = f"the tool {names[0]}" if names else "one of the tools"
+        instruction = f"Answer this turn with a call of {wanted}."
     choice: JSON = {"type": mode}
-    sentence = ""
     if mode == "required":
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
-        if not may_force:
-            choice = {"type": "auto"}
-            sentence = MUST_CALL.format(f"the tool {names[0]}" if names else "one of the tools")
     if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
         choice["disable_parallel_tool_use"] = True
-    default = choice == {"type": "auto"} and not sentence
-    return None if default else choice, sentence
+    if choice == {"type": "auto"} and not instruction:      # the default
+        choice = {}
+    return choice, instruction
 
 
 def messages_tool(function: JSON) -> JSON:
     """Not `strict`: a request may have 20 strict tools and 24 optional parameters at most."""
     schema = function["parameters"]
-    old = as_dict(schema.get("definitions"))        # of zod-to-json-schema
-    new = as_dict(schema.get("$defs"))
+    defs = {
+        **as_dict(schema.get("definitions")),       # of zod-to-json-schema
+        **as_dict(schema.get("$defs")),
+    }
     return without_empty({
         "name": function["name"],
         "description": function["description"],
-        "input_schema": object_root(schema, {**old, **new}),
+        "input_schema": object_root(schema, defs),
     })
 
 
@@ -5110,17 +5116,16 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     become one object, which requires what all of them require. Each of `defs` is taken where it is first named: two names
     in each of n would make 2 ** n."""
     root = dict(schema)
-    reference = root.pop("$ref", None)
-    target = {}
-    if isinstance(reference, str):
-        target = as_dict(defs.pop(reference.rpartition("/")[2], None))
-    options = only_dicts(root.pop("anyOf", None)) + only_dicts(root.pop("oneOf", None))
-    options = [object_root(branch, defs) for branch in options]
-    merged = [object_root(branch, defs) for branch in only_dicts(root.pop("allOf", None))]
+    reference = str(root.pop("$ref", ""))
+    target = as_dict(defs.pop(reference.rpartition("/")[2], None))
+    options: list[JSON] = []
+    merged = [root]
+    for keyword, branches in (("anyOf", options), ("oneOf", options), ("allOf", merged)):
+        for branch in only_dicts(root.pop(keyword, None)):
+            branches.append(object_root(branch, defs))
     if target:
         merged.append(object_root(target, defs))
-    if options or merged:
-        merged.insert(0, dict(root))
+    if options or len(merged) > 1:
         properties: JSON = {}
         for branch in merged + options:
             for name, inner in as_dict(branch.get("properties")).items():
@@ -5137,9 +5142,7 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
 
 def required_by(schema: JSON) -> set[str]:
     required = schema.get("required")
-    if not isinstance(required, list):
-        return set()
-    return {name for name in required if isinstance(name, str)}
+    return set(map(str, required)) if isinstance(required, list) else set()
 
 
 def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, str]:
@@ -5155,31 +5158,32 @@ def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, s
 
 STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
 anyOf oneOf allOf""".split())
-STRICT_FORMATS = "date-time time date duration email hostname uri ipv4 ipv6 uuid".split()
+STRICT_VALUES = {       # of other keywords
+    "minItems": (0, 1),
+    "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split(),
+}
 
 
 def strict_schema(schema: JSON) -> Any:
     """A schema in the part of JSON Schema that output_config.format takes; the rest goes into the description. ValueError
     where that would take something away: an object with members of any name."""
-    def change(given: JSON) -> JSON:
-        if "$ref" in given:                     # nothing else may stand beside it
-            return {key: given[key] for key in ("$ref", "$defs", "definitions") if key in given}
-        result: JSON = {}
-        lost: JSON = {}
-        allowed = {"minItems": (0, 1), "format": STRICT_FORMATS}
-        for key, value in given.items():
-            if key in STRICT_KEYWORDS or value in allowed.get(key, ()):
-                result["anyOf" if key == "oneOf" else key] = value
-            elif key not in ("additionalProperties", "$schema"):
-                lost[key] = value
+    def change(made: JSON) -> JSON:
+        if "$ref" in made:                      # nothing else may stand beside it
+            return {key: made[key] for key in ("$ref", "$defs", "definitions") if key in made}
+        is_map = made.pop("additionalProperties", None) or made.get("patternProperties")
+        made.pop("$schema", None)
+        lost = {
+            key: made.pop(key) for key, value in [*made.items()]
+            if key not in STRICT_KEYWORDS and value not in STRICT_VALUES.get(key, ())
+        }
         if lost:
-            texts = filter(None, (result.get("description"), dumps(lost)))
-            result["description"] = "\n\n".join(texts)
-        if "properties" in result or "object" in (result.get("type") or ""):
-            if "properties" not in result or given.get("additionalProperties") or given.get("patternProperties"):
+            texts = filter(None, (made.get("description"), dumps(lost)))
+            made["description"] = "\n\n".join(texts)
+        if "properties" in made or "object" in (made.get("type") or ""):
+            if is_map or "properties" not in made:
                 raise ValueError("a map")
-            result["additionalProperties"] = False
-        return result
+            made["additionalProperties"] = False
+        return {"anyOf" if key == "oneOf" else key: value for key, value in made.items()}
     return map_schema(schema, change)
 
 
@@ -5295,18 +5299,22 @@ def tool_use_id(given: str) -> str:
 def place_cache_control(body: JSON, ttl: str) -> None:
     """Marks what the provider shall cache, unless the client did: up to the last tool, the last system block, the ends of
     the last turn and of the user turn before it (a step that adds over 20 blocks would miss the first)."""
-    ends = [body.get("tools", []), body.get("system", [])]
-    turns = [message["content"] for message in body["messages"]]
-    blocks = [*itertools.chain(*ends, *turns)]
-    blocks += itertools.chain(*(only_dicts(block.get("content")) for block in blocks))
+    messages = body["messages"]
+    blocks = [*itertools.chain(*(message["content"] for message in messages))]
+    for block in list(blocks):
+        blocks += only_dicts(block.get("content"))
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
-    mark = without_empty({"type": "ephemeral", "ttl": "" if ttl == "5m" else ttl})
-    users = [message["content"] for message in body["messages"][:-1] if message["role"] == "user"]
-    for content in (*ends, *users[-1:], turns[-1]):
-        for at in reversed(range(len(content))):
-            if content[at].get("type") not in THINKING_BLOCKS:
-                content[at] = {**content[at], "cache_control": mark}
+    mark = without_empty({
+        "type": "ephemeral",
+        "ttl": "" if ttl == "5m" else ttl,
+    })
+    users = [message for message in messages[:-1] if message["role"] == "user"]
+    turns = [message["content"] for message in (*users[-1:], messages[-1])]
+    for content in (body["tools"], body["system"], *turns):
+        for block in reversed(content):
+            if block.get("type") not in THINKING_BLOCKS:
+                block["cache_control"] = mark
                 break
 
 
@@ -5328,7 +5336,8 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 # --- what can be repaired after a refusal
 
 def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
-    """Changes the body by the first row whose pattern fits the error: drops the fields, or calls the function."""
+    """Changes the body by the first row whose pattern fits the error: drops the fields, or calls the function with
+    the pattern's groups."""
     if getattr(error, "kind", "") != "bad_request":
         return
     for pattern, repair in repairs:
@@ -5336,7 +5345,7 @@ def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayEr
         if found is None:
             continue
         if callable(repair):
-            repair(body, found)
+            repair(body, *found.groups())
         else:
             for path in found.expand(repair).split():
                 drop_field(body, path)
@@ -5349,27 +5358,27 @@ def drop_field(body: JSON, path: str) -> None:
     holder = body.get(outer, body)
     holder.pop(name, None)
     if not holder:
-        body.pop(outer, None)
+        del body[outer]
 
 
-def drop_stale_thoughts(body: JSON, found: re.Match[str]) -> None:
+def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can drop the thoughts of another conversation itself."""
     thinking = body.setdefault("thinking", {"type": "adaptive"})
     if thinking["type"] == "adaptive" and "block_binding" not in thinking:
         thinking["block_binding"] = DROP_STALE
     else:
-        drop_thoughts(body, found)
+        drop_thoughts(body)
 
 
-def drop_thoughts(body: JSON, found: re.Match[str]) -> None:
+def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
         message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
     if body.get("thinking", {}).get("type") == "enabled":
         del body["thinking"]
 
 
-def lower_limit(body: JSON, found: re.Match[str]) -> None:
-    limit = body["max_tokens"] = int(found[1])
+def lower_limit(body: JSON, maximum: str) -> None:
+    limit = body["max_tokens"] = int(maximum)
     thinking = body.get("thinking", {})
     if thinking.get("budget_tokens", 0) >= limit:
         thinking["budget_tokens"] = limit - LEAST_BUDGET
@@ -5377,7 +5386,7 @@ def lower_limit(body: JSON, found: re.Match[str]) -> None:
             del body["thinking"]
 
 
-def add_user_turn(body: JSON, found: re.Match[str]) -> None:
+def add_user_turn(body: JSON) -> None:
     body["messages"].append({"role": "user", "content": [text_block("Continue.")]})
 
 
@@ -5672,7 +5681,7 @@ GEMINI_MODELS: dict[str, GeminiModel] = {}      # filled in layer 14
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()    # ai.google.dev, thought-signatures
 MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")      # ids that GeminiDecoder made up: Gemini never saw them
 # what functionResponse.parts may hold, and a content
-RESULT_MEDIA = frozenset(("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"))
+RESULT_MEDIA = frozenset("image/png image/jpeg image/webp application/pdf text/plain".split())
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
 
@@ -5723,7 +5732,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
     functions, shape = ctx.book.functions, ctx.take("text.format", {})
-    asks_json = shape.get("type") in ("json_object", "json_schema")
+    asks_json = shape.get("type", "text") != "text"
     if asks_json and functions and not settings.combines_tools:
         ctx.dropped.append("text.format")
         asks_json = False
@@ -5734,17 +5743,19 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     param = settings.thinking_param
     value = ctx.take_effort(settings.values if param else NEVER_THINKS)
     thinking: JSON = {}
-    if param and value:
-        thinking[param] = int(value) if param == "thinkingBudget" else value
-    if param and value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none"):
-        thinking["includeThoughts"] = True
+    if param:
+        shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
+        thinking = {
+            param: int(value) if value.isdigit() else value,
+            "includeThoughts": shown or None,
+        }
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
         "temperature": ctx.take("temperature"),
         "topP": ctx.take("top_p"),
-        "thinkingConfig": thinking,
+        "thinkingConfig": without_empty(thinking),
         "responseMimeType": "application/json" if asks_json else None,
         "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
     })
@@ -5752,7 +5763,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
 
 # --- its schemas
 
-UNKNOWN_KEYWORDS = frozenset(("$schema", "discriminator", "examples", "title", "exclusiveMinimum", "exclusiveMaximum"))
+UNKNOWN_KEYWORDS = "$schema discriminator examples title exclusiveMinimum exclusiveMaximum".split()
 JSON_TYPES = {
     str: "string", bool: "boolean", int: "integer", float: "number",
     list: "array", dict: "object", type(None): "null",
@@ -5761,13 +5772,17 @@ JSON_TYPES = {
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
     """A JSON schema without the keywords that Gemini refuses, nor `refused`; a string's format goes into its description."""
+    unknown = {*UNKNOWN_KEYWORDS, refused}
+
     def change(made: JSON) -> JSON:
-        for key in made.keys() & {*UNKNOWN_KEYWORDS, refused}:
+        for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
-            old = as_dict(made.pop("definitions"))
-            made["$defs"] = {**old, **as_dict(made.get("$defs"))}
-        if isinstance(made.get("$ref"), str):       # "no other properties, except for those starting as a $, may be set"
+            made["$defs"] = {
+                **as_dict(made.pop("definitions")),
+                **as_dict(made.get("$defs")),
+            }
+        if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
@@ -5895,35 +5910,31 @@ def add_thought_signature(content: JSON) -> None:
 
 # --- what it refuses
 
-def replace_signatures(body: JSON, found: re.Match[str]) -> None:
+def replace_signatures(body: JSON) -> None:
     for content in body["contents"]:
         for part in content["parts"]:
             part.pop("thoughtSignature", None)
         add_thought_signature(content)
 
 
-def drop_keyword(body: JSON, found: re.Match[str]) -> None:
-    """Drops a keyword that an "Unknown name" error quotes from all schemas."""
-    config = body.get("generationConfig", {})
-    if "responseJsonSchema" in config:
-        config["responseJsonSchema"] = gemini_schema(config["responseJsonSchema"], found[1])
-    for tool in body.get("tools", []):
-        for function in tool.get("functionDeclarations", []):
-            function["parametersJsonSchema"] = gemini_schema(function["parametersJsonSchema"], found[1])
+def drop_keyword(body: JSON, keyword: str) -> None:
+    """Drops a keyword that an "Unknown name" error quotes from all schemas, and from what holds them."""
+    for holder, name in ((body, "tools"), (body.get("generationConfig", {}), "responseJsonSchema")):
+        if name in holder:
+            holder[name] = gemini_schema(holder[name], keyword)
 
 
-def drop_search(body: JSON, found: re.Match[str]) -> None:
+def drop_search(body: JSON) -> None:
     drop_field(body, "toolConfig.includeServerSideToolInvocations")
-    tools = body.get("tools", [])
-    tools[:] = [tool for tool in tools if "googleSearch" not in tool]
-    if not tools:
-        body.pop("tools", None)
+    body["tools"] = [tool for tool in body.get("tools", []) if "googleSearch" not in tool]
+    if not body["tools"]:
+        del body["tools"]
 
 
 GEMINI_REPAIRS = (
     (r"thought.?signature", replace_signatures),
     (r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)", drop_keyword),
-    (r"context circulation|server.?side.?tool|tool use with function calling|google.?search\b.*(not |un)supported",
+    (r"context circulation|server.?side.?tool|tool use with function calling|google.?search\b.*(?:not |un)supported",
      drop_search),
     (r"response.?mime.?type|response.?(json.?)?schema",
      "generationConfig.responseMimeType generationConfig.responseJsonSchema"),
@@ -6198,22 +6209,26 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     text, call = demo_answer(ctx)
-    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
+    words = re.findall(r"\S+\s*|\s+", text)
+    choices: list[JSON] = [{"delta": {"content": word}} for word in words]
+    reason, tokens = "stop", len(words)
     if call:
-        call_id = f"call_{len(ctx.history.items)}_demo"
-        called = {"index": 0, "id": call_id, "type": "function", "function": call}
-        deltas.append({"tool_calls": [called]})
-    for delta in deltas:
-        yield demo_chunk({"delta": delta})
-    reason, tokens = ("tool_calls", 10) if call else ("stop", len(deltas))
-    counts = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": tokens}
-    yield demo_chunk({"delta": {}, "finish_reason": reason}, counts)
+        called = {
+            "index": 0,
+            "id": f"call_{len(ctx.history.items)}_demo",
+            "function": call,
+        }
+        choices.append({"delta": {"tool_calls": [called]}})
+        reason, tokens = "tool_calls", 10
+    choices.append({"finish_reason": reason})
+    for choice in choices:
+        yield sse_frame("", dumps({"choices": [choice]}))
+    usage = {
+        "prompt_tokens": -(-len(ctx.request.raw) // 4),
+        "completion_tokens": tokens,
+    }
+    yield sse_frame("", dumps({"choices": [], "usage": usage}))
     yield DONE_FRAME
-
-
-def demo_chunk(choice: JSON, usage: JSON | None = None) -> bytes:
-    choices = [{"index": 0, **choice}]
-    return sse_frame("", dumps({"model": "demo", "choices": choices, "usage": usage}))
 
 
 def encode_demo(ctx: EncodeContext) -> JSON:
@@ -6222,23 +6237,25 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     return {}
 
 
-def demo_answer(ctx: EncodeContext) -> tuple[str, JSON | None]:
+def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
     """A text, or a call."""
-    items = ctx.history.items
+    items, functions = ctx.history.items, ctx.book.functions
+    text = ""
     if ctx.model != "tools":
-        said = ""
         for item in items:
             if item.get("role") == "user":
-                said = text_of(item["content"]).strip()
-        return f"{DEMO_SAYS} You sent: {said[:MAX_DEMO_TEXT]}", None
+                text = text_of(item["content"]).strip()
+        return f"{DEMO_SAYS} You sent: {text[:MAX_DEMO_TEXT]}", {}
     if items and items[-1]["type"] == "function_call_output":
-        return f"{DEMO_SAYS} The command printed: {text_of(items[-1]['output']).strip()[:MAX_DEMO_TEXT]}", None
-    if not ctx.book.functions:
-        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", None
-    tool = max(ctx.book.functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))     # else the first
-    required = required_by(tool["parameters"])
+        text = text_of(items[-1]["output"]).strip()
+        return f"{DEMO_SAYS} The command printed: {text[:MAX_DEMO_TEXT]}", {}
+    if not functions:
+        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", {}
+    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))      # else the first
+    schema = tool["parameters"]
+    required = required_by(schema)
     arguments: JSON = {}
-    for name, rule in as_dict(tool["parameters"].get("properties")).items():
+    for name, rule in as_dict(schema.get("properties")).items():
         if name in required:
             kind = str(as_dict(rule).get("type"))
             arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")

@@ -1160,7 +1160,8 @@ def test_how_long_a_prompt_is_kept_is_said() -> None:
 
 
 def test_a_breakpoint_never_stands_on_a_thought() -> None:
-    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+    body = {"tools": [], "system": [],
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
                          {"role": "assistant", "content": [{"type": "text", "text": "a"},
                                                            {"type": "thinking", "thinking": "", "signature": "s"}]}]}
     pomex.place_cache_control(body, "5m")

@@ -1249,6 +1249,8 @@ class ResponsesRequest:
     weight: int                 # see weigh_input
     # the body with INPUT_MARK for its input, as text and decoded, if it was decoded so
     around: tuple[str, JSON] = field(default=("", {}), compare=False)
+    # what was made of its tools and items, shared by the requests of a conversation that grows
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
     def estimated_input(self) -> int:
@@ -1394,7 +1396,8 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         input=items,
         tools=tools,
         weight=weight,
-        around=around)
+        around=around,
+        memo=last.memo if last else {})
 
 
 def instructions_text(body: JSON) -> str:
@@ -1460,8 +1463,9 @@ def unseal_items(items: list[JSON], envelope: Envelope,
     kept, dropped = [], []
     envelope.inflated = 0
     for given in items:
-        item = dict(given)
-        item.pop("sealed_replay", None)         # a client's own: only what an envelope held is believed
+        item = given
+        if "sealed_replay" in item:             # a client's own: only what an envelope held is believed
+            item = {name: value for name, value in item.items() if name != "sealed_replay"}
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
             opened = envelope.open(sealed)
@@ -1471,8 +1475,8 @@ def unseal_items(items: list[JSON], envelope: Envelope,
             if opened is None or opened[0] != provider:
                 dropped.append(f"{item['type']}:{opened[0] if opened else 'unverified'}")
                 continue
+            item = {**item, "sealed_replay": opened[2]}
             del item["encrypted_content"]
-            item["sealed_replay"] = opened[2]
         kept.append(item)
     return kept, dropped
 
@@ -1780,12 +1784,21 @@ class History(NamedTuple):
 NO_OUTPUT = "no output was recorded for this call"
 
 
-def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, dropped: list[str]) -> History:
-    """A request's instructions and unsealed items as a History; adds the names of what it loses to `dropped`."""
+def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, dropped: list[str],
+                      memo: dict[Any, Any]) -> History:
+    """A request's instructions and unsealed items as a History; adds the names of what it loses to `dropped`.
+    Items that `memo` knows, by identity, are not normalized again."""
     system = [instructions] if instructions else []
     plain: list[JSON] = []
     for item in items:
-        made = normalize_item(item, book, dropped)
+        known = memo.get(id(item))
+        if known is None or known[:2] != (item, book):
+            names: list[str] = []
+            known = item, book, normalize_item(item, book, names), names
+            if "sealed_replay" not in item:     # that is another object in each request
+                memo[id(item)] = known
+        made = known[2]
+        dropped += known[3]
         if made is None:
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
@@ -6477,9 +6490,14 @@ class WireApi(NamedTuple):
         overrides = longest_prefix(ctx.overrides, ctx.model) or {}
         ctx.settings = row._replace(**overrides)
         searches = getattr(ctx.settings, "web_search", False)
-        ctx.book = book = ToolMap(request.tools, searches, self.vendor or ctx.model)
+        vendor = self.vendor or ctx.model
+        tools, book = request.memo.get((vendor, searches), (None, None))
+        if tools != request.tools:
+            book = ToolMap(request.tools, searches, vendor)
+            request.memo[vendor, searches] = request.tools, book
+        ctx.book = book
         ctx.dropped += book.dropped
-        ctx.history = normalize_history(request.instructions, items, book, ctx.dropped)
+        ctx.history = normalize_history(request.instructions, items, book, ctx.dropped, request.memo)
         ctx.fields = request_fields(request.body)
         ctx.dropped += unknown_keys("tools", request.tools)
         for item in request.input:

@@ -169,7 +169,7 @@ def test_what_is_unknown_or_null_is_tolerated(fields):
     request = ask(**fields)
     assert all(isinstance(i["type"], str) for i in request.input)
     items, dropped = pomex.unseal_items(request.input, pomex.Envelope(SECRET, "a"), "p")
-    pomex.normalize_history(request.instructions, items, pomex.ToolMap(request.tools), dropped)
+    pomex.normalize_history(request.instructions, items, pomex.ToolMap(request.tools), dropped, {})
     pomex.dumps(pomex.echo_fields(request, True))
 
 
@@ -416,7 +416,7 @@ def test_fitted_arguments_that_never_came_are_incomplete_like_any_other():
 ])
 def test_every_call_goes_back_under_the_name_of_its_tool(given, name):
     request = ask(input=[{"call_id": "c", **given}], tools=[{**SPACE, "tools": [PATCH]}])
-    history = pomex.normalize_history("", request.input, pomex.ToolMap(request.tools), [])
+    history = pomex.normalize_history("", request.input, pomex.ToolMap(request.tools), [], {})
     assert history.items[0]["name"] == name
 
 
@@ -510,7 +510,7 @@ NONE = pomex.NO_OUTPUT
 ], ids=str)
 def test_a_history_is_mended_into_pairs(given, plain):
     request = ask(input=given)
-    history = pomex.normalize_history("", request.input, pomex.ToolMap(()), [])
+    history = pomex.normalize_history("", request.input, pomex.ToolMap(()), [], {})
     assert [{k: v for k, v in i.items()} for i in history.items] == plain
     calls = [i["call_id"] for i in history.items if i["type"] == "function_call"]
     assert sorted(calls) == sorted(i["call_id"] for i in history.items if i["type"] == "function_call_output")
@@ -520,7 +520,7 @@ def test_leading_instructions_are_collected_and_what_is_lost_is_named():
     request = ask(instructions="one", input=[message("two", "developer"), message("three", "system"), message("x"),
                                              {"type": "web_search_call"}, {"type": "web_search_call"}, {"type": "additional_tools", "tools": []}])
     dropped: list[str] = []
-    history = pomex.normalize_history(request.instructions, request.input, pomex.ToolMap(()), dropped)
+    history = pomex.normalize_history(request.instructions, request.input, pomex.ToolMap(()), dropped, {})
     assert history.system == ["one", "two", "three"]
     assert dropped == ["input:web_search_call"] * 2        # named once in the end: WireApi
 
@@ -1207,7 +1207,7 @@ def test_sealed_content_of_theirs_is_put_into_our_envelope_everywhere():
 def test_what_another_agent_was_told_is_text_unless_it_is_a_cipher(sealed, named, kind):
     request = ask(input=[{**kind, "content": [{"type": "input_text", "text": "a"}, {"type": "encrypted_content", "encrypted_content": sealed}]}])
     dropped: list[str] = []
-    history = pomex.normalize_history("", request.input, pomex.ToolMap(()), dropped)
+    history = pomex.normalize_history("", request.input, pomex.ToolMap(()), dropped, {})
     assert [part["text"] for part in history.items[0]["content"]] == (["a"] if named else ["a", sealed])
     assert dropped == (["content:encrypted_content"] if named else [])
 
@@ -1767,3 +1767,32 @@ def test_encoding_changes_no_item_of_a_request():
             answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
             pomex.WIRES[wire].call(pomex.EncodeContext(answer, pomex.Envelope(b"k" * 32, "a"), "p", "gemini-2.5-pro", passthrough, dialect))
             assert json.dumps(request.input) == before
+
+
+def test_a_conversation_that_grows_is_encoded_as_if_each_request_came_alone():
+    envelope = pomex.Envelope(b"k" * 32, "a")
+    sealed = envelope.seal("p", "m", {"blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "s"}], "reasoning_content": "Hm."})
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": sealed}
+    shell = {"type": "function", "name": "shell", "parameters": {"type": "object", "properties": {"in put": {"type": "string"}}}}
+
+    def step(n):
+        return [thought, {"type": "function_call", "call_id": f"call_{n % 2}", "name": "functions.shell", "arguments": '{"in put": "x"}'},
+                {"type": "function_call_output", "call_id": f"call_{n % 2}", "output": f"out {n}"}, IMAGE, *NEXT,
+                {"type": "unknown_item", "x": n}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "", "y": 1}]}]
+    targets = [("chat", "m", ""), ("chat", "m", "mistral"), ("messages", "claude-opus-5", ""), ("gemini", "gemini-3-pro", ""),
+               ("responses", "m", ""), ("messages", "claude-sonnet-4-5", "")]
+
+    def encoded(request):
+        for wire, model, dialect in targets:
+            answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
+            call = pomex.WIRES[wire].call(pomex.EncodeContext(answer, envelope, "p", model, False, dialect))
+            yield call.path, call.body, call.dropped, list(call.headers)
+    last = None
+    for turns in range(1, 6):
+        items = [item for n in range(turns) for item in step(n)]
+        tools = [shell] if turns != 4 else [shell, {"type": "custom", "name": "patch"}]
+        raw = text(*items, after={"tools": tools, "prompt_cache_key": "k"})
+        alone, last = pomex.parse_request(raw), pomex.parse_request(raw, last)
+        for _ in range(2):
+            assert list(encoded(last)) == list(encoded(alone))
+    assert len(last.memo) <= len(last.input) + 20       # what it holds does not grow with the requests

@@ -277,3 +277,36 @@ def test_a_request_leaves_nothing_to_the_garbage_collector(wire, relay):
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("wire", ["chat", "responses"])
+@pytest.mark.parametrize("blank", ["\n\n\n", "\n\n\n\n", "\n\n\n\n\n", "\r\n\r\n\r\n", "\n\n: ping\n\n", "\n\n\n: ping\n\n\n"])
+def test_blank_lines_between_events_change_nothing_and_end(monkeypatch, wire, blank):
+    """Three line ends behind the last event of a read once kept the loop over events from ending."""
+    events = frames([*STREAMS["many texts"], "[DONE]"])
+    if wire == "responses":
+        deltas = [{"type": "response.output_text.delta", "item_id": "m", "output_index": 0, "content_index": 0, "delta": "x"}] * 20
+        item = {"id": "m", "type": "message", "role": "assistant", "status": "completed",
+                "content": [{"type": "output_text", "text": "x" * 20, "annotations": []}]}
+        made = [{"type": "response.created", "response": {"id": "r"}}, {"type": "response.output_item.added", "output_index": 0,
+                "item": {**item, "content": []}}, *deltas, {"type": "response.output_item.done", "output_index": 0, "item": item},
+                {"type": "response.completed", "response": {"id": "r", "status": "completed", "output": [item]}}]
+        events = [named(event.pop("type"), sequence_number=n, **event) for n, event in enumerate(map(dict, made))]
+    for passthrough in {"chat": [False], "responses": [False, True]}[wire]:
+        plain = read_whole(wire, passthrough, [b"".join(events)])
+        odd = [event.replace(b"\n\n", blank.encode()) for event in events]
+        for pieces in ([b"".join(odd)], odd, [bytes([byte]) for byte in b"".join(odd)]):
+            assert read_whole(wire, passthrough, pieces) == plain
+
+
+def read_whole(wire, passthrough, pieces):
+    raw = json.dumps({"model": "p/m", "stream": True, "input": "hi"}).encode()
+    answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
+    context = pomex.EncodeContext(answer, pomex.Envelope(b"k" * 32, "a"), "p", "m", passthrough, "")
+    attempt = pomex.WIRES[wire].call(context).attempt
+    for piece in pieces:
+        attempt.feed(piece)
+    attempt.end()
+    attempt.finish()
+    assert attempt.status == "completed"
+    return attempt.terminal(2)

@@ -68,11 +68,67 @@ def test_no_name_is_defined_twice():
 
 # Of the file at ed367ec: what a redesign replaced does not come back, and nothing keeps both names.
 GONE = """
-    Answer CLAUDES ChatFrame Claude Close ConfigText FAULTS FAULT_RULES Fail Fault Fragment GEMINIS Inflater Kind Channel Manners
-    MessagesBook MessagesTurns.lost_thought Open Reader._announce Reader._odd_chunk Reader._starve Relay Stop.incomplete Stop.last
-    Surroundings THOUGHTS Thought ToolBook Translation Unwrapper Usage.broken Whole barred carried check_request checked claude
-    compact detected dicts_in exactly explained fits_any flat_name input_estimate is_torn is_whole json_dict manners_of mend
-    overridden plain_history plain_item quote said_in shown_only table_of trail unfit untraced whole_characters
+    ALWAYS_COUNTED AS_ASKED Annotation Answer Assembler.HANDLERS Assembler._annotate Assembler._argue
+    Assembler._argument Assembler._close Assembler._close_part Assembler._complete Assembler._explain
+    Assembler._fail Assembler._finish_argument Assembler._finish_item Assembler._fragment Assembler._item
+    Assembler._json Assembler._mint Assembler._open Assembler._open_part Assembler._say Assembler._show
+    Assembler._show_halves Assembler._stop Assembler._text Assembler._usage Assembler._whole
+    Assembler.settle_items Attempt.settle_items Attempt.silent Attempt.take BLOCK_TEXT BUDGET Block.begin
+    Block.citations Block.signature Block.start Block.text Block.whole CHAT_FAULTS CLAUDES Call Channel
+    ChatCall.end ChatCall.is_whole ChatCall.pieces ChatCall.slot ChatDecoder._close_all
+    ChatDecoder._close_calls ChatDecoder._close_texts ChatDecoder._content ChatDecoder._delta
+    ChatDecoder._finish_reason ChatDecoder._known ChatDecoder._leave_tags ChatDecoder._new_call
+    ChatDecoder._open_call ChatDecoder._reason ChatDecoder._say ChatDecoder._think ChatFrame
+    ChatMessages.HANDLERS ChatMessages._assistant ChatMessages._assistant_message ChatMessages._call
+    ChatMessages._file ChatMessages._flush ChatMessages._id ChatMessages._message ChatMessages._output
+    ChatMessages._part ChatMessages._reasoning ChatMessages._user ChatStep Claude Close ConfigText
+    DATA_KEYWORDS DATA_URL DECOMPRESSORS Decompressor Delta DemoStep Dialect.mid_system Dialect.passed
+    EFFORT_CHOICES EffortRule.model FAULTS FAULT_RULES FAULT_WORDS FOREIGN_FILE Fail Fault FaultKind
+    Fragment FunctionCall GEMINIS GEMINI_FAULTS GEMINI_STOP Gemini GeminiContents.HANDLERS
+    GeminiContents._add GeminiContents._call GeminiContents._message GeminiContents._output
+    GeminiContents._reasoning GeminiDecoder._end_call GeminiDecoder._say GeminiDecoder._server_tool
+    GeminiDecoder._think HEADER_NAME HEADER_VALUE HIGH_SURROGATE History.dropped INLINE_DATA_TOKENS
+    ITEM_RULES Inflater Item.argument Item.blanks Item.closing Item.held Item.opened Item.part Item.place
+    Item.scanned Item.sent Item.shown Item.state Item.unwrapper Job KeyRule Kind LIST MAX_METADATA
+    MEDIA_BY_ENDING MUST_CALL Manners MessagesBook MessagesDecoder.HANDLERS MessagesDecoder._block_stop
+    MessagesDecoder._close_all MessagesDecoder._close_empty_call MessagesDecoder._close_message
+    MessagesDecoder._delta MessagesDecoder._end_call MessagesDecoder._error MessagesDecoder._message_delta
+    MessagesDecoder._message_start MessagesDecoder._message_stop MessagesDecoder._search
+    MessagesDecoder._start MessagesDecoder._thought MessagesDecoder._usage MessagesTurns._add
+    MessagesTurns._block MessagesTurns._blocks MessagesTurns._call MessagesTurns._leave
+    MessagesTurns._marked MessagesTurns._message MessagesTurns._output MessagesTurns._place_later
+    MessagesTurns._reasoning MessagesTurns._system MessagesTurns.lost_thought NORMALISED_FIELDS
+    NOT_HISTORY NOT_NORMALISED NO_FIELDS NO_MINIMAL OPENAI_EFFORTS OPENAI_FIELDS OPEN_MODELS
+    OPEN_TEMPLATES Open PART_CHANNEL PATH_STEP PLAIN_CALLS PLAIN_OUTPUTS PLAIN_TEXTS PROXY Part
+    PartShape.at READINGS REQUEST_RULES RESPONSES_DELTAS ROLES Reader._announce Reader._begin_body
+    Reader._chunked Reader._counted Reader._finish Reader._odd_chunk Reader._open_chunk Reader._pause
+    Reader._rest_of_chunk Reader._section Reader._starve Reader._trailers Reader._until_close
+    Reader._whole_chunks Reading Relay RequestHead.chunked RequestHead.target RequestHead.version
+    RequestReader._check_start RequestReader._head RequestReader.idle ResponseHead.chunked
+    ResponseHead.reason ResponseHead.version ResponseReader._final ResponseReader._head
+    ResponseReader.idle ResponseReader.next ResponsesDecoder.HANDLERS ResponsesDecoder._added
+    ResponsesDecoder._annotation ResponsesDecoder._delta ResponsesDecoder._done ResponsesDecoder._error
+    ResponsesDecoder._fill ResponsesDecoder._open ResponsesDecoder._rest ResponsesDecoder._slot
+    ResponsesDecoder._terminal Row Rule SAYS_NOTHING SIMPLE_BLOCK SSEDecoder._blocks
+    SSEDecoder._check_size SSEDecoder._with_lf SSEDecoder._without_mark STRICT_FORMATS STRING_PART SWITCH
+    Stop.incomplete Stop.last Surroundings TEXT_FIELD TEXT_FILE THOUGHTS TOOL_RULES Thought ToolBook
+    Translation UNKNOWN_NAME UP_TO_HIGH Unwrapper UpstreamError.code UpstreamError.type Usage.broken Whole
+    WireApi.facts WireApi.key_header amount barred begins_new_call builtin call_texts calling_mode
+    calls_of carried chat_call chat_failure chat_frame chat_settings chat_tool chat_tool_choice chat_usage
+    check_base_url check_fields check_overrides check_request check_url check_value checked claude
+    clean_schema cleartext_warnings compact content_length deflate_decompressor demo_call demo_chunk
+    demo_steps detected dicts_in document_block drop_effort duration_s echo_tool effort_fields end_of
+    error_codes error_data escaped_controls exactly explained fault_kind fault_of fault_words
+    filter_explanation fits_any flat_name framing from_environment gemini_call gemini_function gemini_name
+    gemini_part gemini_row gzip_decompressor half_call image_block input_estimate is_base64 is_torn
+    is_whole json_dict limit_reset_s manners_of media_part mend message_text messages_call
+    messages_exchange model_fields object_text opaque overridden pair_calls parse_block parse_target
+    place_in plain_choice plain_history plain_input plain_item plain_number plain_part point_s
+    put_argument quote read_admin_token read_database read_value reasoning_of relay_body repair_gemini
+    repair_messages replayed responses_call resumed_body said_in sampling_of scan_json settings_of
+    shell_action shown_only sign_step split_tag_start strings strip_fence table_of table_with
+    thinking_config thinking_of token_limits toml_path trail unfit unique_calls untraced url_citation
+    whole_characters with_headers with_host with_key zstd_decompressor zstd_module
 """.split()
 
 

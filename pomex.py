@@ -1235,6 +1235,14 @@ def tool_names(tools: Sequence[JSON]) -> Iterator[str]:
             yield tool["name"]
 
 
+class AroundInput(NamedTuple):
+    """A body with a mark in place of its input array, if the two were decoded apart."""
+    text: str = ""
+    body: JSON = {}
+    start: int = 0              # of the array, in the bytes of the body
+    behind: int = 0             # the number of bytes behind it
+
+
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
     """A validated request. `input` is always a list of items that have a type; `tools` are those of the body,
@@ -1247,8 +1255,7 @@ class ResponsesRequest:
     input: list[JSON]
     tools: list[JSON]
     weight: int                 # see weigh_input
-    # the body with INPUT_MARK for its input, as text and decoded, if it was decoded so
-    around: tuple[str, JSON] = field(default=("", {}), compare=False)
+    around: AroundInput = field(default_factory=lambda: AroundInput(), compare=False)
     # what was made of its tools and items, shared by the requests of a conversation that grows
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
@@ -1311,25 +1318,26 @@ def common_prefix(one: bytes, other: bytes) -> int:
     return start
 
 
-def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, tuple[str, JSON]] | None:
-    """The decoded body, and what stands around its input, if it is the body of `last`, whose first `shared` bytes
-    it has, with more input items; else None. Only the new items are decoded, and around them what is new."""
+def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, AroundInput] | None:
+    """The decoded body, and what stands around its input, if it is the body of `last`, of which it has the first
+    `shared` bytes, with more input items; else None. Only new items are decoded, and around them only changes."""
     array = INPUT_ARRAY.search(raw, 0, shared)
     ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
         return None
+    start, body = array.end() - 1, last.around.body
     try:
         text = "[0" + raw[shared:].decode()
         items, end = strict_scan(text)
-        around = raw[:array.end() - 1].decode() + json_string(INPUT_MARK) + text[end:]      # or it is not JSON
-        known, body = last.around
-        if around != known:
+        around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # or it is not JSON
+        if around != last.around.text:
             body = strict_json(around)
     except (ValueError, RecursionError):
         return None
     if body.get("input") != INPUT_MARK:
         return None
-    return {**body, "input": [*last.body["input"], *items[1:]]}, (around, body)
+    grown = {**body, "input": [*last.body["input"], *items[1:]]}
+    return grown, AroundInput(around, body, start, len(text[end:].encode()))
 
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
@@ -1339,7 +1347,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
-    around: tuple[str, JSON] = ("", {})
+    around = AroundInput()
     shared = common_prefix(raw, last.raw) if last else 0
     grown = grown_body(raw, last, shared) if last else None
     if last and grown:
@@ -1361,7 +1369,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
 
 
 def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest | None,
-                     around: tuple[str, JSON]) -> ResponsesRequest:
+                     around: AroundInput) -> ResponsesRequest:
     """The request of a decoded body. Of `last` it has the first input items, and perhaps fields."""
     valid = last.body if last else {}
     for name, value in body.items():
@@ -3793,13 +3801,20 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    raw, models = MODEL_FIELD.subn(lambda at: at[0].removesuffix(at[1]) + named.encode(), raw)
-    opened = 0
+    start, end = request.around.start, len(raw) - request.around.behind
+    pieces = [raw[:start], raw[start:end], raw[end:]]       # of 0 and `raw`, if the input was not told apart
+    fields: Sequence[int] = (0, 2) if start else (1,)       # where `model` stands
+    models = opened = 0
+    for place in fields:
+        pieces[place], found = MODEL_FIELD.subn(
+            lambda at: at[0].removesuffix(at[1]) + named.encode(), pieces[place])
+        models += found
     if envelopes:
-        raw, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), raw)
+        pieces[1], opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), pieces[1])
+        fields = 0, 1, 2
     exact = models == 1 and opened == len(envelopes) and body.get("store", False) is False
-    if exact and not dropped and not LETTER_ESCAPE.search(raw):
-        return raw
+    if exact and not dropped and not any(LETTER_ESCAPE.search(pieces[place]) for place in fields):
+        return b"".join(pieces)
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
         body["input"] = items
@@ -10771,7 +10786,7 @@ async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: Re
         elif cap := await bill.reserve([each[:2] for each in candidates], estimate, request.get("max_output_tokens", 0),
                                        config.reserve_output_tokens):
             body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
-            request = dataclasses.replace(request, body=body, raw=dumps(body).encode())
+            request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
     except Exceeded as no:
         refused = refusal(gateway.ledger, key, no, client.started_s, to_codex)
         refused.headers += tuple(bill.headers(client.started_s))

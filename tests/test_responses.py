@@ -1751,6 +1751,28 @@ def test_the_fields_around_the_input_are_decoded_when_they_change(monkeypatch):
         pomex.parse_request(bodies[-1], last)
 
 
+@pytest.mark.parametrize("fields", [{}, {"store": False}, {"store": True}, {"metadata": {"model": "x"}}, {"model": "p/other"}], ids=str)
+def test_a_conversation_that_grows_passes_as_if_each_request_came_alone(fields):
+    envelope = pomex.Envelope(b"k" * 32, "a")
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": envelope.seal("p", "m", {"encrypted_content": "gAAAA"})}
+    foreign = {**thought, "encrypted_content": envelope.seal("q", "m", {"encrypted_content": "gAAAA"})}
+    named = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "model": "in an item", "é": "\u006d"}
+    for items in ([named], [thought, named], [foreign, named], [{"type": "reasoning", "id": "rs_2", "summary": []}, named]):
+        last = None
+        for count in range(1, 5):
+            raw = text(*count * [*NEXT, *items], after={"tools": [TOOL_WITH_INPUT], **fields})
+            alone, last = pomex.parse_request(raw), pomex.parse_request(raw, last)
+            bodies = []
+            for request in (alone, last):
+                answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
+                call = pomex.WIRES["responses"].call(pomex.EncodeContext(answer, envelope, "p", "upstream", True, ""))
+                body = json.loads(call.body)
+                body["input"] = [{"type": "message", **item} for item in body["input"]]       # which a client may leave out
+                bodies.append((body, call.dropped))
+            assert bodies[0] == bodies[1] and bodies[0][0]["model"] == "upstream" and bodies[0][0]["store"] is False
+        assert last.around.start
+
+
 def test_any_prefix_is_found():
     for one, other, expected in ((b"", b"", 0), (b"a", b"", 0), (b"abc", b"abd", 2), (b"abc", b"abc", 3), (b"abc", b"abcd", 3), (b"x", b"y", 0)):
         assert pomex.common_prefix(one, other) == pomex.common_prefix(other, one) == expected

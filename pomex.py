@@ -2163,6 +2163,13 @@ class ResponseContext:
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
 
+    def frames(self, kind: str, events: list[str]) -> bytes:
+        """The frames of several events of a kind."""
+        before = f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":'
+        numbered = enumerate(events, self.sequence)
+        self.sequence += len(events)
+        return "".join([f"{before}{number},{fields}}}\n\n" for number, fields in numbered]).encode()
+
     def start(self) -> bytes:
         """response.created and .in_progress, or nothing if they have been sent."""
         if self.started:
@@ -2537,14 +2544,19 @@ class Assembler(Attempt):
 
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
         item = self.open_items[key]
-        if item.shape is None or item.shape is not self.shapes.get(channel) or item.pending_surrogate:
+        is_open = item.shape and item.shape is self.shapes.get(channel) and not item.pending_surrogate
+        if len(texts) == 1 or not is_open:
             for text in texts:
                 self.add(key, text, channel)
             return
         self.output_chars += sum(map(len, texts))
         self.check_limits()
-        for text in texts:
-            self.text_delta(item, text)
+        texts = list(filter(None, texts))
+        item.text += texts
+        if self.answer.request.stream:
+            before, after = f'{item.part_location_json},"delta":', item.more
+            deltas = [f"{before}{json_string(text)}{after}" for text in texts]
+            self.out.append(self.answer.frames(item.delta_event, deltas))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)

@@ -1767,9 +1767,6 @@ class Turn(NamedTuple):
     calls: list[JSON]           # calls, and reasoning between them
     results: list[JSON]         # an output for each call, in the order of the calls
 
-    def of_type(self, kind: str) -> list[JSON]:
-        return [item for item in (*self.items, *self.calls) if item["type"] == kind]
-
 
 class History(NamedTuple):
     """A conversation in turns. They hold plain items of four types (TRANSLATION.md 3.3):
@@ -4404,17 +4401,20 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
+        items = collections.defaultdict[str, list[JSON]](list)      # by type
+        for item in (*turn.items, *turn.calls):
+            items[item["type"]].append(item)
         parts: list[JSON] = []
-        for item in turn.of_type("message"):
+        for item in items["message"]:
             parts += self.encode_parts(item["content"])
         text = text_of(parts, "\n\n")
-        calls = turn.of_type("function_call")
+        calls = items["function_call"]
         if not text and not calls:
             return
         message: JSON = {"role": "assistant", "content": text}  # Mistral and llama.cpp need even an empty one
         self.out.append(message)
         form = self.settings.replay
-        replays = [item["sealed_replay"] for item in turn.of_type("reasoning")]
+        replays = [item["sealed_replay"] for item in items["reasoning"]]
         pieces = [replay[form] for replay in replays if form in replay]
         reasoning: Any = [*itertools.chain(*pieces)]
         if form == "reasoning_content":
@@ -4440,9 +4440,12 @@ class ChatMessages(TurnEncoder):
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
         for result in results:
-            parts = self.encode_parts(result["output"])
-            content: Any = text_of(parts, "\n")
-            others = [part for part in parts if part["type"] != "text"]
+            content: Any = result["output"]
+            others: list[JSON] = []
+            if not isinstance(content, str):
+                parts = self.encode_parts(content)
+                content = text_of(parts, "\n")
+                others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
             elif others:                # elsewhere a tool message is only text

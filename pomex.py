@@ -5,25 +5,25 @@
 # ///
 """Pomex: an LLM API gateway in one file, standard library only.
 
-    python pomex.py serve         takes OpenAI Responses API requests (/v1/responses) and answers them
-                                  from any configured provider, with one key and one usage record
+    python pomex.py serve         answers OpenAI Responses API requests (/v1/responses) from any
+                                  configured provider, with one key and one usage record
 
-The middle is pure, the edge is thin: bytes become events, events become a few calls of a sink, those become
-the client's events, and none of that knows of a socket, a clock or a file. A definition names only things of
-its own layer or of one above it in this file, so the file can be read once, downwards.
+The middle is pure and the edge is thin: bytes become events, events become calls of a sink, and these become
+the client's events. This part uses no socket, clock or file. A definition uses only names of its own layer or
+of an earlier one, so the file can be read once, from top to bottom.
 
-     1  errors and constants      what can go wrong, and what the client is told
-     2  stream events             the few calls between providers and the Responses stream
-     3  HTTP/1.1                  heads and bodies, both sides, fed with bytes
-     4  SSE                       events, both ways, fed with bytes
-     5  the Responses API         the request check, and the assembler that ends every stream once
-     6  providers                 one block a wire API, then the table
+     1  errors and constants      the failures, and their messages for the client
+     2  stream events             the calls between providers and the Responses stream
+     3  HTTP/1.1                  heads and bodies, for client and server, from bytes
+     4  SSE                       events, read from bytes and written to bytes
+     5  the Responses API         request validation, and the assembler that ends every stream once
+     6  providers                 one block per wire API, then the table
      7  configuration             TOML to frozen dataclasses
     --  above: pure; below: the edge
      8  ledger                    keys, accounts, prices, limits and usage rows in SQLite
-     9  upstream                  TLS, connection pool, one exchange with its time limits
-    10  routing                   which target answers, and what is done when it does not
-    11  handlers                  one function an endpoint, the admin API
+     9  upstream                  TLS, connection pool, one exchange with its timeouts
+    10  routing                   the choice of a target, retries and failover
+    11  handlers                  one function per endpoint, the admin API
     12  server                    accept, limits, drain, access log
     13  command line              serve, check, keys, accounts, usage, models, codex ...
     14  data                      the price table and the page
@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):     # the file parses on 3.8 and later, so that this sentence can be read there
+if sys.version_info < (3, 11):     # the file parses on 3.8 and later, so they can print this sentence
     sys.exit("Pomex needs Python 3.11 or newer; this is %s at %s." % (sys.version.split()[0], sys.executable))
 
 import importlib.util
@@ -48,16 +48,16 @@ sys.modules["pomex"] = pomex = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pomex)
 sys.exit(pomex.main())"""
 
-if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "win32" and sys.argv[0] in sys.orig_argv \
-        and sys.argv[0].endswith(".py"):
-    # Python keeps the syntax tree of a script for as long as that runs: 14 MB of this one. So the server runs as a module,
-    # whose code is cached, too. `curl ... | python3 - serve` has no file to start from, `python3 -m pomex` names none: both
-    # just run.
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "win32" \
+        and sys.argv[0] in sys.orig_argv and sys.argv[0].endswith(".py"):
+    # Python keeps the syntax tree of a running script in memory: 14 MB for this one. So the server runs as a
+    # module, whose code is also cached. `curl ... | python3 - serve` has no file to start from, and `python3
+    # -m pomex` names none: both just run.
     source, code = sys.argv[0], importlib.util.cache_from_source(sys.argv[0])
     try:
         if not os.path.isfile(code) or os.path.getmtime(code) < os.path.getmtime(source):
             py_compile.compile(source, quiet=2)
-    except OSError:     # a folder that may not be written, as under systemd: then it is compiled at every start
+    except OSError:     # without write access, as under systemd, it is compiled at every start
         pass
     options = sys.orig_argv[1:sys.orig_argv.index(source)]
     os.execv(sys.executable, [sys.executable, *options, "-c", LAUNCH, source, *sys.argv[1:]])  # noqa: S606
@@ -127,7 +127,7 @@ if sys.platform != "win32":
     import fcntl
     import resource
 
-JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; its shape is named by the function that takes it
+JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; the function that takes it names its shape
 
 log = logging.getLogger("pomex")
 
@@ -138,16 +138,17 @@ VERSION = "v00083"      # the product's own numbering; the first release with th
 
 
 class GatewayError(Exception):
-    """A failure with an answer: HTTP status, fields of an OpenAI error, and whether another attempt may help.
+    """A failure with an answer: the HTTP status, the fields of an OpenAI error, and whether another attempt
+    may help.
 
-    `str(error)` is a sentence for the client; it never holds a key, a path of this machine or a prompt.
+    `str(error)` is a sentence for the client; it never contains a key, a path of this machine or a prompt.
     """
     status = 500
     type = "server_error"
     code = "server_error"
     retryable = False       # another target, or the same one later, may succeed
-    ledger_code = ""        # the code in the ledger, where a client must get another one
-    plain = False           # the body is the sentence alone, for a client that shows raw bodies
+    ledger_code = ""        # the code in the ledger, if it differs from the client's
+    plain = False           # the body is only the sentence, for a client that shows raw bodies
 
     def __init__(
         self, message: str, *, status: int = 0, type: str = "", code: str | None = None,
@@ -166,7 +167,7 @@ class GatewayError(Exception):
 
 
 class BadRequest(GatewayError):
-    """The client's mistake: never retried, never sent to another target."""
+    """The client's mistake. It is never retried and never sent to another target."""
     status, type, code = 400, "invalid_request_error", "invalid_request_error"
 
 
@@ -187,13 +188,14 @@ Raised = TypeVar("Raised", bound=Exception)
 
 
 def without_traceback(error: Raised) -> Raised:
-    """Drops the frames that a stored error would keep alive, in a reference cycle."""
+    """Drops the frames that a stored error would keep alive in a reference cycle."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
 def fault_location(error: BaseException) -> str:
-    """Where a bug of Pomex raised, innermost frame first. Not its message, which may hold private data."""
+    """The place where a bug of Pomex raised, innermost frame first, without the message: it may hold private
+    data."""
     places = [
         f"{frame.f_code.co_name} line {line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -203,13 +205,13 @@ def fault_location(error: BaseException) -> str:
 
 
 class ConfigError(Exception):
-    """An unusable configuration. The message names file, line or key path, and a fix."""
+    """An unusable configuration. The message names the file, the line or key path, and a fix."""
 
 
 # === 2. stream events =============================================================================
 #
-# A decoder reports a provider's stream by calls of a Sink and by nothing else: it numbers nothing, ends no
-# stream and knows no clock.
+# A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
+# and reads no clock.
 
 ItemType: TypeAlias = Literal[
     "message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
@@ -219,24 +221,24 @@ PartType: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the whole response so far. A later Usage replaces an earlier one; they are not added."""
+    """The tokens of the whole response so far. A later Usage replaces an earlier one; they are not added."""
     input: int = 0          # all input tokens, including cached and written ones
-    cached: int = 0         # of these, read from the provider's prompt cache
-    cache_write: int = 0    # of these, written to it
+    cached: int = 0         # input tokens read from the provider's prompt cache
+    cache_write: int = 0    # input tokens written to it
     output: int = 0         # all output tokens, including reasoning
     reasoning: int = 0
     estimated: bool = False     # the provider gave no count
-    cache_write_1h: int = 0     # of the written ones, those kept long: 1 h at Anthropic, 12 h at OpenAI
+    cache_write_1h: int = 0     # written tokens with a long lifetime: 1 h at Anthropic, 12 h at OpenAI
     web_searches: int = 0       # requests of the provider's own search tool
     inconsistency: str = ""     # the contradiction in the provider's counts
-    # from the answer, beside its counts; "" where it gives none
+    # from the answer, beside its counts; "" if it has none
     tier: str = field(default="", compare=False)        # the service tier: "priority", "standard fast us"
     model: str = field(default="", compare=False)       # the model that answered
     cost: str = field(default="", compare=False)        # in US dollars
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake, and would spoil every sum
+MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake and would spoil every sum
 
 
 def as_dict(value: Any) -> JSON:
@@ -269,7 +271,8 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 
 
 def checked_usage(usage: Usage) -> Usage:
-    """The usage with consistent counts. Those that were cut to fit are named, and make it an estimate."""
+    """The usage with consistent counts. A count that had to be reduced is named and makes the usage an
+    estimate."""
     total = min(usage.input, MAX_TOKENS)
     cached = min(usage.cached, total)
     written = min(usage.cache_write, total - cached)
@@ -295,49 +298,51 @@ class Stop:
     """The provider's evidence that the model has finished (DESIGN: promise 1)."""
     incomplete_reason: str = ""     # "" or a reason of Responses: "max_output_tokens", "content_filter"
     final: bool = False             # nothing more will come: reading can end
-    explanation: str = ""           # for the user: why a content filter stopped it
+    explanation: str = ""           # for the user: why a content filter stopped the answer
 
 
 class Sink(Protocol):
-    """The calls that a decoder makes. An item has a key that is unique in the stream, or None: only one item
-    without a key is open at a time, and it ends when any other item begins.
+    """The calls that a decoder makes. An item has a key that is unique in the stream, or None. Only one item
+    without a key is open at a time; it ends when any other item begins.
 
     >>> sink.reasoning("Hm."); sink.text("Hello")
     >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
     def text(self, text: str, channel: PartType = "text") -> None:
-        """More of the message without a key, which begins with its first visible character; by the channel
-        "summary" of the reasoning item without a key."""
+        """Adds text to the message without a key, which begins with its first visible character. With the
+        channel "summary", adds to the reasoning item without a key."""
     def reasoning(self, text: str) -> None:
-        """More of the summary of the reasoning item without a key; "" only begins it."""
+        """Adds to the summary of the reasoning item without a key; "" only begins it."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
-        """An item begins, with these fields of its own."""
+        """Begins an item with these fields of its own."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
-        """A tool call begins."""
+        """Begins a tool call."""
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        """More of an item: a message's text or refusal, a reasoning item's summary or raw text, a call's
-        arguments (JSON text), a custom call's input (raw text). A higher part than before begins another."""
+        """Adds to an item: a message's text or refusal, a reasoning item's summary or raw text, a call's
+        arguments (JSON text), or a custom call's input (raw text). A higher part number begins another
+        part."""
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
-        """`add`, or `text`, of each piece."""
+        """Calls `add`, or `text`, for each piece."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
     def done(self, key: Any = None, **fields: Any) -> None:
-        """The item, if it is open, is complete. `fields` are its last: encrypted_content, action, status."""
+        """Completes the item if it is open. `fields` are its last ones: encrypted_content, action, status."""
     def item(self, item: JSON) -> None:
-        """A complete item of a type that is not built here; it passes unchanged."""
+        """Passes on a complete item of a type that is not built here."""
     def set_usage(self, usage: Usage) -> None: ...
     def set_stop(self, stop: Stop) -> None: ...
     def fail(self, error: GatewayError) -> None:
-        """An error that the upstream reported inside its stream: it overrides any evidence of an end."""
+        """Reports an error inside the upstream's stream. It overrides any evidence of an end."""
 
 
 # === 3. HTTP/1.1 ==================================================================================
 #
-# Both sides, fed with bytes. Strict: whatever two parsers could read in two ways is refused (LF or CR alone as a
-# line end, folded lines, a blank before the colon, Transfer-Encoding beside Content-Length ...). RFC 9112 lets
-# several of these pass; each has been a hole in some server. Patterns check numbers before int() sees them (it
-# takes "+5" and "1_0"), and blanks are SP and HTAB only (strip() alone takes \x0b and \x85).
+# Both sides, fed with bytes. The parser is strict: it refuses anything that two parsers could read in two
+# ways (LF or CR alone as a line end, folded lines, a blank before the colon, Transfer-Encoding beside
+# Content-Length ...). RFC 9112 allows several of these; each has been a hole in some server. Patterns check
+# numbers before int(), which accepts "+5" and "1_0". Blanks are only SP and HTAB; strip() alone removes \x0b
+# and \x85.
 #
-# A broken peer gives a ProtocolError, the same at every later call. Any other exception is a bug here.
+# A broken peer causes a ProtocolError, the same at every later call. Any other exception is a bug here.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -347,7 +352,7 @@ PROTOCOL_CODES = {
 
 
 class ProtocolError(GatewayError):
-    """The peer broke HTTP or went over a limit. Answer, then close."""
+    """The peer violated HTTP or exceeded a limit. Answer, then close."""
     status, type, code = 400, "invalid_request_error", "invalid_http"
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -374,36 +379,37 @@ class Headers:
 
 class Limits(NamedTuple):
     max_line_bytes: int = 8192          # the request line (RFC 9112 3 asks for 8000); all trailers
-    max_head_bytes: int = 65536         # Codex sends its turn's state and metadata in headers of some KiB
+    max_head_bytes: int = 65536         # Codex sends several KiB of turn state and metadata in headers
     max_headers: int = 100              # the SDKs send about 20, Azure answers with about 40
-    max_body_bytes: int = 64 << 20      # histories with images: providers take 32 to 50 MB
+    max_body_bytes: int = 64 << 20      # conversations with images: providers accept 32 to 50 MB
 
 
-ANSWER_LIMITS = Limits(max_body_bytes=sys.maxsize)     # a stream has no size; whoever collects an answer limits it
-MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which cost (CVE-2023-39326)
+# streams have no size limit; the collector of an answer sets one
+ANSWER_LIMITS = Limits(max_body_bytes=sys.maxsize)
+MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which are expensive (CVE-2023-39326)
 
 
 class RequestHead(NamedTuple):
     method: str
-    path: str                   # raw: what is routed is what is authorised
+    path: str                   # raw: routing and authorization see the same path
     query: str
     http11: bool                # else HTTP/1.0
-    headers: Headers            # with `host` from the target where that was absolute (RFC 9112 3.2.2)
+    headers: Headers            # `host` comes from an absolute target (RFC 9112 3.2.2)
     keep_alive: bool
     expect_continue: bool
-    length: int | None          # of the body; None when it comes in chunks
+    length: int | None          # of the body; None if it comes in chunks
 
 
 class ResponseHead(NamedTuple):
     status: int
     headers: Headers
-    keep_alive: bool            # False also where the body ends with the connection
-    length: int | None          # of the body; None when it comes in chunks or ends with the connection
+    keep_alive: bool            # also False if the body ends with the connection
+    length: int | None          # of the body; None if it comes in chunks or ends with the connection
 
 
 class Signal(enum.Enum):
     NEED_DATA = 1       # feed more, or feed_eof()
-    END = 2             # the message is whole
+    END = 2             # the message is complete
 
 
 NEED_DATA: Final = Signal.NEED_DATA
@@ -422,27 +428,28 @@ QUERY = PATH.replace(b"@/", b"@/?")
 HOST = rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
 
 HOST_VALUE = re.compile(HOST.decode())
-REQUEST_START = re.compile(TOKEN + rb"(?: |\Z)|\r?\Z")      # all that a request can begin with, cut anywhere
+REQUEST_START = re.compile(TOKEN + rb"(?: |\Z)|\r?\Z")      # every beginning of a request, cut anywhere
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])")
 TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")   # a last SP may lack
+# the last SP is optional
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
-STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is still coming in
+STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*" + TOKEN
                         + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?)*\r\n")
-CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?)?\r?")     # one not all here
+CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?)?\r?")     # an incomplete one
 
 
 def parse_fields(section: bytes, max_headers: int) -> Headers:
-    """The header lines, without the last one's CRLF."""
+    """Parses the header lines, without the last one's CRLF."""
     if not section:
         return Headers([])
     lines = section.decode("latin-1").split("\r\n")
     if len(lines) > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
-    if section.translate(None, VALUE_BYTES) != CRLF * (len(lines) - 1):     # all that is left are controls
+    if section.translate(None, VALUE_BYTES) != CRLF * (len(lines) - 1):     # only control characters are left
         raise ProtocolError("A header has a control character, or a line that does not end with CRLF.")
     items = []
     for line in lines:
@@ -462,7 +469,7 @@ def list_values(headers: Headers, name: str) -> list[str]:
 
 
 def keeps_alive(headers: Headers, http11: bool) -> bool:
-    """RFC 9112 9.3; a `close` wins over everything."""
+    """RFC 9112 9.3; `close` has priority."""
     options = list_values(headers, "connection")
     return "close" not in options and (http11 or "keep-alive" in options)
 
@@ -474,7 +481,7 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
     if not codings:
         if not lengths:
             return None, False
-        if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values are one value
+        if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values count as one
             raise ProtocolError("Content-Length is not one decimal number.")
         length = int(lengths[0])
         check_body_size(length, max_body_bytes)
@@ -518,7 +525,7 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
         raise ProtocolError("A request has exactly one Host header.")
     if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
         raise ProtocolError("Host is not a host name or address with an optional port.")
-    if authority:       # it wins over the Host header
+    if authority:       # it has priority over the Host header
         headers = Headers([("host", authority.decode()), *(item for item in headers if item[0] != "host")])
     length, chunked = body_framing(headers, http11, max_body_bytes)
     if not chunked:
@@ -533,33 +540,33 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
         http11,
         headers,
         keeps_alive(headers, http11),
-        expect_continue=bool(expectations) and http11 and length != 0,      # HTTP/1.0 has none (RFC 9110 10.1.1)
+        expect_continue=bool(expectations) and http11 and length != 0,  # not in HTTP/1.0 (RFC 9110 10.1.1)
         length=length)
 
 
 # --- readers --------------------------------------------------------------------------------------
 
 class Reader(Generic[Head]):
-    """What both sides share: the buffer, header blocks, and bodies by length or by chunks.
+    """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
     next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA
     where more input is required. After feed_eof() it raises if the message is incomplete. Generators read a
-    message from top to bottom; they yield what next() returns.
+    message from top to bottom; they yield the results of next().
     """
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         self.limits = limits
         self._method = ""               # of the request under way; "" between messages
         self._data = b""
-        self._at = 0                    # everything before it has been returned
-        self._scanned = 0               # this many bytes from there hold no end of the header block
+        self._at = 0                    # all bytes before it have been returned
+        self._scanned = 0               # this many bytes from there contain no end of the header block
         self._eof = False
         self._error: ProtocolError | None = None
         self._parts: Iterator[Head | bytes | Signal] = self._messages()
 
     @property
     def idle(self) -> bool:
-        """Between messages, with nothing of another one here."""
+        """The reader is between messages and holds no byte of another one."""
         return not self._method and self._at == len(self._data)
 
     def _messages(self) -> Iterator[Head | bytes | Signal]:
@@ -593,7 +600,7 @@ class Reader(Generic[Head]):
         return NEED_DATA
 
     def _header_block(self, limit: int) -> tuple[bytes, Headers] | None:
-        """The next line and the header fields that follow it; None while not all of it is here."""
+        """The next line and the header fields that follow it; None while they are incomplete."""
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
@@ -603,13 +610,13 @@ class Reader(Generic[Head]):
             return line, parse_fields(fields, self.limits.max_headers)
         if len(data) - at >= limit + 4:
             raise ProtocolError(f"The headers are over {limit} bytes.", 431)
-        if STRAY_BYTE.search(data, at + max(0, self._scanned - 1)):     # or bare LFs would wait
+        if STRAY_BYTE.search(data, at + max(0, self._scanned - 1)):     # otherwise bare LFs would wait
             raise ProtocolError("A header has a control character, or a line that does not end with CRLF.")
         self._scanned = len(data) - at
         return None
 
     def _take(self, size: int) -> bytes:
-        """At most `size` bytes of what is here."""
+        """At most `size` of the buffered bytes."""
         piece = self._data[self._at:self._at + size]
         self._at += len(piece)
         return piece
@@ -621,7 +628,7 @@ class Reader(Generic[Head]):
             yield piece or self._need_more_data()
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
-        """RFC 9112 7.1. Complete chunks at hand come joined; the size is checked before the data is read."""
+        """RFC 9112 7.1. Complete buffered chunks come joined; the size is checked before the data is read."""
         limits, match, total = self.limits, CHUNK_LINE.match, 0
         while True:
             data, at = self._data, self._at
@@ -653,11 +660,12 @@ class Reader(Generic[Head]):
             check_body_size(total, limits.max_body_bytes)
             yield from self._fixed_length_body(size)
             while not self._data.startswith(CRLF, self._at):
-                if not CRLF.startswith(self._data[self._at:self._at + 2]):      # CVE-2025-43859: look at both
+                if not CRLF.startswith(self._data[self._at:self._at + 2]):  # CVE-2025-43859: check both bytes
                     raise ProtocolError("The data of a chunk is not followed by CRLF.")
                 yield self._need_more_data()
             self._at += 2
-        while self._header_block(limits.max_line_bytes) is None:    # trailers: checked, dropped (RFC 9110 6.5.1)
+        # trailers: checked and dropped (RFC 9110 6.5.1)
+        while self._header_block(limits.max_line_bytes) is None:
             yield self._need_more_data()
 
 
@@ -670,7 +678,7 @@ class RequestReader(Reader[RequestHead]):
             if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
                 self._at += 2
                 blank_skipped = True
-            # a TLS hello, NULs or an endless line are refused before any CRLF comes
+            # a TLS hello, NULs or an endless line are refused before any CRLF
             if not REQUEST_START.match(self._data, self._at):
                 raise ProtocolError("This is not an HTTP/1.1 request (is it https or HTTP/2?).")
             line_end = self._at + limits.max_line_bytes + 2
@@ -696,7 +704,7 @@ class ResponseReader(Reader[ResponseHead]):
     """The client's side."""
 
     def start(self, method: str) -> None:
-        """A request of that method goes out. Bytes that came before it would be taken for its answer."""
+        """Begins a request with that method. Earlier bytes would be taken for its answer."""
         if not self.idle:
             raise RuntimeError("the connection is not ready for another request")
         self._method = method
@@ -714,10 +722,10 @@ class ResponseReader(Reader[ResponseHead]):
                 continue
             line, headers = block
             match = STATUS_LINE.fullmatch(line)
-            if match is None or match[2] == b"101":     # an upgrade is never asked for
+            if match is None or match[2] == b"101":     # Pomex never requests an upgrade
                 raise ProtocolError("The answer's status line is malformed, or switches protocols.")
             http11, status = match[1] == b"1", int(match[2])
-            if status < 200:        # the final answer is still to come
+            if status < 200:        # the final answer follows
                 continue
             length: int | None = 0
             chunked = False
@@ -747,7 +755,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def field_lines(headers: HeaderFields) -> list[bytes]:
-    """ValueError for what we would not take ourselves; it does not show the value."""
+    """Raises ValueError for headers that our own reader would refuse; the message does not show the value."""
     lines = []
     for name, value in headers:
         line = f"{name}: {value}\r\n".encode("latin-1")
@@ -758,7 +766,7 @@ def field_lines(headers: HeaderFields) -> list[bytes]:
 
 
 def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
-    """One request, nothing added: host and content-length are the caller's."""
+    """One request without additions: the caller supplies host and content-length."""
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
         raise ValueError(f"{method!r} or its target cannot stand in a request line")
@@ -766,26 +774,27 @@ def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) 
 
 
 def response_head(status: int, headers: HeaderFields) -> bytes:
-    """Status line and headers, nothing added."""
+    """The status line and headers, without additions."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
     return b"".join([line, *field_lines(headers), CRLF])
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk; nothing for no data, since an empty chunk would end the body."""
+    """One chunk; nothing for empty data, since an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 # --- content codings ------------------------------------------------------------------------------
 
-MAX_MEMBERS = 1024          # a body of countless empty gzip members is all work and no output
+MAX_MEMBERS = 1024          # a body of countless empty gzip members costs work and gives no output
 INFLATE_SLICE = 65536       # zlib copies the rest of its input at each member's end
-MAX_RATIO = 200             # of a request's body to its compressed size: prompts have 3 to 20
-RATIO_FREE_BYTES = 4 << 20  # so much may come of any
+MAX_RATIO = 200             # of a request's size to its compressed size: prompts have 3 to 20
+RATIO_FREE_BYTES = 4 << 20  # output up to this size has no ratio limit
 
 
 class ContentDecoder:
-    """Decodes a gzip body (RFC 9110 8.4.1.3), or passes an uncoded one; 413 as soon as it is over `max_bytes`."""
+    """Decodes a gzip body (RFC 9110 8.4.1.3) or passes an uncoded one; 413 as soon as it exceeds
+    `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         coding = encoding.strip(" \t").lower()
@@ -807,7 +816,7 @@ class ContentDecoder:
             self._coded += len(rest)
             while rest:
                 if self._member is None or self._member.eof:
-                    self._members += 1          # RFC 1952 2.2: members may follow each other
+                    self._members += 1          # RFC 1952 2.2 allows several members
                     if self._members > MAX_MEMBERS:
                         raise ProtocolError(f"The gzip body has more than {MAX_MEMBERS} members.")
                     self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
@@ -835,20 +844,20 @@ class ContentDecoder:
 
 # === 4. SSE =======================================================================================
 #
-# Server-sent events (WHATWG HTML 9.2.6), whole events at a time: line ends are ASCII, so each can be decoded
-# by itself.
+# Server-sent events (WHATWG HTML 9.2.6), whole events at a time. Line ends are ASCII, so each event can be
+# decoded by itself.
 
 MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the answer, images included
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 class Event(NamedTuple):
-    event: str      # "message" where the stream names none
+    event: str      # "message" if the stream names none
     data: str
 
 
 def parse_event(block: str) -> Event | None:
-    """The event of the lines between two empty lines, if it has `data`."""
+    """The event in the lines between two empty lines, if it has `data`."""
     if block.startswith("data: ") and "\n" not in block:
         return Event("message", block[6:])
     name, data = "", []
@@ -862,7 +871,7 @@ def parse_event(block: str) -> Event | None:
 
 
 def is_complete_json(data: str) -> bool:
-    """Can an event with this data be over? Half a JSON object is never a JSON object."""
+    """Can an event with this data be complete? Half a JSON object is never a JSON object."""
     try:
         return data == "[DONE]" or isinstance(json.loads(data), dict)
     except (ValueError, RecursionError):
@@ -870,20 +879,20 @@ def is_complete_json(data: str) -> bool:
 
 
 class SSEDecoder:
-    """Bytes in, events out. It ignores `id` and `retry`: Pomex never resumes a stream."""
+    """Turns bytes into events. It ignores `id` and `retry`: Pomex never resumes a stream."""
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
         self.truncated = False          # after finish(): the body ended inside an event
         self._rest = bytearray()        # holds no empty line, but may end with a line end
-        self._started = False           # the first event was read: no byte order mark can follow
-        self._after_cr = False          # an LF that comes first belongs to that line end
+        self._started = False           # the first event has been read: no byte order mark can follow
+        self._after_cr = False          # a leading LF belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
         return self.parse(self.split(data))
 
     def split(self, data: bytes) -> bytes:
-        """All up to the last empty line, with LF as line ends."""
+        """Everything up to the last empty line, with LF as line ends."""
         if b"\r" in data or (self._after_cr and data):
             if self._after_cr:
                 data = data.removeprefix(b"\n")
@@ -905,7 +914,7 @@ class SSEDecoder:
         return data
 
     def parse(self, data: bytes) -> list[Event]:
-        """The events of whole blocks."""
+        """The events in whole blocks."""
         events = map(parse_event, self.decode(data).split("\n\n"))
         return [event for event in events if event]
 
@@ -918,8 +927,9 @@ class SSEDecoder:
         return text
 
     def finish(self) -> list[Event]:
-        """The body is over. The standard drops an event without its empty line, but many chat servers end so:
-        it counts if all its lines are complete, or if its data cannot be part of something longer."""
+        """Ends the body. The standard drops an event without its empty line, but many chat servers end this
+        way: the event counts if all its lines are complete, or if its data cannot be part of something
+        longer."""
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
@@ -939,9 +949,8 @@ def sse_frame(type: str, data: str) -> bytes:
 
 
 # === 5. the Responses API =========================================================================
-#
-# The check of a request, the names of its tools for providers that know only functions, and the answer: every
-# `response.*` event is made here, and every stream is ended here, once.
+# The validation of a request, the tool names for providers that know only functions, and the answer: this
+# layer makes every `response.*` event and ends every stream, once.
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
@@ -958,23 +967,23 @@ def reject_constant(name: str) -> Any:
 
 
 def finite(digits: str) -> float:
-    """Rejects 1e999: a JSON number, but Python reads it as infinity."""
+    """Rejects 1e999, a valid JSON number that Python reads as infinity."""
     number = float(digits)
     return number if math.isfinite(number) else reject_constant(digits[:20])
 
 
-# Clients get the strict reader; models may leave line ends in strings as they are. NaN is never read.
+# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 strict_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
 lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
 
 
 def load_json(raw: bytes) -> Any:
-    """Reads one JSON text strictly; the ValueError says what is wrong and where."""
+    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
     try:
         value = strict_json(raw.decode())
         if LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()      # else it would fail later, in log or ledger
+            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
     except UnicodeEncodeError:
         raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
     except UnicodeDecodeError as error:
@@ -1006,7 +1015,7 @@ JSON_NAMES = {
 
 
 def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
-    """A value that its field does not take. The sentence begins with the field's path."""
+    """The error for a value that its field does not accept. The sentence begins with the field's path."""
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
@@ -1014,16 +1023,16 @@ Strings: TypeAlias = "tuple[str, ...]"
 
 
 class Field(NamedTuple):
-    """The values that a field takes: of a request, of pomex.toml, of an admin body or a command."""
+    """The valid values of a field: of a request, of pomex.toml, of an admin body or of a command."""
     types: tuple[type, ...] = (str,)
     minimum: float | None = None            # of a number, or of a string's length
     maximum: float = math.inf
     choices: Collection[str] = ()
-    items: Field | None = None              # for every entry of an array or object
-    inner: Callable[[Any, str], None] | None = None         # checks more; called with value and path
-    pattern: str = ""                       # of the whole text
-    read: Callable[[Any], Any] | None = None        # converts; ValueError, ArithmeticError, KeyError: not valid
-    wanted: str = ""                        # completes "must be" where the types do not say enough
+    items: Field | None = None              # for each entry of an array or object
+    inner: Callable[[Any, str], None] | None = None         # a further check, called with value and path
+    pattern: str = ""                       # for the whole text
+    read: Callable[[Any], Any] | None = None  # converts; ValueError, ArithmeticError or KeyError: invalid
+    wanted: str = ""                        # completes "must be" if the types are not enough
     meaning: str = ""                       # for people
     secret: bool = False                    # never shown
 
@@ -1110,7 +1119,7 @@ def check_tools(tools: list[Any], path: str) -> None:
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
-    if len(metadata) > 16:                  # these limits are OpenAI's
+    if len(metadata) > 16:                  # OpenAI's limits
         raise invalid_param(path, " may have at most 16 entries.")
     for key, value in metadata.items():
         if not isinstance(value, str) or len(key) > 64 or len(value) > 512:
@@ -1140,7 +1149,7 @@ OUTPUT = Field((str, list), inner=check_parts)
 TOOLS = Field((list,), inner=check_tools)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
-# Other fields pass unchecked to a Responses upstream. null counts as absent: SDKs send it.
+# A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
 REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
@@ -1173,7 +1182,7 @@ NEEDS_STATE = {
                    "Pomex runs no background responses: send background: false."),
 }
 
-# Known input items and tools: the fields that Pomex reads. Unknown ones are never refused.
+# Known input items and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 ITEM_FIELDS: dict[str, Fields] = {
     "message": {"role": ROLE, "content": CONTENT},
@@ -1200,7 +1209,7 @@ TOOL_FIELDS: dict[str, Fields] = {
 
 
 def check_item(item: JSON, path: str) -> JSON:
-    """Returns an input item with its `type` filled in: a message (known by its role) may come without."""
+    """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
     if not isinstance(item, dict):
         raise invalid_param(path, " must be an object.", "invalid_type")
     kind = item.get("type")
@@ -1245,8 +1254,8 @@ class AroundInput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A validated request. `input` is always a list of items that have a type; `tools` are those of the body,
-    then those of input items (additional_tools, tool_search_output), in order."""
+    """A validated request. `input` is always a list of items that have a type; `tools` holds the tools of the
+    body, then the tools of input items (additional_tools, tool_search_output), in order."""
     body: JSON
     raw: bytes
     model: str
@@ -1256,12 +1265,12 @@ class ResponsesRequest:
     tools: list[JSON]
     weight: int                 # see weigh_input
     around: AroundInput = field(default_factory=lambda: AroundInput(), compare=False)
-    # what was made of its tools and items, shared by the requests of a conversation that grows
+    # the prepared tools and items, shared by the requests of a growing conversation
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
     def estimated_input(self) -> int:
-        """Tokens."""
+        """The input size in tokens."""
         return self.weight // 4
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -1270,7 +1279,7 @@ class ResponsesRequest:
         return default if value is None else value
 
     def cache_key(self) -> str:
-        """prompt_cache_key, or one that all requests with the same beginning share."""
+        """prompt_cache_key, or a key shared by all requests with the same beginning."""
         given: str = self.get("prompt_cache_key", "")
         if given:
             return given
@@ -1281,12 +1290,13 @@ INLINE_DATA = (     # images and files
     re.compile(rb';base64,([^"]*)'),
     re.compile(rb'"file_data":"(?!data:)([^"]*)'),
 )
-INLINE_DATA_BYTES = 1024        # a shorter one counts as text
-INLINE_DATA_WEIGHT = 6000       # of each, 1,500 tokens: a large image at the providers that document it
+INLINE_DATA_BYTES = 1024        # shorter data counts as text
+INLINE_DATA_WEIGHT = 6000       # for each, 1,500 tokens: a large image at the providers that document it
 
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
-    """The bytes of a request from `start` on, of which four make a token. Inline images and files have a fixed weight."""
+    """The number of request bytes from `start` on; four make a token. Inline images and files have a fixed
+    weight."""
     weight = len(raw) - start
     for pattern in INLINE_DATA:
         for match in pattern.finditer(raw, start):
@@ -1296,18 +1306,18 @@ def weigh_input(raw: bytes, start: int = 0) -> int:
     return weight
 
 
-MAX_INPUT_ITEMS = 100_000       # a conversation of weeks has some thousands
-MAX_JSON_VALUES = 2_000_000     # read, each takes a hundred bytes and a tenth of a microsecond
+MAX_INPUT_ITEMS = 100_000       # a conversation of several weeks has some thousands
+MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory and a tenth of a microsecond
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # in no JSON string: its quotes would be escaped there
+INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string: its quotes would be escaped
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
 strict_scan = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).raw_decode
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
-    """The number of bytes with which both begin, by halves: each is compared once."""
+    """The length of the common prefix, by bisection: each byte is compared once."""
     start, end = 0, min(len(one), len(other))
     while start < end:
         middle = (start + end + 1) // 2
@@ -1319,8 +1329,8 @@ def common_prefix(one: bytes, other: bytes) -> int:
 
 
 def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, AroundInput] | None:
-    """The decoded body, and what stands around its input, if it is the body of `last`, of which it has the first
-    `shared` bytes, with more input items; else None. Only new items are decoded, and around them only changes."""
+    """The decoded body and the text around its input, if `raw` extends the body of `last` by more input
+    items; else None. `shared` is the length of their common prefix. Only new text is decoded."""
     array = INPUT_ARRAY.search(raw, 0, shared)
     ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
@@ -1329,7 +1339,7 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     try:
         text = "[0" + raw[shared:].decode()
         items, end = strict_scan(text)
-        around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # or it is not JSON
+        around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
         if around != last.around.text:
             body = strict_json(around)
     except (ValueError, RecursionError):
@@ -1341,8 +1351,8 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
 
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values. `last` is the
-    conversation's request before: what it has in common with this one is neither decoded nor validated again."""
+    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values.
+    `last` is the conversation's previous request: the common part is neither decoded nor validated again."""
     marks = (b",", b"[", b"{")
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
@@ -1370,7 +1380,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
 
 def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest | None,
                      around: AroundInput) -> ResponsesRequest:
-    """The request of a decoded body. Of `last` it has the first input items, and perhaps fields."""
+    """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
     for name, value in body.items():
         if value is not None and name in REQUEST_FIELDS and value is not valid.get(name):
@@ -1378,7 +1388,7 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) not in (None, False):
             raise BadRequest(sentence, param=name, code=code)
-    for name in ("model", "input"):                 # not required with a prompt template, refused above
+    for name in ("model", "input"):  # not required with a prompt template, which is refused above
         check(body.get(name), REQUEST_FIELDS[name], name)
     if not body["model"].isprintable():
         raise invalid_param("model", " holds characters that no name has.")
@@ -1428,7 +1438,7 @@ def text_of(content: Any, separator: str = "") -> str:
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
 MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
-MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB, and can be repeated
+MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
 
 
 @dataclass(slots=True)
@@ -1437,7 +1447,7 @@ class Envelope:
     authenticated, not secret, bound to the account, marked with its origin."""
     secret: bytes
     account: str
-    inflated: int = 0                   # bytes of all that were opened
+    inflated: int = 0                   # total size of all opened envelopes
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
@@ -1445,7 +1455,8 @@ class Envelope:
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
-        """(provider, model, replay); None where the text is not ours, altered, or of another account."""
+        """(provider, model, replay); None if the text is not ours, was altered, or belongs to another
+        account."""
         try:
             data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
             packed = data[MAC_BYTES:]
@@ -1465,14 +1476,14 @@ class Envelope:
 
 def unseal_items(items: list[JSON], envelope: Envelope,
                  provider: str) -> tuple[list[JSON], list[str]]:
-    """Input items as `provider` may see them, and the names of dropped ones. Content that the provider sealed
-    stands in `sealed_replay`; an item of another provider, or one that does not verify, is left out. Content
+    """The input items that `provider` may see, and the names of dropped ones. `sealed_replay` holds content
+    that the provider sealed. An item of another provider, or one that does not verify, is dropped. Content
     without our prefix stays: only a Responses upstream can judge it."""
     kept, dropped = [], []
     envelope.inflated = 0
     for given in items:
         item = given
-        if "sealed_replay" in item:             # a client's own: only what an envelope held is believed
+        if "sealed_replay" in item:             # from a client: only content of an envelope is trusted
             item = {name: value for name, value in item.items() if name != "sealed_replay"}
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
@@ -1492,7 +1503,7 @@ def unseal_items(items: list[JSON], envelope: Envelope,
 # --- 5.3 tools for providers that know only functions ---------------------------------------------
 
 MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
-SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's begin with a letter or _
+SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's names begin with a letter or _
 FREEFORM_PARAMETERS: JSON = {
     "type": "object",
     "additionalProperties": False,
@@ -1528,7 +1539,7 @@ class Tool(NamedTuple):
     fitted: Mapping[str, str] = {}      # renamed parameters: the client's name -> the provider's
 
 
-# names that a tool's parameters may have, as Anthropic's error and Google's reference say; others take any
+# valid names of a tool's parameters, from Anthropic's error and Google's reference; others accept any
 PARAMETER_NAMES = {
     "claude": re.compile(r"[a-zA-Z0-9_.-]{1,64}"),
     "gemini": re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,63}"),
@@ -1537,7 +1548,7 @@ PARAMETER_NAMES = {
 
 
 def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
-    """A call's arguments with other keys in all their objects, where `names` has one."""
+    """A call's arguments with the keys of all objects renamed by `names`."""
     if not names:
         return arguments
     renamed = json.loads(arguments, strict=False, object_hook=lambda holder: {
@@ -1547,7 +1558,7 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
-    """A name that every provider takes, the same in every process: `ns__name`, shortened with a digest."""
+    """A name that every provider accepts, the same in every process: `ns__name`, shortened with a digest."""
     full = f"{namespace}__{name}" if namespace else name
     if SAFE_NAME.fullmatch(full):
         return full
@@ -1559,7 +1570,8 @@ def with_digest(safe: str, full: str) -> str:
 
 
 def freeform_description(tool: JSON) -> str:
-    """A custom tool's description with its grammar as advice: JSON-only providers cannot enforce it."""
+    """A custom tool's description with its grammar as advice: providers with JSON arguments cannot enforce
+    it."""
     shape = tool.get("format") or {}
     grammar = shape.get("definition")
     if grammar:
@@ -1573,7 +1585,7 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with every schema object in it changed, the inner ones first; `change` may
+    """A copy of a JSON schema with `change` applied to every schema object, inner ones first; `change` may
     alter its argument."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
@@ -1590,14 +1602,15 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 
 
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
-    """A tool's parameters for a provider, and the names that do not fit its rule with their replacements."""
+    """A tool's parameters for a provider, and replacements for the names that break its rule."""
     schemas: list[JSON] = []
     names: set[str] = set()
 
     def clean(schema: JSON) -> JSON:
-        if isinstance(schema.get("encrypted"), bool):   # Codex's own (openai/codex#27331), refused by others
+        if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
             del schema["encrypted"]
-        if None in schema.values():     # `"required": null` of Codex: strict servers refuse it (cc-switch#7019)
+        # Codex sends `"required": null`: strict servers refuse it (cc-switch#7019)
+        if None in schema.values():
             schema = {key: value for key, value in schema.items()
                       if value is not None or key in ("default", "const")}
         names.update(as_dict(schema.get("properties")))
@@ -1626,7 +1639,7 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     return cleaned, fitted
 
 
-# left in a tool's name by chat templates: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
+# chat templates leave these in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
 TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
 
 
@@ -1637,18 +1650,18 @@ class ToolMap:
         self.parameter_names = next(
             rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
         self.searches = searches
-        self.functions: list[JSON] = []         # the offer: name, description, parameters, strict?
+        self.functions: list[JSON] = []  # the offered functions: name, description, parameters, strict?
         self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
-        self.dropped: list[str] = []            # the rest, as "tools:TYPE"
+        self.dropped: list[str] = []            # the other tools, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
-        self.by_name: dict[str, Tool | None] = {}       # without a namespace too, where only one has the name
+        self.by_name: dict[str, Tool | None] = {}       # also without a namespace, if the name is unique
         self._add(tools, "")
         self.by_name |= self.by_upstream_name
 
     def resolve(self, name: str) -> Tool:
-        """The tool that a model means; a function of that name where none is offered."""
+        """The tool that a model means; a function of that name if none is offered."""
         found = self.by_name.get(name)
-        if not found and not name.isidentifier():       # nearly all are: a pattern a call would be slow
+        if not found and not name.isidentifier():  # nearly all are; a pattern match for each call is slow
             found = self.by_name.get(TEMPLATE_REMAINS.sub("", name))
         return found or Tool("function_call", name, "")
 
@@ -1666,7 +1679,7 @@ class ToolMap:
                 self._add_function("tool_search_call", kind, "", tool)
             elif kind == "local_shell":
                 self._add_function("local_shell_call", kind, "", LOCAL_SHELL)
-            elif kind.startswith("web_search") and self.searches:       # _preview and dated names too
+            elif kind.startswith("web_search") and self.searches:       # also _preview and dated names
                 self.hosted.append(tool)
             else:
                 self.dropped.append(f"tools:{kind}")
@@ -1693,31 +1706,31 @@ class ToolMap:
 
 
 def split_trailing_surrogate(text: str) -> tuple[str, str]:
-    """The text, and half a surrogate pair at its end, whose other half comes with the next fragment."""
+    """The text, and half a surrogate pair at its end; the next fragment brings the other half."""
     half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     return fix_surrogates(text.removesuffix(half)), half
 
 
 def fix_surrogates(text: str) -> str:
-    """Surrogate pairs joined, lone halves replaced."""
+    """Joins surrogate pairs and replaces lone halves."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# half a surrogate pair waits for what follows: its other half, or anything else
+# half a surrogate pair waits for the next character
 INPUT_TEXT = re.compile(r'(?P<text>(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
                         r'|u[dD][89abAB][0-9a-fA-F]{2}'
                         r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))+)')
-# a text that begins with a fence is left to unwrap()
+# unwrap() handles a text that begins with a fence
 INPUT_START = re.compile(r'\s*\{\s*"input"\s*:\s*"(?=(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z))'
                          + INPUT_TEXT.pattern)
-MAX_PENDING_INPUT = 1024    # characters; after more than these the rest is left to unwrap()
+MAX_PENDING_INPUT = 1024    # characters; unwrap() handles the rest beyond these
 
 
 def decode_input(pending: str, more: str, begun: bool) -> tuple[str, str]:
     """The next text in `{"input": "..."}`, the arguments of a custom tool that is offered as a function; then
-    the new `pending`, which waits for more."""
+    the new `pending`, which waits for more input."""
     if len(pending) > MAX_PENDING_INPUT:
         return "", pending
     pending += more
@@ -1729,12 +1742,12 @@ def decode_input(pending: str, more: str, begun: bool) -> tuple[str, str]:
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A patch
-    loses its markdown fence."""
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A
+    patch loses its markdown fence."""
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
-        if raw.lstrip().startswith("{"):        # a cut object is no input
+        if raw.lstrip().startswith("{"):        # a truncated object is no input
             return None
         value = raw
     members = value if isinstance(value, dict) else {"input": value}
@@ -1753,8 +1766,8 @@ CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
 def escape_controls(text: str) -> str:
-    """JSON with escapes for the control characters in its strings: models write raw line ends, which strict
-    readers refuse."""
+    """JSON with its control characters in strings escaped: models write raw line ends, which strict readers
+    refuse."""
     return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
 
 
@@ -1791,7 +1804,7 @@ NO_OUTPUT = "no output was recorded for this call"
 
 def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, dropped: list[str],
                       memo: dict[Any, Any]) -> History:
-    """A request's instructions and unsealed items as a History; adds the names of what it loses to `dropped`.
+    """A request's instructions and unsealed items as a History; adds the names of lost content to `dropped`.
     Items that `memo` knows, by identity, are not normalized again."""
     system = [instructions] if instructions else []
     plain: list[JSON] = []
@@ -1800,7 +1813,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, d
         if known is None or known[:2] != (item, book):
             names: list[str] = []
             known = item, book, normalize_item(item, book, names), names
-            if "sealed_replay" not in item:     # that is another object in each request
+            if "sealed_replay" not in item:     # a different object in each request
                 memo[id(item)] = known
         made = known[2]
         dropped += known[3]
@@ -1816,17 +1829,17 @@ def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, d
 
 
 def is_summary_only(item: JSON) -> bool:
-    """A reasoning item that is only a summary: its provider wants nothing back."""
+    """A reasoning item that is only a summary: its provider needs nothing back."""
     return item["type"] == "reasoning" and not (item.get("encrypted_content") or item.get("content"))
 
 
 def gather_turns(items: Sequence[JSON]) -> list[Turn]:
-    """Plain items as turns. Each call gets an output, and an id of its own: local servers begin at call_0 in
-    every turn. Later items change no id, so that a history that grows keeps its bytes."""
+    """Groups plain items into turns. Each call gets an output and a unique id: local servers begin at call_0
+    in every turn. Later items change no id, so a growing history keeps its bytes."""
     turns: list[Turn] = []
-    role = ""                                   # of the turn that may go on
-    numbers = collections.Counter[str]()        # call id -> duplicates of it that were renamed
-    # call id -> results that have no output yet
+    role = ""                                   # of the current turn
+    numbers = collections.Counter[str]()        # call id -> number of renamed duplicates
+    # call id -> results that still have no output
     waiting = collections.defaultdict[str, collections.deque[JSON]](collections.deque)
     for item in items:
         kind, given = item["type"], item.get("call_id", "")
@@ -1836,7 +1849,7 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
                 if turns[-1].calls:
                     role = ""
                 continue
-            # a call made up for it would block the thread (CLIProxyAPI#5375)
+            # a made-up call would block the thread (CLIProxyAPI#5375)
             item = user_message(text_block(f"[tool output] {text_of(item['output'])}"))
         speaker = item.get("role", "assistant")
         if speaker != role:
@@ -1860,7 +1873,7 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
     return turns
 
 
-CALL_ARGUMENTS = {                  # the field of each type of call, whether or not its tool is still offered
+CALL_ARGUMENTS = {                  # the field of each call type, even if its tool is no longer offered
     "function_call": "arguments",
     "custom_tool_call": "input",
     "tool_search_call": "arguments",
@@ -1876,18 +1889,18 @@ OUTPUT_TYPES = (
     "shell_call_output",
     "apply_patch_call_output",
 )
-# an envelope of ours, OpenAI's encryption, anybody's
+# our envelope, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
 
 def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None:
-    """A plain item; None for one that has no such form."""
+    """A plain item; None for an item without such a form."""
     kind, call_id = item["type"], item.get("call_id") or ""
     if kind in ("message", "agent_message"):
         return normalize_message(item, dropped)
     if kind in CALL_ARGUMENTS:
         name, namespace = item.get("name") or kind.removesuffix("_call"), item.get("namespace")
-        # a misspelt name does not go back to the model
+        # the model must not see a misspelt name again
         tool = book.resolve(upstream_tool_name(name, namespace) if namespace else name)
         return {
             "type": "function_call",
@@ -1964,8 +1977,8 @@ def call_output(item: JSON) -> Any:
 
 
 class Attachment(NamedTuple):
-    """An image or a file: an address, or bytes."""
-    mime: str                   # by the bytes, else as declared, else by the ending; "": unknown
+    """An image or a file: an address or bytes."""
+    mime: str                   # from the bytes, else as declared, else from the extension; "": unknown
     name: str
     detail: Any                 # of an image, as the client gave it
     url: str = ""
@@ -1981,7 +1994,7 @@ MAGIC = {
     "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
     "application/pdf": rb"%PDF-",
 }
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")        # known everywhere
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")        # known to every provider
 TYPE_BY_ENDING = {
     "png": "image/png",
     "jpg": "image/jpeg",
@@ -1996,7 +2009,7 @@ TYPE_BY_ENDING = {
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None where there is none, only its id at OpenAI, or invalid base64, which
+    """The image or file in a part. None if there is none, only its id at OpenAI, or invalid base64, which
     would have every later turn refused."""
     is_image = part["type"] == "input_image"
     if not is_image and part["type"] != "input_file":
@@ -2036,7 +2049,7 @@ def read_attachment(part: JSON) -> Attachment | None:
 
 class ClientProfile(NamedTuple):
     """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
-    incomplete_as_completed: bool = False   # a truncated answer ends as a complete one, without half a call
+    incomplete_as_completed: bool = False   # a truncated answer ends as complete, without truncated calls
     refusal_as_text: bool = False       # the client shows only output_text
     error_event: bool = True            # an `error` event precedes response.failed
     errors_as_events: bool = False      # errors that it would retry over HTTP become 200 + response.failed
@@ -2058,7 +2071,7 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
-# --- 5.6 the answer: one per client request -------------------------------------------------------
+# --- 5.6 the answer, one per client request -------------------------------------------------------
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
@@ -2114,9 +2127,10 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
 
 @dataclass(eq=False)
 class ResponseContext:
-    """What the attempts at one answer share: the response id, the event numbers, the echo of the request.
+    """The state that the attempts at one answer share: the response id, the event numbers, the echo of the
+    request.
 
-    Each Attempt writes through it; the client sees the output of one of them.
+    Each Attempt writes through it; the client sees the output of only one.
     """
     request: ResponsesRequest
     id: str
@@ -2139,7 +2153,7 @@ class ResponseContext:
         return dumps(echo_fields(self.request, self.profile.echo_request))[1:]
 
     def response(self, status: str, output: str = "[]", **fields: Any) -> str:
-        """The response object as JSON text; so is `output`. `fields` are those that the end fills."""
+        """The response object as JSON text, like `output`. `fields` are set at the end."""
         head = {
             "id": self.id,
             "object": "response",
@@ -2180,7 +2194,7 @@ class ResponseContext:
 
 
 def usage_object(usage: Usage) -> JSON:
-    """Always all fields: Codex fails the turn where one is missing (TRANSLATION.md 1.3)."""
+    """Always contains all fields: Codex fails the turn if one is missing (TRANSLATION.md 1.3)."""
     return {
         "input_tokens": usage.input,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_write},
@@ -2195,7 +2209,8 @@ def usage_from(
 ) -> Usage | None:
     """Reads `given`, the usage object of `answer`, in the fields of Responses or of Chat Completions.
 
-    None if it has none of them. `asked_12h` decides where it does not say how long its cache writes are kept.
+    Returns None if it has neither. `asked_12h` decides if the answer does not name the lifetime of its cache
+    writes.
     """
     given = as_dict(given)
     totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
@@ -2210,7 +2225,7 @@ def usage_from(
     is_apart = count(given, "total_tokens") == input_tokens + output_tokens + reasoning
     if is_apart or (reasoning > output_tokens and not reasoning_within):
         output_tokens += reasoning
-    # the second form is that of DeepSeek and Moonshot
+    # DeepSeek and Moonshot use the second form
     cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")
     written = count(inputs, "cache_write_tokens")
     written_12h = written if asked_12h else 0
@@ -2222,7 +2237,7 @@ def usage_from(
 
 
 def merge_counts(held: JSON, given: Any) -> JSON:
-    """Updates counts with those of a later usage; what that omits, or gives as null, stays."""
+    """Updates counts with those of a later usage; omitted and null fields stay."""
     for name, value in as_dict(given).items():
         if isinstance(value, dict):
             held[name] = merge_counts(as_dict(held.get(name)), value)
@@ -2234,11 +2249,11 @@ def merge_counts(held: JSON, given: Any) -> JSON:
 class Attempt:
     """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
-    After any number of `feed`s, `finish` is called once; then `status`, `usage` and `error` hold the outcome,
+    After any number of `feed`s, `finish` is called once. Then `status`, `usage` and `error` hold the outcome,
     and `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
-    output_started = False   # no other target may take over any more
-    upstream_done = False    # nothing more will come
+    output_started = False   # too late for another target
+    upstream_done = False    # no more data will come
     ended = False
     usage: Usage | None = None
     stop: Stop | None = None
@@ -2246,14 +2261,14 @@ class Attempt:
     status = "in_progress"
     terminal_by = "gateway"  # "": the answer was an error's status, not a stream
     output_chars = 0         # for estimates
-    unbilled = False         # the provider refused it, and will not bill it
-    estimated_input = 0      # tokens; none where no provider was asked
+    unbilled = False         # the provider refused the request and will not bill it
+    estimated_input = 0      # tokens; 0 if no provider was called
 
     def __init__(self, answer: ResponseContext) -> None:
         self.answer = answer
         self.out: list[bytes] = []
         self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
-        self.output_limit = answer.max_chars    # of output_chars; lowered by what else is held in memory
+        self.output_limit = answer.max_chars    # of output_chars; other held data lowers it
         self.items_left = answer.max_items
 
     @property
@@ -2272,10 +2287,10 @@ class Attempt:
             self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt: it fails without evidence that the model had finished (DESIGN, promise 1).
+        """Ends the attempt. It fails without evidence that the model had finished (DESIGN, promise 1).
 
-        `error` is the connection's, if it broke. Where the client has left, no item is closed: for a long
-        answer that takes 20 ms.
+        `error` is the connection's, if it broke. If the client has left, no item is closed: that takes 20 ms
+        for a long answer.
         """
         if self.ended:
             return
@@ -2287,7 +2302,7 @@ class Attempt:
             self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
         elif self.error is None and not has_output and not self.incomplete_reason:
             self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
-        elif usage == Usage():  # of an answer that is not empty
+        elif usage == Usage():  # the answer is not empty
             usage = None
         if notify_client:
             self.close_open_items()
@@ -2301,7 +2316,7 @@ class Attempt:
         self.usage = checked_usage(counts)
 
     def check_limits(self, chars: int = 0, items: int = 0) -> None:
-        """Counts what is held besides the output itself. Fails an answer that is too long."""
+        """Counts held data other than the output itself. Fails an answer that is too long."""
         self.output_limit -= chars
         self.items_left -= items
         if self.output_chars > self.output_limit or self.items_left < 0:
@@ -2311,7 +2326,7 @@ class Attempt:
                 status=502, headers=(("x-should-retry", "false"),))
             raise self.error
 
-    # the calls of a Sink that are no output
+    # Sink calls that are no output
 
     def set_usage(self, usage: Usage) -> None:
         if usage.input or usage.output or not self.usage or self.usage.estimated:
@@ -2329,7 +2344,7 @@ class Attempt:
     # the end
 
     def close_open_items(self) -> None:
-        """Finishes or leaves the items that are still open, before the status is decided."""
+        """Finishes or abandons the items that are still open, before the status is decided."""
 
     def has_no_message(self) -> bool:
         return not any(json.loads(item)["type"] == "message" for item in self.items.values())
@@ -2362,16 +2377,16 @@ class Attempt:
         return self.take_output() + DONE_FRAME
 
 
-# --- 5.7 the assembler: calls of a decoder in, events out -----------------------------------------
+# --- 5.7 the assembler: from decoder calls to events ----------------------------------------------
 
 class PartShape(NamedTuple):
     """The wire format of one channel of text."""
     event: str      # family of the part's own .added and .done
-    container: str  # the item's list of such parts; the number of a part is `{container}_index`
+    container: str  # the item's list of such parts; a part's number is its `{container}_index`
     type: str
     text: str       # the field that holds the text
     delta: str      # family of the text's .delta and .done
-    more: str = ""  # further fields of these, which the SDK's types require
+    more: str = ""  # further fields of these events, required by the SDK's types
 
 
 PARTS = {
@@ -2410,13 +2425,13 @@ CALL_FIELD = {  # item type -> event family, the item's field
 class Item:
     """An output item that is being streamed, with at most one open part."""
     kind: ItemType
-    fields: JSON = field(default_factory=dict)  # those that no part makes, e.g. {"phase": "commentary"}
+    fields: JSON = field(default_factory=dict)  # fields that no part fills, e.g. {"phase": "commentary"}
     # of a call
     call_id: str = ""
     tool: Tool | None = None
-    arguments: list[str] = field(default_factory=list)  # or input, as they came
-    pending_input: str | None = None    # of a custom tool offered as a function: what decode_input left
-    held_back: bool = False     # must be changed as a whole: control characters escaped, parameters renamed
+    arguments: list[str] = field(default_factory=list)  # or input, in pieces
+    pending_input: str | None = None    # of a custom tool offered as a function: decode_input's rest
+    held_back: bool = False     # must be changed as a whole: controls escaped, parameters renamed
     # since output_item.added
     id = ""
     index = -1
@@ -2424,7 +2439,7 @@ class Item:
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
     # of the open part, or of a call
     shape: PartShape | None = None
-    upstream_part = 0       # the provider's number of it
+    upstream_part = 0       # the provider's number for it
     delta_event = ""
     part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
     more: str = ""          # further fields of a delta
@@ -2434,14 +2449,14 @@ class Item:
     done = False            # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
-        """`text` is the part's whole text as a JSON string: a long one is encoded only once."""
+        """The part as JSON. `text` is its whole text as a JSON string: a long one is encoded only once."""
         more = ""
         if shape.type == "output_text":
             more = f',"annotations":[{",".join(self.annotations)}]{shape.more}'
         return f'{{"type":"{shape.type}","{shape.text}":{text}{more}}}'
 
     def complete_arguments(self) -> str | None:
-        """A call's arguments or input; None where they are truncated."""
+        """A call's arguments or input; None if they are truncated."""
         raw = "".join(self.arguments)
         if self.held_back:
             raw = escape_controls(raw)
@@ -2471,7 +2486,7 @@ class Item:
 
 
 class Assembler(Attempt):
-    """The Sink that makes Responses events: numbered, each item complete, in order and once."""
+    """The Sink that makes Responses events: numbered, with each item complete, in order and once."""
 
     def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str]) -> None:
         super().__init__(answer)
@@ -2567,7 +2582,7 @@ class Assembler(Attempt):
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
-        if item is None or not item.id:     # nothing, or nothing but white space
+        if item is None or not item.id:     # nothing but white space, or less
             self.open_items.pop(key, None)
             return
         item.done = True
@@ -2646,7 +2661,7 @@ class Assembler(Attempt):
             self.out.append(self.answer.frame(item.delta_event, fields))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
-        """Leaves a call open whose arguments are truncated."""
+        """Finishes an item, but leaves a call with truncated arguments open."""
         arguments = item.complete_arguments() if status == "completed" else "".join(item.text)
         if arguments is None:
             return
@@ -2681,15 +2696,15 @@ class Assembler(Attempt):
             self.add_placeholder_message()
         profile = self.answer.profile
         if self.error is not None and (profile.errors_as_events or self.output_chars > self.output_limit):
-            return  # Codex retries, and would keep half a message in its history
+            return  # Codex retries and would keep half a message in its history
         status = "completed" if profile.incomplete_as_completed else "incomplete"
         for key, item in list(self.open_items.items()):
-            # half a call is only for clients that see its status
+            # truncated calls are only for clients that see their status
             if item.tool is None or (self.error is None and status == "incomplete"):
                 self.finish_item(key, item, status)
 
     def add_placeholder_message(self) -> None:
-        """An empty answer gets an empty message; one that a content filter emptied, the explanation."""
+        """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
         stop = self.stop or Stop()
         filtered = stop.incomplete_reason == "content_filter"
         is_open = any(item.kind == "message" for item in self.open_items.values())
@@ -2730,7 +2745,7 @@ TEXTS: dict[str, tuple[PartType, str, str]] = {
     "summary_text": ("summary", "reasoning", "text"),
     "reasoning_summary_text": ("summary", "reasoning", "text"),
     "reasoning_text": ("raw", "reasoning", "text"),
-    "reasoning": ("raw", "reasoning", "text"),      # the Open Responses name
+    "reasoning": ("raw", "reasoning", "text"),      # Open Responses uses this name
     "function_call_arguments": ("arguments", "call", "arguments"),
     "custom_tool_call_input": ("input", "call", "input"),
 }
@@ -2743,7 +2758,7 @@ class UpstreamText:
     channel: PartType
     pieces: list[str] = field(default_factory=list)
     index: int = 0
-    sent: bool = False          # the sink has what came so far
+    sent: bool = False          # the sink has everything so far
     done: bool = False
     annotations: list[JSON] = field(default_factory=list)       # of a snapshot's text
 
@@ -2754,20 +2769,20 @@ class UpstreamText:
 
 @dataclass(slots=True, eq=False)
 class UpstreamItem:
-    """An item as far as it has come."""
+    """The current state of an item."""
     kind: Any                   # "message", "reasoning", "call", or the type of another item
     item: JSON                  # its newest snapshot
     upstream_index: Any
     index: int = -1             # ours
     shown: bool = False         # the sink knows of it
     done: bool = False          # the server called it done
-    closed: bool = False        # nothing more is expected of it
-    annotation_count: int = 0   # of events of their own
+    closed: bool = False        # no further event is expected for it
+    annotation_count: int = 0   # from annotation events
     texts: list[UpstreamText] = field(default_factory=list)
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
-        """The text that a piece continues, or that a `done` event completes: that may number it otherwise."""
+        """The text that a piece continues or a `done` event completes. A `done` may number it differently."""
         text = self.numbered.get((channel, number))
         if text is None and done and self.texts:
             last = self.texts[-1]
@@ -2780,14 +2795,14 @@ class UpstreamItem:
         return text
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
-        """Does one of these ids differ from its own?"""
+        """Does one of these ids differ from the item's own?"""
         own_id, own_call_id = self.item.get("id"), self.item.get("call_id")
         if item_id and own_id and own_id != item_id:
             return True
         return bool(call_id and own_call_id and own_call_id != call_id)
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
-        """Is an event under its index, or of its kind and without an index, about the next item?"""
+        """Is an event with its index, or of its kind and without an index, about the next item?"""
         item = event.get("item")
         if self.kind != kind:
             return bool(item or self.done or self.kind in TEXT_KINDS)
@@ -2811,8 +2826,8 @@ def item_content(item: JSON) -> str:
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
-    """For each of the given the first known one with the same key, each once, where there is one; later keys
-    serve those that are left."""
+    """Maps each given item to the first known one with the same key, each used once. Later keys serve the
+    items that are left."""
     found: dict[Any, Any] = {}
     for key in keys:
         taken = set(found.values())
@@ -2832,11 +2847,10 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
 
 class UpstreamItems(list[UpstreamItem]):
     """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
-    tell items apart by their ids alone (llama.cpp) or by nothing at all, count from 1, or give one index
-    to all.
+    distinguish items only by id (llama.cpp) or by nothing at all, count from 1, or give all the same index.
 
-    So an open item goes by any of its keys, and an event without one is about the newest of its kind. An
-    `added`, or an event for an item that is done, begins another item where a key differs.
+    So any key identifies an open item, and an event without one is about the newest of its kind. An `added`
+    event, or an event for a finished item, begins another item if a key differs.
     """
 
     open_count = 0
@@ -2894,7 +2908,7 @@ class UpstreamItems(list[UpstreamItem]):
 
     def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
         """The items of a final response, each with its record: by id, by content, in order among its kind. No
-        call is taken for one that is done. The indices of new items follow."""
+        call matches a finished one. New items take the following indices."""
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
         found = pair(
             given, self,
@@ -2914,14 +2928,14 @@ class UpstreamItems(list[UpstreamItem]):
 
 
 def as_text(value: Any) -> str:
-    """Arguments, which some servers give as an object."""
+    """Arguments as text; some servers send an object."""
     if isinstance(value, dict):
         return dumps(value)
     return value if isinstance(value, str) else ""
 
 
 def item_texts(item: JSON) -> list[UpstreamText]:
-    """The texts of a snapshot. `{}` may only hold the place of arguments to come."""
+    """The texts of a snapshot. `{}` may be a placeholder for later arguments."""
     texts = []
     custom = item.get("input")
     if isinstance(custom, str) and custom.strip():
@@ -2938,7 +2952,8 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
-    """Gives an item without content, in the form that clients read, that of its events: was there need?"""
+    """Fills an item without content from its events, in the form that clients read. Returns whether that was
+    needed."""
     empty = not item_texts(item)
     parts = only_dicts(item.get("content"))
     if known.kind == "call":
@@ -2967,7 +2982,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
 
 
 def is_incomplete_call(item: JSON) -> bool:
-    """A call that its provider calls incomplete, or with arguments that are not a JSON object."""
+    """A call that its provider calls incomplete, or whose arguments are not a JSON object."""
     if "call_id" not in item:
         return False
     arguments = as_text(item.get("arguments")).strip() or "{}"
@@ -2976,38 +2991,38 @@ def is_incomplete_call(item: JSON) -> bool:
 
 # --- 5.9 passthrough ------------------------------------------------------------------------------
 #
-# Where the upstream speaks the client's API, its events pass as they came. A wire needs a subclass with its
+# If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
 # patterns, and a method for each type of event that is parsed: on_response_created for `response.created`.
 
-# possessive: a step kept a byte took 130 bytes each
+# possessive: otherwise the backtracking state takes 130 bytes for each byte
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 
 class Passthrough(Attempt):
-    """An attempt whose events pass unread but for those of PARSED_EVENTS. Their numbers follow ours."""
-    API_EVENTS: bytes                       # stands in every event of the API
-    OPENING_EVENT: bytes                    # stands in the first event of a response
-    OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: no other target may take over
+    """An attempt whose events pass unread, except PARSED_EVENTS. Their numbers follow ours."""
+    API_EVENTS: bytes                       # occurs in every event of the API
+    OPENING_EVENT: bytes                    # occurs in the first event of a response
+    OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: too late for another target
     PARSED_EVENTS: re.Pattern[bytes]
     PLAIN_EVENTS: re.Pattern[bytes]         # a run of numbered events that pass unread, in the usual form
-    DEFERRED_EVENTS: tuple[bytes, ...]      # one stands in each unread event that may be needed later
+    DEFERRED_EVENTS: tuple[bytes, ...]      # one occurs in each unread event that may be needed later
     whole: Callable[[bytes], None]          # takes a response that came as one JSON object
 
     def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str], decoder: Any) -> None:
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
-        self.decoder = decoder                  # reads along, for usage and evidence
+        self.decoder = decoder                  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
         self.withheld: list[bytes] = []         # from the opening event until output begins
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
-        self.final_response: JSON = {}          # the upstream's own
+        self.final_response: JSON = {}          # the upstream's own object
 
     def feed(self, data: bytes) -> None:
-        """Takes bytes as they come. UpstreamError where an event that must be read is not JSON."""
+        """Reads bytes of any length. UpstreamError if an event that must be read is not JSON."""
         block, at = self.events.split(data), 0
         while not self.upstream_done and (end := block.find(b"\n\n", at)) >= 0:
             run = self.PLAIN_EVENTS.match(block, at) if self.output_started else None
@@ -3028,7 +3043,7 @@ class Passthrough(Attempt):
             self.read(data, frame)
         elif self.API_EVENTS in frame:
             self.pass_unread(frame)
-        else:                                   # no event of the API: an error counts in any form
+        else:                                   # not an event of the API: an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
 
     def read(self, data: str, frame: bytes) -> None:
@@ -3037,13 +3052,13 @@ class Passthrough(Attempt):
             handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
             if handler:
                 handler(event, frame)
-            else:                               # the type stood inside
+            else:                               # the type was a nested one
                 self.forward(frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def pass_unread(self, block: bytes, most: int = 1) -> None:
-        """Forwards at `most` so many events, and keeps them if they may be needed later."""
+        """Forwards at `most` that many events, and keeps them if they may be needed later."""
         for mark in self.DEFERRED_EVENTS:
             if mark in block:
                 self.deferred.append(block)
@@ -3051,7 +3066,7 @@ class Passthrough(Attempt):
         self.forward(block, most)
 
     def forward(self, block: bytes, most: int = 1) -> None:
-        """Gives the client at `most` so many events, once output has begun."""
+        """Sends the client at `most` that many events, once output has begun."""
         if not self.output_started and not self.OUTPUT_EVENTS.search(block):
             self.check_limits(len(block))
             if self.withheld or self.OPENING_EVENT in block:
@@ -3066,12 +3081,12 @@ class Passthrough(Attempt):
                 self.out.append(self.answer.start())
         self.send(block, most)
         self.passed_bytes += len(block)
-        self.output_chars = self.passed_bytes // 8      # a delta event of 150 bytes has about a token of text
+        self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
     def send(self, block: bytes, most: int) -> None:
-        """Numbers the events on from our last one."""
+        """Numbers the events, continuing from our last one."""
         if not self.answer.request.stream:
             return
         given = list(map(int, SEQUENCE_NUMBER.findall(block)[:most]))
@@ -3085,23 +3100,23 @@ class Passthrough(Attempt):
         self.out.append(block)
 
     def end(self) -> None:
-        """The body ended cleanly: with every item done, that is an end (DESIGN, promise 1)."""
+        """The body ended cleanly. If every item is done, that counts as an end (DESIGN, promise 1)."""
         for event in self.events.finish():
             self.take_event(event)
-        if not self.events.truncated:           # a truncated event may have said anything
+        if not self.events.truncated:           # a truncated event may have contained anything
             self.decoder.end()
 
     def fail(self, error: GatewayError) -> None:
-        self.error = self.error or error        # its response.failed may follow, with a usage
+        self.error = self.error or error        # its response.failed may follow, with usage
 
     def ignore(self, *_: Any, **__: Any) -> None:
-        """The decoder's calls for items, which pass as they are."""
+        """Ignores the decoder's calls for items, which pass unchanged."""
     text = reasoning = open = call = add = annotate = done = item = ignore
 
 
 class ResponsesPassthrough(Passthrough):
-    """Response id, `model` and terminal event are ours; so are the events of items that only the final
-    response holds."""
+    """The response id, `model` and terminal event are ours, and so are the events of items that only the
+    final response contains."""
     API_EVENTS = b'"response.'
     OPENING_EVENT = b'"response.created"'
     OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
@@ -3128,7 +3143,7 @@ class ResponsesPassthrough(Passthrough):
     on_response_queued = on_response_in_progress = on_response_created
 
     def rewrite_head(self, response: JSON) -> JSON:
-        """The fields that all response objects of a stream share, whether an upstream made them or we did."""
+        """Sets the fields that all response objects of a stream share, both the upstream's and ours."""
         return {
             **response,
             "id": self.answer.id,
@@ -3136,7 +3151,7 @@ class ResponsesPassthrough(Passthrough):
             "model": self.answer.request.model}
 
     def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
-        """An item is done, or added. One without content waits for the final response."""
+        """Handles an item that is added or done. An item without content waits for the final response."""
         item, items = event.get("item"), self.decoder.items
         if not isinstance(item, dict):
             return
@@ -3156,14 +3171,15 @@ class ResponsesPassthrough(Passthrough):
     on_response_output_item_added = on_response_output_item_done
 
     def read_deferred(self) -> None:
-        """Reads whole texts and the deltas of calls, which have passed unread."""
+        """Reads whole texts and the deltas of calls that passed unread."""
         for event in SSEDecoder().feed(b"".join(self.deferred)):
             if re.search(r'"response\.\w+(_call_\w+\.delta|\.done)"', event.data):
                 self.decoder.feed(event.data)
         self.deferred.clear()
 
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
-        """Gives out a closed item, once, as the client can use it. An incomplete call waits for the end."""
+        """Sends a closed item, once, in a form that the client can use. An incomplete call waits for the
+        end."""
         item = event["item"]
         if not known.closed or known.index in self.items:
             return
@@ -3179,7 +3195,7 @@ class ResponsesPassthrough(Passthrough):
         self.forward(frame)
 
     def release_items(self) -> None:
-        """Gives out the items that only the final response holds, and those that waited for it."""
+        """Sends the items that only the final response contains, and the items that waited for it."""
         for known in self.decoder.items:
             event = {
                 "type": "response.output_item.done",
@@ -3189,8 +3205,8 @@ class ResponsesPassthrough(Passthrough):
             self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
-        """The frame of an item's event with its encrypted content sealed, and refusals as text where the
-        client reads only text. Makes the frame if none is given."""
+        """The frame of an item's event with sealed encrypted content, and with refusals as text if the client
+        reads only text. Makes the frame if none is given."""
         item = event["item"]
         if item.get("encrypted_content"):
             item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
@@ -3257,11 +3273,11 @@ class ResponsesPassthrough(Passthrough):
             self.release_items()
         elif reason == "content_filter" and self.has_no_message():
             builder = self.builder()
-            builder.stop = self.stop            # it explains itself
+            builder.stop = self.stop            # it has its own explanation
             builder.finish()
 
     def builder(self) -> Assembler:
-        """A sink that makes our own events of items."""
+        """A sink that makes our own events for items."""
         builder = Assembler(self.answer, self.seal)
         builder.next_index = max(self.items, default=-1) + 1
         builder.items, builder.out = self.items, self.out
@@ -3269,7 +3285,7 @@ class ResponsesPassthrough(Passthrough):
         return builder
 
     def body(self, now_s: int) -> str:
-        """The upstream's own response if it gave one, with our id and model, and the items as sent."""
+        """The upstream's own response, if any, with our id and model, and the items as sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
@@ -3280,20 +3296,20 @@ class ResponsesPassthrough(Passthrough):
         if self.incomplete_reason:
             response["incomplete_details"] = {"reason": self.incomplete_reason}
         else:
-            response["completed_at"] = now_s            # by the clock that created_at is by
+            response["completed_at"] = now_s            # by the clock of created_at
         response.pop("output", None)
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
 
 # === 6. providers =================================================================================
 #
-# One block a wire API, each with the same two pure things: an encoder of the whole request, and a decoder
-# that is fed with one event at a time and calls a Sink. Then the table.
+# One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
+# that is fed one event at a time and calls a Sink. Then the table.
 
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
-# A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind: the
-# status alone misleads, since Gemini answers a bad key with 400 and llama.cpp refuses with 500.
+# A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
+# because the status alone misleads: Gemini answers a bad key with 400, and llama.cpp refuses with 500.
 
 ErrorKind: TypeAlias = Literal[
     "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
@@ -3320,14 +3336,15 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first rule that matches decides: by the provider's names for the failure (see error_names), among them its
-# HTTP status, or by the message. A failure that matches none is an overload.
+# The first match decides: by the provider's names for the failure (see error_names), which include its HTTP
+# status, or by the message. A failure without a match is an overload.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
-    # xAI reports an empty purse as 403; Gemini says "quota" for every limit, only PerDay means a long one
+    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, but only PerDay is a long
+    # one
     ("quota", "http402 insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached",
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
@@ -3336,19 +3353,20 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("rate_limit", "http429 rate_limit_error rate_limit_exceeded ratelimitreached resource_exhausted "
      "too_many_requests",
      r"rate.?limit|too many requests|throttling"),
-    ("model_not_found", "model_not_found invalid_model deploymentnotfound",      # DeepSeek, OpenRouter: 400
+    ("model_not_found", "model_not_found invalid_model deploymentnotfound",  # 400 at DeepSeek and OpenRouter
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    # OpenRouter: 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the model
+    # OpenRouter sends 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the
+    # model
     ("bad_request", "", r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "http403 permission_error permission_denied", ""),
     ("model_not_found", "http404", ""),
-    # llama.cpp answers 500 to a feature that it was started without
+    # llama.cpp answers 500 if the server was started without the feature
     ("bad_request", "", r"requires --jinja|mmproj|input is not supported|not supported by this model"),
     ("overload", "http408 http5xx overloaded_error api_error server_is_overloaded server_error internal "
      "unavailable internal_server_error service_unavailable deadline_exceeded timeout_error",
      r"overloaded"),
-    # inside a stream, without a status, only by its own word
+    # inside a stream there is no status, only the error's name
     ("bad_request", "http4xx invalid_request_error", ""),
 ]
 
@@ -3363,7 +3381,7 @@ SECRET = re.compile(
     r"|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
-# where errors of all forms stand, and the names of their fields
+# the places of errors of all forms, and the names of their fields
 ERROR_FIELDS = "error base_resp errors ret detail".split()
 MESSAGE_FIELDS = "message msg error_msg errorMessage status_msg errmsg".split()
 CODE_FIELDS = "code error_code errorCode statusCode status_code errcode".split()
@@ -3386,7 +3404,7 @@ class ProviderError(UpstreamError):
         param: str | None = None,
         retry_after_s: float | None = None,
         upstream_status: int = 0,       # 0: an error inside a stream, or no answer at all
-        source_text: str = "",          # the provider's words, before `redacted` shortened them
+        source_text: str = "",          # the provider's text before `redacted` shortened it
     ) -> None:
         shown = ERROR_CLASSES[kind]
         status = shown.status or (upstream_status if 400 <= upstream_status < 500 else 400)
@@ -3401,17 +3419,17 @@ class ProviderError(UpstreamError):
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
-    """The failure that an HTTP answer stands for."""
+    """The failure in an HTTP answer."""
     return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def inband_error(error: Any) -> ProviderError:
-    """The failure inside a stream, or inside a 200 answer."""
+    """The failure inside a stream or a 200 answer."""
     return classify_error(error, 0, Headers([]), 0.0)
 
 
 def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
-    """Without an HTTP status, that of the error's own fields counts."""
+    """Classifies an error. Without an HTTP status, the status in the error's own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -3446,12 +3464,12 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and their like, from an error of any form. The innermost value wins: in
-    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
-    `detail`, and the error of OpenRouter's provider."""
+    """The object with `message`, `code` and similar fields, from an error of any form. The innermost value
+    has priority: in `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's
+    `ret`, FastAPI's `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
-        if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists its complaints
+        if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
             texts = [each for each in decoded if isinstance(each, str)]
             decoded = "; ".join(texts) or decoded[0]
             continue
@@ -3461,7 +3479,7 @@ def error_object(decoded: Any) -> JSON:
             **level,
             "message": value_text(text),
             "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
-        if isinstance(level.get("loc"), list):  # FastAPI: where in the request
+        if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
         raw = as_dict(level.get("metadata")).get("raw")
@@ -3476,7 +3494,7 @@ def error_object(decoded: Any) -> JSON:
 
 
 def decode_error(text: str) -> Any:
-    """An error's JSON, perhaps in an SSE event, else its words."""
+    """An error's JSON, perhaps in an SSE event, else its text."""
     event = re.search(r"^data: ?(\{.*)", text, re.MULTILINE)
     try:
         return json.loads(event[1] if event else text)
@@ -3497,8 +3515,8 @@ def error_names(fields: JSON) -> list[str]:
 
 
 def states_error(body: JSON, whole: bool = False) -> bool:
-    """Is an event, or a `whole` answer with 200, an error? Beside an answer only `error` and MiniMax's status
-    say so; a code that means success never does."""
+    """Is an event, or a `whole` answer with 200, an error? In an answer only `error` and MiniMax's status
+    count; a code that means success never does."""
     if body.get("error") or is_failure(as_dict(body.get("base_resp")).get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
@@ -3514,15 +3532,15 @@ def is_failure(code: Any) -> bool:
 
 
 def value_text(value: Any) -> str:
-    """A string as it is, null as "", and anything else as JSON."""
+    """A string unchanged, null as "", and anything else as JSON."""
     if isinstance(value, str):
         return value.strip()
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def plain_text(text: str) -> str:
-    """The title of an HTML page, else the words of a body that is not JSON."""
-    text = text[:8192]          # both patterns look for an end from every beginning
+    """The title of an HTML page, else the text of a body that is not JSON."""
+    text = text[:8192]          # both patterns search for an end from every start
     title = HTML_TITLE.search(text)
     words = title[1] if title else HTML_TAG.sub(" ", text)
     return " ".join(words.split())
@@ -3535,7 +3553,7 @@ def redacted(text: str) -> str:
 
 
 def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
-    """Removes the configured secrets from the words of a provider, also one that `redacted` cut."""
+    """Removes the configured secrets from a provider's text, even one that `redacted` cut in two."""
     source = getattr(error, "source_text", "") or str(error)
     if configured.search(f"{source} {error.code} {error.param}"):
         error.args = (redacted(configured.sub("[redacted]", source)),)
@@ -3543,9 +3561,9 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
         error.param = error.param and configured.sub("[redacted]", error.param)
 
 
-# --- how long to wait
+# --- the time to wait
 
-NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: of n digits \d+ makes n * n steps
+NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
 UNIT_S = {
@@ -3557,9 +3575,9 @@ LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
-    """Seconds to wait as the provider asks, at most 60, or None. The first source above 0 counts (Azure sends
-    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are read
-    against the answer's Date, else `now_s`."""
+    """The wait in seconds that the provider requests, at most 60, or None. The first source above 0 counts
+    (Azure sends `retry-after-ms: 0` beside `retry-after: 1`); among exhausted limits the longest counts.
+    Points in time are relative to the answer's Date, else to `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
@@ -3579,7 +3597,8 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
 
 
 def wait_s(text: str, date_s: float) -> float:
-    """Seconds of "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other text."""
+    """The seconds in "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other
+    text."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
     if re.fullmatch(NUMBER, text):
@@ -3588,7 +3607,7 @@ def wait_s(text: str, date_s: float) -> float:
 
 
 def parse_time_s(text: str) -> float:
-    """Seconds since 1970 of an HTTP date or of an RFC 3339 time; 0 for anything else."""
+    """Seconds since 1970 for an HTTP date or an RFC 3339 time; 0 for anything else."""
     for read in (email.utils.parsedate_to_datetime, datetime.datetime.fromisoformat):
         try:
             return read(text).timestamp()
@@ -3597,12 +3616,12 @@ def parse_time_s(text: str) -> float:
     return 0.0
 
 
-# --- what encoders share
+# --- shared by all encoders
 
-# which the gateway answers itself, or every wire carries as far as it has it
+# the gateway answers these itself, or every wire carries them as far as it can
 CARRIED_BY_ALL = frozenset("""model input instructions tools tool_choice parallel_tool_calls reasoning.summary
 stream stream_options store background metadata client_metadata prompt_cache_key""".split())
-# values that ask for nothing: what happens anyway
+# values that request only the default behavior
 NEUTRAL: dict[str, list[Any]] = {
     "text.verbosity": ["medium"],
     "service_tier": ["auto", "default"],
@@ -3611,7 +3630,7 @@ NEUTRAL: dict[str, list[Any]] = {
     **dict.fromkeys("temperature top_p".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
-# keys of tools and parts that are carried or ask for nothing; other types are carried or named as a whole
+# keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
 KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
@@ -3638,7 +3657,7 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
 
 
 def request_fields(body: JSON) -> JSON:
-    """The fields of a request that are not null, those of its objects by their paths."""
+    """The fields of a request that are not null; nested fields by their paths."""
     fields: JSON = {}
     for name, value in body.items():
         if name in ("reasoning", "text") and isinstance(value, dict):
@@ -3652,8 +3671,8 @@ EFFORTS = "none minimal low medium high xhigh max".split()
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The one of `values`, each for one of EFFORTS, the last for all that follow, for `effort`; "" for "-" and without one.
-    An unknown effort counts as high (TRANSLATION.md 1.3)."""
+    """The value for `effort`: `values` has one for each of EFFORTS, and the last covers all that follow. ""
+    for "-" and without an effort. An unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
     known = effort if effort in EFFORTS else "high"
@@ -3670,7 +3689,7 @@ def bare_model_name(name: str) -> str:
 
 
 def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
-    """The entry for the longest prefix that the model's name has; None where no prefix fits."""
+    """The entry for the longest matching prefix of the model's name; None if no prefix matches."""
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
@@ -3680,15 +3699,16 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
 
 
 def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
-    """Adds the rows of a table in layer 14, each for several names; the fields that it leaves out are the usual ones."""
+    """Adds the rows of a table in layer 14, each for several names; omitted fields have the usual values."""
     for names, fields in json.loads(text).items():
         base = table.get(fields.pop("like", None), usual)
         table |= dict.fromkeys(names.split(" "), base._replace(**fields))
 
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if some are named.
-    What is lost of it is dropped. Every wire can force one tool; in `subset_modes` it takes several names too."""
+    """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
+    are named. Reports the lost parts as dropped. Every wire can force one tool; in `subset_modes` it accepts
+    several names too."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.book.by_upstream_name
     if isinstance(choice, str):
@@ -3707,23 +3727,23 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         return "auto", []
     if mode in subset_modes or (mode == "required" and len(names) == 1):
         return mode, names
-    if not offered.keys() <= set(names):        # all tools stay offered: prompt caches begin with them
+    if not offered.keys() <= set(names):  # all tools stay offered, because prompt caches begin with them
         ctx.dropped.append("tool_choice.tools")
     return mode, []
 
 
 def without_empty(fields: JSON) -> JSON:
-    """Without the fields that ask for nothing: null, "", [] and {}."""
+    """Removes the fields that have no effect: null, "", [] and {}."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
-LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # fixed: the same history, the same bytes
+LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, same bytes
 
 
 class TurnEncoder:
     """A History as the messages of a provider. A subclass has a method for each type of plain items and one
     for files."""
-    PARTS = "content"           # the field of a message that holds its parts
+    PARTS = "content"           # the field of a message for its parts
     encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
@@ -3745,7 +3765,7 @@ class TurnEncoder:
             self.add_system(text_of(parts, "\n\n"))
 
     def add(self, role: str, parts: list[JSON]) -> None:
-        """Neighbours of one role are one message: many servers ask that roles alternate."""
+        """Merges neighbours of one role into one message: many servers require alternating roles."""
         if parts and role == self.last_role():
             self.out[-1][self.PARTS] += parts
         elif parts:
@@ -3755,19 +3775,20 @@ class TurnEncoder:
         return self.out[-1]["role"] if self.out else ""
 
     def add_system(self, text: str) -> None:
-        """A system message after the leading ones: few servers have a place for it."""
+        """Adds a system message after the leading ones: few servers have a place for it."""
         if text:
             self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
 
     def add_fillers(self, may_begin: bool = False, may_end: bool = False) -> None:
-        """Lets the user begin and end the conversation, unless the assistant may."""
+        """Makes the user begin and end the conversation, unless the assistant may."""
         if self.last_role() == "assistant" and not may_end:
             self.add("user", [self.text_part("Continue.")])
         if not self.out or (self.out[0]["role"] == "assistant" and not may_begin):
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts. Parts that it cannot take are named; empty texts are left out."""
+        """Content in the provider's parts. Parts that it cannot take are reported as dropped; empty texts are
+        omitted."""
         if isinstance(content, str):
             content = [text_block(content)]
         parts = []
@@ -3793,20 +3814,20 @@ class TurnEncoder:
 # --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
 
 ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
-# of an ASCII letter, a digit, "-" or ".": a key or an envelope may be there without looking so
+# an escaped ASCII letter, digit, "-" or "." may hide a key or an envelope
 LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
 def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
                      model: str) -> bytes:
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
-    envelopes of `items` opened. They are spliced where that is exact; otherwise the body is encoded again."""
+    envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
     raw, body = request.raw, request.body
-    envelopes: dict[bytes, bytes] = {}      # and their contents
+    envelopes: dict[bytes, bytes] = {}      # envelope -> its content
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
             item.update(item.pop("sealed_replay"))
-            if not dropped:         # else the two do not stand side by side
+            if not dropped:         # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
@@ -3830,13 +3851,13 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     return dumps(body).encode()
 
 
-# What any Responses server can be expected to know.
-RESPONSES_FIELDS = """max_output_tokens temperature top_p text.verbosity text.format reasoning.effort reasoning.summary
-truncation include prompt_cache_key service_tier""".split()
+# Any Responses server should know these.
+RESPONSES_FIELDS = """max_output_tokens temperature top_p text.verbosity text.format reasoning.effort
+reasoning.summary truncation include prompt_cache_key service_tier""".split()
 
 
 def encode_responses(ctx: EncodeContext) -> JSON:
-    """The body for a server that knows messages, functions and reasoning, and refuses the rest."""
+    """The body for a server that knows messages, functions and reasoning, and refuses everything else."""
     history, functions = ctx.history, ctx.book.functions
     body: JSON = {"model": ctx.model}
     if history.system:
@@ -3861,7 +3882,7 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 
 
 def responses_item(item: JSON, index: int) -> JSON:
-    """One item of a History in the strictest reading of the API: no ids but where the SDK's types ask for one."""
+    """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
         return {
             "type": "reasoning",
@@ -3881,7 +3902,8 @@ def responses_item(item: JSON, index: int) -> JSON:
         }
     output = item.get("output")
     if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
-        return {**item, "output": text_of(output)}      # llama.cpp takes strings only (ggml-org/llama.cpp#23465)
+        # llama.cpp accepts only strings (ggml-org/llama.cpp#23465)
+        return {**item, "output": text_of(output)}
     return item
 
 
@@ -3895,14 +3917,14 @@ def responses_part(part: JSON, assistant: bool) -> JSON:
     return {"type": "input_text", "text": part["text"]}
 
 
-# Sealed by another organisation, region or key: without a retry the conversation would be refused for good. Some gateways
-# drop the code (lidge-jun/opencodex#2269).
+# Another organisation, region or key sealed it: without a retry the conversation would be refused forever.
+# Some gateways drop the code (lidge-jun/opencodex#2269).
 SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
                           r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
 
 
 def repair_responses(body: JSON, error: GatewayError) -> None:
-    """Drops everything sealed, where that was refused."""
+    """Drops all sealed content if it was refused."""
     if isinstance(body["input"], list) and SEAL_REFUSED.search(f"{error.code} {error}"):
         body["input"] = [item for item in body["input"]
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
@@ -3913,7 +3935,7 @@ REFUSED = re.compile(r"invalid_\w+|\w*image\w*|\w+_policy(_violation)?")
 
 
 def responses_error(error: Any) -> GatewayError:
-    """The failure that the error object of a Responses stream stands for."""
+    """The failure in the error object of a Responses stream."""
     if isinstance(error, dict) and REFUSED.fullmatch(str(error.get("code"))):
         error = {**error, "type": "invalid_request_error"}
     return inband_error(error)
@@ -3921,31 +3943,31 @@ def responses_error(error: Any) -> GatewayError:
 
 class TextDelta(NamedTuple):
     """An event that carries a piece of an open item's text, and nothing else."""
-    field: str      # holds the piece
-    place: Any      # what the decoder's add_all takes for more such pieces
+    field: str      # the field with the piece
+    place: Any      # the argument of the decoder's add_all for more such pieces
 
 
 class Decoder:
     """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
     sink: Sink
-    delta: TextDelta | None = None      # of the last event; Responses has none, since it numbers its events
+    delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
 
     def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError where it cannot be read."""
+        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
 
     def add_all(self, place: Any, texts: list[str]) -> None:
-        """Reads the pieces of more events like the last one, which was a TextDelta."""
+        """Reads the pieces of further events like the last one, which was a TextDelta."""
 
     def whole(self, body: Any) -> None:
-        """Reads an answer that was not streamed: an object, from Gemini perhaps an array of them."""
+        """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
 
     def end(self) -> None:
-        """The body ended cleanly."""
+        """Handles a clean end of the body."""
 
 
 class ResponsesDecoder(Decoder):
-    """A Responses stream of any server. Some leave out `added`, the deltas, `done` or the final output: the
-    decoder takes once what any of them has."""
+    """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
+    the decoder reads each fact once, from any of them."""
     asked_12h = False       # of the prompt cache
 
     def __init__(self, book: ToolMap) -> None:
@@ -3954,7 +3976,7 @@ class ResponsesDecoder(Decoder):
         self.ended = False
 
     def feed(self, data: str) -> None:
-        """One event's data. Ignores unknown events; UpstreamError where it is not JSON, or not an event."""
+        """Reads one event's data. Ignores unknown events; UpstreamError if it is not JSON or not an event."""
         if data.strip() != "[DONE]":
             self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
@@ -3978,7 +4000,7 @@ class ResponsesDecoder(Decoder):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
 
     def whole(self, body: JSON) -> None:
-        """An answer that was not streamed: the last event of one that was."""
+        """Reads an answer that was not streamed, like the last event of a stream."""
         if not isinstance(body.get("output"), list) and not body.get("error"):
             raise UpstreamError("The provider's answer is not a response object.")
         status = body.get("status")
@@ -3987,7 +4009,8 @@ class ResponsesDecoder(Decoder):
         self.read({"type": f"response.{status}", "response": body})
 
     def end(self) -> None:
-        """With every item done the model had finished, but not with reasoning alone (DESIGN, promise 1)."""
+        """If every item is done, the model had finished, but not after reasoning alone (DESIGN, promise
+        1)."""
         kinds = {known.kind for known in self.items}
         if not self.ended and not self.items.open_count and not kinds <= {"reasoning"}:
             incomplete = any(known.item.get("status") == "incomplete" for known in self.items)
@@ -4005,7 +4028,7 @@ class ResponsesDecoder(Decoder):
     on_output_item_added = on_output_item_done
 
     def _show(self, known: UpstreamItem, item: JSON) -> None:
-        """The item begins for the sink. Kinds without texts are given whole, once done."""
+        """Begins the item for the sink. Kinds without texts are sent whole, once done."""
         if known.shown:
             return
         known.shown = True
@@ -4027,7 +4050,7 @@ class ResponsesDecoder(Decoder):
             self._extend(known, text, "")
 
     def _text(self, event: JSON, name: str, step: str) -> None:
-        """A piece of a text, or the whole of it."""
+        """Reads a piece of a text, or the whole text."""
         channel, kind, field = TEXTS[name]
         done = step == "done"
         text = as_text(event.get(field)) if done else event.get("delta")
@@ -4051,8 +4074,8 @@ class ResponsesDecoder(Decoder):
     on_reasoning_summary_part_done = on_content_part_done
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
-        """More of a text. Empty arguments wait: `{}` may only hold the place of those to come."""
-        if not known.shown and known.kind != "call":    # a late `added` (litellm#22102); a call needs a name
+        """Extends a text. Empty arguments wait: `{}` may be a placeholder for later ones."""
+        if not known.shown and known.kind != "call":    # late `added` (litellm#22102); a call needs a name
             self._show(known, {"type": known.kind})
         text.pieces.append(piece)
         if known.closed or not known.shown:
@@ -4067,13 +4090,13 @@ class ResponsesDecoder(Decoder):
             self.sink.add(known.index, piece, text.channel, text.index)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        """Adds what a whole text has beyond its pieces. An item's last text may grow, none may shrink."""
+        """Adds the part of a whole text beyond its pieces. An item's last text may grow, none may shrink."""
         so_far = text.so_far()
         if text is known.texts[-1] and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
-        """Adds what a snapshot of an item has beyond its events."""
+        """Adds the content of an item's snapshot beyond its events."""
         texts = item_texts(snapshot)
         found = pair(
             texts, known.texts,
@@ -4096,7 +4119,7 @@ class ResponsesDecoder(Decoder):
             self.sink.annotate(annotation, known.index)
 
     def _finish(self, known: UpstreamItem, item: JSON) -> None:
-        """An item that its server calls done. Without content it waits for the final response."""
+        """Ends an item that its server calls done. Without content it waits for the final response."""
         self._show(known, item)
         if known.closed:
             return
@@ -4112,13 +4135,13 @@ class ResponsesDecoder(Decoder):
         if not known.texts:
             self._merge(known, added)
         if is_incomplete_call(item):
-            known.closed = True                         # the sink closes it as the answer ends
+            known.closed = True                         # the sink closes it at the end of the answer
         elif known.texts or known.kind == "reasoning":
             self._close(known)
 
     def _close(self, known: UpstreamItem) -> None:
         for text in known.texts:
-            if not text.sent and text.so_far():         # the beginning of arguments
+            if not text.sent and text.so_far():         # the start of the arguments
                 self.sink.add(known.index, text.so_far(), text.channel, text.index)
         known.closed = True
         item = known.item
@@ -4128,7 +4151,7 @@ class ResponsesDecoder(Decoder):
         sealed = item.get("encrypted_content")
         if sealed and isinstance(sealed, str):
             fields["sealed_replay"] = replay = {"encrypted_content": sealed}
-            if isinstance(item.get("id"), str):         # Copilot's is bound to it: "item_id did not match"
+            if isinstance(item.get("id"), str):  # Copilot's content is bound to it: "item_id did not match"
                 replay["id"] = item["id"]
         self.sink.done(known.index, **fields)
 
@@ -4141,7 +4164,7 @@ class ResponsesDecoder(Decoder):
             self.sink.fail(responses_error(response.get("error") or {}))
             return
         reason = ""
-        # to Codex a gateway sends an incomplete answer as `completed`: the object's status is true
+        # for Codex a gateway marks an incomplete answer as `completed`, but the object's status is true
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
             details = response.get("incomplete_details") or {}
             reason = details.get("reason") or "max_output_tokens"
@@ -4150,7 +4173,7 @@ class ResponsesDecoder(Decoder):
     on_incomplete = on_failed = on_completed
 
     def _conclude(self, output: list[JSON], stop: Stop) -> None:
-        """What only the final response holds, then the items that waited for it."""
+        """Reads the content that only the final response has, then the items that waited for it."""
         for known, item in self.items.take_final(output):
             self._finish(known, item)
         complete = not stop.incomplete_reason
@@ -4165,7 +4188,7 @@ class ResponsesDecoder(Decoder):
             elif call and complete and item.get("name") and known.texts:
                 text = known.texts[0]
                 if text.channel == "input" or parse_object(text.so_far()) is not None:
-                    self._finish(known, {**item, "status": "completed"})    # it lacks only its `done`
+                    self._finish(known, {**item, "status": "completed"})    # only its `done` is missing
         self.ended = True
         self.sink.set_stop(stop)
 
@@ -4188,17 +4211,18 @@ def provider_json(data: str | bytes, complaint: str) -> Any:
 
 
 class ItemDecoder(Decoder):
-    """Shared by the decoders of Chat, Messages and Gemini, which number the items of a stream themselves."""
+    """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
+    themselves."""
 
     def __init__(self, prefix: str) -> None:
-        self.prefix = prefix            # of call ids made here: unique in the conversation
+        self.prefix = prefix            # for call ids made here: unique in the conversation
         self.call_ids: set[str] = set()
         self.slots = 0                  # number of items begun
         self.failed = False
-        self.notice: GatewayError | None = None     # perhaps an error: reported if nothing else comes
+        self.notice: GatewayError | None = None     # perhaps an error: reported if nothing else follows
 
     def end(self) -> None:
-        """The body ended cleanly, which by itself is no evidence that the model had finished."""
+        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
         if self.notice and not self.slots:
             self._fail(self.notice)
 
@@ -4207,7 +4231,7 @@ class ItemDecoder(Decoder):
         return self.slots - 1
 
     def _call_id(self, slot: int, given: Any) -> str:
-        """The provider's id of a call; one made here where it is missing, or was used before."""
+        """The provider's id of a call, or one made here if it is missing or was used before."""
         call_id = str(given or f"{self.prefix}{slot}")
         if call_id in self.call_ids:
             call_id = f"{call_id}_{slot}"
@@ -4215,7 +4239,7 @@ class ItemDecoder(Decoder):
         return call_id
 
     def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with what must come back with the next turn."""
+        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
         self.sink.reasoning("")
         self.sink.done(sealed_replay=replay)
 
@@ -4225,7 +4249,7 @@ class ItemDecoder(Decoder):
         self.sink.done(result=data)
 
     def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
-        """The source of a span of characters of the open message."""
+        """Adds the source of a span of characters of the open message."""
         self.sink.annotate({
             "type": "url_citation",
             "start_index": start,
@@ -4249,33 +4273,33 @@ def search_action(queries: list[str]) -> JSON:
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
 #
-# One wire, spoken by some forty kinds of server. Habits that are values stand in DIALECTS; those of streams are harmless to
-# expect of every server, so the decoder has hardly a branch by dialect.
+# One wire API for some forty kinds of server. DIALECTS describes the differences that are values. The decoder
+# accepts every server's stream differences, so it has hardly a branch by dialect.
 
 class EffortRule(NamedTuple):
-    """How models take a reasoning effort: a form of EFFORT_FORMS, and a value for each of EFFORTS, if any. `always` goes with
-    every request."""
+    """How models accept a reasoning effort: a form of EFFORT_FORMS, and a value for each of EFFORTS, if any.
+    `always` is part of every request."""
     form: str = "effort"
     values: str = ""
     always: Mapping[str, Any] = {}
 
 
 class Dialect(NamedTuple):
-    """The habits of one kind of chat server: values only."""
+    """The properties of one kind of chat server: values only."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # how reasoning goes back
+    replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # the reasoning's field
     replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
-    efforts: Mapping[str, JSON] = {}        # the EffortRule of models whose name contains the key: the first that fits
+    efforts: Mapping[str, JSON] = {}        # by a part of the model's name: the first match counts
     think_tags: bool = False        # an answer may begin with <think>
-    system_anywhere: bool = False   # system messages may stand anywhere
+    system_anywhere: bool = False   # system messages may be anywhere
     strict_tools: bool = False
-    tool_parts: bool = False        # tool results may hold images
-    files: bool = False             # {"type": "file"} parts are understood
+    tool_parts: bool = False        # tool results may contain images
+    files: bool = False             # {"type": "file"} parts are supported
     json_schema: bool = True        # response_format may be a schema
     forced_choice: bool = True      # tool_choice may force a call
     short_ids: bool = False         # call ids must be nine letters or digits
-    reasoning_within: bool = False  # completion_tokens hold the reasoning even where it is counted as more
-    tool_stream: bool = False       # arguments are streamed only on request: else minutes of silence
+    reasoning_within: bool = False  # completion_tokens include the reasoning even if its count is larger
+    tool_stream: bool = False  # arguments are streamed only on request; otherwise minutes pass in silence
     passthrough_fields: Sequence[str] = ()
 
 
@@ -4314,15 +4338,15 @@ def encode_chat(ctx: EncodeContext) -> JSON:
 
 
 def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
-    """tools, tool_choice and parallel_tool_calls, which only go together."""
+    """tools, tool_choice and parallel_tool_calls, which only work together."""
     tools = []
     for given in ctx.book.functions:
         function = {**given}
-        if not ctx.settings.strict_tools:       # most servers refuse a tool for it
+        if not ctx.settings.strict_tools:       # most servers refuse a tool with it
             function.pop("strict", None)
         tools.append({"type": "function", "function": function})
     mode, names = resolve_tool_choice(ctx)
-    choice: Any = None                          # as auto: every server's default
+    choice: Any = None                          # like auto: every server's default
     if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
     elif names:
@@ -4336,7 +4360,7 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
-    """response_format, and an instruction beside it for servers that know no schemas."""
+    """response_format, and an instruction for servers that support no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
         known = {
@@ -4373,7 +4397,8 @@ def chat_thinking(ctx: EncodeContext) -> JSON:
 
 
 class ChatMessages(TurnEncoder):
-    """A History as chat messages: an assistant's turn is one message, the results of its calls follow."""
+    """A History as chat messages: an assistant's turn is one message, followed by the results of its
+    calls."""
 
     def encode(self, closing: str) -> list[JSON]:
         """All messages; `closing` ends the system message."""
@@ -4383,8 +4408,9 @@ class ChatMessages(TurnEncoder):
             else:
                 for item in turn.items:
                     self.message(item)
-        self.add_fillers(may_begin=True)    # Mistral and Claude behind a router refuse a last assistant message
-        for message in self.out:                # joined once: neighbour by neighbour would be quadratic
+        # Mistral and Claude behind a router refuse a final assistant message
+        self.add_fillers(may_begin=True)
+        for message in self.out:                # joined once: merging neighbours one by one is quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
@@ -4472,7 +4498,7 @@ class ChatMessages(TurnEncoder):
         url = file.url or f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
             image = {"url": url}
-            if file.detail in ("low", "high"):      # auto is the default; others are unknown
+            if file.detail in ("low", "high"):      # auto is the default; other values are unknown
                 image["detail"] = file.detail
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
@@ -4490,7 +4516,7 @@ CHAT_STOP = {
         "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition".split(),
         "max_output_tokens"),
 }
-# shown as a success, an agent would see an empty answer and ask on (coder#28470)
+# presented as a success, an agent would see an empty answer and continue asking (coder#28470)
 CHAT_ERRORS: dict[str, ErrorKind] = {
     **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
     **dict.fromkeys(
@@ -4498,7 +4524,7 @@ CHAT_ERRORS: dict[str, ErrorKind] = {
         "too_many_tool_calls".split(),
         "tool_generation"),
 }
-scan_string = vars(json.decoder)["scanstring"]    # type checkers do not know it
+scan_string = vars(json.decoder)["scanstring"]    # unknown to type checkers
 
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
@@ -4515,15 +4541,15 @@ ESCAPED = re.compile(r"\\.", re.DOTALL)
 class ChatCall:
     """A tool call that is being streamed."""
     name: str
-    id: str = ""                    # the provider's, "" where it gave none
-    item_key: int | None = None     # None: its name, and so its item, has not come
+    id: str = ""                    # from the provider, "" if missing
+    item_key: int | None = None     # None: neither its name nor its item has arrived
     closed: bool = False
-    streamed: bool = False          # its arguments came after its item
-    next_name: str = ""             # its name, where a piece without arguments repeated it
+    streamed: bool = False          # its arguments arrived after its item
+    next_name: str = ""             # its name, if a piece without arguments repeated it
     arguments: io.StringIO = field(default_factory=io.StringIO)
     last: str = ""                  # their last character that is not blank
-    held: str = ""                  # a piece whose meaning the next one decides
-    scanned: int = 0                # of their characters, for braces
+    held: str = ""                  # a piece whose meaning depends on the next one
+    scanned: int = 0                # number of their characters scanned for braces
     depth: float = 0
     quote: str = ""                 # of an open string
 
@@ -4532,8 +4558,8 @@ class ChatCall:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Adds a piece and returns what is new in it: some servers repeat pieces. If that is unclear,
-        the piece is held until the next; the empty piece is the last."""
+        """Adds a piece and returns the new part of it: some servers repeat pieces. An ambiguous piece is held
+        until the next one; the empty piece is the last."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
@@ -4545,7 +4571,7 @@ class ChatCall:
             text = self.text
             if text.lstrip().startswith("{"):
                 rest = rest_of_snapshot(text, piece)
-        # {} may be a placeholder; is the second of {"a": and {"a":1} in the first, or does it repeat it?
+        # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
         if is_placeholder or (rest is not None and self.last in ":[,"):
             self.held = piece
@@ -4558,7 +4584,7 @@ class ChatCall:
         return text
 
     def is_complete(self) -> bool:
-        """Are the arguments one JSON object? It may be asked at every piece: each is scanned once."""
+        """Are the arguments one JSON object? Each piece is scanned once, so every piece may ask."""
         if self.held:
             return parse_object(self.text) is not None
         if self.last != "}":
@@ -4571,27 +4597,28 @@ class ChatCall:
         unquoted = "".join(parts[::2])
         self.depth += unquoted.count("{") - unquoted.count("}")
         if self.depth == 0 and parse_object(self.text) is None:
-            self.depth = math.inf    # nothing can make it JSON any more
+            self.depth = math.inf    # it can never become JSON
         return self.depth == 0
 
     def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
-        """Does a piece with the key of this call begin another? Ollama and many shims number all calls 0."""
+        """Does a piece with this call's key begin another call? Ollama and many shims number all calls 0."""
         if name and self.name and name != self.name:
             return True
-        if call_id and self.id:    # an id that only rotates comes without a name, or with the same
+        if call_id and self.id:    # an id that only rotates comes without a name, or with the same name
             if call_id == self.id:
                 return False
             is_bare = not self.name or not self.arguments.tell()
             return self.is_complete() or bool(name and is_bare)
         if not arguments.strip() or not (name or self.next_name) or not self.is_complete():
             return False
-        # without an id comes the snapshot of a call in pieces, or with one; whole calls may well be the same
+        # without an id, it may be the snapshot of a call that was streamed or has an id; whole calls may be
+        # identical
         may_be_snapshot = not self.next_name and (self.streamed or self.id)
         return not may_be_snapshot or rest_of_snapshot(self.text, arguments) is None
 
 
 def rest_of_snapshot(text: str, snapshot: str) -> str | None:
-    """What a snapshot of arguments adds to `text`; None where it does not repeat it in any spelling."""
+    """The part of a snapshot of arguments beyond `text`; None if it does not repeat it in any spelling."""
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
@@ -4604,15 +4631,15 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class ThinkTags:
-    """Separates content from reasoning in <think> tags before it. A field may give the reasoning too: the
-    second is left out, for which the text of tags behind a field waits for their end."""
+    """Separates content from reasoning in leading <think> tags. If a field carries the reasoning too, the
+    second copy is dropped; therefore the text of tags after a field waits for their end."""
 
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
-        # start, inside, waiting (inside, where a field may have the text), behind; "" where no tag can come
+        # start, inside, waiting (inside, and a field may have the text), behind; "" if no tag can come
         self.place = "start" if expected else ""
         self.held = ""    # may be the beginning of a tag
         self.waiting: list[str] = []
-        self.reasoning = reasoning    # all from fields and tags; the decoder adds to it
+        self.reasoning = reasoning    # everything from fields and tags; the decoder adds to it
 
     def read(self, content: str) -> tuple[str, str]:
         """The reasoning and the text of a piece of content."""
@@ -4646,7 +4673,7 @@ class ThinkTags:
         return reasoning, text
 
     def flush(self) -> tuple[str, str]:
-        """The rest, where no tag can come any more. A tag that never ended is text if its text waits."""
+        """The rest, when no tag can follow. A tag that never ended is text if its text waits."""
         held, self.held = self.held, ""
         place = self.place
         if place == "waiting":
@@ -4659,13 +4686,13 @@ class ThinkTags:
 class ChatDecoder(ItemDecoder):
     """One chat stream, or one whole answer.
 
-    Chat never says that an item ends. It ends when something else begins; a call, if its arguments are whole.
-    Only calls may be open together: some servers mix the pieces of parallel ones.
+    Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
+    complete. Only calls may be open together: some servers mix the pieces of parallel ones.
     """
     open_item = ""                  # "message" or "reasoning"
-    sealed_texts = 0                # of texts["summary"]: those of ended reasoning items
+    sealed_texts = 0                # number of texts["summary"] that belong to ended reasoning items
     cited = False
-    streamed = False                # after a delta a message is a snapshot
+    streamed = False                # after a delta, a message is a snapshot
     stop: Stop | None = None
 
     def __init__(self, book: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
@@ -4677,12 +4704,12 @@ class ChatDecoder(ItemDecoder):
         self.tags = ThinkTags(dialect.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
-        self.changed: list[ChatCall] = []    # since whole ones were last ended
-        self.by_key: dict[Any, ChatCall] = {}    # the newest of an index, of an id, and by "" of all
+        self.changed: list[ChatCall] = []    # since complete ones were last ended
+        self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
         self.counts: JSON = {}    # of all usages
 
     def feed(self, data: str) -> None:
-        """One event's data. UpstreamError where it is not JSON."""
+        """Reads one event's data. UpstreamError if it is not JSON."""
         if data.strip() == "[DONE]":
             self._done()
         elif data.strip():
@@ -4692,7 +4719,7 @@ class ChatDecoder(ItemDecoder):
             self._note_delta(chunk)
 
     def _note_delta(self, chunk: JSON) -> None:
-        """Remembers a chunk with one text and nothing else that is read."""
+        """Remembers a chunk with one text and nothing else of interest."""
         choices = only_dicts(chunk.get("choices"))
         if len(choices) != 1 or self.tags.place == "inside":
             return
@@ -4709,7 +4736,7 @@ class ChatDecoder(ItemDecoder):
         self.sink.add_all(None, texts, channel)
 
     def whole(self, body: JSON) -> None:
-        """An answer that was not streamed."""
+        """Reads an answer that was not streamed."""
         self._chunk(body)
         self._done()
 
@@ -4720,7 +4747,7 @@ class ChatDecoder(ItemDecoder):
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         merged = counts and merge_counts(self.counts, counts[0])
         usage = usage_from(merged, chunk, reasoning_within=self.dialect.reasoning_within)
-        if usage:    # OpenRouter's reasoning is at times one more
+        if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
@@ -4729,7 +4756,7 @@ class ChatDecoder(ItemDecoder):
             return
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = inband_error(chunk)
-        for choice in choices:    # Copilot gives text and calls of one answer in two choices
+        for choice in choices:    # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
                 if message := as_dict(choice.get(name)):
                     self._message(message, whole=name == "message")
@@ -4739,10 +4766,10 @@ class ChatDecoder(ItemDecoder):
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
 
     def _message(self, message: JSON, whole: bool) -> None:
-        """A delta, or a `whole` message: the answer, or a snapshot of its deltas."""
+        """Reads a delta, or a `whole` message: the answer, or a snapshot of its deltas."""
         self.streamed = self.streamed or not whole
         snapshot = whole and self.streamed
-        known: dict[PartType, str] = {}    # which the snapshot has yet to repeat
+        known: dict[PartType, str] = {}    # the texts that the snapshot has yet to repeat
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
@@ -4757,7 +4784,7 @@ class ChatDecoder(ItemDecoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in only_dicts(message.get("images")):    # OpenRouter's
+        for image in only_dicts(message.get("images")):    # from OpenRouter
             link = as_dict(image.get("image_url"))
             self._show_image(text_of(link.get("url")))
         if not (snapshot and self.cited):
@@ -4774,13 +4801,14 @@ class ChatDecoder(ItemDecoder):
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
         elif channel == "summary" and self.tags.place == "inside" and text:
-            if any(map(str.strip, self.texts[channel])):    # the tags give it
+            if any(map(str.strip, self.texts[channel])):    # the tags carry it
                 return
             self.tags.place = "waiting"
         self._add(channel, text)
 
     def _add(self, channel: PartType, text: str, begins: bool = False) -> None:
-        """Adds to the message or the reasoning item, or begins it. An empty text only `begins` it, if so."""
+        """Adds to the message or the reasoning item, or begins it. An empty text only begins it, if
+        `begins`."""
         if not text and not begins:
             return
         kind = "reasoning" if channel == "summary" else "message"
@@ -4797,7 +4825,8 @@ class ChatDecoder(ItemDecoder):
             self.sink.text(text, channel)
 
     def _detail(self, detail: JSON) -> None:
-        """OpenRouter's details come in pieces by type and index; encrypted ones are whole, and share it."""
+        """Reads OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the
+        index."""
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
@@ -4822,7 +4851,7 @@ class ChatDecoder(ItemDecoder):
             self._image(data)
 
     def _cite(self, citation: JSON) -> None:
-        """A source of the open message, of OpenAI's and OpenRouter's search models."""
+        """Adds a source of the open message, from OpenAI's and OpenRouter's search models."""
         url = citation.get("url")
         if self.open_item == "message" and isinstance(url, str):
             self.cited = True
@@ -4836,7 +4865,7 @@ class ChatDecoder(ItemDecoder):
     # calls
 
     def _call(self, given: JSON, whole: bool, place: int | None) -> None:
-        """A piece of a call, or a `whole` one; `place` is its place in a snapshot."""
+        """Reads a piece of a call, or a `whole` one; `place` is its place in a snapshot."""
         function = as_dict(given.get("function"))
         name = str(function.get("name") or "")
         arguments = function.get("arguments")
@@ -4845,12 +4874,12 @@ class ChatDecoder(ItemDecoder):
         call_id = str(given.get("id") or "")
         key = given.get("index")
         if not isinstance(key, int):
-            key = object() if whole else call_id    # a whole call continues none
+            key = object() if whole else call_id    # a whole call continues no other
         call = self._find_call(key, call_id, name, arguments, place)
         call.id = call.id or call_id
         call.name = call.name or name
         self.by_key |= {key: call, call.id or key: call}
-        if call.closed:    # some servers repeat it when it is done
+        if call.closed:    # some servers repeat a call when it is done
             return
         new = ""
         if arguments:
@@ -4863,12 +4892,12 @@ class ChatDecoder(ItemDecoder):
             new = call.arguments.getvalue()
         if call.item_key is not None and new:
             self.sink.add(call.item_key, new, "arguments")
-        self.changed.append(call)    # behind the calls that its beginning ended
+        self.changed.append(call)    # after the calls that its beginning ended
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
                    place: int | None) -> ChatCall:
-        """The call that a piece continues (of its index, else its id, else the newest) or begins, or that a
-        snapshot repeats (of its id, else at its place)."""
+        """The call that a piece continues (by index, else by id, else the newest) or begins, or that a
+        snapshot repeats (by id, else by place)."""
         if place is not None:
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]
@@ -4889,7 +4918,7 @@ class ChatDecoder(ItemDecoder):
         self._end_items()
         slot = call.item_key = self._slot()
         call_id = self._call_id(slot, call.id)
-        if signature:    # of Gemini's OpenAI endpoint
+        if signature:    # from Gemini's OpenAI endpoint
             extra = {"id": call_id, "extra_content": signature}
             self._carry({"extra_content": [extra]})
         tool = self.book.resolve(call.name)
@@ -4914,7 +4943,7 @@ class ChatDecoder(ItemDecoder):
         self.open_item = ""
 
     def _end_calls(self, last: bool = False) -> None:
-        """Ends the calls that are whole, as at the `last` end those without arguments are."""
+        """Ends the complete calls; at the `last` end also the ones without arguments."""
         for call in self.calls if last else self.changed:
             if call.item_key is None or call.closed:
                 continue
@@ -4946,7 +4975,7 @@ class ChatDecoder(ItemDecoder):
             name = native if native in CHAT_ERRORS else reason
             self._fail(ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind))
             return
-        results = as_dict(choice.get("content_filter_results"))      # Azure's
+        results = as_dict(choice.get("content_filter_results"))      # from Azure
         filters = [
             name for name, result in results.items()
             if as_dict(result).get("filtered")
@@ -4960,7 +4989,7 @@ class ChatDecoder(ItemDecoder):
         self.sink.set_stop(self.stop)
 
     def _done(self) -> None:
-        """[DONE], or the end of a whole answer."""
+        """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
         stop = self.stop or Stop(final=True)
@@ -4983,9 +5012,9 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
         for detail in details
     ]
     fields = filter(None, map(message.get, REASONING_FIELDS))
-    yield "summary", text_of(next(fields, shown))       # Snowflake has only details
+    yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
     content = message.get("content")
-    parts = only_dicts(content)    # Mistral: an array
+    parts = only_dicts(content)    # Mistral sends an array
     if isinstance(content, str):
         parts = [text_block(content)]
     for part in parts:
@@ -4998,25 +5027,27 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
 
 # --- 6.3 messages: Anthropic -----------------------------------------------------------------------
 #
-# What differs from model to model stands in ANTHROPIC_MODELS, and nowhere else. Thinking comes in blocks that must go back
-# with the next turn byte for byte: each is one reasoning item, the block in its envelope.
+# ANTHROPIC_MODELS holds all differences between models. Thinking comes in blocks that the next turn must
+# return byte for byte: each is one reasoning item with the block in its envelope.
 
 class AnthropicModel(NamedTuple):
-    """What is known of a series of models. The defaults are the strictest, so that an unknown model is asked for nothing
-    it could refuse."""
+    """The known properties of a series of models. The defaults are the strictest, so an unknown model gets no
+    request that it could refuse."""
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
-    disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"  # the type; "": no `thinking` at all
-    efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": it has none
-    max_tokens: int = 128_000       # its cap; 0: not known
-    default_max_tokens: int = 0     # sent where the client names no limit; 0: the cap
-    sampling: bool = False          # takes temperature or top_p
-    forced_choice: bool = False     # a tool may be forced; with a thinking budget never
+    # the type; "": no `thinking` at all
+    disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"
+    efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": none
+    max_tokens: int = 128_000       # the model's limit; 0: unknown
+    default_max_tokens: int = 0     # used if the client names no limit; 0: max_tokens
+    sampling: bool = False          # accepts temperature or top_p
+    forced_choice: bool = False     # a tool may be forced, but never with a thinking budget
     json_schema: bool = True
-    system_anywhere: bool = False   # honours system messages among the others (claude-sonnet-5 takes and ignores them)
+    # honours system messages among the others (claude-sonnet-5 accepts and ignores them)
+    system_anywhere: bool = False
     prefill: bool = False           # the last turn may be the assistant's
-    always_show_thinking: bool = False      # texts between calls are in its thoughts
-    binds_thinking: bool = False    # refuses thoughts of a changed conversation, unless asked to drop them
-    web_search: str = "web_search_20260209"     # its type; "": it has none of its own
+    always_show_thinking: bool = False      # its thinking contains the texts between calls
+    binds_thinking: bool = False    # refuses thinking of a changed conversation, unless asked to drop it
+    web_search: str = "web_search_20260209"     # its type; "": no search of its own
 
 
 ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}        # filled in layer 14
@@ -5027,7 +5058,7 @@ THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
 
 
 def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
-    """The provider's own tool; a function of the same name takes its place."""
+    """The provider's own tool; a function of the same name replaces it."""
     if not book.hosted or "web_search" in book.by_upstream_name:
         return []
     asked = book.hosted[0]
@@ -5051,7 +5082,7 @@ JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
 def encode_messages(ctx: EncodeContext) -> JSON:
-    """The body of POST /messages. Always a stream: long answers are refused otherwise."""
+    """The body of POST /messages. It always asks for a stream: long answers are refused otherwise."""
     settings: AnthropicModel = ctx.settings
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
@@ -5090,7 +5121,8 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget comes on top of the answer, and stays below the cap."""
+    """max_tokens, `thinking` and effort. A thinking budget is added to the answer's limit and stays below the
+    cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -5120,7 +5152,7 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
 
 
 def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> tuple[JSON, str]:
-    """tool_choice, and the instruction in its place where a call may not be forced."""
+    """tool_choice, and the instruction that replaces it if a call may not be forced."""
     asked = as_dict(ctx.request.get("tool_choice"))
     mode, names = "required", ["web_search"]
     if not native or not str(asked.get("type")).startswith("web_search"):
@@ -5141,10 +5173,10 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
 
 
 def messages_tool(function: JSON) -> JSON:
-    """Not `strict`: a request may have 20 strict tools and 24 optional parameters at most."""
+    """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
     defs = {
-        **as_dict(schema.get("definitions")),       # of zod-to-json-schema
+        **as_dict(schema.get("definitions")),       # from zod-to-json-schema
         **as_dict(schema.get("$defs")),
     }
     return without_empty({
@@ -5155,9 +5187,9 @@ def messages_tool(function: JSON) -> JSON:
 
 
 def object_root(schema: JSON, defs: JSON) -> JSON:
-    """A tool's schema with `type: object` at its root, where no anyOf, oneOf, allOf or $ref may stand: their branches
-    become one object, which requires what all of them require. Each of `defs` is taken where it is first named: two names
-    in each of n would make 2 ** n."""
+    """A tool's schema with `type: object` at its root. anyOf, oneOf, allOf and $ref are not allowed there:
+    their branches become one object, which requires the fields that all of them require. Each of `defs` is
+    used only at its first mention: two mentions in each of n would make 2 ** n."""
     root = dict(schema)
     reference = str(root.pop("$ref", ""))
     target = as_dict(defs.pop(reference.rpartition("/")[2], None))
@@ -5189,7 +5221,7 @@ def required_by(schema: JSON) -> set[str]:
 
 
 def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, str]:
-    """output_config.format, or the instruction in its place."""
+    """output_config.format, or the instruction that replaces it."""
     kind = shape.get("type", "text")
     if kind != "json_schema":
         return None, JSON_ONLY if kind == "json_object" else ""
@@ -5201,17 +5233,17 @@ def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, s
 
 STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
 anyOf oneOf allOf""".split())
-STRICT_VALUES = {       # of other keywords
+STRICT_VALUES = {       # for other keywords
     "minItems": (0, 1),
     "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split(),
 }
 
 
 def strict_schema(schema: JSON) -> Any:
-    """A schema in the part of JSON Schema that output_config.format takes; the rest goes into the description. ValueError
-    where that would take something away: an object with members of any name."""
+    """A schema in the part of JSON Schema that output_config.format accepts; the rest goes into the
+    description. ValueError if that would lose something: an object with members of any name."""
     def change(made: JSON) -> JSON:
-        if "$ref" in made:                      # nothing else may stand beside it
+        if "$ref" in made:                      # no other keyword is allowed beside it
             return {key: made[key] for key in ("$ref", "$defs", "definitions") if key in made}
         is_map = made.pop("additionalProperties", None) or made.get("patternProperties")
         made.pop("$schema", None)
@@ -5234,7 +5266,7 @@ TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
-    """A History as Anthropic's messages: reasoning before what it led to, results before text."""
+    """A History as Anthropic's messages: reasoning before its consequences, results before text."""
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
@@ -5243,7 +5275,7 @@ class MessagesTurns(TurnEncoder):
         self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
-        """The messages; `closing` is said at their end. A model that thinks begins its turn itself."""
+        """The messages; `closing` is added at their end. A model that thinks begins its turn itself."""
         self.add_system(closing)
         self.add_fillers(may_end=self.settings.prefill and not thinks and not self.pending_system)
         last = self.out[-1]["content"][-1]
@@ -5253,7 +5285,8 @@ class MessagesTurns(TurnEncoder):
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls without reasoning before them: a 400 with a thinking budget."""
+        """Whether the last turn answers calls that have no reasoning before them: a 400 with a thinking
+        budget."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -5274,7 +5307,7 @@ class MessagesTurns(TurnEncoder):
             super().add_system(text)
 
     def _place_system(self) -> None:
-        """A system message stands right after a user turn, and before the assistant's or at the end."""
+        """Places a system message right after a user turn, and before the assistant's or at the end."""
         role, form = "user", LATER_SYSTEM
         if self.last_role() == "user":
             role, form = "system", "{}"
@@ -5332,7 +5365,7 @@ class MessagesTurns(TurnEncoder):
 
 
 def tool_use_id(given: str) -> str:
-    """A call id that Anthropic takes: where letters must be replaced, a digest keeps it unique."""
+    """A call id that Anthropic accepts: if letters must be replaced, a digest keeps it unique."""
     if TOOL_USE_ID.fullmatch(given):
         return given
     safe = re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40])
@@ -5340,8 +5373,9 @@ def tool_use_id(given: str) -> str:
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
-    """Marks what the provider shall cache, unless the client did: up to the last tool, the last system block, the ends of
-    the last turn and of the user turn before it (a step that adds over 20 blocks would miss the first)."""
+    """Marks the content that the provider should cache, unless the client did: up to the last tool, the last
+    system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
+    would miss the first)."""
     messages = body["messages"]
     blocks = [*itertools.chain(*(message["content"] for message in messages))]
     for block in list(blocks):
@@ -5362,7 +5396,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
 
 
 BINDING_BETA = "thinking-binding-controls-2026-08-01"
-INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"    # thoughts between calls, for models with a budget
+INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"    # thinking between calls, for models with a budget
 DROP_STALE = {"prefix_mismatch_behavior": "drop_block"}
 
 
@@ -5376,11 +5410,11 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
     return headers
 
 
-# --- what can be repaired after a refusal
+# --- repairs after a refusal
 
 def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
-    """Changes the body by the first row whose pattern fits the error: drops the fields, or calls the function with
-    the pattern's groups."""
+    """Changes the body by the first row whose pattern matches the error: drops the fields, or calls the
+    function with the pattern's groups."""
     if getattr(error, "kind", "") != "bad_request":
         return
     for pattern, repair in repairs:
@@ -5396,7 +5430,7 @@ def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayEr
 
 
 def drop_field(body: JSON, path: str) -> None:
-    """Drops one field, and an object that it leaves empty."""
+    """Drops one field, and its object if that becomes empty."""
     outer, _, name = path.rpartition(".")
     holder = body.get(outer, body)
     holder.pop(name, None)
@@ -5405,7 +5439,7 @@ def drop_field(body: JSON, path: str) -> None:
 
 
 def drop_stale_thoughts(body: JSON) -> None:
-    """Adaptive thinking can drop the thoughts of another conversation itself."""
+    """Adaptive thinking can itself drop the thinking of another conversation."""
     thinking = body.setdefault("thinking", {"type": "adaptive"})
     if thinking["type"] == "adaptive" and "block_binding" not in thinking:
         thinking["block_binding"] = DROP_STALE
@@ -5435,7 +5469,8 @@ def add_user_turn(body: JSON) -> None:
 
 MESSAGES_REPAIRS = (
     (r"bound to a different (?:conversation|model)", drop_stale_thoughts),
-    (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified", drop_thoughts),
+    (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified",
+     drop_thoughts),
     (r"max_tokens: \d+ > (\d+)", lower_limit),
     (r"prefill", add_user_turn),
     (r"effort", "output_config.effort"),
@@ -5448,9 +5483,9 @@ MESSAGES_REPAIRS = (
 MESSAGES_STOP = {
     "max_tokens": "max_output_tokens",
     "model_context_window_exceeded": "max_output_tokens",
-    "pause_turn": "max_output_tokens",      # one that cannot be resumed
+    "pause_turn": "max_output_tokens",      # a pause that cannot be resumed
     "refusal": "content_filter"}
-MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as cut
+MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as truncated
 DELTA_FIELDS = {
     "text_delta": "text",
     "thinking_delta": "thinking",
@@ -5472,27 +5507,28 @@ class Block:
 class MessagesDecoder(ItemDecoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    A method `on_TYPE` handles each event. Adjacent texts are one message: citations cut a sentence into blocks.
-    Unknown blocks are passed over, like those of compaction, fallback and code execution.
+    A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
+    blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
         super().__init__(prefix)
         self.book = book
-        self.id: str | None = None              # of the message that is being read
+        self.id: str | None = None              # of the current message
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
         self.length = 0                         # of the open message's finished blocks
-        self.empty_calls: list[int] = []        # without arguments: what follows shows whether they were cut
-        self.searches: dict[Any, int] = {}      # web searches without their results, by id
+        # without arguments: the following event shows whether they were truncated
+        self.empty_calls: list[int] = []
+        self.searches: dict[Any, int] = {}      # web searches without results so far, by id
         self.counts: JSON = {}                  # usage of this stream
-        self.earlier = self.usage = Usage()     # of the streams before it; of them all
+        self.earlier = self.usage = Usage()     # of earlier streams; of all streams
         self.content: list[JSON] = []           # finished blocks, for a resumption
-        self.paused: list[JSON] = []            # what goes back to the provider
+        self.paused: list[JSON] = []            # the blocks to return to the provider
         self.pauses = 0
         self.stop = Stop()
 
     def feed(self, data: str) -> None:
-        """One event's data. UpstreamError where it is not JSON, or belongs to a block that never began."""
+        """Reads one event's data. UpstreamError if it is not JSON, or belongs to a block that never began."""
         try:
             event = json.loads(data)
             handler = getattr(self, f"on_{event_type(event)}", None)
@@ -5502,7 +5538,7 @@ class MessagesDecoder(ItemDecoder):
             handler(event)
 
     def whole(self, body: JSON) -> None:
-        """An answer that was not streamed, as the events of a stream."""
+        """Reads an answer that was not streamed, like the events of a stream."""
         if body.get("type") == "error":
             self.on_error(body)
             return
@@ -5515,7 +5551,8 @@ class MessagesDecoder(ItemDecoder):
         self.on_message_stop({})
 
     def resume(self) -> list[JSON] | None:
-        """The blocks to send back if the provider paused its turn, else None. The next stream is its rest."""
+        """The blocks to send back if the provider paused its turn, else None. The next stream continues the
+        turn."""
         paused, self.paused = self.paused, []
         if paused:
             self.id = None
@@ -5558,7 +5595,8 @@ class MessagesDecoder(ItemDecoder):
         self._fail(inband_error(event))
 
     def _finish(self, stop: Stop) -> None:
-        """The model has finished. A call that was cut stays open, and an empty one may have been cut."""
+        """Finishes the stream. A truncated call stays open, and so does an empty one that may be
+        truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -5572,7 +5610,7 @@ class MessagesDecoder(ItemDecoder):
         self.sink.set_stop(stop)
 
     def _count(self, given: JSON, estimated: bool) -> None:
-        """Adds the usage of this stream to that of earlier ones."""
+        """Adds the usage of this stream to the usage of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
         totals = {
             name: getattr(self.earlier, name) + getattr(now, name)
@@ -5646,14 +5684,14 @@ class MessagesDecoder(ItemDecoder):
             content[kind] = text
         elif text.strip():
             arguments = parse_object(text)
-            content["input"] = arguments or {}          # the API refuses null, also for a call that was cut
-        elif kind == "tool_use" and arguments:          # some servers give the whole input at once
+            content["input"] = arguments or {}          # the API refuses null, even for a truncated call
+        elif kind == "tool_use" and arguments:          # some servers send the whole input at once
             self._text(block, dumps(arguments))
         if kind == "text":
             self._cite(content)
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
-            if sealed or text:          # without a signature it cannot come back; with nothing else it must
+            if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
                 self._carry({"blocks": [content]} if sealed else {})
         elif kind == "tool_use" and not arguments and not text.strip():
             self.empty_calls.append(block.slot)
@@ -5671,7 +5709,7 @@ class MessagesDecoder(ItemDecoder):
         self.length += len(content["text"])
         for citation in only_dicts(content.get("citations")):
             url = citation.get("url")
-            if isinstance(url, str):        # a citation of a document names a file that no client knows
+            if isinstance(url, str):        # a document citation names a file that no client knows
                 self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
@@ -5680,8 +5718,8 @@ class MessagesDecoder(ItemDecoder):
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Anthropic counts cached input apart. Of several passes (compaction, fallback, an advisor) its own sum is
-    only that of the last."""
+    """Anthropic counts cached input separately. After several passes (compaction, fallback, an advisor) its
+    own sum covers only the last one."""
     passes = only_dicts(counts.get("iterations")) or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
@@ -5701,29 +5739,32 @@ def messages_usage(counts: JSON) -> Usage:
 
 # --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
 #
-# A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few parts
-# more. A thought signature stands beside one part and must come back on that very part: it travels in a reasoning
-# item of its own, before the call that it signs or after the message. What differs from model to model stands in
-# GEMINI_MODELS, and nowhere else.
+# A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few
+# further parts. A thought signature belongs to one part and must come back on that very part: it travels in
+# its own reasoning item, before the call that it signs or after the message. GEMINI_MODELS holds all
+# differences between models.
 
 class GeminiModel(NamedTuple):
-    """What is known of a series of models. The defaults are the newest generation's."""
-    thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"     # both in one request are refused
+    """The known properties of a series of models. The defaults are the newest generation's."""
+    # a request with both is refused
+    thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"
     values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"       # of thinking_param, for each of EFFORTS
-    combines_tools: bool = True     # functions beside googleSearch or a response schema, media inside a function's result
+    # accepts functions with googleSearch or a response schema, media inside a function's result
+    combines_tools: bool = True
     web_search: bool = True
-    max_tokens: int = 0             # of a streamed answer, others have half of it; 0: not known
+    max_tokens: int = 0             # of a streamed answer, others have half; 0: unknown
 
 
-NEVER_THINKS = "none -"       # without thinking_param: `none` is no loss, all else is
+NEVER_THINKS = "none -"       # without thinking_param only `none` is no loss
 GEMINI_MODELS: dict[str, GeminiModel] = {}      # filled in layer 14
 
 
 # --- the request
 
-DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()    # ai.google.dev, thought-signatures
-MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")      # ids that GeminiDecoder made up: Gemini never saw them
-# what functionResponse.parts may hold, and a content
+# ai.google.dev, thought-signatures
+DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
+MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # ids made by GeminiDecoder: Gemini does not know them
+# the media types that functionResponse.parts may hold; the ones for a content
 RESULT_MEDIA = frozenset("image/png image/jpeg image/webp application/pdf text/plain".split())
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
@@ -5747,7 +5788,7 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     functions, hosted, dropped = ctx.book.functions, ctx.book.hosted, ctx.dropped
     tools: list[JSON] = []
     config: JSON = {}
-    # AUTO takes no names; VALIDATED, which does, came with 2.5
+    # AUTO accepts no names; VALIDATED does, since 2.5
     modes = ("required", "auto") if ctx.settings.thinking_param else ("required",)
     mode, names = resolve_tool_choice(ctx, modes)
     if functions:
@@ -5767,7 +5808,7 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
         tools.append({"googleSearch": {}})
         dropped += [f"web_search.{name}" for name in ("filters", "user_location") if hosted[0].get(name)]
         if functions:
-            config["includeServerSideToolInvocations"] = True       # required where the two are combined
+            config["includeServerSideToolInvocations"] = True       # required for both together
     return {"tools": tools, "toolConfig": config}
 
 
@@ -5814,13 +5855,14 @@ JSON_TYPES = {
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
-    """A JSON schema without the keywords that Gemini refuses, nor `refused`; a string's format goes into its description."""
+    """A JSON schema without `refused` and the keywords that Gemini refuses; a string's format goes into its
+    description."""
     unknown = {*UNKNOWN_KEYWORDS, refused}
 
     def change(made: JSON) -> JSON:
         for key in made.keys() & unknown:
             del made[key]
-        if "definitions" in made:       # the draft of 2019 renamed it; Gemini knows no other
+        if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
             made["$defs"] = {
                 **as_dict(made.pop("definitions")),
                 **as_dict(made.get("$defs")),
@@ -5848,11 +5890,12 @@ class GeminiContents(TurnEncoder):
     def encode(self) -> list[JSON]:
         self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
         self.signatures: dict[str, str] = {}        # by call_id
-        self.searched = collections.Counter[int]()  # number of a content -> its parts behind which new text begins
+        # index of a content -> number of its parts before new text
+        self.searched = collections.Counter[int]()
         self.encode_items()
         self.add_fillers()
         for content in self.out:
-            if content["role"] == "user":           # the media of a result stand behind all results
+            if content["role"] == "user":           # a result's media go after all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
                 continue
             content["role"] = "model"
@@ -5878,7 +5921,8 @@ class GeminiContents(TurnEncoder):
             self._sign_text(signature, replay.get("characters", 0))
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text since the last signature; for 0 an image or an empty part."""
+        """Signs the last `characters` of the text since the last signature; for 0 an image or an empty
+        part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters:
             if not parts or "inlineData" not in parts[-1]:
@@ -5903,7 +5947,7 @@ class GeminiContents(TurnEncoder):
         if not MINTED_ID.fullmatch(call_id):
             call["id"] = call_id
         part: JSON = {"functionCall": {**call, "args": json.loads(item["arguments"])}}
-        # gather_turns numbers repeated ids: the newest signature is meant
+        # gather_turns numbers repeated ids; the newest signature counts
         unnumbered = re.sub(r"_\d+$", "", call_id)
         signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
         if signature:
@@ -5912,7 +5956,7 @@ class GeminiContents(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         parts = self.encode_parts(item["output"])
-        inside, outside = [], []                    # the media in the result itself, and behind all results
+        inside, outside = [], []                    # the media in the result itself, and after all results
         for part in parts:
             mime = part.get("inlineData", {}).get("mimeType")
             if mime in RESULT_MEDIA and self.settings.combines_tools:
@@ -5943,7 +5987,7 @@ class GeminiContents(TurnEncoder):
 
 
 def add_thought_signature(content: JSON) -> None:
-    """Gives the first call of a step, which must be signed, the dummy where it has no signature: in old turns
+    """Gives the first call of a step, which must be signed, the dummy if it has no signature: in old turns
     too, so that their bytes never change."""
     for part in content["parts"]:
         if "functionCall" in part:
@@ -5951,7 +5995,7 @@ def add_thought_signature(content: JSON) -> None:
             break
 
 
-# --- what it refuses
+# --- its refusals
 
 def replace_signatures(body: JSON) -> None:
     for content in body["contents"]:
@@ -5961,7 +6005,7 @@ def replace_signatures(body: JSON) -> None:
 
 
 def drop_keyword(body: JSON, keyword: str) -> None:
-    """Drops a keyword that an "Unknown name" error quotes from all schemas, and from what holds them."""
+    """Drops the keyword that an "Unknown name" error quotes, from all schemas and from their holders."""
     for holder, name in ((body, "tools"), (body.get("generationConfig", {}), "responseJsonSchema")):
         if name in holder:
             holder[name] = gemini_schema(holder[name], keyword)
@@ -5977,7 +6021,8 @@ def drop_search(body: JSON) -> None:
 GEMINI_REPAIRS = (
     (r"thought.?signature", replace_signatures),
     (r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)", drop_keyword),
-    (r"context circulation|server.?side.?tool|tool use with function calling|google.?search\b.*(?:not |un)supported",
+    (r"context circulation|server.?side.?tool|tool use with function calling"
+     r"|google.?search\b.*(?:not |un)supported",
      drop_search),
     (r"response.?mime.?type|response.?(json.?)?schema",
      "generationConfig.responseMimeType generationConfig.responseJsonSchema"),
@@ -5990,8 +6035,8 @@ GEMINI_REPAIRS = (
 
 # --- the answer
 
-# why the answer ended -> incomplete_reason, or the kind of failure: shown as a success, an agent would see an
-# empty answer and ask again (coder#28470)
+# why the answer ended -> incomplete_reason, or the kind of failure: presented as a success, an agent would
+# see an empty answer and ask again (coder#28470)
 GEMINI_ENDS: dict[str, Any] = {
     "STOP": "",
     **dict.fromkeys("MAX_TOKENS CONTINUATION".split(), "max_output_tokens"),
@@ -6002,15 +6047,15 @@ GEMINI_ENDS: dict[str, Any] = {
     **dict.fromkeys(
         "MALFORMED_FUNCTION_CALL UNEXPECTED_TOOL_CALL MALFORMED_RESPONSE TOO_MANY_TOOL_CALLS OTHER".split(),
         "tool_generation"),
-    "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # of our request: no other target is to be asked
+    "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # caused by our request: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
 class GeminiDecoder(ItemDecoder):
     """One Gemini stream, or one whole answer.
 
-    Parts follow each other, so that only one item is open at a time. The message stays open after its
-    signature, since its citations come with the last event.
+    Parts follow each other, so only one item is open at a time. The message stays open after its signature,
+    because its citations come with the last event.
     """
 
     def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
@@ -6018,19 +6063,19 @@ class GeminiDecoder(ItemDecoder):
         self.book = book
         self.open: PartType | None = None       # "text" or "summary": of the open item
         self.texts: list[str] = []              # of the open item
-        self.signature: JSON = {}               # of its last part: carried by an item behind it
+        self.signature: JSON = {}               # of its last part; the item after it carries it
         self.counts: JSON = {}                  # the newest of each count, and the model
         self.grounding: JSON = {}
-        self.searched = False                   # a web_search_call has been given
-        self.finished = False                   # there was output, and then a finishReason
+        self.searched = False                   # a web_search_call has been sent
+        self.finished = False                   # there was output, then a finishReason
 
     def feed(self, data: str) -> None:
-        """One event's data. UpstreamError where it is not JSON."""
+        """Reads one event's data. UpstreamError if it is not JSON."""
         if data.strip() not in ("", "[DONE]"):
             self.whole(provider_json(data, "The provider sent an event that is not JSON."))
 
     def whole(self, body: Any) -> None:
-        """An answer that was not streamed; without alt=sse even a stream is one array."""
+        """Reads an answer that was not streamed; without alt=sse even a stream is one array."""
         try:
             for chunk in only_dicts(body if isinstance(body, list) else [body]):
                 self._chunk(chunk)
@@ -6038,7 +6083,7 @@ class GeminiDecoder(ItemDecoder):
             self._fail(error)
 
     def _chunk(self, chunk: JSON) -> None:
-        """ProviderError where the chunk is an error, or cannot be an answer."""
+        """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
         candidate = next(iter(only_dicts(chunk.get("candidates"))), {})
         self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
         self._count({
@@ -6064,7 +6109,7 @@ class GeminiDecoder(ItemDecoder):
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
 
     def _count(self, given: JSON) -> None:
-        if self.finished:                       # behind the end only higher counts are taken
+        if self.finished:                       # after the end only higher counts are used
             given = {
                 name: value
                 for name, value in given.items()
@@ -6086,7 +6131,7 @@ class GeminiDecoder(ItemDecoder):
         if isinstance(text, str):
             self._text("summary" if thought else "text", text)
         elif part.get("toolCall") or part.get("toolResponse"):
-            # a search that the model combined with functions: both halves must come back as they are
+            # the model combined this search with functions: both halves must come back unchanged
             self._close_texts()
             self._carry({"part": part})
             call = as_dict(part.get("toolCall"))
@@ -6098,7 +6143,7 @@ class GeminiDecoder(ItemDecoder):
             self._close_texts()
             self._image(str(media.get("data")))
         else:
-            return          # there is no item for sound, and for code that ran at Google's
+            return          # there is no item for audio, or for code that Google ran
         if signature and not thought:
             if self.signature:
                 self._close_texts()
@@ -6109,7 +6154,7 @@ class GeminiDecoder(ItemDecoder):
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
             return
-        if channel != self.open or self.signature:      # a signed part takes no more text
+        if channel != self.open or self.signature:      # a signed part accepts no more text
             self._close_texts()
             self._slot()
             self.open = channel
@@ -6141,7 +6186,8 @@ class GeminiDecoder(ItemDecoder):
     def _function_call(self, given: JSON, signature: str) -> None:
         name = given.get("name")
         args = given.get("args")
-        in_pieces = given.get("partialArgs") or given.get("willContinue")       # Vertex's: not asked for
+        # only from Vertex; Pomex does not request them
+        in_pieces = given.get("partialArgs") or given.get("willContinue")
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             raise ProviderError(message, kind="tool_generation")
@@ -6160,7 +6206,7 @@ class GeminiDecoder(ItemDecoder):
     def _finish(self, candidate: JSON, reason: str) -> None:
         outcome = GEMINI_ENDS.get(reason, "" if self.slots else "tool_generation")
         if outcome in ERROR_CLASSES:
-            # without its finishMessage: that repeats what the model wrote, and failures are logged
+            # without its finishMessage: that repeats the model's text, and failures are logged
             message = block_reason("broke off its answer", candidate, "finishReason", "")
             code = "invalid_prompt" if outcome == "bad_request" else None
             raise ProviderError(message, kind=outcome, code=code)
@@ -6175,7 +6221,8 @@ class GeminiDecoder(ItemDecoder):
 
 
 def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
-    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is at times one off."""
+    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
+    one."""
     encoded = text.encode("utf-8", "replace")
     chunks = only_dicts(grounding.get("groundingChunks"))
     for support in only_dicts(grounding.get("groundingSupports")):
@@ -6197,7 +6244,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
-    """Why the provider gave no answer, in a sentence for the user."""
+    """A sentence for the user: why the provider gave no answer."""
     words = [str(holder.get(reason))]
     for rating in only_dicts(holder.get("safetyRatings")):
         if rating.get("blocked"):
@@ -6207,10 +6254,10 @@ def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Gemini counts thoughts and the input of its tools apart. It bills each search query; Gemini 2 bills one an
-    answer."""
+    """Gemini counts thoughts and the input of its tools separately. It bills each search query; Gemini 2
+    bills one per answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
-        return None                         # Vertex: {"trafficType": ...} until the end
+        return None                         # Vertex sends {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
     queries = grounding.get("webSearchQueries")
@@ -6231,7 +6278,7 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
 
 # --- 6.5 demo: a provider that works offline -------------------------------------------------------
 #
-# It speaks chat completions to the gateway, so that everything behind it is what a real provider meets.
+# It speaks Chat Completions to the gateway, so everything else runs as with a real provider.
 
 DEMO_SAYS = "This is Pomex's offline demo, no model was asked."
 DEMO_MODELS = {
@@ -6239,8 +6286,9 @@ DEMO_MODELS = {
     "tools": "calls one of your tools, a shell if there is one, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
-MAX_DEMO_TEXT = 2000        # characters repeated: the demo is no file server
-DEMO_SHELLS = ("exec_command", "shell_command", "shell")        # Codex's and its kin's; other tools come second
+MAX_DEMO_TEXT = 2000        # characters of repeated text: the demo is no file server
+# tools of Codex and its relatives; others are second choice
+DEMO_SHELLS = ("exec_command", "shell_command", "shell")
 DEMO_VALUES = {
     "array": ["echo", "hello from pomex"],
     "number": 1, "integer": 1, "boolean": True, "object": {},
@@ -6275,13 +6323,13 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
 
 
 def encode_demo(ctx: EncodeContext) -> JSON:
-    """Nothing goes up, and nothing is lost."""
+    """Nothing is sent, and nothing is lost."""
     ctx.fields = {}
     return {}
 
 
 def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
-    """A text, or a call."""
+    """The answer: a text or a call."""
     items, functions = ctx.history.items, ctx.book.functions
     text = ""
     if ctx.model != "tools":
@@ -6294,7 +6342,7 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
         return f"{DEMO_SAYS} The command printed: {text[:MAX_DEMO_TEXT]}", {}
     if not functions:
         return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", {}
-    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))      # else the first
+    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # otherwise the first
     schema = tool["parameters"]
     required = required_by(schema)
     arguments: JSON = {}
@@ -6308,18 +6356,18 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
 # --- 6.6 the table ---------------------------------------------------------------------------------
 
 NUMBERS = re.compile(r"\d+")
-MAX_TEMPLATES = 8           # in succession that fit no event: the events of some streams always differ
+MAX_TEMPLATES = 8           # consecutive templates without a match: the events of some streams always differ
 
 
 class DeltaTemplate(NamedTuple):
-    """The constant halves of a stream's events that differ only in one text: they need no JSON parser."""
-    before: str = ""        # up to the quote that opens the text; "" fits no event
+    """The constant parts of a stream's events that differ only in one text: they need no JSON parser."""
+    before: str = ""        # up to the quote that opens the text; "" matches no event
     after: str = ""         # from the quote that closes it
-    counts: str = ""        # the rest of the event, whose numbers alone differ
+    counts: str = ""        # the rest of the event, in which only numbers differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the events from `at` on that fit, and the end of these events. Where there are
-        counts, the last event is left: only its counts matter."""
+        """The texts of the matching events from `at` on, and the end of these events. If there are counts,
+        the last event stays: only its counts matter."""
         before, after, counts = self
         texts: list[str] = []
         last = at
@@ -6330,7 +6378,7 @@ class DeltaTemplate(NamedTuple):
             except ValueError:
                 break
             if not block.startswith(after, end - 1) or block.find("\\u", start, end) >= 0:
-                break       # or half a surrogate pair, perhaps
+                break       # no match, or perhaps half a surrogate pair
             end += len(after) - 1
             if counts:
                 start, end = end, block.find("\n\n", end) + 2
@@ -6357,7 +6405,7 @@ def field_template(event: str, name: str) -> DeltaTemplate:
 
 
 class TranslatedStream(Assembler):
-    """An attempt over a provider's stream: bytes to events, and by the decoder's calls to frames."""
+    """An attempt over a provider's stream: bytes become events, and the decoder's calls become frames."""
 
     def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
         super().__init__(ctx.answer, ctx.seal)
@@ -6384,7 +6432,7 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected. An error may be one by its event's name alone."""
+        """Reads an event, unless nothing more is expected. The event's name alone may mark an error."""
         self.decoder.delta = None
         if event is None or self.upstream_done:
             return
@@ -6404,7 +6452,8 @@ class TranslatedStream(Assembler):
         try:
             self.decoder.whole(body)
         except (LookupError, TypeError, ValueError, AttributeError):
-            raise UpstreamError("The provider's answer does not have the form that its API defines.") from None
+            raise UpstreamError(
+                "The provider's answer does not have the form that its API defines.") from None
 
     def end(self) -> None:
         for event in self.events.finish():
@@ -6415,22 +6464,23 @@ class TranslatedStream(Assembler):
 
 @dataclass(slots=True)
 class EncodeContext:
-    """One request for one target: what an encoder works on, and a decoder after it."""
+    """One request for one target: the input of an encoder, and of a decoder after it."""
     answer: ResponseContext
     envelope: Envelope
-    provider: str               # as its envelopes name it
+    provider: str               # its name in envelopes
     model: str                  # the provider's own name for it
-    passthrough: bool           # a Responses upstream's bytes pass as they are
+    passthrough: bool           # a Responses upstream's bytes pass unchanged
     dialect: str
     prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
-    overrides: Mapping[str, JSON] = field(default_factory=dict)     # of what is known of models, by prefix
-    calls: int = 1              # the request's upstream calls, this one included
-    # by WireApi.call
-    dropped: list[str] = field(init=False)      # what the target cannot carry: encoders add to it
-    settings: Any = None        # what is known of the model
+    # overrides of the known properties of models, by prefix
+    overrides: Mapping[str, JSON] = field(default_factory=dict)
+    calls: int = 1              # the request's upstream calls, including this one
+    # set by WireApi.call
+    dropped: list[str] = field(init=False)      # fields that the target cannot carry: encoders add to it
+    settings: Any = None        # the known properties of the model
     book: ToolMap = field(init=False)
     history: History = field(init=False)
-    fields: JSON = field(init=False)            # of the request, by path: encoders take theirs, the rest is named
+    fields: JSON = field(init=False)  # of the request, by path: encoders remove theirs, the rest is reported
 
     @property
     def request(self) -> ResponsesRequest:
@@ -6438,7 +6488,8 @@ class EncodeContext:
 
     @property
     def call_prefix(self) -> str:
-        """For call ids that a provider leaves out: unique in the conversation, since each answer has its own."""
+        """A prefix for call ids that a provider omits: unique in the conversation, since each answer has its
+        own."""
         return f"call_{self.answer.id[-12:]}_"
 
     @property
@@ -6449,7 +6500,7 @@ class EncodeContext:
         return self.fields.pop(path, default)
 
     def take_effort(self, values: str) -> str:
-        """effort_value of the effort asked; an effort without a value is named as lost."""
+        """effort_value of the requested effort; an effort without a value is reported as dropped."""
         asked = self.take("reasoning.effort")
         value = effort_value(values, asked)
         if asked and not value:
@@ -6458,17 +6509,17 @@ class EncodeContext:
 
 
 class UpstreamCall(NamedTuple):
-    """What goes up, and what reads the answer."""
+    """The request for the provider, and the reader of its answer."""
     wire: WireApi
     path: str
     body: bytes
     attempt: Passthrough | TranslatedStream
-    dropped: list[str]                      # named in x-pomex-dropped
+    dropped: list[str]                      # reported in x-pomex-dropped
     headers: Sequence[tuple[str, str]] = ()
     frames: Iterable[bytes] = ()            # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
-        """The call as a known refusal asks for it, if so. Once a request."""
+        """The call changed after a known refusal, if any. Once per request."""
         body = json.loads(self.body)
         self.wire.repair(body, error)
         if body == json.loads(self.body):
@@ -6478,7 +6529,7 @@ class UpstreamCall(NamedTuple):
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
-        """The call that continues a paused turn, into the same attempt."""
+        """The call that continues a paused turn in the same attempt."""
         decoder = self.attempt.decoder
         paused = decoder.resume() if isinstance(decoder, MessagesDecoder) else None
         if paused is None:
@@ -6494,16 +6545,16 @@ class UpstreamCall(NamedTuple):
 
 
 class WireApi(NamedTuple):
-    """One wire API: how a request is encoded for it and its answer decoded."""
+    """One wire API: the encoding of a request and the decoding of its answer."""
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[EncodeContext], Decoder]
-    models: Mapping[str, Any] = {}      # what is known of them, by dialect or by prefix; "" for the unknown
+    models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
     repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
-    vendor: str = ""    # whose rule for parameter names holds; "": the model's name decides
+    vendor: str = ""    # the vendor whose rule for parameter names applies; "": the model's name decides
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
@@ -6551,8 +6602,8 @@ class WireApi(NamedTuple):
             frames=() if path else demo_frames(ctx))
 
     def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
-        """The client's own bytes go up, the upstream's come down."""
-        # nothing is stored there: a thought with only its id would be a 404 in every later turn
+        """Sends the client's own bytes up and the upstream's bytes down."""
+        # nothing is stored there: a reasoning item with only its id would be a 404 in every later turn
         items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
         if len(items) < len(unsealed):
             ctx.dropped.append("input:reasoning")
@@ -6598,7 +6649,7 @@ WIRES: dict[str, WireApi] = {
 # derived. A test keeps pomex.toml.example complete.
 
 def parse_dollars(value: float) -> decimal.Decimal:
-    """The decimal number as the file has it: a float's shortest text."""
+    """The decimal number as written in the file: a float's shortest text."""
     number = decimal.Decimal(str(value))
     if number != round(number, 6):
         raise ValueError
@@ -6606,7 +6657,8 @@ def parse_dollars(value: float) -> decimal.Decimal:
 
 
 def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
-    """A string is a tier of its own, a list of strings is one tier. A target is split at its first colon."""
+    """Reads tiers: a string is a tier of its own, a list of strings is one tier. A target is split at its
+    first colon."""
     tiers = []
     for tier in value:
         names = tier if isinstance(tier, list) else [tier]
@@ -6618,7 +6670,7 @@ def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
 
 
 def read_base_url(url: str) -> str:
-    """The address without its last slash; the ValueError says what is valid."""
+    """The address without its last slash; the ValueError describes valid ones."""
     parts = urllib.parse.urlsplit(url)
     if (
         parts.scheme not in ("http", "https")
@@ -6655,7 +6707,7 @@ OPTION_FIELDS: dict[type, Field] = {
 def option(
     default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf, **rules: Any,
 ) -> Any:
-    """A key of pomex.toml. It takes values of the default's type; `rules` are attributes of its Field."""
+    """A key of pomex.toml. It accepts values of the default's type; `rules` are attributes of its Field."""
     spec = OPTION_FIELDS[type(default)]
     spec = spec._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
     return field(
@@ -6704,7 +6756,8 @@ class ServerConfig:
     request_deadline_s: float = option(3600.0, "longest request, all attempts together", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
     admin_token: str = option(
-        "", 'opens the admin API to machines: "env:NAME", "file:PATH", or at least 16 characters', secret=True)
+        "", 'opens the admin API to machines: "env:NAME", "file:PATH", or at least 16 characters',
+        secret=True)
     max_answer_chars: int = option(
         33554432, "longest answer: text, reasoning and arguments; real ones end below 1 MB", 1024, 4294967296)
     max_answer_items: int = option(4096, "output items of one answer; real ones have below 100", 1, 1000000)
@@ -6789,7 +6842,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PriceConfig:
-    """US dollars per million tokens. A cache price left out is that of plain input."""
+    """US dollars per million tokens. An omitted cache price equals the price of plain input."""
     input: Dollars = price_option("input that is not cached; 0 is free")
     output: Dollars = price_option("output, reasoning included")
     cache_read: Dollars = price_option("input read from the provider's cache")
@@ -6818,7 +6871,7 @@ class Config:
     providers: dict[str, ProviderConfig]
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
-    path: str = ""                      # of the file; "" for none
+    path: str = ""                      # of the file; "" without one
     warnings: Strings = ()
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
 
@@ -6832,7 +6885,8 @@ DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
 def fill_providers(text: str) -> None:
-    """Adds the built-in providers, one a line. A chat server's name is its dialect; a server without a key is local."""
+    """Adds the built-in providers, one per line. A chat server's name is its dialect; a server without a key
+    is local."""
     for line in text.splitlines():
         values: JSON = dict(zip(("name", "wire_api", "base_url", "env_key", "relay"), line.split()))
         name = values["name"]
@@ -6856,13 +6910,13 @@ def check_text(text: str, spec: Field, path: str) -> Any:
     elif kind is bool:
         value = {"true": True, "false": False}.get(text, text)
     else:
-        with contextlib.suppress(ValueError):       # check says what is wrong
+        with contextlib.suppress(ValueError):       # check reports the mistake
             value = kind(text)
     return check(value, spec, path)
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
-    """' Did you mean X?', or '' where nothing is near."""
+    """' Did you mean X?', or '' without a similar name."""
     name = name.replace("-", "_")
     near = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean {form % near[0]}?" if near else ""
@@ -6892,7 +6946,7 @@ class ConfigFile:
         self.read_file = read_file
         try:
             self.toml: JSON = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:       # a number of 5,000 digits, brackets in brackets
+        except (ValueError, RecursionError) as error:       # a number of 5,000 digits, deeply nested brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
             where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
             raise ConfigError(where) from None
@@ -6914,7 +6968,7 @@ class ConfigFile:
 
     @contextlib.contextmanager
     def about(self, path: Strings, value: object, secret: bool) -> Iterator[None]:
-        """Turns an error into a complaint about the value at this path."""
+        """Turns an error into a message about the value at this path."""
         try:
             yield
         except (ValueError, BadRequest) as error:
@@ -6925,14 +6979,14 @@ class ConfigFile:
             raise self.error(f"[{toml_name(path[:-1])}] {path[-1]} = {shown}: {sentence}") from None
 
     def table(self, *path: str) -> JSON:
-        """A table of the file, empty where it is left out."""
+        """A table of the file; empty if omitted."""
         table: Any = functools.reduce(lambda inner, key: inner.get(key, {}), path, self.toml)
         if not isinstance(table, dict):
             raise self.error(f"{toml_name(path)} must be a table: [{toml_name(path)}]")
         return table
 
     def settings(self, fields: Fields, *path: str, prefix: str = "") -> JSON:
-        """The checked values of a table. Variables with the prefix, like POMEX_PORT, win over the file."""
+        """The checked values of a table. Variables with the prefix, like POMEX_PORT, override the file."""
         values = {}
         for name, value in self.table(*path).items():
             if name not in fields:
@@ -6966,7 +7020,7 @@ class ConfigFile:
         raise ValueError(f"that variable is not set.{did_you_mean(name, known)}")
 
     def secret(self, reference: str) -> str:
-        """The secret that "env:NAME", "file:PATH" or a literal stands for."""
+        """The secret behind "env:NAME", "file:PATH" or a literal."""
         kind, _, rest = reference.partition(":")
         if kind == "env":
             return self.variable(rest)
@@ -6993,13 +7047,13 @@ def is_private(url: str) -> bool:
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_private
-    except ValueError:      # a name: of one word, or in a domain kept for private use (RFC 6761, 6762, 8375)
+    except ValueError:      # a name: a single word, or in a domain for private use (RFC 6761, 6762, 8375)
         domains = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
         return "." not in host or host.endswith(domains)
 
 
 def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
-    """One [providers.NAME]. A built-in provider's table needs only what differs."""
+    """One [providers.NAME]. A built-in provider's table needs only the differences."""
     path = ("providers", name)
     if not PROVIDER_NAME.fullmatch(name):
         raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
@@ -7007,7 +7061,7 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
     if values.keys() & {"base_url", "api_key", "api_keys"}:
         values.setdefault("env_key", "")            # a built-in provider's key goes to no other address
     if "base_url" in values:
-        values.setdefault("relay", "normalise")     # and no other server is trusted to speak like the original
+        values.setdefault("relay", "normalise")     # no other server is trusted to behave like the original
     base = BUILTIN_PROVIDERS.get(name, DEMO_PROVIDER if name == "demo" else ProviderConfig(name))
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
@@ -7028,12 +7082,13 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
         if not provider.base_url:
             raise source.error(f'[{toml_name(path)}] lacks base_url, like "https://api.example.com/v1".')
         if provider.base_url.startswith("http:") and (keys or provider.env_http_headers) and not local:
-            raise source.error(f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
+            raise source.error(
+                f"[{toml_name(path)}] base_url: plain http would expose the API key; use https.")
     return dataclasses.replace(provider, http_headers=headers, local=local, **keys)
 
 
 def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
-    """A provider's keys and their sources, as values of its configuration; {} where it has none."""
+    """A provider's keys and their sources, as values of its configuration; {} without any."""
     path = ("providers", provider.name)
     given = [name for name in ("env_key", "api_key", "api_keys") if getattr(provider, name)]
     if not given:
@@ -7058,7 +7113,7 @@ def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
 
 
 def read_headers(source: ConfigFile, provider: ProviderConfig) -> dict[str, str]:
-    """The headers of every call, those from the environment included."""
+    """The headers of every call, including those from the environment."""
     headers = {}
     for table in ("http_headers", "env_http_headers"):
         literal = table == "http_headers"
@@ -7103,7 +7158,7 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
     return prices
 
 
-# --- 7.3 the whole --------------------------------------------------------------------------------
+# --- 7.3 the whole configuration ------------------------------------------------------------------
 
 ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
                     wanted="at least 16 characters, without spaces, and no API key")
@@ -7121,7 +7176,7 @@ def load_config(
         with source.about(("server", "admin_token"), token, secret=not token.startswith(REFERENCE)):
             server["admin_token"] = check(source.secret(token), ADMIN_TOKEN, "")
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
-    if not name:            # the file would have been beside the database
+    if not name:            # without a file, the state folder holds the database
         database.setdefault("url", f"sqlite:{state_folder(environ)}/pomex.db")
     path = source.resolve_path(DatabaseConfig(**database).path)
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
@@ -7152,7 +7207,7 @@ PLAIN_VALUES = re.compile(
 
 
 def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Pattern[str]:
-    """Finds the configured secrets, also in a URL, in hex and in base64."""
+    """A pattern for the configured secrets, also in a URL, in hex and in base64."""
     found = set(more)
     for provider in providers:
         found |= {provider.api_key, *provider.api_keys, provider.proxy}

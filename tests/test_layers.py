@@ -192,6 +192,11 @@ print(done, logging.root.handlers, pomex.log.handlers, pomex.log.level, threadin
 """
 
 
+def test_no_line_of_the_core_is_longer_than_110():
+    core = TEXT[:TEXT.index("\n# === 8. ")].split("\n")
+    assert [number for number, line in enumerate(core, 1) if len(line) > 110] == []
+
+
 def test_importing_does_nothing():
     environ = {**os.environ, "PYTHONPATH": str(FILE.parent)}
     done = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, env=environ, cwd="/")

@@ -2183,7 +2183,7 @@ class ResponseContext:
 
     def start(self) -> bytes:
         """response.created and .in_progress, or nothing if they have been sent."""
-        if self.started:
+        if self.started or not self.request.stream:
             return b""
         self.started = True
         return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()

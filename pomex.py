@@ -1802,7 +1802,7 @@ class History(NamedTuple):
 NO_OUTPUT = "no output was recorded for this call"
 
 
-def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, dropped: list[str],
+def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMap, dropped: list[str],
                       memo: dict[Any, Any]) -> History:
     """A request's instructions and unsealed items as a History; adds the names of lost content to `dropped`.
     Items that `memo` knows, by identity, are not normalized again."""
@@ -1810,9 +1810,9 @@ def normalize_history(instructions: str, items: Sequence[JSON], book: ToolMap, d
     plain: list[JSON] = []
     for item in items:
         known = memo.get(id(item))
-        if known is None or known[:2] != (item, book):
+        if known is None or known[:2] != (item, tool_map):
             names: list[str] = []
-            known = item, book, normalize_item(item, book, names), names
+            known = item, tool_map, normalize_item(item, tool_map, names), names
             if "sealed_replay" not in item:     # a different object in each request
                 memo[id(item)] = known
         made = known[2]
@@ -1893,7 +1893,7 @@ OUTPUT_TYPES = (
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
 
-def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None:
+def normalize_item(item: JSON, tool_map: ToolMap, dropped: list[str]) -> JSON | None:
     """A plain item; None for an item without such a form."""
     kind, call_id = item["type"], item.get("call_id") or ""
     if kind in ("message", "agent_message"):
@@ -1901,7 +1901,7 @@ def normalize_item(item: JSON, book: ToolMap, dropped: list[str]) -> JSON | None
     if kind in CALL_ARGUMENTS:
         name, namespace = item.get("name") or kind.removesuffix("_call"), item.get("namespace")
         # the model must not see a misspelt name again
-        tool = book.resolve(upstream_tool_name(name, namespace) if namespace else name)
+        tool = tool_map.resolve(upstream_tool_name(name, namespace) if namespace else name)
         return {
             "type": "function_call",
             "call_id": call_id,
@@ -3710,7 +3710,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     are named. Reports the lost parts as dropped. Every wire can force one tool; in `subset_modes` it accepts
     several names too."""
     choice = ctx.request.get("tool_choice", "auto")
-    offered = ctx.book.by_upstream_name
+    offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
         return choice, []
     if choice["type"] != "allowed_tools":
@@ -3858,7 +3858,7 @@ reasoning.summary truncation include prompt_cache_key service_tier""".split()
 
 def encode_responses(ctx: EncodeContext) -> JSON:
     """The body for a server that knows messages, functions and reasoning, and refuses everything else."""
-    history, functions = ctx.history, ctx.book.functions
+    history, functions = ctx.history, ctx.tool_map.functions
     body: JSON = {"model": ctx.model}
     if history.system:
         body["instructions"] = "\n\n".join(history.system)
@@ -3970,8 +3970,8 @@ class ResponsesDecoder(Decoder):
     the decoder reads each fact once, from any of them."""
     asked_12h = False       # of the prompt cache
 
-    def __init__(self, book: ToolMap) -> None:
-        self.book = book
+    def __init__(self, tool_map: ToolMap) -> None:
+        self.tool_map = tool_map
         self.items = UpstreamItems()
         self.ended = False
 
@@ -4039,7 +4039,7 @@ class ResponsesDecoder(Decoder):
             space = str(item.get("namespace") or "")
             call_id = item.get("call_id") or f"call_{index}"
             if kind == "function_call" and not space:
-                tool = self.book.resolve(name)
+                tool = self.tool_map.resolve(name)
             else:
                 tool = Tool(item["type"], name, space)
             self.sink.call(index, str(call_id), tool)
@@ -4217,24 +4217,24 @@ class ItemDecoder(Decoder):
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix            # for call ids made here: unique in the conversation
         self.call_ids: set[str] = set()
-        self.slots = 0                  # number of items begun
+        self.items_begun = 0                  # number of items begun
         self.failed = False
         self.notice: GatewayError | None = None     # perhaps an error: reported if nothing else follows
 
     def end(self) -> None:
         """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
-        if self.notice and not self.slots:
+        if self.notice and not self.items_begun:
             self._fail(self.notice)
 
-    def _slot(self) -> int:
-        self.slots += 1
-        return self.slots - 1
+    def _new_key(self) -> int:
+        self.items_begun += 1
+        return self.items_begun - 1
 
-    def _call_id(self, slot: int, given: Any) -> str:
+    def _call_id(self, item_key: int, given: Any) -> str:
         """The provider's id of a call, or one made here if it is missing or was used before."""
-        call_id = str(given or f"{self.prefix}{slot}")
+        call_id = str(given or f"{self.prefix}{item_key}")
         if call_id in self.call_ids:
-            call_id = f"{call_id}_{slot}"
+            call_id = f"{call_id}_{item_key}"
         self.call_ids.add(call_id)
         return call_id
 
@@ -4244,7 +4244,7 @@ class ItemDecoder(Decoder):
         self.sink.done(sealed_replay=replay)
 
     def _image(self, data: str) -> None:
-        self._slot()
+        self._new_key()
         self.sink.open(None, "image_generation_call", result=None)
         self.sink.done(result=data)
 
@@ -4320,7 +4320,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
         "model": ctx.model,
         "messages": ChatMessages(ctx).encode(instruction),
     }
-    if ctx.book.functions:
+    if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
     for path in ("temperature", "top_p", *dialect.passthrough_fields):
@@ -4332,7 +4332,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     if ctx.request.stream:
         body["stream"] = True
         body["stream_options"] = {"include_usage": True}
-        if dialect.tool_stream and ctx.book.functions:
+        if dialect.tool_stream and ctx.tool_map.functions:
             body["tool_stream"] = True
     return without_empty(body)
 
@@ -4340,7 +4340,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
 def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     """tools, tool_choice and parallel_tool_calls, which only work together."""
     tools = []
-    for given in ctx.book.functions:
+    for given in ctx.tool_map.functions:
         function = {**given}
         if not ctx.settings.strict_tools:       # most servers refuse a tool with it
             function.pop("strict", None)
@@ -4695,9 +4695,9 @@ class ChatDecoder(ItemDecoder):
     streamed = False                # after a delta, a message is a snapshot
     stop: Stop | None = None
 
-    def __init__(self, book: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
+    def __init__(self, tool_map: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
         super().__init__(prefix)
-        self.book = book
+        self.tool_map = tool_map
         self.dialect = dialect
         self.texts = collections.defaultdict[PartType, list[str]](list)
         self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
@@ -4817,7 +4817,7 @@ class ChatDecoder(ItemDecoder):
             if kind == "reasoning" or text.strip():    # Kimi sends blanks around its calls
                 self._end_calls()
             self.open_item = kind
-            self._slot()
+            self._new_key()
         self.texts[channel].append(text)
         if kind == "reasoning":
             self.sink.reasoning(text)
@@ -4916,13 +4916,13 @@ class ChatDecoder(ItemDecoder):
 
     def _begin_call(self, call: ChatCall, signature: Any) -> None:
         self._end_items()
-        slot = call.item_key = self._slot()
-        call_id = self._call_id(slot, call.id)
+        item_key = call.item_key = self._new_key()
+        call_id = self._call_id(item_key, call.id)
         if signature:    # from Gemini's OpenAI endpoint
             extra = {"id": call_id, "extra_content": signature}
             self._carry({"extra_content": [extra]})
-        tool = self.book.resolve(call.name)
-        self.sink.call(slot, call_id, tool)
+        tool = self.tool_map.resolve(call.name)
+        self.sink.call(item_key, call_id, tool)
 
     # ends
 
@@ -4997,7 +4997,7 @@ class ChatDecoder(ItemDecoder):
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
             self._fail(ProviderError(text, kind="tool_generation"))
-        elif self.stop is None and not self.slots:
+        elif self.stop is None and not self.items_begun:
             empty = ProviderError("The provider's answer is empty.", kind="overload")
             self._fail(self.notice or empty)
         else:
@@ -5057,11 +5057,11 @@ LEAST_BUDGET = 1024
 THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
 
 
-def native_web_search(book: ToolMap, settings: AnthropicModel) -> list[JSON]:
+def native_web_search(tool_map: ToolMap, settings: AnthropicModel) -> list[JSON]:
     """The provider's own tool; a function of the same name replaces it."""
-    if not book.hosted or "web_search" in book.by_upstream_name:
+    if not tool_map.hosted or "web_search" in tool_map.by_upstream_name:
         return []
-    asked = book.hosted[0]
+    asked = tool_map.hosted[0]
     filters = as_dict(asked.get("filters"))
     place = without_empty({**as_dict(asked.get("user_location")), "type": ""})
     allowed = filters.get("allowed_domains")
@@ -5089,8 +5089,8 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     system = [part for part in (*ctx.history.system, instruction) if part.strip()]
     max_tokens, thinking, effort = fit_thinking(ctx, turns.missing_thinking())
     kind = thinking.get("type")
-    native = native_web_search(ctx.book, settings)
-    tools = [messages_tool(function) for function in ctx.book.functions] + native
+    native = native_web_search(ctx.tool_map, settings)
+    tools = [messages_tool(function) for function in ctx.tool_map.functions] + native
     choice: JSON = {}
     closing = ""
     if tools:
@@ -5114,7 +5114,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         for name in ("temperature", "top_p"):
             if name in ctx.fields and "temperature" not in body:        # never both
                 body[name] = min(ctx.take(name), 1)
-    if ctx.book.hosted and not native:
+    if ctx.tool_map.hosted and not native:
         ctx.dropped.append("tools:web_search")
     place_cache_control(body, ctx.prompt_cache)
     return {**without_empty(body), "stream": True}
@@ -5499,7 +5499,7 @@ BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "t
 class Block:
     """A content block that is being streamed."""
     content: JSON       # completed by its signature and citations, at its end by its text or input
-    slot: int
+    item_key: int
     channel: Any        # PartType, or None: the client sees no text of it
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
@@ -5511,9 +5511,9 @@ class MessagesDecoder(ItemDecoder):
     blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
     """
 
-    def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
+    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
         super().__init__(prefix)
-        self.book = book
+        self.tool_map = tool_map
         self.id: str | None = None              # of the current message
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
         self.length = 0                         # of the open message's finished blocks
@@ -5568,7 +5568,7 @@ class MessagesDecoder(ItemDecoder):
             self.id = message.get("id")
             usage = as_dict(message.get("usage"))           # the output is counted at the end
             self._count({**usage, "model": message.get("model")}, estimated=True)
-        elif self.slots and message.get("id") != self.id:
+        elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
             error = "The provider spliced a second message into its stream."
             self._fail(ProviderError(error, kind="overload"))
@@ -5603,8 +5603,8 @@ class MessagesDecoder(ItemDecoder):
         self.sink.done()
         if not stop.incomplete_reason:
             self._end_empty_calls()
-        for slot in self.searches.values():
-            self.sink.done(slot, status="failed")
+        for item_key in self.searches.values():
+            self.sink.done(item_key, status="failed")
         self.searches.clear()
         self.stop = stop
         self.sink.set_stop(stop)
@@ -5623,16 +5623,16 @@ class MessagesDecoder(ItemDecoder):
     def on_content_block_start(self, event: JSON) -> None:
         content = event.get("content_block") or {}
         kind = content.get("type")
-        block = Block(content, self._slot(), BLOCK_CHANNELS.get(kind))
+        block = Block(content, self._new_key(), BLOCK_CHANNELS.get(kind))
         self.blocks[event.get("index", 0)] = block
         self._end_empty_calls()
         if kind != "text":
             self.sink.done()
             self.length = 0
         if kind == "tool_use":
-            call_id = self._call_id(block.slot, content.get("id"))
-            tool = self.book.resolve(str(content.get("name") or ""))
-            self.sink.call(block.slot, call_id, tool)
+            call_id = self._call_id(block.item_key, content.get("id"))
+            tool = self.tool_map.resolve(str(content.get("name") or ""))
+            self.sink.call(block.item_key, call_id, tool)
         elif kind == "web_search_tool_result" and self.searches:
             search = content.get("tool_use_id")
             if search not in self.searches:
@@ -5663,13 +5663,13 @@ class MessagesDecoder(ItemDecoder):
             return
         block.pieces.append(text)
         if block.channel == "arguments":
-            self.sink.add(block.slot, text, block.channel)
+            self.sink.add(block.item_key, text, block.channel)
         elif block.channel:
             self.sink.text(text, block.channel)
 
     def add_all(self, block: Block, texts: list[str]) -> None:
         block.pieces += texts
-        key = block.slot if block.channel == "arguments" else None
+        key = block.item_key if block.channel == "arguments" else None
         self.sink.add_all(key, texts, block.channel)
 
     def on_content_block_stop(self, event: JSON) -> None:
@@ -5694,14 +5694,14 @@ class MessagesDecoder(ItemDecoder):
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
                 self._carry({"blocks": [content]} if sealed else {})
         elif kind == "tool_use" and not arguments and not text.strip():
-            self.empty_calls.append(block.slot)
+            self.empty_calls.append(block.item_key)
         elif kind == "tool_use" and isinstance(arguments, dict):
-            self.sink.done(block.slot)
+            self.sink.done(block.item_key)
         elif kind == "server_tool_use" and content.get("name") == "web_search":
             query = as_dict(content.get("input")).get("query") or ""
-            self.searches[content.get("id")] = block.slot
-            self.sink.open(block.slot, "web_search_call", action=search_action([query]))
-        if self.book.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
+            self.searches[content.get("id")] = block.item_key
+            self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
+        if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
 
     def _cite(self, content: JSON) -> None:
@@ -5785,7 +5785,7 @@ CALLING_MODES = {"none": "NONE", "auto": "VALIDATED", "required": "ANY"}
 
 def gemini_tools(ctx: EncodeContext) -> JSON:
     """tools and toolConfig: a calling mode without functions is refused."""
-    functions, hosted, dropped = ctx.book.functions, ctx.book.hosted, ctx.dropped
+    functions, hosted, dropped = ctx.tool_map.functions, ctx.tool_map.hosted, ctx.dropped
     tools: list[JSON] = []
     config: JSON = {}
     # AUTO accepts no names; VALIDATED does, since 2.5
@@ -5815,7 +5815,7 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
 def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
-    functions, shape = ctx.book.functions, ctx.take("text.format", {})
+    functions, shape = ctx.tool_map.functions, ctx.take("text.format", {})
     asks_json = shape.get("type", "text") != "text"
     if asks_json and functions and not settings.combines_tools:
         ctx.dropped.append("text.format")
@@ -6058,9 +6058,9 @@ class GeminiDecoder(ItemDecoder):
     because its citations come with the last event.
     """
 
-    def __init__(self, book: ToolMap, prefix: str = "call_") -> None:
+    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
         super().__init__(f"{prefix}g")
-        self.book = book
+        self.tool_map = tool_map
         self.open: PartType | None = None       # "text" or "summary": of the open item
         self.texts: list[str] = []              # of the open item
         self.signature: JSON = {}               # of its last part; the item after it carries it
@@ -6156,7 +6156,7 @@ class GeminiDecoder(ItemDecoder):
             return
         if channel != self.open or self.signature:      # a signed part accepts no more text
             self._close_texts()
-            self._slot()
+            self._new_key()
             self.open = channel
         self.texts.append(text)
         self.sink.text(text, channel)
@@ -6193,25 +6193,25 @@ class GeminiDecoder(ItemDecoder):
             raise ProviderError(message, kind="tool_generation")
         if name and isinstance(name, str):
             self._close_texts()
-            slot = self._slot()
-            call_id = self._call_id(slot, given.get("id"))
+            item_key = self._new_key()
+            call_id = self._call_id(item_key, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.book.resolve(name)
-            self.sink.call(slot, call_id, tool)
+            tool = self.tool_map.resolve(name)
+            self.sink.call(item_key, call_id, tool)
             arguments = value_text(args) or "{}"
-            self.sink.add(slot, arguments, "arguments")
-            self.sink.done(slot)
+            self.sink.add(item_key, arguments, "arguments")
+            self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
-        outcome = GEMINI_ENDS.get(reason, "" if self.slots else "tool_generation")
+        outcome = GEMINI_ENDS.get(reason, "" if self.items_begun else "tool_generation")
         if outcome in ERROR_CLASSES:
             # without its finishMessage: that repeats the model's text, and failures are logged
             message = block_reason("broke off its answer", candidate, "finishReason", "")
             code = "invalid_prompt" if outcome == "bad_request" else None
             raise ProviderError(message, kind=outcome, code=code)
         self._close_texts()
-        self.finished = self.slots > 0          # some proxies begin with an empty STOP
+        self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
         explanation = ""
@@ -6330,7 +6330,7 @@ def encode_demo(ctx: EncodeContext) -> JSON:
 
 def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
     """The answer: a text or a call."""
-    items, functions = ctx.history.items, ctx.book.functions
+    items, functions = ctx.history.items, ctx.tool_map.functions
     text = ""
     if ctx.model != "tools":
         for item in items:
@@ -6478,7 +6478,7 @@ class EncodeContext:
     # set by WireApi.call
     dropped: list[str] = field(init=False)      # fields that the target cannot carry: encoders add to it
     settings: Any = None        # the known properties of the model
-    book: ToolMap = field(init=False)
+    tool_map: ToolMap = field(init=False)
     history: History = field(init=False)
     fields: JSON = field(init=False)  # of the request, by path: encoders remove theirs, the rest is reported
 
@@ -6572,13 +6572,13 @@ class WireApi(NamedTuple):
         ctx.settings = row._replace(**overrides)
         searches = getattr(ctx.settings, "web_search", False)
         vendor = self.vendor or ctx.model
-        tools, book = request.memo.get((vendor, searches), (None, None))
+        tools, tool_map = request.memo.get((vendor, searches), (None, None))
         if tools != request.tools:
-            book = ToolMap(request.tools, searches, vendor)
-            request.memo[vendor, searches] = request.tools, book
-        ctx.book = book
-        ctx.dropped += book.dropped
-        ctx.history = normalize_history(request.instructions, items, book, ctx.dropped, request.memo)
+            tool_map = ToolMap(request.tools, searches, vendor)
+            request.memo[vendor, searches] = request.tools, tool_map
+        ctx.tool_map = tool_map
+        ctx.dropped += tool_map.dropped
+        ctx.history = normalize_history(request.instructions, items, tool_map, ctx.dropped, request.memo)
         ctx.fields = request_fields(request.body)
         ctx.dropped += unknown_keys("tools", request.tools)
         for item in request.input:
@@ -6616,15 +6616,15 @@ class WireApi(NamedTuple):
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
-        decoder=lambda ctx: ResponsesDecoder(ctx.book),
+        decoder=lambda ctx: ResponsesDecoder(ctx.tool_map),
         repair=repair_responses),
     "chat": WireApi(
         "/chat/completions", encode_chat,
-        decoder=lambda ctx: ChatDecoder(ctx.book, ctx.settings, ctx.call_prefix),
+        decoder=lambda ctx: ChatDecoder(ctx.tool_map, ctx.settings, ctx.call_prefix),
         models=DIALECTS),
     "messages": WireApi(
         "/messages", encode_messages,
-        decoder=lambda ctx: MessagesDecoder(ctx.book, ctx.call_prefix),
+        decoder=lambda ctx: MessagesDecoder(ctx.tool_map, ctx.call_prefix),
         models=ANTHROPIC_MODELS,
         repair=functools.partial(repair_from, MESSAGES_REPAIRS),
         headers=messages_headers,
@@ -6632,14 +6632,14 @@ WIRES: dict[str, WireApi] = {
         vendor="claude"),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
-        decoder=lambda ctx: GeminiDecoder(ctx.book, ctx.call_prefix),
+        decoder=lambda ctx: GeminiDecoder(ctx.tool_map, ctx.call_prefix),
         models=GEMINI_MODELS,
         repair=functools.partial(repair_from, GEMINI_REPAIRS),
         auth=lambda key: [("x-goog-api-key", key)],
         vendor="gemini"),
     "demo": WireApi(
         "", encode_demo,
-        decoder=lambda ctx: ChatDecoder(ctx.book, DIALECTS[""])),
+        decoder=lambda ctx: ChatDecoder(ctx.tool_map, DIALECTS[""])),
 }
 
 

@@ -7249,9 +7249,8 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 # Keys, accounts, limits and usage rows in one SQLite file, shared by all processes of this machine.
 #
 # A request is written down twice: its intent before anything is sent upstream, its settlement before the client can see
-# how it ended. Both go first into this process's journal, a plain file: what is in the page cache survives kill -9. A
-# thread moves settled lines into `usage`, a batch a transaction: 15 us of CPU a request, where two transactions cost 25
-# to 120 us.
+# how it ended. Both go first into this process's journal, a file: its page cache survives kill -9. A thread moves settled
+# lines into `usage`, a batch a transaction: 15 us a request, where two transactions cost 25 to 120.
 #
 # A journal is locked while its process lives. Whoever opens the database next takes over those that nobody locks:
 # settlements are inserted (the response id is unique), intents without one become rows marked interrupted, billed for
@@ -8312,11 +8311,11 @@ def fraction(text: str, unit: int, least: int = 0) -> int:
 
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
-# Reservations never exceed a limit. A request reserves its estimated input and some output before it goes upstream, extends
-# that while output streams, and replaces it with its true cost. Reservations come from leases: this process's part of a
-# limit, taken by one transaction where spent and leased leave room. A lease is a slice more than was needed, so that most
-# requests are served from memory; the unused part goes back after a second. It lives five seconds unless renewed; a dead
-# process's journal is settled before its lease is dropped. A settled cost stays in the lease until its row is in the sums.
+# Reservations never exceed a limit. A request reserves its estimated input and some output, extends that while output
+# streams, and replaces it with its true cost. Reservations come from leases, a process's part of a limit, taken by one
+# transaction where spent and leased leave room; a lease is larger than needed, so that most requests are served from memory.
+# It lives five seconds unless renewed; a dead process's journal is settled before its lease is dropped. A settled cost stays
+# in the lease until its row is in the sums.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
@@ -8883,7 +8882,7 @@ def prune(ledger: Ledger, before_day: int) -> int:
 
 # --- 8.10 what the dashboard reads ----------------------------------------------------------------
 #
-# On its own thread and connection: streams must not wait for a question about 100,000 rows. `key_id` narrows each answer to
+# On a thread and connection of its own: no stream waits for a query over 100,000 rows. `key_id` narrows each answer to
 # one key, for its holder; 0 is every key.
 
 RESULT = """CASE WHEN status IN ('failed', 'cancelled') THEN status WHEN terminal_by = 'gateway' THEN 'ended by gateway'
@@ -10239,13 +10238,13 @@ class ClientStream:
 # --- 10.5 the loop --------------------------------------------------------------------------------
 
 Result = TypeVar("Result")
-LARGE_BODY_BYTES = 1 << 18      # above it, parsing and encoding take milliseconds: other streams would wait
-SWITCH_S = 0.001                # for so long a thread may hold the interpreter while the loop wants it; Python's 5 ms add up
+LARGE_BODY_BYTES = 1 << 18      # a larger body takes milliseconds to parse or encode: streams would wait
+SWITCH_S = 0.001                # a thread keeps the interpreter this long from the loop; Python's 5 ms add up
 
 
 async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments), in a thread where it works on a large body. A cancelled caller still waits for the end: the
-    thread holds the body, so its bytes stay counted."""
+    """function(*arguments), in a thread for a large body. A cancelled caller still waits for the end: the thread holds
+    the body, so its bytes stay counted."""
     if size < LARGE_BODY_BYTES:
         return function(*arguments)
     running = asyncio.get_running_loop().run_in_executor(None, function, *arguments)
@@ -10626,7 +10625,7 @@ class Metrics:
 
 # === 11. handlers =================================================================================
 #
-# One function an endpoint, and the table of routes. To read one request from top to bottom, begin at `responses`.
+# One function an endpoint, and the table of routes. To follow one request, begin at `responses`.
 
 ENDPOINT = "/v1/responses"
 
@@ -10873,7 +10872,7 @@ async def finish(gateway: Gateway, key: Key, down: ClientStream) -> None:
     if attempt.status == "failed":
         attempt.error = client_error(gateway, down)
     error, to_codex = attempt.error, answer.profile.errors_as_events
-    # an empty answer has had its end: to a 5xx an SDK would ask on by itself, and pay for the input every time
+    # an empty answer has had its end: after a 5xx an SDK would ask again, and pay for the input each time
     ended = down.head_sent or attempt.stop is not None or error is None
     in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
     if error is not None and in_stream and to_codex:
@@ -14057,9 +14056,9 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
 # --- 13.9 several processes -----------------------------------------------------------------------
 #
 # The parent holds the listening sockets and forks the workers. With SO_REUSEPORT a worker that ends would reset the
-# connections in its own queue; a socket that all inherit loses none. A worker reports its open requests once a second;
-# one that says nothing hangs and is ended. A worker that reads the end of its channel stops: the parent is gone. Messages
-# that begin with a bracket are live events (JSON), which the parent passes on to the other workers.
+# connections in its own queue; a socket that all inherit loses none. A worker reports its open requests once a second; a
+# silent one hangs and is ended. At the end of its channel a worker stops: the parent is gone. Messages that begin with a
+# bracket are live events (JSON), which the parent passes on to the other workers.
 
 TICK_S = 1.0
 SHARED_A_TICK = 50          # events that a worker tells the others in a tick: enough for eyes, and no load

@@ -91,8 +91,14 @@ def compared(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
                    for name, value in headers if name != "host"})
 
 
+def split_target(target: str) -> tuple[str, str]:
+    """Path and query of a request target, without the authority of an absolute one."""
+    path, _, query = re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE).partition("?")
+    return path or "/", query
+
+
 def read_by_us(pomex: Any, pieces: Iterable[bytes]) -> list[Any]:
-    """[method, target, headers, body, ...] and how it ended: "need" more, or our sentence."""
+    """[method, path, query, headers, body, ...] and how it ended: "need" more, or our sentence."""
     reader, found, body = pomex.RequestReader(pomex.Limits(max_body_bytes=10_000)), [], b""
     for data in pieces:
         reader.feed(data)
@@ -109,7 +115,7 @@ def read_by_us(pomex: Any, pieces: Iterable[bytes]) -> list[Any]:
             elif isinstance(part, bytes):
                 body += part
             else:
-                found += [part.method, part.target, compared(part.headers)]
+                found += [part.method, part.path, part.query, compared(part.headers)]
     return [*found, body, "need"] if body else [*found, "need"]
 
 
@@ -129,7 +135,7 @@ def read_by_h11(pieces: Iterable[bytes]) -> list[Any]:
                     connection.send(h11.EndOfMessage())
                     connection.start_next_cycle()
                 elif isinstance(event, h11.Request):
-                    found += [event.method.decode(), event.target.decode(), compared(
+                    found += [event.method.decode(), *split_target(event.target.decode()), compared(
                         (name.decode("latin-1"), value.decode("latin-1")) for name, value in event.headers)]
                 elif isinstance(event, h11.Data):
                     body += bytes(event.data)

@@ -255,7 +255,7 @@ async def main():
 asyncio.run(main())
 '''
 PACED_TOKENS = 150
-PAUSE_GOAL_MS, MAX_PAUSE_MS = 50, 300
+PAUSE_GOAL_MS, MAX_PAUSE_MS = 50, 100
 WIRES = {"passed": "wire_api = 'responses'\nrelay = 'bytes'", "responses": "wire_api = 'responses'", "chat": "wire_api = 'chat'",
          "messages": "wire_api = 'messages'", "gemini": "wire_api = 'gemini'"}
 KINDS = ("short", "paced", "huge-6", "huge-24")

@@ -1264,7 +1264,7 @@ class ResponsesRequest:
     input: list[JSON]
     tools: list[JSON]
     weight: int                 # see weigh_input
-    around: AroundInput = field(default_factory=lambda: AroundInput(), compare=False)
+    around: AroundInput = field(default=AroundInput(), compare=False)
     # the prepared tools and items, shared by the requests of a growing conversation
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
@@ -1317,7 +1317,7 @@ strict_scan = json.JSONDecoder(parse_constant=reject_constant, parse_float=finit
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
-    """The length of the common prefix, by bisection: each byte is compared once."""
+    """The length of the common prefix, by bisection."""
     start, end = 0, min(len(one), len(other))
     while start < end:
         middle = (start + end + 1) // 2
@@ -1332,7 +1332,7 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     """The decoded body and the text around its input, if `raw` extends the body of `last` by more input
     items; else None. `shared` is the length of their common prefix. Only new text is decoded."""
     array = INPUT_ARRAY.search(raw, 0, shared)
-    ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]
+    ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
         return None
     start, body = array.end() - 1, last.around.body
@@ -3027,7 +3027,8 @@ class Passthrough(Attempt):
         while not self.upstream_done and (end := block.find(b"\n\n", at)) >= 0:
             run = self.PLAIN_EVENTS.match(block, at) if self.output_started else None
             if run:                             # nearly always
-                self.pass_unread(run[0], len(run[0]))
+                plain = run[0]
+                self.pass_unread(plain, len(plain))
                 at = run.end()
                 continue
             for event in self.events.parse(block[at:end]):

@@ -81,6 +81,7 @@ import errno
 import fnmatch
 import functools
 import gc
+import getpass
 import hashlib
 import hmac
 import http
@@ -90,6 +91,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import pathlib
 import random
 import re
@@ -6775,6 +6777,8 @@ class DatabaseConfig:
     durability: str = option(
         "process", "what answered requests survive: a killed process, or a power loss",
         choices=("process", "power"))
+    max_unsaved: int = option(
+        10_000, "usage rows kept in memory while the database cannot be written", 1, 1_000_000)
 
     @property
     def path(self) -> str:
@@ -7247,136 +7251,25 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 # === 8. ledger ====================================================================================
 #
-# Keys, accounts, limits and usage rows in one SQLite file, shared by all processes of this machine.
+# Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
 #
-# A request is written down twice: its intent before anything is sent upstream, its settlement before the client can see
-# how it ended. Both go first into this process's journal, a file: its page cache survives kill -9. A thread moves settled
-# lines into `usage`, a batch a transaction: 15 us a request, where two transactions cost 25 to 120.
+# `usage` is the one table of facts: a row for each attempt that a provider bills, the last of a request marked `final`. The
+# transaction that inserts rows adds them to `usage_rollups`, from which every report is summed, and to the meters of
+# limits. A settlement is committed before the client can see how its request ended; a request that is under way stands in
+# `open_requests` before the client sees its first byte, and becomes a row marked interrupted if its process dies. So no
+# answered request is ever without its row, and none has two. What waits to be written is committed together.
 #
-# A journal is locked while its process lives. Whoever opens the database next takes over those that nobody locks:
-# settlements are inserted (the response id is unique), intents without one become rows marked interrupted, billed for
-# their estimated input. So no answered request is ever without its row, and none has two.
-#
-# Money is integer nano-dollars. A row keeps the price it was computed at; triggers add it to the sums of its day when it
-# is inserted. A balance is the sum of an account's credit entries less that of its charges; none is stored.
-
-APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
-
-SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
-
-
-def add_up(names: Iterable[str]) -> str:
-    """The end of an INSERT of sums: where the row is there already, they are added to it."""
-    return "ON CONFLICT DO UPDATE SET " + ", ".join(f"{name} = {name} + excluded.{name}" for name in names)
-
-
-ADD_TO_DAILY = add_up(SUMS) + ", last_ms = max(last_ms, excluded.last_ms)"      # part of a migration: never edited
-
-MIGRATIONS: list[tuple[str, ...]] = [   # one step a schema version; never edited, only added to
-    (
-        "CREATE TABLE settings (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
-        """CREATE TABLE keys (
-            id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL UNIQUE, hint TEXT NOT NULL,
-            created_s INTEGER NOT NULL, expires_s INTEGER NOT NULL DEFAULT 0,
-            revoked_s INTEGER NOT NULL DEFAULT 0)""",
-        "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
-        "INSERT INTO settings VALUES ('keys_revision', 0)",     # what running servers look at once in a while
-        *("CREATE TRIGGER keys_%s AFTER %s ON keys BEGIN"
-          " UPDATE settings SET value = value + 1 WHERE name = 'keys_revision'; END" % (verb, verb)
-          for verb in ("INSERT", "UPDATE", "DELETE")),
-        """CREATE TABLE usage (
-            id INTEGER PRIMARY KEY, response_id TEXT NOT NULL UNIQUE, request_id TEXT NOT NULL,
-            started_ms INTEGER NOT NULL, key_id INTEGER NOT NULL, endpoint TEXT NOT NULL,
-            model TEXT NOT NULL, provider TEXT NOT NULL, upstream_model TEXT NOT NULL,
-            status TEXT NOT NULL, error_code TEXT NOT NULL, terminal_by TEXT NOT NULL,
-            estimated TEXT NOT NULL,
-            input INTEGER NOT NULL, cached INTEGER NOT NULL, cache_write INTEGER NOT NULL,
-            output INTEGER NOT NULL, reasoning INTEGER NOT NULL,
-            first_ms INTEGER NOT NULL, total_ms INTEGER NOT NULL, attempts INTEGER NOT NULL)""",
-    ),
-    (
-        """CREATE TABLE accounts (
-            id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, prepaid INTEGER NOT NULL DEFAULT 0, limit_nanos INTEGER,
-            multiplier INTEGER NOT NULL DEFAULT 1000000, created_s INTEGER NOT NULL)""",
-        "INSERT INTO accounts (name, created_s) VALUES ('default', strftime('%s', 'now'))",
-        *("CREATE TRIGGER accounts_%s AFTER %s ON accounts BEGIN"
-          " UPDATE settings SET value = value + 1 WHERE name = 'keys_revision'; END" % (verb, verb)
-          for verb in ("INSERT", "UPDATE", "DELETE")),
-        """CREATE TABLE credits (
-            id INTEGER PRIMARY KEY, account_id INTEGER NOT NULL, created_s INTEGER NOT NULL,
-            kind TEXT NOT NULL, nanos INTEGER NOT NULL, reason TEXT NOT NULL)""",
-        *("CREATE TRIGGER credits_%s BEFORE %s ON credits BEGIN"
-          " SELECT raise(ABORT, 'credit entries stay'); END" % (verb, verb)
-          for verb in ("UPDATE", "DELETE")),
-        *(f"ALTER TABLE keys ADD COLUMN {column}" for column in (
-            "account_id INTEGER NOT NULL DEFAULT 1", "models TEXT NOT NULL DEFAULT ''", "budget_nanos INTEGER",
-            "period TEXT NOT NULL DEFAULT 'month'", "rpm INTEGER NOT NULL DEFAULT 0", "tpm INTEGER NOT NULL DEFAULT 0",
-            "concurrent INTEGER NOT NULL DEFAULT 0")),
-        *(f"ALTER TABLE usage ADD COLUMN {column}" for column in (
-            "account_id INTEGER NOT NULL DEFAULT 1", "cache_write_1h INTEGER NOT NULL DEFAULT 0",
-            "web_searches INTEGER NOT NULL DEFAULT 0", "price TEXT NOT NULL DEFAULT ''",
-            "multiplier INTEGER NOT NULL DEFAULT 1000000", "cost_nanos INTEGER NOT NULL DEFAULT 0")),
-        """CREATE TABLE attempts (
-            response_id TEXT NOT NULL, attempt INTEGER NOT NULL, provider TEXT NOT NULL, upstream_model TEXT NOT NULL,
-            error_code TEXT NOT NULL, estimated TEXT NOT NULL, input INTEGER NOT NULL, cached INTEGER NOT NULL,
-            cache_write INTEGER NOT NULL, output INTEGER NOT NULL, reasoning INTEGER NOT NULL,
-            cache_write_1h INTEGER NOT NULL, web_searches INTEGER NOT NULL, price TEXT NOT NULL,
-            multiplier INTEGER NOT NULL, cost_nanos INTEGER NOT NULL, PRIMARY KEY (response_id, attempt)) WITHOUT ROWID""",
-        """CREATE TABLE daily (
-            day INTEGER NOT NULL, key_id INTEGER NOT NULL, account_id INTEGER NOT NULL, model TEXT NOT NULL,
-            provider TEXT NOT NULL, endpoint TEXT NOT NULL, requests INTEGER NOT NULL, failed INTEGER NOT NULL,
-            estimated INTEGER NOT NULL, unpriced INTEGER NOT NULL, input INTEGER NOT NULL, cached INTEGER NOT NULL,
-            cache_write INTEGER NOT NULL, output INTEGER NOT NULL, reasoning INTEGER NOT NULL, cost_nanos INTEGER NOT NULL,
-            last_ms INTEGER NOT NULL, PRIMARY KEY (day, key_id, account_id, model, provider, endpoint)) WITHOUT ROWID""",
-        "CREATE INDEX daily_key ON daily (key_id, day)",
-        "CREATE INDEX daily_account ON daily (account_id, day)",
-        """INSERT INTO daily SELECT started_ms / 86400000, key_id, account_id, model, provider, endpoint, count(*),
-            sum(status = 'failed'), sum(estimated <> ''), count(*), sum(input), sum(cached), sum(cache_write), sum(output),
-            sum(reasoning), 0, max(started_ms) FROM usage GROUP BY 1, 2, 3, 4, 5, 6""",
-        f"""CREATE TRIGGER usage_sums AFTER INSERT ON usage BEGIN INSERT INTO daily VALUES (
-            NEW.started_ms / 86400000, NEW.key_id, NEW.account_id, NEW.model, NEW.provider, NEW.endpoint, 1,
-            NEW.status = 'failed', NEW.estimated <> '', NEW.price = '' AND NEW.input + NEW.output > 0, NEW.input, NEW.cached,
-            NEW.cache_write, NEW.output, NEW.reasoning, NEW.cost_nanos, NEW.started_ms) {ADD_TO_DAILY}; END""",
-        f"""CREATE TRIGGER attempts_sums AFTER INSERT ON attempts BEGIN INSERT INTO daily SELECT
-            started_ms / 86400000, key_id, account_id, model, NEW.provider, endpoint, 0, 0, NEW.estimated <> '', 0, NEW.input,
-            NEW.cached, NEW.cache_write, NEW.output, NEW.reasoning, NEW.cost_nanos, started_ms
-            FROM usage WHERE response_id = NEW.response_id {ADD_TO_DAILY}; END""",
-        """CREATE TRIGGER usage_pruned AFTER DELETE ON usage BEGIN
-            DELETE FROM attempts WHERE response_id = OLD.response_id; END""",
-        """CREATE TABLE leases (
-            meter TEXT NOT NULL, slot INTEGER NOT NULL, process TEXT NOT NULL, amount INTEGER NOT NULL,
-            expires_s REAL NOT NULL, PRIMARY KEY (meter, slot, process)) WITHOUT ROWID""",
-    ),
-    (
-        """CREATE TABLE sessions (
-            digest BLOB PRIMARY KEY, kind TEXT NOT NULL, key_id INTEGER NOT NULL, expires_s INTEGER NOT NULL) WITHOUT ROWID""",
-        "CREATE INDEX usage_started ON usage (started_ms)",
-        """CREATE TABLE halfhours (
-            key_id INTEGER NOT NULL, dimension TEXT NOT NULL, half INTEGER NOT NULL, name NOT NULL, requests INTEGER NOT NULL,
-            input INTEGER NOT NULL, cached INTEGER NOT NULL, cache_write INTEGER NOT NULL, output INTEGER NOT NULL,
-            reasoning INTEGER NOT NULL, cost_nanos INTEGER NOT NULL, unpriced INTEGER NOT NULL, saved_nanos INTEGER NOT NULL,
-            PRIMARY KEY (key_id, dimension, half, name)) WITHOUT ROWID""",
-    ),
-    (
-        "ALTER TABLE keys ADD COLUMN allow_unpriced INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE usage ADD COLUMN served_model TEXT NOT NULL DEFAULT ''",
-    ),
-]
+# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is the sum of an account's credit
+# entries less that of its charges; none is stored.
 
 KEY_PREFIX = "sk-rh-"
 KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists show take 48 of them away
 KEY_CHECK = 4               # of a checksum over those: one mistyped key in 15 million passes as unknown
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
-BUSY_MS = 2000              # waiting for another process's write; a batch takes milliseconds
-SAVE_AFTER_S = 0.1          # settled rows are gathered so long for one transaction
-RETRY_S = 0.25              # between attempts to write while the ledger is unwell
-SETTLE_WAIT_S = 2.0         # an answer waits so long for a ledger that cannot be written, then goes out
-JOURNAL_BYTES = 1 << 20     # a journal this long is started anew: about 2,500 requests
 MAX_NUMBER = 2 ** 42        # tokens, or milliseconds since 1970; two million of these can still be summed
-ROWS_A_STATEMENT = 64       # 64 rows of 20 values: far below SQLite's limit of 32,766 values
+DAY_MS = 86_400_000
+HALF_HOUR_MS = 1_800_000
 
 
 class LedgerError(GatewayError):
@@ -7388,7 +7281,7 @@ class LedgerError(GatewayError):
 class Key:
     id: int
     name: str
-    digest: bytes = field(repr=False)
+    digest: str = field(repr=False)
     hint: str               # "sk-rh-7Qm2…Ja1U"
     created_s: int
     expires_s: int          # 0: never
@@ -7421,65 +7314,68 @@ class Key:
         return not self.models or matches_any(model, self.models.split())
 
 
-# Named tuples: they are the journal's lines and the table's rows as they stand.
+KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent", "allow_unpriced")
+SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
+    budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
+    FROM keys JOIN accounts ON accounts.id = account_id WHERE revision >= ? ORDER BY revision, keys.id"""
+NEXT_REVISION = "(SELECT coalesce(max(revision), 0) + 1 FROM keys)"      # of a key that changes, by which all processes see it
+SELECT_DISABLED = "SELECT name FROM settings WHERE name LIKE 'disabled/%'"
 
-class Intent(NamedTuple):
-    """A request that is about to be sent upstream."""
+
+class UsageRow(NamedTuple):
+    """An attempt that is billed, as it stands in the table `usage`; in `open_requests`, a request under way."""
     response_id: str
     request_id: str
-    started_ms: int         # Unix time
-    key_id: int
-    endpoint: str
-    model: str
-    account_id: int = 1
-    provider: str = ""      # the first target, and what its estimated input costs
-    upstream_model: str = ""
-    input: int = 0
-    price: str = ""
-    multiplier: int = 1_000_000
-    cost_nanos: int = 0
-
-
-class Entry(NamedTuple):
-    """How a planned request ended. Fields are the columns of `usage`, but for `lost`."""
-    response_id: str
-    request_id: str
-    started_ms: int
+    started_ms: int                 # of the request, Unix time
     key_id: int
     endpoint: str
     model: str                      # as the client asked for it
+    attempt: int = 0                # which try of a target it was
+    final: int = 1                  # 1: how the request ended; 0: an attempt that was given up and is billed all the same
+    account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    status: str = "completed"       # completed | incomplete | failed | cancelled
+    served_model: str = ""          # the model that the answer names, where it is another
+    status: str = "completed"       # completed | incomplete | failed | cancelled | lost, where it is not final
+    result: str = ""                # of RESULTS; that of its request where it is not final
     error_code: str = ""
+    error: str = ""                 # the reason of a failure, in words
     terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": none was, the answer is a status
     estimated: str = ""             # why the tokens are not the provider's own count; "" where they are
+    tier: str = ""                  # the service tier, as the provider says
+    session: str = ""               # the client's name of the conversation
+    client: str = ""                # its User-Agent
     input: int = 0                  # tokens, as in Usage
     cached: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
-    first_ms: int = 0               # from the request to the first output; 0: none came
-    total_ms: int = 0
-    attempts: int = 0               # requests sent upstream
-    account_id: int = 1
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""                 # USD per million tokens, as section 8.5 has it; "": no price
+    price: str = ""                 # USD per million tokens, as section 8.4 has it; "": no price
     multiplier: int = 1_000_000     # of the account, in millionths
-    cost_nanos: int = 0             # of this row's own tokens
-    lost: Sequence[Sequence[int | str]] = ()    # attempts given up and billed all the same: Lines of section 8.7
-    served_model: str = ""          # the model that the answer names, where it is another
+    cost_nanos: int = 0
+    saved_nanos: int = 0            # what the cached input would have cost more without the cache
+    asked_ms: int = 0               # from the request: to the newest upstream call,
+    answering_ms: int = 0           # to the head of its answer,
+    first_ms: int = 0               # to the first output; 0: none came
+    total_ms: int = 0               # and to the end
+    attempts: int = 0               # requests sent upstream
+    upstream_id: str = ""           # the provider's request id
+    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`, where there is any
 
 
-USAGE_COLUMNS = (*Entry._fields[:-2], "served_model")
-INSERT_USAGE = f"INSERT INTO usage ({', '.join(USAGE_COLUMNS)}) VALUES "
-ENTRY_VALUES = f"({', '.join('?' * len(USAGE_COLUMNS))})"
-KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent", "allow_unpriced")
-SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
-    budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier
-    FROM keys JOIN accounts ON accounts.id = account_id"""
-encode_line = json.JSONEncoder(separators=(",", ":")).encode     # ASCII: no stray newline, no surrogate
+USAGE_COLUMNS = UsageRow._fields
+SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos",
+        "saved_nanos")
+ROLLUP_KEY = ("started_ms", "key_id", "account_id", "model", "provider", "endpoint", "result")
+RESULTS = ("completed", "incomplete", "failed over", "ended by gateway", "failed", "cancelled")
+
+
+def result_of(status: str, terminal_by: str, attempts: int) -> str:
+    if status in ("failed", "cancelled"):
+        return status
+    return "ended by gateway" if terminal_by == "gateway" else "failed over" if attempts > 1 else status
 
 
 # --- 8.1 keys -------------------------------------------------------------------------------------
@@ -7504,7 +7400,7 @@ def new_key() -> str:
     return KEY_PREFIX + body + key_check(body)
 
 
-def key_hint(token: str) -> str:
+def mask_key(token: str) -> str:
     """A key as lists and messages show it; nothing of what cannot be one of ours in full length."""
     body = token[len(KEY_PREFIX):]
     if len(body) >= 24 and body.isascii() and body.isalnum():
@@ -7512,8 +7408,8 @@ def key_hint(token: str) -> str:
     return KEY_PREFIX + "…"
 
 
-def key_digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+def key_digest(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
 
 
 def utc_minute(unix_s: int) -> str:
@@ -7536,6 +7432,11 @@ BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
 )
 
 
+def has_checksum(token: str) -> bool:
+    body = token[len(KEY_PREFIX):]
+    return len(body) == KEY_RANDOM + KEY_CHECK and key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
+
+
 def explain_bad_key(header: str) -> str:
     """Never holds what was sent, but for the two ends of what looks like one of our keys, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
@@ -7543,10 +7444,9 @@ def explain_bad_key(header: str) -> str:
     for pattern, sentence in BAD_KEYS:
         if re.match(pattern, f"{scheme.lower()} {token}"):
             return sentence.replace("{token}", token)
-    body = token[len(KEY_PREFIX):]
-    if len(body) != KEY_RANDOM + KEY_CHECK or key_check(body[:KEY_RANDOM]) != body[KEY_RANDOM:]:
-        return f"This key is mistyped or cut ({key_hint(token)}): its checksum does not fit. Copy the whole key again."
-    return f"This key is not known here ({key_hint(token)}). List keys with: python pomex.py keys list"
+    if not has_checksum(token):
+        return f"This key is mistyped or cut ({mask_key(token)}): its checksum does not fit. Copy the whole key again."
+    return f"This key is not known here ({mask_key(token)}). List keys with: python pomex.py keys list"
 
 
 def unauthorized(sentence: str) -> Unauthorized:
@@ -7556,7 +7456,100 @@ def unauthorized(sentence: str) -> Unauthorized:
 NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
 
 
-# --- 8.2 the file ---------------------------------------------------------------------------------
+# --- 8.2 the database -----------------------------------------------------------------------------
+#
+# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; the words in braces stand for what differs.
+
+SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
+APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
+SQLITE_WORDS = {"{serial}": "INTEGER PRIMARY KEY AUTOINCREMENT", "{clustered}": "WITHOUT ROWID"}
+TEXT_COLUMNS = frozenset(name for name, kind in UsageRow.__annotations__.items() if "str" in str(kind))
+ROW_TYPES = ", ".join(f"{name} {'TEXT' if name in TEXT_COLUMNS else 'BIGINT'} NOT NULL" for name in USAGE_COLUMNS)
+SCHEMA = (
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) {clustered}",
+    """CREATE TABLE accounts (
+        id {serial}, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0, limit_nanos BIGINT,
+        multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
+    """CREATE TABLE keys (
+        id {serial}, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_s BIGINT NOT NULL,
+        expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0, account_id BIGINT NOT NULL DEFAULT 1,
+        models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT, period TEXT NOT NULL DEFAULT 'month',
+        rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0, concurrent BIGINT NOT NULL DEFAULT 0,
+        allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
+    "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
+    "CREATE INDEX keys_revision ON keys (revision)",
+    """CREATE TABLE credits (
+        id {serial}, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL, nanos BIGINT NOT NULL,
+        reason TEXT NOT NULL)""",
+    "CREATE INDEX credits_account ON credits (account_id)",
+    "CREATE TABLE usage (id {serial}, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
+    "CREATE INDEX usage_started ON usage (started_ms)",
+    "CREATE TABLE usage_rollups (" + ", ".join(
+        f"{name} {'TEXT' if name in TEXT_COLUMNS and name in ROLLUP_KEY else 'BIGINT'} NOT NULL"
+        for name in (*ROLLUP_KEY, *SUMS, "last_ms"))
+    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) {{clustered}}",        # started_ms: of the half hour
+    """CREATE TABLE meters (
+        owner TEXT NOT NULL, since_day BIGINT NOT NULL, spent BIGINT NOT NULL, granted BIGINT NOT NULL,
+        PRIMARY KEY (owner, since_day)) {clustered}""",
+    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) {clustered}",
+    """CREATE TABLE processes (
+        process TEXT PRIMARY KEY, host TEXT NOT NULL, pid BIGINT NOT NULL, start TEXT NOT NULL, beats BIGINT NOT NULL)""",
+    "CREATE TABLE open_requests (process TEXT NOT NULL, reserved TEXT NOT NULL, " + ROW_TYPES + ", PRIMARY KEY (response_id))",
+    """CREATE TABLE refusals (
+        id {serial}, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL, count BIGINT NOT NULL,
+        data TEXT NOT NULL)""",
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) {clustered}",
+    """CREATE TABLE audit (
+        id {serial}, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL, name TEXT NOT NULL,
+        before TEXT NOT NULL, after TEXT NOT NULL)""",
+    """CREATE TABLE sessions (
+        id {serial}, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL, expires_s BIGINT NOT NULL)""",
+)
+
+BUSY_S = 30.0               # another program's write is waited for so long; then it is a failure
+Written = TypeVar("Written")
+Row: TypeAlias = tuple[Any, ...]
+Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or what it raised
+
+
+class Transaction:
+    """What `Database.write` gives to the functions that write."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """How many rows it changed."""
+        return self.connection.execute(sql, values).rowcount
+
+    def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        self.connection.executemany(sql, rows)
+
+    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        return self.connection.execute(sql, values).fetchall()
+
+    def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
+        """A part of it, which is undone where it raises."""
+        self.connection.execute("SAVEPOINT attempt")
+        try:
+            attempted: Attempted = run(self), None
+        except Exception as error:          # noqa: BLE001 - its caller's
+            if not self.connection.in_transaction:      # a full disk may have ended it
+                raise
+            self.connection.execute("ROLLBACK TO attempt")
+            attempted = None, error
+        self.connection.execute("RELEASE attempt")
+        return attempted
+
+
+class Database(Protocol):
+    async def read(self, sql: str, *values: Any) -> list[Row]:
+        """All rows."""
+
+    async def write(self, run: Callable[[Transaction], Written]) -> Written:
+        """Commits what `run` does together with others; what it raises undoes that alone. A caller who is cancelled
+        undoes nothing."""
+
 
 FILE_TROUBLE = {            # SQLite's primary result code: what the operator is told
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
@@ -7579,6 +7572,8 @@ SAME_TROUBLE = {            # errors of the system that mean the same
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
     """What went wrong with a database file, whose folder is not told."""
+    if isinstance(error, LedgerError):
+        return error
     if isinstance(error, OSError):
         code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
     else:
@@ -7586,22 +7581,20 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
     return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
+def is_database_failure(error: Exception) -> bool:
+    """Of the database, not of what was asked of it."""
+    return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+
+
+DATABASE_ERRORS = (sqlite3.Error, OSError, RuntimeError)        # RuntimeError: its thread has ended
+
+
 @contextlib.contextmanager
 def database_errors(path: str) -> Iterator[None]:
-    """All but what breaks a rule of a table, which is the caller's to word."""
     try:
         yield
-    except sqlite3.IntegrityError:
-        raise
-    except (sqlite3.Error, OSError) as error:
+    except DATABASE_ERRORS as error:
         raise database_trouble(path, error) from error
-
-
-def open_database(path: str, durability: str) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
-    db.create_function("saved_nanos", 2, saved_nanos, deterministic=True)
-    return db
 
 
 def create_file(path: str) -> None:
@@ -7614,537 +7607,271 @@ def create_file(path: str) -> None:
                 os.chmod(path + suffix, 0o600)
 
 
-def use_wal(db: sqlite3.Connection) -> None:
-    """Several processes may open a new file at once, and SQLite does not wait for this lock by itself."""
-    for attempt in range(20):
+class SQLite:
+    """A Database in a file: one thread reads, another writes."""
+
+    def __init__(self, path: str, durability: str) -> None:
+        create_file(path)
+        self.path, self.file = path, os.stat(path)
+        self.reader, self.writer = (sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
+                                    for _ in range(2))
+        self.writer.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
+        self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("reader", "writer"))
+        self.waiting: list[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]] = []
+        self.committing: asyncio.Task[None] | None = None
+
+    def check(self) -> None:
+        """OSError where the file is not there any more."""
+        if not os.path.samestat(os.stat(self.path), self.file):
+            raise FileNotFoundError(errno.ENOENT, "the file was replaced")
+
+    async def read(self, sql: str, *values: Any) -> list[Row]:
+        with database_errors(self.path):
+            return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
+
+    async def write(self, run: Callable[[Transaction], Written]) -> Written:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self.waiting.append((run, done))
+        if self.committing is None:
+            self.committing = loop.create_task(self._commit_waiting())
+        written: Written = await done
+        return written
+
+    async def _commit_waiting(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == 19:
-                raise
-            time.sleep(0.05)
-
-
-def stored_setting(db: sqlite3.Connection, name: str) -> Any:
-    return db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()[0]
-
-
-def schema_version(db: sqlite3.Connection) -> int:
-    version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    return version
-
-
-@contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing, and no other writer in between."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        db.rollback()
-        raise
-
-
-def copy_database(db: sqlite3.Connection, path: str) -> None:
-    """A whole copy, or none: a file that is there is not overwritten."""
-    part = path + ".part"
-    with contextlib.suppress(FileNotFoundError):        # of a copy that was killed
-        os.unlink(part)
-    try:
-        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        with contextlib.closing(sqlite3.connect(part)) as copy:
-            db.backup(copy)
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        os.rename(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
-
-
-def migrate(db: sqlite3.Connection, path: str) -> None:
-    """Brings the schema up to date in one transaction, and copies the file first; leaves one alone that is newer or not
-    ours."""
-    name = os.path.basename(path)
-    version = schema_version(db)
-    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise LedgerError(f"The database {name} belongs to another program. Give another file in [database] url.")
-    if version > len(MIGRATIONS):
-        raise LedgerError(f"The database {name} was written by a newer Pomex (schema {version}; this one, "
-                          f"{VERSION}, knows {len(MIGRATIONS)}). Start that version, or give another file in "
-                          "[database] url.")
-    use_wal(db)
-    if version == len(MIGRATIONS):
-        return
-    before = f"{path}.before-{len(MIGRATIONS)}"
-    if tables and not os.path.exists(before):
-        copy_database(db, before)
-        log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
-    with transaction(db):
-        for step in MIGRATIONS[schema_version(db):]:       # another process may have been quicker
-            for statement in step:
-                db.execute(statement)
-        db.execute("INSERT INTO settings VALUES ('secret', ?) ON CONFLICT DO NOTHING", (secrets.token_bytes(32),))
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
-
-def to_storable(value: Any) -> int | str:
-    """Something SQLite takes. A count that a provider made up must not stop the rows beside it."""
-    if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii():
-        return value
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    return int(max(0, min(value, MAX_NUMBER))) if isinstance(value, (int, float)) else 0
-
-
-def insert_entries(db: sqlite3.Connection, entries: Sequence[Entry], charges: Sequence[tuple[int, str, str]] = ()) -> None:
-    """All in one transaction; a row that is there already stays. What the sums now hold leaves the leases: (nanos, meter,
-    process)."""
-    with transaction(db):
-        roll_up(db)
-        for start in range(0, len(entries), ROWS_A_STATEMENT):      # few statements: each lets go of the GIL
-            part = entries[start:start + ROWS_A_STATEMENT]
-            rows = ", ".join([ENTRY_VALUES] * len(part))
-            values = [to_storable(value) for entry in part for value in (*entry[:-2], entry.served_model)]
-            db.execute(f"{INSERT_USAGE} {rows} ON CONFLICT (response_id) DO NOTHING", values)
-        lines = [[*map(to_storable, line)] for entry in entries for line in entry.lost]
-        db.executemany(f"INSERT INTO attempts VALUES ({', '.join('?' * len(Line._fields))}) ON CONFLICT DO NOTHING", lines)
-        db.executemany("UPDATE leases SET amount = max(amount - ?, 0) WHERE meter = ? AND slot = 0 AND process = ?", charges)
-
-
-# --- 8.3 the journal ------------------------------------------------------------------------------
-
-class Journal:
-    """A file of lines, each `I` or `S` and a JSON array; locked while its process lives."""
-
-    def __init__(self, database: str, durability: str) -> None:
-        self.power = durability == "power"
-        self.bytes = 0
-        self.torn = False           # a line may be there in part: nothing more is written to this file
-        while True:
-            self.path = f"{database}-requests-{secrets.token_hex(6)}"
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-            lock_file(self.fd, wait=True)
-            if os.fstat(self.fd).st_nlink:      # else another process took the file over before it was locked
-                break
-            os.close(self.fd)
-
-    def write(self, line: bytes) -> None:
-        """Appends; OSError when it does not all fit."""
-        if self.torn:
-            raise OSError(errno.EIO, "the journal is broken")
-        self.torn = True        # until the whole line is there
-        if os.write(self.fd, line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.torn = False
-        self.bytes += len(line)
-
-    def sync(self) -> None:
-        """To the disk itself, the file's name included."""
-        folder = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY)
-        try:
-            os.fsync(self.fd)
-            os.fsync(folder)
+            while batch := self.waiting:
+                self.waiting = []
+                try:
+                    results = await loop.run_in_executor(self.writing, self.commit, [run for run, _ in batch])
+                except RuntimeError as closed:          # in the meantime
+                    results = [(None, database_trouble(self.path, closed))] * len(batch)
+                self.answer(batch, results)
         finally:
-            os.close(folder)
+            self.committing = None
+
+    def answer(self, batch: Iterable[tuple[Any, asyncio.Future[Any]]], results: Iterable[Attempted]) -> None:
+        for (_, done), (value, error) in zip(batch, results):
+            if done.done():                     # its caller was cancelled
+                continue
+            if error is None:
+                done.set_result(value)
+            else:
+                done.set_exception(error)
+
+    def commit(self, runs: Iterable[Callable[[Transaction], Any]]) -> list[Attempted]:
+        """All in one transaction."""
+        runs, transaction = [*runs], Transaction(self.writer)
+        try:
+            self.writer.execute("BEGIN IMMEDIATE")
+            results = [transaction.attempt(run) for run in runs]
+            self.writer.execute("COMMIT")
+            return [(value, database_trouble(self.path, error) if error and is_database_failure(error) else error)
+                    for value, error in results]
+        except Exception as error:                  # noqa: BLE001 - told to all
+            with contextlib.suppress(sqlite3.Error):
+                self.writer.rollback()
+            return [(None, database_trouble(self.path, error))] * len(runs)
+
+    def run(self, run: Callable[[Transaction], Written]) -> Written:
+        """At once and on this thread, before there is a loop, and after."""
+        (value, error), = self.commit([run])
+        if error is not None:
+            raise error
+        written: Written = value
+        return written
+
+    def stop(self) -> None:
+        """Waits for what is being read and written, and writes what waits behind it."""
+        for each in (self.writing, self.reading):
+            each.shutdown(wait=True)
+        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its time
+        batch, self.waiting = self.waiting, []
+        results = self.commit(run for run, _ in batch)
+        with contextlib.suppress(RuntimeError):                 # their loop has ended, too
+            self.answer(batch, results)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+    def copy(self, path: str) -> None:
+        """A whole copy, or none: a file that is there is not overwritten."""
+        part = path + ".part"
+        with contextlib.suppress(FileNotFoundError):        # of a copy that was killed
+            os.unlink(part)
+        try:
+            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            with contextlib.closing(sqlite3.connect(part)) as copy:
+                self.reader.backup(copy)
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            os.rename(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
+
+    def migrate(self) -> None:
+        """Makes the schema, or brings an older file up to date in one transaction, a copy made before; leaves one alone that
+        is newer or not ours."""
+        name, journals = os.path.basename(self.path), list[io.BufferedReader]()
+        version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
+            "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
+        if tables and application != APPLICATION_ID:
+            raise LedgerError(f"The database {name} belongs to another program. Give another file in [database] url.")
+        if version > SCHEMA_VERSION:
+            raise LedgerError(f"The database {name} was written by a newer Pomex (schema {version}; this one, {VERSION}, knows "
+                              f"{SCHEMA_VERSION}). Start that version, or give another file in [database] url.")
+        self.use_wal()
+        if version == SCHEMA_VERSION:
+            return
+        before = f"{self.path}.before-{SCHEMA_VERSION}"
+        if tables:
+            journals = old_journals(self.path)
+            if not os.path.exists(before):
+                self.copy(before)
+                log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
+        self.run(functools.partial(create_tables, journals))
+        for journal in journals:
+            os.unlink(journal.name)
+            journal.close()
+
+    def use_wal(self) -> None:
+        """Several processes may open a new file at once, and SQLite does not wait for this lock by itself."""
+        for attempt in range(20):
+            try:
+                self.writer.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == 19:
+                    raise
+                time.sleep(0.05)
 
 
-def lock_file(fd: int, *, wait: bool) -> bool:
-    """Whether the file is now locked by us. The lock goes with its process, however that ends."""
-    if sys.platform == "win32":
-        return True         # no flock: one process a database there
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
+def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> None:
+    """The schema in a file of SQLite, and in it what an older one held."""
+    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was quicker
+        return
+    found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
+    for kind, name in found:            # triggers, tables, indexes
+        tx.execute(f"ALTER TABLE {name} RENAME TO old_{name}" if kind == "table" else f"DROP {kind} {name}")
+    for statement in SCHEMA:
+        for word, meaning in SQLITE_WORDS.items():
+            statement = statement.replace(word, meaning)
+        tx.execute(statement)
+    if found:
+        take_over_old_tables(tx, journals)
+        for kind, name in found:
+            if kind == "table":
+                tx.execute(f"DROP TABLE old_{name}")
+    else:
+        tx.execute("INSERT INTO accounts (name, created_s) VALUES ('default', ?)", (int(time.time()),))
+        tx.execute("INSERT INTO settings VALUES ('secret', ?)", (secrets.token_hex(32),))
+    tx.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    tx.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def discard_file(path: str, fd: int) -> None:
-    """Removes a file while its lock is still held, so that nobody finds it unlocked."""
-    try:
-        os.unlink(path)
-    except OSError:
-        os.ftruncate(fd, 0)     # what is found there later must not be settled again
-    os.close(fd)
+# --- 8.3 files of v00083 --------------------------------------------------------------------------
+#
+# There a row of `usage` was a request, one of `attempts` an attempt given up, and one of `daily` the sums of a day, which
+# outlived rows that were pruned. Requests under way and rows not yet saved were in journals beside the file.
+
+OLD_INTENT = ("response_id request_id started_ms key_id endpoint model account_id provider upstream_model input price "
+              "multiplier cost_nanos").split()
+OLD_LINE = ("response_id attempt provider upstream_model error_code estimated input cached cache_write output reasoning "
+            "cache_write_1h web_searches price multiplier cost_nanos").split()
+OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider upstream_model status error_code terminal_by "
+             "estimated input cached cache_write output reasoning first_ms total_ms attempts account_id cache_write_1h "
+             "web_searches price multiplier cost_nanos lost served_model").split()
+OLD_SUMS = SUMS[:-1]
 
 
-def journal_line(row: Intent | Entry) -> bytes:
-    return (b"I" if isinstance(row, Intent) else b"S") + encode_line(row).encode() + b"\n"
+def old_journals(path: str) -> list[io.BufferedReader]:
+    """Those beside a file; a living program holds the lock of its own."""
+    folder, name = os.path.split(os.path.abspath(path))
+    journals = []
+    for file in sorted(os.scandir(folder), key=lambda file: file.name):
+        if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
+            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the schema is there
+            try:
+                fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise LedgerError(f"The database {name} is in use by an older Pomex, which this one would bring to its end. "
+                                  "Stop that one first.") from None
+    return journals
 
 
-def journal_entries(*journals: bytes) -> list[Entry]:
-    """What the journals of ended processes say: the settled rows, and those that were never settled."""
-    begun: dict[str, Entry] = {}
-    settled: dict[str, Entry] = {}
-    # after a journal's last newline stands nothing, or half a line
-    for line in itertools.chain.from_iterable(text.split(b"\n")[:-1] for text in journals):
+def old_rows(request: JSON, lost: Sequence[JSON]) -> list[UsageRow]:
+    """The rows of a request."""
+    result = result_of(request["status"], request["terminal_by"], request["attempts"])
+    final = {**request, "result": result, "attempt": max([request["attempts"], *(line["attempt"] + 1 for line in lost)])}
+    rows = [*({**final, **line, "final": 0, "status": "lost"} for line in lost), final]
+    return [UsageRow(**{name: row[name] for name in USAGE_COLUMNS if name in row},
+                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in rows]
+
+
+def journal_requests(journals: Iterable[bytes]) -> list[list[UsageRow]]:
+    """What was settled, and what was begun and is interrupted."""
+    begun: dict[str, UsageRow] = {}
+    settled: dict[str, list[UsageRow]] = {}
+    for line in itertools.chain.from_iterable(text.split(b"\n")[:-1] for text in journals):    # the last may be half a line
         try:
             values = json.loads(line[1:])
             if line[:1] == b"I":
-                begun[values[0]] = Entry(**Intent(*values)._asdict(), status="failed", error_code="interrupted",
-                                         terminal_by="gateway", estimated="the gateway ended before the answer did")
+                begun[values[0]] = interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))
             else:
-                settled.setdefault(values[0], Entry(*values))
+                request = dict(zip(OLD_ENTRY, values))
+                settled.setdefault(values[0], old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]]))
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    return [*settled.values(), *(entry for response_id, entry in begun.items() if response_id not in settled)]
+    return [*settled.values(), *([row] for response_id, row in begun.items() if response_id not in settled)]
 
 
-def abandoned_journals(path: str) -> Iterator[tuple[str, int]]:
-    """The journals of `path` that no living process holds, locked by us now."""
-    folder, name = os.path.split(os.path.abspath(path))
-    for file in sorted(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)):
-        if not file.startswith(name + "-requests-"):
-            continue
-        with contextlib.suppress(FileNotFoundError):    # its process just ended, or changed files
-            fd = os.open(os.path.join(folder, file), os.O_RDWR)
-            if lock_file(fd, wait=False):
-                yield os.path.join(folder, file), fd
-            else:
-                os.close(fd)
+def take_over_old_tables(tx: Transaction, journals: Sequence[io.BufferedReader]) -> None:
+    columns = {table: [row[1] for row in tx.read(f"PRAGMA table_info(old_{table})")]
+               for table in ("accounts", "keys", "credits", "usage", "attempts")}
+    for table in ("accounts", "keys", "credits"):
+        values = ", ".join(columns[table]).replace("digest", "lower(hex(digest))")
+        tx.execute(f"INSERT INTO {table} ({', '.join(columns[table])}) SELECT {values} FROM old_{table}")
+    tx.execute("INSERT INTO settings SELECT name, CASE name WHEN 'secret' THEN lower(hex(value)) ELSE value || '' END "
+               "FROM old_settings WHERE name IN ('secret', 'pruned_day') OR name LIKE 'disabled/%'")
+    last_id = 0
+    while requests := tx.read("SELECT * FROM old_usage WHERE id > ? ORDER BY id LIMIT 1000", (last_id,)):
+        rows: list[UsageRow] = []
+        for row in requests:
+            request = dict(zip(columns["usage"], row))
+            lost = tx.read("SELECT * FROM old_attempts WHERE response_id = ? ORDER BY attempt", (request["response_id"],))
+            rows += old_rows(request, [dict(zip(columns["attempts"], line)) for line in lost])
+        insert_rows(tx, rows)
+        last_id = requests[-1][0]
+    take_over_old_days(tx)
+    if left := journal_requests(journal.read() for journal in journals):
+        settle_requests(tx, left)
+        log.warning("ledger: %d requests of an ended process settled", len(left))
 
 
-def read_file(fd: int) -> bytes:
-    with open(fd, "rb", closefd=False) as stream:
-        return stream.read()
+def take_over_old_days(tx: Transaction) -> None:
+    """What the sums of a day hold beyond its rows, which were pruned: in the first half hour of that day."""
+    key = ", ".join(ROLLUP_KEY[1:-1])
+    sums = ", ".join(f"sum({name})" for name in OLD_SUMS)
+    known = {row[:6]: row[6:] for row in tx.read(
+        f"SELECT started_ms / {DAY_MS}, {key}, {sums} FROM usage_rollups GROUP BY started_ms / {DAY_MS}, {key}")}
+    rows = []
+    for *group, last_ms in tx.read(f"SELECT day, {key}, {', '.join(OLD_SUMS)}, last_ms FROM old_daily"):
+        place, numbers = tuple(group[:6]), group[6:]
+        beyond = [number - less for number, less in zip(numbers, known.get(place, (0,) * len(numbers)))]
+        if any(beyond):
+            rows.append((place[0] * DAY_MS, *place[1:], "unknown", *beyond, 0, last_ms))
+    tx.execute_many(ADD_TO_ROLLUPS, rows)
 
 
-def take_over(db: sqlite3.Connection, path: str) -> None:
-    """Settles what ended processes left behind. Done half-way, it is done again: a row that is there already stays."""
-    journals = list(abandoned_journals(path))
-    try:
-        if entries := journal_entries(*(read_file(fd) for _, fd in journals)):
-            insert_entries(db, entries)
-            log.warning("ledger: %d requests of an ended process settled, %d of them as interrupted",
-                        len(entries), sum(entry.error_code == "interrupted" for entry in entries))
-    except BaseException:
-        for _, fd in journals:
-            os.close(fd)
-        raise
-    for file, fd in journals:
-        discard_file(file, fd)
-
-
-# --- 8.4 the ledger -------------------------------------------------------------------------------
-
-class Ledger:
-    """Keys and usage of one database. Called on the loop's thread.
-
-    `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again.
-    """
-
-    def __init__(self, path: str, durability: str, db: sqlite3.Connection,
-                 writer: sqlite3.Connection) -> None:
-        self.healthy = True
-        self._path, self._durability = path, durability
-        self._db = db                       # keys and reading, on the caller's thread
-        self._writer = writer               # usage rows, on the writer thread
-        self.secret: bytes = stored_setting(db, "secret")      # authenticates what clients carry for us
-        # keys
-        self._keys: dict[bytes, Key] = {}   # by digest, revoked ones too
-        self._keys_revision = -1
-        self._keys_read_s = 0.0
-        self._file = os.stat(path)
-        self.trouble = ""                   # why the keys could not be read when they were looked at
-        self.disabled: frozenset[str] = frozenset()     # providers that an administrator took out of use
-        self._refresh_keys(0.0)
-        # requests, once started
-        self._journal: Journal | None = None
-        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
-        self._open: dict[str, Intent] = {}      # begun, not settled
-        self._unsaved: dict[str, Entry] = {}    # settled, not yet in the table
-        self._saving: asyncio.Task[None] | None = None
-        self._syncing: asyncio.Task[None] | None = None
-        self._journal_lock = asyncio.Lock()     # no fsync while the journal changes files
-        self.budgets = Budgets(self._ask, path)
-
-    @classmethod
-    def open(cls, path: str, durability: str = "process") -> Ledger:
-        """Creates or upgrades the file; LedgerError says why it cannot be used."""
-        with contextlib.ExitStack() as connections, database_errors(path):
-            create_file(path)
-            db = connections.enter_context(contextlib.closing(open_database(path, durability)))
-            migrate(db, path)
-            take_over(db, path)
-            writer = connections.enter_context(contextlib.closing(open_database(path, durability)))
-            ledger = cls(path, durability, db, writer)
-            connections.pop_all()
-            return ledger
-
-    # keys
-
-    def create_key(self, name: str, now_s: float, expires_s: int = 0, **settings: Any) -> str:
-        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
-        if not KEY_NAME.fullmatch(name):
-            raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
-        token = new_key()
-        more = "".join(f", {column}" for column in settings if column in KEY_SETTINGS)
-        try:
-            self.write(f"INSERT INTO keys (name, digest, hint, created_s, expires_s{more}) "
-                       f"VALUES (?, ?, ?, ?, ?{', ?' * len(settings)})",
-                       (name, key_digest(token), key_hint(token), int(now_s), expires_s, *settings.values()))
-        except sqlite3.IntegrityError:
-            raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
-                             f"python pomex.py keys revoke {name}", param="name") from None
-        self._refresh_keys(now_s)
-        return token
-
-    def list_keys(self) -> list[Key]:
-        """All keys, revoked ones too, oldest first."""
-        return [Key(*row) for row in self.read(SELECT_KEYS + " ORDER BY keys.id")]
-
-    def revoke_key(self, name: str, now_s: float) -> Key:
-        return self.edit_key(name, now_s, revoked_s=int(now_s))
-
-    def edit_key(self, name: str, now_s: float, **settings: Any) -> Key:
-        """Changes an active key; running servers know within a second."""
-        found = self.read("SELECT id FROM keys WHERE name = ? AND revoked_s = 0", (name,))
-        if not found:
-            raise BadRequest("There is no active key of that name. List keys with: python pomex.py keys list",
-                             param="name")
-        changes = ", ".join(f"{column} = ?" for column in settings if column in (*KEY_SETTINGS, "revoked_s"))
-        self.write(f"UPDATE keys SET {changes} WHERE id = ? AND revoked_s = 0", (*settings.values(), *found[0]))
-        self._refresh_keys(now_s)
-        return next(key for key in self._keys.values() if (key.id,) == found[0])
-
-    def authorise(self, header: str, now_s: float) -> Key:
-        """The key of an Authorization header, or Unauthorized with what to do."""
-        if not 0 <= now_s - self._keys_read_s < KEYS_POLL_S:
-            self._refresh_keys(now_s)
-        digest = key_digest(header[7:].strip(" \t"))
-        if digest not in self._keys:                # it may be a new one, made by another process just now
-            self._refresh_keys(now_s)
-        key = self._keys.get(digest)
-        if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
-            reason = explain_bad_key(header)
-        elif key.revoked_s:
-            reason = f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}."
-        elif key.state(now_s) == "expired":
-            reason = f"Key {key.name} expired on {utc_minute(key.expires_s)}."
-        else:
-            return key
-        raise unauthorized(reason)
-
-    def _refresh_keys(self, now_s: float) -> None:
-        """Reads the keys again if any process changed one. One row is looked at: about 6 us."""
-        self._keys_read_s = now_s
-        try:
-            if not os.path.samestat(os.stat(self._path), self._file):
-                raise FileNotFoundError(errno.ENOENT, "the file was replaced")
-            revision = stored_setting(self._db, "keys_revision")
-            if revision != self._keys_revision:
-                rows = self._db.execute(SELECT_KEYS).fetchall()
-                self._keys = {key.digest: key for key in (Key(*row) for row in rows)}
-                names = self._db.execute("SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'")
-                self.disabled = frozenset(name for name, in names)
-                self._keys_revision = revision
-            self.trouble = ""
-        except (sqlite3.Error, OSError) as error:
-            if self._keys_revision < 0:
-                raise
-            before, self.trouble = self.trouble, str(database_trouble(self._path, error))
-            if self.trouble != before:
-                log.error("%s The keys stay as they were; what is written may be lost. Restart on a sound file.", self.trouble)
-
-    def sound(self, now_s: float) -> bool:
-        """Can rows be written and keys be read, in the file that was opened?"""
-        self._refresh_keys(now_s)
-        return self.healthy and not self.trouble
-
-    def use_provider(self, name: str, use: bool) -> None:
-        """Takes a provider out of use, or back, in every process."""
-        change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, 1) ON CONFLICT DO NOTHING"
-        self.write(change, ("disabled/" + name,))
-        self.write("UPDATE settings SET value = value + 1 WHERE name = 'keys_revision'")
-        self._refresh_keys(0.0)
-
-    # requests
-
-    def start(self) -> None:
-        """Makes `begin` and `settle` usable on the running loop."""
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "ledger")
-        with database_errors(self._path):
-            self._journal = Journal(self._path, self._durability)
-
-    async def begin(self, intent: Intent) -> None:
-        """Returns when the intent survives the end of this process. LedgerError: nothing may be sent upstream."""
-        if not self.healthy or self._journal is None:
-            raise self._unwell()
-        try:
-            self._open[intent.response_id] = intent
-            await self._write_down(intent)
-        except BaseException as error:      # a cancelled caller sends nothing either
-            self._open.pop(intent.response_id, None)
-            if not isinstance(error, OSError):
-                raise
-            self._sicken(error)
-            raise self._unwell() from error
-
-    async def settle(self, entry: Entry) -> None:
-        """Returns when the row survives the end of this process, or after SETTLE_WAIT_S: then it stays in memory and is
-        tried again. A cancelled caller loses nothing. Of several rows for one response the first counts."""
-        self._open.pop(entry.response_id, None)
-        if entry.response_id in self._unsaved:
-            return
-        self._unsaved[entry.response_id] = entry
-        if self._saving is None:
-            self._save_soon()
-        try:
-            await self._write_down(entry)
-        except OSError as error:
-            self._sicken(error)
-            deadline = time.monotonic() + SETTLE_WAIT_S
-            while entry.response_id in self._unsaved and time.monotonic() < deadline:
-                await asyncio.sleep(SAVE_AFTER_S)
-
-    async def _write_down(self, row: Intent | Entry) -> None:
-        """In the journal; with an fsync for all who wait: while one runs, the others gather for the next."""
-        if self._journal is None:
-            raise OSError(errno.EIO, "the journal is closed")
-        self._journal.write(journal_line(row))
-        if self._journal.power:
-            if self._syncing is None:
-                self._syncing = asyncio.create_task(self._sync_all())
-            await asyncio.shield(self._syncing)
-
-    async def _sync_all(self) -> None:
-        async with self._journal_lock:
-            self._syncing = None
-            if self._journal is not None:
-                await asyncio.get_running_loop().run_in_executor(self._pool, self._journal.sync)
-
-    def _unwell(self) -> LedgerError:
-        return LedgerError("The usage ledger cannot be written at the moment, so nothing is sent to a "
-                           "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
-
-    def _sicken(self, error: Exception) -> None:
-        if self.healthy:
-            log.error("%s New requests get 503 until it can be written.", database_trouble(self._path, error))
-        self.healthy = False
-        self._save_soon()
-
-    def _save_soon(self) -> None:
-        if self._saving is None and self._journal is not None:
-            self._saving = asyncio.create_task(self._save())
-
-    async def _save(self) -> None:
-        """Moves settled rows to the table until none is left and all is well."""
-        loop, delay_s = asyncio.get_running_loop(), SAVE_AFTER_S
-        try:
-            while self._unsaved or not self.healthy:
-                await asyncio.sleep(delay_s)
-                batch = list(self._unsaved.values())
-                charges = self.budgets.charges(self._unsaved)
-                try:
-                    await loop.run_in_executor(self._pool, insert_entries, self._writer, batch, charges)
-                    for entry in batch:
-                        del self._unsaved[entry.response_id]
-                        self.budgets.saved(entry.response_id)
-                    await self._renew_journal()
-                except (sqlite3.Error, OSError) as error:
-                    self._sicken(error)
-                    delay_s = RETRY_S
-                else:
-                    if not self.healthy:
-                        log.warning("The database %s can be written again.", os.path.basename(self._path))
-                    self.healthy, delay_s = True, SAVE_AFTER_S
-        finally:
-            self._saving = None
-
-    async def _renew_journal(self) -> None:
-        """A journal that is long or broken is replaced by one of the lines that still matter."""
-        old = self._journal
-        if old is None or not (old.torn or old.bytes > JOURNAL_BYTES):
-            return
-        async with self._journal_lock:
-            new = Journal(self._path, self._durability)
-            try:
-                new.write(b"".join([*map(journal_line, self._open.values()), *map(journal_line, self._unsaved.values())]))
-                if new.power:
-                    os.fsync(new.fd)
-            except OSError:
-                discard_file(new.path, new.fd)
-                raise
-            self._journal = new
-            discard_file(old.path, old.fd)
-
-    def close(self) -> None:
-        """Saves what is left; what cannot be saved, or was never settled, stays in the journal."""
-        for task in (self._saving, self.budgets.tending):
-            if task is not None:
-                task.cancel()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
-        if self._journal is not None:
-            journal, self._journal = self._journal, None
-            try:
-                insert_entries(self._writer, [*self._unsaved.values()])
-                self._unsaved.clear()
-                self._writer.execute("DELETE FROM leases WHERE slot = 0 AND process = ?", (self.budgets.process,))
-            except sqlite3.Error as error:
-                log.error("%s %d rows stay in the journal.", database_trouble(self._path, error), len(self._unsaved))
-            if self._open or self._unsaved:
-                os.close(journal.fd)
-            else:
-                discard_file(journal.path, journal.fd)
-        self._writer.close()
-        self._db.close()
-
-    # reading
-
-    def used_nanos(self, limit: Limit) -> int:
-        """What is spent of a limit, with what is settled and whose row is not yet saved."""
-        charges = itertools.chain.from_iterable(self.budgets.charged.values())
-        unsaved = sum(nanos for each, nanos in charges if each.meter == limit.meter)
-        return limit.most - int(self.read(ROOM[limit.room], limit.values)[0][0]) + unsaved
-
-    def reader(self) -> LedgerReader:
-        """For long questions beside the work of a server."""
-        return LedgerReader(self._path)
-
-    def open_requests(self) -> list[Intent]:
-        """What this process has begun and not settled."""
-        return list(self._open.values())
-
-    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return list(self.execute(sql, values))
-
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> Iterator[Any]:
-        """Rows one by one, for what may be a million."""
-        with database_errors(self._path):
-            yield from self._db.execute(sql, values)
-
-    def write(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """How many rows a statement changed."""
-        with database_errors(self._path):
-            return self._db.execute(sql, values).rowcount
-
-    def backup(self, path: str) -> None:
-        """A whole copy while servers run; a file that is there is not overwritten."""
-        with database_errors(path):
-            copy_database(self._db, path)
-
-    async def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs `function(db, ...)` on the writer thread."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, self._writer, *arguments)
-        except (sqlite3.Error, OSError, RuntimeError) as error:     # RuntimeError: closed in the meantime
-            log.error("%s", database_trouble(self._path, error))
-            raise self._unwell() from error
-
-
-# --- 8.5 prices -----------------------------------------------------------------------------------
+# --- 8.4 prices -----------------------------------------------------------------------------------
 #
 # A price is one line of text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then
 # USD per thousand searches; "-" where there is none.
 
-DAY_MS = 86_400_000
 ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
 USUAL = {       # words of the table that hold for a provider's models unless a row says otherwise
@@ -8192,7 +7919,7 @@ def scaled(text: str, factors: str) -> str:
                     for word, number in zip(text.split(), numbers))
 
 
-class Tariff(NamedTuple):
+class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
     over: int = 0                               # with more input than this (0: none) the whole request costs `long`
@@ -8226,9 +7953,9 @@ def model_rows() -> Iterator[tuple[str, list[str]]]:
 
 
 @functools.cache
-def builtin_tariffs() -> dict[str, Tariff]:
+def builtin_schedules() -> dict[str, PriceSchedule]:
     """The built-in table, parsed when it is first asked for."""
-    tariffs = {}
+    schedules = {}
     for name, (_, _, *words) in model_rows():
         words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
         factors = dict(word.split("=") for word in words if "=" in word)
@@ -8239,37 +7966,37 @@ def builtin_tariffs() -> dict[str, Tariff]:
         long = steps.pop(f"over{over}", "")
         changes = tuple((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price) for kind, price in steps.items())
         ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
-        tariffs[name] = Tariff(base, over, long, changes, factors, ends, source)
-    return tariffs
+        schedules[name] = PriceSchedule(base, over, long, changes, factors, ends, source)
+    return schedules
 
 
 EPOCH = datetime.date(1970, 1, 1).toordinal()
 
 
-def configured_tariff(name: str, prices: PriceConfig) -> Tariff:
+def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
     """The same from [prices."provider/model"]."""
     def text(prefix: str) -> str:
         values = [*(getattr(prices, prefix + name) for name in Price._fields[:5]), prices.search_per_1000]
         return " ".join("-" if value is None else format(value, "f") for value in values)
     factors = {tier: format(factor, "f") for tier, factor in prices.tiers.items()}
-    return Tariff(text(""), prices.long_over, text("long_") if prices.long_over else "", factors=factors,
+    return PriceSchedule(text(""), prices.long_over, text("long_") if prices.long_over else "", factors=factors,
                   source=f"{name} in pomex.toml")
 
 
-class PriceBook:
+class PriceTable:
     """What a target costs: by its name, configured or in the table; by its family's; as configured for the name asked for;
     nothing at a free provider. Never a guess."""
 
     def __init__(self, config: Config) -> None:
-        self.configured = {name: configured_tariff(name, prices) for name, prices in config.prices.items()}
-        self.known = {**builtin_tariffs(), **self.configured}
-        self.free = {name: Tariff(FREE, source="free") for name, provider in config.providers.items()
+        self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
+        self.known = {**builtin_schedules(), **self.configured}
+        self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
         # of those that may be asked for a service tier
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
                         for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
 
-    def tariff(self, provider: str, model: str, asked: str = "") -> Tariff | None:
+    def schedule(self, provider: str, model: str, asked: str = "") -> PriceSchedule | None:
         name = f"{provider}/{model}"
         return (self.known.get(name) or self.known.get(DATED.sub("", name)) or self.configured.get(asked)
                 or self.free.get(provider))
@@ -8293,14 +8020,14 @@ def saved_nanos(price: str, cached: int) -> int:
     return cached * (rate.input - rate.cache_read) // 1000 if rate else 0
 
 
-def usd(nanos: int, places: int = 2) -> str:
+def format_usd(nanos: int, places: int = 2) -> str:
     """12.31, rounded half away from nought; integers only."""
     unit = int(10 ** (9 - places))
     sign, amount = "-" if nanos < 0 else "", (abs(nanos) + unit // 2) // unit
     return f"{sign}{amount // 10**places}.{amount % 10**places:0{places}}"
 
 
-def fraction(text: str, unit: int, least: int = 0) -> int:
+def parse_decimal(text: str, unit: int, least: int = 0) -> int:
     """A number in plain digits, in whole units of 1/unit; ValueError for any other text."""
     if not re.fullmatch(r"-?(?=\.?[0-9])[0-9]{0,12}\.?[0-9]{0,12}", text):
         raise ValueError
@@ -8310,60 +8037,147 @@ def fraction(text: str, unit: int, least: int = 0) -> int:
     return int(number)
 
 
+# --- 8.5 usage rows -------------------------------------------------------------------------------
+
+def insertion(table: str, columns: Collection[str]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
+INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
+INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
+SELECT_OPEN = f"SELECT {', '.join(USAGE_COLUMNS)} FROM open_requests"
+ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
+                  + f" ON CONFLICT ({', '.join(ROLLUP_KEY)}) DO UPDATE SET "
+                  + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
+                  + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
+                  "ELSE usage_rollups.last_ms END")
+IDS_AT_ONCE = 500           # placeholders of a statement
+
+
+def to_storable(value: Any) -> int | str:
+    """Something that databases take. A count that a provider made up must not stop the rows beside it."""
+    if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode().replace("\0", "?")
+    return int(max(0, min(value, MAX_NUMBER))) if isinstance(value, (int, float)) else 0
+
+
+ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.attrgetter(*SUMS[4:])
+
+
+def add_up(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> None:
+    """Adds rows to the rollups and to the meters of limits."""
+    rollups: dict[Row, list[int]] = {}
+    meters: collections.Counter[tuple[str, int]] = collections.Counter()
+    for row in rows:
+        place = row.started_ms // HALF_HOUR_MS * HALF_HOUR_MS, *ROLLUP_PLACE(row)
+        unpriced = row.final and not row.price and row.input + row.output > 0
+        counts = row.final, row.status == "failed", row.estimated != "", unpriced, *ROLLUP_COUNTS(row)
+        *before, last_ms = rollups.get(place, [0] * (len(SUMS) + 1))
+        rollups[place] = [*(old + sign * count for old, count in zip(before, counts)), max(last_ms, row.started_ms)]
+        for owner in (f"key {row.key_id}", f"account {row.account_id}"):
+            meters[owner, row.started_ms // DAY_MS] += sign * row.cost_nanos
+    tx.execute_many(ADD_TO_ROLLUPS, [(*place, *rollups[place]) for place in sorted(rollups)])
+    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?",
+                    [(nanos, *place) for place, nanos in sorted(meters.items()) if nanos])
+
+
+def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> None:
+    storable = [UsageRow._make(map(to_storable, row)) for row in rows]
+    tx.execute_many(INSERT_USAGE, storable)
+    add_up(tx, storable)
+
+
+def placeholders(values: Collection[Any]) -> str:
+    return f"({', '.join('?' * len(values))})"
+
+
+def in_batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[start:start + IDS_AT_ONCE] for start in range(0, len(ids), IDS_AT_ONCE))
+
+
+def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
+    """Inserts the rows of each: of which. Of a request that is settled already the first settlement counts, unless that was a
+    guess: the true one replaces `interrupted`."""
+    by_id = {rows[-1].response_id: rows for rows in requests if rows}
+    for batch in in_batches([*by_id]):
+        for response_id, error_code in tx.read("SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id "
+                                               f"IN {placeholders(batch)}", batch):
+            if error_code == "interrupted" != by_id[response_id][-1].error_code:
+                columns = ", ".join(USAGE_COLUMNS)
+                add_up(tx, [UsageRow(*row) for row in tx.read(
+                    f"SELECT {columns} FROM usage WHERE response_id = ?", (response_id,))], -1)
+                tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
+                tx.execute("DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0")
+            else:
+                del by_id[response_id]
+    insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
+    return by_id
+
+
+def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
+    """They are no longer under way, and give back what they had reserved."""
+    for batch in in_batches([*response_ids]):
+        where = f"FROM open_requests WHERE response_id IN {placeholders(batch)}"
+        for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
+            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?", json.loads(reserved))
+        tx.execute(f"DELETE {where}", batch)
+
+
+def interrupted(row: UsageRow) -> UsageRow:
+    """An open request whose process has ended: billed for its estimated input."""
+    return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
+                        error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
+
+
+def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
+    """Settles what processes left behind that are dead, or not registered."""
+    tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
+    rows = [UsageRow(*row) for row in tx.read(f"{SELECT_OPEN} WHERE process NOT IN (SELECT process FROM processes)")]
+    if rows:
+        settle_requests(tx, [[interrupted(row)] for row in rows])
+        close_requests(tx, [row.response_id for row in rows])
+        log.warning("ledger: %d requests of an ended process are marked as interrupted", len(rows))
+
+
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
-# Reservations never exceed a limit. A request reserves its estimated input and some output, extends that while output
-# streams, and replaces it with its true cost. Reservations come from leases, a process's part of a limit, taken by one
-# transaction where spent and leased leave room; a lease is larger than needed, so that most requests are served from memory.
-# It lives five seconds unless renewed; a dead process's journal is settled before its lease is dropped. A settled cost stays
-# in the lease until its row is in the sums.
+# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to requests under way. A request
+# reserves its estimated input and some output by one conditional UPDATE, extends that while output streams, and gives it
+# back with its settlement. A rate is a token bucket (GCRA): a row of `rates` with the time at which it will be full again.
+# What a request holds stands in its row of `open_requests`, so that the end of its process gives it back.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
-LEASE_S = 5.0               # life of a lease that is not renewed
-TEND_S = 1.0                # how often they are renewed, and what is unused goes back
-SLICE = 32                  # a lease takes this part of the room that is left beyond what was asked for
-RATE_S = 60
-RATE_SLOT_S = 5             # rates count over the last 60 s in slots of five, the oldest counted whole
+WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
+REFUSED_S = {"open": 0.05}  # how long a refusal is remembered and given again, by unit;
+REFUSED_AT_MOST_S = 1.0     # of the others, unless there is room earlier
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
-ROOM: dict[str, str] = {    # how much is left of a limit, before what is leased
-    "key": "SELECT ? - coalesce(sum(cost_nanos), 0) FROM daily WHERE key_id = ? AND day >= ?",
-    "account": "SELECT ? - coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = ? AND day >= ?",
-    "credit": "SELECT ?1 + (SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?2)"
-              " - coalesce(sum(cost_nanos), 0) FROM daily WHERE account_id = ?2 AND day >= ?3",
-    "rate": "SELECT ?",
-}
 
 
 class Limit(NamedTuple):
     """One bound on what a key may use."""
-    meter: str              # its name among the leases, its period included
+    owner: str              # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
     unit: str               # nanos | requests | tokens | open
-    most: int               # 0 for prepaid credit, whose bound is its balance
-    room: str               # of ROOM
-    values: tuple[int, ...]
-    slot: int = 0           # of a rate: when it began, Unix time
+    maximum: int            # 0 for prepaid credit, whose bound is its balance
+    kind: str               # key | account | credit | open | rate
+    owner_id: int
+    since_day: int = 0      # of a meter: it counts what was spent since then
 
 
 Needs = Sequence[tuple[Limit, int]]
 
 
 @dataclass(eq=False)
-class Exceeded(Exception):
+class LimitExceeded(Exception):
     """A limit has no room for what was asked."""
     limit: Limit
-    room: int
+    remaining: int
     need: int
     wait_s: float
-
-
-@dataclass(slots=True)
-class Lease:
-    """This process's part of one limit, as the table has it (`held`), and how much of that is taken."""
-    held: int = 0
-    taken: int = 0
-    touched_s: float = 0.0
-    room: int = 0           # what was left to others when the table was last asked
+    spent: int = 0
+    until: float = 0.0      # when it is asked for again, by the loop's clock
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
@@ -8378,241 +8192,588 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 
 @functools.lru_cache(4096)
-def limits_of(key: Key, now_s: int) -> list[Limit]:
-    """What bounds a key from now on for RATE_SLOT_S seconds."""
-    start, month = (period_bounds(period, now_s)[0] for period in (key.period, "month"))
-    money = [(f"key {key.id} {start}", key.budget_nanos, "key", key.id, start),
-             (f"account {key.account_id}", 0 if key.prepaid else None, "credit", key.account_id, 0),
-             (f"account {key.account_id} {month}", key.account_limit_nanos, "account", key.account_id, month)]
-    rates = [("requests", key.rpm, now_s), ("tokens", key.tpm, now_s), ("open", key.concurrent, 0)]
-    return [*(Limit(meter, "nanos", most, room, (most, owner, day)) for meter, most, room, owner, day in money
-              if most is not None),
-            *(Limit(f"key {key.id} {unit}", unit, most, "rate", (most,), since) for unit, most, since in rates if most)]
+def limits_of(key: Key, day: int) -> list[Limit]:
+    """What bounds a key on a day."""
+    start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
+    money = [(key.budget_nanos, "key", key.id, start), (0 if key.prepaid else None, "credit", key.account_id, 0),
+             (key.account_limit_nanos, "account", key.account_id, month)]
+    others = [(key.concurrent, "open", "open"), (key.rpm, "requests", "rate"), (key.tpm, "tokens", "rate")]
+    return [*(Limit(f"{'key' if kind == 'key' else 'account'} {owner}", "nanos", maximum, kind, owner, since)
+              for maximum, kind, owner, since in money if maximum is not None),
+            *(Limit(f"key {key.id} {unit}", unit, maximum, kind, key.id) for maximum, unit, kind in others if maximum)]
 
 
-LEASE_MORE = """INSERT INTO leases (meter, slot, process, amount, expires_s) VALUES (?, ?, ?, ?, ?)
-    ON CONFLICT DO UPDATE SET amount = amount + excluded.amount, expires_s = excluded.expires_s"""
-LEASE_EXACTLY = LEASE_MORE.replace("amount + excluded.amount", "excluded.amount")
+GRANT = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
+# a time beyond two minutes is one from before the clock was set back
+FULL_NS = "(CASE WHEN full_ns > ? AND full_ns <= ? THEN full_ns ELSE ? END + ?)"
+CHARGE = f"UPDATE rates SET full_ns = {FULL_NS} WHERE owner = ? AND {FULL_NS} <= ?"
 
 
-def expiry(limit: Limit, now_s: float) -> float:
-    return limit.slot + RATE_SLOT_S + RATE_S if limit.slot else now_s + LEASE_S
+def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
+    """Of its meter, which is made where there is none."""
+    found = tx.read("SELECT spent, granted FROM meters WHERE owner = ? AND since_day = ?", (limit.owner, limit.since_day))
+    if found:
+        return found[0]
+    spent = 0
+    if limit.kind != "open":
+        spent = tx.read(f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {limit.owner.split()[0]}_id = ? "
+                        "AND started_ms >= ?", (limit.owner_id, limit.since_day * DAY_MS))[0][0]
+        tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",     # long over
+                   (limit.owner, limit.since_day - 62))
+    tx.execute("INSERT INTO meters VALUES (?, ?, ?, 0) ON CONFLICT DO NOTHING", (limit.owner, limit.since_day, spent))
+    return spent, 0
 
 
-def grant(db: sqlite3.Connection, path: str, process: str, wants: Needs,
-          now_s: float) -> list[tuple[int, int, float]]:
-    """For each want (granted, room left, seconds until there may be room): it in full and a slice more, or nothing."""
-    if db.execute("SELECT 1 FROM leases WHERE expires_s <= ? AND slot = 0", (now_s,)).fetchone() and sys.platform != "win32":
-        take_over(db, path)         # what a process spent before it was killed counts before its lease goes
-    given = []
-    with transaction(db):
-        db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
-        for limit, need in wants:
-            room = (db.execute(ROOM[limit.room], limit.values).fetchone()[0]        # spent by nobody, nor leased
-                    - db.execute("SELECT coalesce(sum(amount), 0) FROM leases WHERE meter = ?", (limit.meter,)).fetchone()[0])
-            amount = need + (room - need) // SLICE if need <= room else 0
-            if amount:
-                db.execute(LEASE_MORE, (limit.meter, limit.slot, process, amount, expiry(limit, now_s)))
-            given.append((amount, room - amount, 0.0 if amount else rate_wait(db, limit, need - room, now_s)))
-    return given
+def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
+    """(what remains, seconds until all of it does) of a rate; LimitExceeded where there is no room."""
+    if limit.kind == "rate":
+        return charge_rate(tx, limit, amount, now_ns)
+    maximum = limit.maximum
+    if limit.kind == "credit":
+        maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
+    values = amount, limit.owner, limit.since_day, amount, maximum
+    if not tx.execute(GRANT, values):
+        spent, granted = spent_and_granted(tx, limit)
+        if not tx.execute(GRANT, values):
+            raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
+    return 0, 0.0
 
 
-def rate_wait(db: sqlite3.Connection, limit: Limit, lacking: int, now_s: float) -> float:
-    """Seconds until so much of a rate's window has passed."""
-    if not limit.slot:
-        return 1.0
-    rows = db.execute("SELECT expires_s, amount FROM leases WHERE meter = ? ORDER BY slot", (limit.meter,))
-    for expires_s, amount in rows:
-        lacking -= amount
-        if lacking <= 0:
-            return float(expires_s) - now_s
-    return float(RATE_S)
+def charge_rate(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
+    each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
+    full_ns = now_ns, end_ns + WINDOW_NS, now_ns, amount * each_ns
+    charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
+    if not charged and tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT DO NOTHING", (limit.owner, now_ns)):
+        charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
+    left_ns = end_ns - max(now_ns, tx.read("SELECT full_ns FROM rates WHERE owner = ?", (limit.owner,))[0][0])
+    if not charged:
+        raise LimitExceeded(limit, left_ns // each_ns, amount, (amount * each_ns - left_ns) / 10**9)
+    return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
 
 
-def renew_leases(db: sqlite3.Connection, process: str, rows: Needs, now_s: float) -> None:
-    with transaction(db):
-        db.executemany(LEASE_EXACTLY, [(limit.meter, limit.slot, process, amount, expiry(limit, now_s))
-                                       for limit, amount in rows])
-        db.execute("DELETE FROM leases WHERE amount = 0 AND slot = 0 AND process = ?", (process,))
+# --- 8.7 the ledger -------------------------------------------------------------------------------
+
+KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
+OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
+GATHER_S = 0.005            # between two commits, while there are others that may join the second
+RETRY_S = 0.25              # between attempts to write while the ledger is unavailable
+SETTLE_WAIT_S = 2.0         # an answer waits so long for a ledger that cannot be written, then goes out
+BEAT_S = 10.0               # how often a process with open requests says that it lives
+KEYS_AT_ONCE = 500          # taken over in a piece: 0.7 ms of the loop
+DEAD_S = 60.0               # without a beat a process of another host is dead
+REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
+ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
+Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and what changes of rates (ns, owner)
 
 
-class Budgets:
-    """The leases of this process. Called on the loop's thread."""
+def host_name() -> str:
+    """Where process ids mean the same."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
-    def __init__(self, ask: Callable[..., Awaitable[Any]], path: str) -> None:
-        self.ask = ask                                  # runs function(db, ...) on the writer thread
-        self.path = path
-        self.process = secrets.token_hex(6)
-        self.leases: dict[tuple[str, int], tuple[Limit, Lease]] = {}    # by meter and slot
-        self.charged: dict[str, list[tuple[Limit, int]]] = {}      # by response: settled, its row not yet saved
-        self.lock = asyncio.Lock()
+
+def start_of(pid: int) -> str:
+    """When a process began, where that can be told: numbers of processes come again."""
+    with contextlib.suppress(OSError, IndexError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def has_ended(pid: int, start: str) -> bool:
+    if sys.platform == "win32":         # there os.kill would end it
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return start_of(pid) != start
+
+
+class Ledger:
+    """Keys, limits and usage of one database. Called on the loop's thread; the database has threads of its own.
+
+    `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
+
+    def __init__(self, db: SQLite, max_unsaved: int) -> None:
+        self.db = db
+        self.healthy, self.max_unsaved = True, max_unsaved
+        self.trouble = ""                   # why the keys could not be read when they were looked at
+        self.secret = b""                   # authenticates what clients carry for us
+        # keys
+        self.keys: dict[int, Key] = {}      # by id, revoked ones too
+        self.ids: dict[str, int] = {}       # by digest
+        self.disabled: frozenset[str] = frozenset()     # providers that an administrator disabled
+        self.revision = 0
+        # requests
+        self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
+        self.pending: dict[str, Callable[[], UsageRow]] = {}        # begun, not settled
+        self.unrecorded: dict[str, Callable[[], UsageRow]] = {}     # of those, not in the database
+        self.unsaved: dict[str, Settlement] = {}        # settled, not in the database
+        self.flushing: asyncio.Task[None] | None = None
+        self.wrote = 0.0                                # when it was written last
+        self.flushed: asyncio.Future[None] | None = None        # what is waiting now is in the database
+        self.waiting: set[asyncio.Future[None]] = set()         # the same of what is being written
+        self.timer: asyncio.TimerHandle | None = None
         self.tending: asyncio.Task[None] | None = None
+        self.refused: dict[Limit, LimitExceeded] = {}
+        self.beats: dict[str, tuple[int, float]] = {}   # of other processes, and when they changed last
+        self.refusals: dict[Row, JSON] = {}             # not yet in the database
+        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
+        self.notes: dict[str, str] = {}     # settings to be, the same: the last error of each provider
 
-    def lease(self, limit: Limit) -> Lease:
-        return self.leases.setdefault((limit.meter, limit.slot), (limit, Lease()))[1]
+    @classmethod
+    def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
+        """Creates or upgrades the file; LedgerError says why it cannot be used."""
+        with contextlib.ExitStack() as opened, database_errors(path):
+            db = SQLite(path, durability)
+            opened.callback(db.close)
+            opened.callback(db.stop)
+            db.migrate()
+            ledger = cls(db, max_unsaved)
+            db.run(ledger.begin_process)
+            opened.pop_all()
+            return ledger
 
-    async def take(self, needs: Needs) -> None:
-        """All of them, or Exceeded and none."""
-        if any(need > lease.held - lease.taken for limit, need in needs for lease in [self.lease(limit)]):
-            async with self.lock:           # meanwhile another's slice may have made room
-                await self._lease_more(needs)
-        now_s = time.time()
+    # keys
+
+    def take_keys(self, rows: Iterable[Row]) -> None:
+        for *columns, self.revision in rows:
+            key = Key(*columns)
+            self.keys[key.id], self.ids[key.digest] = key, key.id
+
+    async def refresh(self) -> None:
+        """Reads the keys that any process has changed, and which providers are disabled."""
+        try:
+            self.db.check()
+            rows = await self.db.read(SELECT_KEYS, self.revision)
+            self.disabled = frozenset(name[9:] for name, in await self.db.read(SELECT_DISABLED))
+            for start in range(0, len(rows), KEYS_AT_ONCE):
+                self.take_keys(rows[start:start + KEYS_AT_ONCE])
+                await asyncio.sleep(0)
+            self.trouble = ""
+        except (LedgerError, OSError) as error:
+            before, self.trouble = self.trouble, str(database_trouble(self.db.path, error))
+            if self.trouble != before:
+                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", self.trouble)
+
+    async def authorise(self, header: str, now_s: float) -> Key:
+        """The key of an Authorization header, or Unauthorized with what to do."""
+        token = header[7:].strip(" \t")
+        digest = key_digest(token)
+        if digest not in self.ids and has_checksum(token):
+            await self.refresh()                # another process may have made it just now
+        key = self.keys.get(self.ids.get(digest, 0))
+        if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
+            reason = explain_bad_key(header)
+        elif key.revoked_s:
+            reason = f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}."
+        elif key.state(now_s) == "expired":
+            reason = f"Key {key.name} expired on {utc_minute(key.expires_s)}."
+        else:
+            return key
+        raise unauthorized(reason)
+
+    def list_keys(self) -> list[Key]:
+        """All keys, revoked ones too, oldest first."""
+        return sorted(self.keys.values(), key=lambda key: key.id)
+
+    def available(self) -> bool:
+        """Can rows be written and keys be read, in the file that was opened?"""
+        return self.healthy and not self.trouble
+
+    # requests
+
+    def start(self) -> None:
+        """Begins what goes on while a server runs: looking for changed keys, signs of life, counts."""
+        self.tending = asyncio.get_running_loop().create_task(self.tend())
+
+    def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
+        """A request is about to be sent upstream. It is recorded with what is written next; `recorded` waits for that.
+        LedgerError: nothing may be sent."""
+        if not self.available():
+            raise self.unavailable()
+        self.pending[response_id] = self.unrecorded[response_id] = row
+        if self.timer is None:
+            self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.flush_soon)
+
+    async def recorded(self, response_id: str) -> None:
+        """Returns when the open request survives the end of this process; LedgerError where it cannot."""
+        if response_id in self.unrecorded:
+            await asyncio.shield(self.flush_soon())
+            if response_id in self.unrecorded:
+                raise self.unavailable()
+
+    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Needs, held: Needs = ()
+                      ) -> list[tuple[int, float]]:
+        """Reserves `needs` beside what is `held`, and records the open request: what `acquire` says of each.
+        LimitExceeded: none of them is reserved."""
+        if not self.available():
+            raise self.unavailable()
+        now = asyncio.get_running_loop().time()
         for limit, need in needs:
-            lease = self.lease(limit)
-            lease.taken += need
-            lease.touched_s = now_s
+            no = self.refused.get(limit)
+            if no is not None and now < no.until and need >= no.need:
+                raise dataclasses.replace(no, need=need)
 
-    async def _lease_more(self, needs: Needs) -> None:
-        lacking, spares = [], []
-        for limit, need in needs:
-            lease = self.lease(limit)
-            spare = lease.held - lease.taken
-            spares.append((limit, min(need, max(spare, 0))))
-            if need > spare:
-                lacking.append((limit, need - spare))
-        if not lacking:
+        def run(tx: Transaction) -> list[tuple[int, float]]:
+            now_ns, granted = time.time_ns(), [each for each in held if each[0].kind != "rate"]
+            if granted and tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,)):
+                again: Needs = ()
+            else:
+                again = granted         # this process was taken for dead, and what it held was given back
+            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *again)]
+            granted += [each for each in needs if each[0].kind != "rate"]
+            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in granted]
+            self.insert_open(tx, [row()], dumps(reserved))
+            return states
+        self.pending[response_id] = row
+        try:
+            return await self.db.write(run)
+        except LimitExceeded as no:
+            if not held:
+                self.pending.pop(response_id, None)
+                no.until = now + min(no.wait_s, REFUSED_S.get(no.limit.unit, REFUSED_AT_MOST_S))
+                self.refused[no.limit] = no
+            raise
+        except BaseException:
+            if not held:
+                self.abandon(response_id)
+            raise
+
+    def insert_open(self, tx: Transaction, rows: Sequence[UsageRow], reserved: str = "") -> None:
+        if rows:
+            self.register(tx)
+        tx.execute_many(INSERT_OPEN, [(self.process, reserved, *map(to_storable, row)) for row in rows])
+
+    def abandon(self, response_id: str) -> None:
+        """Of a request that was begun and not sent nothing remains."""
+        self.pending.pop(response_id, None)
+        self.unrecorded.pop(response_id, None)
+        self.unsaved[response_id] = (), ()
+        self.flush_soon()
+
+    async def settle(self, rows: Sequence[UsageRow], rates: Sequence[tuple[int, str]] = ()) -> None:
+        """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
+        failed for SETTLE_WAIT_S: then they stay in memory and are tried again. A cancelled caller undoes nothing."""
+        response_id = rows[-1].response_id
+        if response_id in self.unsaved:
             return
-        now_s = time.time()
-        # set aside, or others would take it until the answer is there
-        self.give_back((limit, -spare) for limit, spare in spares)
-        try:
-            given = await self.ask(grant, self.path, self.process, lacking, now_s)
-        finally:
-            self.give_back(spares)
-        refused = []
-        for (limit, need), (granted, room, wait_s) in zip(lacking, given):
-            lease = self.lease(limit)
-            lease.held += granted
-            lease.room, lease.touched_s = room, now_s
-            if not granted:
-                spare = lease.held - lease.taken
-                refused.append(Exceeded(limit, room + spare, need + spare, wait_s))
-        if self.tending is None:
-            self.tending = asyncio.create_task(self._tend())
-        if refused:
-            raise refused[0]
-
-    def give_back(self, needs: Iterable[tuple[Limit, int]]) -> None:
-        for limit, amount in needs:
-            self.lease(limit).taken -= amount
-
-    def charges(self, response_ids: Iterable[str]) -> list[tuple[int, str, str]]:
-        """What leaves the leases in the transaction that saves these rows."""
-        return [(nanos, limit.meter, self.process) for response_id in response_ids
-                for limit, nanos in self.charged.get(response_id, ())]
-
-    def saved(self, response_id: str) -> None:
-        """Its row is in the sums now."""
-        for limit, nanos in self.charged.pop(response_id, ()):
-            lease = self.lease(limit)
-            lease.taken -= nanos
-            lease.held = max(lease.held - nanos, 0)
-
-    async def _tend(self) -> None:
-        try:
-            while self.leases:
-                await asyncio.sleep(TEND_S)
-                async with self.lock:
-                    await self._renew(time.time())
-        finally:
-            self.tending = None
-
-    async def _renew(self, now_s: float) -> None:
-        """Unused slices go back; the rest lives on, but for rates; what is over is forgotten."""
-        rows = []
-        for limit, lease in self.leases.values():
-            idle = now_s - lease.touched_s > TEND_S or 0 < limit.slot <= now_s - RATE_SLOT_S
-            keep = max(lease.taken, 0 if idle else min(lease.held, lease.taken + max(lease.room, 0) // SLICE))
-            if keep != lease.held or not limit.slot:
-                rows.append((limit, keep))
-            lease.held = keep
-        try:
-            if rows:
-                await self.ask(renew_leases, self.process, rows, now_s)
-        except LedgerError:     # what stays in the table is too much, never too little
+        self.pending.pop(response_id, None)
+        self.unrecorded.pop(response_id, None)
+        if len(self.unsaved) >= self.max_unsaved:
+            log.error("ledger: the row of %s is lost: [database] max_unsaved rows wait already", response_id)
             return
-        gone = {limit.meter for limit, keep in rows if not keep}    # others may have become empty meanwhile
-        for place, (limit, lease) in list(self.leases.items()):
-            if now_s > expiry(limit, now_s) if limit.slot else limit.meter in gone and not (lease.held or lease.taken):
-                del self.leases[place]
+        self.unsaved[response_id] = rows, rates
+        await asyncio.shield(self.flush_soon())
+
+    def flush_soon(self) -> asyncio.Future[None]:
+        """Ends when what waits now is in the database, or has waited too long."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        loop = asyncio.get_running_loop()
+        if self.flushed is None:
+            self.flushed = loop.create_future()
+        if self.flushing is None:
+            self.flushing = loop.create_task(self.flush())
+        return self.flushed
+
+    async def flush(self) -> None:
+        """Writes what waits, until nothing does."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self.flushed is not None:
+                if self.pending:            # others may join
+                    await asyncio.sleep(self.wrote + GATHER_S - loop.time())
+                self.wrote = loop.time()
+                done, self.flushed = self.flushed, None
+                self.waiting.add(done)
+                done.add_done_callback(self.waiting.discard)
+                opening, settling = dict(self.unrecorded), dict(self.unsaved)
+                try:
+                    await self.db.write(functools.partial(self.write_requests, opening, settling))
+                except LedgerError as error:
+                    if self.healthy:
+                        log.error("%s New requests get 503 until it can be written.", error)
+                    self.healthy = False
+                    self.flush_soon().add_done_callback(lambda _, done=done: end_waiting(done))     # type: ignore[misc]
+                    loop.call_later(SETTLE_WAIT_S, end_waiting, done)
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                if not self.healthy:
+                    log.warning("The database %s can be written again.", os.path.basename(self.db.path))
+                self.healthy = True
+                for waiting, written in ((self.unrecorded, opening), (self.unsaved, settling)):
+                    for response_id in written:
+                        waiting.pop(response_id, None)
+                self.refused.clear()            # there may be room now
+                end_waiting(done)
+        finally:
+            self.flushing = None
+
+    def write_requests(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
+                       ) -> None:
+        """All at once; each alone, where one of them is at fault."""
+        _, error = tx.attempt(functools.partial(self.write_all, opening, settling))
+        if error is None:
+            return
+        if is_database_failure(error):
+            raise error
+        if len(opening) + len(settling) == 1:
+            log.error("ledger: the row of %s is lost: %s", *opening, *settling, fault_location(error))
+            return
+        for response_id, row in opening.items():
+            self.write_requests({response_id: row}, {}, tx)
+        for response_id, settlement in settling.items():
+            self.write_requests({}, {response_id: settlement}, tx)
+
+    def write_all(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
+                  ) -> None:
+        self.insert_open(tx, [row() for row in opening.values()])
+        settled = settle_requests(tx, [rows for rows, _ in settling.values()])
+        close_requests(tx, settling)
+        most_ns = time.time_ns() + 2 * WINDOW_NS
+        tx.execute_many("UPDATE rates SET full_ns = CASE WHEN full_ns + ? < ? THEN full_ns + ? ELSE ? END WHERE owner = ?", [
+            (change, most_ns, change, most_ns, owner) for response_id in settled for change, owner in settling[response_id][1]])
+
+    def unavailable(self) -> LedgerError:
+        return LedgerError("The usage ledger cannot be written at the moment, so nothing is sent to a "
+                           "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
+
+    def close(self) -> None:
+        """Saves what is left."""
+        for task in (self.tending, self.flushing, self.timer):
+            if task is not None:
+                task.cancel()
+        self.db.stop()
+        try:
+            if self.tending is not None:
+                self.db.run(self.end_process)
+        except LedgerError as error:
+            log.error("%s %d rows are lost.", error, len(self.unsaved))
+        finally:
+            self.db.close()
+            with contextlib.suppress(RuntimeError):     # their loop has ended, too
+                for done in self.waiting:
+                    end_waiting(done)
+
+    # processes
+
+    def begin_process(self, tx: Transaction) -> None:
+        self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
+        self.take_keys(tx.read(SELECT_KEYS, (0,)))
+        self.disabled = frozenset(name[9:] for name, in tx.read(SELECT_DISABLED))
+        processes = tx.read("SELECT process, pid, start FROM processes WHERE host = ?", (self.host,))
+        recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
+
+    def end_process(self, tx: Transaction) -> None:
+        self.write_requests(self.unrecorded, self.unsaved, tx)
+        self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
+        recover_open_requests(tx, [self.process])
+
+    async def tend(self) -> None:
+        """What a running server does beside its requests."""
+        for tick in itertools.count(1):
+            try:
+                await self.refresh()
+                if tick % 2 == 0:
+                    await self.save_counts()
+                if tick % int(BEAT_S / KEYS_POLL_S) == 0:
+                    await self.beat()
+            except LedgerError:                 # requests meet it, too, and it is told there
+                pass
+            except Exception as error:          # noqa: BLE001 - our own bug: revocations must go on being seen
+                log.error("ledger: %s", fault_location(error))
+            await asyncio.sleep(KEYS_POLL_S)
+
+    async def beat(self) -> None:
+        """Says that this process lives, while it has open requests, and settles those of others that do not."""
+        now, dead, beats = time.monotonic(), [], self.beats
+        self.beats = {}
+        for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
+            before, since = beats.get(process, (count, now))
+            self.beats[process] = count, since if count == before else now
+            if has_ended(pid, start) if host == self.host else now - self.beats[process][1] > DEAD_S:
+                dead.append(process)
+        if dead or self.pending:
+            await self.db.write(functools.partial(self.write_beat, dead))
+
+    def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
+        self.register(tx)
+        if dead:
+            recover_open_requests(tx, dead)
+
+    def register(self, tx: Transaction) -> None:
+        tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
+                   "ON CONFLICT (process) DO UPDATE SET beats = processes.beats + 1",
+                   (self.process, self.host, os.getpid(), self.began))
+
+    # what is counted
+
+    def refuse(self, key_id: int, refusal: JSON) -> None:
+        """Counts a refusal. Of many alike in a second one is kept."""
+        self.counters["pomex_refusals_total", refusal["code"]] += 1
+        place = key_id, refusal["code"], refusal["path"]
+        if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:
+            self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
+
+    async def save_counts(self) -> None:
+        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+        if not any(counts):
+            return
+        for each in (self.counters, self.refusals, self.notes):
+            each.clear()
+        try:
+            await self.db.write(functools.partial(self.write_counts, *counts))
+        except LedgerError:
+            self.counters.update(counts[0])
+            raise
+
+    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
+                     notes: Mapping[str, str], tx: Transaction) -> None:
+        tx.execute_many(ADD_TO_COUNTERS, sorted((dumps(name), count) for name, count in counters.items()))
+        tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)",
+                        [(refusal["time_ms"], key_id, code, refusal["count"], dumps(refusal))
+                         for (key_id, code, _), refusal in refusals])
+        tx.execute_many("INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                        sorted(notes.items()))
+        if refusals:
+            tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
+
+    async def counted(self) -> dict[tuple[str, ...], int]:
+        """The counters of all processes together."""
+        await self.save_counts()
+        return {tuple(json.loads(name)): value for name, value in await self.db.read("SELECT name, value FROM counters")}
+
+    # changes of keys and providers
+
+    async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
+                     before: JSON | None = None) -> None:
+        """Changes keys, accounts, credits, providers or settings. What they were and are goes into the audit log: no secret."""
+        def audited(tx: Transaction) -> None:
+            run(tx)
+            columns = {"time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
+                       "before": dumps(before or {}), "after": dumps(after)}
+            tx.execute(insertion("audit", columns), [*columns.values()])
+        await self.db.write(audited)
+        await self.refresh()
+
+    async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
+        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+        if not KEY_NAME.fullmatch(name):
+            raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
+        token = new_key()
+        columns = {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s), **settings}
+
+        def run(tx: Transaction) -> None:
+            if tx.read("SELECT 1 FROM keys WHERE name = ? AND revoked_s = 0", (name,)):
+                raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
+                                 f"python pomex.py keys revoke {name}", param="name")
+            tx.execute(insertion("keys", columns), [*columns.values()])
+            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE name = ? AND revoked_s = 0", (name,))
+        await self.change(who, "key created", name, run, settings)
+        return token
+
+    async def revoke_key(self, name: str, now_s: float, who: str = "") -> Key:
+        return await self.edit_key(name, who, "key revoked", revoked_s=int(now_s))
+
+    async def edit_key(self, name: str, who: str = "", action: str = "key edited", **settings: Any) -> Key:
+        """Changes an active key; running servers know within a second."""
+        await self.refresh()
+        key = next((key for key in self.keys.values() if key.name == name and not key.revoked_s), None)
+        if key is None:
+            raise BadRequest("There is no active key of that name. List keys with: python pomex.py keys list", param="name")
+        changes = "".join(f"{column} = ?, " for column in settings)
+        await self.change(who, action, name, lambda tx: tx.execute(
+            f"UPDATE keys SET {changes}revision = {NEXT_REVISION} WHERE id = ?", (*settings.values(), key.id)),
+            settings, {column: getattr(key, column) for column in settings})
+        return self.keys[key.id]
+
+    async def use_provider(self, name: str, use: bool, who: str = "") -> None:
+        """Enables or disables a provider, in every process."""
+        change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, '1') ON CONFLICT DO NOTHING"
+        await self.change(who, "provider enabled" if use else "provider disabled", name, lambda tx: tx.execute(
+            change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
+
+    def backup(self, path: str) -> None:
+        """A whole copy while servers run; a file that is there is not overwritten."""
+        with database_errors(path):
+            self.db.copy(path)
 
 
-# --- 8.7 the bill of one request ------------------------------------------------------------------
-
-class Line(NamedTuple):
-    """An attempt that was given up and is billed all the same. Fields are the columns of `attempts`."""
-    response_id: str
-    attempt: int
-    provider: str
-    upstream_model: str
-    error_code: str
-    estimated: str
-    input: int
-    cached: int
-    cache_write: int
-    output: int
-    reasoning: int
-    cache_write_1h: int
-    web_searches: int
-    price: str
-    multiplier: int
-    cost_nanos: int
+def end_waiting(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
 
 
-class Bill:
-    """What one request may use, and what it costs: its reservation, and its lines."""
+# --- 8.8 what one request may use, and what it costs ----------------------------------------------
 
-    def __init__(self, book: PriceBook, budgets: Budgets, key: Key, response_id: str, model: str, started_ms: int,
+class Reservation:
+    """Of one request: what it has reserved, and the rows of the attempts that were given up."""
+
+    def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
                  asked_tier: str = "") -> None:
         self.asked_tier = "priority" if asked_tier == "fast" else asked_tier
-        self.book, self.budgets, self.key = book, budgets, key
+        self.prices, self.ledger, self.key = prices, ledger, key
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
-        self.lines: list[Line] = []                     # of attempts given up
-        self.limits = limits_of(key, started_ms // 1000 // RATE_SLOT_S * RATE_SLOT_S) if key.limited else []
+        self.failed_attempts: list[UsageRow] = []
+        self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
         self.held: list[tuple[Limit, int]] = []         # what is reserved
-        self.reserved_output = 0                        # tokens of output among it
-        self.cap = 0                                    # the answer's max_output_tokens
-        self.refused = False                            # it could not be extended
-        self.dearest = ""                               # the price that reservations are made at
+        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until all does
+        self.reserved_output = 0                        # tokens of output whose money is among it
+        self.charged_output = 0                         # those that a rate was charged for
+        self.max_output_tokens = 0                      # of the answer
+        self.exhausted = False                          # it could not be extended
+        self.max_price = ""                             # the price that reservations are made at
+        self.open_row: Callable[[], UsageRow]
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """By what the answer says it was served as, else the dearer of the standard tier and the one asked for."""
-        tariff, region = self.book.tariff(provider, model, self.model), self.book.regions.get(provider)
-        if tariff is None:
+        schedule, region = self.prices.schedule(provider, model, self.model), self.prices.regions.get(provider)
+        if schedule is None:
             return f"provider {usage.cost}" if usage.cost else ""
         tiers = [usage.tier] if usage.tier or region is None else ["", self.asked_tier]
-        return max((tariff.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
+        return max((schedule.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
                    key=lambda text: price_of(text) or ())
 
-    def charge(self, provider: str, model: str, usage: Usage) -> JSON:
-        """The columns of a row that say what an attempt used and costs."""
-        price = self.price(provider, model, usage)
-        return {"provider": provider, "upstream_model": model, **{name: getattr(usage, name) for name in COUNTED},
-                "estimated": usage.inconsistency or ("no count from the provider" if usage.estimated else ""), "price": price,
-                "multiplier": self.key.multiplier, "cost_nanos": cost_nanos(price, self.key.multiplier, usage)}
+    def row(self, provider: str, model: str, usage: Usage, **more: Any) -> UsageRow:
+        """Of an attempt: what it used and costs."""
+        price, key = self.price(provider, model, usage), self.key
+        return UsageRow(
+            self.response_id, started_ms=self.started_ms, key_id=key.id, model=self.model, account_id=key.account_id,
+            provider=provider, upstream_model=model, price=price, multiplier=key.multiplier,
+            cost_nanos=cost_nanos(price, key.multiplier, usage), saved_nanos=saved_nanos(price, usage.cached), tier=usage.tier,
+            estimated=usage.inconsistency or ("no count from the provider" if usage.estimated else ""),
+            **{name: getattr(usage, name) for name in COUNTED}, **more)
 
-    async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int,
-                      reserve: int) -> int:
-        """Reserves before anything is sent; `wanted` is the client's max_output_tokens, 0 for none. Returns the cap that must
-        be sent upstream where the money is enough for no more, 0 where it is. Exceeded says no."""
+    async def reserve(self, row: Callable[[], UsageRow], targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int,
+                      wanted: int, reserve: int) -> int:
+        """Reserves before anything is sent, and begins the request, whose open row `row` makes; `wanted` is the client's
+        max_output_tokens, 0 for none. Returns the one that must be sent upstream where the money is enough for no more, 0
+        where it is. LimitExceeded says no."""
+        self.open_row, self.max_output_tokens = row, wanted
         if not self.limits:
+            self.ledger.begin(self.response_id, row)
             return 0
         prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
-        self.cap = wanted
         output = full = min(wanted or reserve, reserve)
-        self.dearest = max(prices, key=lambda price: self._nanos(price, input_tokens, output))
+        self.max_price = max(prices, key=lambda price: self._nanos(price, input_tokens, output))
         while True:
             try:
-                await self._take(input_tokens, output)
+                await self._acquire(input_tokens, output, min(output, RESERVED_STEP), 1)
                 break
-            except Exceeded as no:
-                less = self._affordable(no, input_tokens)
+            except LimitExceeded as no:
+                less = self._affordable_output_tokens(no, input_tokens)
+                if no.limit.kind == "rate":
+                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
                 if no.limit.unit != "nanos" or not min(LEAST_OUTPUT, full) <= less < output:
                     raise
+                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
                 output = less
         if output == full:
             return 0
-        self.cap = output
+        self.max_output_tokens = output
         return output
 
     def _nanos(self, price: str, input_tokens: int, output: int) -> int:
@@ -8621,68 +8782,73 @@ class Bill:
         writes = rate is not None and rate.cache_write > rate.input
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
-    def _affordable(self, no: Exceeded, input_tokens: int) -> int:
-        """Output tokens for which the room that there was is enough."""
-        left, rate = no.room - self._nanos(self.dearest, input_tokens, 0), price_of(self.dearest)
+    def _affordable_output_tokens(self, no: LimitExceeded, input_tokens: int) -> int:
+        left, rate = no.remaining - self._nanos(self.max_price, input_tokens, 0), price_of(self.max_price)
         return left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
 
-    async def _take(self, input_tokens: int, output: int, first: int = 1) -> None:
-        amounts = {"nanos": self._nanos(self.dearest, input_tokens, output), "tokens": input_tokens + output,
+    async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
+        amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
                    "requests": first, "open": first}
-        needs = [(limit, min(amounts[limit.unit], limit.most) if limit.unit == "tokens" else amounts[limit.unit])
-                 for limit in self.limits]      # more tokens than fit in any minute pass alone
-        await self.budgets.take([need for need in needs if need[1]])
+        needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
+                 for limit in self.limits if amounts[limit.unit]]       # more tokens than fit in any minute pass alone
+        if needs:
+            states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
+            self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+        elif first:
+            self.ledger.begin(self.response_id, self.open_row)
         self.held += needs
         self.reserved_output += output
+        self.charged_output += charged
 
-    async def cover(self, written: int) -> bool:
+    async def extend(self, written: int) -> bool:
         """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
-        exceed the cap, and some servers ignore it."""
+        exceed max_output_tokens, and some servers ignore it."""
         if not self.limits:
             return True
-        while written // 4 + (0 if 0 < self.cap <= self.reserved_output else RESERVED_STEP // 2) > self.reserved_output:
-            if self.refused:
-                return written // 4 < self.reserved_output
+        tokens = written // 4
+        ahead = tokens + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
+        while ahead > min(self.reserved_output, self.charged_output):
+            if self.exhausted:
+                return tokens < min(self.reserved_output, self.charged_output)
+            step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             try:
-                await self._take(0, RESERVED_STEP, 0)
+                await self._acquire(0, step, charged)
             except LedgerError:
-                self.refused = True
-            except Exceeded as no:
-                self.refused = True
-                if no.limit.unit == "nanos" and (less := self._affordable(no, 0)) > 0:
-                    with contextlib.suppress(Exceeded, LedgerError):
-                        await self._take(0, less, 0)        # the last of it
+                self.exhausted = True
+            except LimitExceeded as no:
+                self.exhausted = True
+                if no.limit.unit == "nanos" and (less := self._affordable_output_tokens(no, 0)) > 0:
+                    with contextlib.suppress(LimitExceeded, LedgerError):
+                        await self._acquire(0, less, charged)        # the last of it
         return True
 
-    def lose(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
-        """A line for an attempt that was given up, if its provider will bill it."""
+    def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
+        """A row for an attempt that was given up, if its provider will bill it."""
         if usage.input or usage.output:
-            charge = self.charge(provider, model, usage)
-            self.lines.append(Line(response_id=self.response_id, attempt=attempt, error_code=error_code, **charge))
+            self.failed_attempts.append(self.row(provider, model, usage, request_id="", endpoint="", attempt=attempt, final=0,
+                                                 status="lost", error_code=error_code))
 
-    def settle(self, nanos: int, usage: Usage) -> None:
-        """Puts what was used in the place of what was reserved. Money stays in the lease until the row is saved."""
-        tokens = usage.input + usage.output + sum(line.input + line.output for line in self.lines)
-        nanos += sum(line.cost_nanos for line in self.lines)
-        used = {"nanos": nanos, "tokens": tokens, "requests": 1, "open": 0}
-        self.budgets.give_back(self.held)
-        for limit in self.limits if self.held else ():
-            self.budgets.lease(limit).taken += used[limit.unit]
-            if limit.unit == "nanos" and nanos:
-                self.budgets.charged.setdefault(self.response_id, []).append((limit, nanos))
+    async def settle(self, final: UsageRow) -> None:
+        """Writes the rows of the request in the place of what was reserved."""
+        shared = {name: getattr(final, name) for name in ("request_id", "endpoint", "result", "session", "client")}
+        rows = [*(row._replace(**shared) for row in self.failed_attempts), final]
+        tokens, rates = sum(row.input + row.output for row in rows), []
+        for limit in self.rates:
+            if limit.unit == "tokens":
+                charged = sum(amount for each, amount in self.held if each == limit)
+                change = min(tokens - charged, max(limit.maximum - charged, 0))
+                rates.append((change * (WINDOW_NS // limit.maximum), limit.owner))
         self.held = []
+        await self.ledger.settle(rows, rates)
 
-    def headers(self, now_s: float) -> list[tuple[str, str]]:
+    def headers(self) -> list[tuple[str, str]]:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
-        for limit in self.limits:
-            if limit.slot:
-                lease = self.budgets.lease(limit)
-                left = max(min(lease.room + lease.held - lease.taken, limit.most), 0)
-                seconds = max(int(expiry(limit, now_s) - now_s), 0)
-                reset = f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
-                found += [(f"x-ratelimit-{name}-{limit.unit}", str(value))
-                          for name, value in (("limit", limit.most), ("remaining", left), ("reset", reset))]
+        for limit, (remaining, reset_s) in self.rates.items():
+            seconds = math.ceil(reset_s)
+            reset = f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
+            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value))
+                      for name, value in (("limit", limit.maximum), ("remaining", remaining), ("reset", reset))]
         return found
 
 
@@ -8694,107 +8860,122 @@ def day_words(day: int) -> str:
 RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a minute", "open": "have {} requests open at once"}
 
 
-def refusal(ledger: Ledger, key: Key, no: Exceeded, now_s: float, to_codex: bool) -> GatewayError:
-    """The error for a limit that is used up (DESIGN section 5). Codex shows the text of invalid_prompt alone; the ledger
+def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> GatewayError:
+    """The error for a limit that is used up (DESIGN section 8). Codex shows the text of invalid_prompt alone; the ledger
     keeps the true code."""
     if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
-        may = RATES[no.limit.unit].format(no.limit.most)
+        may = RATES[no.limit.unit].format(no.limit.maximum)
         return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
-    error = GatewayError(quota_sentence(ledger, key, no, now_s), status=429, type="insufficient_quota",
+    error = GatewayError(quota_message(key, no, now_s), status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
     return error
 
 
-def quota_sentence(ledger: Ledger, key: Key, no: Exceeded, now_s: float) -> str:
-    used = ledger.used_nanos(no.limit)
-    if no.limit.room == "credit":
-        return f"The credit of account {key.account} is used up: {usd(-used)} USD are left."
-    who, period = (f"Key {key.name}", key.period) if no.limit.room == "key" else (f"Account {key.account}", "month")
-    may = "" if used >= no.limit.most else f" and this request may cost {usd(no.need, 4)}"
+def quota_message(key: Key, no: LimitExceeded, now_s: float) -> str:
+    if no.limit.kind == "credit":
+        return f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
+    who, period = (f"Key {key.name}", key.period) if no.limit.kind == "key" else (f"Account {key.account}", "month")
+    may = "" if no.spent >= no.limit.maximum else f" and this request may cost {format_usd(no.need, 4)}"
     reset = period_bounds(period, now_s)[1]
-    return (f"{who} has used {usd(used)} of {usd(no.limit.most)} USD {PERIODS[period]}{may}"
+    return (f"{who} has used {format_usd(no.spent)} of {format_usd(no.limit.maximum)} USD {PERIODS[period]}{may}"
             + (f"; it resets on {day_words(reset)}." if reset else "."))
 
 
-# --- 8.8 accounts and credit ----------------------------------------------------------------------
+# --- 8.9 accounts and credit ----------------------------------------------------------------------
 
-Database = Ledger | sqlite3.Connection      # what answers queries on its caller's thread
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    id: int
-    name: str
-    prepaid: int                # 1: requests are refused when its credit is used up
-    limit_nanos: int | None     # a month; None: no limit
-    multiplier: int             # of prices, in millionths
-    created_s: int
-    credit_nanos: int           # sums of the ledger
-    spent_nanos: int
-    month_nanos: int
-
-
-def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int,
-                   now_s: float) -> None:
+async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
+                         who: str = "") -> None:
     if not KEY_NAME.fullmatch(name):
         raise BadRequest("An account's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
-    try:
-        ledger.write("INSERT INTO accounts (name, prepaid, limit_nanos, multiplier, created_s) VALUES (?, ?, ?, ?, ?)",
-                     (name, int(prepaid), limit_nanos, multiplier, int(now_s)))
-    except sqlite3.IntegrityError:
-        raise BadRequest(f"There is an account named {name} already.", param="name") from None
+    settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
+
+    def run(tx: Transaction) -> None:
+        if tx.read("SELECT 1 FROM accounts WHERE name = ?", (name,)):
+            raise BadRequest(f"There is an account named {name} already.", param="name")
+        columns = {"name": name, "created_s": int(now_s), **settings}
+        tx.execute(insertion("accounts", columns), [*columns.values()])
+    await ledger.change(who, "account created", name, run, settings)
 
 
-def list_accounts(db: Database, now_s: float) -> list[Account]:
-    credit = dict(db.execute("SELECT account_id, sum(nanos) FROM credits GROUP BY 1"))
-    spent, month = spent_nanos(db, "account_id", 0), spent_nanos(db, "account_id", period_bounds("month", now_s)[0])
-    accounts = db.execute("SELECT id, name, prepaid, limit_nanos, multiplier, created_s FROM accounts ORDER BY id")
-    return [Account(*row, *(sums.get(row[0], 0) for sums in (credit, spent, month))) for row in accounts]
+async def list_accounts(db: Database, now_s: float) -> list[JSON]:
+    """Each with its limit a month (None: none), the multiplier of its prices in millionths, whether it is prepaid (1: refused
+    when its credit is used up), and the sums of its credit and of what it has spent."""
+    credit: dict[int, int] = dict(await db.read("SELECT account_id, sum(nanos) FROM credits GROUP BY account_id"))
+    spent, month = [await spent_nanos(db, "account_id", day) for day in (0, period_bounds("month", now_s)[0])]
+    names = ("id", "name", "prepaid", "limit_nanos", "multiplier", "created_s", "credit_nanos", "spent_nanos", "month_nanos")
+    accounts = await db.read(f"SELECT {', '.join(names[:6])} FROM accounts ORDER BY id")
+    return [dict(zip(names, (*row, *(sums.get(row[0], 0) for sums in (credit, spent, month))))) for row in accounts]
 
 
-def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER) -> dict[int, int]:
-    """What was spent in some days, by a column of the daily sums."""
-    return dict(db.execute(f"SELECT {column}, sum(cost_nanos) FROM daily WHERE day >= ? AND day < ? GROUP BY 1",
-                           (first_day, end_day)))
-
-
-def account_named(ledger: Ledger, name: str) -> int:
-    found = ledger.read("SELECT id FROM accounts WHERE name = ?", (name,))
+async def account_named(db: Database, name: str) -> int:
+    found = await db.read("SELECT id FROM accounts WHERE name = ?", name)
     if not found:
         raise BadRequest(f"There is no account named {name}. List them with: python pomex.py accounts list", param="name")
     return int(found[0][0])
 
 
-def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float) -> str:
+async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> str:
     """A top-up, or with a reason an adjustment: which of them."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:
         raise BadRequest("Taking credit away needs its reason.", param="reason")
-    kind = "adjustment" if reason else "top-up"
-    ledger.write("INSERT INTO credits (account_id, created_s, kind, nanos, reason) VALUES (?, ?, ?, ?, ?)",
-                 (account_named(ledger, name), int(now_s), kind, nanos, reason))
+    kind, account_id = "adjustment" if reason else "top-up", await account_named(ledger.db, name)
+
+    entry = {"kind": kind, "nanos": nanos, "reason": reason}
+    columns = {"account_id": account_id, "created_s": int(now_s), **entry}
+    await ledger.change(who, "credit added", name, lambda tx: tx.execute(
+        insertion("credits", columns), [*columns.values()]), entry)
     return kind
 
 
-# --- 8.9 reports and care -------------------------------------------------------------------------
+# --- 8.10 reports and care ------------------------------------------------------------------------
 
-REPORT_BY: dict[str, str] = {           # --by -> the column of `daily`, or the name of what it numbers
-    "model": "model", "provider": "provider", "endpoint": "endpoint", "day": "date(day * 86400, 'unixepoch')",
-    "key": "(SELECT name FROM keys WHERE id = key_id)", "account": "(SELECT name FROM accounts WHERE id = account_id)",
-}
+KEY_NAME_OF, ACCOUNT_NAME_OF = (f"coalesce((SELECT name FROM {table}s WHERE {table}s.id = {table}_id), '')"
+                                for table in ("key", "account"))
+REPORT_BY = {"model": "model", "provider": "provider", "endpoint": "endpoint", "day": f"started_ms / {DAY_MS}",
+             "key": KEY_NAME_OF, "account": ACCOUNT_NAME_OF}
+ROW_SUMS = {        # of rows, what the same name sums of rollups
+    "requests": "final", "failed": "CASE WHEN status = 'failed' THEN 1 ELSE 0 END",
+    "estimated": "CASE WHEN estimated <> '' THEN 1 ELSE 0 END",
+    "unpriced": "CASE WHEN final = 1 AND price = '' AND input + output > 0 THEN 1 ELSE 0 END"}
 
 
-def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
-    """The sums of some days by one column, the dearest first (days in order). Reads daily sums only."""
-    order = "1" if by == "day" else "cost_nanos DESC, requests DESC, 1"
-    sums = ", ".join(f"sum({name}) AS {name}" for name in SUMS)
-    rows = db.execute(f"SELECT coalesce({REPORT_BY[by]}, '') AS name, {sums} FROM daily WHERE day BETWEEN ? AND ? "
-                       f"AND ? IN (0, account_id) GROUP BY 1 ORDER BY {order}", (first_day, last_day, account_id))
-    return [dict(zip((by, *SUMS), row)) for row in rows]
+async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms: int, where: str = "1 = 1",
+                     values: Sequence[Any] = (), table: str = "usage_rollups", names: Sequence[str] = SUMS
+                     ) -> list[tuple[Row, JSON]]:
+    """(group, sums) of what was used in a time: of rollups, whose time is that of their half hour, or of the rows."""
+    columns = {name: ROW_SUMS.get(name, name) if table == "usage" else name for name in names}
+    selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns.values())])
+    grouped = " GROUP BY " + ", ".join(str(number + 1) for number in range(len(group))) if group else ""
+    rows = await db.read(f"SELECT {selected} FROM {table} WHERE started_ms >= ? AND started_ms < ? AND {where}{grouped}",
+                         since_ms, until_ms, *values)
+    return [(row[:len(group)], dict(zip(names, row[len(group):]))) for row in rows]
+
+
+def key_condition(key_id: int) -> str:
+    return f"key_id = {int(key_id)}" if key_id else "1 = 1"
+
+
+async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS) -> dict[int, int]:
+    """What was spent in some days, by key or account."""
+    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, names=("cost_nanos",))
+    return {owner: sums["cost_nanos"] for (owner,), sums in found}
+
+
+async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
+    """The sums of some days by one column, the dearest first (days in order)."""
+    found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS, "? IN (0, account_id)",
+                             [account_id])
+    rows = [{by: day_text(name) if by == "day" else name, **sums} for (name,), sums in found]
+    return sorted(rows, key=lambda row: (row[by],) if by == "day" else (-row["cost_nanos"], -row["requests"], row[by]))
+
+
+def day_text(day: int) -> str:
+    return datetime.date.fromordinal(day + EPOCH).isoformat()
 
 
 def month_bounds(text: str) -> tuple[int, int]:
@@ -8803,20 +8984,21 @@ def month_bounds(text: str) -> tuple[int, int]:
     return first, after - 1
 
 
-def statement_rows(db: Database, account_id: int, first_day: int, last_day: int) -> JSON:
+async def statement_rows(db: Database, account_id: int, first_day: int, last_day: int) -> JSON:
     """An account's month: balance before, credit entries, charges by model, balance after."""
-    entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in db.execute(
+    entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in await db.read(
         "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
-        (account_id, (last_day + 1) * 86400))]
+        account_id, (last_day + 1) * 86400)]
     credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
-    charges = usage_report(db, "model", first_day, last_day, account_id)
+    charges = await usage_report(db, "model", first_day, last_day, account_id)
     spent, added = sum(row["cost_nanos"] for row in charges), sum(entry["nanos"] for entry in credits)
-    before = sum(entry["nanos"] for entry in entries) - added - spent_nanos(db, "account_id", 0, first_day).get(account_id, 0)
+    spent_before = (await spent_nanos(db, "account_id", 0, first_day)).get(account_id, 0)
+    before = sum(entry["nanos"] for entry in entries) - added - spent_before
     return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
             "after_nanos": before + added - spent}
 
 
-def apportion(parts: Sequence[int], unit: int) -> list[int]:
+def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
     """The parts in units, rounded so that they add up to the rounded sum (the largest remainders are rounded up)."""
     down = [part // unit for part in parts]
     missing = (sum(parts) + unit // 2) // unit - sum(down)
@@ -8825,231 +9007,136 @@ def apportion(parts: Sequence[int], unit: int) -> list[int]:
     return down
 
 
-def verify(ledger: Ledger) -> tuple[int, list[str]]:
-    """(lines checked, what is wrong): costs against prices, daily sums against rows, the file's own check."""
+async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
+    """Every row, in the order in which requests were settled."""
+    last_id = 0
+    while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {', '.join(USAGE_COLUMNS)} FROM usage "
+                                "WHERE started_ms >= ? AND id > ? ORDER BY id LIMIT 5000", since_ms, last_id):
+        for row in rows:
+            yield dict(zip(("key", "account", *USAGE_COLUMNS), row[1:]))
+        last_id = rows[-1][0]
+
+
+async def verify(db: Database) -> tuple[int, list[str]]:
+    """(rows checked, what is wrong): costs against prices, rollups against rows, meters against rollups, the file's own
+    check."""
     wrong, checked = [], 0
-    for table in ("usage", "attempts"):
-        for response_id, price, multiplier, nanos, *counts in ledger.execute(
-                f"SELECT response_id, price, multiplier, cost_nanos, {', '.join(COUNTED)} FROM {table}"):
-            checked += 1
-            given = Usage(**dict(zip(COUNTED, counts)))
-            try:
-                right = cost_nanos(price, multiplier, given)
-            except (ValueError, ArithmeticError, LookupError):
-                right = -1
-            if right != nanos:
-                wrong.append(f"{response_id}: {nanos} nano-dollars, its price and tokens give {right}")
-            if checked_usage(given) is not given:
-                wrong.append(f"{response_id}: its token counts contradict each other")
-    kept = ledger.read("SELECT coalesce(max(value), 0) FROM settings WHERE name = 'pruned_day'")[0][0]
-    again = """SELECT day, sum(requests), sum(cost_nanos), sum(input), sum(output) FROM (
-        SELECT started_ms / 86400000 AS day, 1 AS requests, cost_nanos, input, output FROM usage UNION ALL
-        SELECT usage.started_ms / 86400000, 0, attempts.cost_nanos, attempts.input, attempts.output
-        FROM attempts JOIN usage USING (response_id)) WHERE day >= ? GROUP BY day"""
-    sums = "SELECT day, sum(requests), sum(cost_nanos), sum(input), sum(output) FROM daily WHERE day >= ? GROUP BY day"
-    rows, totals = ({row[0]: row for row in ledger.execute(query, (kept,))} for query in (again, sums))
-    wrong += [f"day {day_words(day)}: the daily sums differ from the rows" for day in totals if rows.pop(day, 0) != totals[day]]
-    wrong += [f"day {day_words(day)}: it has rows and no daily sums" for day in rows]
-    wrong += [row[0] for row in ledger.read("PRAGMA integrity_check") if row[0] != "ok"]
+    async for row in rows_in_pages(db):
+        checked += 1
+        given = Usage(**{name: row[name] for name in COUNTED})
+        try:
+            right = cost_nanos(row["price"], row["multiplier"], given)
+        except (ValueError, ArithmeticError, LookupError):
+            right = -1
+        if right != row["cost_nanos"]:
+            wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {right}")
+        if checked_usage(given) is not given:
+            wrong.append(f"{row['response_id']}: its token counts contradict each other")
+    pruned = await db.read("SELECT value FROM settings WHERE name = 'pruned_day'")
+    since_ms = int(pruned[0][0]) * DAY_MS if pruned else 0
+    rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], since_ms, MAX_NUMBER, table=table))
+                  for table in ("usage", "usage_rollups")]
+    days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
+    wrong += [f"day {day_words(day)}: the sums differ from the rows" for day in sorted(days)]
+    for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
+        kind, owner_id = owner.split()
+        if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
+            wrong.append(f"{owner}: what is counted against its limit differs from the sums")
+    wrong += [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
     return checked, wrong
 
 
-def export_rows(ledger: Ledger, first_day: int) -> Iterator[JSON]:
-    """Every line, oldest request first: a request's own, and before it those of attempts that were given up."""
-    own = ", ".join(f"usage.{name}" for name in USAGE_COLUMNS)
-    line = {name: f"attempts.{name}" for name in Line._fields}
-    line |= {"attempts": "attempts.attempt", "status": "'lost'", "served_model": "''"}
-    lost = ", ".join(line.get(name, f"usage.{name}") for name in USAGE_COLUMNS)
-    names = "(SELECT name FROM keys WHERE id = key_id), (SELECT name FROM accounts WHERE id = account_id)"
-    rows = ledger.execute(
-        f"SELECT {names}, {own} FROM usage WHERE started_ms >= ? UNION ALL "
-        f"SELECT {names}, {lost} FROM attempts JOIN usage USING (response_id) WHERE started_ms >= ? "
-        "ORDER BY started_ms, response_id, attempts", (first_day * DAY_MS,) * 2)
-    return (dict(zip(("key", "account", *USAGE_COLUMNS), row)) for row in rows)
-
-
-def prune(ledger: Ledger, before_day: int) -> int:
-    """Removes the lines of whole days, but the newest: the overview and the live feed count by ids, which go on behind it.
-    The daily sums stay, and with them every balance."""
-    gone = 0
-    while removed := ledger.write("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? AND id < "
-                                  "(SELECT max(id) FROM usage) LIMIT 5000)",
-                                  (before_day * DAY_MS,)):     # a part at a time: running servers write in between
+async def prune(ledger: Ledger, before_day: int) -> int:
+    """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
+    gone, removed = 0, 1
+    while removed:          # a part at a time: running servers write in between
+        removed = await ledger.db.write(lambda tx: tx.execute(
+            "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
         gone += removed
-    ledger.write("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE "
-                 "SET value = max(value, excluded.value)", (before_day,))
+    await ledger.db.write(lambda tx: tx.execute(
+        "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
+        "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
+        (str(before_day),)))
     return gone
 
 
-# --- 8.10 what the dashboard reads ----------------------------------------------------------------
-#
-# On a thread and connection of its own: no stream waits for a query over 100,000 rows. `key_id` narrows each answer to
-# one key, for its holder; 0 is every key.
+async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
+    """A page of the audit log, newest first."""
+    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE id < ? AND time_ms >= ? "
+                         "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
+    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(row[5]),
+             "after": json.loads(row[6])} for row in rows]
 
-RESULT = """CASE WHEN status IN ('failed', 'cancelled') THEN status WHEN terminal_by = 'gateway' THEN 'ended by gateway'
-    WHEN attempts > 1 THEN 'failed over' ELSE status END"""
+
+# --- 8.11 what the dashboard reads ----------------------------------------------------------------
+#
+# `key_id` narrows each answer to one key, for its holder; 0 is every key.
+
 FILTERS: dict[str, str] = {         # of the usage log: name in its URL -> condition
     "from": "started_ms >= ?", "to": "started_ms < ?", "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
     "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)", "model": "model = ?", "provider": "provider = ?",
-    "endpoint": "endpoint = ?", "result": f"{RESULT} = ?", "min_cost": "cost_nanos >= ?",
-    "text": "instr(response_id || ' ' || request_id || ' ' || error_code, ?)",
+    "endpoint": "endpoint = ?", "result": "result = ?", "min_cost": "cost_nanos >= ?", "session": "session = ?",
+    "client": "lower(client) LIKE lower(?) ESCAPE '!'",
+    "text": "lower(response_id || ' ' || request_id || ' ' || error_code || ' ' || error) LIKE lower(?) ESCAPE '!'",
 }
 NUMERIC_FILTERS = ("from", "to", "min_cost")
-RESULTS = ("completed", "incomplete", "failed over", "ended by gateway", "failed", "cancelled")
-LOST_NANOS = "(SELECT coalesce(sum(cost_nanos), 0) FROM attempts WHERE attempts.response_id = usage.response_id)"
-ROW_COLUMNS = ("id", "key", "account", "result", "lost_nanos", *USAGE_COLUMNS)
-SELECT_ROWS = f"""SELECT usage.id, coalesce((SELECT name FROM keys WHERE id = key_id), ''),
-    coalesce((SELECT name FROM accounts WHERE id = account_id), ''), {RESULT}, {LOST_NANOS}, {', '.join(USAGE_COLUMNS)}
-    FROM usage WHERE """
+ROW_FILTERS = ("min_cost", "session", "client", "text")     # of what rollups do not have
+LOST_NANOS = ("(SELECT coalesce(sum(lost.cost_nanos), 0) FROM usage AS lost WHERE lost.response_id = usage.response_id "
+              "AND lost.final = 0)")
+ROW_COLUMNS = ("id", "key", "account", "lost_nanos", *USAGE_COLUMNS)
+SELECT_ROWS = f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {LOST_NANOS}, {', '.join(USAGE_COLUMNS)} FROM usage WHERE "
 PLAY_KEY = "playground"             # the dashboard's own, to which nobody holds the secret
-Answered = TypeVar("Answered")
-
-
-class LedgerReader:
-    """The ledger, read only, on its own thread."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.pool = concurrent.futures.ThreadPoolExecutor(1, "reader")
-        self.db = open_database(path, "process")
-        self.db.execute("PRAGMA query_only = 1")
-
-    async def ask(self, question: Callable[..., Answered], *arguments: Any) -> Answered:
-        """`question(db, *arguments)`; one at a time."""
-        with database_errors(self.path):
-            return await asyncio.get_running_loop().run_in_executor(self.pool, question, self.db, *arguments)
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=True)
-        self.db.close()
-
-
-def only(key_id: int) -> str:
-    return f" AND key_id = {int(key_id)}" if key_id else ""
-
-
-# The overview reads sums of half hours: a walk over 100,000 rows takes half a second. Rows are added to them some hundred at
-# a time, off the path of requests; those not yet in them are summed when asked for.
-
-HALF_HOUR_MS = 1_800_000
-ROLL_ROWS, ROLL_AT_ONCE = 500, 5000
-PART_SUMS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos", "unpriced", "saved_nanos")
-ROW_SUMS = {**{name: f"sum({name})" for name in PART_SUMS}, "requests": "count(*)", "failed": "sum(status = 'failed')",
-            "unpriced": "sum(price = '' AND input + output > 0)", "saved_nanos": "sum(saved_nanos(price, cached))",
-            "last_id": "max(id)"}
-Sums = collections.Counter[str]
-DIMENSIONS = {"provider": "provider", "model": "model", "key": "key_id", "endpoint": "endpoint", "result": RESULT}
-
-
-def sum_queries(db: sqlite3.Connection, groups: Sequence[str], names: Sequence[str], where: str) -> list[str]:
-    """What sums usage rows by columns, and what sums attempts that were given up: those add their cost, at their own
-    provider."""
-    by = ", ".join(map(str, range(1, len(groups) + 1)))
-    queries = [f"SELECT {', '.join([*groups, *map(ROW_SUMS.__getitem__, names)])} FROM usage WHERE {where} GROUP BY {by}"]
-    if "cost_nanos" in names and RESULT not in groups and db.execute("SELECT 1 FROM attempts LIMIT 1").fetchone():
-        columns = [f"attempts.{group}" if group == "provider" else group for group in groups]
-        columns += ["sum(attempts.cost_nanos)" if name == "cost_nanos" else "0" for name in names]
-        queries.append(f"SELECT {', '.join(columns)} FROM (SELECT * FROM usage WHERE {where}) AS usage "
-                       f"JOIN attempts USING (response_id) GROUP BY {by}")
-    return queries
-
-
-def sum_rows(db: sqlite3.Connection, groups: Sequence[str], names: Sequence[str], where: str, values: Sequence[Any]
-             ) -> list[Any]:
-    """(*groups, *sums) of the rows that a condition lets through; a group may come twice."""
-    return [row for query in sum_queries(db, groups, names, where) for row in db.execute(query, values)]
-
-
-def roll_up(db: sqlite3.Connection, least: int = ROLL_ROWS) -> None:
-    """Adds new rows to the sums of half hours, when there are enough. Within a transaction."""
-    last = last_row_id(db)
-    done = rolled_up(db)
-    if last - done < least:
-        return
-    last = min(last, done + ROLL_AT_ONCE)
-    for key, (dimension, name) in itertools.product(("0", "key_id"), DIMENSIONS.items()):
-        groups = key, f"'{dimension}'", f"started_ms / {HALF_HOUR_MS}", name
-        for query in sum_queries(db, groups, PART_SUMS, "id > ? AND id <= ?"):
-            db.execute(f"INSERT INTO halfhours {query} {add_up(PART_SUMS)}", (done, last))
-    db.execute("INSERT INTO settings VALUES ('rolled_up', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (last,))
-
-
-def rolled_up(db: sqlite3.Connection) -> int:
-    """The last row in the sums of half hours; 0 where that is gone, for then ids begin anew."""
-    done = int(db.execute("SELECT coalesce(max(value), 0) FROM settings WHERE name = 'rolled_up'").fetchone()[0])
-    return done if done <= last_row_id(db) else 0
-
-
-def parts(db: sqlite3.Connection, dimension: str, since_ms: int, step_ms: int, until_ms: int, key_id: int
-          ) -> dict[tuple[int, str], Sums]:
-    """(step, name) -> sums by one dimension; the time begins and ends with a half hour."""
-    sums, done = ", ".join(f"sum({name})" for name in PART_SUMS), rolled_up(db)
-    rows = db.execute(f"SELECT (half * {HALF_HOUR_MS} - ?) / ?, name, {sums} FROM halfhours WHERE key_id = ? AND dimension = ? "
-                      "AND half >= ? AND half < ? GROUP BY 1, 2",
-                      (since_ms, step_ms, key_id, dimension, since_ms // HALF_HOUR_MS, until_ms // HALF_HOUR_MS)).fetchall()
-    # the + keeps SQLite from the index of times: there are few new ids
-    rows += sum_rows(db, ("(started_ms - ?) / ?", DIMENSIONS[dimension]), PART_SUMS,
-                     f"id > ? AND +started_ms >= ? AND +started_ms < ?{only(key_id)}",
-                     (since_ms, step_ms, done, since_ms, until_ms))
-    found: dict[tuple[int, str], Sums] = {}
-    for slot, name, *numbers in rows:
-        found.setdefault((slot, str(name)), Sums()).update(dict(zip(PART_SUMS, numbers)))
-    return found
-
-
 LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
 
 
-def latencies(db: sqlite3.Connection, since_ms: int, key_id: int) -> list[tuple[str, int, int]]:
+async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
     """(provider, milliseconds to the first output, to the end) of answered requests."""
-    return db.execute(f"""SELECT provider, first_ms, total_ms FROM (SELECT * FROM usage WHERE 1{only(key_id)}
-        ORDER BY id DESC LIMIT {LATENCY_ROWS}) WHERE started_ms >= ? AND status IN ('completed', 'incomplete')""",
-                      (since_ms,)).fetchall()
+    newest = f"SELECT * FROM usage WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {LATENCY_ROWS}"
+    return await db.read(f"SELECT provider, first_ms, total_ms FROM ({newest}) AS newest WHERE started_ms >= ? "
+                         "AND status IN ('completed', 'incomplete')", since_ms)
 
 
 def percentiles(values: Iterable[int]) -> list[int]:
-    """p50 and p95; nought of none."""
+    """p50 and p95; 0 of none."""
     ordered = sorted(values)
     return [ordered[min(int(part * len(ordered)), len(ordered) - 1)] if ordered else 0 for part in (0.5, 0.95)]
 
 
-def overview(db: sqlite3.Connection, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
+DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "result": "result"}
+
+
+async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
     """What the overview shows of `slots` steps; each begins with a half hour."""
     since_ms -= since_ms % HALF_HOUR_MS
-    length_ms, now_ms = step_ms * slots, int(now_s * 1000)
-
-    def sums(dimension: str, start_ms: int, end_ms: int) -> list[tuple[str, Sums]]:
-        found = parts(db, dimension, start_ms, length_ms, end_ms, key_id)
-        return sorted([(name, each) for (_, name), each in found.items()],
-                      key=lambda pair: (-pair[1]["cost_nanos"], -pair[1]["requests"]))
-    by = {dimension: sums(dimension, since_ms, since_ms + length_ms) for dimension in ("model", "key", "endpoint", "result")}
-    times = latencies(db, since_ms, key_id)
-    names = {str(key): name for key, name in db.execute("SELECT id, name FROM keys")}
-    before_ms, passed_ms = since_ms - length_ms, min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS
+    length_ms, now_ms, mine = step_ms * slots, int(now_s * 1000), key_condition(key_id)
+    found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, since_ms + length_ms, mine)
+    by = {dimension: sorted(sum_by(found, place), key=lambda each: (-each["cost_nanos"], -each["requests"]))
+          for place, dimension in enumerate(DIMENSIONS)}
+    steps = await usage_sums(db, [f"(started_ms - {since_ms}) / {step_ms}", "provider"], since_ms, since_ms + length_ms, mine)
+    times = await latencies(db, since_ms, key_id)
+    passed_ms, before_ms = min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS, since_ms - length_ms
+    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
     first_day, next_day = period_bounds("month", now_s)
-    spent = [nanos for key, nanos in spent_nanos(db, "key_id", first_day).items() if key_id in (0, key)]
+    spent = await spent_nanos(db, "key_id", first_day)
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
-        "totals": added(each for _, each in by["endpoint"]),
-        "before_nanos": sum(each["cost_nanos"] for _, each in sums("endpoint", before_ms, before_ms + passed_ms)),
-        "month": {"spent_nanos": sum(spent), "first_day": first_day, "next_day": next_day,
-                  "budget_nanos": 0 if key_id else month_budget(db, now_s)},
+        "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS}, "before_nanos": before["cost_nanos"],
+        "month": {"spent_nanos": spent.get(key_id, 0) if key_id else sum(spent.values()), "first_day": first_day,
+                  "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
         "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
         "total_ms": percentiles(total_ms for _, _, total_ms in times),
-        "series": time_series(parts(db, "provider", since_ms, step_ms, since_ms + length_ms, key_id), slots),
-        "by": {dimension: [{"name": names.get(name, "") if dimension == "key" else name, **each}
-                           for name, each in found] for dimension, found in by.items()},
-    }
+        "series": time_series({(slot, name): sums for (slot, name), sums in steps}, slots), "by": by}
 
 
-def added(rows: Iterable[Mapping[str, int]], names: Iterable[str] = PART_SUMS) -> Sums:
-    total = collections.Counter(dict.fromkeys(names, 0))
-    for row in rows:
-        total.update(row)
-    return total
+def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
+    """The sums of groups by one of what they are grouped by."""
+    sums: dict[Any, collections.Counter[str]] = {}
+    for group, each in found:
+        sums.setdefault(group[place], collections.Counter(dict.fromkeys(SUMS, 0))).update(each)
+    return [{"name": name, **each} for name, each in sums.items()]
 
 
-def time_series(sums: Mapping[tuple[int, str], Mapping[str, int]], slots: int) -> list[JSON]:
+def time_series(sums: Mapping[tuple[int, str], JSON], slots: int) -> list[JSON]:
     """One a name."""
     def line(name: str, *columns: str) -> list[int]:
         cells = [sums.get((slot, name), {}) for slot in range(slots)]
@@ -9060,67 +9147,65 @@ def time_series(sums: Mapping[tuple[int, str], Mapping[str, int]], slots: int) -
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]]:
     """The condition of a filtered log and its values; BadRequest for a filter that is none."""
-    where, values = ["1" + only(key_id)], []
+    where, values = [key_condition(key_id)], []
     for name, text in filters.items():
         if (name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text)
                 or name == "result" and text not in RESULTS):
             raise BadRequest(f"{name[:40]!r} is no filter, or its value is not right.", param=name[:40])
-        values.append(int(text) if name in NUMERIC_FILTERS else text.encode("utf-8", "replace").decode())
+        plain = text.encode("utf-8", "replace").decode().replace("\0", "?")
+        if name in ("client", "text"):
+            plain = "%" + re.sub("[!%_]", r"!\g<0>", plain) + "%"
+        values.append(int(text) if name in NUMERIC_FILTERS else plain)
         where.append(FILTERS[name])
     return " AND ".join(where), values
 
 
-def select_rows(db: sqlite3.Connection, where: str, values: Sequence[Any]) -> list[JSON]:
-    return [dict(zip(ROW_COLUMNS, row)) for row in db.execute(SELECT_ROWS + where, values)]
+async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int, newest_first: bool = True) -> list[JSON]:
+    """Requests by a condition."""
+    order = "DESC" if newest_first else "ASC"
+    rows = await db.read(f"{SELECT_ROWS}final = 1 AND {where} ORDER BY id {order} LIMIT ?", *values, limit)
+    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
-def usage_rows(db: sqlite3.Connection, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
+async def log_rows(db: Database, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
     """A page of the log, newest first, of the rows before an id."""
     where, values = usage_where(filters, key_id)
-    return select_rows(db, f"{where} AND usage.id < ? ORDER BY usage.id DESC LIMIT ?", (*values, before_id, limit))
+    return await usage_rows(db, f"{where} AND id < ?", [*values, before_id], limit)
 
 
-def usage_sums(db: sqlite3.Connection, filters: Mapping[str, str], key_id: int) -> JSON:
-    """The sums of all rows of a filtered log."""
-    names = ("requests", "input", "cached", "output", "cost_nanos", "unpriced", "last_id")
-    rows = sum_rows(db, ("0",), names, *usage_where(filters, key_id))
-    sums = added((dict(zip(names, row[1:])) for row in rows), names)
-    return {**sums, "last_id": sums["last_id"] or None}
+async def log_sums(db: Database, filters: Mapping[str, str], key_id: int) -> JSON:
+    """The sums of all rows of a filtered log; of rollups where those can tell."""
+    where, values = usage_where(filters, key_id)
+    by_row = any(name in ROW_FILTERS or name in NUMERIC_FILTERS and int(text) % HALF_HOUR_MS for name, text in filters.items())
+    (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, "usage" if by_row else "usage_rollups")
+    return sums
 
 
-def rows_after(db: sqlite3.Connection, after_id: int, limit: int, key_id: int) -> list[JSON]:
-    """Rows that came since, oldest first."""
-    return select_rows(db, f"usage.id > ?{only(key_id)} ORDER BY usage.id LIMIT ?", (after_id, limit))
+async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
+    """(its row, all that are billed for it); None where there is none for this key."""
+    rows = await usage_rows(db, f"response_id = ? AND {key_condition(key_id)}", [response_id], 1)
+    lines = await db.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ? ORDER BY attempt", response_id)
+    return (rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]) if rows else None
 
 
-def last_row_id(db: sqlite3.Connection) -> int:
-    return int(db.execute("SELECT coalesce(max(id), 0) FROM usage").fetchone()[0])
-
-
-def one_request(db: sqlite3.Connection, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
-    """(its row, the attempts that were given up and billed); None where there is none for this key."""
-    rows = select_rows(db, f"response_id = ?{only(key_id)}", (response_id,))
-    lost = db.execute(f"SELECT {', '.join(Line._fields)} FROM attempts WHERE response_id = ? ORDER BY attempt", (response_id,))
-    return (rows[0], [dict(zip(Line._fields, line)) for line in lost]) if rows else None
-
-
-def key_rows(db: Database, now_s: float) -> list[JSON]:
+async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
     """Every key with what it has spent in its period and this month, and its last use; newest first."""
-    spent = {period: spent_nanos(db, "key_id", period_bounds(period, now_s)[0]) for period in PERIODS}
-    last = dict(db.execute("SELECT key_id, max(last_ms) FROM daily GROUP BY 1"))
-    keys = [Key(*row) for row in db.execute(SELECT_KEYS + " ORDER BY keys.revoked_s > 0, keys.id DESC")]
-    columns = ("id", "name", "hint", "created_s", "expires_s", "revoked_s", "models", "budget_nanos", "period", "rpm", "tpm",
-               "concurrent", "allow_unpriced", "account")
-    return [{**{name: getattr(key, name) for name in columns}, "spent_nanos": spent[key.period].get(key.id, 0),
-             "month_nanos": spent["month"].get(key.id, 0), "last_ms": last.get(key.id, 0)} for key in keys]
+    db = ledger.db
+    spent = {period: await spent_nanos(db, "key_id", period_bounds(period, now_s)[0])
+             for period in {"month", *(key.period for key in ledger.keys.values())}}
+    last: dict[int, int] = dict(await db.read("SELECT key_id, max(last_ms) FROM usage_rollups GROUP BY key_id"))
+    shown = [name for name in Key.__slots__ if name != "digest"]
+    return [{**{name: getattr(key, name) for name in shown}, "spent_nanos": spent[key.period].get(key.id, 0),
+             "month_nanos": spent["month"].get(key.id, 0), "last_ms": last.get(key.id, 0)}
+            for key in sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))]
 
 
-def month_budget(db: sqlite3.Connection, now_s: float) -> int:
+async def month_budget(db: Database, now_s: float) -> int:
     """What may be spent this month: by the accounts' limits, else by the keys' monthly budgets; 0 where one has none."""
-    accounts = [row[0] for row in db.execute("SELECT limit_nanos FROM accounts WHERE id IN (SELECT account_id FROM keys)")]
-    keys = [row[0] for row in db.execute("SELECT CASE period WHEN 'month' THEN budget_nanos END FROM keys WHERE revoked_s = 0 "
-                                         "AND name <> ? AND (expires_s = 0 OR expires_s > ?)", (PLAY_KEY, now_s))]
-    return next((sum(limits) for limits in (accounts, keys) if limits and None not in limits), 0)
+    accounts = await db.read("SELECT limit_nanos FROM accounts WHERE id IN (SELECT account_id FROM keys)")
+    keys = await db.read("SELECT CASE period WHEN 'month' THEN budget_nanos END FROM keys WHERE revoked_s = 0 "
+                         "AND name <> ? AND (expires_s = 0 OR expires_s > ?)", PLAY_KEY, int(now_s))
+    return next((sum(nanos for nanos, in rows) for rows in (accounts, keys) if rows and (None,) not in rows), 0)
 
 
 def csv_line(cells: Iterable[object]) -> str:
@@ -9130,7 +9215,7 @@ def csv_line(cells: Iterable[object]) -> str:
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
 
 
-# --- 8.11 who is logged in to the dashboard --------------------------------------------------------
+# --- 8.12 who is logged in to the dashboard --------------------------------------------------------
 #
 # In the database, since any process may be asked. Only digests are stored.
 
@@ -9138,35 +9223,35 @@ SESSION_S = 12 * 3600           # a working day
 LOGIN_LINK_S = 600
 
 
-def open_session(ledger: Ledger, kind: str, key_id: int, life_s: int, now_s: float) -> str:
+async def open_session(db: Database, kind: str, key_id: int, life_s: int, now_s: float) -> str:
     """A new secret of the kind "link" (one login), "admin" or "key"."""
     token = secrets.token_urlsafe(18)
-    ledger.write("DELETE FROM sessions WHERE expires_s <= ?", (now_s,))
-    ledger.write("INSERT INTO sessions VALUES (?, ?, ?, ?)", (key_digest(token), kind, key_id, int(now_s) + life_s))
+
+    def run(tx: Transaction) -> None:
+        tx.execute("DELETE FROM sessions WHERE expires_s <= ?", (int(now_s),))
+        tx.execute("INSERT INTO sessions (digest, kind, key_id, expires_s) VALUES (?, ?, ?, ?)",
+                   (key_digest(token), kind, key_id, int(now_s) + life_s))
+    await db.write(run)
     return token
 
 
-def find_session(ledger: Ledger, token: str, now_s: float) -> tuple[str, int] | None:
-    """(kind, key id) of a session that is open."""
-    rows = ledger.read("SELECT kind, key_id FROM sessions WHERE digest = ? AND kind <> 'link' AND expires_s > ?",
-                       (key_digest(token), now_s))
+async def find_session(db: Database, token: str, now_s: float) -> Row | None:
+    """(kind, key id, number) of a session that is open."""
+    rows = await db.read("SELECT kind, key_id, id FROM sessions WHERE digest = ? AND kind <> 'link' AND expires_s > ?",
+                         key_digest(token), int(now_s))
     return rows[0] if rows else None
 
 
-def use_login_link(ledger: Ledger, token: str, now_s: float) -> bool:
+async def use_login_link(db: Database, token: str, now_s: float) -> bool:
     """Whether it was good: it is so once. A guess locks nothing."""
-    found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), now_s)
-    return bool(ledger.read(f"SELECT 1 {found}", values)) and ledger.write(f"DELETE {found}", values) == 1
+    found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), int(now_s))
+    if not await db.read(f"SELECT 1 {found}", *values):
+        return False
+    return await db.write(lambda tx: tx.execute(f"DELETE {found}", values)) == 1
 
 
-def close_session(ledger: Ledger, token: str) -> None:
-    ledger.write("DELETE FROM sessions WHERE digest = ?", (key_digest(token),))
-
-
-def key_of_id(ledger: Ledger, key_id: int, now_s: float) -> Key | None:
-    """An active key."""
-    found = [Key(*row) for row in ledger.read(SELECT_KEYS + " WHERE keys.id = ?", (key_id,))]
-    return next((key for key in found if key.state(now_s) == "active"), None)
+async def close_session(db: Database, token: str) -> None:
+    await db.write(lambda tx: tx.execute("DELETE FROM sessions WHERE digest = ?", (key_digest(token),)))
 
 
 # === 9. upstream ==================================================================================
@@ -10060,7 +10145,7 @@ class CircuitBreakers:
 # state, else the newest envelope in its input. New ones are dealt out by rendezvous hashing, alike in every process, which
 # moves only the conversations of a target that is lost.
 
-SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id")
+SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id", "x-claude-code-session-id")
 ENVELOPES_READ = 8          # newest first, until one verifies
 
 
@@ -10144,11 +10229,13 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 class ClientStream:
     """One answer on its way to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
 
-    def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, bill: Bill) -> None:
+    def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation,
+                 named: Mapping[str, str]) -> None:
         self.client = client
         self.answer = answer
         self.server = server
-        self.bill = bill
+        self.reservation = reservation
+        self.named = named                              # columns of its rows: ids, endpoint, session, client
         # what the ledger and the access line want to know
         self.attempt = Attempt(answer)               # the newest
         self.provider, self.model = "", ""              # its target
@@ -10180,7 +10267,7 @@ class ClientStream:
                    ("x-pomex-dropped", printable(", ".join(dict.fromkeys(self.dropped)), 1000)),
                    ("x-codex-turn-state", self.turn_state)]
             fields = fields + [header for header in own if header[1]]
-        return fields + self.bill.headers(time.time())
+        return fields + self.reservation.headers()
 
     def count_attempt(self) -> bool:
         """One more upstream call; False where the request has had all it may."""
@@ -10210,6 +10297,7 @@ class ClientStream:
     async def _write(self, block: bytes) -> None:
         self.active = self.loop.time()
         if not self.head_sent:
+            await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
             self.head_sent = True
             await self.client.start(200, self.headers(early=not self.attempt.output_started))
         await self.client.write(block)
@@ -10225,7 +10313,7 @@ class ClientStream:
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
 
     async def _beat(self) -> None:
-        with contextlib.suppress(OSError, asyncio.CancelledError):      # a client that left is the request's own affair
+        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # which the request itself meets, too
             async with self.writing:
                 if self.timer is not None:      # else the answer has ended in the meantime; numbered as it is written
                     await self._write(self.answer.heartbeat() if self.answer.started else self.answer.start())
@@ -10284,10 +10372,8 @@ class Router:
 
     def metrics(self, now: float) -> dict[tuple[str, ...], int]:
         """(metric, label values...) -> value."""
-        counted = dict(self.counters)
-        for id, state, _, _ in self.health.rows(now):
-            counted["pomex_circuit_state", id] = ("closed", "half-open", "open").index(state)
-        return counted
+        return {("pomex_circuit_state", id): ("closed", "half-open", "open").index(state)
+                for id, state, _, _ in self.health.rows(now)}
 
     async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
         """Afterwards `down` has how it went, and the attempt that counts is finished, unless the client left. `candidates` are
@@ -10337,7 +10423,7 @@ class Router:
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
-        down.bill.lose(down.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
+        down.reservation.add_failed_attempt(down.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
         if decision == "failover":
             self.counters["pomex_failovers_total", name, failure.fault] += 1
             return other
@@ -10460,7 +10546,7 @@ class Router:
                 return
             if attempt.stop or attempt.error:
                 due = min(due, down.loop.time() + AFTER_STOP_S)
-            if down.bill.held and attempt.stop is None and not await down.bill.cover(attempt.output_chars):
+            if down.reservation.held and attempt.stop is None and not await down.reservation.extend(attempt.output_chars):
                 attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
                 return
         else:
@@ -10523,14 +10609,16 @@ def printable_text(text: str) -> str:
     return "".join(each if each.isprintable() else " " for each in text)       # nor with marks that turn its direction
 
 
-# --- 10.6 what a process counts -------------------------------------------------------------------
+# --- 10.6 what is counted -------------------------------------------------------------------------
 
-DURATION_S = (*(0.01 * 2**k for k in range(14)), 163.84, 327.68)
-FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)     # reasoning models take their time
+BUCKETS_S: dict[str, Sequence[float]] = {
+    "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
+    "pomex_time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}    # reasoning models take their time
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, meaning, labels
     "pomex_requests_total": ("counter", "requests that were planned", ("endpoint", "model", "provider", "outcome")),
     "pomex_tokens_total": ("counter", "tokens billed", ("model", "provider", "kind")),
     "pomex_cost_usd_total": ("counter", "what they cost", ("model", "provider")),
+    "pomex_refusals_total": ("counter", "requests that were refused before any provider was asked", ("code",)),
     "pomex_upstream_attempts_total": ("counter", "tries of targets, by how they went", ("provider", "result")),
     "pomex_failovers_total": ("counter", "requests that went on to another target, by why", ("provider", "fault")),
     "pomex_circuit_state": ("gauge", "targets that ever failed: 0 in use, 1 about to be tried again, 2 left out", ("target",)),
@@ -10544,84 +10632,71 @@ OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, o
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 
 
-class Histogram:
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def lines(self, name: str, written: Callable[[Mapping[str, str]], str], labels: Mapping[str, str]) -> Iterator[str]:
-        for bound, count in zip((*self.bounds, "+Inf"), itertools.accumulate(self.counts)):
-            yield f"{name}_bucket{written({**labels, 'le': str(bound)})} {count}"
-        yield f"{name}_sum{written(labels)} {self.sum:.6f}"
-        yield f"{name}_count{written(labels)} {sum(self.counts)}"
-
-
 class Metrics:
-    """Counters of this process, for Prometheus. Models that are not known by name count as "other": a client cannot make
-    more series than there are names."""
+    """What /metrics shows: counters of all processes together, and the state of this one. Models that are not known by name
+    count as "other": a client cannot make more series than there are names."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, counters: collections.Counter[tuple[str, ...]], workers: int) -> None:
         self.names: frozenset[str] = frozenset()
-        self.own = {"worker": str(os.getpid())} if workers > 1 else {}      # its series are no other process's
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()      # (name, label values...)
-        self.spent: dict[tuple[str, str], Sequence[int]] = {}   # (model, provider) -> tokens by kind, nano-dollars
-        self.histograms: dict[tuple[str, ...], Histogram] = {}
+        self.own = {"worker": str(os.getpid())} if workers > 1 else {}      # labels of what is this process's
+        self.counters = counters        # (name, label values...), of the ledger, which saves them
         self.started_s = time.time()
 
-    def count(self, entry: Entry) -> None:
+    def count(self, rows: Sequence[UsageRow]) -> None:
         """One settled request."""
-        add, provider = self.counters, entry.provider
-        model = entry.model if entry.model in self.names else "other"
-        outcome = entry.error_code if entry.error_code in OUTCOMES else entry.status
-        add["pomex_requests_total", entry.endpoint, model, provider, outcome] += 1
-        amounts = (entry.input, entry.cached, entry.cache_write, entry.output, entry.reasoning, entry.cost_nanos)
-        spent = self.spent.get((model, provider), (0,) * len(amounts))
-        self.spent[model, provider] = [total + amount for total, amount in zip(spent, amounts)]
-        if entry.terminal_by == "gateway":
-            add["pomex_terminal_fallbacks_total", provider, entry.status] += 1
-        self._observe("pomex_request_duration_seconds", DURATION_S, provider, model, entry.total_ms / 1000)
-        if entry.first_ms:
-            self._observe("pomex_time_to_first_token_seconds", FIRST_TOKEN_S, provider, model, entry.first_ms / 1000)
+        add, row = self.counters, rows[-1]
+        model = row.model if row.model in self.names else "other"
+        outcome = row.error_code if row.error_code in OUTCOMES else row.status
+        add["pomex_requests_total", row.endpoint, model, row.provider, outcome] += 1
+        for each in rows:
+            add["pomex_cost_usd_total", model, each.provider] += each.cost_nanos
+            for kind in TOKEN_KINDS:
+                add["pomex_tokens_total", model, each.provider, kind] += getattr(each, kind)
+        if row.terminal_by == "gateway":
+            add["pomex_terminal_fallbacks_total", row.provider, row.status] += 1
+        for name, value_ms in zip(BUCKETS_S, (row.total_ms, row.first_ms)):
+            if value_ms:
+                bucket = bisect.bisect_left(BUCKETS_S[name], value_ms / 1000)
+                add[name, row.provider, model, str(bucket)] += 1
+                add[name, row.provider, model, "sum"] += value_ms
 
-    def _observe(self, name: str, bounds: Sequence[float], provider: str, model: str, value: float) -> None:
-        series = (name, provider, model)
-        if series not in self.histograms:
-            self.histograms[series] = Histogram(bounds)
-        self.histograms[series].add(value)
-
-    def text(self, streams_open: int, routing: Mapping[tuple[str, ...], int]) -> str:
-        """Prometheus text format 0.0.4. `routing` is what Router.metrics() gives."""
-        found: dict[tuple[str, ...], int | str | Histogram] = {**self.counters, **routing, **self.histograms}
-        for target, (*tokens, nanos) in self.spent.items():
-            found[("pomex_cost_usd_total", *target)] = usd(nanos, 9)
-            found.update({("pomex_tokens_total", *target, kind): count for kind, count in zip(TOKEN_KINDS, tokens)})
+    def text(self, counters: Mapping[tuple[str, ...], int], streams_open: int, routing: Mapping[tuple[str, ...], int]) -> str:
+        """Prometheus text format 0.0.4, of the counters of all processes. `routing` is what Router.metrics() gives."""
         facts = [("pomex_build_info", "gauge", {"version": VERSION}, "1"),
                  ("pomex_streams_open", "gauge", {}, str(streams_open)),
-                 ("process_start_time_seconds", "gauge", {}, f"{self.started_s:.3f}"),
-                 ("process_cpu_seconds_total", "counter", {}, f"{time.process_time():.3f}")]
+                 ("process_start_time_seconds", "gauge", self.own, f"{self.started_s:.3f}"),
+                 ("process_cpu_seconds_total", "counter", self.own, f"{time.process_time():.3f}")]
         lines: list[str] = []
         for name, kind, labels, text in facts:
-            lines += [f"# TYPE {name} {kind}", f"{name}{self.labels(labels)} {text}"]
+            lines += [f"# TYPE {name} {kind}", f"{name}{written_labels(labels)} {text}"]
+        found = sorted({**counters, **routing}.items())
         for name, (kind, meaning, label_names) in METRICS.items():
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            for each in sorted(found):
-                labels, value = dict(zip(label_names, each[1:])), found[each]
-                if each[0] == name and isinstance(value, Histogram):
-                    lines += value.lines(name, self.labels, labels)
-                elif each[0] == name:
-                    lines.append(f"{name}{self.labels(labels)} {value}")
+            mine = [(each[1:], value) for each, value in found if each[0] == name]
+            if kind == "histogram":
+                for place, parts in itertools.groupby(mine, key=lambda each: each[0][:-1]):
+                    lines += histogram_lines(name, dict(zip(label_names, place)), {each[-1]: value for each, value in parts})
+                continue
+            for values, value in mine:
+                own = self.own if kind == "gauge" else {}
+                number = format_usd(value, 9) if name == "pomex_cost_usd_total" else value
+                lines.append(f"{name}{written_labels({**dict(zip(label_names, values)), **own})} {number}")
         return "\n".join(lines) + "\n"
 
-    def labels(self, labels: Mapping[str, str]) -> str:
-        """As they stand behind a metric's name; "" for none."""
-        escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-                   for name, value in {**labels, **self.own}.items()}
-        return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}" if escaped else ""
+
+def histogram_lines(name: str, labels: Mapping[str, str], parts: Mapping[str, int]) -> Iterator[str]:
+    """Of counts by bucket, and their sum in milliseconds."""
+    counts = list(itertools.accumulate(parts.get(str(bucket), 0) for bucket in range(len(BUCKETS_S[name]) + 1)))
+    for bound, count in zip((*BUCKETS_S[name], "+Inf"), counts):
+        yield f"{name}_bucket{written_labels({**labels, 'le': str(bound)})} {count}"
+    yield f"{name}_sum{written_labels(labels)} {parts.get('sum', 0) / 1000:.3f}"
+    yield f"{name}_count{written_labels(labels)} {counts[-1]}"
+
+
+def written_labels(labels: Mapping[str, str]) -> str:
+    """As they stand behind a metric's name; "" for none."""
+    escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for name, value in labels.items()}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}" if escaped else ""
 
 
 # === 11. handlers =================================================================================
@@ -10642,17 +10717,17 @@ class Gateway:
         self.upstream = upstream
         self.catalogue = Catalogue(config, found)
         self.router: Router = old.router if old else Router(upstream)
-        self.metrics: Metrics = old.metrics if old else Metrics(config.server.workers)
-        self.watch: Watch = old.watch if old else Watch(ledger)
+        self.router.counters = ledger.counters
+        self.metrics: Metrics = old.metrics if old else Metrics(ledger.counters, config.server.workers)
+        self.live: LiveFeed = old.live if old else LiveFeed(ledger)
         self.memo: RequestMemo = old.memo if old else RequestMemo()
         if old:
             self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
-        self.prices = PriceBook(config)
+        self.prices = PriceTable(config)
         upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
         self.metrics.names = frozenset(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
         self.started_s: int = old.started_s if old else int(time.time())
-        self.read = self.watch.reader.ask
         self.guard = Guard(ledger, config.server)
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
 
@@ -10665,7 +10740,7 @@ class Gateway:
             else:
                 await self.route(head)(self, client)
         except GatewayError as error:
-            self.watch.refuse(client, error)
+            await refuse(self, client, error)
             agent = head.headers.get("user-agent")
             if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", printable(error.code or "")),)
@@ -10690,10 +10765,10 @@ class Gateway:
                              code="method_not_allowed", headers=(("allow", allowed),))
         return route[method]
 
-    def key(self, client: Client) -> Key:
+    async def key(self, client: Client) -> Key:
         headers = client.head.headers
         try:
-            return self.ledger.authorise(headers.get("authorization"), client.started_s)
+            return await self.ledger.authorise(headers.get("authorization"), client.started_s)
         except Unauthorized as error:
             if headers.get("originator") != "codex-tui":
                 raise
@@ -10781,7 +10856,7 @@ def conversation_hint(headers: Headers, raw: bytes) -> str:
 
 async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
     """One request, of the key that it names or of the one given, from its body to its terminal event."""
-    key, headers = key or gateway.key(client), client.head.headers
+    key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
     conversation = key.id, conversation_hint(headers, raw)
     request = await off_loop(len(raw), parse_request, raw, gateway.memo.requests.get(conversation))
@@ -10797,27 +10872,15 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
-               if unpriced or gateway.prices.tariff(each.provider.name, each.model, request.model)]
+               if unpriced or gateway.prices.schedule(each.provider.name, each.model, request.model)]
     down, refused = await reserve_budget(gateway, client, key, request, profile, payable or candidates, bool(payable))
     if refused is not None:
         down.stop()
         down.attempt.unbilled = True
         down.attempt.finish(refused)
-        await finish(gateway, key, down)
+        await finish(gateway, key, down, refused)
         return
-    first, estimate = payable[0], down.answer.estimated_input
-    charge = down.bill.charge(first.provider.name, first.model, Usage(estimate))
     try:
-        await gateway.ledger.begin(Intent(
-            response_id=down.answer.id, request_id=client.request_id, started_ms=down.bill.started_ms, key_id=key.id,
-            endpoint=ENDPOINT, model=request.model, account_id=key.account_id,
-            **{name: charge[name] for name in Intent._fields if name in charge}))
-    except BaseException:               # nothing is asked, so nothing stays reserved
-        down.stop()
-        down.bill.settle(0, Usage())
-        raise
-    try:
-        gateway.watch.began(key, down)
         await gateway.router.route(payable, envelope, down)
     except BaseException:               # the client left; what was generated is kept
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), notify_client=False)
@@ -10846,28 +10909,35 @@ async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: Re
     """The answer to be, its money reserved; and the error, where a limit is in the way."""
     config = gateway.config.server
     estimate = request.estimated_input
-    bill = Bill(gateway.prices, gateway.ledger.budgets, key, new_response_id(client.started_s), request.model,
-                int(client.started_s * 1000), request.get("service_tier", ""))
+    reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
+                              int(client.started_s * 1000), request.get("service_tier", ""))
     refused: GatewayError | None = None
     to_codex = profile.errors_as_events and request.stream
+    first, session = candidates[0], request.get("prompt_cache_key", "")
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT,
+             "session": printable(next(filter(None, map(client.head.headers.get, SESSION_HEADERS)), session), 128),
+             "client": printable(client.head.headers.get("user-agent"), 200)}
+
+    def open_row() -> UsageRow:
+        return reservation.row(first.provider.name, first.model, Usage(estimate), status="in flight", **named)
     try:
         if not payable:
             refused = price_unknown(key, f"{candidates[0].provider.name}/{printable(candidates[0].model)}", to_codex)
-        elif cap := await bill.reserve([each[:2] for each in candidates], estimate, request.get("max_output_tokens", 0),
-                                       config.reserve_output_tokens):
+        elif cap := await reservation.reserve(open_row, [each[:2] for each in candidates], estimate,
+                                              request.get("max_output_tokens", 0), config.reserve_output_tokens):
             body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
             request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
-    except Exceeded as no:
-        refused = refusal(gateway.ledger, key, no, client.started_s, to_codex)
-        refused.headers += tuple(bill.headers(client.started_s))
-    answer = ResponseContext(request, bill.response_id, int(client.started_s), profile)
+    except LimitExceeded as no:
+        refused = limit_error(key, no, client.started_s, to_codex)
+        refused.headers += tuple(reservation.headers())
+    answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
     answer.estimated_input = estimate
     answer.secrets = gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
-    return ClientStream(client, answer, config, bill), refused
+    return ClientStream(client, answer, config, reservation, named), refused
 
 
-async def finish(gateway: Gateway, key: Key, down: ClientStream) -> None:
+async def finish(gateway: Gateway, key: Key, down: ClientStream, refused: GatewayError | None = None) -> None:
     """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
     attempt, answer = down.attempt, down.answer
     if attempt.status == "failed":
@@ -10881,7 +10951,10 @@ async def finish(gateway: Gateway, key: Key, down: ClientStream) -> None:
     last = final_bytes(down, in_stream)
     if down.attempt.error is not None and not in_stream:
         down.attempt.terminal_by = ""
-    await settle(gateway, key, down)
+    if refused is None:
+        await settle(gateway, key, down)
+    else:
+        note_refusal(gateway, down.client, refused, key)
     if in_stream:
         await down.end(last)
     elif down.attempt.error is not None:
@@ -10966,42 +11039,70 @@ def errors_in_stream(error: GatewayError) -> bool:
 
 async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
     """The usage row, durable before the client can see how it ended; and the access line."""
-    client, attempt, request = down.client, down.attempt, down.answer.request
-    usage, bill = attempt.usage or Usage(), down.bill
-    total_ms = int((time.monotonic() - client.started) * 1000)
-    charge = bill.charge(down.provider, down.model, usage)
+    client, attempt, reservation = down.client, down.attempt, down.reservation
+    usage, error = attempt.usage or Usage(), attempt.error
     names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.model)}
-    code = (attempt.error.ledger_code or attempt.error.code or "") if attempt.error else ""
-    entry = Entry(
-        response_id=down.answer.id, request_id=client.request_id, started_ms=bill.started_ms, key_id=key.id, endpoint=ENDPOINT,
-        model=request.model, status=attempt.status, error_code=code, terminal_by=attempt.terminal_by, first_ms=down.first_ms,
-        total_ms=total_ms, attempts=down.attempts, account_id=key.account_id, lost=bill.lines,
-        served_model=usage.model if usage.model and len(names) > 1 else "", **charge)
-    client.note = access_note(key.name, down, entry)
-    bill.settle(entry.cost_nanos, usage)
-    gateway.watch.settled(entry, down)
-    gateway.metrics.count(entry)
-    await gateway.ledger.settle(entry)
+    failures = down.failures[:20]
+    detail = {"tried": [f"{each.provider}: {each.brief}" for each in failures], "tried_ms": [each.at_ms for each in failures],
+              "dropped": [printable(name) for name in down.dropped[:20]]}
+    row = reservation.row(
+        down.provider, down.model, usage, **down.named, attempt=down.tries, status=attempt.status,
+        result=result_of(attempt.status, attempt.terminal_by, down.attempts), terminal_by=attempt.terminal_by,
+        error_code=(error.ledger_code or error.code or "") if error else "",
+        error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.upstream_id),
+        served_model=usage.model if usage.model and len(names) > 1 else "", asked_ms=down.asked_ms,
+        answering_ms=down.answering_ms, first_ms=down.first_ms, total_ms=int((time.monotonic() - client.started) * 1000),
+        attempts=down.attempts, detail=dumps(detail) if failures or down.dropped else "")
+    for each in down.failures:
+        gateway.ledger.notes["error/" + each.provider] = dumps(
+            {"time_ms": row.started_ms, "message": printable_text(str(each.error))[:500]})
+    rows = [*reservation.failed_attempts, row]
+    client.note = access_note(key.name, down, rows)
+    gateway.metrics.count(rows)
+    await reservation.settle(row)
 
 
-def access_note(key: str, down: ClientStream, entry: Entry) -> str:
+def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
     that of all attempts together."""
-    failed = ""
+    failed, row = "", rows[-1]
     for (provider, brief), same in itertools.groupby(down.failures[:down.tries - 1], key=lambda failure: failure[:2]):
         tries, status = len(list(same)), brief.partition(" ")[0]            # ` anthropic x 529 (2 tries),`
         failed += f" {provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "") + ","
-    cached = f" ({short_count(entry.cached)} cached)" if entry.cached else ""
+    cached = f" ({short_count(row.cached)} cached)" if row.cached else ""
     about = "~" if down.attempt.usage and down.attempt.usage.estimated else ""
-    first = f"first {entry.first_ms / 1000:.1f}s " if entry.first_ms else ""
+    first = f"first {row.first_ms / 1000:.1f}s " if row.first_ms else ""
     end = {"completed": "", "incomplete": "  incomplete", "cancelled": "  client left"}.get(
-        entry.status, f"  failed: {printable_sentence(str(down.attempt.error))}")
-    cost = "  no price" if entry.input + entry.output else ""
-    if entry.price:
-        cost = f"  ${usd(entry.cost_nanos + sum(line.cost_nanos for line in down.bill.lines), 4)}"
-    return (f"{key} {printable(entry.model)} via{failed} {entry.provider or 'nobody'}  "
-            f"{about}{short_count(entry.input)} in{cached} {short_count(entry.output)} out  "
-            f"{first}total {entry.total_ms / 1000:.1f}s{end}{cost}")
+        row.status, f"  failed: {printable_sentence(str(down.attempt.error))}")
+    cost = "  no price" if row.input + row.output else ""
+    if row.price:
+        cost = f"  ${format_usd(sum(each.cost_nanos for each in rows), 4)}"
+    return (f"{key} {printable(row.model)} via{failed} {row.provider or 'nobody'}  "
+            f"{about}{short_count(row.input)} in{cached} {short_count(row.output)} out  "
+            f"{first}total {row.total_ms / 1000:.1f}s{end}{cost}")
+
+
+def note_refusal(gateway: Gateway, client: Client, error: GatewayError, key: Key | None) -> None:
+    """Counts a request that no provider was asked for: it has no row."""
+    head = client.head
+    name = f"{key.name} " if key else "-  "
+    client.note = f"{name}{printable(head.method)} {printable(head.path)}  {printable_sentence(str(error))}"
+    gateway.ledger.refuse(key.id if key else 0, {
+        "time_ms": int(client.started_s * 1000), "method": printable(head.method), "path": printable(head.path),
+        "status": error.status, "code": error.ledger_code or error.code, "message": str(error)[:500],
+        "key": key.name if key else "", "key_id": key.id if key else 0,
+        "user_agent": printable(head.headers.get("user-agent")), "request_id": client.request_id})
+
+
+async def refuse(gateway: Gateway, client: Client, error: GatewayError) -> None:
+    """The same for one that was refused before it was planned."""
+    if client.head.path.startswith("/admin") or client.note:
+        return
+    try:
+        key = await gateway.ledger.authorise(client.head.headers.get("authorization"), client.started_s)
+    except GatewayError:
+        key = None
+    note_refusal(gateway, client, error, key)
 
 
 def short_count(count: int) -> str:
@@ -11072,7 +11173,7 @@ def codex_fields(model: str, table: str) -> JSON:
 
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex gives it five seconds."""
-    key = gateway.key(client)
+    key = await gateway.key(client)
     names, release = [name for name in gateway.catalogue.names if key.may_use(name)], codex_release(client.head.query)
     body = dumps({"object": "list", "data": [model_object(gateway, name) for name in names],
                     "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}).encode()
@@ -11085,7 +11186,7 @@ async def models(gateway: Gateway, client: Client) -> None:
 
 async def model(gateway: Gateway, client: Client) -> None:
     """One model, listed or not: whether this key could ask for it, without asking."""
-    key = gateway.key(client)
+    key = await gateway.key(client)
     name = urllib.parse.unquote(client.head.path.removeprefix("/v1/models/"))
     try:
         name = gateway.catalogue.full_name(name)
@@ -11114,7 +11215,8 @@ async def root(gateway: Gateway, client: Client) -> None:
 
 async def ready(gateway: Gateway, client: Client) -> None:
     """Whether requests should be sent here. Says no more than a word of each check: it asks for no key."""
-    checks = {"ledger": gateway.ledger.sound(client.started_s), "providers": bool(gateway.config.providers),
+    await gateway.ledger.refresh()
+    checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not gateway.draining()}
     good = all(checks.values())
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
@@ -11127,10 +11229,9 @@ async def ready(gateway: Gateway, client: Client) -> None:
 
 async def key_facts(gateway: Gateway, client: Client) -> None:
     """The key's own limits, in OpenRouter's manner (amounts in USD)."""
-    key, now_s = gateway.key(client), client.started_s
+    key, now_s = await gateway.key(client), client.started_s
     start, end = period_bounds(key.period, now_s)
-    own = Limit(f"key {key.id} {start}", "nanos", 0, "key", (0, key.id, start))
-    spent, limit = gateway.ledger.used_nanos(own), key.budget_nanos
+    spent, limit = (await spent_nanos(gateway.ledger.db, "key_id", start)).get(key.id, 0), key.budget_nanos
     reset = datetime.date.fromordinal(end + EPOCH).isoformat() + "T00:00:00Z" if limit is not None and end else None
     rates = {name: most or None for name, most in
              (("requests_per_minute", key.rpm), ("tokens_per_minute", key.tpm), ("concurrent_requests", key.concurrent))}
@@ -11150,9 +11251,10 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     proxied = gateway.config.server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
     if not proxied and is_loopback(client.connection.peer):
         client.connection.server.check_host(client.head, dashboard=True)
-    elif gateway.guard.who(client) is not None:
+    elif (await gateway.guard.who(client))[0] is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
-    text = gateway.metrics.text(client.connection.server.open_requests, gateway.router.metrics(time.monotonic()))
+    counters, streams_open = await gateway.ledger.counted(), await open_count(gateway, 0)
+    text = gateway.metrics.text(counters, streams_open, gateway.router.metrics(time.monotonic()))
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
 
@@ -11172,139 +11274,92 @@ ROUTES: dict[str, dict[str, Handler]] = {
 
 # --- 11.5 what the dashboard shows live ------------------------------------------------------------
 
-REFUSALS_KEPT, TRACES_KEPT = 50, 500        # about 0.5 KB each
 FEEDS_A_KEY = 20                            # and of the administrator: each open page has one
-RUNNING_SHOWN_S = 600.0                     # beyond, its process may have died before it could tell of the end
-LOOK_EVERY_S = 1.0
+POLL_S = 1.0
+REFUSALS_SHOWN = 50
 SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 s
 
 
-class News(NamedTuple):
+class LiveEvent(NamedTuple):
     kind: str               # started | usage | refused | key | provider
     data: JSON
     key_id: int             # whose it is; 0: only the administrator sees it
     row_id: int = 0         # of the usage table, so that a browser that comes back gets what it missed
 
 
-class Watch:
-    """Feeds the open dashboards: with the ledger's new rows, looked for while anybody watches, and with refusals, the requests
-    under way and how the latest ones went, which no ledger keeps. Workers share these events, rate-limited by `quota`."""
+class LiveFeed:
+    """What is new in the database, looked for once a second while anybody watches: so all processes show the same."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self.ledger, self.reader = ledger, ledger.reader()
-        self.refused: collections.deque[JSON] = collections.deque(maxlen=REFUSALS_KEPT)
-        self.running: dict[str, JSON] = {}              # by response id, the oldest first
-        self.traces: dict[str, JSON] = {}               # by response id, the oldest first
-        self.errors: dict[str, JSON] = {}               # the last of each provider
-        self.watchers: dict[asyncio.Queue[News], int] = {}       # -> the key it is narrowed to; 0: none
-        self.looking: asyncio.Task[None] | None = None
-        self.last_id = 0
-        self.share: Callable[[bytes], None] | None = None       # with the other processes
-        self.quota = 0                                  # so much more may be shared in this second
+        self.db = ledger.db
+        self.events: collections.deque[LiveEvent] = collections.deque(maxlen=500)       # the newest
+        self.count = 0                          # of all that there were
+        self.watchers: collections.Counter[int] = collections.Counter()     # by the key that a feed is narrowed to; 0: none
+        self.polling: asyncio.Task[None] | None = None
+        self.ready = asyncio.Event()            # it is known what is no news
 
-    def note(self, kind: str, item: JSON) -> None:
-        self.take(kind, item)
-        if self.share is not None and self.quota > 0:
-            self.quota -= 1
-            self.share(dumps([kind, item]).encode())
-
-    def hear(self, told: bytes) -> None:
-        self.take(*json.loads(told))
-
-    def take(self, kind: str, item: JSON) -> None:
-        if kind == "ended":
-            self.running.pop(item["trace"]["response_id"], None)
-            self.errors.update(item["errors"])
-            keep(self.traces, item["trace"])
-            return
-        if kind == "refused":
-            self.refused.appendleft(item)
-        elif kind == "started":
-            keep(self.running, item)
-        self.tell(News(kind, item, item.get("key_id", 0)))
-
-    def refuse(self, client: Client, error: GatewayError) -> None:
-        """Notes a request that was refused before it was planned: it has no row."""
-        head = client.head
-        if head.path.startswith("/admin") or client.note:
-            return
-        client.note = f"-  {printable(head.method)} {printable(head.path)}  {printable_sentence(str(error))}"
+    async def poll(self) -> None:
         try:
-            key = self.ledger.authorise(head.headers.get("authorization"), client.started_s)
-        except GatewayError:
-            key = None
-        self.note("refused", {
-            "time_ms": int(client.started_s * 1000), "method": printable(head.method), "path": printable(head.path),
-            "status": error.status, "code": error.code, "message": str(error), "key": key.name if key else "",
-            "key_id": key.id if key else 0, "user_agent": printable(head.headers.get("user-agent")),
-            "request_id": client.request_id})
-
-    def of(self, down: ClientStream) -> JSON:
-        """What both events of a request hold."""
-        return {"response_id": down.answer.id, "started_ms": down.bill.started_ms, "model": down.answer.request.model,
-                "key_id": down.bill.key.id, "codex": down.answer.profile is CODEX,
-                "user_agent": printable(down.client.head.headers.get("user-agent"))}
-
-    def began(self, key: Key, down: ClientStream) -> None:
-        """A request is under way: its row comes with its end."""
-        if self.watchers or self.share:
-            self.note("started", {**self.of(down), "status": "in flight", "key": key.name})
-
-    def settled(self, entry: Entry, down: ClientStream) -> None:
-        """How a request went, beyond its row."""
-        attempt = down.attempt
-        self.note("ended", {"errors": {
-            each.provider: {"time_ms": entry.started_ms, "message": printable_text(str(each.error))} for each in down.failures
-        }, "trace": {
-            **self.of(down), "status": entry.status, "tried": [f"{each.provider}: {each.brief}" for each in down.failures[:20]],
-            "dropped": [printable(name) for name in down.dropped[:20]],
-            "error": str(attempt.error) if attempt.error else "", "upstream_id": printable(down.upstream_id),
-            "tried_ms": [each.at_ms for each in down.failures[:20]], "asked_ms": down.asked_ms,
-            "answering_ms": down.answering_ms}})
-
-    def tell(self, news: News) -> None:
-        for queue, key_id in list(self.watchers.items()):
-            if key_id in (0, news.key_id):
-                try:
-                    queue.put_nowait(news)
-                except asyncio.QueueFull:           # it takes nothing: it may come back and ask for what it missed
-                    del self.watchers[queue]
-
-    @contextlib.contextmanager
-    def watching(self, key_id: int) -> Iterator[asyncio.Queue[News]]:
-        queue: asyncio.Queue[News] = asyncio.Queue(200)
-        self.watchers[queue] = key_id
-        if self.looking is None:
-            self.looking = asyncio.get_running_loop().create_task(self._look())
-        try:
-            yield queue
-        finally:
-            self.watchers.pop(queue, None)
-
-    async def _look(self) -> None:
-        try:
-            self.last_id = await self.reader.ask(last_row_id)
-            while self.watchers:
-                await asyncio.sleep(LOOK_EVERY_S)
-                for row in await self.reader.ask(rows_after, self.last_id, 100, 0):
-                    self.last_id = row["id"]
-                    self.tell(News("usage", self.row_view(row), row["key_id"], row["id"]))
+            seen = [(await self.db.read(f"SELECT coalesce(max(id), 0) FROM {table}"))[0][0]
+                    for table in ("usage", "refusals", "audit")]
+            running = await open_requests(self.db, 0)
+            self.ready.set()
+            while self.watchers.total():
+                await asyncio.sleep(POLL_S)
+                known, running = [item["response_id"] for item in running], await open_requests(self.db, 0)
+                rows = await usage_rows(self.db, "id > ?", [seen[0]], 100, False)
+                refused = await self.db.read("SELECT id, data FROM refusals WHERE id > ? ORDER BY id LIMIT 100", seen[1])
+                changes = await self.db.read("SELECT id, action, name FROM audit WHERE id > ? ORDER BY id", seen[2])
+                events = [
+                    *(LiveEvent("started", item, item["key_id"]) for item in running if item["response_id"] not in known),
+                    *(LiveEvent("usage", row_view(row), row["key_id"], row["id"]) for row in rows),
+                    *(LiveEvent("refused", item, item["key_id"]) for item in (json.loads(data) for _, data in refused)),
+                    *(LiveEvent("provider" if action.startswith("provider") else "key", {"name": name}, 0)
+                      for _, action, name in changes)]
+                newest = [row["id"] for row in rows[-1:]], [id for id, _ in refused[-1:]], [id for id, *_ in changes[-1:]]
+                seen = [max([before, *ids]) for before, ids in zip(seen, newest)]
+                self.events += events
+                self.count += len(events)
         except LedgerError as error:
             log.warning("dashboard: %s", error)
         finally:
-            self.looking = None
-
-    def row_view(self, row: JSON) -> JSON:
-        trace = self.traces.get(row["response_id"], {})
-        return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "codex": trace.get("codex", False),
-                "user_agent": trace.get("user_agent", ""),
-                "tried": list(dict.fromkeys(text.partition(":")[0] for text in trace.get("tried", ())))}
+            self.polling = None
+            self.ready.set()
 
 
-def keep(kept: dict[str, JSON], item: JSON) -> None:
-    kept[item["response_id"]] = item
-    while len(kept) > TRACES_KEPT:
-        del kept[next(iter(kept))]
+async def open_requests(db: Database, key_id: int) -> list[JSON]:
+    """Those under way in all processes, the oldest first."""
+    names = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "user_agent", "key")
+    rows = await db.read("SELECT response_id, started_ms, key_id, model, provider, status, session, client, "
+                         f"{KEY_NAME_OF} FROM open_requests WHERE {key_condition(key_id)} ORDER BY response_id")
+    return [{**dict(zip(names, row)), "codex": is_codex(row[7])} for row in rows]
+
+
+async def open_count(gateway: Gateway, key_id: int) -> int:
+    """Requests under way: those of all processes, and ours that have just begun."""
+    (count,), = await gateway.ledger.db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
+    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unrecorded.values())
+
+
+async def refused_requests(db: Database, key_id: int) -> list[JSON]:
+    """Those refused, newest first."""
+    rows = await db.read(f"SELECT data FROM refusals WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
+    return [json.loads(data) for data, in rows]
+
+
+def is_codex(user_agent: str) -> bool:
+    return client_profile("", user_agent) is CODEX
+
+
+def row_detail(row: JSON) -> JSON:
+    return json.loads(row["detail"]) if row["detail"] else {"tried": [], "tried_ms": [], "dropped": []}
+
+
+def row_view(row: JSON) -> JSON:
+    """A request as the page shows it: with what all its attempts cost, and the providers that were tried."""
+    tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
+    return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "codex": is_codex(row["client"]),
+            "user_agent": row["client"], "tried": [*tried]}
 
 
 def printable_sentence(text: str) -> str:
@@ -11374,6 +11429,7 @@ class Ask:
     query: dict[str, str] = field(default_factory=dict)
     body: JSON = field(default_factory=dict)
     name: str = ""                      # what stands in the path for a *
+    who: str = ""                       # for the audit log
 
     @property
     def key_id(self) -> int:
@@ -11414,31 +11470,34 @@ class Guard:
         pairs = dict(pair.strip().partition("=")[::2] for pair in client.head.headers.get("cookie").split(";"))
         return name, pairs.get(name, "")
 
-    def who(self, client: Client) -> Key | None:
-        """The holder of a key, or None for the administrator; Unauthorized for anybody else."""
+    async def who(self, client: Client) -> tuple[Key | None, str]:
+        """The holder of a key, or None for the administrator, and how the audit log calls him; Unauthorized for anybody
+        else."""
         header, now_s = client.head.headers.get("authorization"), time.time()      # of a live feed the start is long ago
         if header:
-            return self.log_in(client, header[7:].strip(" \t"), link=False)[1]
-        found = find_session(self.ledger, self.cookie(client)[1], now_s)
+            key = (await self.log_in(client, header[7:].strip(" \t"), link=False))[1]
+            return key, f"key {key.name}" if key else f"admin_token from {client.peer}"
+        found = await find_session(self.ledger.db, self.cookie(client)[1], now_s)
         if found is None:
             raise Unauthorized(NOT_LOGGED_IN, code="not_logged_in")
-        if found[0] == "admin":
-            return None
-        key = key_of_id(self.ledger, found[1], now_s)
-        if key is None:
+        kind, key_id, session = found
+        if kind == "admin":
+            return None, f"session {session} from {client.peer}"
+        key = self.ledger.keys.get(key_id)
+        if key is None or key.state(now_s) != "active":
             raise Unauthorized("The key of this session was revoked or has expired.", code="not_logged_in")
-        return key
+        return key, f"key {key.name}"
 
-    def log_in(self, client: Client, token: str, link: bool = True) -> tuple[str, Key | None]:
+    async def log_in(self, client: Client, token: str, link: bool = True) -> tuple[str, Key | None]:
         """("admin", None) or ("key", the key) of a token that was typed or came in a link or header."""
         now_s, admin_token = time.time(), self.server.admin_token
         if admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token)) \
-                or link and use_login_link(self.ledger, token, now_s):
+                or link and await use_login_link(self.ledger.db, token, now_s):
             return "admin", None
         try:
             if not token.startswith(KEY_PREFIX):
                 raise Unauthorized(BAD_LOGIN, code="bad_login")
-            return "key", self.ledger.authorise("Bearer " + token, now_s)
+            return "key", await self.ledger.authorise("Bearer " + token, now_s)
         except Unauthorized:        # only who is wrong waits: else a stranger could lock out all who share an address with him
             failed = self.failures.setdefault(client.peer, collections.deque(maxlen=LOGIN_FAILURES))
             wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0])) if len(failed) == LOGIN_FAILURES else 0
@@ -11465,7 +11524,7 @@ class Argument(NamedTuple):
 
 def parse_usd(text: str, minimum: int = 0) -> int:
     """Nano-dollars of an amount, also of one like $1,000.50."""
-    return fraction(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, minimum)
+    return parse_decimal(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, minimum)
 
 
 def parse_limit(text: str) -> int | None:
@@ -11511,7 +11570,7 @@ ACCOUNT_FIELDS = (
     Argument("prepaid", BOOLEAN._replace(meaning="it can spend its credit, and no more")),
     Argument("limit", USD._replace(meaning="it can spend this much a month"), "USD", "none"),
     Argument("multiplier", empty="1", field=Field(
-        read=lambda text: fraction(text, ONE), wanted="a number like 1.2", meaning="of all prices, e.g. 1.2")))
+        read=lambda text: parse_decimal(text, ONE), wanted="a number like 1.2", meaning="of all prices, e.g. 1.2")))
 CREDIT_FIELDS = (
     Argument("amount", USD._replace(read=functools.partial(parse_usd, minimum=-2**60),
                                     meaning="a negative amount takes credit away: write -- before it"), "USD", "0", True),
@@ -11546,19 +11605,19 @@ def read_fields(data: bytes, arguments: Sequence[Argument]) -> JSON:
             if argument.required or argument.name in body}
 
 
-def key_settings(ledger: Ledger, given: Mapping[str, Any]) -> dict[str, Any]:
+async def key_settings(ledger: Ledger, given: Mapping[str, Any]) -> dict[str, Any]:
     """A key's settings among the values given; the others stay as they are."""
     settings: dict[str, Any] = {}
     for name, value in given.items():
         settings.update(value if isinstance(value, dict) else {name: value})
     if "account" in given:
-        settings["account_id"] = account_named(ledger, given["account"])
+        settings["account_id"] = await account_named(ledger.db, given["account"])
     return {name: value for name, value in settings.items() if name in KEY_SETTINGS}
 
 
-def new_account(ledger: Ledger, given: Mapping[str, Any]) -> None:
-    create_account(ledger, given["name"], given.get("prepaid", False), given.get("limit"), given.get("multiplier", ONE),
-                   time.time())
+async def new_account(ledger: Ledger, given: Mapping[str, Any], who: str) -> None:
+    await create_account(ledger, given["name"], given.get("prepaid", False), given.get("limit"), given.get("multiplier", ONE),
+                         time.time(), who)
 
 
 # --- 11.8 the page and its data --------------------------------------------------------------------
@@ -11605,7 +11664,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
         guard.check_change(client)
     ask = Ask(client, None, dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True)), name=name)
     if route.who != "anybody":
-        ask.key = guard.who(client)
+        ask.key, ask.who = await guard.who(client)
         if ask.key is not None and route.who == "admin":
             raise Forbidden(ADMIN_ONLY, code="admin_only")
     if head.method == "POST" and route.function is not play:
@@ -11617,8 +11676,8 @@ async def admin(gateway: Gateway, client: Client) -> None:
 
 async def log_in(gateway: Gateway, ask: Ask) -> None:
     client, guard = ask.client, gateway.guard
-    kind, key = guard.log_in(client, ask.body["token"])
-    token = open_session(gateway.ledger, kind, key.id if key else 0, SESSION_S, client.started_s)
+    kind, key = await guard.log_in(client, ask.body["token"])
+    token = await open_session(gateway.ledger.db, kind, key.id if key else 0, SESSION_S, client.started_s)
     secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
     cookie = (f"{guard.cookie(client)[0]}={token}; Path=/admin; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
               + "; Secure" * secure)
@@ -11628,30 +11687,22 @@ async def log_in(gateway: Gateway, ask: Ask) -> None:
 
 async def log_out(gateway: Gateway, ask: Ask) -> None:
     name, token = gateway.guard.cookie(ask.client)
-    close_session(gateway.ledger, token)
+    await close_session(gateway.ledger.db, token)
     await ask.client.answer(200, [*API_HEADERS, ("set-cookie", f"{name}=; Path=/admin; Max-Age=0; HttpOnly; SameSite=Strict")],
                              b"{}")
 
 
 async def show_session(gateway: Gateway, ask: Ask) -> JSON:
     now_s, host, key = time.time(), ask.client.connection.server.address, ask.key
-    keys = [each for each in gateway.ledger.list_keys() if each.state(now_s) == "active"]
-    budgets = await gateway.read(key_rows, now_s) if key else []
+    keys = [each for each in gateway.ledger.keys.values() if each.state(now_s) == "active"]
+    budgets = await key_rows(gateway.ledger, now_s) if key else []
     counts = {"models": len(model_names(gateway, key))}
     if key is None:             # a holder is told nothing of the others
         counts.update(keys=len(keys), providers=len(gateway.config.providers))
     return {"role": "key" if key else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
-            "address": f"{host[0]}:{host[1]}", "open": open_count(gateway, ask.key_id),
+            "address": f"{host[0]}:{host[1]}", "open": await open_count(gateway, ask.key_id),
             "key": next((row for row in budgets if row["id"] == ask.key_id), None),
             "counts": counts}
-
-
-def open_count(gateway: Gateway, key_id: int) -> int:
-    """Requests under way: here all, of other processes those they told of."""
-    here = {intent.response_id: intent.key_id for intent in gateway.ledger.open_requests()}
-    since_ms = (time.time() - RUNNING_SHOWN_S) * 1000
-    others = {id: item["key_id"] for id, item in gateway.watch.running.items() if item["started_ms"] > since_ms}
-    return sum(key_id in (0, each) for each in {**others, **here}.values())
 
 
 def model_names(gateway: Gateway, key: Key | None) -> list[str]:
@@ -11666,21 +11717,20 @@ async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
     step_ms = ask.number("step", 3_600_000, 366 * DAY_MS)
     wanted = since_ms, max(step_ms, HALF_HOUR_MS), slots, ask.key_id
     made_s, answer = gateway.overviews.get(wanted, (0.0, {}))
-    if not 0 <= now_s - made_s < LOOK_EVERY_S:
-        answer = await gateway.read(overview, *wanted[:3], now_s, ask.key_id)
-        rows = await gateway.read(usage_rows, {}, MAX_NUMBER, 10, ask.key_id)
-        answer["latest"] = [gateway.watch.row_view(row) for row in rows]
+    if not 0 <= now_s - made_s < POLL_S:
+        answer = await overview(gateway.ledger.db, *wanted[:3], now_s, ask.key_id)
+        answer["latest"] = [row_view(row) for row in await log_rows(gateway.ledger.db, {}, MAX_NUMBER, 10, ask.key_id)]
         answer["providers"] = await provider_views(gateway) if ask.key is None else []
         gateway.overviews = {**dict(list(gateway.overviews.items())[-15:]), wanted: (now_s, answer)}
-    return {**answer, "open": open_count(gateway, ask.key_id)}
+    return {**answer, "open": await open_count(gateway, ask.key_id)}
 
 
 async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
     """A page of the log; with the first one the sums of all that the filters let through."""
-    before, limit, read = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.read
-    sums = await read(usage_sums, ask.filters, ask.key_id) if "cursor" not in ask.query else None
-    rows = await read(usage_rows, ask.filters, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
-    return {"rows": [gateway.watch.row_view(row) for row in rows[:limit]], "sums": sums,
+    before, limit, db = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.ledger.db
+    sums = await log_sums(db, ask.filters, ask.key_id) if "cursor" not in ask.query else None
+    rows = await log_rows(db, ask.filters, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
+    return {"rows": [row_view(row) for row in rows[:limit]], "sums": sums,
             "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
@@ -11692,19 +11742,18 @@ async def export_usage(gateway: Gateway, ask: Ask) -> None:
     await client.start(200, [("content-type", f"{kind}; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
                              ("content-disposition", f"attachment; filename=pomex-usage.{'csv' if csv else 'jsonl'}")])
     await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if csv else b"")
-    while rows := await gateway.read(usage_rows, ask.filters, before, 1000, ask.key_id):
+    while rows := await log_rows(gateway.ledger.db, ask.filters, before, 1000, ask.key_id):
         before = rows[-1]["id"]
         await client.write("".join(csv_line(row.values()) + "\r\n" if csv else dumps(row) + "\n" for row in rows).encode())
     await client.end()
 
 
 async def show_request(gateway: Gateway, ask: Ask) -> JSON:
-    found = await gateway.read(one_request, ask.name, ask.key_id)
+    found = await one_request(gateway.ledger.db, ask.name, ask.key_id)
     if found is None:
         raise BadRequest("There is no such request here: perhaps its line was pruned.", status=404, code="not_found")
-    row, lost = found
-    lines = [{**line, "parts": cost_parts(line)} for line in (*lost, row)]
-    return {"row": gateway.watch.row_view(row), "lines": lines, "trace": gateway.watch.traces.get(ask.name),
+    row, lines = found
+    return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines],
             "facts": {"now_ms": int(time.time() * 1000)}}
 
 
@@ -11724,56 +11773,58 @@ def cost_parts(line: JSON) -> list[JSON]:
 
 
 async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
-    rows = await gateway.read(key_rows, time.time())
-    accounts = [dataclasses.asdict(each) for each in list_accounts(gateway.ledger, time.time())]
-    return {"keys": rows, "accounts": accounts, "now_s": int(time.time()), "models": gateway.catalogue.names}
-
-
-def changed(gateway: Gateway, kind: str, name: str) -> JSON:
-    gateway.watch.note(kind, {"name": name})
-    return {"name": name}
+    now_s, ledger = time.time(), gateway.ledger
+    return {"keys": await key_rows(ledger, now_s), "accounts": await list_accounts(ledger.db, now_s), "now_s": int(now_s),
+            "models": gateway.catalogue.names}
 
 
 async def create_key(gateway: Gateway, ask: Ask) -> JSON:
     name = ask.body["name"]
-    token = gateway.ledger.create_key(name, time.time(), **key_settings(gateway.ledger, ask.body))
-    return {**changed(gateway, "key", name), "token": token}
+    token = await gateway.ledger.create_key(name, time.time(), ask.who, **await key_settings(gateway.ledger, ask.body))
+    return {"name": name, "token": token}
 
 
 def active_name(gateway: Gateway, ask: Ask) -> str:
-    found = [key.name for key in gateway.ledger.list_keys() if str(key.id) == ask.name and not key.revoked_s]
-    if not found:
+    key = gateway.ledger.keys.get(int(ask.name) if re.fullmatch("[0-9]{1,15}", ask.name) else 0)
+    if key is None or key.revoked_s:
         raise BadRequest("There is no such active key.", status=404, code="not_found")
-    return found[0]
+    return key.name
 
 
 async def edit_key(gateway: Gateway, ask: Ask) -> JSON:
-    name, changes = active_name(gateway, ask), key_settings(gateway.ledger, ask.body)
+    name, changes = active_name(gateway, ask), await key_settings(gateway.ledger, ask.body)
     if changes:
-        gateway.ledger.edit_key(name, time.time(), **changes)
-    return changed(gateway, "key", name)
+        await gateway.ledger.edit_key(name, ask.who, **changes)
+    return {"name": name}
 
 
 async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
     name = active_name(gateway, ask)
-    gateway.ledger.revoke_key(name, time.time())
-    return changed(gateway, "key", name)
+    await gateway.ledger.revoke_key(name, time.time(), ask.who)
+    return {"name": name}
 
 
 async def add_account(gateway: Gateway, ask: Ask) -> JSON:
-    new_account(gateway.ledger, ask.body)
+    await new_account(gateway.ledger, ask.body, ask.who)
     return {"name": ask.body["name"]}
 
 
 async def enter_credit(gateway: Gateway, ask: Ask) -> JSON:
-    add_credit(gateway.ledger, ask.name, ask.body["amount"], ask.body.get("reason", ""), time.time())
+    await add_credit(gateway.ledger, ask.name, ask.body["amount"], ask.body.get("reason", ""), time.time(), ask.who)
     return {"name": ask.name}
 
 
 async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
-    first, last = read_argument(MONTH, ask.query.get("month", ""))
+    db, (first, last) = gateway.ledger.db, read_argument(MONTH, ask.query.get("month", ""))
     return {"account": ask.name, "first_day": first, "last_day": last,
-            **statement_rows(gateway.ledger, account_named(gateway.ledger, ask.name), first, last)}
+            **await statement_rows(db, await account_named(db, ask.name), first, last)}
+
+
+async def show_audit(gateway: Gateway, ask: Ask) -> JSON:
+    """A page of the changes of keys, accounts, credits, providers and settings, newest first."""
+    before, limit = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 200, 500)
+    rows = await audit_rows(gateway.ledger.db, before, limit + 1)
+    return {"rows": rows[:limit], "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
 def missing_keys(gateway: Gateway) -> list[JSON]:
@@ -11794,13 +11845,13 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     except BadRequest as error:         # described, but of a provider that is not configured
         return {"name": name, "targets": [], "price": None, "state": str(error)}
     provider, model = targets[0]
-    tariff, facts = gateway.prices.tariff(provider.name, model, name) or Tariff(""), gateway.catalogue.facts(name)
+    schedule, facts = gateway.prices.schedule(provider.name, model, name) or PriceSchedule(""), gateway.catalogue.facts(name)
     configured = gateway.config.models.get(name)
     return {"name": name, "targets": [f"{each.name}:{upstream}" for each, upstream in targets],
-            "state": model_state(gateway, name), "price": tariff.base.split() or None,
-            "long_over": tariff.over, "long": tariff.long.split(), "peak": int(tariff.factors.get("peak", 1)),
-            "changes": [{"day": day, "price": text.split()} for day, text in tariff.changes],
-            "source": tariff.source, "context": facts.context_window, "max_output": facts.max_output,
+            "state": model_state(gateway, name), "price": schedule.base.split() or None,
+            "long_over": schedule.over, "long": schedule.long.split(), "peak": int(schedule.factors.get("peak", 1)),
+            "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
+            "source": schedule.source, "context": facts.context_window, "max_output": facts.max_output,
             "description": configured.description if configured else DEMO_MODELS.get(model, "") * (provider.wire_api == "demo")}
 
 
@@ -11822,17 +11873,17 @@ async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
 async def provider_views(gateway: Gateway) -> list[JSON]:
     now_ms = int(time.time() * 1000)
     since_ms = now_ms // 60_000 * 60_000 - 59 * 60_000
-    read = gateway.read
-    minutes = await read(sum_rows, ("provider", "(started_ms - ?) / 60000"), ("requests", "failed"), "started_ms >= ?",
-                         (since_ms, since_ms))
-    times = await read(latencies, since_ms, 0)
-    out, running = left_out(gateway), collections.Counter(intent.provider for intent in gateway.ledger.open_requests())
+    db, ledger = gateway.ledger.db, gateway.ledger
+    minutes = await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms, now_ms + DAY_MS, table="usage")
+    times = await latencies(db, since_ms, 0)
+    out, running = left_out(gateway), collections.Counter(item["provider"] for item in await open_requests(db, 0))
+    errors: dict[str, str] = dict(await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")) | ledger.notes
     views = []
     for name, provider in gateway.config.providers.items():
         strip = [[0, 0] for _ in range(60)]
-        for who, minute, count, failed in minutes:
+        for (who, minute), sums in minutes:
             if who == name and 0 <= minute < 60:
-                strip[minute] = [count, failed]
+                strip[minute] = [sums["requests"], sums["failed"]]
         views.append({
             "name": name, "wire_api": provider.wire_api, "base_url": provider.base_url, "local": provider.local,
             "key_source": provider.key_source, "state": out[name][0] if name in out else provider_state(strip),
@@ -11841,7 +11892,7 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
             "requests": sum(count for count, _ in strip), "failed": sum(failed for _, failed in strip),
             "first_ms": percentiles(first_ms for who, first_ms, _ in times if who == name and first_ms),
             "total_ms": percentiles(total_ms for who, _, total_ms in times if who == name),
-            "error": gateway.watch.errors.get(name)})
+            "error": json.loads(errors.get(f"error/{name}", "null"))})
     return views
 
 
@@ -11861,9 +11912,9 @@ def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
 async def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
     """To one out of use no new request goes, from any process of this ledger, until it is back: a restart changes nothing."""
     name = provider_named(gateway, ask.name).name
-    gateway.ledger.use_provider(name, use)
+    await gateway.ledger.use_provider(name, use, ask.who)
     log.warning("%s %s the provider %s on the dashboard", ask.client.peer, "enabled" if use else "disabled", name)
-    return changed(gateway, "provider", name)
+    return {"name": name}
 
 
 def provider_state(strip: Sequence[Sequence[int]]) -> str:
@@ -11902,27 +11953,24 @@ async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
 
 async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
     """What the set-up page checks. {ORIGIN} is where the browser found the page: the page itself puts it in."""
-    watch = gateway.watch
-    model = best_model(gateway.catalogue, ask.key)
-    mine = [trace for trace in reversed(watch.traces.values()) if ask.key_id in (0, trace["key_id"])]
-    rows = await watch.reader.ask(usage_rows, {}, MAX_NUMBER, 1, ask.key_id)
-    keys = [key for key in gateway.ledger.list_keys() if key.state(time.time()) == "active"]
+    db, key_id, model = gateway.ledger.db, ask.key_id, best_model(gateway.catalogue, ask.key)
+    rows = await usage_rows(db, f"{key_condition(key_id)} AND client LIKE 'codex%'", [], 1)
+    latest, running = await log_rows(db, {}, MAX_NUMBER, 1, key_id), await open_requests(db, key_id)
+    keys = [key for key in gateway.ledger.keys.values() if key.state(time.time()) == "active"]
     return {"model": model, "block": codex_block("{ORIGIN}", model), "keys": 1 if ask.key else len(keys),
             "providers": [name for name in gateway.config.providers if name != "demo"],
-            "demo": "demo" in gateway.config.providers, "codex": next((trace for trace in mine if trace["codex"]), None),
-            "latest": watch.row_view(rows[0]) if rows else None,
-            "running": next((item for item in reversed(watch.running.values()) if ask.key_id in (0, item["key_id"])
-                             and item["started_ms"] > (time.time() - RUNNING_SHOWN_S) * 1000), None),
-            "refused": [item for item in watch.refused if ask.key_id in (0, item["key_id"])]}
+            "demo": "demo" in gateway.config.providers, "codex": row_view(rows[0]) if rows else None,
+            "latest": row_view(latest[0]) if latest else None, "running": running[-1] if running else None,
+            "refused": await refused_requests(db, key_id)}
 
 
 async def play(gateway: Gateway, ask: Ask) -> None:
     """A request from the playground: the holder's own, else billed to a key that nobody else has."""
     key = ask.key
     if key is None:
-        mine = [each for each in gateway.ledger.list_keys() if each.name == PLAY_KEY and not each.revoked_s]
+        mine = [each for each in gateway.ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s]
         if not mine:
-            gateway.ledger.create_key(PLAY_KEY, time.time())
+            await gateway.ledger.create_key(PLAY_KEY, time.time(), ask.who)
             mine = gateway.ledger.list_keys()[-1:]
         key = mine[0]
     await responses(gateway, ask.client, key)
@@ -11930,30 +11978,39 @@ async def play(gateway: Gateway, ask: Ask) -> None:
 
 async def live(gateway: Gateway, ask: Ask) -> None:
     """The live feed (SSE): usage rows, refusals, changed keys. Ends with the session, or when the gateway stops."""
-    client, watch = ask.client, gateway.watch
-    if list(watch.watchers.values()).count(ask.key_id) >= FEEDS_A_KEY:
+    client, feed, key_id = ask.client, gateway.live, ask.key_id
+    if feed.watchers[key_id] >= FEEDS_A_KEY:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
     await client.start(200, STREAM_HEADERS)
-    with watch.watching(ask.key_id) as queue:
+    feed.watchers[key_id] += 1
+    try:
+        if feed.polling is None:
+            feed.ready.clear()
+            feed.polling = asyncio.get_running_loop().create_task(feed.poll())
+        await feed.ready.wait()
         await client.write(b"retry: 2000\n\n: hello\n\n")
         if re.fullmatch(r"[0-9]{1,15}", last := client.head.headers.get("last-event-id")):
-            for row in await watch.reader.ask(rows_after, int(last), 100, ask.key_id):
-                await client.write(news_frame(News("usage", watch.row_view(row), row["key_id"], row["id"])))
-        checked = time.monotonic()
-        while queue in watch.watchers and not gateway.draining():
-            with contextlib.suppress(TimeoutError):
-                news = await asyncio.wait_for(queue.get(), LOOK_EVERY_S)
-                await client.write(news_frame(news))
+            for row in await usage_rows(feed.db, f"id > ? AND {key_condition(key_id)}", [int(last)], 100, False):
+                await client.write(event_frame(LiveEvent("usage", row_view(row), row["key_id"], row["id"])))
+        checked, count = time.monotonic(), feed.count
+        while feed.polling is not None and not gateway.draining():       # else the browser comes again
+            await asyncio.sleep(POLL_S / 4)
+            missed, count = feed.count - count, feed.count
+            for event in list(feed.events)[-missed:] if missed else ():
+                if key_id in (0, event.key_id):
+                    await client.write(event_frame(event))
             if time.monotonic() - checked >= SIGN_OF_LIFE_S:
                 checked = time.monotonic()
-                gateway.guard.who(client)           # the session may have ended meanwhile
+                await gateway.guard.who(client)           # the session may have ended meanwhile
                 await client.write(b": \n\n")
+    finally:
+        feed.watchers[key_id] -= 1
     await client.end()
 
 
-def news_frame(news: News) -> bytes:
-    number = f"id: {news.row_id}\n" if news.row_id else ""
-    return f"{number}event: {news.kind}\ndata: {dumps(news.data)}\n\n".encode()
+def event_frame(event: LiveEvent) -> bytes:
+    number = f"id: {event.row_id}\n" if event.row_id else ""
+    return f"{number}event: {event.kind}\ndata: {dumps(event.data)}\n\n".encode()
 
 
 class AdminRoute(NamedTuple):
@@ -11982,6 +12039,7 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {
     "POST accounts": AdminRoute(add_account, fields=ACCOUNT_FIELDS),
     "POST accounts/*/credit": AdminRoute(enter_credit, fields=CREDIT_FIELDS),
     "GET accounts/*/statement": AdminRoute(show_statement),
+    "GET audit": AdminRoute(show_audit),
     "GET providers": AdminRoute(show_providers),
     "POST providers/*/test": AdminRoute(test_provider),
     "POST providers/*/disable": AdminRoute(functools.partial(use_provider, use=False)),
@@ -12740,6 +12798,11 @@ class GatewayServer(Server):
         self.adopt(fresh)
 
 
+def open_ledger(config: Config) -> contextlib.closing[Ledger]:
+    database = config.database
+    return contextlib.closing(Ledger.open(database.path, database.durability, database.max_unsaved))
+
+
 @contextlib.asynccontextmanager
 async def running(config: Config, ledger: Ledger | None = None, models: Mapping[str, Sequence[str]] | None = None,
                   sockets: Sequence[socket.socket] = (), accept: int = ACCEPT_STEP) -> AsyncIterator[GatewayServer]:
@@ -12749,12 +12812,11 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
     `sockets` listen already, and `accept` is how many connections are taken from them at once."""
     async with contextlib.AsyncExitStack() as stack:
         if ledger is None:
-            ledger = stack.enter_context(contextlib.closing(Ledger.open(config.database.path, config.database.durability)))
+            ledger = stack.enter_context(open_ledger(config))
         ledger.start()
         upstream = Upstream(os.environ)
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
-        stack.callback(gateway.watch.reader.close)
         server = GatewayServer(gateway)
         await server.start(sockets, accept)
         stack.push_async_callback(server.drain, 0.0)
@@ -13027,10 +13089,6 @@ def set_up_logging(log_format: str, workers: int = 1) -> None:
     log.propagate = False
 
 
-def open_ledger(config: Config) -> contextlib.closing[Ledger]:
-    return contextlib.closing(Ledger.open(config.database.path, config.database.durability))
-
-
 def first_key_lines(token: str, database: str) -> list[str]:
     """The first key: shown on a terminal; without one (systemd, Docker) written beside the database."""
     if sys.stderr.isatty():
@@ -13042,8 +13100,8 @@ def first_key_lines(token: str, database: str) -> list[str]:
     return [f"First API key written to {home_short(path)} (only you can read it)"]
 
 
-def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, ledger: Ledger, is_new: bool,
-             url: str) -> None:
+async def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, ledger: Ledger, is_new: bool,
+                   url: str) -> None:
     python = sys.version.split()[0]
     said = f"Config {home_short(config.path)}." if config.path else "No config file; using defaults."
     path = home_short(config.database.path)
@@ -13054,7 +13112,7 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
         active = sum(key.state(time.time()) == "active" for key in keys)
         say(retyped(config, f"Keys          {active} active. New one: python pomex.py keys create NAME"))
     else:
-        say("", *first_key_lines(ledger.create_key("first", time.time()), config.database.path),
+        say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", retyped(config, "Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write"),
             *(f"  {line}".rstrip() for line in codex_block(url, best_model(Catalogue(config, found)))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
@@ -13067,7 +13125,7 @@ def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, l
         say(f"Warning       {fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
             "open no more files (ulimit -n).")
     several = f", {config.server.workers} workers" if config.server.workers > 1 else ""
-    say("", dashboard_line(config, ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
+    say("", await dashboard_line(config, ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
 
 
 def allow_files() -> None:
@@ -13110,17 +13168,17 @@ def run_serve(args: Args) -> int:
     parent = Workers(config, found, sockets, reread)
     parent.heed_signals()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
-        announce(config, found, looked, ledger, is_new, url)
+        asyncio.run(announce(config, found, looked, ledger, is_new, url))
     settle_memory()
     return parent.run()
 
 
 async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
-                announce: Callable[[Ledger], None]) -> int:
+                announce: Callable[[Ledger], Awaitable[None]]) -> int:
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets) as server:
             signals = heed_signals()        # before anybody reads that it listens
-            announce(ledger)
+            await announce(ledger)
             settle_memory()
             notify("READY=1")
             feeding = asyncio.create_task(feed_watchdog())
@@ -13214,11 +13272,11 @@ def run_check(args: Args) -> int:
 
 
 def unpriced(config: Config) -> list[str]:
-    catalogue, book = Catalogue(config, {}), PriceBook(config)
+    catalogue, book = Catalogue(config, {}), PriceTable(config)
     targets = {(provider.name, model): name for name in listed_models(config, {})
                for provider, model in catalogue.targets(name)}
     return [f"{provider}/{model} has no price: refused to keys with a budget, billed 0 to others"
-            for (provider, model), name in targets.items() if book.tariff(provider, model, name) is None]
+            for (provider, model), name in targets.items() if book.schedule(provider, model, name) is None]
 
 
 async def contact_all(config: Config) -> dict[str, str]:
@@ -13232,12 +13290,12 @@ async def contact_all(config: Config) -> dict[str, str]:
 
 def run_models(args: Args) -> None:
     config, found = asyncio.run(surveyed(read_config(args)))
-    catalogue, book = Catalogue(config, found), PriceBook(config)
+    catalogue, book = Catalogue(config, found), PriceTable(config)
     rows, table = [], [("MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE")]
     for name, providers in listed_models(config, found).items():
         first, model = catalogue.targets(name)[0]
-        window, tariff = catalogue.facts(name).context_window, book.tariff(first.name, model, name)
-        price = tariff.base.split() if tariff else []
+        window, schedule = catalogue.facts(name).context_window, book.schedule(first.name, model, name)
+        price = schedule.base.split() if schedule else []
         rows.append({"model": name, "providers": providers, "context_window": window or None,
                      "price": dict(zip(PRICE_COLUMNS, price)) or None})
         table.append((name, ", ".join(providers), *([price[0], price[2], price[1]] if price else "---"),
@@ -13264,11 +13322,19 @@ def parse_budget(text: str) -> JSON:
     return {"budget_nanos": parse_usd(amount_text), "period": period}
 
 
-def of_ledger(run: Callable[[Ledger, Args], int | None]) -> Callable[[Args], int | None]:
+def of_ledger(run: Callable[[Ledger, Args], Coroutine[Any, Any, int | None]]) -> Callable[[Args], int | None]:
     def run_with(args: Args) -> int | None:
         with open_ledger(read_config(args)) as ledger:
-            return run(ledger, args)
+            return asyncio.run(run(ledger, args))
     return run_with
+
+
+def command_line_user() -> str:
+    """For the audit log."""
+    try:
+        return f"{getpass.getuser()} (cli)"
+    except (OSError, KeyError):         # a user id without a name
+        return f"user {os.getuid()} (cli)"
 
 
 def key_words(key: Key) -> str:
@@ -13276,7 +13342,7 @@ def key_words(key: Key) -> str:
     period = "in total" if key.period == "total" else f"a {key.period}"
     rates = ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"), (key.concurrent, "at once"))
     return ", ".join(filter(None, (
-        f"{usd(key.budget_nanos)} USD {period}" if key.budget_nanos is not None else "",
+        f"{format_usd(key.budget_nanos)} USD {period}" if key.budget_nanos is not None else "",
         f"models {', '.join(key.models.split())}" if key.models else "",
         *(f"{most} {what}" for most, what in rates if most),
         "models without a price too" if key.allow_unpriced else "",
@@ -13285,46 +13351,48 @@ def key_words(key: Key) -> str:
 
 
 @of_ledger
-def run_keys_create(ledger: Ledger, args: Args) -> None:
-    print(ledger.create_key(args.name, time.time(), **key_settings(ledger, given(args))), flush=True)
+async def run_keys_create(ledger: Ledger, args: Args) -> None:
+    settings = await key_settings(ledger, given(args))
+    print(await ledger.create_key(args.name, time.time(), command_line_user(), **settings), flush=True)
     words = key_words(ledger.list_keys()[-1])
     say(f"Key {args.name} created{': ' + words if words else ''}. It is not shown again.")
 
 
 @of_ledger
-def run_keys_edit(ledger: Ledger, args: Args) -> None:
-    settings = key_settings(ledger, given(args))
+async def run_keys_edit(ledger: Ledger, args: Args) -> None:
+    settings = await key_settings(ledger, given(args))
     if not settings:
         raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
-    key = ledger.edit_key(args.name, time.time(), **settings)
+    key = await ledger.edit_key(args.name, command_line_user(), **settings)
     say(f"Key {key.name} ({key.hint}): {key_words(key) or 'no limits'}.")
 
 
 @of_ledger
-def run_keys_revoke(ledger: Ledger, args: Args) -> None:
-    key = ledger.revoke_key(args.name, time.time())
+async def run_keys_revoke(ledger: Ledger, args: Args) -> None:
+    key = await ledger.revoke_key(args.name, time.time(), command_line_user())
     say(f"Key {key.name} ({key.hint}) revoked. What is being answered ends normally.")
 
 
 def usd_or(nanos: int | None, none: Any, places: int = 2) -> Any:
-    return none if nanos is None else usd(nanos, places)
+    return none if nanos is None else format_usd(nanos, places)
 
 
 @of_ledger
-def run_keys_list(ledger: Ledger, args: Args) -> None:
+async def run_keys_list(ledger: Ledger, args: Args) -> None:
     now_s, rows, table = time.time(), [], []
-    spending = {row["id"]: (row["spent_nanos"], row["last_ms"]) for row in key_rows(ledger, now_s)}
+    spending = {row["id"]: (row["spent_nanos"], row["last_ms"]) for row in await key_rows(ledger, now_s)}
     for key in ledger.list_keys():
         spent, last_ms = spending[key.id]
         state = key.state(now_s)
         if key.budget_nanos and state == "active" and spent * 5 >= key.budget_nanos * 4:
             state = f"{spent * 100 // key.budget_nanos} % used"
-        table.append((key.name, key.hint, key.models.replace(" ", ",") or "all", usd(spent),
+        table.append((key.name, key.hint, key.models.replace(" ", ",") or "all", format_usd(spent),
                       usd_or(key.budget_nanos, "none") + f"/{key.period}" * (key.budget_nanos is not None),
                       time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
         rows.append({"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
                      "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),
-                     "spent_usd": usd(spent, 9), "budget_period": key.period, "budget_usd": usd_or(key.budget_nanos, None, 9),
+                     "spent_usd": format_usd(spent, 9), "budget_period": key.period,
+                     "budget_usd": usd_or(key.budget_nanos, None, 9),
                      "last_used_at": last_ms // 1000 or None, "requests_per_minute": key.rpm or None,
                      "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None,
                      "allow_unpriced": bool(key.allow_unpriced)})
@@ -13332,31 +13400,32 @@ def run_keys_list(ledger: Ledger, args: Args) -> None:
 
 
 @of_ledger
-def run_accounts_create(ledger: Ledger, args: Args) -> None:
-    new_account(ledger, given(args))
+async def run_accounts_create(ledger: Ledger, args: Args) -> None:
+    await new_account(ledger, given(args), command_line_user())
     say(f"Account {args.name} created. Give it a key: python pomex.py keys create NAME --account {args.name}")
 
 
 @of_ledger
-def run_accounts_credit(ledger: Ledger, args: Args) -> None:
-    kind = add_credit(ledger, args.name, args.amount, args.reason or "", time.time())
-    account = next(each for each in list_accounts(ledger, time.time()) if each.name == args.name)
-    say(f"{kind.capitalize()} of {usd(args.amount)} USD entered for account {args.name}; its balance is "
-        f"{usd(account.credit_nanos - account.spent_nanos)} USD.")
+async def run_accounts_credit(ledger: Ledger, args: Args) -> None:
+    kind = await add_credit(ledger, args.name, args.amount, args.reason or "", time.time(), command_line_user())
+    account = next(each for each in await list_accounts(ledger.db, time.time()) if each["name"] == args.name)
+    say(f"{kind.capitalize()} of {format_usd(args.amount)} USD entered for account {args.name}; its balance is "
+        f"{format_usd(account['credit_nanos'] - account['spent_nanos'])} USD.")
 
 
 @of_ledger
-def run_accounts_list(ledger: Ledger, args: Args) -> None:
+async def run_accounts_list(ledger: Ledger, args: Args) -> None:
     rows, table = [], []
-    for each in list_accounts(ledger, time.time()):
-        balance = each.credit_nanos - each.spent_nanos
-        kind = "prepaid" if each.prepaid else "monthly" if each.limit_nanos is not None else "open"
-        table.append((each.name, kind, usd(each.month_nanos), usd_or(each.limit_nanos, "none"), usd(balance),
-                      f"x {each.multiplier / ONE:g}"))
-        rows.append({"name": each.name, "prepaid": bool(each.prepaid), "multiplier": usd(each.multiplier * 1000, 6),
-                     "limit_usd": usd_or(each.limit_nanos, None, 9), "credit_usd": usd(each.credit_nanos, 9),
-                     "spent_usd": usd(each.spent_nanos, 9), "spent_this_month_usd": usd(each.month_nanos, 9),
-                     "balance_usd": usd(balance, 9)})
+    for each in await list_accounts(ledger.db, time.time()):
+        limit, balance = each["limit_nanos"], each["credit_nanos"] - each["spent_nanos"]
+        kind = "prepaid" if each["prepaid"] else "monthly" if limit is not None else "open"
+        table.append((each["name"], kind, format_usd(each["month_nanos"]), usd_or(limit, "none"), format_usd(balance),
+                      f"x {each['multiplier'] / ONE:g}"))
+        sums = {"credit": each["credit_nanos"], "spent": each["spent_nanos"], "spent_this_month": each["month_nanos"],
+                "balance": balance}
+        rows.append({"name": each["name"], "prepaid": bool(each["prepaid"]),
+                     "multiplier": format_usd(each["multiplier"] * 1000, 6), "limit_usd": usd_or(limit, None, 9),
+                     **{f"{name}_usd": format_usd(nanos, 9) for name, nanos in sums.items()}})
     print_rows(args, rows, [("NAME", "KIND", "THIS MONTH", "LIMIT", "BALANCE", "PRICES"), *table], (2, 3, 4))
 
 
@@ -13384,17 +13453,17 @@ def print_rows(args: Args, rows: Iterable[JSON], table: Sequence[Sequence[str]] 
             print(csv_line(row.values()))
     elif getattr(args, "jsonl", False):
         for row in rows:
-            print(encode_line(row))
+            print(dumps(row))
     else:
         print(*table_lines(table, right), sep="\n")
 
 
 @of_ledger
-def run_usage(ledger: Ledger, args: Args) -> None:
-    rows = usage_report(ledger, args.by, args.since, int(time.time()) // 86400)
+async def run_usage(ledger: Ledger, args: Args) -> None:
+    rows = await usage_report(ledger.db, args.by, args.since, int(time.time()) // 86400)
     total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
     cells = [(str(row[args.by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
-              millions(row["output"]), usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
+              millions(row["output"]), format_usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
     print_rows(args, rows, [(args.by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
 
 
@@ -13405,9 +13474,9 @@ def no_price(row: JSON) -> str:
 
 
 @of_ledger
-def run_statement(ledger: Ledger, args: Args) -> None:
+async def run_statement(ledger: Ledger, args: Args) -> None:
     first, last = args.month
-    bill = statement_rows(ledger, account_named(ledger, args.account), first, last)
+    bill = await statement_rows(ledger.db, await account_named(ledger.db, args.account), first, last)
     if args.json:
         print_json({"account": args.account, "first_day": day_text(first), "last_day": day_text(last), **bill})
         return
@@ -13415,42 +13484,39 @@ def run_statement(ledger: Ledger, args: Args) -> None:
     counts = ("requests", "input", "cached", "cache_write", "output")
     costs = whole_cents([row["cost_nanos"] for row in charges])
     rows: list[Sequence[str]] = [("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", "")]
-    rows += [(row["model"], *(spaced(row[name]) for name in counts), usd(cost), no_price(row))
+    rows += [(row["model"], *(spaced(row[name]) for name in counts), format_usd(cost), no_price(row))
              for row, cost in zip(charges, costs)]
-    rows += [("total", *(spaced(sum(row[name] for row in charges)) for name in counts), usd(sum(costs)), "")]
+    rows += [("total", *(spaced(sum(row[name] for row in charges)) for name in counts), format_usd(sum(costs)), "")]
     print(f"Statement of account {args.account}, {day_text(first)} to {day_text(last)} (UTC), in USD", "",
           *table_lines(rows, range(1, 7)), sep="\n")
     if entries or bill["before_nanos"]:
         steps = whole_cents([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]])
         names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
                                      for entry in entries), "charges above", "balance after"]
-        print("", *table_lines([*zip(names, map(usd, (*steps, sum(steps))))], (1,)), sep="\n")
+        print("", *table_lines([*zip(names, map(format_usd, (*steps, sum(steps))))], (1,)), sep="\n")
 
 
 def whole_cents(nanos: Sequence[int]) -> list[int]:
-    return [cents * 10**7 for cents in apportion(nanos, 10**7)]
-
-
-def day_text(day: int) -> str:
-    return datetime.date.fromordinal(day + EPOCH).isoformat()
+    return [cents * 10**7 for cents in round_preserving_sum(nanos, 10**7)]
 
 
 def run_prices_show(args: Args) -> None:
     rows = []
-    for name, tariff in sorted(PriceBook(read_config(args)).known.items()):
-        notes = [f"over {spaced(tariff.over)}: {tariff.long}"] if tariff.over else []
-        notes += [f"from {day_text(day)}: {price}" for day, price in tariff.changes]
-        notes += [f"{tier} x {factor}" for tier, factor in tariff.factors.items()]
-        notes += [f"ends {tariff.ends}"] if tariff.ends else []
-        rows.append((name, *(f"{tariff.base} -".split()[:6]), tariff.source.partition(" in ")[2], "; ".join(notes)))
+    for name, schedule in sorted(PriceTable(read_config(args)).known.items()):
+        notes = [f"over {spaced(schedule.over)}: {schedule.long}"] if schedule.over else []
+        notes += [f"from {day_text(day)}: {price}" for day, price in schedule.changes]
+        notes += [f"{tier} x {factor}" for tier, factor in schedule.factors.items()]
+        notes += [f"ends {schedule.ends}"] if schedule.ends else []
+        rows.append((name, *(f"{schedule.base} -".split()[:6]), schedule.source.partition(" in ")[2], "; ".join(notes)))
     head = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
     print_rows(args, [dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows], [head, *rows], range(1, 7))
 
 
 @of_ledger
-def run_verify(ledger: Ledger, args: Args) -> int:
-    checked, wrong = verify(ledger)
-    balances = {each.name: usd(each.credit_nanos - each.spent_nanos, 9) for each in list_accounts(ledger, time.time())}
+async def run_verify(ledger: Ledger, args: Args) -> int:
+    checked, wrong = await verify(ledger.db)
+    accounts = await list_accounts(ledger.db, time.time())
+    balances = {each["name"]: format_usd(each["credit_nanos"] - each["spent_nanos"], 9) for each in accounts}
     if args.json:
         print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
     else:
@@ -13459,18 +13525,31 @@ def run_verify(ledger: Ledger, args: Args) -> int:
 
 
 @of_ledger
-def run_export(ledger: Ledger, args: Args) -> None:
-    print_rows(args, export_rows(ledger, args.since))
+async def run_export(ledger: Ledger, args: Args) -> None:
+    first = args.csv
+    async for row in rows_in_pages(ledger.db, args.since * DAY_MS):
+        if first:
+            print(csv_line(row))
+            first = False
+        print(csv_line(row.values()) if args.csv else dumps(row))
 
 
 @of_ledger
-def run_prune(ledger: Ledger, args: Args) -> None:
-    gone = prune(ledger, args.older)
+async def run_prune(ledger: Ledger, args: Args) -> None:
+    gone = await prune(ledger, args.older)
     say(f"{spaced(gone)} lines from before {day_text(args.older)} removed; the sums of their days stay.")
 
 
 @of_ledger
-def run_backup(ledger: Ledger, args: Args) -> None:
+async def run_audit(ledger: Ledger, args: Args) -> None:
+    rows = await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS)
+    table = [(utc_minute(row["time_ms"] // 1000), row["who"], row["action"], row["name"], ", ".join(
+        f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())) for row in rows]
+    print_rows(args, rows, [("UTC", "WHO", "WHAT", "NAME", "CHANGE"), *table])
+
+
+@of_ledger
+async def run_backup(ledger: Ledger, args: Args) -> None:
     ledger.backup(args.file)
     say(f"Copied to {args.file} (only you can read it).")
 
@@ -13488,21 +13567,21 @@ def own_url(config: Config) -> str:
     return public_url(config.server, (config.server.host, config.server.port))
 
 
-def login_link(ledger: Ledger, url: str) -> str:
-    return f"{url}/admin#login={open_session(ledger, 'link', 0, LOGIN_LINK_S, time.time())}"
+async def login_link(ledger: Ledger, url: str) -> str:
+    return f"{url}/admin#login={await open_session(ledger.db, 'link', 0, LOGIN_LINK_S, time.time())}"
 
 
 def run_admin_url(args: Args) -> None:
     config = read_config(args)
     with open_ledger(config) as ledger:
-        print(login_link(ledger, own_url(config)))
+        print(asyncio.run(login_link(ledger, own_url(config))))
     say("It opens the dashboard once, within ten minutes.")
 
 
-def dashboard_line(config: Config, ledger: Ledger, url: str) -> str:
+async def dashboard_line(config: Config, ledger: Ledger, url: str) -> str:
     """The link itself is a secret: on a terminal only."""
     if sys.stderr.isatty():
-        return f"Dashboard     {login_link(ledger, url)} (one use, 10 minutes)"
+        return f"Dashboard     {await login_link(ledger, url)} (one use, 10 minutes)"
     return retyped(config, f"Dashboard     {url}/admin (log in with a link: python pomex.py admin-url)")
 
 
@@ -13787,7 +13866,8 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
     if not os.environ.get("POMEX_API_KEY"):
         with open_ledger(config) as ledger:
             name = f"codex-run-{secrets.token_hex(3)}"
-            os.environ["POMEX_API_KEY"] = ledger.create_key(name, time.time(), int(time.time()) + 86400)
+            os.environ["POMEX_API_KEY"] = asyncio.run(ledger.create_key(
+                name, time.time(), command_line_user(), expires_s=int(time.time()) + 86400))
         say(f"Key {name} created for this run; it ends in a day.")
     os.execv(path, [path, *overrides, *arguments])     # noqa: S606
 
@@ -13984,7 +14064,6 @@ async def live_checks(config: Config, ask: Asking, key: str) -> list[Finding]:
     before = await spent()
     config, _ = await surveyed(config)
     found = await asyncio.gather(*itertools.starmap(probe, probe_models(config, names).items()))
-    await asyncio.sleep(SAVE_AFTER_S * 3)       # until the rows are in the sums
     cost = (f"${max(await spent() - before, 0):.4f} for {short_count(taken['input_tokens'])} tokens in, "
             f"{short_count(taken['output_tokens'])} out; a model without a price counts nothing")
     if not found:
@@ -14019,21 +14098,31 @@ PROVIDER_CURES = (      # what the gateway says of a provider -> what to do abou
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
 
 
+def changed_settings(old: Config, new: Config) -> tuple[JSON, JSON]:
+    """What differs, before and after: {"server.port": 1, "providers.openai": "changed"}. Numbers alone are told: none is a
+    secret."""
+    before, after = ({f"{section}.{name}": value for section in (*SECTIONS, *NAMED_SECTIONS)
+                      for part in [getattr(config, section)]
+                      for name, value in (part if isinstance(part, dict) else vars(part)).items()} for config in (old, new))
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    told = [{name: values[name] if isinstance(values[name], (int, float)) else "changed" for name in names if name in values}
+            for values in (before, after)]
+    return told[0], told[1]
+
+
 def reload_sentence(old: Config, new: Config, streams: int) -> str:
-    """`Reloaded pomex.toml: +1 provider, 2 prices changed; only a restart changes port.`"""
-    said = []
-    for section in NAMED_SECTIONS:
-        before, after = getattr(old, section), getattr(new, section)
-        changed = {name for name in before.keys() & after.keys() if before[name] != after[name]}
-        for form, names in (("+{}", after.keys() - before.keys()), ("-{}", before.keys() - after.keys()),
-                            ("{} changed", changed)):
-            said += [form.format(plural(len(names), section.removesuffix("s")))] if names else []
-    settings = {name for name in config_fields(ServerConfig) if getattr(old.server, name) != getattr(new.server, name)}
-    said += [f"{plural(len(settings - {*FIXED}), 'setting')} changed"] if settings - {*FIXED} else []
+    """`Reloaded pomex.toml: providers.openai, server.port; only a restart changes server.port.`"""
+    changed = list(dict.fromkeys(name for values in changed_settings(old, new) for name in values))
     kept = f"; {plural(streams, 'open stream')} {'keeps' if streams == 1 else 'keep'} the old settings" if streams else ""
-    waiting = [name for name in FIXED if name in settings] + ["[database]"] * (old.database != new.database)
+    waiting = [name for name in changed if name.removeprefix("server.") in FIXED or name.startswith("database.")]
     restart = f"; only a restart changes {', '.join(waiting)}" if waiting else ""
-    return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(said) or 'nothing changed'}{kept}{restart}."
+    return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(changed) or 'nothing changed'}{kept}{restart}."
+
+
+async def audit_reload(ledger: Ledger, old: Config, new: Config) -> None:
+    before, after = changed_settings(old, new)
+    with contextlib.suppress(LedgerError):
+        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None, after, before)
 
 
 def refused_sentence(old: Config, error: Exception) -> str:
@@ -14051,6 +14140,7 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
         say(refused_sentence(old, error))
     else:
         say(reload_sentence(old, config, server.open_requests))
+        await audit_reload(server.gateway.ledger, old, config)
     notify("READY=1")
 
 
@@ -14058,12 +14148,10 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
 #
 # The parent holds the listening sockets and forks the workers. With SO_REUSEPORT a worker that ends would reset the
 # connections in its own queue; a socket that all inherit loses none. A worker reports its open requests once a second; a
-# silent one hangs and is ended. At the end of its channel a worker stops: the parent is gone. Messages that begin with a
-# bracket are live events (JSON), which the parent passes on to the other workers.
+# silent one hangs and is ended. At the end of its channel a worker stops: the parent is gone.
 
 TICK_S = 1.0
-SHARED_A_TICK = 50          # events that a worker tells the others in a tick: enough for eyes, and no load
-MAX_MESSAGE_BYTES = 32768
+MAX_MESSAGE_BYTES = 64
 HUNG_S = 30.0               # a checkpoint of the database on a bad disk may stop a loop for seconds
 SOUND_S = 60.0              # a worker that lived so long did not die of how it was started
 ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one has its turn
@@ -14077,9 +14165,7 @@ async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequ
     loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
-            watch = server.gateway.watch
-            watch.share = functools.partial(send_away, channel)
-            loop.add_reader(channel, lambda: hear(loop, channel, watch, orders))
+            loop.add_reader(channel, hear, loop, channel, orders)
             telling = loop.create_task(tell(server, channel))
             while draining is None or not draining.done():
                 waiting = loop.create_task(orders.get())
@@ -14102,11 +14188,8 @@ def receive(channel: socket.socket) -> bytes:
         return b""
 
 
-def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, watch: Watch, orders: asyncio.Queue[bytes]) -> None:
+def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, orders: asyncio.Queue[bytes]) -> None:
     said = receive(channel)
-    if said.startswith(b"["):               # what happened in another worker
-        watch.hear(said)
-        return
     if not said:
         loop.remove_reader(channel)         # the parent is gone
     orders.put_nowait(said or DRAIN)
@@ -14114,16 +14197,9 @@ def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, watch: Watch, 
 
 async def tell(server: GatewayServer, channel: socket.socket) -> None:
     while True:
-        server.gateway.watch.quota = SHARED_A_TICK
-        send_away(channel, b"%d" % server.open_requests)
+        with contextlib.suppress(OSError):      # the end of the other side is heard elsewhere
+            channel.send(b"%d" % server.open_requests, socket.MSG_DONTWAIT)
         await asyncio.sleep(TICK_S)
-
-
-def send_away(channel: socket.socket, message: bytes) -> None:
-    """A message that may be lost, where nobody takes it: the end of the other side is heard elsewhere."""
-    if len(message) <= MAX_MESSAGE_BYTES:
-        with contextlib.suppress(OSError):
-            channel.send(message, socket.MSG_DONTWAIT)
 
 
 @dataclass(slots=True, eq=False)
@@ -14255,11 +14331,6 @@ class Workers:
         if not said:
             self.bury(worker)
             return
-        if said.startswith(b"["):
-            for other in self.workers:
-                if other is not worker:
-                    send_away(other.channel, said)
-            return
         worker.heard = time.monotonic()
         worker.streams = int(said)
         worker.ready = True
@@ -14314,6 +14385,8 @@ class Workers:
             say(refused_sentence(self.config, error))
         else:
             say(reload_sentence(self.config, config, sum(worker.streams for worker in self.workers)))
+            with contextlib.suppress(LedgerError), open_ledger(self.config) as ledger:      # closed before a process forks
+                asyncio.run(audit_reload(ledger, self.config, config))
             self.config, self.found = taken_up(self.config, config), found
             self.generation += 1
             self.deaths, self.not_before = 0, 0.0
@@ -14462,6 +14535,8 @@ COMMANDS = {
     "prune": Command(run_prune, "remove old lines; the sums of each day stay", [
         SINCE._replace(name="older", field=SINCE.field._replace(meaning="than so many days, or than this day"),
                        metavar="90d|DATE", more={"required": True})]),
+    "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", [
+        AS_JSON, SINCE, AS_CSV, AS_JSONL]),
     "backup": Command(run_backup, "copy the database while servers run", [Argument("file", metavar="FILE", required=True)]),
     "models": Command(run_models, "list the models that can be asked for", [AS_JSON]),
     "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", PLACE),
@@ -15141,12 +15216,12 @@ async function start(){try{me=await api("session")}catch(e){if(e.status!==401)lo
 frame();openFeed();route()}
 // --- the frame around the pages
 const PAGES=[["overview","Overview"],["keys","Keys",1],["usage","Usage log"],["models","Models"],["providers","Providers",1],
-["playground","Playground"],["setup","Setup"]];
+["playground","Playground"],["setup","Setup"],["audit","Audit",1]];
 function frame(){const links=PAGES.filter(p=>!p[2]||me.role==="admin");
 $("#root").replaceChildren(div("app",h("header",{class:"rail"},div("brand",logo(),"Pomex"),
 h("nav",{"aria-label":"Pages"},h("ul",{class:"nav",id:"nav"},links.map(([id,t])=>h("li",{},h("a",{href:"/admin#"+id,
 "data-id":id},
-icon(icons[id]),t,me.counts[id]!=null&&(id!=="keys"||me.role==="admin")?txt("n",me.counts[id]):null))))),
+icon(icons[id]||icons.usage),t,me.counts[id]!=null&&(id!=="keys"||me.role==="admin")?txt("n",me.counts[id]):null))))),
 div("foot",div("",btn("Light / dark","s g",theme),btn("Log out","s g",async()=>{
 try{await api("logout",{})}catch(e){}login("Logged out.")})),
 para("",me.key?["Key ",bdi(me.key.name,40),h("br")]:null,clip(me.address),h("br"),"pomex.py "+me.version,h("br"),
@@ -15247,7 +15322,7 @@ s.block.map(l=>l.replace("{ORIGIN}",o)).join("\n"),Shell:"# ~/.zshrc or ~/.bashr
 const step=(state,n,title,...k)=>h("li",{},txt("st "+state,state==="done"?"✓":state==="now"?"":state==="bad"?"!":n),
 txt("",h("b",{},title),txt("sr",state==="done"?"Done. ":state==="now"?"Waiting. ":""),k));
 // --- the pages
-const VIEWS={overview,keys,usage,models,providers,playground,setup};
+const VIEWS={overview,keys,usage,models,providers,playground,setup,audit};
 function overview(m){const body=div(),at=turn;
 const load=()=>{const [,days,stepMs,slots]=RANGES[range];
 return api("overview?since="+(midnight()-(days-1)*DAY)+"&step="+stepMs+"&slots="+slots)};
@@ -15472,24 +15547,23 @@ div("card full c12 gap",sums,list,more)));draw();
 return{refresh:draw,live:lazily(()=>{if(rows.length<=50)draw()},1500)}}
 function oneRequest(m,id){const body=div();m.append(top_("Request",h("a",{class:"btn s",href:"#usage"},"Back to the log")),
 body);
-fill(body,()=>api("usage/"+encodeURIComponent(id)),d=>{const r=d.row,t=d.trace,lines=d.lines.filter(l=>l.parts.length||l.lost);
-const hops=(t?t.tried:[]).map((x,n)=>{const i=x.indexOf(": ");
+fill(body,()=>api("usage/"+encodeURIComponent(id)),d=>{const r=d.row,t=d.trace,lines=d.lines.filter(l=>l.parts.length);
+const hops=t.tried.map((x,n)=>{const i=x.indexOf(": ");
 return[x.slice(0,i),x.slice(i+2)+", after "+secs(t.tried_ms[n]-(t.tried_ms[n-1]||0))+" s",false]});
-if(!t)hops.push(...d.lines.slice(0,-1).map(l=>[l.provider,l.error_code,false]));
-if(r.status!=="failed"||!hops.length)hops.push([r.provider||"nobody",r.status==="failed"?t?.error||r.error_code:
+if(r.status!=="failed"||!hops.length)hops.push([r.provider||"nobody",r.status==="failed"?r.error||r.error_code:
 "answered"+(r.attempts>1&&!hops.length?", after "+(r.attempts-1)+" that failed":""),r.status!=="failed"]);
-const total=Math.max(1,r.total_ms);let from=0;const wf=[...t?.answering_ms?[["Before "+r.provider+" was asked",t.asked_ms,"k5"],
-["Until it began to answer",t.answering_ms,"wrn"]]:[],...r.first_ms?[["Until the first output",r.first_ms,"wrn"]]:[],
-[r.first_ms?"Output and finish":"The whole answer",total,"acc"]];
+const total=Math.max(1,r.total_ms);let from=0;const wf=[...r.answering_ms?[["Before "+r.provider+" was asked",r.asked_ms,"k5"],
+["Until it began to answer",r.answering_ms,"wrn"]]:[],...r.first_ms?[["Until the first output",r.first_ms,"wrn"]]:[],
+["The answer",total,"acc"]];
 return[div("grid",card("pad c6",head("What happened",tag(r)),facts([["Time",when(r.started_ms)],
 ["Model",bdi(r.model,200)],["Key",bdi(r.key,64)],["Account",bdi(r.account,64)],["Endpoint",r.endpoint],
-["Client",t?bdi(t.user_agent||"-",200):"not kept"],["Response id",mono(clip(r.response_id,80))],
-["x-request-id",mono(clip(r.request_id,130))],t?.upstream_id?["Upstream id",mono(clip(t.upstream_id,100))]:null,
+["Client",bdi(r.client||"-",200)],["Session",bdi(r.session||"-")],["Tier",bdi(r.tier||"-")],["Response id",mono(clip(r.response_id,80))],
+["x-request-id",mono(clip(r.request_id,130))],r.upstream_id?["Upstream id",mono(clip(r.upstream_id,100))]:null,
 ["Ended by",r.terminal_by==="gateway"?"the gateway, which made the terminal event":r.terminal_by?
 "the upstream's own terminal event":"an error's status"],
 ["Terminal event",r.status==="cancelled"?"none: the client left":r.terminal_by?"response."+r.status:"none"],
-r.error_code?["Error",txt("",mono(clip(r.error_code,80))," ",clip(t?.error,600))]:null,
-t&&t.dropped.length?["Not carried",clip(t.dropped.join(", "),400)]:null,r.estimated?["Tokens","estimated: "+clip(r.estimated,
+r.error_code?["Error",txt("",mono(clip(r.error_code,80))," ",clip(r.error,600))]:null,
+t.dropped.length?["Not carried",clip(t.dropped.join(", "),400)]:null,r.estimated?["Tokens","estimated: "+clip(r.estimated,
 200)]:null]),div("acts",btn("Copy as curl","s",e=>copy(curlOf({model:r.model,input:"…",stream:true}),e.currentTarget)))),
 card("pad c6",head("Path"),h("ol",{class:"steps"},hops.map((x,i)=>step(x[2]?"done":"bad",i+1,clip(x[0],60),clip(x[1],400)))),
 h("h2",{class:"n2"},"Time"),h("ul",{class:"rows"},wf.map(([n,to,c])=>{const x=from;from=Math.max(x,to);
@@ -15554,6 +15628,11 @@ r?.text?h("p",{class:"note "+(r.ok?"ok":"bad"),role:"status"},clip(r.text,500)+(
 div("acts",h("a",{class:"btn s",href:"#usage?provider="+encodeURIComponent(p.name),"aria-label":"Usage of "+p.name},"Usage"),
 act(p,"test","Test now"),p.state==="disabled"?act(p,"enable","Enable"):act(p,"disable","Disable")))})),keyless(d.missing)||""]);
 m.append(top_("Providers",liveMark(me.open)),body);draw();return{refresh:draw,live:lazily(draw,2000)}}
+// audit
+function audit(m){const body=div(),draw=()=>fill(body,()=>api("audit"),d=>card("full",sheet("stack","Changes",["Time","Who","What","Change"],
+d.rows.map(r=>tr(td("nw dim",when(r.time_ms)),td("",bdi(r.who)),td("",r.action+" ",bdi(r.name)),
+td("wrap",clip(Object.keys(r.after).map(k=>k+" "+(r.before[k]??"")+" → "+r.after[k]).join(", "),400)))))));
+m.append(top_("Audit"),body);draw();return{refresh:draw,live:lazily(draw)}}
 // playground
 function playground(m,q){let stop=null,form;
 const out=h("div",{class:"out",tabindex:0,role:"group","aria-label":"Answer"}),evs=h("ol",{class:"ev scroll",tabindex:0,
@@ -15608,11 +15687,7 @@ card("pad",head("Events",txt("","time, sequence number, type")),evs))));
 api("models").then(d=>list.append(...d.models.slice(0,400).map(x=>h("option",{value:x.name})))).catch(()=>{});
 return{}}
 // set-up
-const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url is wrong",
-wrong_wire_api:"Another API was called",
-use_http_sse:"A WebSocket was tried",model_not_found:"That model is not known",
-model_not_allowed:"The key may not use that model",
-provider_not_configured:"That provider has no key",provider_disabled:"That provider is disabled"};
+const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url is wrong",use_http_sse:"A WebSocket was tried"};
 function setup(m){const body=div(),steps=div(),bad=div();let s=null;
 const draw=()=>fill(body,()=>api("setup"),d=>{s=d;paint();return[div("grid",div("card c12 two",div("",
 head("Checks"),steps),div("",copyTabs("Set-up snippet",snippets(d)))),div("card full c12",head("Refused requests",

@@ -1,31 +1,109 @@
-"""What tests look at of a ledger: its newest rows, and the sums of all; and a ledger's file as it was at first."""
+"""What tests look at of a ledger and put into it. Each helper opens the file for itself, so that it works with and without a
+loop, whatever the ledger is writing meanwhile; `run` and `key_made` are for tests that have no loop."""
+import asyncio
 import contextlib
+import json
+import sqlite3
+import time
+import urllib.parse
 
 import pomex
 
 COUNTS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos")
 
 
+@contextlib.contextmanager
+def opened_file(ledger, mode):
+    uri = f"file:{urllib.parse.quote(ledger.db.path)}?mode={mode}"
+    with contextlib.closing(sqlite3.connect(uri, timeout=10, isolation_level=None, uri=True)) as db:
+        yield db
+
+
+def read(ledger, sql, *values):
+    """All rows, as they are committed."""
+    with opened_file(ledger, "ro") as db:
+        return db.execute(sql, values).fetchall()
+
+
 def recent(ledger, limit):
-    """The newest rows, newest first, with the key's name."""
+    """The newest requests, newest first, with the key's name: one row each, the final one."""
     columns = ", ".join(f"usage.{name}" for name in pomex.USAGE_COLUMNS)
-    rows = ledger.read(f"SELECT coalesce(keys.name, ''), {columns} FROM usage "
-                       "LEFT JOIN keys ON keys.id = usage.key_id ORDER BY usage.id DESC LIMIT ?", (limit,))
+    rows = read(ledger, f"SELECT coalesce(keys.name, ''), {columns} FROM usage LEFT JOIN keys ON keys.id = usage.key_id "
+                        "WHERE final = 1 ORDER BY usage.id DESC LIMIT ?", limit)
     return [dict(zip(("key", *pomex.USAGE_COLUMNS), row)) for row in rows]
+
+
+def lost(ledger):
+    """The attempts that were given up and are billed, in the order in which they were written."""
+    rows = read(ledger, f"SELECT {', '.join(pomex.USAGE_COLUMNS)} FROM usage WHERE final = 0 ORDER BY id")
+    return [dict(zip(pomex.USAGE_COLUMNS, row)) for row in rows]
+
+
+def under_way(ledger):
+    """The ids of the open requests that are recorded."""
+    return [response_id for response_id, in read(ledger, "SELECT response_id FROM open_requests ORDER BY response_id")]
 
 
 def totals(ledger):
     """Sums over all rows."""
-    rows = ledger.read(f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in COUNTS)} FROM daily")
+    rows = read(ledger, f"SELECT {', '.join(f'coalesce(sum({name}), 0)' for name in COUNTS)} FROM usage_rollups")
     return dict(zip(COUNTS, rows[0]))
 
 
-@contextlib.contextmanager
-def first_schema(path, monkeypatch):
-    """A new file of the first schema, open; migrations are those of today again after it."""
-    with monkeypatch.context() as older:
-        older.setattr(pomex, "MIGRATIONS", pomex.MIGRATIONS[:1])
-        pomex.create_file(path)
-        with contextlib.closing(pomex.open_database(path, "process")) as db:
-            pomex.migrate(db, path)
-            yield db
+def refusals(ledger):
+    """What is kept of refusals, newest first."""
+    return [json.loads(data) for data, in read(ledger, "SELECT data FROM refusals ORDER BY id DESC")]
+
+
+def audited(ledger):
+    """The audit log, oldest first: (who, action, name, before, after)."""
+    rows = read(ledger, "SELECT who, action, name, before, after FROM audit ORDER BY id")
+    return [(*row[:3], json.loads(row[3]), json.loads(row[4])) for row in rows]
+
+
+def change(ledger, sql, *values):
+    """Writes past the ledger, as another program may: how many rows it changed."""
+    with opened_file(ledger, "rw") as db:
+        return db.execute(sql, values).rowcount
+
+
+def insert(ledger, rows):
+    """Rows and their sums, in a transaction of their own; none of them may be there."""
+    with opened_file(ledger, "rw") as db:
+        db.execute("BEGIN IMMEDIATE")
+        pomex.insert_rows(pomex.Transaction(db), rows)
+        db.execute("COMMIT")
+
+
+def run(coroutine):
+    """What a coroutine gives, for tests that have no loop."""
+    async def awaited():
+        return await coroutine
+    return asyncio.run(awaited())
+
+
+def key_made(ledger, name, now_s=None, **settings):
+    """The token of a new key, for tests that have no loop."""
+    return run(ledger.create_key(name, time.time() if now_s is None else now_s, **settings))
+
+
+def key_of(ledger, name):
+    return next(key for key in ledger.list_keys() if key.name == name)
+
+
+@contextlib.asynccontextmanager
+async def started(path, count=1, **settings):
+    """So many ledgers of one file, as running servers have them."""
+    with contextlib.ExitStack() as stack:
+        ledgers = [stack.enter_context(contextlib.closing(pomex.Ledger.open(path, **settings))) for _ in range(count)]
+        for ledger in ledgers:
+            ledger.start()
+        yield ledgers
+
+
+async def until(condition, within_s=5.0):
+    """Waits for what is about to happen."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.01)

@@ -1,12 +1,16 @@
 """The admin API: who may ask, from where, and what the answers hold. Real sockets on loopback."""
 import asyncio
+import collections
 import contextlib
 import json
 import logging
+import subprocess
+import sys
 import time
 
 import pytest
 from demos import slow_and_error
+from ledgers import audited, change, insert, read, refusals, under_way
 
 import pomex
 
@@ -18,10 +22,8 @@ JSON_TYPE = {"content-type": "application/json"}
 class Gateway:
     """A running gateway, and one request at a time to it."""
 
-    def __init__(self, server, ledger):
-        self.port, self.ledger, self.server = server.address[1], ledger, server
-        self.key = ledger.create_key("ana", time.time(), budget_nanos=5 * 10**9)
-        self.other = ledger.create_key("bo", time.time())
+    def __init__(self, server, ledger, key, other):
+        self.port, self.ledger, self.server, self.key, self.other = server.address[1], ledger, server, key, other
 
     async def ask(self, method, path, body=None, headers=(), read=None):
         """(status, headers, body); with `read` only so many bytes of a stream."""
@@ -46,9 +48,20 @@ class Gateway:
         status, names, answer = await self.ask("POST", "/admin/api/" + path, body, {**JSON_TYPE, **headers})
         return status, json.loads(answer), names
 
-    async def answer(self, key, model="demo/echo", headers=()):
-        body = {"model": model, "input": "hello"}
+    async def answer(self, key, model="demo/echo", headers=(), words="hello"):
+        body = {"model": model, "input": words}
         return await self.ask("POST", "/v1/responses", body, {**JSON_TYPE, "authorization": f"Bearer {key}", **dict(headers)})
+
+    async def refused(self, headers=ADMIN):
+        """What the set-up page shows of refusals, those of this second too."""
+        await self.ledger.save_counts()
+        return (await self.get("setup", headers))[1]["refused"]
+
+    async def feed(self, headers=ADMIN):
+        """(reader, writer) of a live feed that knows what is old."""
+        _, _, reader, writer = await self.ask("GET", "/admin/api/events", headers=headers, read=True)
+        await reader.readuntil(b": hello\n\n")
+        return reader, writer
 
     @property
     def page(self):
@@ -68,9 +81,11 @@ def gateway_test(test):
             text = f'[server]\nport = 0\nadmin_token = "{TOKEN}"\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n'
             config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {})
             with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+                key = await ledger.create_key("ana", time.time(), budget_nanos=5 * 10**9)
+                other = await ledger.create_key("bo", time.time())
                 with slow_and_error():
                     async with pomex.running(config, ledger) as server:
-                        await test(Gateway(server, ledger), *args, **kwargs)
+                        await test(Gateway(server, ledger, key, other), *args, **kwargs)
         asyncio.run(inside())
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
@@ -100,7 +115,7 @@ async def test_the_page_is_served_to_anybody_gzipped_and_with_its_tag(gateway):
 
 @gateway_test
 async def test_a_login_link_opens_one_session_once(gateway):
-    link = pomex.open_session(gateway.ledger, "link", 0, 600, time.time())
+    link = await pomex.open_session(gateway.ledger.db, "link", 0, 600, time.time())
     cookie, whole = await gateway.session(link)
     assert "HttpOnly" in whole and "SameSite=Strict" in whole and "Path=/admin" in whole and "Secure" not in whole
     assert (await gateway.get("session", cookie))[1]["role"] == "admin"
@@ -111,8 +126,8 @@ async def test_a_login_link_opens_one_session_once(gateway):
 
 @gateway_test
 async def test_a_login_link_ends_after_its_time_and_is_no_session_itself(gateway):
-    old = pomex.open_session(gateway.ledger, "link", 0, 600, time.time() - 601)
-    new = pomex.open_session(gateway.ledger, "link", 0, 600, time.time())
+    old = await pomex.open_session(gateway.ledger.db, "link", 0, 600, time.time() - 601)
+    new = await pomex.open_session(gateway.ledger.db, "link", 0, 600, time.time())
     assert (await gateway.post("login", {"token": old}, gateway.page))[0] == 401
     assert (await gateway.get("session", {"cookie": f"pomex_{gateway.port}={new}"}))[0] == 401
     assert (await gateway.get("session", {"authorization": f"Bearer {new}"}))[0] == 401
@@ -134,7 +149,7 @@ async def test_five_failed_logins_close_the_door_for_a_minute(gateway):
     assert 0 < int(seen[-1][2]["retry-after"]) <= 60
     for right in (ADMIN, {"authorization": f"Bearer {gateway.key}"}):      # who is right never waits for who is wrong
         assert (await gateway.get("session", right))[0] == 200
-    link = pomex.login_link(gateway.ledger, "").partition("=")[2]
+    link = (await pomex.login_link(gateway.ledger, "")).partition("=")[2]
     assert (await gateway.post("login", {"token": link}, gateway.page))[0] == 200
     assert (await gateway.post("login", {"token": "wrong"}, gateway.page))[0] == 429
     assert (await gateway.get("session", {"authorization": f"Bearer {pomex.new_key()}"}))[0] == 429, "a key that is none"
@@ -181,7 +196,6 @@ async def test_no_change_is_made_by_get(gateway):
 async def test_a_key_opens_the_view_of_its_holder_and_nothing_else(gateway):
     await gateway.answer(gateway.key)
     _, _, body = await gateway.answer(gateway.other)
-    await asyncio.sleep(0.25)
     mine, theirs = {"authorization": f"Bearer {gateway.key}"}, json.loads(body)["id"]
     cookie, _ = await gateway.session(gateway.key)
     for who in (mine, cookie):
@@ -197,7 +211,7 @@ async def test_a_key_opens_the_view_of_its_holder_and_nothing_else(gateway):
                 ask = gateway.get(path.replace("*", "1"), who) if method == "GET" else gateway.post(path.replace("*", "1"), {}, {**who, **gateway.page})
                 status, error = (await ask)[:2]
                 assert status == 403 and error["error"]["code"] == "admin_only", path
-    gateway.ledger.revoke_key("ana", time.time())
+    await gateway.ledger.revoke_key("ana", time.time())
     assert (await gateway.get("session", cookie))[0] == 401
 
 
@@ -205,7 +219,6 @@ async def test_a_key_opens_the_view_of_its_holder_and_nothing_else(gateway):
 async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     await gateway.answer(gateway.key)
     await gateway.answer(gateway.other)
-    await asyncio.sleep(0.25)
     for kind in ("csv", "jsonl"):
         _, names, body = await gateway.ask("GET", f"/admin/api/usage.{kind}", headers={"authorization": f"Bearer {gateway.key}"})
         assert b"ana" in body and b",bo," not in body and b'"bo"' not in body and "attachment" in names["content-disposition"]
@@ -232,19 +245,36 @@ async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(
                                                                                "user-agent": "codex/1 <b>", **headers})
     finally:
         pomex.log.removeHandler(handler)
-    item, = (await gateway.get("setup"))[1]["refused"]
+    item, = await gateway.refused()
     assert (item["code"], item["user_agent"]) == (code, "codex/1 <b>") and message in item["message"]
     assert ("codex app-server daemon restart" in item["message"]) == (headers.get("originator") == "codex-tui")
     assert json.loads(answer)["error"]["message"] == item["message"]
     assert any(message in record.getMessage() for record in records)
-    assert (await gateway.get("setup", {"authorization": f"Bearer {gateway.key}"}))[1]["refused"] == []
+    assert await gateway.refused({"authorization": f"Bearer {gateway.key}"}) == []
 
 
 @gateway_test
-async def test_refusals_are_kept_within_bounds(gateway):
+async def test_refusals_are_kept_within_bounds_and_all_are_counted(gateway):
     for _ in range(60):
         await gateway.ask("POST", "/responses", {})
-    assert len((await gateway.get("setup"))[1]["refused"]) == pomex.REFUSALS_KEPT
+    shown = await gateway.refused()
+    assert 1 <= len(shown) <= 3 and sum(item["count"] for item in shown) == 60, "of many alike in a second one is kept"
+    for n in range(2 * pomex.REFUSALS_AT_ONCE):
+        await gateway.ask("POST", f"/{n}/responses", {})
+    assert len(await gateway.refused()) <= len(shown) + 2 * pomex.REFUSALS_AT_ONCE - 1, "of so many different ones not all"
+    text = (await gateway.ask("GET", "/metrics"))[2].decode()
+    assert f'pomex_refusals_total{{code="wrong_base_url"}} {60 + 2 * pomex.REFUSALS_AT_ONCE}\n' in text
+
+
+@gateway_test
+async def test_only_the_newest_refusals_stay_and_fewer_are_shown(gateway):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pomex, "REFUSALS_KEPT", pomex.REFUSALS_SHOWN + 5)
+        for n in range(pomex.REFUSALS_SHOWN + 15):
+            gateway.ledger.refuse(0, {"time_ms": n, "code": "x", "path": f"/{n}", "key_id": 0})
+            await gateway.ledger.save_counts()
+    assert [item["time_ms"] for item in refusals(gateway.ledger)] == [*range(pomex.REFUSALS_SHOWN + 14, 9, -1)]
+    assert [item["time_ms"] for item in await gateway.refused()] == [*range(pomex.REFUSALS_SHOWN + 14, 14, -1)]
 
 
 @gateway_test
@@ -253,7 +283,7 @@ async def test_the_live_feed_tells_of_rows_and_refusals_and_ends_with_the_gatewa
     assert (status, names["content-type"]) == (200, "text/event-stream; charset=utf-8")
     await reader.readuntil(b": hello\n\n")
     await gateway.ask("POST", "/responses", {})
-    await asyncio.wait_for(reader.readuntil(b"event: refused\n"), 1)
+    await asyncio.wait_for(reader.readuntil(b"event: refused\n"), 3)
     await gateway.answer(gateway.key)
     await asyncio.wait_for(reader.readuntil(b"id: 1\nevent: usage\n"), 3)
     row = json.loads((await reader.readline())[6:])
@@ -269,8 +299,9 @@ async def test_the_live_feed_tells_of_rows_and_refusals_and_ends_with_the_gatewa
 
 @gateway_test
 async def test_the_live_feed_tells_that_a_request_began_and_the_set_up_page_that_it_runs(gateway):
-    _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers=ADMIN, read=True)
-    asking = asyncio.ensure_future(gateway.answer(gateway.key, "demo/slow", {"user-agent": "codex_exec/9", "originator": "codex_exec"}))
+    reader, writer = await gateway.feed()
+    asking = asyncio.ensure_future(gateway.answer(gateway.key, "demo/slow", {"user-agent": "codex_exec/9", "originator": "codex_exec"},
+                                                  "a request that takes longer than a look"))
     while not (line := await asyncio.wait_for(reader.readline(), 5)).startswith(b"event"):
         pass
     assert line == b"event: started\n"
@@ -285,18 +316,15 @@ async def test_the_live_feed_tells_that_a_request_began_and_the_set_up_page_that
 async def test_a_request_that_ended_does_not_run_and_shows_when_its_provider_was_asked_and_began(gateway):
     await gateway.answer(gateway.key, "demo/flaky")
     assert (await gateway.get("setup"))[1]["running"] is None
-    while not (rows := (await gateway.get("usage"))[1]["rows"]):        # gathered for a moment
-        await asyncio.sleep(pomex.SAVE_AFTER_S)
-    row = rows[0]
-    trace = (await gateway.get("usage/" + row["response_id"]))[1]["trace"]
-    assert row["tried"] == ["demo"] and len(trace["tried"]) == 1
-    assert 0 < trace["tried_ms"][0] <= trace["asked_ms"] <= trace["answering_ms"] <= row["total_ms"]
+    row, = (await gateway.get("usage"))[1]["rows"]
+    found = (await gateway.get("usage/" + row["response_id"]))[1]
+    assert found["row"] == row and row["tried"] == ["demo"] and len(found["trace"]["tried"]) == 1
+    assert 0 < found["trace"]["tried_ms"][0] <= row["asked_ms"] <= row["answering_ms"] <= row["total_ms"]
 
 
 @gateway_test
 async def test_a_holders_feed_has_nothing_of_others(gateway):
-    _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {gateway.key}"}, read=True)
-    await reader.readuntil(b": hello\n\n")
+    reader, writer = await gateway.feed({"authorization": f"Bearer {gateway.key}"})
     await gateway.ask("POST", "/responses", {})
     await gateway.answer(gateway.other)
     await gateway.answer(gateway.key)
@@ -368,7 +396,7 @@ async def test_amounts_and_truths_may_be_json(gateway):
 
 @gateway_test
 async def test_the_feed_of_a_key_ends_with_the_key(gateway):
-    token = gateway.ledger.create_key("soon", time.time(), expires_s=int(time.time()) + 2)
+    token = await gateway.ledger.create_key("soon", time.time(), expires_s=int(time.time()) + 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pomex, "SIGN_OF_LIFE_S", 0.2)
         _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {token}"}, read=True)
@@ -384,23 +412,34 @@ async def test_an_origin_that_is_no_address_is_refused_like_another(gateway):
 
 
 @gateway_test
-async def test_what_another_process_never_told_the_end_of_is_not_open_for_ever(gateway):
-    watch, now_ms = gateway.server.gateway.watch, time.time() * 1000
-    for n, age_s in enumerate((1, 599, 601, 99999)):
-        watch.hear(json.dumps(["started", {"response_id": f"r{n}", "key_id": 1, "started_ms": now_ms - age_s * 1000}]))
-    assert (await gateway.get("session"))[1]["open"] == 2
+async def test_what_another_process_began_is_open_until_that_process_has_ended(gateway):
+    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:
+        other.begin("resp_other", lambda: entry(gateway.ledger, 1, time.time())._replace(response_id="resp_other", status="in flight"))
+        await other.recorded("resp_other")
+        assert (await gateway.get("session"))[1]["open"] == 1
+        assert (await gateway.get("setup"))[1]["running"]["response_id"] == "resp_other"
+        change(gateway.ledger, "UPDATE processes SET pid = ? WHERE process = ?", ended_process(), other.process)
+        await gateway.ledger.beat()
+    assert (await gateway.get("session"))[1]["open"] == 0
+    row, = (await gateway.get("usage"))[1]["rows"]
+    assert (row["response_id"], row["status"], row["error_code"]) == ("resp_other", "failed", "interrupted")
+
+
+def ended_process():
+    """The id of a process that has ended."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
 
 
 @gateway_test
-async def test_where_a_request_cannot_be_shown_it_is_settled_all_the_same(gateway):
-    def broken(*_):
+async def test_where_a_request_breaks_it_is_settled_all_the_same(gateway):
+    async def broken(*_):
         raise ZeroDivisionError
-    gateway.server.gateway.watch.began = broken
+    gateway.server.gateway.router.route = broken
     assert (await gateway.answer(gateway.key))[0] == 500
-    assert not gateway.ledger.open_requests()
-    while not (rows := (await gateway.get("usage"))[1]["rows"]):
-        await asyncio.sleep(pomex.SAVE_AFTER_S)
-    assert len(rows) == 1
+    assert not under_way(gateway.ledger) and not gateway.ledger.pending
+    assert len((await gateway.get("usage"))[1]["rows"]) == 1
 
 
 @gateway_test
@@ -443,9 +482,8 @@ async def test_a_providers_last_error_is_its_own_and_a_refusal_is_no_ended_strea
     await gateway.answer(gateway.key, "demo/error")
     error = (await gateway.get("providers"))[1]["providers"][0]["error"]["message"]
     assert "No provider left" not in error and not error.startswith("demo:"), error
-    while not (rows := (await gateway.get("usage"))[1]["rows"]):
-        await asyncio.sleep(pomex.SAVE_AFTER_S)
-    assert (rows[0]["status"], rows[0]["terminal_by"]) == ("failed", "")
+    row = (await gateway.get("usage"))[1]["rows"][0]
+    assert (row["status"], row["terminal_by"]) == ("failed", "")
     assert b"pomex_terminal_fallbacks_total{" not in (await gateway.ask("GET", "/metrics"))[2]
 
 
@@ -469,10 +507,10 @@ async def test_a_disabled_provider_is_not_asked_by_any_process_until_it_is_enabl
     assert status == 400 and error["code"] == "provider_disabled" and "disabled demo" in error["message"]
     assert (await gateway.get("providers"))[1]["providers"][0]["state"] == "disabled"
     assert {model["state"] for model in (await gateway.get("models"))[1]["models"]} == {"disabled"}
-    with contextlib.closing(pomex.Ledger.open(gateway.ledger._path)) as other:     # another process, or after a restart
+    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:     # another process, or after a restart
         assert other.disabled == {"demo"}
-        other.use_provider("demo", True)
-    await asyncio.sleep(pomex.KEYS_POLL_S)
+        await other.use_provider("demo", True)
+    await asyncio.sleep(1)
     assert (await gateway.answer(gateway.key))[0] == 200
     assert (await gateway.post("providers/nobody/disable", {}))[0] == 404
 
@@ -500,7 +538,6 @@ targets = ["one:m", "two:m"]
 async def test_the_playground_bills_a_key_that_nobody_holds(gateway):
     status, _, body = await gateway.ask("POST", "/admin/api/playground", {"model": "demo/echo", "input": "hi", "stream": True}, {**JSON_TYPE, **ADMIN})
     assert status == 200 and b"event: response.completed" in body
-    await asyncio.sleep(0.25)
     assert [row["key"] for row in (await gateway.get("usage"))[1]["rows"]] == [pomex.PLAY_KEY]
 
 
@@ -510,10 +547,9 @@ HOSTILE = ["<img src=x onerror=alert(1)>", "'; DROP TABLE usage; --", "%", "a\x0
 @parametrized("text", [(text,) for text in HOSTILE])
 async def test_hostile_filters_find_nothing_and_break_nothing(gateway, text):
     await gateway.answer(gateway.key)
-    await asyncio.sleep(0.25)
     quoted = pomex.urllib.parse.quote(text.encode("utf-8", "surrogatepass"))
     assert (await gateway.get(f"usage?result={quoted}"))[0] == (414 if len(text) > 8000 else 400)
-    for name in ("key", "model", "provider", "text"):
+    for name in ("key", "model", "provider", "session", "client", "text"):
         status, found = await gateway.get(f"usage?{name}={quoted}")
         assert status == 414 and len(text) > 8000 or status == 200 and found["rows"] == [], name
     assert (await gateway.get(f"usage/{quoted[:3000]}"))[0] == 404
@@ -527,50 +563,172 @@ async def test_a_query_that_is_not_right_is_a_400(gateway, query):
 
 def entry(ledger, n, when_s, **fields):
     key = ledger.list_keys()[n % 2]
-    values = {"provider": "openai", "upstream_model": "m", "input": 1000, "cached": 400, "output": 100, "first_ms": 500, "total_ms": 2000,
-              "attempts": 1, "price": "2 10 0.5", "cost_nanos": 2_400_000, **fields}
-    return pomex.Entry(f"resp_{n:012x}", f"req_{n}", int(when_s * 1000), key.id, "/v1/responses", f"openai/m{n % 3}", **values)
+    row = pomex.UsageRow(f"resp_{n:012x}", f"req_{n}", int(when_s * 1000), key.id, "/v1/responses", f"openai/m{n % 3}", **{
+        "provider": "openai", "upstream_model": "m", "input": 1000, "cached": 400, "output": 100, "first_ms": 500, "total_ms": 2000,
+        "attempts": 1, "price": "2 10 0.5", "cost_nanos": 2_400_000, **fields})
+    return row._replace(result=pomex.result_of(row.status, row.terminal_by, row.attempts),
+                        saved_nanos=pomex.saved_nanos(row.price, row.cached))
+
+
+def lost_attempt(row, **fields):
+    """An attempt of a request that was given up at another provider, before the one that `row` is of."""
+    return row._replace(**{"attempt": row.attempt - 1, "final": 0, "status": "lost", "provider": "azure", "cached": 0, "output": 0,
+                           "saved_nanos": 0, **fields})
 
 
 @gateway_test
-async def test_the_overview_is_the_same_whether_its_rows_are_rolled_up_or_not(gateway):
+async def test_the_overview_is_the_sum_of_its_rows_and_stays_when_they_are_pruned(gateway):
     now = time.time()
-    rows = [entry(gateway.ledger, n, now - n * 20, **({"status": "failed"} if n % 50 == 0 else {"attempts": 2} if n % 70 == 0 else {}),
-                  lost=[pomex.Line(f"resp_{n:012x}", 1, "azure", "m", "x", "", 5, 0, 0, 0, 0, 0, 0, "2 10", 10**6, 10_000)] if n % 70 == 0 else ())
-            for n in range(1, 1300)]
-    since = int((now - 86400) // 86400 * 86400)
-    seen = []
-    for least in (10**9, 1):
-        gateway.ledger._db.execute("DELETE FROM usage")
-        gateway.ledger._db.execute("DELETE FROM halfhours")
-        gateway.ledger._db.execute("DELETE FROM settings WHERE name = 'rolled_up'")
-        pomex.insert_entries(gateway.ledger._writer, rows)
-        if least == 1:
-            with pomex.transaction(gateway.ledger._writer):
-                pomex.roll_up(gateway.ledger._writer, 1)
-        reader = gateway.ledger.reader()
-        seen.append(await reader.ask(pomex.overview, since * 1000, 3_600_000, 48, now, 0))
-        seen.append(await reader.ask(pomex.overview, since * 1000, 3_600_000, 48, now, 1))
-        reader.close()
-    for whole in seen:
-        del whole["month"]          # of the daily sums, which know of both
-        for name in whole["by"]:
-            whole["by"][name].sort(key=lambda row: str(row["name"]))
-        whole["series"].sort(key=lambda row: row["name"])
+    rows = []
+    for n in range(1, 1300):
+        how = {"status": "failed"} if n % 50 == 0 else {"attempts": 2} if n % 70 == 0 else {}
+        rows.append(entry(gateway.ledger, n, now - n * 20, attempt=1, **how))
+        if n % 70 == 0:
+            rows.append(lost_attempt(rows[-1], input=5, cost_nanos=10_000))
+    insert(gateway.ledger, rows)
+    since, seen = int((now - 86400) // 86400 * 86400) * 1000, []
+    for _ in range(2):
+        for key_id in (0, 1):
+            whole = await pomex.overview(gateway.ledger.db, since, 3_600_000, 48, now, key_id)
+            for times in ("first_ms", "total_ms"):      # of rows alone
+                assert whole.pop(times) == ([0, 0] if len(seen) > 1 else [{"first_ms": 500, "total_ms": 2000}[times]] * 2)
+            seen.append(whole)
+        await pomex.prune(gateway.ledger, int(now // 86400) + 1)
+        assert read(gateway.ledger, "SELECT count(*) FROM usage") == [(0,)]
     assert seen[:2] == seen[2:]
-    assert seen[0]["totals"]["requests"] == 1299 and seen[0]["totals"]["cost_nanos"] == 1299 * 2_400_000 + 18 * 10_000
-    assert seen[0]["totals"]["saved_nanos"] == 1299 * 400 * 1500
-    assert sum(sum(line["cost_nanos"]) for line in seen[0]["series"]) == seen[0]["totals"]["cost_nanos"]
+    for key_id, whole in enumerate(seen[:2]):
+        mine = [row for row in rows if key_id in (0, row.key_id)]
+        sums = {**{name: sum(getattr(row, name) for row in mine) for name in pomex.SUMS[4:]},
+                "requests": sum(row.final for row in mine), "failed": sum(row.status == "failed" for row in mine),
+                "estimated": 0, "unpriced": 0}
+        assert whole["totals"] == sums
+        for name in whole["by"]:
+            assert {column: sum(each[column] for each in whole["by"][name]) for column in sums} == sums, name
+        assert sum(sum(line["cost_nanos"]) for line in whole["series"]) == sums["cost_nanos"]
+        results = collections.Counter(row.result for row in mine if row.final)
+        assert {each["name"]: each["requests"] for each in whole["by"]["result"]} == results and len(results) == 3
 
 
 @gateway_test
 async def test_one_request_shows_its_lines(gateway):
-    lost = pomex.Line("resp_000000000007", 1, "azure", "m", "overload", "", 100, 0, 0, 0, 0, 0, 0, "2 10", 10**6, 200_000)
-    pomex.insert_entries(gateway.ledger._writer, [entry(gateway.ledger, 7, time.time(), attempts=2, lost=[lost])])
+    row = entry(gateway.ledger, 7, time.time(), attempts=2, attempt=2)
+    insert(gateway.ledger, [row, lost_attempt(row, error_code="overload", input=100, cost_nanos=200_000)])
     found = (await gateway.get("usage/resp_000000000007"))[1]
     assert found["row"]["cost_nanos"] == 2_600_000 and found["row"]["result"] == "failed over"
     assert [[(part["what"], part["count"], part["nanos"]) for part in line["parts"]] for line in found["lines"]] == [
         [("input", 100, 200_000)], [("input", 600, 1_200_000), ("cached input", 400, 200_000), ("output", 100, 1_000_000)]]
+    row, = (await gateway.get("usage"))[1]["rows"]
+    assert (row["response_id"], row["cost_nanos"]) == ("resp_000000000007", 2_600_000), "one line a request"
+
+
+# --- what a row says of its client ----------------------------------------------------------------
+
+@gateway_test
+async def test_a_row_says_whose_conversation_it_was_with_which_client_and_what_was_wrong(gateway):
+    asked = [("demo/echo", {"session_id": "talk-1", "user-agent": "codex_exec/0.171 (Linux)"}),
+             ("demo/error", {"x-session-id": "talk-2", "user-agent": "My_Script/1"}), ("demo/echo", {"user-agent": "MyXScript/1"})]
+    for model, headers in asked:
+        await gateway.answer(gateway.key, model, headers)
+    insert(gateway.ledger, [entry(gateway.ledger, 9, time.time(), tier="priority")])
+    rows = (await gateway.get("usage"))[1]["rows"]
+    assert [(row["session"], row["client"], row["tier"], row["codex"]) for row in rows] == [
+        ("", "", "priority", False), ("", "MyXScript/1", "", False), ("talk-2", "My_Script/1", "", False),
+        ("talk-1", "codex_exec/0.171 (Linux)", "", True)]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, False]
+    assert "fails on purpose" in rows[2]["error"]
+    for query, expected in {
+        "session=talk-1": {3}, "session=talk": set(), "client=codex": {3}, "client=my_script": {2}, "client=SCRIPT": {1, 2},
+        "client=m%25": set(), "client=!": set(), "session=talk-2&client=codex": set(), "text=on%20purpose": {2},
+    }.items():
+        found = (await gateway.get("usage?" + query))[1]
+        assert {row["response_id"] for row in found["rows"]} == {rows[number]["response_id"] for number in expected}, query
+        assert found["sums"]["requests"] == len(expected), query
+    _, _, csv = await gateway.ask("GET", "/admin/api/usage.csv?session=talk-1", headers=ADMIN)
+    head, line = [line for line in csv.decode().split("\r\n") if line.count(",") > 20]
+    cells = dict(zip(head.split(","), line.split(",")))
+    assert {"error", "tier"} <= set(cells) and (cells["session"], cells["client"]) == ("talk-1", "codex_exec/0.171 (Linux)")
+
+
+@gateway_test
+async def test_a_hostile_client_names_itself_within_bounds(gateway):
+    await gateway.answer(gateway.key, "demo/echo", {"session_id": "s" * 5000, "user-agent": "<b>é" + "u" * 5000})
+    row, = (await gateway.get("usage"))[1]["rows"]
+    assert len(row["session"]) == 128 and len(row["client"]) == 200 and row["client"].startswith("<b>??uuu")
+
+
+# --- the audit log --------------------------------------------------------------------------------
+
+@gateway_test
+async def test_every_change_is_in_the_audit_log_with_who_made_it_and_what_was_before(gateway):
+    cookie, _ = await gateway.session(TOKEN)
+    by_session = {**cookie, **gateway.page}
+    _, made, _ = await gateway.post("keys", {"name": "new", "budget": "12.50", "rpm": 3})
+    number = gateway.ledger.list_keys()[-1].id
+    await gateway.post(f"keys/{number}", {"budget": "", "rpm": "5"}, by_session)
+    await gateway.post(f"keys/{number}", {"rpm": "-1"})                     # refused: no change
+    await gateway.post(f"keys/{number}/revoke", {}, by_session)
+    await gateway.post("accounts", {"name": "team", "prepaid": True, "limit": "7"})
+    await gateway.post("accounts/team/credit", {"amount": "20"})
+    await gateway.post("accounts/team/credit", {"amount": "-5", "reason": "refund"})
+    await gateway.post("providers/demo/disable", {})
+    await gateway.post("providers/demo/enable", {}, by_session)
+    await gateway.ask("POST", "/admin/api/playground", {"model": "demo/echo", "input": "hi"}, {**JSON_TYPE, **ADMIN})
+    token, session = "admin_token from 127.0.0.1", "session 1 from 127.0.0.1"
+    expected = [
+        (token, "key created", "new", {}, {"budget_nanos": 12_500_000_000, "rpm": 3}),
+        (session, "key edited", "new", {"budget_nanos": 12_500_000_000, "rpm": 3}, {"budget_nanos": None, "rpm": 5}),
+        (session, "key revoked", "new", {"revoked_s": 0}, {"revoked_s": gateway.ledger.keys[number].revoked_s}),
+        (token, "account created", "team", {}, {"prepaid": 1, "limit_nanos": 7 * 10**9, "multiplier": 1_000_000}),
+        (token, "credit added", "team", {}, {"kind": "top-up", "nanos": 20 * 10**9, "reason": ""}),
+        (token, "credit added", "team", {}, {"kind": "adjustment", "nanos": -5 * 10**9, "reason": "refund"}),
+        (token, "provider disabled", "demo", {"disabled": False}, {"disabled": True}),
+        (session, "provider enabled", "demo", {"disabled": True}, {"disabled": False}),
+        (token, "key created", pomex.PLAY_KEY, {}, {})]
+    status, found = await gateway.get("audit")
+    columns = ("who", "action", "name", "before", "after")
+    assert status == 200 and found["cursor"] is None
+    assert [tuple(row[name] for name in columns) for row in found["rows"][:len(expected)]] == expected[::-1], "newest first"
+    assert audited(gateway.ledger)[-len(expected):] == expected
+    assert all(abs(row["time_ms"] / 1000 - time.time()) < 60 for row in found["rows"])
+    whole, key = json.dumps(found), gateway.ledger.keys[number]
+    assert made["token"] not in whole and made["token"][10:30] not in whole and key.digest not in whole and TOKEN not in whole
+    assert key.hint not in whole and cookie["cookie"].partition("=")[2] not in whole
+
+
+@gateway_test
+async def test_the_audit_log_is_read_in_pages_by_the_administrator_alone(gateway):
+    for n in range(5):
+        await gateway.post("accounts", {"name": f"team{n}"})
+    names, query = [], "audit?limit=2"
+    while True:
+        page = (await gateway.get(query))[1]
+        assert len(page["rows"]) <= 2
+        names += [row["name"] for row in page["rows"]]
+        if page["cursor"] is None:
+            break
+        query = f"audit?limit=2&cursor={page['cursor']}"
+    assert names == ["team4", "team3", "team2", "team1", "team0", "bo", "ana"]
+    for wrong in ("cursor=x", "limit=0x10", "limit=501", "cursor=-1"):
+        assert (await gateway.get("audit?" + wrong))[0] == 400, wrong
+    assert (await gateway.get("audit", {"authorization": f"Bearer {gateway.key}"}))[0] == 403
+    assert (await gateway.get("audit", {}))[0] == 401
+
+
+@gateway_test
+async def test_the_live_feed_tells_of_changes_that_another_process_made(gateway):
+    reader, writer = await gateway.feed()
+    holder, holder_writer = await gateway.feed({"authorization": f"Bearer {gateway.key}"})
+    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:
+        await other.create_key("late", time.time())
+        await pomex.create_account(other, "team", False, None, pomex.ONE, time.time())
+        await pomex.add_credit(other, "team", 10**9, "", time.time())
+        await other.use_provider("demo", False)
+    for kind, name in (("key", "late"), ("key", "team"), ("key", "team"), ("provider", "demo")):
+        await asyncio.wait_for(reader.readuntil(f'event: {kind}\ndata: {{"name":"{name}"}}\n\n'.encode()), 3)
+    with pytest.raises(TimeoutError):           # whose view it is not
+        await asyncio.wait_for(holder.readuntil(b"event: "), 0.1)
+    writer.close()
+    holder_writer.close()
 
 
 @pytest.mark.parametrize("token, good", [("short", False), ("sk-rh-abcdefghijklmnop", False), ("with space in it 0123", False),

@@ -2,10 +2,12 @@
 one, nothing of it unescaped in a log line, a header, a URL or SQL, and nobody else is kept waiting."""
 import asyncio
 import base64
+import contextlib
 import gzip
 import json
 import logging
 import re
+import sqlite3
 import time
 import types
 import urllib.parse
@@ -14,6 +16,7 @@ import pytest
 
 import pomex
 import sinks
+from ledgers import read
 
 UPSTREAM_KEY = "sk-upstream-0123456789abcdef"
 HEAD = "POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
@@ -108,7 +111,7 @@ def play(folder, scenario):
         url = f"http://127.0.0.1:{up.sockets[0].getsockname()[1]}"
         config = pomex.load_config(CONFIG.format(url=url, secret=UPSTREAM_KEY), str(folder / "pomex.toml"), {})
         ledger = pomex.Ledger.open(config.database.path)
-        gateway.key = ledger.create_key("laptop", time.time())
+        gateway.key = await ledger.create_key("laptop", time.time())
         async with pomex.running(config, ledger) as gateway.server:
             await scenario(gateway)
             await gateway.alive()
@@ -476,7 +479,7 @@ def test_a_provider_that_echoes_its_key_everywhere_is_not_heard(key, tmp_path, m
             text += f"[providers.{name}]\nwire_api = '{wire}'\nbase_url = 'http://127.0.0.1:{port}/{name}'\n{where}\n" + "relay = 'bytes'\n" * (name == "relayed")
         config = pomex.load_config(text, str(tmp_path / "echo.toml"), {})
         ledger = pomex.Ledger.open(config.database.path)
-        gateway.key, ours = ledger.create_key("k", time.time()), gateway.server
+        gateway.key, ours = await ledger.create_key("k", time.time()), gateway.server
         async with pomex.running(config, ledger) as gateway.server:
             count = 0
             for now["form"] in forms_of(key).values():
@@ -488,13 +491,18 @@ def test_a_provider_that_echoes_its_key_everywhere_is_not_heard(key, tmp_path, m
                         told.append(await gateway.post({"model": f"{name}/m", "input": "x", "stream": count % 2 == 0}, *["originator: codex_exec"] * (count % 3 == 0)))
                         count += 1
             head = f"host: localhost:{gateway.server.address[1]}\r\nauthorization: Bearer administrator-{key}\r\nconnection: close\r\n\r\n"
-            for path in ("metrics", "admin/api/usage?limit=500", "admin/api/usage.csv", "admin/api/overview", "admin/api/providers", "admin/api/setup"):
+            for path in ("metrics", "admin/api/usage?limit=500", "admin/api/usage.csv", "admin/api/overview", "admin/api/providers", "admin/api/setup",
+                         "admin/api/audit"):
                 told.append(await gateway.raw(f"GET /{path} HTTP/1.1\r\n{head}"))
                 assert statuses(told[-1]) == [200], told[-1][:300]
-            assert len(ledger.read("SELECT id FROM usage")) > 50
-            told.append("\n".join(ledger._db.iterdump()).encode())
-            told.append(json.dumps([list(gateway.server.gateway.watch.traces.values()), gateway.server.gateway.watch.errors], default=str).encode())
+            assert len(read(ledger, "SELECT id FROM usage WHERE final = 1")) > 50
+            for response_id, in read(ledger, "SELECT response_id FROM usage WHERE detail <> '' GROUP BY status"):
+                told.append(await gateway.raw(f"GET /admin/api/usage/{response_id} HTTP/1.1\r\n{head}"))
+                assert statuses(told[-1]) == [200], told[-1][:300]
         ledger.close()
+        with contextlib.closing(sqlite3.connect(config.database.path)) as db:
+            told.append("\n".join(db.iterdump()).encode())
+        assert all(f"CREATE TABLE {name} ".encode() in told[-1] for name in ("usage", "refusals", "settings", "counters"))
         up.close()
         gateway.server, told[:] = ours, [*told, "\n".join(gateway.log).encode()]
     play(tmp_path, scenario)

@@ -12,7 +12,7 @@ import time
 import pytest
 import sinks
 from conftest import REPOSITORY
-from ledgers import first_schema, recent, totals
+from ledgers import change, insert, key_made, key_of, lost, read, recent, refusals, started, totals, under_way, until
 
 import pomex
 from pomex import Usage
@@ -35,17 +35,27 @@ def ledger(path):
     ledger.close()
 
 
-def entry(response_id, **more):
-    return pomex.Entry(response_id, "req", NOW_MS, 1, "/v1/responses", "openai/gpt-5.5")._replace(**more)
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
 
 
-def line(response_id, **more):
-    return pomex.Line(response_id, 1, "azure", "gpt", "server_error", "", 10, 0, 0, 5, 0, 0, 0, "2 10 - - - -", pomex.ONE,
-                      70_000)._replace(**more)
+def used(response_id, **more):
+    return pomex.UsageRow(response_id, "req", NOW_MS, 1, "/v1/responses", "openai/gpt-5.5", result="completed")._replace(**more)
 
 
-def key_of(ledger, name):
-    return next(key for key in ledger.list_keys() if key.name == name)
+def given_up(response_id, **more):
+    return used(response_id, attempt=1, final=0, status="lost", provider="azure", upstream_model="gpt", error_code="server_error",
+                input=10, output=5, price="2 10 - - - -", cost_nanos=70_000)._replace(**more)
+
+
+def settled(ledger, *requests):
+    """As the ledger settles requests together: the rows of each."""
+    ledger.db.run(lambda tx: pomex.settle_requests(tx, requests))
+
+
+def sound(ledger, rows):
+    """So many rows, and nothing wrong with them."""
+    return run(pomex.verify(ledger.db)) == (rows, [])
 
 
 # --- usage ----------------------------------------------------------------------------------------
@@ -101,14 +111,14 @@ def test_the_builtin_table_is_the_published_one():
     if not SHARED_PRICES.is_file():
         pytest.skip("prices.json does not lie beside this repository")
     published = json.loads(SHARED_PRICES.read_text(), parse_float=pomex.decimal.Decimal)["models"]
-    tariffs = pomex.builtin_tariffs()
-    assert tariffs.keys() >= published.keys()
+    schedules = pomex.builtin_schedules()
+    assert schedules.keys() >= published.keys()
 
     def picos(row, name, *instead):
         value = next((row[each] for each in (name, *instead) if each in row), None)
         return None if value is None else int(value * 10**6)
     for name, row in published.items():
-        for text, given in ((tariffs[name].base, row), (tariffs[name].long, row.get("long"))):
+        for text, given in ((schedules[name].base, row), (schedules[name].long, row.get("long"))):
             price = pomex.price_of(text)
             assert (price is None) == (given is None), name
             if given:
@@ -117,7 +127,7 @@ def test_the_builtin_table_is_the_published_one():
                 write = base if write is None else write
                 assert price[:4] == (base, picos(given, "out"), base if read is None else read, write), name
                 assert price[4] == (write if kept is None else kept) or given is row.get("long"), name
-        assert len(tariffs[name].changes) == len(row.get("from", ()))
+        assert len(schedules[name].changes) == len(row.get("from", ()))
         facts = pomex.known_models(name.partition("/")[0])[name.partition("/")[2]]
         assert facts == (row["context"], row["max_out"])
 
@@ -135,17 +145,17 @@ def test_the_builtin_table_is_the_published_one():
     ("deepseek/deepseek-v4-pro", NOW_MS + 28 * 3_600_000, 5, "0.66 1.98 0.022 - - -"),
 ])
 def test_a_price_follows_the_size_of_the_request_and_the_time_of_its_start(model, at_ms, tokens, price):
-    assert pomex.builtin_tariffs()[model].price(at_ms, tokens) == price
+    assert pomex.builtin_schedules()[model].price(at_ms, tokens) == price
 
 
 def test_every_row_has_as_many_long_values_as_base_values():
-    for name, tariff in pomex.builtin_tariffs().items():
-        given = [word != "-" for word in tariff.base.split()]
-        for text in (*filter(None, [tariff.long]), *(text for _, text in tariff.changes)):
+    for name, schedule in pomex.builtin_schedules().items():
+        given = [word != "-" for word in schedule.base.split()]
+        for text in (*filter(None, [schedule.long]), *(text for _, text in schedule.changes)):
             assert [word != "-" for word in text.split()] == given, name
-        assert all(len(each.split()) == 6 and pomex.price_of(each) for each in filter(None, (tariff.base, tariff.long))), name
-        assert all(0 < pomex.decimal.Decimal(number) <= 6 for factor in tariff.factors.values() for number in factor.split("/")), name
-        assert not tariff.ends or pomex.datetime.date.fromisoformat(tariff.ends), name
+        assert all(len(each.split()) == 6 and pomex.price_of(each) for each in filter(None, (schedule.base, schedule.long))), name
+        assert all(0 < pomex.decimal.Decimal(number) <= 6 for factor in schedule.factors.values() for number in factor.split("/")), name
+        assert not schedule.ends or pomex.datetime.date.fromisoformat(schedule.ends), name
 
 
 @pytest.mark.parametrize("model, tokens, tiers, price", [
@@ -162,7 +172,7 @@ def test_every_row_has_as_many_long_values_as_base_values():
     ("anthropic/claude-sonnet-5", 5, "standard standard global", "2 10 0.2 2.5 4 10"),
 ])
 def test_a_price_follows_what_the_answer_was_served_as(model, tokens, tiers, price):
-    assert pomex.builtin_tariffs()[model].price(NOW_MS, tokens, tiers) == price
+    assert pomex.builtin_schedules()[model].price(NOW_MS, tokens, tiers) == price
 
 
 def usage_in(answer):
@@ -248,16 +258,16 @@ def test_what_one_event_says_of_the_cost_holds_when_a_later_one_is_silent(made, 
     assert (usage.input, usage.output, usage.web_searches, usage.tier, usage.model, usage.cost) == said
 
 
-def book(text=""):
+def price_table(text=""):
     providers = "".join(f'[providers.{name}]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:1/v1"\n' for name in ("azure", "local"))
-    return pomex.PriceBook(pomex.load_config(providers + text, "pomex.toml", {}))
+    return pomex.PriceTable(pomex.load_config(providers + text, "pomex.toml", {}))
 
 
 def test_a_configured_price_is_taken_as_it_is_written():
-    prices = book('[prices."openai/gpt-5.5"]\ninput = 0.1\noutput = 1\n[prices."local/m"]\ninput = 0.000001\noutput = 0.2\n'
+    prices = price_table('[prices."openai/gpt-5.5"]\ninput = 0.1\noutput = 1\n[prices."local/m"]\ninput = 0.000001\noutput = 0.2\n'
                   'cache_read = 0\nlong_over = 10\nlong_input = 7\nlong_output = 8\n')
-    assert prices.tariff("openai", "gpt-5.5").price(NOW_MS, 5) == "0.1 1 - - - -"
-    local = prices.tariff("local", "m")
+    assert prices.schedule("openai", "gpt-5.5").price(NOW_MS, 5) == "0.1 1 - - - -"
+    local = prices.schedule("local", "m")
     assert pomex.price_of(local.price(NOW_MS, 10)) == (1, 200_000, 0, 1, 1, 0, 0)
     assert pomex.price_of(local.price(NOW_MS, 11))[:2] == (7_000_000, 8_000_000)
 
@@ -267,8 +277,8 @@ def test_a_configured_price_is_taken_as_it_is_written():
     ("azure", "deployment", "team/coder", True), ("demo", "echo", "demo/echo", True), ("local", "x", "local/x", False),
 ])
 def test_what_has_no_price_is_not_guessed(provider, model, asked, known):
-    tariff = book('[prices."team/coder"]\ninput = 1\noutput = 2\n').tariff(provider, model, asked)
-    assert (tariff is not None) == known
+    schedule = price_table('[prices."team/coder"]\ninput = 1\noutput = 2\n').schedule(provider, model, asked)
+    assert (schedule is not None) == known
 
 
 @pytest.mark.parametrize("provider, model, same", [
@@ -279,18 +289,18 @@ def test_what_has_no_price_is_not_guessed(provider, model, asked, known):
     ("openai", "gpt-5.5-99990101", None), ("azure", "gpt-5.5-2026-04-23", None), ("openai", "latest", None),
 ])
 def test_a_dated_or_latest_name_has_the_price_of_its_family(provider, model, same):
-    prices = book('[prices."local/m"]\ninput = 1\noutput = 2\n')
-    tariff = prices.tariff(provider, model)
-    assert tariff == (prices.known[same] if same else None)
-    assert tariff is None or tariff.source.startswith(same + " in ")
+    prices = price_table('[prices."local/m"]\ninput = 1\noutput = 2\n')
+    schedule = prices.schedule(provider, model)
+    assert schedule == (prices.known[same] if same else None)
+    assert schedule is None or schedule.source.startswith(same + " in ")
 
 
 def test_a_price_of_its_own_goes_before_its_familys_and_any_price_before_free():
-    prices = book('[prices."openai/gpt-5.5-2026-04-23"]\ninput = 1\noutput = 2\n[prices."spare/m"]\ninput = 3\noutput = 4\n'
+    prices = price_table('[prices."openai/gpt-5.5-2026-04-23"]\ninput = 1\noutput = 2\n[prices."spare/m"]\ninput = 3\noutput = 4\n'
                   '[providers.spare]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:1/v1"\nfree = true\n')
-    assert prices.tariff("openai", "gpt-5.5-2026-04-23").base.startswith("1 2 ")
-    assert prices.tariff("spare", "m").base.startswith("3 4 ") and prices.tariff("spare", "m-latest").base.startswith("3 4 ")
-    assert prices.tariff("spare", "other").base == pomex.FREE and prices.tariff("local", "other") is None
+    assert prices.schedule("openai", "gpt-5.5-2026-04-23").base.startswith("1 2 ")
+    assert prices.schedule("spare", "m").base.startswith("3 4 ") and prices.schedule("spare", "m-latest").base.startswith("3 4 ")
+    assert prices.schedule("spare", "other").base == pomex.FREE and prices.schedule("local", "other") is None
 
 
 @pytest.mark.parametrize("text, words", [
@@ -308,78 +318,116 @@ def test_a_wrong_price_is_told_with_its_place(text, words):
 
 # --- the ledger -----------------------------------------------------------------------------------
 
-def test_sums_follow_their_rows_once_and_lines_of_lost_attempts_are_among_them(ledger):
-    usual = entry("r1", provider="openai", input=1000, cached=400, output=50, price="2 10 0.2 - - -", cost_nanos=1_780_000,
-                  lost=(line("r1"),))
+def test_sums_follow_their_rows_once_and_attempts_that_were_given_up_are_among_them(ledger):
+    usual = used("r1", attempt=2, provider="openai", input=1000, cached=400, output=50, price="2 10 0.2 - - -",
+                 cost_nanos=1_780_000, saved_nanos=720_000)
     for _ in range(2):          # as after a crash: the second time nothing is added
-        pomex.insert_entries(ledger._writer, [usual, entry("r2", status="failed", estimated="why")])
+        settled(ledger, [given_up("r1"), usual], [used("r2", status="failed", result="failed", estimated="why")])
     assert totals(ledger) == {"requests": 2, "input": 1010, "cached": 400, "cache_write": 0, "output": 55, "reasoning": 0,
-                               "cost_nanos": 1_850_000}
-    by_provider = {row["provider"]: (row["requests"], row["cost_nanos"]) for row in
-                   pomex.usage_report(ledger, "provider", 0, 10**6)}
-    assert by_provider == {"openai": (1, 1_780_000), "azure": (0, 70_000), "": (1, 0)}
-    assert pomex.verify(ledger) == (3, [])
-    exported = list(pomex.export_rows(ledger, 0))
-    assert [(row["response_id"], row["status"], row["cost_nanos"]) for row in exported] == [
-        ("r1", "lost", 70_000), ("r2", "failed", 0), ("r1", "completed", 1_780_000)] or len(exported) == 3
+                              "cost_nanos": 1_850_000}
+    by_provider = {row["provider"]: (row["requests"], row["failed"], row["estimated"], row["cost_nanos"], row["saved_nanos"])
+                   for row in run(pomex.usage_report(ledger.db, "provider", 0, 10**6))}
+    assert by_provider == {"openai": (1, 0, 0, 1_780_000, 720_000), "azure": (0, 0, 0, 70_000, 0), "": (1, 1, 1, 0, 0)}
+    assert sound(ledger, 3)
+
+    async def exported(since_ms):
+        return [(row["response_id"], row["status"], row["cost_nanos"]) async for row in pomex.rows_in_pages(ledger.db, since_ms)]
+    assert run(exported(NOW_MS)) == [("r1", "lost", 70_000), ("r1", "completed", 1_780_000), ("r2", "failed", 0)]
+    assert run(exported(NOW_MS + 1)) == []
+
+
+def test_what_a_request_truly_cost_takes_the_place_of_a_guess_in_every_sum_and_never_the_other_way_round(ledger):
+    key_made(ledger, "k", NOW, budget_nanos=NANO)
+    limit, = pomex.limits_of(key_of(ledger, "k"), NOW_MS // pomex.DAY_MS)
+    ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit))
+    guess = pomex.interrupted(used("r1", provider="openai", input=100, price="1 1 - - - -", cost_nanos=100_000))
+    true = used("r1", attempt=2, provider="openai", input=90, output=10, price="1 1 - - - -", cost_nanos=100_000)
+    for rows, requests, failed, cost in (([guess], 1, 1, 100_000), ([given_up("r1"), true], 1, 0, 170_000),
+                                         ([guess], 1, 0, 170_000), ([true], 1, 0, 170_000)):
+        settled(ledger, rows)
+        report, = run(pomex.usage_report(ledger.db, "key", 0, 10**6))
+        assert (report["requests"], report["failed"], report["cost_nanos"]) == (requests, failed, cost)
+        assert read(ledger, "SELECT spent FROM meters") == [(cost,)] and run(pomex.verify(ledger.db))[1] == []
+    assert [row["attempt"] for row in recent(ledger, 9)] == [2]
 
 
 @pytest.mark.parametrize("spoil, said", [
     ("UPDATE usage SET cost_nanos = cost_nanos + 1", "its price and tokens give"),
     ("UPDATE usage SET cached = input + 1, price = ''", "contradict"),
-    ("UPDATE daily SET cost_nanos = 0", "daily sums differ"),
-    ("DELETE FROM daily", "no daily sums"),
     ("UPDATE usage SET price = 'x y'", "give -1"),
+    ("DELETE FROM usage", "the sums differ from the rows"),
+    ("UPDATE usage SET started_ms = started_ms - 86400000", "the sums differ from the rows"),
+    ("UPDATE usage_rollups SET cost_nanos = 0", "the sums differ from the rows"),
+    ("UPDATE usage_rollups SET requests = 2", "the sums differ from the rows"),
+    ("DELETE FROM usage_rollups", "the sums differ from the rows"),
+    ("UPDATE meters SET spent = spent - 1 WHERE owner = 'key 1'", "key 1: what is counted against its limit differs"),
+    ("UPDATE meters SET spent = 0 WHERE owner = 'account 1'", "account 1: what is counted against its limit differs"),
+    ("UPDATE meters SET since_day = since_day + 30 WHERE owner = 'key 1'", "key 1: what is counted against its limit differs"),
 ])
 def test_verify_finds_what_was_changed(ledger, spoil, said):
-    pomex.insert_entries(ledger._writer, [entry("r1", input=9, output=1, price="1 1 - - - -", cost_nanos=10_000)])
-    assert pomex.verify(ledger)[1] == []
-    ledger.write(spoil)
-    assert any(said in wrong for wrong in pomex.verify(ledger)[1])
+    change(ledger, "UPDATE accounts SET limit_nanos = 1")
+    key_made(ledger, "k", NOW, budget_nanos=NANO, concurrent=5)
+    for limit in pomex.limits_of(key_of(ledger, "k"), NOW_MS // pomex.DAY_MS):
+        ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit))
+    insert(ledger, [used("r1", input=9, output=1, price="1 1 - - - -", cost_nanos=10_000)])
+    assert sound(ledger, 1) and len(read(ledger, "SELECT * FROM meters")) == 3
+    assert change(ledger, spoil) == 1
+    assert any(said in wrong for wrong in run(pomex.verify(ledger.db))[1])
 
 
-def test_a_balance_is_the_sum_of_entries_that_can_only_be_added(ledger):
-    pomex.create_account(ledger, "acme", True, None, 1_200_000, NOW)
-    pomex.add_credit(ledger, "acme", 5 * NANO, "", NOW)
-    pomex.add_credit(ledger, "acme", -1 * NANO, "double payment", NOW)
-    pomex.insert_entries(ledger._writer, [entry("r1", account_id=2, cost_nanos=NANO)])
-    account = pomex.list_accounts(ledger, NOW)[1]
-    assert (account.name, account.credit_nanos, account.spent_nanos, account.month_nanos) == ("acme", 4 * NANO, NANO, NANO)
-    for sql in ("UPDATE credits SET nanos = 0", "DELETE FROM credits"):
-        with pytest.raises(sqlite3.IntegrityError, match="stay"):
-            ledger.write(sql)
-    with pytest.raises(pomex.BadRequest, match="no account named nobody"):
-        pomex.add_credit(ledger, "nobody", 1, "", NOW)
-    with pytest.raises(pomex.BadRequest, match="already"):
-        pomex.create_account(ledger, "acme", False, None, pomex.ONE, NOW)
+def test_a_balance_is_the_sum_of_credits_less_what_was_spent(ledger):
+    run(pomex.create_account(ledger, "acme", True, None, 1_200_000, NOW))
+    run(pomex.add_credit(ledger, "acme", 5 * NANO, "", NOW))
+    run(pomex.add_credit(ledger, "acme", -1 * NANO, "double payment", NOW))
+    insert(ledger, [used("r1", account_id=2, cost_nanos=NANO),
+                    used("r2", account_id=2, started_ms=NOW_MS - 40 * pomex.DAY_MS, cost_nanos=7)])
+    account = run(pomex.list_accounts(ledger.db, NOW))[1]
+    assert tuple(account[name] for name in ("name", "credit_nanos", "spent_nanos", "month_nanos")) == ("acme", 4 * NANO, NANO + 7, NANO)
+    for made, words in ((pomex.add_credit(ledger, "nobody", 1, "", NOW), "no account named nobody"),
+                        (pomex.add_credit(ledger, "acme", 0, "", NOW), "must not be 0"),
+                        (pomex.add_credit(ledger, "acme", -1, "", NOW), "needs its reason"),
+                        (pomex.create_account(ledger, "acme", False, None, pomex.ONE, NOW), "already")):
+        with pytest.raises(pomex.BadRequest, match=words):
+            run(made)
+    assert read(ledger, "SELECT kind, nanos FROM credits") == [("top-up", 5 * NANO), ("adjustment", -NANO)]
 
 
 def test_a_statements_lines_add_up_to_the_cent(ledger):
-    rows = [entry(f"r{n}", model=f"m{n}", input=1, cost_nanos=3_333_333) for n in range(3)]
-    pomex.insert_entries(ledger._writer, [*rows, entry("old", started_ms=NOW_MS - 40 * pomex.DAY_MS, cost_nanos=NANO)])
-    pomex.add_credit(ledger, "default", 2 * NANO, "", NOW - 40 * 86400)
+    rows = [used(f"r{n}", model=f"m{n}", input=1, cost_nanos=3_333_333) for n in range(3)]
+    insert(ledger, [*rows, used("old", started_ms=NOW_MS - 40 * pomex.DAY_MS, cost_nanos=NANO)])
+    run(pomex.add_credit(ledger, "default", 2 * NANO, "", NOW - 40 * 86400))
     first, last = pomex.month_bounds("2026-11")
-    bill = pomex.statement_rows(ledger, 1, first, last)
+    bill = run(pomex.statement_rows(ledger.db, 1, first, last))
     assert (bill["before_nanos"], bill["spent_nanos"], bill["after_nanos"]) == (NANO, 9_999_999, NANO - 9_999_999)
-    cents = pomex.apportion([row["cost_nanos"] for row in bill["charges"]], 10**7)
+    cents = pomex.round_preserving_sum([row["cost_nanos"] for row in bill["charges"]], 10**7)
     assert sum(cents) == 1 and sorted(cents) == [0, 0, 1]
     for parts in ([-5, 7, 13], [0], [], [10**7] * 3, [4, 4, 4, -12], [-10_000_001, 5_000_000]):
-        assert sum(pomex.apportion(parts, 10)) == (sum(parts) + 5) // 10
+        assert sum(pomex.round_preserving_sum(parts, 10)) == (sum(parts) + 5) // 10
 
 
-def test_pruning_removes_lines_and_keeps_every_sum(ledger, path):
+def test_pruning_removes_rows_and_keeps_every_sum_and_balance(ledger, path):
     old, new = NOW_MS - 3 * pomex.DAY_MS, NOW_MS
-    pomex.insert_entries(ledger._writer, [entry("r1", started_ms=old, cost_nanos=5, lost=(line("r1"),)),
-                                          entry("r2", started_ms=new, cost_nanos=0)])
-    before = totals(ledger)
-    assert pomex.prune(ledger, new // pomex.DAY_MS) == 1
-    assert totals(ledger) == before and pomex.verify(ledger) == (1, [])
-    assert ledger.read("SELECT count(*) FROM attempts") == [(0,)]
+    change(ledger, "UPDATE accounts SET prepaid = 1")
+    key_made(ledger, "k", NOW, budget_nanos=NANO)
+    limits = pomex.limits_of(key_of(ledger, "k"), new // pomex.DAY_MS)
+    insert(ledger, [given_up("r1", started_ms=old), used("r2", started_ms=new),
+                    used("r1", attempt=2, started_ms=old, price="provider 0.000000005", cost_nanos=5)])
+    assert [ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
+    first, last = pomex.month_bounds("2026-11")
+
+    def shown():
+        return (totals(ledger), run(pomex.list_accounts(ledger.db, NOW)), run(pomex.statement_rows(ledger.db, 1, first, last)),
+                run(pomex.key_rows(ledger, NOW)), read(ledger, "SELECT * FROM meters"))
+    before = shown()
+    assert run(pomex.prune(ledger, new // pomex.DAY_MS)) == 2
+    assert shown() == before and sound(ledger, 1) and run(pomex.prune(ledger, old // pomex.DAY_MS)) == 0 and sound(ledger, 1)
+    change(ledger, "DELETE FROM meters")            # one that is made after pruning is made of the sums
+    assert [ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
     copy = path + "-copy"
     ledger.backup(copy)
     assert os.stat(copy).st_mode & 0o777 == 0o600
     with contextlib.closing(sqlite3.connect(copy)) as db:
-        assert db.execute("SELECT sum(requests) FROM daily").fetchone() == (2,)
+        assert db.execute("SELECT sum(requests) FROM usage_rollups").fetchone() == (2,)
     with pytest.raises(pomex.LedgerError, match="File exists"):
         ledger.backup(copy)
     assert sorted(os.listdir(os.path.dirname(path))) == sorted({"pomex.db", "pomex.db-wal", "pomex.db-shm", "pomex.db-copy"})
@@ -395,7 +443,7 @@ def test_a_backup_that_fails_leaves_no_half_file_and_can_be_made_again(ledger, p
     if left:
         open(copy + ".part", "w").close()
     with monkeypatch.context() as full, contextlib.closing(sqlite3.connect(path, factory=Full)) as db:
-        full.setattr(ledger, "_db", db)
+        full.setattr(ledger.db, "reader", db)
         with pytest.raises(pomex.LedgerError, match="full"):
             ledger.backup(copy)
     assert not [name for name in os.listdir(os.path.dirname(path)) if "copy" in name]
@@ -403,67 +451,36 @@ def test_a_backup_that_fails_leaves_no_half_file_and_can_be_made_again(ledger, p
     assert os.path.getsize(copy) > 4096
 
 
-@pytest.mark.parametrize("rolled", [False, True], ids=["few rows", "rows that are summed up"])
-def test_after_pruning_everything_new_rows_are_counted_and_shown(ledger, rolled, monkeypatch):
-    monkeypatch.setattr(pomex, "ROLL_ROWS", 5 if rolled else 500)
-    db, old = ledger._writer, NOW_MS - 9 * pomex.DAY_MS
-    for part in range(2):
-        pomex.insert_entries(db, [entry(f"old{part}{n}", started_ms=old, cost_nanos=0) for n in range(20)])
-    pomex.insert_entries(db, [entry("last", started_ms=old, cost_nanos=0)])
-    watched = pomex.last_row_id(db)
-    assert pomex.prune(ledger, NOW_MS // pomex.DAY_MS) == 40
-    for part in range(4):
-        pomex.insert_entries(db, [entry(f"new{part}{n}", started_ms=NOW_MS, cost_nanos=0) for n in range(10)])
-    since_ms = NOW_MS // pomex.HALF_HOUR_MS * pomex.HALF_HOUR_MS
-    shown = pomex.parts(db, "provider", since_ms, pomex.HALF_HOUR_MS, since_ms + pomex.HALF_HOUR_MS, 0)
-    assert sum(sums["requests"] for sums in shown.values()) == 40
-    assert len(pomex.rows_after(db, watched, 100, 0)) == 40 and pomex.verify(ledger) == (41, [])
-
-
-def test_ids_that_began_anew_under_an_older_program_are_counted(ledger):
-    db = ledger._writer
-    ledger.write("INSERT INTO settings VALUES ('rolled_up', 1200)")
-    pomex.insert_entries(db, [entry(f"new{n}", started_ms=NOW_MS) for n in range(10)])
-    assert pomex.rolled_up(db) == 0
-
-
-def test_a_file_of_the_first_schema_is_upgraded_with_its_sums(path, monkeypatch):
-    with first_schema(path, monkeypatch) as db:
-        first = pomex.Entry._fields[:pomex.Entry._fields.index("account_id")]
-        db.execute(f"INSERT INTO usage ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})",
-                   entry("r1", input=7)[:len(first)])
-        db.execute("INSERT INTO keys (name, digest, hint, created_s) VALUES ('old', x'00', 'h', 1)")
-    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
-        assert totals(ledger)["input"] == 7 and pomex.verify(ledger) == (1, [])
-        old = key_of(ledger, "old")
-        assert not old.limited and old.account == "default" and old.may_use("any/thing")
-
-
-def test_what_was_begun_and_never_settled_is_billed_for_its_estimated_input(path):
-    async def leave():
-        ledger = pomex.Ledger.open(path)
-        ledger.start()
-        await ledger.begin(pomex.Intent("r1", "req", NOW_MS, 1, "/v1/responses", "openai/gpt-5.5", 1, "openai", "gpt-5.5",
-                                        1000, "5 30 - - - -", pomex.ONE, 5_000_000))
-        os.close(ledger._journal.fd)        # as the end of a process does
-    asyncio.run(leave())
-    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
-        row, = recent(ledger, 9)
-        assert (row["error_code"], row["provider"], row["input"], row["cost_nanos"]) == ("interrupted", "openai", 1000, 5_000_000)
-        assert row["estimated"] and pomex.verify(ledger) == (1, [])
+def test_after_pruning_everything_new_rows_are_counted_and_shown(ledger):
+    old = NOW_MS - 9 * pomex.DAY_MS
+    insert(ledger, [used(f"old{n}", started_ms=old) for n in range(40)])
+    newest = read(ledger, "SELECT max(id) FROM usage")[0][0]
+    assert run(pomex.prune(ledger, NOW_MS // pomex.DAY_MS)) == 40 and recent(ledger, 9) == []
+    insert(ledger, [used(f"new{n}") for n in range(30)])
+    assert read(ledger, "SELECT min(id) FROM usage")[0][0] > newest         # who watches asks for the ids after the last one seen
+    shown = run(pomex.overview(ledger.db, NOW_MS, pomex.HALF_HOUR_MS, 1, NOW, 0))
+    assert shown["totals"]["requests"] == 30 and len(run(pomex.log_rows(ledger.db, {}, pomex.MAX_NUMBER, 100, 0))) == 30
+    assert totals(ledger)["requests"] == 70 and sound(ledger, 30)
 
 
 # --- keys -----------------------------------------------------------------------------------------
 
-def test_a_keys_settings_hold_at_once_and_in_other_processes_within_a_second(path, ledger):
-    token = ledger.create_key("ci", NOW, budget_nanos=NANO, period="week", models="openai/* demo/echo", rpm=5)
-    with contextlib.closing(pomex.Ledger.open(path)) as other:
-        assert other.authorise(f"Bearer {token}", NOW).rpm == 5
-        ledger.edit_key("ci", NOW, rpm=7, models="", budget_nanos=None)
-        edited = other.authorise(f"Bearer {token}", NOW + pomex.KEYS_POLL_S)
-        assert (edited.rpm, edited.models, edited.budget_nanos, edited.limited) == (7, "", None, True)
-        ledger.write("UPDATE accounts SET prepaid = 1")
-        assert other.authorise(f"Bearer {token}", NOW + 1).prepaid
+def test_a_keys_settings_hold_at_once_and_in_other_processes_within_a_second(path):
+    async def check():
+        async with started(path, 2) as (ledger, other):
+            await pomex.create_account(ledger, "paid", True, None, pomex.ONE, NOW)
+            token = await ledger.create_key("ci", NOW, budget_nanos=NANO, period="week", models="openai/* demo/echo", rpm=5)
+            assert (await other.authorise(f"Bearer {token}", NOW)).rpm == 5
+            await ledger.edit_key("ci", rpm=7, models="", budget_nanos=None, account_id=2)
+            edited = await ledger.authorise(f"Bearer {token}", NOW)
+            assert (edited.rpm, edited.models, edited.budget_nanos, edited.limited, edited.prepaid) == (7, "", None, True, 1)
+            await until(lambda: key_of(other, "ci") == edited, within_s=2 * pomex.KEYS_POLL_S)
+            assert await other.authorise(f"Bearer {token}", NOW) == edited
+            await ledger.revoke_key("ci", NOW)
+            with pytest.raises(pomex.Unauthorized, match="was revoked"):
+                await ledger.authorise(f"Bearer {token}", NOW)
+            await until(lambda: key_of(other, "ci").revoked_s, within_s=2 * pomex.KEYS_POLL_S)
+    run(check())
 
 
 @pytest.mark.parametrize("models, model, allowed", [
@@ -471,7 +488,7 @@ def test_a_keys_settings_hold_at_once_and_in_other_processes_within_a_second(pat
     ("openai/gpt-?", "openai/gpt-55", False),
 ])
 def test_a_key_may_use_the_models_of_its_patterns(ledger, models, model, allowed):
-    ledger.create_key("k", NOW, models=models)
+    key_made(ledger, "k", models=models)
     assert key_of(ledger, "k").may_use(model) == allowed
 
 
@@ -485,24 +502,54 @@ def test_periods_begin_and_end_with_days_of_utc(period, start, end):
     assert [pomex.day_text(day) for day in pomex.period_bounds(period, NOW + 86399)] == [start, end]
 
 
-@contextlib.asynccontextmanager
-async def started(path, count=1):
-    ledgers = [pomex.Ledger.open(path) for _ in range(count)]
-    try:
-        for ledger in ledgers:
-            ledger.start()
-        yield ledgers
-    finally:
-        for ledger in ledgers:
-            ledger.close()
-
-
-PRICES = pomex.PriceBook(pomex.load_config("[prices.\"p/m\"]\ninput = 1\noutput = 10\n", "pomex.toml", {}))
+PRICES = pomex.PriceTable(pomex.load_config("[prices.\"p/m\"]\ninput = 1\noutput = 10\n", "pomex.toml", {}))
 TARGETS = [(pomex.ProviderConfig("p", wire_api="chat"), "m")]
+NAMED = {"request_id": "req", "endpoint": "/v1/responses"}
 
 
-def bill_for(ledger, name, response_id="r", at_s=None):
-    return pomex.Bill(PRICES, ledger.budgets, key_of(ledger, name), response_id, "p/m", int((at_s or time.time()) * 1000))
+def reservation_for(ledger, name, response_id="r", at_s=None):
+    return pomex.Reservation(PRICES, ledger, key_of(ledger, name), response_id, "p/m", int((at_s or time.time()) * 1000))
+
+
+async def reserve(reservation, input_tokens=1000, wanted=0, most=16384):
+    def open_row():
+        return reservation.row("p", "m", Usage(input_tokens), status="in flight", **NAMED)
+    return await reservation.reserve(open_row, TARGETS, input_tokens, wanted, most)
+
+
+async def settle(reservation, usage):
+    await reservation.settle(reservation.row("p", "m", usage, attempt=1, result="completed", **NAMED))
+
+
+async def everywhere(ledgers):
+    """Every ledger knows the keys of each other."""
+    for ledger in ledgers:
+        await ledger.refresh()
+
+
+def granted(ledger):
+    return read(ledger, "SELECT coalesce(sum(granted), 0) FROM meters")[0][0]
+
+
+def meters(ledger):
+    return read(ledger, "SELECT owner, spent, granted FROM meters ORDER BY owner")
+
+
+@contextlib.contextmanager
+def written(ledger):
+    """The statements that a ledger gives to its database for writing."""
+    statements = []
+    ledger.db.writer.set_trace_callback(statements.append)
+    yield statements
+    ledger.db.writer.set_trace_callback(None)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """As long as another program writes."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
 
 
 TIERED = """
@@ -532,196 +579,640 @@ api_key = "k"
 ])
 def test_the_answer_says_what_it_is_billed_as_and_where_it_does_not_the_dearer_holds(ledger, target, asked, said, price):
     """Reserved is before an answer: the dearer of the standard tier and of the one asked for. Gemini is not asked for any."""
-    book = pomex.PriceBook(pomex.load_config(TIERED, "pomex.toml", {}))
-    ledger.create_key("k", NOW)
-    bill = pomex.Bill(book, ledger.budgets, key_of(ledger, "k"), "r", target, NOW_MS, asked)
-    assert bill.price(*target.split("/"), Usage(10, tier=said)) == price
+    prices = pomex.PriceTable(pomex.load_config(TIERED, "pomex.toml", {}))
+    key_made(ledger, "k")
+    reservation = pomex.Reservation(prices, ledger, key_of(ledger, "k"), "r", target, NOW_MS, asked)
+    assert reservation.price(*target.split("/"), Usage(10, tier=said)) == price
 
 
 def test_the_providers_own_cost_is_taken_where_there_is_no_price(ledger):
-    ledger.create_key("k", NOW)
-    bill = pomex.Bill(PRICES, ledger.budgets, key_of(ledger, "k"), "r", "p/other", NOW_MS)
+    key_made(ledger, "k")
+    reservation = pomex.Reservation(PRICES, ledger, key_of(ledger, "k"), "r", "p/other", NOW_MS)
     for model, price, nanos in (("other", "provider 0.012300000000", 12_300_000), ("m", "1 10 - - - -", 10_000)):
-        charge = bill.charge("p", model, Usage(10, cost="0.012300000000"))
-        assert (charge["price"], charge["cost_nanos"]) == (price, nanos)
+        row = reservation.row("p", model, Usage(10, cost="0.012300000000"), **NAMED)
+        assert (row.price, row.cost_nanos, row.input) == (price, nanos, 10)
     assert pomex.cost_nanos("provider 0.0123", 1_200_000, Usage(10**6)) == 14_760_000
     line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "web_searches": 0,
             "multiplier": pomex.ONE}
     assert [(part["what"], part["nanos"]) for part in pomex.cost_parts(line) if part["nanos"]] == [("as the provider says", 12_300_000)]
 
 
-def leased(path):
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        return db.execute("SELECT coalesce(sum(amount), 0) FROM leases WHERE expires_s > ? AND slot = 0", (time.time(),)).fetchone()[0]
+BUDGET = 50 * 11_000_000        # for fifty of 1000 in and 1000 out
+MONEY = {                       # an account's prepaid and limit, a key's settings
+    "a key's budget": ((False, None), {"budget_nanos": BUDGET}), "an account's limit": ((False, BUDGET), {}),
+    "prepaid credit": ((True, None), {}), "all of them": ((True, BUDGET), {"budget_nanos": BUDGET}),
+}
 
 
-async def settled(ledger, bill, usage):
-    charge = bill.charge("p", "m", usage)
-    price, nanos = charge["price"], charge["cost_nanos"]
-    bill.settle(nanos, usage)
-    await ledger.settle(entry(bill.response_id, started_ms=bill.started_ms, key_id=bill.key.id, account_id=bill.key.account_id,
-                              input=usage.input, output=usage.output, price=price, cost_nanos=nanos))
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
-
-
-def test_many_at_once_in_several_processes_never_exceed_a_budget_and_nothing_stays_reserved(path, monkeypatch):
-    monkeypatch.setattr(pomex, "TEND_S", 0.05)
-
+@pytest.mark.parametrize("account, settings", MONEY.values(), ids=MONEY)
+def test_many_at_once_over_several_ledgers_never_exceed_their_money_and_nothing_stays_granted(path, account, settings):
     async def check():
         async with started(path, 4) as ledgers:
-            ledgers[0].create_key("k", NOW, budget_nanos=50 * 11_000_000)         # for fifty of 1000 in and 1000 out
-            pomex.insert_entries(ledgers[0]._writer, [entry("before", started_ms=int(time.time() * 1000), cost_nanos=110_000_000)])
+            first, over = ledgers[0], []
+            await pomex.create_account(first, "acme", *account, pomex.ONE, NOW)
+            await pomex.add_credit(first, "acme", BUDGET, "", NOW)
+            await first.create_key("k", NOW, account_id=2, **settings)
+            await everywhere(ledgers)
+            insert(first, [used("before", started_ms=int(time.time() * 1000), account_id=2, price="provider 0.11",
+                                cost_nanos=110_000_000)])
+
+            def look():
+                over.extend(read(first, "SELECT * FROM meters WHERE spent + granted > ? OR granted < 0", BUDGET))
+
+            async def watch():
+                while True:
+                    look()
+                    await asyncio.sleep(0)
 
             async def one(number):
                 ledger = ledgers[number % 4]
-                bill = bill_for(ledger, "k", f"r{number}")
+                reservation = reservation_for(ledger, "k", f"r{number}")
                 try:
-                    cap = await bill.reserve(TARGETS, 1000, 1000, 16384)
-                except pomex.Exceeded:
+                    most = await reserve(reservation, 1000, 1000)
+                except pomex.LimitExceeded as no:
+                    assert no.limit.unit == "nanos"
                     return 0
-                assert leased(path) <= 550_000_000 - 110_000_000
-                await asyncio.sleep(0.01)
-                await settled(ledger, bill, Usage(1000, output=min(cap or 1000, 1000)))
+                look()
+                await asyncio.sleep(0.001 * (number % 7))
+                await settle(reservation, Usage(1000, output=min(most or 1000, 200 + number * 37 % 801)))
+                look()
                 return 1
-            served = sum(await asyncio.gather(*(one(number) for number in range(200))))
-            for _ in range(100):
-                await asyncio.sleep(0.03)
-                if not leased(path) and not any(ledger._unsaved or ledger.budgets.leases for ledger in ledgers):
-                    break
-            spent = totals(ledgers[0])["cost_nanos"]
-            assert 30 <= served and spent <= 550_000_000
-            assert leased(path) == 0 and not any(ledger.budgets.leases for ledger in ledgers)
-            return served
-    assert run(check()) >= 30
-
-
-def test_a_lease_whose_last_request_is_saved_while_it_is_renewed_goes_back(path):
-    async def check():
-        async with started(path) as (ledger,):
-            ledger.create_key("k", NOW, budget_nanos=550_000_000)
-            await bill_for(ledger, "k").reserve(TARGETS, 1000, 1000, 16384)
-            budgets, ask = ledger.budgets, ledger.budgets.ask
-            (_, lease), = budgets.leases.values()
-
-            async def ask_and_save(function, *args):
-                await ask(function, *args)
-                lease.held = lease.taken = 0            # as `saved` leaves it
-            budgets.ask = ask_and_save
-            await budgets._renew(time.time())
-            assert leased(path)
-            await budgets._renew(time.time())
-            assert not leased(path) and not budgets.leases
+            watching = asyncio.create_task(watch())
+            served = 0
+            while more := sum(await asyncio.gather(*(one(served * 1000 + number) for number in range(200)))):
+                served += more
+            watching.cancel()
+            assert over == [] and served >= 40
+            assert BUDGET - 12_000_000 < totals(first)["cost_nanos"] <= BUDGET
+            assert granted(first) == 0 and under_way(first) == [] and not any(ledger.pending for ledger in ledgers)
+            assert await pomex.verify(first.db) == (served + 1, [])
     run(check())
 
 
-def test_a_rate_holds_over_processes_and_says_when_to_come_again(path):
+def test_a_budget_has_its_own_period_an_accounts_limit_is_a_months_and_credit_has_no_end(ledger):
+    run(pomex.create_account(ledger, "acme", True, 7, pomex.ONE, NOW))
+    key_made(ledger, "k", budget_nanos=5, period="day", account_id=2, concurrent=3, rpm=4, tpm=6)
+    today, month = NOW_MS // pomex.DAY_MS, NOW_MS // pomex.DAY_MS - 21
+    assert [(limit.owner, limit.unit, limit.maximum, limit.since_day) for limit in pomex.limits_of(key_of(ledger, "k"), today)] == [
+        ("key 1", "nanos", 5, today), ("account 2", "nanos", 0, 0), ("account 2", "nanos", 7, month),
+        ("key 1 open", "open", 3, 0), ("key 1 requests", "requests", 4, 0), ("key 1 tokens", "tokens", 6, 0)]
+
+
+def test_what_is_spent_in_a_period_counts_in_that_one_alone(path):
     async def check():
-        async with started(path, 2) as ledgers:
-            ledgers[0].create_key("k", NOW, rpm=10, tpm=1_000_000, concurrent=50)
-            bills = [bill_for(ledgers[n % 2], "k", f"r{n}") for n in range(40)]
-            results = await asyncio.gather(*(bill.reserve(TARGETS, 10, 0, 100) for bill in bills), return_exceptions=True)
-            refused = [each for each in results if isinstance(each, pomex.Exceeded)]
-            assert 9 <= 40 - len(refused) <= 10
-            assert {no.limit.unit for no in refused} == {"requests"} and all(50 < no.wait_s <= 66 for no in refused)
-            told = pomex.refusal(ledgers[0], key_of(ledgers[0], "k"), refused[0], time.time(), False)
-            assert told.status == 429 and told.code == "rate_limit_exceeded" and dict(told.headers)["retry-after"].isdigit()
-            headers = dict(bills[0].headers(time.time()))
-            assert headers["x-ratelimit-limit-requests"] == "10" and headers["x-ratelimit-remaining-requests"] in "01"
-            assert headers["x-ratelimit-limit-tokens"] == "1000000" and re.fullmatch(r"1m\ds", headers["x-ratelimit-reset-tokens"])
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, budget_nanos=11_000_000, period="day")
+            insert(ledger, [used("the day before", started_ms=NOW_MS - 1, cost_nanos=11_000_000)])
+            late = reservation_for(ledger, "k", "r1", NOW + 86399)
+            assert await reserve(late, 1000, 1000) == 0
+            with pytest.raises(pomex.LimitExceeded):
+                await reserve(reservation_for(ledger, "k", "r2", NOW + 1), 1000, 1000)
+            await reserve(reservation_for(ledger, "k", "r3", NOW + 86400), 1000, 1000)         # the next day
+            await settle(late, Usage(1000, output=1000))                                       # is still one of its own day
+            assert read(ledger, "SELECT since_day, spent, granted FROM meters") == [
+                (NOW_MS // pomex.DAY_MS, 11_000_000, 0), (NOW_MS // pomex.DAY_MS + 1, 0, 11_000_000)]
+            with pytest.raises(pomex.LimitExceeded):
+                await reserve(reservation_for(ledger, "k", "r4", NOW + 2), 1000, 1000)
     run(check())
 
 
-def test_open_requests_are_counted_and_their_place_is_free_again(path, monkeypatch):
+# --- limits a minute
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for its `pass_s`; refusals are not remembered, since it is another one that forgets them."""
+    class Clock:
+        ns = NOW_MS * 10**6
+
+        def pass_s(self, seconds):
+            self.ns += round(seconds * NANO)
+    clock = Clock()
+    monkeypatch.setattr(pomex.time, "time_ns", lambda: clock.ns)
+    monkeypatch.setattr(pomex, "REFUSED_AT_MOST_S", 0.0)
+    return clock
+
+
+async def allowed(ledgers, numbers):
+    """Reserves at once over all ledgers: (how many there was room for, the refusals)."""
+    reservations = [reservation_for(ledgers[n % len(ledgers)], "k", f"r{n}") for n in numbers]
+    results = await asyncio.gather(*(reserve(each, 10, 0, 100) for each in reservations), return_exceptions=True)
+    refused = [each for each in results if isinstance(each, pomex.LimitExceeded)]
+    assert len(refused) + results.count(0) == len(results), results
+    return results.count(0), refused
+
+
+def test_a_rate_holds_over_ledgers_and_says_when_to_come_again(path, clock):
+    async def check():
+        async with started(path, 4) as ledgers:
+            await ledgers[0].create_key("k", NOW, rpm=10, tpm=1_000_000, concurrent=50)
+            await everywhere(ledgers)
+            number, refused = await allowed(ledgers, range(40))
+            assert number == 10 and len(refused) == 30
+            assert {(no.limit.unit, no.wait_s) for no in refused} == {("requests", 6.0)}
+            told = pomex.limit_error(key_of(ledgers[0], "k"), refused[0], NOW, False)
+            assert (told.status, told.code, dict(told.headers)["retry-after"]) == (429, "rate_limit_exceeded", "6")
+            for passed_s, room in ((5.999, 0), (0.001, 1), (0, 0), (15, 2), (3, 1), (120, 10), (0, 0)):
+                clock.pass_s(passed_s)
+                assert (await allowed(ledgers, range(clock.ns, clock.ns + 20)))[0] == room, passed_s
+            clock.pass_s(6)
+            last = reservation_for(ledgers[0], "k", "last")
+            await reserve(last, 10, 0, 100)
+            headers = dict(last.headers())
+            assert [headers[f"x-ratelimit-{name}-requests"] for name in ("limit", "remaining", "reset")] == ["10", "0", "1m0s"]
+            assert headers["x-ratelimit-limit-tokens"] == "1000000" and re.fullmatch(r"\ds", headers["x-ratelimit-reset-tokens"])
+            assert 990_000 < int(headers["x-ratelimit-remaining-tokens"]) < 1_000_000
+            assert granted(ledgers[0]) == 10 + 1 + 2 + 1 + 10 + 1          # places of open requests; a rate has none
+    run(check())
+
+
+def test_a_stream_of_minutes_is_charged_as_it_writes_and_ends_when_its_tokens_a_minute_are_used_up(path, clock):
+    async def written_s(reservation, tokens_a_second, seconds):
+        """How long it may go on."""
+        for second in range(1, seconds + 1):
+            clock.pass_s(1)
+            if not await reservation.extend(4 * tokens_a_second * second):
+                return second
+            ahead = reservation.reserved_output - tokens_a_second * second
+            assert 0 <= ahead <= 16_384 or tokens_a_second > 1000
+        return seconds
+
     async def check():
         async with started(path) as (ledger,):
-            ledger.create_key("k", NOW, concurrent=2)
-            bills = [bill_for(ledger, "k", f"r{n}") for n in range(3)]
-            for bill in bills[:2]:
-                await bill.reserve(TARGETS, 10, 0, 100)
-            with pytest.raises(pomex.Exceeded):
-                await bills[2].reserve(TARGETS, 10, 0, 100)
-            bills[0].settle(0, Usage())
-            await bills[2].reserve(TARGETS, 10, 0, 100)
+            await ledger.create_key("k", NOW, tpm=60_000)
+            slow = reservation_for(ledger, "k", "slow")
+            await reserve(slow)
+            assert await written_s(slow, 500, 300) == 300 and 150_000 <= slow.reserved_output <= 150_000 + 2 * pomex.RESERVED_STEP
+            await settle(slow, Usage(1000, output=150_000))
+            clock.pass_s(5)             # half of the rate was left all the time: it is all there again soon
+            fast = reservation_for(ledger, "k", "fast")
+            await reserve(fast)
+            assert fast.headers()[1] == ("x-ratelimit-remaining-tokens", str(60_000 - 1000 - 4096))
+            seconds = await written_s(fast, 2000, 300)
+            assert 50 <= seconds <= 60 and not await fast.extend(4 * fast.reserved_output)
+            assert 100_000 < fast.reserved_output <= 60_000 + 1000 * seconds - 1000
+            await settle(fast, Usage(1000, output=2000 * seconds))
+            with pytest.raises(pomex.LimitExceeded) as no:
+                await reserve(reservation_for(ledger, "k", "next"), 10_000, 1)
+            assert no.value.limit.unit == "tokens" and 0 < no.value.wait_s <= 60
+            clock.pass_s(no.value.wait_s)
+            assert await reserve(reservation_for(ledger, "k", "next"), 10_000, 1) == 0
+    run(check())
+
+
+def test_tokens_that_were_reserved_and_not_used_are_there_again_and_more_than_a_minutes_pass_alone(path, clock):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, tpm=10_000)
+            for number in range(20):
+                reservation = reservation_for(ledger, "k", f"r{number}")
+                await reserve(reservation, 1000, 4000)
+                assert reservation.headers()[1] == ("x-ratelimit-remaining-tokens", str(10_000 - 200 * number - 5000))
+                await settle(reservation, Usage(100, output=100))
+            with pytest.raises(pomex.LimitExceeded) as no:
+                await reserve(reservation_for(ledger, "k", "large"), 50_000, 1)
+            assert no.value.wait_s == pytest.approx(24, abs=0.1)        # until nothing of the 20 times 200 is left
+            clock.pass_s(25)
+            large = reservation_for(ledger, "k", "large")
+            await reserve(large, 50_000, 1)
+            await settle(large, Usage(50_000, output=1))
+            with pytest.raises(pomex.LimitExceeded) as no:
+                await reserve(reservation_for(ledger, "k", "after"), 100, 1)
+            assert 0 < no.value.wait_s <= 1
+    run(check())
+
+
+def test_a_rate_still_holds_after_requests_that_used_more_than_they_had_reserved(path, clock):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, tpm=10_000)
+            reservations = [reservation_for(ledger, "k", f"r{number}") for number in range(5)]
+            for reservation in reservations:
+                await reserve(reservation, 10, 90)
+            for reservation in reservations:            # thoughts that nobody saw
+                await settle(reservation, Usage(10, output=50_000, reasoning=49_000))
+            with pytest.raises(pomex.LimitExceeded) as no:
+                await reserve(reservation_for(ledger, "k", "next"), 10, 90)
+            assert 60 <= no.value.wait_s <= 300
+    run(check())
+
+
+@pytest.mark.parametrize("back_s", [5, 3600, 10**8], ids=["a little", "an hour", "years"])
+def test_a_clock_that_was_set_back_refuses_for_no_longer_than_a_minute(path, clock, back_s):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, rpm=10, tpm=100_000)
+            assert (await allowed([ledger], range(11)))[0] == 10
+            clock.pass_s(-back_s)
+            number, refused = await allowed([ledger], range(100, 111))
+            assert all(0 < no.wait_s <= 60 for no in refused)
+            clock.pass_s(refused[0].wait_s)
+            assert (await allowed([ledger], range(200, 211)))[0] == 1
+            clock.pass_s(60)
+            assert (await allowed([ledger], range(300, 311)))[0] == 10
+    run(check())
+
+
+# --- limits on requests under way
+
+def test_open_requests_are_counted_over_ledgers_and_their_place_is_free_again(path):
+    async def check():
+        async with started(path, 2) as (ledger, other):
+            await ledger.create_key("k", NOW, concurrent=2)
+            await everywhere([ledger, other])
+            reservations = [reservation_for(each, "k", f"r{n}") for n, each in enumerate((ledger, other, ledger, other))]
+            for reservation in reservations[:2]:
+                await reserve(reservation)
+            for reservation in reservations[2:]:
+                with pytest.raises(pomex.LimitExceeded) as no:
+                    await reserve(reservation)
+                assert no.value.limit.unit == "open" and no.value.remaining == 0
+                told = pomex.limit_error(key_of(ledger, "k"), no.value, NOW, False)
+                assert (told.status, str(told)) == (429, "Key k may have 2 requests open at once. Please try again in 1s.")
+            await settle(reservations[0], Usage(10))
+            await reserve(reservations[2])              # at once where the place became free
+            with pytest.raises(pomex.LimitExceeded):
+                await reserve(reservations[3])
+            await settle(reservations[1], Usage(10))
+            await asyncio.sleep(pomex.REFUSED_S["open"])
+            await reserve(reservations[3])
+            assert granted(ledger) == 2
+            for reservation in reservations[2:]:
+                await settle(reservation, Usage(10))
+            assert granted(ledger) == 0 and await pomex.verify(ledger.db) == (4, [])
+    run(check())
+
+
+def test_where_one_limit_has_no_room_nothing_is_taken_from_the_others(path, clock):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, budget_nanos=NANO, rpm=10, concurrent=10, tpm=1500)
+            first = reservation_for(ledger, "k", "r1")
+            await reserve(first, 500, 0, 500)
+
+            def shown():
+                return read(ledger, "SELECT owner, granted FROM meters"), read(ledger, "SELECT * FROM rates"), under_way(ledger)
+            before = shown()
+            with pytest.raises(pomex.LimitExceeded) as no:
+                await reserve(reservation_for(ledger, "k", "r2"), 500, 500)
+            assert no.value.limit.unit == "tokens" and shown() == before
+            assert before[0] == [("key 1", 5_500_000), ("key 1 open", 1)]
+            assert not await first.extend(4 * 500) and shown() == before
+    run(check())
+
+
+def test_an_answer_is_not_cut_short_by_what_is_remembered_of_a_limit(path):
+    async def check():
+        async with started(path, 2) as (ledger, other):
+            await ledger.create_key("k", NOW, budget_nanos=200_000_000)
+            await everywhere([ledger, other])
+            first = reservation_for(ledger, "k", "r1")
+            await reserve(first, 1000, 16384)
+            assert await reserve(reservation_for(other, "k", "r2"), 30_000) == 516
+            await settle(first, Usage(1000))
+            assert await reserve(reservation_for(other, "k", "r3"), 30_000) == 13_384         # all that is left now
     run(check())
 
 
 def test_money_for_less_output_lowers_the_cap_and_for_too_little_refuses(path):
     async def check():
         async with started(path) as (ledger,):
-            ledger.create_key("k", NOW, budget_nanos=31_000_000)
-            first = bill_for(ledger, "k", "r1")
-            assert await first.reserve(TARGETS, 1000, 0, 16384) == 3000         # 1 + 30 thousandths of a dollar
-            assert await first.cover(4 * 3000) and first.cap == 3000
-            with pytest.raises(pomex.Exceeded) as no:
-                await bill_for(ledger, "k", "r2").reserve(TARGETS, 1000, 0, 16384)
-            told = pomex.refusal(ledger, key_of(ledger, "k"), no.value, NOW, True)
+            await ledger.create_key("k", NOW, budget_nanos=31_000_000)
+            first = reservation_for(ledger, "k", "r1")
+            assert await reserve(first) == 3000         # 1 + 30 thousandths of a dollar
+            assert await first.extend(4 * 3000) and first.max_output_tokens == 3000
+            with pytest.raises(pomex.LimitExceeded) as no:
+                await reserve(reservation_for(ledger, "k", "r2"))
+            told = pomex.limit_error(key_of(ledger, "k"), no.value, NOW, True)
             assert (told.code, told.ledger_code, told.headers) == (
                 "invalid_prompt", "insufficient_quota", (("x-should-retry", "false"),))
-            await settled(ledger, first, Usage(1000, output=1000))
-            assert await bill_for(ledger, "k", "r3").reserve(TARGETS, 1000, 0, 16384) == 1900
+            await settle(first, Usage(1000, output=1000))
+            assert await reserve(reservation_for(ledger, "k", "r3")) == 1900
     run(check())
 
 
 def test_a_cap_on_the_answer_is_none_on_the_money_where_thoughts_come_on_top(path):
     async def check():
         async with started(path) as (ledger,):
-            ledger.create_key("k", NOW, budget_nanos=31_000_000)
-            bill = bill_for(ledger, "k")
-            await bill.reserve(TARGETS, 1000, 1025, 16384)
-            assert bill.reserved_output == 1025 and await bill.cover(4 * 1025) and bill.reserved_output == 1025
-            assert await bill.cover(4 * 1100) and bill.reserved_output > 1100
-            assert not await bill.cover(4 * 3001)
+            await ledger.create_key("k", NOW, budget_nanos=31_000_000)
+            reservation = reservation_for(ledger, "k")
+            await reserve(reservation, 1000, 1025)
+            assert await reservation.extend(4 * 1025) and reservation.reserved_output == 1025
+            assert await reservation.extend(4 * 1100) and reservation.reserved_output > 1100
+            assert not await reservation.extend(4 * 3001)
     run(check())
 
 
 def test_a_reservation_grows_with_the_output_until_the_money_ends(path):
     async def check():
         async with started(path) as (ledger,):
-            ledger.create_key("k", NOW, budget_nanos=100_000_000)               # 10,000 tokens of output
-            bill = bill_for(ledger, "k")
-            await bill.reserve(TARGETS, 0, 0, 1000)
+            await ledger.create_key("k", NOW, budget_nanos=100_000_000)             # 10,000 tokens of output
+            reservation = reservation_for(ledger, "k")
+            await reserve(reservation, 0, 0, 1000)
             held = []
             for tokens in range(0, 12_000, 100):
-                if not await bill.cover(tokens * 4):
+                if not await reservation.extend(tokens * 4):
                     break
-                held.append(bill.reserved_output)
-            assert held[0] == 5096 and bill.reserved_output == 10_000 and tokens == 10_000
+                held.append(reservation.reserved_output)
+                assert granted(ledger) == reservation.reserved_output * 10_000 <= 100_000_000
+            assert held[0] == 5096 and reservation.reserved_output == 10_000 and tokens == 10_000
+            await settle(reservation, Usage(0, output=9900))
+            assert meters(ledger) == [("key 1", 99_000_000, 0)]
     run(check())
 
 
-def test_what_a_killed_process_held_is_free_after_seconds_and_its_rows_count_first(path):
-    code = ("import asyncio, pomex, sys, time, os, signal\n"
-            "async def main():\n"
-            "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start()\n"
-            "    key, = ledger.list_keys()\n"
-            "    limit = pomex.limits_of(key, int(time.time()))[0]\n"
-            "    await ledger.budgets.take([(limit, 60)])\n"
-            "    await ledger.settle(pomex.Entry('r1', 'q', int(time.time() * 1000), key.id, 'e', 'm', cost_nanos=25))\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            "asyncio.run(main())")
-    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
-        ledger.create_key("k", NOW, budget_nanos=100)
-        environ = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(pomex.__file__))}
-        subprocess.run([sys.executable, "-c", code, path], env=environ, timeout=20)
-        limit = pomex.limits_of(key_of(ledger, "k"), int(time.time()))[0]
-        (granted, room, _), = pomex.grant(ledger._writer, path, "us", [(limit, 50)], time.time())
-        assert granted == 0 and room < 50
-        (granted, room, _), = pomex.grant(ledger._writer, path, "us", [(limit, 50)], time.time() + pomex.LEASE_S + 1)
-        assert granted >= 50 and granted + room == 75
-        assert totals(ledger)["cost_nanos"] == 25
-
-
-def test_keys_without_a_limit_touch_no_lease(path):
+def test_an_attempt_that_was_given_up_counts_against_every_limit(path, clock):
     async def check():
         async with started(path) as (ledger,):
-            ledger.create_key("free", NOW)
-            bill = bill_for(ledger, "free")
-            assert await bill.reserve(TARGETS, 10**9, 0, 16384) == 0 and await bill.cover(10**9)
-            bill.settle(5, Usage(1))
-            assert not ledger.budgets.leases and not bill.headers(NOW)
+            await ledger.create_key("k", NOW, budget_nanos=NANO, tpm=10_000)
+            reservation = reservation_for(ledger, "k", at_s=NOW)
+            await reserve(reservation, 100, 900)
+            reservation.add_failed_attempt(1, "p", "m", Usage(), "server_error")                    # of which nothing is billed
+            reservation.add_failed_attempt(1, "p", "m", Usage(4000, output=1000, estimated=True), "server_error")
+            await reservation.settle(reservation.row("p", "m", Usage(100, output=900), attempt=2, result="failed over", session="s",
+                                                     client="c", **NAMED))
+            row, = lost(ledger)
+            assert [row[name] for name in ("status", "error_code", "result", "session", "client", "request_id", "estimated")] == [
+                "lost", "server_error", "failed over", "s", "c", "req", "no count from the provider"]
+            assert meters(ledger) == [("key 1", 14_000_000 + 9_100_000, 0)]
+            next_one = reservation_for(ledger, "k", "r2", NOW)
+            await reserve(next_one, 100, 900)
+            assert next_one.headers()[1] == ("x-ratelimit-remaining-tokens", str(10_000 - 6000 - 1000))
+            assert await pomex.verify(ledger.db) == (2, [])
+    run(check())
+
+
+# --- what a caller, or a whole process, leaves behind
+
+@pytest.mark.parametrize("settings", [{"budget_nanos": NANO}, {"concurrent": 1}, {"tpm": 100_000}], ids=str)
+@pytest.mark.parametrize("meanwhile", ["the database is busy", "it is written"])
+def test_a_caller_who_is_cancelled_while_it_reserves_leaves_nothing_granted(path, settings, meanwhile):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, **settings)
+            with locked(path) if meanwhile == "the database is busy" else contextlib.nullcontext():
+                reserving = asyncio.create_task(reserve(reservation_for(ledger, "k")))
+                await asyncio.sleep(0.05 if meanwhile == "the database is busy" else 0)
+                reserving.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reserving
+            await ledger.db.write(lambda tx: None)          # behind what it had asked for
+            await until(lambda: granted(ledger) == 0 and under_way(ledger) == [] and not ledger.pending, within_s=2)
+            await reserve(reservation_for(ledger, "k", "next"))
+    run(check())
+
+
+def test_a_caller_who_cannot_reserve_since_the_database_stays_locked_leaves_nothing_under_way(path, monkeypatch):
+    monkeypatch.setattr(pomex, "BUSY_S", 0.1)
+
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, budget_nanos=NANO)
+            with locked(path), pytest.raises(pomex.LedgerError, match="is locked by another program"):
+                await reserve(reservation_for(ledger, "k", "r1"))
+            assert not ledger.pending and granted(ledger) == 0 and under_way(ledger) == []
+            await reserve(reservation_for(ledger, "k", "r2"))
+    run(check())
+
+
+def test_a_caller_who_is_cancelled_while_it_extends_gives_back_all_of_it_when_it_settles(path):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, budget_nanos=NANO)
+            reservation = reservation_for(ledger, "k")
+            await reserve(reservation, 1000, 0, 1000)
+            with locked(path):
+                extending = asyncio.create_task(reservation.extend(4 * 1000))
+                await asyncio.sleep(0.05)
+                extending.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await extending
+            await ledger.db.write(lambda tx: None)
+            await settle(reservation, Usage(1000, output=1000))
+            assert meters(ledger) == [("key 1", 11_000_000, 0)] and under_way(ledger) == []
+    run(check())
+
+
+def test_what_ends_with_its_process_is_settled_by_it_and_gives_back_what_it_held(path):
+    async def leave():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, budget_nanos=NANO, concurrent=5)
+            await ledger.create_key("free", NOW)
+            await reserve(reservation_for(ledger, "k", "reserved"))
+            await reserve(reservation_for(ledger, "free", "recorded"))
+            await ledger.recorded("recorded")
+            await reserve(reservation_for(ledger, "free", "begun just now"))
+            assert granted(ledger) > 1000 and under_way(ledger) == ["recorded", "reserved"]
+    asyncio.run(leave())
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert granted(ledger) == 0 and under_way(ledger) == [] and read(ledger, "SELECT * FROM processes") == []
+        assert sorted((row["response_id"], row["error_code"], row["cost_nanos"]) for row in recent(ledger, 9)) == [
+            (name, "interrupted", 1_000_000) for name in ("begun just now", "recorded", "reserved")]
+        assert sound(ledger, 3)
+
+
+KILLED = """
+import asyncio, os, signal, sys, time
+import pomex
+
+async def main():
+    ledger = pomex.Ledger.open(sys.argv[1])
+    ledger.start()
+    key, other = ledger.list_keys()
+
+    def row(name, **more):
+        now_ms = int(time.time() * 1000)
+        return pomex.UsageRow(name, "q", now_ms, key.id, "/v1/responses", "p/m", provider="p", price="1 10 - - - -", **more)
+    limit, place = pomex.limits_of(key, int(time.time()) // 86400)
+    await ledger.reserve("r1", lambda: row("r1", status="in flight", input=1000, cost_nanos=1_000_000),
+                         [(limit, 60_000_000), (place, 1)])
+    await ledger.settle([row("r2", result="completed", input=25, cost_nanos=25_000)])
+    ledger.begin("r3", lambda: row("r3", status="in flight", input=7, cost_nanos=7_000)._replace(key_id=other.id))
+    await ledger.recorded("r3")
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("found_by", ["the next to open the file", "a server that runs"])
+def test_what_a_killed_process_held_is_given_back_and_its_rows_count_first(path, found_by):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, budget_nanos=100_000_000, concurrent=1)
+            await ledger.create_key("other", NOW)
+            environ = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(pomex.__file__))}
+            ended = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", KILLED, path], env=environ, timeout=20)
+            assert ended.returncode == -9
+            assert meters(ledger) == [("key 1", 25_000, 60_000_000), ("key 1 open", 0, 1)]
+            with pytest.raises(pomex.LimitExceeded):
+                await reserve(reservation_for(ledger, "k", "early"), 0, 3000)
+            if found_by == "a server that runs":
+                await ledger.beat()
+            else:
+                pomex.Ledger.open(path).close()
+            assert meters(ledger) == [("key 1", 1_025_000, 0), ("key 1 open", 0, 0)]
+            shown = ("response_id", "key", "status", "error_code", "input", "cost_nanos")
+            assert sorted([row[name] for name in shown] + [row["estimated"] != ""] for row in recent(ledger, 9)) == [
+                ["r1", "k", "failed", "interrupted", 1000, 1_000_000, True], ["r2", "k", "completed", "", 25, 25_000, False],
+                ["r3", "other", "failed", "interrupted", 7, 7_000, True]]
+            await asyncio.sleep(pomex.REFUSED_S["open"])
+            most = await reserve(reservation_for(ledger, "k", "late"), 0, 9999)
+            assert most == 9897 and await pomex.verify(ledger.db) == (3, [])       # of 98.975 thousandths of a dollar
+    run(check())
+
+
+async def taken_for_dead(ledger, other):
+    """As another server does with one whose signs of life have not come."""
+    await other.db.write(lambda tx: pomex.recover_open_requests(tx, [ledger.process]))
+
+
+def test_a_process_that_was_taken_for_dead_and_goes_on_takes_its_reservation_again(path):
+    async def check():
+        async with started(path, 2) as (ledger, other):
+            await ledger.create_key("k", NOW, budget_nanos=NANO, concurrent=1, rpm=1, tpm=7000)
+            reservation = reservation_for(ledger, "k")
+            await reserve(reservation, 1000, 0, 1000)
+            assert read(ledger, "SELECT owner, granted FROM meters") == [("key 1", 11_000_000), ("key 1 open", 1)]
+            await taken_for_dead(ledger, other)
+            assert granted(ledger) == 0 and under_way(ledger) == [] and recent(ledger, 9)[0]["error_code"] == "interrupted"
+            assert await reservation.extend(4 * 1000)
+            assert reservation.reserved_output == 1000 + pomex.RESERVED_STEP and under_way(ledger) == ["r"]
+            assert meters(ledger) == [("key 1", 1_000_000, 51_960_000), ("key 1 open", 0, 1)]
+            assert reservation.headers()[4] == ("x-ratelimit-remaining-tokens", "904")         # a rate was not given back
+            await settle(reservation, Usage(1000, output=2000))
+            assert meters(ledger) == [("key 1", 21_000_000, 0), ("key 1 open", 0, 0)]
+            assert [(row["status"], row["error_code"]) for row in recent(ledger, 9)] == [("completed", "")]
+            assert under_way(ledger) == [] and await pomex.verify(ledger.db) == (1, [])
+    run(check())
+
+
+def test_a_process_that_was_taken_for_dead_ends_its_answer_where_others_have_used_the_money(path):
+    async def check():
+        async with started(path, 2) as (ledger, other):
+            await ledger.create_key("k", NOW, budget_nanos=30_000_000)
+            await everywhere([ledger, other])
+            reservation = reservation_for(ledger, "k")
+            await reserve(reservation, 1000, 0, 2900)
+            await taken_for_dead(ledger, other)
+            assert await reserve(reservation_for(other, "k", "r2"), 1000, 2700) == 0
+            assert await reservation.extend(4 * 2000)                   # so much was promised to it
+            assert not await reservation.extend(4 * 2900) and reservation.reserved_output == 2900
+            assert granted(ledger) == 28_000_000                        # of the other alone
+            await settle(reservation, Usage(1000, output=2900))         # what was used is billed all the same
+            assert meters(ledger) == [("key 1", 30_000_000, 28_000_000)]
+    run(check())
+
+
+def test_a_process_of_this_host_is_not_taken_for_dead_for_its_silence(path, monkeypatch):
+    monkeypatch.setattr(pomex, "DEAD_S", 0.05)
+
+    async def check():
+        async with started(path, 3) as (ledger, *others):
+            await ledger.create_key("k", NOW, budget_nanos=NANO)
+            for number in range(3):             # each time the others have not heard of it for long
+                reservation = reservation_for(ledger, "k", f"r{number}")
+                await reserve(reservation)
+                for other in others:
+                    await other.beat()
+                assert under_way(ledger) == [f"r{number}"] and granted(ledger) > 0
+                await settle(reservation, Usage(1))
+                await asyncio.sleep(0.06)
+    run(check())
+
+
+# --- what a limit costs
+
+REFUSED = {     # a key's settings, what is reserved first, what there is no room for, and what there is; input and output
+    "money": ({"budget_nanos": 11_000_000}, (1000, 900), (1000, 10), (100, 10)),
+    "open": ({"concurrent": 1}, (1, 1), (1, 1), None), "requests": ({"rpm": 1}, (1, 1), (1, 1), None),
+    "tokens": ({"tpm": 10_000}, (9000, 500), (100, 1000), (10, 10)),
+}
+
+
+@pytest.mark.parametrize("settings, first, too_much, enough", REFUSED.values(), ids=REFUSED)
+def test_a_refusal_is_remembered_and_given_again_without_the_database(path, monkeypatch, settings, first, too_much, enough):
+    monkeypatch.setattr(pomex, "REFUSED_S", {"open": 1.0})
+
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, **settings)
+            held = reservation_for(ledger, "k", "first")
+            await reserve(held, *first)
+            with written(ledger) as statements:
+                for number in range(50):
+                    with pytest.raises(pomex.LimitExceeded) as no:
+                        await reserve(reservation_for(ledger, "k", f"no{number}"), *too_much)
+                    assert no.value.need > no.value.remaining
+                    if number == 0:
+                        assert statements.count("COMMIT") == 1 and not any("INTO usage" in each for each in statements)
+                        statements.clear()
+                assert statements == []
+                if enough:                      # less than what was refused is asked for
+                    await reserve(reservation_for(ledger, "k", "enough"), *enough)
+                    assert statements.count("COMMIT") == 1
+            assert not [name for name in ledger.pending if name.startswith("no")]
+            if "rpm" in settings:               # settled, it is a request of this minute all the same
+                await asyncio.sleep(pomex.REFUSED_AT_MOST_S)
+                with written(ledger) as statements, pytest.raises(pomex.LimitExceeded):
+                    await reserve(reservation_for(ledger, "k", "later"), *too_much)
+                assert statements
+            else:                               # a settlement makes room at once
+                await settle(held, Usage(1))
+                assert await reserve(reservation_for(ledger, "k", "later"), *too_much) == 0
+    run(check())
+
+
+def test_a_raised_budget_is_not_refused_from_memory(path):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("k", NOW, budget_nanos=NANO // 1000)
+            with pytest.raises(pomex.LimitExceeded):
+                await reserve(reservation_for(ledger, "k"))
+            await ledger.edit_key("k", budget_nanos=NANO)
+            assert await reserve(reservation_for(ledger, "k")) == 0
+    run(check())
+
+
+def test_a_prepaid_request_is_judged_without_reading_what_was_used_before(path):
+    async def check():
+        async with started(path) as (ledger,):
+            await pomex.create_account(ledger, "paid", True, None, pomex.ONE, NOW)
+            for _ in range(2):
+                await pomex.add_credit(ledger, "paid", NANO, "", NOW)
+            await ledger.create_key("k", NOW, account_id=2, concurrent=9)
+            insert(ledger, [used(f"r{n}", account_id=2, started_ms=NOW_MS - n * pomex.DAY_MS, price="provider 0.01",
+                                 cost_nanos=10_000_000) for n in range(100)])
+            for number in range(3):
+                reservation = reservation_for(ledger, "k", f"new{number}")
+                with written(ledger) as statements:
+                    await reserve(reservation, 1000, 0, 1000)
+                    assert await reservation.extend(4 * 1000)
+                assert any("usage" in each and each.startswith("SELECT") for each in statements) == (number == 0), statements
+                assert statements.count("COMMIT") == 2
+                await settle(reservation, Usage(1000, output=9900))
+            with pytest.raises(pomex.LimitExceeded) as no:              # 2 - 1 - 0.3 dollars are left
+                await reserve(reservation_for(ledger, "k", "no"), 700_001, 1)
+            assert str(pomex.limit_error(key_of(ledger, "k"), no.value, NOW, False)) == (
+                "The credit of account paid is used up: 0.70 USD are left.")
+            assert await reserve(reservation_for(ledger, "k", "yes"), 600_000, 10_000) == 0
+            with pytest.raises(pomex.LimitExceeded):
+                await reserve(reservation_for(ledger, "k", "none"), 1, 1)
+            await pomex.add_credit(ledger, "paid", 1, "", NOW)
+            assert await pomex.verify(ledger.db) == (103, [])
+    run(check())
+
+
+def test_keys_without_a_limit_touch_no_meter_and_write_nothing_before_they_settle(path):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("free", NOW)
+            reservation = reservation_for(ledger, "free")
+            with written(ledger) as statements:
+                assert await reserve(reservation, 10**9) == 0 and await reservation.extend(10**9)
+                assert statements == [] and not reservation.headers() and list(ledger.pending) == ["r"]
+                await settle(reservation, Usage(1))
+            assert statements.count("COMMIT") == 1 and not any("open_requests (" in each for each in statements)
+            assert read(ledger, "SELECT * FROM meters UNION ALL SELECT *, 0, 0 FROM rates") == [] and not ledger.pending
+            assert await pomex.verify(ledger.db) == (1, [])
     run(check())
 
 
@@ -795,12 +1286,17 @@ CODEX = {"originator": "codex_exec"}
 COUNTED = {"prompt_tokens": 100, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 40}}
 
 
-async def row_of(ledger, count=1):
-    for _ in range(100):
-        if len(recent(ledger, 99)) >= count:
-            break
-        await asyncio.sleep(0.02)
-    return recent(ledger, 99)[0]
+def row_of(ledger, count=1):
+    """The newest of so many: a row is in the database before the client sees how its request ended."""
+    rows = recent(ledger, 99)
+    assert len(rows) == count
+    return rows[0]
+
+
+async def refused(ledger):
+    """The newest refusal."""
+    await ledger.save_counts()
+    return refusals(ledger)[0]
 
 
 def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
@@ -808,24 +1304,24 @@ def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
 
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            token = ledger.create_key("k", NOW)
+            token = await ledger.create_key("k", NOW)
             provider.answers += [(200, ["hi"], COUNTED), (200, ["hi"], COUNTED), (500, [], None), (500, [], None),
                                  (200, ["hi"], COUNTED)]
             assert (await ask(server, token, ASKED))[0] == 200
-            row = await row_of(ledger)
+            row = row_of(ledger)
             assert (row["price"], row["cost_nanos"], row["estimated"]) == ("1 10 - - - -", 200_000, "")
             assert (await ask(server, token, {**ASKED, "model": "p/other"}))[0] == 200
-            row = await row_of(ledger, 2)
+            row = row_of(ledger, 2)
             assert (row["price"], row["cost_nanos"]) == ("", 0)
-            assert pomex.usage_report(ledger, "model", 0, 10**6)[1]["unpriced"] == 1
+            assert (await pomex.usage_report(ledger.db, "model", 0, 10**6))[1]["unpriced"] == 1
             provider.answers.insert(0, (200, ["hi"], {**COUNTED, "cost": 0.0123}))
             assert (await ask(server, token, {**ASKED, "model": "p/dearer"}))[0] == 200
-            row = await row_of(ledger, 3)
+            row = row_of(ledger, 3)
             assert (row["price"], row["cost_nanos"]) == ("provider 0.012300000000", 12_300_000)
             await ask(server, token, {**ASKED, "model": "p/two"})               # a refusal costs nothing
-            row = await row_of(ledger, 4)
+            row = row_of(ledger, 4)
             assert (row["provider"], row["cost_nanos"], row["attempts"]) == ("q", 400_000, 3)
-            assert ledger.read("SELECT count(*) FROM attempts") == [(0,)] and pomex.verify(ledger) == (4, [])
+            assert lost(ledger) == [] and await pomex.verify(ledger.db) == (4, [])
             status, headers, text = await ask(server, "", None, "/metrics")
             assert headers["content-type"].startswith("text/plain; version=0.0.4")
             assert 'pomex_requests_total{endpoint="/v1/responses",model="other",provider="p",outcome="completed"} 3' in text
@@ -842,34 +1338,28 @@ def test_a_request_is_billed_at_the_price_its_row_keeps(path, caplog):
 def test_another_model_in_the_answer_than_was_asked_for_is_kept_in_the_row(path, target, named, kept):
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            token = ledger.create_key("k", NOW)
+            token = await ledger.create_key("k", NOW)
             provider.answers.append((200, ["hi"], COUNTED))
             provider.named = {} if named is None else {"model": named}
             assert (await ask(server, token, {**ASKED, "model": f"p/{target}"}))[0] == 200
-            row = await row_of(ledger)
+            row = row_of(ledger)
             assert (row["upstream_model"], row["served_model"]) == (target, kept)
-            pomex.insert_entries(ledger._writer, [entry("r2", attempts=2, lost=[line("r2")], served_model="z")])
-            assert [each["served_model"] for each in pomex.export_rows(ledger, 0)][:2] == ["", "z"] and pomex.verify(ledger)[1] == []
+            insert(ledger, [given_up("r2"), used("r2", attempt=2, served_model="z")])
+            assert [each["served_model"] async for each in pomex.rows_in_pages(ledger.db)] == [kept, "", "z"]
+            assert await pomex.verify(ledger.db) == (3, [])
     run(check())
-
-
-def test_a_journal_of_a_version_without_that_column_is_read():
-    old = [*entry("r1", lost=[[*line("r1")]])][:-1]
-    (read,) = pomex.journal_entries(b"S" + json.dumps(old).encode() + b"\n")
-    assert (read.served_model, len(read.lost)) == ("", 1)
 
 
 def test_a_limit_of_money_is_never_served_what_has_no_price(path):
     """On loopback too: it may be a tunnel. What the message says to write into pomex.toml is a table that is read."""
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            add = ledger.write
-            add("INSERT INTO accounts (name, prepaid, multiplier, created_s) VALUES ('paid', 1, 1000000, 0)")
-            add("INSERT INTO credits (account_id, created_s, kind, nanos, reason) VALUES (2, 0, 'top-up', ?, '')", (NANO,))
-            add("INSERT INTO accounts (name, prepaid, limit_nanos, multiplier, created_s) VALUES ('limit', 0, ?, 1000000, 0)", (NANO,))
+            await pomex.create_account(ledger, "paid", True, None, pomex.ONE, NOW)
+            await pomex.add_credit(ledger, "paid", NANO, "", NOW)
+            await pomex.create_account(ledger, "limit", False, NANO, pomex.ONE, NOW)
             settings = {"budget": {"budget_nanos": NANO}, "paid": {"account_id": 2}, "limit": {"account_id": 3}}
             for name, given in settings.items():
-                token = ledger.create_key(name, NOW, **given)
+                token = await ledger.create_key(name, NOW, **given)
                 status, _, text = await ask(server, token, {**ASKED, "model": "p/other"})
                 error = json.loads(text)["error"]
                 assert (status, error["code"], error["param"]) == (400, "price_unknown", "model"), name
@@ -880,21 +1370,22 @@ def test_a_limit_of_money_is_never_served_what_has_no_price(path):
                 assert status == 200
                 failed = json.loads(text.split("event: response.failed\ndata: ")[1].split("\n")[0])["response"]
                 assert failed["error"] == {"code": "invalid_prompt", "message": error["message"]}
-                assert (await row_of(ledger))["error_code"] == "price_unknown"
+                assert (await refused(ledger))["code"] == "price_unknown"
                 status, headers, text = await ask(server, token, {**ASKED, "model": "p/other", "stream": False}, **CODEX)
                 assert (status, json.loads(text)["error"]["code"]) == (400, "model_not_found")      # whose text it shows
-                assert headers["x-pomex-error"] == (await row_of(ledger))["error_code"] == "price_unknown"
-            assert not provider.bodies
+                assert headers["x-pomex-error"] == (await refused(ledger))["code"] == "price_unknown"
+            assert not provider.bodies and recent(ledger, 9) == []
+            assert (await ledger.counted())["pomex_refusals_total", "price_unknown"] == 9
             provider.answers += [(200, ["hi"], COUNTED)] * 6
             assert (await ask(server, token, {**ASKED, "model": "p/m-2026-11-02"}))[0] == 200      # of a family with a price
-            assert (await row_of(ledger, 10))["cost_nanos"] == 200_000
+            assert row_of(ledger)["cost_nanos"] == 200_000
             assert (await ask(server, token, {**ASKED, "model": "demo/echo"}))[0] == 200
             for name in settings:
-                ledger.edit_key(name, NOW, allow_unpriced=1)
+                await ledger.edit_key(name, allow_unpriced=1)
             assert (await ask(server, token, {**ASKED, "model": "p/other"}))[0] == 200
-            rated = ledger.create_key("rated", NOW, rpm=9, tpm=10**6, concurrent=3)                # no limit of money
+            rated = await ledger.create_key("rated", NOW, rpm=9, tpm=10**6, concurrent=3)                # no limit of money
             assert (await ask(server, rated, {**ASKED, "model": "p/other"}))[0] == 200
-            assert pomex.verify(ledger)[1] == []
+            assert await pomex.verify(ledger.db) == (4, [])
     run(check())
 
 
@@ -902,10 +1393,10 @@ def test_a_limit_of_money_is_never_served_what_has_no_price(path):
 def test_the_configuration_may_say_otherwise(path, section, line, price):
     async def check():
         async with gateway(path, edit=(section, f"{section}\n{line} = true")) as (provider, ledger, server):
-            token = ledger.create_key("k", NOW, budget_nanos=NANO)
+            token = await ledger.create_key("k", NOW, budget_nanos=NANO)
             provider.answers.append((200, ["hi"], COUNTED))
             assert (await ask(server, token, {**ASKED, "model": "p/other"}))[0] == 200
-            row = await row_of(ledger)
+            row = row_of(ledger)
             assert (row["price"], row["cost_nanos"]) == (price, 0)
     run(check())
 
@@ -913,11 +1404,11 @@ def test_the_configuration_may_say_otherwise(path, section, line, price):
 def test_targets_without_a_price_are_passed_over_where_money_is_limited(path):
     async def check():
         async with gateway(path, '[models."p/either"]\ntargets = ["p:nameless", "q:m"]\n') as (provider, ledger, server):
-            token, free = ledger.create_key("k", NOW, budget_nanos=NANO), ledger.create_key("free", NOW)
+            token, free = await ledger.create_key("k", NOW, budget_nanos=NANO), await ledger.create_key("free", NOW)
             provider.answers += [(200, ["hi"], COUNTED)] * 2
             for who, target, cost in ((free, "nameless", 0), (token, "m", 400_000)):
                 assert (await ask(server, who, {**ASKED, "model": "p/either"}))[0] == 200
-                row = await row_of(ledger, 1 + (who is token))
+                row = row_of(ledger, 1 + (who is token))
                 assert (row["upstream_model"], row["cost_nanos"]) == (target, cost)
     run(check())
 
@@ -925,21 +1416,21 @@ def test_targets_without_a_price_are_passed_over_where_money_is_limited(path):
 def test_an_attempt_that_began_and_broke_before_output_is_a_line_of_its_own(path):
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            token = ledger.create_key("k", NOW)
+            token = await ledger.create_key("k", NOW)
             provider.answers += [(200, [], None), (200, ["hi"], COUNTED)]
             await ask(server, token, {**ASKED, "model": "p/two"})
-            await row_of(ledger)
-            (lost,) = ledger.read("SELECT provider, estimated, output, cost_nanos > 0 FROM attempts")
-            assert lost == ("p", "no count from the provider", 0, 1)
-            assert pomex.verify(ledger) == (2, [])
+            assert row_of(ledger)["attempt"] == 2
+            row, = lost(ledger)
+            assert (row["provider"], row["attempt"], row["estimated"], row["output"]) == ("p", 1, "no count from the provider", 0)
+            assert row["cost_nanos"] > 0 and await pomex.verify(ledger.db) == (2, [])
     run(check())
 
 
 def test_a_used_budget_is_said_as_each_client_can_use_it(path):
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            token = ledger.create_key("ci", time.time(), budget_nanos=200 * NANO)
-            pomex.insert_entries(ledger._writer, [entry("r0", started_ms=int(time.time() * 1000), cost_nanos=200 * NANO)])
+            token = await ledger.create_key("ci", time.time(), budget_nanos=200 * NANO)
+            insert(ledger, [used("r0", started_ms=int(time.time() * 1000), cost_nanos=200 * NANO)])
             sentence = r"Key ci has used 200\.00 of 200\.00 USD this month; it resets on 1 \w+\."
             status, headers, text = await ask(server, token, ASKED)
             error = json.loads(text)["error"]
@@ -949,27 +1440,26 @@ def test_a_used_budget_is_said_as_each_client_can_use_it(path):
             status, headers, text = await ask(server, token, ASKED, **CODEX)
             failed = json.loads(text.split("event: response.failed\ndata: ")[1].split("\n")[0])["response"]
             assert status == 200 and failed["error"]["code"] == "invalid_prompt" and re.fullmatch(sentence, failed["error"]["message"])
-            row = await row_of(ledger, 3)
-            assert (row["status"], row["error_code"], row["input"], row["cost_nanos"]) == ("failed", "insufficient_quota", 0, 0)
-            assert provider.bodies == []
+            assert row_of(ledger)["response_id"] == "r0" and provider.bodies == []
+            await ledger.save_counts()
+            assert [(each["code"], each["key"], each["count"], each["path"]) for each in refusals(ledger)] == [
+                ("insufficient_quota", "ci", 2, "/v1/responses")]
+            assert (await ledger.counted())["pomex_refusals_total", "insufficient_quota"] == 2
             status, _, text = await ask(server, token, None, "/v1/key")
             data = json.loads(text)["data"]
             assert (data["limit"], data["usage"], data["limit_remaining"], data["limit_reset"][-10:]) == (200, 200, 0, "T00:00:00Z")
     run(check())
 
 
-def test_a_refusal_says_the_true_sum_before_its_rows_are_saved(path, monkeypatch):
-    monkeypatch.setattr(pomex, "SAVE_AFTER_S", 3600)
-
+def test_a_refusal_says_the_true_sum_of_what_was_just_answered(path):
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            token = ledger.create_key("ci", time.time(), budget_nanos=NANO)
+            token = await ledger.create_key("ci", time.time(), budget_nanos=NANO)
             provider.answers.append((200, ["hi"], {"prompt_tokens": 100, "completion_tokens": 99_980}))
             assert (await ask(server, token, ASKED))[0] == 200
-            assert recent(ledger, 9) == []                                          # not in the database yet
             status, _, text = await ask(server, token, ASKED)
             assert status == 429 and "Key ci has used 1.00 of 1.00 USD this month" in text, text
-            assert round(json.loads((await ask(server, token, None, "/v1/key"))[2])["data"]["usage"], 4) == 0.9999
+            assert json.loads((await ask(server, token, None, "/v1/key"))[2])["data"]["usage"] == 0.9999
     run(check())
 
 
@@ -983,10 +1473,10 @@ AMOUNTS = [     # as it is written, nano-dollars; None: refused
 
 @pytest.mark.parametrize("text, nanos", AMOUNTS, ids=[text[:12] for text, _ in AMOUNTS])
 def test_an_amount_is_plain_digits_and_judged_at_once(text, nanos):
-    started = time.monotonic()
+    started = time.process_time()
     if nanos is None:
         with pytest.raises(ValueError):
-            pomex.fraction(text, NANO)
+            pomex.parse_decimal(text, NANO)
         if text and text == text.strip():           # the form's blanks around an amount are none of it, its empty field is no limit
             with pytest.raises(pomex.BadRequest):
                 pomex.read_fields(json.dumps({"budget": text}).encode(), pomex.KEY_FIELDS)
@@ -994,24 +1484,24 @@ def test_an_amount_is_plain_digits_and_judged_at_once(text, nanos):
             pomex.argument_type(pomex.KEY_FLAGS[0])(text + "/month")
     else:
         values = pomex.read_fields(json.dumps({"budget": text}).encode(), pomex.KEY_FIELDS)
-        assert pomex.fraction(text, NANO) == values["budget"]["budget_nanos"] == nanos
-    assert time.monotonic() - started < 0.1
+        assert pomex.parse_decimal(text, NANO) == values["budget"]["budget_nanos"] == nanos
+    assert time.process_time() - started < 0.1
 
 
 @pytest.mark.parametrize("value", ["1e30", "9" * 30, "-1e30", "9" * 4000, "1e300", "inf", "nan", "1e-7", "0.0000001", "1e9"],
                          ids=lambda value: value[:9])
 def test_a_price_is_judged_at_once_and_refused_with_a_sentence(value):
     for key in ("input", "tiers.priority"):
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(pomex.ConfigError, match="must be (an? |between 0 and )"):
             pomex.load_config(f'[prices."x/y"]\noutput = 1\n{key} = {value}\n', "pomex.toml", {})
-        assert time.monotonic() - started < 0.1
+        assert time.process_time() - started < 0.1
 
 
 def test_a_used_rate_is_said_with_the_time_to_wait(path):
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            token = ledger.create_key("ci", time.time(), rpm=1)
+            token = await ledger.create_key("ci", time.time(), rpm=1)
             provider.answers += [(200, ["hi"], COUNTED)]
             status, headers, _ = await ask(server, token, ASKED)
             assert status == 200 and headers["x-ratelimit-remaining-requests"] == "0"
@@ -1027,7 +1517,7 @@ def test_a_used_rate_is_said_with_the_time_to_wait(path):
 def test_a_model_that_the_key_may_not_use_is_refused_and_not_listed(path):
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            token = ledger.create_key("ci", time.time(), models="demo/*")
+            token = await ledger.create_key("ci", time.time(), models="demo/*")
             for headers, *wanted in (({}, 403, "model_not_allowed"), (CODEX, 400, "model_not_found")):
                 status, _, text = await ask(server, token, ASKED, **headers)
                 error = json.loads(text)["error"]
@@ -1041,14 +1531,14 @@ def test_a_model_that_the_key_may_not_use_is_refused_and_not_listed(path):
 def test_an_answer_that_outgrows_the_money_ends_incomplete(path):
     async def check():
         async with gateway(path, "") as (provider, ledger, server):
-            token = ledger.create_key("k", time.time(), budget_nanos=170_000_000)      # about 17,000 tokens of output
+            token = await ledger.create_key("k", time.time(), budget_nanos=170_000_000)      # about 17,000 tokens of output
             provider.answers += [(200, ["word " * 800] * 30, None)]
             status, _, text = await ask(server, token, ASKED)
             assert status == 200 and "event: response.incomplete\n" in text and '"reason":"max_output_tokens"' in text
-            row = await row_of(ledger)
+            row = row_of(ledger)
             assert row["status"] == "incomplete" and row["estimated"] and 160_000_000 < row["cost_nanos"] < 180_000_000
             provider.answers += [(200, ["hi"], COUNTED)]
-            status, _, text = await ask(server, ledger.create_key("less", time.time(), budget_nanos=10_000_000), ASKED)
+            status, _, text = await ask(server, await ledger.create_key("less", time.time(), budget_nanos=10_000_000), ASKED)
             assert status == 200 and 0 < provider.bodies[-1]["max_tokens"] < 1001
     run(check())
 
@@ -1080,10 +1570,10 @@ def test_keys_accounts_and_bills_by_command(here, capsys):
                         "It is not shown again.\n")
     now_ms = int(time.time() * 1000)
     with contextlib.closing(pomex.Ledger.open(str(here / "pomex.db"))) as ledger:
-        pomex.insert_entries(ledger._writer, [
-            entry("r1", started_ms=now_ms, account_id=2, provider="openai", input=2_000_000, cached=500_000, output=10_000,
-                  price="20 100 - - - -", multiplier=1_250_000, cost_nanos=51_250_000_000),
-            entry("r2", started_ms=now_ms, account_id=2, model="local/q", provider="local", input=10, output=1)])
+        insert(ledger, [
+            used("r1", started_ms=now_ms, account_id=2, provider="openai", input=2_000_000, cached=500_000, output=10_000,
+                 price="20 100 - - - -", multiplier=1_250_000, cost_nanos=51_250_000_000),
+            used("r2", started_ms=now_ms, account_id=2, model="local/q", provider="local", input=10, output=1)])
     listed = told(capsys, "keys", "list").out.splitlines()
     assert re.fullmatch(r"NAME +KEY +MODELS +SPENT +BUDGET +LAST USED +STATE", listed[0])
     assert re.fullmatch(r"laptop   sk-rh-\w{4}…\w{4}   openai/\*   51\.25   50\.00/month   \d s ago +102 % used", listed[1])
@@ -1107,7 +1597,7 @@ def test_keys_accounts_and_bills_by_command(here, capsys):
                                "--account", "default").err
     assert "0 lines" in told(capsys, "prune", "--older", "90d").err
     assert "Copied" in told(capsys, "backup", str(here / "copy.db")).err
-    assert len(json.loads(told(capsys, "prices", "show", "--json").out)) == len(pomex.builtin_tariffs())
+    assert len(json.loads(told(capsys, "prices", "show", "--json").out)) == len(pomex.builtin_schedules())
     assert "over 200 000" in told(capsys, "prices", "show").out
 
 
@@ -1121,6 +1611,6 @@ def test_a_value_that_makes_no_sense_is_refused(here, capsys, argv):
 
 
 def test_money_is_printed_with_integers():
-    assert [pomex.usd(nanos) for nanos in (0, 4_999_999, 5_000_000, -12_345_678_901, 10**18)] == [
+    assert [pomex.format_usd(nanos) for nanos in (0, 4_999_999, 5_000_000, -12_345_678_901, 10**18)] == [
         "0.00", "0.00", "0.01", "-12.35", "1000000000.00"]
-    assert pomex.usd(41_234_567, 4) == "0.0412"
+    assert pomex.format_usd(41_234_567, 4) == "0.0412"

@@ -18,6 +18,7 @@ import threading
 import time
 
 import pytest
+from ledgers import audited, key_made
 
 import pomex
 
@@ -394,6 +395,29 @@ def test_keys_are_created_listed_and_revoked(here, capsys):
     assert abs(row["revoked_at"] - time.time()) < 10
 
 
+def test_what_is_changed_on_the_command_line_is_in_the_audit_log_with_who_did_it(here, capsys, monkeypatch):
+    monkeypatch.setattr(pomex.getpass, "getuser", lambda: "jo")
+    for line in ("keys create k --budget 5/day", "keys edit k --budget 7/week --rpm 3", "keys revoke k", "keys revoke k",
+                 "accounts create team --prepaid", "accounts credit team 20", "keys list"):
+        pomex.main(line.split())
+    with contextlib.closing(pomex.Ledger.open(pomex.load_config("", "", os.environ).database.path)) as ledger:
+        key, = ledger.list_keys()
+        assert audited(ledger) == [
+            ("jo (cli)", "key created", "k", {}, {"budget_nanos": 5 * 10**9, "period": "day"}),
+            ("jo (cli)", "key edited", "k", {"budget_nanos": 5 * 10**9, "period": "day", "rpm": 0},
+             {"budget_nanos": 7 * 10**9, "period": "week", "rpm": 3}),
+            ("jo (cli)", "key revoked", "k", {"revoked_s": 0}, {"revoked_s": key.revoked_s}),
+            ("jo (cli)", "account created", "team", {}, {"prepaid": 1, "limit_nanos": None, "multiplier": pomex.ONE}),
+            ("jo (cli)", "credit added", "team", {}, {"kind": "top-up", "nanos": 20 * 10**9, "reason": ""})]
+
+
+def test_a_user_without_a_name_is_called_by_his_number(monkeypatch):
+    def unknown():
+        raise KeyError
+    monkeypatch.setattr(pomex.getpass, "getuser", unknown)
+    assert pomex.command_line_user() == f"user {os.getuid()} (cli)"
+
+
 # --- looking around -------------------------------------------------------------------------------
 
 MODELS = '{"object":"list","data":[{"id":"qwen3:8b"},{"id":"gemma"},{"no":"id"},7]}'
@@ -456,7 +480,7 @@ def test_a_key_may_be_allowed_models_without_a_price(configured, capsys):
 # --- the start ------------------------------------------------------------------------------------
 
 def announced(capsys, config, found, looked, ledger, is_new=True):
-    pomex.announce(config, found, looked, ledger, is_new, "http://127.0.0.1:7663")
+    asyncio.run(pomex.announce(config, found, looked, ledger, is_new, "http://127.0.0.1:7663"))
     out, err = capsys.readouterr()
     assert out == ""
     return err
@@ -510,11 +534,11 @@ Listening on  http://127.0.0.1:7663   Ctrl-C stops it
 
 
 def test_the_second_start_shows_no_key(here, capsys, ledger):
-    ledger.create_key("a", 1.0)
+    key_made(ledger, "a", 1.0)
     said = announced(capsys, pomex.load_config("", "", os.environ), {}, False, ledger, is_new=False)
     assert "Keys          1 active. New one: python pomex.py keys create NAME\n" in said
     assert "sk-rh-" not in said and "Codex" not in said and "created" not in said
-    ledger.revoke_key("a", 2.0)
+    asyncio.run(ledger.revoke_key("a", 2.0))
     assert "Keys          0 active." in announced(capsys, pomex.load_config("", "", os.environ), {}, False, ledger)
 
 

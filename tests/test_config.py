@@ -34,7 +34,7 @@ COMPLAINTS = {
         'pomex.toml: unknown key "base-url" in [providers.local]. Did you mean base_url?'),
     "an unknown key": (
         "[database]\nzzz = 1\n",
-        'pomex.toml: unknown key "zzz" in [database]. Known keys: url, durability.'),
+        'pomex.toml: unknown key "zzz" in [database]. Known keys: url, durability, max_unsaved.'),
     "an unknown section": ("\n[sever]\nport = 1\n",
                            "pomex.toml: unknown section [sever]. Did you mean [server]?"),
     "a key before the first section": (

@@ -110,7 +110,7 @@ def played(tmp_path_factory):
         async with faults.Upstream() as upstream:
             config = configuration(upstream.url, folder)
             ledger = pomex.Ledger.open(config.database.path)
-            key = ledger.create_key("faults", time.time())
+            key = await ledger.create_key("faults", time.time())
             async with pomex.running(config, ledger) as server:
                 async def one(case):
                     name, model, streamed, two = case
@@ -289,7 +289,7 @@ def test_an_answer_too_many_never_becomes_the_answer_to_another_request(tmp_path
             + (f'relay = "{relay}"\n' if relay else "")
             + f'base_url = "http://127.0.0.1:{up.sockets[0].getsockname()[1]}/v1"\n', f"{tmp_path}/pomex.toml", {})
         ledger = pomex.Ledger.open(config.database.path)
-        key = ledger.create_key("k", time.time())
+        key = await ledger.create_key("k", time.time())
         async with pomex.running(config, ledger) as server:
             async def said(model):
                 status, raw, _ = await ask(server, key, f"p/{model}", streamed)

@@ -267,7 +267,7 @@ def test_admin_url_prints_a_link_that_works_once(home, capsys):
     found = re.fullmatch(r"http://127\.0\.0\.1:7663/admin#login=([\w-]{20,})\n", capsys.readouterr().out)
     config = pomex.load_config("", "", os.environ)
     with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
-        assert [pomex.use_login_link(ledger, found[1], time.time()) for _ in range(2)] == [True, False]
+        assert [asyncio.run(pomex.use_login_link(ledger.db, found[1], time.time())) for _ in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize("environ", [{}, {"OPENAI_API_KEY": "sk-0123456789", "GEMINI_API_KEY": "x123456789"}], ids=["bare", "keys"])
@@ -306,7 +306,7 @@ def doctor(home, monkeypatch, tmp_path):
     async def inside(change, key):
         config = pomex.load_config(f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n', str(tmp_path / "p.toml"), {})
         with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
-            token = ledger.create_key("walker", time.time())
+            token = await ledger.create_key("walker", time.time())
             monkeypatch.setenv("POMEX_API_KEY", token if key is None else key)
             if key == "":
                 monkeypatch.delenv("POMEX_API_KEY")

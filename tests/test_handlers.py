@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import streams
-from ledgers import recent
+from ledgers import read, recent, refusals, under_way
 
 import pomex
 
@@ -136,7 +136,7 @@ def run(tmp_path, scenario, upstreams, server="", more=""):
                 text += (f'[providers.{name}]\nwire_api = "{wire}"\nrelay = "{relay}"\nbase_url = '
                          f'"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"\napi_key = "sk-theirs"\n')
             ledger = stack.enter_context(contextlib.closing(pomex.Ledger.open(str(tmp_path / "pomex.db"))))
-            token = ledger.create_key("laptop", 1_800_000_000)
+            token = await ledger.create_key("laptop", 1_800_000_000)
             gateway = await stack.enter_async_context(pomex.running(pomex.load_config(text + more, "pomex.toml", {}), ledger))
             await scenario(World(gateway, ledger, token, made))
     asyncio.run(asyncio.wait_for(main(), 20))
@@ -215,7 +215,9 @@ def test_every_mistake_gets_its_status_code_and_cure(tmp_path):
             assert (got, told(raw)[0]) == (status, code), name
             assert words in told(raw)[1], name
             assert headers["x-request-id"], name
-        assert not recent(world.ledger, 1)       # what is refused before planning makes no row
+        assert not recent(world.ledger, 1)       # what is refused makes no row, and is counted
+        await world.ledger.save_counts()
+        assert sum(count for count, in read(world.ledger, "SELECT value FROM counters")) == len(MISTAKES)
     run(tmp_path, scenario, {})
 
 
@@ -393,17 +395,17 @@ def test_a_bare_name_is_that_of_the_one_provider_that_lists_it(name):
 
 def test_what_is_allowed_counted_and_answered_is_the_full_name(tmp_path):
     async def scenario(world):
-        world.ledger.edit_key("laptop", 1_800_000_000, models="up/*")
+        await world.ledger.edit_key("laptop", models="up/*")
         status, _, raw = await world.post("gpt-x", stream=False)
         assert (status, json.loads(raw)["model"], (await world.row())["model"]) == (200, "up/gpt-x", "up/gpt-x")
         assert world.upstreams["up"].asked[0][1]["model"] == "gpt-x"
         assert json.loads((await world.get("/v1/models/gpt-x"))[2])["id"] == "up/gpt-x"
         status, headers, raw = await world.post("echo")
         assert (status, told(raw)[0]) == (403, "model_not_allowed")
-        world.ledger.edit_key("laptop", 1_800_000_000, models="gpt-x")
+        await world.ledger.edit_key("laptop", models="gpt-x")
         assert (await world.post("gpt-x"))[0] == 403
-        world.ledger.edit_key("laptop", 1_800_000_000, models="")
-        world.ledger.use_provider("up", False)          # out of use, its name stays its own
+        await world.ledger.edit_key("laptop", models="")
+        await world.ledger.use_provider("up", False)          # out of use, its name stays its own
         status, _, raw = await world.post("gpt-x")
         assert (status, told(raw)[0]) == (400, "provider_disabled")
     run(tmp_path, scenario, {"up": ("responses", "bytes", [sse(*native())])}, more='models = ["gpt-x"]\n')
@@ -438,6 +440,38 @@ def test_an_answer_and_its_row(tmp_path, wire, stream):
         head, body = world.upstreams["up"].asked[0]
         assert "authorization: Bearer sk-theirs" in head and body["model"] == "m" and world.token not in head
     run(tmp_path, scenario, {"up": WIRES[wire]})
+
+
+CONVERSATIONS = [        # headers, fields of the body -> the session of the row
+    ({"session_id": "a"}, {}, "a"), ({"session-id": "a"}, {}, "a"), ({"thread-id": "b"}, {}, "b"), ({"x-session-id": "c"}, {}, "c"),
+    ({"x-claude-code-session-id": "d"}, {}, "d"), ({}, {"prompt_cache_key": "e"}, "e"),
+    ({"session_id": "a"}, {"prompt_cache_key": "e"}, "a"), ({}, {}, "")]
+
+
+def test_a_row_names_the_conversation_and_the_client(tmp_path):
+    async def scenario(world):
+        for headers, fields, session in CONVERSATIONS:
+            assert (await world.post("demo/echo", headers={"user-agent": "my-client/1", **headers}, **fields))[0] == 200
+            row = recent(world.ledger, 1)[0]
+            assert (row["session"], row["client"]) == (session, "my-client/1"), (headers, fields)
+    run(tmp_path, scenario, {})
+
+
+def test_a_row_says_why_it_failed_what_was_tried_and_what_was_not_carried(tmp_path):
+    failing = http_answer(503, {"error": {"message": "busy\n\u202e"}}, "application/json", "x-request-id: theirs-7")
+
+    async def scenario(world):
+        await world.post("up/m", tools=[{"type": "web_search"}])
+        row = await world.row()
+        detail = json.loads(row["detail"])
+        assert (row["status"], row["error_code"], row["upstream_id"]) == ("failed", "server_error", "theirs-7")
+        assert "busy" in row["error"] and row["error"].isprintable()
+        assert detail["dropped"] == ["tools:web_search"] and len(detail["tried"]) == len(detail["tried_ms"]) == row["attempts"] > 1
+        assert all(text.startswith("up: 503") for text in detail["tried"]) and detail["tried_ms"] == sorted(detail["tried_ms"])
+        await world.post("demo/echo")
+        row = await world.row()
+        assert (row["status"], row["error"], row["detail"]) == ("completed", "", "")
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [failing])})
 
 
 def test_what_cannot_be_carried_is_named(tmp_path):
@@ -625,9 +659,9 @@ def test_each_kind_of_client_is_refused_in_a_form_whose_text_it_shows(tmp_path, 
 
     async def scenario(world):
         now = 1_800_000_000
-        keys = {"narrow": world.ledger.create_key("narrow", now, models="up/*"),
-                "poor": world.ledger.create_key("poor", now, budget_nanos=1), "slow": world.ledger.create_key("slow", now, rpm=1)}
-        world.ledger.use_provider("off", False)
+        keys = {name: await world.ledger.create_key(name, now, **settings) for name, settings in
+                (("narrow", {"models": "up/*"}), ("poor", {"budget_nanos": 1}), ("slow", {"rpm": 1}))}
+        await world.ledger.use_provider("off", False)
         fields = asked if isinstance(asked, dict) else {}
         key = keys.get(fields.get("key"))
         body = {**GOOD, "stream": True, **{k: v for k, v in fields.items() if k != "key"}}
@@ -645,9 +679,13 @@ def test_each_kind_of_client_is_refused_in_a_form_whose_text_it_shows(tmp_path, 
         status, headers, raw = await ask(CODEX)
         if codex[0] == 200:
             error = streams.check(raw, codex=True)["error"]
-            while len(recent(world.ledger, 9)) < (3 if name == "rate" else 2):
-                await asyncio.sleep(0.01)
-            assert (status, error["code"], recent(world.ledger, 1)[0]["error_code"]) == codex
+            if name == "every target failed":
+                kept, _ = recent(world.ledger, 9)
+            else:                   # a limit has no row
+                await world.ledger.save_counts()
+                kept = {"error_code": refusals(world.ledger)[0]["code"]}
+                assert len(recent(world.ledger, 9)) == (name == "rate")
+            assert (status, error["code"], kept["error_code"]) == codex
             assert name in ("rate", "every target failed") or error["message"] == sentence
         else:
             assert (status, told(raw)[0], headers["x-pomex-error"]) == codex and told(raw)[1] == sentence
@@ -693,6 +731,33 @@ def test_a_client_that_leaves_closes_the_upstream_and_has_its_row(tmp_path, begu
     run(tmp_path, scenario, {"up": ("chat", "normalise", [steps])})
 
 
+LIMITS = {"none": {}, "money": {"budget_nanos": 10**9}, "requests": {"rpm": 5}, "tokens": {"tpm": 10**6}, "at once": {"concurrent": 1}}
+
+
+@pytest.mark.parametrize("price", [0, 1])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_an_open_request_is_in_the_database_before_its_client_sees_a_byte(tmp_path, limit, price):
+    first = chat({"content": "Some words"}, finish="", usage=False, done=False)
+
+    async def scenario(world):
+        await world.ledger.edit_key("laptop", models="", **LIMITS[limit])
+        reader, writer = await asyncio.open_connection(*world.server.address)
+        body = json.dumps({"model": "up/m", "input": "Hi", "stream": True}).encode()
+        writer.write(b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nx-request-id: mine\r\nauthorization: Bearer %s\r\n"
+                     b"content-length: %d\r\n\r\n%s" % (world.token.encode(), len(body), body))
+        await reader.readexactly(1)
+        assert read(world.ledger, "SELECT request_id, key_id, model FROM open_requests") == [("mine", 1, "up/m")]
+        writer.transport.abort()
+        assert (await world.row())["request_id"] == "mine"
+        assert not under_way(world.ledger) and not world.ledger.pending
+        world.ledger.healthy = False            # nobody is asked what could not be recorded
+        status, _, raw = await world.post("up/m")
+        assert (status, told(raw)[0], len(world.upstreams["up"].asked)) == (503, "ledger_unavailable", 1)
+        world.ledger.healthy = True
+    run(tmp_path, scenario, {"up": ("chat", "normalise", [sse(first, 8.0)])},
+        more=f'[prices."up/m"]\ninput = {price}\noutput = {price}\n')
+
+
 def test_a_stopping_gateway_gives_open_streams_their_terminal_event(tmp_path):
     first = chat({"content": "Some words"}, finish="", usage=False, done=False)
 
@@ -726,7 +791,7 @@ def test_a_conversation_is_remembered_by_key_and_within_a_limit(tmp_path, monkey
         assert (await ask(more, prompt_cache_key="b"))[1] == []                 # another conversation
         assert (await ask(first, {"session_id": "s"}))[1] == []
         assert (await ask(more, {"session_id": "s"}))[1] == [True]
-        token = world.ledger.create_key("other", 1_800_000_000)                  # another key
+        token = await world.ledger.create_key("other", 1_800_000_000)                  # another key
         assert (await ask(more, {"session_id": "s", "authorization": f"Bearer {token}"}))[1] == []
         monkeypatch.setattr(pomex, "MEMO_BYTES", 1)
         assert (await ask(more, {"session_id": "s"}))[1] == [False]             # as long as before: not grown

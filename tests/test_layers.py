@@ -109,7 +109,7 @@ GONE = """
     ResponseReader.idle ResponseReader.next ResponsesDecoder.HANDLERS ResponsesDecoder._added
     ResponsesDecoder._annotation ResponsesDecoder._delta ResponsesDecoder._done ResponsesDecoder._error
     ResponsesDecoder._fill ResponsesDecoder._open ResponsesDecoder._rest ResponsesDecoder._slot
-    ResponsesDecoder._terminal Row Rule SAYS_NOTHING SIMPLE_BLOCK SSEDecoder._blocks
+    ResponsesDecoder._terminal Rule SAYS_NOTHING SIMPLE_BLOCK SSEDecoder._blocks
     SSEDecoder._check_size SSEDecoder._with_lf SSEDecoder._without_mark STRICT_FORMATS STRING_PART SWITCH
     Stop.incomplete Stop.last Surroundings TEXT_FIELD TEXT_FILE THOUGHTS TOOL_RULES Thought ToolBook
     Translation UNKNOWN_NAME UP_TO_HIGH Unwrapper UpstreamError.code UpstreamError.type Usage.broken Whole
@@ -129,6 +129,22 @@ GONE = """
     shell_action shown_only sign_step split_tag_start strings strip_fence table_of table_with
     thinking_config thinking_of token_limits toml_path trail unfit unique_calls untraced url_citation
     whole_characters with_headers with_host with_key zstd_decompressor zstd_module
+""".split()
+
+# Of the file at 523dd95: what the ledger before this one was made of.
+GONE += """
+    ADD_TO_DAILY Bill Budgets DURATION_S ENTRY_VALUES Entry Exceeded FIRST_TOKEN_S Histogram Intent
+    JOURNAL_BYTES Journal LEASE_EXACTLY LEASE_MORE LEASE_S LOOK_EVERY_S Ledger._ask
+    Ledger._refresh_keys Ledger._renew_journal Ledger._save Ledger._save_soon Ledger._sicken
+    Ledger._sync_all Ledger._unwell Ledger._write_down Ledger.execute Ledger.open_requests
+    Ledger.read Ledger.reader Ledger.sound Ledger.used_nanos Ledger.write LedgerReader Limit.meter
+    Limit.most Limit.room Limit.slot Limit.values Line MIGRATIONS Metrics._observe Metrics.labels
+    News PART_SUMS PriceBook RATE_S RATE_SLOT_S ROLL_AT_ONCE ROLL_ROWS ROWS_A_STATEMENT
+    RUNNING_SHOWN_S SAVE_AFTER_S SHARED_A_TICK TEND_S TRACES_KEPT Tariff Watch abandoned_journals
+    apportion builtin_tariffs configured_tariff copy_database discard_file encode_line export_rows
+    fraction insert_entries journal_entries journal_line key_hint key_of_id last_row_id lock_file
+    news_frame open_database quota_sentence rate_wait refusal renew_leases roll_up rolled_up
+    rows_after select_rows send_away stored_setting sum_queries sum_rows usd
 """.split()
 
 

@@ -1,9 +1,10 @@
-"""Layer 8: keys, the journal and the usage table, over real files and real processes."""
+"""Layer 8: keys, the database, group commit and open requests, over real files and real processes."""
 import asyncio
 import contextlib
 import os
 import pathlib
 import re
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -12,9 +13,10 @@ import time
 
 import pomex
 import pytest
-from ledgers import first_schema, recent, totals
+from ledgers import audited, change, key_made, key_of, read, recent, refusals, run, started, totals, under_way, until
 
 NOW = 1_763_629_920.0       # 2025-11-20 09:12 UTC
+PRICE = "1 1 - - - -"
 
 
 @pytest.fixture
@@ -29,43 +31,30 @@ def ledger(path):
     ledger.close()
 
 
-def intent(response_id, **more):
-    return pomex.Intent(response_id, "req_1", 1_700_000_000_000, 1, "responses", "demo/echo")._replace(**more)
+def row(response_id, **more):
+    return pomex.UsageRow(response_id, "req_1", int(NOW * 1000), 1, "responses", "demo/echo", result="completed", input=9,
+                          cached=4, output=3, reasoning=1, price=PRICE, cost_nanos=12_000)._replace(**more)
 
 
-def entry(response_id, **more):
-    return pomex.Entry(*intent(response_id)[:6], input=9, cached=4, output=3, reasoning=1)._replace(**more)
+def begin(ledger, *response_ids):
+    for response_id in response_ids:
+        ledger.begin(response_id, lambda id=response_id: row(id, input=50, cached=0, output=0, reasoning=0, cost_nanos=50_000))
 
 
-@contextlib.asynccontextmanager
-async def started(path, durability="process"):
-    ledger = pomex.Ledger.open(path, durability)
-    ledger.start()
-    try:
-        yield ledger
-    finally:
-        ledger.close()
-
-
-async def until(condition, within_s=3.0):
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.01)
+@contextlib.contextmanager
+def statements(ledger):
+    """What is asked of the database in the meantime, without the values."""
+    said = []
+    ledger.db.writer.set_trace_callback(said.append)
+    yield said
+    ledger.db.writer.set_trace_callback(None)
 
 
 def rows(path):
-    """The table as it is after whoever had it open is gone: (response_id, status, error_code), in order."""
-    ledger = pomex.Ledger.open(path)
-    try:
-        got = recent(ledger, 10 ** 6)
-        return sorted((row["response_id"], row["status"], row["error_code"]) for row in got)
-    finally:
-        ledger.close()
-
-
-def journals(path):
-    return sorted(pathlib.Path(path).parent.glob("*-requests-*"))
+    """The requests as they are after whoever had the file open is gone: (response_id, status, error_code), in order."""
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert under_way(ledger) == [] and run(pomex.verify(ledger.db))[1] == []
+        return sorted((each["response_id"], each["status"], each["error_code"]) for each in recent(ledger, 10**6))
 
 
 def child(code, *arguments, **options):
@@ -76,20 +65,20 @@ def child(code, *arguments, **options):
 # --- keys -----------------------------------------------------------------------------------------
 
 def test_a_key_is_random_has_a_checksum_and_is_stored_as_its_digest_only(ledger, path):
-    tokens = {ledger.create_key(f"k{n}", NOW) for n in range(20)}
+    tokens = {key_made(ledger, f"k{n}", NOW) for n in range(20)}
     assert len(tokens) == 20
     for token in tokens:
         assert re.fullmatch(r"sk-rh-[0-9A-Za-z]{32}", token)
-        assert token.encode() not in b"".join(p.read_bytes() for p in pathlib.Path(path).parent.iterdir())
+        assert token[6:].encode() not in b"".join(p.read_bytes() for p in pathlib.Path(path).parent.iterdir())
     key = ledger.list_keys()[0]
     assert (key.name, key.created_s, key.expires_s, key.revoked_s) == ("k0", int(NOW), 0, 0)
-    assert key.hint in {f"{t[:10]}…{t[-4:]}" for t in tokens}
+    assert key.hint in {f"{t[:10]}…{t[-4:]}" for t in tokens} and key.digest not in repr(key)
 
 
 def test_a_known_key_is_authorised_whatever_the_case_of_bearer(ledger):
-    token = ledger.create_key("laptop", NOW)
+    token = key_made(ledger, "laptop", NOW)
     for header in (f"Bearer {token}", f"bearer {token}", f"BEARER  {token} "):
-        assert ledger.authorise(header, NOW).name == "laptop"
+        assert run(ledger.authorise(header, NOW)).name == "laptop"
 
 
 KNOWN_SHAPE = "sk-rh-" + "a" * 28
@@ -142,66 +131,144 @@ REFUSED = {
 @pytest.mark.parametrize("header", REFUSED, ids=ascii)
 def test_a_refused_header_is_answered_with_the_sentence_that_helps(ledger, header):
     with pytest.raises(pomex.Unauthorized) as refused:
-        ledger.authorise(header, NOW)
+        run(ledger.authorise(header, NOW))
     assert str(refused.value) == REFUSED[header]
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
     assert ("www-authenticate", "Bearer") in refused.value.headers
 
 
 def test_every_mistyped_character_is_told_apart_from_an_unknown_key(ledger):
-    token = ledger.create_key("laptop", NOW)
+    token = key_made(ledger, "laptop", NOW)
     wrong = [token[:at] + other + token[at + 1:] for at in range(6, len(token)) for other in "0Zk"
              if token[at] != other]
     for mistyped in [*wrong, token[:-1], token + "a"]:
         with pytest.raises(pomex.Unauthorized, match="mistyped or cut"):
-            ledger.authorise(f"Bearer {mistyped}", NOW)
+            run(ledger.authorise(f"Bearer {mistyped}", NOW))
 
 
 def test_a_revoked_key_says_when_and_its_name_is_free_again(ledger):
-    token = ledger.create_key("ci", NOW - 60)
-    key = ledger.revoke_key("ci", NOW)
+    token = key_made(ledger, "ci", NOW - 60)
+    key = run(ledger.revoke_key("ci", NOW))
     assert (key.name, key.revoked_s) == ("ci", int(NOW))
     with pytest.raises(pomex.Unauthorized, match=r"^Key ci was revoked on 2025-11-20 09:12\.$"):
-        ledger.authorise(f"Bearer {token}", NOW)
-    second = ledger.create_key("ci", NOW)
-    assert ledger.authorise(f"Bearer {second}", NOW).name == "ci"
+        run(ledger.authorise(f"Bearer {token}", NOW))
+    second = key_made(ledger, "ci", NOW)
+    assert run(ledger.authorise(f"Bearer {second}", NOW)).name == "ci"
     with pytest.raises(pomex.Unauthorized):
-        ledger.authorise(f"Bearer {token}", NOW)
+        run(ledger.authorise(f"Bearer {token}", NOW))
 
 
 def test_an_expired_key_says_when(ledger):
-    token = ledger.create_key("ci", NOW, expires_s=int(NOW) + 60)
-    assert ledger.authorise(f"Bearer {token}", NOW + 59)
+    token = key_made(ledger, "ci", NOW, expires_s=int(NOW) + 60)
+    assert run(ledger.authorise(f"Bearer {token}", NOW + 59))
     with pytest.raises(pomex.Unauthorized, match=r"^Key ci expired on 2025-11-20 09:13\.$"):
-        ledger.authorise(f"Bearer {token}", NOW + 60)
+        run(ledger.authorise(f"Bearer {token}", NOW + 60))
 
 
 @pytest.mark.parametrize("name", ["", " ", "-x", "a b", "a/b", "a\n", "ü", "x" * 65, "'; DROP TABLE keys"])
 def test_a_key_name_that_could_spoil_a_line_is_refused(ledger, name):
     with pytest.raises(pomex.BadRequest):
-        ledger.create_key(name, NOW)
+        key_made(ledger, name, NOW)
 
 
 def test_a_name_is_unique_among_active_keys_and_only_those_can_be_revoked(ledger):
-    ledger.create_key("ci", NOW)
+    key_made(ledger, "ci", NOW)
     with pytest.raises(pomex.BadRequest, match="key named ci already that is not revoked"):
-        ledger.create_key("ci", NOW)
+        key_made(ledger, "ci", NOW)
     with pytest.raises(pomex.BadRequest, match="no active key"):
-        ledger.revoke_key("other", NOW)
+        run(ledger.revoke_key("other", NOW))
 
 
-def test_a_key_made_or_revoked_by_another_process_is_seen_within_a_second(ledger, path):
-    keys = ("import pomex, sys; ledger = pomex.Ledger.open(sys.argv[1]); print(ledger.create_key('a', 1));"
-            "ledger.create_key('b', 1); ledger.close()")
-    mine = ledger.create_key("mine", NOW)
-    assert ledger.authorise(f"Bearer {mine}", NOW)
-    made = child(keys, path, stdout=subprocess.PIPE, text=True).communicate()[0].strip()
-    assert ledger.authorise(f"Bearer {made}", NOW + 1).name == "a"
-    code = "import pomex, sys; ledger = pomex.Ledger.open(sys.argv[1]); ledger.revoke_key('a', 1)"
-    assert child(code, path).wait() == 0
-    with pytest.raises(pomex.Unauthorized, match="revoked"):
-        ledger.authorise(f"Bearer {made}", NOW + 2)
-    assert ledger.authorise(f"Bearer {mine}", NOW - 5000)      # a clock set back does not stop the looking
+def test_a_key_made_changed_or_revoked_by_another_process_is_seen_within_a_second(path):
+    def elsewhere(code):
+        code = f"import asyncio, pomex, sys; ledger = pomex.Ledger.open(sys.argv[1]); print(asyncio.run(ledger.{code}) or '')"
+        said, _ = child(code, path, stdout=subprocess.PIPE, text=True).communicate()
+        return said.strip()
+
+    async def check():
+        async with started(path) as (ledger,):
+            mine = await ledger.create_key("mine", NOW)
+            made = await asyncio.to_thread(elsewhere, "create_key('a', 1, rpm=5)")
+            key = await ledger.authorise(f"Bearer {made}", NOW)         # one that is not known is looked for at once
+            assert (key.name, key.rpm) == ("a", 5)
+            for code, seen in {"edit_key('a', rpm=7)": lambda: ledger.keys[key.id].rpm == 7,
+                               "use_provider('azure', False)": lambda: ledger.disabled == {"azure"},
+                               "use_provider('azure', True)": lambda: not ledger.disabled,
+                               "revoke_key('a', 1)": lambda: ledger.keys[key.id].revoked_s}.items():
+                await asyncio.to_thread(elsewhere, code)
+                await until(seen, 1.0)
+            with pytest.raises(pomex.Unauthorized, match="revoked"):
+                await ledger.authorise(f"Bearer {made}", NOW)
+            assert (await ledger.authorise(f"Bearer {mine}", NOW)).name == "mine"
+    asyncio.run(check())
+
+
+def test_many_changed_keys_are_taken_over_a_piece_at_a_time(path, ledger, monkeypatch):
+    monkeypatch.setattr(pomex, "KEYS_AT_ONCE", 2)
+    for name in "abcde":
+        key_made(ledger, name, NOW)
+    with contextlib.closing(pomex.Ledger.open(path)) as other:
+        run(other.revoke_key("b", NOW))
+        for name in "fgh":
+            key_made(other, name, NOW)
+        run(ledger.refresh())
+        assert ledger.list_keys() == other.list_keys() and len(ledger.keys) == 8 and ledger.revision == other.revision
+
+
+CHANGES = {     # what is done -> its row of the audit log: who, action, name, before, after
+    "a key is created": (lambda ledger: ledger.create_key("ci", NOW, "ana", rpm=5), ("ana", "key created", "ci", {}, {"rpm": 5})),
+    "it is edited": (lambda ledger: ledger.edit_key("laptop", "ana", rpm=9, models="demo/*"),
+                     ("ana", "key edited", "laptop", {"rpm": 0, "models": ""}, {"rpm": 9, "models": "demo/*"})),
+    "and revoked": (lambda ledger: ledger.revoke_key("laptop", NOW, "bo"),
+                    ("bo", "key revoked", "laptop", {"revoked_s": 0}, {"revoked_s": int(NOW)})),
+    "a provider is disabled": (lambda ledger: ledger.use_provider("azure", False, "bo"),
+                               ("bo", "provider disabled", "azure", {"disabled": False}, {"disabled": True})),
+    "or enabled": (lambda ledger: ledger.use_provider("azure", True),
+                   ("", "provider enabled", "azure", {"disabled": False}, {"disabled": False})),
+    "an account is made": (lambda ledger: pomex.create_account(ledger, "acme", True, None, pomex.ONE, NOW, "bo"),
+                           ("bo", "account created", "acme", {}, {"prepaid": 1, "limit_nanos": None, "multiplier": pomex.ONE})),
+    "it gets credit": (lambda ledger: pomex.add_credit(ledger, "default", 5, "gift", NOW, "a\0\ud800"),
+                       ("a??", "credit added", "default", {}, {"kind": "adjustment", "nanos": 5, "reason": "gift"})),
+}
+
+
+@pytest.mark.parametrize("change, said", CHANGES.values(), ids=CHANGES)
+def test_every_change_is_a_row_of_the_audit_log(ledger, change, said):
+    key_made(ledger, "laptop", NOW)
+    run(change(ledger))
+    assert audited(ledger)[1:] == [said]
+
+
+REFUSED_CHANGES = {
+    "a name that is taken": lambda ledger: ledger.create_key("laptop", NOW),
+    "no such key": lambda ledger: ledger.edit_key("ci", rpm=9),
+    "no such account": lambda ledger: pomex.add_credit(ledger, "nobody", 5, "", NOW),
+    "an account that is there": lambda ledger: pomex.create_account(ledger, "default", False, None, pomex.ONE, NOW),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED_CHANGES.values(), ids=REFUSED_CHANGES)
+def test_a_change_that_is_refused_leaves_nothing_behind(ledger, change):
+    key_made(ledger, "laptop", NOW)
+    before = [*ledger.db.writer.iterdump()]
+    with pytest.raises(pomex.BadRequest):
+        run(change(ledger))
+    assert [*ledger.db.writer.iterdump()] == before
+
+
+def test_no_secret_of_a_key_or_session_is_anywhere_in_the_files(ledger, path):
+    secrets = [key_made(ledger, "laptop", NOW, who="ana"), run(pomex.open_session(ledger.db, "link", 0, 600, NOW))]
+    run(ledger.edit_key("laptop", "ana", rpm=9))
+    with pytest.raises(pomex.Unauthorized) as refused:
+        run(ledger.authorise(f"Bearer {secrets[0]}x", NOW))
+    ledger.refuse(0, {"time_ms": 1, "code": refused.value.code, "path": "/v1/responses", "message": str(refused.value)})
+    run(ledger.save_counts())
+    run(ledger.revoke_key("laptop", NOW, "ana"))
+    assert len(audited(ledger)) == 3 and len(refusals(ledger)) == 1
+    stored = b"".join(file.read_bytes() for file in pathlib.Path(path).parent.iterdir())
+    assert b"key revoked" in stored
+    for secret in secrets:
+        assert secret.encode() not in stored and secret.removeprefix("sk-rh-").encode() not in stored
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -209,15 +276,12 @@ def test_a_key_made_or_revoked_by_another_process_is_seen_within_a_second(ledger
 def test_all_files_are_for_their_user_alone(path):
     old = os.umask(0)
     try:
-        async def check():
-            async with started(path) as ledger:
-                ledger.create_key("a", NOW)
-                await ledger.begin(intent("r1"))
-                folder = pathlib.Path(path).parent
-                assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-                modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
-                assert len(modes) == 4 and set(modes.values()) == {0o600}, modes
-        asyncio.run(check())
+        with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+            key_made(ledger, "a", NOW)
+            folder = pathlib.Path(path).parent
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
+            assert modes == dict.fromkeys(["pomex.db", "pomex.db-wal", "pomex.db-shm"], 0o600)
         os.chmod(path, 0o644)
         pomex.Ledger.open(path).close()
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
@@ -238,6 +302,14 @@ def test_processes_that_open_a_new_file_at_once_agree(path):
     processes = [child(code, path, stdout=subprocess.PIPE) for _ in range(3)]
     assert len({process.communicate()[0] for process in processes}) == 1
     assert [process.returncode for process in processes] == [0] * 3
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert read(ledger, "SELECT id, name FROM accounts") == [(1, "default")]
+
+
+@pytest.mark.parametrize("durability, synchronous", [("process", 1), ("power", 2)])
+def test_durability_power_waits_for_the_disk_at_every_commit(path, durability, synchronous):
+    with contextlib.closing(pomex.Ledger.open(path, durability)) as ledger:
+        assert ledger.db.writer.execute("PRAGMA synchronous").fetchone() == (synchronous,)
 
 
 def write_garbage(path):
@@ -260,7 +332,7 @@ def write_foreign(path):
 def write_newer(path):
     pomex.Ledger.open(path).close()
     db = sqlite3.connect(path)
-    db.execute(f"PRAGMA user_version = {len(pomex.MIGRATIONS) + 1}")
+    db.execute(f"PRAGMA user_version = {pomex.SCHEMA_VERSION + 1}")
     db.close()
 
 
@@ -318,66 +390,120 @@ def test_a_read_only_place_is_refused_with_a_sentence(file_mode, folder_mode, tm
         folder.rmdir()
 
 
-def test_an_older_file_is_upgraded_in_place(path, monkeypatch):
-    first = pomex.Ledger.open(path)
-    token = first.create_key("ci", NOW)
-    first.close()
-    step = ("CREATE TABLE novelties (id INTEGER PRIMARY KEY)",)
-    monkeypatch.setattr(pomex, "MIGRATIONS", [*pomex.MIGRATIONS, step])
-    second = pomex.Ledger.open(path)
-    assert second.secret == first.secret and second.authorise(f"Bearer {token}", NOW)
-    assert second.read("SELECT count(*) FROM novelties") == [(0,)]
-    second.close()
+# --- group commit ---------------------------------------------------------------------------------
+
+def note(name, then=None):
+    """A member of a batch: it writes a setting, then fails, or says its name."""
+    def member(tx):
+        tx.execute("INSERT INTO settings VALUES (?, '')", (name,))
+        if then:
+            then(tx)
+        return name
+    return member
 
 
-def test_an_upgrade_that_fails_changes_nothing(path, monkeypatch):
-    pomex.Ledger.open(path).close()
-    step = ("CREATE TABLE novelties (id INTEGER PRIMARY KEY)", "CREATE TABLE keys (id)")
-    with monkeypatch.context() as patch:
-        patch.setattr(pomex, "MIGRATIONS", [*pomex.MIGRATIONS, step])
-        with pytest.raises(pomex.LedgerError):
-            pomex.Ledger.open(path)
-    ledger = pomex.Ledger.open(path)
-    assert ledger.read("SELECT count(*) FROM sqlite_master WHERE name = 'novelties'") == [(0,)]
-    ledger.close()
+def fail(tx):
+    raise LookupError("its own")
+
+
+FAILURES = {"an exception": (fail, LookupError, "its own"),
+            "an error of SQL": (lambda tx: tx.execute("SELECT * FROM nowhere"), pomex.LedgerError, "no such table"),
+            "a row that is there": (note("first"), sqlite3.IntegrityError, "UNIQUE constraint failed")}
+
+
+@pytest.mark.parametrize("then, kind, words", FAILURES.values(), ids=FAILURES)
+def test_what_one_member_of_a_batch_raises_undoes_that_member_alone(ledger, then, kind, words):
+    async def check():
+        with statements(ledger) as said:
+            names = "first", "second", "third"
+            first, second, third = await asyncio.gather(
+                *(ledger.db.write(note(name, then if name == "second" else None)) for name in names), return_exceptions=True)
+        assert (first, third, type(second)) == ("first", "third", kind) and words in str(second)
+        assert said.count("COMMIT") == 1
+    asyncio.run(check())
+    assert read(ledger, "SELECT name FROM settings WHERE value = '' ORDER BY name") == [("first",), ("third",)]
+
+
+def test_a_writer_whose_caller_is_cancelled_is_written_with_the_others(ledger):
+    async def check():
+        writers = [asyncio.ensure_future(ledger.db.write(note(name))) for name in "abc"]
+        await asyncio.sleep(0)
+        writers[1].cancel()
+        ends = await asyncio.gather(*writers, return_exceptions=True)
+        assert [type(each) for each in ends] == [str, asyncio.CancelledError, str]
+    asyncio.run(check())
+    assert read(ledger, "SELECT count(*) FROM settings WHERE value = ''") == [(3,)]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3], ids=["not begun", "begun", "behind another"])
+def test_who_waits_for_a_write_when_the_ledger_is_closed_is_answered(path, turns):
+    async def check():
+        ledger = pomex.Ledger.open(path)
+        ledger.db.writing.submit(time.sleep, 0.05)
+        writers = []
+        for name in "ab":
+            writers.append(asyncio.ensure_future(ledger.db.write(note(name))))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        ledger.close()
+        assert await asyncio.wait_for(asyncio.gather(*writers), 1) == ["a", "b"]
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_many_settlements_at_once_share_few_commits(path, durability):
+    async def client(ledger, name):
+        for number in range(10):
+            begin(ledger, f"{name}-{number}")
+            if number % 2:
+                await ledger.recorded(f"{name}-{number}")
+            await ledger.settle([row(f"{name}-{number}")])
+
+    async def check():
+        async with started(path, durability=durability) as (ledger,):
+            with statements(ledger) as said:
+                await asyncio.gather(*(ledger.settle([row(f"r{n}")]) for n in range(200)))
+                assert said.count("COMMIT") == 1
+                await asyncio.gather(*(client(ledger, name) for name in range(50)))
+                assert said.count("COMMIT") < 50            # of 750 that they have waited for
+    asyncio.run(check())
+    assert len(rows(path)) == 700
 
 
 # --- requests -------------------------------------------------------------------------------------
 
 def test_a_settled_request_is_one_row_that_says_what_was_said(path):
     async def check():
-        async with started(path) as ledger:
-            token = ledger.create_key("laptop", NOW)
-            key = ledger.authorise(f"Bearer {token}", NOW)
-            await ledger.begin(intent("r1", key_id=key.id))
-            said = entry("r1", key_id=key.id, provider="demo", estimated="cut")
-            await ledger.settle(said)
-            await until(lambda: recent(ledger, 5))
-            row, = recent(ledger, 5)
-            assert {**row, "lost": ()} == {"key": "laptop", **said._asdict()}
-            assert totals(ledger) == {"requests": 1, "input": 9, "cached": 4, "cache_write": 0, "output": 3,
-                                       "reasoning": 1, "cost_nanos": 0}
+        async with started(path) as (ledger,):
+            await ledger.create_key("laptop", NOW)
+            begin(ledger, "r1")
+            said = row("r1", key_id=key_of(ledger, "laptop").id, provider="demo", estimated="cut", session="s", detail="{}")
+            lost = row("r1", provider="azure", attempt=1, final=0, status="lost")
+            await ledger.settle([lost, said._replace(attempt=2)])
+            assert recent(ledger, 5) == [{"key": "laptop", **said._replace(attempt=2)._asdict()}]
+            assert totals(ledger) == {"requests": 1, "input": 18, "cached": 8, "cache_write": 0, "output": 6, "reasoning": 2,
+                                      "cost_nanos": 24_000}
     asyncio.run(check())
-    assert journals(path) == []
+    assert rows(path) == [("r1", "completed", "")]
 
 
 def test_of_several_settlements_of_one_response_the_first_counts(path):
     async def check():
-        async with started(path) as ledger:
-            await ledger.settle(entry("r1"))                            # without an intent
-            await ledger.settle(entry("r1", status="failed"))       # while the first is not in the table yet
-            await until(lambda: recent(ledger, 5))
-            await ledger.settle(entry("r1", status="cancelled"))    # and after
-            await ledger.settle(entry("r2"))
+        async with started(path, 2) as (ledger, other):
+            await asyncio.gather(ledger.settle([row("r1")]), ledger.settle([row("r1", status="failed")]))
+            await ledger.settle([row("r1", status="cancelled")])
+            await other.settle([row("r1", final=0), row("r1", attempt=1, status="failed")])
+            await ledger.settle([row("r2")])
+            assert totals(ledger)["requests"] == 2
     asyncio.run(check())
     assert rows(path) == [("r1", "completed", ""), ("r2", "completed", "")]
 
 
 def test_a_settlement_whose_caller_is_cancelled_is_not_lost(path):
     async def check():
-        async with started(path, "power") as ledger:
-            await ledger.begin(intent("r1"))
-            task = asyncio.ensure_future(ledger.settle(entry("r1")))
+        async with started(path, durability="power") as (ledger,):
+            begin(ledger, "r1")
+            task = asyncio.ensure_future(ledger.settle([row("r1")]))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -387,281 +513,568 @@ def test_a_settlement_whose_caller_is_cancelled_is_not_lost(path):
 
 HOSTILE = {"huge": {"input": 10 ** 30}, "negative": {"output": -5}, "surrogate": {"model": "demo/\ud800"},
            "nul": {"model": "a\0b"}, "newline": {"error_code": "a\nb\r"}, "quote": {"model": "');"},
-           "not a number": {"input": 1.5}, "infinite": {"input": float("inf")}, "none": {"output": None}}
+           "not whole": {"input": 1.5}, "infinite": {"input": float("inf")}, "not a number": {"input": float("nan")},
+           "none": {"output": None}}
 
 
 def test_a_row_of_odd_values_is_stored_and_does_not_stop_the_others(path):
     async def check():
-        async with started(path) as ledger:
+        async with started(path) as (ledger,):
             for name, fields in HOSTILE.items():
-                await ledger.settle(entry(name, **fields))
-            await ledger.settle(entry("plain"))
-            await until(lambda: totals(ledger)["requests"] == len(HOSTILE) + 1)
-            assert ledger.healthy
+                odd = row(name, **fields, cost_nanos=0)
+                ledger.begin(name, lambda odd=odd: odd)
+                await ledger.recorded(name)
+            assert len(under_way(ledger)) == len(HOSTILE)
+            await asyncio.gather(*(ledger.settle([row(name, **fields)]) for name, fields in HOSTILE.items()),
+                                 ledger.settle([row("plain")]))
+            assert totals(ledger)["requests"] == len(HOSTILE) + 1 and ledger.healthy
+            assert {each["response_id"] for each in recent(ledger, 99)} == {*HOSTILE, "plain"}
     asyncio.run(check())
-    assert {row[0] for row in rows(path)} == {*HOSTILE, "plain"}
 
 
-def test_what_was_begun_and_never_settled_is_interrupted_at_the_next_start_once(path):
+def fault():
+    raise ValueError("of our own")
+
+
+FAULTS = {"its open row cannot be made": lambda ledger: ledger.begin("bad", fault),
+          "two rows of one attempt": lambda ledger: asyncio.ensure_future(ledger.settle([row("bad", final=0), row("bad")]))}
+
+
+@pytest.mark.parametrize("spoil", FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_ours_in_one_request_does_not_stop_the_others(path, spoil):
     async def check():
-        async with started(path) as ledger:
-            await ledger.begin(intent("r1"))
-            await ledger.begin(intent("r2"))
-            await ledger.settle(entry("r2"))
+        async with started(path) as (ledger,):
+            spoiled = spoil(ledger)
+            await asyncio.wait_for(asyncio.gather(ledger.settle([row("r1")]), ledger.settle([row("r2")])), 1)
+            assert ledger.available() and [each["response_id"] for each in recent(ledger, 9)] == ["r2", "r1"]
+            await asyncio.gather(*filter(None, [spoiled]), return_exceptions=True)
     asyncio.run(check())
+
+
+def test_every_sum_is_stored_as_a_number(ledger):
+    run(ledger.settle([row("r1"), row("r2", estimated="why")]))
+    types = ", ".join(f"typeof({name})" for name in pomex.SUMS)
+    found, = read(ledger, f"SELECT DISTINCT {types} FROM usage_rollups")
+    assert dict(zip(pomex.SUMS, found)) == dict.fromkeys(pomex.SUMS, "integer")
+
+
+def test_an_open_request_is_recorded_after_a_while_or_with_what_is_written_next_or_when_that_is_asked_for(path):
+    async def check():
+        async with started(path) as (ledger,):
+            begun = time.monotonic()
+            begin(ledger, "after a while", "beside it")
+            await until(lambda: under_way(ledger))
+            assert time.monotonic() - begun >= pomex.OPEN_AFTER_S and under_way(ledger) == ["after a while", "beside it"]
+            begin(ledger, "next")
+            await ledger.settle([row("beside it")])
+            assert under_way(ledger) == ["after a while", "next"]
+            begin(ledger, "asked for")
+            begun = time.monotonic()
+            with statements(ledger) as said:
+                await ledger.recorded("asked for")
+                assert time.monotonic() - begun < pomex.OPEN_AFTER_S
+                assert under_way(ledger) == ["after a while", "asked for", "next"]
+                await ledger.recorded("asked for")          # it is already
+                await ledger.recorded("never begun")
+                assert said.count("COMMIT") == 1
+            ledger.abandon("next")
+            ledger.abandon("never begun")
+            await ledger.flush_soon()
+            assert under_way(ledger) == ["after a while", "asked for"] and len(recent(ledger, 9)) == 1
+    asyncio.run(check())
+
+
+def test_an_open_request_is_never_written_where_its_end_is_there_already(path):
+    async def check():
+        async with started(path) as (ledger,):
+            with statements(ledger) as said:
+                names = [f"r{n}" for n in range(50)]
+                begin(ledger, *names, "abandoned")
+                ledger.abandon("abandoned")
+                await asyncio.gather(*(ledger.settle([row(name)]) for name in names))
+                await asyncio.sleep(pomex.OPEN_AFTER_S * 1.5)
+                assert not [each for each in said if "INTO open_requests" in each] and not ledger.pending
+            assert len(recent(ledger, 99)) == 50
+    asyncio.run(check())
+
+
+def test_what_was_begun_and_never_settled_is_interrupted_at_the_end_once(path):
+    async def check():
+        async with started(path) as (ledger,):
+            begin(ledger, "r1", "r2")
+            await ledger.recorded("r1")
+            await ledger.settle([row("r2")])
+    asyncio.run(check())
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        found = db.execute("SELECT response_id, error_code FROM usage ORDER BY id").fetchall()
+        assert found == [("r2", ""), ("r1", "interrupted")]
+        assert [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in ("open_requests", "processes")] == [(0,)] * 2
     assert rows(path) == rows(path) == [("r1", "failed", "interrupted"), ("r2", "completed", "")]
-    assert journals(path) == []
 
 
-def test_a_journal_cut_anywhere_gives_its_whole_lines(path):
-    lines = [pomex.journal_line(intent("r1")), pomex.journal_line(entry("r1")), pomex.journal_line(intent("r2"))]
-    text = b"".join(lines)
-    expected = [[], [("r1", "interrupted")], [("r1", "")], [("r1", ""), ("r2", "interrupted")]]
-    for cut in range(len(text) + 1):
-        whole = text[:text.rfind(b"\n", 0, cut) + 1]
-        got = [(row.response_id, row.error_code) for row in pomex.journal_entries(whole)]
-        assert got == expected[whole.count(b"\n")], cut
-    garbage = b"\xff\x00\nS[]\nS{}\nI[1,2]\nnull\n\n" + text
-    assert [row.response_id for row in pomex.journal_entries(garbage)] == ["r1", "r2"]
-
-
-def test_a_long_journal_is_renewed_and_keeps_what_still_matters(path, monkeypatch):
-    monkeypatch.setattr(pomex, "JOURNAL_BYTES", 1000)
-
+def test_what_was_begun_and_not_recorded_yet_is_interrupted_at_the_end_too(path):
     async def check():
-        async with started(path) as ledger:
-            await ledger.begin(intent("long"))
-            for turn in range(3):
-                for number in range(20):
-                    await ledger.begin(intent(f"r{turn}-{number}"))
-                    await ledger.settle(entry(f"r{turn}-{number}"))
-                await until(lambda turn=turn: totals(ledger)["requests"] == 20 * turn + 20)
-                await until(lambda: journals(path)[0].stat().st_size < 1000)
-                assert len(journals(path)) == 1
+        async with started(path) as (ledger,):
+            begin(ledger, "r1")
     asyncio.run(check())
-    assert ("long", "failed", "interrupted") in rows(path) and len(rows(path)) == 61
+    assert rows(path) == [("r1", "failed", "interrupted")]
 
 
-def test_with_durability_power_the_disk_is_asked_once_for_many(path, monkeypatch):
-    syncs = []
-    real = os.fsync
-    monkeypatch.setattr(pomex.os, "fsync", lambda fd: (syncs.append(fd), real(fd)))
-
-    async def one(ledger, name):
-        await ledger.begin(intent(name))
-        await ledger.settle(entry(name))
-
+@pytest.mark.parametrize("behind", [False, True], ids=["being written", "behind another"])
+def test_what_is_still_to_be_written_at_the_end_is_written_once(path, behind):
     async def check():
-        async with started(path, "power") as ledger:
-            assert ledger._writer.execute("PRAGMA synchronous").fetchone() == (2,)
-            await asyncio.gather(*(one(ledger, f"r{n}") for n in range(50)))
-            assert 2 <= len(syncs) <= 20
+        async with started(path) as (ledger,):
+            change(ledger, "INSERT INTO rates VALUES ('key 1 tokens', 1000)")
+            ledger.refuse(0, refusal("limit"))
+            first = [ledger.db.write(lambda tx: time.sleep(0.05))] if behind else []
+            ledger.db.writing.submit(time.sleep, 0.05)          # so that what is handed to it is not there at once
+            ends = []
+            for each in (*first, ledger.settle([row("r1")], [(7, "key 1 tokens")]), ledger.save_counts()):
+                ends.append(asyncio.ensure_future(each))
+                await asyncio.sleep(0)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert ledger.db.committing is not None and len(ledger.db.waiting) == 2 * behind and not ends[-1].done()
+        for each in ends:
+            each.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
     asyncio.run(check())
-    assert len(rows(path)) == 50
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert [each["response_id"] for each in recent(ledger, 9)] == ["r1"]
+        assert read(ledger, "SELECT full_ns FROM rates") == [(1007,)]
+        assert run(ledger.counted()) == {("pomex_refusals_total", "limit"): 1} and len(refusals(ledger)) == 1
 
 
 # --- when it cannot be written --------------------------------------------------------------------
 
 def fill(ledger, full):
-    pages = ledger._writer.execute("PRAGMA page_count").fetchone()[0]
-    ledger._writer.execute(f"PRAGMA max_page_count = {pages if full else 10 ** 6}")
+    pages = ledger.db.writer.execute("PRAGMA page_count").fetchone()[0]
+    ledger.db.writer.execute(f"PRAGMA max_page_count = {pages if full else 10 ** 6}")
 
 
-def break_journal(ledger):
-    """Every write to it finds the disk full."""
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, ledger._journal.fd)
-    os.close(full)
-
-
-def test_a_full_disk_refuses_new_requests_until_it_heals_and_loses_nothing(path, monkeypatch):
-    monkeypatch.setattr(pomex, "RETRY_S", 0.02)
-
-    async def check():
-        async with started(path) as ledger:
-            fill(ledger, True)
-            names = [f"r{n:03}" for n in range(200)]
-            for name in names:
-                await ledger.begin(intent(name))
-            begun = time.monotonic()
-            for name in names:
-                await ledger.settle(entry(name, model="m" * 200))
-            assert time.monotonic() - begun < 1     # the journal has them: nobody waits
-            await until(lambda: not ledger.healthy)
-            with pytest.raises(pomex.LedgerError, match="ledger") as refused:
-                await ledger.begin(intent("new"))
-            assert (refused.value.status, refused.value.code) == (503, "ledger_unavailable")
-            fill(ledger, False)
-            await until(lambda: ledger.healthy)
-            await ledger.begin(intent("new"))
-            await ledger.settle(entry("new"))
-    asyncio.run(check())
-    assert [row[0] for row in rows(path)] == ["new", *(f"r{n:03}" for n in range(200))]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_broken_journal_is_replaced_and_the_table_holds_the_row_before_settle_returns(path):
-    async def check():
-        async with started(path) as ledger:
-            await ledger.begin(intent("running"))
-            await ledger.begin(intent("r1"))
-            break_journal(ledger)
-            await ledger.settle(entry("r1"))
-            assert [row["response_id"] for row in recent(ledger, 5)] == ["r1"]
-            await until(lambda: ledger.healthy)
-            break_journal(ledger)
-            with pytest.raises(pomex.LedgerError):
-                await ledger.begin(intent("refused"))
-            await until(lambda: ledger.healthy)
-    asyncio.run(check())
-    assert rows(path) == [("r1", "completed", ""), ("running", "failed", "interrupted")]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_when_nothing_can_be_written_the_answer_goes_out_after_a_while_and_the_row_is_kept(path, monkeypatch):
+@pytest.fixture
+def impatient(monkeypatch):
     monkeypatch.setattr(pomex, "RETRY_S", 0.02)
     monkeypatch.setattr(pomex, "SETTLE_WAIT_S", 0.15)
 
+
+def test_a_full_disk_refuses_new_requests_until_it_heals_and_loses_nothing(path, impatient, caplog):
     async def check():
-        async with started(path) as ledger:
-            await ledger.begin(intent("r1"))
+        async with started(path) as (ledger,):
+            names = [f"r{n:03}" for n in range(200)]
+            begin(ledger, *names)
+            await ledger.recorded("r199")
             fill(ledger, True)
-            break_journal(ledger)
             begun = time.monotonic()
-            await ledger.settle(entry("r1", model="m" * 9000))
-            assert 0.1 < time.monotonic() - begun < 1 and not ledger.healthy and recent(ledger, 5) == []
+            await asyncio.gather(*(ledger.settle([row(name, model="m" * 300)]) for name in names))
+            assert 0.1 < time.monotonic() - begun < 1 and not ledger.healthy and not ledger.available()
+            assert len(ledger.unsaved) == 200 and recent(ledger, 5) == [] and len(under_way(ledger)) == 200
+            with pytest.raises(pomex.LedgerError, match="ledger") as refused:
+                begin(ledger, "new")
+            assert (refused.value.status, refused.value.code) == (503, "ledger_unavailable")
+            assert refused.value.headers == (("retry-after", "2"),)
+            assert len([each for each in caplog.messages if "the disk is full. New requests get 503 until" in each]) == 1
             fill(ledger, False)
-            await until(lambda: ledger.healthy)
-            assert [row["response_id"] for row in recent(ledger, 5)] == ["r1"]
+            await until(ledger.available)
+            assert "The database pomex.db can be written again." in caplog.text
+            begin(ledger, "new")
+            await ledger.settle([row("new")])
+            assert not ledger.unsaved and totals(ledger)["requests"] == 201
     asyncio.run(check())
-    assert rows(path) == [("r1", "completed", "")]
+    assert [each[0] for each in rows(path)] == ["new", *(f"r{n:03}" for n in range(200))]
 
 
-def test_another_program_that_locks_the_file_delays_no_answer(path, monkeypatch):
-    monkeypatch.setattr(pomex, "RETRY_S", 0.02)
-    monkeypatch.setattr(pomex, "BUSY_MS", 50)
+def test_what_cannot_be_recorded_is_not_sent_and_a_change_says_why(path, impatient):
+    async def check():
+        async with started(path) as (ledger,):
+            fill(ledger, True)
+            ledger.begin("r1", lambda: row("r1", model="m" * 9000))
+            with pytest.raises(pomex.LedgerError, match="cannot be written at the moment"):
+                await ledger.recorded("r1")
+            with pytest.raises(pomex.LedgerError, match=r"^The database pomex.db cannot grow: the disk is full\.$"):
+                await ledger.create_key("ci", NOW, models="m" * 9000)
+            fill(ledger, False)
+            await until(ledger.available)
+            assert under_way(ledger) == ["r1"] and ledger.list_keys() == []
+            ledger.abandon("r1")
+            await ledger.create_key("ci", NOW)
+    asyncio.run(check())
+    assert rows(path) == []
+
+
+def test_no_more_than_max_unsaved_rows_are_kept_and_each_that_is_lost_is_told(path, impatient, caplog):
+    async def check():
+        async with started(path, max_unsaved=3) as (ledger,):
+            begin(ledger, "r4")
+            await ledger.recorded("r4")
+            fill(ledger, True)
+            await asyncio.gather(*(ledger.settle([row(f"r{n}", model="m" * 9000)]) for n in range(5)))
+            assert [*ledger.unsaved] == ["r0", "r1", "r2"]
+            assert [each for each in caplog.messages if "is lost" in each] == [
+                f"ledger: the row of r{n} is lost: [database] max_unsaved rows wait already" for n in (3, 4)]
+            fill(ledger, False)
+            await until(ledger.available)
+    asyncio.run(check())
+    assert rows(path) == [(f"r{n}", "completed", "") for n in range(3)] + [("r4", "failed", "interrupted")]
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_at_the_end_what_is_left_is_tried_once_more_and_told_where_it_is_lost(path, impatient, caplog, heals, monkeypatch):
+    monkeypatch.setattr(pomex, "RETRY_S", 60)
 
     async def check():
-        async with started(path) as ledger:
-            other = sqlite3.connect(path, isolation_level=None)
-            other.execute("BEGIN IMMEDIATE")
-            begun = time.monotonic()
-            await ledger.begin(intent("r1"))
-            await ledger.settle(entry("r1"))
-            assert time.monotonic() - begun < 0.05
-            await until(lambda: not ledger.healthy)
-            other.execute("COMMIT")
-            other.close()
-            await until(lambda: ledger.healthy and recent(ledger, 1))
+        async with started(path) as (ledger,):
+            fill(ledger, True)
+            await ledger.settle([row("r1", model="m" * 9000)])
+            assert not ledger.healthy
+            if heals:
+                fill(ledger, False)
+    asyncio.run(check())
+    assert rows(path) == [("r1", "completed", "")] * heals
+    assert ("the disk is full. 1 rows are lost." in caplog.text) != heals
+
+
+def test_while_another_program_locks_the_file_everything_waits_and_nothing_fails(path):
+    async def check():
+        async with started(path) as (ledger,):
+            token = await ledger.create_key("laptop", NOW)
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                begin(ledger, "r1", "r2")
+                waiting = [asyncio.ensure_future(each) for each in (
+                    ledger.recorded("r1"), ledger.settle([row("r2")]), ledger.create_key("ci", NOW),
+                    asyncio.to_thread(lambda: pomex.Ledger.open(path).close()))]
+                begun, turns = time.monotonic(), 0
+                while time.monotonic() - begun < 0.4:
+                    turns += 1
+                    assert (await ledger.authorise(f"Bearer {token}", NOW)).name == "laptop" and ledger.available()
+                    await asyncio.sleep(0.005)
+                assert turns > 20 and not any(each.done() for each in waiting)
+                begin(ledger, "r3")
+                other.execute("COMMIT")
+            await asyncio.wait_for(asyncio.gather(*waiting), 1)
+            await ledger.recorded("r3")
+            assert under_way(ledger) == ["r1", "r3"] and key_of(ledger, "ci") and ledger.healthy
+    asyncio.run(check())
+    assert rows(path) == [("r1", "failed", "interrupted"), ("r2", "completed", ""), ("r3", "failed", "interrupted")]
+
+
+def test_a_lock_that_lasts_too_long_counts_as_a_failure_and_heals(path, impatient, monkeypatch):
+    monkeypatch.setattr(pomex, "BUSY_S", 0.05)
+
+    async def check():
+        async with started(path) as (ledger,):
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                await ledger.settle([row("r1")])
+                assert not ledger.available() and recent(ledger, 1) == []
+                with pytest.raises(pomex.LedgerError, match="is locked by another program"):
+                    await ledger.create_key("ci", NOW)
+                other.execute("COMMIT")
+            await until(ledger.available)
+            assert len(recent(ledger, 9)) == 1
     asyncio.run(check())
 
 
 # --- several processes, and their ends ------------------------------------------------------------
 
 UNDER_LOAD = """
-import asyncio, os, pomex, sys, threading
+import asyncio, os, pomex, sys
 async def client(ledger, name):
     for number in range(10 ** 9):
-        row = (f"{name}-{number}", "req", 1, 1, "responses", "demo/echo")
-        await ledger.begin(pomex.Intent(*row))
-        await asyncio.sleep(0)
-        await ledger.settle(pomex.Entry(*row, input=number))
-        os.write(1, (row[0] + "\\n").encode())
-        await asyncio.sleep(0)
+        row = pomex.UsageRow(f"{name}-{number}", "req", 1, 1, "responses", "demo/echo", input=number, price="0 0 0 0 0")
+        ledger.begin(row.response_id, lambda: row)
+        if number % 3:
+            await ledger.recorded(row.response_id)
+            os.write(1, f"recorded {row.response_id}\\n".encode())
+            await asyncio.sleep(number % 3 / 200)
+        await ledger.settle([row])
+        os.write(1, f"settled {row.response_id}\\n".encode())
 async def main():
     ledger = pomex.Ledger.open(sys.argv[1])
     ledger.start()
     await asyncio.gather(*(client(ledger, f"{os.getpid()}-{n}") for n in range(8)))
-pomex.JOURNAL_BYTES = 50_000        # so that it is renewed many times
 asyncio.run(main())
 """
 
 
 def test_kill_9_at_any_moment_leaves_every_acknowledged_settlement_once(path):
-    acknowledged = []
+    said = {"recorded": [], "settled": []}
     for delay_s in (0.0, 0.03, 0.11):
         processes = [child(UNDER_LOAD, path, stdout=subprocess.PIPE) for _ in range(2)]
         first = [process.stdout.readline() for process in processes]
         time.sleep(delay_s)
         for process in processes:
             process.kill()
-        said = b"".join([*first, *(process.communicate()[0] for process in processes)])
-        acknowledged += said[:said.rfind(b"\n")].decode().split("\n")
+        for line in b"".join([*first, *(process.communicate()[0] for process in processes)]).decode().splitlines():
+            what, name = line.split()       # each line is one write to the pipe, so none is cut
+            said[what].append(name)
     got = rows(path)
-    names = [row[0] for row in got]
-    assert len(acknowledged) > 100 and len(names) == len(set(names))
-    assert set(acknowledged) <= {row[0] for row in got if row[1] == "completed"}
-    assert len(names) - len(acknowledged) <= 3 * 2 * 8      # at most one a client was under way
-    db = sqlite3.connect(path)
-    assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    db.close()
-    assert journals(path) == []
+    ends = {name: (status, code) for name, status, code in got}
+    assert len(said["settled"]) > 100 and len(ends) == len(got)
+    assert {ends.get(name) for name in said["settled"]} == {("completed", "")}
+    begun = set(said["recorded"]) - set(said["settled"])
+    assert ("failed", "interrupted") in {ends[name] for name in begun} <= {("completed", ""), ("failed", "interrupted")}
+    assert len(got) - len(said["settled"]) <= 3 * 2 * 8      # at most one a client was under way
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM processes").fetchall() == [(0,)]
 
 
-def test_the_requests_of_a_living_process_are_left_alone_until_it_ends(path):
-    code = ("import asyncio, pomex, sys, time\n"
-            "async def main():\n"
-            "    ledger = pomex.Ledger.open(sys.argv[1]); ledger.start()\n"
-            "    await ledger.begin(pomex.Intent('theirs', 'req', 1, 1, 'responses', 'demo/echo'))\n"
-            "    print('begun', flush=True); time.sleep(60)\n"
-            "asyncio.run(main())")
-    process = child(code, path, stdout=subprocess.PIPE)
+ONE_REQUEST = """
+import asyncio, pomex, sys
+async def main():
+    ledger = pomex.Ledger.open(sys.argv[1])
+    ledger.start()
+    row = pomex.UsageRow("theirs", "req", 1, 1, "responses", "demo/echo", input=7, price="0 0 0 0 0")
+    ledger.begin("theirs", lambda: row)
+    await ledger.recorded("theirs")
+    print("begun", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await ledger.settle([row])
+    print("settled", flush=True)
+    ledger.close()
+asyncio.run(main())
+"""
+
+
+@contextlib.contextmanager
+def one_request(path):
+    """A process that has a request under way until it is told to end."""
+    process = child(ONE_REQUEST, path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"begun\n"
-        assert rows(path) == [] and len(journals(path)) == 1
+        yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def end_of(ledger):
+    """[("theirs", how it ended)], or [] while it is under way."""
+    return [(each["response_id"], each["error_code"] or each["status"]) for each in recent(ledger, 9)]
+
+
+def test_the_requests_of_a_living_process_are_left_alone_until_it_ends(path):
+    with one_request(path):
+        with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+            assert end_of(ledger) == [] and under_way(ledger) == ["theirs"]
     assert rows(path) == [("theirs", "failed", "interrupted")]
+
+
+def test_a_server_that_runs_settles_what_a_killed_process_left(path, caplog):
+    async def check():
+        async with started(path) as (ledger,):
+            with one_request(path):
+                await ledger.beat()
+                assert end_of(ledger) == []
+            await ledger.beat()
+            assert end_of(ledger) == [("theirs", "interrupted")] and read(ledger, "SELECT pid FROM processes") == [(os.getpid(),)]
+            assert caplog.text.count("1 requests of an ended process are marked as interrupted") == 1
+    asyncio.run(check())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_a_process_of_this_host_that_is_stopped_is_not_taken_for_dead(path, monkeypatch):
+    monkeypatch.setattr(pomex, "DEAD_S", 0.05)
+
+    async def check():
+        async with started(path) as (ledger,):
+            with one_request(path) as process:
+                os.kill(process.pid, signal.SIGSTOP)
+                await ledger.beat()
+                await asyncio.sleep(0.06)
+                await ledger.beat()
+                assert end_of(ledger) == []
+                os.kill(process.pid, signal.SIGCONT)
+                process.communicate(b"\n")
+            assert end_of(ledger) == [("theirs", "completed")]
+    asyncio.run(check())
+
+
+def test_a_process_elsewhere_is_dead_when_its_beats_stand_still_and_what_it_says_after_all_replaces_the_guess(path, monkeypatch):
+    monkeypatch.setattr(pomex, "DEAD_S", 0.1)
+    budget = 10**9
+
+    async def check():
+        async with started(path, 2) as (theirs, ours):
+            await theirs.create_key("k", NOW, budget_nanos=budget)
+            await ours.refresh()
+            limit, = pomex.limits_of(key_of(ours, "k"), int(NOW // 86400))
+            await ours.db.write(lambda tx: pomex.spent_and_granted(tx, limit))
+
+            async def sums():
+                assert (await pomex.verify(ours.db))[1] == []
+                return (totals(ours)["requests"], totals(ours)["input"],
+                        read(ours, "SELECT spent, granted FROM meters WHERE owner = 'key 1'")[0])
+            asked = row("r1", input=50, cached=0, output=0, reasoning=0, cost_nanos=50_000)
+            await theirs.reserve("r1", lambda: asked, [(limit, 70_000)])
+            assert await sums() == (0, 0, (0, 70_000))
+            change(ours, "UPDATE processes SET host = 'elsewhere'")
+            for _ in range(3):              # it lives as long as it beats
+                await ours.beat()
+                await asyncio.sleep(0.06)
+                await theirs.beat()
+            assert under_way(ours) == ["r1"]
+            await ours.beat()
+            await asyncio.sleep(0.11)
+            await ours.beat()
+            assert end_of(ours) == [("r1", "interrupted")] and await sums() == (1, 50, (50_000, 0))
+            lost = row("r1", provider="azure", attempt=1, final=0, status="lost")
+            for _ in range(2):
+                await theirs.settle([lost, row("r1", provider="openai", attempt=2)])
+                assert end_of(ours) == [("r1", "completed")] and await sums() == (1, 18, (24_000, 0))
+            assert {each["provider"]: each["requests"] for each in await pomex.usage_report(ours.db, "provider", 0, 10**5)
+                    if each["requests"]} == {"openai": 1}
+    asyncio.run(check())
+
+
+def test_a_process_that_was_idle_for_long_is_not_taken_for_dead_when_it_begins_a_request(path, monkeypatch):
+    monkeypatch.setattr(pomex, "DEAD_S", 0.1)
+
+    async def check():
+        async with started(path, 2) as (theirs, ours):
+            begin(theirs, "r1")
+            await theirs.recorded("r1")
+            await theirs.settle([row("r1")])
+            change(ours, "UPDATE processes SET host = 'elsewhere'")
+            await ours.beat()
+            await asyncio.sleep(0.11)
+            begin(theirs, "r2")
+            await theirs.recorded("r2")
+            await ours.beat()
+            assert under_way(ours) == ["r2"]
+    asyncio.run(check())
+
+
+def test_a_guess_replaces_nothing(path):
+    async def check():
+        async with started(path) as (ledger,):
+            for settled in (row("r1"), pomex.interrupted(row("r1")), row("r2", error_code="x"), pomex.interrupted(row("r2")),
+                            pomex.interrupted(row("r3")), pomex.interrupted(row("r3", input=1))):
+                await ledger.settle([settled])
+            assert totals(ledger)["requests"] == 3 and totals(ledger)["input"] == 27
+    asyncio.run(check())
+    assert rows(path) == [("r1", "completed", ""), ("r2", "completed", "x"), ("r3", "failed", "interrupted")]
 
 
 # --- a file that goes wrong while it is in use ----------------------------------------------------
 
-def test_a_file_that_is_removed_or_damaged_while_in_use_is_seen_and_said_once(path, caplog):
-    async def scenario():
-        async with started(path) as ledger:
-            assert ledger.sound(NOW) and not caplog.records
+def test_a_file_that_is_removed_or_replaced_while_in_use_is_seen_and_said_once(path, caplog):
+    async def check():
+        async with started(path) as (ledger,):
+            token = await ledger.create_key("laptop", NOW)
+            assert ledger.available() and not caplog.records
             os.rename(path, path + "-away")
-            assert [ledger.sound(NOW + n) for n in range(3)] == [False] * 3
+            await until(lambda: not ledger.available(), 1.0)
+            await ledger.refresh()
             assert caplog.text.count("cannot be used: No such file or directory. The keys stay as they were") == 1
+            assert (await ledger.authorise(f"Bearer {token}", NOW)).name == "laptop"
+            with pytest.raises(pomex.LedgerError):
+                begin(ledger, "r1")
             open(path, "w").close()
-            assert not ledger.sound(NOW) and "the file was replaced" in caplog.text
+            await ledger.refresh()
+            assert not ledger.available() and "the file was replaced" in caplog.text
             os.replace(path + "-away", path)
-            assert ledger.sound(NOW)
-            ledger._db.execute("PRAGMA cache_size = 0")
-            caplog.clear()
-            real, ledger._db = ledger._db, Damaged()
-            assert [ledger.sound(NOW + n) for n in range(3)] == [False] * 3
-            ledger._db = real
-            assert caplog.text.count("is damaged. Restore a backup") == 1 and ledger.sound(NOW)
-    asyncio.run(scenario())
+            await ledger.refresh()
+            assert ledger.available()
+            begin(ledger, "r1")
+            await ledger.settle([row("r1")])
+    asyncio.run(check())
+    assert rows(path) == [("r1", "completed", "")]
 
 
-class Damaged:
-    def execute(self, *_):
-        error = sqlite3.DatabaseError("database disk image is malformed")
-        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-        raise error
+def test_a_file_that_is_damaged_while_in_use_is_seen_and_said_once(path, caplog):
+    async def check():
+        async with started(path) as (ledger,):
+            await ledger.create_key("laptop", NOW)
+            for db in (ledger.db.writer, ledger.db.reader):
+                db.execute("PRAGMA cache_size = 0")
+                db.execute("PRAGMA shrink_memory")
+            ledger.db.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            sound = pathlib.Path(path).read_bytes()
+            with open(path, "r+b") as file:
+                file.seek(4096)
+                file.write(b"\xff" * (len(sound) - 4096))
+            await until(lambda: not ledger.available(), 1.0)
+            await ledger.refresh()
+            assert caplog.text.count("is damaged. Restore a backup") == 1
+            with pytest.raises(pomex.LedgerError):
+                begin(ledger, "r1")
+            with open(path, "r+b") as file:
+                file.write(sound)
+            await ledger.refresh()
+            assert ledger.available() and ledger.list_keys()[0].name == "laptop"
+    asyncio.run(check())
 
 
-def test_a_copy_is_made_before_the_schema_changes(path, monkeypatch):
-    with first_schema(path, monkeypatch):
-        pass
-    assert os.listdir(os.path.dirname(path)) == ["pomex.db"], "of a new file none is needed"
-    for _ in range(2):
-        pomex.Ledger.open(path).close()
-    before = f"{path}.before-{len(pomex.MIGRATIONS)}"
-    with contextlib.closing(sqlite3.connect(before)) as copy:
-        assert pomex.schema_version(copy) == 1
-    assert os.stat(before).st_mode & 0o777 == 0o600
+# --- what is counted ------------------------------------------------------------------------------
+
+def refusal(code, path="/v1/responses", **more):
+    return {"time_ms": int(NOW * 1000), "code": code, "path": path, **more}
 
 
-def test_what_only_looks_like_a_journal_is_left_alone(path):
-    pomex.Ledger.open(path).close()
-    os.mkdir(path + "-requests-folder")
-    os.mkfifo(path + "-requests-pipe")
-    other = os.path.dirname(path) + "/other"
-    open(other, "w").write("mine")
-    os.symlink(other, path + "-requests-link")
-    pomex.Ledger.open(path).close()
-    assert open(other).read() == "mine"
+def test_of_many_refusals_alike_in_a_second_one_is_kept_with_their_number(path):
+    async def check():
+        async with started(path) as (ledger,):
+            for number in range(500):
+                ledger.refuse(7, refusal("limit", message=f"no {number}"))
+            ledger.refuse(8, refusal("limit"))
+            ledger.refuse(7, refusal("limit", "/v1/models"))
+            for number in range(20):        # a storm of different ones
+                ledger.refuse(7, refusal(f"c{number}"))
+            begun = time.monotonic()
+            await until(lambda: refusals(ledger))
+            assert time.monotonic() - begun < 1.5
+            kept = refusals(ledger)[::-1]
+            assert [(each["code"], each["path"], each["count"]) for each in kept[:3]] == [
+                ("limit", "/v1/responses", 500), ("limit", "/v1/responses", 1), ("limit", "/v1/models", 1)]
+            assert kept[0]["message"] == "no 0" and len(kept) == pomex.REFUSALS_AT_ONCE
+            stored, = read(ledger, "SELECT time_ms, key_id, code, count FROM refusals ORDER BY id LIMIT 1")
+            assert stored == (int(NOW * 1000), 7, "limit", 500)
+            assert await ledger.counted() == {("pomex_refusals_total", "limit"): 502,
+                                              **{("pomex_refusals_total", f"c{number}"): 1 for number in range(20)}}
+            assert recent(ledger, 9) == []
+            ledger.refuse(7, refusal("limit"))
+            await ledger.save_counts()
+            assert refusals(ledger)[0]["count"] == 1
+    asyncio.run(check())
+
+
+def test_only_the_newest_refusals_are_kept(ledger, monkeypatch):
+    monkeypatch.setattr(pomex, "REFUSALS_KEPT", 10)
+
+    async def check():
+        for number in range(25):
+            ledger.refuse(0, refusal("limit", number=number))
+            await ledger.save_counts()
+        assert [each["number"] for each in refusals(ledger)] == [*range(24, 14, -1)]
+        assert await ledger.counted() == {("pomex_refusals_total", "limit"): 25}
+    asyncio.run(check())
+
+
+def test_the_counters_of_all_processes_are_given_together_and_survive_them(path):
+    async def check():
+        async with started(path, 2) as (one, other):
+            for ledger, code, count in ((one, "limit", 3), (other, "limit", 4), (other, "key", 1)):
+                for _ in range(count):
+                    ledger.refuse(0, refusal(code))
+            await one.counted()
+            expected = {("pomex_refusals_total", "limit"): 7, ("pomex_refusals_total", "key"): 1}
+            assert await other.counted() == await one.counted() == expected
+            one.refuse(0, refusal("limit"))             # saved by its close
+            return {**expected, ("pomex_refusals_total", "limit"): 8}
+    expected = asyncio.run(check())
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert run(ledger.counted()) == expected
+
+
+def test_counts_that_cannot_be_saved_are_kept_for_later(ledger):
+    async def check():
+        fill(ledger, True)
+        ledger.refuse(0, refusal("limit", message="m" * 9000))
+        with pytest.raises(pomex.LedgerError, match="the disk is full"):
+            await ledger.save_counts()
+        ledger.refuse(0, refusal("limit"))
+        fill(ledger, False)
+        assert await ledger.counted() == {("pomex_refusals_total", "limit"): 2}
+    asyncio.run(check())

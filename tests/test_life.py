@@ -3,6 +3,7 @@
 Everything that is signalled here is a process of this test's own, by its id.
 """
 import asyncio
+import collections
 import contextlib
 import errno
 import functools
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -112,10 +114,11 @@ class Gateway:
 
     def settled(self, count):
         """The usage rows, once there are so many."""
+        database = types.SimpleNamespace(path=str(self.folder / "pomex.db"))
+
         def rows():
-            with contextlib.closing(pomex.Ledger.open(str(self.folder / "pomex.db"))) as ledger:
-                found = recent(ledger, 10**6)
-                return found if len(found) >= count else None
+            found = recent(types.SimpleNamespace(db=database), 10**6)       # only looks: nothing is settled by this test
+            return found if len(found) >= count else None
         return until(rows)
 
 
@@ -213,8 +216,8 @@ def test_a_new_configuration_is_taken_up_whole_and_open_streams_keep_the_old_one
                      "[demo]\nenabled = false")
         pomex_.signal(signal.SIGHUP)
         said = pomex_.says(r"Reloaded .*\n")[0]
-        assert said == ("Reloaded pomex.toml: +1 provider, -1 provider; 1 open stream keeps the old settings; "
-                        "only a restart changes workers.\n")
+        assert said == ("Reloaded pomex.toml: demo.enabled, providers.demo, server.workers, providers.other; 1 open stream keeps the old settings; "
+                        "only a restart changes server.workers.\n")
         assert b"model_not_found" in rest_until(pomex_.stream("demo/echo"), b"}}")
         data += rest_until(stream, b"[DONE]")
         assert b"event: response.completed" in data
@@ -426,33 +429,85 @@ def test_workers_share_port_and_ledger_and_one_that_is_killed_loses_its_own_stre
         assert [row["error_code"] for row in rows].count("interrupted") == 24 - sum(whole)
 
 
-def test_what_one_worker_sees_live_the_others_show_too(tmp_path):
-    token = "machine-token-0123456789"
-    with gateway(tmp_path, workers=3, POMEX_ADMIN_TOKEN=token) as pomex_:
-        until(lambda: len(set(re.findall(r"\[(\d+)\] 200 -  GET /health", pomex_.said + pomex_.ask("/health")[:0]))) == 3)
+ADMIN_TOKEN = "machine-token-0123456789"
 
-        def show(path):
-            head = f"GET /admin/api/{path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer {token}\r\n\r\n"
-            with socket.create_connection(("127.0.0.1", pomex_.port), timeout=5) as link:
-                link.sendall(head.encode())
-                return json.loads(b"".join(iter(lambda: link.recv(65536), b"")).partition(b"\r\n\r\n")[2])
+
+def administer(pomex_, path, body=None):
+    """What the admin API answers, from whichever worker."""
+    data = b"" if body is None else json.dumps(body).encode()
+    head = (f"{'GET' if body is None else 'POST'} /admin/api/{path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+            f"authorization: Bearer {ADMIN_TOKEN}\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", pomex_.port), timeout=5) as link:
+        link.sendall(head.encode() + data)
+        return json.loads(b"".join(iter(lambda: link.recv(65536), b"")).partition(b"\r\n\r\n")[2])
+
+
+class Feed:
+    """A live feed of whichever worker took it."""
+
+    def __init__(self, pomex_):
+        self.data, self.link = b"", socket.create_connection(("127.0.0.1", pomex_.port), timeout=5)
+        self.link.sendall(f"GET /admin/api/events HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {ADMIN_TOKEN}\r\n\r\n".encode())
+        while b": hello" not in self.data:
+            self.data += self.link.recv(65536)
+        self.link.setblocking(False)
+
+    def heard(self):
+        """So many of each kind."""
+        with contextlib.suppress(BlockingIOError):
+            while piece := self.link.recv(65536):
+                self.data += piece
+        return collections.Counter(re.findall(r"^event: (\w+)$", self.data.decode(), re.MULTILINE))
+
+
+def test_what_one_worker_sees_the_others_show_too_within_two_seconds(tmp_path):
+    with gateway(tmp_path, workers=3, POMEX_ADMIN_TOKEN=ADMIN_TOKEN) as pomex_, contextlib.ExitStack() as stack:
+        until(lambda: pomex_.ask("/health") and len(set(re.findall(r"\[(\d+)\] 200 -  GET /health", pomex_.said))) == 3)
+
+        def all_show(path, find):
+            return [find(administer(pomex_, path)) for _ in range(9)]
+        feeds = [Feed(pomex_) for _ in range(9)]
+        for feed in feeds:
+            stack.callback(feed.link.close)
+        time.sleep(0.1)                             # they know what is old
         link = pomex_.stream()
         begun(link)
-        assert all(show("setup")["running"]["model"] == "local/paced" for _ in range(9))
-        assert {show("session")["open"] for _ in range(9)} == {1}
+        # it stands in the database before its first byte is seen
+        assert all_show("setup", lambda page: page["running"]["model"]) == ["local/paced"] * 9
+        assert all_show("session", lambda page: page["open"]) == [1] * 9
+        assert ["pomex_streams_open 1\n" in pomex_.ask("/metrics") for _ in range(9)] == [True] * 9
         rest_until_end(link)
         for number in range(6):
             assert " 404 " in pomex_.ask(f"/nothing/{number}")
         assert b"response.failed" in rest_until(pomex_.stream("local/cut-gzip"), b"[DONE]")
-        (row,) = [row for row in pomex_.settled(2) if row["model"] == "local/cut-gzip"]
+        assert "token" in administer(pomex_, "keys", {"name": "new"})
+        assert administer(pomex_, "providers/demo/disable", {}) == {"name": "demo"}
+        ended = time.monotonic()
+        failed, = [row for row in pomex_.settled(2) if row["model"] == "local/cut-gzip"]
+        # what has a row is the same at once
+        assert all_show("usage/" + failed["response_id"], lambda page: page["row"]["error"]) == [failed["error"]] * 9
+        assert failed["error"]
+
+        events = {"started": 1, "usage": 2, "refused": 6, "key": 1, "provider": 1}
+        counts = {"pomex_requests_total": 2, "pomex_refusals_total": 6, "pomex_request_duration_seconds_count": 2, "pomex_streams_open": 0}
+
+        def counted(text):
+            return {name: sum(map(int, re.findall(rf"^{name}(?:\{{.*\}})? (\d+)$", text, re.MULTILINE))) for name in counts}
 
         def alike():
-            pages = [show("setup") for _ in range(12)]
-            return (all(page["running"] is None and len(page["refused"]) == 6 for page in pages)
-                    and all(show("usage/" + row["response_id"])["trace"]["error"] for _ in range(12)))
-        until(alike)
-        own = set(re.findall(r'pomex_build_info\{version="\w+",worker="(\d+)"\}', "".join(pomex_.ask("/metrics") for _ in range(12))))
-        assert own <= set(map(str, pomex_.workers)) and own
+            return (all_show("keys", lambda page: page["keys"][0]["name"]) == ["new"] * 9
+                    and all(show == (None, 6) for show in all_show("setup", lambda page: (page["running"], len(page["refused"]))))
+                    and all_show("providers", lambda page: [each["state"] for each in page["providers"] if each["name"] == "demo"])
+                    == [["disabled"]] * 9
+                    and all(all_show("providers", lambda page: [each["error"] for each in page["providers"] if each["name"] == "local"][0]))
+                    and all(counted(pomex_.ask("/metrics")) == counts for _ in range(9))
+                    and all(feed.heard() >= collections.Counter(events) for feed in feeds))
+        until(alike, 4.0)
+        assert time.monotonic() - ended < 3.0, "a second until it is written, and one until it is looked for"
+        assert all({**feed.heard(), "started": 1} == events for feed in feeds), "each once, but for the quick one's start"
+        own = [set(re.findall(rf'{name}\{{worker="(\d+)"\}} [0-9.]+\n', "".join(pomex_.ask("/metrics") for _ in range(12))))
+               for name in ("process_start_time_seconds", "process_cpu_seconds_total")]
+        assert all(each and each <= set(map(str, pomex_.workers)) for each in own)
 
 
 def rest_until_end(link):
@@ -470,7 +525,7 @@ def test_a_reload_replaces_workers_one_after_the_other_and_cuts_no_stream(tmp_pa
         heads = [begun(link) for link in streams]
         pomex_.write(workers=2, drain=1, more="[demo]\nenabled = false")
         pomex_.signal(signal.SIGHUP)
-        pomex_.says(r"Reloaded pomex\.toml: -1 provider")
+        pomex_.says(r"Reloaded pomex\.toml: .*providers")
         until(lambda: len(set(pomex_.workers) - set(first)) == 2)
         for head, link in zip(heads, streams):      # longer than drain_timeout_s
             assert b"event: response.completed" in head + rest_until(link, b"[DONE]")

@@ -38,32 +38,33 @@ HOURS = (1, 1, 0, 0, 0, 0, 1, 4, 9, 13, 15, 11, 6, 10, 15, 14, 11, 7, 4, 3, 2, 2
 
 def month(ledger, config, now_s, seed=11):
     """Rows of thirty days up to now, the same in every run but for their times."""
-    chance, book = random.Random(seed), pomex.PriceBook(config)
+    chance, table = random.Random(seed), pomex.PriceTable(config)
     keys = {key.name: key.id for key in ledger.list_keys()}
     for hour in range(30 * 24, -1, -1):
         start_s = now_s - hour * 3600
         clock = time.localtime(start_s)
         busy = HOURS[clock.tm_hour] * (0.2 if clock.tm_wday > 4 and hour > 40 else 1)
         for _ in range(int(busy + chance.random())):
-            yield row(chance, book, keys, min(start_s + chance.random() * 3600, now_s - chance.random() * 600))
+            yield row(chance, table, keys, min(start_s + chance.random() * 3600, now_s - chance.random() * 600))
 
 
-def row(chance, book, keys, at_s):
+def row(chance, table, keys, at_s):
     model = chance.choices(list(MODELS), [often for often, _ in MODELS.values()])[0]
     provider, _, name = model.partition("/")
     tokens, ending = int(chance.lognormvariate(9.9, 0.8)), chance.random()
     used = pomex.Usage(input=tokens, cached=int(tokens * chance.uniform(0.4, 0.95)) if provider != "local" else 0,
                        output=int(chance.lognormvariate(6.6, 0.7)))
     first_ms = int(1000 * MODELS[model][1] * chance.lognormvariate(0, 0.5))
-    tariff = book.tariff(provider, name, model)
-    price = tariff.base if tariff else ""
-    return pomex.Entry(
+    schedule = table.schedule(provider, name, model)
+    price = schedule.base if schedule else ""
+    made = pomex.UsageRow(
         f"resp_{int(at_s * 1000):012x}{chance.getrandbits(80):020x}", f"req_{chance.getrandbits(128):032x}", int(at_s * 1000),
-        keys[chance.choices(("laptop-jo", "ci-runner", "nightly-evals"), (5, 4, 2))[0]], pomex.ENDPOINT, model, provider, name,
-        status="failed" if ending < 0.004 else "completed", error_code="server_error" if ending < 0.004 else "",
+        keys[chance.choices(("laptop-jo", "ci-runner", "nightly-evals"), (5, 4, 2))[0]], pomex.ENDPOINT, model, provider=provider,
+        upstream_model=name, status="failed" if ending < 0.004 else "completed", error_code="server_error" if ending < 0.004 else "",
         terminal_by="gateway" if 0.004 < ending < 0.008 else "upstream", input=used.input, cached=used.cached, output=used.output,
         reasoning=used.output // 3, first_ms=first_ms, total_ms=first_ms + used.output * 9, attempts=2 if ending > 0.982 else 1,
-        price=price, cost_nanos=pomex.cost_nanos(price, 10**6, used))
+        price=price, cost_nanos=pomex.cost_nanos(price, 10**6, used), saved_nanos=pomex.saved_nanos(price, used.cached))
+    return made._replace(result=pomex.result_of(made.status, made.terminal_by, made.attempts))
 
 
 async def provider(reader, writer):
@@ -116,8 +117,9 @@ async def demo(folder):
         config = pomex.load_config(text, str(folder / "pomex.toml"), {})
         with contextlib.closing(pomex.Ledger.open(str(folder / "pictures.db"))) as ledger:
             now_s = time.time()
-            keys = [ledger.create_key(name, now_s - 40 * 86400, budget_nanos=usd * 10**9)
+            keys = [await ledger.create_key(name, now_s - 40 * 86400, budget_nanos=usd * 10**9)
                     for name, usd in (("nightly-evals", 15), ("ci-runner", 30), ("laptop-jo", 60))]
-            pomex.insert_entries(ledger._writer, sorted(month(ledger, config, now_s), key=lambda entry: entry.started_ms))
+            rows = sorted(month(ledger, config, now_s), key=lambda row: row.started_ms)
+            await ledger.db.write(lambda tx: pomex.insert_rows(tx, rows))
             async with pomex.running(config, ledger) as server:
-                yield "http://%s:%d" % server.address, pomex.open_session(ledger, "link", 0, 600, now_s), keys[-1]
+                yield "http://%s:%d" % server.address, await pomex.open_session(ledger.db, "link", 0, 600, now_s), keys[-1]

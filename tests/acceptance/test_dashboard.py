@@ -44,9 +44,9 @@ def walk(packages, tmp_path_factory):
     async def run():
         config = pomex.load_config(f'[server]\nport = 0\n[database]\nurl = "sqlite:{folder}/p.db"\n', str(folder / "pomex.toml"), {})
         with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
-            key = ledger.create_key("walkers-own", time.time())
+            key = await ledger.create_key("walkers-own", time.time())
             async with pomex.running(config, ledger) as server:
-                link = pomex.open_session(ledger, "link", 0, 600, time.time())
+                link = await pomex.open_session(ledger.db, "link", 0, 600, time.time())
                 process = await asyncio.create_subprocess_exec(
                     "node", str(HERE / "dashboard_driver.js"), "http://%s:%d" % server.address, link, key, shots,
                     stdout=subprocess.PIPE, env={**os.environ, "NODE_PATH": str(packages), "CHROMIUM": str(CHROMIUM)})
@@ -131,7 +131,7 @@ def test_a_key_and_a_block_from_the_page_bring_codex_in_and_a_revoked_key_keeps_
         assert "Key laptop was revoked on" in refused.stdout + refused.stderr
         last = walk.hear()
         assert "The key was refused" in last["refused"] and "Key laptop was revoked" in last["refused"]
-        assert last["refusedMs"] < 1500
+        assert last["refusedMs"] < 2500                 # a second until it is written, and one until it is looked for
         assert last["faults"] == []
 
 
@@ -146,7 +146,7 @@ def test_while_there_is_no_key_and_no_request_every_page_says_what_to_do(package
         config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {})
         with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
             async with pomex.running(config, ledger) as server:
-                link = pomex.open_session(ledger, "link", 0, 600, time.time())
+                link = await pomex.open_session(ledger.db, "link", 0, 600, time.time())
                 with Walk("empty", "http://%s:%d/admin#login=%s" % (*server.address, link), packages) as walk:
                     return await asyncio.to_thread(walk.hear)
     assert asyncio.run(run())["faults"] == []
@@ -174,6 +174,7 @@ PAGES = {   # the page -> what it asks for
     "overview": "overview?since={today}&step=3600000&slots=24", "overview, 30 days": "overview?since={month}&step=86400000&slots=30",
     "keys": "keys", "usage": "usage", "usage of a result": "usage?result=failed&model=openai/gpt-5.3-codex",
     "usage by text": "usage?text=resp_", "a later page": "usage?cursor={middle}", "a request": "usage/{id}", "models": "models",
+    "usage of a session": "usage?session=none", "usage of a client": "usage?client=codex", "audit": "audit",
     "providers": "providers", "set-up": "setup", "session": "session", "statement": "accounts/default/statement?month={this_month}"}
 
 
@@ -185,13 +186,10 @@ def test_with_100_000_rows_every_page_has_its_data_soon(tmp_path):
                 made = itertools.islice(itertools.chain.from_iterable(
                     dashboard_pictures.month(ledger, config, time.time(), seed) for seed in itertools.count()), ROWS)
                 while batch := list(itertools.islice(made, 1000)):
-                    pomex.insert_entries(ledger._writer, batch)
-                while pomex.rolled_up(ledger._writer) < pomex.last_row_id(ledger._writer):       # as it goes on the way of requests
-                    with pomex.transaction(ledger._writer):
-                        pomex.roll_up(ledger._writer, 1)
-                (rows, middle), = ledger.read("SELECT count(*), max(id) / 2 FROM usage")
-                (found,), = ledger.read("SELECT response_id FROM usage WHERE id = ?", (middle,))
-                token = pomex.open_session(ledger, "admin", 0, 600, time.time())
+                    await ledger.db.write(lambda tx, batch=batch: pomex.insert_rows(tx, batch))
+                (rows, middle), = await ledger.db.read("SELECT count(*), max(id) / 2 FROM usage")
+                (found,), = await ledger.db.read("SELECT response_id FROM usage WHERE id = ?", middle)
+                token = await pomex.open_session(ledger.db, "admin", 0, 600, time.time())
             assert rows >= ROWS
             day = time.time() // 86400 * 86_400_000
             words = {"today": int(day), "month": int(day) - 29 * 86_400_000, "middle": middle, "id": found, "this_month": time.strftime("%Y-%m")}

@@ -55,7 +55,7 @@ def gateway(port, pipe):
         config = pomex.load_config(f'[server]\nport = 0\n[providers.a]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:{port}/v1"\n', "p.toml", {})
         with tempfile.TemporaryDirectory() as folder:
             ledger = pomex.Ledger.open(folder + "/pomex.db")
-            token = ledger.create_key("k", time.time())
+            token = await ledger.create_key("k", time.time())
             async with pomex.running(config, ledger) as server:
                 os.write(pipe, json.dumps([list(server.address), token]).encode())
                 await asyncio.sleep(3600)

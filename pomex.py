@@ -9068,192 +9068,6 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
              "after": json.loads(row[6])} for row in rows]
 
 
-# --- 8.11 what the dashboard reads ----------------------------------------------------------------
-#
-# `key_id` narrows each answer to one key, for its holder; 0 is every key.
-
-FILTERS: dict[str, str] = {         # of the usage log: name in its URL -> condition
-    "from": "started_ms >= ?", "to": "started_ms < ?", "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
-    "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)", "model": "model = ?", "provider": "provider = ?",
-    "endpoint": "endpoint = ?", "result": "result = ?", "min_cost": "cost_nanos >= ?", "session": "session = ?",
-    "client": "lower(client) LIKE lower(?) ESCAPE '!'",
-    "text": "lower(response_id || ' ' || request_id || ' ' || error_code || ' ' || error) LIKE lower(?) ESCAPE '!'",
-}
-NUMERIC_FILTERS = ("from", "to", "min_cost")
-ROW_FILTERS = ("min_cost", "session", "client", "text")     # of what rollups do not have
-LOST_NANOS = ("(SELECT coalesce(sum(lost.cost_nanos), 0) FROM usage AS lost WHERE lost.response_id = usage.response_id "
-              "AND lost.final = 0)")
-ROW_COLUMNS = ("id", "key", "account", "lost_nanos", *USAGE_COLUMNS)
-SELECT_ROWS = f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {LOST_NANOS}, {', '.join(USAGE_COLUMNS)} FROM usage WHERE "
-PLAY_KEY = "playground"             # the dashboard's own, to which nobody holds the secret
-LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
-
-
-async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
-    """(provider, milliseconds to the first output, to the end) of answered requests."""
-    newest = f"SELECT * FROM usage WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {LATENCY_ROWS}"
-    return await db.read(f"SELECT provider, first_ms, total_ms FROM ({newest}) AS newest WHERE started_ms >= ? "
-                         "AND status IN ('completed', 'incomplete')", since_ms)
-
-
-def percentiles(values: Iterable[int]) -> list[int]:
-    """p50 and p95; 0 of none."""
-    ordered = sorted(values)
-    return [ordered[min(int(part * len(ordered)), len(ordered) - 1)] if ordered else 0 for part in (0.5, 0.95)]
-
-
-DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "result": "result"}
-
-
-async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
-    """What the overview shows of `slots` steps; each begins with a half hour."""
-    since_ms -= since_ms % HALF_HOUR_MS
-    length_ms, now_ms, mine = step_ms * slots, int(now_s * 1000), key_condition(key_id)
-    found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, since_ms + length_ms, mine)
-    by = {dimension: sorted(sum_by(found, place), key=lambda each: (-each["cost_nanos"], -each["requests"]))
-          for place, dimension in enumerate(DIMENSIONS)}
-    steps = await usage_sums(db, [f"(started_ms - {since_ms}) / {step_ms}", "provider"], since_ms, since_ms + length_ms, mine)
-    times = await latencies(db, since_ms, key_id)
-    passed_ms, before_ms = min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS, since_ms - length_ms
-    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
-    first_day, next_day = period_bounds("month", now_s)
-    spent = await spent_nanos(db, "key_id", first_day)
-    return {
-        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
-        "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS}, "before_nanos": before["cost_nanos"],
-        "month": {"spent_nanos": spent.get(key_id, 0) if key_id else sum(spent.values()), "first_day": first_day,
-                  "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
-        "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
-        "total_ms": percentiles(total_ms for _, _, total_ms in times),
-        "series": time_series({(slot, name): sums for (slot, name), sums in steps}, slots), "by": by}
-
-
-def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
-    """The sums of groups by one of what they are grouped by."""
-    sums: dict[Any, collections.Counter[str]] = {}
-    for group, each in found:
-        sums.setdefault(group[place], collections.Counter(dict.fromkeys(SUMS, 0))).update(each)
-    return [{"name": name, **each} for name, each in sums.items()]
-
-
-def time_series(sums: Mapping[tuple[int, str], JSON], slots: int) -> list[JSON]:
-    """One a name."""
-    def line(name: str, *columns: str) -> list[int]:
-        cells = [sums.get((slot, name), {}) for slot in range(slots)]
-        return [sum(cell.get(column, 0) for column in columns) for cell in cells]
-    return [{"name": name, "cost_nanos": line(name, "cost_nanos"), "requests": line(name, "requests"),
-             "tokens": line(name, "input", "output")} for name in dict.fromkeys(name for _, name in sums)]
-
-
-def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]]:
-    """The condition of a filtered log and its values; BadRequest for a filter that is none."""
-    where, values = [key_condition(key_id)], []
-    for name, text in filters.items():
-        if (name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text)
-                or name == "result" and text not in RESULTS):
-            raise BadRequest(f"{name[:40]!r} is no filter, or its value is not right.", param=name[:40])
-        plain = text.encode("utf-8", "replace").decode().replace("\0", "?")
-        if name in ("client", "text"):
-            plain = "%" + re.sub("[!%_]", r"!\g<0>", plain) + "%"
-        values.append(int(text) if name in NUMERIC_FILTERS else plain)
-        where.append(FILTERS[name])
-    return " AND ".join(where), values
-
-
-async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int, newest_first: bool = True) -> list[JSON]:
-    """Requests by a condition."""
-    order = "DESC" if newest_first else "ASC"
-    rows = await db.read(f"{SELECT_ROWS}final = 1 AND {where} ORDER BY id {order} LIMIT ?", *values, limit)
-    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
-
-
-async def log_rows(db: Database, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
-    """A page of the log, newest first, of the rows before an id."""
-    where, values = usage_where(filters, key_id)
-    return await usage_rows(db, f"{where} AND id < ?", [*values, before_id], limit)
-
-
-async def log_sums(db: Database, filters: Mapping[str, str], key_id: int) -> JSON:
-    """The sums of all rows of a filtered log; of rollups where those can tell."""
-    where, values = usage_where(filters, key_id)
-    by_row = any(name in ROW_FILTERS or name in NUMERIC_FILTERS and int(text) % HALF_HOUR_MS for name, text in filters.items())
-    (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, "usage" if by_row else "usage_rollups")
-    return sums
-
-
-async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
-    """(its row, all that are billed for it); None where there is none for this key."""
-    rows = await usage_rows(db, f"response_id = ? AND {key_condition(key_id)}", [response_id], 1)
-    lines = await db.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ? ORDER BY attempt", response_id)
-    return (rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]) if rows else None
-
-
-async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
-    """Every key with what it has spent in its period and this month, and its last use; newest first."""
-    db = ledger.db
-    spent = {period: await spent_nanos(db, "key_id", period_bounds(period, now_s)[0])
-             for period in {"month", *(key.period for key in ledger.keys.values())}}
-    last: dict[int, int] = dict(await db.read("SELECT key_id, max(last_ms) FROM usage_rollups GROUP BY key_id"))
-    shown = [name for name in Key.__slots__ if name != "digest"]
-    return [{**{name: getattr(key, name) for name in shown}, "spent_nanos": spent[key.period].get(key.id, 0),
-             "month_nanos": spent["month"].get(key.id, 0), "last_ms": last.get(key.id, 0)}
-            for key in sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))]
-
-
-async def month_budget(db: Database, now_s: float) -> int:
-    """What may be spent this month: by the accounts' limits, else by the keys' monthly budgets; 0 where one has none."""
-    accounts = await db.read("SELECT limit_nanos FROM accounts WHERE id IN (SELECT account_id FROM keys)")
-    keys = await db.read("SELECT CASE period WHEN 'month' THEN budget_nanos END FROM keys WHERE revoked_s = 0 "
-                         "AND name <> ? AND (expires_s = 0 OR expires_s > ?)", PLAY_KEY, int(now_s))
-    return next((sum(nanos for nanos, in rows) for rows in (accounts, keys) if rows and (None,) not in rows), 0)
-
-
-def csv_line(cells: Iterable[object]) -> str:
-    """One line of CSV. An apostrophe before what a spreadsheet would take for a formula, also behind a semicolon: many
-    countries' spreadsheets split cells there."""
-    texts = (re.sub(r'(^|;"*)(?=[=+@-])', r"\1'", cell) if isinstance(cell, str) else str(cell) for cell in cells)
-    return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
-
-
-# --- 8.12 who is logged in to the dashboard --------------------------------------------------------
-#
-# In the database, since any process may be asked. Only digests are stored.
-
-SESSION_S = 12 * 3600           # a working day
-LOGIN_LINK_S = 600
-
-
-async def open_session(db: Database, kind: str, key_id: int, life_s: int, now_s: float) -> str:
-    """A new secret of the kind "link" (one login), "admin" or "key"."""
-    token = secrets.token_urlsafe(18)
-
-    def run(tx: Transaction) -> None:
-        tx.execute("DELETE FROM sessions WHERE expires_s <= ?", (int(now_s),))
-        tx.execute("INSERT INTO sessions (digest, kind, key_id, expires_s) VALUES (?, ?, ?, ?)",
-                   (key_digest(token), kind, key_id, int(now_s) + life_s))
-    await db.write(run)
-    return token
-
-
-async def find_session(db: Database, token: str, now_s: float) -> Row | None:
-    """(kind, key id, number) of a session that is open."""
-    rows = await db.read("SELECT kind, key_id, id FROM sessions WHERE digest = ? AND kind <> 'link' AND expires_s > ?",
-                         key_digest(token), int(now_s))
-    return rows[0] if rows else None
-
-
-async def use_login_link(db: Database, token: str, now_s: float) -> bool:
-    """Whether it was good: it is so once. A guess locks nothing."""
-    found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), int(now_s))
-    if not await db.read(f"SELECT 1 {found}", *values):
-        return False
-    return await db.write(lambda tx: tx.execute(f"DELETE {found}", values)) == 1
-
-
-async def close_session(db: Database, token: str) -> None:
-    await db.write(lambda tx: tx.execute("DELETE FROM sessions WHERE digest = ?", (key_digest(token),)))
-
-
 # === 9. upstream ==================================================================================
 #
 # One exchange with a provider: a pooled connection, TLS, a proxy, and the time limits. A failure says where it happened and
@@ -11050,9 +10864,9 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
         result=result_of(attempt.status, attempt.terminal_by, down.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
         error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.upstream_id),
-        served_model=usage.model if usage.model and len(names) > 1 else "", asked_ms=down.asked_ms,
-        answering_ms=down.answering_ms, first_ms=down.first_ms, total_ms=int((time.monotonic() - client.started) * 1000),
-        attempts=down.attempts, detail=dumps(detail) if failures or down.dropped else "")
+        served_model=usage.model if usage.model and len(names) > 1 else "",
+        total_ms=int((time.monotonic() - client.started) * 1000), detail=dumps(detail) if failures or down.dropped else "",
+        **{name: getattr(down, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
     for each in down.failures:
         gateway.ledger.notes["error/" + each.provider] = dumps(
             {"time_ms": row.started_ms, "message": printable_text(str(each.error))[:500]})
@@ -11272,7 +11086,154 @@ ROUTES: dict[str, dict[str, Handler]] = {
 }
 
 
-# --- 11.5 what the dashboard shows live ------------------------------------------------------------
+# --- 11.5 what the dashboard reads ----------------------------------------------------------------
+#
+# `key_id` narrows each answer to one key, for its holder; 0 is every key.
+
+FILTERS: dict[str, str] = {         # of the usage log: name in its URL -> condition
+    "from": "started_ms >= ?", "to": "started_ms < ?", "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
+    "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)", "model": "model = ?", "provider": "provider = ?",
+    "endpoint": "endpoint = ?", "result": "result = ?", "min_cost": "cost_nanos >= ?", "session": "session = ?",
+    "client": "lower(client) LIKE lower(?) ESCAPE '!'",
+    "text": "lower(response_id || ' ' || request_id || ' ' || error_code || ' ' || error) LIKE lower(?) ESCAPE '!'",
+}
+NUMERIC_FILTERS = ("from", "to", "min_cost")
+ROW_FILTERS = ("min_cost", "session", "client", "text")     # of what rollups do not have
+LOST_NANOS = ("(SELECT coalesce(sum(lost.cost_nanos), 0) FROM usage AS lost WHERE lost.response_id = usage.response_id "
+              "AND lost.final = 0)")
+ROW_COLUMNS = ("id", "key", "account", "lost_nanos", *USAGE_COLUMNS)
+SELECT_ROWS = f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {LOST_NANOS}, {', '.join(USAGE_COLUMNS)} FROM usage WHERE "
+PLAY_KEY = "playground"             # the dashboard's own, to which nobody holds the secret
+LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
+
+
+async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
+    """(provider, milliseconds to the first output, to the end) of answered requests."""
+    newest = f"SELECT * FROM usage WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {LATENCY_ROWS}"
+    return await db.read(f"SELECT provider, first_ms, total_ms FROM ({newest}) AS newest WHERE started_ms >= ? "
+                         "AND status IN ('completed', 'incomplete')", since_ms)
+
+
+def percentiles(values: Iterable[int]) -> list[int]:
+    """p50 and p95; 0 of none."""
+    ordered = sorted(values)
+    return [ordered[min(int(part * len(ordered)), len(ordered) - 1)] if ordered else 0 for part in (0.5, 0.95)]
+
+
+DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "result": "result"}
+
+
+async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
+    """What the overview shows of `slots` steps; each begins with a half hour."""
+    since_ms -= since_ms % HALF_HOUR_MS
+    length_ms, now_ms, mine = step_ms * slots, int(now_s * 1000), key_condition(key_id)
+    found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, since_ms + length_ms, mine)
+    by = {dimension: sorted(sum_by(found, place), key=lambda each: (-each["cost_nanos"], -each["requests"]))
+          for place, dimension in enumerate(DIMENSIONS)}
+    steps = await usage_sums(db, [f"(started_ms - {since_ms}) / {step_ms}", "provider"], since_ms, since_ms + length_ms, mine)
+    times = await latencies(db, since_ms, key_id)
+    passed_ms, before_ms = min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS, since_ms - length_ms
+    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
+    first_day, next_day = period_bounds("month", now_s)
+    spent = await spent_nanos(db, "key_id", first_day)
+    return {
+        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
+        "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS}, "before_nanos": before["cost_nanos"],
+        "month": {"spent_nanos": spent.get(key_id, 0) if key_id else sum(spent.values()), "first_day": first_day,
+                  "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
+        "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
+        "total_ms": percentiles(total_ms for _, _, total_ms in times),
+        "series": time_series({(slot, name): sums for (slot, name), sums in steps}, slots), "by": by}
+
+
+def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
+    """The sums of groups by one of what they are grouped by."""
+    sums: dict[Any, collections.Counter[str]] = {}
+    for group, each in found:
+        sums.setdefault(group[place], collections.Counter(dict.fromkeys(SUMS, 0))).update(each)
+    return [{"name": name, **each} for name, each in sums.items()]
+
+
+def time_series(sums: Mapping[tuple[int, str], JSON], slots: int) -> list[JSON]:
+    """One a name."""
+    def line(name: str, *columns: str) -> list[int]:
+        cells = [sums.get((slot, name), {}) for slot in range(slots)]
+        return [sum(cell.get(column, 0) for column in columns) for cell in cells]
+    return [{"name": name, "cost_nanos": line(name, "cost_nanos"), "requests": line(name, "requests"),
+             "tokens": line(name, "input", "output")} for name in dict.fromkeys(name for _, name in sums)]
+
+
+def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]]:
+    """The condition of a filtered log and its values; BadRequest for a filter that is none."""
+    where, values = [key_condition(key_id)], []
+    for name, text in filters.items():
+        if (name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text)
+                or name == "result" and text not in RESULTS):
+            raise BadRequest(f"{name[:40]!r} is no filter, or its value is not right.", param=name[:40])
+        plain = text.encode("utf-8", "replace").decode().replace("\0", "?")
+        if name in ("client", "text"):
+            plain = "%" + re.sub("[!%_]", r"!\g<0>", plain) + "%"
+        values.append(int(text) if name in NUMERIC_FILTERS else plain)
+        where.append(FILTERS[name])
+    return " AND ".join(where), values
+
+
+async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int, newest_first: bool = True) -> list[JSON]:
+    """Requests by a condition."""
+    order = "DESC" if newest_first else "ASC"
+    rows = await db.read(f"{SELECT_ROWS}final = 1 AND {where} ORDER BY id {order} LIMIT ?", *values, limit)
+    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
+
+
+async def log_rows(db: Database, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
+    """A page of the log, newest first, of the rows before an id."""
+    where, values = usage_where(filters, key_id)
+    return await usage_rows(db, f"{where} AND id < ?", [*values, before_id], limit)
+
+
+async def log_sums(db: Database, filters: Mapping[str, str], key_id: int) -> JSON:
+    """The sums of all rows of a filtered log; of rollups where those can tell."""
+    where, values = usage_where(filters, key_id)
+    by_row = any(name in ROW_FILTERS or name in NUMERIC_FILTERS and int(text) % HALF_HOUR_MS for name, text in filters.items())
+    (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, "usage" if by_row else "usage_rollups")
+    return sums
+
+
+async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
+    """(its row, all that are billed for it); None where there is none for this key."""
+    rows = await usage_rows(db, f"response_id = ? AND {key_condition(key_id)}", [response_id], 1)
+    lines = await db.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ? ORDER BY attempt", response_id)
+    return (rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]) if rows else None
+
+
+async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
+    """Every key with what it has spent in its period and this month, and its last use; newest first."""
+    db = ledger.db
+    spent = {period: await spent_nanos(db, "key_id", period_bounds(period, now_s)[0])
+             for period in {"month", *(key.period for key in ledger.keys.values())}}
+    last: dict[int, int] = dict(await db.read("SELECT key_id, max(last_ms) FROM usage_rollups GROUP BY key_id"))
+    shown = [name for name in Key.__slots__ if name != "digest"]
+    return [{**{name: getattr(key, name) for name in shown}, "spent_nanos": spent[key.period].get(key.id, 0),
+             "month_nanos": spent["month"].get(key.id, 0), "last_ms": last.get(key.id, 0)}
+            for key in sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))]
+
+
+async def month_budget(db: Database, now_s: float) -> int:
+    """What may be spent this month: by the accounts' limits, else by the keys' monthly budgets; 0 where one has none."""
+    accounts = await db.read("SELECT limit_nanos FROM accounts WHERE id IN (SELECT account_id FROM keys)")
+    keys = await db.read("SELECT CASE period WHEN 'month' THEN budget_nanos END FROM keys WHERE revoked_s = 0 "
+                         "AND name <> ? AND (expires_s = 0 OR expires_s > ?)", PLAY_KEY, int(now_s))
+    return next((sum(nanos for nanos, in rows) for rows in (accounts, keys) if rows and (None,) not in rows), 0)
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    """One line of CSV. An apostrophe before what a spreadsheet would take for a formula, also behind a semicolon: many
+    countries' spreadsheets split cells there."""
+    texts = (re.sub(r'(^|;"*)(?=[=+@-])', r"\1'", cell) if isinstance(cell, str) else str(cell) for cell in cells)
+    return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
+
+
+# --- 11.6 what the dashboard shows live ------------------------------------------------------------
 
 FEEDS_A_KEY = 20                            # and of the administrator: each open page has one
 POLL_S = 1.0
@@ -11401,7 +11362,7 @@ def codex_block(url: str, model: str) -> list[str]:
     return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
 
 
-# --- 11.6 who may ask ------------------------------------------------------------------------------
+# --- 11.7 who may ask ------------------------------------------------------------------------------
 
 LOGIN_FAILURES, LOGIN_WINDOW_S = 5, 60.0
 ADDRESSES_KEPT = 1000
@@ -11420,6 +11381,43 @@ ADMIN_ONLY = ("An API key opens the view of its holder only. This needs the admi
 
 class Forbidden(BadRequest):
     status, code = 403, "forbidden"
+
+
+# Sessions are in the database, since any process may be asked. Only digests are stored.
+
+SESSION_S = 12 * 3600           # a working day
+LOGIN_LINK_S = 600
+
+
+async def open_session(db: Database, kind: str, key_id: int, life_s: int, now_s: float) -> str:
+    """A new secret of the kind "link" (one login), "admin" or "key"."""
+    token = secrets.token_urlsafe(18)
+
+    def run(tx: Transaction) -> None:
+        tx.execute("DELETE FROM sessions WHERE expires_s <= ?", (int(now_s),))
+        tx.execute("INSERT INTO sessions (digest, kind, key_id, expires_s) VALUES (?, ?, ?, ?)",
+                   (key_digest(token), kind, key_id, int(now_s) + life_s))
+    await db.write(run)
+    return token
+
+
+async def find_session(db: Database, token: str, now_s: float) -> Row | None:
+    """(kind, key id, number) of a session that is open."""
+    rows = await db.read("SELECT kind, key_id, id FROM sessions WHERE digest = ? AND kind <> 'link' AND expires_s > ?",
+                         key_digest(token), int(now_s))
+    return rows[0] if rows else None
+
+
+async def use_login_link(db: Database, token: str, now_s: float) -> bool:
+    """Whether it was good: it is so once. A guess locks nothing."""
+    found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), int(now_s))
+    if not await db.read(f"SELECT 1 {found}", *values):
+        return False
+    return await db.write(lambda tx: tx.execute(f"DELETE {found}", values)) == 1
+
+
+async def close_session(db: Database, token: str) -> None:
+    await db.write(lambda tx: tx.execute("DELETE FROM sessions WHERE digest = ?", (key_digest(token),)))
 
 
 @dataclass(slots=True)
@@ -11510,7 +11508,7 @@ class Guard:
             raise
 
 
-# --- 11.7 operations' fields: the body of a request, the arguments of a command -----------------------
+# --- 11.8 operations' fields: the body of a request, the arguments of a command -----------------------
 
 class Argument(NamedTuple):
     """A member of an admin body, or an argument of a command."""
@@ -11620,7 +11618,7 @@ async def new_account(ledger: Ledger, given: Mapping[str, Any], who: str) -> Non
                          time.time(), who)
 
 
-# --- 11.8 the page and its data --------------------------------------------------------------------
+# --- 11.9 the page and its data --------------------------------------------------------------------
 
 @functools.cache
 def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
@@ -14098,21 +14096,17 @@ PROVIDER_CURES = (      # what the gateway says of a provider -> what to do abou
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
 
 
-def changed_settings(old: Config, new: Config) -> tuple[JSON, JSON]:
-    """What differs, before and after: {"server.port": 1, "providers.openai": "changed"}. Numbers alone are told: none is a
-    secret."""
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """The names of what differs, like server.port and providers.openai."""
     before, after = ({f"{section}.{name}": value for section in (*SECTIONS, *NAMED_SECTIONS)
                       for part in [getattr(config, section)]
                       for name, value in (part if isinstance(part, dict) else vars(part)).items()} for config in (old, new))
-    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    told = [{name: values[name] if isinstance(values[name], (int, float)) else "changed" for name in names if name in values}
-            for values in (before, after)]
-    return told[0], told[1]
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 def reload_sentence(old: Config, new: Config, streams: int) -> str:
     """`Reloaded pomex.toml: providers.openai, server.port; only a restart changes server.port.`"""
-    changed = list(dict.fromkeys(name for values in changed_settings(old, new) for name in values))
+    changed = changed_settings(old, new)
     kept = f"; {plural(streams, 'open stream')} {'keeps' if streams == 1 else 'keep'} the old settings" if streams else ""
     waiting = [name for name in changed if name.removeprefix("server.") in FIXED or name.startswith("database.")]
     restart = f"; only a restart changes {', '.join(waiting)}" if waiting else ""
@@ -14120,9 +14114,10 @@ def reload_sentence(old: Config, new: Config, streams: int) -> str:
 
 
 async def audit_reload(ledger: Ledger, old: Config, new: Config) -> None:
-    before, after = changed_settings(old, new)
+    """What changed, without its values: some are secrets."""
     with contextlib.suppress(LedgerError):
-        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None, after, before)
+        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
+                            {"changed": ", ".join(changed_settings(old, new))})
 
 
 def refused_sentence(old: Config, error: Exception) -> str:

@@ -414,7 +414,8 @@ async def test_an_origin_that_is_no_address_is_refused_like_another(gateway):
 @gateway_test
 async def test_what_another_process_began_is_open_until_that_process_has_ended(gateway):
     with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:
-        other.begin("resp_other", lambda: entry(gateway.ledger, 1, time.time())._replace(response_id="resp_other", status="in flight"))
+        begun = entry(gateway.ledger, 1, time.time(), status="in flight")._replace(response_id="resp_other")
+        other.begin("resp_other", lambda: begun)
         await other.recorded("resp_other")
         assert (await gateway.get("session"))[1]["open"] == 1
         assert (await gateway.get("setup"))[1]["running"]["response_id"] == "resp_other"
@@ -564,16 +565,16 @@ async def test_a_query_that_is_not_right_is_a_400(gateway, query):
 def entry(ledger, n, when_s, **fields):
     key = ledger.list_keys()[n % 2]
     row = pomex.UsageRow(f"resp_{n:012x}", f"req_{n}", int(when_s * 1000), key.id, "/v1/responses", f"openai/m{n % 3}", **{
-        "provider": "openai", "upstream_model": "m", "input": 1000, "cached": 400, "output": 100, "first_ms": 500, "total_ms": 2000,
-        "attempts": 1, "price": "2 10 0.5", "cost_nanos": 2_400_000, **fields})
+        "provider": "openai", "upstream_model": "m", "input": 1000, "cached": 400, "output": 100, "first_ms": 500,
+        "total_ms": 2000, "attempts": 1, "price": "2 10 0.5", "cost_nanos": 2_400_000, **fields})
     return row._replace(result=pomex.result_of(row.status, row.terminal_by, row.attempts),
                         saved_nanos=pomex.saved_nanos(row.price, row.cached))
 
 
 def lost_attempt(row, **fields):
     """An attempt of a request that was given up at another provider, before the one that `row` is of."""
-    return row._replace(**{"attempt": row.attempt - 1, "final": 0, "status": "lost", "provider": "azure", "cached": 0, "output": 0,
-                           "saved_nanos": 0, **fields})
+    return row._replace(**{"attempt": row.attempt - 1, "final": 0, "status": "lost", "provider": "azure", "cached": 0,
+                           "output": 0, "saved_nanos": 0, **fields})
 
 
 @gateway_test
@@ -626,7 +627,8 @@ async def test_one_request_shows_its_lines(gateway):
 @gateway_test
 async def test_a_row_says_whose_conversation_it_was_with_which_client_and_what_was_wrong(gateway):
     asked = [("demo/echo", {"session_id": "talk-1", "user-agent": "codex_exec/0.171 (Linux)"}),
-             ("demo/error", {"x-session-id": "talk-2", "user-agent": "My_Script/1"}), ("demo/echo", {"user-agent": "MyXScript/1"})]
+             ("demo/error", {"x-session-id": "talk-2", "user-agent": "My_Script/1"}),
+             ("demo/echo", {"user-agent": "MyXScript/1"})]
     for model, headers in asked:
         await gateway.answer(gateway.key, model, headers)
     insert(gateway.ledger, [entry(gateway.ledger, 9, time.time(), tier="priority")])

@@ -491,8 +491,8 @@ def test_a_provider_that_echoes_its_key_everywhere_is_not_heard(key, tmp_path, m
                         told.append(await gateway.post({"model": f"{name}/m", "input": "x", "stream": count % 2 == 0}, *["originator: codex_exec"] * (count % 3 == 0)))
                         count += 1
             head = f"host: localhost:{gateway.server.address[1]}\r\nauthorization: Bearer administrator-{key}\r\nconnection: close\r\n\r\n"
-            for path in ("metrics", "admin/api/usage?limit=500", "admin/api/usage.csv", "admin/api/overview", "admin/api/providers", "admin/api/setup",
-                         "admin/api/audit"):
+            for path in ("metrics", "admin/api/usage?limit=500", "admin/api/usage.csv", "admin/api/overview", "admin/api/providers",
+                         "admin/api/setup", "admin/api/audit"):
                 told.append(await gateway.raw(f"GET /{path} HTTP/1.1\r\n{head}"))
                 assert statuses(told[-1]) == [200], told[-1][:300]
             assert len(read(ledger, "SELECT id FROM usage WHERE final = 1")) > 50

@@ -216,7 +216,7 @@ def test_a_new_configuration_is_taken_up_whole_and_open_streams_keep_the_old_one
                      "[demo]\nenabled = false")
         pomex_.signal(signal.SIGHUP)
         said = pomex_.says(r"Reloaded .*\n")[0]
-        assert said == ("Reloaded pomex.toml: demo.enabled, providers.demo, server.workers, providers.other; 1 open stream keeps the old settings; "
+        assert said == ("Reloaded pomex.toml: demo.enabled, providers.demo, providers.other, server.workers; 1 open stream keeps the old settings; "
                         "only a restart changes server.workers.\n")
         assert b"model_not_found" in rest_until(pomex_.stream("demo/echo"), b"}}")
         data += rest_until(stream, b"[DONE]")
@@ -447,7 +447,8 @@ class Feed:
 
     def __init__(self, pomex_):
         self.data, self.link = b"", socket.create_connection(("127.0.0.1", pomex_.port), timeout=5)
-        self.link.sendall(f"GET /admin/api/events HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {ADMIN_TOKEN}\r\n\r\n".encode())
+        self.link.sendall(b"GET /admin/api/events HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\n\r\n"
+                          % ADMIN_TOKEN.encode())
         while b": hello" not in self.data:
             self.data += self.link.recv(65536)
         self.link.setblocking(False)
@@ -489,17 +490,20 @@ def test_what_one_worker_sees_the_others_show_too_within_two_seconds(tmp_path):
         assert failed["error"]
 
         events = {"started": 1, "usage": 2, "refused": 6, "key": 1, "provider": 1}
-        counts = {"pomex_requests_total": 2, "pomex_refusals_total": 6, "pomex_request_duration_seconds_count": 2, "pomex_streams_open": 0}
+        counts = {"pomex_requests_total": 2, "pomex_refusals_total": 6, "pomex_request_duration_seconds_count": 2,
+                  "pomex_streams_open": 0}
 
         def counted(text):
             return {name: sum(map(int, re.findall(rf"^{name}(?:\{{.*\}})? (\d+)$", text, re.MULTILINE))) for name in counts}
 
+        def of(page, name):
+            return next(each for each in page["providers"] if each["name"] == name)
+
         def alike():
             return (all_show("keys", lambda page: page["keys"][0]["name"]) == ["new"] * 9
                     and all(show == (None, 6) for show in all_show("setup", lambda page: (page["running"], len(page["refused"]))))
-                    and all_show("providers", lambda page: [each["state"] for each in page["providers"] if each["name"] == "demo"])
-                    == [["disabled"]] * 9
-                    and all(all_show("providers", lambda page: [each["error"] for each in page["providers"] if each["name"] == "local"][0]))
+                    and all_show("providers", lambda page: of(page, "demo")["state"]) == ["disabled"] * 9
+                    and all(all_show("providers", lambda page: of(page, "local")["error"]))
                     and all(counted(pomex_.ask("/metrics")) == counts for _ in range(9))
                     and all(feed.heard() >= collections.Counter(events) for feed in feeds))
         until(alike, 4.0)

@@ -614,7 +614,7 @@ def test_the_ledger_equals_an_independent_count(tmp_path: Path) -> None:
     print(f"{len(answers)} requests in {took:.0f} s, {len(rows)} lines ({lost} of attempts given up), {estimated} estimated: "
           f"output off by {off / max(estimated, 1):+.1f} tokens a line; {len(refused)} refused for want of a price; "
           f"{exact} nano-dollars equal; sums equal: {dict(told)}")
-    assert len(refused) > len(answers) // 30 and not any(number[6:] in {key[0] for key in upstream.generated} for number in refused)
+    assert len(refused) > len(answers) // 30 and not refused & {f"money-{number}" for number, _ in upstream.generated}
     assert told["web_searches"] > len(answers) // 10
 
 
@@ -657,8 +657,8 @@ def test_kill_9_under_load_loses_no_request_of_which_a_client_saw_a_byte(tmp_pat
     assert read(config, "SELECT sum(granted) FROM meters") == [(0,)] and read(config, "SELECT process FROM open_requests") == []
     assert json.loads(command(config, "ledger", "verify", "--json"))["wrong"] == []
     interrupted = sum(row["error_code"] == "interrupted" for row in rows)
-    print(f"{ROUNDS} kills of {workers} workers: {len(ended)} answers seen whole, all with their row; {len(begun - ended)} in part; "
-          f"{interrupted} requests interrupted")
+    print(f"{ROUNDS} kills of {workers} workers: {len(ended)} answers seen whole, all with their row; {len(begun - ended)} "
+          f"in part; {interrupted} requests interrupted")
     assert len(ended) > ROUNDS
 
 
@@ -708,7 +708,8 @@ def test_four_processes_share_one_limit(tmp_path: Path, name: str) -> None:
     print(f"{' '.join(setting)}: {served} of 200 served by four processes in {took:.1f} s, {upstream.most_at_once} at once, "
           f"{spent / 1e9:.4f} USD")
     assert len(rows) == served == len(upstream.generated), "who is refused asks nobody and has no row"
-    assert read(tmp_path / "pomex.toml", "SELECT value FROM counters WHERE name LIKE '%pomex_refusals_total%'") == [(200 - served,)]
+    counted = read(tmp_path / "pomex.toml", "SELECT value FROM counters WHERE name LIKE '%pomex_refusals_total%'")
+    assert counted == [(200 - served,)]
     log = "".join(file.read_text() for file in tmp_path.glob("log-*"))
     assert len(re.findall(rf" 429 k POST /v1/responses  {sentence}", log)) == 200 - served > 0
     if name == "budget":
@@ -727,16 +728,17 @@ DAYS, WORKED_MS = 261, 8 * 3_600_000            # of a year, and of such a day
 FILL = f"""WITH RECURSIVE n(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM n WHERE n < 999999),
         days(n, day, part) AS (SELECT n, n * {DAYS} / 1000000, n * {DAYS} % 1000000 FROM n)
     INSERT INTO usage (response_id, request_id, started_ms, key_id, endpoint, model, attempt, final, account_id, provider,
-        upstream_model, served_model, status, result, error_code, error, terminal_by, estimated, tier, session, client, input, cached,
-        cache_write, output, reasoning, cache_write_1h, web_searches, price, multiplier, cost_nanos, saved_nanos, asked_ms,
+        upstream_model, served_model, status, result, error_code, error, terminal_by, estimated, tier, session, client, input,
+        cached, cache_write, output, reasoning, cache_write_1h, web_searches, price, multiplier, cost_nanos, saved_nanos, asked_ms,
         answering_ms, first_ms, total_ms, attempts, upstream_id, detail)
-    SELECT printf('resp_%012d', n), 'r' || n, (? + day / 5 * 7 + day % 5) * {pomex.DAY_MS} + {WORKED_MS} + part * {WORKED_MS} / 1000000, 1 + n % 3, '/v1/responses', 'plain/m' || (n / 7 % 10),
-        1, 1, 1, 'plain', 'm', '', CASE WHEN n % 50 THEN 'completed' ELSE 'failed' END, CASE WHEN n % 50 THEN 'completed' ELSE 'failed'
-        END, '', '', 'upstream', '', '', 's' || (n % 1000), 'codex', 1000, 0, 0, 10, 0, 0, 0, '1.5 10.25 0.1 1.875 - -', 1000000, 1602500,
-        0, 1, 2, 3, 4, 1, '', '' FROM days"""
+    SELECT printf('resp_%012d', n), 'r' || n, (? + day / 5 * 7 + day % 5) * {pomex.DAY_MS} + {WORKED_MS} + part * {WORKED_MS} / 1000000,
+        1 + n % 3, '/v1/responses', 'plain/m' || (n / 7 % 10), 1, 1, 1, 'plain', 'm', '',
+        CASE WHEN n % 50 THEN 'completed' ELSE 'failed' END, CASE WHEN n % 50 THEN 'completed' ELSE 'failed' END, '', '', 'upstream',
+        '', '', 's' || (n % 1000), 'codex', 1000, 0, 0, 10, 0, 0, 0, '1.5 10.25 0.1 1.875 - -', 1000000, 1602500, 0, 1, 2, 3, 4, 1,
+        '', '' FROM days"""
 ROLL_UP = f"""INSERT INTO usage_rollups ({', '.join((*pomex.ROLLUP_KEY, *pomex.SUMS, 'last_ms'))})
-    SELECT started_ms / {pomex.HALF_HOUR_MS} * {pomex.HALF_HOUR_MS}, {', '.join(pomex.ROLLUP_KEY[1:])}, count(*), sum(status = 'failed'), 0, 0,
-    {', '.join(f'sum({name})' for name in pomex.SUMS[4:])}, max(started_ms) FROM usage
+    SELECT started_ms / {pomex.HALF_HOUR_MS} * {pomex.HALF_HOUR_MS}, {', '.join(pomex.ROLLUP_KEY[1:])}, count(*),
+    sum(status = 'failed'), 0, 0, {', '.join(f'sum({name})' for name in pomex.SUMS[4:])}, max(started_ms) FROM usage
     GROUP BY 1, {', '.join(str(number + 2) for number in range(len(pomex.ROLLUP_KEY) - 1))}"""
 
 
@@ -753,8 +755,9 @@ def test_over_a_million_rows_every_report_is_there_in_a_third_of_a_second(tmp_pa
         begun = time.process_time()
         for _ in range(40):
             rows = [pomex.UsageRow(
-                f"resp_new{next(numbers)}", "r", int(time.time() * 1000), 1 + number % 3, "/v1/responses", "plain/m", 1, 1, 1, "plain", "m",
-                result="completed", input=1000, output=10, price="1.5 10.25 0.1 1.875 - -", cost_nanos=1_602_500) for number in range(50)]
+                f"resp_new{next(numbers)}", "r", int(time.time() * 1000), 1 + number % 3, "/v1/responses", "plain/m", 1, 1, 1,
+                "plain", "m", result="completed", input=1000, output=10, price="1.5 10.25 0.1 1.875 - -", cost_nanos=1_602_500)
+                for number in range(50)]
             ledger.db.run(lambda tx, rows=rows: pomex.settle_requests(tx, [[row] for row in rows]))
         return (time.process_time() - begun) / 2000
     before, now_s = settling(), time.time()

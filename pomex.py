@@ -8654,7 +8654,7 @@ class Ledger:
         def audited(tx: Transaction) -> None:
             run(tx)
             columns = {"time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
-                       "before": dumps(before or {}), "after": dumps(after)}
+                       "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))}
             tx.execute(insertion("audit", columns), [*columns.values()])
         await self.db.write(audited)
         await self.refresh()
@@ -8700,6 +8700,12 @@ class Ledger:
         """A whole copy while servers run; a file that is there is not overwritten."""
         with database_errors(path):
             self.db.copy(path)
+
+
+def in_usd(values: JSON) -> JSON:
+    """{"limit_nanos": 12_500_000_000} as {"limit_usd": "12.5"}."""
+    return {name.replace("nanos", "usd"): format_usd(value, 9).rstrip("0").rstrip(".")
+            if "nanos" in name and value is not None else value for name, value in values.items()}
 
 
 def end_waiting(done: asyncio.Future[None]) -> None:

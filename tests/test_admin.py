@@ -677,12 +677,12 @@ async def test_every_change_is_in_the_audit_log_with_who_made_it_and_what_was_be
     await gateway.ask("POST", "/admin/api/playground", {"model": "demo/echo", "input": "hi"}, {**JSON_TYPE, **ADMIN})
     token, session = "admin_token from 127.0.0.1", "session 1 from 127.0.0.1"
     expected = [
-        (token, "key created", "new", {}, {"budget_nanos": 12_500_000_000, "rpm": 3}),
-        (session, "key edited", "new", {"budget_nanos": 12_500_000_000, "rpm": 3}, {"budget_nanos": None, "rpm": 5}),
+        (token, "key created", "new", {}, {"budget_usd": "12.5", "rpm": 3}),
+        (session, "key edited", "new", {"budget_usd": "12.5", "rpm": 3}, {"budget_usd": None, "rpm": 5}),
         (session, "key revoked", "new", {"revoked_s": 0}, {"revoked_s": gateway.ledger.keys[number].revoked_s}),
-        (token, "account created", "team", {}, {"prepaid": 1, "limit_nanos": 7 * 10**9, "multiplier": 1_000_000}),
-        (token, "credit added", "team", {}, {"kind": "top-up", "nanos": 20 * 10**9, "reason": ""}),
-        (token, "credit added", "team", {}, {"kind": "adjustment", "nanos": -5 * 10**9, "reason": "refund"}),
+        (token, "account created", "team", {}, {"prepaid": 1, "limit_usd": "7", "multiplier": 1_000_000}),
+        (token, "credit added", "team", {}, {"kind": "top-up", "usd": "20", "reason": ""}),
+        (token, "credit added", "team", {}, {"kind": "adjustment", "usd": "-5", "reason": "refund"}),
         (token, "provider disabled", "demo", {"disabled": False}, {"disabled": True}),
         (session, "provider enabled", "demo", {"disabled": True}, {"disabled": False}),
         (token, "key created", pomex.PLAY_KEY, {}, {})]

@@ -226,9 +226,9 @@ CHANGES = {     # what is done -> its row of the audit log: who, action, name, b
     "or enabled": (lambda ledger: ledger.use_provider("azure", True),
                    ("", "provider enabled", "azure", {"disabled": False}, {"disabled": False})),
     "an account is made": (lambda ledger: pomex.create_account(ledger, "acme", True, None, pomex.ONE, NOW, "bo"),
-                           ("bo", "account created", "acme", {}, {"prepaid": 1, "limit_nanos": None, "multiplier": pomex.ONE})),
+                           ("bo", "account created", "acme", {}, {"prepaid": 1, "limit_usd": None, "multiplier": pomex.ONE})),
     "it gets credit": (lambda ledger: pomex.add_credit(ledger, "default", 5, "gift", NOW, "a\0\ud800"),
-                       ("a??", "credit added", "default", {}, {"kind": "adjustment", "nanos": 5, "reason": "gift"})),
+                       ("a??", "credit added", "default", {}, {"kind": "adjustment", "usd": "0.000000005", "reason": "gift"})),
 }
 
 

@@ -24,7 +24,7 @@ import pytest
 
 import faults
 import pomex
-from ledgers import recent
+from ledgers import audited, recent
 
 FILE = pomex.__file__
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
@@ -114,12 +114,16 @@ class Gateway:
 
     def settled(self, count):
         """The usage rows, once there are so many."""
-        database = types.SimpleNamespace(path=str(self.folder / "pomex.db"))
+        return until(lambda: len(rows := recent(self.ledger, 10**6)) >= count and rows)
 
-        def rows():
-            found = recent(types.SimpleNamespace(db=database), 10**6)       # only looks: nothing is settled by this test
-            return found if len(found) >= count else None
-        return until(rows)
+    @property
+    def ledger(self):
+        """What helpers read the database of: they only look, nothing is settled by this test."""
+        return types.SimpleNamespace(db=types.SimpleNamespace(path=str(self.folder / "pomex.db")))
+
+    @property
+    def settings_changed(self):
+        return [row for row in audited(self.ledger) if row[1] == "settings changed"]
 
 
 @contextlib.contextmanager
@@ -213,11 +217,13 @@ def test_a_new_configuration_is_taken_up_whole_and_open_streams_keep_the_old_one
         stream = pomex_.stream()
         data = begun(stream)
         pomex_.write(workers=2, more='[providers.other]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:8/v1"\n'
-                     "[demo]\nenabled = false")
+                     'api_key = "sk-hidden"\n[demo]\nenabled = false')
         pomex_.signal(signal.SIGHUP)
         said = pomex_.says(r"Reloaded .*\n")[0]
-        assert said == ("Reloaded pomex.toml: demo.enabled, providers.demo, providers.other, server.workers; 1 open stream keeps the old settings; "
-                        "only a restart changes server.workers.\n")
+        assert said == ("Reloaded pomex.toml: demo.enabled, providers.demo, providers.other, server.workers; "
+                        "1 open stream keeps the old settings; only a restart changes server.workers.\n")
+        assert until(lambda: pomex_.settings_changed) == [
+            ("SIGHUP", "settings changed", "pomex.toml", {}, {"changed": said.partition(": ")[2].partition(";")[0]})]
         assert b"model_not_found" in rest_until(pomex_.stream("demo/echo"), b"}}")
         data += rest_until(stream, b"[DONE]")
         assert b"event: response.completed" in data
@@ -530,11 +536,13 @@ def test_a_reload_replaces_workers_one_after_the_other_and_cuts_no_stream(tmp_pa
         pomex_.write(workers=2, drain=1, more="[demo]\nenabled = false")
         pomex_.signal(signal.SIGHUP)
         pomex_.says(r"Reloaded pomex\.toml: .*providers")
+        until(lambda: pomex_.settings_changed)
         until(lambda: len(set(pomex_.workers) - set(first)) == 2)
         for head, link in zip(heads, streams):      # longer than drain_timeout_s
             assert b"event: response.completed" in head + rest_until(link, b"[DONE]")
         until(lambda: len(pomex_.workers) == 2 and not set(pomex_.workers) & set(first))
         assert b"model_not_found" in rest_until(pomex_.stream("demo/echo"), b"}}")
+        assert len(pomex_.settings_changed) == 1, "once, not once a worker"
         pomex_.signal(signal.SIGTERM)
         assert pomex_.end() == 0
 

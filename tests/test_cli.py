@@ -403,12 +403,12 @@ def test_what_is_changed_on_the_command_line_is_in_the_audit_log_with_who_did_it
     with contextlib.closing(pomex.Ledger.open(pomex.load_config("", "", os.environ).database.path)) as ledger:
         key, = ledger.list_keys()
         assert audited(ledger) == [
-            ("jo (cli)", "key created", "k", {}, {"budget_nanos": 5 * 10**9, "period": "day"}),
-            ("jo (cli)", "key edited", "k", {"budget_nanos": 5 * 10**9, "period": "day", "rpm": 0},
-             {"budget_nanos": 7 * 10**9, "period": "week", "rpm": 3}),
+            ("jo (cli)", "key created", "k", {}, {"budget_usd": "5", "period": "day"}),
+            ("jo (cli)", "key edited", "k", {"budget_usd": "5", "period": "day", "rpm": 0},
+             {"budget_usd": "7", "period": "week", "rpm": 3}),
             ("jo (cli)", "key revoked", "k", {"revoked_s": 0}, {"revoked_s": key.revoked_s}),
-            ("jo (cli)", "account created", "team", {}, {"prepaid": 1, "limit_nanos": None, "multiplier": pomex.ONE}),
-            ("jo (cli)", "credit added", "team", {}, {"kind": "top-up", "nanos": 20 * 10**9, "reason": ""})]
+            ("jo (cli)", "account created", "team", {}, {"prepaid": 1, "limit_usd": None, "multiplier": pomex.ONE}),
+            ("jo (cli)", "credit added", "team", {}, {"kind": "top-up", "usd": "20", "reason": ""})]
 
 
 def test_a_user_without_a_name_is_called_by_his_number(monkeypatch):

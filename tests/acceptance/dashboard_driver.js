@@ -21,7 +21,7 @@ function call(method, path, body, headers = {}) {
   // the live set-up page
   await go("setup");
   const seen = (title, cure) => page.waitForFunction(([t, c]) => [...document.querySelectorAll("#main tbody tr")].some(
-    row => row.textContent.includes(t) && row.textContent.includes(c)), [title, cure], { timeout: 2500 }).then(() => true);
+    row => row.textContent.includes(t) && row.textContent.includes(c)), [title, cure], { timeout: 3000 }).then(() => true);
   const body = m => JSON.stringify({ model: m, input: "hi" });
   for (const [name, path, text, headers, title, cure] of [
     ["placeholder key", "/v1/responses", body("demo/echo"), { authorization: "Bearer sk-rh-xxxxxxxxxxxx" }, "The key was refused", "guide's placeholder"],
@@ -31,8 +31,8 @@ function call(method, path, body, headers = {}) {
     ["chat endpoint", "/v1/chat/completions", "{}", {}, "Another API was called", "wire_api"],
     ["wrong model", "/v1/responses", body("demo/ecko"), {}, "That model is not known", "Did you mean demo/echo"],
     ["hostile model and User-Agent", "/v1/responses", body(EVIL), { "user-agent": EVIL }, "That model is not known", EVIL],
-  ]) await check("set-up names within two seconds: " + name, async () => { await call("POST", path, text, headers); return seen(title, cure); });
-  await check("set-up names within two seconds: WebSocket attempt", async () => {
+  ]) await check("set-up names within three seconds: " + name, async () => { await call("POST", path, text, headers); return seen(title, cure); });
+  await check("set-up names within three seconds: WebSocket attempt", async () => {
     await call("GET", "/v1/responses", undefined, { upgrade: "websocket", connection: "Upgrade" }).catch(() => 0); return seen("A WebSocket was tried", "wire_api"); });
   await check("set-up waits for Codex, whoever else asks", async () => {
     await call("POST", "/v1/responses", JSON.stringify({ model: "demo/echo", input: "hi", stream: true }), {});

@@ -9,6 +9,7 @@ memory at rest; time to the first answer. Figures are multiples, since only thos
 but for the latency of a token over a kept-alive connection, in ms, beside that of a connection straight to the provider.
 Needs Linux, gcc, nginx, the load rig in ../shared/rig and the requests in ../shared/codex-requests beside the repository; says
 what is missing.
+The ledger alone: how long an answer waits until its row is committed.
 Exit code 1: a target is missed.
 """
 import argparse
@@ -499,9 +500,46 @@ def token_latencies(port, path, model, key, repeat):
     return found[len(found) // 2], found[len(found) * 9 // 10], found[-1]
 
 
+SETTLING = """
+import asyncio, sys, time
+import pomex
+async def main(path):
+    sys.setswitchinterval(pomex.SWITCH_S)
+    ledger = pomex.Ledger.open(path)
+    ledger.start()
+    for at_once in (1, 16, 128):
+        waits_ms = []
+        async def one():
+            for _ in range(4000 // at_once):
+                name = pomex.new_response_id(time.time())
+                row = pomex.UsageRow(name, "req", int(time.time() * 1000), 1, "/v1/responses", "m", result="completed")
+                ledger.begin(name, lambda: row)
+                await ledger.recorded(name)         # as a stream does before its first byte
+                begun = time.perf_counter()
+                await ledger.settle([row])
+                waits_ms.append((time.perf_counter() - begun) * 1000)
+        begun = time.process_time()
+        await asyncio.gather(*(one() for _ in range(at_once)))
+        waits_ms.sort()
+        print(at_once, waits_ms[len(waits_ms) // 2], waits_ms[len(waits_ms) * 99 // 100], (time.process_time() - begun) / len(waits_ms) * 1e6)
+    ledger.close()
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+def measure_ledger(bench):
+    """How long an answer waits for its usage row, with so many at once, and the CPU of its two writes."""
+    done = subprocess.run([sys.executable, "-c", SETTLING, str(bench.folder / "ledger.db")], capture_output=True, text=True, check=True,
+                          env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(pathlib.Path(bench.program[-1]).parent)})
+    for line in done.stdout.splitlines():
+        at_once, median, most, cpu_us = map(float, line.split())
+        print(f"{f'settlement, {at_once:.0f} at once':36}{median:8.2f}         ms, p99 {most:.2f} ms, {cpu_us:.0f} us of CPU a request")
+    return True
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python3 tests/bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("only", nargs="*", help="parts of names: codex (codex-passed, codex-chat ...) json big sse paced chat; rest, start, latency")
+    parser.add_argument("only", nargs="*", help="parts of names: codex (codex-passed, codex-chat ...) json big sse paced chat; rest, start, latency, ledger")
     parser.add_argument("-r", "--repeat", type=int, default=3, help="pairs of runs a scenario (default 3)")
     parser.add_argument("-t", "--seconds", type=int, default=2, help="of one run (default 2)")
     parser.add_argument("--program", default=REPOSITORY / "pomex.py", help="the pomex.py to measure")
@@ -514,7 +552,7 @@ def main():
         print(f"{'':36}{'figure':>8}{'at most':>8}")
         lacking, words = missing(), set(args.only)
         turns = {word for word in words if word.startswith("codex")}
-        loads = words - turns - {"rest", "start", "latency"}
+        loads = words - turns - {"rest", "start", "latency", "ledger"}
         if lacking:
             print("CPU beside nginx: not measured. Missing: " + "; ".join(lacking))
         elif turns or loads or not words:
@@ -527,6 +565,8 @@ def main():
             kept &= measure_start(bench, 2 * args.repeat + 1)
         if not words or "latency" in words:
             kept &= measure_latency(bench, args.repeat)
+        if not words or "ledger" in words:
+            kept &= measure_ledger(bench)
         if not lacking and (loads or not words):
             kept &= measure_load(bench, args.repeat, args.seconds, loads)
     return 0 if kept else 1

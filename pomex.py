@@ -8066,7 +8066,7 @@ def to_storable(value: Any) -> int | str:
 ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.attrgetter(*SUMS[4:])
 
 
-def add_up(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> None:
+def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> None:
     """Adds rows to the rollups and to the meters of limits."""
     rollups: dict[Row, list[int]] = {}
     meters: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -8086,7 +8086,7 @@ def add_up(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> None:
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> None:
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
-    add_up(tx, storable)
+    upsert_rollups(tx, storable)
 
 
 def placeholders(values: Collection[Any]) -> str:
@@ -8106,7 +8106,7 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
                                                f"IN {placeholders(batch)}", batch):
             if error_code == "interrupted" != by_id[response_id][-1].error_code:
                 columns = ", ".join(USAGE_COLUMNS)
-                add_up(tx, [UsageRow(*row) for row in tx.read(
+                upsert_rollups(tx, [UsageRow(*row) for row in tx.read(
                     f"SELECT {columns} FROM usage WHERE response_id = ?", (response_id,))], -1)
                 tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
                 tx.execute("DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0")
@@ -8311,11 +8311,11 @@ class Ledger:
         self.unrecorded: dict[str, Callable[[], UsageRow]] = {}     # of those, not in the database
         self.unsaved: dict[str, Settlement] = {}        # settled, not in the database
         self.flushing: asyncio.Task[None] | None = None
-        self.wrote = 0.0                                # when it was written last
+        self.flushed_at = 0.0                                # when it was written last
         self.flushed: asyncio.Future[None] | None = None        # what is waiting now is in the database
         self.waiting: set[asyncio.Future[None]] = set()         # the same of what is being written
         self.timer: asyncio.TimerHandle | None = None
-        self.tending: asyncio.Task[None] | None = None
+        self.maintaining: asyncio.Task[None] | None = None
         self.refused: dict[Limit, LimitExceeded] = {}
         self.beats: dict[str, tuple[int, float]] = {}   # of other processes, and when they changed last
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
@@ -8337,7 +8337,7 @@ class Ledger:
 
     # keys
 
-    def take_keys(self, rows: Iterable[Row]) -> None:
+    def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
             key = Key(*columns)
             self.keys[key.id], self.ids[key.digest] = key, key.id
@@ -8349,7 +8349,7 @@ class Ledger:
             rows = await self.db.read(SELECT_KEYS, self.revision)
             self.disabled = frozenset(name[9:] for name, in await self.db.read(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
-                self.take_keys(rows[start:start + KEYS_AT_ONCE])
+                self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
             self.trouble = ""
         except (LedgerError, OSError) as error:
@@ -8386,7 +8386,7 @@ class Ledger:
 
     def start(self) -> None:
         """Begins what goes on while a server runs: looking for changed keys, signs of life, counts."""
-        self.tending = asyncio.get_running_loop().create_task(self.tend())
+        self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
 
     def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
         """A request is about to be sent upstream. It is recorded with what is written next; `recorded` waits for that.
@@ -8395,12 +8395,12 @@ class Ledger:
             raise self.unavailable()
         self.pending[response_id] = self.unrecorded[response_id] = row
         if self.timer is None:
-            self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.flush_soon)
+            self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.schedule_flush)
 
     async def recorded(self, response_id: str) -> None:
         """Returns when the open request survives the end of this process; LedgerError where it cannot."""
         if response_id in self.unrecorded:
-            await asyncio.shield(self.flush_soon())
+            await asyncio.shield(self.schedule_flush())
             if response_id in self.unrecorded:
                 raise self.unavailable()
 
@@ -8451,7 +8451,7 @@ class Ledger:
         self.pending.pop(response_id, None)
         self.unrecorded.pop(response_id, None)
         self.unsaved[response_id] = (), ()
-        self.flush_soon()
+        self.schedule_flush()
 
     async def settle(self, rows: Sequence[UsageRow], rates: Sequence[tuple[int, str]] = ()) -> None:
         """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
@@ -8465,9 +8465,9 @@ class Ledger:
             log.error("ledger: the row of %s is lost: [database] max_unsaved rows wait already", response_id)
             return
         self.unsaved[response_id] = rows, rates
-        await asyncio.shield(self.flush_soon())
+        await asyncio.shield(self.schedule_flush())
 
-    def flush_soon(self) -> asyncio.Future[None]:
+    def schedule_flush(self) -> asyncio.Future[None]:
         """Ends when what waits now is in the database, or has waited too long."""
         if self.timer is not None:
             self.timer.cancel()
@@ -8485,8 +8485,8 @@ class Ledger:
         try:
             while self.flushed is not None:
                 if self.pending:            # others may join
-                    await asyncio.sleep(self.wrote + GATHER_S - loop.time())
-                self.wrote = loop.time()
+                    await asyncio.sleep(self.flushed_at + GATHER_S - loop.time())
+                self.flushed_at = loop.time()
                 done, self.flushed = self.flushed, None
                 self.waiting.add(done)
                 done.add_done_callback(self.waiting.discard)
@@ -8497,8 +8497,8 @@ class Ledger:
                     if self.healthy:
                         log.error("%s New requests get 503 until it can be written.", error)
                     self.healthy = False
-                    self.flush_soon().add_done_callback(lambda _, done=done: end_waiting(done))     # type: ignore[misc]
-                    loop.call_later(SETTLE_WAIT_S, end_waiting, done)
+                    self.schedule_flush().add_done_callback(lambda _, done=done: wake_waiters(done))     # type: ignore[misc]
+                    loop.call_later(SETTLE_WAIT_S, wake_waiters, done)
                     await asyncio.sleep(RETRY_S)
                     continue
                 if not self.healthy:
@@ -8508,7 +8508,7 @@ class Ledger:
                     for response_id in written:
                         waiting.pop(response_id, None)
                 self.refused.clear()            # there may be room now
-                end_waiting(done)
+                wake_waiters(done)
         finally:
             self.flushing = None
 
@@ -8543,12 +8543,12 @@ class Ledger:
 
     def close(self) -> None:
         """Saves what is left."""
-        for task in (self.tending, self.flushing, self.timer):
+        for task in (self.maintaining, self.flushing, self.timer):
             if task is not None:
                 task.cancel()
         self.db.stop()
         try:
-            if self.tending is not None:
+            if self.maintaining is not None:
                 self.db.run(self.end_process)
         except LedgerError as error:
             log.error("%s %d rows are lost.", error, len(self.unsaved))
@@ -8556,13 +8556,13 @@ class Ledger:
             self.db.close()
             with contextlib.suppress(RuntimeError):     # their loop has ended, too
                 for done in self.waiting:
-                    end_waiting(done)
+                    wake_waiters(done)
 
     # processes
 
     def begin_process(self, tx: Transaction) -> None:
         self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
-        self.take_keys(tx.read(SELECT_KEYS, (0,)))
+        self.apply_keys(tx.read(SELECT_KEYS, (0,)))
         self.disabled = frozenset(name[9:] for name, in tx.read(SELECT_DISABLED))
         processes = tx.read("SELECT process, pid, start FROM processes WHERE host = ?", (self.host,))
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
@@ -8572,7 +8572,7 @@ class Ledger:
         self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
         recover_open_requests(tx, [self.process])
 
-    async def tend(self) -> None:
+    async def maintain(self) -> None:
         """What a running server does beside its requests."""
         for tick in itertools.count(1):
             try:
@@ -8708,7 +8708,7 @@ def in_usd(values: JSON) -> JSON:
             if "nanos" in name and value is not None else value for name, value in values.items()}
 
 
-def end_waiting(done: asyncio.Future[None]) -> None:
+def wake_waiters(done: asyncio.Future[None]) -> None:
     if not done.done():
         done.set_result(None)
 

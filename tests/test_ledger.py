@@ -579,7 +579,7 @@ def test_an_open_request_is_recorded_after_a_while_or_with_what_is_written_next_
                 assert said.count("COMMIT") == 1
             ledger.abandon("next")
             ledger.abandon("never begun")
-            await ledger.flush_soon()
+            await ledger.schedule_flush()
             assert under_way(ledger) == ["after a while", "asked for"] and len(recent(ledger, 9)) == 1
     asyncio.run(check())
 

@@ -28,9 +28,9 @@ function call(method, path, body, headers = {}) {
     ["unexpanded variable", "/v1/responses", body("demo/echo"), { authorization: "Bearer $POMEX_API_KEY" }, "The key was refused", "the shell did not expand it"],
     ["another provider's key", "/v1/responses", body("demo/echo"), { authorization: "Bearer sk-ant-1234" }, "The key was refused", "another provider's key"],
     ["missing /v1", "/responses", body("demo/echo"), {}, "base_url is wrong", "base_url must end with /v1"],
-    ["chat endpoint", "/v1/chat/completions", "{}", {}, "Another API was called", "wire_api"],
-    ["wrong model", "/v1/responses", body("demo/ecko"), {}, "That model is not known", "Did you mean demo/echo"],
-    ["hostile model and User-Agent", "/v1/responses", body(EVIL), { "user-agent": EVIL }, "That model is not known", EVIL],
+    ["chat endpoint", "/v1/chat/completions", "{}", {}, "The request was refused", "wire_api"],
+    ["wrong model", "/v1/responses", body("demo/ecko"), {}, "The request was refused", "Did you mean demo/echo"],
+    ["hostile model and User-Agent", "/v1/responses", body(EVIL), { "user-agent": EVIL }, "The request was refused", EVIL],
   ]) await check("set-up names within three seconds: " + name, async () => { await call("POST", path, text, headers); return seen(title, cure); });
   await check("set-up names within three seconds: WebSocket attempt", async () => {
     await call("GET", "/v1/responses", undefined, { upgrade: "websocket", connection: "Upgrade" }).catch(() => 0); return seen("A WebSocket was tried", "wire_api"); });
@@ -82,6 +82,11 @@ function call(method, path, body, headers = {}) {
     await page.waitForSelector("dialog", { state: "detached" });
     const r = await call("POST", "/v1/responses", body("demo/echo"), { authorization: "Bearer " + created });
     await go("setup"); return r.status === 401 && (await seen("The key was refused", "Key walker was revoked")); });
+  await check("the audit log names what was changed and who did it, the newest first, and no key", async () => {
+    await go("audit"); await page.waitForSelector("tbody tr"); const rows = await page.$$eval("tbody tr", all => all.map(tr => tr.textContent));
+    const at = what => rows.findIndex(row => row.includes(what) && row.includes("session 1 from 127.0.0.1"));
+    const order = ["key revoked walker", "key edited walker", "key created walker"].map(at);
+    return order[0] >= 0 && order[0] < order[1] && order[1] < order[2] && !rows.join().includes(created) || rows.join(); });
   // playground
   await go("playground");
   await check("the playground shows typed events and the answer", async () => { await page.fill("textarea[name=input]", EVIL); await page.click("text=Send");
@@ -133,8 +138,8 @@ function call(method, path, body, headers = {}) {
   await check("an API key opens its holder's view, and no more", async () => { await page.fill("input[name=token]", apiKey); await page.keyboard.press("Enter");
     await page.waitForSelector("#nav"); const t = await page.textContent("#nav");
     const s = await page.evaluate(async () => [(await fetch("/admin/api/keys")).status, (await fetch("/admin/api/providers")).status,
-      [...new Set((await (await fetch("/admin/api/usage?limit=500")).json()).rows.map(r => r.key))].join()]);
-    return !/Keys|Providers/.test(t) && s[0] === 403 && s[1] === 403 && s[2] === "walkers-own" || t + s; });
+      (await fetch("/admin/api/audit")).status, [...new Set((await (await fetch("/admin/api/usage?limit=500")).json()).rows.map(r => r.key))].join()]);
+    return !/Keys|Providers|Audit/.test(t) && s[0] === 403 && s[1] === 403 && s[2] === 403 && s[3] === "walkers-own" || t + s; });
   await other.goto("about:blank"); await looser.clearCookies(); await other.goto(base + "/admin"); await other.waitForSelector("input[name=token]");
   await other.addScriptTag({ content: axe });
   for (const v of await other.evaluate(async () => (await axe.run()).violations.map(v => v.id))) violations.push("login " + v);

@@ -8577,7 +8577,7 @@ class Ledger:
         for tick in itertools.count(1):
             try:
                 await self.refresh()
-                if tick % 2 == 0:
+                if tick % 2 == 0 or self.refusals:      # somebody may be waiting on the set-up page for what went wrong
                     await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
@@ -8612,7 +8612,7 @@ class Ledger:
     # what is counted
 
     def refuse(self, key_id: int, refusal: JSON) -> None:
-        """Counts a refusal. Of many alike in a second one is kept."""
+        """Counts a refusal. Of many alike within a second one is kept."""
         self.counters["pomex_refusals_total", refusal["code"]] += 1
         place = key_id, refusal["code"], refusal["path"]
         if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:

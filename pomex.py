@@ -8274,9 +8274,10 @@ def host_name() -> str:
 
 
 def start_of(pid: int) -> str:
-    """When a process began, where that can be told: numbers of processes come again."""
+    """When a living process began, where that can be told: numbers of processes come again."""
     with contextlib.suppress(OSError, IndexError):
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[18] if state != "Z" else ""
     return ""
 
 

@@ -1078,3 +1078,15 @@ def test_counts_that_cannot_be_saved_are_kept_for_later(ledger):
         fill(ledger, False)
         assert await ledger.counted() == {("pomex_refusals_total", "limit"): 2}
     asyncio.run(check())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_process_has_ended_also_where_nobody_has_buried_it_or_its_number_came_again():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    start = pomex.start_of(process.pid)
+    assert start and not pomex.has_ended(process.pid, start) and pomex.has_ended(process.pid, start + "0")
+    process.kill()
+    deadline = time.monotonic() + 5
+    while not pomex.has_ended(process.pid, start):      # a zombie until it is waited for
+        assert time.monotonic() < deadline
+    assert process.wait() and pomex.has_ended(process.pid, start)

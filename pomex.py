@@ -8717,12 +8717,13 @@ def wake_waiters(done: asyncio.Future[None]) -> None:
 # --- 8.8 what one request may use, and what it costs ----------------------------------------------
 
 class Reservation:
-    """Of one request: what it has reserved, and the rows of the attempts that were given up."""
+    """Of one request: what it has reserved, and the rows of the attempts that were given up. `named` are the columns that all
+    its rows share: request_id, endpoint, session and client."""
 
     def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
-                 asked_tier: str = "") -> None:
+                 named: Mapping[str, Any], asked_tier: str = "") -> None:
         self.asked_tier = "priority" if asked_tier == "fast" else asked_tier
-        self.prices, self.ledger, self.key = prices, ledger, key
+        self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
@@ -8733,7 +8734,7 @@ class Reservation:
         self.max_output_tokens = 0                      # of the answer
         self.exhausted = False                          # it could not be extended
         self.max_price = ""                             # the price that reservations are made at
-        self.open_row: Callable[[], UsageRow]
+        self.first = "", "", Usage()                    # the target that is asked first, and what goes into it
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """By what the answer says it was served as, else the dearer of the standard tier and the one asked for."""
@@ -8752,16 +8753,18 @@ class Reservation:
             provider=provider, upstream_model=model, price=price, multiplier=key.multiplier,
             cost_nanos=cost_nanos(price, key.multiplier, usage), saved_nanos=saved_nanos(price, usage.cached), tier=usage.tier,
             estimated=usage.inconsistency or ("no count from the provider" if usage.estimated else ""),
-            **{name: getattr(usage, name) for name in COUNTED}, **more)
+            **{name: getattr(usage, name) for name in COUNTED}, **self.named, **more)
 
-    async def reserve(self, row: Callable[[], UsageRow], targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int,
-                      wanted: int, reserve: int) -> int:
-        """Reserves before anything is sent, and begins the request, whose open row `row` makes; `wanted` is the client's
-        max_output_tokens, 0 for none. Returns the one that must be sent upstream where the money is enough for no more, 0
-        where it is. LimitExceeded says no."""
-        self.open_row, self.max_output_tokens = row, wanted
+    def open_row(self) -> UsageRow:
+        return self.row(*self.first, status="in flight")
+
+    async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int, reserve: int) -> int:
+        """Reserves before anything is sent, and begins the request; `wanted` is the client's max_output_tokens, 0 for none.
+        Returns the one that must be sent upstream where the money is enough for no more, 0 where it is. LimitExceeded says
+        no."""
+        self.first, self.max_output_tokens = (targets[0][0].name, targets[0][1], Usage(input_tokens)), wanted
         if not self.limits:
-            self.ledger.begin(self.response_id, row)
+            self.ledger.begin(self.response_id, self.open_row)
             return 0
         prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
         output = full = min(wanted or reserve, reserve)
@@ -8832,13 +8835,12 @@ class Reservation:
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
         """A row for an attempt that was given up, if its provider will bill it."""
         if usage.input or usage.output:
-            self.failed_attempts.append(self.row(provider, model, usage, request_id="", endpoint="", attempt=attempt, final=0,
-                                                 status="lost", error_code=error_code))
+            self.failed_attempts.append(self.row(provider, model, usage, attempt=attempt, final=0, status="lost",
+                                                 error_code=error_code))
 
     async def settle(self, final: UsageRow) -> None:
         """Writes the rows of the request in the place of what was reserved."""
-        shared = {name: getattr(final, name) for name in ("request_id", "endpoint", "result", "session", "client")}
-        rows = [*(row._replace(**shared) for row in self.failed_attempts), final]
+        rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens, rates = sum(row.input + row.output for row in rows), []
         for limit in self.rates:
             if limit.unit == "tokens":
@@ -10050,13 +10052,11 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 class ClientStream:
     """One answer on its way to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
 
-    def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation,
-                 named: Mapping[str, str]) -> None:
+    def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
         self.client = client
         self.answer = answer
         self.server = server
         self.reservation = reservation
-        self.named = named                              # columns of its rows: ids, endpoint, session, client
         # what the ledger and the access line want to know
         self.attempt = Attempt(answer)               # the newest
         self.provider, self.model = "", ""              # its target
@@ -10730,22 +10730,18 @@ async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: Re
     """The answer to be, its money reserved; and the error, where a limit is in the way."""
     config = gateway.config.server
     estimate = request.estimated_input
+    headers, session = client.head.headers, request.get("prompt_cache_key", "")
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(headers.get("user-agent"), 200),
+             "session": printable(next(filter(None, map(headers.get, SESSION_HEADERS)), session), 128)}
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), request.get("service_tier", ""))
+                              int(client.started_s * 1000), named, request.get("service_tier", ""))
     refused: GatewayError | None = None
     to_codex = profile.errors_as_events and request.stream
-    first, session = candidates[0], request.get("prompt_cache_key", "")
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT,
-             "session": printable(next(filter(None, map(client.head.headers.get, SESSION_HEADERS)), session), 128),
-             "client": printable(client.head.headers.get("user-agent"), 200)}
-
-    def open_row() -> UsageRow:
-        return reservation.row(first.provider.name, first.model, Usage(estimate), status="in flight", **named)
     try:
         if not payable:
             refused = price_unknown(key, f"{candidates[0].provider.name}/{printable(candidates[0].model)}", to_codex)
-        elif cap := await reservation.reserve(open_row, [each[:2] for each in candidates], estimate,
-                                              request.get("max_output_tokens", 0), config.reserve_output_tokens):
+        elif cap := await reservation.reserve([each[:2] for each in candidates], estimate, request.get("max_output_tokens", 0),
+                                              config.reserve_output_tokens):
             body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
             request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
     except LimitExceeded as no:
@@ -10755,7 +10751,7 @@ async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: Re
     answer.estimated_input = estimate
     answer.secrets = gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
-    return ClientStream(client, answer, config, reservation, named), refused
+    return ClientStream(client, answer, config, reservation), refused
 
 
 async def finish(gateway: Gateway, key: Key, down: ClientStream, refused: GatewayError | None = None) -> None:
@@ -10867,7 +10863,7 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
     detail = {"tried": [f"{each.provider}: {each.brief}" for each in failures], "tried_ms": [each.at_ms for each in failures],
               "dropped": [printable(name) for name in down.dropped[:20]]}
     row = reservation.row(
-        down.provider, down.model, usage, **down.named, attempt=down.tries, status=attempt.status,
+        down.provider, down.model, usage, attempt=down.tries, status=attempt.status,
         result=result_of(attempt.status, attempt.terminal_by, down.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
         error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.upstream_id),

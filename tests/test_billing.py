@@ -504,21 +504,19 @@ def test_periods_begin_and_end_with_days_of_utc(period, start, end):
 
 PRICES = pomex.PriceTable(pomex.load_config("[prices.\"p/m\"]\ninput = 1\noutput = 10\n", "pomex.toml", {}))
 TARGETS = [(pomex.ProviderConfig("p", wire_api="chat"), "m")]
-NAMED = {"request_id": "req", "endpoint": "/v1/responses"}
+NAMED = {"request_id": "req", "endpoint": "/v1/responses", "session": "s", "client": "c"}
 
 
 def reservation_for(ledger, name, response_id="r", at_s=None):
-    return pomex.Reservation(PRICES, ledger, key_of(ledger, name), response_id, "p/m", int((at_s or time.time()) * 1000))
+    return pomex.Reservation(PRICES, ledger, key_of(ledger, name), response_id, "p/m", int((at_s or time.time()) * 1000), NAMED)
 
 
 async def reserve(reservation, input_tokens=1000, wanted=0, most=16384):
-    def open_row():
-        return reservation.row("p", "m", Usage(input_tokens), status="in flight", **NAMED)
-    return await reservation.reserve(open_row, TARGETS, input_tokens, wanted, most)
+    return await reservation.reserve(TARGETS, input_tokens, wanted, most)
 
 
 async def settle(reservation, usage):
-    await reservation.settle(reservation.row("p", "m", usage, attempt=1, result="completed", **NAMED))
+    await reservation.settle(reservation.row("p", "m", usage, attempt=1, result="completed"))
 
 
 async def everywhere(ledgers):
@@ -581,15 +579,15 @@ def test_the_answer_says_what_it_is_billed_as_and_where_it_does_not_the_dearer_h
     """Reserved is before an answer: the dearer of the standard tier and of the one asked for. Gemini is not asked for any."""
     prices = pomex.PriceTable(pomex.load_config(TIERED, "pomex.toml", {}))
     key_made(ledger, "k")
-    reservation = pomex.Reservation(prices, ledger, key_of(ledger, "k"), "r", target, NOW_MS, asked)
+    reservation = pomex.Reservation(prices, ledger, key_of(ledger, "k"), "r", target, NOW_MS, NAMED, asked)
     assert reservation.price(*target.split("/"), Usage(10, tier=said)) == price
 
 
 def test_the_providers_own_cost_is_taken_where_there_is_no_price(ledger):
     key_made(ledger, "k")
-    reservation = pomex.Reservation(PRICES, ledger, key_of(ledger, "k"), "r", "p/other", NOW_MS)
+    reservation = pomex.Reservation(PRICES, ledger, key_of(ledger, "k"), "r", "p/other", NOW_MS, NAMED)
     for model, price, nanos in (("other", "provider 0.012300000000", 12_300_000), ("m", "1 10 - - - -", 10_000)):
-        row = reservation.row("p", model, Usage(10, cost="0.012300000000"), **NAMED)
+        row = reservation.row("p", model, Usage(10, cost="0.012300000000"))
         assert (row.price, row.cost_nanos, row.input) == (price, nanos, 10)
     assert pomex.cost_nanos("provider 0.0123", 1_200_000, Usage(10**6)) == 14_760_000
     line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "web_searches": 0,
@@ -928,8 +926,7 @@ def test_an_attempt_that_was_given_up_counts_against_every_limit(path, clock):
             await reserve(reservation, 100, 900)
             reservation.add_failed_attempt(1, "p", "m", Usage(), "server_error")                    # of which nothing is billed
             reservation.add_failed_attempt(1, "p", "m", Usage(4000, output=1000, estimated=True), "server_error")
-            await reservation.settle(reservation.row("p", "m", Usage(100, output=900), attempt=2, result="failed over", session="s",
-                                                     client="c", **NAMED))
+            await reservation.settle(reservation.row("p", "m", Usage(100, output=900), attempt=2, result="failed over"))
             row, = lost(ledger)
             assert [row[name] for name in ("status", "error_code", "result", "session", "client", "request_id", "estimated")] == [
                 "lost", "server_error", "failed over", "s", "c", "req", "no count from the provider"]

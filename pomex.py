@@ -8321,6 +8321,7 @@ class Ledger:
         self.beats: dict[str, tuple[int, float]] = {}   # of other processes, and when they changed last
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
+        self.saving = asyncio.Lock()
         self.notes: dict[str, str] = {}     # settings to be, the same: the last error of each provider
 
     @classmethod
@@ -8620,16 +8621,17 @@ class Ledger:
             self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
 
     async def save_counts(self) -> None:
-        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
-        if not any(counts):
-            return
-        for each in (self.counters, self.refusals, self.notes):
-            each.clear()
-        try:
-            await self.db.write(functools.partial(self.write_counts, *counts))
-        except LedgerError:
-            self.counters.update(counts[0])
-            raise
+        async with self.saving:             # who asks for the counts waits for those on their way
+            counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+            if not any(counts):
+                return
+            for each in (self.counters, self.refusals, self.notes):
+                each.clear()
+            try:
+                await self.db.write(functools.partial(self.write_counts, *counts))
+            except LedgerError:
+                self.counters.update(counts[0])
+                raise
 
     def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
                      notes: Mapping[str, str], tx: Transaction) -> None:

@@ -10681,7 +10681,8 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     """One request, of the key that it names or of the one given, from its body to its terminal event."""
     key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
-    conversation = key.id, conversation_hint(headers, raw)
+    session = conversation_hint(headers, raw)
+    conversation = key.id, session
     request = await off_loop(len(raw), parse_request, raw, gateway.memo.requests.get(conversation))
     gateway.memo.put(conversation, request)
     profile = client_profile(headers.get("originator"), headers.get("user-agent"))
@@ -10696,7 +10697,9 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
                if unpriced or gateway.prices.schedule(each.provider.name, each.model, request.model)]
-    down, refused = await reserve_budget(gateway, client, key, request, profile, payable or candidates, bool(payable))
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(headers.get("user-agent"), 200),
+             "session": printable(session or request.get("prompt_cache_key", ""), 128)}
+    down, refused = await reserve_budget(gateway, client, key, request, profile, payable or candidates, bool(payable), named)
     if refused is not None:
         down.stop()
         down.attempt.unbilled = True
@@ -10728,13 +10731,11 @@ def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Se
 
 
 async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
-                         candidates: Sequence[Candidate], payable: bool) -> tuple[ClientStream, GatewayError | None]:
+                         candidates: Sequence[Candidate], payable: bool, named: Mapping[str, str]
+                         ) -> tuple[ClientStream, GatewayError | None]:
     """The answer to be, its money reserved; and the error, where a limit is in the way."""
     config = gateway.config.server
     estimate = request.estimated_input
-    headers, session = client.head.headers, request.get("prompt_cache_key", "")
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(headers.get("user-agent"), 200),
-             "session": printable(next(filter(None, map(headers.get, SESSION_HEADERS)), session), 128)}
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
                               int(client.started_s * 1000), named, request.get("service_tier", ""))
     refused: GatewayError | None = None

@@ -13542,7 +13542,7 @@ async def run_export(ledger: Ledger, args: Args) -> None:
 @of_ledger
 async def run_prune(ledger: Ledger, args: Args) -> None:
     gone = await prune(ledger, args.older)
-    say(f"{spaced(gone)} lines from before {day_text(args.older)} removed; the sums of their days stay.")
+    say(f"{spaced(gone)} rows from before {day_text(args.older)} deleted; the sums of their half hours stay.")
 
 
 @of_ledger
@@ -13550,6 +13550,8 @@ async def run_audit(ledger: Ledger, args: Args) -> None:
     rows = await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS)
     table = [(utc_minute(row["time_ms"] // 1000), row["who"], row["action"], row["name"], ", ".join(
         f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())) for row in rows]
+    if args.csv:
+        rows = [{**row, "before": dumps(row["before"]), "after": dumps(row["after"])} for row in rows]
     print_rows(args, rows, [("UTC", "WHO", "WHAT", "NAME", "CHANGE"), *table])
 
 
@@ -14534,8 +14536,8 @@ COMMANDS = {
     "ledger export": Command(run_export, "print every line", [
         SINCE._replace(field=SINCE.field._replace(meaning=""), more={"default": "1970-01-01"}),
         OneOf((AS_CSV, AS_JSONL), required=True)]),
-    "prune": Command(run_prune, "remove old lines; the sums of each day stay", [
-        SINCE._replace(name="older", field=SINCE.field._replace(meaning="than so many days, or than this day"),
+    "prune": Command(run_prune, "delete old usage rows; the sums of each half hour stay", [
+        SINCE._replace(name="older", field=SINCE.field._replace(meaning="than this (90d or a date)"),
                        metavar="90d|DATE", more={"required": True})]),
     "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", [
         AS_JSON, SINCE, AS_CSV, AS_JSONL]),

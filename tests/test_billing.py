@@ -1592,7 +1592,7 @@ def test_keys_accounts_and_bills_by_command(here, capsys):
     assert "x 1.25" in told(capsys, "accounts", "list").out
     assert "no limits" in told(capsys, "keys", "edit", "laptop", "--budget", "none", "--rpm", "0", "--models", "all",
                                "--account", "default").err
-    assert "0 lines" in told(capsys, "prune", "--older", "90d").err
+    assert "0 rows" in told(capsys, "prune", "--older", "90d").err
     assert "Copied" in told(capsys, "backup", str(here / "copy.db")).err
     assert len(json.loads(told(capsys, "prices", "show", "--json").out)) == len(pomex.builtin_schedules())
     assert "over 200 000" in told(capsys, "prices", "show").out

@@ -7586,14 +7586,11 @@ def is_database_failure(error: Exception) -> bool:
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
-DATABASE_ERRORS = (sqlite3.Error, OSError, RuntimeError)        # RuntimeError: its thread has ended
-
-
 @contextlib.contextmanager
 def database_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except DATABASE_ERRORS as error:
+    except (sqlite3.Error, OSError, RuntimeError) as error:        # RuntimeError: its thread has ended
         raise database_trouble(path, error) from error
 
 
@@ -7735,8 +7732,8 @@ class SQLite:
                 log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
         self.run(functools.partial(create_tables, journals))
         for journal in journals:
-            os.unlink(journal.name)
             journal.close()
+            os.unlink(journal.name)
 
     def use_wal(self) -> None:
         """Several processes may open a new file at once, and SQLite does not wait for this lock by itself."""
@@ -7795,11 +7792,13 @@ def old_journals(path: str) -> list[io.BufferedReader]:
     for file in sorted(os.scandir(folder), key=lambda file: file.name):
         if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
             journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the schema is there
+            if sys.platform == "win32":         # there journals were not locked
+                continue
             try:
                 fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise LedgerError(f"The database {name} is in use by an older Pomex, which this one would bring to its end. "
-                                  "Stop that one first.") from None
+                raise LedgerError(f"The database {name} is in use by an older Pomex, which cannot read the new schema. "
+                                  "Stop it first.") from None
     return journals
 
 
@@ -8106,11 +8105,12 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
         for response_id, error_code in tx.read("SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id "
                                                f"IN {placeholders(batch)}", batch):
             if error_code == "interrupted" != by_id[response_id][-1].error_code:
-                columns = ", ".join(USAGE_COLUMNS)
-                upsert_rollups(tx, [UsageRow(*row) for row in tx.read(
-                    f"SELECT {columns} FROM usage WHERE response_id = ?", (response_id,))], -1)
+                guessed = [UsageRow(*row) for row in tx.read(
+                    f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
+                upsert_rollups(tx, guessed, -1)
                 tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-                tx.execute("DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0")
+                tx.execute("DELETE FROM usage_rollups WHERE started_ms = ? AND requests = 0 AND estimated = 0 "
+                           "AND input + output + cost_nanos = 0", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
             else:
                 del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
@@ -8313,9 +8313,9 @@ class Ledger:
         self.unrecorded: dict[str, Callable[[], UsageRow]] = {}     # of those, not in the database
         self.unsaved: dict[str, Settlement] = {}        # settled, not in the database
         self.flushing: asyncio.Task[None] | None = None
-        self.flushed_at = 0.0                                # when it was written last
+        self.flushed_at = 0.0                           # when it was written last
         self.flushed: asyncio.Future[None] | None = None        # what is waiting now is in the database
-        self.waiting: set[asyncio.Future[None]] = set()         # the same of what is being written
+        self.waiting: set[asyncio.Future[None]] = set()         # this one, and those of what is being written
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
         self.refused: dict[Limit, LimitExceeded] = {}
@@ -8340,6 +8340,9 @@ class Ledger:
 
     # keys
 
+    def apply_disabled(self, rows: Iterable[Row]) -> None:
+        self.disabled = frozenset(name.removeprefix("disabled/") for name, in rows)
+
     def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
             key = Key(*columns)
@@ -8350,7 +8353,7 @@ class Ledger:
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
-            self.disabled = frozenset(name[9:] for name, in await self.db.read(SELECT_DISABLED))
+            self.apply_disabled(await self.db.read(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -8478,6 +8481,8 @@ class Ledger:
         loop = asyncio.get_running_loop()
         if self.flushed is None:
             self.flushed = loop.create_future()
+            self.waiting.add(self.flushed)
+            self.flushed.add_done_callback(self.waiting.discard)
         if self.flushing is None:
             self.flushing = loop.create_task(self.flush())
         return self.flushed
@@ -8491,8 +8496,6 @@ class Ledger:
                     await asyncio.sleep(self.flushed_at + GATHER_S - loop.time())
                 self.flushed_at = loop.time()
                 done, self.flushed = self.flushed, None
-                self.waiting.add(done)
-                done.add_done_callback(self.waiting.discard)
                 opening, settling = dict(self.unrecorded), dict(self.unsaved)
                 try:
                     await self.db.write(functools.partial(self.write_requests, opening, settling))
@@ -8566,7 +8569,7 @@ class Ledger:
     def begin_process(self, tx: Transaction) -> None:
         self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
         self.apply_keys(tx.read(SELECT_KEYS, (0,)))
-        self.disabled = frozenset(name[9:] for name, in tx.read(SELECT_DISABLED))
+        self.apply_disabled(tx.read(SELECT_DISABLED))
         processes = tx.read("SELECT process, pid, start FROM processes WHERE host = ?", (self.host,))
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
 
@@ -8976,6 +8979,12 @@ async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = 
     """What was spent in some days, by key or account."""
     found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, names=("cost_nanos",))
     return {owner: sums["cost_nanos"] for (owner,), sums in found}
+
+
+async def nanos_since(db: Database, first_day: int, key_id: int) -> int:
+    """What one key spent, or for 0 all of them."""
+    (_, sums), = await usage_sums(db, (), first_day * DAY_MS, MAX_NUMBER, key_condition(key_id), names=("cost_nanos",))
+    return int(sums["cost_nanos"])
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
@@ -10863,16 +10872,18 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
     client, attempt, reservation = down.client, down.attempt, down.reservation
     usage, error = attempt.usage or Usage(), attempt.error
     names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.model)}
-    failures = down.failures[:20]
-    detail = {"tried": [f"{each.provider}: {each.brief}" for each in failures], "tried_ms": [each.at_ms for each in failures],
-              "dropped": [printable(name) for name in down.dropped[:20]]}
+    failures, detail = down.failures[:20], ""
+    if failures or down.dropped:
+        detail = dumps({"tried": [f"{each.provider}: {each.brief}" for each in failures],
+                        "tried_ms": [each.at_ms for each in failures],
+                        "dropped": [printable(name) for name in down.dropped[:20]]})
     row = reservation.row(
         down.provider, down.model, usage, attempt=down.tries, status=attempt.status,
         result=result_of(attempt.status, attempt.terminal_by, down.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
         error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.upstream_id),
         served_model=usage.model if usage.model and len(names) > 1 else "",
-        total_ms=int((time.monotonic() - client.started) * 1000), detail=dumps(detail) if failures or down.dropped else "",
+        total_ms=int((time.monotonic() - client.started) * 1000), detail=detail,
         **{name: getattr(down, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
     for each in down.failures:
         gateway.ledger.notes["error/" + each.provider] = dumps(
@@ -11052,7 +11063,7 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
     """The key's own limits, in OpenRouter's manner (amounts in USD)."""
     key, now_s = await gateway.key(client), client.started_s
     start, end = period_bounds(key.period, now_s)
-    spent, limit = (await spent_nanos(gateway.ledger.db, "key_id", start)).get(key.id, 0), key.budget_nanos
+    spent, limit = await nanos_since(gateway.ledger.db, start, key.id), key.budget_nanos
     reset = datetime.date.fromordinal(end + EPOCH).isoformat() + "T00:00:00Z" if limit is not None and end else None
     rates = {name: most or None for name, most in
              (("requests_per_minute", key.rpm), ("tokens_per_minute", key.tpm), ("concurrent_requests", key.concurrent))}
@@ -11142,11 +11153,10 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
     passed_ms, before_ms = min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS, since_ms - length_ms
     (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
     first_day, next_day = period_bounds("month", now_s)
-    spent = await spent_nanos(db, "key_id", first_day)
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
         "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS}, "before_nanos": before["cost_nanos"],
-        "month": {"spent_nanos": spent.get(key_id, 0) if key_id else sum(spent.values()), "first_day": first_day,
+        "month": {"spent_nanos": await nanos_since(db, first_day, key_id), "first_day": first_day,
                   "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
         "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
         "total_ms": percentiles(total_ms for _, _, total_ms in times),
@@ -11879,7 +11889,8 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
     now_ms = int(time.time() * 1000)
     since_ms = now_ms // 60_000 * 60_000 - 59 * 60_000
     db, ledger = gateway.ledger.db, gateway.ledger
-    minutes = await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms, now_ms + DAY_MS, table="usage")
+    minutes = await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms, now_ms + DAY_MS, table="usage",
+                               names=("requests", "failed"))
     times = await latencies(db, since_ms, 0)
     out, running = left_out(gateway), collections.Counter(item["provider"] for item in await open_requests(db, 0))
     errors: dict[str, str] = dict(await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")) | ledger.notes

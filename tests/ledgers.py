@@ -91,6 +91,15 @@ def key_of(ledger, name):
     return next(key for key in ledger.list_keys() if key.name == name)
 
 
+@contextlib.contextmanager
+def statements(ledger):
+    """What is asked of the database in the meantime, without the values."""
+    said = []
+    ledger.db.writer.set_trace_callback(said.append)
+    yield said
+    ledger.db.writer.set_trace_callback(None)
+
+
 @contextlib.asynccontextmanager
 async def started(path, count=1, **settings):
     """So many ledgers of one file, as running servers have them."""

@@ -12,7 +12,7 @@ import time
 import pytest
 import sinks
 from conftest import REPOSITORY
-from ledgers import change, insert, key_made, key_of, lost, read, recent, refusals, started, totals, under_way, until
+from ledgers import change, insert, key_made, key_of, lost, read, recent, refusals, started, statements, totals, under_way, until
 
 import pomex
 from pomex import Usage
@@ -531,15 +531,6 @@ def granted(ledger):
 
 def meters(ledger):
     return read(ledger, "SELECT owner, spent, granted FROM meters ORDER BY owner")
-
-
-@contextlib.contextmanager
-def written(ledger):
-    """The statements that a ledger gives to its database for writing."""
-    statements = []
-    ledger.db.writer.set_trace_callback(statements.append)
-    yield statements
-    ledger.db.writer.set_trace_callback(None)
 
 
 @contextlib.contextmanager
@@ -1134,24 +1125,24 @@ def test_a_refusal_is_remembered_and_given_again_without_the_database(path, monk
             await ledger.create_key("k", NOW, **settings)
             held = reservation_for(ledger, "k", "first")
             await reserve(held, *first)
-            with written(ledger) as statements:
+            with statements(ledger) as said:
                 for number in range(50):
                     with pytest.raises(pomex.LimitExceeded) as no:
                         await reserve(reservation_for(ledger, "k", f"no{number}"), *too_much)
                     assert no.value.need > no.value.remaining
                     if number == 0:
-                        assert statements.count("COMMIT") == 1 and not any("INTO usage" in each for each in statements)
-                        statements.clear()
-                assert statements == []
+                        assert said.count("COMMIT") == 1 and not any("INTO usage" in each for each in said)
+                        said.clear()
+                assert said == []
                 if enough:                      # less than what was refused is asked for
                     await reserve(reservation_for(ledger, "k", "enough"), *enough)
-                    assert statements.count("COMMIT") == 1
+                    assert said.count("COMMIT") == 1
             assert not [name for name in ledger.pending if name.startswith("no")]
             if "rpm" in settings:               # settled, it is a request of this minute all the same
                 await asyncio.sleep(pomex.REFUSED_AT_MOST_S)
-                with written(ledger) as statements, pytest.raises(pomex.LimitExceeded):
+                with statements(ledger) as said, pytest.raises(pomex.LimitExceeded):
                     await reserve(reservation_for(ledger, "k", "later"), *too_much)
-                assert statements
+                assert said
             else:                               # a settlement makes room at once
                 await settle(held, Usage(1))
                 assert await reserve(reservation_for(ledger, "k", "later"), *too_much) == 0
@@ -1180,11 +1171,11 @@ def test_a_prepaid_request_is_judged_without_reading_what_was_used_before(path):
                                  cost_nanos=10_000_000) for n in range(100)])
             for number in range(3):
                 reservation = reservation_for(ledger, "k", f"new{number}")
-                with written(ledger) as statements:
+                with statements(ledger) as said:
                     await reserve(reservation, 1000, 0, 1000)
                     assert await reservation.extend(4 * 1000)
-                assert any("usage" in each and each.startswith("SELECT") for each in statements) == (number == 0), statements
-                assert statements.count("COMMIT") == 2
+                assert any("usage" in each and each.startswith("SELECT") for each in said) == (number == 0), said
+                assert said.count("COMMIT") == 2
                 await settle(reservation, Usage(1000, output=9900))
             with pytest.raises(pomex.LimitExceeded) as no:              # 2 - 1 - 0.3 dollars are left
                 await reserve(reservation_for(ledger, "k", "no"), 700_001, 1)
@@ -1203,11 +1194,11 @@ def test_keys_without_a_limit_touch_no_meter_and_write_nothing_before_they_settl
         async with started(path) as (ledger,):
             await ledger.create_key("free", NOW)
             reservation = reservation_for(ledger, "free")
-            with written(ledger) as statements:
+            with statements(ledger) as said:
                 assert await reserve(reservation, 10**9) == 0 and await reservation.extend(10**9)
-                assert statements == [] and not reservation.headers() and list(ledger.pending) == ["r"]
+                assert said == [] and not reservation.headers() and list(ledger.pending) == ["r"]
                 await settle(reservation, Usage(1))
-            assert statements.count("COMMIT") == 1 and not any("open_requests (" in each for each in statements)
+            assert said.count("COMMIT") == 1 and not any("open_requests (" in each for each in said)
             assert read(ledger, "SELECT * FROM meters UNION ALL SELECT *, 0, 0 FROM rates") == [] and not ledger.pending
             assert await pomex.verify(ledger.db) == (1, [])
     run(check())

@@ -13,7 +13,21 @@ import time
 
 import pomex
 import pytest
-from ledgers import audited, change, key_made, key_of, read, recent, refusals, run, started, totals, under_way, until
+from ledgers import (
+    audited,
+    change,
+    key_made,
+    key_of,
+    read,
+    recent,
+    refusals,
+    run,
+    started,
+    statements,
+    totals,
+    under_way,
+    until,
+)
 
 NOW = 1_763_629_920.0       # 2025-11-20 09:12 UTC
 PRICE = "1 1 - - - -"
@@ -39,15 +53,6 @@ def row(response_id, **more):
 def begin(ledger, *response_ids):
     for response_id in response_ids:
         ledger.begin(response_id, lambda id=response_id: row(id, input=50, cached=0, output=0, reasoning=0, cost_nanos=50_000))
-
-
-@contextlib.contextmanager
-def statements(ledger):
-    """What is asked of the database in the meantime, without the values."""
-    said = []
-    ledger.db.writer.set_trace_callback(said.append)
-    yield said
-    ledger.db.writer.set_trace_callback(None)
 
 
 def rows(path):
@@ -1114,3 +1119,17 @@ def test_a_change_among_ten_thousand_keys_holds_the_loop_for_two_milliseconds_at
             monkeypatch.undo()
             assert longest[0] < 0.002, longest
     asyncio.run(check())
+
+
+def test_who_waits_for_others_to_join_its_commit_is_answered_when_the_ledger_is_closed(path):
+    async def check():
+        with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+            ledger.start()
+            begin(ledger, "other")
+            await ledger.settle([row("first")])
+            waiting = asyncio.create_task(ledger.settle([row("second")]))
+            await asyncio.sleep(0)          # it is asked for, and the next commit is not due yet
+            assert ledger.flushed is not None
+        await asyncio.wait_for(waiting, 1)
+    asyncio.run(check())
+    assert rows(path) == [("first", "completed", ""), ("other", "failed", "interrupted"), ("second", "completed", "")]

@@ -8007,11 +8007,14 @@ def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
     rate = price_of(price)
     if rate is None:
         return 0
-    fresh = usage.input - usage.cached - usage.cache_write
-    picos = (fresh * rate.input + usage.cached * rate.cache_read + usage.output * rate.output
-             + (usage.cache_write - usage.cache_write_1h) * rate.cache_write
-             + usage.cache_write_1h * rate.cache_write_1h + usage.web_searches * rate.search + rate.answer)
+    picos: int = sum(map(operator.mul, billed_counts(usage, rate), rate))
     return min((picos * multiplier + 500_000_000) // 1_000_000_000, MAX_NUMBER)
+
+
+def billed_counts(usage: Usage, rate: Price) -> Price:
+    """How many of each part of a price are billed."""
+    fresh, short = usage.input - usage.cached - usage.cache_write, usage.cache_write - usage.cache_write_1h
+    return Price(fresh, usage.output, usage.cached, short, usage.cache_write_1h, usage.web_searches, int(rate.answer > 0))
 
 
 def saved_nanos(price: str, cached: int) -> int:
@@ -11187,7 +11190,7 @@ def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
 
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any], str]:
-    """The condition of a filtered log, its values, and the table that has its sums; BadRequest names an invalid filter."""
+    """The condition of a filtered usage log, its values, and the table that has its sums; BadRequest names a wrong filter."""
     where, values, table = [key_condition(key_id)], [], "usage_rollups"
     for name, text in filters.items():
         if name in ("cursor", "limit") or not text:
@@ -11208,24 +11211,13 @@ async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int
     return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
-async def log_rows(db: Database, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
-    """A page of the log, newest first, of the rows before an id."""
-    where, values, _ = usage_where(filters, key_id)
-    return await usage_rows(db, f"{where} AND id < ?", [*values, before_id], limit)
-
-
-async def log_sums(db: Database, filters: Mapping[str, str], key_id: int) -> JSON:
-    """The sums of all rows of a filtered log."""
-    where, values, table = usage_where(filters, key_id)
-    (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, table)
-    return sums
-
-
-async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
-    """(its row, all rows that are billed for it); None where this key has no such request."""
+async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]]:
+    """(its row, all rows that are billed for it)."""
     rows = await usage_rows(db, f"response_id = ? AND {key_condition(key_id)}", [response_id], 1)
+    if not rows:
+        raise BadRequest("There is no such request here: perhaps its row was pruned.", status=404, code="not_found")
     lines = await db.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ? ORDER BY attempt", response_id)
-    return (rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]) if rows else None
+    return rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]
 
 
 async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
@@ -11678,7 +11670,7 @@ async def show_overview(gateway: Gateway, ask: AdminRequest) -> JSON:
     made_s, answer = gateway.overviews.get(wanted, (0.0, {}))
     if not 0 <= now_s - made_s < POLL_S:
         answer = await overview(db, since_ms, step_ms, slots, now_s, ask.key_id)
-        answer["latest"] = [row_view(row) for row in await log_rows(db, {}, MAX_NUMBER, 10, ask.key_id)]
+        answer["latest"] = [row_view(row) for row in await usage_rows(db, key_condition(ask.key_id), [], 10)]
         answer["providers"] = await provider_views(gateway) if ask.key is None else []
         if len(gateway.overviews) >= OVERVIEWS_KEPT:
             gateway.overviews.clear()
@@ -11689,8 +11681,11 @@ async def show_overview(gateway: Gateway, ask: AdminRequest) -> JSON:
 async def show_usage(gateway: Gateway, ask: AdminRequest) -> JSON:
     """A page of the log; with the first one the sums of all rows that the filters let through."""
     before, limit, db = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.ledger.db
-    sums = await log_sums(db, ask.query, ask.key_id) if "cursor" not in ask.query else None
-    rows = await log_rows(db, ask.query, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
+    (where, values, table), rows, sums = usage_where(ask.query, ask.key_id), [], None
+    if "cursor" not in ask.query:
+        (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, table)
+    if sums is None or sums["requests"]:
+        rows = await usage_rows(db, f"{where} AND id < ?", [*values, before], limit + 1)
     return {"rows": [row_view(row) for row in rows[:limit]], "sums": sums,
             "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
@@ -11698,11 +11693,11 @@ async def show_usage(gateway: Gateway, ask: AdminRequest) -> JSON:
 async def export_usage(gateway: Gateway, ask: AdminRequest) -> None:
     """The whole filtered log as CSV or JSON lines, newest first, streamed."""
     client, before, ending = ask.client, MAX_NUMBER, ask.client.head.path.rpartition(".")[2]
-    usage_where(ask.query, ask.key_id)        # an invalid filter is an error while an error can still be sent
+    where, values, _ = usage_where(ask.query, ask.key_id)
     await client.start(200, [("content-type", EXPORTS[ending]), ("cache-control", "no-store"), *PAGE_HEADERS,
                              ("content-disposition", f"attachment; filename=pomex-usage.{ending}")])
     await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if ending == "csv" else b"")
-    while rows := await log_rows(gateway.ledger.db, ask.query, before, 1000, ask.key_id):
+    while rows := await usage_rows(gateway.ledger.db, f"{where} AND id < ?", [*values, before], 1000):
         before = rows[-1]["id"]
         lines = (csv_line(row.values()) + "\r\n" if ending == "csv" else dumps(row) + "\n" for row in rows)
         await client.write("".join(lines).encode())
@@ -11713,11 +11708,13 @@ EXPORTS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; charse
 
 
 async def show_request(gateway: Gateway, ask: AdminRequest) -> JSON:
-    found = await one_request(gateway.ledger.db, ask.name, ask.key_id)
-    if found is None:
-        raise BadRequest("There is no such request here: perhaps its row was pruned.", status=404, code="not_found")
-    row, lines = found
+    row, lines = await one_request(gateway.ledger.db, ask.name, ask.key_id)
     return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
+
+
+COST_PARTS = {"input": "input", "cache_read": "cached input", "cache_write": "written to cache",
+              "cache_write_1h": "written to cache, kept long", "output": "output", "search": "web searches",
+              "answer": "as the provider says"}
 
 
 def cost_parts(line: JSON) -> list[JSON]:
@@ -11725,14 +11722,10 @@ def cost_parts(line: JSON) -> list[JSON]:
     rate = price_of(line["price"])
     if rate is None:
         return []
-    fresh = line["input"] - line["cached"] - line["cache_write"]
-    parts = [("input", fresh, rate.input), ("cached input", line["cached"], rate.cache_read),
-             ("written to cache", line["cache_write"] - line["cache_write_1h"], rate.cache_write),
-             ("written to cache, kept long", line["cache_write_1h"], rate.cache_write_1h),
-             ("output", line["output"], rate.output), ("web searches", line["web_searches"], rate.search),
-             ("as the provider says", int(rate.answer > 0), rate.answer)]
-    return [{"what": what, "count": count, "picos": picos, "nanos": count * picos * line["multiplier"] // 1_000_000_000}
-            for what, count, picos in parts if count]
+    counts = billed_counts(Usage(**{name: line[name] for name in COUNTED}), rate)
+    parts = [(words, getattr(counts, name), getattr(rate, name)) for name, words in COST_PARTS.items()]
+    return [{"what": words, "count": count, "picos": picos, "nanos": count * picos * line["multiplier"] // 1_000_000_000}
+            for words, count, picos in parts if count]
 
 
 async def show_keys(gateway: Gateway, ask: AdminRequest) -> JSON:
@@ -11802,31 +11795,27 @@ async def show_models(gateway: Gateway, ask: AdminRequest) -> JSON:
     return {"models": rows, "missing": [] if ask.key else missing_keys(gateway), "any": open_ended, "prices_date": PRICES_DATE}
 
 
+CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
+
+
 def model_view(gateway: Gateway, name: str) -> JSON:
+    """A model for the page. Its state is `ready` if any of its targets would be asked now."""
     catalogue, configured = gateway.catalogue, gateway.config.models.get(name)
+    health, disabled, now = gateway.router.health, gateway.ledger.disabled, time.monotonic()
     provider, model = catalogue.first_target(name)
     schedule, facts = gateway.prices.schedule(provider, model, name) or PriceSchedule(""), catalogue.facts(name)
     try:
-        state, targets = model_state(gateway, name), [f"{each.name}:{upstream}" for each, upstream in catalogue.targets(name)]
+        candidates = [each for tier in catalogue.tiers(name) for each in tier]
+        states = ["disabled" if each.provider.name in disabled else CIRCUIT_WORDS.get(health.state(each.id, now), "ready")
+                  for each in candidates]
     except BadRequest as error:         # described, but of a provider that is not configured
-        state, targets = str(error), []
-    return {"name": name, "targets": targets, "state": state, "price": schedule.base.split() or None,
+        candidates, states = [], [str(error)]
+    return {"name": name, "targets": [f"{each.provider.name}:{each.model}" for each in candidates],
+            "state": "ready" if "ready" in states else states[0], "price": schedule.base.split() or None,
             "long_over": schedule.over, "long": schedule.long.split(), "peak": int(schedule.factors.get("peak", 1)),
             "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
             "source": schedule.source, "context": facts.context_window, "max_output": facts.max_output,
             "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), "")}
-
-
-CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
-
-
-def model_state(gateway: Gateway, name: str) -> str:
-    """`ready` if any of its targets would be asked now."""
-    health, now = gateway.router.health, time.monotonic()
-    states = ["disabled" if each.provider.name in gateway.ledger.disabled
-              else CIRCUIT_WORDS.get(health.state(each.id, now), "ready")
-              for tier in gateway.catalogue.tiers(name) for each in tier]
-    return "ready" if "ready" in states else states[0]
 
 
 async def show_providers(gateway: Gateway, ask: AdminRequest) -> JSON:
@@ -11939,10 +11928,10 @@ async def playground(gateway: Gateway, ask: AdminRequest) -> None:
     """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
     key, ledger = ask.key, gateway.ledger
     if key is None:
-        mine = [each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s]
-        if not mine:
-            await ledger.create_key(PLAY_KEY, time.time(), ask.who)
-        key = mine[0] if mine else ledger.list_keys()[-1]
+        key = next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
+    if key is None:
+        await ledger.create_key(PLAY_KEY, time.time(), ask.who)
+        key = ledger.list_keys()[-1]
     await responses(gateway, ask.client, key)
 
 

@@ -11392,7 +11392,7 @@ async def use_login_link(db: Database, token: str, now_s: float) -> bool:
 
 
 @dataclass(slots=True)
-class AdminRequest:
+class Ask:
     client: Client
     query: dict[str, str]
     name: str                           # what stands in the path for a *
@@ -11609,7 +11609,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
     if head.method == "POST":
         check_origin(gateway, head.headers)
     query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
-    ask = AdminRequest(client, query, urllib.parse.unquote(f"{path}/".split("/")[1]))
+    ask = Ask(client, query, urllib.parse.unquote(f"{path}/".split("/")[1]))
     if route.who != "anybody":
         ask.key, ask.who = await authenticate(gateway, client)
         if ask.key is not None and route.who == "admin":
@@ -11621,7 +11621,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
         await client.answer(200, API_HEADERS, dumps(answer).encode())
 
 
-async def log_in(gateway: Gateway, ask: AdminRequest) -> None:
+async def log_in(gateway: Gateway, ask: Ask) -> None:
     client, db = ask.client, gateway.ledger.db
     key = await check_token(gateway, client, ask.body["token"])
     role, key_id = ("key", key.id) if key else ("admin", 0)
@@ -11629,7 +11629,7 @@ async def log_in(gateway: Gateway, ask: AdminRequest) -> None:
     await set_cookie(gateway, client, await open_session(db, role, key_id, SESSION_S, client.started_s), SESSION_S, role)
 
 
-async def log_out(gateway: Gateway, ask: AdminRequest) -> None:
+async def log_out(gateway: Gateway, ask: Ask) -> None:
     digest = key_digest(session_cookie(ask.client)[1])
     await gateway.ledger.db.write(lambda tx: tx.execute("DELETE FROM sessions WHERE digest = ?", (digest,)))
     await set_cookie(gateway, ask.client, "", 0, "")
@@ -11643,7 +11643,7 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int, 
     await client.answer(200, [*API_HEADERS, ("set-cookie", cookie)], dumps({"role": role}).encode())
 
 
-async def show_session(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_session(gateway: Gateway, ask: Ask) -> JSON:
     """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
     now_s, (host, port, *_), key = time.time(), ask.client.connection.server.address, ask.key
     counts, own = {"models": len(model_names(gateway, key))}, None
@@ -11660,7 +11660,7 @@ def count_active_keys(ledger: Ledger) -> int:
     return sum(key.state(now_s) == "active" for key in ledger.keys.values())
 
 
-async def show_overview(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
     """The page asks again with every request that comes: within a second, all get the same answer."""
     now_s, db = time.time(), gateway.ledger.db
     day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
@@ -11678,7 +11678,7 @@ async def show_overview(gateway: Gateway, ask: AdminRequest) -> JSON:
     return {**answer, "open": await open_count(gateway, ask.key_id)}
 
 
-async def show_usage(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
     """A page of the log; with the first one the sums of all rows that the filters let through."""
     before, limit, db = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.ledger.db
     (where, values, table), rows, sums = usage_where(ask.query, ask.key_id), [], None
@@ -11690,7 +11690,7 @@ async def show_usage(gateway: Gateway, ask: AdminRequest) -> JSON:
             "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
-async def export_usage(gateway: Gateway, ask: AdminRequest) -> None:
+async def export_usage(gateway: Gateway, ask: Ask) -> None:
     """The whole filtered log as CSV or JSON lines, newest first, streamed."""
     client, before, ending = ask.client, MAX_NUMBER, ask.client.head.path.rpartition(".")[2]
     where, values, _ = usage_where(ask.query, ask.key_id)
@@ -11707,7 +11707,7 @@ async def export_usage(gateway: Gateway, ask: AdminRequest) -> None:
 EXPORTS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; charset=utf-8"}
 
 
-async def show_request(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_request(gateway: Gateway, ask: Ask) -> JSON:
     row, lines = await one_request(gateway.ledger.db, ask.name, ask.key_id)
     return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
 
@@ -11728,55 +11728,55 @@ def cost_parts(line: JSON) -> list[JSON]:
             for words, count, picos in parts if count]
 
 
-async def show_keys(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
     now_s, ledger = time.time(), gateway.ledger
     return {"keys": await key_rows(ledger, now_s), "accounts": await list_accounts(ledger.db, now_s), "now_s": int(now_s),
             "models": gateway.catalogue.names}
 
 
-async def create_key(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def create_key(gateway: Gateway, ask: Ask) -> JSON:
     name = ask.body["name"]
     token = await gateway.ledger.create_key(name, time.time(), ask.who, **await key_settings(gateway.ledger, ask.body))
     return {"name": name, "token": token}
 
 
-def active_name(gateway: Gateway, ask: AdminRequest) -> str:
+def active_name(gateway: Gateway, ask: Ask) -> str:
     key = gateway.ledger.keys.get(int(ask.name) if re.fullmatch("[0-9]{1,15}", ask.name) else 0)
     if key is None or key.revoked_s:
         raise BadRequest("There is no such active key.", status=404, code="not_found")
     return key.name
 
 
-async def edit_key(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def edit_key(gateway: Gateway, ask: Ask) -> JSON:
     name, changes = active_name(gateway, ask), await key_settings(gateway.ledger, ask.body)
     if changes:
         await gateway.ledger.edit_key(name, ask.who, **changes)
     return {"name": name}
 
 
-async def revoke_key(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
     name = active_name(gateway, ask)
     await gateway.ledger.revoke_key(name, time.time(), ask.who)
     return {"name": name}
 
 
-async def add_account(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def add_account(gateway: Gateway, ask: Ask) -> JSON:
     await new_account(gateway.ledger, ask.body, ask.who)
     return {"name": ask.body["name"]}
 
 
-async def enter_credit(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def enter_credit(gateway: Gateway, ask: Ask) -> JSON:
     await add_credit(gateway.ledger, ask.name, ask.body["amount"], ask.body.get("reason", ""), time.time(), ask.who)
     return {"name": ask.name}
 
 
-async def show_statement(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
     db, (first, last) = gateway.ledger.db, read_argument(MONTH, ask.query.get("month", ""))
     return {"account": ask.name, "first_day": first, "last_day": last,
             **await statement_rows(db, await account_named(db, ask.name), first, last)}
 
 
-async def show_audit(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_audit(gateway: Gateway, ask: Ask) -> JSON:
     """A page of the changes of keys, accounts, credits, providers and settings, newest first."""
     before, limit = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 200, 500)
     rows = await audit_rows(gateway.ledger.db, before, limit + 1)
@@ -11788,7 +11788,7 @@ def missing_keys(gateway: Gateway) -> list[JSON]:
             if name not in gateway.config.providers and row.env_key]
 
 
-async def show_models(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_models(gateway: Gateway, ask: Ask) -> JSON:
     """The models that can be asked for, their prices, and which provider keys are missing."""
     rows = [model_view(gateway, name) for name in model_names(gateway, ask.key)]
     open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
@@ -11818,7 +11818,7 @@ def model_view(gateway: Gateway, name: str) -> JSON:
             "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), "")}
 
 
-async def show_providers(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
     return {"providers": await provider_views(gateway), "missing": missing_keys(gateway)}
 
 
@@ -11861,7 +11861,7 @@ def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
     return gateway.config.providers[name]
 
 
-async def use_provider(gateway: Gateway, ask: AdminRequest, use: bool) -> JSON:
+async def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
     """To one out of use no new request goes, from any process of this ledger, until it is back: a restart changes nothing."""
     name = provider_named(gateway, ask.name).name
     await gateway.ledger.use_provider(name, use, ask.who)
@@ -11896,7 +11896,7 @@ async def contact(upstream: Upstream, provider: ProviderConfig) -> int:
     return exchange.status
 
 
-async def test_provider(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
     provider, started = provider_named(gateway, ask.name), time.monotonic()
     if provider.wire_api == "demo":
         return {"ok": True, "ms": 0, "text": "The demo works offline."}
@@ -11907,7 +11907,7 @@ async def test_provider(gateway: Gateway, ask: AdminRequest) -> JSON:
     return {"ok": good, "ms": int((time.monotonic() - started) * 1000), "text": text}
 
 
-async def show_setup(gateway: Gateway, ask: AdminRequest) -> JSON:
+async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
     """What the set-up page checks. The page itself replaces {ORIGIN} by the address where the browser found it."""
     db, mine, model = gateway.ledger.db, key_condition(ask.key_id), best_model(gateway.catalogue, ask.key)
     providers, running = gateway.config.providers, await open_requests(db, ask.key_id)
@@ -11924,7 +11924,7 @@ async def newest_request(db: Database, where: str) -> JSON | None:
     return row_view(rows[0]) if rows else None
 
 
-async def playground(gateway: Gateway, ask: AdminRequest) -> None:
+async def playground(gateway: Gateway, ask: Ask) -> None:
     """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
     key, ledger = ask.key, gateway.ledger
     if key is None:
@@ -11935,7 +11935,7 @@ async def playground(gateway: Gateway, ask: AdminRequest) -> None:
     await responses(gateway, ask.client, key)
 
 
-async def live_events(gateway: Gateway, ask: AdminRequest) -> None:
+async def live_events(gateway: Gateway, ask: Ask) -> None:
     """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser comes again."""
     client, db, key_id = ask.client, gateway.ledger.db, ask.key_id
     if gateway.watchers[key_id] >= FEEDS_A_KEY:
@@ -11963,7 +11963,7 @@ async def live_events(gateway: Gateway, ask: AdminRequest) -> None:
 
 
 class AdminRoute(NamedTuple):
-    function: Callable[[Gateway, AdminRequest], Awaitable[JSON | None]]
+    function: Callable[[Gateway, Ask], Awaitable[JSON | None]]
     who: str = "admin"          # admin | holder: the administrator too, the answer narrowed to the key | anybody
     fields: Sequence[Argument] = ()        # of its body
 

@@ -10950,7 +10950,8 @@ def codex_release(text: str) -> int:
 
 def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSON:
     """An entry of Codex's model catalogue (CODEX.md 6): the fields that any version requires, and those of known models."""
-    configured, known = gateway.config.models.get(name, ModelConfig(name)), codex_fields(name, CODEX_TABLE)
+    configured = gateway.config.models.get(name, ModelConfig(name))
+    known = codex_fields(name, CODEX_TABLE)
     window = gateway.catalogue.facts(name).context_window or DEFAULT_CONTEXT_WINDOW
     windows = {"context_window": window, "max_context_window": window}
     provider = gateway.config.providers.get(gateway.catalogue.first_target(name)[0])
@@ -11000,7 +11001,8 @@ async def answer_tagged(client: Client, headers: list[tuple[str, str]], body: by
 
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex allows five seconds."""
-    names, release = model_names(gateway, await gateway.key(client)), codex_release(client.head.query)
+    names = model_names(gateway, await gateway.key(client))
+    release = codex_release(client.head.query)
     body = {"object": "list", "data": [model_object(gateway, name) for name in names],
             "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
     await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
@@ -11055,9 +11057,10 @@ async def ready(gateway: Gateway, client: Client) -> None:
 
 async def key_facts(gateway: Gateway, client: Client) -> None:
     """The key's own limits, in OpenRouter's form (amounts in USD)."""
-    key, now_s = await gateway.key(client), client.started_s
-    start, end = period_bounds(key.period, now_s)
-    spent, limit = await nanos_since(gateway.ledger.db, start, key.id), key.budget_nanos
+    key = await gateway.key(client)
+    start, end = period_bounds(key.period, client.started_s)
+    spent = await nanos_since(gateway.ledger.db, start, key.id)
+    limit = key.budget_nanos
     data = {"label": key.name, "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_period": key.period,
             "limit_reset": None, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
             "rate_limit": {"requests_per_minute": key.rpm or None, "tokens_per_minute": key.tpm or None,
@@ -11157,7 +11160,9 @@ DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "res
 async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
     """What the overview shows of `slots` steps; each begins with a half hour."""
     since_ms -= since_ms % HALF_HOUR_MS
-    until_ms, now_ms, mine = since_ms + step_ms * slots, int(now_s * 1000), key_condition(key_id)
+    until_ms = since_ms + step_ms * slots
+    now_ms = int(now_s * 1000)
+    mine = key_condition(key_id)
     found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, until_ms, mine)
     series: dict[str, JSON] = {}
     for (slot, name), sums in await usage_sums(db, [f"(started_ms - {since_ms}) / {step_ms}", "provider"], since_ms, until_ms,
@@ -11191,7 +11196,9 @@ def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any], str]:
     """The condition of a filtered usage log, its values, and the table that has its sums; BadRequest names a wrong filter."""
-    where, values, table = [key_condition(key_id)], [], "usage_rollups"
+    where = [key_condition(key_id)]
+    values: list[Any] = []
+    table = "usage_rollups"
     for name, text in filters.items():
         if name in ("cursor", "limit") or not text:
             continue
@@ -11262,8 +11269,10 @@ async def live_news(db: Database, seen: Sequence[int], running: Collection[str],
                     ) -> tuple[Row, Collection[str], bytes]:
     """What any process has written since a watcher's last look: (NEWEST_IDS and the requests in flight as of now, the events
     since `seen` and `running` as SSE)."""
-    (newest,), in_flight = await db.read(NEWEST_IDS), await open_requests(db, key_id)
-    mine, (usage, refusals, changes) = key_condition(key_id), zip(seen, newest)
+    newest, = await db.read(NEWEST_IDS)
+    in_flight = await open_requests(db, key_id)
+    mine = key_condition(key_id)
+    usage, refusals, changes = zip(seen, newest)
     rows = await usage_rows(db, f"id > ? AND id <= ? AND {mine}", usage, EVENTS_AT_ONCE)
     refused = await db.read(f"SELECT data FROM refusals WHERE id > ? AND id <= ? AND {mine} ORDER BY id", *refusals)
     changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
@@ -11385,7 +11394,8 @@ async def open_session(db: Database, kind: str, key_id: int, life_s: int, now_s:
 
 async def use_login_link(db: Database, token: str, now_s: float) -> bool:
     """Whether the link was valid; now it is used up. A wrong guess writes nothing."""
-    found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), int(now_s))
+    found = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?"
+    values = (key_digest(token), int(now_s))
     if not await db.read(f"SELECT 1 {found}", *values):
         return False
     return await db.write(lambda tx: tx.execute(f"DELETE {found}", values)) == 1
@@ -11415,7 +11425,8 @@ def check_origin(gateway: Gateway, headers: Headers) -> None:
     """A POST comes from our own page, or from a machine that sends its token with it."""
     if not headers.get("content-type").lower().startswith("application/json"):
         raise BadRequest("Changes are sent as content-type: application/json.", status=415, code="unsupported_media_type")
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    origin = headers.get("origin")
+    site = headers.get("sec-fetch-site")
     ours = origin.partition("://")[2] in (headers.get("host"), *gateway.config.server.public_hosts)
     if origin and not ours or site not in ("", "same-origin") or not (origin or site or headers.get("authorization")):
         raise Forbidden("Changes are taken from the dashboard's own page only (its Origin), or with an Authorization "
@@ -11431,7 +11442,8 @@ def session_cookie(client: Client) -> tuple[str, str]:
 
 async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, str]:
     """(the key whose holder asks, ""), or (None, the administrator for the audit log); Unauthorized for anybody else."""
-    header, now_s = client.head.headers.get("authorization"), time.time()      # of a live feed the start is long ago
+    header = client.head.headers.get("authorization")
+    now_s = time.time()         # of a live feed the start is long ago
     if header:
         key = await check_token(gateway, client, header[7:].strip(" \t"), link=False)
         return key, "" if key else f"admin_token from {client.peer}"
@@ -11450,7 +11462,9 @@ async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, st
 
 async def check_token(gateway: Gateway, client: Client, token: str, link: bool = True) -> Key | None:
     """The API key that a token is; None where it is the administrator's, or that of a login `link`."""
-    now_s, admin_token, failures = time.time(), gateway.config.server.admin_token, gateway.login_failures
+    now_s = time.time()
+    admin_token = gateway.config.server.admin_token
+    failures = gateway.login_failures
     if admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token)) \
             or link and await use_login_link(gateway.ledger.db, token, now_s):
         return None
@@ -11622,11 +11636,12 @@ async def admin(gateway: Gateway, client: Client) -> None:
 
 
 async def log_in(gateway: Gateway, ask: Ask) -> None:
-    client, db = ask.client, gateway.ledger.db
+    client = ask.client
     key = await check_token(gateway, client, ask.body["token"])
-    role, key_id = ("key", key.id) if key else ("admin", 0)
-    log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
-    await set_cookie(gateway, client, await open_session(db, role, key_id, SESSION_S, client.started_s), SESSION_S, role)
+    role, key_id, words = ("key", key.id, f"the holder of {key.name}") if key else ("admin", 0, "administrator")
+    log.info("%s logged in to the dashboard as %s", client.peer, words)
+    token = await open_session(gateway.ledger.db, role, key_id, SESSION_S, client.started_s)
+    await set_cookie(gateway, client, token, SESSION_S, role)
 
 
 async def log_out(gateway: Gateway, ask: Ask) -> None:
@@ -11645,14 +11660,16 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int, 
 
 async def show_session(gateway: Gateway, ask: Ask) -> JSON:
     """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
-    now_s, (host, port, *_), key = time.time(), ask.client.connection.server.address, ask.key
-    counts, own = {"models": len(model_names(gateway, key))}, None
-    if key is None:
+    now_s = time.time()
+    host, port, *_ = ask.client.connection.server.address
+    counts = {"models": len(model_names(gateway, ask.key))}
+    session = {"role": "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s, "address": f"{host}:{port}",
+               "open": await open_count(gateway, ask.key_id), "key": None, "counts": counts}
+    if ask.key is None:
         counts.update(keys=count_active_keys(gateway.ledger), providers=len(gateway.config.providers))
-    else:
-        own = next(row for row in await key_rows(gateway.ledger, now_s) if row["id"] == key.id)
-    return {"role": "key" if key else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
-            "address": f"{host}:{port}", "open": await open_count(gateway, ask.key_id), "key": own, "counts": counts}
+        return session
+    own, = [row for row in await key_rows(gateway.ledger, now_s) if row["id"] == ask.key_id]
+    return {**session, "role": "key", "key": own}
 
 
 def count_active_keys(ledger: Ledger) -> int:
@@ -11662,9 +11679,11 @@ def count_active_keys(ledger: Ledger) -> int:
 
 async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
     """The page asks again with every request that comes: within a second, all get the same answer."""
-    now_s, db = time.time(), gateway.ledger.db
+    now_s = time.time()
+    db = gateway.ledger.db
     day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
-    since_ms, slots = ask.number("since", day_ago_ms, MAX_NUMBER), ask.number("slots", 24, 400)
+    since_ms = ask.number("since", day_ago_ms, MAX_NUMBER)
+    slots = ask.number("slots", 24, 400)
     step_ms = max(ask.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
     wanted = since_ms, step_ms, slots, ask.key_id
     made_s, answer = gateway.overviews.get(wanted, (0.0, {}))
@@ -11680,8 +11699,12 @@ async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
 
 async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
     """A page of the log; with the first one the sums of all rows that the filters let through."""
-    before, limit, db = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.ledger.db
-    (where, values, table), rows, sums = usage_where(ask.query, ask.key_id), [], None
+    before = ask.number("cursor", MAX_NUMBER, MAX_NUMBER)
+    limit = ask.number("limit", 50, 500)
+    db = gateway.ledger.db
+    where, values, table = usage_where(ask.query, ask.key_id)
+    rows: list[JSON] = []
+    sums: JSON | None = None
     if "cursor" not in ask.query:
         (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, table)
     if sums is None or sums["requests"]:
@@ -11692,7 +11715,9 @@ async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
 
 async def export_usage(gateway: Gateway, ask: Ask) -> None:
     """The whole filtered log as CSV or JSON lines, newest first, streamed."""
-    client, before, ending = ask.client, MAX_NUMBER, ask.client.head.path.rpartition(".")[2]
+    client = ask.client
+    before = MAX_NUMBER
+    ending = client.head.path.rpartition(".")[2]
     where, values, _ = usage_where(ask.query, ask.key_id)
     await client.start(200, [("content-type", EXPORTS[ending]), ("cache-control", "no-store"), *PAGE_HEADERS,
                              ("content-disposition", f"attachment; filename=pomex-usage.{ending}")])
@@ -11800,16 +11825,21 @@ CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
 
 def model_view(gateway: Gateway, name: str) -> JSON:
     """A model for the page. Its state is `ready` if any of its targets would be asked now."""
-    catalogue, configured = gateway.catalogue, gateway.config.models.get(name)
-    health, disabled, now = gateway.router.health, gateway.ledger.disabled, time.monotonic()
+    catalogue = gateway.catalogue
+    configured = gateway.config.models.get(name)
+    health = gateway.router.health
+    disabled = gateway.ledger.disabled
+    now = time.monotonic()
     provider, model = catalogue.first_target(name)
-    schedule, facts = gateway.prices.schedule(provider, model, name) or PriceSchedule(""), catalogue.facts(name)
+    schedule = gateway.prices.schedule(provider, model, name) or PriceSchedule("")
+    facts = catalogue.facts(name)
     try:
         candidates = [each for tier in catalogue.tiers(name) for each in tier]
         states = ["disabled" if each.provider.name in disabled else CIRCUIT_WORDS.get(health.state(each.id, now), "ready")
                   for each in candidates]
     except BadRequest as error:         # described, but of a provider that is not configured
-        candidates, states = [], [str(error)]
+        candidates = []
+        states = [str(error)]
     return {"name": name, "targets": [f"{each.provider.name}:{each.model}" for each in candidates],
             "state": "ready" if "ready" in states else states[0], "price": schedule.base.split() or None,
             "long_over": schedule.over, "long": schedule.long.split(), "peak": int(schedule.factors.get("peak", 1)),
@@ -11824,16 +11854,19 @@ async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
 
 async def provider_views(gateway: Gateway) -> list[JSON]:
     """Each provider with its state, its last hour by minutes ([requests, failed] each), and its last error."""
-    db, providers = gateway.ledger.db, gateway.config.providers
+    db = gateway.ledger.db
+    providers = gateway.config.providers
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
     for (name, minute), sums in await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms,
                                                  since_ms + 3_600_000, table="usage", names=("requests", "failed")):
         if name in minutes:
             minutes[name][minute] = [*sums.values()]
-    times, running = await latencies(db, since_ms, 0), await open_requests(db, 0)
+    times = await latencies(db, since_ms, 0)
+    running = await open_requests(db, 0)
     saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
-    errors, circuits = {**dict(saved), **gateway.ledger.notes}, open_circuits(gateway)
+    errors = {**dict(saved), **gateway.ledger.notes}
+    circuits = open_circuits(gateway)
     views = []
     for name, provider in providers.items():
         state, back_s = circuits.get(name) or (provider_state(minutes[name]), 0)
@@ -11909,8 +11942,11 @@ async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
 
 async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
     """What the set-up page checks. The page itself replaces {ORIGIN} by the address where the browser found it."""
-    db, mine, model = gateway.ledger.db, key_condition(ask.key_id), best_model(gateway.catalogue, ask.key)
-    providers, running = gateway.config.providers, await open_requests(db, ask.key_id)
+    db = gateway.ledger.db
+    mine = key_condition(ask.key_id)
+    model = best_model(gateway.catalogue, ask.key)
+    providers = gateway.config.providers
+    running = await open_requests(db, ask.key_id)
     refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
     return {"model": model, "block": codex_block("{ORIGIN}", model),
             "keys": 1 if ask.key else count_active_keys(gateway.ledger),
@@ -11926,7 +11962,8 @@ async def newest_request(db: Database, where: str) -> JSON | None:
 
 async def playground(gateway: Gateway, ask: Ask) -> None:
     """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
-    key, ledger = ask.key, gateway.ledger
+    key = ask.key
+    ledger = gateway.ledger
     if key is None:
         key = next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
     if key is None:
@@ -11937,7 +11974,9 @@ async def playground(gateway: Gateway, ask: Ask) -> None:
 
 async def live_events(gateway: Gateway, ask: Ask) -> None:
     """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser comes again."""
-    client, db, key_id = ask.client, gateway.ledger.db, ask.key_id
+    client = ask.client
+    db = gateway.ledger.db
+    key_id = ask.key_id
     if gateway.watchers[key_id] >= FEEDS_A_KEY:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
     gateway.watchers[key_id] += 1

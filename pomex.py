@@ -8819,16 +8819,21 @@ class Reservation:
         self.reserved_output += output
         self.charged_output += charged
 
+    def covers(self, written: int) -> bool:
+        """Whether the reservation is ahead of `written` characters of output."""
+        return not self.limits or self._tokens_ahead(written) <= min(self.reserved_output, self.charged_output)
+
+    def _tokens_ahead(self, written: int) -> int:
+        return written // 4 + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
+
     async def extend(self, written: int) -> bool:
         """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
         exceed max_output_tokens, and some servers ignore it."""
-        if not self.limits:
-            return True
         tokens = written // 4
-        ahead = tokens + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
-        while ahead > min(self.reserved_output, self.charged_output):
+        while not self.covers(written):
             if self.exhausted:
                 return tokens < min(self.reserved_output, self.charged_output)
+            ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             try:
                 await self._acquire(0, step, charged)
@@ -9097,154 +9102,95 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 # One exchange with a provider: a pooled connection, TLS, a proxy, and the time limits. A failure says where it happened and
 # whether the request had been sent, which routing has to know; never a key.
 
-READ_BYTES = 2**18          # kept ahead of who takes it; 256 KiB reads of big bodies cost 42 % less than 64
+READ_BYTES = 2**18          # one read; 256 KiB reads of big bodies cost 42 % less than 64
 WRITE_HIGH_BYTES = 2**18    # unsent bytes before the writer of a connection waits: a burst of 1,000 events
 HAPPY_EYEBALLS_S = 0.25     # before the next address of a name is tried beside the last (RFC 8305 5)
 POOL_IDLE_S = 30.0          # shorter than the idle limits of common fronts (nginx 75 s, AWS and Azure 60 s)
 POOL_SIZE = 256             # idle connections of one origin; what a burst of streams makes more is closed
+PUMPED_BYTES = 2**16       # a larger read is left to the task, which gives others a turn
 INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: gzip's 1032:1 makes at most 16 MiB of them
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
 
-class Expired(Exception):
-    """A deadline of a Wire has passed; the text names the setting."""
+def set_up_transport(transport: asyncio.Transport) -> None:
+    """Options of both sides' sockets. asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
+    transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+    with contextlib.suppress(OSError):      # a Unix socket has no such option
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-class Wire(asyncio.Protocol):
-    """One TCP or TLS connection, either side: bounded both ways, with one deadline; one task at a time waits in it. asyncio's
-    streams take 40 % more CPU a request, and a task of their own to see the peer leave."""
+class UpstreamProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's streams to a provider. While `pump` is set, it is called with what arrives (b"" at the end), and no task
+    wakes. A reset is kept as `fault`: raised by the reader it would hide what came before it."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.transport: asyncio.Transport       # comes with connection_made
-        self.ended = False                      # nothing more will come
-        self.lost = False                       # nothing can be sent either
-        self.fault: Exception | None = None     # why it was lost, if not by a clean end
-        self.choked = False                     # more than WRITE_HIGH_BYTES wait to be sent
-        self.waiter: asyncio.Future[None] | None = None
-        self.limit, self.due = "", math.inf     # the deadline: the setting's name, and the loop's time
-        self.timer: asyncio.TimerHandle | None = None
-        self.expired = ""                       # the limit that was exceeded
-
-    # What the event loop calls.
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self.unread = 0                         # bytes in the reader
+        self.pump: Callable[[bytes], None] | None = None
+        self.fault: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        with contextlib.suppress(OSError):      # asyncio leaves out what socket.create_server accepts
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def eof_received(self) -> None:
-        self.ended = True
-        self.wake()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.ended = self.lost = True
-        self.fault = error
-        if self.timer is not None:
-            self.timer.cancel()
-        self.wake()
-
-    def pause_writing(self) -> None:
-        self.choked = True
-
-    def resume_writing(self) -> None:
-        self.choked = False
-        self.wake()
-
-    # What its user calls.
-
-    def wake(self) -> None:
-        waiter = self.waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def change(self) -> None:
-        """Until bytes came, the peer ended, or there is room to write; Expired at the deadline."""
-        self.waiter = self.loop.create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
-        if self.expired:
-            limit, self.expired = self.expired, ""
-            raise Expired(limit)
-
-    async def drain(self) -> None:
-        while self.choked and not self.lost:
-            await self.change()
-
-    def arm(self, limit: str, due: float) -> None:
-        """Moving the deadline later costs an assignment: the timer looks again when it fires."""
-        self.limit, self.due = limit, due
-        if self.timer is None or self.timer.when() > due:
-            if self.timer is not None:
-                self.timer.cancel()
-            self.timer = self.loop.call_at(due, self.ring) if not self.lost else None
-
-    def disarm(self) -> None:
-        self.due = math.inf
-
-    def ring(self) -> None:
-        self.timer = None
-        if self.due == math.inf:
-            return
-        if self.loop.time() < self.due:
-            self.timer = self.loop.call_at(self.due, self.ring)
-            return
-        self.expired = self.limit
-        if self.waiter is None:         # an idle connection, or one that is closing
-            self.abort()
-        self.wake()
-
-    def abort(self) -> None:
-        """Closes the socket now; what was not yet sent is dropped."""
-        self.transport.abort()
-
-
-class UpstreamConnection(Wire):
-    """A connection to a provider, with the reader of its answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reader = ResponseReader()
-        self.pieces: list[bytes] = []           # received, and not yet read
-        self.held = 0                           # their size
-        self.answered = False                   # a byte of the answer has come
+        set_up_transport(transport)
+        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        self.pieces.append(data)
-        self.held += len(data)
-        if self.held > READ_BYTES:
-            self.transport.pause_reading()
-        self.wake()
+        if self.pump is not None:
+            self.pump(data)
+        else:
+            self.unread += len(data)
+            super().data_received(data)
 
-    def take(self) -> bytes:
-        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
-        self.pieces.clear()
-        if self.held > READ_BYTES:
-            self.transport.resume_reading()
-        self.held = 0
-        return data
+    def eof_received(self) -> bool:
+        super().eof_received()
+        if self.pump is not None:
+            self.pump(b"")
+        return False        # the transport closes itself
 
-    async def next(self) -> ResponseHead | bytes | Signal:
-        """The next part of the answer. Expired at the deadline, an OSError when the connection broke."""
-        while (part := self.reader.next()) is NEED_DATA:
-            while not (self.pieces or self.ended):
-                await self.change()
-            if self.pieces:
-                self.reader.feed(self.take())
-                self.answered = True
-            elif self.fault is not None:
-                raise self.fault
-            else:
-                self.reader.feed_eof()
-        return part
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.fault = exc
+        super().connection_lost(None)
+        if self.pump is not None:
+            self.pump(b"")
 
 
-class LinkError(UpstreamError):
+class UpstreamConnection:
+    """A connection to a provider: its streams, and the HTTP reader of its answers."""
+
+    def __init__(self, reader: asyncio.StreamReader, protocol: UpstreamProtocol, transport: asyncio.Transport) -> None:
+        self.reader, self.protocol = reader, protocol
+        self.writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+        self.http = ResponseReader()
+        self.answered = False                   # a byte of the answer has come
+        self.expiry: asyncio.TimerHandle | None = None      # while it is idle
+
+    async def receive(self) -> None:
+        """Feeds the HTTP reader with what comes next. OSError: the connection broke."""
+        data = await self.reader.read(READ_BYTES)
+        self.protocol.unread -= len(data)
+        if data:
+            self.answered = True
+            self.http.feed(data)
+        elif self.protocol.fault is not None:
+            raise self.protocol.fault
+        else:
+            self.http.feed_eof()
+
+    @property
+    def reusable(self) -> bool:
+        """It is open, and nothing has come that was not asked for."""
+        return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
+
+    def unsent_bytes(self) -> int:
+        return self.writer.transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Closes the socket now; unsent bytes are dropped."""
+        self.writer.transport.abort()
+
+
+class TransportError(UpstreamError):
     """An exchange failed below HTTP's meaning: no connection, no TLS, no whole answer."""
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
@@ -9255,7 +9201,7 @@ class LinkError(UpstreamError):
         self.where = where      # host:port
 
 
-class LinkTimeout(LinkError, UpstreamTimeout):
+class TransportTimeout(TransportError, UpstreamTimeout):
     """A time limit of the provider's configuration was exceeded."""
 
 
@@ -9274,7 +9220,7 @@ class Origin(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """What all requests to one base_url have in common."""
     origin: Origin
     prefix: str                         # of the request target: the path, and before a proxy the whole URL
@@ -9317,7 +9263,7 @@ def proxy_address(proxy: str) -> tuple[str, int, list[tuple[str, str]]]:
     return url.hostname, port, [("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode())]
 
 
-def place_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Place:
+def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
     """Where base_url leads. `proxy` is an address, "off", or "env" for the environment's."""
     url = urllib.parse.urlsplit(provider.base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
@@ -9330,13 +9276,13 @@ def place_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Place:
     fields = [("host", name), ("accept-encoding", "gzip")]
     credentials = proxy_address(proxy)[2] if proxy else []
     if proxy and url.scheme == "http":      # RFC 9112 3.2.2: a proxy is given the absolute form
-        return Place(origin, f"http://{name}{path}", fields + credentials)
-    return Place(origin, path, fields)
+        return Endpoint(origin, f"http://{name}{path}", fields + credentials)
+    return Endpoint(origin, path, fields)
 
 
 # --- 9.2 one exchange -----------------------------------------------------------------------------
 
-def failure_text(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What went wrong, in the system's words, without an address or a path."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message or "the certificate is not valid"
@@ -9360,54 +9306,63 @@ OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAD
 class Exchange:
     """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
 
-    def __init__(self, upstream: Upstream, provider: ProviderConfig, origin: Origin) -> None:
-        self.upstream, self.provider, self.origin = upstream, provider, origin
+    def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
+        self.pool, self.provider, self.origin = pool, provider, origin
+        self.loop = asyncio.get_running_loop()
         self.status = 0
         self.headers = NO_HEADERS
-        self.wire: UpstreamConnection | None = None     # None after close()
+        self.connection: UpstreamConnection | None = None       # None after close()
         self.keep_alive = False
         self.finished = False                   # the body was read to its end
-        self.total_due = asyncio.get_running_loop().time() + provider.total_timeout_s
+        self.heard = True                       # the last piece was more than comments and pings: set by the reader of the body
+        self.total_due = self.loop.time() + provider.total_timeout_s
         self.idle_due = 0.0                     # when the silence inside the answer has been too long
-        self.paused_since = math.inf            # when the latest piece was given out
+        self.paused_since = math.inf            # when the last piece was given out
         self.inflater: ContentDecoder | None = None
-        self.packed = b""                       # compressed bytes that were not inflated yet
+        self.compressed = b""                   # bytes that were not inflated yet
 
-    def failed(self, phase: str, error: Exception, sent: bool = True) -> LinkError:
-        """Closes the connection; the error that says where the exchange failed."""
-        if self.wire is not None:
-            self.wire.abort()
+    def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
+        """Closes the connection; the error that says where the exchange failed. `limit`: the setting that was exceeded."""
+        if self.connection is not None:
+            self.connection.abort()
         where = self.origin.authority
         who, doing = f"Provider {self.provider.name} ({where})", PHASES[phase]
-        if isinstance(error, Expired):
-            limit_s = getattr(self.provider, str(error))
-            message = f"{who} took longer than {error} = {limit_s:g} s while {doing}."
-            return LinkTimeout(message, phase, sent, f"no answer in {limit_s:g} s", where)
-        reason = failure_text(without_traceback(error))
-        return LinkError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
+        if limit:
+            limit_s = getattr(self.provider, limit)
+            message = f"{who} took longer than {limit} = {limit_s:g} s while {doing}."
+            return TransportTimeout(message, phase, sent, f"no answer in {limit_s:g} s", where)
+        reason = describe_error(without_traceback(error))
+        return TransportError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
-    def deadline(self, limit: str, due: float) -> tuple[str, float]:
-        return (limit, due) if due < self.total_due else ("total_timeout_s", self.total_due)
-
-    async def next(self, wire: UpstreamConnection, phase: str) -> ResponseHead | bytes | Signal:
-        """The next part of the answer. Any failure, cancellation too, closes the socket at once."""
+    async def next(self, connection: UpstreamConnection, phase: str, limit: str, due: float) -> ResponseHead | bytes | Signal:
+        """The next part of the answer, until `due` by the setting `limit`, and total_timeout_s. Any failure, cancellation
+        too, closes the socket at once."""
+        if due > self.total_due:
+            limit, due = "total_timeout_s", self.total_due
+        timeout = asyncio.timeout_at(due)
         try:
-            return await wire.next()
-        except (Expired, OSError, ProtocolError) as error:
-            unsent = phase == "head" and wire.transport.get_write_buffer_size()
-            raise self.failed("send" if unsent else phase, error) from None
+            part = connection.http.next()
+            if part is NEED_DATA:
+                async with timeout:
+                    while part is NEED_DATA:
+                        await connection.receive()
+                        part = connection.http.next()
+            return part
+        except (OSError, ProtocolError) as error:
+            if phase == "head" and connection.unsent_bytes():
+                phase = "send"
+            raise self.failed(phase, error, limit if isinstance(error, TimeoutError) and timeout.expired() else "") from None
         except BaseException:
-            wire.abort()
+            connection.abort()
             raise
 
-    async def begin(self, wire: UpstreamConnection, method: str, request: bytes) -> None:
+    async def begin(self, connection: UpstreamConnection, method: str, request: bytes) -> None:
         """Sends the request and waits for the head of its answer."""
-        self.wire, wire.answered = wire, False
-        wire.reader.start(method)
-        wire.arm(*self.deadline("first_byte_timeout_s", wire.loop.time() + self.provider.first_byte_timeout_s))
-        wire.transport.write(request)
-        head = await self.next(wire, "head")
-        wire.disarm()
+        self.connection, connection.answered = connection, False
+        connection.http.start(method)
+        connection.writer.write(request)
+        due = self.loop.time() + self.provider.first_byte_timeout_s
+        head = await self.next(connection, "head", "first_byte_timeout_s", due)
         assert isinstance(head, ResponseHead)
         self.status, self.headers, self.keep_alive = head.status, head.headers, head.keep_alive
         coding = self.headers.get("content-encoding").lower()
@@ -9419,47 +9374,52 @@ class Exchange:
         elif coding not in ("", "identity"):
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
-    async def read(self, heard: bool = True) -> bytes:
-        """The next decoded piece of the body; b"" at its clean end. `heard`: the one before was more than comments and pings,
-        so the provider was not idle, and the time since then was the client's."""
-        wire = self.wire
-        assert wire is not None
-        now = wire.loop.time()
-        if heard:
+    async def read(self) -> bytes:
+        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
+        from now, and the time since then was the client's."""
+        connection, now = self.connection, self.loop.time()
+        assert connection is not None
+        if self.heard:
             self.idle_due = now + self.provider.idle_timeout_s
             self.total_due += max(0.0, now - self.paused_since)
-        limit, due = self.deadline("idle_timeout_s", self.idle_due)
-        if now >= due and not heard:            # a flood never waits, so no timer fires
-            raise self.failed("body", Expired(limit))
+        elif now >= min(self.idle_due, self.total_due):         # a flood never waits, so no timer fires
+            limit = "idle_timeout_s" if self.idle_due < self.total_due else "total_timeout_s"
+            raise self.failed("body", TimeoutError(), limit)
         try:
-            return await self.piece(wire)
+            while not self.finished:
+                if self.compressed:
+                    if piece := self.inflate():
+                        return piece
+                    continue
+                part = await self.next(connection, "body", "idle_timeout_s", self.idle_due)
+                if not isinstance(part, bytes):
+                    self.finished = True
+                    self.inflate()
+                elif self.inflater is None:
+                    return part
+                else:
+                    self.compressed = part
+            return b""
         finally:
-            self.paused_since = wire.loop.time()
+            self.paused_since = self.loop.time()
 
-    async def piece(self, wire: UpstreamConnection) -> bytes:
-        while not self.finished:
-            if self.packed:
-                if data := self.inflate():
-                    return data
-                continue
-            if not wire.pieces:
-                wire.arm(*self.deadline("idle_timeout_s", self.idle_due))
-            part = await self.next(wire, "body")
-            wire.disarm()
-            if not isinstance(part, bytes):
-                self.finished = True
-                self.inflate()
-            elif self.inflater is None:
-                return part
-            else:
-                self.packed = part
-        return b""
+    async def pump(self, take: Callable[[bytes], bool]) -> None:
+        """Calls take(), which sets `heard`, with each piece of the body as it arrives, without waking this task: until it
+        returns False, the body ends or breaks, or its time is over. read() then says which."""
+        connection = self.connection
+        if connection is None or self.finished or self.inflater or connection.protocol.unread:
+            return
+        pump = Pump(self, connection, take)
+        try:
+            await pump.run()
+        finally:
+            self.paused_since = self.loop.time()
 
     def inflate(self) -> bytes:
-        """The next slice of `packed`, inflated; checks the whole at the end of the body."""
+        """The next slice of `compressed`, inflated; checks the whole at the end of the body."""
         if self.inflater is None:
             return b""
-        piece, self.packed = self.packed[:INFLATE_BYTES], self.packed[INFLATE_BYTES:]
+        piece, self.compressed = self.compressed[:INFLATE_BYTES], self.compressed[INFLATE_BYTES:]
         try:
             if self.finished:
                 self.inflater.finish()
@@ -9480,146 +9440,211 @@ class Exchange:
                 break
         return b"".join(pieces)[:max_bytes]
 
-    async def close(self, sound: bool = True) -> None:
+    async def close(self, reusable: bool = True) -> None:
         """Gives the connection back if the answer ended and it may be kept; else closes it. Reused with unexpected bytes, it
         could hand one client's answer to another."""
-        wire, self.wire = self.wire, None
-        if wire is None:
+        connection, self.connection = self.connection, None
+        if connection is None:
             return
-        if sound and self.keep_alive and not wire.lost and self.at_end(wire):
-            self.upstream.keep(self.origin, wire)
+        if reusable and self.keep_alive and await self.is_complete(connection) and connection.reusable:
+            self.pool.release(self.origin, connection)
             return
-        if self.finished and not wire.ended and (wire.pieces or not wire.reader.idle):
-            self.upstream.distrust(self.origin)
-        wire.abort()
+        if self.finished and (connection.protocol.unread or not connection.http.idle):
+            self.pool.disable_reuse(self.origin)
+        connection.abort()
 
-    def at_end(self, wire: UpstreamConnection) -> bool:
-        """The whole answer has come, and nothing behind it. A decoder may have stopped at the last event."""
+    async def is_complete(self, connection: UpstreamConnection) -> bool:
+        """The whole answer has come, and the whole request has gone. A decoder may have stopped at the last event."""
         try:
-            if not self.finished and wire.pieces:
-                wire.reader.feed(wire.take())
-            while not self.finished and (part := wire.reader.next()) is not NEED_DATA:
+            if not self.finished and connection.protocol.unread:
+                await connection.receive()      # which does not wait: the bytes are there
+            while not self.finished and (part := connection.http.next()) is not NEED_DATA:
                 self.finished = part is END
         except ProtocolError:
             return False
-        unsent = wire.transport.get_write_buffer_size()
-        return self.finished and wire.reader.idle and not wire.pieces and not unsent
+        return self.finished and not connection.unsent_bytes()
+
+
+class Pump:
+    """What an answer's connection receives, given to take() by the event loop itself (SPEED.md "What pays", 3)."""
+
+    def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
+        self.exchange, self.connection, self.take, self.loop = exchange, connection, take, exchange.loop
+        self.stopped = self.loop.create_future()
+
+    async def run(self) -> None:
+        self.connection.protocol.pump = self.receive
+        self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
+        try:
+            self.take_parts()
+            await self.stopped
+        finally:
+            self.connection.protocol.pump = None
+            self.timer.cancel()
+
+    def receive(self, data: bytes) -> None:
+        if 0 < len(data) <= PUMPED_BYTES:
+            self.connection.http.feed(data)
+            self.take_parts()
+            return
+        self.stop()
+        if data:
+            self.connection.protocol.data_received(data)
+
+    def take_parts(self) -> None:
+        exchange = self.exchange
+        exchange.heard = False
+        try:
+            while isinstance(part := self.connection.http.next(), bytes) and self.take(part):
+                pass
+        except ProtocolError:           # the HTTP reader raises it again, for read()
+            self.stop()
+            return
+        except Exception as error:      # noqa: BLE001 - for the task to handle
+            self.stop(error)
+            return
+        if exchange.heard:
+            exchange.idle_due = self.loop.time() + exchange.provider.idle_timeout_s
+        if part is not NEED_DATA:
+            exchange.finished = part is END
+            self.stop()
+
+    def deadline(self) -> float:
+        return min(self.exchange.idle_due, self.exchange.total_due)
+
+    def check_deadline(self) -> None:
+        if self.loop.time() < self.deadline():
+            self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
+        else:
+            self.exchange.heard = False
+            self.stop()
+
+    def stop(self, error: Exception | None = None) -> None:
+        self.connection.protocol.pump = None
+        if self.stopped.done():
+            return
+        if error is None:
+            self.stopped.set_result(None)
+        else:
+            self.stopped.set_exception(error)
 
 
 # --- 9.3 connections ------------------------------------------------------------------------------
 
-class Upstream:
+class ConnectionPool:
     """All connections to providers: one a process."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.environ = dict(environ or {})
         self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest last, and taken first
-        self.places: dict[tuple[str, str, str], Place] = {}
+        self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
         self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # of names, under way
-        self.distrusted: set[Origin] = set()            # their connections are not used again
+        self.not_reused: set[Origin] = set()            # they sent more than they were asked for
         self.closed = False
         self.secrets = re.compile(r"(?!)")              # that no provider may say
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and returns when the head of its answer is there; else LinkError or LinkTimeout. A pooled
+        """Sends one request and returns when the head of its answer is there; else TransportError or TransportTimeout. A pooled
         connection may be closed at that moment: broken without a byte of answer, it is replaced once, if `again` allows it."""
-        place = self.place(provider)
-        target = place.prefix + path
+        endpoint = self.endpoint(provider)
+        target = endpoint.prefix + path
         if provider.query_params:
             target += ("&" if "?" in target else "?") + urllib.parse.urlencode(provider.query_params)
-        fields = [*place.fields, *headers, ("content-length", str(len(body)))]
+        fields = [*endpoint.fields, *headers, ("content-length", str(len(body)))]
         request = request_bytes(method, target, fields, body)
-        wire = self.take(place.origin)
-        exchange = Exchange(self, provider, place.origin)
-        if wire is not None:
+        connection = self.acquire(endpoint.origin)
+        exchange = Exchange(self, provider, endpoint.origin)
+        if connection is not None:
             try:
-                await exchange.begin(wire, method, request)
+                await exchange.begin(connection, method, request)
                 return exchange
-            except LinkError as error:
-                if isinstance(error, LinkTimeout) or wire.answered or not again():
+            except TransportError as error:
+                if isinstance(error, TransportTimeout) or connection.answered or not again():
                     raise
         await exchange.begin(await self.connect(exchange), method, request)
         return exchange
 
-    def place(self, provider: ProviderConfig) -> Place:
+    def endpoint(self, provider: ProviderConfig) -> Endpoint:
         key = provider.base_url, provider.ca_file, provider.proxy
-        if key not in self.places:
+        if key not in self.endpoints:
             try:
-                self.places[key] = place_of(provider, self.environ)
+                self.endpoints[key] = endpoint_of(provider, self.environ)
             except ValueError as error:     # of a proxy in the environment
                 message = f"Provider {provider.name} cannot be reached: {error}."
-                raise LinkError(message, "connect", sent=False) from None
-        return self.places[key]
+                raise TransportError(message, "connect", sent=False) from None
+        return self.endpoints[key]
 
-    def take(self, origin: Origin) -> UpstreamConnection | None:
-        """The newest idle connection that is still good: open, and silent since its last answer."""
-        wires = self.idle.get(origin, [])
-        while wires:
-            wire = wires.pop()
-            wire.disarm()
-            if not (wire.ended or wire.pieces or wire.expired):
-                return wire
-            if wire.pieces and not wire.ended:      # else a 408 before it was closed
-                self.distrust(origin)
-            wire.abort()
+    def acquire(self, origin: Origin) -> UpstreamConnection | None:
+        """The newest idle connection that is still open, and silent since its last answer."""
+        connections = self.idle.get(origin, [])
+        while connections:
+            connection = connections.pop()
+            if connection.expiry is not None:
+                connection.expiry.cancel()
+            if connection.reusable:
+                return connection
+            if not connection.writer.is_closing():      # else it may have been told why: a 408
+                self.disable_reuse(origin)
+            connection.abort()
         return None
 
-    def distrust(self, origin: Origin) -> None:
-        """Disables reuse: unsolicited bytes could be read as the answer to another client's request."""
-        if origin not in self.distrusted:
-            self.distrusted.add(origin)
+    def disable_reuse(self, origin: Origin) -> None:
+        """Unsolicited bytes could be read as the answer to another client's request."""
+        if origin not in self.not_reused:
+            self.not_reused.add(origin)
             log.warning("%s sends more than it was asked for; its connections are not used again", origin.authority)
-        for wire in self.idle.pop(origin, []):
-            wire.abort()
+        for connection in self.idle.pop(origin, []):
+            connection.abort()
 
-    def keep(self, origin: Origin, wire: UpstreamConnection) -> None:
-        wires = self.idle.setdefault(origin, [])
-        if len(wires) >= POOL_SIZE:
-            wires[:] = [other for other in wires if not other.ended]
-        if self.closed or len(wires) >= POOL_SIZE or origin in self.distrusted:
-            wire.abort()
+    def release(self, origin: Origin, connection: UpstreamConnection) -> None:
+        connections = self.idle.setdefault(origin, [])
+        if len(connections) >= POOL_SIZE:
+            connections[:] = [other for other in connections if not other.writer.is_closing()]
+        if self.closed or len(connections) >= POOL_SIZE or origin in self.not_reused:
+            connection.abort()
             return
-        wire.arm("idle", wire.loop.time() + POOL_IDLE_S)
-        wires.append(wire)
+        connection.expiry = asyncio.get_running_loop().call_later(POOL_IDLE_S, connection.abort)
+        connections.append(connection)
 
     async def connect(self, exchange: Exchange) -> UpstreamConnection:
         """A new connection, through proxy and TLS, within connect_timeout_s."""
-        origin, phase = exchange.origin, "connect"
+        origin, phase, connection = exchange.origin, "connect", None
+        timeout = asyncio.timeout(exchange.provider.connect_timeout_s)
         try:
-            async with asyncio.timeout(exchange.provider.connect_timeout_s) as limit:
-                wire = await self.dial(origin)
-                try:
-                    if origin.scheme == "https":
-                        await self.tunnel(wire, origin)
-                        phase = "tls"
-                        await self.secure(wire, origin)
-                except BaseException:
-                    wire.abort()
-                    raise
-            return wire
-        except (OSError, ProtocolError, ValueError) as error:
-            if limit.expired():
-                raise exchange.failed(phase, Expired("connect_timeout_s"), sent=False) from None
+            async with timeout:
+                connection = await self.dial(origin)
+                if origin.scheme == "https":
+                    if origin.proxy:
+                        await self.open_tunnel(connection, origin)
+                    phase = "tls"
+                    await connection.writer.start_tls(self.context(origin.ca_file), server_hostname=origin.host)
+            return connection
+        except BaseException as error:
+            if connection is not None:
+                connection.abort()
+            if not isinstance(error, (OSError, ProtocolError, ValueError)):
+                raise
+            limit = "connect_timeout_s" if timeout.expired() else ""
             if isinstance(error, OSError) and error.errno in OUR_LIMITS:
-                raise overloaded(f"The gateway has no room for another connection: {failure_text(error)}.") from None
-            raise exchange.failed(phase, error, sent=False) from None
+                raise overloaded(f"The gateway has no room for another connection: {describe_error(error)}.") from None
+            raise exchange.failed(phase, error, limit, sent=False) from None
 
     async def dial(self, origin: Origin) -> UpstreamConnection:
         host, port = origin.host, origin.port
         if origin.proxy:
             host, port, _ = proxy_address(origin.proxy)
-        ways = [functools.partial(connect_to, address, port) for address in await self.addresses(host)]
-        wire: UpstreamConnection | None
-        wire, _, errors = await asyncio.staggered.staggered_race(ways, HAPPY_EYEBALLS_S)
-        if wire is None:
+        tries = [functools.partial(open_connection, address, port) for address in await self.addresses(host)]
+        connection: UpstreamConnection | None
+        connection, _, errors = await asyncio.staggered.staggered_race(tries, HAPPY_EYEBALLS_S)
+        if connection is None:
             raise next(filter(None, reversed(errors)))
-        peer = wire.transport.get_extra_info("socket")
+        peer = connection.writer.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):     # NATs forget a silent connection after some minutes
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-        return wire
+        return connection
 
     async def addresses(self, host: str) -> list[str]:
         """Of a name. Its look-ups share one thread that nobody joins: a silent nameserver would hold all of asyncio's own."""
@@ -9633,27 +9658,19 @@ class Upstream:
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
 
-    async def tunnel(self, wire: UpstreamConnection, origin: Origin) -> None:
-        """CONNECT, where there is a proxy: from its 2xx on, the wire leads to the origin (RFC 9110 9.3.6)."""
-        if not origin.proxy:
-            return
+    async def open_tunnel(self, connection: UpstreamConnection, origin: Origin) -> None:
+        """CONNECT: from the proxy's 2xx on, the connection leads to the origin (RFC 9110 9.3.6)."""
         fields = [("host", origin.authority), *proxy_address(origin.proxy)[2]]
-        wire.transport.write(request_bytes("CONNECT", origin.authority, fields, b""))
-        wire.reader.start("CONNECT")
-        head = await wire.next()
+        connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
+        connection.http.start("CONNECT")
+        while (head := connection.http.next()) is NEED_DATA:
+            await connection.receive()
         assert isinstance(head, ResponseHead)
         if not 200 <= head.status < 300:
             raise ConnectionError(f"the proxy answered {head.status} to CONNECT")
-        if wire.pieces or isinstance(wire.reader.next(), bytes):
+        if connection.protocol.unread or isinstance(connection.http.next(), bytes):
             raise ConnectionError("the proxy sent bytes of its own into the tunnel")
-        wire.reader = ResponseReader()
-
-    async def secure(self, wire: UpstreamConnection, origin: Origin) -> None:
-        transport = await wire.loop.start_tls(wire.transport, wire, self.context(origin.ca_file),
-                                              server_hostname=origin.host)
-        if transport is None:
-            raise ConnectionResetError(errno.ECONNRESET, "")
-        wire.connection_made(transport)
+        connection.http = ResponseReader()
 
     def context(self, ca_file: str) -> ssl.SSLContext:
         """Always verifying, with the system's authorities or those of ca_file alone."""
@@ -9666,9 +9683,9 @@ class Upstream:
     async def close(self) -> None:
         """Closes what is idle; exchanges that still run are their holders' to close."""
         self.closed = True
-        for wires in self.idle.values():
-            for wire in wires:
-                wire.abort()
+        for connections in self.idle.values():
+            for connection in connections:
+                connection.abort()
         self.idle.clear()
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
@@ -9685,8 +9702,11 @@ def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
         lookup.set_result([address for turn in itertools.zip_longest(*families.values()) for address in turn if address])
 
 
-async def connect_to(address: str, port: int) -> UpstreamConnection:
-    return (await asyncio.get_running_loop().create_connection(UpstreamConnection, address, port))[1]
+async def open_connection(address: str, port: int) -> UpstreamConnection:
+    """asyncio.open_connection(), with our protocol."""
+    reader = asyncio.StreamReader(READ_BYTES // 2)     # read on up to twice that
+    transport, protocol = await asyncio.get_running_loop().create_connection(lambda: UpstreamProtocol(reader), address, port)
+    return UpstreamConnection(reader, protocol, transport)
 
 
 # === 10. routing ==================================================================================
@@ -9888,7 +9908,7 @@ def fault_class(error: GatewayError) -> str:
         return error.kind
     if isinstance(error, UpstreamTimeout):
         return "timeout"
-    if isinstance(error, LinkError):
+    if isinstance(error, TransportError):
         return "network" if error.sent else "unreachable"
     return "no_answer" if error.retryable else "bad_request"
 
@@ -10049,7 +10069,7 @@ def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAtte
     fault, where = fault_class(error), ""
     label, status = RETRY_POLICIES[fault].label, getattr(error, "upstream_status", 0)
     brief = f"{status} {label}" if status else label
-    if isinstance(error, LinkError):
+    if isinstance(error, TransportError):
         brief, where = error.brief or label, error.where
     return FailedAttempt(provider, brief, where, fault, error, at_ms)
 
@@ -10065,25 +10085,11 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 
 
 class ClientStream:
-    """One answer on its way to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
+    """One answer on its way to the client: its head, its blocks, and the heartbeats between them."""
 
     def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
-        self.client = client
-        self.answer = answer
-        self.server = server
-        self.reservation = reservation
-        # what the ledger and the access line want to know
-        self.attempt = Attempt(answer)               # the newest
-        self.provider, self.model = "", ""              # its target
-        self.attempts = 0                               # upstream calls
-        self.tries = 0                                  # of targets: a try may need several attempts
-        self.failures: list[FailedAttempt] = []         # the tries that failed
-        self.turn_state = ""                            # names the target, for Codex
-        self.dropped: list[str] = []                    # what the target could not carry
-        self.first_ms = 0                               # when the first output left
-        self.asked_ms, self.answering_ms = 0, 0         # when the newest attempt began, and when the head of its answer came
-        self.upstream_id = ""                           # its provider's request id
-        # the stream
+        self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
+        self.attempt = Attempt(answer)                  # the newest
         self.head_sent = False
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
@@ -10096,29 +10102,28 @@ class ClientStream:
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
         """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
-        fields = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS
+        fields, client = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS, self.client
         if not early:                                   # somebody has answered
-            own = [("x-pomex-provider", self.provider), ("x-pomex-attempts", str(self.attempts)),
-                   ("openai-processing-ms", str(self.elapsed_ms())),
-                   ("x-pomex-dropped", printable(", ".join(dict.fromkeys(self.dropped)), 1000)),
-                   ("x-codex-turn-state", self.turn_state)]
+            own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
+                   ("openai-processing-ms", str(client.elapsed_ms())),
+                   ("x-pomex-dropped", printable(", ".join(dict.fromkeys(client.dropped)), 1000)),
+                   ("x-codex-turn-state", client.turn_state)]
             fields = fields + [header for header in own if header[1]]
         return fields + self.reservation.headers()
 
-    def count_attempt(self) -> bool:
-        """One more upstream call; False where the request has had all it may."""
-        if self.attempts >= MAX_ATTEMPTS:
+    def put(self, attempt: Attempt) -> bool:
+        """Writes the output that there is, if nothing has to be waited for; False: send() it."""
+        if not attempt.out:
+            return True
+        if not self.client.first_ms or self.writing.locked():
             return False
-        self.attempts += 1
-        return True
-
-    def elapsed_ms(self) -> int:
-        return max(1, int((time.monotonic() - self.client.started) * 1000))
+        self.active = self.loop.time()
+        return self.client.put(attempt.take_output())
 
     async def send(self, block: bytes) -> None:
         """Output of the model. One write; it waits while the client does not take it."""
-        if not self.first_ms:
-            self.first_ms = self.elapsed_ms()
+        if not self.client.first_ms:
+            self.client.first_ms = self.client.elapsed_ms()
         async with self.writing:
             await self._write(block)
 
@@ -10127,7 +10132,7 @@ class ClientStream:
         async with self.writing:
             if not self.head_sent:
                 self.head_sent = True
-                await self.client.start(200, self.headers(early=not self.attempts))
+                await self.client.start(200, self.headers(early=not self.client.attempts))
             await self.client.end(block)
 
     async def _write(self, block: bytes) -> None:
@@ -10183,25 +10188,28 @@ async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) 
 class DemoExchange:
     """The demo's stream in the place of an upstream's."""
 
-    status, headers = 200, Headers([("content-type", "text/event-stream")])
+    status, headers, heard = 200, Headers([("content-type", "text/event-stream")]), True
 
     def __init__(self, frames: Iterable[bytes]) -> None:
         self.frames = iter(frames)
 
-    async def read(self, heard: bool = True) -> bytes:
+    async def read(self) -> bytes:
         return next(self.frames, b"")
+
+    async def pump(self, take: Callable[[bytes], bool]) -> None:
+        """Nothing arrives by itself."""
 
     async def read_all(self, max_bytes: int) -> bytes:
         return b""
 
-    async def close(self, sound: bool = True) -> None:
+    async def close(self, reusable: bool = True) -> None:
         """There is nothing to close."""
 
 
 class Router:
     """Tries the targets of a request until one has given output, or none is left."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: ConnectionPool) -> None:
         self.upstream = upstream
         self.health = CircuitBreakers()
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of METRICS, by name and labels
@@ -10220,7 +10228,7 @@ class Router:
             while target is not None:
                 tries[target.id] += 1
                 if len(candidates) > 1 and down.answer.profile is CODEX:
-                    down.turn_state = turn_state(envelope, target)
+                    down.client.turn_state = turn_state(envelope, target)
                 await self.attempt(target, envelope, down)
                 target = await self.next_target(target, candidates, tries, down)
         except asyncio.CancelledError:
@@ -10233,16 +10241,17 @@ class Router:
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
                           down: ClientStream) -> Candidate | None:
         """Records how the newest try went. Of the next one the target, when its time has come; None where none follows."""
+        client = down.client
         name, error, now = target.provider.name, down.attempt.error, down.loop.time()
         if error is None:
             self.counters["pomex_upstream_attempts_total", name, "ok"] += 1
             self.record_success(target)
             return None
-        failure = failed_attempt(name, error, down.elapsed_ms())
+        failure = failed_attempt(name, error, client.elapsed_ms())
         policy = RETRY_POLICIES[failure.fault]
         self.counters["pomex_upstream_attempts_total", name, failure.fault] += 1
-        down.failures.append(failure)
-        log.warning("%s %s: %s", down.client.request_id, target.id, printable_text(str(error)))
+        client.failures.append(failure)
+        log.warning("%s %s: %s", client.request_id, target.id, printable_text(str(error)))
         if now < down.due:
             self.record_failure(target, error, now)
         is_open = {each.id: self.health.state(each.id, now) == "open" for each in candidates}
@@ -10252,14 +10261,15 @@ class Router:
         if any(is_open[id] for id in tries if id != target.id):
             others = [each for each in others if not is_open[each.id]]
         other = self.health.choose(others, now)
+        shown = down.answer.request.stream and down.attempt.output_started
         decision, wait_s = decide_retry(
-            policy, down.answer.request.stream and down.attempt.output_started, tries[target.id], down.attempts, down.due - now,
+            policy, shown, tries[target.id], client.attempts, down.due - now,
             getattr(error, "retry_after_s", None), other is not None, is_open[target.id],
             random.random())            # noqa: S311 - spreads calls, guards nothing
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
-        down.reservation.add_failed_attempt(down.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
+        down.reservation.add_failed_attempt(client.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
         if decision == "failover":
             self.counters["pomex_failovers_total", name, failure.fault] += 1
             return other
@@ -10283,25 +10293,26 @@ class Router:
 
     async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
         """One try of one target, from encoding to its end: down.attempt is finished, unless it is cancelled."""
+        client = down.client
         provider, failure = target.provider, None
         probe = self.health.probe(target.id, down.loop.time())
-        down.provider, down.model, down.tries = provider.name, target.model, down.tries + 1
-        down.attempt, down.dropped = Attempt(down.answer), []
+        client.provider, client.model, client.tries = provider.name, target.model, client.tries + 1
+        down.attempt, client.dropped = Attempt(down.answer), []
         try:
             call = await off_loop(len(down.answer.request.raw), encode_call, target, envelope, down)
-            down.attempt, down.dropped = call.attempt, call.dropped
+            down.attempt, client.dropped = call.attempt, call.dropped
             async with asyncio.timeout_at(down.due):
                 await self.exchanges(target, call, down)
         except GatewayError as error:
             failure = error
-            down.attempt.unbilled = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
+            down.attempt.unbilled = isinstance(error, ProviderError) or (isinstance(error, TransportError) and not error.sent)
         except TimeoutError:
             limit_s = down.server.request_deadline_s
             failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
         except ConnectionError:         # the client's: those of providers are GatewayErrors
             raise
         except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
-            log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
+            log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             failure = UpstreamError(UNREADABLE)
         finally:
             if probe is not None:
@@ -10312,33 +10323,35 @@ class Router:
                 down.attempt.stop = dataclasses.replace(stop, explanation=said)
             down.attempt.finish(failure and without_traceback(failure))
         except Exception as error:       # noqa: BLE001 - our own bug
-            log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
+            log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
     async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
+        """One exchange; a second where a known refusal can be repaired, more where the provider pauses its turn."""
+        client = down.client
         more: UpstreamCall | None = call
-        mended = False
+        repaired = False
         while more is not None:
             call = more
-            if not down.count_attempt():
+            if not client.count_attempt():
                 raise UpstreamError(f"The request has had its {MAX_ATTEMPTS} upstream calls.")
-            down.asked_ms, down.answering_ms, down.upstream_id = down.elapsed_ms(), 0, ""
+            client.asked_ms, client.answering_ms, client.upstream_id = client.elapsed_ms(), 0, ""
             exchange, sound = await self.open(target.provider, call, down), False
-            down.answering_ms = down.elapsed_ms()
+            client.answering_ms = client.elapsed_ms()
             given = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
-            down.upstream_id = self.upstream.secrets.sub("[redacted]", given)
+            client.upstream_id = self.upstream.secrets.sub("[redacted]", given)
             try:
                 await self.read(exchange, call.attempt, target, down)
                 sound = call.attempt.error is None and call.attempt.stop is not None
                 more = call.resumed()
             except GatewayError as error:
-                more = None if mended or call.attempt.output_started or down.attempts >= MAX_ATTEMPTS else call.repaired(error)
+                final = repaired or call.attempt.output_started or client.attempts >= MAX_ATTEMPTS
+                more = None if final else call.repaired(error)
                 if more is None:
                     raise
-                mended = True
+                repaired = True
             finally:
                 await exchange.close(sound)
 
@@ -10350,57 +10363,80 @@ class Router:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Passthrough):
             headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
-        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.count_attempt)
+        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.client.count_attempt)
 
     async def read(self, exchange: Exchange | DemoExchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
         kind = exchange.headers.get("content-type")
-        if exchange.status >= 400:
-            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
-        if kind.startswith("text/html"):            # a login page, a proxy's apology
-            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
-            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
+        await self.check_answer(exchange, kind)
         if not kind.startswith("text/event-stream") and not down.answer.request.stream:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return
-        first, due = True, math.inf         # when what follows the model's end is not waited for any more
-        heard, size = True, -math.inf       # did the latest piece make the answer longer?
-        while data := await read_until(exchange, due, heard):
-            if first and data.lstrip()[:1] in (b"{", b"["):     # asked for a stream, it answered with an object
-                attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
-                break
-            first = False
+        reservation, due = down.reservation, math.inf   # `due`: then what follows the model's end is not waited for any more
+
+        def take(piece: bytes) -> bool:
+            """Translates and sends; False where the task has to go on: to wait, to end, or to extend the reservation."""
+            before = output_size(attempt)
+            attempt.feed(piece)
+            exchange.heard |= output_size(attempt) > before
+            sent = not (attempt.output_started and down.answer.request.stream) or down.put(attempt)
+            return sent and not (attempt.stop or attempt.error) and reservation.covers(attempt.output_chars)
+
+        data = await exchange.read()
+        if data.lstrip()[:1] in (b"{", b"["):           # asked for a stream, it answered with an object
+            attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
+            return await self.show(attempt, target, down)
+        while data:
+            exchange.heard = False
             for at in range(0, len(data), SLICE_BYTES):
-                attempt.feed(data[at:at + SLICE_BYTES])
+                going = take(data[at:at + SLICE_BYTES])
                 await self.show(attempt, target, down)
                 if len(data) > SLICE_BYTES:
-                    await asyncio.sleep(0)          # a flood of comments is work without a wait
-            before, size = size, attempt.output_chars - attempt.output_limit - attempt.items_left
-            heard = size > before
+                    await asyncio.sleep(0)              # a flood of comments is work without a wait
+            if going:
+                await exchange.pump(take)
+                await self.show(attempt, target, down)
             if attempt.upstream_done or (attempt.error and not attempt.output_started):
                 return
             if attempt.stop or attempt.error:
                 due = min(due, down.loop.time() + AFTER_STOP_S)
-            if down.reservation.held and attempt.stop is None and not await down.reservation.extend(attempt.output_chars):
+            elif not await reservation.extend(attempt.output_chars):
                 attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
                 return
-        else:
-            attempt.end()
+            data = await read_until(exchange, due)
+        attempt.end()
         await self.show(attempt, target, down)
 
+    async def check_answer(self, exchange: Exchange | DemoExchange, kind: str) -> None:
+        """Raises the error that an answer is: a status, or a page of some proxy or login."""
+        if exchange.status >= 400:
+            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
+        if kind.startswith("text/html"):
+            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
+            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
+
     async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
-        """What there is of output, to the client."""
-        if attempt.out and attempt.output_started and down.answer.request.stream:
-            if not down.first_ms:
+        """Sends the output that there is, and waits while the client is slow."""
+        if not (attempt.output_started and down.answer.request.stream):
+            return
+        if attempt.out:
+            if not down.client.first_ms:
                 self.record_success(target, whole=False)
             await down.send(attempt.take_output())
+        else:
+            await down.client.drain()
+
+
+def output_size(attempt: Attempt) -> int:
+    """Grows with all that counts as output: text, items, and what is held of them."""
+    return attempt.output_chars - attempt.output_limit - attempt.items_left
 
 
 async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
     """The body of what is no answer, as far as it comes soon: that it is none is known without it."""
     body = b""
-    with contextlib.suppress(TimeoutError, LinkError):
+    with contextlib.suppress(TimeoutError, TransportError):
         async with asyncio.timeout(AFTER_STOP_S):
             while len(body) < 1 << 20 and (data := await exchange.read()):
                 body += data
@@ -10411,7 +10447,7 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
     """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
     provider = target.provider
     ctx = EncodeContext(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
-                        provider.prompt_cache, provider.overrides, down.attempts + 1)
+                        provider.prompt_cache, provider.overrides, down.client.attempts + 1)
     try:
         return WIRES[provider.wire_api].call(ctx)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -10430,13 +10466,13 @@ def failed_copy(attempt: Attempt) -> Attempt:
     return failed
 
 
-async def read_until(exchange: Exchange | DemoExchange, due: float, heard: bool) -> bytes:
+async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
     """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
     if due == math.inf:
-        return await exchange.read(heard)
+        return await exchange.read()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(due):
-            return await exchange.read(heard)
+            return await exchange.read()
     return b""
 
 
@@ -10532,7 +10568,7 @@ ENDPOINT = "/v1/responses"
 class Gateway:
     """All that a request needs, of one configuration."""
 
-    def __init__(self, config: Config, ledger: Ledger, upstream: Upstream, found: Mapping[str, Sequence[str]],
+    def __init__(self, config: Config, ledger: Ledger, upstream: ConnectionPool, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
         """What `old`, with another configuration, counted, saw and learned outlives it."""
         self.config = config
@@ -10820,12 +10856,14 @@ Or let the key use it without one: python pomex.py keys edit {key.name} --allow-
 def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
     """The last target's error, or what was tried where there was more than one try."""
     error = down.attempt.error or GatewayError("The request failed.")
-    profile, failures = down.answer.profile, down.failures
+    client, profile = down.client, down.answer.profile
+    failures = client.failures
     if not failures:
         return error
     kinds = {failure.fault for failure in failures}
     if kinds == {"model_not_found"}:
-        return gateway.catalogue.unknown(down.answer.request.model, f'{down.provider} has no model "{printable(down.model)}".')
+        sentence = f'{client.provider} has no model "{printable(client.model)}".'
+        return gateway.catalogue.unknown(down.answer.request.model, sentence)
     message, status, code, headers = str(error), error.status, error.code, error.headers
     waits = [wait_s for each in failures if (wait_s := getattr(each.error, "retry_after_s", None)) is not None]
     if len(failures) > 1 and RETRY_POLICIES[failures[-1].fault].failover == "any":
@@ -10860,21 +10898,21 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
     """The usage row, durable before the client can see how it ended; and the access line."""
     client, attempt, reservation = down.client, down.attempt, down.reservation
     usage, error = attempt.usage or Usage(), attempt.error
-    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.model)}
-    failures, detail = down.failures[:20], ""
-    if failures or down.dropped:
+    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.client.model)}
+    failures, detail = down.client.failures[:20], ""
+    if failures or down.client.dropped:
         detail = dumps({"tried": [f"{each.provider}: {each.brief}" for each in failures],
                         "tried_ms": [each.at_ms for each in failures],
-                        "dropped": [printable(name) for name in down.dropped[:20]]})
+                        "dropped": [printable(name) for name in down.client.dropped[:20]]})
     row = reservation.row(
-        down.provider, down.model, usage, attempt=down.tries, status=attempt.status,
-        result=result_of(attempt.status, attempt.terminal_by, down.attempts), terminal_by=attempt.terminal_by,
+        down.client.provider, down.client.model, usage, attempt=down.client.tries, status=attempt.status,
+        result=result_of(attempt.status, attempt.terminal_by, down.client.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
-        error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.upstream_id),
+        error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.client.upstream_id),
         served_model=usage.model if usage.model and len(names) > 1 else "",
         total_ms=int((time.monotonic() - client.started) * 1000), detail=detail,
-        **{name: getattr(down, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
-    for each in down.failures:
+        **{name: getattr(client, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
+    for each in down.client.failures:
         gateway.ledger.notes["error/" + each.provider] = dumps(
             {"time_ms": row.started_ms, "message": printable_text(str(each.error))[:500]})
     rows = [*reservation.failed_attempts, row]
@@ -10886,8 +10924,8 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
 def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
     that of all attempts together."""
-    failed, row = "", rows[-1]
-    for (provider, brief), same in itertools.groupby(down.failures[:down.tries - 1], key=lambda failure: failure[:2]):
+    failed, row, tried = "", rows[-1], down.client.failures[:down.client.tries - 1]
+    for (provider, brief), same in itertools.groupby(tried, key=lambda failure: failure[:2]):
         tries, status = len(list(same)), brief.partition(" ")[0]            # ` anthropic x 529 (2 tries),`
         failed += f" {provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "") + ","
     cached = f" ({short_count(row.cached)} cached)" if row.cached else ""
@@ -11912,7 +11950,7 @@ def provider_state(minutes: Sequence[Sequence[int]]) -> str:
     return "recovering" if max(failed) > 0.5 else "healthy"
 
 
-async def contact(upstream: Upstream, provider: ProviderConfig) -> int:
+async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
     """Asks a provider for its list of models: proves address, certificate and key, and costs nothing. The status, or
     GatewayError says what is wrong."""
     headers = [("accept", "application/json"), *provider.http_headers.items()]
@@ -12041,17 +12079,17 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {
 # leaves cancels its handler at once. Half-closing counts as leaving: no HTTP client in use does it.
 
 BACKLOG = 4096              # connections not yet accepted: a burst of clients after a restart
-PIPELINE_BYTES = 2**18      # bytes kept while a handler runs; beyond, reading pauses until it is done
+PIPELINE_BYTES = 2**17      # asyncio stops reading when a stream holds twice this: what comes while a handler runs
 REST_BYTES = 2**16          # an unread body up to this is read and dropped, to keep the connection
 LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # connections taken before anything else has its turn
-REFUSED_CONNECTIONS = 64    # beyond max_connections: they may ask for /health, others are told; the oldest goes first
+ACCEPT_STEP = 8             # connections accepted before anything else has its turn
+REFUSED_CONNECTIONS = 64    # beyond max_connections: they may ask for /health, others get a 503; the oldest goes first
 REFUSED_WAIT_S = 1.0        # for their request
 IDLE_SAFE_S = 5.0           # a younger connection is not closed for a new one: its request may be on the way
 SHARES = {                  # what is shared -> its limit for the process, and for one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger, its journals and the log
+OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger and the log
 IDLE_GRACE_S = 0.25         # draining, a connection is kept behind its last answer
 FIRST_GRACE_S = 2.0         # and one without any request so far
 GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
@@ -12063,13 +12101,26 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request and the way to answer it: body() first, then answer(), or start(), write()s and end()."""
+    """One request: its record, which every layer adds to and which the ledger and the access line are made of, and the way to
+    answer it: body() first, then answer(), or start(), write()s and end()."""
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
         self.status = 0                 # of the answer; 0 before it is known
+        self.note = ""                  # for the access line, from its handler
+        # the record of its targets
+        self.provider, self.model = "", ""              # of the newest attempt
+        self.tries = 0                                  # of targets: a try may need several upstream calls
+        self.attempts = 0                               # upstream calls
+        self.failures: list[FailedAttempt] = []         # the tries that failed
+        self.dropped: list[str] = []                    # what the target could not carry
+        self.turn_state = ""                            # names the target, for Codex
+        self.upstream_id = ""                           # its provider's request id
+        self.asked_ms, self.answering_ms = 0, 0         # when the newest call began, and when the head of its answer came
+        self.first_ms = 0                               # when the first output left
+        # the answer
         self.sent_bytes = 0
         self.ended = False              # the whole answer was handed over
         self.keep = head.keep_alive     # may the connection carry another request?
@@ -12078,11 +12129,20 @@ class Client:
         self.data: bytes | None = None
         self.held = 0                   # bytes of the body that are counted
         self.holders: Sequence[str] = ()        # for whom
-        self.note = ""                  # for the access line, from its handler
 
     @property
     def gone(self) -> bool:
         return self.connection.gone
+
+    def elapsed_ms(self) -> int:
+        return max(1, int((time.monotonic() - self.started) * 1000))
+
+    def count_attempt(self) -> bool:
+        """One more upstream call; False where the request has had all it may."""
+        if self.attempts >= MAX_ATTEMPTS:
+            return False
+        self.attempts += 1
+        return True
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
         """The whole body, decoded; ProtocolError when it is too long, too slow, or malformed. `key`: whose it is."""
@@ -12116,7 +12176,8 @@ class Client:
             headers = [*headers, ("content-length", str(len(body)))]
         self.begin(status, headers)
         self.ended = True
-        await self.send(self.pending if self.head.method == "HEAD" else self.pending + body)
+        self.send(self.pending if self.head.method == "HEAD" else self.pending + body)
+        await self.drain()
 
     async def start(self, status: int, headers: list[tuple[str, str]]) -> None:
         """Begins an answer of unknown length. Its head goes out with the first write()."""
@@ -12125,13 +12186,22 @@ class Client:
             self.keep = False       # HTTP/1.0: the end of the connection is the end of the body
         self.begin(status, [*headers, ("transfer-encoding", "chunked")] if self.chunked else headers)
 
-    async def write(self, data: bytes) -> None:
-        """One write. Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or is stuck."""
+    def put(self, data: bytes) -> bool:
+        """One write, which waits for nothing; ClientGone when the client left. False: drain() before the next one."""
         if self.head.method == "HEAD":
             data = b""
         elif self.chunked:
             data = chunk(data) + LAST_CHUNK if self.ended else chunk(data)
-        await self.send(self.pending + data if self.pending else data)
+        return self.send(self.pending + data if self.pending else data)
+
+    async def drain(self) -> None:
+        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or takes nothing."""
+        if self.connection.unsent_bytes() > WRITE_HIGH_BYTES:
+            await self.connection.drain()
+
+    async def write(self, data: bytes) -> None:
+        self.put(data)
+        await self.drain()
 
     async def end(self, data: bytes = b"") -> None:
         """Ends a started answer, with a last piece of it in the same write."""
@@ -12154,16 +12224,15 @@ class Client:
             headers = [*headers, ("connection", "keep-alive")]
         self.pending = connection.server.answer_head(status, headers, self.request_id)
 
-    async def send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> bool:
         connection = self.connection
         if connection.gone:
             raise ClientGone("the client left")
         self.pending = b""
         if data:
-            connection.transport.write(data)
+            connection.writer.write(data)
             self.sent_bytes += len(data)
-        if connection.choked:
-            await connection.flush()
+        return connection.unsent_bytes() <= WRITE_HIGH_BYTES
 
 
 SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -12182,118 +12251,145 @@ def error_answer(error: GatewayError) -> tuple[list[tuple[str, str]], bytes]:
 
 # --- 12.1 one connection --------------------------------------------------------------------------
 
-class Connection(Wire):
-    """One client connection and the task that answers its requests, one after the other."""
+class ClientProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's streams to a client, which call on_gone() as soon as the client leaves: a stream says so only to its reader."""
 
-    def __init__(self, server: Server, peer: str) -> None:
-        super().__init__()
-        self.server, self.peer = server, peer
-        self.parser = RequestReader(server.limits)
-        self.unread = 0                 # bytes fed to the parser and perhaps not taken from it
-        self.body_done = True           # the current request was read to its end
-        self.client: Client | None = None       # whose handler runs
-        self.gone = False
-        self.holders: Sequence[str] = ()        # for whom it counts; none: it may only ask for /health
-        self.linger_bytes = -1          # how much more may be dropped; -1: not lingering
-        self.served = False             # it has brought a request
-        self.task: asyncio.Task[None] | None = None
-
-    # What the event loop calls.
+    def __init__(self, server: Server) -> None:
+        super().__init__(asyncio.StreamReader(PIPELINE_BYTES), server.connected)
+        self.on_gone: Callable[[], None] = lambda: None
+        self.on_closed = self.on_gone
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        set_up_transport(transport)
         super().connection_made(transport)
-        self.task = self.loop.create_task(self.run())
 
-    def data_received(self, data: bytes) -> None:
-        if self.linger_bytes >= 0:
-            self.linger_bytes -= len(data)
-        else:
-            self.parser.feed(data)
-            self.unread += len(data)
-            if self.unread > PIPELINE_BYTES:
-                self.transport.pause_reading()
-        self.wake()
-
-    def eof_received(self) -> None:
+    def eof_received(self) -> bool:
         super().eof_received()
-        self.leave()
+        self.on_gone()
+        return False        # the transport closes itself
 
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        self.leave()
-        self.server.release(self)
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(None)
+        self.on_gone()
+        self.on_closed()
 
-    def leave(self) -> None:
+
+class Connection:
+    """One client connection and the task that answers its requests, one after the other."""
+
+    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
+        self.server, self.reader, self.writer, self.peer = server, reader, writer, peer
+        self.loop = asyncio.get_running_loop()
+        self.parser = RequestReader(server.limits)
+        self.body_done = True           # the current request was read to its end
+        self.client: Client | None = None       # whose handler runs
+        self.gone = False               # nothing more will come, and nobody reads what is sent
+        self.holders: Sequence[str] = ()        # for whom it counts; none: it may only ask for /health
+        self.served = False             # it has brought a request
+        self.waiting: asyncio.Timeout | None = None     # for the next request
+        self.task: asyncio.Task[None] | None = None
+
+    def on_client_gone(self) -> None:
         """Cancels the handler, unless its work for the client is done."""
         if not self.gone:
             self.gone = True
             if self.client is not None and not self.client.ended and self.task is not None:
                 self.task.cancel()
 
+    def unsent_bytes(self) -> int:
+        return self.writer.transport.get_write_buffer_size()
+
     def abort(self) -> None:
-        if hasattr(self, "transport"):
-            super().abort()
-        elif self.task is not None:             # it is still setting up TLS
-            self.task.cancel()
-
-    # The task.
-
-    async def open(self, made: socket.socket) -> None:
-        """Begins on an accepted socket: where TLS is spoken, with its handshake."""
-        context, limit_s = self.server.context, self.server.config.header_timeout_s
-        try:
-            await self.loop.connect_accepted_socket(lambda: self, made, ssl=context,
-                                                    ssl_handshake_timeout=limit_s if context else None)
-        except OSError as error:
-            log.info("connection of %s: %s", self.peer, failure_text(error))
-        finally:
-            if not hasattr(self, "transport"):
-                self.server.release(self)
+        self.writer.transport.abort()
 
     async def run(self) -> None:
         try:
+            if self.server.context is not None:
+                await self.start_tls(self.server.context)
             while (head := await self.next_head()) is not None:
                 self.served = True
                 if not await self.serve(Client(self, head)):
                     break
                 if not self.parser.idle:
                     await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
-            if not (self.holders or self.served or self.lost):
+            if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
         except GatewayError as error:       # before there was a head to answer to
             if self.holders:                # of the others there may be thousands
                 log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
-        except (ClientGone, Expired, asyncio.CancelledError):
-            pass                            # nobody waits for this task
+        except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
+            pass
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("connection of %s: %s", self.peer, fault_location(error))
         finally:
-            self.shut()
+            self.close()
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """The handshake, within header_timeout_s."""
+        try:
+            await self.writer.start_tls(context, ssl_handshake_timeout=self.server.config.header_timeout_s)
+        except BaseException as error:
+            if isinstance(error, OSError):
+                log.info("connection of %s: %s", self.peer, describe_error(error))
+            self.abort()
+            self.server.release(self)       # asyncio tells the protocol nothing of it
+            raise
+
+    async def receive(self) -> bool:
+        """Feeds the parser with what comes next; False at the end."""
+        data = await self.reader.read(READ_BYTES)
+        self.parser.feed(data)
+        return data != b""
 
     async def next_head(self) -> RequestHead | None:
         """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
-        limit = ""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
-        while self.parser.idle or not isinstance(part := self.parser.next(), RequestHead):
-            if self.ended or (self.server.closing and self.parser.idle):
+        part = self.parser.next()
+        while part is NEED_DATA and self.parser.idle:
+            if self.server.closing or not await self.wait_for_request():
                 return None
-            self.taken()
-            wanted = "keep_alive_timeout_s" if self.parser.idle else "header_timeout_s"
-            if wanted != limit:
-                limit = wanted
-                self.arm_idle() if self.parser.idle else self.arm_setting(limit)
-            try:
-                await self.change()
-            except Expired:
-                if limit == "keep_alive_timeout_s":
-                    return None
-                raise self.too_slow("request head", limit) from None
-        self.disarm()
+            part = self.parser.next()
+        if not isinstance(part, RequestHead):
+            async with self.time_limit("request head", "header_timeout_s"):
+                while not isinstance(part, RequestHead):
+                    if not await self.receive():
+                        return None
+                    part = self.parser.next()
         self.server.idle.pop(self, None)
         self.body_done = False
         return part
+
+    async def wait_for_request(self) -> bool:
+        """Whether a byte of it came in time. While draining the time is short, but a keep-alive or new client may already have
+        sent its request."""
+        try:
+            async with asyncio.timeout(self.idle_s()) as self.waiting:
+                return await self.receive()
+        except TimeoutError:
+            return False
+        finally:
+            self.waiting = None
+
+    def idle_s(self) -> float:
+        if self.server.draining:
+            return IDLE_GRACE_S if self.served else FIRST_GRACE_S
+        return self.server.config.keep_alive_timeout_s if self.holders else REFUSED_WAIT_S
+
+    def on_drain(self) -> None:
+        if self.waiting is not None:
+            self.waiting.reschedule(self.loop.time() + self.idle_s())
+
+    @contextlib.asynccontextmanager
+    async def time_limit(self, what: str, setting: str) -> AsyncIterator[None]:
+        limit_s = getattr(self.server.config, setting)
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise ProtocolError(f"The {what} took longer than {limit_s:g} s.", 408) from None
 
     async def serve(self, client: Client) -> bool:
         """Has one request answered; True if the connection may carry another."""
@@ -12306,7 +12402,7 @@ class Connection(Wire):
             client.hold(0)
             self.server.open_requests -= 1
             self.server.access(client, client.status or CLIENT_LEFT)
-        return not self.gone and await self.rest(client)
+        return not self.gone and await self.discard_body(client)
 
     async def handle(self, client: Client) -> None:
         try:
@@ -12332,129 +12428,90 @@ class Connection(Wire):
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
         head = client.head
-        pieces, size, armed = [], head.length or 0, False
-        while size <= most_bytes and (part := self.parser.next()) is not END:
-            if isinstance(part, bytes):
-                pieces.append(part)
-                if head.length is None:
-                    size += len(part)
-                    client.hold(size)
-                continue
-            self.taken()
-            if self.ended:
-                raise ClientGone("the client left")
-            if not armed:
-                armed = True
-                self.arm_setting("body_timeout_s")
-                if head.expect_continue:
-                    self.transport.write(CONTINUE)
-            try:
-                await self.change()
-            except Expired as error:
-                raise self.too_slow("request body", str(error)) from None
+        pieces, size = [], head.length or 0
+        if head.expect_continue and size <= most_bytes:
+            self.writer.write(CONTINUE)
+        async with self.time_limit("request body", "body_timeout_s"):
+            while size <= most_bytes and (part := self.parser.next()) is not END:
+                if isinstance(part, bytes):
+                    pieces.append(part)
+                    if head.length is None:
+                        size += len(part)
+                        client.hold(size)
+                elif not await self.receive():
+                    raise ClientGone("the client left")
         if size > most_bytes:
             raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
-        self.finish_body()
+        self.body_done = True
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def rest(self, client: Client) -> bool:
+    async def discard_body(self, client: Client) -> bool:
         """Drops what is left of the request; True when the next one may begin."""
         if not client.keep:
             if not self.body_done:
                 await self.linger()
             return False
-        self.arm_setting("body_timeout_s")
-        while not self.skip():
-            if self.ended:
+        if not self.skip_body():
+            async with asyncio.timeout(self.server.config.body_timeout_s):
+                while not self.skip_body():
+                    if not await self.receive():
+                        return False
+        return True
+
+    def skip_body(self) -> bool:
+        """Drops what has come of an unread body; True when that was its end."""
+        while not self.body_done:
+            part = self.parser.next()
+            if part is NEED_DATA:
                 return False
-            await self.change()
-        self.disarm()
+            self.body_done = part is END
         return True
 
     async def refuse(self, error: GatewayError) -> None:
         """An error answer to bytes that made no request."""
         headers, body = error_answer(error)
         headers += [("content-length", str(len(body))), ("connection", "close")]
-        self.transport.write(self.server.answer_head(error.status, headers, request_id_for("")) + body)
-        with contextlib.suppress(Expired, asyncio.CancelledError):
+        self.writer.write(self.server.answer_head(error.status, headers, request_id_for("")) + body)
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             await self.linger()
 
     async def linger(self) -> None:
         """Half-closes, then reads and drops for a while."""
-        self.linger_bytes = LINGER_BYTES
-        self.transport.resume_reading()
-        if self.transport.can_write_eof() and not self.lost:
-            self.transport.write_eof()
-        self.arm("linger", self.loop.time() + LINGER_S)
-        while self.linger_bytes >= 0 and not self.ended:
-            await self.change()
-
-    # What these are made of.
-
-    def arm_setting(self, limit: str) -> None:
-        self.arm(limit, self.loop.time() + float(getattr(self.server.config, limit)))
-
-    def too_slow(self, what: str, limit: str) -> ProtocolError:
-        return ProtocolError(f"The {what} took longer than {getattr(self.server.config, limit):g} s.", 408)
-
-    def taken(self) -> None:
-        """The parser holds nothing whole any more: reading may go on."""
-        if self.unread > PIPELINE_BYTES:
-            self.transport.resume_reading()
-        self.unread = 0
-
-    def finish_body(self) -> None:
-        self.body_done = True
-        self.disarm()
-        if self.parser.idle or (self.client is not None and not self.client.head.keep_alive):
-            self.taken()        # else the parser holds pipelined bytes, which count on
-
-    def skip(self) -> bool:
-        """Drops what has come of an unread body; True when that was its end."""
-        while not self.body_done:
-            part = self.parser.next()
-            if part is END:
-                self.finish_body()
-            elif part is NEED_DATA:
-                self.taken()
-                return False
-        return True
+        if self.writer.can_write_eof() and not self.writer.is_closing():
+            self.writer.write_eof()
+        left = LINGER_BYTES
+        async with asyncio.timeout(LINGER_S):
+            while left > 0 and (data := await self.reader.read(REST_BYTES)):
+                left -= len(data)
 
     def may_keep(self, head: RequestHead) -> bool:
         """May the connection go on after an answer that begins now? What is unread must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
-            return (self.skip() or coming) and bool(self.holders) and not self.server.draining and not self.ended
+            return (self.skip_body() or coming) and bool(self.holders) and not self.server.draining and not self.gone
         except ProtocolError:
             return False
 
-    async def flush(self) -> None:
+    async def drain(self) -> None:
         """A client that makes no room in write_timeout_s counts as gone."""
-        self.arm_setting("write_timeout_s")
         try:
-            await self.drain()
-        except Expired:
+            async with asyncio.timeout(self.server.config.write_timeout_s):
+                await self.writer.drain()
+        except TimeoutError:
             self.gone = asyncio.current_task() is self.task     # a heartbeat's: connection_lost cancels the handler
             self.abort()
             raise ClientGone("the client takes nothing") from None
-        self.disarm()
+        except ConnectionError:
+            self.gone = True
         if self.gone:
             raise ClientGone("the client left or takes nothing")
 
-    def shut(self) -> None:
+    def close(self) -> None:
         """Closes behind the last bytes; if they are not taken in time, without them."""
         self.client = None
-        self.arm_setting("write_timeout_s")
-        self.transport.close()
-
-    def arm_idle(self) -> None:
-        """For the next request. While draining, too: a keep-alive or new client may already have sent it."""
-        wait_s = self.server.config.keep_alive_timeout_s
-        if self.server.draining:
-            wait_s = IDLE_GRACE_S if self.served else FIRST_GRACE_S
-        elif not self.holders:
-            wait_s = REFUSED_WAIT_S
-        self.arm("keep_alive_timeout_s", self.loop.time() + wait_s)
+        if not self.writer.is_closing() and self.unsent_bytes():
+            self.loop.call_later(self.server.config.write_timeout_s, self.abort)
+        self.writer.close()
 
 
 # --- 12.2 the server ------------------------------------------------------------------------------
@@ -12476,7 +12533,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
     except OSError as error:        # ssl.SSLError is one too
-        sentence = f"server.tls_cert and server.tls_key cannot be used: {failure_text(error)}."
+        sentence = f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}."
         raise ConfigError(sentence) from error
     return context
 
@@ -12512,7 +12569,7 @@ class Server:
         self.use(config)
         self.address: tuple[str, int] = ("", 0)
         self.sockets: Sequence[socket.socket] = []      # listened on
-        self.accepting: list[asyncio.Task[None]] = []   # a task for each of them
+        self.listeners: list[asyncio.Server] = []       # one for each of them
         self.connections: set[Connection] = set()       # all whose socket is open, those that set up TLS too
         self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # of SHARES, by holder; "": the process
         self.idle: dict[Connection, float] = {}         # without a request, the longest first, and since when
@@ -12541,29 +12598,19 @@ class Server:
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
         for listening in self.sockets:
-            listening.setblocking(False)
-            listening.listen(BACKLOG)
-            self.accepting.append(loop.create_task(self.accept(listening, at_once)))
+            self.listeners.append(await loop.create_server(lambda: ClientProtocol(self), sock=listening, backlog=at_once))
+            listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
 
-    async def accept(self, listening: socket.socket, at_once: int) -> None:
-        loop = asyncio.get_running_loop()
-        number = 0
-        while not self.draining:        # stop_listening takes the rest: what a cancelled sock_accept holds would be reset
-            number += 1
-            try:
-                self.take(*await loop.sock_accept(listening))
-                pause_s = 0.0
-            except OSError as error:
-                short = error.errno in OUR_LIMITS and not self.give_up(self.idle, IDLE_SAFE_S)
-                if short:
-                    log.error("no connection can be taken: %s; tried again in a second", failure_text(error))
-                pause_s = 1.0 if short else 0.01
-            if pause_s or number % at_once == 0:
-                await asyncio.sleep(pause_s)
-
-    def take(self, made: socket.socket, address: Sequence[Any]) -> None:
+    def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Admits a new connection, or keeps it among the few that may only ask for /health."""
-        connection = Connection(self, str(address[0]))
+        address, transport = writer.get_extra_info("peername"), writer.transport
+        protocol = transport.get_protocol()
+        assert isinstance(transport, asyncio.Transport)
+        assert isinstance(protocol, ClientProtocol)
+        if not address:             # it has gone again
+            transport.abort()
+            return
+        connection = Connection(self, reader, writer, str(address[0]))
         if self.used["connections", ""] >= self.config.max_connections:
             self.give_up(self.idle, IDLE_SAFE_S)
         holders, waiting = self.holders(connection.peer), self.refused
@@ -12573,7 +12620,10 @@ class Server:
             self.give_up(waiting, 0.0)
         waiting[connection] = connection.loop.time()
         self.connections.add(connection)
-        connection.task = connection.loop.create_task(connection.open(made))
+        protocol.on_gone, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
+        if self.context is not None:
+            transport.pause_reading()       # until the handshake reads
+        connection.task = connection.loop.create_task(connection.run())
 
     def holders(self, peer: str) -> list[str]:
         """For whom its connections and bodies count: the process, and its address, if that is its own."""
@@ -12591,14 +12641,12 @@ class Server:
                 del self.used[share, holder]
         return ""
 
-    def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> bool:
+    def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> None:
         """Closes the connection that has waited longest, if for least_s."""
         connection = next(iter(waiting), None)
-        if connection is None or connection.loop.time() - waiting[connection] < least_s:
-            return False
-        self.release(connection)
-        connection.abort()
-        return True
+        if connection is not None and connection.loop.time() - waiting[connection] >= least_s:
+            self.release(connection)
+            connection.abort()
 
     def release(self, connection: Connection) -> None:
         if connection in self.connections:
@@ -12649,36 +12697,36 @@ class Server:
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
-            if connection.client is None and connection.parser.idle and connection.linger_bytes < 0:
-                connection.arm_idle()
-        if not await self.emptied(timeout_s):
+            connection.on_drain()
+        if not await self.wait_closed(timeout_s):
             self.closing = True
             for connection in list(self.connections):
                 if connection.task is not None:
                     connection.task.cancel()
-            await self.emptied(GRACE_S)
+            await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
-        """Closes the listening sockets. Who has connected by then is still taken: the system would reset them."""
-        loop = asyncio.get_running_loop()
+        """Closes the listening sockets. Connections in their queues are still accepted: the system would reset them."""
+        loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, []
         for listening in sockets:
             with contextlib.suppress(NotImplementedError):      # Windows
                 loop.remove_reader(listening.fileno())
-        await asyncio.sleep(0)      # who was accepted in this very moment is taken
-        await asyncio.sleep(0)
-        for task in self.accepting:
-            task.cancel()
-        for listening in sockets:
             with contextlib.suppress(OSError):
                 while True:
-                    self.take(*listening.accept())
-            listening.close()
+                    made.append(listening.accept()[0])
+        for accepted in made:
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(lambda: ClientProtocol(self), accepted)
+        for _ in range(3):
+            await asyncio.sleep(0)      # for those that asyncio has accepted and not yet announced
+        for listener in self.listeners:
+            listener.close()
 
-    async def emptied(self, timeout_s: float | None) -> bool:
+    async def wait_closed(self, timeout_s: float | None) -> bool:
         """Are all connections gone within that time?"""
         if self.connections:
             with contextlib.suppress(TimeoutError):
@@ -12802,7 +12850,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         if ledger is None:
             ledger = stack.enter_context(open_ledger(config))
         ledger.start()
-        upstream = Upstream(os.environ)
+        upstream = ConnectionPool(os.environ)
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
         server = GatewayServer(gateway)
@@ -12861,7 +12909,7 @@ def read_config(args: Args) -> Config:
             if provider.ca_file:
                 ssl.create_default_context(cafile=provider.ca_file)
         except OSError as error:            # ssl.SSLError is one
-            raise ConfigError(f"{path}: [providers.{provider.name}] ca_file cannot be used: {failure_text(error)}.") from None
+            raise ConfigError(f"{path}: [providers.{provider.name}] ca_file cannot be used: {describe_error(error)}.") from None
     said = given(args)
     server = {name: said[name] for name in ("host", "port", "log_format") if name in said}
     flags = tuple((name, str(said[name])) for name in ("config", *server) if name in said)
@@ -12896,7 +12944,7 @@ def config_warnings(config: Config) -> list[str]:
 async def ask_http(url: str, context: ssl.SSLContext | None, timeout_s: float, key: str, method: str, path: str,
                    body: JSON | None = None) -> tuple[int, bytes]:
     """(status, body) of one request to this machine. OSError or GatewayError: there was no answer."""
-    upstream, there = Upstream(), ProviderConfig("Pomex", base_url=url)
+    upstream, there = ConnectionPool(), ProviderConfig("Pomex", base_url=url)
     upstream.contexts.update({"": context} if context else {})
     headers = [("content-type", "application/json"), *(WIRES["chat"].auth(key) if key else [])]
     try:
@@ -13163,6 +13211,7 @@ def run_serve(args: Args) -> int:
 
 async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
                 announce: Callable[[Ledger], Awaitable[None]]) -> int:
+    asyncio.get_running_loop().set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets) as server:
             signals = heed_signals()        # before anybody reads that it listens
@@ -13173,6 +13222,13 @@ async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Seq
             code = await until_stopped(server, signals, functools.partial(reload, server, reread))
             feeding.cancel()
             return code
+
+
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """What asyncio itself met, like a socket that could not be accepted: in the log, without paths."""
+    error = context.get("exception")
+    reason = "" if error is None else describe_error(error) if isinstance(error, OSError) else fault_location(error)
+    log.error("%s: %s", context["message"], reason)
 
 
 def settle_memory() -> None:
@@ -13269,7 +13325,7 @@ def unpriced(config: Config) -> list[str]:
 
 async def contact_all(config: Config) -> dict[str, str]:
     """provider -> what is wrong with it; "" where it answers."""
-    upstream = Upstream(os.environ)
+    upstream = ConnectionPool(os.environ)
     asked = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
     answers = await asyncio.gather(*(contact(upstream, provider) for provider in asked), return_exceptions=True)
     await upstream.close()
@@ -14150,6 +14206,7 @@ async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequ
     loop, orders = asyncio.get_running_loop(), asyncio.Queue[bytes]()
     draining: asyncio.Task[None] | None = None
     loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
+    loop.set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
             loop.add_reader(channel, hear, loop, channel, orders)
@@ -14233,7 +14290,7 @@ class Workers:
             try:
                 self.step(time.monotonic())
             except OSError as error:        # too many processes or files: the others go on
-                log.error("no worker can be started: %s; tried again in a second", failure_text(error))
+                log.error("no worker can be started: %s; tried again in a second", describe_error(error))
                 self.not_before = time.monotonic() + TICK_S
             if interval_s and time.monotonic() >= fed:
                 fed = time.monotonic() + interval_s

@@ -74,12 +74,12 @@ def test_back_off_grows_and_is_spread(monkeypatch):
 
 ERRORS = {
     **{kind: (pomex.ProviderError("x", kind=kind), kind) for kind in pomex.ERROR_CLASSES},
-    "refused": (pomex.LinkError("x", "connect", False), "unreachable"),
-    "handshake": (pomex.LinkError("x", "tls", False), "unreachable"),
-    "reset": (pomex.LinkError("x", "head", True), "network"),
-    "cut": (pomex.LinkError("x", "body", True), "network"),
-    "slow connect": (pomex.LinkTimeout("x", "connect", False), "timeout"),
-    "stall": (pomex.LinkTimeout("x", "body", True), "timeout"),
+    "refused": (pomex.TransportError("x", "connect", False), "unreachable"),
+    "handshake": (pomex.TransportError("x", "tls", False), "unreachable"),
+    "reset": (pomex.TransportError("x", "head", True), "network"),
+    "cut": (pomex.TransportError("x", "body", True), "network"),
+    "slow connect": (pomex.TransportTimeout("x", "connect", False), "timeout"),
+    "stall": (pomex.TransportTimeout("x", "body", True), "timeout"),
     "garbage": (pomex.UpstreamError("x"), "no_answer"),
     "client": (pomex.BadRequest("x"), "bad_request"),
     "gateway": (pomex.GatewayError("x"), "bad_request"),
@@ -996,7 +996,7 @@ def test_a_provider_that_was_mended_or_taken_away_is_not_held_to_its_past(tmp_pa
         async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, config):
             await ask()
             assert json.loads((await ask(path="/ready"))[2])["checks"]["targets"] == "degraded"
-            upstream = pomex.Upstream()
+            upstream = pomex.ConnectionPool()
             old = pomex.Gateway(config, pomex.Ledger.open(str(tmp_path / "other.db")), upstream, {})
             for id in ("a:m", "a#1234abcd:m", "b:m"):
                 old.router.health.failed(id, "auth", None, 0.0)
@@ -1012,7 +1012,7 @@ def test_a_provider_that_was_mended_or_taken_away_is_not_held_to_its_past(tmp_pa
 def test_when_the_gateway_has_no_more_files_no_target_is_to_blame(tmp_path, monkeypatch):
     async def no_room(*_):
         raise OSError(errno.EMFILE, "")
-    monkeypatch.setattr(pomex, "connect_to", no_room)
+    monkeypatch.setattr(pomex, "open_connection", no_room)
 
     async def main():
         async with gateway(Scripted(a=b"", b=b""), dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, _):

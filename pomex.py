@@ -11099,10 +11099,11 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
     start, end = period_bounds(key.period, client.started_s)
     spent = await nanos_since(gateway.ledger.db, start, key.id)
     limit = key.budget_nanos
-    data = {"label": key.name, "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_period": key.period,
-            "limit_reset": None, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
-            "rate_limit": {"requests_per_minute": key.rpm or None, "tokens_per_minute": key.tpm or None,
-                           "concurrent_requests": key.concurrent or None}}
+    data = {
+        "label": key.name, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
+        "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_period": key.period, "limit_reset": None,
+        "rate_limit": {"requests_per_minute": key.rpm or None, "tokens_per_minute": key.tpm or None,
+                       "concurrent_requests": key.concurrent or None}}
     if limit is not None:
         data.update(limit=limit / 10**9, limit_remaining=max(limit - spent, 0) / 10**9,
                     limit_reset=f"{day_text(end)}T00:00:00Z" if end else None)
@@ -11159,16 +11160,24 @@ ROUTES: dict[str, dict[str, Handler]] = {
 # `key_id` narrows each answer to one key, for its holder; 0 is every key.
 
 FILTERS: dict[str, str] = {         # of the usage log: query parameter -> condition
-    "from": "started_ms >= ?", "to": "started_ms < ?", "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
-    "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)", "model": "model = ?", "provider": "provider = ?",
-    "endpoint": "endpoint = ?", "result": "result = ?", "min_cost": "cost_nanos >= ?", "session": "session = ?",
+    "from": "started_ms >= ?",
+    "to": "started_ms < ?",
+    "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
+    "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)",
+    "model": "model = ?",
+    "provider": "provider = ?",
+    "endpoint": "endpoint = ?",
+    "result": "result = ?",
+    "min_cost": "cost_nanos >= ?",
+    "session": "session = ?",
     "client": "lower(client) LIKE lower(?) ESCAPE '!'",
     "text": "lower(response_id || ' ' || request_id || ' ' || error_code || ' ' || error) LIKE lower(?) ESCAPE '!'",
 }
 DIGITS = Field(pattern="[0-9]{1,18}", read=int, wanted="a whole number")
 SUBSTRING = Field(read=lambda text: "%" + re.sub("[!%_]", r"!\g<0>", str(to_storable(text))) + "%")
+STORABLE = Field(read=to_storable)
 FILTER_VALUES = {"from": DIGITS, "to": DIGITS, "min_cost": DIGITS, "result": Field(choices=RESULTS), "client": SUBSTRING,
-                 "text": SUBSTRING}
+                 "text": SUBSTRING}         # of the others: STORABLE
 ROW_FILTERS = ("min_cost", "session", "client", "text")     # columns that rollups do not have
 LOST_NANOS = ("(SELECT coalesce(sum(lost.cost_nanos), 0) FROM usage AS lost WHERE lost.response_id = usage.response_id "
               "AND lost.final = 0)")
@@ -11242,7 +11251,7 @@ def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]
             continue
         if name not in FILTERS:
             raise BadRequest(f"The usage log has no filter {name[:40]!r}. It has {', '.join(FILTERS)}.", param=name[:40])
-        value = check(text, FILTER_VALUES.get(name, Field(read=to_storable)), name)
+        value = check(text, FILTER_VALUES.get(name, STORABLE), name)
         if name in ROW_FILTERS or name in ("from", "to") and value % HALF_HOUR_MS:
             table = "usage"
         where.append(FILTERS[name])
@@ -11260,7 +11269,7 @@ async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON
     """(its row, all rows that are billed for it)."""
     rows = await usage_rows(db, f"response_id = ? AND {key_condition(key_id)}", [response_id], 1)
     if not rows:
-        raise BadRequest("There is no such request here: perhaps its row was pruned.", status=404, code="not_found")
+        raise NotFound("There is no such request here: perhaps its row was pruned.")
     lines = await db.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ? ORDER BY attempt", response_id)
     return rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]
 
@@ -11294,7 +11303,7 @@ def csv_line(cells: Iterable[object]) -> str:
 
 # --- 11.6 live state and events --------------------------------------------------------------------
 
-FEEDS_A_KEY = 20                            # and of the administrator: each open page has one
+FEEDS_A_KEY = 20                            # and for the administrator; each open page has one
 POLL_S = 1.0
 EVENTS_AT_ONCE = 100                        # usage rows of one poll; the log has the older ones
 REFUSALS_SHOWN = 50
@@ -11416,6 +11425,10 @@ class Forbidden(BadRequest):
     status, code = 403, "forbidden"
 
 
+class NotFound(BadRequest):
+    status, code = 404, "not_found"
+
+
 # Sessions are in the database, since any process may be asked. Only digests are stored.
 
 async def open_session(db: Database, kind: str, key_id: int, life_s: int, now_s: float) -> str:
@@ -11453,10 +11466,10 @@ class Ask:
         return self.key.id if self.key else 0
 
     def number(self, name: str, default: int, maximum: int) -> int:
-        text = self.query.get(name) or str(default)
-        if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > maximum:
-            raise BadRequest(f"{name} must be a whole number up to {maximum}.", param=name)
-        return int(text)
+        value: int = check(self.query.get(name) or str(default), DIGITS, name)
+        if value > maximum:
+            raise invalid_param(name, f" must be at most {maximum}.")
+        return value
 
 
 def check_origin(gateway: Gateway, headers: Headers) -> None:
@@ -11657,7 +11670,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
     path = head.path.removeprefix("/admin/api/")
     route = ADMIN_ROUTES.get(f"{head.method} {re.sub('/[^/]+', '/*', path, count=1)}")
     if route is None:
-        raise BadRequest(f"There is nothing at {printable(head.method)} {printable(head.path)}.", status=404, code="not_found")
+        raise NotFound(f"There is nothing at {printable(head.method)} {printable(head.path)}.")
     if head.method == "POST":
         check_origin(gateway, head.headers)
     query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
@@ -11806,7 +11819,7 @@ async def create_key(gateway: Gateway, ask: Ask) -> JSON:
 def active_name(gateway: Gateway, ask: Ask) -> str:
     key = gateway.ledger.keys.get(int(ask.name) if re.fullmatch("[0-9]{1,15}", ask.name) else 0)
     if key is None or key.revoked_s:
-        raise BadRequest("There is no such active key.", status=404, code="not_found")
+        raise NotFound("There is no such active key.")
     return key.name
 
 
@@ -11878,12 +11891,19 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     except BadRequest as error:         # described, but of a provider that is not configured
         candidates = []
         states = [str(error)]
-    return {"name": name, "targets": [f"{each.provider.name}:{each.model}" for each in candidates],
-            "state": "ready" if "ready" in states else states[0], "price": schedule.base.split() or None,
-            "long_over": schedule.over, "long": schedule.long.split(), "peak": int(schedule.factors.get("peak", 1)),
-            "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
-            "source": schedule.source, "context": facts.context_window, "max_output": facts.max_output,
-            "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), "")}
+    return {
+        "name": name,
+        "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), ""),
+        "targets": [f"{each.provider.name}:{each.model}" for each in candidates],
+        "state": "ready" if "ready" in states else states[0],
+        "context": facts.context_window,
+        "max_output": facts.max_output,
+        "price": schedule.base.split() or None,
+        "long_over": schedule.over,
+        "long": schedule.long.split(),
+        "peak": int(schedule.factors.get("peak", 1)),
+        "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
+        "source": schedule.source}
 
 
 async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
@@ -11911,7 +11931,8 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
         requests, failed = map(sum, zip(*minutes[name]))
         views.append({
             "name": name, "wire_api": provider.wire_api, "base_url": provider.base_url, "key_source": provider.key_source,
-            "state": state, "back_s": back_s, "minutes": minutes[name], "requests": requests, "failed": failed,
+            "state": state, "back_s": back_s,
+            "minutes": minutes[name], "requests": requests, "failed": failed,
             "open": sum(each["provider"] == name for each in running),
             **latency_percentiles([row for row in times if row[0] == name]),
             "error": json.loads(errors.get(f"error/{name}", "null"))})
@@ -11928,7 +11949,7 @@ def open_circuits(gateway: Gateway) -> dict[str, tuple[str, int]]:
 
 def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
     if name not in gateway.config.providers:
-        raise BadRequest("There is no such provider.", status=404, code="not_found")
+        raise NotFound("There is no such provider.")
     return gateway.config.providers[name]
 
 
@@ -11986,11 +12007,16 @@ async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
     providers = gateway.config.providers
     running = await open_requests(db, ask.key_id)
     refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
-    return {"model": model, "block": codex_block("{ORIGIN}", model),
-            "keys": 1 if ask.key else count_active_keys(gateway.ledger),
-            "providers": [name for name in providers if name != "demo"], "demo": "demo" in providers,
-            "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"), "latest": await newest_request(db, mine),
-            "running": running[-1] if running else None, "refused": [json.loads(data) for data, in refused]}
+    return {
+        "model": model,
+        "block": codex_block("{ORIGIN}", model),
+        "keys": 1 if ask.key else count_active_keys(gateway.ledger),
+        "providers": [name for name in providers if name != "demo"],
+        "demo": "demo" in providers,
+        "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"),
+        "latest": await newest_request(db, mine),
+        "running": running[-1] if running else None,
+        "refused": [json.loads(data) for data, in refused]}
 
 
 async def newest_request(db: Database, where: str) -> JSON | None:
@@ -12019,7 +12045,7 @@ async def live_events(gateway: Gateway, ask: Ask) -> None:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
     gateway.watchers[key_id] += 1
     try:
-        seen, running, _ = await live_news(db, [MAX_NUMBER] * 3, (), key_id)
+        seen, running, _ = await live_news(db, [MAX_NUMBER] * 3, (), key_id)        # all that there is, is old
         if re.fullmatch(r"[0-9]{1,15}", last := client.head.headers.get("last-event-id")):
             seen = int(last), *seen[1:]
         await client.start(200, STREAM_HEADERS)

@@ -588,7 +588,7 @@ async def test_a_wrong_filter_is_named_with_those_that_there_are(gateway):
 def test_the_models_page_can_show_a_model_whose_provider_is_not_configured(tmp_path):
     config = pomex.load_config('[models."openai/gpt-5.5"]\ndescription = "described"\n', "pomex.toml", {})
     with contextlib.closing(pomex.Ledger.open(str(tmp_path / "p.db"))) as ledger:
-        gateway = pomex.Gateway(config, ledger, pomex.Upstream(), {})
+        gateway = pomex.Gateway(config, ledger, pomex.ConnectionPool(), {})
         views = {name: pomex.model_view(gateway, name) for name in gateway.catalogue.names}
     view = views["openai/gpt-5.5"]
     assert view["targets"] == [] and "openai is not configured" in view["state"] and view["description"] == "described"
@@ -599,7 +599,7 @@ def test_the_models_page_can_show_a_model_whose_provider_is_not_configured(tmp_p
 def test_open_feeds_and_failed_logins_count_on_under_another_configuration(tmp_path):
     config = pomex.load_config("", "pomex.toml", {})
     with contextlib.closing(pomex.Ledger.open(str(tmp_path / "p.db"))) as ledger:
-        old = pomex.Gateway(config, ledger, pomex.Upstream(), {})
+        old = pomex.Gateway(config, ledger, pomex.ConnectionPool(), {})
         new = pomex.Gateway(config, ledger, old.upstream, {}, old)
     assert new.watchers is old.watchers and new.login_failures is old.login_failures
 

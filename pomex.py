@@ -10560,7 +10560,7 @@ def sample_line(name: str, labels: Sequence[str], values: Sequence[str], sample:
 
 # === 11. handlers =================================================================================
 #
-# One function an endpoint, and the table of routes. To follow one request, begin at `responses`.
+# One function an endpoint, and at the end the table of routes. To follow one request, begin at `responses`.
 
 ENDPOINT = "/v1/responses"
 
@@ -10593,10 +10593,7 @@ class Gateway:
         """Answers one request. GatewayErrors go up to the server, which words them."""
         head = client.head
         try:
-            if head.path.startswith("/admin/api/"):
-                await admin(self, client)
-            else:
-                await self.route(head)(self, client)
+            await self.route(head)(self, client)
         except GatewayError as error:
             await refuse(self, client, error)
             agent = head.headers.get("user-agent")
@@ -10607,21 +10604,19 @@ class Gateway:
             raise
 
     def route(self, head: RequestHead) -> Handler:
-        route = ROUTES.get(head.path)
-        if route is None and head.path.startswith("/v1/models/"):
-            route = MODEL_ROUTE
-        if route is None:
+        path = re.sub(r"^(/v1/models/).+|^(/admin/api/\w+/)[^/]+", r"\1\2*", head.path)
+        method = "GET" if head.method == "HEAD" else head.method
+        if handler := ROUTES.get(f"{method} {path}"):
+            return handler
+        allowed = ", ".join(each for each in ("GET", "POST") if f"{each} {path}" in ROUTES).replace("GET", "GET, HEAD")
+        if not allowed:
             raise not_found(head, bool(self.config.server.tls_cert))
         if head.headers.get("upgrade").lower() == "websocket":
             raise BadRequest("Codex tried a WebSocket. Set wire_api = \"responses\" in [model_providers.pomex] (and "
                              "supports_websockets = false if present).", status=426, code="use_http_sse",
                              headers=(("upgrade", "HTTP/1.1"),))
-        method = "GET" if head.method == "HEAD" else head.method
-        if method not in route:
-            allowed = ", ".join(sorted({*route, "HEAD"} if "GET" in route else route))
-            raise BadRequest(f"{printable(head.method)} is not possible here; {allowed} is.", status=405,
-                             code="method_not_allowed", headers=(("allow", allowed),))
-        return route[method]
+        raise BadRequest(f"{printable(head.method)} is not possible here; {allowed} is.", status=405,
+                         code="method_not_allowed", headers=(("allow", allowed),))
 
     async def key(self, client: Client) -> Key:
         headers = client.head.headers
@@ -11091,7 +11086,7 @@ async def ready(gateway: Gateway, client: Client) -> None:
     await client.answer(200 if good else 503, JSON_HEADERS, dumps(body).encode())
 
 
-# --- 11.4 key limits, metrics, routes ---------------------------------------------------------------
+# --- 11.4 key limits, metrics, the page --------------------------------------------------------------
 
 async def key_facts(gateway: Gateway, client: Client) -> None:
     """The key's own limits, in OpenRouter's form (amounts in USD)."""
@@ -11141,18 +11136,6 @@ async def show_page(gateway: Gateway, client: Client) -> None:
 
 
 HEALTH_PATHS = ("/health", "/healthz", "/livez")        # answered also where there is no room for another connection
-Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[None]]
-MODEL_ROUTE: dict[str, Handler] = {"GET": model}
-ROUTES: dict[str, dict[str, Handler]] = {
-    ENDPOINT: {"POST": responses},
-    "/v1/models": {"GET": models},
-    "/v1/key": {"GET": key_facts},
-    "/metrics": {"GET": metrics},
-    "/": {"GET": root},
-    **dict.fromkeys(("/admin", "/admin/"), {"GET": show_page}),
-    **dict.fromkeys(HEALTH_PATHS, {"GET": health}),
-    **dict.fromkeys(("/ready", "/readyz"), {"GET": ready}),
-}
 
 
 # --- 11.5 usage log and sums ------------------------------------------------------------------------
@@ -11645,7 +11628,7 @@ async def new_account(ledger: Ledger, given: Mapping[str, Any], who: str) -> Non
                          time.time(), who)
 
 
-# --- 11.9 the page and its data --------------------------------------------------------------------
+# --- 11.9 the admin API, and all routes -------------------------------------------------------------
 
 OVERVIEWS_KEPT = 16
 
@@ -11663,18 +11646,14 @@ def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
         ("content-security-policy", policy), *PAGE_HEADERS]
 
 
-async def admin(gateway: Gateway, client: Client) -> None:
-    """A request to /admin/api/. In ADMIN_ROUTES the second part of its path is a *: a name or number."""
+async def admin(route: AdminRoute, gateway: Gateway, client: Client) -> None:
+    """A request to a route of the admin API."""
     head = client.head
     client.connection.server.check_host(head, dashboard=True)
-    path = head.path.removeprefix("/admin/api/")
-    route = ADMIN_ROUTES.get(f"{head.method} {re.sub('/[^/]+', '/*', path, count=1)}")
-    if route is None:
-        raise NotFound(f"There is nothing at {printable(head.method)} {printable(head.path)}.")
     if head.method == "POST":
         check_origin(gateway, head.headers)
     query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
-    ask = Ask(client, query, urllib.parse.unquote(f"{path}/".split("/")[1]))
+    ask = Ask(client, query, urllib.parse.unquote(f"{head.path}/".split("/")[4]))
     if route.who != "anybody":
         ask.key, ask.who = await authenticate(gateway, client)
         if ask.key is not None and route.who == "admin":
@@ -12071,7 +12050,7 @@ class AdminRoute(NamedTuple):
     fields: Sequence[Argument] = ()        # of its body
 
 
-ADMIN_ROUTES: dict[str, AdminRoute] = {
+ADMIN_ROUTES: dict[str, AdminRoute] = {         # by method and path under /admin/api/; * is a name or number
     "POST login": AdminRoute(log_in, "anybody", [Argument("token", required=True)]),
     "POST logout": AdminRoute(log_out, "anybody"),
     "GET session": AdminRoute(show_session, "holder"),
@@ -12096,6 +12075,21 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {
     "POST providers/*/test": AdminRoute(test_provider),
     "POST providers/*/disable": AdminRoute(functools.partial(use_provider, use=False)),
     "POST providers/*/enable": AdminRoute(functools.partial(use_provider, use=True)),
+}
+Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[None]]
+ROUTES: dict[str, Handler] = {
+    f"POST {ENDPOINT}": responses,
+    "GET /v1/models": models,
+    "GET /v1/models/*": model,
+    "GET /v1/key": key_facts,
+    "GET /metrics": metrics,
+    "GET /": root,
+    "GET /admin": show_page,
+    "GET /admin/": show_page,
+    "GET /ready": ready,
+    "GET /readyz": ready,
+    **{f"GET {path}": health for path in HEALTH_PATHS},
+    **{name.replace(" ", " /admin/api/"): functools.partial(admin, route) for name, route in ADMIN_ROUTES.items()},
 }
 
 

@@ -191,7 +191,10 @@ async def test_bound_to_every_interface_the_dashboard_still_answers_for_no_name(
 async def test_no_change_is_made_by_get(gateway):
     for method, path in map(str.split, pomex.ADMIN_ROUTES):
         if method == "POST" and f"GET {path}" not in pomex.ADMIN_ROUTES:
-            assert (await gateway.get(path.replace("*", "1")))[0] == 404, path
+            status, names, _ = await gateway.ask("GET", "/admin/api/" + path.replace("*", "1"), headers=ADMIN)
+            assert (status, names["allow"]) == (405, "POST"), path
+    for path in ("nothing", "keys/1/nothing", "keys/1/revoke/now", "keys/", ""):
+        assert (await gateway.post(path, {}))[0] == 404, path
 
 
 @gateway_test

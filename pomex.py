@@ -9720,7 +9720,7 @@ SLICE_BYTES = 1 << 16           # of a stream, translated at a time
 MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
-JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store")]
+JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
                   ("x-accel-buffering", "no")]          # nginx in front must not gather the stream
 
@@ -10593,7 +10593,9 @@ class Gateway:
         """Answers one request. GatewayErrors go up to the server, which words them."""
         head = client.head
         try:
-            await self.route(head)(self, client)
+            answer = await self.route(head)(self, client)
+            if answer is not None:
+                await client.answer(200, JSON_HEADERS, dumps(answer).encode())
         except GatewayError as error:
             await refuse(self, client, error)
             agent = head.headers.get("user-agent")
@@ -11045,7 +11047,7 @@ def model_names(gateway: Gateway, key: Key | None) -> list[str]:
     return [name for name in gateway.catalogue.names if key is None or key.may_use(name)]
 
 
-async def model(gateway: Gateway, client: Client) -> None:
+async def model(gateway: Gateway, client: Client) -> JSON:
     """One model, listed or not: whether this key may ask for it."""
     key = await gateway.key(client)
     name = urllib.parse.unquote(client.head.path.removeprefix("/v1/models/"))
@@ -11056,22 +11058,22 @@ async def model(gateway: Gateway, client: Client) -> None:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    await client.answer(200, JSON_HEADERS, dumps(model_object(gateway, name)).encode())
+    return model_object(gateway, name)
 
 
 # --- 11.3 health ----------------------------------------------------------------------------------
 
-async def health(gateway: Gateway, client: Client) -> None:
+async def health(gateway: Gateway, client: Client) -> JSON:
     """The process answers. No key, no database, no provider."""
-    await client.answer(200, JSON_HEADERS, dumps({"status": "ok", "version": VERSION}).encode())
+    return {"status": "ok", "version": VERSION}
 
 
-async def root(gateway: Gateway, client: Client) -> None:
+async def root(gateway: Gateway, client: Client) -> JSON | None:
     """A browser is sent to the dashboard; to others (Claude Code asks before it begins) the process answers."""
-    if "text/html" in client.head.headers.get("accept"):
-        await client.answer(303, [("location", "/admin")], b"")
-    else:
-        await health(gateway, client)
+    if "text/html" not in client.head.headers.get("accept"):
+        return await health(gateway, client)
+    await client.answer(303, [("location", "/admin")], b"")
+    return None
 
 
 async def ready(gateway: Gateway, client: Client) -> None:
@@ -11088,7 +11090,7 @@ async def ready(gateway: Gateway, client: Client) -> None:
 
 # --- 11.4 key limits, metrics, the page --------------------------------------------------------------
 
-async def key_facts(gateway: Gateway, client: Client) -> None:
+async def key_facts(gateway: Gateway, client: Client) -> JSON:
     """The key's own limits, in OpenRouter's form (amounts in USD)."""
     key = await gateway.key(client)
     start, end = period_bounds(key.period, client.started_s)
@@ -11102,7 +11104,7 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
     if limit is not None:
         data.update(limit=limit / 10**9, limit_remaining=max(limit - spent, 0) / 10**9,
                     limit_reset=f"{day_text(end)}T00:00:00Z" if end else None)
-    await client.answer(200, JSON_HEADERS, dumps({"data": data}).encode())
+    return {"data": data}
 
 
 PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
@@ -11394,7 +11396,6 @@ ADDRESSES_KEPT = 1000
 MAX_FORM_BYTES = 1 << 16        # of a login or a form: it is read before it is known who sent it
 PAGE_HEADERS = [("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"), ("x-frame-options", "DENY"),
                 ("cross-origin-opener-policy", "same-origin")]
-API_HEADERS = [*JSON_HEADERS, ("x-content-type-options", "nosniff")]
 NOT_LOGGED_IN = "Log in first: python pomex.py admin-url prints a link."
 BAD_LOGIN = ("Invalid or expired login: a link works once and for ten minutes. Print a new one with: python pomex.py "
              "admin-url. Or use [server] admin_token, or an API key to see its own usage.")
@@ -11646,7 +11647,7 @@ def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
         ("content-security-policy", policy), *PAGE_HEADERS]
 
 
-async def admin(route: AdminRoute, gateway: Gateway, client: Client) -> None:
+async def admin(route: AdminRoute, gateway: Gateway, client: Client) -> JSON | None:
     """A request to a route of the admin API."""
     head = client.head
     client.connection.server.check_host(head, dashboard=True)
@@ -11660,9 +11661,7 @@ async def admin(route: AdminRoute, gateway: Gateway, client: Client) -> None:
             raise Forbidden(ADMIN_ONLY, code="admin_only")
     if head.method == "POST" and route.function is not playground:
         ask.body = read_fields(await client.body(MAX_FORM_BYTES), route.fields)
-    answer = await route.function(gateway, ask)
-    if answer is not None:
-        await client.answer(200, API_HEADERS, dumps(answer).encode())
+    return await route.function(gateway, ask)
 
 
 async def log_in(gateway: Gateway, ask: Ask) -> None:
@@ -11685,7 +11684,7 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int, 
     secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
     cookie = (f"{session_cookie(client)[0]}={token}; Path=/admin; Max-Age={life_s}; HttpOnly; SameSite=Strict"
               + "; Secure" * secure)
-    await client.answer(200, [*API_HEADERS, ("set-cookie", cookie)], dumps({"role": role}).encode())
+    await client.answer(200, [*JSON_HEADERS, ("set-cookie", cookie)], dumps({"role": role}).encode())
 
 
 async def show_session(gateway: Gateway, ask: Ask) -> JSON:
@@ -12076,7 +12075,7 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {         # by method and path under /admi
     "POST providers/*/disable": AdminRoute(functools.partial(use_provider, use=False)),
     "POST providers/*/enable": AdminRoute(functools.partial(use_provider, use=True)),
 }
-Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[None]]
+Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
 ROUTES: dict[str, Handler] = {
     f"POST {ENDPOINT}": responses,
     "GET /v1/models": models,

@@ -581,7 +581,7 @@ def test_the_providers_own_cost_is_taken_where_there_is_no_price(ledger):
         row = reservation.row("p", model, Usage(10, cost="0.012300000000"))
         assert (row.price, row.cost_nanos, row.input) == (price, nanos, 10)
     assert pomex.cost_nanos("provider 0.0123", 1_200_000, Usage(10**6)) == 14_760_000
-    line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "web_searches": 0,
+    line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "reasoning": 0, "web_searches": 0,
             "multiplier": pomex.ONE}
     assert [(part["what"], part["nanos"]) for part in pomex.cost_parts(line) if part["nanos"]] == [("as the provider says", 12_300_000)]
 

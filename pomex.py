@@ -12284,6 +12284,7 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
 
     def __init__(self, server: Server) -> None:
         super().__init__(asyncio.StreamReader(PIPELINE_BYTES), server.connected)
+        self.unread = 0         # bytes in the reader
         self.on_gone: Callable[[], None] = lambda: None
         self.on_closed = self.on_gone
 
@@ -12291,6 +12292,10 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
         assert isinstance(transport, asyncio.Transport)
         set_up_transport(transport)
         super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.unread += len(data)
+        super().data_received(data)
 
     def eof_received(self) -> bool:
         super().eof_received()
@@ -12306,8 +12311,9 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
 class Connection:
     """One client connection and the task that answers its requests, one after the other."""
 
-    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str) -> None:
-        self.server, self.reader, self.writer, self.peer = server, reader, writer, peer
+    def __init__(self, server: Server, protocol: ClientProtocol, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+                 peer: str) -> None:
+        self.server, self.protocol, self.reader, self.writer, self.peer = server, protocol, reader, writer, peer
         self.loop = asyncio.get_running_loop()
         self.parser = RequestReader(server.limits)
         self.body_done = True           # the current request was read to its end
@@ -12368,6 +12374,7 @@ class Connection:
     async def receive(self) -> bool:
         """Feeds the parser with what comes next; False at the end."""
         data = await self.reader.read(READ_BYTES)
+        self.protocol.unread -= len(data)
         self.parser.feed(data)
         return data != b""
 
@@ -12397,7 +12404,7 @@ class Connection:
             async with asyncio.timeout(self.idle_s()) as self.waiting:
                 return await self.receive()
         except TimeoutError:
-            return False
+            return self.protocol.unread > 0 and await self.receive()        # it came in the same turn of the loop
         finally:
             self.waiting = None
 
@@ -12638,7 +12645,7 @@ class Server:
         if not address:             # it has gone again
             transport.abort()
             return
-        connection = Connection(self, reader, writer, str(address[0]))
+        connection = Connection(self, protocol, reader, writer, str(address[0]))
         if self.used["connections", ""] >= self.config.max_connections:
             self.give_up(self.idle, IDLE_SAFE_S)
         holders, waiting = self.holders(connection.peer), self.refused
@@ -12740,19 +12747,19 @@ class Server:
         """Closes the listening sockets. Connections in their queues are still accepted: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, []
-        for listening in sockets:
-            with contextlib.suppress(NotImplementedError):      # Windows
+        with contextlib.suppress(NotImplementedError):          # Windows
+            for listening in sockets:
                 loop.remove_reader(listening.fileno())
+        for _ in range(3):
+            await asyncio.sleep(0)      # those that asyncio has accepted are announced
+        for listening, listener in zip(sockets, self.listeners):
             with contextlib.suppress(OSError):
                 while True:
                     made.append(listening.accept()[0])
+            listener.close()
         for accepted in made:
             with contextlib.suppress(OSError):
                 await loop.connect_accepted_socket(lambda: ClientProtocol(self), accepted)
-        for _ in range(3):
-            await asyncio.sleep(0)      # for those that asyncio has accepted and not yet announced
-        for listener in self.listeners:
-            listener.close()
 
     async def wait_closed(self, timeout_s: float | None) -> bool:
         """Are all connections gone within that time?"""
@@ -12824,7 +12831,7 @@ async def feed_watchdog() -> None:
 FIXED = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
-def taken_up(old: Config, new: Config) -> Config:
+def merge_reloadable(old: Config, new: Config) -> Config:
     """The new configuration, but what is fixed as it was."""
     fixed = {name: getattr(old.server, name) for name in FIXED}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
@@ -12856,7 +12863,7 @@ class GatewayServer(Server):
         if self.context is not None:        # a renewed certificate is taken up, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
-        fresh = Gateway(taken_up(old.config, config), old.ledger, old.upstream, models or {}, old)
+        fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
         old.upstream.contexts.clear()       # certificates to trust may be new, too
         self.use(fresh.config.server)
         self.adopt(fresh)
@@ -13230,7 +13237,7 @@ def run_serve(args: Args) -> int:
         announcing = functools.partial(announce, config, found, looked, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
-    parent.heed_signals()
+    parent.install_signal_handlers()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
         asyncio.run(announce(config, found, looked, ledger, is_new, url))
     settle_memory()
@@ -13242,7 +13249,7 @@ async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Seq
     asyncio.get_running_loop().set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets) as server:
-            signals = heed_signals()        # before anybody reads that it listens
+            signals = install_signal_handlers()        # before anybody reads that it listens
             await announce(ledger)
             settle_memory()
             notify("READY=1")
@@ -13273,11 +13280,12 @@ def stopping_sentence(streams: int, drain_timeout_s: float) -> str:
 
 
 HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)        # Windows has none
+STOP_SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)))
 
 
-def heed_signals() -> asyncio.Queue[int]:
+def install_signal_handlers() -> asyncio.Queue[int]:
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda got, frame: loop.call_soon_threadsafe(signals.put_nowait, got))
     return signals
 
@@ -13292,16 +13300,23 @@ async def until_stopped(server: Server, signals: asyncio.Queue[int], reload: Cal
     drain_timeout_s = server.config.drain_timeout_s
     notify("STOPPING=1")
     say(stopping_sentence(server.open_requests, drain_timeout_s))
-    draining = asyncio.create_task(server.drain(drain_timeout_s))
+    if not await drain_until_signal(server, signals):
+        return INTERRUPTED
+    say("Stopped.")
+    return 0
+
+
+async def drain_until_signal(server: Server, signals: asyncio.Queue[int]) -> bool:
+    """Waits for the open requests, at most drain_timeout_s. False: another signal came, to end them at once."""
+    draining = asyncio.create_task(server.drain(server.config.drain_timeout_s))
     again = asyncio.create_task(signals.get())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     again.cancel()
     if not draining.done():
         draining.cancel()
-        return INTERRUPTED
+        return False
     await draining
-    say("Stopped.")
-    return 0
+    return True
 
 
 async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
@@ -14217,178 +14232,144 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
 
 # --- 13.9 several processes -----------------------------------------------------------------------
 #
-# The parent holds the listening sockets and forks the workers. With SO_REUSEPORT a worker that ends would reset the
-# connections in its own queue; a socket that all inherit loses none. A worker reports its open requests once a second; a
-# silent one hangs and is ended. At the end of its channel a worker stops: the parent is gone.
+# The parent holds the listening sockets and forks the workers, which serve as a single process does. With SO_REUSEPORT a
+# worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports its
+# open requests once a second; a silent one hangs and is killed. A reload and a stop are signals that the parent passes on.
 
 TICK_S = 1.0
-MAX_MESSAGE_BYTES = 64
 HUNG_S = 30.0               # a checkpoint of the database on a bad disk may stop a loop for seconds
-SOUND_S = 60.0              # a worker that lived so long did not die of how it was started
+STABLE_AFTER_S = 60.0       # a worker that lived so long did not die of how it was started
 ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one has its turn
-DRAIN, RETIRE, CUT = b"d", b"r", b"c"       # to a worker: end within drain_timeout_s; without limit; now
 
 
-async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
-               channel: socket.socket) -> int:
-    loop, orders = asyncio.get_running_loop(), asyncio.Queue[bytes]()
-    draining: asyncio.Task[None] | None = None
-    loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
+async def worker_main(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
+                      pipe: int) -> int:
+    loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
-            loop.add_reader(channel, hear, loop, channel, orders)
-            telling = loop.create_task(tell(server, channel))
-            while draining is None or not draining.done():
-                waiting = loop.create_task(orders.get())
-                await asyncio.wait({waiting} | ({draining} if draining else set()), return_when=asyncio.FIRST_COMPLETED)
-                if waiting.done() and waiting.result() == CUT:
-                    break
-                if waiting.done():
-                    limit_s = None if waiting.result() == RETIRE else config.server.drain_timeout_s
-                    draining = loop.create_task(server.drain(limit_s))
-                waiting.cancel()
-            telling.cancel()
+            signals = install_signal_handlers()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            reporting = loop.create_task(report(server, pipe, os.getppid()))
+            while await signals.get() == HANG_UP:
+                with contextlib.suppress(ConfigError, OSError):     # the parent has read it too, and says what is wrong
+                    server.reload(*await reread())
+            await drain_until_signal(server, signals)
+            reporting.cancel()
     return 0
 
 
-def receive(channel: socket.socket) -> bytes:
-    """A message; b"" where the other side is gone."""
-    try:
-        return channel.recv(MAX_MESSAGE_BYTES)
-    except OSError:
-        return b""
-
-
-def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, orders: asyncio.Queue[bytes]) -> None:
-    said = receive(channel)
-    if not said:
-        loop.remove_reader(channel)         # the parent is gone
-    orders.put_nowait(said or DRAIN)
-
-
-async def tell(server: GatewayServer, channel: socket.socket) -> None:
-    while True:
-        with contextlib.suppress(OSError):      # the end of the other side is heard elsewhere
-            channel.send(b"%d" % server.open_requests, socket.MSG_DONTWAIT)
+async def report(server: GatewayServer, pipe: int, parent: int) -> None:
+    """Says how many requests are open; without its parent a worker stops."""
+    while os.getppid() == parent:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(pipe, b"%d " % server.open_requests)
         await asyncio.sleep(TICK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
     pid: int
-    channel: socket.socket
-    generation: int             # of the configuration
+    pipe: int                   # brings its reports
     started: float              # by the monotonic clock, as are all times here
     heard: float
     streams: int = 0
     ready: bool = False
-    left: float = 0.0           # when it was told to go
 
 
 class Workers:
-    """The parent: keeps so many workers alive, and replaces them one after the other when the configuration changes."""
+    """The parent: keeps so many workers alive."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
                  reread: Reread) -> None:
         self.config, self.found, self.sockets, self.reread = config, found, sockets, reread
         self.workers: list[Worker] = []
-        self.generation = 0
         self.stopping = False
         self.code = 0
-        self.said_ready = False
+        self.ready = False          # all have been at once
         self.not_before = 0.0       # no worker is started earlier: they die too fast
         self.deaths = 0             # in a row
-        self.stepped = math.inf     # when we looked last
+        self.looked = math.inf      # when the workers were looked at last
         self.selector = selectors.DefaultSelector()
         self.signals, self.wakeup = socket.socketpair()
 
-    def heed_signals(self) -> None:
+    def install_signal_handlers(self) -> None:
         self.signals.setblocking(False)
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda got, frame: None)
         self.selector.register(self.signals, selectors.EVENT_READ)
 
     def run(self) -> int:
         fed, interval_s = 0.0, watchdog_s(os.environ)
         while self.workers or not self.stopping:
-            self.watch_over(time.monotonic())
-            try:
-                self.step(time.monotonic())
-            except OSError as error:        # too many processes or files: the others go on
-                log.error("no worker can be started: %s; tried again in a second", describe_error(error))
-                self.not_before = time.monotonic() + TICK_S
-            if interval_s and time.monotonic() >= fed:
-                fed = time.monotonic() + interval_s
+            now = time.monotonic()
+            self.kill_hung(now)
+            self.start_missing(now)
+            if interval_s and now >= fed:
+                fed = now + interval_s
                 notify("WATCHDOG=1")
             for key, _ in self.selector.select(min(TICK_S, interval_s or TICK_S)):
                 if key.data is not None:
-                    self.listen_to(key.data)
+                    self.receive(key.data)
                     continue
                 for got in self.signals.recv(64):
-                    if got == signal.SIGHUP:
-                        self.reload()
-                    elif got in (signal.SIGINT, signal.SIGTERM):
-                        self.stop()
+                    self.reload() if got == HANG_UP else self.stop()
         say("Stopped.")
         return self.code
 
-    # What is to be done now.
-
-    def watch_over(self, now: float) -> None:
-        if now - self.stepped > 5 * TICK_S:     # we stood still ourselves (a paused container, Ctrl-Z): nobody was to be heard
+    def kill_hung(self, now: float) -> None:
+        if now - self.looked > 5 * TICK_S:      # this process stood still itself (a paused container, Ctrl-Z): none was heard
             for worker in self.workers:
                 worker.heard = now
-        self.stepped = now
+        self.looked = now
         for worker in self.workers:
             if now - worker.heard > HUNG_S:
-                log.error("worker %d has said nothing for %d s and is ended", worker.pid, HUNG_S)
+                log.error("worker %d has said nothing for %d s and is killed", worker.pid, HUNG_S)
                 os.kill(worker.pid, signal.SIGKILL)
 
-    def step(self, now: float) -> None:
-        """Starts what is missing, lets go what is replaced."""
-        staying = [worker for worker in self.workers if not worker.left]
-        current = [worker for worker in staying if worker.generation == self.generation]
-        old = [worker for worker in staying if worker.generation != self.generation]
-        going = any(worker.left and now - worker.left < self.config.server.drain_timeout_s for worker in self.workers)
-        wanted = self.config.server.workers
-        if self.stopping or now < self.not_before:
-            return
-        for _ in range(min(wanted - len(current), wanted - len(staying) + (bool(old) and not going))):
-            self.start(now)
-        if old and not going and len(staying) > wanted and all(worker.ready for worker in current):
-            self.send(old[0], RETIRE)
+    def start_missing(self, now: float) -> None:
+        try:
+            while len(self.workers) < self.config.server.workers and not self.stopping and now >= self.not_before:
+                self.start(now)
+        except OSError as error:        # too many processes or files: the others go on
+            log.error("no worker can be started: %s; tried again in a second", describe_error(error))
+            self.not_before = now + TICK_S
 
     def start(self, now: float) -> None:
         sys.stderr.flush()
-        with contextlib.ExitStack() as made:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)     # whole messages, and an end
-            made.callback(theirs.close)
-            made.callback(ours.close)
+        ours, theirs = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)      # in the worker until it heeds them
+        try:
             pid = os.fork()
-            made.pop_all()
-        if not pid:
-            self.become_worker(ours, theirs)
-        theirs.close()
-        worker = Worker(pid, ours, self.generation, now, now)
+            if not pid:
+                self.become_worker(ours, theirs)
+        except OSError:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        worker = Worker(pid, ours, now, now)
         self.workers.append(worker)
         self.selector.register(ours, selectors.EVENT_READ, worker)
 
-    def become_worker(self, ours: socket.socket, theirs: socket.socket) -> NoReturn:
-        """In the new process: away with all that is the parent's, or the others could not see it end."""
+    def become_worker(self, ours: int, theirs: int) -> NoReturn:
+        """In the new process: closes all that is the parent's, or the others could not see it end."""
         code = 1
         try:
+            os.setsid()             # Ctrl-C goes to the parent alone
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to all; the parent says what it means
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.environ.pop("NOTIFY_SOCKET", "")
             self.selector.close()
-            for each in (ours, self.signals, self.wakeup, *(worker.channel for worker in self.workers)):
-                each.close()
-            theirs.setblocking(False)
-            code = asyncio.run(work(self.config, self.found, self.sockets, theirs))
+            self.signals.close()
+            self.wakeup.close()
+            for fd in (ours, *(worker.pipe for worker in self.workers)):
+                os.close(fd)
+            os.set_blocking(theirs, False)
+            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, theirs))
         except (ConfigError, GatewayError, OSError) as error:
             log.error("worker %d cannot work: %s", os.getpid(), error)
         except BaseException:
@@ -14396,56 +14377,52 @@ class Workers:
         finally:
             os._exit(code)
 
-    # What is heard.
-
-    def listen_to(self, worker: Worker) -> None:
-        said = receive(worker.channel)
+    def receive(self, worker: Worker) -> None:
+        said = os.read(worker.pipe, 4096).split()
         if not said:
-            self.bury(worker)
+            self.reap(worker)
             return
-        worker.heard = time.monotonic()
-        worker.streams = int(said)
-        worker.ready = True
-        if not self.said_ready and all(each.ready for each in self.workers):
-            self.said_ready = True
+        worker.heard, worker.streams, worker.ready = time.monotonic(), int(said[-1]), True
+        if not self.ready and all(each.ready for each in self.workers):
+            self.ready = True
             notify("READY=1")
 
-    def bury(self, worker: Worker) -> None:
-        """A worker has ended. One that was not told to is replaced; ever later, if they die at their start."""
-        self.selector.unregister(worker.channel)
-        worker.channel.close()
+    def reap(self, worker: Worker) -> None:
+        """A worker has ended, and is replaced; ever later, if they die at their start."""
+        self.selector.unregister(worker.pipe)
+        os.close(worker.pipe)
         self.workers.remove(worker)
         status = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
-        if worker.left or self.stopping:
+        if self.stopping:
             return
         now = time.monotonic()
-        self.deaths = 0 if now - worker.started > SOUND_S else self.deaths + 1
+        self.deaths = 0 if now - worker.started > STABLE_AFTER_S else self.deaths + 1
         self.not_before = now + (min(30.0, 0.1 * 2 ** min(self.deaths, 10)) if self.deaths > 1 else 0.0)
         log.error("worker %d ended with %d and is replaced; its %s were cut", worker.pid, status,
                   plural(worker.streams, "open request"))
-        if not self.said_ready and not worker.ready:
+        if not self.ready and not worker.ready:
             self.code = UNAVAILABLE         # it never was any good: who starts us is to know
             self.stop()
 
-    def send(self, worker: Worker, order: bytes) -> None:
-        worker.left = worker.left or time.monotonic()
-        with contextlib.suppress(OSError):
-            worker.channel.send(order)
+    def send(self, number: signal.Signals) -> None:
+        for worker in self.workers:
+            os.kill(worker.pid, number)
 
     def stop(self) -> None:
-        streams = sum(worker.streams for worker in self.workers)
-        if not self.stopping:
-            notify("STOPPING=1")
-            say(stopping_sentence(streams, self.config.server.drain_timeout_s))
-        else:
+        """The first time workers drain, the second time they end at once."""
+        if self.stopping:
             self.code = INTERRUPTED
+        else:
+            notify("STOPPING=1")
+            streams = sum(worker.streams for worker in self.workers)
+            say(stopping_sentence(streams, self.config.server.drain_timeout_s))
         for listening in self.sockets:      # first: who came to ours, when the workers have closed theirs, would be cut
             listening.close()
-        for worker in self.workers:
-            self.send(worker, CUT if self.stopping else DRAIN)
         self.stopping = True
+        self.send(signal.SIGTERM)
 
     def reload(self) -> None:
+        """Checks the new configuration; each worker then reads it again, and keeps its streams."""
         if self.stopping:
             return
         notify_reloading()
@@ -14459,9 +14436,9 @@ class Workers:
             say(reload_sentence(self.config, config, sum(worker.streams for worker in self.workers)))
             with contextlib.suppress(LedgerError), open_ledger(self.config) as ledger:      # closed before a process forks
                 asyncio.run(audit_reload(ledger, self.config, config))
-            self.config, self.found = taken_up(self.config, config), found
-            self.generation += 1
+            self.config, self.found = merge_reloadable(self.config, config), found
             self.deaths, self.not_before = 0, 0.0
+            self.send(signal.SIGHUP)
         notify("READY=1")
 
 

@@ -10743,25 +10743,43 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
                if unpriced or gateway.prices.schedule(each.provider.name, each.model, request.model)]
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(headers.get("user-agent"), 200),
-             "session": printable(session or request.get("prompt_cache_key", ""), 128)}
-    down, refused = await reserve_budget(gateway, client, key, request, profile, payable or candidates, bool(payable), named)
-    if refused is not None:
-        down.stop()
-        down.attempt.unbilled = True
-        down.attempt.finish(refused)
-        await finish(gateway, key, down, refused)
-        return
+    down = client_stream(gateway, client, key, request, profile, session)
+    answer, refused = down.answer, None
     try:
+        if not payable:
+            raise price_unknown(key, candidates[0], profile.errors_as_events and request.stream)
+        if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
+                                                 request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
+            body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
+            answer.request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
         await gateway.router.route(payable, envelope, down)
+    except LimitExceeded as no:
+        refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
+        refused.headers += tuple(down.reservation.headers())
+    except BadRequest as error:         # of the router's none comes up
+        refused = error
     except BaseException:               # the client left; what was generated is kept
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), notify_client=False)
         down.attempt.status = "cancelled"
-        await asyncio.shield(settle(gateway, key, down))
+        await asyncio.shield(settle(gateway, down))
         raise
     finally:
         down.stop()
-    await finish(gateway, key, down)
+    await finish(gateway, down, refused)
+
+
+def client_stream(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
+                  session: str) -> ClientStream:
+    """The answer to be, and what it may cost: nothing is reserved yet."""
+    config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(user_agent, 200),
+             "session": printable(session or request.get("prompt_cache_key", ""), 128)}
+    reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
+                              int(client.started_s * 1000), named, request.get("service_tier", ""))
+    answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
+    answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
+    answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
+    return ClientStream(client, answer, config, reservation)
 
 
 def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Sequence[Sequence[Candidate]]:
@@ -10776,51 +10794,34 @@ def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Se
     return left
 
 
-async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
-                         candidates: Sequence[Candidate], payable: bool, named: Mapping[str, str]
-                         ) -> tuple[ClientStream, GatewayError | None]:
-    """The answer to be, its money reserved; and the error, where a limit is in the way."""
-    config = gateway.config.server
-    estimate = request.estimated_input
-    reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), named, request.get("service_tier", ""))
-    refused: GatewayError | None = None
-    to_codex = profile.errors_as_events and request.stream
-    try:
-        if not payable:
-            refused = price_unknown(key, f"{candidates[0].provider.name}/{printable(candidates[0].model)}", to_codex)
-        elif cap := await reservation.reserve([each[:2] for each in candidates], estimate, request.get("max_output_tokens", 0),
-                                              config.reserve_output_tokens):
-            body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
-            request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
-    except LimitExceeded as no:
-        refused = limit_error(key, no, client.started_s, to_codex)
-        refused.headers += tuple(reservation.headers())
-    answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
-    answer.estimated_input = estimate
-    answer.secrets = gateway.upstream.secrets
-    answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
-    return ClientStream(client, answer, config, reservation), refused
-
-
-async def finish(gateway: Gateway, key: Key, down: ClientStream, refused: GatewayError | None = None) -> None:
+async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | None) -> None:
     """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
-    attempt, answer = down.attempt, down.answer
-    if attempt.status == "failed":
-        attempt.error = client_error(gateway, down)
-    error, to_codex = attempt.error, answer.profile.errors_as_events
+    answer = down.answer
+    if refused is not None:
+        down.attempt.unbilled = True
+        down.attempt.finish(refused)
+    if down.attempt.status == "failed":
+        down.attempt.error = client_error(gateway, down)
+    error, to_codex = down.attempt.error, answer.profile.errors_as_events
     # an empty answer has had its end: after a 5xx an SDK would ask again, and pay for the input each time
-    ended = down.head_sent or attempt.stop is not None or error is None
+    ended = down.head_sent or down.attempt.stop is not None or error is None
     in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
     if error is not None and in_stream and to_codex:
         make_codex_show(error, ("context_length_exceeded",))
-    last = final_bytes(down, in_stream)
+    last = b""
+    if error is None or in_stream:
+        try:
+            last = final_bytes(down.attempt, in_stream)
+        except Exception as bug:         # noqa: BLE001 - our own; there is one row and one end all the same
+            log.error("%s: %s", down.client.request_id, fault_location(bug))
+            down.attempt = failed_copy(down.attempt)
+            last = final_bytes(down.attempt, in_stream) if in_stream else b""
     if down.attempt.error is not None and not in_stream:
         down.attempt.terminal_by = ""
     if refused is None:
-        await settle(gateway, key, down)
+        await settle(gateway, down)
     else:
-        note_refusal(gateway, down.client, refused, key)
+        note_refusal(gateway, down.client, refused, down.reservation.key)
     if in_stream:
         await down.end(last)
     elif down.attempt.error is not None:
@@ -10829,17 +10830,10 @@ async def finish(gateway: Gateway, key: Key, down: ClientStream, refused: Gatewa
         await down.client.answer(200, down.headers(), last)
 
 
-def final_bytes(down: ClientStream, in_stream: bool) -> bytes:
-    """The terminal event or the whole answer; of a failure where encoding fails, as there is always one row and one end."""
+def final_bytes(attempt: Attempt, in_stream: bool) -> bytes:
+    """The terminal event, or the whole answer."""
     now_s = int(time.time())
-    if down.attempt.error is not None and not in_stream:
-        return b""
-    try:
-        return down.attempt.terminal(now_s) if in_stream else down.attempt.body(now_s).encode()
-    except Exception as error:       # noqa: BLE001 - our own bug
-        log.error("%s: %s", down.client.request_id, fault_location(error))
-        down.attempt = failed_copy(down.attempt)
-        return down.attempt.terminal(now_s) if in_stream else b""
+    return attempt.terminal(now_s) if in_stream else attempt.body(now_s).encode()
 
 
 def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
@@ -10849,8 +10843,9 @@ def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
                          status=400 if profile.errors_as_events else 403)
 
 
-def price_unknown(key: Key, name: str, to_codex: bool) -> GatewayError:
+def price_unknown(key: Key, target: Candidate, to_codex: bool) -> BadRequest:
     """A model without a price cannot be kept within a limit of money."""
+    name = f"{target.provider.name}/{printable(target.model)}"
     error = BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
 Put its price per million tokens into pomex.toml:
 
@@ -10905,7 +10900,7 @@ def errors_in_stream(error: GatewayError) -> bool:
             or error.ledger_code == "price_unknown")
 
 
-async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
+async def settle(gateway: Gateway, down: ClientStream) -> None:
     """The usage row, durable before the client can see how it ended; and the access line."""
     client, attempt, reservation = down.client, down.attempt, down.reservation
     usage, error = attempt.usage or Usage(), attempt.error
@@ -10927,7 +10922,7 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
         gateway.ledger.notes["error/" + each.provider] = dumps(
             {"time_ms": row.started_ms, "message": printable_text(str(each.error))[:500]})
     rows = [*reservation.failed_attempts, row]
-    client.note = access_note(key.name, down, rows)
+    client.note = access_note(reservation.key.name, down, rows)
     gateway.metrics.count(rows)
     await reservation.settle(row)
 

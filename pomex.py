@@ -756,15 +756,13 @@ LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def field_lines(headers: HeaderFields) -> list[bytes]:
-    """Raises ValueError for headers that our own reader would refuse; the message does not show the value."""
-    lines = []
-    for name, value in headers:
-        line = f"{name}: {value}\r\n".encode("latin-1")
-        if not FIELD_LINE.fullmatch(line):
-            raise ValueError(f"header {name!r} has a character that no header may have")
-        lines.append(line)
-    return lines
+@functools.lru_cache(256)       # most fields are the same in each message
+def field_line(name: str, value: str) -> bytes:
+    """Raises ValueError for a header that our own reader would refuse; the message does not show the value."""
+    line = f"{name}: {value}\r\n".encode("latin-1")
+    if not FIELD_LINE.fullmatch(line):
+        raise ValueError(f"header {name!r} has a character that no header may have")
+    return line
 
 
 def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
@@ -772,13 +770,13 @@ def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) 
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
         raise ValueError(f"{method!r} or its target cannot stand in a request line")
-    return b"".join([line, CRLF, *field_lines(headers), CRLF, body])
+    return b"".join([line, CRLF, *itertools.starmap(field_line, headers), CRLF, body])
 
 
 def response_head(status: int, headers: HeaderFields) -> bytes:
     """The status line and headers, without additions."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
-    return b"".join([line, *field_lines(headers), CRLF])
+    return b"".join([line, *itertools.starmap(field_line, headers), CRLF])
 
 
 def chunk(data: bytes) -> bytes:
@@ -12457,23 +12455,29 @@ class Connection:
                                            f"{client.request_id}."))
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
-        head = client.head
-        pieces, size = [], head.length or 0
-        if head.expect_continue and size <= most_bytes:
-            self.writer.write(CONTINUE)
-        async with self.time_limit("request body", "body_timeout_s"):
-            while size <= most_bytes and (part := self.parser.next()) is not END:
-                if isinstance(part, bytes):
-                    pieces.append(part)
-                    if head.length is None:
-                        size += len(part)
-                        client.hold(size)
-                elif not await self.receive():
-                    raise ClientGone("the client left")
-        if size > most_bytes:
-            raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
+        """The whole body; ProtocolError when it is too long or too slow."""
+        pieces: list[bytes] = []
+        if not self.take_body(client, pieces, most_bytes):
+            if client.head.expect_continue:
+                self.writer.write(CONTINUE)
+            async with self.time_limit("request body", "body_timeout_s"):
+                while not self.take_body(client, pieces, most_bytes):
+                    if not await self.receive():
+                        raise ClientGone("the client left")
         self.body_done = True
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def take_body(self, client: Client, pieces: list[bytes], most_bytes: int) -> bool:
+        """Adds what has come of the body; True when that was its end."""
+        length = client.head.length
+        while (length or client.held) <= most_bytes:
+            part = self.parser.next()
+            if not isinstance(part, bytes):
+                return part is END
+            pieces.append(part)
+            if length is None:
+                client.hold(client.held + len(part))
+        raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
 
     async def discard_body(self, client: Client) -> bool:
         """Drops what is left of the request; True when the next one may begin."""

@@ -758,7 +758,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @functools.lru_cache(256)       # most fields are the same in each message
 def field_line(name: str, value: str) -> bytes:
-    """Raises ValueError for a header that our own reader would refuse; the message does not show the value."""
+    """Raises ValueError for a header that our own reader would refuse; the message hides the value."""
     line = f"{name}: {value}\r\n".encode("latin-1")
     if not FIELD_LINE.fullmatch(line):
         raise ValueError(f"header {name!r} has a character that no header may have")
@@ -9944,7 +9944,7 @@ class CircuitBreakers:
             return "closed"
         return "open" if now < circuit.until or circuit.probing else "half-open"
 
-    def failed(self, id: str, fault: str, retry_after_s: float | None, now: float) -> float:
+    def record_failure(self, id: str, fault: str, retry_after_s: float | None, now: float) -> float:
         """Counts a failure that is the target's fault; for how long its circuit opens because of it."""
         policy, circuit = RETRY_POLICIES[fault], self.circuits.setdefault(id, Circuit())
         circuit.fault, circuit.failures = fault, circuit.failures + 1
@@ -9955,7 +9955,7 @@ class CircuitBreakers:
         self.circuits[id] = Circuit(fault, circuit.failures, circuit.times_open + 1, now + open_s)
         return open_s
 
-    def succeeded(self, id: str, whole: bool = True) -> bool:
+    def record_success(self, id: str, whole: bool = True) -> bool:
         """Closes the circuit at the first output, and forgets the failures with a whole answer: a target may break every
         stream that it begins. True where it was open."""
         circuit = self.circuits.get(id)
@@ -10240,7 +10240,7 @@ class Router:
         name, error, now = target.provider.name, down.attempt.error, down.loop.time()
         if error is None:
             self.counters["pomex_upstream_attempts_total", name, "ok"] += 1
-            self.record_success(target)
+            self.on_success(target)
             return None
         failure = failed_attempt(name, error, client.elapsed_ms())
         policy = RETRY_POLICIES[failure.fault]
@@ -10248,7 +10248,7 @@ class Router:
         client.failures.append(failure)
         log.warning("%s %s: %s", client.request_id, target.id, printable_text(str(error)))
         if now < down.due:
-            self.record_failure(target, error, now)
+            self.on_failure(target, error, now)
         is_open = {each.id: self.health.state(each.id, now) == "open" for each in candidates}
         others = [each for each in candidates if each.id not in tries]
         if policy.failover == "larger":
@@ -10270,7 +10270,7 @@ class Router:
             return other
         return target
 
-    def record_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
+    def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
         """In its circuit; but not that a name is unknown which a client made up, or which the credentials do not cover."""
         fault = fault_class(error)
         unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
@@ -10278,12 +10278,12 @@ class Router:
             return
         if not RETRY_POLICIES[fault].threshold:
             if isinstance(error, ProviderError):        # so it answers
-                self.record_success(target)
-        elif open_s := self.health.failed(target.id, fault, getattr(error, "retry_after_s", None), now):
+                self.on_success(target)
+        elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
             log.warning("target %s is left out for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
-    def record_success(self, target: Candidate, whole: bool = True) -> None:
-        if self.health.succeeded(target.id, whole):
+    def on_success(self, target: Candidate, whole: bool = True) -> None:
+        if self.health.record_success(target.id, whole):
             log.warning("target %s answers again", target.id)
 
     async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
@@ -10417,7 +10417,7 @@ class Router:
             return
         if attempt.out:
             if not down.client.first_ms:
-                self.record_success(target, whole=False)
+                self.on_success(target, whole=False)
             await down.send(attempt.take_output())
         else:
             await down.client.drain()
@@ -12333,7 +12333,7 @@ class Connection:
     async def run(self) -> None:
         try:
             if self.server.context is not None:
-                await self.start_tls(self.server.context)
+                await self.handshake(self.server.context)
             while (head := await self.next_head()) is not None:
                 self.served = True
                 if not await self.serve(Client(self, head)):
@@ -12353,8 +12353,8 @@ class Connection:
         finally:
             self.close()
 
-    async def start_tls(self, context: ssl.SSLContext) -> None:
-        """The handshake, within header_timeout_s."""
+    async def handshake(self, context: ssl.SSLContext) -> None:
+        """TLS, within header_timeout_s."""
         try:
             await self.writer.start_tls(context, ssl_handshake_timeout=self.server.config.header_timeout_s)
         except BaseException as error:
@@ -12836,20 +12836,40 @@ def merge_reloadable(old: Config, new: Config) -> Config:
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
 
-def log_access(client: Client, status: int) -> None:
-    """One line a request: status, then what its handler noted, or method and path."""
-    head = client.head
-    if head.path.startswith("/admin") and status < 400 and not client.note:
-        return                  # an open dashboard asks every few seconds
-    log.info("%d %s", status, client.note or f"-  {printable(head.method)} {printable(head.path)}")
+ACCESS_LOG_S = 0.05         # a log record for each request costs as much as parsing it
+
+
+class AccessLog:
+    """One line a request, logged in blocks: status, then what its handler noted, or method and path."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[float, str]] = []        # time and text
+
+    def add(self, client: Client, status: int) -> None:
+        head = client.head
+        if head.path.startswith("/admin") and status < 400 and not client.note:
+            return                  # an open dashboard asks every few seconds
+        if not self.lines:
+            asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
+        self.lines.append((time.time(), f"{status} {client.note or f'-  {printable(head.method)} {printable(head.path)}'}"))
+
+    def flush(self) -> None:
+        lines, self.lines = self.lines, []
+        if lines:
+            log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
 
 class GatewayServer(Server):
     """Its configuration can be changed while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
-        super().__init__(gateway.handle, gateway.config.server, log_access)
+        self.access_log = AccessLog()
+        super().__init__(gateway.handle, gateway.config.server, self.access_log.add)
         self.adopt(gateway)
+
+    async def drain(self, timeout_s: float | None) -> None:
+        await super().drain(timeout_s)
+        self.access_log.flush()
 
     def adopt(self, gateway: Gateway) -> None:
         self.gateway, self.handler = gateway, gateway.handle
@@ -13135,25 +13155,39 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 
 # --- 13.4 serve -----------------------------------------------------------------------------------
 
-class JSONFormatter(logging.Formatter):
-    """One JSON object a line. A record's `fields`, where it has them, are members of their own."""
-    which = False           # of several processes
+class LineFormatter(logging.Formatter):
+    """A line for each of a record's `lines` (of AccessLog), or for its message."""
+    of_several = False      # processes: each line says which
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{moment}.{int(record.msecs):03}Z", "level": record.levelname.lower(),
-                **({"pid": record.process} if self.which else {}), "message": record.getMessage(),
-                **getattr(record, "fields", {})}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        lines = getattr(record, "lines", [(record.created, record.getMessage())])
+        return "\n".join(self.line(record, time_s, text, trace) for time_s, text in lines)
+
+    def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
+        pid = f" [{record.process}]" if self.of_several else ""
+        return f"{clock_text(int(time_s))}{pid} {text}" + ("\n" + trace if trace else "")
+
+
+class JSONFormatter(LineFormatter):
+    """One JSON object a line."""
+
+    def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
+        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(),
+                   "pid": record.process if self.of_several else None, "message": text, "traceback": trace}
+        return json.dumps({name: value for name, value in members.items() if value}, ensure_ascii=False)
+
+
+@functools.lru_cache(1)
+def clock_text(time_s: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(time_s))
 
 
 def set_up_logging(log_format: str, workers: int = 1) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    JSONFormatter.which = workers > 1
-    plain = logging.Formatter("%(asctime)s " + ("[%(process)d] " if workers > 1 else "") + "%(message)s", "%H:%M:%S")
-    handler.setFormatter(JSONFormatter() if log_format == "json" else plain)
+    LineFormatter.of_several = workers > 1
+    handler.setFormatter(JSONFormatter() if log_format == "json" else LineFormatter())
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False

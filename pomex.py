@@ -10036,10 +10036,19 @@ def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state:
     return next((each for each in near if each.model == opened[1]), near[0] if near else None)
 
 
-def order_candidates(tiers: Sequence[Sequence[Candidate]], request: ResponsesRequest, headers: Headers, envelope: Envelope,
-                     ) -> list[Candidate]:
-    """All targets in the order in which this request prefers them."""
+def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[str], request: ResponsesRequest,
+                     headers: Headers, envelope: Envelope) -> list[Candidate]:
+    """All targets in the order in which this request prefers them, without those of providers that an administrator
+    disabled."""
     found = [each for tier in tiers for each in tier]
+    if disabled:
+        left = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
+        if found and not any(left):
+            names = " and ".join(dict.fromkeys(each.provider.name for each in found))
+            raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the "
+                             "Providers page of the dashboard, or ask for another model.", param="model",
+                             code="provider_disabled")
+        tiers, found = left, [each for tier in left for each in tier]
     if len(found) == 1:
         return found
     score = functools.partial(rendezvous_score, conversation_of(request, headers))
@@ -10115,28 +10124,24 @@ class ClientStream:
         self.active = self.loop.time()
         return self.client.put(attempt.take_output())
 
-    async def send(self, block: bytes) -> None:
-        """Output of the model. One write; it waits while the client does not take it."""
-        if not self.client.first_ms:
+    async def send(self, block: bytes, last: bool = False) -> None:
+        """Output of the model, in one write; the `last` ends the answer. It waits while the client does not take it."""
+        if last:
+            self.stop()
+        elif not self.client.first_ms:
             self.client.first_ms = self.client.elapsed_ms()
         async with self.writing:
-            await self._write(block)
+            await self._write(block, last)
 
-    async def end(self, block: bytes) -> None:
-        self.stop()
-        async with self.writing:
-            if not self.head_sent:
-                self.head_sent = True
-                await self.client.start(200, self.headers(early=not self.client.attempts))
-            await self.client.end(block)
-
-    async def _write(self, block: bytes) -> None:
-        self.active = self.loop.time()
+    async def _write(self, block: bytes, last: bool = False) -> None:
+        client, self.active = self.client, self.loop.time()
         if not self.head_sent:
-            await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
+            if not last:
+                await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
             self.head_sent = True
-            await self.client.start(200, self.headers(early=not self.attempt.output_started))
-        await self.client.write(block)
+            answered = client.attempts > 0 if last else self.attempt.output_started
+            await client.start(200, self.headers(early=not answered))
+        await (client.end if last else client.write)(block)
 
     def _tick(self) -> None:
         """An early 200 with the opening events, or a heartbeat, after enough silence."""
@@ -10735,7 +10740,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     tiers = gateway.catalogue.tiers(request.model)
     check_model_access(key, request.model, profile)
     envelope = Envelope(gateway.ledger.secret, key.account)
-    candidates = order_candidates(in_use(tiers, gateway.ledger.disabled), request, headers, envelope)
+    candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
     if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
@@ -10780,18 +10785,6 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
     return ClientStream(client, answer, config, reservation)
 
 
-def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Sequence[Sequence[Candidate]]:
-    """The targets whose provider no administrator disabled."""
-    if not disabled:
-        return tiers
-    left = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
-    if any(tiers) and not any(left):
-        names = " and ".join(dict.fromkeys(each.provider.name for tier in tiers for each in tier))
-        raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the Providers "
-                         "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
-    return left
-
-
 async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | None) -> None:
     """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
     answer = down.answer
@@ -10821,7 +10814,7 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     else:
         note_refusal(gateway, down.client, refused, down.reservation.key)
     if in_stream:
-        await down.end(last)
+        await down.send(last, last=True)
     elif down.attempt.error is not None:
         raise down.attempt.error
     else:
@@ -12196,8 +12189,8 @@ class Client:
         if status != 204:
             headers = [*headers, ("content-length", str(len(body)))]
         self.begin(status, headers)
-        self.ended = True
-        self.send(self.pending if self.head.method == "HEAD" else self.pending + body)
+        self.ended, self.chunked = True, False
+        self.put(body)
         await self.drain()
 
     async def start(self, status: int, headers: list[tuple[str, str]]) -> None:
@@ -12209,11 +12202,19 @@ class Client:
 
     def put(self, data: bytes) -> bool:
         """One write, which waits for nothing; ClientGone when the client left. False: drain() before the next one."""
+        connection = self.connection
+        if connection.gone:
+            raise ClientGone("the client left")
         if self.head.method == "HEAD":
             data = b""
         elif self.chunked:
             data = chunk(data) + LAST_CHUNK if self.ended else chunk(data)
-        return self.send(self.pending + data if self.pending else data)
+        if self.pending:
+            data, self.pending = self.pending + data, b""
+        if data:
+            connection.writer.write(data)
+            self.sent_bytes += len(data)
+        return connection.unsent_bytes() <= WRITE_HIGH_BYTES
 
     async def drain(self) -> None:
         """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or takes nothing."""
@@ -12244,16 +12245,6 @@ class Client:
         elif not self.head.http11:
             headers = [*headers, ("connection", "keep-alive")]
         self.pending = connection.server.answer_head(status, headers, self.request_id)
-
-    def send(self, data: bytes) -> bool:
-        connection = self.connection
-        if connection.gone:
-            raise ClientGone("the client left")
-        self.pending = b""
-        if data:
-            connection.writer.write(data)
-            self.sent_bytes += len(data)
-        return connection.unsent_bytes() <= WRITE_HIGH_BYTES
 
 
 SANE_ID = re.compile(r"[!-~]{1,128}")

@@ -161,7 +161,7 @@ def home(conversation, lost=(), items=(), ways=TIER, state=""):
     for each in lost:
         health.record_failure(f"{each}:m", "quota", None, 0.0)
     asked = dataclasses.replace(ASKED, body={"prompt_cache_key": conversation}, input=list(items))
-    order = pomex.order_candidates([ways], asked, pomex.Headers([("x-codex-turn-state", state)] if state else []), ENVELOPE)
+    order = pomex.order_candidates([ways], (), asked, pomex.Headers([("x-codex-turn-state", state)] if state else []), ENVELOPE)
     return health.choose(order, 1.0).provider.name
 
 
@@ -198,10 +198,11 @@ def test_the_turn_state_wins_over_the_newest_envelope_and_that_over_the_hash():
 
 def test_an_earlier_tier_comes_first_but_a_running_conversation_stays_in_the_later():
     envelope, tiers = pomex.Envelope(SECRET, "1"), [[way("a")], [way("b"), way("c")]]
-    orders = {tuple(w.provider.name for w in pomex.order_candidates(tiers, request(prompt_cache_key=str(n)), HEADERS, envelope)) for n in range(20)}
+    orders = {tuple(w.provider.name for w in pomex.order_candidates(tiers, (), request(prompt_cache_key=str(n)), HEADERS,
+                                                                             envelope)) for n in range(20)}
     assert orders == {("a", "b", "c"), ("a", "c", "b")}
     running = request(input=[{"type": "message", "role": "user", "content": "hi"}, sealed(envelope, "c")])
-    assert [w.provider.name for w in pomex.order_candidates(tiers, running, HEADERS, envelope)][0] == "c"
+    assert [w.provider.name for w in pomex.order_candidates(tiers, (), running, HEADERS, envelope)][0] == "c"
 
 
 def test_a_conversation_is_known_by_its_key_its_session_or_its_beginning():

@@ -15200,6 +15200,7 @@ table.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12p
   border-top:1px solid var(--line)}
 table.stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
 table.stack td.opt:nth-child(n),table.stack td.opt2:nth-child(n){display:none}
+table.stack td:has(>.opt){display:none}
 .feed tr{grid-template-areas:"m r" "k c"}
 .feed .fm{grid-area:m}.feed .fr{grid-area:r}
 .feed .fk{grid-area:k;color:var(--ink3)}
@@ -15711,8 +15712,10 @@ function throttle(action, intervalMs = 1100) {
   return () => timer ||= setTimeout(run, Math.max(50, last + intervalMs - Date.now()));
 }
 
-function livePage(box, load, draw, intervalMs) {
-  const refresh = () => fill(box, load, draw);
+function livePage(main, parts, load, draw, intervalMs) {
+  const body = div();
+  main.append(...parts, body);
+  const refresh = () => fill(body, load, data => draw(data, body));
   refresh();
   return {refresh, live: throttle(refresh, intervalMs)};
 }
@@ -15954,18 +15957,17 @@ function axisTokens(n) {
 }
 
 function showOverview(main) {
-  const body = div();
   const load = () => {
     const {days, stepMs, slots} = RANGES[picked.range];
     return api(`overview?since=${midnight() - (days - 1) * DAY_MS}&step=${stepMs}&slots=${slots}`);
   };
-  main.append(pageTop("Overview", liveMark(),
-    segments("Time range", "range", optionsOf(RANGES), picked.range, () => page.refresh())), body);
-  const page = livePage(body, load, data => {
+  const draw = (data, body) => {
     const redraw = () => swap(body, drawOverview(data, redraw));
     updateLiveMark(data.open);
     return drawOverview(data, redraw);
-  });
+  };
+  const ranges = segments("Time range", "range", optionsOf(RANGES), picked.range, () => page.refresh());
+  const page = livePage(main, [pageTop("Overview", liveMark(), ranges)], load, draw);
   return page;
 }
 
@@ -15987,7 +15989,7 @@ function drawOverview(data, redraw) {
       card("pad c8 grow", overviewChart(data, redraw)),
       card("pad c4", heading("By endpoint", span("", "requests")), ul("rows", byEndpoint),
         el("h2", {class: "n2"}, "By result"), ul("rows", byResult)),
-      card("pad " + (isAdmin() ? "c7" : "c12"), whereItWent(by, redraw)),
+      card("pad " + (isAdmin() ? "c7" : "c12"), whereItWent(by)),
       isAdmin() ? card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
         providerLatencies(data.providers)) : null,
       card("full c12", heading("Latest requests", link("sub", "#usage", "Open the usage log")),
@@ -16067,9 +16069,8 @@ function share(label, requests, total, barClass) {
     bar(requests / Math.max(1, total), barClass));
 }
 
-function whereItWent(by, redraw) {
-  const {breakdown} = picked;
-  const name = row => link("name", "#usage?" + new URLSearchParams({[breakdown]: row.name}),
+function whereItWent(by) {
+  const name = row => link("name", "#usage?" + new URLSearchParams({[picked.breakdown]: row.name}),
     bdi(row.name || "deleted key", 60));
   const cost = row => row.unpriced && !row.cost_nanos ? span("dim", "no price") : usd(row.cost_nanos);
   const columns = [
@@ -16079,9 +16080,12 @@ function whereItWent(by, redraw) {
     ["Cached", "r opt", row => tokens(row.cached)],
     ["Cost", "r nw", cost],
   ];
-  const control = segments("Break down by", "breakdown", [["model", "Model"], ["key", "Key"]], breakdown, redraw);
-  return [div("tb", h2("Where it went"), isAdmin() && control),
-    table(null, "Where it went", columns, by[breakdown].slice(0, 8))];
+  const costs = table(null, "Where it went", columns, []);
+  const draw = () => $("tbody", costs).replaceChildren(...tableRows(columns, by[picked.breakdown].slice(0, 8)));
+  const options = [["model", "Model"], ["key", "Key"]];
+  const control = segments("Break down by", "breakdown", options, picked.breakdown, draw);
+  draw();
+  return [div("tb", h2("Where it went"), isAdmin() && control), costs];
 }
 
 function providerLatencies(providers) {
@@ -16112,7 +16116,7 @@ const PATTERNS = ["openai/*", "anthropic/*", "google/*", "demo/*"];
 let newKey = null;          // the key just created, which nobody else has
 
 function showKeys(main) {
-  const body = div(), panel = div();
+  const panel = div();
   let shown = null;
   async function load() {
     if (newKey) newKey.setup ||= await api("setup");
@@ -16137,8 +16141,8 @@ function showKeys(main) {
     choice("Resets", "period", PERIODS),
     choice("Models", "models", [["", "all models"], ...PATTERNS.map(each => [each, each])]),
     choice("Expires", "expires_days", EXPIRIES), submitButton("Create key"));
-  main.append(pageTop("Keys"), panel, div("grid", card("pad c12", heading("Create a key"), form)), body);
-  const page = livePage(body, load, draw, 3000);
+  const parts = [pageTop("Keys"), panel, div("grid", card("pad c12", heading("Create a key"), form))];
+  const page = livePage(main, parts, load, draw, 3000);
   return page;
 }
 
@@ -16262,13 +16266,14 @@ function openEditKey(key, accounts) {
   const budget = key.budget_nanos == null ? "" : String(key.budget_nanos / 1e9);
   const limit = (label, name) =>
     field(label + " (0: no limit)", name, {value: String(key[name]), inputmode: "numeric"});
-  const expiry = key.expires_s ? "on " + day(new Date(key.expires_s * 1000)) : "never, as now";
+  const expiry = key.expires_s ? "on " + day(new Date(key.expires_s * 1000)) : "never (unchanged)";
   openForm("Edit key " + key.name, [
     amount("Budget", "budget", "no limit", budget),
     choice("Resets", "period", PERIODS, {value: key.period}),
     field("Models (patterns)", "models", {value: key.models.split(" ").join(", "), placeholder: "all models"}),
     choice("Account", "account", accounts.map(({name}) => [name, name]), {value: key.account}),
-    limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"), limit("Open at once", "concurrent"),
+    limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"),
+    limit("Concurrent requests", "concurrent"),
     choice("Expires", "expires_days", [["keep", expiry], ...EXPIRIES]),
   ], "Save", async ({expires_days, ...values}) => {
     await api("keys/" + key.id, expires_days === "keep" ? values : {...values, expires_days});
@@ -16340,7 +16345,7 @@ const TIMES = [
   ["", "any time"], ["today", "today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"],
 ];
 const FILTERS = {
-  time: "Time", result: "Result", text: "Id or error", key: "Key", model: "Model", provider: "Provider",
+  time: "Time", result: "Result", text: "ID or error", key: "Key", model: "Model", provider: "Provider",
   endpoint: "Endpoint", min_cost: "Cost from, USD",
 };
 
@@ -16349,7 +16354,7 @@ function showUsage(main, query, id) {
     showRequest(main, decodeURIComponent(id));
     return null;
   }
-  const exports = span("acts n0"), totals = para("sub pad2"), body = div(), older = div("acts pad2");
+  const exports = span("acts n0"), older = div("acts pad2");
   let rows = [], typing = 0;
 
   function params() {
@@ -16365,11 +16370,11 @@ function showUsage(main, query, id) {
   }
   function draw(data) {
     rows = data.rows;
-    totals.textContent = describeTotals(data.sums);
     exports.replaceChildren(...["csv", "jsonl"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
       "Export " + format.toUpperCase(), {download: ""})));
     showOlderButton(data.cursor);
-    return rows.length ? requestTable(rows) : noRequests(query);
+    const found = rows.length ? requestTable(rows) : noRequests(query);
+    return div("grid", div("card full c12 gap", para("sub pad2", describeTotals(data.sums)), found, older));
   }
   function showOlderButton(cursor) {
     const showOlder = async pressed => {
@@ -16379,7 +16384,7 @@ function showUsage(main, query, id) {
         next.set("cursor", cursor);
         const data = await api(`usage?${next}`);
         rows.push(...data.rows);
-        $("tbody", body).append(...tableRows(REQUEST_COLUMNS, data.rows));
+        $("#main tbody").append(...tableRows(REQUEST_COLUMNS, data.rows));
         showOlderButton(data.cursor);
         older.firstChild?.focus();
       } catch (error) {
@@ -16414,9 +16419,8 @@ function showUsage(main, query, id) {
   const form = el("form",
     {class: "mk", role: "search", "aria-label": "Filters", onsubmit: event => event.preventDefault()},
     Object.keys(FILTERS).filter(name => isAdmin() || name !== "key").map(filter));
-  main.append(pageTop("Usage log", liveMark(), exports), card("pad", form),
-    div("grid", div("card full c12 gap", totals, body, older)));
-  const page = livePage(body, () => api(`usage?${params()}`), draw);
+  const parts = [pageTop("Usage log", liveMark(), exports), card("pad", form)];
+  const page = livePage(main, parts, () => api(`usage?${params()}`), draw);
   // New rows must not replace older ones that the user asked for.
   return {...page, live: throttle(() => rows.length <= 50 && page.refresh(), 1500)};
 }
@@ -16433,7 +16437,7 @@ function noRequests(query) {
     return div("empty", h2("No request yet"), para("", hint));
   }
   const clear = () => location.hash = location.hash === "#usage" ? "#usage?" : "#usage";
-  return div("empty", h2("Nothing matches"), para("", "No request fits these filters."),
+  return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
     button("Clear filters", "", clear));
 }
 
@@ -16447,7 +16451,7 @@ function showRequest(main, id) {
         div("acts", copyButton("Copy as curl", "s", curl))),
       card("pad c6", heading("Path"), el("ol", {class: "steps"}, attemptSteps(row, trace)),
         el("h2", {class: "n2"}, "Time"), ul("rows", phases(row)),
-        para("d", `In all ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
+        para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
       card("full c12", heading("Tokens and cost", span("",
         `${tokens(row.input)} in (${tokens(row.cached)} cached, ${tokens(row.cache_write)} written), ` +
         `${tokens(row.output)} out (${tokens(row.reasoning)} reasoning)`)), costTable(row, lines)));
@@ -16481,7 +16485,7 @@ function attemptSteps(row, {tried, tried_ms}) {
   const failed = row.status === "failed";
   if (failed && steps.length) return steps;
   let outcome = failed ? row.error || row.error_code : "answered";
-  if (!failed && !steps.length && row.attempts > 1) outcome += `, after ${row.attempts - 1} that failed`;
+  if (!failed && !steps.length && row.attempts > 1) outcome += ` at attempt ${row.attempts}`;
   const name = clip(row.provider || NO_PROVIDER, 60);
   return [...steps, step(failed ? "bad" : "done", steps.length + 1, name, clip(outcome, 400))];
 }
@@ -16589,7 +16593,7 @@ function modelTag({state, price, source}) {
 }
 
 function showProviders(main) {
-  const body = div(), results = {};
+  const results = {};
   function action(provider, verb, text) {
     const {name} = provider;
     async function run(pressed) {
@@ -16618,9 +16622,8 @@ function showProviders(main) {
         action(provider, "test", "Test now"),
         isDisabled ? action(provider, "enable", "Enable") : action(provider, "disable", "Disable")));
   }
-  main.append(pageTop("Providers", liveMark()), body);
-  const page = livePage(body, () => api("providers"), ({providers, missing}) =>
-    [div("grid", providers.map(drawProvider)), missingKeys(missing)], 2000);
+  const draw = ({providers, missing}) => [div("grid", providers.map(drawProvider)), missingKeys(missing)];
+  const page = livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw, 2000);
   return page;
 }
 
@@ -16660,9 +16663,8 @@ function showAudit(main) {
     ["What", "", row => [row.action + " ", bdi(row.name)]],
     ["Change", "wrap", row => clip(changes(row).join(", "), 400)],
   ];
-  const body = div();
-  main.append(pageTop("Audit"), body);
-  return livePage(body, () => api("audit"), ({rows}) => card("full", table("stack", "Changes", columns, rows)));
+  const draw = ({rows}) => card("full", table("stack", "Changes", columns, rows));
+  return livePage(main, [pageTop("Audit")], () => api("audit"), draw);
 }
 
 // --- the playground ---
@@ -16763,10 +16765,10 @@ for event in client.responses.create(**${JSON.stringify(body).replace(/\btrue\b/
   }
 
   const form = el("form", {class: "stackform", onsubmit: whenSubmitted(async () => run(requestBody()))},
-    el("label", {}, "Model", el("input", {name: "model", list: "names", value: query.get("model") || "demo/echo",
-      spellcheck: "false", required: true}), names),
-    el("label", {}, "Input", el("textarea", {name: "input", rows: 4, required: true, value: "What is 2 + 2?"})),
-    el("label", {}, "Instructions", el("textarea", {name: "instructions", rows: 2, placeholder: "none"})),
+    field("Model", "model",
+      {list: "names", value: query.get("model") || "demo/echo", spellcheck: "false", required: true}), names,
+    field("Input", "input", {rows: 4, required: true, value: "What is 2 + 2?"}, "textarea"),
+    field("Instructions", "instructions", {rows: 2, placeholder: "none"}, "textarea"),
     field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]", spellcheck: "false"}, "textarea"),
     choice("Reasoning effort", "effort", EFFORTS),
     div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as",
@@ -16812,7 +16814,7 @@ const CAUSES = {
 };
 
 function showSetup(main) {
-  const body = div(), steps = div(), refused = div();
+  const steps = div(), refused = div();
   let data = null;
   function draw(answer) {
     data = answer;
@@ -16841,8 +16843,7 @@ function showSetup(main) {
     }
     if (["refused", "started", "usage"].includes(kind)) drawChanging();
   }
-  main.append(pageTop("Setup", liveMark()), body);
-  const page = livePage(body, () => api("setup"), draw);
+  const page = livePage(main, [pageTop("Setup", liveMark())], () => api("setup"), draw);
   return {...page, live};
 }
 

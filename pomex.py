@@ -15785,6 +15785,7 @@ function roundUp(value) {
   return [1, 2, 2.5, 5, 10].map(factor => factor * power).find(each => each >= value) || value;
 }
 
+const ARROWS = {ArrowLeft: -1, ArrowRight: 1};
 // Stacked bars with a line of text for one of them, or the same data as a table. A series is {name, color, values};
 // `now` is the current slot, `least` the minimum of the axis, `tick` the label below a slot.
 function barChart(title, chart) {
@@ -15870,7 +15871,6 @@ function barChart(title, chart) {
   show();
   return [heading(title, chart.control, flip), ul("leg", legend), box];
 }
-const ARROWS = {ArrowLeft: -1, ArrowRight: 1};
 
 function copyTabs(label, texts) {
   const shown = scrollBox("pre", "code", label);

@@ -16436,9 +16436,8 @@ function noRequests(query) {
     const hint = [link(null, "#setup", "Set up Codex"), " to see requests here."];
     return div("empty", h2("No request yet"), para("", hint));
   }
-  const clear = () => location.hash = location.hash === "#usage" ? "#usage?" : "#usage";
   return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
-    button("Clear filters", "", clear));
+    link("btn", "#usage", "Clear filters"));
 }
 
 function showRequest(main, id) {

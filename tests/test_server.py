@@ -284,7 +284,7 @@ def test_pipelined_bytes_are_bounded_while_a_handler_runs():
                 await until(lambda: handler.running)
                 await asyncio.sleep(0.05)
                 connection, = server.connections
-                assert pomex.PIPELINE_BYTES < len(connection.reader._buffer) <= 4 * pomex.PIPELINE_BYTES
+                assert pomex.PIPELINE_BYTES < connection.protocol.unread <= 4 * pomex.PIPELINE_BYTES
                 writer.transport.abort()
             connection.task.cancel()        # the end of the client stands behind bytes that were not read
     run(main)

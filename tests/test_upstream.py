@@ -245,7 +245,12 @@ def test_a_long_error_answer_is_cut_and_a_long_good_one_refused():
     run(main)
 
 
-def test_a_reader_that_pauses_holds_the_provider_back():
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_a_reader_that_pauses_holds_the_provider_back(tls, request):
+    folder = request.getfixturevalue("certificates") if tls else None
+    options = {"ssl": server_context(folder)} if tls else {}
+    to = {"scheme": "https", "host": "localhost", "ca_file": str(folder / "ca.pem")} if tls else {}
+
     async def script(self, reader, writer, n):
         await self.request(reader)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 90000000\r\n\r\n")
@@ -256,8 +261,8 @@ def test_a_reader_that_pauses_holds_the_provider_back():
             self.sent += 1000000
 
     async def main():
-        async with Scripted(script) as server, upstream_of() as upstream:
-            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+        async with Scripted(script, **options) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port, **to), "GET", "/", [], b"")
             await asyncio.sleep(0.1)
             assert exchange.connection.protocol.unread <= 2 * pomex.READ_BYTES and server.sent < 60000000
             size = 0
@@ -265,6 +270,107 @@ def test_a_reader_that_pauses_holds_the_provider_back():
                 size += len(data)
             assert size == 90000000
             await exchange.close()
+    run(main)
+
+
+def chunks(*pieces):
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+def pumped(steps, ending=b"0\r\n\r\n"):
+    """A script: a head, then the steps in turn (bytes, or seconds to wait), then `ending`."""
+    async def script(self, reader, writer, n):
+        await self.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for step in steps:
+            await asyncio.sleep(step) if isinstance(step, float) else writer.write(step)
+        writer.write(ending)
+        await reader.read()
+    return script
+
+
+PAUSED = [piece for number in range(9) for piece in (chunks(b"%d" % number), 0.02)]
+PUMPS = {       # steps -> pieces that take() says no to, how many pieces read() has to give
+    "one by one": (PAUSED, (), 1), "stopped once": (PAUSED, (b"4",), 2), "stopped each time": (PAUSED, [b"%d" % n for n in range(9)], 5),
+    "all at once": ([0.05, chunks(*[b"%d" % number for number in range(9)])], (), 1),
+    "cut anywhere": ([each for byte in chunks(b"01", b"2345678") for each in (bytes([byte]), 0.003)], (), 1),
+}
+
+
+@pytest.mark.parametrize("name", PUMPS)
+def test_a_pump_gives_what_arrives_without_waking_the_task(name):
+    steps, refused, expected_reads = PUMPS[name]
+
+    async def main():
+        async with Scripted(pumped(steps)) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+            taken, reads = [], 0
+
+            def take(piece):
+                taken.append(piece)
+                exchange.heard = True
+                return piece not in refused
+            while data := await exchange.read():
+                taken.append(data)
+                reads += 1
+                await exchange.pump(take)
+            assert b"".join(taken) == b"012345678" and reads == expected_reads
+            await exchange.close()
+            assert sum(map(len, upstream.idle.values())) == 1, "the connection is kept"
+    run(main)
+
+
+def test_a_pump_leaves_large_reads_to_the_task():
+    async def main():
+        big = bytes(300000)
+        async with Scripted(pumped([chunks(b"a"), 0.05, chunks(big), 0.05, chunks(b"b")])) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+            pumped_sizes, read_sizes = [], []
+            while data := await exchange.read():
+                read_sizes.append(len(data))
+                await exchange.pump(lambda piece: pumped_sizes.append(len(piece)) or True)
+            assert sum(read_sizes) + sum(pumped_sizes) == 300002 and max(read_sizes) > max(pumped_sizes, default=0)
+            assert max(pumped_sizes, default=0) <= pomex.PUMPED_BYTES
+            await exchange.close()
+    run(main)
+
+
+ENDS = {    # steps, ending, heard -> the limit or the words of the failure
+    "cut": (PAUSED[:4], b"", True, "took longer than idle_timeout_s = 0.3 s while reading the answer"),
+    "pings": ([each for _ in range(40) for each in (chunks(b": ping"), 0.02)], b"", False, "idle_timeout_s = 0.3 s"),
+    "output for too long": ([each for _ in range(60) for each in (chunks(b"x"), 0.02)], b"", True, "total_timeout_s = 0.6 s"),
+    "no chunk": (PAUSED[:4], b"this is no chunk\r\n", True, "The line before a chunk is malformed"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_pump_that_is_stopped_says_why_in_read(name):
+    steps, ending, heard, words = ENDS[name]
+
+    async def main():
+        async with Scripted(pumped(steps, ending)) as server, upstream_of() as upstream:
+            to = provider(server.port, idle_timeout_s=0.3, total_timeout_s=0.6)
+            exchange = await upstream.exchange(to, "GET", "/", [], b"")
+
+            def take(piece):
+                exchange.heard = heard
+                return True
+            with pytest.raises(pomex.TransportError, match=re.escape(words)):
+                while await exchange.read():
+                    exchange.heard = heard
+                    await exchange.pump(take)
+            await exchange.close()
+    run(main)
+
+
+def test_what_take_raises_comes_up_in_the_task():
+    async def main():
+        async with Scripted(pumped(PAUSED)) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+            await exchange.read()
+            with pytest.raises(ZeroDivisionError):
+                await exchange.pump(lambda piece: 1 // 0)
+            await exchange.close(reusable=False)
     run(main)
 
 

@@ -421,9 +421,7 @@ Head = TypeVar("Head", RequestHead, ResponseHead)
 # --- grammar (RFC 9110 5, RFC 9112, RFC 3986) -----------------------------------------------------
 
 CRLF = b"\r\n"
-TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-TOKEN = b"[" + re.escape(TOKEN_BYTES) + b"]+"
-VALUE_BYTES = bytes({0x09, *range(0x20, 0x100)} - {0x7f})
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 PATH = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=:@/-]*)*"
 QUERY = PATH.replace(b"@/", b"@/?")
@@ -436,6 +434,7 @@ TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 # the last SP is optional
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*([\t -~\x80-\xff]*)")
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -451,17 +450,13 @@ def parse_fields(section: bytes, max_headers: int) -> Headers:
     lines = section.decode("latin-1").split("\r\n")
     if len(lines) > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
-    if section.translate(None, VALUE_BYTES) != CRLF * (len(lines) - 1):     # only control characters are left
-        raise ProtocolError("A header has a control character, or a line that does not end with CRLF.")
     items = []
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not name:
-            raise ProtocolError("A header line has no name or no colon.")
-        items.append((name.lower(), value.strip(" \t")))
-    if "".join([name for name, _ in items]).encode("latin-1").translate(None, TOKEN_BYTES):
-        raise ProtocolError("A header name has a character that it may not have"
-                            " (a folded line, or a blank before the colon?).")
+        found = FIELD.fullmatch(line)
+        if found is None:
+            raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
+                                " a character that is not allowed, or an end that is not CRLF.")
+        items.append((found[1].lower(), found[2].rstrip(" \t")))
     return Headers(items)
 
 
@@ -492,13 +487,10 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
         raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
     if not http11:
         raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
-    if codings != ["chunked"]:
-        for coding in codings:
-            if not re.fullmatch(TOKEN.decode(), coding):
-                raise ProtocolError("Transfer-Encoding is malformed.")
-            if coding != "chunked":
-                raise ProtocolError("The only transfer coding taken is chunked.", 501)
-        raise ProtocolError("A body is chunked once.")
+    others = [coding for coding in codings if coding != "chunked"]
+    if others or len(codings) > 1:
+        is_unknown = others and all(re.fullmatch(TOKEN.decode(), coding) for coding in others)
+        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501 if is_unknown else 400)
     return None, True
 
 
@@ -936,9 +928,8 @@ class SSEDecoder:
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
             events = [event for event in events if is_complete_json(event.data)]
-        fields = [line for line in rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
-                  if line and not line.startswith(b":")]
-        self.truncated = not events and bool(fields)
+        has_field = re.search(rb"(?m)^[^:\n]", rest.removeprefix(codecs.BOM_UTF8))
+        self.truncated = not events and has_field is not None
         return events
 
 
@@ -976,7 +967,8 @@ def finite(digits: str) -> float:
 
 # Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-strict_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
+STRICT_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite)
+strict_json = STRICT_DECODER.decode
 lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
 
 
@@ -1031,6 +1023,7 @@ class Field(NamedTuple):
     maximum: float = math.inf
     choices: Collection[str] = ()
     items: Field | None = None              # for each entry of an array or object
+    kinds: Mapping[str, Fields] | None = None       # the members of an object by its type; others are free
     inner: Callable[[Any, str], None] | None = None         # a further check, called with value and path
     pattern: str = ""                       # for the whole text
     read: Callable[[Any], Any] | None = None  # converts; ValueError, ArithmeticError or KeyError: invalid
@@ -1061,6 +1054,11 @@ def check(value: Any, spec: Field, path: str) -> Any:
             check(entry, spec.items, f"{path}[{key!r}]")
     if spec.inner:
         spec.inner(value, path)
+    if spec.kinds is not None:
+        kind = value.get("type")
+        if not isinstance(kind, str):
+            raise type_error(kind, spec, path)
+        check_members(value, spec.kinds.get(kind, {}), path)
     if not spec.pattern and not spec.read:
         return value
     try:
@@ -1092,32 +1090,15 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             type(given) not in spec.types       # most values need no call
             or spec.minimum is not None
             or (spec.choices and given not in spec.choices)
-            or (spec.inner and type(given) is not str)
+            or (spec.items and type(given) is not str)
         ):
             check(given, spec, f"{path}.{name}")
 
 
-def check_parts(content: str | list[Any], path: str) -> None:
-    if isinstance(content, str):
-        return
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise invalid_param(f"{path}[{index}]", " must be an object with a type.", "invalid_type")
-        if kind in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-            raise invalid_param(f"{path}[{index}].text", " must be a string.", "invalid_type")
-
-
-def check_tools(tools: list[Any], path: str) -> None:
-    for index, tool in enumerate(tools):
-        here = f"{path}[{index}]"
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if not isinstance(kind, str):
-            raise invalid_param(here, " must be an object with a type.", "invalid_type")
-        if "name" not in tool and isinstance(tool.get("function"), dict):
-            words = " is missing: tools are flat here, without a function object inside."
-            raise invalid_param(f"{here}.name", words, "missing_required_parameter")
-        check_members(tool, TOOL_FIELDS.get(kind, {}), here)
+def check_is_flat(tool: JSON, path: str) -> None:
+    if "name" not in tool and isinstance(tool.get("function"), dict):
+        words = " is missing: tools are flat here, without a function object inside."
+        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
@@ -1146,9 +1127,18 @@ OBJECT = Field((dict,))
 MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
-CONTENT = Field((str, list), inner=check_parts, wanted="a string or an array of parts")
-OUTPUT = Field((str, list), inner=check_parts)
-TOOLS = Field((list,), inner=check_tools)
+PART_TEXT = {"text": Field(wanted="a string")}
+TYPED = Field((dict,), wanted="an object with a type")
+PART = TYPED._replace(kinds={"input_text": PART_TEXT, "output_text": PART_TEXT})
+CONTENT = Field((str, list), items=PART, wanted="a string or an array of parts")
+OUTPUT = Field((str, list), items=PART)
+TOOL_FIELDS: dict[str, Fields] = {
+    "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
+    "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
+    "tool_search": {"description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
+}
+TOOLS = Field((list,), items=TYPED._replace(kinds=TOOL_FIELDS, inner=check_is_flat))
+TOOL_FIELDS["namespace"] = {"name": NAME, "tools": TOOLS}
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
@@ -1184,7 +1174,7 @@ NEEDS_STATE = {
                    "Pomex runs no background responses: send background: false."),
 }
 
-# Known input items and tools, with the fields that Pomex reads. Unknown ones are never refused.
+# Known input items, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 ITEM_FIELDS: dict[str, Fields] = {
     "message": {"role": ROLE, "content": CONTENT},
@@ -1202,22 +1192,15 @@ ITEM_FIELDS: dict[str, Fields] = {
     "tool_search_output": {**CALL, "tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
 }
-TOOL_FIELDS: dict[str, Fields] = {
-    "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
-    "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
-    "namespace": {"name": NAME, "tools": TOOLS},
-    "tool_search": {"description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
-}
 
 
 def check_item(item: JSON, path: str) -> JSON:
     """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
-    if not isinstance(item, dict):
-        raise invalid_param(path, " must be an object.", "invalid_type")
+    check(item, OBJECT, path)
     kind = item.get("type")
     if kind is None and "role" in item:
         kind = "message"
-        item = {"type": kind} | item | {"type": kind}
+        item = {**item, "type": kind}
     if kind == "item_reference" or (kind is None and "id" in item):
         raise invalid_param(path, ": Pomex stores no items: send the item itself.",
                             "previous_response_not_found")
@@ -1315,7 +1298,6 @@ COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text
 
 INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string: its quotes would be escaped
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
-strict_scan = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).raw_decode
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
@@ -1340,7 +1322,7 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     start, body = array.end() - 1, last.around.body
     try:
         text = "[0" + raw[shared:].decode()
-        items, end = strict_scan(text)
+        items, end = STRICT_DECODER.raw_decode(text)
         around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
         if around != last.around.text:
             body = strict_json(around)
@@ -1384,14 +1366,14 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
                      around: AroundInput) -> ResponsesRequest:
     """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
-    for name, value in body.items():
-        if value is not None and name in REQUEST_FIELDS and value is not valid.get(name):
-            check(value, REQUEST_FIELDS[name], name)
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) not in (None, False):
             raise BadRequest(sentence, param=name, code=code)
-    for name in ("model", "input"):  # not required with a prompt template, which is refused above
-        check(body.get(name), REQUEST_FIELDS[name], name)
+    for name, spec in REQUEST_FIELDS.items():
+        value = body.get(name)
+        is_known = value is None or value is valid.get(name)
+        if name in ("model", "input") or not is_known:
+            check(value, spec, name)
     if not body["model"].isprintable():
         raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
@@ -1559,16 +1541,17 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     return dumps(renamed)
 
 
+def fit_name(name: str, rule: re.Pattern[str]) -> str:
+    """The name if it follows the rule; else a similar one with a digest, the same in every process."""
+    if rule.fullmatch(name):
+        return name
+    similar = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
+    return f"{similar[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
+
+
 def upstream_tool_name(name: str, namespace: str) -> str:
-    """A name that every provider accepts, the same in every process: `ns__name`, shortened with a digest."""
-    full = f"{namespace}__{name}" if namespace else name
-    if SAFE_NAME.fullmatch(full):
-        return full
-    return with_digest(re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full), full)
-
-
-def with_digest(safe: str, full: str) -> str:
-    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(full)[:8]}"
+    """A name that every provider accepts."""
+    return fit_name(f"{namespace}__{name}" if namespace else name, SAFE_NAME)
 
 
 def freeform_description(tool: JSON) -> str:
@@ -1605,8 +1588,13 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and replacements for the names that break its rule."""
-    schemas: list[JSON] = []
-    names: set[str] = set()
+    fitted: dict[str, str] = {}
+
+    def fit(name: str) -> str:
+        made = fit_name(name, rule)
+        if made != name:
+            fitted[name] = made
+        return made
 
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
@@ -1615,30 +1603,16 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         if None in schema.values():
             schema = {key: value for key, value in schema.items()
                       if value is not None or key in ("default", "const")}
-        names.update(as_dict(schema.get("properties")))
-        schemas.append(schema)
-        return schema
-
-    cleaned = map_schema(parameters, clean)
-    fitted = {
-        name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-        for name in names if not rule.fullmatch(name)
-    }
-    if not fitted:
-        return cleaned, fitted
-    times = collections.Counter((*names, *fitted.values()))
-    for name, fit in fitted.items():
-        if times[fit] > 1:
-            fitted[name] = with_digest(fit, name)
-    for schema in schemas:
         properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
         if isinstance(properties, dict):
-            schema["properties"] = {fitted.get(name, name): inner for name, inner in properties.items()}
+            schema["properties"] = {fit(name): inner for name, inner in properties.items()}
         if isinstance(required, list):
-            schema["required"] = [fitted.get(str(name), name) for name in required]
+            schema["required"] = [fit(str(name)) for name in required]
         if isinstance(ref, str):
-            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fitted.get(at[0], at[0]), ref)
-    return cleaned, fitted
+            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fit(at[0]), ref)
+        return schema
+
+    return map_schema(parameters, clean), fitted
 
 
 # chat templates leave these in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
@@ -1718,29 +1692,6 @@ def fix_surrogates(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-# half a surrogate pair waits for the next character
-INPUT_TEXT = re.compile(r'(?P<text>(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                        r'|u[dD][89abAB][0-9a-fA-F]{2}'
-                        r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))+)')
-# unwrap() handles a text that begins with a fence
-INPUT_START = re.compile(r'\s*\{\s*"input"\s*:\s*"(?=(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z))'
-                         + INPUT_TEXT.pattern)
-MAX_PENDING_INPUT = 1024    # characters; unwrap() handles the rest beyond these
-
-
-def decode_input(pending: str, more: str, begun: bool) -> tuple[str, str]:
-    """The next text in `{"input": "..."}`, the arguments of a custom tool that is offered as a function; then
-    the new `pending`, which waits for more input."""
-    if len(pending) > MAX_PENDING_INPUT:
-        return "", pending
-    pending += more
-    found = (INPUT_TEXT if begun else INPUT_START).match(pending)
-    if found is None:
-        return "", pending
-    text = fix_surrogates(json.loads(f'"{found["text"]}"', strict=False))
-    return text, pending[found.end():]
 
 
 def unwrap(raw: str) -> str | None:
@@ -2432,8 +2383,7 @@ class Item:
     call_id: str = ""
     tool: Tool | None = None
     arguments: list[str] = field(default_factory=list)  # or input, in pieces
-    pending_input: str | None = None    # of a custom tool offered as a function: decode_input's rest
-    held_back: bool = False     # must be changed as a whole: controls escaped, parameters renamed
+    held_back: bool = False     # sent as a whole: controls are escaped, parameters renamed, input unwrapped
     # since output_item.added
     id = ""
     index = -1
@@ -2460,13 +2410,12 @@ class Item:
     def complete_arguments(self) -> str | None:
         """A call's arguments or input; None if they are truncated."""
         raw = "".join(self.arguments)
+        if self.kind == "custom_tool_call":
+            return unwrap(raw) if self.held_back else raw
+        if self.tool is None:
+            return raw
         if self.held_back:
             raw = escape_controls(raw)
-        if self.pending_input is not None:
-            whole, shown = unwrap(raw), "".join(self.text)
-            return whole if whole is None or whole.startswith(shown) else shown
-        if self.kind == "custom_tool_call" or self.tool is None:
-            return raw
         if self.done and not raw.strip():       # a tool without arguments
             raw += "{}"
         if parse_object(raw) is None:
@@ -2518,11 +2467,8 @@ class Assembler(Attempt):
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         if self.answer.secrets.search(call_id):
             call_id = self.new_item_id("call_")
-        item = Item(tool.kind, {}, call_id, tool)
-        if tool.kind == "custom_tool_call":
-            item.pending_input = ""
-        item.held_back = bool(tool.fitted)
-        self.begin(key, item)
+        held_back = bool(tool.fitted) or tool.kind not in CALL_FIELD
+        self.begin(key, Item(tool.kind, {}, call_id, tool, held_back=held_back))
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
         item = self.open_items.get(key)
@@ -2545,12 +2491,9 @@ class Assembler(Attempt):
         shape = self.shapes.get(channel)
         if shape is None:   # a call
             item.arguments.append(text)
-            item.held_back |= item.kind == "function_call" and bool(CONTROL.search(text))
-            if channel == "input":  # raw, with no JSON around it
-                item.pending_input = None
-            elif item.pending_input is not None:
-                text, item.pending_input = decode_input(item.pending_input, text, bool(item.text))
-            if item.held_back or item.kind not in CALL_FIELD:
+            if channel == "arguments" and (item.kind == "custom_tool_call" or CONTROL.search(text)):
+                item.held_back = True
+            if item.held_back:
                 return
         elif item.shape is not shape or item.upstream_part < part:
             self.open_part(item, shape, part)

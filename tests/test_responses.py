@@ -682,9 +682,11 @@ def test_a_custom_tools_text_comes_out_of_its_json_however_that_is_cut(arguments
         assert streams.check(raw)["output"][0]["input"] == text, pieces
 
 
-def test_a_custom_tools_text_is_shown_while_it_comes():
-    raw, _ = told([begins(0, "custom_tool_call", "c", "t"), *(adds(0, p, "arguments") for p in ('{"input":"one', " two", "\\", 'n three"}')), ends(0), Stop()])
-    assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {t}" for t in ("one", " two", "\n three")]
+def test_a_custom_tools_text_in_json_is_one_delta_and_raw_text_streams_on():
+    for channel, pieces, deltas in (("arguments", ('{"input":"one', " two", "\\", 'n three"}'), ["one two\n three"]),
+                                    ("input", ("one", " two", "\n three"), ["one", " two", "\n three"])):
+        raw, _ = told([begins(0, "custom_tool_call", "c", "t"), *(adds(0, piece, channel) for piece in pieces), ends(0), Stop()])
+        assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {text}" for text in deltas]
 
 
 @pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])

@@ -2947,7 +2947,6 @@ SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 class Passthrough(Attempt):
     """An attempt whose events pass unread, except PARSED_EVENTS. Their numbers follow ours."""
     API_EVENTS: bytes                       # occurs in every event of the API
-    OPENING_EVENT: bytes                    # occurs in the first event of a response
     OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: too late for another target
     PARSED_EVENTS: re.Pattern[bytes]
     PLAIN_EVENTS: re.Pattern[bytes]         # a run of numbered events that pass unread, in the usual form
@@ -2961,7 +2960,7 @@ class Passthrough(Attempt):
         self.decoder = decoder                  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # from the opening event until output begins
+        self.withheld: list[bytes] = []         # until output begins
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
@@ -3013,18 +3012,14 @@ class Passthrough(Attempt):
 
     def forward(self, block: bytes, most: int = 1) -> None:
         """Sends the client at `most` that many events, once output has begun."""
-        if not self.output_started and not self.OUTPUT_EVENTS.search(block):
-            self.check_limits(len(block))
-            if self.withheld or self.OPENING_EVENT in block:
-                self.withheld.append(block)
-            return
         if not self.output_started:
+            self.withheld.append(block)
+            if not self.OUTPUT_EVENTS.search(block):
+                self.check_limits(len(block))
+                return
             self.output_started = True
-            if self.withheld and not self.answer.started:
-                self.answer.started = True
-                self.send(b"".join(self.withheld), len(self.withheld))
-            else:
-                self.out.append(self.answer.start())
+            self.out.append(self.answer.start())
+            block, most = b"".join(self.withheld), len(self.withheld)
         self.send(block, most)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
@@ -3061,10 +3056,9 @@ class Passthrough(Attempt):
 
 
 class ResponsesPassthrough(Passthrough):
-    """The response id, `model` and terminal event are ours, and so are the events of items that only the
-    final response contains."""
+    """The first and the terminal events are ours, and so are the events of items that only the final response
+    contains."""
     API_EVENTS = b'"response.'
-    OPENING_EVENT = b'"response.created"'
     OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
@@ -3079,22 +3073,8 @@ class ResponsesPassthrough(Passthrough):
         super().__init__(*arguments)
         cache_options = self.answer.request.get("prompt_cache_options", {})
         self.decoder.asked_12h = cache_options.get("ttl") == "12h"
-        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
 
-    def on_response_created(self, event: JSON, frame: bytes) -> None:
-        if not self.output_started:
-            event["response"] = self.rewrite_head(event.get("response") or {})
-            self.forward(sse_frame(event["type"], dumps(event)))
-
-    on_response_queued = on_response_in_progress = on_response_created
-
-    def rewrite_head(self, response: JSON) -> JSON:
-        """Sets the fields that all response objects of a stream share, both the upstream's and ours."""
-        return {
-            **response,
-            "id": self.answer.id,
-            "created_at": self.answer.created_s,
-            "model": self.answer.request.model}
+    on_response_created = on_response_queued = on_response_in_progress = Passthrough.ignore
 
     def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
         """Handles an item that is added or done. An item without content waits for the final response."""
@@ -3130,7 +3110,6 @@ class ResponsesPassthrough(Passthrough):
         if not known.closed or known.index in self.items:
             return
         if is_incomplete_call(item) and not self.ended:
-            self.incomplete_calls[known.index] = event, frame
             return
         if fill_item(item, known):
             frame = b""
@@ -3148,7 +3127,7 @@ class ResponsesPassthrough(Passthrough):
                 "sequence_number": 0,
                 "output_index": known.upstream_index,
                 "item": known.item}
-            self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
+            self.give_item(known, event, b"")
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
         """The frame of an item's event with sealed encrypted content, and with refusals as text if the client
@@ -3168,9 +3147,7 @@ class ResponsesPassthrough(Passthrough):
         self.streamed_items = len(self.decoder.items)
         self.read_deferred()
         self.decoder.read(event)
-        self.release_items()
-        self.upstream_done = True
-        self.final_response = event.get("response") or {}
+        self.conclude(event.get("response") or {})
 
     on_response_incomplete = on_response_failed = on_response_completed
 
@@ -3187,19 +3164,15 @@ class ResponsesPassthrough(Passthrough):
         if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
             raise UpstreamError("The provider's answer is not a response object.")
         output = response["output"] = only_dicts(response.get("output"))
-        if self.answer.request.stream:
-            builder = self.decoder.sink = self.builder()
-            self.decoder.whole(response)
-            self.usage = builder.usage
-            self.stop = builder.stop
-            self.error = builder.error
-            builder.finish()
-        else:
-            self.decoder.whole(response)
-            self.release_items()
+        self.streamed_items = 0
+        self.decoder.whole(response)
+        self.conclude(response)
+        self.check_limits(len(data), len(output))
+
+    def conclude(self, response: JSON) -> None:
+        self.release_items()
         self.upstream_done = True
         self.final_response = response
-        self.check_limits(len(data), len(output))
 
     def end(self) -> None:
         super().end()
@@ -3218,27 +3191,27 @@ class ResponsesPassthrough(Passthrough):
         elif not profile.incomplete_as_completed:
             self.release_items()
         elif reason == "content_filter" and self.has_no_message():
-            builder = self.builder()
-            builder.stop = self.stop            # it has its own explanation
-            builder.finish()
-
-    def builder(self) -> Assembler:
-        """A sink that makes our own events for items."""
-        builder = Assembler(self.answer, self.seal)
-        builder.next_index = max(self.items, default=-1) + 1
-        builder.items, builder.out = self.items, self.out
-        self.output_started = True
-        return builder
+            self.decoder.add_final([{
+                "id": f"msg_{self.answer.id.removeprefix('resp_')}",
+                "type": "message",
+                "status": "completed",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": FILTERED, "annotations": []}]}])
+            self.release_items()
 
     def body(self, now_s: int) -> str:
         """The upstream's own response, if any, with our id and model, and the items as sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        response = self.rewrite_head(self.final_response)
-        usage = as_dict(response.get("usage"))
-        response["status"] = self.status
-        response["usage"] = merge_counts(usage, usage_object(self.usage))
+        usage = as_dict(self.final_response.get("usage"))
+        response = {
+            **self.final_response,
+            "id": self.answer.id,
+            "created_at": self.answer.created_s,
+            "model": self.answer.request.model,
+            "status": self.status,
+            "usage": merge_counts(usage, usage_object(self.usage))}
         if self.incomplete_reason:
             response["incomplete_details"] = {"reason": self.incomplete_reason}
         else:
@@ -4118,10 +4091,13 @@ class ResponsesDecoder(Decoder):
 
     on_incomplete = on_failed = on_completed
 
-    def _conclude(self, output: list[JSON], stop: Stop) -> None:
-        """Reads the content that only the final response has, then the items that waited for it."""
+    def add_final(self, output: list[JSON]) -> None:
         for known, item in self.items.take_final(output):
             self._finish(known, item)
+
+    def _conclude(self, output: list[JSON], stop: Stop) -> None:
+        """Reads the content that only the final response has, then the items that waited for it."""
+        self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
             if known.closed:
@@ -6820,8 +6796,15 @@ class Config:
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
     path: str = ""                      # of the file; "" without one
-    warnings: Strings = ()
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
+
+    @property
+    def warnings(self) -> list[str]:
+        return [
+            f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
+            for provider in self.providers.values()
+            if provider.base_url.startswith("http:") and not provider.local
+        ]
 
 
 SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
@@ -6899,17 +6882,13 @@ class ConfigFile:
             where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
             raise ConfigError(where) from None
         sections = (*SECTIONS, *NAMED_SECTIONS)
-        for section, value in self.toml.items():
-            if section in sections:
-                continue
-            if isinstance(value, dict):
-                hint = did_you_mean(section, sections, "[%s]")
-                raise self.error(f"unknown section [{toml_name((section,))}].{hint}")
-            hint = ""
-            for home, cls in SECTIONS.items():
-                if section in config_fields(cls):
-                    hint = f" Put it under [{home}]."
-            raise self.error(f'key "{section}" stands outside any section.{hint}')
+        for name in (key for key in self.toml if key not in sections):
+            if isinstance(self.toml[name], dict):
+                hint = did_you_mean(name, sections, "[%s]")
+                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
+            homes = [home for home, cls in SECTIONS.items() if name in config_fields(cls)]
+            hint = f" Put it under [{homes[0]}]." if homes else ""
+            raise self.error(f'key "{name}" stands outside any section.{hint}')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
@@ -7126,28 +7105,15 @@ def load_config(
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
     if not name:            # without a file, the state folder holds the database
         database.setdefault("url", f"sqlite:{state_folder(environ)}/pomex.db")
-    path = source.resolve_path(DatabaseConfig(**database).path)
+    database["url"] = f"sqlite:{source.resolve_path(DatabaseConfig(**database).path)}"
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    warnings = [
-        f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
-        for provider in providers.values()
-        if provider.base_url.startswith("http:") and not provider.local
-    ]
     models = {each: read_model(source, each, providers) for each in source.table("models")}
     prices = {each: read_prices(source, each) for each in source.table("prices")}
-    database["url"] = f"sqlite:{path}"
     return Config(
-        ServerConfig(**server),
-        DatabaseConfig(**database),
-        demo,
-        providers,
-        models,
-        prices,
-        path=name,
-        warnings=tuple(warnings))
+        ServerConfig(**server), DatabaseConfig(**database), demo, providers, models, prices, path=name)
 
 
 PLAIN_VALUES = re.compile(

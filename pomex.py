@@ -1541,17 +1541,16 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     return dumps(renamed)
 
 
-def fit_name(name: str, rule: re.Pattern[str]) -> str:
-    """The name if it follows the rule; else a similar one with a digest, the same in every process."""
-    if rule.fullmatch(name):
-        return name
-    similar = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
-    return f"{similar[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
-
-
 def upstream_tool_name(name: str, namespace: str) -> str:
-    """A name that every provider accepts."""
-    return fit_name(f"{namespace}__{name}" if namespace else name, SAFE_NAME)
+    """A name that every provider accepts, the same in every process: `ns__name`, shortened with a digest."""
+    full = f"{namespace}__{name}" if namespace else name
+    if SAFE_NAME.fullmatch(full):
+        return full
+    return with_digest(re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full), full)
+
+
+def with_digest(safe: str, full: str) -> str:
+    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(full)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
@@ -1588,13 +1587,8 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and replacements for the names that break its rule."""
-    fitted: dict[str, str] = {}
-
-    def fit(name: str) -> str:
-        made = fit_name(name, rule)
-        if made != name:
-            fitted[name] = made
-        return made
+    schemas: list[JSON] = []
+    names: set[str] = set()
 
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
@@ -1603,16 +1597,30 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         if None in schema.values():
             schema = {key: value for key, value in schema.items()
                       if value is not None or key in ("default", "const")}
-        properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
-        if isinstance(properties, dict):
-            schema["properties"] = {fit(name): inner for name, inner in properties.items()}
-        if isinstance(required, list):
-            schema["required"] = [fit(str(name)) for name in required]
-        if isinstance(ref, str):
-            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fit(at[0]), ref)
+        names.update(as_dict(schema.get("properties")))
+        schemas.append(schema)
         return schema
 
-    return map_schema(parameters, clean), fitted
+    cleaned = map_schema(parameters, clean)
+    fitted = {
+        name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+        for name in names if not rule.fullmatch(name)
+    }
+    if not fitted:
+        return cleaned, fitted
+    times = collections.Counter((*names, *fitted.values()))
+    for name, fit in fitted.items():
+        if times[fit] > 1:
+            fitted[name] = with_digest(fit, name)
+    for schema in schemas:
+        properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
+        if isinstance(properties, dict):
+            schema["properties"] = {fitted.get(name, name): inner for name, inner in properties.items()}
+        if isinstance(required, list):
+            schema["required"] = [fitted.get(str(name), name) for name in required]
+        if isinstance(ref, str):
+            schema["$ref"] = re.sub("(?<=/properties/)[^/]+", lambda at: fitted.get(at[0], at[0]), ref)
+    return cleaned, fitted
 
 
 # chat templates leave these in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
@@ -3073,6 +3081,7 @@ class ResponsesPassthrough(Passthrough):
         super().__init__(*arguments)
         cache_options = self.answer.request.get("prompt_cache_options", {})
         self.decoder.asked_12h = cache_options.get("ttl") == "12h"
+        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
 
     on_response_created = on_response_queued = on_response_in_progress = Passthrough.ignore
 
@@ -3110,6 +3119,7 @@ class ResponsesPassthrough(Passthrough):
         if not known.closed or known.index in self.items:
             return
         if is_incomplete_call(item) and not self.ended:
+            self.incomplete_calls[known.index] = event, frame
             return
         if fill_item(item, known):
             frame = b""
@@ -3127,7 +3137,7 @@ class ResponsesPassthrough(Passthrough):
                 "sequence_number": 0,
                 "output_index": known.upstream_index,
                 "item": known.item}
-            self.give_item(known, event, b"")
+            self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
         """The frame of an item's event with sealed encrypted content, and with refusals as text if the client

@@ -2067,10 +2067,10 @@ FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}   
 def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     """The fields of a response object that repeat the request."""
     fields = {name: request.get(name, default) for name, default in ECHO_DEFAULTS.items()}
-    fields |= {"previous_response_id": None, "store": False, "background": False}   # Pomex keeps nothing
-    fields["reasoning"] = {**ECHO_DEFAULTS["reasoning"], **fields["reasoning"]}
-    text = {name: value for name, value in fields["text"].items() if value is not None}
-    fields["text"] = {**ECHO_DEFAULTS["text"], **text}
+    fields["store"] = False                 # Pomex keeps nothing
+    for name in ("reasoning", "text"):
+        given = {key: value for key, value in fields[name].items() if value is not None}
+        fields[name] = {**ECHO_DEFAULTS[name], **given}
     if as_dict(fields["tool_choice"]).get("type") == "allowed_tools":
         fields["tool_choice"] = {"mode": "auto", **fields["tool_choice"]}
     if fields["service_tier"] == "auto":
@@ -2257,24 +2257,29 @@ class Attempt:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.upstream_done else "gateway"
-        usage, failed_instead = self.usage, self.error is not None and not self.output_chars
-        has_output = self.output_started or usage is None or usage.estimated or usage.output
-        if self.error is None and self.stop is None:
-            self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif self.error is None and not has_output and not self.incomplete_reason:
-            self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
-        elif usage == Usage():  # the answer is not empty
+        usage, reported = self.usage, self.error
+        unbilled = self.unbilled or (reported is not None and not self.output_chars)
+        self.error = reported or self.find_error(error)
+        if usage == Usage() and self.error is reported:     # the answer is not empty
             usage = None
         if notify_client:
             self.close_open_items()
         self.status = "incomplete" if self.incomplete_reason else "completed"
         if self.error is not None:
             self.status = "failed"
-        unbilled = self.unbilled or failed_instead
         counts = usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
         if usage is None or usage.estimated:    # Anthropic counts input first, output at the end
             counts = dataclasses.replace(counts, output=max(counts.output, -(-self.output_chars // 4)))
         self.usage = checked_usage(counts)
+
+    def find_error(self, error: GatewayError | None) -> GatewayError | None:
+        """The error of an answer without evidence of its end, or without output."""
+        if self.stop is None:
+            return error or UpstreamError("The provider's stream ended before the model had finished.")
+        usage = self.usage
+        if usage is None or usage.estimated or usage.output or self.output_started or self.incomplete_reason:
+            return None
+        return UpstreamError("The provider's answer is empty, and its usage counts no output.")
 
     def check_limits(self, chars: int = 0, items: int = 0) -> None:
         """Counts held data other than the output itself. Fails an answer that is too long."""
@@ -2368,18 +2373,11 @@ ID_PREFIX = {
     "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
-EMPTY_FIELDS = {    # of an item without parts, as JSON text
-    "message": {"role": '"assistant"', "content": "[]"},
-    "reasoning": {"summary": "[]"},
-}
 HOSTED_STEPS = {
     "web_search_call": ("in_progress", "searching"),
     "image_generation_call": ("in_progress", "generating"),
 }
-CALL_FIELD = {  # item type -> event family, the item's field
-    "function_call": ("response.function_call_arguments", "arguments"),
-    "custom_tool_call": ("response.custom_tool_call_input", "input"),
-}
+CALL_FIELD = {"function_call": "arguments", "custom_tool_call": "input"}       # their text
 
 
 @dataclass
@@ -2437,11 +2435,8 @@ class Item:
         fields: JSON = {"id": self.id, "type": self.kind, "status": status}
         if self.tool is not None:
             fields |= {"call_id": self.call_id, **call_fields(self.tool, arguments)}
-        texts = {name: dumps(value) for name, value in fields.items()}
-        texts |= EMPTY_FIELDS.get(self.kind, {})
-        texts |= {name: f"[{','.join(parts)}]" for name, parts in self.parts.items()}
-        texts |= {name: dumps(value) for name, value in self.fields.items()}
-        return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
+        lists = [f',"{name}":[{",".join(parts)}]' for name, parts in self.parts.items()]
+        return dumps({**fields, **self.fields})[:-1] + "".join(lists) + "}"
 
 
 class Assembler(Attempt):
@@ -2470,7 +2465,13 @@ class Assembler(Attempt):
         self.text(text, "summary")
 
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
-        self.begin(key, Item(kind, fields))
+        item = Item(kind, fields)
+        if kind == "message":
+            item.fields = {"role": "assistant", **fields}
+            item.parts["content"] = []
+        elif kind == "reasoning":
+            item.parts["summary"] = []
+        self.begin(key, item)
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         if self.answer.secrets.search(call_id):
@@ -2577,7 +2578,7 @@ class Assembler(Attempt):
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         if item.kind in CALL_FIELD:
             item.part_location_json = item.location_json
-            item.delta_event = f"{CALL_FIELD[item.kind][0]}.delta"
+            item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
         self.output_started = True
         self.emit("response.output_item.added",
                   f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
@@ -2586,7 +2587,7 @@ class Assembler(Attempt):
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        number = len(item.parts.setdefault(shape.container, []))
+        number = len(item.parts.setdefault(shape.container, []))     # reasoning may have content, too
         item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
         item.shape, item.upstream_part = shape, upstream_part
         item.delta_event, item.more = f"{shape.delta}.delta", shape.more
@@ -2621,11 +2622,12 @@ class Assembler(Attempt):
         del self.open_items[key]
         self.close_part(item)
         if item.tool and item.kind in CALL_FIELD:
-            family, name = CALL_FIELD[item.kind]
+            name = CALL_FIELD[item.kind]
             rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
             self.text_delta(item, rest)
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
-            self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
+            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            self.emit(f"response.{item.kind}_{name}.done", fields)
         if item.kind in HOSTED_STEPS:
             self.emit(f"response.{item.kind}.completed", item.location_json)
         text = item.to_json(status, arguments)
@@ -2685,7 +2687,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
         given = parse_object(arguments) or {}
         known = {name: value for name, value in given.items() if name in SHELL_FIELDS}
         return {"action": {"type": "exec", "command": [], "env": {}, **known}}
-    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind][1]: arguments}
+    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
@@ -2910,7 +2912,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
     empty = not item_texts(item)
     parts = only_dicts(item.get("content"))
     if known.kind == "call":
-        name = CALL_FIELD[item["type"]][1]
+        name = CALL_FIELD[item["type"]]
         if not empty and isinstance(item.get(name), str):
             return False
         whole = "".join(text.so_far() for text in known.texts)

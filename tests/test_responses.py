@@ -262,7 +262,7 @@ DEFAULTS = {
     ({"reasoning": {"effort": "high"}}, {"reasoning": {"effort": "high", "summary": None}}),
     ({"text": {"format": None, "verbosity": "low"}}, {"text": {"format": {"type": "text"}, "verbosity": "low"}}),
     ({"text": {"verbosity": None, "other": None}}, {}),
-    ({"reasoning": {"effort": None, "other": None}}, {"reasoning": {"effort": None, "summary": None, "other": None}}),
+    ({"reasoning": {"effort": None, "other": None}}, {"reasoning": {"effort": None, "summary": None}}),
     ({"service_tier": "auto"}, {}), ({"service_tier": "flex"}, {"service_tier": "flex"}),
     ({"tools": [{"type": "function", "name": "f"}, PATCH]},
      {"tools": [{"type": "function", "name": "f", "description": None, "parameters": None, "strict": True}, PATCH]}),
@@ -590,12 +590,12 @@ def test_every_kind_of_item_has_its_events(deltas, expected):
 @pytest.mark.parametrize("calls_made, item", [
     ([begins(0, "message", fields={"phase": "commentary"}), adds(0, "caf\u00e9 \"x\"\n"),
       lambda sink: sink.annotate({"type": "url_citation", "title": "\u00e9"}, 0), adds(0, "No", "refusal"), ends(0, {"status": "incomplete"})],
-     '{"id":"msg_1_0","type":"message","status":"incomplete","role":"assistant","content":[{"type":"output_text","text":'
+     '{"id":"msg_1_0","type":"message","status":"incomplete","role":"assistant","phase":"commentary","content":[{"type":"output_text","text":'
      '"caf\\u00e9 \\"x\\"\\n","annotations":[{"type":"url_citation","title":"\\u00e9"}],"logprobs":[]},'
-     '{"type":"refusal","refusal":"No"}],"phase":"commentary"}'),
+     '{"type":"refusal","refusal":"No"}]}'),
     ([begins(0, "reasoning"), adds(0, "raw", "raw"), adds(0, "a", "summary"), adds(0, "b", "summary", 1), ends(0, {"sealed_replay": None, "extra": [1]})],
-     '{"id":"rs_1_0","type":"reasoning","status":"completed","summary":[{"type":"summary_text","text":"a"},'
-     '{"type":"summary_text","text":"b"}],"content":[{"type":"reasoning_text","text":"raw"}],"extra":[1]}'),
+     '{"id":"rs_1_0","type":"reasoning","status":"completed","extra":[1],"summary":[{"type":"summary_text","text":"a"},'
+     '{"type":"summary_text","text":"b"}],"content":[{"type":"reasoning_text","text":"raw"}]}'),
     ([begins(0, "function_call", "c", "f", "ns"), adds(0, ' {"a":\n"\u00e9"}', "arguments"), ends(0, {"status": "incomplete"})],
      '{"id":"fc_1_0","type":"function_call","status":"incomplete","call_id":"c","name":"f",'
      '"arguments":" {\\"a\\":\\n\\"\\u00e9\\"}","namespace":"ns"}'),

@@ -307,14 +307,12 @@ class Sink(Protocol):
     """The calls that a decoder makes. An item has a key that is unique in the stream, or None. Only one item
     without a key is open at a time; it ends when any other item begins.
 
-    >>> sink.reasoning("Hm."); sink.text("Hello")
+    >>> sink.text("Hm.", "summary"); sink.text("Hello")
     >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
     def text(self, text: str, channel: PartType = "text") -> None:
         """Adds text to the message without a key, which begins with its first visible character. With the
-        channel "summary", adds to the reasoning item without a key."""
-    def reasoning(self, text: str) -> None:
-        """Adds to the summary of the reasoning item without a key; "" only begins it."""
+        channel "summary", adds to the reasoning item without a key; "" only begins it."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         """Begins an item with these fields of its own."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
@@ -1776,8 +1774,8 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
             known = item, tool_map, normalize_item(item, tool_map, names), names
             if "sealed_replay" not in item:     # a different object in each request
                 memo[id(item)] = known
-        made = known[2]
-        dropped += known[3]
+        *_, made, names = known
+        dropped += names
         if made is None:
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
@@ -1972,13 +1970,10 @@ TYPE_BY_ENDING = {
 def read_attachment(part: JSON) -> Attachment | None:
     """The image or file in a part. None if there is none, only its id at OpenAI, or invalid base64, which
     would have every later turn refused."""
-    is_image = part["type"] == "input_image"
-    if not is_image and part["type"] != "input_file":
-        return None
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
-    if not isinstance(source, str):
+    if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
-    is_url = re.match("(https?|gs)://", source)
+    is_image, is_url = part["type"] == "input_image", re.match("(https?|gs)://", source)
     name, detail = str(part.get("filename") or ""), part.get("detail")
     path = source.split("?")[0] if is_url else name
     mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
@@ -1986,13 +1981,12 @@ def read_attachment(part: JSON) -> Attachment | None:
         return Attachment(mime or ("image/" if is_image else ""), name, detail, url=source)
     head, comma, encoded = source.rpartition(",")
     # without line ends, in the standard alphabet, with padding
-    data = "".join(encoded.split()).rstrip("=")
-    data = data.replace("-", "+").replace("_", "/")
+    data = "".join(encoded.split()).rstrip("=").replace("-", "+").replace("_", "/")
     data += "=" * (-len(data) % 4)
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
-        return None
+        content = b""
     if not content or (comma and not head.endswith(";base64")):
         return None
     found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
@@ -2461,9 +2455,6 @@ class Assembler(Attempt):
             self.open(None, kind)
         self.add(None, text, channel)
 
-    def reasoning(self, text: str) -> None:
-        self.text(text, "summary")
-
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         item = Item(kind, fields)
         if kind == "message":
@@ -2751,10 +2742,11 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from the item's own?"""
-        own_id, own_call_id = self.item.get("id"), self.item.get("call_id")
-        if item_id and own_id and own_id != item_id:
-            return True
-        return bool(call_id and own_call_id and own_call_id != call_id)
+        for name, given in (("id", item_id), ("call_id", call_id)):
+            own = self.item.get(name)
+            if own and given and own != given:
+                return True
+        return False
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event with its index, or of its kind and without an index, about the next item?"""
@@ -3062,7 +3054,7 @@ class Passthrough(Attempt):
 
     def ignore(self, *_: Any, **__: Any) -> None:
         """Ignores the decoder's calls for items, which pass unchanged."""
-    text = reasoning = open = call = add = annotate = done = item = ignore
+    text = open = call = add = annotate = done = item = ignore
 
 
 class ResponsesPassthrough(Passthrough):
@@ -4174,7 +4166,7 @@ class ItemDecoder(Decoder):
 
     def _carry(self, replay: JSON) -> None:
         """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.reasoning("")
+        self.sink.text("", "summary")
         self.sink.done(sealed_replay=replay)
 
     def _image(self, data: str) -> None:
@@ -4753,10 +4745,7 @@ class ChatDecoder(ItemDecoder):
             self.open_item = kind
             self._new_key()
         self.texts[channel].append(text)
-        if kind == "reasoning":
-            self.sink.reasoning(text)
-        else:
-            self.sink.text(text, channel)
+        self.sink.text(text, channel)
 
     def _detail(self, detail: JSON) -> None:
         """Reads OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the

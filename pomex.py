@@ -1381,12 +1381,13 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
                            "array_above_max_length")
     items = [*last.input] if last else []
-    for index in range(len(items), len(given)):
-        items.append(check_item(given[index], f"input[{index}]"))
+    items += [check_item(given[index], f"input[{index}]") for index in range(len(items), len(given))]
     if not items:
         raise invalid_param("input", " is empty: send at least one item.")
-    holders = [item for item in items if "tools" in ITEM_FIELDS.get(item["type"], ())]
-    tools = [*(body.get("tools") or ()), *itertools.chain.from_iterable(item["tools"] for item in holders)]
+    tools = [*(body.get("tools") or ())]
+    for item in items:
+        if "tools" in ITEM_FIELDS.get(item["type"], ()):
+            tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
     return ResponsesRequest(
         body, raw,
@@ -2393,8 +2394,8 @@ class Item:
     shape: PartShape | None = None
     upstream_part = 0       # the provider's number for it
     delta_event = ""
+    delta_head = ""         # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
     part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
-    more: str = ""          # further fields of a delta
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
     pending_surrogate: str = ""     # the first half of a pair
@@ -2511,8 +2512,7 @@ class Assembler(Attempt):
         texts = list(filter(None, texts))
         item.text += texts
         if self.answer.request.stream:
-            before, after = f'{item.part_location_json},"delta":', item.more
-            deltas = [f"{before}{json_string(text)}{after}" for text in texts]
+            deltas = [item.delta_head + json_string(text) for text in texts]
             self.out.append(self.answer.frames(item.delta_event, deltas))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
@@ -2568,7 +2568,7 @@ class Assembler(Attempt):
         self.next_index += 1
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         if item.kind in CALL_FIELD:
-            item.part_location_json = item.location_json
+            item.delta_head = f'{item.location_json},"delta":'
             item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
         self.output_started = True
         self.emit("response.output_item.added",
@@ -2581,7 +2581,8 @@ class Assembler(Attempt):
         number = len(item.parts.setdefault(shape.container, []))     # reasoning may have content, too
         item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
         item.shape, item.upstream_part = shape, upstream_part
-        item.delta_event, item.more = f"{shape.delta}.delta", shape.more
+        item.delta_event = f"{shape.delta}.delta"
+        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
         item.text, item.annotations = [], []
         self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
 
@@ -2602,8 +2603,7 @@ class Assembler(Attempt):
             return
         item.text.append(text)
         if self.answer.request.stream:
-            fields = f'{item.part_location_json},"delta":{json_string(text)}{item.more}'
-            self.out.append(self.answer.frame(item.delta_event, fields))
+            self.out.append(self.answer.frame(item.delta_event, item.delta_head + json_string(text)))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Finishes an item, but leaves a call with truncated arguments open."""
@@ -2628,18 +2628,9 @@ class Assembler(Attempt):
     # the end
 
     def close_open_items(self) -> None:
-        truncated = self.incomplete_reason
-        for key, item in list(self.open_items.items()):
-            if not item.id:
-                del self.open_items[key]
-            elif self.error is None and (not truncated or parse_object("".join(item.arguments)) is not None):
-                self.finish_item(key, item)
-        if self.error is None and not truncated and self.open_items:
-            names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
-            self.error = UpstreamError(
-                f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
+        self.open_items = {key: item for key, item in self.open_items.items() if item.id}
         if self.error is None:
-            self.add_placeholder_message()
+            self.finish_complete_items()
         profile = self.answer.profile
         if self.error is not None and (profile.errors_as_events or self.output_chars > self.output_limit):
             return  # Codex retries and would keep half a message in its history
@@ -2648,6 +2639,18 @@ class Assembler(Attempt):
             # truncated calls are only for clients that see their status
             if item.tool is None or (self.error is None and status == "incomplete"):
                 self.finish_item(key, item, status)
+
+    def finish_complete_items(self) -> None:
+        truncated = self.incomplete_reason
+        for key, item in list(self.open_items.items()):
+            if not truncated or parse_object("".join(item.arguments)) is not None:
+                self.finish_item(key, item)
+        if truncated or not self.open_items:
+            self.add_placeholder_message()
+            return
+        names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
+        self.error = UpstreamError(
+            f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
 
     def add_placeholder_message(self) -> None:
         """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
@@ -2777,18 +2780,17 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
     items that are left."""
     found: dict[Any, Any] = {}
     for key in keys:
+        free = collections.defaultdict[Any, Any](collections.deque)
+        for each in known:
+            free[key(each)].append(each)
+        for new in given:
+            if same := free[key(new)]:
+                found[new] = same.popleft()
         taken = set(found.values())
         given = [new for new in given if new not in found]
         known = [each for each in known if each not in taken]
         if not given or not known:
             break                               # some keys cost as much as their item
-        free = collections.defaultdict[Any, Any](collections.deque)
-        for each in known:
-            free[key(each)].append(each)
-        for new in given:
-            same = free[key(new)]
-            if same:
-                found[new] = same.popleft()
     return found
 
 
@@ -2814,12 +2816,8 @@ class UpstreamItems(list[UpstreamItem]):
             return known
         begins = event["type"] == "response.output_item.added"
         item = event.get("item") or {}
-        item_id = event.get("item_id") or item.get("id")
-        call_id = item.get("call_id")
-        for key in (
-                (kind, item_id, index),
-                (kind, call_id),
-                (kind, item_id)):
+        item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
+        for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
             known = self.by_key.get(key)
             if known and not known.is_other(None, call_id) and (
                     not (known.done or begins)
@@ -2862,14 +2860,12 @@ class UpstreamItems(list[UpstreamItem]):
             lambda each: (each.kind, each.item.get("call_id") or each.item.get("id") or each),
             lambda each: item_content(each.item),
             lambda each: (each.kind, each.kind == "call" and each.done and each, each.item.get("name")))
-        next_index = len(self)
-        for each in self:
-            if isinstance(each.upstream_index, int):
-                next_index = max(next_index, each.upstream_index + 1)
+        used = [each.upstream_index for each in self if isinstance(each.upstream_index, int)]
+        next_index = max([len(self) - 1, *used])
         for new in given:
             if new not in found:
-                new.upstream_index = next_index
                 next_index += 1
+                new.upstream_index = next_index
                 self.add(new)
         return [(found.get(new, new), new.item) for new in given]
 
@@ -2901,29 +2897,21 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
     """Fills an item without content from its events, in the form that clients read. Returns whether that was
     needed."""
-    empty = not item_texts(item)
-    parts = only_dicts(item.get("content"))
+    has_text = bool(item_texts(item))
     if known.kind == "call":
         name = CALL_FIELD[item["type"]]
-        if not empty and isinstance(item.get(name), str):
+        if has_text and isinstance(item.get(name), str):
             return False
         whole = "".join(text.so_far() for text in known.texts)
-        if name == "arguments":
-            whole = whole or "{}"
-        elif known.texts and known.texts[0].channel == "arguments":
+        if name == "input" and known.texts and known.texts[0].channel == "arguments":
             whole = unwrap(whole) or whole
-        item[name] = whole
+        item[name] = whole or ("{}" if name == "arguments" else "")
         return True
-    other_parts = any(part.get("type") not in TEXTS for part in parts)
-    if known.kind != "message" or not empty or other_parts:
+    parts = only_dicts(item.get("content"))
+    if known.kind != "message" or has_text or any(part.get("type") not in TEXTS for part in parts):
         return False
-    filled = []
-    for text in known.texts:
-        shape = PARTS[text.channel]
-        filled.append({
-            "type": shape.type,
-            shape.text: text.so_far(),
-            "annotations": []})
+    shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
+    filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
     item["content"] = filled or parts
     return True
 

@@ -1021,7 +1021,6 @@ class Field(NamedTuple):
     maximum: float = math.inf
     choices: Collection[str] = ()
     items: Field | None = None              # for each entry of an array or object
-    kinds: Mapping[str, Fields] | None = None       # the members of an object by its type; others are free
     inner: Callable[[Any, str], None] | None = None         # a further check, called with value and path
     pattern: str = ""                       # for the whole text
     read: Callable[[Any], Any] | None = None  # converts; ValueError, ArithmeticError or KeyError: invalid
@@ -1052,11 +1051,6 @@ def check(value: Any, spec: Field, path: str) -> Any:
             check(entry, spec.items, f"{path}[{key!r}]")
     if spec.inner:
         spec.inner(value, path)
-    if spec.kinds is not None:
-        kind = value.get("type")
-        if not isinstance(kind, str):
-            raise type_error(kind, spec, path)
-        check_members(value, spec.kinds.get(kind, {}), path)
     if not spec.pattern and not spec.read:
         return value
     try:
@@ -1093,10 +1087,23 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             check(given, spec, f"{path}.{name}")
 
 
-def check_is_flat(tool: JSON, path: str) -> None:
+def check_typed(value: JSON, known: Mapping[str, Fields], path: str) -> None:
+    """Checks the members of an object by its type. Types that are not known have any members."""
+    kind = value.get("type")
+    if not isinstance(kind, str):
+        raise type_error(kind, TYPED, path)
+    check_members(value, known.get(kind, {}), path)
+
+
+def check_part(part: JSON, path: str) -> None:
+    check_typed(part, PART_FIELDS, path)
+
+
+def check_tool(tool: JSON, path: str) -> None:
     if "name" not in tool and isinstance(tool.get("function"), dict):
         words = " is missing: tools are flat here, without a function object inside."
         raise invalid_param(f"{path}.name", words, "missing_required_parameter")
+    check_typed(tool, TOOL_FIELDS, path)
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
@@ -1127,16 +1134,9 @@ MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART_TEXT = {"text": Field(wanted="a string")}
 TYPED = Field((dict,), wanted="an object with a type")
-PART = TYPED._replace(kinds={"input_text": PART_TEXT, "output_text": PART_TEXT})
-CONTENT = Field((str, list), items=PART, wanted="a string or an array of parts")
-OUTPUT = Field((str, list), items=PART)
-TOOL_FIELDS: dict[str, Fields] = {
-    "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
-    "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
-    "tool_search": {"description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
-}
-TOOLS = Field((list,), items=TYPED._replace(kinds=TOOL_FIELDS, inner=check_is_flat))
-TOOL_FIELDS["namespace"] = {"name": NAME, "tools": TOOLS}
+CONTENT = Field((str, list), items=TYPED._replace(inner=check_part), wanted="a string or an array of parts")
+OUTPUT = CONTENT._replace(wanted="")
+TOOLS = Field((list,), items=TYPED._replace(inner=check_tool))
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
@@ -1172,7 +1172,7 @@ NEEDS_STATE = {
                    "Pomex runs no background responses: send background: false."),
 }
 
-# Known input items, with the fields that Pomex reads. Unknown ones are never refused.
+# Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 ITEM_FIELDS: dict[str, Fields] = {
     "message": {"role": ROLE, "content": CONTENT},
@@ -1189,6 +1189,13 @@ ITEM_FIELDS: dict[str, Fields] = {
     "tool_search_call": CALL,
     "tool_search_output": {**CALL, "tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
+}
+PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
+TOOL_FIELDS = {
+    "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
+    "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
+    "namespace": {"name": NAME, "tools": TOOLS},
+    "tool_search": {"description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
 }
 
 

@@ -303,9 +303,9 @@ class Stop:
     explanation: str = ""           # for the user: why a content filter stopped the answer
 
 
-class Sink(Protocol):
-    """The calls that a decoder makes. An item has a key that is unique in the stream, or None. Only one item
-    without a key is open at a time; it ends when any other item begins.
+class Sink:
+    """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
+    stream, or None. Only one item without a key is open at a time; it ends when any other item begins.
 
     >>> sink.text("Hm.", "summary"); sink.text("Hello")
     >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
@@ -1732,12 +1732,6 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
-def escape_controls(text: str) -> str:
-    """JSON with its control characters in strings escaped: models write raw line ends, which strict readers
-    refuse."""
-    return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
-
-
 # --- 5.4 history for providers that know only functions --------------------------------------------
 
 class Turn(NamedTuple):
@@ -2209,7 +2203,7 @@ def merge_counts(held: JSON, given: Any) -> JSON:
     return held
 
 
-class Attempt:
+class Attempt(Sink):
     """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
     After any number of `feed`s, `finish` is called once. Then `status`, `usage` and `error` hold the outcome,
@@ -2422,8 +2416,8 @@ class Item:
             return unwrap(raw) if self.held_back else raw
         if self.tool is None:
             return raw
-        if self.held_back:
-            raw = escape_controls(raw)
+        if self.held_back:      # models write raw line ends in strings, which strict readers refuse
+            raw = JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), raw)
         if self.done and not raw.strip():       # a tool without arguments
             raw += "{}"
         if parse_object(raw) is None:
@@ -3047,10 +3041,6 @@ class Passthrough(Attempt):
     def fail(self, error: GatewayError) -> None:
         self.error = self.error or error        # its response.failed may follow, with usage
 
-    def ignore(self, *_: Any, **__: Any) -> None:
-        """Ignores the decoder's calls for items, which pass unchanged."""
-    text = open = call = add = annotate = done = item = ignore
-
 
 class ResponsesPassthrough(Passthrough):
     """The first and the terminal events are ours, and so are the events of items that only the final response
@@ -3072,7 +3062,10 @@ class ResponsesPassthrough(Passthrough):
         self.decoder.asked_12h = cache_options.get("ttl") == "12h"
         self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
 
-    on_response_created = on_response_queued = on_response_in_progress = Passthrough.ignore
+    def on_response_created(self, event: JSON, frame: bytes) -> None:
+        """Ignores the upstream's first events: ours are sent."""
+
+    on_response_queued = on_response_in_progress = on_response_created
 
     def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
         """Handles an item that is added or done. An item without content waits for the final response."""
@@ -3182,11 +3175,9 @@ class ResponsesPassthrough(Passthrough):
         if self.error is not None:
             return
         if not reason:
-            for known in self.decoder.items:
-                begun = known.shown and not known.closed and "call_id" in known.item
-                if begun or is_incomplete_call(known.item):
-                    self.error = UpstreamError(
-                        "The provider ended, but the arguments of a call are not whole JSON.")
+            calls = [known for known in self.decoder.items if "call_id" in known.item]
+            if any(not call.closed or is_incomplete_call(call.item) for call in calls):
+                self.error = UpstreamError("The provider ended, but a call's arguments are not whole JSON.")
         elif not profile.incomplete_as_completed:
             self.release_items()
         elif reason == "content_filter" and self.has_no_message():
@@ -7100,7 +7091,9 @@ def load_config(
             server["admin_token"] = check(source.secret(token), ADMIN_TOKEN, "")
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
     if not name:            # without a file, the state folder holds the database
-        database.setdefault("url", f"sqlite:{state_folder(environ)}/pomex.db")
+        home = environ.get("HOME") or environ.get("USERPROFILE") or "."
+        state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
+        database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
     database["url"] = f"sqlite:{source.resolve_path(DatabaseConfig(**database).path)}"
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
@@ -7137,11 +7130,6 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Does a model's name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def state_folder(environ: Mapping[str, str]) -> str:
-    home = environ.get("HOME") or environ.get("USERPROFILE") or "."
-    return (environ.get("XDG_STATE_HOME") or home + "/.local/state") + "/pomex"
 
 
 def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:

@@ -432,7 +432,7 @@ TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 # the last SP is optional
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
-FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*([\t -~\x80-\xff]*)")
+FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)")     # possessive: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -794,8 +794,7 @@ class ContentDecoder:
             raise ProtocolError("Content-Encoding must be gzip or none.", 415)
         self._gzip = coding.endswith("gzip")
         self._max_bytes = max_bytes
-        self._coded = 0             # bytes of the coded body so far
-        self._decoded = 0
+        self._coded = self._decoded = 0     # bytes so far
         self._members = 0
         self._member: zlib._Decompress | None = None
 

@@ -1175,18 +1175,18 @@ NEEDS_STATE = {
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 ITEM_FIELDS: dict[str, Fields] = {
     "message": {"role": ROLE, "content": CONTENT},
-    "function_call": {**CALL, "name": NAME, "arguments": TEXT},
-    "function_call_output": {**CALL, "output": OUTPUT},
-    "custom_tool_call": {**CALL, "name": NAME, "input": TEXT},
-    "custom_tool_call_output": {**CALL, "output": OUTPUT},
-    "local_shell_call": {**CALL, "action": MAYBE_OBJECT},
-    "local_shell_call_output": {**CALL, "output": MAYBE_TEXT},
-    "shell_call": {**CALL, "action": MAYBE_OBJECT},
-    "shell_call_output": CALL,
-    "apply_patch_call": CALL,
-    "apply_patch_call_output": {**CALL, "output": MAYBE_TEXT},
-    "tool_search_call": CALL,
-    "tool_search_output": {**CALL, "tools": TOOLS},
+    "function_call": {"name": NAME, "arguments": TEXT},
+    "function_call_output": {"output": OUTPUT},
+    "custom_tool_call": {"name": NAME, "input": TEXT},
+    "custom_tool_call_output": {"output": OUTPUT},
+    "local_shell_call": {"action": MAYBE_OBJECT},
+    "local_shell_call_output": {"output": MAYBE_TEXT},
+    "shell_call": {"action": MAYBE_OBJECT},
+    "shell_call_output": {},
+    "apply_patch_call": {},
+    "apply_patch_call_output": {"output": MAYBE_TEXT},
+    "tool_search_call": {},
+    "tool_search_output": {"tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
 }
 PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
@@ -1210,7 +1210,9 @@ def check_item(item: JSON, path: str) -> JSON:
                             "previous_response_not_found")
     if not isinstance(kind, str):
         raise invalid_param(f"{path}.type", " must be a string.", "missing_required_parameter")
-    check_members(item, ITEM_FIELDS.get(kind, {}), path)
+    if kind in ITEM_FIELDS:
+        check_members(item, CALL, path)
+        check_members(item, ITEM_FIELDS[kind], path)
     return item
 
 
@@ -1440,7 +1442,7 @@ class Envelope:
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
-        packed = zlib.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
+        packed = zlib.compress(dumps(content).encode())
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
@@ -2329,8 +2331,7 @@ class Attempt(Sink):
         """The last frames: the rest of the output, the terminal event, [DONE]."""
         error = self.error
         if error and self.answer.profile.error_event:
-            fields = {"type": error.type, "code": error.code, "message": str(error), "param": error.param}
-            self.emit("error", f'"error":{dumps(fields)}')
+            self.emit("error", f'"error":{dumps(error.body()["error"])}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
             kind = "completed"

@@ -12,7 +12,7 @@ The middle is pure and the edge is thin: bytes become events, events become call
 the client's events. This part uses no socket, clock or file. A definition uses only names of its own layer or
 of an earlier one, so the file can be read once, from top to bottom.
 
-     1  errors and constants      the failures, and their messages for the client
+     1  errors and constants      the failures, and their messages for the client; JSON readers
      2  stream events             the calls between providers and the Responses stream
      3  HTTP/1.1                  heads and bodies, for client and server, from bytes
      4  SSE                       events, read from bytes and written to bytes
@@ -210,6 +210,63 @@ class ConfigError(Exception):
     """An unusable configuration. The message names the file, the line or key path, and a fix."""
 
 
+# --- JSON -----------------------------------------------------------------------------------------
+
+dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+json_string = json.encoder.encode_basestring_ascii
+
+
+def reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON (RFC 8259 section 6)")
+
+
+def finite(digits: str) -> float:
+    """Rejects 1e999, a valid JSON number that Python reads as infinity."""
+    number = float(digits)
+    return number if math.isfinite(number) else reject_constant(digits[:20])
+
+
+# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
+LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+STRICT_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite)
+strict_json = STRICT_DECODER.decode
+lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
+
+
+def load_json(raw: bytes) -> Any:
+    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
+    try:
+        value = strict_json(raw.decode())
+        if LONE_SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    return value
+
+
+def parse_object(text: str) -> JSON | None:
+    """Reads a JSON object leniently; None for anything else."""
+    try:
+        value = lenient_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def as_dict(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
+def only_dicts(value: Any) -> list[JSON]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
 # === 2. stream events =============================================================================
 #
 # A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
@@ -241,10 +298,6 @@ class Usage:
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
 MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake and would spoil every sum
-
-
-def as_dict(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
 
 
 def count(holder: Any, *names: str) -> int:
@@ -861,14 +914,6 @@ def parse_event(block: str) -> Event | None:
     return Event(name or "message", "\n".join(data)) if data else None
 
 
-def is_complete_json(data: str) -> bool:
-    """Can an event with this data be complete? Half a JSON object is never a JSON object."""
-    try:
-        return data == "[DONE]" or isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 class SSEDecoder:
     """Turns bytes into events. It ignores `id` and `retry`: Pomex never resumes a stream."""
 
@@ -924,7 +969,8 @@ class SSEDecoder:
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
-            events = [event for event in events if is_complete_json(event.data)]
+            events = [event for event in events
+                      if event.data == "[DONE]" or parse_object(event.data) is not None]
         has_field = re.search(rb"(?m)^[^:\n]", rest.removeprefix(codecs.BOM_UTF8))
         self.truncated = not events and has_field is not None
         return events
@@ -944,59 +990,8 @@ def sse_frame(type: str, data: str) -> bytes:
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
-dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-json_string = json.encoder.encode_basestring_ascii
-
-
 def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON (RFC 8259 section 6)")
-
-
-def finite(digits: str) -> float:
-    """Rejects 1e999, a valid JSON number that Python reads as infinity."""
-    number = float(digits)
-    return number if math.isfinite(number) else reject_constant(digits[:20])
-
-
-# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
-LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-STRICT_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite)
-strict_json = STRICT_DECODER.decode
-lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
-
-
-def load_json(raw: bytes) -> Any:
-    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
-    try:
-        value = strict_json(raw.decode())
-        if LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
-    except UnicodeEncodeError:
-        raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
-    return value
-
-
-def parse_object(text: str) -> JSON | None:
-    """Reads a JSON object leniently; None for anything else."""
-    try:
-        value = lenient_json(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def only_dicts(value: Any) -> list[JSON]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 JSON_NAMES = {

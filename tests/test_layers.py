@@ -137,7 +137,7 @@ GONE += """
     MAX_PENDING_INPUT Passthrough.OPENING_EVENT Passthrough.ignore
     ResponsesPassthrough.OPENING_EVENT ResponsesPassthrough.builder
     ResponsesPassthrough.rewrite_head Sink.reasoning TOKEN_BYTES VALUE_BYTES check_parts check_tools
-    decode_input escape_controls state_folder strict_scan
+    decode_input escape_controls is_complete_json state_folder strict_scan
 """.split()
 GONE += """
     ADD_TO_DAILY Bill Budgets DURATION_S ENTRY_VALUES Entry Exceeded FIRST_TOKEN_S Histogram Intent

@@ -2278,6 +2278,7 @@ class Attempt(Sink):
         self.output_limit -= chars
         self.items_left -= items
         if self.output_chars > self.output_limit or self.items_left < 0:
+            self.stop = None
             self.error = GatewayError(
                 f"The provider's answer is longer than max_answer_chars = {self.answer.max_chars} and "
                 f"max_answer_items = {self.answer.max_items} in [server] allow.",
@@ -3153,8 +3154,8 @@ class ResponsesPassthrough(Passthrough):
         output = response["output"] = only_dicts(response.get("output"))
         self.streamed_items = 0
         self.decoder.whole(response)
-        self.conclude(response)
         self.check_limits(len(data), len(output))
+        self.conclude(response)
 
     def conclude(self, response: JSON) -> None:
         self.release_items()

@@ -1168,7 +1168,7 @@ NEEDS_STATE = {
 
 # Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, Fields] = {
+ITEM_FIELDS: dict[str, Fields] = {kind: CALL | fields for kind, fields in {
     "message": {"role": ROLE, "content": CONTENT},
     "function_call": {"name": NAME, "arguments": TEXT},
     "function_call_output": {"output": OUTPUT},
@@ -1183,7 +1183,7 @@ ITEM_FIELDS: dict[str, Fields] = {
     "tool_search_call": {},
     "tool_search_output": {"tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
-}
+}.items()}
 PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
 TOOL_FIELDS = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
@@ -1195,7 +1195,8 @@ TOOL_FIELDS = {
 
 def check_item(item: JSON, path: str) -> JSON:
     """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
-    check(item, OBJECT, path)
+    if not isinstance(item, dict):
+        raise type_error(item, OBJECT, path)
     kind = item.get("type")
     if kind is None and "role" in item:
         kind = "message"
@@ -1205,9 +1206,7 @@ def check_item(item: JSON, path: str) -> JSON:
                             "previous_response_not_found")
     if not isinstance(kind, str):
         raise invalid_param(f"{path}.type", " must be a string.", "missing_required_parameter")
-    if kind in ITEM_FIELDS:
-        check_members(item, CALL, path)
-        check_members(item, ITEM_FIELDS[kind], path)
+    check_members(item, ITEM_FIELDS.get(kind, {}), path)
     return item
 
 

@@ -12,7 +12,7 @@ The middle is pure and the edge is thin: bytes become events, events become call
 the client's events. This part uses no socket, clock or file. A definition uses only names of its own layer or
 of an earlier one, so the file can be read once, from top to bottom.
 
-     1  errors and constants      the failures, and their messages for the client
+     1  errors and constants      the failures, and their messages for the client; JSON readers
      2  stream events             the calls between providers and the Responses stream
      3  HTTP/1.1                  heads and bodies, for client and server, from bytes
      4  SSE                       events, read from bytes and written to bytes
@@ -210,6 +210,63 @@ class ConfigError(Exception):
     """An unusable configuration. The message names the file, the line or key path, and a fix."""
 
 
+# --- JSON -----------------------------------------------------------------------------------------
+
+dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+json_string = json.encoder.encode_basestring_ascii
+
+
+def reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON (RFC 8259 section 6)")
+
+
+def finite(digits: str) -> float:
+    """Rejects 1e999, a valid JSON number that Python reads as infinity."""
+    number = float(digits)
+    return number if math.isfinite(number) else reject_constant(digits[:20])
+
+
+# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
+LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+STRICT_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite)
+strict_json = STRICT_DECODER.decode
+lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
+
+
+def load_json(raw: bytes) -> Any:
+    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
+    try:
+        value = strict_json(raw.decode())
+        if LONE_SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    return value
+
+
+def parse_object(text: str) -> JSON | None:
+    """Reads a JSON object leniently; None for anything else."""
+    try:
+        value = lenient_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def as_dict(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
+def only_dicts(value: Any) -> list[JSON]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
 # === 2. stream events =============================================================================
 #
 # A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
@@ -241,10 +298,6 @@ class Usage:
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
 MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake and would spoil every sum
-
-
-def as_dict(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
 
 
 def count(holder: Any, *names: str) -> int:
@@ -303,18 +356,16 @@ class Stop:
     explanation: str = ""           # for the user: why a content filter stopped the answer
 
 
-class Sink(Protocol):
-    """The calls that a decoder makes. An item has a key that is unique in the stream, or None. Only one item
-    without a key is open at a time; it ends when any other item begins.
+class Sink:
+    """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
+    stream, or None. Only one item without a key is open at a time; it ends when any other item begins.
 
-    >>> sink.reasoning("Hm."); sink.text("Hello")
+    >>> sink.text("Hm.", "summary"); sink.text("Hello")
     >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
     def text(self, text: str, channel: PartType = "text") -> None:
         """Adds text to the message without a key, which begins with its first visible character. With the
-        channel "summary", adds to the reasoning item without a key."""
-    def reasoning(self, text: str) -> None:
-        """Adds to the summary of the reasoning item without a key; "" only begins it."""
+        channel "summary", adds to the reasoning item without a key; "" only begins it."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         """Begins an item with these fields of its own."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
@@ -421,9 +472,7 @@ Head = TypeVar("Head", RequestHead, ResponseHead)
 # --- grammar (RFC 9110 5, RFC 9112, RFC 3986) -----------------------------------------------------
 
 CRLF = b"\r\n"
-TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-TOKEN = b"[" + re.escape(TOKEN_BYTES) + b"]+"
-VALUE_BYTES = bytes({0x09, *range(0x20, 0x100)} - {0x7f})
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 PATH = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=:@/-]*)*"
 QUERY = PATH.replace(b"@/", b"@/?")
@@ -436,6 +485,7 @@ TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 # the last SP is optional
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)")     # possessive: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -451,17 +501,13 @@ def parse_fields(section: bytes, max_headers: int) -> Headers:
     lines = section.decode("latin-1").split("\r\n")
     if len(lines) > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
-    if section.translate(None, VALUE_BYTES) != CRLF * (len(lines) - 1):     # only control characters are left
-        raise ProtocolError("A header has a control character, or a line that does not end with CRLF.")
     items = []
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not name:
-            raise ProtocolError("A header line has no name or no colon.")
-        items.append((name.lower(), value.strip(" \t")))
-    if "".join([name for name, _ in items]).encode("latin-1").translate(None, TOKEN_BYTES):
-        raise ProtocolError("A header name has a character that it may not have"
-                            " (a folded line, or a blank before the colon?).")
+        found = FIELD.fullmatch(line)
+        if found is None:
+            raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
+                                " a character that is not allowed, or an end that is not CRLF.")
+        items.append((found[1].lower(), found[2].rstrip(" \t")))
     return Headers(items)
 
 
@@ -492,13 +538,10 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
         raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
     if not http11:
         raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
-    if codings != ["chunked"]:
-        for coding in codings:
-            if not re.fullmatch(TOKEN.decode(), coding):
-                raise ProtocolError("Transfer-Encoding is malformed.")
-            if coding != "chunked":
-                raise ProtocolError("The only transfer coding taken is chunked.", 501)
-        raise ProtocolError("A body is chunked once.")
+    others = [coding for coding in codings if coding != "chunked"]
+    if others or len(codings) > 1:
+        is_unknown = others and all(re.fullmatch(TOKEN.decode(), coding) for coding in others)
+        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501 if is_unknown else 400)
     return None, True
 
 
@@ -802,8 +845,7 @@ class ContentDecoder:
             raise ProtocolError("Content-Encoding must be gzip or none.", 415)
         self._gzip = coding.endswith("gzip")
         self._max_bytes = max_bytes
-        self._coded = 0             # bytes of the coded body so far
-        self._decoded = 0
+        self._coded = self._decoded = 0     # bytes so far
         self._members = 0
         self._member: zlib._Decompress | None = None
 
@@ -870,14 +912,6 @@ def parse_event(block: str) -> Event | None:
     return Event(name or "message", "\n".join(data)) if data else None
 
 
-def is_complete_json(data: str) -> bool:
-    """Can an event with this data be complete? Half a JSON object is never a JSON object."""
-    try:
-        return data == "[DONE]" or isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 class SSEDecoder:
     """Turns bytes into events. It ignores `id` and `retry`: Pomex never resumes a stream."""
 
@@ -933,10 +967,10 @@ class SSEDecoder:
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
-            events = [event for event in events if is_complete_json(event.data)]
-        fields = [line for line in rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
-                  if line and not line.startswith(b":")]
-        self.truncated = not events and bool(fields)
+            events = [event for event in events
+                      if event.data == "[DONE]" or parse_object(event.data) is not None]
+        has_field = re.search(rb"(?m)^[^:\n]", rest.removeprefix(codecs.BOM_UTF8))
+        self.truncated = not events and has_field is not None
         return events
 
 
@@ -954,58 +988,8 @@ def sse_frame(type: str, data: str) -> bytes:
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
-dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-json_string = json.encoder.encode_basestring_ascii
-
-
 def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON (RFC 8259 section 6)")
-
-
-def finite(digits: str) -> float:
-    """Rejects 1e999, a valid JSON number that Python reads as infinity."""
-    number = float(digits)
-    return number if math.isfinite(number) else reject_constant(digits[:20])
-
-
-# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
-LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-strict_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
-lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
-
-
-def load_json(raw: bytes) -> Any:
-    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
-    try:
-        value = strict_json(raw.decode())
-        if LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
-    except UnicodeEncodeError:
-        raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
-    return value
-
-
-def parse_object(text: str) -> JSON | None:
-    """Reads a JSON object leniently; None for anything else."""
-    try:
-        value = lenient_json(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def only_dicts(value: Any) -> list[JSON]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 JSON_NAMES = {
@@ -1090,32 +1074,28 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             type(given) not in spec.types       # most values need no call
             or spec.minimum is not None
             or (spec.choices and given not in spec.choices)
-            or (spec.inner and type(given) is not str)
+            or (spec.items and type(given) is not str)
         ):
             check(given, spec, f"{path}.{name}")
 
 
-def check_parts(content: str | list[Any], path: str) -> None:
-    if isinstance(content, str):
-        return
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise invalid_param(f"{path}[{index}]", " must be an object with a type.", "invalid_type")
-        if kind in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-            raise invalid_param(f"{path}[{index}].text", " must be a string.", "invalid_type")
+def check_typed(value: JSON, known: Mapping[str, Fields], path: str) -> None:
+    """Checks the members of an object by its type. Types that are not known have any members."""
+    kind = value.get("type")
+    if not isinstance(kind, str):
+        raise type_error(kind, TYPED, path)
+    check_members(value, known.get(kind, {}), path)
 
 
-def check_tools(tools: list[Any], path: str) -> None:
-    for index, tool in enumerate(tools):
-        here = f"{path}[{index}]"
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if not isinstance(kind, str):
-            raise invalid_param(here, " must be an object with a type.", "invalid_type")
-        if "name" not in tool and isinstance(tool.get("function"), dict):
-            words = " is missing: tools are flat here, without a function object inside."
-            raise invalid_param(f"{here}.name", words, "missing_required_parameter")
-        check_members(tool, TOOL_FIELDS.get(kind, {}), here)
+def check_part(part: JSON, path: str) -> None:
+    check_typed(part, PART_FIELDS, path)
+
+
+def check_tool(tool: JSON, path: str) -> None:
+    if "name" not in tool and isinstance(tool.get("function"), dict):
+        words = " is missing: tools are flat here, without a function object inside."
+        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
+    check_typed(tool, TOOL_FIELDS, path)
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
@@ -1144,9 +1124,11 @@ OBJECT = Field((dict,))
 MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
-CONTENT = Field((str, list), inner=check_parts, wanted="a string or an array of parts")
-OUTPUT = Field((str, list), inner=check_parts)
-TOOLS = Field((list,), inner=check_tools)
+PART_TEXT = {"text": Field(wanted="a string")}
+TYPED = Field((dict,), wanted="an object with a type")
+CONTENT = Field((str, list), items=TYPED._replace(inner=check_part), wanted="a string or an array of parts")
+OUTPUT = CONTENT._replace(wanted="")
+TOOLS = Field((list,), items=TYPED._replace(inner=check_tool))
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
@@ -1182,25 +1164,26 @@ NEEDS_STATE = {
                    "Pomex runs no background responses: send background: false."),
 }
 
-# Known input items and tools, with the fields that Pomex reads. Unknown ones are never refused.
+# Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, Fields] = {
+ITEM_FIELDS: dict[str, Fields] = {kind: CALL | fields for kind, fields in {
     "message": {"role": ROLE, "content": CONTENT},
-    "function_call": {**CALL, "name": NAME, "arguments": TEXT},
-    "function_call_output": {**CALL, "output": OUTPUT},
-    "custom_tool_call": {**CALL, "name": NAME, "input": TEXT},
-    "custom_tool_call_output": {**CALL, "output": OUTPUT},
-    "local_shell_call": {**CALL, "action": MAYBE_OBJECT},
-    "local_shell_call_output": {**CALL, "output": MAYBE_TEXT},
-    "shell_call": {**CALL, "action": MAYBE_OBJECT},
-    "shell_call_output": CALL,
-    "apply_patch_call": CALL,
-    "apply_patch_call_output": {**CALL, "output": MAYBE_TEXT},
-    "tool_search_call": CALL,
-    "tool_search_output": {**CALL, "tools": TOOLS},
+    "function_call": {"name": NAME, "arguments": TEXT},
+    "function_call_output": {"output": OUTPUT},
+    "custom_tool_call": {"name": NAME, "input": TEXT},
+    "custom_tool_call_output": {"output": OUTPUT},
+    "local_shell_call": {"action": MAYBE_OBJECT},
+    "local_shell_call_output": {"output": MAYBE_TEXT},
+    "shell_call": {"action": MAYBE_OBJECT},
+    "shell_call_output": {},
+    "apply_patch_call": {},
+    "apply_patch_call_output": {"output": MAYBE_TEXT},
+    "tool_search_call": {},
+    "tool_search_output": {"tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
-}
-TOOL_FIELDS: dict[str, Fields] = {
+}.items()}
+PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
+TOOL_FIELDS = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
     "namespace": {"name": NAME, "tools": TOOLS},
@@ -1211,11 +1194,11 @@ TOOL_FIELDS: dict[str, Fields] = {
 def check_item(item: JSON, path: str) -> JSON:
     """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
     if not isinstance(item, dict):
-        raise invalid_param(path, " must be an object.", "invalid_type")
+        raise type_error(item, OBJECT, path)
     kind = item.get("type")
     if kind is None and "role" in item:
         kind = "message"
-        item = {"type": kind} | item | {"type": kind}
+        item = {**item, "type": kind}
     if kind == "item_reference" or (kind is None and "id" in item):
         raise invalid_param(path, ": Pomex stores no items: send the item itself.",
                             "previous_response_not_found")
@@ -1313,7 +1296,6 @@ COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text
 
 INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string: its quotes would be escaped
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
-strict_scan = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).raw_decode
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
@@ -1338,7 +1320,7 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     start, body = array.end() - 1, last.around.body
     try:
         text = "[0" + raw[shared:].decode()
-        items, end = strict_scan(text)
+        items, end = STRICT_DECODER.raw_decode(text)
         around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
         if around != last.around.text:
             body = strict_json(around)
@@ -1382,14 +1364,14 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
                      around: AroundInput) -> ResponsesRequest:
     """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
-    for name, value in body.items():
-        if value is not None and name in REQUEST_FIELDS and value is not valid.get(name):
-            check(value, REQUEST_FIELDS[name], name)
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) not in (None, False):
             raise BadRequest(sentence, param=name, code=code)
-    for name in ("model", "input"):  # not required with a prompt template, which is refused above
-        check(body.get(name), REQUEST_FIELDS[name], name)
+    for name, spec in REQUEST_FIELDS.items():
+        value = body.get(name)
+        is_known = value is None or value is valid.get(name)
+        if name in ("model", "input") or not is_known:
+            check(value, spec, name)
     if not body["model"].isprintable():
         raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
@@ -1399,12 +1381,13 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
                            "array_above_max_length")
     items = [*last.input] if last else []
-    for index in range(len(items), len(given)):
-        items.append(check_item(given[index], f"input[{index}]"))
+    items += [check_item(given[index], f"input[{index}]") for index in range(len(items), len(given))]
     if not items:
         raise invalid_param("input", " is empty: send at least one item.")
-    holders = [item for item in items if "tools" in ITEM_FIELDS.get(item["type"], ())]
-    tools = [*(body.get("tools") or ()), *itertools.chain.from_iterable(item["tools"] for item in holders)]
+    tools = [*(body.get("tools") or ())]
+    for item in items:
+        if "tools" in ITEM_FIELDS.get(item["type"], ()):
+            tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
     return ResponsesRequest(
         body, raw,
@@ -1451,7 +1434,7 @@ class Envelope:
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
-        packed = zlib.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
+        packed = zlib.compress(dumps(content).encode())
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
@@ -1718,29 +1701,6 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# half a surrogate pair waits for the next character
-INPUT_TEXT = re.compile(r'(?P<text>(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                        r'|u[dD][89abAB][0-9a-fA-F]{2}'
-                        r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))+)')
-# unwrap() handles a text that begins with a fence
-INPUT_START = re.compile(r'\s*\{\s*"input"\s*:\s*"(?=(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z))'
-                         + INPUT_TEXT.pattern)
-MAX_PENDING_INPUT = 1024    # characters; unwrap() handles the rest beyond these
-
-
-def decode_input(pending: str, more: str, begun: bool) -> tuple[str, str]:
-    """The next text in `{"input": "..."}`, the arguments of a custom tool that is offered as a function; then
-    the new `pending`, which waits for more input."""
-    if len(pending) > MAX_PENDING_INPUT:
-        return "", pending
-    pending += more
-    found = (INPUT_TEXT if begun else INPUT_START).match(pending)
-    if found is None:
-        return "", pending
-    text = fix_surrogates(json.loads(f'"{found["text"]}"', strict=False))
-    return text, pending[found.end():]
-
-
 def unwrap(raw: str) -> str | None:
     """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A
     patch loses its markdown fence."""
@@ -1763,12 +1723,6 @@ def unwrap(raw: str) -> str | None:
 JSON_STRING = re.compile(r'"(?:[^"\\]++|\\[^\x00-\x1f])*+"?')
 CONTROL = re.compile(r"[\x00-\x1f]")
 CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
-
-
-def escape_controls(text: str) -> str:
-    """JSON with its control characters in strings escaped: models write raw line ends, which strict readers
-    refuse."""
-    return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
 
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
@@ -1815,8 +1769,8 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
             known = item, tool_map, normalize_item(item, tool_map, names), names
             if "sealed_replay" not in item:     # a different object in each request
                 memo[id(item)] = known
-        made = known[2]
-        dropped += known[3]
+        *_, made, names = known
+        dropped += names
         if made is None:
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
@@ -2011,13 +1965,10 @@ TYPE_BY_ENDING = {
 def read_attachment(part: JSON) -> Attachment | None:
     """The image or file in a part. None if there is none, only its id at OpenAI, or invalid base64, which
     would have every later turn refused."""
-    is_image = part["type"] == "input_image"
-    if not is_image and part["type"] != "input_file":
-        return None
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
-    if not isinstance(source, str):
+    if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
-    is_url = re.match("(https?|gs)://", source)
+    is_image, is_url = part["type"] == "input_image", re.match("(https?|gs)://", source)
     name, detail = str(part.get("filename") or ""), part.get("detail")
     path = source.split("?")[0] if is_url else name
     mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
@@ -2025,13 +1976,12 @@ def read_attachment(part: JSON) -> Attachment | None:
         return Attachment(mime or ("image/" if is_image else ""), name, detail, url=source)
     head, comma, encoded = source.rpartition(",")
     # without line ends, in the standard alphabet, with padding
-    data = "".join(encoded.split()).rstrip("=")
-    data = data.replace("-", "+").replace("_", "/")
+    data = "".join(encoded.split()).rstrip("=").replace("-", "+").replace("_", "/")
     data += "=" * (-len(data) % 4)
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
-        return None
+        content = b""
     if not content or (comma and not head.endswith(";base64")):
         return None
     found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
@@ -2106,10 +2056,10 @@ FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}   
 def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     """The fields of a response object that repeat the request."""
     fields = {name: request.get(name, default) for name, default in ECHO_DEFAULTS.items()}
-    fields |= {"previous_response_id": None, "store": False, "background": False}   # Pomex keeps nothing
-    fields["reasoning"] = {**ECHO_DEFAULTS["reasoning"], **fields["reasoning"]}
-    text = {name: value for name, value in fields["text"].items() if value is not None}
-    fields["text"] = {**ECHO_DEFAULTS["text"], **text}
+    fields["store"] = False                 # Pomex keeps nothing
+    for name in ("reasoning", "text"):
+        given = {key: value for key, value in fields[name].items() if value is not None}
+        fields[name] = {**ECHO_DEFAULTS[name], **given}
     if as_dict(fields["tool_choice"]).get("type") == "allowed_tools":
         fields["tool_choice"] = {"mode": "auto", **fields["tool_choice"]}
     if fields["service_tier"] == "auto":
@@ -2246,7 +2196,7 @@ def merge_counts(held: JSON, given: Any) -> JSON:
     return held
 
 
-class Attempt:
+class Attempt(Sink):
     """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
     After any number of `feed`s, `finish` is called once. Then `status`, `usage` and `error` hold the outcome,
@@ -2296,30 +2246,36 @@ class Attempt:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.upstream_done else "gateway"
-        usage, failed_instead = self.usage, self.error is not None and not self.output_chars
-        has_output = self.output_started or usage is None or usage.estimated or usage.output
-        if self.error is None and self.stop is None:
-            self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif self.error is None and not has_output and not self.incomplete_reason:
-            self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
-        elif usage == Usage():  # the answer is not empty
+        usage, reported = self.usage, self.error
+        unbilled = self.unbilled or (reported is not None and not self.output_chars)
+        self.error = reported or self.find_error(error)
+        if usage == Usage() and self.error is reported:     # the answer is not empty
             usage = None
         if notify_client:
             self.close_open_items()
         self.status = "incomplete" if self.incomplete_reason else "completed"
         if self.error is not None:
             self.status = "failed"
-        unbilled = self.unbilled or failed_instead
         counts = usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
         if usage is None or usage.estimated:    # Anthropic counts input first, output at the end
             counts = dataclasses.replace(counts, output=max(counts.output, -(-self.output_chars // 4)))
         self.usage = checked_usage(counts)
+
+    def find_error(self, error: GatewayError | None) -> GatewayError | None:
+        """The error of an answer without evidence of its end, or without output."""
+        if self.stop is None:
+            return error or UpstreamError("The provider's stream ended before the model had finished.")
+        usage = self.usage
+        if usage is None or usage.estimated or usage.output or self.output_started or self.incomplete_reason:
+            return None
+        return UpstreamError("The provider's answer is empty, and its usage counts no output.")
 
     def check_limits(self, chars: int = 0, items: int = 0) -> None:
         """Counts held data other than the output itself. Fails an answer that is too long."""
         self.output_limit -= chars
         self.items_left -= items
         if self.output_chars > self.output_limit or self.items_left < 0:
+            self.stop = None
             self.error = GatewayError(
                 f"The provider's answer is longer than max_answer_chars = {self.answer.max_chars} and "
                 f"max_answer_items = {self.answer.max_items} in [server] allow.",
@@ -2368,8 +2324,7 @@ class Attempt:
         """The last frames: the rest of the output, the terminal event, [DONE]."""
         error = self.error
         if error and self.answer.profile.error_event:
-            fields = {"type": error.type, "code": error.code, "message": str(error), "param": error.param}
-            self.emit("error", f'"error":{dumps(fields)}')
+            self.emit("error", f'"error":{dumps(error.body()["error"])}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
             kind = "completed"
@@ -2407,18 +2362,11 @@ ID_PREFIX = {
     "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
-EMPTY_FIELDS = {    # of an item without parts, as JSON text
-    "message": {"role": '"assistant"', "content": "[]"},
-    "reasoning": {"summary": "[]"},
-}
 HOSTED_STEPS = {
     "web_search_call": ("in_progress", "searching"),
     "image_generation_call": ("in_progress", "generating"),
 }
-CALL_FIELD = {  # item type -> event family, the item's field
-    "function_call": ("response.function_call_arguments", "arguments"),
-    "custom_tool_call": ("response.custom_tool_call_input", "input"),
-}
+CALL_FIELD = {"function_call": "arguments", "custom_tool_call": "input"}       # their text
 
 
 @dataclass
@@ -2430,8 +2378,7 @@ class Item:
     call_id: str = ""
     tool: Tool | None = None
     arguments: list[str] = field(default_factory=list)  # or input, in pieces
-    pending_input: str | None = None    # of a custom tool offered as a function: decode_input's rest
-    held_back: bool = False     # must be changed as a whole: controls escaped, parameters renamed
+    held_back: bool = False     # sent as a whole: controls are escaped, parameters renamed, input unwrapped
     # since output_item.added
     id = ""
     index = -1
@@ -2441,8 +2388,8 @@ class Item:
     shape: PartShape | None = None
     upstream_part = 0       # the provider's number for it
     delta_event = ""
+    delta_head = ""         # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
     part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
-    more: str = ""          # further fields of a delta
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
     pending_surrogate: str = ""     # the first half of a pair
@@ -2458,13 +2405,12 @@ class Item:
     def complete_arguments(self) -> str | None:
         """A call's arguments or input; None if they are truncated."""
         raw = "".join(self.arguments)
-        if self.held_back:
-            raw = escape_controls(raw)
-        if self.pending_input is not None:
-            whole, shown = unwrap(raw), "".join(self.text)
-            return whole if whole is None or whole.startswith(shown) else shown
-        if self.kind == "custom_tool_call" or self.tool is None:
+        if self.kind == "custom_tool_call":
+            return unwrap(raw) if self.held_back else raw
+        if self.tool is None:
             return raw
+        if self.held_back:      # models write raw line ends in strings, which strict readers refuse
+            raw = JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), raw)
         if self.done and not raw.strip():       # a tool without arguments
             raw += "{}"
         if parse_object(raw) is None:
@@ -2478,11 +2424,8 @@ class Item:
         fields: JSON = {"id": self.id, "type": self.kind, "status": status}
         if self.tool is not None:
             fields |= {"call_id": self.call_id, **call_fields(self.tool, arguments)}
-        texts = {name: dumps(value) for name, value in fields.items()}
-        texts |= EMPTY_FIELDS.get(self.kind, {})
-        texts |= {name: f"[{','.join(parts)}]" for name, parts in self.parts.items()}
-        texts |= {name: dumps(value) for name, value in self.fields.items()}
-        return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
+        lists = [f',"{name}":[{",".join(parts)}]' for name, parts in self.parts.items()]
+        return dumps({**fields, **self.fields})[:-1] + "".join(lists) + "}"
 
 
 class Assembler(Attempt):
@@ -2507,20 +2450,20 @@ class Assembler(Attempt):
             self.open(None, kind)
         self.add(None, text, channel)
 
-    def reasoning(self, text: str) -> None:
-        self.text(text, "summary")
-
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
-        self.begin(key, Item(kind, fields))
+        item = Item(kind, fields)
+        if kind == "message":
+            item.fields = {"role": "assistant", **fields}
+            item.parts["content"] = []
+        elif kind == "reasoning":
+            item.parts["summary"] = []
+        self.begin(key, item)
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         if self.answer.secrets.search(call_id):
             call_id = self.new_item_id("call_")
-        item = Item(tool.kind, {}, call_id, tool)
-        if tool.kind == "custom_tool_call":
-            item.pending_input = ""
-        item.held_back = bool(tool.fitted)
-        self.begin(key, item)
+        held_back = bool(tool.fitted) or tool.kind not in CALL_FIELD
+        self.begin(key, Item(tool.kind, {}, call_id, tool, held_back=held_back))
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
         item = self.open_items.get(key)
@@ -2543,12 +2486,9 @@ class Assembler(Attempt):
         shape = self.shapes.get(channel)
         if shape is None:   # a call
             item.arguments.append(text)
-            item.held_back |= item.kind == "function_call" and bool(CONTROL.search(text))
-            if channel == "input":  # raw, with no JSON around it
-                item.pending_input = None
-            elif item.pending_input is not None:
-                text, item.pending_input = decode_input(item.pending_input, text, bool(item.text))
-            if item.held_back or item.kind not in CALL_FIELD:
+            if channel == "arguments" and (item.kind == "custom_tool_call" or CONTROL.search(text)):
+                item.held_back = True
+            if item.held_back:
                 return
         elif item.shape is not shape or item.upstream_part < part:
             self.open_part(item, shape, part)
@@ -2566,8 +2506,7 @@ class Assembler(Attempt):
         texts = list(filter(None, texts))
         item.text += texts
         if self.answer.request.stream:
-            before, after = f'{item.part_location_json},"delta":', item.more
-            deltas = [f"{before}{json_string(text)}{after}" for text in texts]
+            deltas = [item.delta_head + json_string(text) for text in texts]
             self.out.append(self.answer.frames(item.delta_event, deltas))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
@@ -2623,8 +2562,8 @@ class Assembler(Attempt):
         self.next_index += 1
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         if item.kind in CALL_FIELD:
-            item.part_location_json = item.location_json
-            item.delta_event = f"{CALL_FIELD[item.kind][0]}.delta"
+            item.delta_head = f'{item.location_json},"delta":'
+            item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
         self.output_started = True
         self.emit("response.output_item.added",
                   f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
@@ -2633,10 +2572,11 @@ class Assembler(Attempt):
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        number = len(item.parts.setdefault(shape.container, []))
+        number = len(item.parts.setdefault(shape.container, []))     # reasoning may have content, too
         item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
         item.shape, item.upstream_part = shape, upstream_part
-        item.delta_event, item.more = f"{shape.delta}.delta", shape.more
+        item.delta_event = f"{shape.delta}.delta"
+        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
         item.text, item.annotations = [], []
         self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
 
@@ -2657,8 +2597,7 @@ class Assembler(Attempt):
             return
         item.text.append(text)
         if self.answer.request.stream:
-            fields = f'{item.part_location_json},"delta":{json_string(text)}{item.more}'
-            self.out.append(self.answer.frame(item.delta_event, fields))
+            self.out.append(self.answer.frame(item.delta_event, item.delta_head + json_string(text)))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Finishes an item, but leaves a call with truncated arguments open."""
@@ -2668,11 +2607,12 @@ class Assembler(Attempt):
         del self.open_items[key]
         self.close_part(item)
         if item.tool and item.kind in CALL_FIELD:
-            family, name = CALL_FIELD[item.kind]
+            name = CALL_FIELD[item.kind]
             rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
             self.text_delta(item, rest)
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
-            self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
+            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            self.emit(f"response.{item.kind}_{name}.done", fields)
         if item.kind in HOSTED_STEPS:
             self.emit(f"response.{item.kind}.completed", item.location_json)
         text = item.to_json(status, arguments)
@@ -2682,18 +2622,9 @@ class Assembler(Attempt):
     # the end
 
     def close_open_items(self) -> None:
-        truncated = self.incomplete_reason
-        for key, item in list(self.open_items.items()):
-            if not item.id:
-                del self.open_items[key]
-            elif self.error is None and (not truncated or parse_object("".join(item.arguments)) is not None):
-                self.finish_item(key, item)
-        if self.error is None and not truncated and self.open_items:
-            names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
-            self.error = UpstreamError(
-                f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
+        self.open_items = {key: item for key, item in self.open_items.items() if item.id}
         if self.error is None:
-            self.add_placeholder_message()
+            self.finish_complete_items()
         profile = self.answer.profile
         if self.error is not None and (profile.errors_as_events or self.output_chars > self.output_limit):
             return  # Codex retries and would keep half a message in its history
@@ -2702,6 +2633,18 @@ class Assembler(Attempt):
             # truncated calls are only for clients that see their status
             if item.tool is None or (self.error is None and status == "incomplete"):
                 self.finish_item(key, item, status)
+
+    def finish_complete_items(self) -> None:
+        truncated = self.incomplete_reason
+        for key, item in list(self.open_items.items()):
+            if not truncated or parse_object("".join(item.arguments)) is not None:
+                self.finish_item(key, item)
+        if truncated or not self.open_items:
+            self.add_placeholder_message()
+            return
+        names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
+        self.error = UpstreamError(
+            f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
 
     def add_placeholder_message(self) -> None:
         """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
@@ -2732,7 +2675,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
         given = parse_object(arguments) or {}
         known = {name: value for name, value in given.items() if name in SHELL_FIELDS}
         return {"action": {"type": "exec", "command": [], "env": {}, **known}}
-    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind][1]: arguments}
+    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
@@ -2796,10 +2739,11 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from the item's own?"""
-        own_id, own_call_id = self.item.get("id"), self.item.get("call_id")
-        if item_id and own_id and own_id != item_id:
-            return True
-        return bool(call_id and own_call_id and own_call_id != call_id)
+        for name, given in (("id", item_id), ("call_id", call_id)):
+            own = self.item.get(name)
+            if own and given and own != given:
+                return True
+        return False
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event with its index, or of its kind and without an index, about the next item?"""
@@ -2830,18 +2774,17 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
     items that are left."""
     found: dict[Any, Any] = {}
     for key in keys:
+        free = collections.defaultdict[Any, Any](collections.deque)
+        for each in known:
+            free[key(each)].append(each)
+        for new in given:
+            if same := free[key(new)]:
+                found[new] = same.popleft()
         taken = set(found.values())
         given = [new for new in given if new not in found]
         known = [each for each in known if each not in taken]
         if not given or not known:
             break                               # some keys cost as much as their item
-        free = collections.defaultdict[Any, Any](collections.deque)
-        for each in known:
-            free[key(each)].append(each)
-        for new in given:
-            same = free[key(new)]
-            if same:
-                found[new] = same.popleft()
     return found
 
 
@@ -2867,12 +2810,8 @@ class UpstreamItems(list[UpstreamItem]):
             return known
         begins = event["type"] == "response.output_item.added"
         item = event.get("item") or {}
-        item_id = event.get("item_id") or item.get("id")
-        call_id = item.get("call_id")
-        for key in (
-                (kind, item_id, index),
-                (kind, call_id),
-                (kind, item_id)):
+        item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
+        for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
             known = self.by_key.get(key)
             if known and not known.is_other(None, call_id) and (
                     not (known.done or begins)
@@ -2915,14 +2854,12 @@ class UpstreamItems(list[UpstreamItem]):
             lambda each: (each.kind, each.item.get("call_id") or each.item.get("id") or each),
             lambda each: item_content(each.item),
             lambda each: (each.kind, each.kind == "call" and each.done and each, each.item.get("name")))
-        next_index = len(self)
-        for each in self:
-            if isinstance(each.upstream_index, int):
-                next_index = max(next_index, each.upstream_index + 1)
+        used = [each.upstream_index for each in self if isinstance(each.upstream_index, int)]
+        next_index = max([len(self) - 1, *used])
         for new in given:
             if new not in found:
-                new.upstream_index = next_index
                 next_index += 1
+                new.upstream_index = next_index
                 self.add(new)
         return [(found.get(new, new), new.item) for new in given]
 
@@ -2954,29 +2891,21 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
     """Fills an item without content from its events, in the form that clients read. Returns whether that was
     needed."""
-    empty = not item_texts(item)
-    parts = only_dicts(item.get("content"))
+    has_text = bool(item_texts(item))
     if known.kind == "call":
-        name = CALL_FIELD[item["type"]][1]
-        if not empty and isinstance(item.get(name), str):
+        name = CALL_FIELD[item["type"]]
+        if has_text and isinstance(item.get(name), str):
             return False
         whole = "".join(text.so_far() for text in known.texts)
-        if name == "arguments":
-            whole = whole or "{}"
-        elif known.texts and known.texts[0].channel == "arguments":
+        if name == "input" and known.texts and known.texts[0].channel == "arguments":
             whole = unwrap(whole) or whole
-        item[name] = whole
+        item[name] = whole or ("{}" if name == "arguments" else "")
         return True
-    other_parts = any(part.get("type") not in TEXTS for part in parts)
-    if known.kind != "message" or not empty or other_parts:
+    parts = only_dicts(item.get("content"))
+    if known.kind != "message" or has_text or any(part.get("type") not in TEXTS for part in parts):
         return False
-    filled = []
-    for text in known.texts:
-        shape = PARTS[text.channel]
-        filled.append({
-            "type": shape.type,
-            shape.text: text.so_far(),
-            "annotations": []})
+    shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
+    filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
     item["content"] = filled or parts
     return True
 
@@ -3002,7 +2931,6 @@ SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 class Passthrough(Attempt):
     """An attempt whose events pass unread, except PARSED_EVENTS. Their numbers follow ours."""
     API_EVENTS: bytes                       # occurs in every event of the API
-    OPENING_EVENT: bytes                    # occurs in the first event of a response
     OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: too late for another target
     PARSED_EVENTS: re.Pattern[bytes]
     PLAIN_EVENTS: re.Pattern[bytes]         # a run of numbered events that pass unread, in the usual form
@@ -3016,7 +2944,7 @@ class Passthrough(Attempt):
         self.decoder = decoder                  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # from the opening event until output begins
+        self.withheld: list[bytes] = []         # until output begins
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
@@ -3068,18 +2996,14 @@ class Passthrough(Attempt):
 
     def forward(self, block: bytes, most: int = 1) -> None:
         """Sends the client at `most` that many events, once output has begun."""
-        if not self.output_started and not self.OUTPUT_EVENTS.search(block):
-            self.check_limits(len(block))
-            if self.withheld or self.OPENING_EVENT in block:
-                self.withheld.append(block)
-            return
         if not self.output_started:
+            self.withheld.append(block)
+            if not self.OUTPUT_EVENTS.search(block):
+                self.check_limits(len(block))
+                return
             self.output_started = True
-            if self.withheld and not self.answer.started:
-                self.answer.started = True
-                self.send(b"".join(self.withheld), len(self.withheld))
-            else:
-                self.out.append(self.answer.start())
+            self.out.append(self.answer.start())
+            block, most = b"".join(self.withheld), len(self.withheld)
         self.send(block, most)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
@@ -3110,16 +3034,11 @@ class Passthrough(Attempt):
     def fail(self, error: GatewayError) -> None:
         self.error = self.error or error        # its response.failed may follow, with usage
 
-    def ignore(self, *_: Any, **__: Any) -> None:
-        """Ignores the decoder's calls for items, which pass unchanged."""
-    text = reasoning = open = call = add = annotate = done = item = ignore
-
 
 class ResponsesPassthrough(Passthrough):
-    """The response id, `model` and terminal event are ours, and so are the events of items that only the
-    final response contains."""
+    """The first and the terminal events are ours, and so are the events of items that only the final response
+    contains."""
     API_EVENTS = b'"response.'
-    OPENING_EVENT = b'"response.created"'
     OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
@@ -3137,19 +3056,9 @@ class ResponsesPassthrough(Passthrough):
         self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
 
     def on_response_created(self, event: JSON, frame: bytes) -> None:
-        if not self.output_started:
-            event["response"] = self.rewrite_head(event.get("response") or {})
-            self.forward(sse_frame(event["type"], dumps(event)))
+        """Ignores the upstream's first events: ours are sent."""
 
     on_response_queued = on_response_in_progress = on_response_created
-
-    def rewrite_head(self, response: JSON) -> JSON:
-        """Sets the fields that all response objects of a stream share, both the upstream's and ours."""
-        return {
-            **response,
-            "id": self.answer.id,
-            "created_at": self.answer.created_s,
-            "model": self.answer.request.model}
 
     def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
         """Handles an item that is added or done. An item without content waits for the final response."""
@@ -3223,9 +3132,7 @@ class ResponsesPassthrough(Passthrough):
         self.streamed_items = len(self.decoder.items)
         self.read_deferred()
         self.decoder.read(event)
-        self.release_items()
-        self.upstream_done = True
-        self.final_response = event.get("response") or {}
+        self.conclude(event.get("response") or {})
 
     on_response_incomplete = on_response_failed = on_response_completed
 
@@ -3242,19 +3149,15 @@ class ResponsesPassthrough(Passthrough):
         if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
             raise UpstreamError("The provider's answer is not a response object.")
         output = response["output"] = only_dicts(response.get("output"))
-        if self.answer.request.stream:
-            builder = self.decoder.sink = self.builder()
-            self.decoder.whole(response)
-            self.usage = builder.usage
-            self.stop = builder.stop
-            self.error = builder.error
-            builder.finish()
-        else:
-            self.decoder.whole(response)
-            self.release_items()
+        self.streamed_items = 0
+        self.decoder.whole(response)
+        self.check_limits(len(data), len(output))
+        self.conclude(response)
+
+    def conclude(self, response: JSON) -> None:
+        self.release_items()
         self.upstream_done = True
         self.final_response = response
-        self.check_limits(len(data), len(output))
 
     def end(self) -> None:
         super().end()
@@ -3265,35 +3168,33 @@ class ResponsesPassthrough(Passthrough):
         if self.error is not None:
             return
         if not reason:
-            for known in self.decoder.items:
-                begun = known.shown and not known.closed and "call_id" in known.item
-                if begun or is_incomplete_call(known.item):
-                    self.error = UpstreamError(
-                        "The provider ended, but the arguments of a call are not whole JSON.")
+            calls = [known for known in self.decoder.items if "call_id" in known.item]
+            if any(not call.closed or is_incomplete_call(call.item) for call in calls):
+                self.error = UpstreamError("The provider ended, but a call's arguments are not whole JSON.")
         elif not profile.incomplete_as_completed:
             self.release_items()
         elif reason == "content_filter" and self.has_no_message():
-            builder = self.builder()
-            builder.stop = self.stop            # it has its own explanation
-            builder.finish()
-
-    def builder(self) -> Assembler:
-        """A sink that makes our own events for items."""
-        builder = Assembler(self.answer, self.seal)
-        builder.next_index = max(self.items, default=-1) + 1
-        builder.items, builder.out = self.items, self.out
-        self.output_started = True
-        return builder
+            self.decoder.add_final([{
+                "id": f"msg_{self.answer.id.removeprefix('resp_')}",
+                "type": "message",
+                "status": "completed",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": FILTERED, "annotations": []}]}])
+            self.release_items()
 
     def body(self, now_s: int) -> str:
         """The upstream's own response, if any, with our id and model, and the items as sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        response = self.rewrite_head(self.final_response)
-        usage = as_dict(response.get("usage"))
-        response["status"] = self.status
-        response["usage"] = merge_counts(usage, usage_object(self.usage))
+        usage = as_dict(self.final_response.get("usage"))
+        response = {
+            **self.final_response,
+            "id": self.answer.id,
+            "created_at": self.answer.created_s,
+            "model": self.answer.request.model,
+            "status": self.status,
+            "usage": merge_counts(usage, usage_object(self.usage))}
         if self.incomplete_reason:
             response["incomplete_details"] = {"reason": self.incomplete_reason}
         else:
@@ -4173,10 +4074,13 @@ class ResponsesDecoder(Decoder):
 
     on_incomplete = on_failed = on_completed
 
-    def _conclude(self, output: list[JSON], stop: Stop) -> None:
-        """Reads the content that only the final response has, then the items that waited for it."""
+    def add_final(self, output: list[JSON]) -> None:
         for known, item in self.items.take_final(output):
             self._finish(known, item)
+
+    def _conclude(self, output: list[JSON], stop: Stop) -> None:
+        """Reads the content that only the final response has, then the items that waited for it."""
+        self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
             if known.closed:
@@ -4241,7 +4145,7 @@ class ItemDecoder(Decoder):
 
     def _carry(self, replay: JSON) -> None:
         """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.reasoning("")
+        self.sink.text("", "summary")
         self.sink.done(sealed_replay=replay)
 
     def _image(self, data: str) -> None:
@@ -4820,10 +4724,7 @@ class ChatDecoder(ItemDecoder):
             self.open_item = kind
             self._new_key()
         self.texts[channel].append(text)
-        if kind == "reasoning":
-            self.sink.reasoning(text)
-        else:
-            self.sink.text(text, channel)
+        self.sink.text(text, channel)
 
     def _detail(self, detail: JSON) -> None:
         """Reads OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the
@@ -6875,8 +6776,15 @@ class Config:
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
     path: str = ""                      # of the file; "" without one
-    warnings: Strings = ()
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
+
+    @property
+    def warnings(self) -> list[str]:
+        return [
+            f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
+            for provider in self.providers.values()
+            if provider.base_url.startswith("http:") and not provider.local
+        ]
 
 
 SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
@@ -6954,17 +6862,13 @@ class ConfigFile:
             where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
             raise ConfigError(where) from None
         sections = (*SECTIONS, *NAMED_SECTIONS)
-        for section, value in self.toml.items():
-            if section in sections:
-                continue
-            if isinstance(value, dict):
-                hint = did_you_mean(section, sections, "[%s]")
-                raise self.error(f"unknown section [{toml_name((section,))}].{hint}")
-            hint = ""
-            for home, cls in SECTIONS.items():
-                if section in config_fields(cls):
-                    hint = f" Put it under [{home}]."
-            raise self.error(f'key "{section}" stands outside any section.{hint}')
+        for name in (key for key in self.toml if key not in sections):
+            if isinstance(self.toml[name], dict):
+                hint = did_you_mean(name, sections, "[%s]")
+                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
+            homes = [home for home, cls in SECTIONS.items() if name in config_fields(cls)]
+            hint = f" Put it under [{homes[0]}]." if homes else ""
+            raise self.error(f'key "{name}" stands outside any section.{hint}')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
@@ -7180,29 +7084,18 @@ def load_config(
             server["admin_token"] = check(source.secret(token), ADMIN_TOKEN, "")
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
     if not name:            # without a file, the state folder holds the database
-        database.setdefault("url", f"sqlite:{state_folder(environ)}/pomex.db")
-    path = source.resolve_path(DatabaseConfig(**database).path)
+        home = environ.get("HOME") or environ.get("USERPROFILE") or "."
+        state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
+        database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
+    database["url"] = f"sqlite:{source.resolve_path(DatabaseConfig(**database).path)}"
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    warnings = [
-        f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
-        for provider in providers.values()
-        if provider.base_url.startswith("http:") and not provider.local
-    ]
     models = {each: read_model(source, each, providers) for each in source.table("models")}
     prices = {each: read_prices(source, each) for each in source.table("prices")}
-    database["url"] = f"sqlite:{path}"
     return Config(
-        ServerConfig(**server),
-        DatabaseConfig(**database),
-        demo,
-        providers,
-        models,
-        prices,
-        path=name,
-        warnings=tuple(warnings))
+        ServerConfig(**server), DatabaseConfig(**database), demo, providers, models, prices, path=name)
 
 
 PLAIN_VALUES = re.compile(
@@ -7230,11 +7123,6 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Does a model's name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def state_folder(environ: Mapping[str, str]) -> str:
-    home = environ.get("HOME") or environ.get("USERPROFILE") or "."
-    return (environ.get("XDG_STATE_HOME") or home + "/.local/state") + "/pomex"
 
 
 def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:

@@ -134,6 +134,13 @@ GONE = """
 
 # Of the file at 523dd95: what the ledger before this one was made of.
 GONE += """
+    Assembler.reasoning EMPTY_FIELDS INPUT_START INPUT_TEXT Item.more Item.pending_input
+    MAX_PENDING_INPUT Passthrough.OPENING_EVENT Passthrough.ignore
+    ResponsesPassthrough.OPENING_EVENT ResponsesPassthrough.builder
+    ResponsesPassthrough.rewrite_head Sink.reasoning TOKEN_BYTES VALUE_BYTES check_parts check_tools
+    decode_input escape_controls is_complete_json state_folder strict_scan
+""".split()
+GONE += """
     ADD_TO_DAILY Bill Budgets DURATION_S ENTRY_VALUES Entry Exceeded FIRST_TOKEN_S Histogram Intent
     JOURNAL_BYTES Journal LEASE_EXACTLY LEASE_MORE LEASE_S LOOK_EVERY_S Ledger._ask
     Ledger._refresh_keys Ledger._renew_journal Ledger._save Ledger._save_soon Ledger._sicken

@@ -7547,8 +7547,7 @@ class Database(Protocol):
         """All rows."""
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does together with others; what it raises undoes that alone. A caller who is cancelled
-        undoes nothing."""
+        """What `run` does is committed as a whole, or undone with what it raises."""
 
 
 FILE_TROUBLE = {            # SQLite's primary result code: what the operator is told
@@ -7614,8 +7613,6 @@ class SQLite:
                                     for _ in range(2))
         self.writer.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
         self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("reader", "writer"))
-        self.waiting: list[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]] = []
-        self.committing: asyncio.Task[None] | None = None
 
     def check(self) -> None:
         """OSError where the file is not there any more."""
@@ -7627,67 +7624,20 @@ class SQLite:
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-        self.waiting.append((run, done))
-        if self.committing is None:
-            self.committing = loop.create_task(self._commit_waiting())
-        written: Written = await done
-        return written
+        with database_errors(self.path):
+            return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
-    async def _commit_waiting(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while batch := self.waiting:
-                self.waiting = []
-                try:
-                    results = await loop.run_in_executor(self.writing, self.commit, [run for run, _ in batch])
-                except RuntimeError as closed:          # in the meantime
-                    results = [(None, database_trouble(self.path, closed))] * len(batch)
-                self.answer(batch, results)
-        finally:
-            self.committing = None
-
-    def answer(self, batch: Iterable[tuple[Any, asyncio.Future[Any]]], results: Iterable[Attempted]) -> None:
-        for (_, done), (value, error) in zip(batch, results):
-            if done.done():                     # its caller was cancelled
-                continue
-            if error is None:
-                done.set_result(value)
-            else:
-                done.set_exception(error)
-
-    def commit(self, runs: Iterable[Callable[[Transaction], Any]]) -> list[Attempted]:
-        """All in one transaction."""
-        runs, transaction = [*runs], Transaction(self.writer)
-        try:
+    def commit(self, run: Callable[[Transaction], Written]) -> Written:
+        """The same on this thread, where there is no loop."""
+        with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
-            results = [transaction.attempt(run) for run in runs]
-            self.writer.execute("COMMIT")
-            return [(value, database_trouble(self.path, error) if error and is_database_failure(error) else error)
-                    for value, error in results]
-        except Exception as error:                  # noqa: BLE001 - told to all
-            with contextlib.suppress(sqlite3.Error):
-                self.writer.rollback()
-            return [(None, database_trouble(self.path, error))] * len(runs)
-
-    def run(self, run: Callable[[Transaction], Written]) -> Written:
-        """At once and on this thread, before there is a loop, and after."""
-        (value, error), = self.commit([run])
-        if error is not None:
-            raise error
-        written: Written = value
-        return written
+            return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for what is being read and written, and writes what waits behind it."""
-        for each in (self.writing, self.reading):
-            each.shutdown(wait=True)
+        """Waits for what is being read and written."""
+        self.writing.shutdown()
+        self.reading.shutdown()
         self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its time
-        batch, self.waiting = self.waiting, []
-        results = self.commit(run for run, _ in batch)
-        with contextlib.suppress(RuntimeError):                 # their loop has ended, too
-            self.answer(batch, results)
 
     def close(self) -> None:
         self.reader.close()
@@ -7730,7 +7680,7 @@ class SQLite:
             if not os.path.exists(before):
                 self.copy(before)
                 log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
-        self.run(functools.partial(create_tables, journals))
+        self.commit(functools.partial(create_tables, journals))
         for journal in journals:
             journal.close()
             os.unlink(journal.name)
@@ -8265,6 +8215,7 @@ DEAD_S = 60.0               # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and what changes of rates (ns, owner)
+Unsaved: TypeAlias = Callable[[], UsageRow] | Settlement         # an open request, or a settled one
 
 
 def host_name() -> str:
@@ -8310,19 +8261,19 @@ class Ledger:
         # requests
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
         self.pending: dict[str, Callable[[], UsageRow]] = {}        # begun, not settled
-        self.unrecorded: dict[str, Callable[[], UsageRow]] = {}     # of those, not in the database
-        self.unsaved: dict[str, Settlement] = {}        # settled, not in the database
+        # what the next commit writes
+        self.unsaved: dict[str, Unsaved] = {}
+        self.writes: list[Callable[[Transaction], None]] = []
+        self.flushed: asyncio.Future[LedgerError | None] | None = None      # when it is done; None: not yet asked for
+        self.flushed_at = 0.0                               # when the one before was begun
         self.flushing: asyncio.Task[None] | None = None
-        self.flushed_at = 0.0                           # when it was written last
-        self.flushed: asyncio.Future[None] | None = None        # what is waiting now is in the database
-        self.waiting: set[asyncio.Future[None]] = set()         # this one, and those of what is being written
+        self.pause: asyncio.Task[None] | None = None        # between two
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
         self.refused: dict[Limit, LimitExceeded] = {}
         self.beats: dict[str, tuple[int, float]] = {}   # of other processes, and when they changed last
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
-        self.saving = asyncio.Lock()
         self.notes: dict[str, str] = {}     # settings to be, the same: the last error of each provider
 
     @classmethod
@@ -8331,10 +8282,9 @@ class Ledger:
         with contextlib.ExitStack() as opened, database_errors(path):
             db = SQLite(path, durability)
             opened.callback(db.close)
-            opened.callback(db.stop)
             db.migrate()
             ledger = cls(db, max_unsaved)
-            db.run(ledger.begin_process)
+            db.commit(ledger.begin_process)
             opened.pop_all()
             return ledger
 
@@ -8399,16 +8349,25 @@ class Ledger:
         LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
-        self.pending[response_id] = self.unrecorded[response_id] = row
+        self.pending[response_id] = self.unsaved[response_id] = row
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.schedule_flush)
 
     async def recorded(self, response_id: str) -> None:
         """Returns when the open request survives the end of this process; LedgerError where it cannot."""
-        if response_id in self.unrecorded:
-            await asyncio.shield(self.schedule_flush())
-            if response_id in self.unrecorded:
-                raise self.unavailable()
+        if not await self.is_written(response_id):
+            raise self.unavailable()
+
+    async def is_written(self, response_id: str) -> bool:
+        """Waits until it is, or until the ledger has failed for SETTLE_WAIT_S."""
+        if response_id in self.unsaved:
+            await asyncio.wait([self.schedule_flush()])
+        if response_id in self.unsaved:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_WAIT_S):
+                    while response_id in self.unsaved:
+                        await asyncio.wait([self.schedule_flush()])
+        return response_id not in self.unsaved
 
     async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Needs, held: Needs = ()
                       ) -> list[tuple[int, float]]:
@@ -8423,19 +8382,16 @@ class Ledger:
                 raise dataclasses.replace(no, need=need)
 
         def run(tx: Transaction) -> list[tuple[int, float]]:
-            now_ns, granted = time.time_ns(), [each for each in held if each[0].kind != "rate"]
-            if granted and tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,)):
-                again: Needs = ()
-            else:
-                again = granted         # this process was taken for dead, and what it held was given back
-            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *again)]
-            granted += [each for each in needs if each[0].kind != "rate"]
-            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in granted]
+            now_ns, meters = time.time_ns(), [each for each in held if each[0].kind != "rate"]
+            known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
+            # else this process was taken for dead, and what it held was given back
+            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
+            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
             return states
         self.pending[response_id] = row
         try:
-            return await self.db.write(run)
+            return await self.write(run)
         except LimitExceeded as no:
             if not held:
                 self.pending.pop(response_id, None)
@@ -8455,7 +8411,6 @@ class Ledger:
     def abandon(self, response_id: str) -> None:
         """Of a request that was begun and not sent nothing remains."""
         self.pending.pop(response_id, None)
-        self.unrecorded.pop(response_id, None)
         self.unsaved[response_id] = (), ()
         self.schedule_flush()
 
@@ -8463,80 +8418,100 @@ class Ledger:
         """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
         failed for SETTLE_WAIT_S: then they stay in memory and are tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
-        if response_id in self.unsaved:
+        if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
-        self.pending.pop(response_id, None)
-        self.unrecorded.pop(response_id, None)
         if len(self.unsaved) >= self.max_unsaved:
             log.error("ledger: the row of %s is lost: [database] max_unsaved rows wait already", response_id)
             return
         self.unsaved[response_id] = rows, rates
-        await asyncio.shield(self.schedule_flush())
+        await self.is_written(response_id)
 
-    def schedule_flush(self) -> asyncio.Future[None]:
-        """Ends when what waits now is in the database, or has waited too long."""
+    async def write(self, run: Callable[[Transaction], Written]) -> Written:
+        """Commits what `run` does together with all that waits; what it raises undoes that alone. A caller who is cancelled
+        undoes nothing."""
+        attempts: list[Attempted] = []
+        self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
+        flushed = self.schedule_flush()
+        if self.pause is not None:
+            self.pause.cancel()
+        await asyncio.wait([flushed])
+        if failure := flushed.result():
+            raise failure
+        written: Written
+        written, error = attempts[0]
+        if error is not None:
+            raise database_trouble(self.db.path, error) if is_database_failure(error) else error
+        return written
+
+    def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
+        """Done when what waits now is in the database, or when that has failed."""
+        loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        loop = asyncio.get_running_loop()
         if self.flushed is None:
             self.flushed = loop.create_future()
-            self.waiting.add(self.flushed)
-            self.flushed.add_done_callback(self.waiting.discard)
         if self.flushing is None:
             self.flushing = loop.create_task(self.flush())
         return self.flushed
 
     async def flush(self) -> None:
-        """Writes what waits, until nothing does."""
+        """Commits what waits, until nothing is asked for. Requests whose commit fails stay and wait for the next."""
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
-                if self.pending:            # others may join
-                    await asyncio.sleep(self.flushed_at + GATHER_S - loop.time())
+                if not self.writes and (self.pending or not self.healthy):      # others may join, or the database heal
+                    pause_s = self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time()
+                    self.pause = loop.create_task(asyncio.sleep(pause_s))
+                    await asyncio.wait([self.pause])
+                    if self.flushed is None:        # the ledger was closed
+                        return
                 self.flushed_at = loop.time()
-                done, self.flushed = self.flushed, None
-                opening, settling = dict(self.unrecorded), dict(self.unsaved)
+                flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
+                self.flushed, self.writes = None, []
+                failure = None
                 try:
-                    await self.db.write(functools.partial(self.write_requests, opening, settling))
+                    await self.db.write(functools.partial(self.write_batch, writes, unsaved))
                 except LedgerError as error:
-                    if self.healthy:
+                    failure = error
+                    if self.healthy and unsaved:
                         log.error("%s New requests get 503 until it can be written.", error)
-                    self.healthy = False
-                    self.schedule_flush().add_done_callback(lambda _, done=done: wake_waiters(done))     # type: ignore[misc]
-                    loop.call_later(SETTLE_WAIT_S, wake_waiters, done)
-                    await asyncio.sleep(RETRY_S)
-                    continue
-                if not self.healthy:
-                    log.warning("The database %s can be written again.", os.path.basename(self.db.path))
-                self.healthy = True
-                for waiting, written in ((self.unrecorded, opening), (self.unsaved, settling)):
-                    for response_id in written:
-                        waiting.pop(response_id, None)
-                self.refused.clear()            # there may be room now
-                wake_waiters(done)
+                        self.healthy = False
+                else:
+                    if not self.healthy:
+                        log.warning("The database %s can be written again.", os.path.basename(self.db.path))
+                    self.healthy = True
+                    for response_id, written in unsaved.items():
+                        if self.unsaved.get(response_id) is written:        # else it has been settled since
+                            del self.unsaved[response_id]
+                    if unsaved:
+                        self.refused.clear()            # there may be room now
+                flushed.set_result(failure)
         finally:
             self.flushing = None
 
-    def write_requests(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
-                       ) -> None:
+    def write_batch(self, writes: Iterable[Callable[[Transaction], None]], unsaved: Mapping[str, Unsaved], tx: Transaction
+                    ) -> None:
+        for write in writes:            # first: what a request reserves goes before its settlement
+            write(tx)
+        self.write_requests(unsaved, tx)
+
+    def write_requests(self, unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
         """All at once; each alone, where one of them is at fault."""
-        _, error = tx.attempt(functools.partial(self.write_all, opening, settling))
+        _, error = tx.attempt(functools.partial(self.write_all, unsaved))
         if error is None:
             return
         if is_database_failure(error):
             raise error
-        if len(opening) + len(settling) == 1:
-            log.error("ledger: the row of %s is lost: %s", *opening, *settling, fault_location(error))
+        if len(unsaved) == 1:
+            log.error("ledger: the row of %s is lost: %s", *unsaved, fault_location(error))
             return
-        for response_id, row in opening.items():
-            self.write_requests({response_id: row}, {}, tx)
-        for response_id, settlement in settling.items():
-            self.write_requests({}, {response_id: settlement}, tx)
+        for response_id, each in unsaved.items():
+            self.write_requests({response_id: each}, tx)
 
-    def write_all(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
-                  ) -> None:
-        self.insert_open(tx, [row() for row in opening.values()])
+    def write_all(self, unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
+        self.insert_open(tx, [each() for each in unsaved.values() if callable(each)])
+        settling = {response_id: each for response_id, each in unsaved.items() if not callable(each)}
         settled = settle_requests(tx, [rows for rows, _ in settling.values()])
         close_requests(tx, settling)
         most_ns = time.time_ns() + 2 * WINDOW_NS
@@ -8549,20 +8524,24 @@ class Ledger:
 
     def close(self) -> None:
         """Saves what is left."""
-        for task in (self.maintaining, self.flushing, self.timer):
+        for task in (self.maintaining, self.pause, self.timer):
             if task is not None:
                 task.cancel()
         self.db.stop()
+        failure = None
         try:
-            if self.maintaining is not None:
-                self.db.run(self.end_process)
+            if self.maintaining is not None or self.writes:
+                self.db.commit(self.end_process)
+                self.unsaved.clear()
         except LedgerError as error:
+            failure = error
             log.error("%s %d rows are lost.", error, len(self.unsaved))
         finally:
             self.db.close()
-            with contextlib.suppress(RuntimeError):     # their loop has ended, too
-                for done in self.waiting:
-                    wake_waiters(done)
+        flushed, self.flushed = self.flushed, None
+        if flushed is not None:
+            with contextlib.suppress(RuntimeError):     # its loop has ended
+                flushed.set_result(failure)
 
     # processes
 
@@ -8574,7 +8553,7 @@ class Ledger:
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
 
     def end_process(self, tx: Transaction) -> None:
-        self.write_requests(self.unrecorded, self.unsaved, tx)
+        self.write_batch(self.writes, self.unsaved, tx)
         self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
         recover_open_requests(tx, [self.process])
 
@@ -8583,6 +8562,8 @@ class Ledger:
         for tick in itertools.count(1):
             try:
                 await self.refresh()
+                if not self.healthy:
+                    self.schedule_flush()
                 if tick % 2 == 0 or self.refusals:      # somebody may be waiting on the set-up page for what went wrong
                     await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
@@ -8603,7 +8584,7 @@ class Ledger:
             if has_ended(pid, start) if host == self.host else now - self.beats[process][1] > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
-            await self.db.write(functools.partial(self.write_beat, dead))
+            await self.write(functools.partial(self.write_beat, dead))
 
     def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
         self.register(tx)
@@ -8625,17 +8606,16 @@ class Ledger:
             self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
 
     async def save_counts(self) -> None:
-        async with self.saving:             # who asks for the counts waits for those on their way
-            counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
-            if not any(counts):
-                return
-            for each in (self.counters, self.refusals, self.notes):
-                each.clear()
-            try:
-                await self.db.write(functools.partial(self.write_counts, *counts))
-            except LedgerError:
-                self.counters.update(counts[0])
-                raise
+        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+        if not any(counts):
+            return
+        for each in (self.counters, self.refusals, self.notes):
+            each.clear()
+        try:
+            await self.write(functools.partial(self.write_counts, *counts))
+        except LedgerError:
+            self.counters.update(counts[0])
+            raise
 
     def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
                      notes: Mapping[str, str], tx: Transaction) -> None:
@@ -8651,7 +8631,8 @@ class Ledger:
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
         await self.save_counts()
-        return {tuple(json.loads(name)): value for name, value in await self.db.read("SELECT name, value FROM counters")}
+        found = await self.write(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
+        return {tuple(json.loads(name)): value for name, value in found}
 
     # changes of keys and providers
 
@@ -8663,7 +8644,7 @@ class Ledger:
             columns = {"time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
                        "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))}
             tx.execute(insertion("audit", columns), [*columns.values()])
-        await self.db.write(audited)
+        await self.write(audited)
         await self.refresh()
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
@@ -8713,11 +8694,6 @@ def in_usd(values: JSON) -> JSON:
     """{"limit_nanos": 12_500_000_000} as {"limit_usd": "12.5"}."""
     return {name.replace("nanos", "usd"): format_usd(value, 9).rstrip("0").rstrip(".")
             if "nanos" in name and value is not None else value for name, value in values.items()}
-
-
-def wake_waiters(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
 
 
 # --- 8.8 what one request may use, and what it costs ----------------------------------------------
@@ -9071,10 +9047,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
     """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
     gone, removed = 0, 1
     while removed:          # a part at a time: running servers write in between
-        removed = await ledger.db.write(lambda tx: tx.execute(
+        removed = await ledger.write(lambda tx: tx.execute(
             "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
         gone += removed
-    await ledger.db.write(lambda tx: tx.execute(
+    await ledger.write(lambda tx: tx.execute(
         "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
         "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
         (str(before_day),)))
@@ -11316,7 +11292,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
 async def open_count(gateway: Gateway, key_id: int) -> int:
     """Requests under way: those of all processes, and ours that have just begun."""
     (count,), = await gateway.ledger.db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
-    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unrecorded.values())
+    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unsaved.values() if callable(row))
 
 
 async def refused_requests(db: Database, key_id: int) -> list[JSON]:

@@ -7512,6 +7512,10 @@ Row: TypeAlias = tuple[Any, ...]
 Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or what it raised
 
 
+def insertion(table: str, columns: Collection[str]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
 class Transaction:
     """What `Database.write` gives to the functions that write."""
 
@@ -7521,6 +7525,9 @@ class Transaction:
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """How many rows it changed."""
         return self.connection.execute(sql, values).rowcount
+
+    def insert(self, table: str, row: Mapping[str, Any]) -> None:
+        self.execute(insertion(table, row), [*row.values()])
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         self.connection.executemany(sql, rows)
@@ -7732,7 +7739,6 @@ OLD_LINE = ("response_id attempt provider upstream_model error_code estimated in
 OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider upstream_model status error_code terminal_by "
              "estimated input cached cache_write output reasoning first_ms total_ms attempts account_id cache_write_1h "
              "web_searches price multiplier cost_nanos lost served_model").split()
-OLD_SUMS = SUMS[:-1]
 
 
 def old_journals(path: str) -> list[io.BufferedReader]:
@@ -7752,69 +7758,61 @@ def old_journals(path: str) -> list[io.BufferedReader]:
     return journals
 
 
-def old_rows(request: JSON, lost: Sequence[JSON]) -> list[UsageRow]:
-    """The rows of a request."""
-    result = result_of(request["status"], request["terminal_by"], request["attempts"])
-    final = {**request, "result": result, "attempt": max([request["attempts"], *(line["attempt"] + 1 for line in lost)])}
-    rows = [*({**final, **line, "final": 0, "status": "lost"} for line in lost), final]
+def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
+    """The rows of a request, and of its attempts that were given up."""
+    final = {**request, "attempt": request["attempts"], "result": result_of(
+        request["status"], request["terminal_by"], request["attempts"])}
+    rows = [{**final, **attempt, "final": 0, "status": "lost"} for attempt in lost]
+    final["attempt"] = max([final["attempt"], *(row["attempt"] + 1 for row in rows)])
     return [UsageRow(**{name: row[name] for name in USAGE_COLUMNS if name in row},
-                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in rows]
+                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
 
 
-def journal_requests(journals: Iterable[bytes]) -> list[list[UsageRow]]:
+def journal_requests(journals: Iterable[bytes]) -> Collection[list[UsageRow]]:
     """What was settled, and what was begun and is interrupted."""
-    begun: dict[str, UsageRow] = {}
-    settled: dict[str, list[UsageRow]] = {}
+    found: dict[str, list[UsageRow]] = {}
     for line in itertools.chain.from_iterable(text.split(b"\n")[:-1] for text in journals):    # the last may be half a line
         try:
             values = json.loads(line[1:])
             if line[:1] == b"I":
-                begun[values[0]] = interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))
-            else:
+                found.setdefault(values[0], [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))])
+            elif values[0] not in found or found[values[0]][0].error_code == "interrupted":
                 request = dict(zip(OLD_ENTRY, values))
-                settled.setdefault(values[0], old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]]))
+                found[values[0]] = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    return [*settled.values(), *([row] for response_id, row in begun.items() if response_id not in settled)]
+    return found.values()
 
 
-def take_over_old_tables(tx: Transaction, journals: Sequence[io.BufferedReader]) -> None:
-    columns = {table: [row[1] for row in tx.read(f"PRAGMA table_info(old_{table})")]
-               for table in ("accounts", "keys", "credits", "usage", "attempts")}
+def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
+    cursor = tx.connection.execute("SELECT * FROM old_" + query, values)
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, row)) for row in cursor)
+
+
+def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader]) -> None:
     for table in ("accounts", "keys", "credits"):
-        values = ", ".join(columns[table]).replace("digest", "lower(hex(digest))")
-        tx.execute(f"INSERT INTO {table} ({', '.join(columns[table])}) SELECT {values} FROM old_{table}")
-    tx.execute("UPDATE keys SET revision = id")
-    tx.execute("INSERT INTO settings SELECT name, CASE name WHEN 'secret' THEN lower(hex(value)) ELSE value || '' END "
-               "FROM old_settings WHERE name IN ('secret', 'pruned_day') OR name LIKE 'disabled/%'")
-    last_id = 0
-    while requests := tx.read("SELECT * FROM old_usage WHERE id > ? ORDER BY id LIMIT 1000", (last_id,)):
-        rows: list[UsageRow] = []
-        for row in requests:
-            request = dict(zip(columns["usage"], row))
-            lost = tx.read("SELECT * FROM old_attempts WHERE response_id = ? ORDER BY attempt", (request["response_id"],))
-            rows += old_rows(request, [dict(zip(columns["attempts"], line)) for line in lost])
-        insert_rows(tx, rows)
-        last_id = requests[-1][0]
-    take_over_old_days(tx)
+        for row in read_old(tx, table):
+            if table == "keys":
+                row |= {"digest": row["digest"].hex(), "revision": row["id"]}
+            tx.insert(table, row)
+    for name, value in tx.read("SELECT * FROM old_settings"):
+        if name in ("secret", "pruned_day") or name.startswith("disabled/"):
+            tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
+    # a day's sums go into its first half hour; then each of its rows, which may have been pruned, is taken out again
+    columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
+    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
+               f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
+    requests = read_old(tx, "usage ORDER BY id")
+    while batch := [*itertools.islice(requests, 1000)]:
+        rows = insert_rows(tx, [row for request in batch for row in old_rows(
+            request, read_old(tx, "attempts WHERE response_id = ? ORDER BY attempt", request["response_id"]))])
+        upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
+                            for row in rows], -1)
+    tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
     if left := journal_requests(journal.read() for journal in journals):
         settle_requests(tx, left)
         log.warning("ledger: %d requests of an ended process settled", len(left))
-
-
-def take_over_old_days(tx: Transaction) -> None:
-    """What the sums of a day hold beyond its rows, which were pruned: in the first half hour of that day."""
-    key = ", ".join(ROLLUP_KEY[1:-1])
-    sums = ", ".join(f"sum({name})" for name in OLD_SUMS)
-    known = {row[:6]: row[6:] for row in tx.read(
-        f"SELECT started_ms / {DAY_MS}, {key}, {sums} FROM usage_rollups GROUP BY started_ms / {DAY_MS}, {key}")}
-    rows = []
-    for *group, last_ms in tx.read(f"SELECT day, {key}, {', '.join(OLD_SUMS)}, last_ms FROM old_daily"):
-        place, numbers = tuple(group[:6]), group[6:]
-        beyond = [number - less for number, less in zip(numbers, known.get(place, (0,) * len(numbers)))]
-        if any(beyond):
-            rows.append((place[0] * DAY_MS, *place[1:], "unknown", *beyond, 0, last_ms))
-    tx.execute_many(ADD_TO_ROLLUPS, rows)
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -7989,10 +7987,6 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 
 # --- 8.5 usage rows -------------------------------------------------------------------------------
 
-def insertion(table: str, columns: Collection[str]) -> str:
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-
-
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
 SELECT_OPEN = f"SELECT {', '.join(USAGE_COLUMNS)} FROM open_requests"
@@ -8001,6 +7995,7 @@ ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
+DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
 IDS_AT_ONCE = 500           # placeholders of a statement
 
 
@@ -8033,10 +8028,12 @@ def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> 
                     [(nanos, *place) for place, nanos in sorted(meters.items()) if nanos])
 
 
-def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> None:
+def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
+    """As they are stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
+    return storable
 
 
 def placeholders(values: Collection[Any]) -> str:
@@ -8059,8 +8056,8 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
                     f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
                 upsert_rollups(tx, guessed, -1)
                 tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-                tx.execute("DELETE FROM usage_rollups WHERE started_ms = ? AND requests = 0 AND estimated = 0 "
-                           "AND input + output + cost_nanos = 0", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
+                half_hour_ms = guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS
+                tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (half_hour_ms,))
             else:
                 del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
@@ -8255,7 +8252,7 @@ class Ledger:
         self.secret = b""                   # authenticates what clients carry for us
         # keys
         self.keys: dict[int, Key] = {}      # by id, revoked ones too
-        self.ids: dict[str, int] = {}       # by digest
+        self.by_digest: dict[str, Key] = {}
         self.disabled: frozenset[str] = frozenset()     # providers that an administrator disabled
         self.revision = 0
         # requests
@@ -8296,7 +8293,7 @@ class Ledger:
     def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
             key = Key(*columns)
-            self.keys[key.id], self.ids[key.digest] = key, key.id
+            self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
         """Reads the keys that any process has changed, and which providers are disabled."""
@@ -8317,10 +8314,10 @@ class Ledger:
         """The key of an Authorization header, or Unauthorized with what to do."""
         token = header[7:].strip(" \t")
         digest = key_digest(token)
-        if digest not in self.ids and has_checksum(token):
+        if digest not in self.by_digest and has_checksum(token):
             await self.refresh()                # another process may have made it just now
-        key = self.keys.get(self.ids.get(digest, 0))
-        if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
+        key = self.by_digest.get(digest)
+        if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)
         elif key.revoked_s:
             reason = f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}."
@@ -8641,9 +8638,9 @@ class Ledger:
         """Changes keys, accounts, credits, providers or settings. What they were and are goes into the audit log: no secret."""
         def audited(tx: Transaction) -> None:
             run(tx)
-            columns = {"time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
-                       "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))}
-            tx.execute(insertion("audit", columns), [*columns.values()])
+            tx.insert("audit", {
+                "time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
+                "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))})
         await self.write(audited)
         await self.refresh()
 
@@ -8652,14 +8649,13 @@ class Ledger:
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
         token = new_key()
-        columns = {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s), **settings}
 
         def run(tx: Transaction) -> None:
             if tx.read("SELECT 1 FROM keys WHERE name = ? AND revoked_s = 0", (name,)):
                 raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
                                  f"python pomex.py keys revoke {name}", param="name")
-            tx.execute(insertion("keys", columns), [*columns.values()])
-            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE name = ? AND revoked_s = 0", (name,))
+            tx.insert("keys", {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s),
+                               "revision": tx.read(f"SELECT {NEXT_REVISION}")[0][0], **settings})
         await self.change(who, "key created", name, run, settings)
         return token
 
@@ -8749,24 +8745,13 @@ class Reservation:
             self.ledger.begin(self.response_id, self.open_row)
             return 0
         prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
-        output = full = min(wanted or reserve, reserve)
+        output = min(wanted or reserve, reserve)
         self.max_price = max(prices, key=lambda price: self._nanos(price, input_tokens, output))
-        while True:
-            try:
-                await self._acquire(input_tokens, output, min(output, RESERVED_STEP), 1)
-                break
-            except LimitExceeded as no:
-                less = self._affordable_output_tokens(no, input_tokens)
-                if no.limit.kind == "rate":
-                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
-                if no.limit.unit != "nanos" or not min(LEAST_OUTPUT, full) <= less < output:
-                    raise
-                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
-                output = less
-        if output == full:
+        await self._acquire(input_tokens, output, min(output, RESERVED_STEP), 1)
+        if self.reserved_output == output:
             return 0
-        self.max_output_tokens = output
-        return output
+        self.max_output_tokens = self.reserved_output
+        return self.reserved_output
 
     def _nanos(self, price: str, input_tokens: int, output: int) -> int:
         """Input at the dearer of its two prices: it may be written to the cache."""
@@ -8774,20 +8759,32 @@ class Reservation:
         writes = rate is not None and rate.cache_write > rate.input
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
-    def _affordable_output_tokens(self, no: LimitExceeded, input_tokens: int) -> int:
-        left, rate = no.remaining - self._nanos(self.max_price, input_tokens, 0), price_of(self.max_price)
-        return left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
-
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
-                   "requests": first, "open": first}
-        needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
-                 for limit in self.limits if amounts[limit.unit]]       # more tokens than fit in any minute pass alone
-        if needs:
-            states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
-            self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
-        elif first:
-            self.ledger.begin(self.response_id, self.open_row)
+        """Reserves money for the input and for as much of the output as there is money for, and charges rates. LimitExceeded:
+        there is too little of something."""
+        least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
+        while True:
+            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
+                       "requests": first, "open": first}
+            # more tokens than fit in any minute pass alone
+            needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
+                     for limit in self.limits if amounts[limit.unit]]
+            try:
+                if needs:
+                    states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
+                    self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+                elif first:
+                    self.ledger.begin(self.response_id, self.open_row)
+                break
+            except LimitExceeded as no:
+                if no.limit.kind == "rate":
+                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
+                left = no.remaining - self._nanos(self.max_price, input_tokens, 0)
+                less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
+                if no.limit.unit != "nanos" or not least <= less < output:
+                    raise
+                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
+                output = less
         self.held += needs
         self.reserved_output += output
         self.charged_output += charged
@@ -8803,15 +8800,12 @@ class Reservation:
             if self.exhausted:
                 return tokens < min(self.reserved_output, self.charged_output)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
+            enough = self.reserved_output + step
             try:
                 await self._acquire(0, step, charged)
-            except LedgerError:
+                self.exhausted = self.reserved_output < enough
+            except (LedgerError, LimitExceeded):
                 self.exhausted = True
-            except LimitExceeded as no:
-                self.exhausted = True
-                if no.limit.unit == "nanos" and (less := self._affordable_output_tokens(no, 0)) > 0:
-                    with contextlib.suppress(LimitExceeded, LedgerError):
-                        await self._acquire(0, less, charged)        # the last of it
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
@@ -8886,8 +8880,7 @@ async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: 
     def run(tx: Transaction) -> None:
         if tx.read("SELECT 1 FROM accounts WHERE name = ?", (name,)):
             raise BadRequest(f"There is an account named {name} already.", param="name")
-        columns = {"name": name, "created_s": int(now_s), **settings}
-        tx.execute(insertion("accounts", columns), [*columns.values()])
+        tx.insert("accounts", {"name": name, "created_s": int(now_s), **settings})
     await ledger.change(who, "account created", name, run, settings)
 
 
@@ -8915,11 +8908,9 @@ async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: 
     if nanos < 0 and not reason:
         raise BadRequest("Taking credit away needs its reason.", param="reason")
     kind, account_id = "adjustment" if reason else "top-up", await account_named(ledger.db, name)
-
     entry = {"kind": kind, "nanos": nanos, "reason": reason}
-    columns = {"account_id": account_id, "created_s": int(now_s), **entry}
-    await ledger.change(who, "credit added", name, lambda tx: tx.execute(
-        insertion("credits", columns), [*columns.values()]), entry)
+    await ledger.change(who, "credit added", name, lambda tx: tx.insert(
+        "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
     return kind
 
 
@@ -8951,16 +8942,11 @@ def key_condition(key_id: int) -> str:
     return f"key_id = {int(key_id)}" if key_id else "1 = 1"
 
 
-async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS) -> dict[int, int]:
+async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS, where: str = "1 = 1"
+                      ) -> dict[int, int]:
     """What was spent in some days, by key or account."""
-    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, names=("cost_nanos",))
+    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, where, names=("cost_nanos",))
     return {owner: sums["cost_nanos"] for (owner,), sums in found}
-
-
-async def nanos_since(db: Database, first_day: int, key_id: int) -> int:
-    """What one key spent, or for 0 all of them."""
-    (_, sums), = await usage_sums(db, (), first_day * DAY_MS, MAX_NUMBER, key_condition(key_id), names=("cost_nanos",))
-    return int(sums["cost_nanos"])
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
@@ -11039,7 +11025,8 @@ async def key_facts(gateway: Gateway, client: Client) -> None:
     """The key's own limits, in OpenRouter's manner (amounts in USD)."""
     key, now_s = await gateway.key(client), client.started_s
     start, end = period_bounds(key.period, now_s)
-    spent, limit = await nanos_since(gateway.ledger.db, start, key.id), key.budget_nanos
+    spent = (await spent_nanos(gateway.ledger.db, "key_id", start, where=key_condition(key.id))).get(key.id, 0)
+    limit = key.budget_nanos
     reset = datetime.date.fromordinal(end + EPOCH).isoformat() + "T00:00:00Z" if limit is not None and end else None
     rates = {name: most or None for name, most in
              (("requests_per_minute", key.rpm), ("tokens_per_minute", key.tpm), ("concurrent_requests", key.concurrent))}
@@ -11132,7 +11119,7 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
         "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS}, "before_nanos": before["cost_nanos"],
-        "month": {"spent_nanos": await nanos_since(db, first_day, key_id), "first_day": first_day,
+        "month": {"spent_nanos": sum((await spent_nanos(db, "key_id", first_day, where=mine)).values()), "first_day": first_day,
                   "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
         "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
         "total_ms": percentiles(total_ms for _, _, total_ms in times),

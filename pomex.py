@@ -7578,8 +7578,6 @@ SAME_TROUBLE = {            # errors of the system that mean the same
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
     """What went wrong with a database file, whose folder is not told."""
-    if isinstance(error, LedgerError):
-        return error
     if isinstance(error, OSError):
         code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
     else:
@@ -7604,10 +7602,9 @@ def create_file(path: str) -> None:
     """The database and its folder, for this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    if os.stat(path).st_mode & 0o077:
-        with contextlib.suppress(OSError):      # another user's file that we may write: its owner's choice
-            for suffix in ("", "-wal", "-shm"):
-                os.chmod(path + suffix, 0o600)
+    with contextlib.suppress(OSError):      # another user's file that we may write: its owner's choice
+        for suffix in ("", "-wal", "-shm"):
+            os.chmod(path + suffix, 0o600)
 
 
 class SQLite:
@@ -7622,9 +7619,10 @@ class SQLite:
         self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("reader", "writer"))
 
     def check(self) -> None:
-        """OSError where the file is not there any more."""
-        if not os.path.samestat(os.stat(self.path), self.file):
-            raise FileNotFoundError(errno.ENOENT, "the file was replaced")
+        """LedgerError where the file is not there any more."""
+        with database_errors(self.path):
+            if not os.path.samestat(os.stat(self.path), self.file):
+                raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
         with database_errors(self.path):
@@ -7768,20 +7766,20 @@ def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
                      saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
 
 
-def journal_requests(journals: Iterable[bytes]) -> Collection[list[UsageRow]]:
-    """What was settled, and what was begun and is interrupted."""
-    found: dict[str, list[UsageRow]] = {}
-    for line in itertools.chain.from_iterable(text.split(b"\n")[:-1] for text in journals):    # the last may be half a line
+def take_over_journal(tx: Transaction, journal: bytes) -> None:
+    """What was begun there, and is interrupted, until its settlement is found."""
+    for line in journal.split(b"\n")[:-1]:        # the last may be half a line
         try:
             values = json.loads(line[1:])
             if line[:1] == b"I":
-                found.setdefault(values[0], [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))])
-            elif values[0] not in found or found[values[0]][0].error_code == "interrupted":
+                rows = [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))]
+            else:
                 request = dict(zip(OLD_ENTRY, values))
-                found[values[0]] = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
+                rows = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    return found.values()
+        else:
+            settle_requests(tx, [rows])
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
@@ -7810,9 +7808,8 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
         upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
                             for row in rows], -1)
     tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
-    if left := journal_requests(journal.read() for journal in journals):
-        settle_requests(tx, left)
-        log.warning("ledger: %d requests of an ended process settled", len(left))
+    for journal in journals:
+        take_over_journal(tx, journal.read())
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -8114,8 +8111,6 @@ class Limit(NamedTuple):
     since_day: int = 0      # of a meter: it counts what was spent since then
 
 
-Needs = Sequence[tuple[Limit, int]]
-
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
@@ -8268,7 +8263,7 @@ class Ledger:
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
         self.refused: dict[Limit, LimitExceeded] = {}
-        self.beats: dict[str, tuple[int, float]] = {}   # of other processes, and when they changed last
+        self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
         self.notes: dict[str, str] = {}     # settings to be, the same: the last error of each provider
@@ -8305,10 +8300,10 @@ class Ledger:
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
             self.trouble = ""
-        except (LedgerError, OSError) as error:
-            before, self.trouble = self.trouble, str(database_trouble(self.db.path, error))
-            if self.trouble != before:
-                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", self.trouble)
+        except LedgerError as error:
+            if self.trouble != str(error):
+                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", error)
+            self.trouble = str(error)
 
     async def authorise(self, header: str, now_s: float) -> Key:
         """The key of an Authorization header, or Unauthorized with what to do."""
@@ -8366,8 +8361,8 @@ class Ledger:
                         await asyncio.wait([self.schedule_flush()])
         return response_id not in self.unsaved
 
-    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Needs, held: Needs = ()
-                      ) -> list[tuple[int, float]]:
+    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
+                      held: Mapping[Limit, int]) -> list[tuple[int, float]]:
         """Reserves `needs` beside what is `held`, and records the open request: what `acquire` says of each.
         LimitExceeded: none of them is reserved."""
         if not self.available():
@@ -8379,7 +8374,7 @@ class Ledger:
                 raise dataclasses.replace(no, need=need)
 
         def run(tx: Transaction) -> list[tuple[int, float]]:
-            now_ns, meters = time.time_ns(), [each for each in held if each[0].kind != "rate"]
+            now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
             known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
             # else this process was taken for dead, and what it held was given back
             states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
@@ -8573,12 +8568,11 @@ class Ledger:
 
     async def beat(self) -> None:
         """Says that this process lives, while it has open requests, and settles those of others that do not."""
-        now, dead, beats = time.monotonic(), [], self.beats
+        now, dead, seen = time.monotonic(), [], self.beats
         self.beats = {}
         for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
-            before, since = beats.get(process, (count, now))
-            self.beats[process] = count, since if count == before else now
-            if has_ended(pid, start) if host == self.host else now - self.beats[process][1] > DEAD_S:
+            since = self.beats[process, count] = seen.get((process, count), now)
+            if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
             await self.write(functools.partial(self.write_beat, dead))
@@ -8705,7 +8699,7 @@ class Reservation:
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
-        self.held: list[tuple[Limit, int]] = []         # what is reserved
+        self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until all does
         self.reserved_output = 0                        # tokens of output whose money is among it
         self.charged_output = 0                         # those that a rate was charged for
@@ -8785,7 +8779,7 @@ class Reservation:
                     raise
                 self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
                 output = less
-        self.held += needs
+        self.held.update(dict(needs))
         self.reserved_output += output
         self.charged_output += charged
 
@@ -8818,12 +8812,11 @@ class Reservation:
         """Writes the rows of the request in the place of what was reserved."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens, rates = sum(row.input + row.output for row in rows), []
-        for limit in self.rates:
+        for limit, charged in self.held.items():
             if limit.unit == "tokens":
-                charged = sum(amount for each, amount in self.held if each == limit)
                 change = min(tokens - charged, max(limit.maximum - charged, 0))
                 rates.append((change * (WINDOW_NS // limit.maximum), limit.owner))
-        self.held = []
+        self.held = collections.Counter()
         await self.ledger.settle(rows, rates)
 
     def headers(self) -> list[tuple[str, str]]:

@@ -1012,7 +1012,7 @@ async def main():
         return pomex.UsageRow(name, "q", now_ms, key.id, "/v1/responses", "p/m", provider="p", price="1 10 - - - -", **more)
     limit, place = pomex.limits_of(key, int(time.time()) // 86400)
     await ledger.reserve("r1", lambda: row("r1", status="in flight", input=1000, cost_nanos=1_000_000),
-                         [(limit, 60_000_000), (place, 1)])
+                         [(limit, 60_000_000), (place, 1)], {})
     await ledger.settle([row("r2", result="completed", input=25, cost_nanos=25_000)])
     ledger.begin("r3", lambda: row("r3", status="in flight", input=7, cost_nanos=7_000)._replace(key_id=other.id))
     await ledger.recorded("r3")

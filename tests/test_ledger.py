@@ -912,7 +912,7 @@ def test_a_process_elsewhere_is_dead_when_its_beats_stand_still_and_what_it_says
                 return (totals(ours)["requests"], totals(ours)["input"],
                         read(ours, "SELECT spent, granted FROM meters WHERE owner = 'key 1'")[0])
             asked = row("r1", input=50, cached=0, output=0, reasoning=0, cost_nanos=50_000)
-            await theirs.reserve("r1", lambda: asked, [(limit, 70_000)])
+            await theirs.reserve("r1", lambda: asked, [(limit, 70_000)], {})
             assert await sums() == (0, 0, (0, 70_000))
             change(ours, "UPDATE processes SET host = 'elsewhere'")
             for _ in range(3):              # it lives as long as it beats

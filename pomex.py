@@ -7660,10 +7660,9 @@ class SQLite:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             os.rename(part, path)
-        except BaseException:
+        finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
-            raise
 
     def migrate(self) -> None:
         """Makes the schema, or brings an older file up to date in one transaction, a copy made before; leaves one alone that
@@ -7966,10 +7965,8 @@ def saved_nanos(price: str, cached: int) -> int:
 
 
 def format_usd(nanos: int, places: int = 2) -> str:
-    """12.31, rounded half away from nought; integers only."""
-    unit = int(10 ** (9 - places))
-    sign, amount = "-" if nanos < 0 else "", (abs(nanos) + unit // 2) // unit
-    return f"{sign}{amount // 10**places}.{amount % 10**places:0{places}}"
+    """12.31, rounded half away from zero."""
+    return f"{decimal.Decimal(nanos).scaleb(-9).quantize(decimal.Decimal(1).scaleb(-places), decimal.ROUND_HALF_UP):f}"
 
 
 def parse_decimal(text: str, unit: int, least: int = 0) -> int:
@@ -8033,21 +8030,20 @@ def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]
     return storable
 
 
-def placeholders(values: Collection[Any]) -> str:
-    return f"({', '.join('?' * len(values))})"
-
-
-def in_batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[start:start + IDS_AT_ONCE] for start in range(0, len(ids), IDS_AT_ONCE))
+def in_batches(ids: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Some of them at a time, each after its placeholders."""
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        batch = ids[start:start + IDS_AT_ONCE]
+        yield f"({', '.join('?' * len(batch))})", batch
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
     """Inserts the rows of each: of which. Of a request that is settled already the first settlement counts, unless that was a
     guess: the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
-    for batch in in_batches([*by_id]):
-        for response_id, error_code in tx.read("SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id "
-                                               f"IN {placeholders(batch)}", batch):
+    for places, batch in in_batches([*by_id]):
+        for response_id, error_code in tx.read(
+                f"SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id IN {places}", batch):
             if error_code == "interrupted" != by_id[response_id][-1].error_code:
                 guessed = [UsageRow(*row) for row in tx.read(
                     f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
@@ -8063,8 +8059,8 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
     """They are no longer under way, and give back what they had reserved."""
-    for batch in in_batches([*response_ids]):
-        where = f"FROM open_requests WHERE response_id IN {placeholders(batch)}"
+    for places, batch in in_batches([*response_ids]):
+        where = f"FROM open_requests WHERE response_id IN {places}"
         for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
             tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?", json.loads(reserved))
         tx.execute(f"DELETE {where}", batch)
@@ -8452,7 +8448,7 @@ class Ledger:
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
-                if not self.writes and (self.pending or not self.healthy):      # others may join, or the database heal
+                if not self.writes and (self.pending or not self.healthy):      # others may join, or the database may heal
                     pause_s = self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time()
                     self.pause = loop.create_task(asyncio.sleep(pause_s))
                     await asyncio.wait([self.pause])
@@ -8846,20 +8842,19 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         may = RATES[no.limit.unit].format(no.limit.maximum)
         return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
-    error = GatewayError(quota_message(key, no, now_s), status=429, type="insufficient_quota",
+    if no.limit.kind == "credit":
+        message = f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
+    else:
+        who, period = (f"Key {key.name}", key.period) if no.limit.kind == "key" else (f"Account {key.account}", "month")
+        message = f"{who} has used {format_usd(no.spent)} of {format_usd(no.limit.maximum)} USD {PERIODS[period]}"
+        if no.spent < no.limit.maximum:
+            message += f" and this request may cost {format_usd(no.need, 4)}"
+        reset = period_bounds(period, now_s)[1]
+        message += f"; it resets on {day_words(reset)}." if reset else "."
+    error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
     return error
-
-
-def quota_message(key: Key, no: LimitExceeded, now_s: float) -> str:
-    if no.limit.kind == "credit":
-        return f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
-    who, period = (f"Key {key.name}", key.period) if no.limit.kind == "key" else (f"Account {key.account}", "month")
-    may = "" if no.spent >= no.limit.maximum else f" and this request may cost {format_usd(no.need, 4)}"
-    reset = period_bounds(period, now_s)[1]
-    return (f"{who} has used {format_usd(no.spent)} of {format_usd(no.limit.maximum)} USD {PERIODS[period]}{may}"
-            + (f"; it resets on {day_words(reset)}." if reset else "."))
 
 
 # --- 8.9 accounts and credit ----------------------------------------------------------------------
@@ -8967,11 +8962,10 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
         account_id, (last_day + 1) * 86400)]
     credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
     charges = await usage_report(db, "model", first_day, last_day, account_id)
-    spent, added = sum(row["cost_nanos"] for row in charges), sum(entry["nanos"] for entry in credits)
-    spent_before = (await spent_nanos(db, "account_id", 0, first_day)).get(account_id, 0)
-    before = sum(entry["nanos"] for entry in entries) - added - spent_before
-    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
-            "after_nanos": before + added - spent}
+    spent, spent_before = sum(row["cost_nanos"] for row in charges), await spent_nanos(db, "account_id", 0, first_day)
+    after = sum(entry["nanos"] for entry in entries) - spent_before.get(account_id, 0) - spent
+    before = after + spent - sum(entry["nanos"] for entry in credits)
+    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent, "after_nanos": after}
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:

@@ -1065,7 +1065,8 @@ def test_a_process_that_was_taken_for_dead_and_goes_on_takes_its_reservation_aga
             assert await reservation.extend(4 * 1000)
             assert reservation.reserved_output == 1000 + pomex.RESERVED_STEP and under_way(ledger) == ["r"]
             assert meters(ledger) == [("key 1", 1_000_000, 51_960_000), ("key 1 open", 0, 1)]
-            assert reservation.headers()[4] == ("x-ratelimit-remaining-tokens", "904")         # a rate was not given back
+            name, remaining = reservation.headers()[4]      # a rate was not given back; a token comes back in 8.6 ms
+            assert name == "x-ratelimit-remaining-tokens" and 904 <= int(remaining) < 1904
             await settle(reservation, Usage(1000, output=2000))
             assert meters(ledger) == [("key 1", 21_000_000, 0), ("key 1 open", 0, 0)]
             assert [(row["status"], row["error_code"]) for row in recent(ledger, 9)] == [("completed", "")]

@@ -8379,7 +8379,7 @@ class Ledger:
             return states
         self.pending[response_id] = row
         try:
-            return await self.write(run)
+            return await self.commit(run)
         except LimitExceeded as no:
             if not held:
                 self.pending.pop(response_id, None)
@@ -8414,7 +8414,7 @@ class Ledger:
         self.unsaved[response_id] = rows, rates
         await self.is_written(response_id)
 
-    async def write(self, run: Callable[[Transaction], Written]) -> Written:
+    async def commit(self, run: Callable[[Transaction], Written]) -> Written:
         """Commits what `run` does together with all that waits; what it raises undoes that alone. A caller who is cancelled
         undoes nothing."""
         attempts: list[Attempted] = []
@@ -8571,7 +8571,7 @@ class Ledger:
             if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
-            await self.write(functools.partial(self.write_beat, dead))
+            await self.commit(functools.partial(self.write_beat, dead))
 
     def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
         self.register(tx)
@@ -8599,7 +8599,7 @@ class Ledger:
         for each in (self.counters, self.refusals, self.notes):
             each.clear()
         try:
-            await self.write(functools.partial(self.write_counts, *counts))
+            await self.commit(functools.partial(self.write_counts, *counts))
         except LedgerError:
             self.counters.update(counts[0])
             raise
@@ -8618,7 +8618,7 @@ class Ledger:
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
         await self.save_counts()
-        found = await self.write(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
+        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
         return {tuple(json.loads(name)): value for name, value in found}
 
     # changes of keys and providers
@@ -8631,7 +8631,7 @@ class Ledger:
             tx.insert("audit", {
                 "time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
                 "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))})
-        await self.write(audited)
+        await self.commit(audited)
         await self.refresh()
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
@@ -9020,10 +9020,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
     """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
     gone, removed = 0, 1
     while removed:          # a part at a time: running servers write in between
-        removed = await ledger.write(lambda tx: tx.execute(
+        removed = await ledger.commit(lambda tx: tx.execute(
             "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
         gone += removed
-    await ledger.write(lambda tx: tx.execute(
+    await ledger.commit(lambda tx: tx.execute(
         "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
         "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
         (str(before_day),)))

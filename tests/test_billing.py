@@ -943,7 +943,7 @@ def test_a_caller_who_is_cancelled_while_it_reserves_leaves_nothing_granted(path
                 reserving.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await reserving
-            await ledger.write(lambda tx: None)          # behind what it had asked for
+            await ledger.commit(lambda tx: None)          # behind what it had asked for
             await until(lambda: granted(ledger) == 0 and under_way(ledger) == [] and not ledger.pending, within_s=2)
             await reserve(reservation_for(ledger, "k", "next"))
     run(check())
@@ -974,7 +974,7 @@ def test_a_caller_who_is_cancelled_while_it_extends_gives_back_all_of_it_when_it
                 extending.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await extending
-            await ledger.write(lambda tx: None)
+            await ledger.commit(lambda tx: None)
             await settle(reservation, Usage(1000, output=1000))
             assert meters(ledger) == [("key 1", 11_000_000, 0)] and under_way(ledger) == []
     run(check())

@@ -147,6 +147,14 @@ GONE += """
     rows_after select_rows send_away stored_setting sum_queries sum_rows usd
 """.split()
 
+# Of the file at e7c18fb: the queue that a database had of its own, and what was said twice in the ledger.
+GONE += """
+    Ledger.unrecorded Ledger.waiting Ledger.ids Ledger.saving Ledger.write Needs OLD_SUMS
+    Reservation._affordable_output_tokens SQLite._commit_waiting SQLite.answer SQLite.committing
+    SQLite.run SQLite.waiting journal_requests nanos_since placeholders quota_message
+    take_over_old_days wake_waiters
+""".split()
+
 
 def definitions(body, prefix=""):
     """Qualified names of the classes, functions, methods, fields and constants of a module or class."""

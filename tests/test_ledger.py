@@ -422,7 +422,7 @@ def test_what_one_member_of_a_batch_raises_undoes_that_member_alone(ledger, then
         with statements(ledger) as said:
             names = "first", "second", "third"
             first, second, third = await asyncio.gather(
-                *(ledger.write(note(name, then if name == "second" else None)) for name in names), return_exceptions=True)
+                *(ledger.commit(note(name, then if name == "second" else None)) for name in names), return_exceptions=True)
         assert (first, third, type(second)) == ("first", "third", kind) and words in str(second)
         assert said.count("COMMIT") == 1
     asyncio.run(check())
@@ -431,7 +431,7 @@ def test_what_one_member_of_a_batch_raises_undoes_that_member_alone(ledger, then
 
 def test_a_writer_whose_caller_is_cancelled_is_written_with_the_others(ledger):
     async def check():
-        writers = [asyncio.ensure_future(ledger.write(note(name))) for name in "abc"]
+        writers = [asyncio.ensure_future(ledger.commit(note(name))) for name in "abc"]
         await asyncio.sleep(0)
         writers[1].cancel()
         ends = await asyncio.gather(*writers, return_exceptions=True)
@@ -447,7 +447,7 @@ def test_who_waits_for_a_write_when_the_ledger_is_closed_is_answered(path, turns
         ledger.db.writing.submit(time.sleep, 0.05)
         writers = []
         for name in "ab":
-            writers.append(asyncio.ensure_future(ledger.write(note(name))))
+            writers.append(asyncio.ensure_future(ledger.commit(note(name))))
             for _ in range(turns):
                 await asyncio.sleep(0)
         ledger.close()
@@ -631,7 +631,7 @@ def test_what_is_still_to_be_written_at_the_end_is_written_once(path, behind):
         async with started(path) as (ledger,):
             change(ledger, "INSERT INTO rates VALUES ('key 1 tokens', 1000)")
             ledger.refuse(0, refusal("limit"))
-            first = [ledger.write(lambda tx: time.sleep(0.05))] if behind else []
+            first = [ledger.commit(lambda tx: time.sleep(0.05))] if behind else []
             ledger.db.writing.submit(time.sleep, 0.05)          # so that what is handed to it is not there at once
             ends = []
             for each in (*first, ledger.settle([row("r1")], [(7, "key 1 tokens")]), ledger.save_counts()):

@@ -7905,12 +7905,15 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
         factors = dict(word.split("=") for word in words if "=" in word)
         prices = [word for word in words if "=" not in word]
         base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
-        steps = {kind: scaled(base, factors.pop(kind)) for kind in [*factors] if kind.startswith(("over", "from"))}
-        over = max([int(kind[4:]) for kind in steps if kind.startswith("over")], default=0)
-        long = steps.pop(f"over{over}", "")
-        changes = tuple((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price) for kind, price in steps.items())
+        over, long, changes = 0, "", []
+        for kind in [*factors]:
+            if kind.startswith("over"):         # the row's own comes last
+                over, long = int(kind[4:]), scaled(base, factors.pop(kind))
+            elif kind.startswith("from"):
+                day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
+                changes.append((day, scaled(base, factors.pop(kind))))
         ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
-        schedules[name] = PriceSchedule(base, over, long, changes, factors, ends, source)
+        schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
 
 
@@ -8255,7 +8258,6 @@ class Ledger:
         self.flushed: asyncio.Future[LedgerError | None] | None = None      # when it is done; None: not yet asked for
         self.flushed_at = 0.0                               # when the one before was begun
         self.flushing: asyncio.Task[None] | None = None
-        self.pause: asyncio.Task[None] | None = None        # between two
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
         self.refused: dict[Limit, LimitExceeded] = {}
@@ -8420,8 +8422,6 @@ class Ledger:
         attempts: list[Attempted] = []
         self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
         flushed = self.schedule_flush()
-        if self.pause is not None:
-            self.pause.cancel()
         await asyncio.wait([flushed])
         if failure := flushed.result():
             raise failure
@@ -8448,10 +8448,8 @@ class Ledger:
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
-                if not self.writes and (self.pending or not self.healthy):      # others may join, or the database may heal
-                    pause_s = self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time()
-                    self.pause = loop.create_task(asyncio.sleep(pause_s))
-                    await asyncio.wait([self.pause])
+                if self.pending or not self.healthy:        # others may join, or the database may heal
+                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
                     if self.flushed is None:        # the ledger was closed
                         return
                 self.flushed_at = loop.time()
@@ -8512,7 +8510,7 @@ class Ledger:
 
     def close(self) -> None:
         """Saves what is left."""
-        for task in (self.maintaining, self.pause, self.timer):
+        for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
         self.db.stop()

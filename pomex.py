@@ -8351,12 +8351,12 @@ class Ledger:
     async def is_written(self, response_id: str) -> bool:
         """Waits until it is, or until the ledger has failed for SETTLE_WAIT_S."""
         if response_id in self.unsaved:
-            await asyncio.wait([self.schedule_flush()])
+            await asyncio.shield(self.schedule_flush())
         if response_id in self.unsaved:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SETTLE_WAIT_S):
                     while response_id in self.unsaved:
-                        await asyncio.wait([self.schedule_flush()])
+                        await asyncio.shield(self.schedule_flush())
         return response_id not in self.unsaved
 
     async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
@@ -8421,9 +8421,8 @@ class Ledger:
         undoes nothing."""
         attempts: list[Attempted] = []
         self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
-        flushed = self.schedule_flush()
-        await asyncio.wait([flushed])
-        if failure := flushed.result():
+        failure = await asyncio.shield(self.schedule_flush())
+        if failure is not None:
             raise failure
         written: Written
         written, error = attempts[0]

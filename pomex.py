@@ -7458,7 +7458,7 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 
 # --- 8.2 the database -----------------------------------------------------------------------------
 #
-# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; the words in braces stand for what differs.
+# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; words in braces stand for the differences.
 
 SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
@@ -7506,10 +7506,10 @@ SCHEMA = (
         id {serial}, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL, expires_s BIGINT NOT NULL)""",
 )
 
-BUSY_S = 30.0               # another program's write is waited for so long; then it is a failure
+BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or what it raised
+Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or raised
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
@@ -7517,13 +7517,13 @@ def insertion(table: str, columns: Collection[str]) -> str:
 
 
 class Transaction:
-    """What `Database.write` gives to the functions that write."""
+    """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """How many rows it changed."""
+        """Returns the number of rows it changed."""
         return self.connection.execute(sql, values).rowcount
 
     def insert(self, table: str, row: Mapping[str, Any]) -> None:
@@ -7536,12 +7536,12 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """A part of it, which is undone where it raises."""
+        """Runs a part of the transaction in a savepoint, which is rolled back if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
-        except Exception as error:          # noqa: BLE001 - its caller's
-            if not self.connection.in_transaction:      # a full disk may have ended it
+        except Exception as error:          # noqa: BLE001 - returned to the caller
+            if not self.connection.in_transaction:      # e.g. a full disk ended it
                 raise
             self.connection.execute("ROLLBACK TO attempt")
             attempted = None, error
@@ -7554,10 +7554,10 @@ class Database(Protocol):
         """All rows."""
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """What `run` does is committed as a whole, or undone with what it raises."""
+        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
 
 
-FILE_TROUBLE = {            # SQLite's primary result code: what the operator is told
+FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -7569,7 +7569,7 @@ FILE_TROUBLE = {            # SQLite's primary result code: what the operator is
     sqlite3.SQLITE_LOCKED: "is locked by another program.",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error.",
 }
-SAME_TROUBLE = {            # errors of the system that mean the same
+SAME_TROUBLE = {            # errno values that mean the same
     errno.EACCES: sqlite3.SQLITE_READONLY, errno.EPERM: sqlite3.SQLITE_READONLY,
     errno.EROFS: sqlite3.SQLITE_READONLY, errno.EIO: sqlite3.SQLITE_IOERR,
     errno.ENOSPC: sqlite3.SQLITE_FULL, errno.EDQUOT: sqlite3.SQLITE_FULL,
@@ -7577,7 +7577,7 @@ SAME_TROUBLE = {            # errors of the system that mean the same
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """What went wrong with a database file, whose folder is not told."""
+    """What went wrong with a database file. The message does not disclose its folder."""
     if isinstance(error, OSError):
         code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
     else:
@@ -7586,7 +7586,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """Of the database, not of what was asked of it."""
+    """True if the database failed, not the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7602,7 +7602,7 @@ def create_file(path: str) -> None:
     """The database and its folder, for this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    with contextlib.suppress(OSError):      # another user's file that we may write: its owner's choice
+    with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
         for suffix in ("", "-wal", "-shm"):
             os.chmod(path + suffix, 0o600)
 
@@ -7619,7 +7619,7 @@ class SQLite:
         self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("reader", "writer"))
 
     def check(self) -> None:
-        """LedgerError where the file is not there any more."""
+        """LedgerError if the file was deleted or replaced."""
         with database_errors(self.path):
             if not os.path.samestat(os.stat(self.path), self.file):
                 raise FileNotFoundError(errno.ENOENT, "the file was replaced")
@@ -7633,25 +7633,25 @@ class SQLite:
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
     def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """The same on this thread, where there is no loop."""
+        """Like `write`, but on the calling thread: for use without a running loop."""
         with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for what is being read and written."""
+        """Waits for reads and writes in progress; then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
-        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its time
+        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
 
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """A whole copy, or none: a file that is there is not overwritten."""
+        """Makes a complete copy or none; does not overwrite an existing file."""
         part = path + ".part"
-        with contextlib.suppress(FileNotFoundError):        # of a copy that was killed
+        with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
             os.unlink(part)
         try:
             os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -7665,8 +7665,8 @@ class SQLite:
                 os.unlink(part)
 
     def migrate(self) -> None:
-        """Makes the schema, or brings an older file up to date in one transaction, a copy made before; leaves one alone that
-        is newer or not ours."""
+        """Creates the schema, or upgrades an older file in one transaction after copying it. LedgerError for a file that is
+        newer or belongs to another program."""
         name, journals = os.path.basename(self.path), list[io.BufferedReader]()
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -7690,7 +7690,7 @@ class SQLite:
             os.unlink(journal.name)
 
     def use_wal(self) -> None:
-        """Several processes may open a new file at once, and SQLite does not wait for this lock by itself."""
+        """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
         for attempt in range(20):
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
@@ -7702,8 +7702,8 @@ class SQLite:
 
 
 def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> None:
-    """The schema in a file of SQLite, and in it what an older one held."""
-    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was quicker
+    """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
+    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
     for kind, name in found:            # triggers, tables, indexes
@@ -7726,8 +7726,8 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
 
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
-# There a row of `usage` was a request, one of `attempts` an attempt given up, and one of `daily` the sums of a day, which
-# outlived rows that were pruned. Requests under way and rows not yet saved were in journals beside the file.
+# In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
+# stayed when its rows were pruned. Open requests and unsaved rows were in journal files beside the database.
 
 OLD_INTENT = ("response_id request_id started_ms key_id endpoint model account_id provider upstream_model input price "
               "multiplier cost_nanos").split()
@@ -7739,13 +7739,13 @@ OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider u
 
 
 def old_journals(path: str) -> list[io.BufferedReader]:
-    """Those beside a file; a living program holds the lock of its own."""
+    """Opens and locks the journals beside a file. LedgerError if one is locked by a running program."""
     folder, name = os.path.split(os.path.abspath(path))
     journals = []
     for file in sorted(os.scandir(folder), key=lambda file: file.name):
         if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
-            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the schema is there
-            if sys.platform == "win32":         # there journals were not locked
+            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the upgrade is committed
+            if sys.platform == "win32":         # where v00083 did not lock its journals
                 continue
             try:
                 fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7756,7 +7756,7 @@ def old_journals(path: str) -> list[io.BufferedReader]:
 
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
-    """The rows of a request, and of its attempts that were given up."""
+    """The rows of a request and of its failed attempts."""
     final = {**request, "attempt": request["attempts"], "result": result_of(
         request["status"], request["terminal_by"], request["attempts"])}
     rows = [{**final, **attempt, "final": 0, "status": "lost"} for attempt in lost]
@@ -7766,8 +7766,8 @@ def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
 
 
 def take_over_journal(tx: Transaction, journal: bytes) -> None:
-    """What was begun there, and is interrupted, until its settlement is found."""
-    for line in journal.split(b"\n")[:-1]:        # the last may be half a line
+    """Settles its requests; one that was begun counts as interrupted until its settlement is found."""
+    for line in journal.split(b"\n")[:-1]:        # the last line may be incomplete
         try:
             values = json.loads(line[1:])
             if line[:1] == b"I":
@@ -7796,7 +7796,7 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
     for name, value in tx.read("SELECT * FROM old_settings"):
         if name in ("secret", "pruned_day") or name.startswith("disabled/"):
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
-    # a day's sums go into its first half hour; then each of its rows, which may have been pruned, is taken out again
+    # the sums of a day go into its first half hour, then those of its remaining rows are subtracted: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
     tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
                f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
@@ -7818,18 +7818,18 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
 
 ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
-USUAL = {       # words of the table that hold for a provider's models unless a row says otherwise
+USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
-DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # one day's model, at the price of its family
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated model costs what its family does
 
 
 class Price(NamedTuple):
-    """Pico-dollars: five for a token, one for a search, one for a whole answer by its provider's own word."""
+    """In pico-dollars: per token (five), per search, and per answer where the provider reports its cost."""
     input: int
     output: int
     cache_read: int
@@ -7841,7 +7841,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """None for no price. What has none of its own costs what it would without the cache."""
+    """Parses a price; None for "". Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -7856,7 +7856,7 @@ def price_of(text: str) -> Price | None:
 
 @functools.cache
 def scaled(text: str, factors: str) -> str:
-    """A price with each token's times its factor, the last factor for all that follow."""
+    """A price with each token price multiplied by its factor ("2/1.5/2"); the last factor applies to all that follow."""
     numbers = factors.split("/")
     numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
@@ -7871,7 +7871,7 @@ class PriceSchedule(NamedTuple):
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
     factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
     ends: str = ""                              # the day its provider retires the model
-    source: str = ""                            # where it stands, for people
+    source: str = ""                            # where it is defined, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -7931,15 +7931,15 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """What a target costs: by its name, configured or in the table; by its family's; as configured for the name asked for;
-    nothing at a free provider. Never a guess."""
+    """Finds the price of a target: under its own name, configured or built in; its family's; the one configured for the
+    requested name; zero at a free provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # of those that may be asked for a service tier
+        # only of providers that accept a service tier
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
                         for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
 
@@ -7997,7 +7997,7 @@ IDS_AT_ONCE = 500           # placeholders of a statement
 
 
 def to_storable(value: Any) -> int | str:
-    """Something that databases take. A count that a provider made up must not stop the rows beside it."""
+    """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
     if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
         return value
     if isinstance(value, str):
@@ -8026,7 +8026,7 @@ def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> 
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
-    """As they are stored."""
+    """Inserts rows and adds them to the sums; returns them as stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
@@ -8034,15 +8034,15 @@ def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]
 
 
 def in_batches(ids: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Some of them at a time, each after its placeholders."""
+    """Yields (placeholders, ids), at most IDS_AT_ONCE at a time."""
     for start in range(0, len(ids), IDS_AT_ONCE):
         batch = ids[start:start + IDS_AT_ONCE]
         yield f"({', '.join('?' * len(batch))})", batch
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Inserts the rows of each: of which. Of a request that is settled already the first settlement counts, unless that was a
-    guess: the true one replaces `interrupted`."""
+    """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
+    settlement counts, unless it was a guess: the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
     for places, batch in in_batches([*by_id]):
         for response_id, error_code in tx.read(
@@ -8061,7 +8061,7 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
-    """They are no longer under way, and give back what they had reserved."""
+    """Deletes open requests and releases what they had reserved."""
     for places, batch in in_batches([*response_ids]):
         where = f"FROM open_requests WHERE response_id IN {places}"
         for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
@@ -8070,13 +8070,13 @@ def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """An open request whose process has ended: billed for its estimated input."""
+    """The final row of an open request whose process died: billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
-    """Settles what processes left behind that are dead, or not registered."""
+    """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
     rows = [UsageRow(*row) for row in tx.read(f"{SELECT_OPEN} WHERE process NOT IN (SELECT process FROM processes)")]
     if rows:
@@ -8095,8 +8095,8 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
-REFUSED_S = {"open": 0.05}  # how long a refusal is remembered and given again, by unit;
-REFUSED_AT_MOST_S = 1.0     # of the others, unless there is room earlier
+REFUSED_S = {"open": 0.05}  # how long a refusal is repeated without asking the database, by unit;
+REFUSED_AT_MOST_S = 1.0     # for the others, or until there may be room
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
@@ -8119,7 +8119,7 @@ class LimitExceeded(Exception):
     need: int
     wait_s: float
     spent: int = 0
-    until: float = 0.0      # when it is asked for again, by the loop's clock
+    until: float = 0.0      # when to ask the database again, by the loop's clock
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
@@ -8135,7 +8135,7 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 @functools.lru_cache(4096)
 def limits_of(key: Key, day: int) -> list[Limit]:
-    """What bounds a key on a day."""
+    """All limits of a key on a day."""
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     money = [(key.budget_nanos, "key", key.id, start), (0 if key.prepaid else None, "credit", key.account_id, 0),
              (key.account_limit_nanos, "account", key.account_id, month)]
@@ -8146,13 +8146,13 @@ def limits_of(key: Key, day: int) -> list[Limit]:
 
 
 GRANT = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
-# a time beyond two minutes is one from before the clock was set back
+# a time more than two minutes ahead was stored before the clock was set back
 FULL_NS = "(CASE WHEN full_ns > ? AND full_ns <= ? THEN full_ns ELSE ? END + ?)"
 CHARGE = f"UPDATE rates SET full_ns = {FULL_NS} WHERE owner = ? AND {FULL_NS} <= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
-    """Of its meter, which is made where there is none."""
+    """The state of its meter, which is created if needed."""
     found = tx.read("SELECT spent, granted FROM meters WHERE owner = ? AND since_day = ?", (limit.owner, limit.since_day))
     if found:
         return found[0]
@@ -8167,7 +8167,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 
 
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    """(what remains, seconds until all of it does) of a rate; LimitExceeded where there is no room."""
+    """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
         return charge_rate(tx, limit, amount, now_ns)
     maximum = limit.maximum
@@ -8197,27 +8197,27 @@ def charge_rate(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tupl
 
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005            # between two commits, while there are others that may join the second
+GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
 RETRY_S = 0.25              # between attempts to write while the ledger is unavailable
-SETTLE_WAIT_S = 2.0         # an answer waits so long for a ledger that cannot be written, then goes out
+SETTLE_WAIT_S = 2.0         # how long an answer waits for a failing ledger before it is sent anyway
 BEAT_S = 10.0               # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100          # taken over in a piece: half a millisecond of the loop
+KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
 DEAD_S = 60.0               # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and what changes of rates (ns, owner)
+Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
 Unsaved: TypeAlias = Callable[[], UsageRow] | Settlement         # an open request, or a settled one
 
 
 def host_name() -> str:
-    """Where process ids mean the same."""
+    """Names the host and PID namespace: where process ids are comparable."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def start_of(pid: int) -> str:
-    """When a living process began, where that can be told: numbers of processes come again."""
+    """Start time of a running process, "" if unknown: process ids are reused."""
     with contextlib.suppress(OSError, IndexError):
         state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[18] if state != "Z" else ""
@@ -8242,7 +8242,7 @@ class Ledger:
     def __init__(self, db: SQLite, max_unsaved: int) -> None:
         self.db = db
         self.healthy, self.max_unsaved = True, max_unsaved
-        self.trouble = ""                   # why the keys could not be read when they were looked at
+        self.trouble = ""                   # why the keys could not be read last time; "" if they could
         self.secret = b""                   # authenticates what clients carry for us
         # keys
         self.keys: dict[int, Key] = {}      # by id, revoked ones too
@@ -8264,7 +8264,7 @@ class Ledger:
         self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
-        self.notes: dict[str, str] = {}     # settings to be, the same: the last error of each provider
+        self.notes: dict[str, str] = {}     # settings, the same: the last error of each provider
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -8374,7 +8374,7 @@ class Ledger:
         def run(tx: Transaction) -> list[tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
             known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
-            # else this process was taken for dead, and what it held was given back
+            # unknown: this process was taken for dead and what it held was released
             states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
             reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
@@ -8399,7 +8399,7 @@ class Ledger:
         tx.execute_many(INSERT_OPEN, [(self.process, reserved, *map(to_storable, row)) for row in rows])
 
     def abandon(self, response_id: str) -> None:
-        """Of a request that was begun and not sent nothing remains."""
+        """Forgets a request that was begun but not sent."""
         self.pending.pop(response_id, None)
         self.unsaved[response_id] = (), ()
         self.schedule_flush()
@@ -8508,7 +8508,7 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Saves what is left."""
+        """Commits what is left and closes the database."""
         for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
@@ -8543,24 +8543,24 @@ class Ledger:
         recover_open_requests(tx, [self.process])
 
     async def maintain(self) -> None:
-        """What a running server does beside its requests."""
+        """The background work of a running server."""
         for tick in itertools.count(1):
             try:
                 await self.refresh()
                 if not self.healthy:
                     self.schedule_flush()
-                if tick % 2 == 0 or self.refusals:      # somebody may be waiting on the set-up page for what went wrong
+                if tick % 2 == 0 or self.refusals:      # the set-up page may be waiting for them
                     await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
-            except LedgerError:                 # requests meet it, too, and it is told there
+            except LedgerError:                 # requests meet it too, where it is reported
                 pass
-            except Exception as error:          # noqa: BLE001 - our own bug: revocations must go on being seen
+            except Exception as error:          # noqa: BLE001 - our own bug; revocations must still be seen
                 log.error("ledger: %s", fault_location(error))
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Says that this process lives, while it has open requests, and settles those of others that do not."""
+        """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
         now, dead, seen = time.monotonic(), [], self.beats
         self.beats = {}
         for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
@@ -8580,10 +8580,10 @@ class Ledger:
                    "ON CONFLICT (process) DO UPDATE SET beats = processes.beats + 1",
                    (self.process, self.host, os.getpid(), self.began))
 
-    # what is counted
+    # counters and refusals
 
     def refuse(self, key_id: int, refusal: JSON) -> None:
-        """Counts a refusal. Of many alike within a second one is kept."""
+        """Counts a refusal. Of many alike within a second only one is stored, with their count."""
         self.counters["pomex_refusals_total", refusal["code"]] += 1
         place = key_id, refusal["code"], refusal["path"]
         if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:
@@ -8622,7 +8622,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Changes keys, accounts, credits, providers or settings. What they were and are goes into the audit log: no secret."""
+        """Changes keys, accounts, credits, providers or settings; the audit log keeps old and new values, but no secrets."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -8668,7 +8668,7 @@ class Ledger:
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
     def backup(self, path: str) -> None:
-        """A whole copy while servers run; a file that is there is not overwritten."""
+        """Makes a complete copy while servers run; does not overwrite an existing file."""
         with database_errors(path):
             self.db.copy(path)
 
@@ -8682,8 +8682,8 @@ def in_usd(values: JSON) -> JSON:
 # --- 8.8 what one request may use, and what it costs ----------------------------------------------
 
 class Reservation:
-    """Of one request: what it has reserved, and the rows of the attempts that were given up. `named` are the columns that all
-    its rows share: request_id, endpoint, session and client."""
+    """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
+    request_id, endpoint, session and client."""
 
     def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
                  named: Mapping[str, Any], asked_tier: str = "") -> None:
@@ -8693,11 +8693,11 @@ class Reservation:
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
         self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
-        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until all does
-        self.reserved_output = 0                        # tokens of output whose money is among it
-        self.charged_output = 0                         # those that a rate was charged for
+        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
+        self.reserved_output = 0                        # output tokens whose cost is reserved
+        self.charged_output = 0                         # output tokens charged to a rate
         self.max_output_tokens = 0                      # of the answer
-        self.exhausted = False                          # it could not be extended
+        self.exhausted = False                          # the last extension failed or was cut short
         self.max_price = ""                             # the price that reservations are made at
         self.first = "", "", Usage()                    # the target that is asked first, and what goes into it
 
@@ -8753,7 +8753,7 @@ class Reservation:
         while True:
             amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
                        "requests": first, "open": first}
-            # more tokens than fit in any minute pass alone
+            # a request larger than a whole minute's tokens passes when the bucket is full
             needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
                      for limit in self.limits if amounts[limit.unit]]
             try:
@@ -8802,7 +8802,7 @@ class Reservation:
                                                  error_code=error_code))
 
     async def settle(self, final: UsageRow) -> None:
-        """Writes the rows of the request in the place of what was reserved."""
+        """Writes the rows of the request and releases what it had reserved."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens, rates = sum(row.input + row.output for row in rows), []
         for limit, charged in self.held.items():
@@ -8887,7 +8887,7 @@ async def account_named(db: Database, name: str) -> int:
 
 
 async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> str:
-    """A top-up, or with a reason an adjustment: which of them."""
+    """Adds a top-up, or with a reason an adjustment; returns which."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:

@@ -8410,7 +8410,7 @@ class Ledger:
         response_id = rows[-1].response_id
         if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
-        if len(self.unsaved) >= self.max_unsaved:
+        if len(self.unsaved) >= self.max_unsaved and response_id not in self.unsaved:
             log.error("ledger: the row of %s is lost: [database] max_unsaved rows wait already", response_id)
             return
         self.unsaved[response_id] = rows, rates
@@ -8572,8 +8572,7 @@ class Ledger:
 
     def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
         self.register(tx)
-        if dead:
-            recover_open_requests(tx, dead)
+        recover_open_requests(tx, dead)
 
     def register(self, tx: Transaction) -> None:
         tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "

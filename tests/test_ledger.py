@@ -723,6 +723,19 @@ def test_no_more_than_max_unsaved_rows_are_kept_and_each_that_is_lost_is_told(pa
     assert rows(path) == [(f"r{n}", "completed", "") for n in range(3)] + [("r4", "failed", "interrupted")]
 
 
+def test_a_row_takes_the_place_of_its_open_request_among_those_kept(path, impatient, caplog):
+    async def check():
+        async with started(path, max_unsaved=1) as (ledger,):
+            fill(ledger, True)
+            begin(ledger, "r1")
+            await ledger.settle([row("r1", model="m" * 9000)])
+            assert [*ledger.unsaved] == ["r1"] and "is lost" not in caplog.text
+            fill(ledger, False)
+            await until(ledger.available)
+    asyncio.run(check())
+    assert rows(path) == [("r1", "completed", "")]
+
+
 @pytest.mark.parametrize("heals", [True, False])
 def test_at_the_end_what_is_left_is_tried_once_more_and_told_where_it_is_lost(path, impatient, caplog, heals, monkeypatch):
     monkeypatch.setattr(pomex, "RETRY_S", 60)

@@ -7344,7 +7344,7 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 
 # --- 8.2 the database -----------------------------------------------------------------------------
 #
-# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; the words in braces stand for what differs.
+# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; words in braces stand for the differences.
 
 SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
@@ -7392,21 +7392,28 @@ SCHEMA = (
         id {serial}, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL, expires_s BIGINT NOT NULL)""",
 )
 
-BUSY_S = 30.0               # another program's write is waited for so long; then it is a failure
+BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or what it raised
+Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or raised
+
+
+def insertion(table: str, columns: Collection[str]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
 class Transaction:
-    """What `Database.write` gives to the functions that write."""
+    """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """How many rows it changed."""
+        """Returns the number of rows it changed."""
         return self.connection.execute(sql, values).rowcount
+
+    def insert(self, table: str, row: Mapping[str, Any]) -> None:
+        self.execute(insertion(table, row), [*row.values()])
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         self.connection.executemany(sql, rows)
@@ -7415,12 +7422,12 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """A part of it, which is undone where it raises."""
+        """Runs a part of the transaction in a savepoint, which is rolled back if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
-        except Exception as error:          # noqa: BLE001 - its caller's
-            if not self.connection.in_transaction:      # a full disk may have ended it
+        except Exception as error:          # noqa: BLE001 - returned to the caller
+            if not self.connection.in_transaction:      # e.g. a full disk ended it
                 raise
             self.connection.execute("ROLLBACK TO attempt")
             attempted = None, error
@@ -7433,11 +7440,10 @@ class Database(Protocol):
         """All rows."""
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does together with others; what it raises undoes that alone. A caller who is cancelled
-        undoes nothing."""
+        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
 
 
-FILE_TROUBLE = {            # SQLite's primary result code: what the operator is told
+FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -7449,7 +7455,7 @@ FILE_TROUBLE = {            # SQLite's primary result code: what the operator is
     sqlite3.SQLITE_LOCKED: "is locked by another program.",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error.",
 }
-SAME_TROUBLE = {            # errors of the system that mean the same
+SAME_TROUBLE = {            # errno values that mean the same
     errno.EACCES: sqlite3.SQLITE_READONLY, errno.EPERM: sqlite3.SQLITE_READONLY,
     errno.EROFS: sqlite3.SQLITE_READONLY, errno.EIO: sqlite3.SQLITE_IOERR,
     errno.ENOSPC: sqlite3.SQLITE_FULL, errno.EDQUOT: sqlite3.SQLITE_FULL,
@@ -7457,9 +7463,7 @@ SAME_TROUBLE = {            # errors of the system that mean the same
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """What went wrong with a database file, whose folder is not told."""
-    if isinstance(error, LedgerError):
-        return error
+    """What went wrong with a database file. The message does not disclose its folder."""
     if isinstance(error, OSError):
         code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
     else:
@@ -7468,7 +7472,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """Of the database, not of what was asked of it."""
+    """True if the database failed, not the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7484,10 +7488,9 @@ def create_file(path: str) -> None:
     """The database and its folder, for this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    if os.stat(path).st_mode & 0o077:
-        with contextlib.suppress(OSError):      # another user's file that we may write: its owner's choice
-            for suffix in ("", "-wal", "-shm"):
-                os.chmod(path + suffix, 0o600)
+    with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
+        for suffix in ("", "-wal", "-shm"):
+            os.chmod(path + suffix, 0o600)
 
 
 class SQLite:
@@ -7500,89 +7503,41 @@ class SQLite:
                                     for _ in range(2))
         self.writer.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
         self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("reader", "writer"))
-        self.waiting: list[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]] = []
-        self.committing: asyncio.Task[None] | None = None
 
     def check(self) -> None:
-        """OSError where the file is not there any more."""
-        if not os.path.samestat(os.stat(self.path), self.file):
-            raise FileNotFoundError(errno.ENOENT, "the file was replaced")
+        """LedgerError if the file was deleted or replaced."""
+        with database_errors(self.path):
+            if not os.path.samestat(os.stat(self.path), self.file):
+                raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-        self.waiting.append((run, done))
-        if self.committing is None:
-            self.committing = loop.create_task(self._commit_waiting())
-        written: Written = await done
-        return written
+        with database_errors(self.path):
+            return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
-    async def _commit_waiting(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while batch := self.waiting:
-                self.waiting = []
-                try:
-                    results = await loop.run_in_executor(self.writing, self.commit, [run for run, _ in batch])
-                except RuntimeError as closed:          # in the meantime
-                    results = [(None, database_trouble(self.path, closed))] * len(batch)
-                self.answer(batch, results)
-        finally:
-            self.committing = None
-
-    def answer(self, batch: Iterable[tuple[Any, asyncio.Future[Any]]], results: Iterable[Attempted]) -> None:
-        for (_, done), (value, error) in zip(batch, results):
-            if done.done():                     # its caller was cancelled
-                continue
-            if error is None:
-                done.set_result(value)
-            else:
-                done.set_exception(error)
-
-    def commit(self, runs: Iterable[Callable[[Transaction], Any]]) -> list[Attempted]:
-        """All in one transaction."""
-        runs, transaction = [*runs], Transaction(self.writer)
-        try:
+    def commit(self, run: Callable[[Transaction], Written]) -> Written:
+        """Like `write`, but on the calling thread: for use without a running loop."""
+        with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
-            results = [transaction.attempt(run) for run in runs]
-            self.writer.execute("COMMIT")
-            return [(value, database_trouble(self.path, error) if error and is_database_failure(error) else error)
-                    for value, error in results]
-        except Exception as error:                  # noqa: BLE001 - told to all
-            with contextlib.suppress(sqlite3.Error):
-                self.writer.rollback()
-            return [(None, database_trouble(self.path, error))] * len(runs)
-
-    def run(self, run: Callable[[Transaction], Written]) -> Written:
-        """At once and on this thread, before there is a loop, and after."""
-        (value, error), = self.commit([run])
-        if error is not None:
-            raise error
-        written: Written = value
-        return written
+            return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for what is being read and written, and writes what waits behind it."""
-        for each in (self.writing, self.reading):
-            each.shutdown(wait=True)
-        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its time
-        batch, self.waiting = self.waiting, []
-        results = self.commit(run for run, _ in batch)
-        with contextlib.suppress(RuntimeError):                 # their loop has ended, too
-            self.answer(batch, results)
+        """Waits for reads and writes in progress; then only `commit` and `close` may be called."""
+        self.writing.shutdown()
+        self.reading.shutdown()
+        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
 
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """A whole copy, or none: a file that is there is not overwritten."""
+        """Makes a complete copy or none; does not overwrite an existing file."""
         part = path + ".part"
-        with contextlib.suppress(FileNotFoundError):        # of a copy that was killed
+        with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
             os.unlink(part)
         try:
             os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -7591,14 +7546,13 @@ class SQLite:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             os.rename(part, path)
-        except BaseException:
+        finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
-            raise
 
     def migrate(self) -> None:
-        """Makes the schema, or brings an older file up to date in one transaction, a copy made before; leaves one alone that
-        is newer or not ours."""
+        """Creates the schema, or upgrades an older file in one transaction after copying it. LedgerError for a file that is
+        newer or belongs to another program."""
         name, journals = os.path.basename(self.path), list[io.BufferedReader]()
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -7616,13 +7570,13 @@ class SQLite:
             if not os.path.exists(before):
                 self.copy(before)
                 log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
-        self.run(functools.partial(create_tables, journals))
+        self.commit(functools.partial(create_tables, journals))
         for journal in journals:
             journal.close()
             os.unlink(journal.name)
 
     def use_wal(self) -> None:
-        """Several processes may open a new file at once, and SQLite does not wait for this lock by itself."""
+        """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
         for attempt in range(20):
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
@@ -7634,8 +7588,8 @@ class SQLite:
 
 
 def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> None:
-    """The schema in a file of SQLite, and in it what an older one held."""
-    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was quicker
+    """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
+    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
     for kind, name in found:            # triggers, tables, indexes
@@ -7658,8 +7612,8 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
 
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
-# There a row of `usage` was a request, one of `attempts` an attempt given up, and one of `daily` the sums of a day, which
-# outlived rows that were pruned. Requests under way and rows not yet saved were in journals beside the file.
+# In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
+# stayed when its rows were pruned. Open requests and unsaved rows were in journal files beside the database.
 
 OLD_INTENT = ("response_id request_id started_ms key_id endpoint model account_id provider upstream_model input price "
               "multiplier cost_nanos").split()
@@ -7668,17 +7622,16 @@ OLD_LINE = ("response_id attempt provider upstream_model error_code estimated in
 OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider upstream_model status error_code terminal_by "
              "estimated input cached cache_write output reasoning first_ms total_ms attempts account_id cache_write_1h "
              "web_searches price multiplier cost_nanos lost served_model").split()
-OLD_SUMS = SUMS[:-1]
 
 
 def old_journals(path: str) -> list[io.BufferedReader]:
-    """Those beside a file; a living program holds the lock of its own."""
+    """Opens and locks the journals beside a file. LedgerError if one is locked by a running program."""
     folder, name = os.path.split(os.path.abspath(path))
     journals = []
     for file in sorted(os.scandir(folder), key=lambda file: file.name):
         if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
-            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the schema is there
-            if sys.platform == "win32":         # there journals were not locked
+            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the upgrade is committed
+            if sys.platform == "win32":         # where v00083 did not lock its journals
                 continue
             try:
                 fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7688,69 +7641,60 @@ def old_journals(path: str) -> list[io.BufferedReader]:
     return journals
 
 
-def old_rows(request: JSON, lost: Sequence[JSON]) -> list[UsageRow]:
-    """The rows of a request."""
-    result = result_of(request["status"], request["terminal_by"], request["attempts"])
-    final = {**request, "result": result, "attempt": max([request["attempts"], *(line["attempt"] + 1 for line in lost)])}
-    rows = [*({**final, **line, "final": 0, "status": "lost"} for line in lost), final]
+def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
+    """The rows of a request and of its failed attempts."""
+    final = {**request, "attempt": request["attempts"], "result": result_of(
+        request["status"], request["terminal_by"], request["attempts"])}
+    rows = [{**final, **attempt, "final": 0, "status": "lost"} for attempt in lost]
+    final["attempt"] = max([final["attempt"], *(row["attempt"] + 1 for row in rows)])
     return [UsageRow(**{name: row[name] for name in USAGE_COLUMNS if name in row},
-                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in rows]
+                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
 
 
-def journal_requests(journals: Iterable[bytes]) -> list[list[UsageRow]]:
-    """What was settled, and what was begun and is interrupted."""
-    begun: dict[str, UsageRow] = {}
-    settled: dict[str, list[UsageRow]] = {}
-    for line in itertools.chain.from_iterable(text.split(b"\n")[:-1] for text in journals):    # the last may be half a line
+def take_over_journal(tx: Transaction, journal: bytes) -> None:
+    """Settles its requests; one that was begun counts as interrupted until its settlement is found."""
+    for line in journal.split(b"\n")[:-1]:        # the last line may be incomplete
         try:
             values = json.loads(line[1:])
             if line[:1] == b"I":
-                begun[values[0]] = interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))
+                rows = [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))]
             else:
                 request = dict(zip(OLD_ENTRY, values))
-                settled.setdefault(values[0], old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]]))
+                rows = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    return [*settled.values(), *([row] for response_id, row in begun.items() if response_id not in settled)]
+        else:
+            settle_requests(tx, [rows])
 
 
-def take_over_old_tables(tx: Transaction, journals: Sequence[io.BufferedReader]) -> None:
-    columns = {table: [row[1] for row in tx.read(f"PRAGMA table_info(old_{table})")]
-               for table in ("accounts", "keys", "credits", "usage", "attempts")}
+def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
+    cursor = tx.connection.execute("SELECT * FROM old_" + query, values)
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, row)) for row in cursor)
+
+
+def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader]) -> None:
     for table in ("accounts", "keys", "credits"):
-        values = ", ".join(columns[table]).replace("digest", "lower(hex(digest))")
-        tx.execute(f"INSERT INTO {table} ({', '.join(columns[table])}) SELECT {values} FROM old_{table}")
-    tx.execute("UPDATE keys SET revision = id")
-    tx.execute("INSERT INTO settings SELECT name, CASE name WHEN 'secret' THEN lower(hex(value)) ELSE value || '' END "
-               "FROM old_settings WHERE name IN ('secret', 'pruned_day') OR name LIKE 'disabled/%'")
-    last_id = 0
-    while requests := tx.read("SELECT * FROM old_usage WHERE id > ? ORDER BY id LIMIT 1000", (last_id,)):
-        rows: list[UsageRow] = []
-        for row in requests:
-            request = dict(zip(columns["usage"], row))
-            lost = tx.read("SELECT * FROM old_attempts WHERE response_id = ? ORDER BY attempt", (request["response_id"],))
-            rows += old_rows(request, [dict(zip(columns["attempts"], line)) for line in lost])
-        insert_rows(tx, rows)
-        last_id = requests[-1][0]
-    take_over_old_days(tx)
-    if left := journal_requests(journal.read() for journal in journals):
-        settle_requests(tx, left)
-        log.warning("ledger: %d requests of an ended process settled", len(left))
-
-
-def take_over_old_days(tx: Transaction) -> None:
-    """What the sums of a day hold beyond its rows, which were pruned: in the first half hour of that day."""
-    key = ", ".join(ROLLUP_KEY[1:-1])
-    sums = ", ".join(f"sum({name})" for name in OLD_SUMS)
-    known = {row[:6]: row[6:] for row in tx.read(
-        f"SELECT started_ms / {DAY_MS}, {key}, {sums} FROM usage_rollups GROUP BY started_ms / {DAY_MS}, {key}")}
-    rows = []
-    for *group, last_ms in tx.read(f"SELECT day, {key}, {', '.join(OLD_SUMS)}, last_ms FROM old_daily"):
-        place, numbers = tuple(group[:6]), group[6:]
-        beyond = [number - less for number, less in zip(numbers, known.get(place, (0,) * len(numbers)))]
-        if any(beyond):
-            rows.append((place[0] * DAY_MS, *place[1:], "unknown", *beyond, 0, last_ms))
-    tx.execute_many(ADD_TO_ROLLUPS, rows)
+        for row in read_old(tx, table):
+            if table == "keys":
+                row |= {"digest": row["digest"].hex(), "revision": row["id"]}
+            tx.insert(table, row)
+    for name, value in tx.read("SELECT * FROM old_settings"):
+        if name in ("secret", "pruned_day") or name.startswith("disabled/"):
+            tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
+    # the sums of a day go into its first half hour, then those of its remaining rows are subtracted: what is left was pruned
+    columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
+    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
+               f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
+    requests = read_old(tx, "usage ORDER BY id")
+    while batch := [*itertools.islice(requests, 1000)]:
+        rows = insert_rows(tx, [row for request in batch for row in old_rows(
+            request, read_old(tx, "attempts WHERE response_id = ? ORDER BY attempt", request["response_id"]))])
+        upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
+                            for row in rows], -1)
+    tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
+    for journal in journals:
+        take_over_journal(tx, journal.read())
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -7760,18 +7704,18 @@ def take_over_old_days(tx: Transaction) -> None:
 
 ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
-USUAL = {       # words of the table that hold for a provider's models unless a row says otherwise
+USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
-DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # one day's model, at the price of its family
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated model costs what its family does
 
 
 class Price(NamedTuple):
-    """Pico-dollars: five for a token, one for a search, one for a whole answer by its provider's own word."""
+    """In pico-dollars: per token (five), per search, and per answer where the provider reports its cost."""
     input: int
     output: int
     cache_read: int
@@ -7783,7 +7727,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """None for no price. What has none of its own costs what it would without the cache."""
+    """Parses a price; None for "". Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -7798,7 +7742,7 @@ def price_of(text: str) -> Price | None:
 
 @functools.cache
 def scaled(text: str, factors: str) -> str:
-    """A price with each token's times its factor, the last factor for all that follow."""
+    """A price with each token price multiplied by its factor ("2/1.5/2"); the last factor applies to all that follow."""
     numbers = factors.split("/")
     numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
@@ -7813,7 +7757,7 @@ class PriceSchedule(NamedTuple):
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
     factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
     ends: str = ""                              # the day its provider retires the model
-    source: str = ""                            # where it stands, for people
+    source: str = ""                            # where it is defined, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -7847,12 +7791,15 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
         factors = dict(word.split("=") for word in words if "=" in word)
         prices = [word for word in words if "=" not in word]
         base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
-        steps = {kind: scaled(base, factors.pop(kind)) for kind in [*factors] if kind.startswith(("over", "from"))}
-        over = max([int(kind[4:]) for kind in steps if kind.startswith("over")], default=0)
-        long = steps.pop(f"over{over}", "")
-        changes = tuple((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price) for kind, price in steps.items())
+        over, long, changes = 0, "", []
+        for kind in [*factors]:
+            if kind.startswith("over"):         # the row's own comes last
+                over, long = int(kind[4:]), scaled(base, factors.pop(kind))
+            elif kind.startswith("from"):
+                day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
+                changes.append((day, scaled(base, factors.pop(kind))))
         ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
-        schedules[name] = PriceSchedule(base, over, long, changes, factors, ends, source)
+        schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
 
 
@@ -7870,15 +7817,15 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """What a target costs: by its name, configured or in the table; by its family's; as configured for the name asked for;
-    nothing at a free provider. Never a guess."""
+    """Finds the price of a target: under its own name, configured or built in; its family's; the one configured for the
+    requested name; zero at a free provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # of those that may be asked for a service tier
+        # only of providers that accept a service tier
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
                         for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
 
@@ -7910,10 +7857,8 @@ def saved_nanos(price: str, cached: int) -> int:
 
 
 def format_usd(nanos: int, places: int = 2) -> str:
-    """12.31, rounded half away from nought; integers only."""
-    unit = int(10 ** (9 - places))
-    sign, amount = "-" if nanos < 0 else "", (abs(nanos) + unit // 2) // unit
-    return f"{sign}{amount // 10**places}.{amount % 10**places:0{places}}"
+    """12.31, rounded half away from zero."""
+    return f"{decimal.Decimal(nanos).scaleb(-9).quantize(decimal.Decimal(1).scaleb(-places), decimal.ROUND_HALF_UP):f}"
 
 
 def parse_decimal(text: str, unit: int, least: int = 0) -> int:
@@ -7928,10 +7873,6 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 
 # --- 8.5 usage rows -------------------------------------------------------------------------------
 
-def insertion(table: str, columns: Collection[str]) -> str:
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-
-
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
 SELECT_OPEN = f"SELECT {', '.join(USAGE_COLUMNS)} FROM open_requests"
@@ -7940,11 +7881,12 @@ ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
+DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
 IDS_AT_ONCE = 500           # placeholders of a statement
 
 
 def to_storable(value: Any) -> int | str:
-    """Something that databases take. A count that a provider made up must not stop the rows beside it."""
+    """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
     if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
         return value
     if isinstance(value, str):
@@ -7972,34 +7914,35 @@ def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> 
                     [(nanos, *place) for place, nanos in sorted(meters.items()) if nanos])
 
 
-def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> None:
+def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
+    """Inserts rows and adds them to the sums; returns them as stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
+    return storable
 
 
-def placeholders(values: Collection[Any]) -> str:
-    return f"({', '.join('?' * len(values))})"
-
-
-def in_batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[start:start + IDS_AT_ONCE] for start in range(0, len(ids), IDS_AT_ONCE))
+def in_batches(ids: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yields (placeholders, ids), at most IDS_AT_ONCE at a time."""
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        batch = ids[start:start + IDS_AT_ONCE]
+        yield f"({', '.join('?' * len(batch))})", batch
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Inserts the rows of each: of which. Of a request that is settled already the first settlement counts, unless that was a
-    guess: the true one replaces `interrupted`."""
+    """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
+    settlement counts, unless it was a guess: the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
-    for batch in in_batches([*by_id]):
-        for response_id, error_code in tx.read("SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id "
-                                               f"IN {placeholders(batch)}", batch):
+    for places, batch in in_batches([*by_id]):
+        for response_id, error_code in tx.read(
+                f"SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id IN {places}", batch):
             if error_code == "interrupted" != by_id[response_id][-1].error_code:
                 guessed = [UsageRow(*row) for row in tx.read(
                     f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
                 upsert_rollups(tx, guessed, -1)
                 tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-                tx.execute("DELETE FROM usage_rollups WHERE started_ms = ? AND requests = 0 AND estimated = 0 "
-                           "AND input + output + cost_nanos = 0", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
+                half_hour_ms = guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS
+                tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (half_hour_ms,))
             else:
                 del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
@@ -8007,22 +7950,22 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
-    """They are no longer under way, and give back what they had reserved."""
-    for batch in in_batches([*response_ids]):
-        where = f"FROM open_requests WHERE response_id IN {placeholders(batch)}"
+    """Deletes open requests and releases what they had reserved."""
+    for places, batch in in_batches([*response_ids]):
+        where = f"FROM open_requests WHERE response_id IN {places}"
         for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
             tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?", json.loads(reserved))
         tx.execute(f"DELETE {where}", batch)
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """An open request whose process has ended: billed for its estimated input."""
+    """The final row of an open request whose process died: billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
-    """Settles what processes left behind that are dead, or not registered."""
+    """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
     rows = [UsageRow(*row) for row in tx.read(f"{SELECT_OPEN} WHERE process NOT IN (SELECT process FROM processes)")]
     if rows:
@@ -8041,8 +7984,8 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
-REFUSED_S = {"open": 0.05}  # how long a refusal is remembered and given again, by unit;
-REFUSED_AT_MOST_S = 1.0     # of the others, unless there is room earlier
+REFUSED_S = {"open": 0.05}  # how long a refusal is repeated without asking the database, by unit;
+REFUSED_AT_MOST_S = 1.0     # for the others, or until there may be room
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
@@ -8056,8 +7999,6 @@ class Limit(NamedTuple):
     since_day: int = 0      # of a meter: it counts what was spent since then
 
 
-Needs = Sequence[tuple[Limit, int]]
-
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
@@ -8067,7 +8008,7 @@ class LimitExceeded(Exception):
     need: int
     wait_s: float
     spent: int = 0
-    until: float = 0.0      # when it is asked for again, by the loop's clock
+    until: float = 0.0      # when to ask the database again, by the loop's clock
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
@@ -8083,7 +8024,7 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 @functools.lru_cache(4096)
 def limits_of(key: Key, day: int) -> list[Limit]:
-    """What bounds a key on a day."""
+    """All limits of a key on a day."""
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     money = [(key.budget_nanos, "key", key.id, start), (0 if key.prepaid else None, "credit", key.account_id, 0),
              (key.account_limit_nanos, "account", key.account_id, month)]
@@ -8094,13 +8035,13 @@ def limits_of(key: Key, day: int) -> list[Limit]:
 
 
 GRANT = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
-# a time beyond two minutes is one from before the clock was set back
+# a time more than two minutes ahead was stored before the clock was set back
 FULL_NS = "(CASE WHEN full_ns > ? AND full_ns <= ? THEN full_ns ELSE ? END + ?)"
 CHARGE = f"UPDATE rates SET full_ns = {FULL_NS} WHERE owner = ? AND {FULL_NS} <= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
-    """Of its meter, which is made where there is none."""
+    """The state of its meter, which is created if needed."""
     found = tx.read("SELECT spent, granted FROM meters WHERE owner = ? AND since_day = ?", (limit.owner, limit.since_day))
     if found:
         return found[0]
@@ -8115,7 +8056,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 
 
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    """(what remains, seconds until all of it does) of a rate; LimitExceeded where there is no room."""
+    """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
         return charge_rate(tx, limit, amount, now_ns)
     maximum = limit.maximum
@@ -8145,26 +8086,27 @@ def charge_rate(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tupl
 
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005            # between two commits, while there are others that may join the second
+GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
 RETRY_S = 0.25              # between attempts to write while the ledger is unavailable
-SETTLE_WAIT_S = 2.0         # an answer waits so long for a ledger that cannot be written, then goes out
+SETTLE_WAIT_S = 2.0         # how long an answer waits for a failing ledger before it is sent anyway
 BEAT_S = 10.0               # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100          # taken over in a piece: half a millisecond of the loop
+KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
 DEAD_S = 60.0               # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and what changes of rates (ns, owner)
+Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
+Unsaved: TypeAlias = Callable[[], UsageRow] | Settlement         # an open request, or a settled one
 
 
 def host_name() -> str:
-    """Where process ids mean the same."""
+    """Names the host and PID namespace: where process ids are comparable."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def start_of(pid: int) -> str:
-    """When a living process began, where that can be told: numbers of processes come again."""
+    """Start time of a running process, "" if unknown: process ids are reused."""
     with contextlib.suppress(OSError, IndexError):
         state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[18] if state != "Z" else ""
@@ -8189,30 +8131,29 @@ class Ledger:
     def __init__(self, db: SQLite, max_unsaved: int) -> None:
         self.db = db
         self.healthy, self.max_unsaved = True, max_unsaved
-        self.trouble = ""                   # why the keys could not be read when they were looked at
+        self.trouble = ""                   # why the keys could not be read last time; "" if they could
         self.secret = b""                   # authenticates what clients carry for us
         # keys
         self.keys: dict[int, Key] = {}      # by id, revoked ones too
-        self.ids: dict[str, int] = {}       # by digest
+        self.by_digest: dict[str, Key] = {}
         self.disabled: frozenset[str] = frozenset()     # providers that an administrator disabled
         self.revision = 0
         # requests
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
         self.pending: dict[str, Callable[[], UsageRow]] = {}        # begun, not settled
-        self.unrecorded: dict[str, Callable[[], UsageRow]] = {}     # of those, not in the database
-        self.unsaved: dict[str, Settlement] = {}        # settled, not in the database
+        # what the next commit writes
+        self.unsaved: dict[str, Unsaved] = {}
+        self.writes: list[Callable[[Transaction], None]] = []
+        self.flushed: asyncio.Future[LedgerError | None] | None = None      # when it is done; None: not yet asked for
+        self.flushed_at = 0.0                               # when the one before was begun
         self.flushing: asyncio.Task[None] | None = None
-        self.flushed_at = 0.0                           # when it was written last
-        self.flushed: asyncio.Future[None] | None = None        # what is waiting now is in the database
-        self.waiting: set[asyncio.Future[None]] = set()         # this one, and those of what is being written
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
         self.refused: dict[Limit, LimitExceeded] = {}
-        self.beats: dict[str, tuple[int, float]] = {}   # of other processes, and when they changed last
+        self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
-        self.saving = asyncio.Lock()
-        self.notes: dict[str, str] = {}     # settings to be, the same: the last error of each provider
+        self.notes: dict[str, str] = {}     # settings, the same: the last error of each provider
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -8220,10 +8161,9 @@ class Ledger:
         with contextlib.ExitStack() as opened, database_errors(path):
             db = SQLite(path, durability)
             opened.callback(db.close)
-            opened.callback(db.stop)
             db.migrate()
             ledger = cls(db, max_unsaved)
-            db.run(ledger.begin_process)
+            db.commit(ledger.begin_process)
             opened.pop_all()
             return ledger
 
@@ -8235,7 +8175,7 @@ class Ledger:
     def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
             key = Key(*columns)
-            self.keys[key.id], self.ids[key.digest] = key, key.id
+            self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
         """Reads the keys that any process has changed, and which providers are disabled."""
@@ -8247,19 +8187,19 @@ class Ledger:
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
             self.trouble = ""
-        except (LedgerError, OSError) as error:
-            before, self.trouble = self.trouble, str(database_trouble(self.db.path, error))
-            if self.trouble != before:
-                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", self.trouble)
+        except LedgerError as error:
+            if self.trouble != str(error):
+                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", error)
+            self.trouble = str(error)
 
     async def authorise(self, header: str, now_s: float) -> Key:
         """The key of an Authorization header, or Unauthorized with what to do."""
         token = header[7:].strip(" \t")
         digest = key_digest(token)
-        if digest not in self.ids and has_checksum(token):
+        if digest not in self.by_digest and has_checksum(token):
             await self.refresh()                # another process may have made it just now
-        key = self.keys.get(self.ids.get(digest, 0))
-        if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
+        key = self.by_digest.get(digest)
+        if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)
         elif key.revoked_s:
             reason = f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}."
@@ -8288,19 +8228,28 @@ class Ledger:
         LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
-        self.pending[response_id] = self.unrecorded[response_id] = row
+        self.pending[response_id] = self.unsaved[response_id] = row
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.schedule_flush)
 
     async def recorded(self, response_id: str) -> None:
         """Returns when the open request survives the end of this process; LedgerError where it cannot."""
-        if response_id in self.unrecorded:
-            await asyncio.shield(self.schedule_flush())
-            if response_id in self.unrecorded:
-                raise self.unavailable()
+        if not await self.is_written(response_id):
+            raise self.unavailable()
 
-    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Needs, held: Needs = ()
-                      ) -> list[tuple[int, float]]:
+    async def is_written(self, response_id: str) -> bool:
+        """Waits until it is, or until the ledger has failed for SETTLE_WAIT_S."""
+        if response_id in self.unsaved:
+            await asyncio.shield(self.schedule_flush())
+        if response_id in self.unsaved:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_WAIT_S):
+                    while response_id in self.unsaved:
+                        await asyncio.shield(self.schedule_flush())
+        return response_id not in self.unsaved
+
+    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
+                      held: Mapping[Limit, int]) -> list[tuple[int, float]]:
         """Reserves `needs` beside what is `held`, and records the open request: what `acquire` says of each.
         LimitExceeded: none of them is reserved."""
         if not self.available():
@@ -8312,19 +8261,16 @@ class Ledger:
                 raise dataclasses.replace(no, need=need)
 
         def run(tx: Transaction) -> list[tuple[int, float]]:
-            now_ns, granted = time.time_ns(), [each for each in held if each[0].kind != "rate"]
-            if granted and tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,)):
-                again: Needs = ()
-            else:
-                again = granted         # this process was taken for dead, and what it held was given back
-            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *again)]
-            granted += [each for each in needs if each[0].kind != "rate"]
-            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in granted]
+            now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
+            known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
+            # unknown: this process was taken for dead and what it held was released
+            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
+            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
             return states
         self.pending[response_id] = row
         try:
-            return await self.db.write(run)
+            return await self.commit(run)
         except LimitExceeded as no:
             if not held:
                 self.pending.pop(response_id, None)
@@ -8342,9 +8288,8 @@ class Ledger:
         tx.execute_many(INSERT_OPEN, [(self.process, reserved, *map(to_storable, row)) for row in rows])
 
     def abandon(self, response_id: str) -> None:
-        """Of a request that was begun and not sent nothing remains."""
+        """Forgets a request that was begun but not sent."""
         self.pending.pop(response_id, None)
-        self.unrecorded.pop(response_id, None)
         self.unsaved[response_id] = (), ()
         self.schedule_flush()
 
@@ -8352,80 +8297,95 @@ class Ledger:
         """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
         failed for SETTLE_WAIT_S: then they stay in memory and are tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
-        if response_id in self.unsaved:
+        if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
-        self.pending.pop(response_id, None)
-        self.unrecorded.pop(response_id, None)
-        if len(self.unsaved) >= self.max_unsaved:
+        if len(self.unsaved) >= self.max_unsaved and response_id not in self.unsaved:
             log.error("ledger: the row of %s is lost: [database] max_unsaved rows wait already", response_id)
             return
         self.unsaved[response_id] = rows, rates
-        await asyncio.shield(self.schedule_flush())
+        await self.is_written(response_id)
 
-    def schedule_flush(self) -> asyncio.Future[None]:
-        """Ends when what waits now is in the database, or has waited too long."""
+    async def commit(self, run: Callable[[Transaction], Written]) -> Written:
+        """Commits what `run` does together with all that waits; what it raises undoes that alone. A caller who is cancelled
+        undoes nothing."""
+        attempts: list[Attempted] = []
+        self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
+        failure = await asyncio.shield(self.schedule_flush())
+        if failure is not None:
+            raise failure
+        written: Written
+        written, error = attempts[0]
+        if error is not None:
+            raise database_trouble(self.db.path, error) if is_database_failure(error) else error
+        return written
+
+    def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
+        """Done when what waits now is in the database, or when that has failed."""
+        loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        loop = asyncio.get_running_loop()
         if self.flushed is None:
             self.flushed = loop.create_future()
-            self.waiting.add(self.flushed)
-            self.flushed.add_done_callback(self.waiting.discard)
         if self.flushing is None:
             self.flushing = loop.create_task(self.flush())
         return self.flushed
 
     async def flush(self) -> None:
-        """Writes what waits, until nothing does."""
+        """Commits what waits, until nothing is asked for. Requests whose commit fails stay and wait for the next."""
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
-                if self.pending:            # others may join
-                    await asyncio.sleep(self.flushed_at + GATHER_S - loop.time())
+                if self.pending or not self.healthy:        # others may join, or the database may heal
+                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
+                    if self.flushed is None:        # the ledger was closed
+                        return
                 self.flushed_at = loop.time()
-                done, self.flushed = self.flushed, None
-                opening, settling = dict(self.unrecorded), dict(self.unsaved)
+                flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
+                self.flushed, self.writes = None, []
+                failure = None
                 try:
-                    await self.db.write(functools.partial(self.write_requests, opening, settling))
+                    await self.db.write(functools.partial(self.write_batch, writes, unsaved))
                 except LedgerError as error:
-                    if self.healthy:
+                    failure = error
+                    if self.healthy and unsaved:
                         log.error("%s New requests get 503 until it can be written.", error)
-                    self.healthy = False
-                    self.schedule_flush().add_done_callback(lambda _, done=done: wake_waiters(done))     # type: ignore[misc]
-                    loop.call_later(SETTLE_WAIT_S, wake_waiters, done)
-                    await asyncio.sleep(RETRY_S)
-                    continue
-                if not self.healthy:
-                    log.warning("The database %s can be written again.", os.path.basename(self.db.path))
-                self.healthy = True
-                for waiting, written in ((self.unrecorded, opening), (self.unsaved, settling)):
-                    for response_id in written:
-                        waiting.pop(response_id, None)
-                self.refused.clear()            # there may be room now
-                wake_waiters(done)
+                        self.healthy = False
+                else:
+                    if not self.healthy:
+                        log.warning("The database %s can be written again.", os.path.basename(self.db.path))
+                    self.healthy = True
+                    for response_id, written in unsaved.items():
+                        if self.unsaved.get(response_id) is written:        # else it has been settled since
+                            del self.unsaved[response_id]
+                    if unsaved:
+                        self.refused.clear()            # there may be room now
+                flushed.set_result(failure)
         finally:
             self.flushing = None
 
-    def write_requests(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
-                       ) -> None:
+    def write_batch(self, writes: Iterable[Callable[[Transaction], None]], unsaved: Mapping[str, Unsaved], tx: Transaction
+                    ) -> None:
+        for write in writes:            # first: what a request reserves goes before its settlement
+            write(tx)
+        self.write_requests(unsaved, tx)
+
+    def write_requests(self, unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
         """All at once; each alone, where one of them is at fault."""
-        _, error = tx.attempt(functools.partial(self.write_all, opening, settling))
+        _, error = tx.attempt(functools.partial(self.write_all, unsaved))
         if error is None:
             return
         if is_database_failure(error):
             raise error
-        if len(opening) + len(settling) == 1:
-            log.error("ledger: the row of %s is lost: %s", *opening, *settling, fault_location(error))
+        if len(unsaved) == 1:
+            log.error("ledger: the row of %s is lost: %s", *unsaved, fault_location(error))
             return
-        for response_id, row in opening.items():
-            self.write_requests({response_id: row}, {}, tx)
-        for response_id, settlement in settling.items():
-            self.write_requests({}, {response_id: settlement}, tx)
+        for response_id, each in unsaved.items():
+            self.write_requests({response_id: each}, tx)
 
-    def write_all(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
-                  ) -> None:
-        self.insert_open(tx, [row() for row in opening.values()])
+    def write_all(self, unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
+        self.insert_open(tx, [each() for each in unsaved.values() if callable(each)])
+        settling = {response_id: each for response_id, each in unsaved.items() if not callable(each)}
         settled = settle_requests(tx, [rows for rows, _ in settling.values()])
         close_requests(tx, settling)
         most_ns = time.time_ns() + 2 * WINDOW_NS
@@ -8437,21 +8397,25 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Saves what is left."""
-        for task in (self.maintaining, self.flushing, self.timer):
+        """Commits what is left and closes the database."""
+        for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
         self.db.stop()
+        failure = None
         try:
-            if self.maintaining is not None:
-                self.db.run(self.end_process)
+            if self.maintaining is not None or self.writes:
+                self.db.commit(self.end_process)
+                self.unsaved.clear()
         except LedgerError as error:
+            failure = error
             log.error("%s %d rows are lost.", error, len(self.unsaved))
         finally:
             self.db.close()
-            with contextlib.suppress(RuntimeError):     # their loop has ended, too
-                for done in self.waiting:
-                    wake_waiters(done)
+        flushed, self.flushed = self.flushed, None
+        if flushed is not None:
+            with contextlib.suppress(RuntimeError):     # its loop has ended
+                flushed.set_result(failure)
 
     # processes
 
@@ -8463,68 +8427,67 @@ class Ledger:
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
 
     def end_process(self, tx: Transaction) -> None:
-        self.write_requests(self.unrecorded, self.unsaved, tx)
+        self.write_batch(self.writes, self.unsaved, tx)
         self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
         recover_open_requests(tx, [self.process])
 
     async def maintain(self) -> None:
-        """What a running server does beside its requests."""
+        """The background work of a running server."""
         for tick in itertools.count(1):
             try:
                 await self.refresh()
-                if tick % 2 == 0 or self.refusals:      # somebody may be waiting on the set-up page for what went wrong
+                if not self.healthy:
+                    self.schedule_flush()
+                if tick % 2 == 0 or self.refusals:      # the set-up page may be waiting for them
                     await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
-            except LedgerError:                 # requests meet it, too, and it is told there
+            except LedgerError:                 # requests meet it too, where it is reported
                 pass
-            except Exception as error:          # noqa: BLE001 - our own bug: revocations must go on being seen
+            except Exception as error:          # noqa: BLE001 - our own bug; revocations must still be seen
                 log.error("ledger: %s", fault_location(error))
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Says that this process lives, while it has open requests, and settles those of others that do not."""
-        now, dead, beats = time.monotonic(), [], self.beats
+        """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
+        now, dead, seen = time.monotonic(), [], self.beats
         self.beats = {}
         for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
-            before, since = beats.get(process, (count, now))
-            self.beats[process] = count, since if count == before else now
-            if has_ended(pid, start) if host == self.host else now - self.beats[process][1] > DEAD_S:
+            since = self.beats[process, count] = seen.get((process, count), now)
+            if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
-            await self.db.write(functools.partial(self.write_beat, dead))
+            await self.commit(functools.partial(self.write_beat, dead))
 
     def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
         self.register(tx)
-        if dead:
-            recover_open_requests(tx, dead)
+        recover_open_requests(tx, dead)
 
     def register(self, tx: Transaction) -> None:
         tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
                    "ON CONFLICT (process) DO UPDATE SET beats = processes.beats + 1",
                    (self.process, self.host, os.getpid(), self.began))
 
-    # what is counted
+    # counters and refusals
 
     def refuse(self, key_id: int, refusal: JSON) -> None:
-        """Counts a refusal. Of many alike within a second one is kept."""
+        """Counts a refusal. Of many alike within a second only one is stored, with their count."""
         self.counters["pomex_refusals_total", refusal["code"]] += 1
         place = key_id, refusal["code"], refusal["path"]
         if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:
             self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
 
     async def save_counts(self) -> None:
-        async with self.saving:             # who asks for the counts waits for those on their way
-            counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
-            if not any(counts):
-                return
-            for each in (self.counters, self.refusals, self.notes):
-                each.clear()
-            try:
-                await self.db.write(functools.partial(self.write_counts, *counts))
-            except LedgerError:
-                self.counters.update(counts[0])
-                raise
+        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+        if not any(counts):
+            return
+        for each in (self.counters, self.refusals, self.notes):
+            each.clear()
+        try:
+            await self.commit(functools.partial(self.write_counts, *counts))
+        except LedgerError:
+            self.counters.update(counts[0])
+            raise
 
     def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
                      notes: Mapping[str, str], tx: Transaction) -> None:
@@ -8540,19 +8503,20 @@ class Ledger:
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
         await self.save_counts()
-        return {tuple(json.loads(name)): value for name, value in await self.db.read("SELECT name, value FROM counters")}
+        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
+        return {tuple(json.loads(name)): value for name, value in found}
 
     # changes of keys and providers
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Changes keys, accounts, credits, providers or settings. What they were and are goes into the audit log: no secret."""
+        """Changes keys, accounts, credits, providers or settings; the audit log keeps old and new values, but no secrets."""
         def audited(tx: Transaction) -> None:
             run(tx)
-            columns = {"time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
-                       "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))}
-            tx.execute(insertion("audit", columns), [*columns.values()])
-        await self.db.write(audited)
+            tx.insert("audit", {
+                "time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
+                "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))})
+        await self.commit(audited)
         await self.refresh()
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
@@ -8560,14 +8524,13 @@ class Ledger:
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
         token = new_key()
-        columns = {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s), **settings}
 
         def run(tx: Transaction) -> None:
             if tx.read("SELECT 1 FROM keys WHERE name = ? AND revoked_s = 0", (name,)):
                 raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
                                  f"python pomex.py keys revoke {name}", param="name")
-            tx.execute(insertion("keys", columns), [*columns.values()])
-            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE name = ? AND revoked_s = 0", (name,))
+            tx.insert("keys", {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s),
+                               "revision": tx.read(f"SELECT {NEXT_REVISION}")[0][0], **settings})
         await self.change(who, "key created", name, run, settings)
         return token
 
@@ -8593,7 +8556,7 @@ class Ledger:
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
     def backup(self, path: str) -> None:
-        """A whole copy while servers run; a file that is there is not overwritten."""
+        """Makes a complete copy while servers run; does not overwrite an existing file."""
         with database_errors(path):
             self.db.copy(path)
 
@@ -8604,16 +8567,11 @@ def in_usd(values: JSON) -> JSON:
             if "nanos" in name and value is not None else value for name, value in values.items()}
 
 
-def wake_waiters(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
-
-
 # --- 8.8 what one request may use, and what it costs ----------------------------------------------
 
 class Reservation:
-    """Of one request: what it has reserved, and the rows of the attempts that were given up. `named` are the columns that all
-    its rows share: request_id, endpoint, session and client."""
+    """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
+    request_id, endpoint, session and client."""
 
     def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
                  named: Mapping[str, Any], asked_tier: str = "") -> None:
@@ -8622,12 +8580,12 @@ class Reservation:
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
-        self.held: list[tuple[Limit, int]] = []         # what is reserved
-        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until all does
-        self.reserved_output = 0                        # tokens of output whose money is among it
-        self.charged_output = 0                         # those that a rate was charged for
+        self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
+        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
+        self.reserved_output = 0                        # output tokens whose cost is reserved
+        self.charged_output = 0                         # output tokens charged to a rate
         self.max_output_tokens = 0                      # of the answer
-        self.exhausted = False                          # it could not be extended
+        self.exhausted = False                          # the last extension failed or was cut short
         self.max_price = ""                             # the price that reservations are made at
         self.first = "", "", Usage()                    # the target that is asked first, and what goes into it
 
@@ -8662,24 +8620,13 @@ class Reservation:
             self.ledger.begin(self.response_id, self.open_row)
             return 0
         prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
-        output = full = min(wanted or reserve, reserve)
+        output = min(wanted or reserve, reserve)
         self.max_price = max(prices, key=lambda price: self._nanos(price, input_tokens, output))
-        while True:
-            try:
-                await self._acquire(input_tokens, output, min(output, RESERVED_STEP), 1)
-                break
-            except LimitExceeded as no:
-                less = self._affordable_output_tokens(no, input_tokens)
-                if no.limit.kind == "rate":
-                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
-                if no.limit.unit != "nanos" or not min(LEAST_OUTPUT, full) <= less < output:
-                    raise
-                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
-                output = less
-        if output == full:
+        await self._acquire(input_tokens, output, min(output, RESERVED_STEP), 1)
+        if self.reserved_output == output:
             return 0
-        self.max_output_tokens = output
-        return output
+        self.max_output_tokens = self.reserved_output
+        return self.reserved_output
 
     def _nanos(self, price: str, input_tokens: int, output: int) -> int:
         """Input at the dearer of its two prices: it may be written to the cache."""
@@ -8687,21 +8634,33 @@ class Reservation:
         writes = rate is not None and rate.cache_write > rate.input
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
-    def _affordable_output_tokens(self, no: LimitExceeded, input_tokens: int) -> int:
-        left, rate = no.remaining - self._nanos(self.max_price, input_tokens, 0), price_of(self.max_price)
-        return left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
-
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
-                   "requests": first, "open": first}
-        needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
-                 for limit in self.limits if amounts[limit.unit]]       # more tokens than fit in any minute pass alone
-        if needs:
-            states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
-            self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
-        elif first:
-            self.ledger.begin(self.response_id, self.open_row)
-        self.held += needs
+        """Reserves money for the input and for as much of the output as there is money for, and charges rates. LimitExceeded:
+        there is too little of something."""
+        least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
+        while True:
+            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
+                       "requests": first, "open": first}
+            # a request larger than a whole minute's tokens passes when the bucket is full
+            needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
+                     for limit in self.limits if amounts[limit.unit]]
+            try:
+                if needs:
+                    states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
+                    self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+                elif first:
+                    self.ledger.begin(self.response_id, self.open_row)
+                break
+            except LimitExceeded as no:
+                if no.limit.kind == "rate":
+                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
+                left = no.remaining - self._nanos(self.max_price, input_tokens, 0)
+                less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
+                if no.limit.unit != "nanos" or not least <= less < output:
+                    raise
+                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
+                output = less
+        self.held.update(dict(needs))
         self.reserved_output += output
         self.charged_output += charged
 
@@ -8721,15 +8680,12 @@ class Reservation:
                 return tokens < min(self.reserved_output, self.charged_output)
             ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
+            enough = self.reserved_output + step
             try:
                 await self._acquire(0, step, charged)
-            except LedgerError:
+                self.exhausted = self.reserved_output < enough
+            except (LedgerError, LimitExceeded):
                 self.exhausted = True
-            except LimitExceeded as no:
-                self.exhausted = True
-                if no.limit.unit == "nanos" and (less := self._affordable_output_tokens(no, 0)) > 0:
-                    with contextlib.suppress(LimitExceeded, LedgerError):
-                        await self._acquire(0, less, charged)        # the last of it
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
@@ -8739,15 +8695,14 @@ class Reservation:
                                                  error_code=error_code))
 
     async def settle(self, final: UsageRow) -> None:
-        """Writes the rows of the request in the place of what was reserved."""
+        """Writes the rows of the request and releases what it had reserved."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens, rates = sum(row.input + row.output for row in rows), []
-        for limit in self.rates:
+        for limit, charged in self.held.items():
             if limit.unit == "tokens":
-                charged = sum(amount for each, amount in self.held if each == limit)
                 change = min(tokens - charged, max(limit.maximum - charged, 0))
                 rates.append((change * (WINDOW_NS // limit.maximum), limit.owner))
-        self.held = []
+        self.held = collections.Counter()
         await self.ledger.settle(rows, rates)
 
     def headers(self) -> list[tuple[str, str]]:
@@ -8777,20 +8732,19 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         may = RATES[no.limit.unit].format(no.limit.maximum)
         return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
-    error = GatewayError(quota_message(key, no, now_s), status=429, type="insufficient_quota",
+    if no.limit.kind == "credit":
+        message = f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
+    else:
+        who, period = (f"Key {key.name}", key.period) if no.limit.kind == "key" else (f"Account {key.account}", "month")
+        message = f"{who} has used {format_usd(no.spent)} of {format_usd(no.limit.maximum)} USD {PERIODS[period]}"
+        if no.spent < no.limit.maximum:
+            message += f" and this request may cost {format_usd(no.need, 4)}"
+        reset = period_bounds(period, now_s)[1]
+        message += f"; it resets on {day_words(reset)}." if reset else "."
+    error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
     return error
-
-
-def quota_message(key: Key, no: LimitExceeded, now_s: float) -> str:
-    if no.limit.kind == "credit":
-        return f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
-    who, period = (f"Key {key.name}", key.period) if no.limit.kind == "key" else (f"Account {key.account}", "month")
-    may = "" if no.spent >= no.limit.maximum else f" and this request may cost {format_usd(no.need, 4)}"
-    reset = period_bounds(period, now_s)[1]
-    return (f"{who} has used {format_usd(no.spent)} of {format_usd(no.limit.maximum)} USD {PERIODS[period]}{may}"
-            + (f"; it resets on {day_words(reset)}." if reset else "."))
 
 
 # --- 8.9 accounts and credit ----------------------------------------------------------------------
@@ -8804,8 +8758,7 @@ async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: 
     def run(tx: Transaction) -> None:
         if tx.read("SELECT 1 FROM accounts WHERE name = ?", (name,)):
             raise BadRequest(f"There is an account named {name} already.", param="name")
-        columns = {"name": name, "created_s": int(now_s), **settings}
-        tx.execute(insertion("accounts", columns), [*columns.values()])
+        tx.insert("accounts", {"name": name, "created_s": int(now_s), **settings})
     await ledger.change(who, "account created", name, run, settings)
 
 
@@ -8827,17 +8780,15 @@ async def account_named(db: Database, name: str) -> int:
 
 
 async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> str:
-    """A top-up, or with a reason an adjustment: which of them."""
+    """Adds a top-up, or with a reason an adjustment; returns which."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:
         raise BadRequest("Taking credit away needs its reason.", param="reason")
     kind, account_id = "adjustment" if reason else "top-up", await account_named(ledger.db, name)
-
     entry = {"kind": kind, "nanos": nanos, "reason": reason}
-    columns = {"account_id": account_id, "created_s": int(now_s), **entry}
-    await ledger.change(who, "credit added", name, lambda tx: tx.execute(
-        insertion("credits", columns), [*columns.values()]), entry)
+    await ledger.change(who, "credit added", name, lambda tx: tx.insert(
+        "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
     return kind
 
 
@@ -8869,16 +8820,11 @@ def key_condition(key_id: int) -> str:
     return f"key_id = {int(key_id)}" if key_id else "1 = 1"
 
 
-async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS) -> dict[int, int]:
+async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS, where: str = "1 = 1"
+                      ) -> dict[int, int]:
     """What was spent in some days, by key or account."""
-    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, names=("cost_nanos",))
+    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, where, names=("cost_nanos",))
     return {owner: sums["cost_nanos"] for (owner,), sums in found}
-
-
-async def nanos_since(db: Database, first_day: int, key_id: int) -> int:
-    """What one key spent, or for 0 all of them."""
-    (_, sums), = await usage_sums(db, (), first_day * DAY_MS, MAX_NUMBER, key_condition(key_id), names=("cost_nanos",))
-    return int(sums["cost_nanos"])
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
@@ -8906,11 +8852,10 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
         account_id, (last_day + 1) * 86400)]
     credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
     charges = await usage_report(db, "model", first_day, last_day, account_id)
-    spent, added = sum(row["cost_nanos"] for row in charges), sum(entry["nanos"] for entry in credits)
-    spent_before = (await spent_nanos(db, "account_id", 0, first_day)).get(account_id, 0)
-    before = sum(entry["nanos"] for entry in entries) - added - spent_before
-    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
-            "after_nanos": before + added - spent}
+    spent, spent_before = sum(row["cost_nanos"] for row in charges), await spent_nanos(db, "account_id", 0, first_day)
+    after = sum(entry["nanos"] for entry in entries) - spent_before.get(account_id, 0) - spent
+    before = after + spent - sum(entry["nanos"] for entry in credits)
+    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent, "after_nanos": after}
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
@@ -8965,10 +8910,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
     """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
     gone, removed = 0, 1
     while removed:          # a part at a time: running servers write in between
-        removed = await ledger.db.write(lambda tx: tx.execute(
+        removed = await ledger.commit(lambda tx: tx.execute(
             "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
         gone += removed
-    await ledger.db.write(lambda tx: tx.execute(
+    await ledger.commit(lambda tx: tx.execute(
         "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
         "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
         (str(before_day),)))
@@ -10968,7 +10913,7 @@ async def key_facts(gateway: Gateway, client: Client) -> JSON:
     """The key's own limits, in OpenRouter's form (amounts in USD)."""
     key = await gateway.key(client)
     start, end = period_bounds(key.period, client.started_s)
-    spent = await nanos_since(gateway.ledger.db, start, key.id)
+    spent = (await spent_nanos(gateway.ledger.db, "key_id", start, where=key_condition(key.id))).get(key.id, 0)
     limit = key.budget_nanos
     data = {
         "label": key.name, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
@@ -11084,7 +11029,7 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
         "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS},
-        "month": {"spent_nanos": await nanos_since(db, first_day, key_id), "first_day": first_day,
+        "month": {"spent_nanos": sum((await spent_nanos(db, "key_id", first_day, where=mine)).values()), "first_day": first_day,
                   "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
         **latency_percentiles(await latencies(db, since_ms, key_id)),
         "series": [{"name": name, **line} for name, line in series.items()],
@@ -11206,7 +11151,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
 async def open_count(gateway: Gateway, key_id: int) -> int:
     """How many requests are in flight: in all processes, and those of this one that have just begun."""
     (count,), = await gateway.ledger.db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
-    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unrecorded.values())
+    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unsaved.values() if callable(row))
 
 
 def client_view(row: JSON) -> JSON:

@@ -160,6 +160,13 @@ GONE += """
     API_HEADERS Ask.filters Guard LEFT_OUT LiveEvent LiveFeed MODEL_ROUTE Metrics NUMERIC_FILTERS close_session find_session histogram_lines is_codex
     left_out live log_rows log_sums model_state percentiles play refused_requests time_series written_labels
 """.split()
+# Of the file at e7c18fb: the queue that a database had of its own, and what was said twice in the ledger.
+GONE += """
+    Ledger.unrecorded Ledger.waiting Ledger.ids Ledger.saving Ledger.write Needs OLD_SUMS
+    Reservation._affordable_output_tokens SQLite._commit_waiting SQLite.answer SQLite.committing
+    SQLite.run SQLite.waiting journal_requests nanos_since placeholders quota_message
+    take_over_old_days wake_waiters
+""".split()
 
 
 def definitions(body, prefix=""):

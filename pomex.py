@@ -3950,19 +3950,43 @@ class TextDelta(NamedTuple):
     place: Any      # the argument of the decoder's add_all for more such pieces
 
 
+UNREADABLE_EVENT = "The provider sent an event that cannot be read."
+
+
 class Decoder:
     """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
     sink: Sink
     delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
 
+    def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
+        self.tool_map = tool_map
+        self.settings = settings        # the known properties of the model or the server
+        self.prefix = prefix            # for call ids made here: unique in the conversation
+
     def feed(self, data: str) -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
+        if data.strip() not in ("", "[DONE]"):
+            self.read(provider_json(data, UNREADABLE_EVENT))
+
+    def read(self, event: Any) -> Any:
+        """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
+        try:
+            return self.on_event(event)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UpstreamError(UNREADABLE_EVENT) from None
+
+    def on_event(self, event: Any) -> Any:
+        """Calls the method for the event's type, if any: on_error, on_message_start."""
+        name = event_type(event).removeprefix("response.").replace(".", "_")
+        handler = getattr(self, f"on_{name}", None)
+        return handler and handler(event)
 
     def add_all(self, place: Any, texts: list[str]) -> None:
         """Reads the pieces of further events like the last one, which was a TextDelta."""
 
     def whole(self, body: Any) -> None:
         """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
+        self.read(body)
 
     def end(self) -> None:
         """Handles a clean end of the body."""
@@ -3972,16 +3996,11 @@ class ResponsesDecoder(Decoder):
     """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
     the decoder reads each fact once, from any of them."""
     asked_12h = False       # of the prompt cache
+    ended = False
 
-    def __init__(self, tool_map: ToolMap) -> None:
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.items = UpstreamItems()
-        self.ended = False
-
-    def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if it is not JSON or not an event."""
-        if data.strip() != "[DONE]":
-            self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
         """The failure in data that is not an event of this API, by the event's name or in any form."""
@@ -3990,17 +4009,11 @@ class ResponsesDecoder(Decoder):
             return None
         return responses_error(body.get("error") or body or data)
 
-    def read(self, event: JSON) -> Any:
-        """Reads one event; returns the UpstreamItem that it begins or ends."""
-        try:
-            name = event_type(event).removeprefix("response.")
-            family, _, step = name.rpartition(".")
-            if family in TEXTS and step in ("delta", "done"):
-                return self._text(event, family, step)
-            handler = getattr(self, "on_" + name.replace(".", "_"), None)
-            return handler and handler(event)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UpstreamError("The provider sent an event that cannot be read.") from None
+    def on_event(self, event: Any) -> Any:
+        family, _, step = event_type(event).removeprefix("response.").rpartition(".")
+        if family in TEXTS and step in ("delta", "done"):
+            return self._text(event, family, step)
+        return super().on_event(event)
 
     def whole(self, body: JSON) -> None:
         """Reads an answer that was not streamed, like the last event of a stream."""
@@ -4217,12 +4230,13 @@ class ItemDecoder(Decoder):
     """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
     themselves."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix            # for call ids made here: unique in the conversation
+    items_begun = 0             # number of items begun
+    failed = False
+    notice: GatewayError | None = None      # perhaps an error: reported if nothing else follows
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.call_ids: set[str] = set()
-        self.items_begun = 0                  # number of items begun
-        self.failed = False
-        self.notice: GatewayError | None = None     # perhaps an error: reported if nothing else follows
 
     def end(self) -> None:
         """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
@@ -4698,13 +4712,11 @@ class ChatDecoder(ItemDecoder):
     streamed = False                # after a delta, a message is a snapshot
     stop: Stop | None = None
 
-    def __init__(self, tool_map: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
-        super().__init__(prefix)
-        self.tool_map = tool_map
-        self.dialect = dialect
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.texts = collections.defaultdict[PartType, list[str]](list)
         self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
-        self.tags = ThinkTags(dialect.think_tags, self.texts["summary"])
+        self.tags = ThinkTags(self.settings.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
         self.changed: list[ChatCall] = []    # since complete ones were last ended
@@ -4712,14 +4724,15 @@ class ChatDecoder(ItemDecoder):
         self.counts: JSON = {}    # of all usages
 
     def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON."""
         if data.strip() == "[DONE]":
             self._done()
-        elif data.strip():
-            given = provider_json(data, "The provider sent an event that is not JSON.")
-            chunk = as_dict(given)
-            self._chunk(chunk)
-            self._note_delta(chunk)
+        else:
+            super().feed(data)
+
+    def on_event(self, event: Any) -> None:
+        chunk = as_dict(event)
+        self._chunk(chunk)
+        self._note_delta(chunk)
 
     def _note_delta(self, chunk: JSON) -> None:
         """Remembers a chunk with one text and nothing else of interest."""
@@ -4738,9 +4751,8 @@ class ChatDecoder(ItemDecoder):
         self.texts[channel] += texts
         self.sink.add_all(None, texts, channel)
 
-    def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed."""
-        self._chunk(body)
+    def whole(self, body: Any) -> None:
+        super().whole(body)
         self._done()
 
     def _chunk(self, chunk: JSON) -> None:
@@ -4749,7 +4761,7 @@ class ChatDecoder(ItemDecoder):
         counts = [holder["usage"] for holder in holders if holder.get("usage")]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.dialect.reasoning_within)
+        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
@@ -4930,7 +4942,7 @@ class ChatDecoder(ItemDecoder):
     # ends
 
     def _end_text(self) -> None:
-        form = self.dialect.replay
+        form = self.settings.replay
         value: Any = "".join(self.texts["summary"][self.sealed_texts:])
         if form == "reasoning_details":
             value = [
@@ -5514,9 +5526,8 @@ class MessagesDecoder(ItemDecoder):
     blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
     """
 
-    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
-        super().__init__(prefix)
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.id: str | None = None              # of the current message
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
         self.length = 0                         # of the open message's finished blocks
@@ -5530,24 +5541,10 @@ class MessagesDecoder(ItemDecoder):
         self.pauses = 0
         self.stop = Stop()
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON, or belongs to a block that never began."""
-        try:
-            event = json.loads(data)
-            handler = getattr(self, f"on_{event_type(event)}", None)
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            raise UpstreamError("The provider sent an event that is not a JSON object.") from None
-        if handler is not None:
-            handler(event)
-
-    def whole(self, body: JSON) -> None:
+    def on_message(self, body: JSON) -> None:
         """Reads an answer that was not streamed, like the events of a stream."""
-        if body.get("type") == "error":
-            self.on_error(body)
-            return
-        content = body["content"]
         self.on_message_start({"message": body})
-        for block in content:
+        for block in body["content"]:
             self.on_content_block_start({"content_block": block})
             self.on_content_block_stop({})
         self.on_message_delta({**body, "delta": body})
@@ -6061,9 +6058,9 @@ class GeminiDecoder(ItemDecoder):
     because its citations come with the last event.
     """
 
-    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
-        super().__init__(f"{prefix}g")
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.prefix += "g"
         self.open: PartType | None = None       # "text" or "summary": of the open item
         self.texts: list[str] = []              # of the open item
         self.signature: JSON = {}               # of its last part; the item after it carries it
@@ -6072,15 +6069,10 @@ class GeminiDecoder(ItemDecoder):
         self.searched = False                   # a web_search_call has been sent
         self.finished = False                   # there was output, then a finishReason
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON."""
-        if data.strip() not in ("", "[DONE]"):
-            self.whole(provider_json(data, "The provider sent an event that is not JSON."))
-
-    def whole(self, body: Any) -> None:
-        """Reads an answer that was not streamed; without alt=sse even a stream is one array."""
+    def on_event(self, event: Any) -> None:
+        """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
         try:
-            for chunk in only_dicts(body if isinstance(body, list) else [body]):
+            for chunk in only_dicts(event if isinstance(event, list) else [event]):
                 self._chunk(chunk)
         except ProviderError as error:
             self._fail(error)
@@ -6551,7 +6543,7 @@ class WireApi(NamedTuple):
     """One wire API: the encoding of a request and the decoding of its answer."""
     path: str
     encode: Callable[[EncodeContext], JSON]
-    decoder: Callable[[EncodeContext], Decoder]
+    decoder: Callable[[ToolMap, Any, str], Decoder]
     models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
     repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
@@ -6598,7 +6590,8 @@ class WireApi(NamedTuple):
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
-        attempt = TranslatedStream(ctx, self.decoder(ctx))
+        decoder = self.decoder(tool_map, ctx.settings, ctx.call_prefix)
+        attempt = TranslatedStream(ctx, decoder)
         return UpstreamCall(
             self, path, dumps(body).encode(), attempt, dropped,
             headers=self.headers(body),
@@ -6619,15 +6612,15 @@ class WireApi(NamedTuple):
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
-        decoder=lambda ctx: ResponsesDecoder(ctx.tool_map),
+        decoder=ResponsesDecoder,
         repair=repair_responses),
     "chat": WireApi(
         "/chat/completions", encode_chat,
-        decoder=lambda ctx: ChatDecoder(ctx.tool_map, ctx.settings, ctx.call_prefix),
+        decoder=ChatDecoder,
         models=DIALECTS),
     "messages": WireApi(
         "/messages", encode_messages,
-        decoder=lambda ctx: MessagesDecoder(ctx.tool_map, ctx.call_prefix),
+        decoder=MessagesDecoder,
         models=ANTHROPIC_MODELS,
         repair=functools.partial(repair_from, MESSAGES_REPAIRS),
         headers=messages_headers,
@@ -6635,14 +6628,15 @@ WIRES: dict[str, WireApi] = {
         vendor="claude"),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
-        decoder=lambda ctx: GeminiDecoder(ctx.tool_map, ctx.call_prefix),
+        decoder=GeminiDecoder,
         models=GEMINI_MODELS,
         repair=functools.partial(repair_from, GEMINI_REPAIRS),
         auth=lambda key: [("x-goog-api-key", key)],
         vendor="gemini"),
     "demo": WireApi(
         "", encode_demo,
-        decoder=lambda ctx: ChatDecoder(ctx.tool_map, DIALECTS[""])),
+        decoder=ChatDecoder,
+        models=DIALECTS),
 }
 
 

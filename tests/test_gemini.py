@@ -47,7 +47,7 @@ class View(sinks.View):
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.GeminiDecoder:
-    made = pomex.GeminiDecoder(pomex.ToolMap(list(tools), searches=True), "call_0123456789ab_")
+    made = pomex.GeminiDecoder(pomex.ToolMap(list(tools), searches=True), None, "call_0123456789ab_")
     made.sink = View()
     return made
 

@@ -53,7 +53,7 @@ def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.ToolMap:
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.MessagesDecoder:
-    made = pomex.MessagesDecoder(book(tools), "call_new_")
+    made = pomex.MessagesDecoder(book(tools), None, "call_new_")
     made.sink = View()
     return made
 

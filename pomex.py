@@ -3950,9 +3950,6 @@ class TextDelta(NamedTuple):
     place: Any      # the argument of the decoder's add_all for more such pieces
 
 
-UNREADABLE_EVENT = "The provider sent an event that cannot be read."
-
-
 class Decoder:
     """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
     sink: Sink
@@ -3966,14 +3963,14 @@ class Decoder:
     def feed(self, data: str) -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
         if data.strip() not in ("", "[DONE]"):
-            self.read(provider_json(data, UNREADABLE_EVENT))
+            self.read(provider_json(data))
 
     def read(self, event: Any) -> Any:
         """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
         try:
             return self.on_event(event)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UpstreamError(UNREADABLE_EVENT) from None
+            raise UpstreamError("The provider's answer does not have the form that its API defines.") from None
 
     def on_event(self, event: Any) -> Any:
         """Calls the method for the event's type, if any: on_error, on_message_start."""
@@ -4017,12 +4014,13 @@ class ResponsesDecoder(Decoder):
 
     def whole(self, body: JSON) -> None:
         """Reads an answer that was not streamed, like the last event of a stream."""
-        if not isinstance(body.get("output"), list) and not body.get("error"):
+        response = as_dict(body)
+        error, status = response.get("error"), response.get("status")
+        if not isinstance(response.get("output"), list) and not error:
             raise UpstreamError("The provider's answer is not a response object.")
-        status = body.get("status")
         if status not in ("incomplete", "failed"):
-            status = "failed" if body.get("error") else "completed"
-        self.read({"type": f"response.{status}", "response": body})
+            status = "failed" if error else "completed"
+        self.read({"type": f"response.{status}", "response": response})
 
     def end(self) -> None:
         """If every item is done, the model had finished, but not after reasoning alone (DESIGN, promise
@@ -4219,11 +4217,11 @@ def event_type(event: JSON) -> Any:
     return event["type"]
 
 
-def provider_json(data: str | bytes, complaint: str) -> Any:
+def provider_json(data: str | bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
-        raise UpstreamError(complaint) from None
+        raise UpstreamError("The provider's answer is not JSON.") from None
 
 
 class ItemDecoder(Decoder):
@@ -5541,6 +5539,12 @@ class MessagesDecoder(ItemDecoder):
         self.pauses = 0
         self.stop = Stop()
 
+    def whole(self, body: Any) -> None:
+        answer = as_dict(body)
+        if answer.get("type") != "error":
+            answer = {**answer, "type": "message"}
+        self.read(answer)
+
     def on_message(self, body: JSON) -> None:
         """Reads an answer that was not streamed, like the events of a stream."""
         self.on_message_start({"message": body})
@@ -6439,16 +6443,12 @@ class TranslatedStream(Assembler):
             self.decoder.feed(data)
 
     def whole(self, data: bytes) -> None:
-        body = provider_json(data, "The provider's answer is not JSON.")
+        body = provider_json(data)
         if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
         if isinstance(body, dict) and not body.get("error") and states_error(body, whole=True):
             raise inband_error(body)
-        try:
-            self.decoder.whole(body)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise UpstreamError(
-                "The provider's answer does not have the form that its API defines.") from None
+        self.decoder.whole(body)
 
     def end(self) -> None:
         for event in self.events.finish():

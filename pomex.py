@@ -3970,7 +3970,8 @@ class Decoder:
         try:
             return self.on_event(event)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UpstreamError("The provider's answer does not have the form that its API defines.") from None
+            text = "The provider's answer does not have the form that its API defines."
+            raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
         """Calls the method for the event's type, if any: on_error, on_message_start."""
@@ -5425,30 +5426,17 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 # --- repairs after a refusal
 
+#
+# Only what would refuse every later turn of a conversation too, and what no setting can change. For the rest
+# there are `overrides` in the configuration.
+
 def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
-    """Changes the body by the first row whose pattern matches the error: drops the fields, or calls the
-    function with the pattern's groups."""
-    if getattr(error, "kind", "") != "bad_request":
-        return
+    """Changes the body by the function of the first pattern that matches the error."""
     for pattern, repair in repairs:
         found = re.search(pattern, str(error), re.IGNORECASE)
-        if found is None:
-            continue
-        if callable(repair):
+        if found and getattr(error, "kind", "") == "bad_request":
             repair(body, *found.groups())
-        else:
-            for path in found.expand(repair).split():
-                drop_field(body, path)
-        return
-
-
-def drop_field(body: JSON, path: str) -> None:
-    """Drops one field, and its object if that becomes empty."""
-    outer, _, name = path.rpartition(".")
-    holder = body.get(outer, body)
-    holder.pop(name, None)
-    if not holder:
-        del body[outer]
+            break
 
 
 def drop_stale_thoughts(body: JSON) -> None:
@@ -5467,27 +5455,10 @@ def drop_thoughts(body: JSON) -> None:
         del body["thinking"]
 
 
-def lower_limit(body: JSON, maximum: str) -> None:
-    limit = body["max_tokens"] = int(maximum)
-    thinking = body.get("thinking", {})
-    if thinking.get("budget_tokens", 0) >= limit:
-        thinking["budget_tokens"] = limit - LEAST_BUDGET
-        if limit <= 2 * LEAST_BUDGET:
-            del body["thinking"]
-
-
-def add_user_turn(body: JSON) -> None:
-    body["messages"].append({"role": "user", "content": [text_block("Continue.")]})
-
-
 MESSAGES_REPAIRS = (
     (r"bound to a different (?:conversation|model)", drop_stale_thoughts),
     (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified",
      drop_thoughts),
-    (r"max_tokens: \d+ > (\d+)", lower_limit),
-    (r"prefill", add_user_turn),
-    (r"effort", "output_config.effort"),
-    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b", r"\1"),
 )
 
 
@@ -6015,25 +5986,9 @@ def drop_keyword(body: JSON, keyword: str) -> None:
             holder[name] = gemini_schema(holder[name], keyword)
 
 
-def drop_search(body: JSON) -> None:
-    drop_field(body, "toolConfig.includeServerSideToolInvocations")
-    body["tools"] = [tool for tool in body.get("tools", []) if "googleSearch" not in tool]
-    if not body["tools"]:
-        del body["tools"]
-
-
 GEMINI_REPAIRS = (
     (r"thought.?signature", replace_signatures),
     (r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)", drop_keyword),
-    (r"context circulation|server.?side.?tool|tool use with function calling"
-     r"|google.?search\b.*(?:not |un)supported",
-     drop_search),
-    (r"response.?mime.?type|response.?(json.?)?schema",
-     "generationConfig.responseMimeType generationConfig.responseJsonSchema"),
-    (r"thinking|\bbudget\b|include.?thoughts", "generationConfig.thinkingConfig"),
-    (r"temperature", "generationConfig.temperature"),
-    (r"\btop_?p\b", "generationConfig.topP"),
-    (r"max_?output_?tokens", "generationConfig.maxOutputTokens"),
 )
 
 

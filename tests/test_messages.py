@@ -1257,13 +1257,6 @@ REPAIRS: dict[str, tuple[str, str, Any, Any]] = {
     "a thought that is wanted": (BUDGET,
                                  "messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `tool_use`",
                                  lambda b: "thinking" in b, False),
-    "an effort": ("claude-opus-4-6",
-                  "This model does not support effort level 'xhigh'. Supported levels: high, low, max, medium.",
-                  lambda b: "output_config" in b, False),
-    "a limit": (BUDGET, "max_tokens: 46384 > 8192, which is the maximum allowed number of output tokens for x",
-                lambda b: (b["max_tokens"], b["thinking"]["budget_tokens"]), (8192, 7168)),
-    "a parameter": (BUDGET, "`metadata` is not supported for this model", lambda b: "metadata" in b, False),
-    "prefill": (OTHER, "This model does not support assistant message prefill.", lambda b: roles(b)[-1], "user"),
 }
 
 
@@ -1280,7 +1273,10 @@ def test_known_refusals_are_mended(model: str, message: str, look: Any, wanted: 
 
 @pytest.mark.parametrize("error", [refusal("prompt is too long: 3 tokens > 2 maximum"),
                                    refusal("messages: at least one message is required"),
-                                   refusal("`temperature` is deprecated for this model."), refusal("thinking", 529),
+                                   refusal("`temperature` is deprecated for this model."), refusal(BOUND, 529),
+                                   refusal("max_tokens: 46384 > 8192, which is the maximum allowed number of output tokens for x"),
+                                   refusal("This model does not support effort level 'xhigh'. Supported levels: high, low, max, medium."),
+                                   refusal("This model does not support assistant message prefill."),
                                    pomex.UpstreamError("x")])
 def test_what_is_not_known_is_not_asked_twice(error: pomex.GatewayError) -> None:
     assert pomex.WIRES["messages"].call(job(LOOP)).repaired(error) is None

@@ -3834,20 +3834,18 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    start, end = request.around.start, len(raw) - request.around.behind
-    pieces = [raw[:start], raw[start:end], raw[end:]]       # of 0 and `raw`, if the input was not told apart
-    fields: Sequence[int] = (0, 2) if start else (1,)       # where `model` stands
-    models = opened = 0
-    for place in fields:
-        pieces[place], found = MODEL_FIELD.subn(
-            lambda at: at[0].removesuffix(at[1]) + named.encode(), pieces[place])
-        models += found
+    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    start, end = request.around.start or len(raw), len(raw) - request.around.behind
+    outside, models = MODEL_FIELD.subn(
+        lambda at: at[0].removesuffix(at[1]) + named.encode(),
+        raw[:start] + b"\0" + raw[end:])
+    spliced, opened = outside.replace(b"\0", raw[start:end]), 0
     if envelopes:
-        pieces[1], opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), pieces[1])
-        fields = 0, 1, 2
+        spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
+        outside = spliced
     exact = models == 1 and opened == len(envelopes) and body.get("store", False) is False
-    if exact and not dropped and not any(LETTER_ESCAPE.search(pieces[place]) for place in fields):
-        return b"".join(pieces)
+    if exact and not dropped and not LETTER_ESCAPE.search(outside):
+        return spliced
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
         body["input"] = items

@@ -4441,20 +4441,26 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        items = collections.defaultdict[str, list[JSON]](list)      # by type
-        for item in (*turn.items, *turn.calls):
-            items[item["type"]].append(item)
         parts: list[JSON] = []
-        for item in items["message"]:
-            parts += self.encode_parts(item["content"])
+        replays: list[JSON] = []
+        calls: dict[str, JSON] = {}
+        for item in (*turn.items, *turn.calls):
+            if item["type"] == "message":
+                parts += self.encode_parts(item["content"])
+            elif item["type"] == "reasoning":
+                replays.append(item["sealed_replay"])
+            else:
+                calls[item["call_id"]] = {
+                    "id": self._call_id(item["call_id"]),
+                    "type": "function",
+                    "function": {"name": item["name"], "arguments": item["arguments"]},
+                }
         text = text_of(parts, "\n\n")
-        calls = items["function_call"]
         if not text and not calls:
             return
         message: JSON = {"role": "assistant", "content": text}  # Mistral and llama.cpp need even an empty one
         self.out.append(message)
         form = self.settings.replay
-        replays = [item["sealed_replay"] for item in items["reasoning"]]
         pieces = [replay[form] for replay in replays if form in replay]
         reasoning: Any = [*itertools.chain(*pieces)]
         if form == "reasoning_content":
@@ -4463,18 +4469,12 @@ class ChatMessages(TurnEncoder):
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
+        for replay in replays:
+            for extra in replay.get("extra_content", ()):
+                call = calls.get(extra["id"], {})
+                call["extra_content"] = extra["extra_content"]
         if calls:
-            extras = {
-                extra["id"]: {"extra_content": extra["extra_content"]}
-                for replay in replays
-                for extra in replay.get("extra_content", ())
-            }
-            message["tool_calls"] = [{
-                "id": self._call_id(call["call_id"]),
-                "type": "function",
-                "function": {"name": call["name"], "arguments": call["arguments"]},
-                **extras.get(call["call_id"], {}),
-            } for call in calls]
+            message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
 
     def _add_results(self, results: list[JSON]) -> None:

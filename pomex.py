@@ -3740,6 +3740,11 @@ def without_empty(fields: JSON) -> JSON:
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
+def fit_call_id(call_id: str, pattern: str, length: int) -> str:
+    """The id if the provider accepts it, else a digest of it."""
+    return call_id if re.fullmatch(pattern, call_id) else sha256_hex(call_id)[:length]
+
+
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, same bytes
 
 
@@ -3918,17 +3923,21 @@ def responses_part(part: JSON, assistant: bool) -> JSON:
     return {"type": "input_text", "text": part["text"]}
 
 
-# Another organisation, region or key sealed it: without a retry the conversation would be refused forever.
-# Some gateways drop the code (lidge-jun/opencodex#2269).
-SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
-                          r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
-
-
-def repair_responses(body: JSON, error: GatewayError) -> None:
-    """Drops all sealed content if it was refused."""
-    if isinstance(body["input"], list) and SEAL_REFUSED.search(f"{error.code} {error}"):
+def drop_encrypted(body: JSON) -> None:
+    if isinstance(body["input"], list):
         body["input"] = [item for item in body["input"]
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
+
+
+# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
+# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
+# model cannot take is a setting: `overrides` in the configuration.
+Repairs: TypeAlias = dict[str, Callable[..., None]]
+RESPONSES_REPAIRS: Repairs = {
+    # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
+    r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
+    r"|of type .reasoning. was provided without": drop_encrypted,
+}
 
 
 # codes of refusals: another target would refuse too, and clients act on them (CODEX.md 7.3)
@@ -3944,8 +3953,10 @@ def responses_error(error: Any) -> GatewayError:
 
 class TextDelta(NamedTuple):
     """An event that carries a piece of an open item's text, and nothing else."""
-    field: str      # the field with the piece
-    place: Any      # the argument of the decoder's add_all for more such pieces
+    field: str              # the field with the piece
+    pieces: list[str]       # the decoder's list of them
+    key: Any                # for the sink
+    channel: PartType
 
 
 class Decoder:
@@ -3976,9 +3987,6 @@ class Decoder:
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
-
-    def add_all(self, place: Any, texts: list[str]) -> None:
-        """Reads the pieces of further events like the last one, which was a TextDelta."""
 
     def whole(self, body: Any) -> None:
         """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
@@ -4322,9 +4330,6 @@ DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
 
 # --- the request
 
-MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string with maximum length 40"
-
-
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
@@ -4499,11 +4504,9 @@ class ChatMessages(TurnEncoder):
         self.add("user", images)
 
     def _call_id(self, given: str) -> str:
-        short = self.settings.short_ids
-        if re.fullmatch("[a-zA-Z0-9]{9}", given) if short else len(given) <= MAX_CALL_ID:
-            return given
-        digest = sha256_hex(given)
-        return digest[:9] if short else f"call_{digest[:32]}"
+        if self.settings.short_ids:
+            return fit_call_id(given, "[a-zA-Z0-9]{9}", 9)
+        return fit_call_id(given, "(?s).{0,40}", 40)    # OpenAI: "Expected a string with maximum length 40"
 
     def encode_file(self, file: Attachment) -> JSON | None:
         name = file.name or "file"
@@ -4742,11 +4745,7 @@ class ChatDecoder(ItemDecoder):
         for name, channel in TEXT_CHANNELS.items():
             in_tags = channel == "text" and self.tags.place
             if names == {name} and isinstance(delta.get(name), str) and not in_tags:
-                self.delta = TextDelta(name, channel)
-
-    def add_all(self, channel: PartType, texts: list[str]) -> None:
-        self.texts[channel] += texts
-        self.sink.add_all(None, texts, channel)
+                self.delta = TextDelta(name, self.texts[channel], None, channel)
 
     def whole(self, body: Any) -> None:
         super().whole(body)
@@ -5274,7 +5273,7 @@ def strict_schema(schema: JSON) -> Any:
     return map_schema(schema, change)
 
 
-TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+TOOL_USE_ID = "[a-zA-Z0-9_-]{1,64}"
 
 
 class MessagesTurns(TurnEncoder):
@@ -5339,14 +5338,14 @@ class MessagesTurns(TurnEncoder):
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{
             "type": "tool_use",
-            "id": tool_use_id(item["call_id"]),
+            "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
             "name": item["name"],
             "input": json.loads(item["arguments"]),
         }])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
-        result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
+        result: JSON = {"type": "tool_result", "tool_use_id": fit_call_id(item["call_id"], TOOL_USE_ID, 64)}
         content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
         if content:
             result["content"] = content
@@ -5374,14 +5373,6 @@ class MessagesTurns(TurnEncoder):
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
         return without_empty({"type": "document", "source": source, "title": file.name})
-
-
-def tool_use_id(given: str) -> str:
-    """A call id that Anthropic accepts: if letters must be replaced, a digest keeps it unique."""
-    if TOOL_USE_ID.fullmatch(given):
-        return given
-    safe = re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40])
-    return f"{safe}_{sha256_hex(given)[:16]}"
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
@@ -5424,18 +5415,6 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 # --- repairs after a refusal
 
-#
-# Only what would refuse every later turn of a conversation too, and what no setting can change. For the rest
-# there are `overrides` in the configuration.
-
-def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
-    """Changes the body by the function of the first pattern that matches the error."""
-    for pattern, repair in repairs:
-        found = re.search(pattern, str(error), re.IGNORECASE)
-        if found and getattr(error, "kind", "") == "bad_request":
-            repair(body, *found.groups())
-            break
-
 
 def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can itself drop the thinking of another conversation."""
@@ -5453,11 +5432,11 @@ def drop_thoughts(body: JSON) -> None:
         del body["thinking"]
 
 
-MESSAGES_REPAIRS = (
-    (r"bound to a different (?:conversation|model)", drop_stale_thoughts),
-    (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified",
-     drop_thoughts),
-)
+MESSAGES_REPAIRS: Repairs = {
+    r"bound to a different (?:conversation|model)": drop_stale_thoughts,
+    r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified":
+        drop_thoughts,
+}
 
 
 # --- the answer
@@ -5629,7 +5608,8 @@ class MessagesDecoder(ItemDecoder):
         elif piece:
             self._text(block, piece)
             if len(event) == 3 and len(delta) == 2 and block.channel:
-                self.delta = TextDelta(name, block)
+                key = block.item_key if block.channel == "arguments" else None
+                self.delta = TextDelta(name, block.pieces, key, block.channel)
 
     def _text(self, block: Block, text: str) -> None:
         if not text:
@@ -5639,11 +5619,6 @@ class MessagesDecoder(ItemDecoder):
             self.sink.add(block.item_key, text, block.channel)
         elif block.channel:
             self.sink.text(text, block.channel)
-
-    def add_all(self, block: Block, texts: list[str]) -> None:
-        block.pieces += texts
-        key = block.item_key if block.channel == "arguments" else None
-        self.sink.add_all(key, texts, block.channel)
 
     def on_content_block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
@@ -5984,10 +5959,10 @@ def drop_keyword(body: JSON, keyword: str) -> None:
             holder[name] = gemini_schema(holder[name], keyword)
 
 
-GEMINI_REPAIRS = (
-    (r"thought.?signature", replace_signatures),
-    (r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)", drop_keyword),
-)
+GEMINI_REPAIRS: Repairs = {
+    r"thought.?signature": replace_signatures,
+    r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)": drop_keyword,
+}
 
 
 # --- the answer
@@ -6053,8 +6028,8 @@ class GeminiDecoder(ItemDecoder):
         if reason not in UNSPECIFIED:
             self._finish(candidate, str(reason))
         elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and not self.grounding:
-            if parts[0].get("text"):
-                self.delta = TextDelta("text", self.open)
+            if parts[0].get("text") and self.open:
+                self.delta = TextDelta("text", self.texts, None, self.open)
         feedback = as_dict(chunk.get("promptFeedback"))
         if not candidate and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
@@ -6112,10 +6087,6 @@ class GeminiDecoder(ItemDecoder):
             self.open = channel
         self.texts.append(text)
         self.sink.text(text, channel)
-
-    def add_all(self, channel: PartType, texts: list[str]) -> None:
-        self.texts += texts
-        self.sink.add_all(None, texts, channel)
 
     def _search(self, queries: Any) -> None:
         self.searched = True
@@ -6252,25 +6223,17 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     text, call = demo_answer(ctx)
-    words = re.findall(r"\S+\s*|\s+", text)
-    choices: list[JSON] = [{"delta": {"content": word}} for word in words]
-    reason, tokens = "stop", len(words)
+    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
     if call:
-        called = {
-            "index": 0,
-            "id": f"call_{len(ctx.history.items)}_demo",
-            "function": call,
-        }
-        choices.append({"delta": {"tool_calls": [called]}})
-        reason, tokens = "tool_calls", 10
-    choices.append({"finish_reason": reason})
-    for choice in choices:
-        yield sse_frame("", dumps({"choices": [choice]}))
+        call_id = f"call_{len(ctx.history.items)}_demo"
+        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    for delta in deltas:
+        yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
     usage = {
         "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": tokens,
+        "completion_tokens": len(deltas),
     }
-    yield sse_frame("", dumps({"choices": [], "usage": usage}))
+    yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
 
@@ -6371,16 +6334,19 @@ class TranslatedStream(Assembler):
         block, at = self.events.decode(self.events.split(data)), 0
         while not self.upstream_done and (end := block.find("\n\n", at)) >= 0:
             texts, run_end = self.template.texts(block, at)
-            if self.decoder.delta and texts:
-                self.decoder.add_all(self.decoder.delta.place, texts)
+            delta = self.decoder.delta
+            if delta and texts:
+                delta.pieces.extend(texts)
+                self.add_all(delta.key, texts, delta.channel)
                 self.templates_left = MAX_TEMPLATES
                 at = run_end
                 continue
             self.read(parse_event(block[at:end]))
             self.template = DeltaTemplate()
-            if self.decoder.delta and self.templates_left:
+            delta = self.decoder.delta
+            if delta and self.templates_left:
                 self.templates_left -= 1
-                self.template = field_template(block[at:end + 2], self.decoder.delta.field)
+                self.template = field_template(block[at:end + 2], delta.field)
             at = end + 2
 
     def read(self, event: Event | None) -> None:
@@ -6469,10 +6435,14 @@ class UpstreamCall(NamedTuple):
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
         body = json.loads(self.body)
-        self.wire.repair(body, error)
+        for pattern, repair in self.wire.repairs.items():
+            found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
+            if found:
+                repair(body, *found.groups())
+                break
         if body == json.loads(self.body):
             return None
-        if self.wire.repair is repair_responses:
+        if self.wire.repairs is RESPONSES_REPAIRS:
             self.dropped.append("encrypted_content:refused")
         return self._with(body)
 
@@ -6498,7 +6468,7 @@ class WireApi(NamedTuple):
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[ToolMap, Any, str], Decoder]
     models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
-    repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
+    repairs: Repairs = {}
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
@@ -6566,7 +6536,7 @@ WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
         decoder=ResponsesDecoder,
-        repair=repair_responses),
+        repairs=RESPONSES_REPAIRS),
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=ChatDecoder,
@@ -6575,7 +6545,7 @@ WIRES: dict[str, WireApi] = {
         "/messages", encode_messages,
         decoder=MessagesDecoder,
         models=ANTHROPIC_MODELS,
-        repair=functools.partial(repair_from, MESSAGES_REPAIRS),
+        repairs=MESSAGES_REPAIRS,
         headers=messages_headers,
         auth=lambda key: [("x-api-key", key)],
         vendor="claude"),
@@ -6583,7 +6553,7 @@ WIRES: dict[str, WireApi] = {
         "/models/{}:{}", encode_gemini,
         decoder=GeminiDecoder,
         models=GEMINI_MODELS,
-        repair=functools.partial(repair_from, GEMINI_REPAIRS),
+        repairs=GEMINI_REPAIRS,
         auth=lambda key: [("x-goog-api-key", key)],
         vendor="gemini"),
     "demo": WireApi(

@@ -943,8 +943,9 @@ def test_25_schemas_hold_only_what_gemini_takes(given: JSON, sent: JSON) -> None
 
 MISSING = "Function call is missing a thought_signature in functionCall parts. Additional data, function call `default_api:f` , position 2."
 def repaired(body: JSON, error: pomex.GatewayError) -> JSON:
-    changed: JSON = json.loads(json.dumps(body))
-    pomex.WIRES["gemini"].repair(changed, error)
+    attempt: Any = None
+    again = pomex.UpstreamCall(pomex.WIRES["gemini"], "/", json.dumps(body).encode(), attempt, []).repaired(error)
+    changed: JSON = json.loads(again.body) if again else body
     return changed
 
 

@@ -3963,6 +3963,7 @@ class Decoder:
     """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
     sink: Sink
     delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
+    failed = False
 
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
@@ -3971,19 +3972,29 @@ class Decoder:
 
     def feed(self, data: str) -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
-        if data.strip() not in ("", "[DONE]"):
+        data = data.strip()
+        if data == "[DONE]":
+            self.on_done()
+        elif data:
             self.read(provider_json(data))
+
+    def on_done(self) -> None:
+        """Handles [DONE], which only a chat stream needs."""
 
     def read(self, event: Any) -> Any:
         """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
         try:
             return self.on_event(event)
+        except ProviderError as error:
+            self.failed = True
+            self.sink.fail(error)
         except (ValueError, KeyError, TypeError, AttributeError):
             text = "The provider's answer does not have the form that its API defines."
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any: on_error, on_message_start."""
+        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
+        event that reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
@@ -4236,8 +4247,7 @@ class ItemDecoder(Decoder):
     themselves."""
 
     items_begun = 0             # number of items begun
-    failed = False
-    notice: GatewayError | None = None      # perhaps an error: reported if nothing else follows
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -4246,7 +4256,7 @@ class ItemDecoder(Decoder):
     def end(self) -> None:
         """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
         if self.notice and not self.items_begun:
-            self._fail(self.notice)
+            self.sink.fail(self.notice)
 
     def _new_key(self) -> int:
         self.items_begun += 1
@@ -4279,10 +4289,6 @@ class ItemDecoder(Decoder):
             "url": url,
             "title": title or "",
         })
-
-    def _fail(self, error: GatewayError) -> None:
-        self.failed = True
-        self.sink.fail(error)
 
 
 def search_action(queries: list[str]) -> JSON:
@@ -4723,12 +4729,6 @@ class ChatDecoder(ItemDecoder):
         self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
         self.counts: JSON = {}    # of all usages
 
-    def feed(self, data: str) -> None:
-        if data.strip() == "[DONE]":
-            self._done()
-        else:
-            super().feed(data)
-
     def on_event(self, event: Any) -> None:
         chunk = as_dict(event)
         self._chunk(chunk)
@@ -4749,7 +4749,7 @@ class ChatDecoder(ItemDecoder):
 
     def whole(self, body: Any) -> None:
         super().whole(body)
-        self._done()
+        self.on_done()
 
     def _chunk(self, chunk: JSON) -> None:
         choices = only_dicts(chunk.get("choices"))
@@ -4763,8 +4763,7 @@ class ChatDecoder(ItemDecoder):
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
         if errors or states_error(chunk):
-            self._fail(inband_error([*errors, chunk][0]))
-            return
+            raise inband_error([*errors, chunk][0])
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = inband_error(chunk)
         for choice in choices:    # Copilot splits text and calls of one answer into two choices
@@ -4984,8 +4983,7 @@ class ChatDecoder(ItemDecoder):
         kind = CHAT_ERRORS.get(word) or CHAT_ERRORS.get(native)
         if kind:
             name = native if native in CHAT_ERRORS else reason
-            self._fail(ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind))
-            return
+            raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind)
         results = as_dict(choice.get("content_filter_results"))      # from Azure
         filters = [
             name for name, result in results.items()
@@ -4999,7 +4997,7 @@ class ChatDecoder(ItemDecoder):
         self._end_items(last=not cut)
         self.sink.set_stop(self.stop)
 
-    def _done(self) -> None:
+    def on_done(self) -> None:
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
@@ -5007,10 +5005,10 @@ class ChatDecoder(ItemDecoder):
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
-            self._fail(ProviderError(text, kind="tool_generation"))
+            self.sink.fail(ProviderError(text, kind="tool_generation"))
         elif self.stop is None and not self.items_begun:
             empty = ProviderError("The provider's answer is empty.", kind="overload")
-            self._fail(self.notice or empty)
+            self.sink.fail(self.notice or empty)
         else:
             self.sink.set_stop(dataclasses.replace(stop, final=True))
 
@@ -5523,7 +5521,7 @@ class MessagesDecoder(ItemDecoder):
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
             error = "The provider spliced a second message into its stream."
-            self._fail(ProviderError(error, kind="overload"))
+            raise ProviderError(error, kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
         usage = as_dict(event.get("usage"))
@@ -5544,7 +5542,7 @@ class MessagesDecoder(ItemDecoder):
             self._finish(dataclasses.replace(self.stop, final=True))
 
     def on_error(self, event: JSON) -> None:
-        self._fail(inband_error(event))
+        raise inband_error(event)
 
     def _finish(self, stop: Stop) -> None:
         """Finishes the stream. A truncated call stays open, and so does an empty one that may be
@@ -6003,11 +6001,8 @@ class GeminiDecoder(ItemDecoder):
 
     def on_event(self, event: Any) -> None:
         """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
-        try:
-            for chunk in only_dicts(event if isinstance(event, list) else [event]):
-                self._chunk(chunk)
-        except ProviderError as error:
-            self._fail(error)
+        for chunk in only_dicts(event if isinstance(event, list) else [event]):
+            self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
         """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""

@@ -5201,14 +5201,10 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     used only at its first mention: two mentions in each of n would make 2 ** n."""
     root = dict(schema)
     reference = str(root.pop("$ref", ""))
-    target = as_dict(defs.pop(reference.rpartition("/")[2], None))
-    options: list[JSON] = []
-    merged = [root]
-    for keyword, branches in (("anyOf", options), ("oneOf", options), ("allOf", merged)):
-        for branch in only_dicts(root.pop(keyword, None)):
-            branches.append(object_root(branch, defs))
-    if target:
-        merged.append(object_root(target, defs))
+    target = defs.pop(reference.rpartition("/")[2], None)
+    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
+    options = [object_root(branch, defs) for branch in any_of + one_of]
+    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
     if options or len(merged) > 1:
         properties: JSON = {}
         for branch in merged + options:
@@ -5218,7 +5214,7 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
         needed = set().union(*map(required_by, merged))
         if options:
             needed |= set.intersection(*map(required_by, options))
-        root |= {"type": "object", "properties": properties}
+        root["properties"] = properties
         if required := [name for name in properties if name in needed]:
             root["required"] = required
     return {**root, "type": "object"}
@@ -5477,7 +5473,7 @@ class MessagesDecoder(ItemDecoder):
         self.length = 0                         # of the open message's finished blocks
         # without arguments: the following event shows whether they were truncated
         self.empty_calls: list[int] = []
-        self.searches: dict[Any, int] = {}      # web searches without results so far, by id
+        self.searches: list[int] = []           # web searches without results so far; those come in order
         self.counts: JSON = {}                  # usage of this stream
         self.earlier = self.usage = Usage()     # of earlier streams; of all streams
         self.content: list[JSON] = []           # finished blocks, for a resumption
@@ -5553,9 +5549,8 @@ class MessagesDecoder(ItemDecoder):
         self.sink.done()
         if not stop.incomplete_reason:
             self._end_empty_calls()
-        for item_key in self.searches.values():
-            self.sink.done(item_key, status="failed")
-        self.searches.clear()
+        while self.searches:
+            self.sink.done(self.searches.pop(0), status="failed")
         self.stop = stop
         self.sink.set_stop(stop)
 
@@ -5584,25 +5579,19 @@ class MessagesDecoder(ItemDecoder):
             tool = self.tool_map.resolve(str(content.get("name") or ""))
             self.sink.call(block.item_key, call_id, tool)
         elif kind == "web_search_tool_result" and self.searches:
-            search = content.get("tool_use_id")
-            if search not in self.searches:
-                search = next(iter(self.searches))
             status = "completed" if isinstance(content.get("content"), list) else "failed"
-            self.sink.done(self.searches.pop(search), status=status)
+            self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks.get(event.get("index", 0))
-        if block is None:
-            raise UpstreamError("The provider sent a piece of a block that is not open.")
+        block = self.blocks[event.get("index", 0)]
         delta = event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
             block.content[name] = piece
         elif name == "citation":
-            known = only_dicts(block.content.get("citations"))
-            block.content["citations"] = [*known, piece]
+            block.content["citations"] = [*only_dicts(block.content.get("citations")), piece]
         elif piece:
             self._text(block, piece)
             if len(event) == 3 and len(delta) == 2 and block.channel:
@@ -5625,30 +5614,35 @@ class MessagesDecoder(ItemDecoder):
         content = block.content
         kind = content.get("type")
         text = "".join(block.pieces)
-        arguments = content.get("input")
         if kind in ("text", "thinking"):
             content[kind] = text
         elif text.strip():
-            arguments = parse_object(text)
-            content["input"] = arguments or {}          # the API refuses null, even for a truncated call
-        elif kind == "tool_use" and arguments:          # some servers send the whole input at once
-            self._text(block, dumps(arguments))
+            content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
             self._cite(content)
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
                 self._carry({"blocks": [content]} if sealed else {})
-        elif kind == "tool_use" and not arguments and not text.strip():
-            self.empty_calls.append(block.item_key)
-        elif kind == "tool_use" and isinstance(arguments, dict):
-            self.sink.done(block.item_key)
+        elif kind == "tool_use":
+            self._end_call(block)
         elif kind == "server_tool_use" and content.get("name") == "web_search":
             query = as_dict(content.get("input")).get("query") or ""
-            self.searches[content.get("id")] = block.item_key
+            self.searches.append(block.item_key)
             self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
         if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
+
+    def _end_call(self, block: Block) -> None:
+        """Ends a call unless its arguments are truncated, or so may be because they are empty."""
+        given = block.content.get("input")
+        if given and not block.pieces:          # some servers send the whole input at once
+            self._text(block, dumps(given))
+        arguments = "".join(block.pieces)
+        if not arguments.strip():
+            self.empty_calls.append(block.item_key)
+        elif parse_object(arguments) is not None:
+            self.sink.done(block.item_key)
 
     def _cite(self, content: JSON) -> None:
         start = self.length
@@ -6104,8 +6098,7 @@ class GeminiDecoder(ItemDecoder):
     def _function_call(self, given: JSON, signature: str) -> None:
         name = given.get("name")
         args = given.get("args")
-        # only from Vertex; Pomex does not request them
-        in_pieces = given.get("partialArgs") or given.get("willContinue")
+        in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             raise ProviderError(message, kind="tool_generation")

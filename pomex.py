@@ -3309,6 +3309,17 @@ class ResponsesPassthrough(Passthrough):
 # One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
 # that is fed one event at a time and calls a Sink. Then the table.
 
+def object_in(holder: JSON, name: str) -> JSON:
+    """The member of this name if it is an object, else {}."""
+    value = holder.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def objects_in(holder: JSON, name: str) -> list[JSON]:
+    """The objects in the member of this name, which should be an array."""
+    return only_dicts(holder.get(name))
+
+
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
 # A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
@@ -3485,7 +3496,7 @@ def error_object(decoded: Any) -> JSON:
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
-        raw = as_dict(level.get("metadata")).get("raw")
+        raw = object_in(level, "metadata").get("raw")
         if isinstance(raw, str):
             raw = decode_error(raw)
         decoded = None
@@ -3508,9 +3519,9 @@ def decode_error(text: str) -> Any:
 def error_names(fields: JSON) -> list[str]:
     """The provider's own names for the failure, in lower case."""
     names = ["tool_use_failed"] if "failed_generation" in fields else []         # Groq
-    holders = [fields, as_dict(fields.get("metadata"))]
-    for detail in only_dicts(fields.get("details")):
-        holders += [detail, *only_dicts(detail.get("violations"))]
+    holders = [fields, object_in(fields, "metadata")]
+    for detail in objects_in(fields, "details"):
+        holders += [detail, *objects_in(detail, "violations")]
     for holder in holders:
         values = map(holder.get, ("type", "code", "status", "error_type", "reason", "quotaId"))
         names += [value.lower() for value in values if isinstance(value, str)]
@@ -3520,7 +3531,7 @@ def error_names(fields: JSON) -> list[str]:
 def states_error(body: JSON, whole: bool = False) -> bool:
     """Is an event, or a `whole` answer with 200, an error? In an answer only `error` and MiniMax's status
     count; a code that means success never does."""
-    if body.get("error") or is_failure(as_dict(body.get("base_resp")).get("status_code")):
+    if body.get("error") or is_failure(object_in(body, "base_resp").get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
         return False
@@ -3585,7 +3596,7 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     texts = [
         headers.get("retry-after-ms") + "ms",
         headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in only_dicts(error.get("details"))]
+    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
     texts += TRY_AGAIN.findall(error.get("message", ""))
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
@@ -3720,7 +3731,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         choice = {"mode": "required", "tools": [choice]}
     mode = "required" if choice.get("mode") == "required" else "auto"
     names: list[str] = []
-    for tool in only_dicts(choice.get("tools")):
+    for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
         found = [flat for flat, known in offered.items() if known.name == name]
@@ -4099,7 +4110,7 @@ class ResponsesDecoder(Decoder):
             self._extend(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
-        part = as_dict(event.get("part"))
+        part = object_in(event, "part")
         if part.get("type") in TEXTS:
             self._text({**event, **part}, part["type"], "done")
 
@@ -4736,7 +4747,7 @@ class ChatDecoder(ItemDecoder):
 
     def _note_delta(self, chunk: JSON) -> None:
         """Remembers a chunk with one text and nothing else of interest."""
-        choices = only_dicts(chunk.get("choices"))
+        choices = objects_in(chunk, "choices")
         if len(choices) != 1 or self.tags.place == "inside":
             return
         delta = as_dict(choices[0].get("delta"))
@@ -4752,7 +4763,7 @@ class ChatDecoder(ItemDecoder):
         self.on_done()
 
     def _chunk(self, chunk: JSON) -> None:
-        choices = only_dicts(chunk.get("choices"))
+        choices = objects_in(chunk, "choices")
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = [holder["usage"] for holder in holders if holder.get("usage")]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
@@ -4768,7 +4779,7 @@ class ChatDecoder(ItemDecoder):
             self.notice = inband_error(chunk)
         for choice in choices:    # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
-                if message := as_dict(choice.get(name)):
+                if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
             if reason := choice.get("finish_reason"):
                 self._finish(choice, reason)
@@ -4783,7 +4794,7 @@ class ChatDecoder(ItemDecoder):
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
-            for detail in only_dicts(message.get("reasoning_details")):
+            for detail in objects_in(message, "reasoning_details"):
                 self._detail(detail)
         for channel, text in message_texts(message):
             pieces = known.get(channel, "").lstrip()
@@ -4794,13 +4805,13 @@ class ChatDecoder(ItemDecoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in only_dicts(message.get("images")):    # from OpenRouter
-            link = as_dict(image.get("image_url"))
+        for image in objects_in(message, "images"):    # from OpenRouter
+            link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
         if not (snapshot and self.cited):
-            for annotation in only_dicts(message.get("annotations")):
-                self._cite(as_dict(annotation.get("url_citation")))
-        calls = only_dicts(message.get("tool_calls"))
+            for annotation in objects_in(message, "annotations"):
+                self._cite(object_in(annotation, "url_citation"))
+        calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
 
@@ -4876,7 +4887,7 @@ class ChatDecoder(ItemDecoder):
 
     def _call(self, given: JSON, whole: bool, place: int | None) -> None:
         """Reads a piece of a call, or a `whole` one; `place` is its place in a snapshot."""
-        function = as_dict(given.get("function"))
+        function = object_in(given, "function")
         name = str(function.get("name") or "")
         arguments = function.get("arguments")
         if not isinstance(arguments, str):
@@ -4984,7 +4995,7 @@ class ChatDecoder(ItemDecoder):
         if kind:
             name = native if native in CHAT_ERRORS else reason
             raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind)
-        results = as_dict(choice.get("content_filter_results"))      # from Azure
+        results = object_in(choice, "content_filter_results")      # from Azure
         filters = [
             name for name, result in results.items()
             if as_dict(result).get("filtered")
@@ -5015,7 +5026,7 @@ class ChatDecoder(ItemDecoder):
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = only_dicts(message.get("reasoning_details"))
+    details = objects_in(message, "reasoning_details")
     shown = [
         {"text": detail.get("text") or detail.get("summary")}
         for detail in details
@@ -5071,8 +5082,8 @@ def native_web_search(tool_map: ToolMap, settings: AnthropicModel) -> list[JSON]
     if not tool_map.hosted or "web_search" in tool_map.by_upstream_name:
         return []
     asked = tool_map.hosted[0]
-    filters = as_dict(asked.get("filters"))
-    place = without_empty({**as_dict(asked.get("user_location")), "type": ""})
+    filters = object_in(asked, "filters")
+    place = without_empty({**object_in(asked, "user_location"), "type": ""})
     allowed = filters.get("allowed_domains")
     dynamic = settings.web_search >= "web_search_20260209"
     return [without_empty({
@@ -5185,8 +5196,8 @@ def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
     defs = {
-        **as_dict(schema.get("definitions")),       # from zod-to-json-schema
-        **as_dict(schema.get("$defs")),
+        **object_in(schema, "definitions"),       # from zod-to-json-schema
+        **object_in(schema, "$defs"),
     }
     return without_empty({
         "name": function["name"],
@@ -5208,7 +5219,7 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     if options or len(merged) > 1:
         properties: JSON = {}
         for branch in merged + options:
-            for name, inner in as_dict(branch.get("properties")).items():
+            for name, inner in object_in(branch, "properties").items():
                 known = properties.setdefault(name, inner)
                 properties[name] = known if known == inner else {"anyOf": [known, inner]}
         needed = set().union(*map(required_by, merged))
@@ -5376,7 +5387,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     messages = body["messages"]
     blocks = [*itertools.chain(*(message["content"] for message in messages))]
     for block in list(blocks):
-        blocks += only_dicts(block.get("content"))
+        blocks += objects_in(block, "content")
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
     mark = without_empty({
@@ -5512,7 +5523,7 @@ class MessagesDecoder(ItemDecoder):
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
-            usage = as_dict(message.get("usage"))           # the output is counted at the end
+            usage = object_in(message, "usage")           # the output is counted at the end
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
@@ -5520,7 +5531,7 @@ class MessagesDecoder(ItemDecoder):
             raise ProviderError(error, kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
-        usage = as_dict(event.get("usage"))
+        usage = object_in(event, "usage")
         self._count(usage, estimated="output_tokens" not in usage)
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
@@ -5529,7 +5540,7 @@ class MessagesDecoder(ItemDecoder):
             self.pauses += 1
             self.sink.done()
         elif reason:
-            details = as_dict(delta.get("stop_details"))
+            details = object_in(delta, "stop_details")
             explanation = details.get("explanation") or ""
             self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
 
@@ -5591,7 +5602,7 @@ class MessagesDecoder(ItemDecoder):
         if name == "signature":
             block.content[name] = piece
         elif name == "citation":
-            block.content["citations"] = [*only_dicts(block.content.get("citations")), piece]
+            block.content["citations"] = [*objects_in(block.content, "citations"), piece]
         elif piece:
             self._text(block, piece)
             if len(event) == 3 and len(delta) == 2 and block.channel:
@@ -5625,15 +5636,15 @@ class MessagesDecoder(ItemDecoder):
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
                 self._carry({"blocks": [content]} if sealed else {})
         elif kind == "tool_use":
-            self._end_call(block)
+            self._finish_call(block)
         elif kind == "server_tool_use" and content.get("name") == "web_search":
-            query = as_dict(content.get("input")).get("query") or ""
+            query = object_in(content, "input").get("query") or ""
             self.searches.append(block.item_key)
             self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
         if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
 
-    def _end_call(self, block: Block) -> None:
+    def _finish_call(self, block: Block) -> None:
         """Ends a call unless its arguments are truncated, or so may be because they are empty."""
         given = block.content.get("input")
         if given and not block.pieces:          # some servers send the whole input at once
@@ -5647,7 +5658,7 @@ class MessagesDecoder(ItemDecoder):
     def _cite(self, content: JSON) -> None:
         start = self.length
         self.length += len(content["text"])
-        for citation in only_dicts(content.get("citations")):
+        for citation in objects_in(content, "citations"):
             url = citation.get("url")
             if isinstance(url, str):        # a document citation names a file that no client knows
                 self._annotate(start, self.length, url, citation.get("title"))
@@ -5660,7 +5671,7 @@ class MessagesDecoder(ItemDecoder):
 def messages_usage(counts: JSON) -> Usage:
     """Anthropic counts cached input separately. After several passes (compaction, fallback, an advisor) its
     own sum covers only the last one."""
-    passes = only_dicts(counts.get("iterations")) or [counts]
+    passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
         for name in (
@@ -5805,7 +5816,7 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
             made["$defs"] = {
                 **as_dict(made.pop("definitions")),
-                **as_dict(made.get("$defs")),
+                **object_in(made, "$defs"),
             }
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
@@ -6000,17 +6011,17 @@ class GeminiDecoder(ItemDecoder):
 
     def _chunk(self, chunk: JSON) -> None:
         """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
-        candidate = next(iter(only_dicts(chunk.get("candidates"))), {})
-        self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
+        candidate = next(iter(objects_in(chunk, "candidates")), {})
+        self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({
-            **as_dict(chunk.get("usageMetadata")),
+            **object_in(chunk, "usageMetadata"),
             "model": chunk.get("modelVersion")})
         if states_error(chunk):
             raise inband_error(chunk)
         if self.finished:
             return
-        content = as_dict(candidate.get("content"))
-        parts = only_dicts(content.get("parts"))
+        content = object_in(candidate, "content")
+        parts = objects_in(content, "parts")
         for part in parts:
             self._part(part)
         reason = candidate.get("finishReason")
@@ -6019,7 +6030,7 @@ class GeminiDecoder(ItemDecoder):
         elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and not self.grounding:
             if parts[0].get("text") and self.open:
                 self.delta = TextDelta("text", self.texts, None, self.open)
-        feedback = as_dict(chunk.get("promptFeedback"))
+        feedback = object_in(chunk, "promptFeedback")
         if not candidate and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
@@ -6040,7 +6051,7 @@ class GeminiDecoder(ItemDecoder):
         text = part.get("text")
         thought = part.get("thought")
         signature = str(part.get("thoughtSignature") or "")
-        media = as_dict(part.get("inlineData"))
+        media = object_in(part, "inlineData")
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
             return
@@ -6050,9 +6061,9 @@ class GeminiDecoder(ItemDecoder):
             # the model combined this search with functions: both halves must come back unchanged
             self._close_texts()
             self._carry({"part": part})
-            call = as_dict(part.get("toolCall"))
+            call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = as_dict(call.get("args"))
+                args = object_in(call, "args")
                 self._search(args.get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
@@ -6135,9 +6146,9 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
     """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
     one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = only_dicts(grounding.get("groundingChunks"))
-    for support in only_dicts(grounding.get("groundingSupports")):
-        segment = as_dict(support.get("segment"))
+    chunks = objects_in(grounding, "groundingChunks")
+    for support in objects_in(grounding, "groundingSupports"):
+        segment = object_in(support, "segment")
         start = count(segment, "startIndex")
         end = count(segment, "endIndex")
         cited = str(segment.get("text") or encoded[start:end].decode("utf-8", "ignore"))
@@ -6148,7 +6159,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
         for index, chunk in enumerate(chunks):
-            source = as_dict(chunk.get("web"))
+            source = object_in(chunk, "web")
             if source and index in indices:
                 url = source.get("uri") or ""
                 yield begin, begin + len(cited), url, source.get("title")
@@ -6157,7 +6168,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
     """A sentence for the user: why the provider gave no answer."""
     words = [str(holder.get(reason))]
-    for rating in only_dicts(holder.get("safetyRatings")):
+    for rating in objects_in(holder, "safetyRatings"):
         if rating.get("blocked"):
             words.append(str(rating.get("category")))
     more = redacted(value_text(holder.get(message)))
@@ -6249,7 +6260,7 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
     schema = tool["parameters"]
     required = required_by(schema)
     arguments: JSON = {}
-    for name, rule in as_dict(schema.get("properties")).items():
+    for name, rule in object_in(schema, "properties").items():
         if name in required:
             kind = str(as_dict(rule).get("type"))
             arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")

@@ -3499,11 +3499,8 @@ def error_object(decoded: Any) -> JSON:
         raw = object_in(level, "metadata").get("raw")
         if isinstance(raw, str):
             raw = decode_error(raw)
-        decoded = None
-        for inner in (raw, *map(level.get, ERROR_FIELDS)):
-            if inner and isinstance(inner, (str, list, dict)):
-                decoded = inner
-                break
+        inner = [each for each in (raw, *map(level.get, ERROR_FIELDS)) if isinstance(each, (str, list, dict))]
+        decoded = next(filter(None, inner), None)
     return fields
 
 
@@ -4302,6 +4299,26 @@ class ItemDecoder(Decoder):
         })
 
 
+# why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
+# agent would see an empty answer and ask again (coder#28470)
+END_REASONS: dict[str, Any] = {
+    **dict.fromkeys(
+        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition continuation "
+        "pause_turn".split(),                           # a pause that cannot be resumed
+        "max_output_tokens"),
+    **dict.fromkeys(
+        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
+        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
+        "pup_limited_disabled".split(),
+        "content_filter"),
+    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
+    **dict.fromkeys(
+        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
+        "too_many_tool_calls".split(),
+        "tool_generation"),
+}
+
+
 def search_action(queries: list[str]) -> JSON:
     """The action of a web_search_call item."""
     return {
@@ -4544,20 +4561,6 @@ class ChatMessages(TurnEncoder):
 
 # --- the answer
 
-CHAT_STOP = {
-    **dict.fromkeys("content_filter safety sensitive refusal".split(), "content_filter"),
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition".split(),
-        "max_output_tokens"),
-}
-# presented as a success, an agent would see an empty answer and continue asking (coder#28470)
-CHAT_ERRORS: dict[str, ErrorKind] = {
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
 scan_string = vars(json.decoder)["scanstring"]    # unknown to type checkers
 
 
@@ -4752,11 +4755,11 @@ class ChatDecoder(ItemDecoder):
             return
         delta = as_dict(choices[0].get("delta"))
         fields = {**chunk, **choices[0], **delta}
-        names = {name for name, value in fields.items() if value} - IGNORED_FIELDS
-        for name, channel in TEXT_CHANNELS.items():
-            in_tags = channel == "text" and self.tags.place
-            if names == {name} and isinstance(delta.get(name), str) and not in_tags:
-                self.delta = TextDelta(name, self.texts[channel], None, channel)
+        name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
+        channel = TEXT_CHANNELS.get(name)
+        in_tags = channel == "text" and self.tags.place
+        if channel and not others and isinstance(delta.get(name), str) and not in_tags:
+            self.delta = TextDelta(name, self.texts[channel], None, channel)
 
     def whole(self, body: Any) -> None:
         super().whole(body)
@@ -4991,10 +4994,10 @@ class ChatDecoder(ItemDecoder):
         reason = str(reason).lower()
         native = str(choice.get("native_finish_reason")).lower()
         word, *_ = reason.split(":")
-        kind = CHAT_ERRORS.get(word) or CHAT_ERRORS.get(native)
-        if kind:
-            name = native if native in CHAT_ERRORS else reason
-            raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind)
+        outcome = END_REASONS.get(word) or END_REASONS.get(native, "")
+        if outcome in ERROR_CLASSES:
+            name = native if native in END_REASONS else reason
+            raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
         results = object_in(choice, "content_filter_results")      # from Azure
         filters = [
             name for name, result in results.items()
@@ -5003,9 +5006,8 @@ class ChatDecoder(ItemDecoder):
         explanation = ""
         if filters:
             explanation = f"The provider's content filter stopped this answer: {', '.join(filters)}."
-        cut = CHAT_STOP.get(reason) or CHAT_STOP.get(native, "")
-        self.stop = Stop(cut, explanation=explanation)
-        self._end_items(last=not cut)
+        self.stop = Stop(outcome, explanation=explanation)
+        self._end_items(last=not outcome)
         self.sink.set_stop(self.stop)
 
     def on_done(self) -> None:
@@ -5446,11 +5448,6 @@ MESSAGES_REPAIRS: Repairs = {
 
 # --- the answer
 
-MESSAGES_STOP = {
-    "max_tokens": "max_output_tokens",
-    "model_context_window_exceeded": "max_output_tokens",
-    "pause_turn": "max_output_tokens",      # a pause that cannot be resumed
-    "refusal": "content_filter"}
 MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as truncated
 DELTA_FIELDS = {
     "text_delta": "text",
@@ -5542,7 +5539,7 @@ class MessagesDecoder(ItemDecoder):
         elif reason:
             details = object_in(delta, "stop_details")
             explanation = details.get("explanation") or ""
-            self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
+            self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
         if not self.paused:
@@ -5970,19 +5967,11 @@ GEMINI_REPAIRS: Repairs = {
 
 # --- the answer
 
-# why the answer ended -> incomplete_reason, or the kind of failure: presented as a success, an agent would
-# see an empty answer and ask again (coder#28470)
-GEMINI_ENDS: dict[str, Any] = {
-    "STOP": "",
-    **dict.fromkeys("MAX_TOKENS CONTINUATION".split(), "max_output_tokens"),
-    **dict.fromkeys(
-        "SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT "
-        "IMAGE_RECITATION IMAGE_OTHER NO_IMAGE MODEL_ARMOR ESCALATION PUP_LIMITED_DISABLED".split(),
-        "content_filter"),
-    **dict.fromkeys(
-        "MALFORMED_FUNCTION_CALL UNEXPECTED_TOOL_CALL MALFORMED_RESPONSE TOO_MANY_TOOL_CALLS OTHER".split(),
-        "tool_generation"),
-    "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # caused by our request: no other target may be tried
+GEMINI_ENDS = {
+    **END_REASONS,
+    "stop": "",
+    "other": "tool_generation",
+    "missing_thought_signature": "bad_request"}         # caused by our request: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
@@ -6126,7 +6115,7 @@ class GeminiDecoder(ItemDecoder):
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
-        outcome = GEMINI_ENDS.get(reason, "" if self.items_begun else "tool_generation")
+        outcome = GEMINI_ENDS.get(reason.lower(), "" if self.items_begun else "tool_generation")
         if outcome in ERROR_CLASSES:
             # without its finishMessage: that repeats the model's text, and failures are logged
             message = block_reason("broke off its answer", candidate, "finishReason", "")

@@ -5468,7 +5468,7 @@ class Block:
 
 
 class MessagesDecoder(ItemDecoder):
-    """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
+    """One Messages stream; after a pause the next stream continues the same items.
 
     A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
     blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
@@ -5489,20 +5489,8 @@ class MessagesDecoder(ItemDecoder):
         self.pauses = 0
         self.stop = Stop()
 
-    def whole(self, body: Any) -> None:
-        answer = as_dict(body)
-        if answer.get("type") != "error":
-            answer = {**answer, "type": "message"}
-        self.read(answer)
-
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, like the events of a stream."""
-        self.on_message_start({"message": body})
-        for block in body["content"]:
-            self.on_content_block_start({"content_block": block})
-            self.on_content_block_stop({})
-        self.on_message_delta({**body, "delta": body})
-        self.on_message_stop({})
+        raise UpstreamError("The provider did not stream its answer, as it was asked to.")
 
     def resume(self) -> list[JSON] | None:
         """The blocks to send back if the provider paused its turn, else None. The next stream continues the

@@ -187,13 +187,28 @@ class TestEveryRecordedStream:
         assert view_of(mixed).outcome()[:4] == plain[:4] and view_of(mixed).end() == view_of(known).end()
 
 
+def events_of(body: JSON) -> Iterable[JSON]:
+    """A whole answer as the events of a stream with whole blocks."""
+    yield {"type": "message_start", "message": body}
+    for index, block in enumerate(copy.deepcopy(body["content"])):
+        yield {"type": "content_block_start", "index": index, "content_block": block}
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "delta": body, "usage": body["usage"]}
+    yield {"type": "message_stop"}
+
+
+def test_a_whole_answer_to_a_request_for_a_stream_fails() -> None:
+    with pytest.raises(pomex.UpstreamError, match="did not stream"):
+        whole(decoder(), {"type": "message", "content": []})
+
+
 @NO_RECORDINGS
 @pytest.mark.parametrize("path", exchanges("response.json"), ids=named)
 def test_every_recorded_whole_answer_says_what_it_holds(path: pathlib.Path) -> None:
     body = json.loads(path.read_bytes())
     if body["type"] == "error":
         pytest.skip("an error: see below")
-    view = whole(decoder([SEARCH]), copy.deepcopy(body))
+    view = sinks.feed_all(decoder([SEARCH]), events_of(body))
     assert view.outcome() == expected_of({**body, "content": [{"json": "", **block} for block in body["content"]]})
     assert view.stops[-1].final and all(item["closed"] for item in view.items.values())
 

@@ -3437,19 +3437,15 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
     return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
-def inband_error(error: Any) -> ProviderError:
-    """The failure inside a stream or a 200 answer."""
-    return classify_error(error, 0, Headers([]), 0.0)
-
-
-def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
-    """Classifies an error. Without an HTTP status, the status in the error's own fields counts."""
+def classify_error(
+    decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
+) -> ProviderError:
+    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
+    in the error's own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
-    source = fields["message"]
-    if not source and decoded:
-        source = dumps(decoded)
+    source = fields["message"] or (dumps(decoded) if decoded else "")
     names = error_names(fields)
     kind = error_kind({*names, f"http{status}", f"http{status // 100}xx"}, " ".join((source, *names)))
     answered = f"answered HTTP {status}" if status else "failed"
@@ -3465,7 +3461,7 @@ def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) ->
         kind=kind,
         code=code,
         param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(headers, fields, now_s),
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
         upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
@@ -3956,7 +3952,7 @@ def responses_error(error: Any) -> GatewayError:
     """The failure in the error object of a Responses stream."""
     if isinstance(error, dict) and REFUSED.fullmatch(str(error.get("code"))):
         error = {**error, "type": "invalid_request_error"}
-    return inband_error(error)
+    return classify_error(error)
 
 
 class TextDelta(NamedTuple):
@@ -4093,11 +4089,9 @@ class ResponsesDecoder(Decoder):
         """Reads a piece of a text, or the whole text."""
         channel, kind, field = TEXTS[name]
         done = step == "done"
-        text = as_text(event.get(field)) if done else event.get("delta")
-        if not text or not isinstance(text, str):
-            return
-        known = self.items.take(event, kind)
-        if known.kind != kind:
+        text = as_text(event.get(field if done else "delta"))
+        known = self.items.take(event, kind) if text else None
+        if known is None or known.kind != kind:
             return
         number = event.get("content_index", event.get("summary_index", 0))
         place = known.text(channel, number, done)
@@ -4303,8 +4297,8 @@ class ItemDecoder(Decoder):
 # agent would see an empty answer and ask again (coder#28470)
 END_REASONS: dict[str, Any] = {
     **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition continuation "
-        "pause_turn".split(),                           # a pause that cannot be resumed
+        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
+        "continuation pause_turn".split(),              # a pause that cannot be resumed
         "max_output_tokens"),
     **dict.fromkeys(
         "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
@@ -4777,9 +4771,9 @@ class ChatDecoder(ItemDecoder):
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
         if errors or states_error(chunk):
-            raise inband_error([*errors, chunk][0])
+            raise classify_error([*errors, chunk][0])
         if not choices and isinstance(chunk.get("message"), str):
-            self.notice = inband_error(chunk)
+            self.notice = classify_error(chunk)
         for choice in choices:    # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
                 if message := object_in(choice, name):
@@ -4883,8 +4877,7 @@ class ChatDecoder(ItemDecoder):
                 count(citation, "start_index"),
                 count(citation, "end_index"),
                 url,
-                str(citation.get("title") or ""),
-            )
+                citation.get("title"))
 
     # calls
 
@@ -5035,11 +5028,8 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     ]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
-    content = message.get("content")
-    parts = only_dicts(content)    # Mistral sends an array
-    if isinstance(content, str):
-        parts = [text_block(content)]
-    for part in parts:
+    content = message.get("content")        # Mistral sends an array
+    for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
         else:
@@ -5534,7 +5524,7 @@ class MessagesDecoder(ItemDecoder):
             self._finish(dataclasses.replace(self.stop, final=True))
 
     def on_error(self, event: JSON) -> None:
-        raise inband_error(event)
+        raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
         """Finishes the stream. A truncated call stays open, and so does an empty one that may be
@@ -5994,7 +5984,7 @@ class GeminiDecoder(ItemDecoder):
             **object_in(chunk, "usageMetadata"),
             "model": chunk.get("modelVersion")})
         if states_error(chunk):
-            raise inband_error(chunk)
+            raise classify_error(chunk)
         if self.finished:
             return
         content = object_in(candidate, "content")
@@ -6342,7 +6332,7 @@ class TranslatedStream(Assembler):
         if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
         if isinstance(body, dict) and not body.get("error") and states_error(body, whole=True):
-            raise inband_error(body)
+            raise classify_error(body)
         self.decoder.whole(body)
 
     def end(self) -> None:
@@ -6375,12 +6365,6 @@ class EncodeContext:
     @property
     def request(self) -> ResponsesRequest:
         return self.answer.request
-
-    @property
-    def call_prefix(self) -> str:
-        """A prefix for call ids that a provider omits: unique in the conversation, since each answer has its
-        own."""
-        return f"call_{self.answer.id[-12:]}_"
 
     @property
     def seal(self) -> Callable[[JSON], str]:
@@ -6489,7 +6473,7 @@ class WireApi(NamedTuple):
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
-        decoder = self.decoder(tool_map, ctx.settings, ctx.call_prefix)
+        decoder = self.decoder(tool_map, ctx.settings, f"call_{ctx.answer.id[-12:]}_")
         attempt = TranslatedStream(ctx, decoder)
         return UpstreamCall(
             self, path, dumps(body).encode(), attempt, dropped,

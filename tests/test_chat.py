@@ -1969,7 +1969,7 @@ INBAND: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize("error, kind", INBAND, ids=lambda value: json.dumps(value))
 def test_errors_inside_a_stream_are_told_apart(error: Any, kind: str) -> None:
-    assert pomex.inband_error(error).kind == kind
+    assert pomex.classify_error(error).kind == kind
 
 
 # every form that an error has somewhere: its words, and its kind inside a 200
@@ -2197,7 +2197,7 @@ def test_an_error_is_read_to_its_core_however_deep_it_lies() -> None:
     error = {"message": "slow down", "code": "rate_limit_exceeded"}
     for _ in range(20_000):
         error = {"error": [error], "code": "outer"}
-    found = pomex.inband_error(error)
+    found = pomex.classify_error(error)
     assert (found.kind, str(found)) == ("rate_limit", "slow down")
 
 

@@ -3727,8 +3727,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
-        found = [flat for flat, known in offered.items() if known.name == name]
-        names += [exact] if exact in offered else found[:1]
+        found = [exact] if exact in offered else [flat for flat, known in offered.items() if known.name == name]
+        names += found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []
@@ -3968,6 +3968,7 @@ class Decoder:
     sink: Sink
     delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
     failed = False
+    paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
 
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
@@ -5458,7 +5459,7 @@ class Block:
 
 
 class MessagesDecoder(ItemDecoder):
-    """One Messages stream; after a pause the next stream continues the same items.
+    """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
     A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
     blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
@@ -5475,22 +5476,20 @@ class MessagesDecoder(ItemDecoder):
         self.counts: JSON = {}                  # usage of this stream
         self.earlier = self.usage = Usage()     # of earlier streams; of all streams
         self.content: list[JSON] = []           # finished blocks, for a resumption
-        self.paused: list[JSON] = []            # the blocks to return to the provider
         self.pauses = 0
         self.stop = Stop()
 
-    def on_message(self, body: JSON) -> None:
-        raise UpstreamError("The provider did not stream its answer, as it was asked to.")
+    def whole(self, body: Any) -> None:
+        self.read({"type": "message", **as_dict(body)})
 
-    def resume(self) -> list[JSON] | None:
-        """The blocks to send back if the provider paused its turn, else None. The next stream continues the
-        turn."""
-        paused, self.paused = self.paused, []
-        if paused:
-            self.id = None
-            self.earlier = self.usage
-            self.counts = {}
-        return paused or None
+    def on_message(self, body: JSON) -> None:
+        """Reads an answer that was not streamed, though it was asked to be."""
+        self.on_message_start({"message": body})
+        for block in body["content"]:
+            self.on_content_block_start({"content_block": block})
+            self.on_content_block_stop({})
+        self.on_message_delta({**body, "delta": body})
+        self.on_message_stop({})
 
     # messages
 
@@ -5513,6 +5512,7 @@ class MessagesDecoder(ItemDecoder):
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.content = self.content, []
             self.pauses += 1
+            self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
             details = object_in(delta, "stop_details")
@@ -6408,9 +6408,8 @@ class UpstreamCall(NamedTuple):
 
     def resumed(self) -> UpstreamCall | None:
         """The call that continues a paused turn in the same attempt."""
-        decoder = self.attempt.decoder
-        paused = decoder.resume() if isinstance(decoder, MessagesDecoder) else None
-        if paused is None:
+        paused, self.attempt.decoder.paused = self.attempt.decoder.paused, []
+        if not paused:
             return None
         body = json.loads(self.body)
         if body["messages"][-1]["role"] != "assistant":

@@ -969,7 +969,7 @@ def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> No
         (pomex.ChatDecoder(book, pomex.DIALECTS["generic"]), "feed", json.dumps(said[0])),
         (pomex.ResponsesDecoder(book), "feed", json.dumps(event)),
         (pomex.GeminiDecoder(book), "whole", {"candidates": [candidate]}),
-        (pomex.MessagesDecoder(pomex.ToolMap(DOTTED, True, "claude")), "read", {"type": "content_block_start", "content_block": block}),
+        (pomex.MessagesDecoder(pomex.ToolMap(DOTTED, True, "claude")), "whole", {"type": "message", "content": [block]}),
     ]
     found = []
     for reader, method, given in readers:

@@ -3727,8 +3727,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
-        found = [exact] if exact in offered else [flat for flat, known in offered.items() if known.name == name]
-        names += found[:1]
+        found = [flat for flat, known in offered.items() if known.name == name]
+        names += [exact] if exact in offered else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []

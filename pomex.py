@@ -3744,9 +3744,9 @@ def without_empty(fields: JSON) -> JSON:
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
-def fit_call_id(call_id: str, pattern: str, length: int) -> str:
+def fit_call_id(call_id: str, pattern: re.Pattern[str], length: int) -> str:
     """The id if the provider accepts it, else a digest of it."""
-    return call_id if re.fullmatch(pattern, call_id) else sha256_hex(call_id)[:length]
+    return call_id if pattern.fullmatch(call_id) else sha256_hex(call_id)[:length]
 
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, same bytes
@@ -4090,9 +4090,11 @@ class ResponsesDecoder(Decoder):
         """Reads a piece of a text, or the whole text."""
         channel, kind, field = TEXTS[name]
         done = step == "done"
-        text = as_text(event.get(field if done else "delta"))
-        known = self.items.take(event, kind) if text else None
-        if known is None or known.kind != kind:
+        text = as_text(event.get(field)) if done else event.get("delta")
+        if not text or not isinstance(text, str):
+            return
+        known = self.items.take(event, kind)
+        if known.kind != kind:
             return
         number = event.get("content_index", event.get("summary_index", 0))
         place = known.text(channel, number, done)
@@ -4359,6 +4361,10 @@ DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
 
 # --- the request
 
+SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
+CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
+
+
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
@@ -4534,8 +4540,8 @@ class ChatMessages(TurnEncoder):
 
     def _call_id(self, given: str) -> str:
         if self.settings.short_ids:
-            return fit_call_id(given, "[a-zA-Z0-9]{9}", 9)
-        return fit_call_id(given, "(?s).{0,40}", 40)    # OpenAI: "Expected a string with maximum length 40"
+            return fit_call_id(given, SHORT_CALL_ID, 9)
+        return fit_call_id(given, CALL_ID, 40)
 
     def encode_file(self, file: Attachment) -> JSON | None:
         name = file.name or "file"
@@ -5203,25 +5209,24 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     """A tool's schema with `type: object` at its root. anyOf, oneOf, allOf and $ref are not allowed there:
     their branches become one object, which requires the fields that all of them require. Each of `defs` is
     used only at its first mention: two mentions in each of n would make 2 ** n."""
-    root = dict(schema)
+    root = {**schema, "type": "object"}
+    if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
+        return root
     reference = str(root.pop("$ref", ""))
     target = defs.pop(reference.rpartition("/")[2], None)
     any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
     options = [object_root(branch, defs) for branch in any_of + one_of]
     merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
-    if options or len(merged) > 1:
-        properties: JSON = {}
-        for branch in merged + options:
-            for name, inner in object_in(branch, "properties").items():
-                known = properties.setdefault(name, inner)
-                properties[name] = known if known == inner else {"anyOf": [known, inner]}
-        needed = set().union(*map(required_by, merged))
-        if options:
-            needed |= set.intersection(*map(required_by, options))
-        root["properties"] = properties
-        if required := [name for name in properties if name in needed]:
-            root["required"] = required
-    return {**root, "type": "object"}
+    properties: JSON = {}
+    for branch in merged + options:
+        for name, inner in object_in(branch, "properties").items():
+            known = properties.setdefault(name, inner)
+            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+    needed = set().union(*map(required_by, merged))
+    if options:
+        needed |= set.intersection(*map(required_by, options))
+    required = [name for name in properties if name in needed]
+    return without_empty({**root, "properties": properties, "required": required})
 
 
 def required_by(schema: JSON) -> set[str]:
@@ -5271,7 +5276,7 @@ def strict_schema(schema: JSON) -> Any:
     return map_schema(schema, change)
 
 
-TOOL_USE_ID = "[a-zA-Z0-9_-]{1,64}"
+TOOL_USE_ID = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):

@@ -3208,6 +3208,17 @@ class ResponsesPassthrough(Passthrough):
 # One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
 # that is fed one event at a time and calls a Sink. Then the table.
 
+def object_in(holder: JSON, name: str) -> JSON:
+    """The member of this name if it is an object, else {}."""
+    value = holder.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def objects_in(holder: JSON, name: str) -> list[JSON]:
+    """The objects in the member of this name, which should be an array."""
+    return only_dicts(holder.get(name))
+
+
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
 # A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
@@ -3325,19 +3336,15 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
     return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
-def inband_error(error: Any) -> ProviderError:
-    """The failure inside a stream or a 200 answer."""
-    return classify_error(error, 0, Headers([]), 0.0)
-
-
-def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
-    """Classifies an error. Without an HTTP status, the status in the error's own fields counts."""
+def classify_error(
+    decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
+) -> ProviderError:
+    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
+    in the error's own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
-    source = fields["message"]
-    if not source and decoded:
-        source = dumps(decoded)
+    source = fields["message"] or (dumps(decoded) if decoded else "")
     names = error_names(fields)
     kind = error_kind({*names, f"http{status}", f"http{status // 100}xx"}, " ".join((source, *names)))
     answered = f"answered HTTP {status}" if status else "failed"
@@ -3353,7 +3360,7 @@ def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) ->
         kind=kind,
         code=code,
         param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(headers, fields, now_s),
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
         upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
@@ -3384,14 +3391,11 @@ def error_object(decoded: Any) -> JSON:
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
-        raw = as_dict(level.get("metadata")).get("raw")
+        raw = object_in(level, "metadata").get("raw")
         if isinstance(raw, str):
             raw = decode_error(raw)
-        decoded = None
-        for inner in (raw, *map(level.get, ERROR_FIELDS)):
-            if inner and isinstance(inner, (str, list, dict)):
-                decoded = inner
-                break
+        inner = [each for each in (raw, *map(level.get, ERROR_FIELDS)) if isinstance(each, (str, list, dict))]
+        decoded = next(filter(None, inner), None)
     return fields
 
 
@@ -3407,9 +3411,9 @@ def decode_error(text: str) -> Any:
 def error_names(fields: JSON) -> list[str]:
     """The provider's own names for the failure, in lower case."""
     names = ["tool_use_failed"] if "failed_generation" in fields else []         # Groq
-    holders = [fields, as_dict(fields.get("metadata"))]
-    for detail in only_dicts(fields.get("details")):
-        holders += [detail, *only_dicts(detail.get("violations"))]
+    holders = [fields, object_in(fields, "metadata")]
+    for detail in objects_in(fields, "details"):
+        holders += [detail, *objects_in(detail, "violations")]
     for holder in holders:
         values = map(holder.get, ("type", "code", "status", "error_type", "reason", "quotaId"))
         names += [value.lower() for value in values if isinstance(value, str)]
@@ -3419,7 +3423,7 @@ def error_names(fields: JSON) -> list[str]:
 def states_error(body: JSON, whole: bool = False) -> bool:
     """Is an event, or a `whole` answer with 200, an error? In an answer only `error` and MiniMax's status
     count; a code that means success never does."""
-    if body.get("error") or is_failure(as_dict(body.get("base_resp")).get("status_code")):
+    if body.get("error") or is_failure(object_in(body, "base_resp").get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
         return False
@@ -3484,7 +3488,7 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     texts = [
         headers.get("retry-after-ms") + "ms",
         headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in only_dicts(error.get("details"))]
+    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
     texts += TRY_AGAIN.findall(error.get("message", ""))
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
@@ -3619,7 +3623,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         choice = {"mode": "required", "tools": [choice]}
     mode = "required" if choice.get("mode") == "required" else "auto"
     names: list[str] = []
-    for tool in only_dicts(choice.get("tools")):
+    for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
         found = [flat for flat, known in offered.items() if known.name == name]
@@ -3637,6 +3641,11 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
 def without_empty(fields: JSON) -> JSON:
     """Removes the fields that have no effect: null, "", [] and {}."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+
+
+def fit_call_id(call_id: str, pattern: re.Pattern[str], length: int) -> str:
+    """The id if the provider accepts it, else a digest of it."""
+    return call_id if pattern.fullmatch(call_id) else sha256_hex(call_id)[:length]
 
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, same bytes
@@ -3733,20 +3742,18 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    start, end = request.around.start, len(raw) - request.around.behind
-    pieces = [raw[:start], raw[start:end], raw[end:]]       # of 0 and `raw`, if the input was not told apart
-    fields: Sequence[int] = (0, 2) if start else (1,)       # where `model` stands
-    models = opened = 0
-    for place in fields:
-        pieces[place], found = MODEL_FIELD.subn(
-            lambda at: at[0].removesuffix(at[1]) + named.encode(), pieces[place])
-        models += found
+    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    start, end = request.around.start or len(raw), len(raw) - request.around.behind
+    outside, models = MODEL_FIELD.subn(
+        lambda at: at[0].removesuffix(at[1]) + named.encode(),
+        raw[:start] + b"\0" + raw[end:])
+    spliced, opened = outside.replace(b"\0", raw[start:end]), 0
     if envelopes:
-        pieces[1], opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), pieces[1])
-        fields = 0, 1, 2
+        spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
+        outside = spliced
     exact = models == 1 and opened == len(envelopes) and body.get("store", False) is False
-    if exact and not dropped and not any(LETTER_ESCAPE.search(pieces[place]) for place in fields):
-        return b"".join(pieces)
+    if exact and not dropped and not LETTER_ESCAPE.search(outside):
+        return spliced
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
         body["input"] = items
@@ -3819,17 +3826,21 @@ def responses_part(part: JSON, assistant: bool) -> JSON:
     return {"type": "input_text", "text": part["text"]}
 
 
-# Another organisation, region or key sealed it: without a retry the conversation would be refused forever.
-# Some gateways drop the code (lidge-jun/opencodex#2269).
-SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
-                          r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
-
-
-def repair_responses(body: JSON, error: GatewayError) -> None:
-    """Drops all sealed content if it was refused."""
-    if isinstance(body["input"], list) and SEAL_REFUSED.search(f"{error.code} {error}"):
+def drop_encrypted(body: JSON) -> None:
+    if isinstance(body["input"], list):
         body["input"] = [item for item in body["input"]
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
+
+
+# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
+# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
+# model cannot take is a setting: `overrides` in the configuration.
+Repairs: TypeAlias = dict[str, Callable[..., None]]
+RESPONSES_REPAIRS: Repairs = {
+    # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
+    r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
+    r"|of type .reasoning. was provided without": drop_encrypted,
+}
 
 
 # codes of refusals: another target would refuse too, and clients act on them (CODEX.md 7.3)
@@ -3840,28 +3851,61 @@ def responses_error(error: Any) -> GatewayError:
     """The failure in the error object of a Responses stream."""
     if isinstance(error, dict) and REFUSED.fullmatch(str(error.get("code"))):
         error = {**error, "type": "invalid_request_error"}
-    return inband_error(error)
+    return classify_error(error)
 
 
 class TextDelta(NamedTuple):
     """An event that carries a piece of an open item's text, and nothing else."""
-    field: str      # the field with the piece
-    place: Any      # the argument of the decoder's add_all for more such pieces
+    field: str              # the field with the piece
+    pieces: list[str]       # the decoder's list of them
+    key: Any                # for the sink
+    channel: PartType
 
 
 class Decoder:
     """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
     sink: Sink
     delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
+    failed = False
+    paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
+
+    def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
+        self.tool_map = tool_map
+        self.settings = settings        # the known properties of the model or the server
+        self.prefix = prefix            # for call ids made here: unique in the conversation
 
     def feed(self, data: str) -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
+        data = data.strip()
+        if data == "[DONE]":
+            self.on_done()
+        elif data:
+            self.read(provider_json(data))
 
-    def add_all(self, place: Any, texts: list[str]) -> None:
-        """Reads the pieces of further events like the last one, which was a TextDelta."""
+    def on_done(self) -> None:
+        """Handles [DONE], which only a chat stream needs."""
+
+    def read(self, event: Any) -> Any:
+        """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
+        try:
+            return self.on_event(event)
+        except ProviderError as error:
+            self.failed = True
+            self.sink.fail(error)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            text = "The provider's answer does not have the form that its API defines."
+            raise UpstreamError(text) from None
+
+    def on_event(self, event: Any) -> Any:
+        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
+        event that reports an error."""
+        name = event_type(event).removeprefix("response.").replace(".", "_")
+        handler = getattr(self, f"on_{name}", None)
+        return handler and handler(event)
 
     def whole(self, body: Any) -> None:
         """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
+        self.read(body)
 
     def end(self) -> None:
         """Handles a clean end of the body."""
@@ -3871,16 +3915,11 @@ class ResponsesDecoder(Decoder):
     """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
     the decoder reads each fact once, from any of them."""
     asked_12h = False       # of the prompt cache
+    ended = False
 
-    def __init__(self, tool_map: ToolMap) -> None:
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.items = UpstreamItems()
-        self.ended = False
-
-    def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if it is not JSON or not an event."""
-        if data.strip() != "[DONE]":
-            self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
         """The failure in data that is not an event of this API, by the event's name or in any form."""
@@ -3889,26 +3928,21 @@ class ResponsesDecoder(Decoder):
             return None
         return responses_error(body.get("error") or body or data)
 
-    def read(self, event: JSON) -> Any:
-        """Reads one event; returns the UpstreamItem that it begins or ends."""
-        try:
-            name = event_type(event).removeprefix("response.")
-            family, _, step = name.rpartition(".")
-            if family in TEXTS and step in ("delta", "done"):
-                return self._text(event, family, step)
-            handler = getattr(self, "on_" + name.replace(".", "_"), None)
-            return handler and handler(event)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UpstreamError("The provider sent an event that cannot be read.") from None
+    def on_event(self, event: Any) -> Any:
+        family, _, step = event_type(event).removeprefix("response.").rpartition(".")
+        if family in TEXTS and step in ("delta", "done"):
+            return self._text(event, family, step)
+        return super().on_event(event)
 
     def whole(self, body: JSON) -> None:
         """Reads an answer that was not streamed, like the last event of a stream."""
-        if not isinstance(body.get("output"), list) and not body.get("error"):
+        response = as_dict(body)
+        error, status = response.get("error"), response.get("status")
+        if not isinstance(response.get("output"), list) and not error:
             raise UpstreamError("The provider's answer is not a response object.")
-        status = body.get("status")
         if status not in ("incomplete", "failed"):
-            status = "failed" if body.get("error") else "completed"
-        self.read({"type": f"response.{status}", "response": body})
+            status = "failed" if error else "completed"
+        self.read({"type": f"response.{status}", "response": response})
 
     def end(self) -> None:
         """If every item is done, the model had finished, but not after reasoning alone (DESIGN, promise
@@ -3969,7 +4003,7 @@ class ResponsesDecoder(Decoder):
             self._extend(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
-        part = as_dict(event.get("part"))
+        part = object_in(event, "part")
         if part.get("type") in TEXTS:
             self._text({**event, **part}, part["type"], "done")
 
@@ -4108,28 +4142,28 @@ def event_type(event: JSON) -> Any:
     return event["type"]
 
 
-def provider_json(data: str | bytes, complaint: str) -> Any:
+def provider_json(data: str | bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
-        raise UpstreamError(complaint) from None
+        raise UpstreamError("The provider's answer is not JSON.") from None
 
 
 class ItemDecoder(Decoder):
     """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
     themselves."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix            # for call ids made here: unique in the conversation
+    items_begun = 0             # number of items begun
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.call_ids: set[str] = set()
-        self.items_begun = 0                  # number of items begun
-        self.failed = False
-        self.notice: GatewayError | None = None     # perhaps an error: reported if nothing else follows
 
     def end(self) -> None:
         """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
         if self.notice and not self.items_begun:
-            self._fail(self.notice)
+            self.sink.fail(self.notice)
 
     def _new_key(self) -> int:
         self.items_begun += 1
@@ -4163,9 +4197,25 @@ class ItemDecoder(Decoder):
             "title": title or "",
         })
 
-    def _fail(self, error: GatewayError) -> None:
-        self.failed = True
-        self.sink.fail(error)
+
+# why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
+# agent would see an empty answer and ask again (coder#28470)
+END_REASONS: dict[str, Any] = {
+    **dict.fromkeys(
+        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
+        "continuation pause_turn".split(),              # a pause that cannot be resumed
+        "max_output_tokens"),
+    **dict.fromkeys(
+        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
+        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
+        "pup_limited_disabled".split(),
+        "content_filter"),
+    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
+    **dict.fromkeys(
+        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
+        "too_many_tool_calls".split(),
+        "tool_generation"),
+}
 
 
 def search_action(queries: list[str]) -> JSON:
@@ -4213,7 +4263,8 @@ DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
 
 # --- the request
 
-MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string with maximum length 40"
+SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
+CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
 
 
 def encode_chat(ctx: EncodeContext) -> JSON:
@@ -4332,20 +4383,26 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        items = collections.defaultdict[str, list[JSON]](list)      # by type
-        for item in (*turn.items, *turn.calls):
-            items[item["type"]].append(item)
         parts: list[JSON] = []
-        for item in items["message"]:
-            parts += self.encode_parts(item["content"])
+        replays: list[JSON] = []
+        calls: dict[str, JSON] = {}
+        for item in (*turn.items, *turn.calls):
+            if item["type"] == "message":
+                parts += self.encode_parts(item["content"])
+            elif item["type"] == "reasoning":
+                replays.append(item["sealed_replay"])
+            else:
+                calls[item["call_id"]] = {
+                    "id": self._call_id(item["call_id"]),
+                    "type": "function",
+                    "function": {"name": item["name"], "arguments": item["arguments"]},
+                }
         text = text_of(parts, "\n\n")
-        calls = items["function_call"]
         if not text and not calls:
             return
         message: JSON = {"role": "assistant", "content": text}  # Mistral and llama.cpp need even an empty one
         self.out.append(message)
         form = self.settings.replay
-        replays = [item["sealed_replay"] for item in items["reasoning"]]
         pieces = [replay[form] for replay in replays if form in replay]
         reasoning: Any = [*itertools.chain(*pieces)]
         if form == "reasoning_content":
@@ -4354,18 +4411,12 @@ class ChatMessages(TurnEncoder):
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
+        for replay in replays:
+            for extra in replay.get("extra_content", ()):
+                call = calls.get(extra["id"], {})
+                call["extra_content"] = extra["extra_content"]
         if calls:
-            extras = {
-                extra["id"]: {"extra_content": extra["extra_content"]}
-                for replay in replays
-                for extra in replay.get("extra_content", ())
-            }
-            message["tool_calls"] = [{
-                "id": self._call_id(call["call_id"]),
-                "type": "function",
-                "function": {"name": call["name"], "arguments": call["arguments"]},
-                **extras.get(call["call_id"], {}),
-            } for call in calls]
+            message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
 
     def _add_results(self, results: list[JSON]) -> None:
@@ -4390,11 +4441,9 @@ class ChatMessages(TurnEncoder):
         self.add("user", images)
 
     def _call_id(self, given: str) -> str:
-        short = self.settings.short_ids
-        if re.fullmatch("[a-zA-Z0-9]{9}", given) if short else len(given) <= MAX_CALL_ID:
-            return given
-        digest = sha256_hex(given)
-        return digest[:9] if short else f"call_{digest[:32]}"
+        if self.settings.short_ids:
+            return fit_call_id(given, SHORT_CALL_ID, 9)
+        return fit_call_id(given, CALL_ID, 40)
 
     def encode_file(self, file: Attachment) -> JSON | None:
         name = file.name or "file"
@@ -4415,20 +4464,6 @@ class ChatMessages(TurnEncoder):
 
 # --- the answer
 
-CHAT_STOP = {
-    **dict.fromkeys("content_filter safety sensitive refusal".split(), "content_filter"),
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition".split(),
-        "max_output_tokens"),
-}
-# presented as a success, an agent would see an empty answer and continue asking (coder#28470)
-CHAT_ERRORS: dict[str, ErrorKind] = {
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
 scan_string = vars(json.decoder)["scanstring"]    # unknown to type checkers
 
 
@@ -4600,70 +4635,57 @@ class ChatDecoder(ItemDecoder):
     streamed = False                # after a delta, a message is a snapshot
     stop: Stop | None = None
 
-    def __init__(self, tool_map: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
-        super().__init__(prefix)
-        self.tool_map = tool_map
-        self.dialect = dialect
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.texts = collections.defaultdict[PartType, list[str]](list)
         self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
-        self.tags = ThinkTags(dialect.think_tags, self.texts["summary"])
+        self.tags = ThinkTags(self.settings.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
         self.changed: list[ChatCall] = []    # since complete ones were last ended
         self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
         self.counts: JSON = {}    # of all usages
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON."""
-        if data.strip() == "[DONE]":
-            self._done()
-        elif data.strip():
-            given = provider_json(data, "The provider sent an event that is not JSON.")
-            chunk = as_dict(given)
-            self._chunk(chunk)
-            self._note_delta(chunk)
+    def on_event(self, event: Any) -> None:
+        chunk = as_dict(event)
+        self._chunk(chunk)
+        self._note_delta(chunk)
 
     def _note_delta(self, chunk: JSON) -> None:
         """Remembers a chunk with one text and nothing else of interest."""
-        choices = only_dicts(chunk.get("choices"))
+        choices = objects_in(chunk, "choices")
         if len(choices) != 1 or self.tags.place == "inside":
             return
         delta = as_dict(choices[0].get("delta"))
         fields = {**chunk, **choices[0], **delta}
-        names = {name for name, value in fields.items() if value} - IGNORED_FIELDS
-        for name, channel in TEXT_CHANNELS.items():
-            in_tags = channel == "text" and self.tags.place
-            if names == {name} and isinstance(delta.get(name), str) and not in_tags:
-                self.delta = TextDelta(name, channel)
+        name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
+        channel = TEXT_CHANNELS.get(name)
+        in_tags = channel == "text" and self.tags.place
+        if channel and not others and isinstance(delta.get(name), str) and not in_tags:
+            self.delta = TextDelta(name, self.texts[channel], None, channel)
 
-    def add_all(self, channel: PartType, texts: list[str]) -> None:
-        self.texts[channel] += texts
-        self.sink.add_all(None, texts, channel)
-
-    def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed."""
-        self._chunk(body)
-        self._done()
+    def whole(self, body: Any) -> None:
+        super().whole(body)
+        self.on_done()
 
     def _chunk(self, chunk: JSON) -> None:
-        choices = only_dicts(chunk.get("choices"))
+        choices = objects_in(chunk, "choices")
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = [holder["usage"] for holder in holders if holder.get("usage")]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.dialect.reasoning_within)
+        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
         if errors or states_error(chunk):
-            self._fail(inband_error([*errors, chunk][0]))
-            return
+            raise classify_error([*errors, chunk][0])
         if not choices and isinstance(chunk.get("message"), str):
-            self.notice = inband_error(chunk)
+            self.notice = classify_error(chunk)
         for choice in choices:    # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
-                if message := as_dict(choice.get(name)):
+                if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
             if reason := choice.get("finish_reason"):
                 self._finish(choice, reason)
@@ -4678,7 +4700,7 @@ class ChatDecoder(ItemDecoder):
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
-            for detail in only_dicts(message.get("reasoning_details")):
+            for detail in objects_in(message, "reasoning_details"):
                 self._detail(detail)
         for channel, text in message_texts(message):
             pieces = known.get(channel, "").lstrip()
@@ -4689,13 +4711,13 @@ class ChatDecoder(ItemDecoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in only_dicts(message.get("images")):    # from OpenRouter
-            link = as_dict(image.get("image_url"))
+        for image in objects_in(message, "images"):    # from OpenRouter
+            link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
         if not (snapshot and self.cited):
-            for annotation in only_dicts(message.get("annotations")):
-                self._cite(as_dict(annotation.get("url_citation")))
-        calls = only_dicts(message.get("tool_calls"))
+            for annotation in objects_in(message, "annotations"):
+                self._cite(object_in(annotation, "url_citation"))
+        calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
 
@@ -4761,14 +4783,13 @@ class ChatDecoder(ItemDecoder):
                 count(citation, "start_index"),
                 count(citation, "end_index"),
                 url,
-                str(citation.get("title") or ""),
-            )
+                citation.get("title"))
 
     # calls
 
     def _call(self, given: JSON, whole: bool, place: int | None) -> None:
         """Reads a piece of a call, or a `whole` one; `place` is its place in a snapshot."""
-        function = as_dict(given.get("function"))
+        function = object_in(given, "function")
         name = str(function.get("name") or "")
         arguments = function.get("arguments")
         if not isinstance(arguments, str):
@@ -4829,7 +4850,7 @@ class ChatDecoder(ItemDecoder):
     # ends
 
     def _end_text(self) -> None:
-        form = self.dialect.replay
+        form = self.settings.replay
         value: Any = "".join(self.texts["summary"][self.sealed_texts:])
         if form == "reasoning_details":
             value = [
@@ -4872,12 +4893,11 @@ class ChatDecoder(ItemDecoder):
         reason = str(reason).lower()
         native = str(choice.get("native_finish_reason")).lower()
         word, *_ = reason.split(":")
-        kind = CHAT_ERRORS.get(word) or CHAT_ERRORS.get(native)
-        if kind:
-            name = native if native in CHAT_ERRORS else reason
-            self._fail(ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind))
-            return
-        results = as_dict(choice.get("content_filter_results"))      # from Azure
+        outcome = END_REASONS.get(word) or END_REASONS.get(native, "")
+        if outcome in ERROR_CLASSES:
+            name = native if native in END_REASONS else reason
+            raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
+        results = object_in(choice, "content_filter_results")      # from Azure
         filters = [
             name for name, result in results.items()
             if as_dict(result).get("filtered")
@@ -4885,12 +4905,11 @@ class ChatDecoder(ItemDecoder):
         explanation = ""
         if filters:
             explanation = f"The provider's content filter stopped this answer: {', '.join(filters)}."
-        cut = CHAT_STOP.get(reason) or CHAT_STOP.get(native, "")
-        self.stop = Stop(cut, explanation=explanation)
-        self._end_items(last=not cut)
+        self.stop = Stop(outcome, explanation=explanation)
+        self._end_items(last=not outcome)
         self.sink.set_stop(self.stop)
 
-    def _done(self) -> None:
+    def on_done(self) -> None:
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
@@ -4898,28 +4917,25 @@ class ChatDecoder(ItemDecoder):
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
-            self._fail(ProviderError(text, kind="tool_generation"))
+            self.sink.fail(ProviderError(text, kind="tool_generation"))
         elif self.stop is None and not self.items_begun:
             empty = ProviderError("The provider's answer is empty.", kind="overload")
-            self._fail(self.notice or empty)
+            self.sink.fail(self.notice or empty)
         else:
             self.sink.set_stop(dataclasses.replace(stop, final=True))
 
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = only_dicts(message.get("reasoning_details"))
+    details = objects_in(message, "reasoning_details")
     shown = [
         {"text": detail.get("text") or detail.get("summary")}
         for detail in details
     ]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
-    content = message.get("content")
-    parts = only_dicts(content)    # Mistral sends an array
-    if isinstance(content, str):
-        parts = [text_block(content)]
-    for part in parts:
+    content = message.get("content")        # Mistral sends an array
+    for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
         else:
@@ -4964,8 +4980,8 @@ def native_web_search(tool_map: ToolMap, settings: AnthropicModel) -> list[JSON]
     if not tool_map.hosted or "web_search" in tool_map.by_upstream_name:
         return []
     asked = tool_map.hosted[0]
-    filters = as_dict(asked.get("filters"))
-    place = without_empty({**as_dict(asked.get("user_location")), "type": ""})
+    filters = object_in(asked, "filters")
+    place = without_empty({**object_in(asked, "user_location"), "type": ""})
     allowed = filters.get("allowed_domains")
     dynamic = settings.web_search >= "web_search_20260209"
     return [without_empty({
@@ -5078,8 +5094,8 @@ def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
     defs = {
-        **as_dict(schema.get("definitions")),       # from zod-to-json-schema
-        **as_dict(schema.get("$defs")),
+        **object_in(schema, "definitions"),       # from zod-to-json-schema
+        **object_in(schema, "$defs"),
     }
     return without_empty({
         "name": function["name"],
@@ -5092,29 +5108,24 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     """A tool's schema with `type: object` at its root. anyOf, oneOf, allOf and $ref are not allowed there:
     their branches become one object, which requires the fields that all of them require. Each of `defs` is
     used only at its first mention: two mentions in each of n would make 2 ** n."""
-    root = dict(schema)
+    root = {**schema, "type": "object"}
+    if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
+        return root
     reference = str(root.pop("$ref", ""))
-    target = as_dict(defs.pop(reference.rpartition("/")[2], None))
-    options: list[JSON] = []
-    merged = [root]
-    for keyword, branches in (("anyOf", options), ("oneOf", options), ("allOf", merged)):
-        for branch in only_dicts(root.pop(keyword, None)):
-            branches.append(object_root(branch, defs))
-    if target:
-        merged.append(object_root(target, defs))
-    if options or len(merged) > 1:
-        properties: JSON = {}
-        for branch in merged + options:
-            for name, inner in as_dict(branch.get("properties")).items():
-                known = properties.setdefault(name, inner)
-                properties[name] = known if known == inner else {"anyOf": [known, inner]}
-        needed = set().union(*map(required_by, merged))
-        if options:
-            needed |= set.intersection(*map(required_by, options))
-        root |= {"type": "object", "properties": properties}
-        if required := [name for name in properties if name in needed]:
-            root["required"] = required
-    return {**root, "type": "object"}
+    target = defs.pop(reference.rpartition("/")[2], None)
+    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
+    options = [object_root(branch, defs) for branch in any_of + one_of]
+    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
+    properties: JSON = {}
+    for branch in merged + options:
+        for name, inner in object_in(branch, "properties").items():
+            known = properties.setdefault(name, inner)
+            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+    needed = set().union(*map(required_by, merged))
+    if options:
+        needed |= set.intersection(*map(required_by, options))
+    required = [name for name in properties if name in needed]
+    return without_empty({**root, "properties": properties, "required": required})
 
 
 def required_by(schema: JSON) -> set[str]:
@@ -5164,7 +5175,7 @@ def strict_schema(schema: JSON) -> Any:
     return map_schema(schema, change)
 
 
-TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+TOOL_USE_ID = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
@@ -5229,14 +5240,14 @@ class MessagesTurns(TurnEncoder):
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{
             "type": "tool_use",
-            "id": tool_use_id(item["call_id"]),
+            "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
             "name": item["name"],
             "input": json.loads(item["arguments"]),
         }])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
-        result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
+        result: JSON = {"type": "tool_result", "tool_use_id": fit_call_id(item["call_id"], TOOL_USE_ID, 64)}
         content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
         if content:
             result["content"] = content
@@ -5266,14 +5277,6 @@ class MessagesTurns(TurnEncoder):
         return without_empty({"type": "document", "source": source, "title": file.name})
 
 
-def tool_use_id(given: str) -> str:
-    """A call id that Anthropic accepts: if letters must be replaced, a digest keeps it unique."""
-    if TOOL_USE_ID.fullmatch(given):
-        return given
-    safe = re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40])
-    return f"{safe}_{sha256_hex(given)[:16]}"
-
-
 def place_cache_control(body: JSON, ttl: str) -> None:
     """Marks the content that the provider should cache, unless the client did: up to the last tool, the last
     system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
@@ -5281,7 +5284,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     messages = body["messages"]
     blocks = [*itertools.chain(*(message["content"] for message in messages))]
     for block in list(blocks):
-        blocks += only_dicts(block.get("content"))
+        blocks += objects_in(block, "content")
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
     mark = without_empty({
@@ -5314,31 +5317,6 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 # --- repairs after a refusal
 
-def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
-    """Changes the body by the first row whose pattern matches the error: drops the fields, or calls the
-    function with the pattern's groups."""
-    if getattr(error, "kind", "") != "bad_request":
-        return
-    for pattern, repair in repairs:
-        found = re.search(pattern, str(error), re.IGNORECASE)
-        if found is None:
-            continue
-        if callable(repair):
-            repair(body, *found.groups())
-        else:
-            for path in found.expand(repair).split():
-                drop_field(body, path)
-        return
-
-
-def drop_field(body: JSON, path: str) -> None:
-    """Drops one field, and its object if that becomes empty."""
-    outer, _, name = path.rpartition(".")
-    holder = body.get(outer, body)
-    holder.pop(name, None)
-    if not holder:
-        del body[outer]
-
 
 def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can itself drop the thinking of another conversation."""
@@ -5356,37 +5334,15 @@ def drop_thoughts(body: JSON) -> None:
         del body["thinking"]
 
 
-def lower_limit(body: JSON, maximum: str) -> None:
-    limit = body["max_tokens"] = int(maximum)
-    thinking = body.get("thinking", {})
-    if thinking.get("budget_tokens", 0) >= limit:
-        thinking["budget_tokens"] = limit - LEAST_BUDGET
-        if limit <= 2 * LEAST_BUDGET:
-            del body["thinking"]
-
-
-def add_user_turn(body: JSON) -> None:
-    body["messages"].append({"role": "user", "content": [text_block("Continue.")]})
-
-
-MESSAGES_REPAIRS = (
-    (r"bound to a different (?:conversation|model)", drop_stale_thoughts),
-    (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified",
-     drop_thoughts),
-    (r"max_tokens: \d+ > (\d+)", lower_limit),
-    (r"prefill", add_user_turn),
-    (r"effort", "output_config.effort"),
-    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b", r"\1"),
-)
+MESSAGES_REPAIRS: Repairs = {
+    r"bound to a different (?:conversation|model)": drop_stale_thoughts,
+    r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified":
+        drop_thoughts,
+}
 
 
 # --- the answer
 
-MESSAGES_STOP = {
-    "max_tokens": "max_output_tokens",
-    "model_context_window_exceeded": "max_output_tokens",
-    "pause_turn": "max_output_tokens",      # a pause that cannot be resumed
-    "refusal": "content_filter"}
 MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as truncated
 DELTA_FIELDS = {
     "text_delta": "text",
@@ -5413,54 +5369,31 @@ class MessagesDecoder(ItemDecoder):
     blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
     """
 
-    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
-        super().__init__(prefix)
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.id: str | None = None              # of the current message
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
         self.length = 0                         # of the open message's finished blocks
         # without arguments: the following event shows whether they were truncated
         self.empty_calls: list[int] = []
-        self.searches: dict[Any, int] = {}      # web searches without results so far, by id
+        self.searches: list[int] = []           # web searches without results so far; those come in order
         self.counts: JSON = {}                  # usage of this stream
         self.earlier = self.usage = Usage()     # of earlier streams; of all streams
         self.content: list[JSON] = []           # finished blocks, for a resumption
-        self.paused: list[JSON] = []            # the blocks to return to the provider
         self.pauses = 0
         self.stop = Stop()
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON, or belongs to a block that never began."""
-        try:
-            event = json.loads(data)
-            handler = getattr(self, f"on_{event_type(event)}", None)
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            raise UpstreamError("The provider sent an event that is not a JSON object.") from None
-        if handler is not None:
-            handler(event)
+    def whole(self, body: Any) -> None:
+        self.read({"type": "message", **as_dict(body)})
 
-    def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, like the events of a stream."""
-        if body.get("type") == "error":
-            self.on_error(body)
-            return
-        content = body["content"]
+    def on_message(self, body: JSON) -> None:
+        """Reads an answer that was not streamed, though it was asked to be."""
         self.on_message_start({"message": body})
-        for block in content:
+        for block in body["content"]:
             self.on_content_block_start({"content_block": block})
             self.on_content_block_stop({})
         self.on_message_delta({**body, "delta": body})
         self.on_message_stop({})
-
-    def resume(self) -> list[JSON] | None:
-        """The blocks to send back if the provider paused its turn, else None. The next stream continues the
-        turn."""
-        paused, self.paused = self.paused, []
-        if paused:
-            self.id = None
-            self.earlier = self.usage
-            self.counts = {}
-        return paused or None
 
     # messages
 
@@ -5468,33 +5401,34 @@ class MessagesDecoder(ItemDecoder):
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
-            usage = as_dict(message.get("usage"))           # the output is counted at the end
+            usage = object_in(message, "usage")           # the output is counted at the end
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
             error = "The provider spliced a second message into its stream."
-            self._fail(ProviderError(error, kind="overload"))
+            raise ProviderError(error, kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
-        usage = as_dict(event.get("usage"))
+        usage = object_in(event, "usage")
         self._count(usage, estimated="output_tokens" not in usage)
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.content = self.content, []
             self.pauses += 1
+            self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
-            details = as_dict(delta.get("stop_details"))
+            details = object_in(delta, "stop_details")
             explanation = details.get("explanation") or ""
-            self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
+            self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
         if not self.paused:
             self._finish(dataclasses.replace(self.stop, final=True))
 
     def on_error(self, event: JSON) -> None:
-        self._fail(inband_error(event))
+        raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
         """Finishes the stream. A truncated call stays open, and so does an empty one that may be
@@ -5505,9 +5439,8 @@ class MessagesDecoder(ItemDecoder):
         self.sink.done()
         if not stop.incomplete_reason:
             self._end_empty_calls()
-        for item_key in self.searches.values():
-            self.sink.done(item_key, status="failed")
-        self.searches.clear()
+        while self.searches:
+            self.sink.done(self.searches.pop(0), status="failed")
         self.stop = stop
         self.sink.set_stop(stop)
 
@@ -5536,29 +5469,24 @@ class MessagesDecoder(ItemDecoder):
             tool = self.tool_map.resolve(str(content.get("name") or ""))
             self.sink.call(block.item_key, call_id, tool)
         elif kind == "web_search_tool_result" and self.searches:
-            search = content.get("tool_use_id")
-            if search not in self.searches:
-                search = next(iter(self.searches))
             status = "completed" if isinstance(content.get("content"), list) else "failed"
-            self.sink.done(self.searches.pop(search), status=status)
+            self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks.get(event.get("index", 0))
-        if block is None:
-            raise UpstreamError("The provider sent a piece of a block that is not open.")
+        block = self.blocks[event.get("index", 0)]
         delta = event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
             block.content[name] = piece
         elif name == "citation":
-            known = only_dicts(block.content.get("citations"))
-            block.content["citations"] = [*known, piece]
+            block.content["citations"] = [*objects_in(block.content, "citations"), piece]
         elif piece:
             self._text(block, piece)
             if len(event) == 3 and len(delta) == 2 and block.channel:
-                self.delta = TextDelta(name, block)
+                key = block.item_key if block.channel == "arguments" else None
+                self.delta = TextDelta(name, block.pieces, key, block.channel)
 
     def _text(self, block: Block, text: str) -> None:
         if not text:
@@ -5569,11 +5497,6 @@ class MessagesDecoder(ItemDecoder):
         elif block.channel:
             self.sink.text(text, block.channel)
 
-    def add_all(self, block: Block, texts: list[str]) -> None:
-        block.pieces += texts
-        key = block.item_key if block.channel == "arguments" else None
-        self.sink.add_all(key, texts, block.channel)
-
     def on_content_block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
@@ -5581,35 +5504,40 @@ class MessagesDecoder(ItemDecoder):
         content = block.content
         kind = content.get("type")
         text = "".join(block.pieces)
-        arguments = content.get("input")
         if kind in ("text", "thinking"):
             content[kind] = text
         elif text.strip():
-            arguments = parse_object(text)
-            content["input"] = arguments or {}          # the API refuses null, even for a truncated call
-        elif kind == "tool_use" and arguments:          # some servers send the whole input at once
-            self._text(block, dumps(arguments))
+            content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
             self._cite(content)
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
                 self._carry({"blocks": [content]} if sealed else {})
-        elif kind == "tool_use" and not arguments and not text.strip():
-            self.empty_calls.append(block.item_key)
-        elif kind == "tool_use" and isinstance(arguments, dict):
-            self.sink.done(block.item_key)
+        elif kind == "tool_use":
+            self._finish_call(block)
         elif kind == "server_tool_use" and content.get("name") == "web_search":
-            query = as_dict(content.get("input")).get("query") or ""
-            self.searches[content.get("id")] = block.item_key
+            query = object_in(content, "input").get("query") or ""
+            self.searches.append(block.item_key)
             self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
         if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
 
+    def _finish_call(self, block: Block) -> None:
+        """Ends a call unless its arguments are truncated, or so may be because they are empty."""
+        given = block.content.get("input")
+        if given and not block.pieces:          # some servers send the whole input at once
+            self._text(block, dumps(given))
+        arguments = "".join(block.pieces)
+        if not arguments.strip():
+            self.empty_calls.append(block.item_key)
+        elif parse_object(arguments) is not None:
+            self.sink.done(block.item_key)
+
     def _cite(self, content: JSON) -> None:
         start = self.length
         self.length += len(content["text"])
-        for citation in only_dicts(content.get("citations")):
+        for citation in objects_in(content, "citations"):
             url = citation.get("url")
             if isinstance(url, str):        # a document citation names a file that no client knows
                 self._annotate(start, self.length, url, citation.get("title"))
@@ -5622,7 +5550,7 @@ class MessagesDecoder(ItemDecoder):
 def messages_usage(counts: JSON) -> Usage:
     """Anthropic counts cached input separately. After several passes (compaction, fallback, an advisor) its
     own sum covers only the last one."""
-    passes = only_dicts(counts.get("iterations")) or [counts]
+    passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
         for name in (
@@ -5767,7 +5695,7 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
             made["$defs"] = {
                 **as_dict(made.pop("definitions")),
-                **as_dict(made.get("$defs")),
+                **object_in(made, "$defs"),
             }
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
@@ -5913,43 +5841,19 @@ def drop_keyword(body: JSON, keyword: str) -> None:
             holder[name] = gemini_schema(holder[name], keyword)
 
 
-def drop_search(body: JSON) -> None:
-    drop_field(body, "toolConfig.includeServerSideToolInvocations")
-    body["tools"] = [tool for tool in body.get("tools", []) if "googleSearch" not in tool]
-    if not body["tools"]:
-        del body["tools"]
-
-
-GEMINI_REPAIRS = (
-    (r"thought.?signature", replace_signatures),
-    (r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)", drop_keyword),
-    (r"context circulation|server.?side.?tool|tool use with function calling"
-     r"|google.?search\b.*(?:not |un)supported",
-     drop_search),
-    (r"response.?mime.?type|response.?(json.?)?schema",
-     "generationConfig.responseMimeType generationConfig.responseJsonSchema"),
-    (r"thinking|\bbudget\b|include.?thoughts", "generationConfig.thinkingConfig"),
-    (r"temperature", "generationConfig.temperature"),
-    (r"\btop_?p\b", "generationConfig.topP"),
-    (r"max_?output_?tokens", "generationConfig.maxOutputTokens"),
-)
+GEMINI_REPAIRS: Repairs = {
+    r"thought.?signature": replace_signatures,
+    r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)": drop_keyword,
+}
 
 
 # --- the answer
 
-# why the answer ended -> incomplete_reason, or the kind of failure: presented as a success, an agent would
-# see an empty answer and ask again (coder#28470)
-GEMINI_ENDS: dict[str, Any] = {
-    "STOP": "",
-    **dict.fromkeys("MAX_TOKENS CONTINUATION".split(), "max_output_tokens"),
-    **dict.fromkeys(
-        "SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT "
-        "IMAGE_RECITATION IMAGE_OTHER NO_IMAGE MODEL_ARMOR ESCALATION PUP_LIMITED_DISABLED".split(),
-        "content_filter"),
-    **dict.fromkeys(
-        "MALFORMED_FUNCTION_CALL UNEXPECTED_TOOL_CALL MALFORMED_RESPONSE TOO_MANY_TOOL_CALLS OTHER".split(),
-        "tool_generation"),
-    "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # caused by our request: no other target may be tried
+GEMINI_ENDS = {
+    **END_REASONS,
+    "stop": "",
+    "other": "tool_generation",
+    "missing_thought_signature": "bad_request"}         # caused by our request: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
@@ -5960,9 +5864,9 @@ class GeminiDecoder(ItemDecoder):
     because its citations come with the last event.
     """
 
-    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
-        super().__init__(f"{prefix}g")
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.prefix += "g"
         self.open: PartType | None = None       # "text" or "summary": of the open item
         self.texts: list[str] = []              # of the open item
         self.signature: JSON = {}               # of its last part; the item after it carries it
@@ -5971,41 +5875,33 @@ class GeminiDecoder(ItemDecoder):
         self.searched = False                   # a web_search_call has been sent
         self.finished = False                   # there was output, then a finishReason
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON."""
-        if data.strip() not in ("", "[DONE]"):
-            self.whole(provider_json(data, "The provider sent an event that is not JSON."))
-
-    def whole(self, body: Any) -> None:
-        """Reads an answer that was not streamed; without alt=sse even a stream is one array."""
-        try:
-            for chunk in only_dicts(body if isinstance(body, list) else [body]):
-                self._chunk(chunk)
-        except ProviderError as error:
-            self._fail(error)
+    def on_event(self, event: Any) -> None:
+        """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
+        for chunk in only_dicts(event if isinstance(event, list) else [event]):
+            self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
         """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
-        candidate = next(iter(only_dicts(chunk.get("candidates"))), {})
-        self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
+        candidate = next(iter(objects_in(chunk, "candidates")), {})
+        self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({
-            **as_dict(chunk.get("usageMetadata")),
+            **object_in(chunk, "usageMetadata"),
             "model": chunk.get("modelVersion")})
         if states_error(chunk):
-            raise inband_error(chunk)
+            raise classify_error(chunk)
         if self.finished:
             return
-        content = as_dict(candidate.get("content"))
-        parts = only_dicts(content.get("parts"))
+        content = object_in(candidate, "content")
+        parts = objects_in(content, "parts")
         for part in parts:
             self._part(part)
         reason = candidate.get("finishReason")
         if reason not in UNSPECIFIED:
             self._finish(candidate, str(reason))
         elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and not self.grounding:
-            if parts[0].get("text"):
-                self.delta = TextDelta("text", self.open)
-        feedback = as_dict(chunk.get("promptFeedback"))
+            if parts[0].get("text") and self.open:
+                self.delta = TextDelta("text", self.texts, None, self.open)
+        feedback = object_in(chunk, "promptFeedback")
         if not candidate and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
@@ -6026,7 +5922,7 @@ class GeminiDecoder(ItemDecoder):
         text = part.get("text")
         thought = part.get("thought")
         signature = str(part.get("thoughtSignature") or "")
-        media = as_dict(part.get("inlineData"))
+        media = object_in(part, "inlineData")
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
             return
@@ -6036,9 +5932,9 @@ class GeminiDecoder(ItemDecoder):
             # the model combined this search with functions: both halves must come back unchanged
             self._close_texts()
             self._carry({"part": part})
-            call = as_dict(part.get("toolCall"))
+            call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = as_dict(call.get("args"))
+                args = object_in(call, "args")
                 self._search(args.get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
@@ -6063,10 +5959,6 @@ class GeminiDecoder(ItemDecoder):
         self.texts.append(text)
         self.sink.text(text, channel)
 
-    def add_all(self, channel: PartType, texts: list[str]) -> None:
-        self.texts += texts
-        self.sink.add_all(None, texts, channel)
-
     def _search(self, queries: Any) -> None:
         self.searched = True
         self.sink.item({
@@ -6088,8 +5980,7 @@ class GeminiDecoder(ItemDecoder):
     def _function_call(self, given: JSON, signature: str) -> None:
         name = given.get("name")
         args = given.get("args")
-        # only from Vertex; Pomex does not request them
-        in_pieces = given.get("partialArgs") or given.get("willContinue")
+        in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             raise ProviderError(message, kind="tool_generation")
@@ -6106,7 +5997,7 @@ class GeminiDecoder(ItemDecoder):
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
-        outcome = GEMINI_ENDS.get(reason, "" if self.items_begun else "tool_generation")
+        outcome = GEMINI_ENDS.get(reason.lower(), "" if self.items_begun else "tool_generation")
         if outcome in ERROR_CLASSES:
             # without its finishMessage: that repeats the model's text, and failures are logged
             message = block_reason("broke off its answer", candidate, "finishReason", "")
@@ -6126,9 +6017,9 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
     """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
     one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = only_dicts(grounding.get("groundingChunks"))
-    for support in only_dicts(grounding.get("groundingSupports")):
-        segment = as_dict(support.get("segment"))
+    chunks = objects_in(grounding, "groundingChunks")
+    for support in objects_in(grounding, "groundingSupports"):
+        segment = object_in(support, "segment")
         start = count(segment, "startIndex")
         end = count(segment, "endIndex")
         cited = str(segment.get("text") or encoded[start:end].decode("utf-8", "ignore"))
@@ -6139,7 +6030,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
         for index, chunk in enumerate(chunks):
-            source = as_dict(chunk.get("web"))
+            source = object_in(chunk, "web")
             if source and index in indices:
                 url = source.get("uri") or ""
                 yield begin, begin + len(cited), url, source.get("title")
@@ -6148,7 +6039,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
     """A sentence for the user: why the provider gave no answer."""
     words = [str(holder.get(reason))]
-    for rating in only_dicts(holder.get("safetyRatings")):
+    for rating in objects_in(holder, "safetyRatings"):
         if rating.get("blocked"):
             words.append(str(rating.get("category")))
     more = redacted(value_text(holder.get(message)))
@@ -6202,25 +6093,17 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     text, call = demo_answer(ctx)
-    words = re.findall(r"\S+\s*|\s+", text)
-    choices: list[JSON] = [{"delta": {"content": word}} for word in words]
-    reason, tokens = "stop", len(words)
+    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
     if call:
-        called = {
-            "index": 0,
-            "id": f"call_{len(ctx.history.items)}_demo",
-            "function": call,
-        }
-        choices.append({"delta": {"tool_calls": [called]}})
-        reason, tokens = "tool_calls", 10
-    choices.append({"finish_reason": reason})
-    for choice in choices:
-        yield sse_frame("", dumps({"choices": [choice]}))
+        call_id = f"call_{len(ctx.history.items)}_demo"
+        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    for delta in deltas:
+        yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
     usage = {
         "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": tokens,
+        "completion_tokens": len(deltas),
     }
-    yield sse_frame("", dumps({"choices": [], "usage": usage}))
+    yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
 
@@ -6248,7 +6131,7 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
     schema = tool["parameters"]
     required = required_by(schema)
     arguments: JSON = {}
-    for name, rule in as_dict(schema.get("properties")).items():
+    for name, rule in object_in(schema, "properties").items():
         if name in required:
             kind = str(as_dict(rule).get("type"))
             arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
@@ -6321,16 +6204,19 @@ class TranslatedStream(Assembler):
         block, at = self.events.decode(self.events.split(data)), 0
         while not self.upstream_done and (end := block.find("\n\n", at)) >= 0:
             texts, run_end = self.template.texts(block, at)
-            if self.decoder.delta and texts:
-                self.decoder.add_all(self.decoder.delta.place, texts)
+            delta = self.decoder.delta
+            if delta and texts:
+                delta.pieces.extend(texts)
+                self.add_all(delta.key, texts, delta.channel)
                 self.templates_left = MAX_TEMPLATES
                 at = run_end
                 continue
             self.read(parse_event(block[at:end]))
             self.template = DeltaTemplate()
-            if self.decoder.delta and self.templates_left:
+            delta = self.decoder.delta
+            if delta and self.templates_left:
                 self.templates_left -= 1
-                self.template = field_template(block[at:end + 2], self.decoder.delta.field)
+                self.template = field_template(block[at:end + 2], delta.field)
             at = end + 2
 
     def read(self, event: Event | None) -> None:
@@ -6346,16 +6232,12 @@ class TranslatedStream(Assembler):
             self.decoder.feed(data)
 
     def whole(self, data: bytes) -> None:
-        body = provider_json(data, "The provider's answer is not JSON.")
+        body = provider_json(data)
         if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
         if isinstance(body, dict) and not body.get("error") and states_error(body, whole=True):
-            raise inband_error(body)
-        try:
-            self.decoder.whole(body)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise UpstreamError(
-                "The provider's answer does not have the form that its API defines.") from None
+            raise classify_error(body)
+        self.decoder.whole(body)
 
     def end(self) -> None:
         for event in self.events.finish():
@@ -6389,12 +6271,6 @@ class EncodeContext:
         return self.answer.request
 
     @property
-    def call_prefix(self) -> str:
-        """A prefix for call ids that a provider omits: unique in the conversation, since each answer has its
-        own."""
-        return f"call_{self.answer.id[-12:]}_"
-
-    @property
     def seal(self) -> Callable[[JSON], str]:
         return functools.partial(self.envelope.seal, self.provider, self.model)
 
@@ -6423,18 +6299,21 @@ class UpstreamCall(NamedTuple):
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
         body = json.loads(self.body)
-        self.wire.repair(body, error)
+        for pattern, repair in self.wire.repairs.items():
+            found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
+            if found:
+                repair(body, *found.groups())
+                break
         if body == json.loads(self.body):
             return None
-        if self.wire.repair is repair_responses:
+        if self.wire.repairs is RESPONSES_REPAIRS:
             self.dropped.append("encrypted_content:refused")
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
         """The call that continues a paused turn in the same attempt."""
-        decoder = self.attempt.decoder
-        paused = decoder.resume() if isinstance(decoder, MessagesDecoder) else None
-        if paused is None:
+        paused, self.attempt.decoder.paused = self.attempt.decoder.paused, []
+        if not paused:
             return None
         body = json.loads(self.body)
         if body["messages"][-1]["role"] != "assistant":
@@ -6450,9 +6329,9 @@ class WireApi(NamedTuple):
     """One wire API: the encoding of a request and the decoding of its answer."""
     path: str
     encode: Callable[[EncodeContext], JSON]
-    decoder: Callable[[EncodeContext], Decoder]
+    decoder: Callable[[ToolMap, Any, str], Decoder]
     models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
-    repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
+    repairs: Repairs = {}
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
@@ -6497,7 +6376,8 @@ class WireApi(NamedTuple):
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
-        attempt = TranslatedStream(ctx, self.decoder(ctx))
+        decoder = self.decoder(tool_map, ctx.settings, f"call_{ctx.answer.id[-12:]}_")
+        attempt = TranslatedStream(ctx, decoder)
         return UpstreamCall(
             self, path, dumps(body).encode(), attempt, dropped,
             headers=self.headers(body),
@@ -6518,30 +6398,31 @@ class WireApi(NamedTuple):
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
-        decoder=lambda ctx: ResponsesDecoder(ctx.tool_map),
-        repair=repair_responses),
+        decoder=ResponsesDecoder,
+        repairs=RESPONSES_REPAIRS),
     "chat": WireApi(
         "/chat/completions", encode_chat,
-        decoder=lambda ctx: ChatDecoder(ctx.tool_map, ctx.settings, ctx.call_prefix),
+        decoder=ChatDecoder,
         models=DIALECTS),
     "messages": WireApi(
         "/messages", encode_messages,
-        decoder=lambda ctx: MessagesDecoder(ctx.tool_map, ctx.call_prefix),
+        decoder=MessagesDecoder,
         models=ANTHROPIC_MODELS,
-        repair=functools.partial(repair_from, MESSAGES_REPAIRS),
+        repairs=MESSAGES_REPAIRS,
         headers=messages_headers,
         auth=lambda key: [("x-api-key", key)],
         vendor="claude"),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
-        decoder=lambda ctx: GeminiDecoder(ctx.tool_map, ctx.call_prefix),
+        decoder=GeminiDecoder,
         models=GEMINI_MODELS,
-        repair=functools.partial(repair_from, GEMINI_REPAIRS),
+        repairs=GEMINI_REPAIRS,
         auth=lambda key: [("x-goog-api-key", key)],
         vendor="gemini"),
     "demo": WireApi(
         "", encode_demo,
-        decoder=lambda ctx: ChatDecoder(ctx.tool_map, DIALECTS[""])),
+        decoder=ChatDecoder,
+        models=DIALECTS),
 }
 
 

@@ -225,7 +225,8 @@ def test_a_paused_turn_of_anthropic_keeps_what_both_halves_say():
                    {"type": "message_delta", "delta": {"stop_reason": "pause_turn"},
                     "usage": {"output_tokens": 3, "server_tool_use": {"web_search_requests": 2}}})
     assert (said.input, said.output, said.web_searches, said.tier, said.model) == (5, 3, 2, "fast", "claude-x")
-    assert decoder.resume()
+    assert decoder.paused
+    decoder.paused = []
     said = read_by(decoder, {"type": "message_start", "message": {"id": "2", "model": "claude-x", "usage": {"input_tokens": 9, "speed": "fast"}}},
                    {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
                     "usage": {"output_tokens": 4, "server_tool_use": {"web_search_requests": 1}}})

@@ -130,6 +130,12 @@ GONE = """
     shell_action shown_only sign_step split_tag_start strings strip_fence table_of table_with
     thinking_config thinking_of token_limits toml_path trail unfit unique_calls untraced url_citation
     whole_characters with_headers with_host with_key zstd_decompressor zstd_module
+    CHAT_ERRORS CHAT_STOP ChatDecoder._done ChatDecoder.add_all ChatDecoder.dialect ChatDecoder.feed
+    Decoder.add_all EncodeContext.call_prefix GeminiDecoder.add_all GeminiDecoder.feed GeminiDecoder.whole
+    ItemDecoder._fail MAX_CALL_ID MESSAGES_STOP MessagesDecoder.add_all MessagesDecoder.feed
+    MessagesDecoder.resume ResponsesDecoder.feed ResponsesDecoder.read SEAL_REFUSED TextDelta.place
+    WireApi.repair add_user_turn drop_field drop_search inband_error lower_limit repair_from repair_responses
+    tool_use_id
 """.split()
 
 # Of the file at 523dd95: what the ledger before this one was made of.

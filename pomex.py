@@ -61,7 +61,8 @@ if __name__ == "__main__" and "serve" in sys.argv and sys.platform != "win32" \
     except OSError:     # without write access, as under systemd, it is compiled at every start
         pass
     options = sys.orig_argv[1:sys.orig_argv.index(source)]
-    os.execv(sys.executable, [sys.executable, *options, "-c", LAUNCH, sys.orig_argv[0], *sys.argv])  # noqa: S606
+    launch = [sys.executable, *options, "-c", LAUNCH, sys.orig_argv[0], *sys.argv]
+    os.execv(sys.executable, launch)  # noqa: S606
 
 import argparse
 import asyncio
@@ -6760,7 +6761,7 @@ class ServerConfig:
     request_deadline_s: float = option(3600.0, "longest request, all attempts together", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
     admin_token: Strings = option(
-        (), 'opens the admin API to machines: "env:NAME", "file:PATH", or at least 16 characters; or a list of these',
+        (), 'opens the admin API to machines: "env:NAME", "file:PATH", 16 characters or more; or a list',
         types=(list, str), items=TEXT, secret=True, wanted="a string or a list of strings",
         read=lambda value: tuple(filter(None, [value] if isinstance(value, str) else value)))
     max_answer_chars: int = option(
@@ -11583,11 +11584,10 @@ BOOLEAN = Field(read=TRUTH, wanted="true or false")
 COUNT = Field(pattern="[0-9]{1,9}", read=int, wanted="a whole number of at most nine digits")
 USD = Field(read=parse_limit, wanted="an amount like 50 or 12.50")
 NAME_FIELD = Argument("name", metavar="NAME", required=True)
-BUDGET = Argument("budget", Field(
-    read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
-    meaning="spending limit in USD per day, week, month or in total, e.g. 50/month; none"), "USD/PERIOD")
 KEY_FIELDS = (
-    BUDGET,
+    Argument("budget", metavar="USD/PERIOD", field=Field(
+        read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
+        meaning="spending limit in USD per day, week, month or in total, e.g. 50/month; none")),
     Argument("models", empty="all", field=Field(
         read=model_patterns, wanted="patterns like openai/*,demo/echo, or all",
         meaning="models it may use, e.g. 'openai/*,anthropic/*'; all")),
@@ -13208,8 +13208,9 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     warnings = config_warnings(config) if config.path else []
     if not is_loopback(config.server.host):
         warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
-                        + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key.")
-                        + " By a name the dashboard opens only if it is in public_hosts = [...]." * (not config.server.public_hosts))
+                        + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
+        if not config.server.public_hosts:
+            warnings.append("The dashboard opens only under the names in [server] public_hosts, and by address on this machine.")
     if (fit := connections_that_fit()) < config.server.max_connections:
         warnings.append(f"{fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
                         "open no more files (ulimit -n).")
@@ -13337,8 +13338,8 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
         return UNAVAILABLE, f"Cannot listen on {server.host} port {port}: {error.strerror or error}."
     version = await version_at(public_url(ServerConfig(), (server.host, port)))
     said = f"another Pomex {version}. Use that one, or:" if version else "another program. Use another:"
-    other = str(port + 1) if port < 65535 else "7663"
-    return UNAVAILABLE, f"Port {port} is taken by {said} {command(f'serve --port {other}')}"
+    SAME_GATEWAY["port"] = str(port + 1) if port < 65535 else "7663"
+    return UNAVAILABLE, f"Port {port} is taken by {said} {command('serve')}"
 
 
 # --- 13.5 check and models ------------------------------------------------------------------------

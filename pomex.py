@@ -12989,6 +12989,33 @@ async def ask_http(url: str, timeout_s: float, method: str = "GET", key: str = "
         return exchange.status, await exchange.read_all(PROBE_MAX_BYTES)
 
 
+async def stream_events(url: str, key: str, body: JSON, tls_cert: str) -> AsyncIterator[tuple[str, JSON]]:
+    """(type, data) of the events of a streamed answer; of a refusal one `error`."""
+    async with open_exchange(f"{url}/v1/responses", "POST", key, {**body, "stream": True}, tls_cert) as exchange:
+        if exchange.status != 200:
+            yield "error", json.loads(await exchange.read_all(PROBE_MAX_BYTES))["error"]
+            return
+        decoder = SSEDecoder()
+        while data := await exchange.read():
+            for event in decoder.feed(data):
+                if event.data != "[DONE]":
+                    yield event.event, json.loads(event.data)
+
+
+def describe_end(kind: str, last: JSON) -> str:
+    """Why a stream that ended with this event did not complete."""
+    response = last.get("response") or {"error": last}
+    return str(subtable(response, "error").get("message") or subtable(response, "incomplete_details").get("reason")
+               or f"ended with {kind or 'nothing'}")
+
+
+def subtable(values: Any, *names: str) -> JSON:
+    """A table within tables; {} if there is none."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
 async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> JSON:
     """The JSON object at an address of this machine; {} if none comes in time."""
     try:
@@ -13443,23 +13470,17 @@ def describe_limits(key: Key) -> str:
         f"until {utc_minute(key.expires_s)} UTC" if key.expires_s else "")))
 
 
-def newest_key(ledger: Ledger, name: str) -> Key:
-    return [key for key in ledger.list_keys() if key.name == name][-1]
-
-
-async def show_created_key(ledger: Ledger, args: Args, result: JSON) -> None:
-    print(result["token"], flush=True)
-    limits = describe_limits(newest_key(ledger, args.name))
-    say(f"Key {args.name} created{': ' + limits if limits else ''}. It is not shown again.")
-
-
-async def show_edited_key(ledger: Ledger, args: Args, result: JSON) -> None:
-    key = newest_key(ledger, args.name)
-    say(f"Key {key.name} ({key.hint}): {describe_limits(key) or 'no limits'}.")
-
-
-async def show_revoked_key(ledger: Ledger, args: Args, result: JSON) -> None:
-    say(f"Key {args.name} ({newest_key(ledger, args.name).hint}) revoked. Requests in progress will finish.")
+async def show_key(ledger: Ledger, args: Args, result: JSON) -> None:
+    """A key that was just created, edited or revoked."""
+    key = next(key for key in reversed(ledger.list_keys()) if key.name == args.name)
+    limits = describe_limits(key)
+    if "token" in result:
+        print(result["token"], flush=True)
+        say(f"Key {key.name} created{': ' * bool(limits)}{limits}. It is not shown again.")
+    elif key.revoked_s:
+        say(f"Key {key.name} ({key.hint}) revoked. Requests in progress will finish.")
+    else:
+        say(f"Key {key.name} ({key.hint}): {limits or 'no limits'}.")
 
 
 def format_limit(nanos: int | None) -> str:
@@ -13885,13 +13906,6 @@ def print_checks(checks: Sequence[Check]) -> int:
     return sum(each.state in ("wrong", "missing") for each in checks)
 
 
-def subtable(values: Any, *names: str) -> JSON:
-    """A table within tables; {} if there is none."""
-    for name in names:
-        values = values.get(name) if isinstance(values, dict) else None
-    return values if isinstance(values, dict) else {}
-
-
 @dataclass
 class Doctor:
     """What the checks look at, and what they found out for those behind them."""
@@ -13902,9 +13916,10 @@ class Doctor:
     version: str = ""           # of the gateway; "": it does not run
     key: str = ""               # one that is good
 
-    async def ask(self, path: str, method: str = "GET", body: JSON | None = None) -> tuple[int, JSON]:
-        status, data = await ask_http(self.url + path, DOCTOR_WAIT_S, method, self.key, body, self.config.server.tls_cert)
-        return status, json.loads(data)
+    async def ask(self, path: str) -> JSON:
+        _, data = await ask_http(self.url + path, DOCTOR_WAIT_S, key=self.key, tls_cert=self.config.server.tls_cert)
+        answer: JSON = json.loads(data)
+        return answer
 
     async def run(self, live: bool) -> list[Check]:
         file = self.check_file()
@@ -13980,8 +13995,8 @@ class Doctor:
             return Check(what, "missing", f"{name} is not set in this shell", f'export {name}="$({fresh})"')
         self.key, known = key, ""
         if self.version:
-            status, answer = await self.ask("/v1/key")
-            if status != 200:
+            answer = await self.ask("/v1/key")
+            if "error" in answer:
                 self.key = ""
                 return Check(what, "wrong", answer["error"]["message"], f'export {name}="$({fresh})"')
             known = f" and is key {answer['data']['label']}"
@@ -13991,32 +14006,22 @@ class Doctor:
         name = self.codex.get("model") if self.codex else "demo/echo"
         if not isinstance(name, str):
             return expect("model", "", "config.toml names none, and Codex's own has no provider/ in front", state="missing")
-        status, answer = await self.ask("/v1/models/" + urllib.parse.quote(name, safe="/"))
-        return expect("model", name, "" if status == 200 else answer["error"]["message"])
+        answer = await self.ask("/v1/models/" + urllib.parse.quote(name, safe="/"))
+        return expect("model", name, subtable(answer, "error").get("message", ""))
 
     async def check_stream(self, what: str, model: str) -> Check:
         """How a short answer streams. A limit of ours may end it; another end is a problem of its provider."""
-        body, kind, count = {"model": model, "input": "Say OK.", "stream": True, "max_output_tokens": 64}, "nothing", 0
-        url, decoder = f"{self.url}/v1/responses", SSEDecoder()
-        last: JSON = {}
-        try:
-            status, data = await ask_http(url, DOCTOR_WAIT_S, "POST", self.key, body, self.config.server.tls_cert)
-        except TimeoutError:
-            status, data = 504, dumps({"error": {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}}).encode()
-        if status == 200:
-            events = [event for event in [*decoder.feed(data), *decoder.finish()] if event.data != "[DONE]"]
-            kind, count = events[-1].event if events else kind, len(events)
-            last = json.loads(events[-1].data).get("response", {}) if events else {}
-        else:
-            last = json.loads(data)
+        count, kind, last = 0, "", {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}
+        body = {"model": model, "input": "Say OK.", "max_output_tokens": 64}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DOCTOR_WAIT_S):
+                async for kind, last in stream_events(self.url, self.key, body, self.config.server.tls_cert):
+                    count += 1
         if kind in ("response.completed", "response.incomplete"):
-            shown = f"{count} events" if what == "stream" else f"{model}: a stream of {count} events"
-            return Check(what, "ok", f"{shown}, ended with {kind}")
-        error = subtable(last, "error")
-        said = str(error.get("message") or f"ended with {kind}")
-        if what == "stream":            # there may be no demo here, or not for this key
-            return Check(what, "note" if error.get("param") == "model" else "wrong", said)
-        provider = self.config.providers.get(what)
+            return Check(what, "ok", f"{model}: {count} events, ended with {kind}")
+        said, provider = describe_end(kind, last), self.config.providers.get(what)
+        if last.get("param") == "model" and model == "demo/echo":
+            return Check(what, "note", said)            # there may be no demo here, or not for this key
         fix = next(fix for pattern, fix in PROVIDER_FIXES if re.search(pattern, said, re.IGNORECASE))
         variable = provider.env_key if provider and provider.env_key else "its key's variable"
         return Check(what, "wrong", f"{model}: {said}", fix.format(name=what, variable=variable, serve=command("serve")))
@@ -14024,17 +14029,15 @@ class Doctor:
     async def check_providers(self) -> list[Check]:
         """The gateway may know more providers than this shell, and this shell more than the gateway."""
         self.config, _ = await with_detected(self.config)
-        names = [row["id"] for row in (await self.ask("/v1/models"))[1]["data"]]
+        names = [row["id"] for row in (await self.ask("/v1/models"))["data"]]
         known = [name for name in [*coding_models(CODING_MODELS), *names] if name in names and name not in self.config.models]
-        checks: list[Check] = []
-        probes = []
-        for provider in dict.fromkeys([*self.config.providers, *(name.partition("/")[0] for name in known)]):
-            model = next((name for name in known if name.startswith(f"{provider}/")), "")
-            if model and provider != "demo":
-                probes.append(self.check_stream(provider, model))
-            elif provider != "demo":
-                checks.append(Check(provider, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{provider}]'))
-        checks += await asyncio.gather(*probes)
+        models = dict.fromkeys([*self.config.providers, *(name.partition("/")[0] for name in known)], "")
+        models.pop("demo", None)
+        for name in reversed(known):
+            models |= {provider: name for provider in models if name.startswith(f"{provider}/")}
+        checks = [Check(provider, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{provider}]')
+                  for provider, model in models.items() if not model]
+        checks += await asyncio.gather(*(self.check_stream(provider, model) for provider, model in models.items() if model))
         return checks or [Check("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")]
 
 
@@ -14058,70 +14061,64 @@ def run_doctor(args: Args) -> int:
 
 CIRCUITS = ("ready", "about to be tried again", "circuit open")      # as /metrics counts them
 RELOAD_WAIT_S = 15.0
+LOGS_A_LOOK = 500
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
 
 
-async def recorded_gateways(db: Database, host: str) -> list[JSON]:
-    """Those of this database that run on this machine, as they recorded themselves: {pid, start, url, reloaded}."""
-    rows = [json.loads(value) for value, in await db.read("SELECT value FROM settings WHERE name LIKE 'gateway/%'")]
-    return [row for row in rows if row["host"] == host and not has_ended(row["pid"], row["start"])]
+async def recorded_gateways(ledger: Ledger) -> list[JSON]:
+    """Those of this database that run on this machine, as `record_gateway` left them."""
+    rows = [json.loads(value) for value, in await ledger.db.read("SELECT value FROM settings WHERE name LIKE 'gateway/%'")]
+    return [row for row in rows if row["host"] == ledger.host and not has_ended(row["pid"], row["start"])]
 
 
 async def record_gateway(ledger: Ledger, url: str, reloaded: str = "") -> None:
-    """Says for `status` and `reload` that this process is a gateway, and how its latest reload went."""
+    """For `status` and `reload`: this process is the gateway at an address, and how its latest reload went."""
     pid = os.getpid()
-    running = [row for row in await recorded_gateways(ledger.db, ledger.host) if row["pid"] != pid]
-    own = {"host": ledger.host, "pid": pid, "start": start_of(pid), "url": url, "reloaded": reloaded, "time_ms": time.time_ns() // 10**6}
-
-    def run(tx: Transaction) -> None:
-        tx.execute("DELETE FROM settings WHERE name LIKE ?", (f"gateway/{ledger.host}/%",))
-        tx.execute_many("INSERT INTO settings VALUES (?, ?)", [
-            (f"gateway/{row['host']}/{row['pid']}", dumps(row)) for row in (*running, own)])
-    await ledger.db.write(run)
+    own = {"host": ledger.host, "pid": pid, "start": start_of(pid), "url": url, "reloaded": reloaded, "time_ns": time.time_ns()}
+    await ledger.db.write(lambda tx: tx.execute(
+        "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+        (f"gateway/{ledger.host} {url}", dumps(own))))
 
 
 async def gateway_status(config: Config) -> JSON:
     """What the running gateway answers, and what the database says of today."""
-    server, url, database, today, spent_nanos, count = config.server, own_url(config), "ok", 0, 0, 0
-    disabled: Collection[str] = ()
+    server, disabled = config.server, frozenset[str]()
+    status: JSON = {"url": own_url(config), "version": await running_version(config), "database": "ok"}
     try:
         with open_ledger(config) as ledger:
             (_, sums), = await usage_sums(ledger.db, (), int(time.time()) // 86400 * DAY_MS, MAX_NUMBER)
-            today, spent_nanos, count = sums["requests"], sums["cost_nanos"], len(await open_requests(ledger.db, 0))
-            gateways, disabled = await recorded_gateways(ledger.db, ledger.host), ledger.disabled
-            if gateways and not await running_version(config):          # it may listen elsewhere
-                url = gateways[-1]["url"]
+            status |= {"open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
+                       "spent_today_usd": format_usd(sums["cost_nanos"], 4)}
+            disabled, gateways = frozenset(ledger.disabled), await recorded_gateways(ledger)
+            if gateways and not status["version"]:          # it listens elsewhere
+                status["url"] = gateways[-1]["url"]
+                status["version"] = await version_at(status["url"], HEALTH_TIMEOUT_S, server.tls_cert)
     except LedgerError as error:
-        database = str(error)
-    version, providers = await version_at(url, HEALTH_TIMEOUT_S, server.tls_cert), {}
-    ready = await get_json(f"{url}/ready", HEALTH_TIMEOUT_S, server.tls_cert)
-    if version:
-        _, metrics = await ask_http(f"{url}/metrics", HEALTH_TIMEOUT_S, "GET", "".join(server.admin_token[:1]), None, server.tls_cert)
-        states: dict[str, int] = {}
+        status["database"] = str(error)
+    if status["version"]:
+        ready = await get_json(status["url"] + "/ready", HEALTH_TIMEOUT_S, server.tls_cert)
+        token = "".join(server.admin_token[:1])
+        _, metrics = await ask_http(status["url"] + "/metrics", HEALTH_TIMEOUT_S, key=token, tls_cert=server.tls_cert)
+        states = dict.fromkeys((await with_detected(config))[0].providers, 0)
         for name, state in re.findall(r'^pomex_circuit_state\{target="([^":#]*).* (\d)', metrics.decode(), re.MULTILINE):
             states[name] = max(states.get(name, 0), int(state))
-        providers = {name: "disabled" if name in disabled else CIRCUITS[states.get(name, 0)]
-                     for name in (await with_detected(config))[0].providers}
-    return {"url": url, "version": version, "ready": ready.get("status") == "ready", "checks": ready.get("checks", {}),
-            "database": database, "open_requests": count, "requests_today": today, "spent_today_nanos": spent_nanos,
-            "providers": providers}
+        status |= {"status": ready.get("status", ""), "checks": ready.get("checks", {}), "providers": {
+            name: "disabled" if name in disabled else CIRCUITS[state] for name, state in states.items()}}
+    return status
 
 
 def run_status(args: Args) -> int:
-    found = asyncio.run(gateway_status(read_config(args)))
-    checks = [
-        expect("gateway", f"{found['url']} answers, Pomex {found['version']}",
-               "" if found["version"] else f"nothing of Pomex answers at {found['url']}", "serve", "missing"),
-        *(Check(f"  {name}", "ok" if state == "ok" else "wrong", state) for name, state in found["checks"].items()),
-        Check("database", "ok" if found["database"] == "ok" else "wrong", found["database"]),
-        Check("requests", "ok", f"{found['open_requests']} open, {spaced(found['requests_today'])} today (UTC)"),
-        Check("spent", "ok", f"{format_usd(found['spent_today_nanos'])} USD today"),
-        *(Check(f"  {name}", "ok" if state == CIRCUITS[0] else "note", state) for name, state in found["providers"].items())]
+    config = read_config(args)
+    status = asyncio.run(gateway_status(config))
     if args.json:
-        print_json(found)
+        print_json(status)
     else:
-        print_checks(checks)
-    return 0 if found["ready"] else 1
+        rows = [(name.replace("_", " "), str(value)) for name, value in status.items() if not isinstance(value, dict)]
+        rows += [(f"  {name}", state) for part in ("checks", "providers") for name, state in status.get(part, {}).items()]
+        print(*table_lines(rows), sep="\n")
+    if not status["version"]:
+        say(not_running(config))
+    return 0 if status.get("status") == "ready" else 1
 
 
 def run_health(args: Args) -> int:
@@ -14148,24 +14145,15 @@ async def ask_model(config: Config, model: str | None, question: str) -> int:
         say(f'POMEX_API_KEY is not set. With a new key: export POMEX_API_KEY="$({command("keys create NAME")})"')
         return 1
     model = model or best_model(Catalogue(*await with_detected(config)))
-    body, decoder, end = {"model": model, "input": question, "stream": True}, SSEDecoder(), ""
-    async with open_exchange(f"{own_url(config)}/v1/responses", "POST", key, body, config.server.tls_cert) as exchange:
-        if exchange.status != 200:
-            say(json.loads(await exchange.read_all(PROBE_MAX_BYTES))["error"]["message"])
-            return 1
-        while data := await exchange.read():
-            for event in decoder.feed(data):
-                if event.event == "response.output_text.delta":
-                    print(json.loads(event.data)["delta"], end="", flush=True)
-                elif event.event in ("response.completed", "response.incomplete", "response.failed"):
-                    response = json.loads(event.data)["response"]
-                    end = response["status"]
-                    failure = response.get("error") or response.get("incomplete_details") or {}
-    print()
-    if end != "completed":
-        say(f"The answer is not complete: {failure.get('message') or failure.get('reason')}." if end
-            else "The stream ended without its terminal event.")
-    return 0 if end == "completed" else 1
+    kind, last = "", JSON()
+    async for kind, last in stream_events(own_url(config), key, {"model": model, "input": question}, config.server.tls_cert):
+        if kind == "response.output_text.delta":
+            print(last["delta"], end="", flush=True)
+    if kind != "error":
+        print()
+    if kind != "response.completed":
+        say(describe_end(kind, last))
+    return 0 if kind == "response.completed" else 1
 
 
 def describe_request(row: JSON) -> str:
@@ -14180,35 +14168,28 @@ def describe_request(row: JSON) -> str:
         f"{short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}".rstrip())
 
 
-async def newest_requests(db: Database, args: Args, after: Sequence[int], until: Sequence[int], limit: int) -> list[JSON]:
-    """Requests and refusals between two pairs of ids, the newest last."""
-    filters = {name: value for name, value in (("key", args.key), ("model", args.model), ("result", args.status)) if value}
-    rows: list[JSON] = []
-    if args.status != "refused":
-        where, values = usage_where(filters, 0)
-        found = await usage_rows(db, f"{where} AND id > ? AND id <= ?", [*values, after[0], until[0]], limit)
-        rows += [row_view(row) for row in found]
-    if args.status in (None, "refused") and not args.model:
-        refusals = await db.read("SELECT data FROM refusals WHERE id > ? AND id <= ? ORDER BY id DESC", after[1], until[1])
-        found = [json.loads(data) for data, in refusals]
-        rows += [{"started_ms": row["time_ms"], "result": "refused", **row} for row in found if args.key in (None, row["key"])]
-    return sorted(rows, key=operator.itemgetter("started_ms"))[-limit:]
-
-
 @of_ledger
 async def run_logs(ledger: Ledger, args: Args) -> None:
-    db, seen, limit = ledger.db, [0, 0], args.lines
+    """Requests and refusals, the newest last."""
+    filters = {name: value for name, value in (("key", args.key), ("model", args.model), ("result", args.status)) if value}
+    refused = filters.pop("result", "") if args.status == "refused" else not args.status and not args.model
+    seen: Collection[Row] | None = None         # those of the latest look
     while True:
-        newest = [(await db.read(f"SELECT coalesce(max(id), 0) FROM {table}"))[0][0] for table in ("usage", "refusals")]
-        rows = await newest_requests(db, args, seen, newest, limit)
+        found = [] if args.status == "refused" else await log_rows(ledger.db, filters, MAX_NUMBER, max(args.lines, LOGS_A_LOOK), 0)
+        rows = [row_view(row) for row in found]
+        rows += [{"started_ms": row["time_ms"], "result": "refused", **row}
+                 for row in await refused_requests(ledger.db, 0) if refused and args.key in (None, row["key"])]
+        rows.sort(key=operator.itemgetter("started_ms"))
+        places = [(row["started_ms"], row["request_id"]) for row in rows]
+        fresh = rows[-args.lines:] if seen is None else [row for row, place in zip(rows, places) if place not in seen]
         if args.json and not args.follow:
-            print_json(rows)
+            print_json(fresh)
         else:
-            for row in rows:
+            for row in fresh:
                 print(dumps(row) if args.json or args.jsonl else describe_request(row), flush=True)
         if not args.follow:
             return
-        seen, limit = newest, MAX_NUMBER
+        seen = set(places)
         await asyncio.sleep(POLL_S)
 
 
@@ -14239,7 +14220,7 @@ async def record_reload(ledger: Ledger, old: Config, new: Config, said: str) -> 
         if new is not old:
             await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
                                 {"changed": ", ".join(changed_settings(old, new))})
-        for own in await recorded_gateways(ledger.db, ledger.host):
+        for own in await recorded_gateways(ledger):
             if own["pid"] == os.getpid():
                 await record_gateway(ledger, own["url"], said)
 
@@ -14262,24 +14243,21 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
 @of_ledger
 async def run_reload(ledger: Ledger, args: Args) -> int:
     """Asks each gateway of this database on this machine to read its configuration again, and says how that went."""
-    gateways = await recorded_gateways(ledger.db, ledger.host)
+    gateways, refused = await recorded_gateways(ledger), False
     if HANG_UP is None or not gateways:
         say("Windows knows no such signal: restart the gateway." if HANG_UP is None else
             f"No gateway that uses {home_short(ledger.db.path)} runs on this machine. Start it: {command('serve')}")
         return UNAVAILABLE
     for gateway in gateways:
+        now, until = gateway, time.monotonic() + RELOAD_WAIT_S
         os.kill(gateway["pid"], HANG_UP)
-    until, refused = time.monotonic() + RELOAD_WAIT_S, False
-    while gateways and time.monotonic() < until:
-        await asyncio.sleep(0.1)
-        for now in await recorded_gateways(ledger.db, ledger.host):
-            for before in [each for each in gateways if each["pid"] == now["pid"] and each["time_ms"] != now["time_ms"]]:
-                gateways.remove(before)
-                print(f"{now['url']}  {now['reloaded']}")
-                refused = refused or now["reloaded"].startswith("Reload refused")
-    for gateway in gateways:
-        say(f"{gateway['url']} (pid {gateway['pid']}) was told, but has not answered within {RELOAD_WAIT_S:.0f} s: see its log.")
-    return 1 if refused or gateways else 0
+        while now["time_ns"] == gateway["time_ns"] and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+            now = next((row for row in await recorded_gateways(ledger) if row["pid"] == gateway["pid"]), gateway)
+        said = now["reloaded"] if now is not gateway else f"no answer within {RELOAD_WAIT_S:.0f} s: see its log"
+        refused = refused or not said.startswith("Reloaded ")
+        print(f"{gateway['url']}  {said}")
+    return 1 if refused else 0
 
 
 # --- 13.9 several processes -----------------------------------------------------------------------
@@ -14646,9 +14624,9 @@ COMMANDS = {
             *PLACE, flag("live", "ask each provider for a short answer, too; that costs a little")]),
         "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url", PLACE)},
     "Keys and money": {
-        "keys create": operation_command("keys create", "ana --budget 50/month --models 'openai/*'", show_created_key),
-        "keys edit": operation_command("keys edit", "ana --budget none --rpm 60", show_edited_key),
-        "keys revoke": operation_command("keys revoke", "ana", show_revoked_key),
+        "keys create": operation_command("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
+        "keys edit": operation_command("keys edit", "ana --budget none --rpm 60", show_key),
+        "keys revoke": operation_command("keys revoke", "ana", show_key),
         "keys list": Command(run_keys_list, "list the keys", "keys list", [LISTED]),
         "accounts create": operation_command("accounts create", "team --prepaid", show_new_account),
         "accounts credit": operation_command("accounts credit", "team 20", show_balance),

@@ -12965,33 +12965,31 @@ def config_warnings(config: Config) -> list[str]:
 # --- 13.2 this machine ----------------------------------------------------------------------------
 
 @contextlib.asynccontextmanager
-async def open_exchange(url: str, method: str = "GET", key: str = "", body: JSON | None = None, tls_cert: str = ""
-                        ) -> AsyncIterator[Exchange]:
-    """A request to this machine. OSError or GatewayError: there was no answer."""
+async def open_exchange(url: str, key: str, tls_cert: str, body: JSON | None = None) -> AsyncIterator[Exchange]:
+    """A GET of this machine, or with a body a POST. OSError or GatewayError: there was no answer."""
     upstream, server = Upstream(), ProviderConfig("Pomex", base_url=url)
     if tls_cert:            # the gateway has to show this very certificate, whatever name or authority it has
         upstream.contexts[""] = context = ssl.create_default_context(cafile=tls_cert)
         context.check_hostname = False
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     headers = [("content-type", "application/json"), *(WIRES["chat"].auth(key) if key else [])]
+    method, data = ("POST", dumps(body).encode()) if body else ("GET", b"")
     try:
-        exchange = await upstream.exchange(server, method, "", headers, b"" if body is None else dumps(body).encode())
+        exchange = await upstream.exchange(server, method, "", headers, data)
         yield exchange
         await exchange.close()
     finally:
         await upstream.close()
 
 
-async def ask_http(url: str, timeout_s: float, method: str = "GET", key: str = "", body: JSON | None = None, tls_cert: str = ""
-                   ) -> tuple[int, bytes]:
-    """(status, body) of an answer."""
-    async with asyncio.timeout(timeout_s), open_exchange(url, method, key, body, tls_cert) as exchange:
-        return exchange.status, await exchange.read_all(PROBE_MAX_BYTES)
+async def fetch(url: str, timeout_s: float, key: str = "", tls_cert: str = "") -> bytes:
+    async with asyncio.timeout(timeout_s), open_exchange(url, key, tls_cert) as exchange:
+        return await exchange.read_all(PROBE_MAX_BYTES)
 
 
 async def stream_events(url: str, key: str, body: JSON, tls_cert: str) -> AsyncIterator[tuple[str, JSON]]:
     """(type, data) of the events of a streamed answer; of a refusal one `error`."""
-    async with open_exchange(f"{url}/v1/responses", "POST", key, {**body, "stream": True}, tls_cert) as exchange:
+    async with open_exchange(f"{url}/v1/responses", key, tls_cert, {**body, "stream": True}) as exchange:
         if exchange.status != 200:
             yield "error", json.loads(await exchange.read_all(PROBE_MAX_BYTES))["error"]
             return
@@ -13019,7 +13017,7 @@ def subtable(values: Any, *names: str) -> JSON:
 async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> JSON:
     """The JSON object at an address of this machine; {} if none comes in time."""
     try:
-        return parse_object((await ask_http(url, timeout_s, tls_cert=tls_cert))[1].decode()) or {}
+        return parse_object((await fetch(url, timeout_s, tls_cert=tls_cert)).decode()) or {}
     except (OSError, ValueError, GatewayError):     # TimeoutError is an OSError
         return {}
 
@@ -13120,9 +13118,6 @@ def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["   ".join(row).rstrip() for row in zip(*columns)]
 
 
-Columns: TypeAlias = "Mapping[str, str | Callable[[JSON], str]]"       # heading -> a row's field, or how its text is made
-
-
 def print_row(args: Args, row: JSON, first: bool) -> None:
     if args.jsonl:
         print(dumps(row))
@@ -13132,16 +13127,17 @@ def print_row(args: Args, row: JSON, first: bool) -> None:
     print(csv_line(dumps(cell) if isinstance(cell, (dict, list)) else cell for cell in row.values()))
 
 
-def print_rows(args: Args, rows: Sequence[JSON], columns: Columns, *totals: JSON) -> None:
-    """As --json, --csv or --jsonl; else a table, with the totals below."""
+def print_rows(args: Args, rows: Sequence[JSON], table: Sequence[Mapping[str, str]]) -> None:
+    """As --json, --csv or --jsonl; else the table, whose rows are heading -> text."""
     if args.json:
         print_json(rows)
     elif args.csv or args.jsonl:
         for row in rows:
             print_row(args, row, row is rows[0])
+    elif table:
+        print(*table_lines([[*table[0]], *([*row.values()] for row in table)]), sep="\n")
     else:
-        lines = [[str(row[cell]) if isinstance(cell, str) else cell(row) for cell in columns.values()] for row in [*rows, *totals]]
-        print(*table_lines([[*columns], *lines]), sep="\n")
+        say("There are none.")
 
 
 def spaced(count: int) -> str:
@@ -13415,19 +13411,18 @@ PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h
 
 def run_models(args: Args) -> None:
     config, found = asyncio.run(with_detected(read_config(args)))
-    catalogue, book, unknown = Catalogue(config, found), PriceTable(config), dict.fromkeys(PRICE_COLUMNS, "-")
-    rows = []
+    catalogue, book = Catalogue(config, found), PriceTable(config)
+    rows: list[JSON] = []
+    table: list[dict[str, str]] = []
     for name, providers in listed_models(config, found).items():
         first, model = catalogue.targets(name)[0]
-        schedule = book.schedule(first.name, model, name)
-        rows.append({"model": name, "providers": providers, "context_window": catalogue.facts(name).context_window or None,
-                     "price": dict(zip(PRICE_COLUMNS, schedule.base.split())) if schedule else None})
-    print_rows(args, rows, {
-        "MODEL": "model", "PROVIDERS": lambda row: ", ".join(row["providers"]),
-        "IN/1M": lambda row: (row["price"] or unknown)["input"], "CACHED": lambda row: (row["price"] or unknown)["cache_read"],
-        "OUT/1M": lambda row: (row["price"] or unknown)["output"],
-        "CONTEXT": lambda row: spaced(row["context_window"]) if row["context_window"] else "-",
-        "STATE": lambda row: "ready" if row["price"] else "ready, no price"})
+        window, schedule = catalogue.facts(name).context_window, book.schedule(first.name, model, name)
+        prices = dict(zip(PRICE_COLUMNS, schedule.base.split() if schedule else "------"))
+        rows.append({"model": name, "providers": providers, "context_window": window or None, "price": prices if schedule else None})
+        table.append({"MODEL": name, "PROVIDERS": ", ".join(providers), "IN/1M": prices["input"], "CACHED": prices["cache_read"],
+                      "OUT/1M": prices["output"], "CONTEXT": spaced(window) if window else "-",
+                      "STATE": "ready" if schedule else "ready, no price"})
+    print_rows(args, rows, table)
     for name, provider in config.providers.items():
         if "*" in provider.models and name not in found and name != "demo":
             say(f"and any other model of {name}, as {name}/NAME")
@@ -13440,13 +13435,6 @@ def of_ledger(run: Callable[[Ledger, Args], Coroutine[Any, Any, int | None]]) ->
         with open_ledger(read_config(args)) as ledger:
             return asyncio.run(run(ledger, args))
     return run_with
-
-
-def of_operation(name: str, show: Callable[[Ledger, Args, JSON], Awaitable[None]]) -> Callable[[Args], int | None]:
-    """Runs an operation and shows what it gave."""
-    async def run(ledger: Ledger, args: Args) -> None:
-        await show(ledger, args, await OPERATIONS[name].run(ledger, command_line_user(), given(args)))
-    return of_ledger(run)
 
 
 def command_line_user() -> str:
@@ -13498,12 +13486,13 @@ async def run_keys_list(ledger: Ledger, args: Args) -> None:
     now_s = time.time()
     rows = [{**row, "key": row["hint"], "expires_at": row["expires_s"] or None, "revoked_at": row["revoked_s"] or None,
              "state": key_state(ledger.keys[row["id"]], row["spent_nanos"], now_s)} for row in await key_rows(ledger, now_s)]
-    print_rows(args, sorted(rows, key=operator.itemgetter("id")), {
-        "NAME": "name", "KEY": "key", "MODELS": lambda row: row["models"].replace(" ", ",") or "all",
-        "SPENT": lambda row: format_usd(row["spent_nanos"]),
-        "BUDGET": lambda row: format_limit(row["budget_nanos"]) + f"/{row['period']}" * (row["budget_nanos"] is not None),
-        "LAST USED": lambda row: time_span(now_s - row["last_ms"] / 1000) + " ago" if row["last_ms"] else "never",
-        "STATE": "state"})
+    rows.sort(key=operator.itemgetter("id"))
+    print_rows(args, rows, [{
+        "NAME": row["name"], "KEY": row["key"], "MODELS": row["models"].replace(" ", ",") or "all",
+        "SPENT": format_usd(row["spent_nanos"]),
+        "BUDGET": format_limit(row["budget_nanos"]) + f"/{row['period']}" * (row["budget_nanos"] is not None),
+        "LAST USED": time_span(now_s - row["last_ms"] / 1000) + " ago" if row["last_ms"] else "never",
+        "STATE": row["state"]} for row in rows])
 
 
 async def show_new_account(ledger: Ledger, args: Args, result: JSON) -> None:
@@ -13524,11 +13513,12 @@ async def show_balance(ledger: Ledger, args: Args, result: JSON) -> None:
 
 @of_ledger
 async def run_accounts_list(ledger: Ledger, args: Args) -> None:
-    print_rows(args, await list_balances(ledger), {
-        "NAME": "name", "KIND": lambda row: "prepaid" if row["prepaid"] else "open" if row["limit_nanos"] is None else "monthly",
-        "THIS MONTH": lambda row: format_usd(row["month_nanos"]), "LIMIT": lambda row: format_limit(row["limit_nanos"]),
-        "BALANCE": lambda row: format_usd(row["credit_nanos"] - row["spent_nanos"]),
-        "PRICES": lambda row: f"x {row['multiplier'] / ONE:g}"})
+    rows = await list_balances(ledger)
+    print_rows(args, rows, [{
+        "NAME": row["name"], "KIND": "prepaid" if row["prepaid"] else "open" if row["limit_nanos"] is None else "monthly",
+        "THIS MONTH": format_usd(row["month_nanos"]), "LIMIT": format_limit(row["limit_nanos"]),
+        "BALANCE": format_usd(row["credit_nanos"] - row["spent_nanos"]), "PRICES": f"x {row['multiplier'] / ONE:g}"}
+        for row in rows])
 
 
 def no_price(row: JSON) -> str:
@@ -13545,11 +13535,10 @@ def millions(count: int) -> str:
 async def run_usage(ledger: Ledger, args: Args) -> None:
     rows = await usage_report(ledger.db, args.by, args.since, int(time.time()) // 86400)
     total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
-    print_rows(args, rows, {
-        args.by.upper(): lambda row: str(row[args.by]) or "-",
-        "REQUESTS": lambda row: spaced(row["requests"]), "INPUT": lambda row: millions(row["input"]),
-        "CACHED": lambda row: f"{100 * row['cached'] / row['input']:.1f} %" if row["input"] else "-",
-        "OUTPUT": lambda row: millions(row["output"]), "USD": lambda row: format_usd(row["cost_nanos"]), "": no_price}, total)
+    print_rows(args, rows, [{
+        args.by.upper(): str(row[args.by]) or "-", "REQUESTS": spaced(row["requests"]), "INPUT": millions(row["input"]),
+        "CACHED": f"{100 * row['cached'] / row['input']:.1f} %" if row["input"] else "-", "OUTPUT": millions(row["output"]),
+        "USD": format_usd(row["cost_nanos"]), "": no_price(row)} for row in (*rows, total)])
 
 
 async def show_statement(ledger: Ledger, args: Args, bill: JSON) -> None:
@@ -13586,7 +13575,7 @@ def run_prices_show(args: Args) -> None:
         rows.append({"model": name, **dict(zip(PRICE_COLUMNS, f"{schedule.base} -".split())),
                      "source": schedule.source.partition(" in ")[2], "notes": "; ".join(notes)})
     headings = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
-    print_rows(args, rows, dict(zip(headings, rows[0])))
+    print_rows(args, rows, [dict(zip(headings, row.values())) for row in rows])
 
 
 @of_ledger
@@ -13616,9 +13605,11 @@ async def run_prune(ledger: Ledger, args: Args) -> None:
 
 @of_ledger
 async def run_audit(ledger: Ledger, args: Args) -> None:
-    print_rows(args, await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS), {
-        "UTC": lambda row: utc_minute(row["time_ms"] // 1000), "WHO": "who", "WHAT": "action", "NAME": "name",
-        "CHANGE": lambda row: ", ".join(f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())})
+    rows = await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS)
+    print_rows(args, rows, [{
+        "UTC": utc_minute(row["time_ms"] // 1000), "WHO": row["who"], "WHAT": row["action"], "NAME": row["name"],
+        "CHANGE": ", ".join(f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())}
+        for row in rows])
 
 
 @of_ledger
@@ -13796,45 +13787,40 @@ def keep_copy(path: pathlib.Path, text: str) -> str:
     raise AssertionError
 
 
-def show_difference(path: pathlib.Path, before: str, after: str) -> None:
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, "")
-    say(*lines, "")
+def change_codex(path: pathlib.Path, now: str, after: str) -> str:
+    """Shows what changes and does it; names the copy of what was there, if it was not ours alone."""
+    say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
+    others = without_block(now).strip("\ufeff\r\n")
+    kept = f" The file before this is kept beside it as {keep_copy(path, now)}." if others else ""
+    if after.strip("\ufeff\r\n"):
+        replace_file(path, after)
+    else:
+        path.unlink()
+    return kept
 
 
 def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = codex_text(path)
-    before = now or ""
-    more = {name: value for name, value in toml_leaves(before).items()      # that somebody else put into our table
+    now = codex_text(path) or ""
+    more = {name: value for name, value in toml_leaves(now).items()      # that somebody else put into our table
             if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
-    after = with_block(without_block(before), {**more, **toml_leaves("\n".join(block))})
-    if toml_leaves(after) == toml_leaves(before):
+    after = with_block(without_block(now), {**more, **toml_leaves("\n".join(block))})
+    if toml_leaves(after) == toml_leaves(now):
         say(f"{home_short(path)} is already up to date.")
         return 0
-    kept = "" if not now or BLOCK_BEGIN in now else f"; the file before is kept beside it as {keep_copy(path, now)}"
-    replace_file(path, after)
-    show_difference(path, before, after)
-    profile = " --profile" * (path.name == "pomex.config.toml")
-    say(f"Wrote {home_short(path)}{kept}. To undo: {command('codex --undo' + profile)}")
+    kept, profile = change_codex(path, now, after), " --profile" * (path.name == "pomex.config.toml")
+    say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
     if not os.environ.get("POMEX_API_KEY"):
         say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
     return 0
 
 
 def undo_codex(path: pathlib.Path) -> int:
-    shown, now = home_short(path), codex_text(path)
-    if now is None or BLOCK_BEGIN not in now:
-        say(f"Nothing to undo: {shown} has no block that codex --write made.")
+    now = codex_text(path) or ""
+    if BLOCK_BEGIN not in now:
+        say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
         return 1
-    after = without_block(now)
-    show_difference(path, now, after)
-    if after.strip("\ufeff\r\n"):
-        kept = keep_copy(path, now)
-        replace_file(path, after)
-        say(f"Pomex's settings are out of {shown}. The file before this is kept beside it as {kept}.")
-    else:
-        path.unlink()
-        say(f"Removed {shown}: it held nothing but Pomex's settings.")
+    say(f"Pomex's settings are out of {home_short(path)}.{change_codex(path, now, without_block(now))}")
     return 0
 
 
@@ -13899,13 +13885,6 @@ def expect(name: str, good: str, problem: str, fix: str = "codex --write", state
     return Check(name, state, problem, command(fix)) if problem else Check(name, "ok", good)
 
 
-def print_checks(checks: Sequence[Check]) -> int:
-    """The number of problems."""
-    for line, each in zip(table_lines([each[:3] for each in checks]), checks):
-        print(line + (f"   fix: {each.fix}" if each.fix else ""))
-    return sum(each.state in ("wrong", "missing") for each in checks)
-
-
 @dataclass
 class Doctor:
     """What the checks look at, and what they found out for those behind them."""
@@ -13917,8 +13896,7 @@ class Doctor:
     key: str = ""               # one that is good
 
     async def ask(self, path: str) -> JSON:
-        _, data = await ask_http(self.url + path, DOCTOR_WAIT_S, key=self.key, tls_cert=self.config.server.tls_cert)
-        answer: JSON = json.loads(data)
+        answer: JSON = json.loads(await fetch(self.url + path, DOCTOR_WAIT_S, self.key, self.config.server.tls_cert))
         return answer
 
     async def run(self, live: bool) -> list[Check]:
@@ -14052,7 +14030,10 @@ PROVIDER_FIXES = (      # what the gateway says about a provider -> what to do
 
 
 def run_doctor(args: Args) -> int:
-    problems = print_checks(asyncio.run(Doctor(read_config(args)).run(args.live)))
+    checks = asyncio.run(Doctor(read_config(args)).run(args.live))
+    for line, each in zip(table_lines([each[:3] for each in checks]), checks):
+        print(line + (f"   fix: {each.fix}" if each.fix else ""))
+    problems = sum(each.state in ("wrong", "missing") for each in checks)
     print(plural(problems, "problem"))
     return 1 if problems else 0
 
@@ -14097,8 +14078,7 @@ async def gateway_status(config: Config) -> JSON:
         status["database"] = str(error)
     if status["version"]:
         ready = await get_json(status["url"] + "/ready", HEALTH_TIMEOUT_S, server.tls_cert)
-        token = "".join(server.admin_token[:1])
-        _, metrics = await ask_http(status["url"] + "/metrics", HEALTH_TIMEOUT_S, key=token, tls_cert=server.tls_cert)
+        metrics = await fetch(status["url"] + "/metrics", HEALTH_TIMEOUT_S, "".join(server.admin_token[:1]), server.tls_cert)
         states = dict.fromkeys((await with_detected(config))[0].providers, 0)
         for name, state in re.findall(r'^pomex_circuit_state\{target="([^":#]*).* (\d)', metrics.decode(), re.MULTILINE):
             states[name] = max(states.get(name, 0), int(state))
@@ -14568,19 +14548,22 @@ def flag(name: str, meaning: str) -> Argument:
     return Argument(name, Field(read=TRUTH, meaning=meaning))
 
 
-def server_field(name: str) -> Argument:
-    """A flag that wins over the key of [server] of the same name, and is checked as that is."""
-    return Argument(name, config_fields(ServerConfig)[name], more={"default": argparse.SUPPRESS})
+def server_flag(name: str) -> Argument:
+    """Wins over the key of [server] of the same name, and is checked as that is."""
+    return Argument(name, config_fields(ServerConfig)[name])
 
 
-def operation_command(name: str, example: str, show: Callable[[Ledger, Args, JSON], Awaitable[None]], *more: Argument) -> Command:
+def of_operation(name: str, example: str, show: Callable[[Ledger, Args, JSON], Awaitable[None]], *more: Argument) -> Command:
+    """Runs an operation and shows what it gave."""
     operation = OPERATIONS[name]
-    return Command(of_operation(name, show), operation.help, f"{name} {example}", [*operation.fields, *more])
+
+    async def run(ledger: Ledger, args: Args) -> None:
+        await show(ledger, args, await operation.run(ledger, command_line_user(), given(args)))
+    return Command(of_ledger(run), operation.help, f"{name} {example}", [*operation.fields, *more])
 
 
-CONFIG = Argument("config", Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none"),
-                  "FILE", more={"default": argparse.SUPPRESS})
-PLACE = server_field("host"), server_field("port")
+WHERE = (Argument("config", Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none"), "FILE"),
+         server_flag("host"), server_flag("port"))         # of every command: which gateway
 AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv", "print CSV"), flag("jsonl", "print one JSON object a line")
 LISTED = OneOf((AS_JSON, AS_CSV, AS_JSONL))
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
@@ -14591,9 +14574,9 @@ SUBCOMMANDS = {"keys": "create, change, list and revoke API keys", "accounts": "
                "prices": "what tokens cost", "ledger": "check and export the ledger"}
 COMMANDS = {
     "Run the gateway": {
-        "serve": Command(run_serve, "run the gateway", "serve --port 8080", [*PLACE, server_field("log_format"), flag(
+        "serve": Command(run_serve, "run the gateway", "serve --port 8080", [server_flag("log_format"), flag(
             "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
-        "status": Command(run_status, "is it running, with which providers, and what was spent today", "status", [*PLACE, AS_JSON]),
+        "status": Command(run_status, "is it running, with which providers, and what was spent today", "status", [AS_JSON]),
         "logs": Command(run_logs, "show the newest requests, refused ones too", "logs -f --key laptop", [
             Argument("lines", Field(pattern="[1-9][0-9]{0,6}", read=int, wanted="a number from 1", meaning="how many"), "N",
                      more={"default": "20"}),
@@ -14601,7 +14584,7 @@ COMMANDS = {
             Argument("status", Field(choices=(*RESULTS, "refused"), meaning=f"{', '.join(RESULTS)} or refused")),
             OneOf((AS_JSON, AS_JSONL))]),
         "reload": Command(run_reload, "make it read its configuration and key files again", "reload"),
-        "health": Command(run_health, "does it answer? The exit code says it (for containers)", "health", PLACE),
+        "health": Command(run_health, "does it answer? The exit code says it (for containers)", "health"),
         "unit": Command(run_unit, "print a systemd unit", "unit > /etc/systemd/system/pomex.service")},
     "Configure it": {
         "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "init", [
@@ -14611,29 +14594,29 @@ COMMANDS = {
         "models": Command(run_models, "list the models that clients can use", "models", [LISTED]),
         "prices show": Command(run_prices_show, "list all prices", "prices show", [LISTED])},
     "Clients": {
-        "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [*PLACE, MODEL, Argument(
+        "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
         "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec \"What is 2 + 2?\"", [
-            *PLACE, MODEL,
+            MODEL,
             OneOf((flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
                    flag("undo", "take it out again; all other changes stay"),
                    flag("run", "start codex with it, changing no file"))),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind -- : arguments of codex"), "ARGUMENT", required=True, more={"nargs": "*"})]),
         "doctor": Command(run_doctor, "diagnose the connection between Codex and the providers", "doctor --live", [
-            *PLACE, flag("live", "ask each provider for a short answer, too; that costs a little")]),
-        "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url", PLACE)},
+            flag("live", "ask each provider for a short answer, too; that costs a little")]),
+        "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url")},
     "Keys and money": {
-        "keys create": operation_command("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
-        "keys edit": operation_command("keys edit", "ana --budget none --rpm 60", show_key),
-        "keys revoke": operation_command("keys revoke", "ana", show_key),
+        "keys create": of_operation("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
+        "keys edit": of_operation("keys edit", "ana --budget none --rpm 60", show_key),
+        "keys revoke": of_operation("keys revoke", "ana", show_key),
         "keys list": Command(run_keys_list, "list the keys", "keys list", [LISTED]),
-        "accounts create": operation_command("accounts create", "team --prepaid", show_new_account),
-        "accounts credit": operation_command("accounts credit", "team 20", show_balance),
+        "accounts create": of_operation("accounts create", "team --prepaid", show_new_account),
+        "accounts credit": of_operation("accounts credit", "team 20", show_balance),
         "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", [LISTED]),
         "usage": Command(run_usage, "sums of tokens and cost", "usage --since 30d --by key", [SINCE, Argument(
             "by", more={"choices": sorted(REPORT_BY), "default": "model"}), LISTED]),
-        "statement": operation_command("statement", "team --month 2026-11", show_statement, AS_JSON)},
+        "statement": of_operation("statement", "team --month 2026-11", show_statement, AS_JSON)},
     "The database": {
         "ledger verify": Command(run_verify, "compute every cost and sum again", "ledger verify", [AS_JSON]),
         "ledger export": Command(run_export, "print every row", "ledger export --csv > usage.csv", [
@@ -14707,19 +14690,20 @@ def help_text() -> str:
 
 
 def command_parser() -> CommandParser:
-    parser = CommandParser(prog="pomex.py")
+    where = CommandParser(add_help=False, argument_default=argparse.SUPPRESS)
+    add_fields(where, WHERE)
+    parser = CommandParser(prog="pomex.py", parents=[where])
     parser.overview = help_text()
     parser.add_argument("--version", action="version", version=f"Pomex {VERSION}")
-    add_fields(parser, [each._replace(more={}) for each in (CONFIG, *PLACE)])
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for name, each in itertools.chain.from_iterable(commands.items() for commands in COMMANDS.values()):
         group, _, last = name.rpartition(" ")
         if group not in groups:
             above = groups[""].add_parser(group, description=SUBCOMMANDS[group])
             groups[group] = above.add_subparsers(metavar="COMMAND", required=True)
-        added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=f"example: {command(each.example)}")
+        added = groups[group].add_parser(last, description=each.help, epilog=f"example: {command(each.example)}", parents=[where])
         added.set_defaults(command=each, parser=added)
-        add_fields(added, [CONFIG, *each.fields])
+        add_fields(added, each.fields)
     return parser
 
 
@@ -14730,8 +14714,8 @@ def parse_arguments(argv: Sequence[str]) -> Args:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if unknown:
-        arguments = [each.fields if isinstance(each, OneOf) else [each] for each in (CONFIG, *args.command.fields)]
-        known = map(flag_name, itertools.chain.from_iterable(arguments))
+        known = [flag_name(argument) for each in (*WHERE, *args.command.fields)
+                 for argument in (each.fields if isinstance(each, OneOf) else [each])]
         args.parser.error(f"unknown option {unknown[0]}.{suggest(unknown[0], known)}" if unknown[0].startswith("-")
                           else f"unexpected argument {unknown[0]}")
     return args
@@ -14744,7 +14728,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SAME_GATEWAY.clear()
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        SAME_GATEWAY.update({name: str(value) for name, value in given(args).items() if name in ("config", "host", "port")})
+        SAME_GATEWAY.update({each.name: str(getattr(args, each.name)) for each in WHERE if hasattr(args, each.name)})
         code: int = args.command.run(args) or 0
         sys.stdout.flush()                  # here a full disk can still be told
         return code

@@ -168,9 +168,9 @@ def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
         said.append((codex(*words), capsys.readouterr().err))
     nothing = "Nothing to undo: ~/codexhome/config.toml has no block that codex --write made.\n"
     assert [code for code, _ in said] == [1, 0, 0, 0, 0, 1] and said[0][1] == said[5][1] == nothing
-    assert "+model_provider" in said[1][1] and "; the file before is kept beside it as config.toml.pomex-bak. To undo: " in said[1][1]
+    assert "+model_provider" in said[1][1] and " The file before this is kept beside it as config.toml.pomex-bak. To undo: " in said[1][1]
     assert said[2][1].startswith("~/codexhome/config.toml is already up to date.\n")
-    assert "-model = \"demo/echo\"" in said[3][1] and "kept beside" not in said[3][1]
+    assert "-model = \"demo/echo\"" in said[3][1] and "kept beside it as config.toml.pomex-bak.1. To undo" in said[3][1]
     assert "Pomex's settings are out of ~/codexhome/config.toml." in said[4][1]
     assert home.read_text() == 'model = "gpt-5"   # mine\n'
     assert beside(home)["config.toml.pomex-bak"] == home.read_text()

@@ -11677,7 +11677,7 @@ async def statement(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 class Operation(NamedTuple):
     route: str                  # in the admin API; its * is the first field
-    run: Callable[[Ledger, str, JSON], Awaitable[JSON]]     # who asks, the values of the fields -> what to answer beside the first
+    run: Callable[[Ledger, str, JSON], Awaitable[JSON]]     # who asks, the fields' values -> what to answer beside the first
     help: str
     fields: Sequence[Argument]
     body_fields: Sequence[Argument] = ()        # of the admin API alone
@@ -11696,7 +11696,7 @@ OPERATIONS = {              # by the words of the command
     "accounts credit": Operation("POST accounts/*/credit", enter_credit, "add credit, or correct it with --reason", [
         NAME_FIELD,
         Argument("amount", metavar="USD", empty="0", required=True, field=USD._replace(
-            read=functools.partial(parse_usd, minimum=-2**60), meaning="write -- before a negative amount, which needs --reason")),
+            read=functools.partial(parse_usd, minimum=-2**60), meaning="-- before a negative amount, which needs --reason")),
         Argument("reason", Field(meaning="why; makes it an adjustment"))]),
     "statement": Operation("GET accounts/*/statement", statement, "an account's bill for a month", [
         Argument("account", metavar="ACCOUNT", required=True),
@@ -13051,20 +13051,18 @@ async def local_models(provider: ProviderConfig) -> list[str] | None:
     return [row["id"] for row in only_dicts(rows) if isinstance(row.get("id"), str)] if isinstance(rows, list) else None
 
 
-async def detect(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, list[str]]]:
-    """(the configuration with the providers found here, the models of local servers). Keys are only read, the local ports
-    are asked once, in parallel. No call leaves this machine."""
+async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config, dict[str, list[str]]]:
+    """(the configuration with the providers found here, the models of local servers). A configuration file names all
+    providers; only without one Pomex looks for others. Keys are only read, the local ports are asked once, in parallel. No
+    call leaves this machine."""
+    if config.path or no_detect:
+        return config, {}
     rows = [row for row in BUILTIN_PROVIDERS.values() if row.local]
     answers = await asyncio.gather(*map(local_models, rows))
     found = {row.name: models for row, models in zip(rows, answers) if models is not None}
     local = {name: dataclasses.replace(BUILTIN_PROVIDERS[name], free=True) for name in found}
-    providers = {**detect_providers(environ), **local, **config.providers}
+    providers = {**detect_providers(os.environ), **local, **config.providers}
     return dataclasses.replace(config, providers=providers), found
-
-
-async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config, dict[str, list[str]]]:
-    """A configuration file names all providers; only without one Pomex looks for them."""
-    return (config, {}) if config.path or no_detect else await detect(config, os.environ)
 
 
 # --- 13.3 texts -----------------------------------------------------------------------------------
@@ -13157,8 +13155,10 @@ def provider_lines(config: Config, found: Mapping[str, Sequence[str]], detected:
         elif key:
             source = row.key_source.removeprefix("env:") + (f" (…{key[-3:]})" if len(key) >= 20 else "")
             text = f"key from {source}, not contacted"
+        elif name not in config.providers and row.local:
+            state, text = "not found", row.base_url.removesuffix("/v1")
         elif name not in config.providers:
-            state, text = ("not found", row.base_url.removesuffix("/v1")) if row.local else ("no key", f"export {row.env_key}=...")
+            state, text = "no key", f"export {row.env_key}=..."
         if state != "no key" or name in ALWAYS_LISTED:
             rows.append((name, state, text))
     width = max(map(len, ["llama.cpp", *config.providers])) + 3
@@ -13233,7 +13233,7 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
         warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
                         + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
         if not config.server.public_hosts:
-            warnings.append("The dashboard opens only under the names in [server] public_hosts, and by address on this machine.")
+            warnings.append("The dashboard opens only under the names in [server] public_hosts, and on this machine.")
     if (fit := connections_that_fit()) < config.server.max_connections:
         warnings.append(f"{fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
                         "open no more files (ulimit -n).")
@@ -13418,9 +13418,10 @@ def run_models(args: Args) -> None:
         first, model = catalogue.targets(name)[0]
         window, schedule = catalogue.facts(name).context_window, book.schedule(first.name, model, name)
         prices = dict(zip(PRICE_COLUMNS, schedule.base.split() if schedule else "------"))
-        rows.append({"model": name, "providers": providers, "context_window": window or None, "price": prices if schedule else None})
-        table.append({"MODEL": name, "PROVIDERS": ", ".join(providers), "IN/1M": prices["input"], "CACHED": prices["cache_read"],
-                      "OUT/1M": prices["output"], "CONTEXT": spaced(window) if window else "-",
+        rows.append({"model": name, "providers": providers, "context_window": window or None,
+                     "price": prices if schedule else None})
+        table.append({"MODEL": name, "PROVIDERS": ", ".join(providers), "IN/1M": prices["input"],
+                      "CACHED": prices["cache_read"], "OUT/1M": prices["output"], "CONTEXT": spaced(window) if window else "-",
                       "STATE": "ready" if schedule else "ready, no price"})
     print_rows(args, rows, table)
     for name, provider in config.providers.items():
@@ -13475,24 +13476,24 @@ def format_limit(nanos: int | None) -> str:
     return "none" if nanos is None else format_usd(nanos)
 
 
-def key_state(key: Key, spent_nanos: int, now_s: float) -> str:
-    state = key.state(now_s)
-    near = state == "active" and key.budget_nanos and spent_nanos * 5 >= key.budget_nanos * 4
-    return f"{spent_nanos * 100 // key.budget_nanos} % used" if near and key.budget_nanos else state
+def describe_use(row: JSON) -> str:
+    """A key's state, or how much of its budget is used where that is nearly all."""
+    spent, budget, state = row["spent_nanos"], row["budget_nanos"], str(row["state"])
+    return f"{spent * 100 // budget} % used" if state == "active" and budget and spent * 5 >= budget * 4 else state
 
 
 @of_ledger
 async def run_keys_list(ledger: Ledger, args: Args) -> None:
     now_s = time.time()
     rows = [{**row, "key": row["hint"], "expires_at": row["expires_s"] or None, "revoked_at": row["revoked_s"] or None,
-             "state": key_state(ledger.keys[row["id"]], row["spent_nanos"], now_s)} for row in await key_rows(ledger, now_s)]
+             "state": ledger.keys[row["id"]].state(now_s)} for row in await key_rows(ledger, now_s)]
     rows.sort(key=operator.itemgetter("id"))
     print_rows(args, rows, [{
         "NAME": row["name"], "KEY": row["key"], "MODELS": row["models"].replace(" ", ",") or "all",
         "SPENT": format_usd(row["spent_nanos"]),
         "BUDGET": format_limit(row["budget_nanos"]) + f"/{row['period']}" * (row["budget_nanos"] is not None),
         "LAST USED": time_span(now_s - row["last_ms"] / 1000) + " ago" if row["last_ms"] else "never",
-        "STATE": row["state"]} for row in rows])
+        "STATE": describe_use(row)} for row in rows])
 
 
 async def show_new_account(ledger: Ledger, args: Args, result: JSON) -> None:
@@ -13639,7 +13640,7 @@ def not_running(config: Config) -> str:
 
 def run_init(args: Args) -> int:
     """Never overwrites."""
-    config, found = asyncio.run(detect(load_config("", "", os.environ, read_text), os.environ))
+    config, _ = asyncio.run(with_detected(load_config("", "", os.environ, read_text)))
     text = init_text(config, os.path.isfile(config.database.path))
     try:
         write_new(args.file, text)
@@ -13726,7 +13727,8 @@ def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
     body = "".join(re.sub("^(?=.)", REPLACED, statement, flags=re.MULTILINE) if ours else statement
                    for ours, statement in toml_statements(text))
     body += line_end * (body[-1:] not in ("\n", ""))
-    changed = "\ufeff" * text.startswith("\ufeff") + line_end.join([*top, BLOCK_END, body + table[0], *table[1:], BLOCK_END, ""])
+    before, after = (line_end.join([*lines, BLOCK_END, ""]) for lines in (top, table))
+    changed = "\ufeff" * text.startswith("\ufeff") + before + body + after
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if toml_leaves(changed) == {**other_leaves(text), **values}:
             return changed
@@ -13901,7 +13903,8 @@ class Doctor:
 
     async def run(self, live: bool) -> list[Check]:
         file = self.check_file()
-        checks = [await self.check_gateway(), await self.check_program(), file, *(self.check_provider() if self.provider else [])]
+        checks = [await self.check_gateway(), await self.check_program(), file]
+        checks += self.check_provider() if self.provider else []
         if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
             checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
         try:
@@ -13918,8 +13921,9 @@ class Doctor:
         own, parts = own_url(self.config), urllib.parse.urlsplit(str(self.provider.get("base_url", "")))
         here = is_loopback(parts.hostname or "") and own.startswith(f"{parts.scheme}:")
         for self.url in [f"{parts.scheme}://{parts.netloc}"] * here + [own]:
-            if not self.version:
-                self.version = await version_at(self.url, HEALTH_TIMEOUT_S, self.config.server.tls_cert)
+            self.version = await version_at(self.url, HEALTH_TIMEOUT_S, self.config.server.tls_cert)
+            if self.version:
+                break
         return expect("gateway", f"{self.url} answers, Pomex {self.version}",
                       "" if self.version else f"nothing of Pomex answers at {self.url}", "serve", "missing")
 
@@ -13952,10 +13956,10 @@ class Doctor:
     def check_provider(self) -> list[Check]:
         """The provider's table, but for the key. Of an address on another machine only its end is known."""
         wire_api, base = self.provider.get("wire_api"), str(self.provider.get("base_url", "")).rstrip("/")
+        problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
         if wire_api is None:
-            checks = [expect("  wire_api", "", 'not set, which means "responses" to Codex 0.128.0 and newer', state="note")]
-        else:
-            checks = [expect("  wire_api", '"responses"', "" if wire_api == "responses" else f'"{wire_api}" must be "responses"')]
+            problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
+        checks = [expect("  wire_api", '"responses"', problem, state=state)]
         if self.provider.get("supports_websockets"):
             checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
         elsewhere = self.version and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{self.url}/v1"
@@ -13993,7 +13997,8 @@ class Doctor:
         body = {"model": model, "input": "Say OK.", "max_output_tokens": 64}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DOCTOR_WAIT_S):
-                async for kind, last in stream_events(self.url, self.key, body, self.config.server.tls_cert):
+                async for event in stream_events(self.url, self.key, body, self.config.server.tls_cert):
+                    kind, last = event
                     count += 1
         if kind in ("response.completed", "response.incomplete"):
             return Check(what, "ok", f"{model}: {count} events, ended with {kind}")
@@ -14016,7 +14021,8 @@ class Doctor:
         checks = [Check(provider, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{provider}]')
                   for provider, model in models.items() if not model]
         checks += await asyncio.gather(*(self.check_stream(provider, model) for provider, model in models.items() if model))
-        return checks or [Check("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")]
+        no_provider = Check("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")
+        return checks or [no_provider]
 
 
 PROVIDER_FIXES = (      # what the gateway says about a provider -> what to do
@@ -14056,9 +14062,10 @@ async def record_gateway(ledger: Ledger, url: str, reloaded: str = "") -> None:
     """For `status` and `reload`: this process is the gateway at an address, and how its latest reload went."""
     pid = os.getpid()
     own = {"host": ledger.host, "pid": pid, "start": start_of(pid), "url": url, "reloaded": reloaded, "time_ns": time.time_ns()}
-    await ledger.db.write(lambda tx: tx.execute(
-        "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-        (f"gateway/{ledger.host} {url}", dumps(own))))
+    with contextlib.suppress(LedgerError):
+        await ledger.db.write(lambda tx: tx.execute(
+            "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            (f"gateway/{ledger.host} {url}", dumps(own))))
 
 
 async def gateway_status(config: Config) -> JSON:
@@ -14144,21 +14151,24 @@ def describe_request(row: JSON) -> str:
     cached = f" ({short_count(row['cached'])} cached)" if row["cached"] else ""
     cost = f"${format_usd(row['cost_nanos'], 4)}" if row["price"] else "no price"
     return printable_sentence(
-        f"{when} {row['result']} {row['key']} {row['model']} via {row['provider'] or '-'}  {short_count(row['input'])} in{cached} "
-        f"{short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}".rstrip())
+        f"{when} {row['result']} {row['key']} {row['model']} via {row['provider'] or '-'}  "
+        f"{short_count(row['input'])} in{cached}"
+        f" {short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}").rstrip()
 
 
 @of_ledger
 async def run_logs(ledger: Ledger, args: Args) -> None:
     """Requests and refusals, the newest last."""
     filters = {name: value for name, value in (("key", args.key), ("model", args.model), ("result", args.status)) if value}
-    refused = filters.pop("result", "") if args.status == "refused" else not args.status and not args.model
     seen: Collection[Row] | None = None         # those of the latest look
     while True:
-        found = [] if args.status == "refused" else await log_rows(ledger.db, filters, MAX_NUMBER, max(args.lines, LOGS_A_LOOK), 0)
-        rows = [row_view(row) for row in found]
-        rows += [{"started_ms": row["time_ms"], "result": "refused", **row}
-                 for row in await refused_requests(ledger.db, 0) if refused and args.key in (None, row["key"])]
+        rows: list[JSON] = []
+        if args.status != "refused":
+            found = await log_rows(ledger.db, filters, MAX_NUMBER, max(args.lines, LOGS_A_LOOK), 0)
+            rows += [row_view(row) for row in found]
+        if args.status in (None, "refused") and not args.model:
+            rows += [{"started_ms": row["time_ms"], "result": "refused", **row}
+                     for row in await refused_requests(ledger.db, 0) if args.key in (None, row["key"])]
         rows.sort(key=operator.itemgetter("started_ms"))
         places = [(row["started_ms"], row["request_id"]) for row in rows]
         fresh = rows[-args.lines:] if seen is None else [row for row, place in zip(rows, places) if place not in seen]
@@ -14562,8 +14572,8 @@ def of_operation(name: str, example: str, show: Callable[[Ledger, Args, JSON], A
     return Command(of_ledger(run), operation.help, f"{name} {example}", [*operation.fields, *more])
 
 
-WHERE = (Argument("config", Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none"), "FILE"),
-         server_flag("host"), server_flag("port"))         # of every command: which gateway
+CONFIG = Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none")
+WHERE = Argument("config", CONFIG, "FILE"), server_flag("host"), server_flag("port")        # of every command: which gateway
 AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv", "print CSV"), flag("jsonl", "print one JSON object a line")
 LISTED = OneOf((AS_JSON, AS_CSV, AS_JSONL))
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
@@ -14596,13 +14606,13 @@ COMMANDS = {
     "Clients": {
         "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
-        "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec \"What is 2 + 2?\"", [
+        "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
             MODEL,
             OneOf((flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
                    flag("undo", "take it out again; all other changes stay"),
                    flag("run", "start codex with it, changing no file"))),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
-            Argument("prompt", Field(meaning="behind -- : arguments of codex"), "ARGUMENT", required=True, more={"nargs": "*"})]),
+            Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
         "doctor": Command(run_doctor, "diagnose the connection between Codex and the providers", "doctor --live", [
             flag("live", "ask each provider for a short answer, too; that costs a little")]),
         "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url")},
@@ -14633,7 +14643,7 @@ COMMANDS = {
             Argument("topic", metavar="COMMAND", required=True, more={"nargs": "*"})])},
 }
 EXAMPLES = ("serve", "codex --write", 'ask "What is 2 + 2?"', "keys create ana --budget 50/month")
-MEANT = {"run": "serve", "start": "serve", "config": "check", "delete": "revoke", "rm": "revoke"}      # by other programs' words
+MEANT = {"run": "serve", "start": "serve", "config": "check", "delete": "revoke", "rm": "revoke"}      # in other programs
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -14701,7 +14711,8 @@ def command_parser() -> CommandParser:
         if group not in groups:
             above = groups[""].add_parser(group, description=SUBCOMMANDS[group])
             groups[group] = above.add_subparsers(metavar="COMMAND", required=True)
-        added = groups[group].add_parser(last, description=each.help, epilog=f"example: {command(each.example)}", parents=[where])
+        example = f"example: {command(each.example)}"
+        added = groups[group].add_parser(last, description=each.help, epilog=example, parents=[where])
         added.set_defaults(command=each, parser=added)
         add_fields(added, each.fields)
     return parser

@@ -446,7 +446,7 @@ PORTS = {
 def test_a_local_port_is_asked_once_and_briefly(local_ports, answer, models):
     local_ports(ollama=answer)
     begun = time.monotonic()
-    config, found = asyncio.run(pomex.detect(pomex.load_config("", "", {}), {}))
+    config, found = asyncio.run(pomex.with_detected(pomex.load_config("", "", {})))
     assert time.monotonic() - begun < 1
     assert found.get("ollama") == models and ("ollama" in config.providers) is (models is not None)
 
@@ -507,7 +507,8 @@ def test_the_first_start_on_a_terminal_says_all_that_is_needed(here, capsys, mon
     urls = local_ports(ollama=MODELS, vllm=None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
-    config, found = asyncio.run(pomex.detect(pomex.load_config("", "", os.environ), {"GROQ_API_KEY": "gsk_" + 20 * "x"}))
+    monkeypatch.setenv("GROQ_API_KEY", "gsk_" + 20 * "x")
+    config, found = asyncio.run(pomex.with_detected(pomex.load_config("", "", os.environ)))
     said = announced(capsys, config, found, True, ledger)
     shown = re.sub(r"^  (anthropic|google) .*\n", "", said, flags=re.MULTILINE)     # where their wires are there
     shown = re.sub(r"#login=\S+ ", "#login=LINK ", shown)

@@ -13373,17 +13373,16 @@ def run_check(args: Args) -> int:
         config = dataclasses.replace(config, providers={**detect_providers(os.environ), **config.providers})
     rows = [(config.path or "(no file)", f"ok, {plural(len(config.providers), 'provider')}, "
              f"{plural(len(config.models), 'model')} described")]
-    failures = asyncio.run(contact_all(config)) if args.live else {}
+    answers = asyncio.run(contact_all(config)) if args.live else {}
     for name, provider in config.providers.items():
         state = "set" if provider.key_source.startswith("env:") else "readable"
         said = f"key from {provider.key_source}, {state}" if provider.api_key else provider.base_url or "works offline"
-        answer = f", error: {failures[name]}" if failures.get(name) else ", it answers" if name in failures else ""
-        rows.append((f"  {name}", said + answer))
+        rows.append((f"  {name}", said + answers.get(name, "")))
     rows += [(f"  {name}", " -> ".join(" | ".join(map(":".join, tier)) for tier in model.targets))
              for name, model in config.models.items() if model.targets]
     warnings = [*config_warnings(config), *unpriced(config)]
     rows += [("warning", warning) for warning in warnings]
-    errors = sum(map(bool, failures.values()))
+    errors = sum(answer != ANSWERS for answer in answers.values())
     print(*table_lines(rows), f"{plural(len(warnings), 'warning')}, {plural(errors, 'error')}"
           + ("" if args.live else "            (add --live to contact each provider)"), sep="\n")
     return 1 if errors else 0
@@ -13397,13 +13396,22 @@ def unpriced(config: Config) -> list[str]:
             for (provider, model), name in targets.items() if book.schedule(provider, model, name) is None]
 
 
+ANSWERS = ", it answers"
+
+
 async def contact_all(config: Config) -> dict[str, str]:
-    """provider -> what is wrong with it; "" where it answers."""
-    upstream = Upstream(os.environ)
-    asked = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
-    answers = await asyncio.gather(*(contact(upstream, provider) for provider in asked), return_exceptions=True)
+    """provider -> whether it answers, else what is wrong."""
+    upstream, answers = Upstream(os.environ), {}
+
+    async def ask(provider: ProviderConfig) -> None:
+        answers[provider.name] = ANSWERS
+        try:
+            await contact(upstream, provider)
+        except GatewayError as error:
+            answers[provider.name] = f", error: {error}"
+    await asyncio.gather(*(ask(provider) for provider in config.providers.values() if provider.wire_api != "demo"))
     await upstream.close()
-    return {provider.name: str(answer) if isinstance(answer, BaseException) else "" for provider, answer in zip(asked, answers)}
+    return answers
 
 
 PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
@@ -13547,13 +13555,12 @@ async def show_statement(ledger: Ledger, args: Args, bill: JSON) -> None:
     if args.json:
         print_json({"account": args.account, **bill, "first_day": first, "last_day": last})
         return
-    charges, entries = bill["charges"], bill["credits"]
-    counts = {"REQUESTS": "requests", "INPUT": "input", "CACHED": "cached", "WRITTEN": "cache_write", "OUTPUT": "output"}
-    costs = whole_cents([row["cost_nanos"] for row in charges])
-    rows = [["MODEL", *counts, "USD", ""]]
-    rows += [[row["model"], *(spaced(row[name]) for name in counts.values()), format_usd(cost), no_price(row)]
-             for row, cost in zip(charges, costs)]
-    rows += [["total", *(spaced(sum(row[name] for row in charges)) for name in counts.values()), format_usd(sum(costs)), ""]]
+    entries, counts = bill["credits"], ("requests", "input", "cached", "cache_write", "output")
+    costs = whole_cents([row["cost_nanos"] for row in bill["charges"]])
+    total = {"model": "total", **{name: sum(row[name] for row in bill["charges"]) for name in (*counts, "unpriced")}}
+    rows = [["MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""]]
+    for row, cost in zip([*bill["charges"], total], [*costs, sum(costs)]):
+        rows.append([row["model"], *(spaced(row[name]) for name in counts), format_usd(cost), no_price(row)])
     print(f"Statement of account {args.account}, {first} to {last} (UTC), in USD", "", *table_lines(rows), sep="\n")
     if entries or bill["before_nanos"]:
         steps = whole_cents([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]])
@@ -13638,20 +13645,14 @@ def not_running(config: Config) -> str:
     return f"No gateway answers at {own_url(config)}. Start it in another terminal: {command('serve')}"
 
 
-def run_init(args: Args) -> int:
+def run_init(args: Args) -> None:
     """Never overwrites."""
     config, _ = asyncio.run(with_detected(load_config("", "", os.environ, read_text)))
     text = init_text(config, os.path.isfile(config.database.path))
-    try:
-        write_new(args.file, text)
-    except FileExistsError:
-        say(f"{args.file} already exists; nothing was written.")
-        return 1
+    write_new(args.file, text)
     if args.file != "pomex.toml":
         SAME_GATEWAY["config"] = args.file
-    providers = plural(sum(name != "demo" for name in config.providers), "provider")
-    say(f"Wrote {args.file} (mode 600, {text.count(chr(10))} lines, {providers} found). Check it: {command('check')}")
-    return 0
+    say(f"Wrote {args.file} (mode 600, {plural(text.count('[providers.'), 'provider')} found). Check it: {command('check')}")
 
 
 def init_text(config: Config, keep_database: bool) -> str:
@@ -13856,10 +13857,6 @@ def run_codex(args: Args) -> int:
 
 def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) -> int:
     """Takes this process's place; a key of its own expires within a day."""
-    path = next((f"{folder}/codex" for folder in os.get_exec_path() if os.access(f"{folder}/codex", os.X_OK)), "")
-    if not path:
-        say("There is no codex in PATH. Install it with: npm install -g @openai/codex")
-        return UNAVAILABLE
     values = toml_leaves("\n".join(block))
     overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
@@ -13868,7 +13865,11 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
             os.environ["POMEX_API_KEY"] = asyncio.run(ledger.create_key(
                 name, time.time(), command_line_user(), expires_s=int(time.time()) + 86400))
         say(f"Key {name} created for this run; it ends in a day.")
-    os.execv(path, [path, *overrides, *arguments])     # noqa: S606
+    try:
+        os.execvp("codex", ["codex", *overrides, *arguments])      # noqa: S606, S607
+    except FileNotFoundError:
+        say("There is no codex in PATH. Install it with: npm install -g @openai/codex")
+        return UNAVAILABLE
 
 
 # doctor
@@ -14070,17 +14071,16 @@ async def record_gateway(ledger: Ledger, url: str, reloaded: str = "") -> None:
 
 async def gateway_status(config: Config) -> JSON:
     """What the running gateway answers, and what the database says of today."""
-    server, disabled = config.server, frozenset[str]()
+    server = config.server
     status: JSON = {"url": own_url(config), "version": await running_version(config), "database": "ok"}
     try:
         with open_ledger(config) as ledger:
             (_, sums), = await usage_sums(ledger.db, (), int(time.time()) // 86400 * DAY_MS, MAX_NUMBER)
             status |= {"open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
                        "spent_today_usd": format_usd(sums["cost_nanos"], 4)}
-            disabled, gateways = frozenset(ledger.disabled), await recorded_gateways(ledger)
-            if gateways and not status["version"]:          # it listens elsewhere
-                status["url"] = gateways[-1]["url"]
-                status["version"] = await version_at(status["url"], HEALTH_TIMEOUT_S, server.tls_cert)
+            status["disabled"] = ", ".join(sorted(ledger.disabled)) or "no provider"
+            for row in await recorded_gateways(ledger) if not status["version"] else ():        # it listens elsewhere
+                status |= {"url": row["url"], "version": await version_at(row["url"], HEALTH_TIMEOUT_S, server.tls_cert)}
     except LedgerError as error:
         status["database"] = str(error)
     if status["version"]:
@@ -14090,7 +14090,7 @@ async def gateway_status(config: Config) -> JSON:
         for name, state in re.findall(r'^pomex_circuit_state\{target="([^":#]*).* (\d)', metrics.decode(), re.MULTILINE):
             states[name] = max(states.get(name, 0), int(state))
         status |= {"status": ready.get("status", ""), "checks": ready.get("checks", {}), "providers": {
-            name: "disabled" if name in disabled else CIRCUITS[state] for name, state in states.items()}}
+            name: CIRCUITS[state] for name, state in states.items()}}
     return status
 
 
@@ -14754,6 +14754,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except FileExistsError as error:
+        say(f"{error.filename} already exists; nothing was written.")
+        return 1
     except OSError as error:                # a file or folder that cannot be written, a full disk
         say(f"{error.filename or 'Output'}: {error.strerror or error}.")
         return 1

@@ -387,16 +387,19 @@ def test_doctor_says_where_no_gateway_is(home, capsys):
     assert "python3 pomex.py serve" in out and out.rstrip().endswith("problems")
 
 
-def test_run_starts_codex_with_overrides_and_a_key_and_changes_no_file(home, monkeypatch, tmp_path):
+def test_run_starts_codex_with_overrides_and_a_key_and_changes_no_file(home, monkeypatch):
     started = []
-    program = tmp_path / "codex"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o700)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(pomex.os, "execv", lambda path, words: started.append((path, words, os.environ["POMEX_API_KEY"])))
+    monkeypatch.setattr(pomex.os, "execvp", lambda path, words: started.append((path, words, os.environ["POMEX_API_KEY"])))
     monkeypatch.setenv("POMEX_API_KEY", "")
     pomex.main(["codex", "--run", "--", "exec", "What is 2 + 2?"])
     (path, words, key), = started
-    assert path == str(program) and words[-2:] == ["exec", "What is 2 + 2?"] and key.startswith("sk-rh-")
+    assert path == words[0] == "codex" and words[-2:] == ["exec", "What is 2 + 2?"] and key.startswith("sk-rh-")
     given = pomex.toml_leaves("\n".join(word for flag, word in zip(words, words[1:]) if flag == "-c"))
     assert given == WANTED and not home.exists()
+
+
+def test_run_says_where_there_is_no_codex(home, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("POMEX_API_KEY", "sk-rh-x")
+    assert pomex.main(["codex", "--run"]) == 69
+    assert capsys.readouterr().err.endswith("There is no codex in PATH. Install it with: npm install -g @openai/codex\n")

@@ -13648,6 +13648,8 @@ def not_running(config: Config) -> str:
 def run_init(args: Args) -> None:
     """Never overwrites."""
     config, _ = asyncio.run(with_detected(load_config("", "", os.environ, read_text)))
+    if os.path.lexists(args.file):
+        raise BadRequest(f"{args.file} already exists; nothing was written.")
     text = init_text(config, os.path.isfile(config.database.path))
     write_new(args.file, text)
     if args.file != "pomex.toml":
@@ -13657,7 +13659,8 @@ def run_init(args: Args) -> None:
 
 def init_text(config: Config, keep_database: bool) -> str:
     database = config.database.url if keep_database else "sqlite:pomex.db"
-    lines = ["# Every key with its meaning and default: pomex.toml.example", "", "[database]", f"url = {json.dumps(database)}"]
+    lines = ["# Every key with its meaning and default: pomex.toml.example. A provider is a table like [providers.openai].", "",
+             "[database]", f"url = {json.dumps(database)}"]
     for name, provider in config.providers.items():
         if name != "demo":
             keys = ("env_key",) if provider.env_key else ("base_url", "wire_api", "free")
@@ -14078,7 +14081,7 @@ async def gateway_status(config: Config) -> JSON:
             (_, sums), = await usage_sums(ledger.db, (), int(time.time()) // 86400 * DAY_MS, MAX_NUMBER)
             status |= {"open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
                        "spent_today_usd": format_usd(sums["cost_nanos"], 4)}
-            status["disabled"] = ", ".join(sorted(ledger.disabled)) or "no provider"
+            status["disabled_providers"] = ", ".join(sorted(ledger.disabled))
             for row in await recorded_gateways(ledger) if not status["version"] else ():        # it listens elsewhere
                 status |= {"url": row["url"], "version": await version_at(row["url"], HEALTH_TIMEOUT_S, server.tls_cert)}
     except LedgerError as error:
@@ -14754,9 +14757,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except FileExistsError as error:
-        say(f"{error.filename} already exists; nothing was written.")
-        return 1
     except OSError as error:                # a file or folder that cannot be written, a full disk
         say(f"{error.filename or 'Output'}: {error.strerror or error}.")
         return 1

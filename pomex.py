@@ -13654,7 +13654,8 @@ def run_init(args: Args) -> None:
     write_new(args.file, text)
     if args.file != "pomex.toml":
         SAME_GATEWAY["config"] = args.file
-    say(f"Wrote {args.file} (mode 600, {plural(text.count('[providers.'), 'provider')} found). Check it: {command('check')}")
+    found = plural(sum(name != "demo" for name in config.providers), "provider")
+    say(f"Wrote {args.file} (mode 600, {found} found). Check it: {command('check')}")
 
 
 def init_text(config: Config, keep_database: bool) -> str:

@@ -804,6 +804,14 @@ def test_status_says_how_the_gateway_is_wherever_it_listens(up, here):
     assert not json.loads(run("status", "--json").stdout)["version"]
 
 
+@pytest.mark.parametrize("token, state", [('admin_token = "a-machine-token-0123"\n', "ready"), ("", "unknown without admin_token")])
+def test_status_behind_a_proxy_needs_the_admin_token(here, token, state):
+    (here / "pomex.toml").write_text(f'[server]\npublic_hosts = ["pomex.example"]\n{token}')
+    with serving():
+        found = json.loads(run("status", "--json").stdout)
+        assert found["status"] == "ready" and found["providers"] == {"demo": state}
+
+
 def test_status_says_what_is_wrong_with_the_database(here):
     (here / "pomex.toml").write_text('[database]\nurl = "sqlite:."\n')
     done = run("status")

@@ -758,15 +758,13 @@ LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def field_lines(headers: HeaderFields) -> list[bytes]:
-    """Raises ValueError for headers that our own reader would refuse; the message does not show the value."""
-    lines = []
-    for name, value in headers:
-        line = f"{name}: {value}\r\n".encode("latin-1")
-        if not FIELD_LINE.fullmatch(line):
-            raise ValueError(f"header {name!r} has a character that no header may have")
-        lines.append(line)
-    return lines
+@functools.lru_cache(256)       # most fields are the same in each message
+def field_line(name: str, value: str) -> bytes:
+    """Raises ValueError for a header that our own reader would refuse; the message hides the value."""
+    line = f"{name}: {value}\r\n".encode("latin-1")
+    if not FIELD_LINE.fullmatch(line):
+        raise ValueError(f"header {name!r} has a character that no header may have")
+    return line
 
 
 def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
@@ -774,13 +772,13 @@ def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) 
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
         raise ValueError(f"{method!r} or its target cannot stand in a request line")
-    return b"".join([line, CRLF, *field_lines(headers), CRLF, body])
+    return b"".join([line, CRLF, *itertools.starmap(field_line, headers), CRLF, body])
 
 
 def response_head(status: int, headers: HeaderFields) -> bytes:
     """The status line and headers, without additions."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
-    return b"".join([line, *field_lines(headers), CRLF])
+    return b"".join([line, *itertools.starmap(field_line, headers), CRLF])
 
 
 def chunk(data: bytes) -> bytes:
@@ -8820,16 +8818,21 @@ class Reservation:
         self.reserved_output += output
         self.charged_output += charged
 
+    def covers(self, written: int) -> bool:
+        """Whether the reservation is ahead of `written` characters of output."""
+        return not self.limits or self._tokens_ahead(written) <= min(self.reserved_output, self.charged_output)
+
+    def _tokens_ahead(self, written: int) -> int:
+        return written // 4 + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
+
     async def extend(self, written: int) -> bool:
         """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
         exceed max_output_tokens, and some servers ignore it."""
-        if not self.limits:
-            return True
         tokens = written // 4
-        ahead = tokens + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
-        while ahead > min(self.reserved_output, self.charged_output):
+        while not self.covers(written):
             if self.exhausted:
                 return tokens < min(self.reserved_output, self.charged_output)
+            ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             try:
                 await self._acquire(0, step, charged)
@@ -9098,154 +9101,95 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 # One exchange with a provider: a pooled connection, TLS, a proxy, and the time limits. A failure says where it happened and
 # whether the request had been sent, which routing has to know; never a key.
 
-READ_BYTES = 2**18          # kept ahead of who takes it; 256 KiB reads of big bodies cost 42 % less than 64
+READ_BYTES = 2**18          # one read; 256 KiB reads of big bodies cost 42 % less than 64
 WRITE_HIGH_BYTES = 2**18    # unsent bytes before the writer of a connection waits: a burst of 1,000 events
 HAPPY_EYEBALLS_S = 0.25     # before the next address of a name is tried beside the last (RFC 8305 5)
 POOL_IDLE_S = 30.0          # shorter than the idle limits of common fronts (nginx 75 s, AWS and Azure 60 s)
 POOL_SIZE = 256             # idle connections of one origin; what a burst of streams makes more is closed
+PUMPED_BYTES = 2**16       # a larger read is left to the task, which gives others a turn
 INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: gzip's 1032:1 makes at most 16 MiB of them
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
 
-class Expired(Exception):
-    """A deadline of a Wire has passed; the text names the setting."""
+def set_up_transport(transport: asyncio.Transport) -> None:
+    """Options of both sides' sockets. asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
+    transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+    with contextlib.suppress(OSError):      # a Unix socket has no such option
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-class Wire(asyncio.Protocol):
-    """One TCP or TLS connection, either side: bounded both ways, with one deadline; one task at a time waits in it. asyncio's
-    streams take 40 % more CPU a request, and a task of their own to see the peer leave."""
+class UpstreamProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's streams to a provider. While `pump` is set, it is called with what arrives (b"" at the end), and no task
+    wakes. A reset is kept as `fault`: raised by the reader it would hide what came before it."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.transport: asyncio.Transport       # comes with connection_made
-        self.ended = False                      # nothing more will come
-        self.lost = False                       # nothing can be sent either
-        self.fault: Exception | None = None     # why it was lost, if not by a clean end
-        self.choked = False                     # more than WRITE_HIGH_BYTES wait to be sent
-        self.waiter: asyncio.Future[None] | None = None
-        self.limit, self.due = "", math.inf     # the deadline: the setting's name, and the loop's time
-        self.timer: asyncio.TimerHandle | None = None
-        self.expired = ""                       # the limit that was exceeded
-
-    # What the event loop calls.
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self.unread = 0                         # bytes in the reader
+        self.pump: Callable[[bytes], None] | None = None
+        self.fault: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        with contextlib.suppress(OSError):      # asyncio leaves out what socket.create_server accepts
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def eof_received(self) -> None:
-        self.ended = True
-        self.wake()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.ended = self.lost = True
-        self.fault = error
-        if self.timer is not None:
-            self.timer.cancel()
-        self.wake()
-
-    def pause_writing(self) -> None:
-        self.choked = True
-
-    def resume_writing(self) -> None:
-        self.choked = False
-        self.wake()
-
-    # What its user calls.
-
-    def wake(self) -> None:
-        waiter = self.waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def change(self) -> None:
-        """Until bytes came, the peer ended, or there is room to write; Expired at the deadline."""
-        self.waiter = self.loop.create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
-        if self.expired:
-            limit, self.expired = self.expired, ""
-            raise Expired(limit)
-
-    async def drain(self) -> None:
-        while self.choked and not self.lost:
-            await self.change()
-
-    def arm(self, limit: str, due: float) -> None:
-        """Moving the deadline later costs an assignment: the timer looks again when it fires."""
-        self.limit, self.due = limit, due
-        if self.timer is None or self.timer.when() > due:
-            if self.timer is not None:
-                self.timer.cancel()
-            self.timer = self.loop.call_at(due, self.ring) if not self.lost else None
-
-    def disarm(self) -> None:
-        self.due = math.inf
-
-    def ring(self) -> None:
-        self.timer = None
-        if self.due == math.inf:
-            return
-        if self.loop.time() < self.due:
-            self.timer = self.loop.call_at(self.due, self.ring)
-            return
-        self.expired = self.limit
-        if self.waiter is None:         # an idle connection, or one that is closing
-            self.abort()
-        self.wake()
-
-    def abort(self) -> None:
-        """Closes the socket now; what was not yet sent is dropped."""
-        self.transport.abort()
-
-
-class UpstreamConnection(Wire):
-    """A connection to a provider, with the reader of its answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reader = ResponseReader()
-        self.pieces: list[bytes] = []           # received, and not yet read
-        self.held = 0                           # their size
-        self.answered = False                   # a byte of the answer has come
+        set_up_transport(transport)
+        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        self.pieces.append(data)
-        self.held += len(data)
-        if self.held > READ_BYTES:
-            self.transport.pause_reading()
-        self.wake()
+        if self.pump is not None:
+            self.pump(data)
+        else:
+            self.unread += len(data)
+            super().data_received(data)
 
-    def take(self) -> bytes:
-        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
-        self.pieces.clear()
-        if self.held > READ_BYTES:
-            self.transport.resume_reading()
-        self.held = 0
-        return data
+    def eof_received(self) -> bool:
+        super().eof_received()
+        if self.pump is not None:
+            self.pump(b"")
+        return False        # the transport closes itself
 
-    async def next(self) -> ResponseHead | bytes | Signal:
-        """The next part of the answer. Expired at the deadline, an OSError when the connection broke."""
-        while (part := self.reader.next()) is NEED_DATA:
-            while not (self.pieces or self.ended):
-                await self.change()
-            if self.pieces:
-                self.reader.feed(self.take())
-                self.answered = True
-            elif self.fault is not None:
-                raise self.fault
-            else:
-                self.reader.feed_eof()
-        return part
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.fault = exc
+        super().connection_lost(None)
+        if self.pump is not None:
+            self.pump(b"")
 
 
-class LinkError(UpstreamError):
+class UpstreamConnection:
+    """A connection to a provider: its streams, and the HTTP reader of its answers."""
+
+    def __init__(self, reader: asyncio.StreamReader, protocol: UpstreamProtocol, transport: asyncio.Transport) -> None:
+        self.reader, self.protocol = reader, protocol
+        self.writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+        self.http = ResponseReader()
+        self.answered = False                   # a byte of the answer has come
+        self.expiry: asyncio.TimerHandle | None = None      # while it is idle
+
+    async def receive(self) -> None:
+        """Feeds the HTTP reader with what comes next. OSError: the connection broke."""
+        data = await self.reader.read(READ_BYTES)
+        self.protocol.unread -= len(data)
+        if data:
+            self.answered = True
+            self.http.feed(data)
+        elif self.protocol.fault is not None:
+            raise self.protocol.fault
+        else:
+            self.http.feed_eof()
+
+    @property
+    def reusable(self) -> bool:
+        """It is open, and nothing has come that was not asked for."""
+        return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
+
+    def unsent_bytes(self) -> int:
+        return self.writer.transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Closes the socket now; unsent bytes are dropped."""
+        self.writer.transport.abort()
+
+
+class TransportError(UpstreamError):
     """An exchange failed below HTTP's meaning: no connection, no TLS, no whole answer."""
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
@@ -9256,7 +9200,7 @@ class LinkError(UpstreamError):
         self.where = where      # host:port
 
 
-class LinkTimeout(LinkError, UpstreamTimeout):
+class TransportTimeout(TransportError, UpstreamTimeout):
     """A time limit of the provider's configuration was exceeded."""
 
 
@@ -9275,7 +9219,7 @@ class Origin(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """What all requests to one base_url have in common."""
     origin: Origin
     prefix: str                         # of the request target: the path, and before a proxy the whole URL
@@ -9318,7 +9262,7 @@ def proxy_address(proxy: str) -> tuple[str, int, list[tuple[str, str]]]:
     return url.hostname, port, [("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode())]
 
 
-def place_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Place:
+def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
     """Where base_url leads. `proxy` is an address, "off", or "env" for the environment's."""
     url = urllib.parse.urlsplit(provider.base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
@@ -9331,13 +9275,13 @@ def place_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Place:
     fields = [("host", name), ("accept-encoding", "gzip")]
     credentials = proxy_address(proxy)[2] if proxy else []
     if proxy and url.scheme == "http":      # RFC 9112 3.2.2: a proxy is given the absolute form
-        return Place(origin, f"http://{name}{path}", fields + credentials)
-    return Place(origin, path, fields)
+        return Endpoint(origin, f"http://{name}{path}", fields + credentials)
+    return Endpoint(origin, path, fields)
 
 
 # --- 9.2 one exchange -----------------------------------------------------------------------------
 
-def failure_text(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What went wrong, in the system's words, without an address or a path."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message or "the certificate is not valid"
@@ -9361,54 +9305,63 @@ OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAD
 class Exchange:
     """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
 
-    def __init__(self, upstream: Upstream, provider: ProviderConfig, origin: Origin) -> None:
-        self.upstream, self.provider, self.origin = upstream, provider, origin
+    def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
+        self.pool, self.provider, self.origin = pool, provider, origin
+        self.loop = asyncio.get_running_loop()
         self.status = 0
         self.headers = NO_HEADERS
-        self.wire: UpstreamConnection | None = None     # None after close()
+        self.connection: UpstreamConnection | None = None       # None after close()
         self.keep_alive = False
         self.finished = False                   # the body was read to its end
-        self.total_due = asyncio.get_running_loop().time() + provider.total_timeout_s
+        self.heard = True                       # the last piece was more than comments and pings: set by the reader of the body
+        self.total_due = self.loop.time() + provider.total_timeout_s
         self.idle_due = 0.0                     # when the silence inside the answer has been too long
-        self.paused_since = math.inf            # when the latest piece was given out
+        self.paused_since = math.inf            # when the last piece was given out
         self.inflater: ContentDecoder | None = None
-        self.packed = b""                       # compressed bytes that were not inflated yet
+        self.compressed = b""                   # bytes that were not inflated yet
 
-    def failed(self, phase: str, error: Exception, sent: bool = True) -> LinkError:
-        """Closes the connection; the error that says where the exchange failed."""
-        if self.wire is not None:
-            self.wire.abort()
+    def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
+        """Closes the connection; the error that says where the exchange failed. `limit`: the setting that was exceeded."""
+        if self.connection is not None:
+            self.connection.abort()
         where = self.origin.authority
         who, doing = f"Provider {self.provider.name} ({where})", PHASES[phase]
-        if isinstance(error, Expired):
-            limit_s = getattr(self.provider, str(error))
-            message = f"{who} took longer than {error} = {limit_s:g} s while {doing}."
-            return LinkTimeout(message, phase, sent, f"no answer in {limit_s:g} s", where)
-        reason = failure_text(without_traceback(error))
-        return LinkError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
+        if limit:
+            limit_s = getattr(self.provider, limit)
+            message = f"{who} took longer than {limit} = {limit_s:g} s while {doing}."
+            return TransportTimeout(message, phase, sent, f"no answer in {limit_s:g} s", where)
+        reason = describe_error(without_traceback(error))
+        return TransportError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
-    def deadline(self, limit: str, due: float) -> tuple[str, float]:
-        return (limit, due) if due < self.total_due else ("total_timeout_s", self.total_due)
-
-    async def next(self, wire: UpstreamConnection, phase: str) -> ResponseHead | bytes | Signal:
-        """The next part of the answer. Any failure, cancellation too, closes the socket at once."""
+    async def next(self, connection: UpstreamConnection, phase: str, limit: str, due: float) -> ResponseHead | bytes | Signal:
+        """The next part of the answer, until `due` by the setting `limit`, and total_timeout_s. Any failure, cancellation
+        too, closes the socket at once."""
+        if due > self.total_due:
+            limit, due = "total_timeout_s", self.total_due
+        timeout = asyncio.timeout_at(due)
         try:
-            return await wire.next()
-        except (Expired, OSError, ProtocolError) as error:
-            unsent = phase == "head" and wire.transport.get_write_buffer_size()
-            raise self.failed("send" if unsent else phase, error) from None
+            part = connection.http.next()
+            if part is NEED_DATA:
+                async with timeout:
+                    while part is NEED_DATA:
+                        await connection.receive()
+                        part = connection.http.next()
+            return part
+        except (OSError, ProtocolError) as error:
+            if phase == "head" and connection.unsent_bytes():
+                phase = "send"
+            raise self.failed(phase, error, limit if isinstance(error, TimeoutError) and timeout.expired() else "") from None
         except BaseException:
-            wire.abort()
+            connection.abort()
             raise
 
-    async def begin(self, wire: UpstreamConnection, method: str, request: bytes) -> None:
+    async def begin(self, connection: UpstreamConnection, method: str, request: bytes) -> None:
         """Sends the request and waits for the head of its answer."""
-        self.wire, wire.answered = wire, False
-        wire.reader.start(method)
-        wire.arm(*self.deadline("first_byte_timeout_s", wire.loop.time() + self.provider.first_byte_timeout_s))
-        wire.transport.write(request)
-        head = await self.next(wire, "head")
-        wire.disarm()
+        self.connection, connection.answered = connection, False
+        connection.http.start(method)
+        connection.writer.write(request)
+        due = self.loop.time() + self.provider.first_byte_timeout_s
+        head = await self.next(connection, "head", "first_byte_timeout_s", due)
         assert isinstance(head, ResponseHead)
         self.status, self.headers, self.keep_alive = head.status, head.headers, head.keep_alive
         coding = self.headers.get("content-encoding").lower()
@@ -9420,47 +9373,52 @@ class Exchange:
         elif coding not in ("", "identity"):
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
-    async def read(self, heard: bool = True) -> bytes:
-        """The next decoded piece of the body; b"" at its clean end. `heard`: the one before was more than comments and pings,
-        so the provider was not idle, and the time since then was the client's."""
-        wire = self.wire
-        assert wire is not None
-        now = wire.loop.time()
-        if heard:
+    async def read(self) -> bytes:
+        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
+        from now, and the time since then was the client's."""
+        connection, now = self.connection, self.loop.time()
+        assert connection is not None
+        if self.heard:
             self.idle_due = now + self.provider.idle_timeout_s
             self.total_due += max(0.0, now - self.paused_since)
-        limit, due = self.deadline("idle_timeout_s", self.idle_due)
-        if now >= due and not heard:            # a flood never waits, so no timer fires
-            raise self.failed("body", Expired(limit))
+        elif now >= min(self.idle_due, self.total_due):         # a flood never waits, so no timer fires
+            limit = "idle_timeout_s" if self.idle_due < self.total_due else "total_timeout_s"
+            raise self.failed("body", TimeoutError(), limit)
         try:
-            return await self.piece(wire)
+            while not self.finished:
+                if self.compressed:
+                    if piece := self.inflate():
+                        return piece
+                    continue
+                part = await self.next(connection, "body", "idle_timeout_s", self.idle_due)
+                if not isinstance(part, bytes):
+                    self.finished = True
+                    self.inflate()
+                elif self.inflater is None:
+                    return part
+                else:
+                    self.compressed = part
+            return b""
         finally:
-            self.paused_since = wire.loop.time()
+            self.paused_since = self.loop.time()
 
-    async def piece(self, wire: UpstreamConnection) -> bytes:
-        while not self.finished:
-            if self.packed:
-                if data := self.inflate():
-                    return data
-                continue
-            if not wire.pieces:
-                wire.arm(*self.deadline("idle_timeout_s", self.idle_due))
-            part = await self.next(wire, "body")
-            wire.disarm()
-            if not isinstance(part, bytes):
-                self.finished = True
-                self.inflate()
-            elif self.inflater is None:
-                return part
-            else:
-                self.packed = part
-        return b""
+    async def pump(self, take: Callable[[bytes], bool]) -> None:
+        """Calls take(), which sets `heard`, with each piece of the body as it arrives, without waking this task: until it
+        returns False, the body ends or breaks, or its time is over. read() then says which."""
+        connection = self.connection
+        if connection is None or self.finished or self.inflater or connection.protocol.unread:
+            return
+        pump = Pump(self, connection, take)
+        try:
+            await pump.run()
+        finally:
+            self.paused_since = self.loop.time()
 
     def inflate(self) -> bytes:
-        """The next slice of `packed`, inflated; checks the whole at the end of the body."""
+        """The next slice of `compressed`, inflated; checks the whole at the end of the body."""
         if self.inflater is None:
             return b""
-        piece, self.packed = self.packed[:INFLATE_BYTES], self.packed[INFLATE_BYTES:]
+        piece, self.compressed = self.compressed[:INFLATE_BYTES], self.compressed[INFLATE_BYTES:]
         try:
             if self.finished:
                 self.inflater.finish()
@@ -9481,146 +9439,211 @@ class Exchange:
                 break
         return b"".join(pieces)[:max_bytes]
 
-    async def close(self, sound: bool = True) -> None:
+    async def close(self, reusable: bool = True) -> None:
         """Gives the connection back if the answer ended and it may be kept; else closes it. Reused with unexpected bytes, it
         could hand one client's answer to another."""
-        wire, self.wire = self.wire, None
-        if wire is None:
+        connection, self.connection = self.connection, None
+        if connection is None:
             return
-        if sound and self.keep_alive and not wire.lost and self.at_end(wire):
-            self.upstream.keep(self.origin, wire)
+        if reusable and self.keep_alive and await self.is_complete(connection) and connection.reusable:
+            self.pool.release(self.origin, connection)
             return
-        if self.finished and not wire.ended and (wire.pieces or not wire.reader.idle):
-            self.upstream.distrust(self.origin)
-        wire.abort()
+        if self.finished and (connection.protocol.unread or not connection.http.idle):
+            self.pool.disable_reuse(self.origin)
+        connection.abort()
 
-    def at_end(self, wire: UpstreamConnection) -> bool:
-        """The whole answer has come, and nothing behind it. A decoder may have stopped at the last event."""
+    async def is_complete(self, connection: UpstreamConnection) -> bool:
+        """The whole answer has come, and the whole request has gone. A decoder may have stopped at the last event."""
         try:
-            if not self.finished and wire.pieces:
-                wire.reader.feed(wire.take())
-            while not self.finished and (part := wire.reader.next()) is not NEED_DATA:
+            if not self.finished and connection.protocol.unread:
+                await connection.receive()      # which does not wait: the bytes are there
+            while not self.finished and (part := connection.http.next()) is not NEED_DATA:
                 self.finished = part is END
         except ProtocolError:
             return False
-        unsent = wire.transport.get_write_buffer_size()
-        return self.finished and wire.reader.idle and not wire.pieces and not unsent
+        return self.finished and not connection.unsent_bytes()
+
+
+class Pump:
+    """What an answer's connection receives, given to take() by the event loop itself (SPEED.md "What pays", 3)."""
+
+    def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
+        self.exchange, self.connection, self.take, self.loop = exchange, connection, take, exchange.loop
+        self.stopped = self.loop.create_future()
+
+    async def run(self) -> None:
+        self.connection.protocol.pump = self.receive
+        self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
+        try:
+            self.take_parts()
+            await self.stopped
+        finally:
+            self.connection.protocol.pump = None
+            self.timer.cancel()
+
+    def receive(self, data: bytes) -> None:
+        if 0 < len(data) <= PUMPED_BYTES:
+            self.connection.http.feed(data)
+            self.take_parts()
+            return
+        self.stop()
+        if data:
+            self.connection.protocol.data_received(data)
+
+    def take_parts(self) -> None:
+        exchange = self.exchange
+        exchange.heard = False
+        try:
+            while isinstance(part := self.connection.http.next(), bytes) and self.take(part):
+                pass
+        except ProtocolError:           # the HTTP reader raises it again, for read()
+            self.stop()
+            return
+        except Exception as error:      # noqa: BLE001 - for the task to handle
+            self.stop(error)
+            return
+        if exchange.heard:
+            exchange.idle_due = self.loop.time() + exchange.provider.idle_timeout_s
+        if part is not NEED_DATA:
+            exchange.finished = part is END
+            self.stop()
+
+    def deadline(self) -> float:
+        return min(self.exchange.idle_due, self.exchange.total_due)
+
+    def check_deadline(self) -> None:
+        if self.loop.time() < self.deadline():
+            self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
+        else:
+            self.exchange.heard = False
+            self.stop()
+
+    def stop(self, error: Exception | None = None) -> None:
+        self.connection.protocol.pump = None
+        if self.stopped.done():
+            return
+        if error is None:
+            self.stopped.set_result(None)
+        else:
+            self.stopped.set_exception(error)
 
 
 # --- 9.3 connections ------------------------------------------------------------------------------
 
-class Upstream:
+class ConnectionPool:
     """All connections to providers: one a process."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.environ = dict(environ or {})
         self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest last, and taken first
-        self.places: dict[tuple[str, str, str], Place] = {}
+        self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
         self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # of names, under way
-        self.distrusted: set[Origin] = set()            # their connections are not used again
+        self.not_reused: set[Origin] = set()            # they sent more than they were asked for
         self.closed = False
         self.secrets = re.compile(r"(?!)")              # that no provider may say
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and returns when the head of its answer is there; else LinkError or LinkTimeout. A pooled
+        """Sends one request and returns when the head of its answer is there; else TransportError or TransportTimeout. A pooled
         connection may be closed at that moment: broken without a byte of answer, it is replaced once, if `again` allows it."""
-        place = self.place(provider)
-        target = place.prefix + path
+        endpoint = self.endpoint(provider)
+        target = endpoint.prefix + path
         if provider.query_params:
             target += ("&" if "?" in target else "?") + urllib.parse.urlencode(provider.query_params)
-        fields = [*place.fields, *headers, ("content-length", str(len(body)))]
+        fields = [*endpoint.fields, *headers, ("content-length", str(len(body)))]
         request = request_bytes(method, target, fields, body)
-        wire = self.take(place.origin)
-        exchange = Exchange(self, provider, place.origin)
-        if wire is not None:
+        connection = self.acquire(endpoint.origin)
+        exchange = Exchange(self, provider, endpoint.origin)
+        if connection is not None:
             try:
-                await exchange.begin(wire, method, request)
+                await exchange.begin(connection, method, request)
                 return exchange
-            except LinkError as error:
-                if isinstance(error, LinkTimeout) or wire.answered or not again():
+            except TransportError as error:
+                if isinstance(error, TransportTimeout) or connection.answered or not again():
                     raise
         await exchange.begin(await self.connect(exchange), method, request)
         return exchange
 
-    def place(self, provider: ProviderConfig) -> Place:
+    def endpoint(self, provider: ProviderConfig) -> Endpoint:
         key = provider.base_url, provider.ca_file, provider.proxy
-        if key not in self.places:
+        if key not in self.endpoints:
             try:
-                self.places[key] = place_of(provider, self.environ)
+                self.endpoints[key] = endpoint_of(provider, self.environ)
             except ValueError as error:     # of a proxy in the environment
                 message = f"Provider {provider.name} cannot be reached: {error}."
-                raise LinkError(message, "connect", sent=False) from None
-        return self.places[key]
+                raise TransportError(message, "connect", sent=False) from None
+        return self.endpoints[key]
 
-    def take(self, origin: Origin) -> UpstreamConnection | None:
-        """The newest idle connection that is still good: open, and silent since its last answer."""
-        wires = self.idle.get(origin, [])
-        while wires:
-            wire = wires.pop()
-            wire.disarm()
-            if not (wire.ended or wire.pieces or wire.expired):
-                return wire
-            if wire.pieces and not wire.ended:      # else a 408 before it was closed
-                self.distrust(origin)
-            wire.abort()
+    def acquire(self, origin: Origin) -> UpstreamConnection | None:
+        """The newest idle connection that is still open, and silent since its last answer."""
+        connections = self.idle.get(origin, [])
+        while connections:
+            connection = connections.pop()
+            if connection.expiry is not None:
+                connection.expiry.cancel()
+            if connection.reusable:
+                return connection
+            if not connection.writer.is_closing():      # else it may have been told why: a 408
+                self.disable_reuse(origin)
+            connection.abort()
         return None
 
-    def distrust(self, origin: Origin) -> None:
-        """Disables reuse: unsolicited bytes could be read as the answer to another client's request."""
-        if origin not in self.distrusted:
-            self.distrusted.add(origin)
+    def disable_reuse(self, origin: Origin) -> None:
+        """Unsolicited bytes could be read as the answer to another client's request."""
+        if origin not in self.not_reused:
+            self.not_reused.add(origin)
             log.warning("%s sends more than it was asked for; its connections are not used again", origin.authority)
-        for wire in self.idle.pop(origin, []):
-            wire.abort()
+        for connection in self.idle.pop(origin, []):
+            connection.abort()
 
-    def keep(self, origin: Origin, wire: UpstreamConnection) -> None:
-        wires = self.idle.setdefault(origin, [])
-        if len(wires) >= POOL_SIZE:
-            wires[:] = [other for other in wires if not other.ended]
-        if self.closed or len(wires) >= POOL_SIZE or origin in self.distrusted:
-            wire.abort()
+    def release(self, origin: Origin, connection: UpstreamConnection) -> None:
+        connections = self.idle.setdefault(origin, [])
+        if len(connections) >= POOL_SIZE:
+            connections[:] = [other for other in connections if not other.writer.is_closing()]
+        if self.closed or len(connections) >= POOL_SIZE or origin in self.not_reused:
+            connection.abort()
             return
-        wire.arm("idle", wire.loop.time() + POOL_IDLE_S)
-        wires.append(wire)
+        connection.expiry = asyncio.get_running_loop().call_later(POOL_IDLE_S, connection.abort)
+        connections.append(connection)
 
     async def connect(self, exchange: Exchange) -> UpstreamConnection:
         """A new connection, through proxy and TLS, within connect_timeout_s."""
-        origin, phase = exchange.origin, "connect"
+        origin, phase, connection = exchange.origin, "connect", None
+        timeout = asyncio.timeout(exchange.provider.connect_timeout_s)
         try:
-            async with asyncio.timeout(exchange.provider.connect_timeout_s) as limit:
-                wire = await self.dial(origin)
-                try:
-                    if origin.scheme == "https":
-                        await self.tunnel(wire, origin)
-                        phase = "tls"
-                        await self.secure(wire, origin)
-                except BaseException:
-                    wire.abort()
-                    raise
-            return wire
-        except (OSError, ProtocolError, ValueError) as error:
-            if limit.expired():
-                raise exchange.failed(phase, Expired("connect_timeout_s"), sent=False) from None
+            async with timeout:
+                connection = await self.dial(origin)
+                if origin.scheme == "https":
+                    if origin.proxy:
+                        await self.open_tunnel(connection, origin)
+                    phase = "tls"
+                    await connection.writer.start_tls(self.context(origin.ca_file), server_hostname=origin.host)
+            return connection
+        except BaseException as error:
+            if connection is not None:
+                connection.abort()
+            if not isinstance(error, (OSError, ProtocolError, ValueError)):
+                raise
+            limit = "connect_timeout_s" if timeout.expired() else ""
             if isinstance(error, OSError) and error.errno in OUR_LIMITS:
-                raise overloaded(f"The gateway has no room for another connection: {failure_text(error)}.") from None
-            raise exchange.failed(phase, error, sent=False) from None
+                raise overloaded(f"The gateway has no room for another connection: {describe_error(error)}.") from None
+            raise exchange.failed(phase, error, limit, sent=False) from None
 
     async def dial(self, origin: Origin) -> UpstreamConnection:
         host, port = origin.host, origin.port
         if origin.proxy:
             host, port, _ = proxy_address(origin.proxy)
-        ways = [functools.partial(connect_to, address, port) for address in await self.addresses(host)]
-        wire: UpstreamConnection | None
-        wire, _, errors = await asyncio.staggered.staggered_race(ways, HAPPY_EYEBALLS_S)
-        if wire is None:
+        tries = [functools.partial(open_connection, address, port) for address in await self.addresses(host)]
+        connection: UpstreamConnection | None
+        connection, _, errors = await asyncio.staggered.staggered_race(tries, HAPPY_EYEBALLS_S)
+        if connection is None:
             raise next(filter(None, reversed(errors)))
-        peer = wire.transport.get_extra_info("socket")
+        peer = connection.writer.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):     # NATs forget a silent connection after some minutes
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-        return wire
+        return connection
 
     async def addresses(self, host: str) -> list[str]:
         """Of a name. Its look-ups share one thread that nobody joins: a silent nameserver would hold all of asyncio's own."""
@@ -9634,27 +9657,19 @@ class Upstream:
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
 
-    async def tunnel(self, wire: UpstreamConnection, origin: Origin) -> None:
-        """CONNECT, where there is a proxy: from its 2xx on, the wire leads to the origin (RFC 9110 9.3.6)."""
-        if not origin.proxy:
-            return
+    async def open_tunnel(self, connection: UpstreamConnection, origin: Origin) -> None:
+        """CONNECT: from the proxy's 2xx on, the connection leads to the origin (RFC 9110 9.3.6)."""
         fields = [("host", origin.authority), *proxy_address(origin.proxy)[2]]
-        wire.transport.write(request_bytes("CONNECT", origin.authority, fields, b""))
-        wire.reader.start("CONNECT")
-        head = await wire.next()
+        connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
+        connection.http.start("CONNECT")
+        while (head := connection.http.next()) is NEED_DATA:
+            await connection.receive()
         assert isinstance(head, ResponseHead)
         if not 200 <= head.status < 300:
             raise ConnectionError(f"the proxy answered {head.status} to CONNECT")
-        if wire.pieces or isinstance(wire.reader.next(), bytes):
+        if connection.protocol.unread or isinstance(connection.http.next(), bytes):
             raise ConnectionError("the proxy sent bytes of its own into the tunnel")
-        wire.reader = ResponseReader()
-
-    async def secure(self, wire: UpstreamConnection, origin: Origin) -> None:
-        transport = await wire.loop.start_tls(wire.transport, wire, self.context(origin.ca_file),
-                                              server_hostname=origin.host)
-        if transport is None:
-            raise ConnectionResetError(errno.ECONNRESET, "")
-        wire.connection_made(transport)
+        connection.http = ResponseReader()
 
     def context(self, ca_file: str) -> ssl.SSLContext:
         """Always verifying, with the system's authorities or those of ca_file alone."""
@@ -9667,9 +9682,9 @@ class Upstream:
     async def close(self) -> None:
         """Closes what is idle; exchanges that still run are their holders' to close."""
         self.closed = True
-        for wires in self.idle.values():
-            for wire in wires:
-                wire.abort()
+        for connections in self.idle.values():
+            for connection in connections:
+                connection.abort()
         self.idle.clear()
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
@@ -9686,8 +9701,11 @@ def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
         lookup.set_result([address for turn in itertools.zip_longest(*families.values()) for address in turn if address])
 
 
-async def connect_to(address: str, port: int) -> UpstreamConnection:
-    return (await asyncio.get_running_loop().create_connection(UpstreamConnection, address, port))[1]
+async def open_connection(address: str, port: int) -> UpstreamConnection:
+    """asyncio.open_connection(), with our protocol."""
+    reader = asyncio.StreamReader(READ_BYTES // 2)     # read on up to twice that
+    transport, protocol = await asyncio.get_running_loop().create_connection(lambda: UpstreamProtocol(reader), address, port)
+    return UpstreamConnection(reader, protocol, transport)
 
 
 # === 10. routing ==================================================================================
@@ -9889,7 +9907,7 @@ def fault_class(error: GatewayError) -> str:
         return error.kind
     if isinstance(error, UpstreamTimeout):
         return "timeout"
-    if isinstance(error, LinkError):
+    if isinstance(error, TransportError):
         return "network" if error.sent else "unreachable"
     return "no_answer" if error.retryable else "bad_request"
 
@@ -9930,7 +9948,7 @@ class CircuitBreakers:
             return "closed"
         return "open" if now < circuit.until or circuit.probing else "half-open"
 
-    def failed(self, id: str, fault: str, retry_after_s: float | None, now: float) -> float:
+    def record_failure(self, id: str, fault: str, retry_after_s: float | None, now: float) -> float:
         """Counts a failure that is the target's fault; for how long its circuit opens because of it."""
         policy, circuit = RETRY_POLICIES[fault], self.circuits.setdefault(id, Circuit())
         circuit.fault, circuit.failures = fault, circuit.failures + 1
@@ -9941,7 +9959,7 @@ class CircuitBreakers:
         self.circuits[id] = Circuit(fault, circuit.failures, circuit.times_open + 1, now + open_s)
         return open_s
 
-    def succeeded(self, id: str, whole: bool = True) -> bool:
+    def record_success(self, id: str, whole: bool = True) -> bool:
         """Closes the circuit at the first output, and forgets the failures with a whole answer: a target may break every
         stream that it begins. True where it was open."""
         circuit = self.circuits.get(id)
@@ -10022,10 +10040,19 @@ def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state:
     return next((each for each in near if each.model == opened[1]), near[0] if near else None)
 
 
-def order_candidates(tiers: Sequence[Sequence[Candidate]], request: ResponsesRequest, headers: Headers, envelope: Envelope,
-                     ) -> list[Candidate]:
-    """All targets in the order in which this request prefers them."""
+def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[str], request: ResponsesRequest,
+                     headers: Headers, envelope: Envelope) -> list[Candidate]:
+    """All targets in the order in which this request prefers them, without those of providers that an administrator
+    disabled."""
     found = [each for tier in tiers for each in tier]
+    if disabled:
+        left = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
+        if found and not any(left):
+            names = " and ".join(dict.fromkeys(each.provider.name for each in found))
+            raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the "
+                             "Providers page of the dashboard, or ask for another model.", param="model",
+                             code="provider_disabled")
+        tiers, found = left, [each for tier in left for each in tier]
     if len(found) == 1:
         return found
     score = functools.partial(rendezvous_score, conversation_of(request, headers))
@@ -10050,7 +10077,7 @@ def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAtte
     fault, where = fault_class(error), ""
     label, status = RETRY_POLICIES[fault].label, getattr(error, "upstream_status", 0)
     brief = f"{status} {label}" if status else label
-    if isinstance(error, LinkError):
+    if isinstance(error, TransportError):
         brief, where = error.brief or label, error.where
     return FailedAttempt(provider, brief, where, fault, error, at_ms)
 
@@ -10066,25 +10093,11 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 
 
 class ClientStream:
-    """One answer on its way to the client: how its targets do, the head, the blocks, and the heartbeats between them."""
+    """One answer on its way to the client: its head, its blocks, and the heartbeats between them."""
 
     def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
-        self.client = client
-        self.answer = answer
-        self.server = server
-        self.reservation = reservation
-        # what the ledger and the access line want to know
-        self.attempt = Attempt(answer)               # the newest
-        self.provider, self.model = "", ""              # its target
-        self.attempts = 0                               # upstream calls
-        self.tries = 0                                  # of targets: a try may need several attempts
-        self.failures: list[FailedAttempt] = []         # the tries that failed
-        self.turn_state = ""                            # names the target, for Codex
-        self.dropped: list[str] = []                    # what the target could not carry
-        self.first_ms = 0                               # when the first output left
-        self.asked_ms, self.answering_ms = 0, 0         # when the newest attempt began, and when the head of its answer came
-        self.upstream_id = ""                           # its provider's request id
-        # the stream
+        self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
+        self.attempt = Attempt(answer)                  # the newest
         self.head_sent = False
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
@@ -10097,47 +10110,42 @@ class ClientStream:
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
         """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
-        fields = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS
+        fields, client = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS, self.client
         if not early:                                   # somebody has answered
-            own = [("x-pomex-provider", self.provider), ("x-pomex-attempts", str(self.attempts)),
-                   ("openai-processing-ms", str(self.elapsed_ms())),
-                   ("x-pomex-dropped", printable(", ".join(dict.fromkeys(self.dropped)), 1000)),
-                   ("x-codex-turn-state", self.turn_state)]
+            own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
+                   ("openai-processing-ms", str(client.elapsed_ms())),
+                   ("x-pomex-dropped", printable(", ".join(dict.fromkeys(client.dropped)), 1000)),
+                   ("x-codex-turn-state", client.turn_state)]
             fields = fields + [header for header in own if header[1]]
         return fields + self.reservation.headers()
 
-    def count_attempt(self) -> bool:
-        """One more upstream call; False where the request has had all it may."""
-        if self.attempts >= MAX_ATTEMPTS:
+    def put(self, attempt: Attempt) -> bool:
+        """Writes the output that there is, if nothing has to be waited for; False: send() it."""
+        if not attempt.out:
+            return True
+        if not self.client.first_ms or self.writing.locked():
             return False
-        self.attempts += 1
-        return True
-
-    def elapsed_ms(self) -> int:
-        return max(1, int((time.monotonic() - self.client.started) * 1000))
-
-    async def send(self, block: bytes) -> None:
-        """Output of the model. One write; it waits while the client does not take it."""
-        if not self.first_ms:
-            self.first_ms = self.elapsed_ms()
-        async with self.writing:
-            await self._write(block)
-
-    async def end(self, block: bytes) -> None:
-        self.stop()
-        async with self.writing:
-            if not self.head_sent:
-                self.head_sent = True
-                await self.client.start(200, self.headers(early=not self.attempts))
-            await self.client.end(block)
-
-    async def _write(self, block: bytes) -> None:
         self.active = self.loop.time()
+        return self.client.put(attempt.take_output())
+
+    async def send(self, block: bytes, last: bool = False) -> None:
+        """Output of the model, in one write; the `last` ends the answer. It waits while the client does not take it."""
+        if last:
+            self.stop()
+        elif not self.client.first_ms:
+            self.client.first_ms = self.client.elapsed_ms()
+        async with self.writing:
+            await self._write(block, last)
+
+    async def _write(self, block: bytes, last: bool = False) -> None:
+        client, self.active = self.client, self.loop.time()
         if not self.head_sent:
-            await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
+            if not last:
+                await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
             self.head_sent = True
-            await self.client.start(200, self.headers(early=not self.attempt.output_started))
-        await self.client.write(block)
+            answered = client.attempts > 0 if last else self.attempt.output_started
+            await client.start(200, self.headers(early=not answered))
+        await (client.end if last else client.write)(block)
 
     def _tick(self) -> None:
         """An early 200 with the opening events, or a heartbeat, after enough silence."""
@@ -10184,25 +10192,28 @@ async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) 
 class DemoExchange:
     """The demo's stream in the place of an upstream's."""
 
-    status, headers = 200, Headers([("content-type", "text/event-stream")])
+    status, headers, heard = 200, Headers([("content-type", "text/event-stream")]), True
 
     def __init__(self, frames: Iterable[bytes]) -> None:
         self.frames = iter(frames)
 
-    async def read(self, heard: bool = True) -> bytes:
+    async def read(self) -> bytes:
         return next(self.frames, b"")
+
+    async def pump(self, take: Callable[[bytes], bool]) -> None:
+        """Nothing arrives by itself."""
 
     async def read_all(self, max_bytes: int) -> bytes:
         return b""
 
-    async def close(self, sound: bool = True) -> None:
+    async def close(self, reusable: bool = True) -> None:
         """There is nothing to close."""
 
 
 class Router:
     """Tries the targets of a request until one has given output, or none is left."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: ConnectionPool) -> None:
         self.upstream = upstream
         self.health = CircuitBreakers()
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of METRICS, by name and labels
@@ -10221,7 +10232,7 @@ class Router:
             while target is not None:
                 tries[target.id] += 1
                 if len(candidates) > 1 and down.answer.profile is CODEX:
-                    down.turn_state = turn_state(envelope, target)
+                    down.client.turn_state = turn_state(envelope, target)
                 await self.attempt(target, envelope, down)
                 target = await self.next_target(target, candidates, tries, down)
         except asyncio.CancelledError:
@@ -10234,18 +10245,19 @@ class Router:
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
                           down: ClientStream) -> Candidate | None:
         """Records how the newest try went. Of the next one the target, when its time has come; None where none follows."""
+        client = down.client
         name, error, now = target.provider.name, down.attempt.error, down.loop.time()
         if error is None:
             self.counters["pomex_upstream_attempts_total", name, "ok"] += 1
-            self.record_success(target)
+            self.on_success(target)
             return None
-        failure = failed_attempt(name, error, down.elapsed_ms())
+        failure = failed_attempt(name, error, client.elapsed_ms())
         policy = RETRY_POLICIES[failure.fault]
         self.counters["pomex_upstream_attempts_total", name, failure.fault] += 1
-        down.failures.append(failure)
-        log.warning("%s %s: %s", down.client.request_id, target.id, printable_text(str(error)))
+        client.failures.append(failure)
+        log.warning("%s %s: %s", client.request_id, target.id, printable_text(str(error)))
         if now < down.due:
-            self.record_failure(target, error, now)
+            self.on_failure(target, error, now)
         is_open = {each.id: self.health.state(each.id, now) == "open" for each in candidates}
         others = [each for each in candidates if each.id not in tries]
         if policy.failover == "larger":
@@ -10253,20 +10265,21 @@ class Router:
         if any(is_open[id] for id in tries if id != target.id):
             others = [each for each in others if not is_open[each.id]]
         other = self.health.choose(others, now)
+        shown = down.answer.request.stream and down.attempt.output_started
         decision, wait_s = decide_retry(
-            policy, down.answer.request.stream and down.attempt.output_started, tries[target.id], down.attempts, down.due - now,
+            policy, shown, tries[target.id], client.attempts, down.due - now,
             getattr(error, "retry_after_s", None), other is not None, is_open[target.id],
             random.random())            # noqa: S311 - spreads calls, guards nothing
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
-        down.reservation.add_failed_attempt(down.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
+        down.reservation.add_failed_attempt(client.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
         if decision == "failover":
             self.counters["pomex_failovers_total", name, failure.fault] += 1
             return other
         return target
 
-    def record_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
+    def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
         """In its circuit; but not that a name is unknown which a client made up, or which the credentials do not cover."""
         fault = fault_class(error)
         unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
@@ -10274,35 +10287,36 @@ class Router:
             return
         if not RETRY_POLICIES[fault].threshold:
             if isinstance(error, ProviderError):        # so it answers
-                self.record_success(target)
-        elif open_s := self.health.failed(target.id, fault, getattr(error, "retry_after_s", None), now):
+                self.on_success(target)
+        elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
             log.warning("target %s is left out for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
-    def record_success(self, target: Candidate, whole: bool = True) -> None:
-        if self.health.succeeded(target.id, whole):
+    def on_success(self, target: Candidate, whole: bool = True) -> None:
+        if self.health.record_success(target.id, whole):
             log.warning("target %s answers again", target.id)
 
     async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
         """One try of one target, from encoding to its end: down.attempt is finished, unless it is cancelled."""
+        client = down.client
         provider, failure = target.provider, None
         probe = self.health.probe(target.id, down.loop.time())
-        down.provider, down.model, down.tries = provider.name, target.model, down.tries + 1
-        down.attempt, down.dropped = Attempt(down.answer), []
+        client.provider, client.model, client.tries = provider.name, target.model, client.tries + 1
+        down.attempt, client.dropped = Attempt(down.answer), []
         try:
             call = await off_loop(len(down.answer.request.raw), encode_call, target, envelope, down)
-            down.attempt, down.dropped = call.attempt, call.dropped
+            down.attempt, client.dropped = call.attempt, call.dropped
             async with asyncio.timeout_at(down.due):
                 await self.exchanges(target, call, down)
         except GatewayError as error:
             failure = error
-            down.attempt.unbilled = isinstance(error, ProviderError) or (isinstance(error, LinkError) and not error.sent)
+            down.attempt.unbilled = isinstance(error, ProviderError) or (isinstance(error, TransportError) and not error.sent)
         except TimeoutError:
             limit_s = down.server.request_deadline_s
             failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
         except ConnectionError:         # the client's: those of providers are GatewayErrors
             raise
         except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
-            log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
+            log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             failure = UpstreamError(UNREADABLE)
         finally:
             if probe is not None:
@@ -10313,33 +10327,35 @@ class Router:
                 down.attempt.stop = dataclasses.replace(stop, explanation=said)
             down.attempt.finish(failure and without_traceback(failure))
         except Exception as error:       # noqa: BLE001 - our own bug
-            log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
+            log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
     async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second where a known refusal can be mended, more where the provider pauses its turn."""
+        """One exchange; a second where a known refusal can be repaired, more where the provider pauses its turn."""
+        client = down.client
         more: UpstreamCall | None = call
-        mended = False
+        repaired = False
         while more is not None:
             call = more
-            if not down.count_attempt():
+            if not client.count_attempt():
                 raise UpstreamError(f"The request has had its {MAX_ATTEMPTS} upstream calls.")
-            down.asked_ms, down.answering_ms, down.upstream_id = down.elapsed_ms(), 0, ""
+            client.asked_ms, client.answering_ms, client.upstream_id = client.elapsed_ms(), 0, ""
             exchange, sound = await self.open(target.provider, call, down), False
-            down.answering_ms = down.elapsed_ms()
+            client.answering_ms = client.elapsed_ms()
             given = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
-            down.upstream_id = self.upstream.secrets.sub("[redacted]", given)
+            client.upstream_id = self.upstream.secrets.sub("[redacted]", given)
             try:
                 await self.read(exchange, call.attempt, target, down)
                 sound = call.attempt.error is None and call.attempt.stop is not None
                 more = call.resumed()
             except GatewayError as error:
-                more = None if mended or call.attempt.output_started or down.attempts >= MAX_ATTEMPTS else call.repaired(error)
+                final = repaired or call.attempt.output_started or client.attempts >= MAX_ATTEMPTS
+                more = None if final else call.repaired(error)
                 if more is None:
                     raise
-                mended = True
+                repaired = True
             finally:
                 await exchange.close(sound)
 
@@ -10351,57 +10367,80 @@ class Router:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Passthrough):
             headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
-        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.count_attempt)
+        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.client.count_attempt)
 
     async def read(self, exchange: Exchange | DemoExchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
         kind = exchange.headers.get("content-type")
-        if exchange.status >= 400:
-            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
-        if kind.startswith("text/html"):            # a login page, a proxy's apology
-            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
-            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
+        await self.check_answer(exchange, kind)
         if not kind.startswith("text/event-stream") and not down.answer.request.stream:
             attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return
-        first, due = True, math.inf         # when what follows the model's end is not waited for any more
-        heard, size = True, -math.inf       # did the latest piece make the answer longer?
-        while data := await read_until(exchange, due, heard):
-            if first and data.lstrip()[:1] in (b"{", b"["):     # asked for a stream, it answered with an object
-                attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
-                break
-            first = False
+        reservation, due = down.reservation, math.inf   # `due`: then what follows the model's end is not waited for any more
+
+        def take(piece: bytes) -> bool:
+            """Translates and sends; False where the task has to go on: to wait, to end, or to extend the reservation."""
+            before = output_size(attempt)
+            attempt.feed(piece)
+            exchange.heard |= output_size(attempt) > before
+            sent = not (attempt.output_started and down.answer.request.stream) or down.put(attempt)
+            return sent and not (attempt.stop or attempt.error) and reservation.covers(attempt.output_chars)
+
+        data = await exchange.read()
+        if data.lstrip()[:1] in (b"{", b"["):           # asked for a stream, it answered with an object
+            attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
+            return await self.show(attempt, target, down)
+        while data:
+            exchange.heard = False
             for at in range(0, len(data), SLICE_BYTES):
-                attempt.feed(data[at:at + SLICE_BYTES])
+                going = take(data[at:at + SLICE_BYTES])
                 await self.show(attempt, target, down)
                 if len(data) > SLICE_BYTES:
-                    await asyncio.sleep(0)          # a flood of comments is work without a wait
-            before, size = size, attempt.output_chars - attempt.output_limit - attempt.items_left
-            heard = size > before
+                    await asyncio.sleep(0)              # a flood of comments is work without a wait
+            if going:
+                await exchange.pump(take)
+                await self.show(attempt, target, down)
             if attempt.upstream_done or (attempt.error and not attempt.output_started):
                 return
             if attempt.stop or attempt.error:
                 due = min(due, down.loop.time() + AFTER_STOP_S)
-            if down.reservation.held and attempt.stop is None and not await down.reservation.extend(attempt.output_chars):
+            elif not await reservation.extend(attempt.output_chars):
                 attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
                 return
-        else:
-            attempt.end()
+            data = await read_until(exchange, due)
+        attempt.end()
         await self.show(attempt, target, down)
 
+    async def check_answer(self, exchange: Exchange | DemoExchange, kind: str) -> None:
+        """Raises the error that an answer is: a status, or a page of some proxy or login."""
+        if exchange.status >= 400:
+            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
+        if kind.startswith("text/html"):
+            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
+            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
+
     async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
-        """What there is of output, to the client."""
-        if attempt.out and attempt.output_started and down.answer.request.stream:
-            if not down.first_ms:
-                self.record_success(target, whole=False)
+        """Sends the output that there is, and waits while the client is slow."""
+        if not (attempt.output_started and down.answer.request.stream):
+            return
+        if attempt.out:
+            if not down.client.first_ms:
+                self.on_success(target, whole=False)
             await down.send(attempt.take_output())
+        else:
+            await down.client.drain()
+
+
+def output_size(attempt: Attempt) -> int:
+    """Grows with all that counts as output: text, items, and what is held of them."""
+    return attempt.output_chars - attempt.output_limit - attempt.items_left
 
 
 async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
     """The body of what is no answer, as far as it comes soon: that it is none is known without it."""
     body = b""
-    with contextlib.suppress(TimeoutError, LinkError):
+    with contextlib.suppress(TimeoutError, TransportError):
         async with asyncio.timeout(AFTER_STOP_S):
             while len(body) < 1 << 20 and (data := await exchange.read()):
                 body += data
@@ -10412,7 +10451,7 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
     """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
     provider = target.provider
     ctx = EncodeContext(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
-                        provider.prompt_cache, provider.overrides, down.attempts + 1)
+                        provider.prompt_cache, provider.overrides, down.client.attempts + 1)
     try:
         return WIRES[provider.wire_api].call(ctx)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -10431,13 +10470,13 @@ def failed_copy(attempt: Attempt) -> Attempt:
     return failed
 
 
-async def read_until(exchange: Exchange | DemoExchange, due: float, heard: bool) -> bytes:
+async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
     """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
     if due == math.inf:
-        return await exchange.read(heard)
+        return await exchange.read()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(due):
-            return await exchange.read(heard)
+            return await exchange.read()
     return b""
 
 
@@ -10546,7 +10585,7 @@ ENDPOINT = "/v1/responses"
 class Gateway:
     """All that a request needs, of one configuration."""
 
-    def __init__(self, config: Config, ledger: Ledger, upstream: Upstream, found: Mapping[str, Sequence[str]],
+    def __init__(self, config: Config, ledger: Ledger, upstream: ConnectionPool, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
         """What `old`, with another configuration, counted, saw and learned outlives it."""
         self.config = config
@@ -10705,109 +10744,91 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     tiers = gateway.catalogue.tiers(request.model)
     check_model_access(key, request.model, profile)
     envelope = Envelope(gateway.ledger.secret, key.account)
-    candidates = order_candidates(in_use(tiers, gateway.ledger.disabled), request, headers, envelope)
+    candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
     if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
                if unpriced or gateway.prices.schedule(each.provider.name, each.model, request.model)]
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(headers.get("user-agent"), 200),
-             "session": printable(session or request.get("prompt_cache_key", ""), 128)}
-    down, refused = await reserve_budget(gateway, client, key, request, profile, payable or candidates, bool(payable), named)
-    if refused is not None:
-        down.stop()
-        down.attempt.unbilled = True
-        down.attempt.finish(refused)
-        await finish(gateway, key, down, refused)
-        return
+    down = client_stream(gateway, client, key, request, profile, session)
+    answer, refused = down.answer, None
     try:
+        if not payable:
+            raise price_unknown(key, candidates[0], profile.errors_as_events and request.stream)
+        if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
+                                                 request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
+            body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
+            answer.request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
         await gateway.router.route(payable, envelope, down)
+    except LimitExceeded as no:
+        refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
+        refused.headers += tuple(down.reservation.headers())
+    except BadRequest as error:         # of the router's none comes up
+        refused = error
     except BaseException:               # the client left; what was generated is kept
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), notify_client=False)
         down.attempt.status = "cancelled"
-        await asyncio.shield(settle(gateway, key, down))
+        await asyncio.shield(settle(gateway, down))
         raise
     finally:
         down.stop()
-    await finish(gateway, key, down)
+    await finish(gateway, down, refused)
 
 
-def in_use(tiers: Sequence[Sequence[Candidate]], disabled: frozenset[str]) -> Sequence[Sequence[Candidate]]:
-    """The targets whose provider no administrator disabled."""
-    if not disabled:
-        return tiers
-    left = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
-    if any(tiers) and not any(left):
-        names = " and ".join(dict.fromkeys(each.provider.name for tier in tiers for each in tier))
-        raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the Providers "
-                         "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
-    return left
-
-
-async def reserve_budget(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
-                         candidates: Sequence[Candidate], payable: bool, named: Mapping[str, str]
-                         ) -> tuple[ClientStream, GatewayError | None]:
-    """The answer to be, its money reserved; and the error, where a limit is in the way."""
-    config = gateway.config.server
-    estimate = request.estimated_input
+def client_stream(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
+                  session: str) -> ClientStream:
+    """The answer to be, and what it may cost: nothing is reserved yet."""
+    config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(user_agent, 200),
+             "session": printable(session or request.get("prompt_cache_key", ""), 128)}
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
                               int(client.started_s * 1000), named, request.get("service_tier", ""))
-    refused: GatewayError | None = None
-    to_codex = profile.errors_as_events and request.stream
-    try:
-        if not payable:
-            refused = price_unknown(key, f"{candidates[0].provider.name}/{printable(candidates[0].model)}", to_codex)
-        elif cap := await reservation.reserve([each[:2] for each in candidates], estimate, request.get("max_output_tokens", 0),
-                                              config.reserve_output_tokens):
-            body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
-            request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
-    except LimitExceeded as no:
-        refused = limit_error(key, no, client.started_s, to_codex)
-        refused.headers += tuple(reservation.headers())
     answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
-    answer.estimated_input = estimate
-    answer.secrets = gateway.upstream.secrets
+    answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
-    return ClientStream(client, answer, config, reservation), refused
+    return ClientStream(client, answer, config, reservation)
 
 
-async def finish(gateway: Gateway, key: Key, down: ClientStream, refused: GatewayError | None = None) -> None:
+async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | None) -> None:
     """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
-    attempt, answer = down.attempt, down.answer
-    if attempt.status == "failed":
-        attempt.error = client_error(gateway, down)
-    error, to_codex = attempt.error, answer.profile.errors_as_events
+    answer = down.answer
+    if refused is not None:
+        down.attempt.unbilled = True
+        down.attempt.finish(refused)
+    if down.attempt.status == "failed":
+        down.attempt.error = client_error(gateway, down)
+    error, to_codex = down.attempt.error, answer.profile.errors_as_events
     # an empty answer has had its end: after a 5xx an SDK would ask again, and pay for the input each time
-    ended = down.head_sent or attempt.stop is not None or error is None
+    ended = down.head_sent or down.attempt.stop is not None or error is None
     in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
     if error is not None and in_stream and to_codex:
         make_codex_show(error, ("context_length_exceeded",))
-    last = final_bytes(down, in_stream)
+    last = b""
+    if error is None or in_stream:
+        try:
+            last = final_bytes(down.attempt, in_stream)
+        except Exception as bug:         # noqa: BLE001 - our own; there is one row and one end all the same
+            log.error("%s: %s", down.client.request_id, fault_location(bug))
+            down.attempt = failed_copy(down.attempt)
+            last = final_bytes(down.attempt, in_stream) if in_stream else b""
     if down.attempt.error is not None and not in_stream:
         down.attempt.terminal_by = ""
     if refused is None:
-        await settle(gateway, key, down)
+        await settle(gateway, down)
     else:
-        note_refusal(gateway, down.client, refused, key)
+        note_refusal(gateway, down.client, refused, down.reservation.key)
     if in_stream:
-        await down.end(last)
+        await down.send(last, last=True)
     elif down.attempt.error is not None:
         raise down.attempt.error
     else:
         await down.client.answer(200, down.headers(), last)
 
 
-def final_bytes(down: ClientStream, in_stream: bool) -> bytes:
-    """The terminal event or the whole answer; of a failure where encoding fails, as there is always one row and one end."""
+def final_bytes(attempt: Attempt, in_stream: bool) -> bytes:
+    """The terminal event, or the whole answer."""
     now_s = int(time.time())
-    if down.attempt.error is not None and not in_stream:
-        return b""
-    try:
-        return down.attempt.terminal(now_s) if in_stream else down.attempt.body(now_s).encode()
-    except Exception as error:       # noqa: BLE001 - our own bug
-        log.error("%s: %s", down.client.request_id, fault_location(error))
-        down.attempt = failed_copy(down.attempt)
-        return down.attempt.terminal(now_s) if in_stream else b""
+    return attempt.terminal(now_s) if in_stream else attempt.body(now_s).encode()
 
 
 def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
@@ -10817,8 +10838,9 @@ def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
                          status=400 if profile.errors_as_events else 403)
 
 
-def price_unknown(key: Key, name: str, to_codex: bool) -> GatewayError:
+def price_unknown(key: Key, target: Candidate, to_codex: bool) -> BadRequest:
     """A model without a price cannot be kept within a limit of money."""
+    name = f"{target.provider.name}/{printable(target.model)}"
     error = BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
 Put its price per million tokens into pomex.toml:
 
@@ -10835,12 +10857,14 @@ Or let the key use it without one: python pomex.py keys edit {key.name} --allow-
 def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
     """The last target's error, or what was tried where there was more than one try."""
     error = down.attempt.error or GatewayError("The request failed.")
-    profile, failures = down.answer.profile, down.failures
+    client, profile = down.client, down.answer.profile
+    failures = client.failures
     if not failures:
         return error
     kinds = {failure.fault for failure in failures}
     if kinds == {"model_not_found"}:
-        return gateway.catalogue.unknown(down.answer.request.model, f'{down.provider} has no model "{printable(down.model)}".')
+        sentence = f'{client.provider} has no model "{printable(client.model)}".'
+        return gateway.catalogue.unknown(down.answer.request.model, sentence)
     message, status, code, headers = str(error), error.status, error.code, error.headers
     waits = [wait_s for each in failures if (wait_s := getattr(each.error, "retry_after_s", None)) is not None]
     if len(failures) > 1 and RETRY_POLICIES[failures[-1].fault].failover == "any":
@@ -10871,29 +10895,29 @@ def errors_in_stream(error: GatewayError) -> bool:
             or error.ledger_code == "price_unknown")
 
 
-async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
+async def settle(gateway: Gateway, down: ClientStream) -> None:
     """The usage row, durable before the client can see how it ended; and the access line."""
     client, attempt, reservation = down.client, down.attempt, down.reservation
     usage, error = attempt.usage or Usage(), attempt.error
-    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.model)}
-    failures, detail = down.failures[:20], ""
-    if failures or down.dropped:
+    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.client.model)}
+    failures, detail = down.client.failures[:20], ""
+    if failures or down.client.dropped:
         detail = dumps({"tried": [f"{each.provider}: {each.brief}" for each in failures],
                         "tried_ms": [each.at_ms for each in failures],
-                        "dropped": [printable(name) for name in down.dropped[:20]]})
+                        "dropped": [printable(name) for name in down.client.dropped[:20]]})
     row = reservation.row(
-        down.provider, down.model, usage, attempt=down.tries, status=attempt.status,
-        result=result_of(attempt.status, attempt.terminal_by, down.attempts), terminal_by=attempt.terminal_by,
+        down.client.provider, down.client.model, usage, attempt=down.client.tries, status=attempt.status,
+        result=result_of(attempt.status, attempt.terminal_by, down.client.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
-        error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.upstream_id),
+        error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.client.upstream_id),
         served_model=usage.model if usage.model and len(names) > 1 else "",
         total_ms=int((time.monotonic() - client.started) * 1000), detail=detail,
-        **{name: getattr(down, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
-    for each in down.failures:
+        **{name: getattr(client, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
+    for each in down.client.failures:
         gateway.ledger.notes["error/" + each.provider] = dumps(
             {"time_ms": row.started_ms, "message": printable_text(str(each.error))[:500]})
     rows = [*reservation.failed_attempts, row]
-    client.note = access_note(key.name, down, rows)
+    client.note = access_note(reservation.key.name, down, rows)
     gateway.metrics.count(rows)
     await reservation.settle(row)
 
@@ -10901,8 +10925,8 @@ async def settle(gateway: Gateway, key: Key, down: ClientStream) -> None:
 def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
     that of all attempts together."""
-    failed, row = "", rows[-1]
-    for (provider, brief), same in itertools.groupby(down.failures[:down.tries - 1], key=lambda failure: failure[:2]):
+    failed, row, tried = "", rows[-1], down.client.failures[:down.client.tries - 1]
+    for (provider, brief), same in itertools.groupby(tried, key=lambda failure: failure[:2]):
         tries, status = len(list(same)), brief.partition(" ")[0]            # ` anthropic x 529 (2 tries),`
         failed += f" {provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "") + ","
     cached = f" ({short_count(row.cached)} cached)" if row.cached else ""
@@ -11992,7 +12016,7 @@ def provider_state(strip: Sequence[Sequence[int]]) -> str:
     return "no requests" if not seen else "failing" if seen[-1] > 0.5 else "recovering" if max(seen) > 0.5 else "healthy"
 
 
-async def contact(upstream: Upstream, provider: ProviderConfig) -> int:
+async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
     """Asks a provider for its list of models: proves address, certificate and key, and costs nothing. The status, or
     GatewayError says what is wrong."""
     headers = [("accept", "application/json"), *provider.http_headers.items()]
@@ -12117,17 +12141,17 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {
 # leaves cancels its handler at once. Half-closing counts as leaving: no HTTP client in use does it.
 
 BACKLOG = 4096              # connections not yet accepted: a burst of clients after a restart
-PIPELINE_BYTES = 2**18      # bytes kept while a handler runs; beyond, reading pauses until it is done
+PIPELINE_BYTES = 2**17      # asyncio stops reading when a stream holds twice this: what comes while a handler runs
 REST_BYTES = 2**16          # an unread body up to this is read and dropped, to keep the connection
 LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
 LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # connections taken before anything else has its turn
-REFUSED_CONNECTIONS = 64    # beyond max_connections: they may ask for /health, others are told; the oldest goes first
+ACCEPT_STEP = 8             # connections accepted before anything else has its turn
+REFUSED_CONNECTIONS = 64    # beyond max_connections: they may ask for /health, others get a 503; the oldest goes first
 REFUSED_WAIT_S = 1.0        # for their request
 IDLE_SAFE_S = 5.0           # a younger connection is not closed for a new one: its request may be on the way
 SHARES = {                  # what is shared -> its limit for the process, and for one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger, its journals and the log
+OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger and the log
 IDLE_GRACE_S = 0.25         # draining, a connection is kept behind its last answer
 FIRST_GRACE_S = 2.0         # and one without any request so far
 GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
@@ -12139,13 +12163,26 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request and the way to answer it: body() first, then answer(), or start(), write()s and end()."""
+    """One request: its record, which every layer adds to and which the ledger and the access line are made of, and the way to
+    answer it: body() first, then answer(), or start(), write()s and end()."""
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
         self.status = 0                 # of the answer; 0 before it is known
+        self.note = ""                  # for the access line, from its handler
+        # the record of its targets
+        self.provider, self.model = "", ""              # of the newest attempt
+        self.tries = 0                                  # of targets: a try may need several upstream calls
+        self.attempts = 0                               # upstream calls
+        self.failures: list[FailedAttempt] = []         # the tries that failed
+        self.dropped: list[str] = []                    # what the target could not carry
+        self.turn_state = ""                            # names the target, for Codex
+        self.upstream_id = ""                           # its provider's request id
+        self.asked_ms, self.answering_ms = 0, 0         # when the newest call began, and when the head of its answer came
+        self.first_ms = 0                               # when the first output left
+        # the answer
         self.sent_bytes = 0
         self.ended = False              # the whole answer was handed over
         self.keep = head.keep_alive     # may the connection carry another request?
@@ -12154,11 +12191,20 @@ class Client:
         self.data: bytes | None = None
         self.held = 0                   # bytes of the body that are counted
         self.holders: Sequence[str] = ()        # for whom
-        self.note = ""                  # for the access line, from its handler
 
     @property
     def gone(self) -> bool:
         return self.connection.gone
+
+    def elapsed_ms(self) -> int:
+        return max(1, int((time.monotonic() - self.started) * 1000))
+
+    def count_attempt(self) -> bool:
+        """One more upstream call; False where the request has had all it may."""
+        if self.attempts >= MAX_ATTEMPTS:
+            return False
+        self.attempts += 1
+        return True
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
         """The whole body, decoded; ProtocolError when it is too long, too slow, or malformed. `key`: whose it is."""
@@ -12191,8 +12237,9 @@ class Client:
         if status != 204:
             headers = [*headers, ("content-length", str(len(body)))]
         self.begin(status, headers)
-        self.ended = True
-        await self.send(self.pending if self.head.method == "HEAD" else self.pending + body)
+        self.ended, self.chunked = True, False
+        self.put(body)
+        await self.drain()
 
     async def start(self, status: int, headers: list[tuple[str, str]]) -> None:
         """Begins an answer of unknown length. Its head goes out with the first write()."""
@@ -12201,13 +12248,30 @@ class Client:
             self.keep = False       # HTTP/1.0: the end of the connection is the end of the body
         self.begin(status, [*headers, ("transfer-encoding", "chunked")] if self.chunked else headers)
 
-    async def write(self, data: bytes) -> None:
-        """One write. Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or is stuck."""
+    def put(self, data: bytes) -> bool:
+        """One write, which waits for nothing; ClientGone when the client left. False: drain() before the next one."""
+        connection = self.connection
+        if connection.gone:
+            raise ClientGone("the client left")
         if self.head.method == "HEAD":
             data = b""
         elif self.chunked:
             data = chunk(data) + LAST_CHUNK if self.ended else chunk(data)
-        await self.send(self.pending + data if self.pending else data)
+        if self.pending:
+            data, self.pending = self.pending + data, b""
+        if data:
+            connection.writer.write(data)
+            self.sent_bytes += len(data)
+        return connection.unsent_bytes() <= WRITE_HIGH_BYTES
+
+    async def drain(self) -> None:
+        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or takes nothing."""
+        if self.connection.unsent_bytes() > WRITE_HIGH_BYTES:
+            await self.connection.drain()
+
+    async def write(self, data: bytes) -> None:
+        self.put(data)
+        await self.drain()
 
     async def end(self, data: bytes = b"") -> None:
         """Ends a started answer, with a last piece of it in the same write."""
@@ -12230,17 +12294,6 @@ class Client:
             headers = [*headers, ("connection", "keep-alive")]
         self.pending = connection.server.answer_head(status, headers, self.request_id)
 
-    async def send(self, data: bytes) -> None:
-        connection = self.connection
-        if connection.gone:
-            raise ClientGone("the client left")
-        self.pending = b""
-        if data:
-            connection.transport.write(data)
-            self.sent_bytes += len(data)
-        if connection.choked:
-            await connection.flush()
-
 
 SANE_ID = re.compile(r"[!-~]{1,128}")
 
@@ -12258,118 +12311,152 @@ def error_answer(error: GatewayError) -> tuple[list[tuple[str, str]], bytes]:
 
 # --- 12.1 one connection --------------------------------------------------------------------------
 
-class Connection(Wire):
-    """One client connection and the task that answers its requests, one after the other."""
+class ClientProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's streams to a client, which call on_gone() as soon as the client leaves: a stream says so only to its reader."""
 
-    def __init__(self, server: Server, peer: str) -> None:
-        super().__init__()
-        self.server, self.peer = server, peer
-        self.parser = RequestReader(server.limits)
-        self.unread = 0                 # bytes fed to the parser and perhaps not taken from it
-        self.body_done = True           # the current request was read to its end
-        self.client: Client | None = None       # whose handler runs
-        self.gone = False
-        self.holders: Sequence[str] = ()        # for whom it counts; none: it may only ask for /health
-        self.linger_bytes = -1          # how much more may be dropped; -1: not lingering
-        self.served = False             # it has brought a request
-        self.task: asyncio.Task[None] | None = None
-
-    # What the event loop calls.
+    def __init__(self, server: Server) -> None:
+        super().__init__(asyncio.StreamReader(PIPELINE_BYTES), server.connected)
+        self.unread = 0         # bytes in the reader
+        self.on_gone: Callable[[], None] = lambda: None
+        self.on_closed = self.on_gone
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        set_up_transport(transport)
         super().connection_made(transport)
-        self.task = self.loop.create_task(self.run())
 
     def data_received(self, data: bytes) -> None:
-        if self.linger_bytes >= 0:
-            self.linger_bytes -= len(data)
-        else:
-            self.parser.feed(data)
-            self.unread += len(data)
-            if self.unread > PIPELINE_BYTES:
-                self.transport.pause_reading()
-        self.wake()
+        self.unread += len(data)
+        super().data_received(data)
 
-    def eof_received(self) -> None:
+    def eof_received(self) -> bool:
         super().eof_received()
-        self.leave()
+        self.on_gone()
+        return False        # the transport closes itself
 
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        self.leave()
-        self.server.release(self)
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(None)
+        self.on_gone()
+        self.on_closed()
 
-    def leave(self) -> None:
+
+class Connection:
+    """One client connection and the task that answers its requests, one after the other."""
+
+    def __init__(self, server: Server, protocol: ClientProtocol, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+                 peer: str) -> None:
+        self.server, self.protocol, self.reader, self.writer, self.peer = server, protocol, reader, writer, peer
+        self.loop = asyncio.get_running_loop()
+        self.parser = RequestReader(server.limits)
+        self.body_done = True           # the current request was read to its end
+        self.client: Client | None = None       # whose handler runs
+        self.gone = False               # nothing more will come, and nobody reads what is sent
+        self.holders: Sequence[str] = ()        # for whom it counts; none: it may only ask for /health
+        self.served = False             # it has brought a request
+        self.waiting: asyncio.Timeout | None = None     # for the next request
+        self.task: asyncio.Task[None] | None = None
+
+    def on_client_gone(self) -> None:
         """Cancels the handler, unless its work for the client is done."""
         if not self.gone:
             self.gone = True
             if self.client is not None and not self.client.ended and self.task is not None:
                 self.task.cancel()
 
+    def unsent_bytes(self) -> int:
+        return self.writer.transport.get_write_buffer_size()
+
     def abort(self) -> None:
-        if hasattr(self, "transport"):
-            super().abort()
-        elif self.task is not None:             # it is still setting up TLS
-            self.task.cancel()
-
-    # The task.
-
-    async def open(self, made: socket.socket) -> None:
-        """Begins on an accepted socket: where TLS is spoken, with its handshake."""
-        context, limit_s = self.server.context, self.server.config.header_timeout_s
-        try:
-            await self.loop.connect_accepted_socket(lambda: self, made, ssl=context,
-                                                    ssl_handshake_timeout=limit_s if context else None)
-        except OSError as error:
-            log.info("connection of %s: %s", self.peer, failure_text(error))
-        finally:
-            if not hasattr(self, "transport"):
-                self.server.release(self)
+        self.writer.transport.abort()
 
     async def run(self) -> None:
         try:
+            if self.server.context is not None:
+                await self.handshake(self.server.context)
             while (head := await self.next_head()) is not None:
                 self.served = True
                 if not await self.serve(Client(self, head)):
                     break
                 if not self.parser.idle:
                     await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
-            if not (self.holders or self.served or self.lost):
+            if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
         except GatewayError as error:       # before there was a head to answer to
             if self.holders:                # of the others there may be thousands
                 log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
-        except (ClientGone, Expired, asyncio.CancelledError):
-            pass                            # nobody waits for this task
+        except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
+            pass
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("connection of %s: %s", self.peer, fault_location(error))
         finally:
-            self.shut()
+            self.close()
+
+    async def handshake(self, context: ssl.SSLContext) -> None:
+        """TLS, within header_timeout_s."""
+        try:
+            await self.writer.start_tls(context, ssl_handshake_timeout=self.server.config.header_timeout_s)
+        except BaseException as error:
+            if isinstance(error, OSError):
+                log.info("connection of %s: %s", self.peer, describe_error(error))
+            self.abort()
+            self.server.release(self)       # asyncio tells the protocol nothing of it
+            raise
+
+    async def receive(self) -> bool:
+        """Feeds the parser with what comes next; False at the end."""
+        data = await self.reader.read(READ_BYTES)
+        self.protocol.unread -= len(data)
+        self.parser.feed(data)
+        return data != b""
 
     async def next_head(self) -> RequestHead | None:
         """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
-        limit = ""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
-        while self.parser.idle or not isinstance(part := self.parser.next(), RequestHead):
-            if self.ended or (self.server.closing and self.parser.idle):
+        part = self.parser.next()
+        while part is NEED_DATA and self.parser.idle:
+            if self.server.closing or not await self.wait_for_request():
                 return None
-            self.taken()
-            wanted = "keep_alive_timeout_s" if self.parser.idle else "header_timeout_s"
-            if wanted != limit:
-                limit = wanted
-                self.arm_idle() if self.parser.idle else self.arm_setting(limit)
-            try:
-                await self.change()
-            except Expired:
-                if limit == "keep_alive_timeout_s":
-                    return None
-                raise self.too_slow("request head", limit) from None
-        self.disarm()
+            part = self.parser.next()
+        if not isinstance(part, RequestHead):
+            async with self.time_limit("request head", "header_timeout_s"):
+                while not isinstance(part, RequestHead):
+                    if not await self.receive():
+                        return None
+                    part = self.parser.next()
         self.server.idle.pop(self, None)
         self.body_done = False
         return part
+
+    async def wait_for_request(self) -> bool:
+        """Whether a byte of it came in time. While draining the time is short, but a keep-alive or new client may already have
+        sent its request."""
+        try:
+            async with asyncio.timeout(self.idle_s()) as self.waiting:
+                return await self.receive()
+        except TimeoutError:
+            return self.protocol.unread > 0 and await self.receive()        # it came in the same turn of the loop
+        finally:
+            self.waiting = None
+
+    def idle_s(self) -> float:
+        if self.server.draining:
+            return IDLE_GRACE_S if self.served else FIRST_GRACE_S
+        return self.server.config.keep_alive_timeout_s if self.holders else REFUSED_WAIT_S
+
+    def on_drain(self) -> None:
+        if self.waiting is not None:
+            self.waiting.reschedule(self.loop.time() + self.idle_s())
+
+    @contextlib.asynccontextmanager
+    async def time_limit(self, what: str, setting: str) -> AsyncIterator[None]:
+        limit_s = getattr(self.server.config, setting)
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise ProtocolError(f"The {what} took longer than {limit_s:g} s.", 408) from None
 
     async def serve(self, client: Client) -> bool:
         """Has one request answered; True if the connection may carry another."""
@@ -12382,7 +12469,7 @@ class Connection(Wire):
             client.hold(0)
             self.server.open_requests -= 1
             self.server.access(client, client.status or CLIENT_LEFT)
-        return not self.gone and await self.rest(client)
+        return not self.gone and await self.discard_body(client)
 
     async def handle(self, client: Client) -> None:
         try:
@@ -12407,130 +12494,97 @@ class Connection(Wire):
                                            f"{client.request_id}."))
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
-        head = client.head
-        pieces, size, armed = [], head.length or 0, False
-        while size <= most_bytes and (part := self.parser.next()) is not END:
-            if isinstance(part, bytes):
-                pieces.append(part)
-                if head.length is None:
-                    size += len(part)
-                    client.hold(size)
-                continue
-            self.taken()
-            if self.ended:
-                raise ClientGone("the client left")
-            if not armed:
-                armed = True
-                self.arm_setting("body_timeout_s")
-                if head.expect_continue:
-                    self.transport.write(CONTINUE)
-            try:
-                await self.change()
-            except Expired as error:
-                raise self.too_slow("request body", str(error)) from None
-        if size > most_bytes:
-            raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
-        self.finish_body()
+        """The whole body; ProtocolError when it is too long or too slow."""
+        pieces: list[bytes] = []
+        if not self.take_body(client, pieces, most_bytes):
+            if client.head.expect_continue:
+                self.writer.write(CONTINUE)
+            async with self.time_limit("request body", "body_timeout_s"):
+                while not self.take_body(client, pieces, most_bytes):
+                    if not await self.receive():
+                        raise ClientGone("the client left")
+        self.body_done = True
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def rest(self, client: Client) -> bool:
+    def take_body(self, client: Client, pieces: list[bytes], most_bytes: int) -> bool:
+        """Adds what has come of the body; True when that was its end."""
+        length = client.head.length
+        while (length or client.held) <= most_bytes:
+            part = self.parser.next()
+            if not isinstance(part, bytes):
+                return part is END
+            pieces.append(part)
+            if length is None:
+                client.hold(client.held + len(part))
+        raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
+
+    async def discard_body(self, client: Client) -> bool:
         """Drops what is left of the request; True when the next one may begin."""
         if not client.keep:
             if not self.body_done:
                 await self.linger()
             return False
-        self.arm_setting("body_timeout_s")
-        while not self.skip():
-            if self.ended:
+        if not self.skip_body():
+            async with asyncio.timeout(self.server.config.body_timeout_s):
+                while not self.skip_body():
+                    if not await self.receive():
+                        return False
+        return True
+
+    def skip_body(self) -> bool:
+        """Drops what has come of an unread body; True when that was its end."""
+        while not self.body_done:
+            part = self.parser.next()
+            if part is NEED_DATA:
                 return False
-            await self.change()
-        self.disarm()
+            self.body_done = part is END
         return True
 
     async def refuse(self, error: GatewayError) -> None:
         """An error answer to bytes that made no request."""
         headers, body = error_answer(error)
         headers += [("content-length", str(len(body))), ("connection", "close")]
-        self.transport.write(self.server.answer_head(error.status, headers, request_id_for("")) + body)
-        with contextlib.suppress(Expired, asyncio.CancelledError):
+        self.writer.write(self.server.answer_head(error.status, headers, request_id_for("")) + body)
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             await self.linger()
 
     async def linger(self) -> None:
         """Half-closes, then reads and drops for a while."""
-        self.linger_bytes = LINGER_BYTES
-        self.transport.resume_reading()
-        if self.transport.can_write_eof() and not self.lost:
-            self.transport.write_eof()
-        self.arm("linger", self.loop.time() + LINGER_S)
-        while self.linger_bytes >= 0 and not self.ended:
-            await self.change()
-
-    # What these are made of.
-
-    def arm_setting(self, limit: str) -> None:
-        self.arm(limit, self.loop.time() + float(getattr(self.server.config, limit)))
-
-    def too_slow(self, what: str, limit: str) -> ProtocolError:
-        return ProtocolError(f"The {what} took longer than {getattr(self.server.config, limit):g} s.", 408)
-
-    def taken(self) -> None:
-        """The parser holds nothing whole any more: reading may go on."""
-        if self.unread > PIPELINE_BYTES:
-            self.transport.resume_reading()
-        self.unread = 0
-
-    def finish_body(self) -> None:
-        self.body_done = True
-        self.disarm()
-        if self.parser.idle or (self.client is not None and not self.client.head.keep_alive):
-            self.taken()        # else the parser holds pipelined bytes, which count on
-
-    def skip(self) -> bool:
-        """Drops what has come of an unread body; True when that was its end."""
-        while not self.body_done:
-            part = self.parser.next()
-            if part is END:
-                self.finish_body()
-            elif part is NEED_DATA:
-                self.taken()
-                return False
-        return True
+        if self.writer.can_write_eof() and not self.writer.is_closing():
+            self.writer.write_eof()
+        left = LINGER_BYTES
+        async with asyncio.timeout(LINGER_S):
+            while left > 0 and (data := await self.reader.read(REST_BYTES)):
+                left -= len(data)
 
     def may_keep(self, head: RequestHead) -> bool:
         """May the connection go on after an answer that begins now? What is unread must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
-            return (self.skip() or coming) and bool(self.holders) and not self.server.draining and not self.ended
+            return (self.skip_body() or coming) and bool(self.holders) and not self.server.draining and not self.gone
         except ProtocolError:
             return False
 
-    async def flush(self) -> None:
+    async def drain(self) -> None:
         """A client that makes no room in write_timeout_s counts as gone."""
-        self.arm_setting("write_timeout_s")
         try:
-            await self.drain()
-        except Expired:
+            async with asyncio.timeout(self.server.config.write_timeout_s):
+                await self.writer.drain()
+        except TimeoutError:
             self.gone = asyncio.current_task() is self.task     # a heartbeat's: connection_lost cancels the handler
             self.abort()
             raise ClientGone("the client takes nothing") from None
-        self.disarm()
+        except ConnectionError:
+            self.gone = True
         if self.gone:
             raise ClientGone("the client left or takes nothing")
 
-    def shut(self) -> None:
+    def close(self) -> None:
         """Closes behind the last bytes; if they are not taken in time, without them."""
         self.client = None
-        self.arm_setting("write_timeout_s")
-        self.transport.close()
-
-    def arm_idle(self) -> None:
-        """For the next request. While draining, too: a keep-alive or new client may already have sent it."""
-        wait_s = self.server.config.keep_alive_timeout_s
-        if self.server.draining:
-            wait_s = IDLE_GRACE_S if self.served else FIRST_GRACE_S
-        elif not self.holders:
-            wait_s = REFUSED_WAIT_S
-        self.arm("keep_alive_timeout_s", self.loop.time() + wait_s)
+        if not self.writer.is_closing() and self.unsent_bytes():
+            self.loop.call_later(self.server.config.write_timeout_s, self.abort)
+        self.writer.close()
 
 
 # --- 12.2 the server ------------------------------------------------------------------------------
@@ -12552,7 +12606,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
     except OSError as error:        # ssl.SSLError is one too
-        sentence = f"server.tls_cert and server.tls_key cannot be used: {failure_text(error)}."
+        sentence = f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}."
         raise ConfigError(sentence) from error
     return context
 
@@ -12588,7 +12642,7 @@ class Server:
         self.use(config)
         self.address: tuple[str, int] = ("", 0)
         self.sockets: Sequence[socket.socket] = []      # listened on
-        self.accepting: list[asyncio.Task[None]] = []   # a task for each of them
+        self.listeners: list[asyncio.Server] = []       # one for each of them
         self.connections: set[Connection] = set()       # all whose socket is open, those that set up TLS too
         self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # of SHARES, by holder; "": the process
         self.idle: dict[Connection, float] = {}         # without a request, the longest first, and since when
@@ -12617,29 +12671,19 @@ class Server:
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
         for listening in self.sockets:
-            listening.setblocking(False)
-            listening.listen(BACKLOG)
-            self.accepting.append(loop.create_task(self.accept(listening, at_once)))
+            self.listeners.append(await loop.create_server(lambda: ClientProtocol(self), sock=listening, backlog=at_once))
+            listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
 
-    async def accept(self, listening: socket.socket, at_once: int) -> None:
-        loop = asyncio.get_running_loop()
-        number = 0
-        while not self.draining:        # stop_listening takes the rest: what a cancelled sock_accept holds would be reset
-            number += 1
-            try:
-                self.take(*await loop.sock_accept(listening))
-                pause_s = 0.0
-            except OSError as error:
-                short = error.errno in OUR_LIMITS and not self.give_up(self.idle, IDLE_SAFE_S)
-                if short:
-                    log.error("no connection can be taken: %s; tried again in a second", failure_text(error))
-                pause_s = 1.0 if short else 0.01
-            if pause_s or number % at_once == 0:
-                await asyncio.sleep(pause_s)
-
-    def take(self, made: socket.socket, address: Sequence[Any]) -> None:
+    def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Admits a new connection, or keeps it among the few that may only ask for /health."""
-        connection = Connection(self, str(address[0]))
+        address, transport = writer.get_extra_info("peername"), writer.transport
+        protocol = transport.get_protocol()
+        assert isinstance(transport, asyncio.Transport)
+        assert isinstance(protocol, ClientProtocol)
+        if not address:             # it has gone again
+            transport.abort()
+            return
+        connection = Connection(self, protocol, reader, writer, str(address[0]))
         if self.used["connections", ""] >= self.config.max_connections:
             self.give_up(self.idle, IDLE_SAFE_S)
         holders, waiting = self.holders(connection.peer), self.refused
@@ -12649,7 +12693,10 @@ class Server:
             self.give_up(waiting, 0.0)
         waiting[connection] = connection.loop.time()
         self.connections.add(connection)
-        connection.task = connection.loop.create_task(connection.open(made))
+        protocol.on_gone, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
+        if self.context is not None:
+            transport.pause_reading()       # until the handshake reads
+        connection.task = connection.loop.create_task(connection.run())
 
     def holders(self, peer: str) -> list[str]:
         """For whom its connections and bodies count: the process, and its address, if that is its own."""
@@ -12667,14 +12714,12 @@ class Server:
                 del self.used[share, holder]
         return ""
 
-    def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> bool:
+    def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> None:
         """Closes the connection that has waited longest, if for least_s."""
         connection = next(iter(waiting), None)
-        if connection is None or connection.loop.time() - waiting[connection] < least_s:
-            return False
-        self.release(connection)
-        connection.abort()
-        return True
+        if connection is not None and connection.loop.time() - waiting[connection] >= least_s:
+            self.release(connection)
+            connection.abort()
 
     def release(self, connection: Connection) -> None:
         if connection in self.connections:
@@ -12725,36 +12770,36 @@ class Server:
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
-            if connection.client is None and connection.parser.idle and connection.linger_bytes < 0:
-                connection.arm_idle()
-        if not await self.emptied(timeout_s):
+            connection.on_drain()
+        if not await self.wait_closed(timeout_s):
             self.closing = True
             for connection in list(self.connections):
                 if connection.task is not None:
                     connection.task.cancel()
-            await self.emptied(GRACE_S)
+            await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
-        """Closes the listening sockets. Who has connected by then is still taken: the system would reset them."""
-        loop = asyncio.get_running_loop()
+        """Closes the listening sockets. Connections in their queues are still accepted: the system would reset them."""
+        loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, []
-        for listening in sockets:
-            with contextlib.suppress(NotImplementedError):      # Windows
+        with contextlib.suppress(NotImplementedError):          # Windows
+            for listening in sockets:
                 loop.remove_reader(listening.fileno())
-        await asyncio.sleep(0)      # who was accepted in this very moment is taken
-        await asyncio.sleep(0)
-        for task in self.accepting:
-            task.cancel()
-        for listening in sockets:
+        for _ in range(3):
+            await asyncio.sleep(0)      # those that asyncio has accepted are announced
+        for listening, listener in zip(sockets, self.listeners):
             with contextlib.suppress(OSError):
                 while True:
-                    self.take(*listening.accept())
-            listening.close()
+                    made.append(listening.accept()[0])
+            listener.close()
+        for accepted in made:
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(lambda: ClientProtocol(self), accepted)
 
-    async def emptied(self, timeout_s: float | None) -> bool:
+    async def wait_closed(self, timeout_s: float | None) -> bool:
         """Are all connections gone within that time?"""
         if self.connections:
             with contextlib.suppress(TimeoutError):
@@ -12824,26 +12869,46 @@ async def feed_watchdog() -> None:
 FIXED = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
-def taken_up(old: Config, new: Config) -> Config:
+def merge_reloadable(old: Config, new: Config) -> Config:
     """The new configuration, but what is fixed as it was."""
     fixed = {name: getattr(old.server, name) for name in FIXED}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
 
-def log_access(client: Client, status: int) -> None:
-    """One line a request: status, then what its handler noted, or method and path."""
-    head = client.head
-    if head.path.startswith("/admin") and status < 400 and not client.note:
-        return                  # an open dashboard asks every few seconds
-    log.info("%d %s", status, client.note or f"-  {printable(head.method)} {printable(head.path)}")
+ACCESS_LOG_S = 0.05         # a log record for each request costs as much as parsing it
+
+
+class AccessLog:
+    """One line a request, logged in blocks: status, then what its handler noted, or method and path."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[float, str]] = []        # time and text
+
+    def add(self, client: Client, status: int) -> None:
+        head = client.head
+        if head.path.startswith("/admin") and status < 400 and not client.note:
+            return                  # an open dashboard asks every few seconds
+        if not self.lines:
+            asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
+        self.lines.append((time.time(), f"{status} {client.note or f'-  {printable(head.method)} {printable(head.path)}'}"))
+
+    def flush(self) -> None:
+        lines, self.lines = self.lines, []
+        if lines:
+            log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
 
 class GatewayServer(Server):
     """Its configuration can be changed while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
-        super().__init__(gateway.handle, gateway.config.server, log_access)
+        self.access_log = AccessLog()
+        super().__init__(gateway.handle, gateway.config.server, self.access_log.add)
         self.adopt(gateway)
+
+    async def drain(self, timeout_s: float | None) -> None:
+        await super().drain(timeout_s)
+        self.access_log.flush()
 
     def adopt(self, gateway: Gateway) -> None:
         self.gateway, self.handler = gateway, gateway.handle
@@ -12856,7 +12921,7 @@ class GatewayServer(Server):
         if self.context is not None:        # a renewed certificate is taken up, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
-        fresh = Gateway(taken_up(old.config, config), old.ledger, old.upstream, models or {}, old)
+        fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
         old.upstream.contexts.clear()       # certificates to trust may be new, too
         self.use(fresh.config.server)
         self.adopt(fresh)
@@ -12878,7 +12943,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         if ledger is None:
             ledger = stack.enter_context(open_ledger(config))
         ledger.start()
-        upstream = Upstream(os.environ)
+        upstream = ConnectionPool(os.environ)
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
         server = GatewayServer(gateway)
@@ -12946,7 +13011,7 @@ def read_config(args: Args) -> Config:
             if provider.ca_file:
                 ssl.create_default_context(cafile=provider.ca_file)
         except OSError as error:            # ssl.SSLError is one
-            raise ConfigError(f"{path}: [providers.{provider.name}] ca_file cannot be used: {failure_text(error)}.") from None
+            raise ConfigError(f"{path}: [providers.{provider.name}] ca_file cannot be used: {describe_error(error)}.") from None
     flags = {name: value for name, value in given(args).items() if name in ("host", "port", "log_format")}
     return dataclasses.replace(config, server=dataclasses.replace(config.server, **flags))
 
@@ -12967,7 +13032,7 @@ def config_warnings(config: Config) -> list[str]:
 @contextlib.asynccontextmanager
 async def open_exchange(url: str, key: str, tls_cert: str, body: JSON | None = None) -> AsyncIterator[Exchange]:
     """A GET of this machine, or with a body a POST. OSError or GatewayError: there was no answer."""
-    upstream, server = Upstream(), ProviderConfig("Pomex", base_url=url)
+    upstream, server = ConnectionPool(), ProviderConfig("Pomex", base_url=url)
     if tls_cert:            # the gateway has to show this very certificate, whatever name or authority it has
         upstream.contexts[""] = context = ssl.create_default_context(cafile=tls_cert)
         context.check_hostname = False
@@ -13176,25 +13241,39 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 
 # --- 13.4 serve -----------------------------------------------------------------------------------
 
-class JSONFormatter(logging.Formatter):
-    """One JSON object a line. A record's `fields`, where it has them, are members of their own."""
-    which = False           # of several processes
+class LineFormatter(logging.Formatter):
+    """A line for each of a record's `lines` (of AccessLog), or for its message."""
+    of_several = False      # processes: each line says which
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{moment}.{int(record.msecs):03}Z", "level": record.levelname.lower(),
-                **({"pid": record.process} if self.which else {}), "message": record.getMessage(),
-                **getattr(record, "fields", {})}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        lines = getattr(record, "lines", [(record.created, record.getMessage())])
+        return "\n".join(self.line(record, time_s, text, trace) for time_s, text in lines)
+
+    def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
+        pid = f" [{record.process}]" if self.of_several else ""
+        return f"{clock_text(int(time_s))}{pid} {text}" + ("\n" + trace if trace else "")
+
+
+class JSONFormatter(LineFormatter):
+    """One JSON object a line."""
+
+    def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
+        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(),
+                   "pid": record.process if self.of_several else None, "message": text, "traceback": trace}
+        return json.dumps({name: value for name, value in members.items() if value}, ensure_ascii=False)
+
+
+@functools.lru_cache(1)
+def clock_text(time_s: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(time_s))
 
 
 def set_up_logging(log_format: str, workers: int = 1) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    JSONFormatter.which = workers > 1
-    plain = logging.Formatter("%(asctime)s " + ("[%(process)d] " if workers > 1 else "") + "%(message)s", "%H:%M:%S")
-    handler.setFormatter(JSONFormatter() if log_format == "json" else plain)
+    LineFormatter.of_several = workers > 1
+    handler.setFormatter(JSONFormatter() if log_format == "json" else LineFormatter())
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -13286,7 +13365,7 @@ def run_serve(args: Args) -> int:
         announcing = functools.partial(announce, config, found, detected, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
-    parent.heed_signals()
+    parent.install_signal_handlers()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
         asyncio.run(announce(config, found, detected, ledger, is_new, url))
     settle_memory()
@@ -13295,9 +13374,10 @@ def run_serve(args: Args) -> int:
 
 async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
                 announce: Callable[[Ledger], Awaitable[None]]) -> int:
+    asyncio.get_running_loop().set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets) as server:
-            signals = heed_signals()        # before anybody reads that it listens
+            signals = install_signal_handlers()        # before anybody reads that it listens
             await announce(ledger)
             settle_memory()
             notify("READY=1")
@@ -13305,6 +13385,13 @@ async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Seq
             code = await until_stopped(server, signals, functools.partial(reload, server, reread))
             feeding.cancel()
             return code
+
+
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """What asyncio itself met, like a socket that could not be accepted: in the log, without paths."""
+    error = context.get("exception")
+    reason = "" if error is None else describe_error(error) if isinstance(error, OSError) else fault_location(error)
+    log.error("%s: %s", context["message"], reason)
 
 
 def settle_memory() -> None:
@@ -13321,11 +13408,12 @@ def stopping_sentence(streams: int, drain_timeout_s: float) -> str:
 
 
 HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)        # Windows has none
+STOP_SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)))
 
 
-def heed_signals() -> asyncio.Queue[int]:
+def install_signal_handlers() -> asyncio.Queue[int]:
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda got, frame: loop.call_soon_threadsafe(signals.put_nowait, got))
     return signals
 
@@ -13340,16 +13428,23 @@ async def until_stopped(server: Server, signals: asyncio.Queue[int], reload: Cal
     drain_timeout_s = server.config.drain_timeout_s
     notify("STOPPING=1")
     say(stopping_sentence(server.open_requests, drain_timeout_s))
-    draining = asyncio.create_task(server.drain(drain_timeout_s))
+    if not await drain_until_signal(server, signals):
+        return INTERRUPTED
+    say("Stopped.")
+    return 0
+
+
+async def drain_until_signal(server: Server, signals: asyncio.Queue[int]) -> bool:
+    """Waits for the open requests, at most drain_timeout_s. False: another signal came, to end them at once."""
+    draining = asyncio.create_task(server.drain(server.config.drain_timeout_s))
     again = asyncio.create_task(signals.get())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     again.cancel()
     if not draining.done():
         draining.cancel()
-        return INTERRUPTED
+        return False
     await draining
-    say("Stopped.")
-    return 0
+    return True
 
 
 async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[int, str]:
@@ -13401,7 +13496,7 @@ ANSWERS = ", it answers"
 
 async def contact_all(config: Config) -> dict[str, str]:
     """provider -> whether it answers, else what is wrong."""
-    upstream, answers = Upstream(os.environ), {}
+    upstream, answers = ConnectionPool(os.environ), {}
 
     async def ask(provider: ProviderConfig) -> None:
         answers[provider.name] = ANSWERS
@@ -14257,177 +14352,144 @@ async def run_reload(ledger: Ledger, args: Args) -> int:
 
 # --- 13.9 several processes -----------------------------------------------------------------------
 #
-# The parent holds the listening sockets and forks the workers. With SO_REUSEPORT a worker that ends would reset the
-# connections in its own queue; a socket that all inherit loses none. A worker reports its open requests once a second; a
-# silent one hangs and is ended. At the end of its channel a worker stops: the parent is gone.
+# The parent holds the listening sockets and forks the workers, which serve as a single process does. With SO_REUSEPORT a
+# worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports its
+# open requests once a second; a silent one hangs and is killed. A reload and a stop are signals that the parent passes on.
 
 TICK_S = 1.0
-MAX_MESSAGE_BYTES = 64
 HUNG_S = 30.0               # a checkpoint of the database on a bad disk may stop a loop for seconds
-SOUND_S = 60.0              # a worker that lived so long did not die of how it was started
+STABLE_AFTER_S = 60.0       # a worker that lived so long did not die of how it was started
 ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one has its turn
-DRAIN, RETIRE, CUT = b"d", b"r", b"c"       # to a worker: end within drain_timeout_s; without limit; now
 
 
-async def work(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
-               channel: socket.socket) -> int:
-    loop, orders = asyncio.get_running_loop(), asyncio.Queue[bytes]()
-    draining: asyncio.Task[None] | None = None
-    loop.add_signal_handler(signal.SIGTERM, orders.put_nowait, DRAIN)
+async def worker_main(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
+                      pipe: int) -> int:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
-            loop.add_reader(channel, hear, loop, channel, orders)
-            telling = loop.create_task(tell(server, channel))
-            while draining is None or not draining.done():
-                waiting = loop.create_task(orders.get())
-                await asyncio.wait({waiting} | ({draining} if draining else set()), return_when=asyncio.FIRST_COMPLETED)
-                if waiting.done() and waiting.result() == CUT:
-                    break
-                if waiting.done():
-                    limit_s = None if waiting.result() == RETIRE else config.server.drain_timeout_s
-                    draining = loop.create_task(server.drain(limit_s))
-                waiting.cancel()
-            telling.cancel()
+            signals = install_signal_handlers()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            reporting = loop.create_task(report(server, pipe, os.getppid()))
+            while await signals.get() == HANG_UP:
+                with contextlib.suppress(ConfigError, OSError):     # the parent has read it too, and says what is wrong
+                    server.reload(*await reread())
+            await drain_until_signal(server, signals)
+            reporting.cancel()
     return 0
 
 
-def receive(channel: socket.socket) -> bytes:
-    """A message; b"" where the other side is gone."""
-    try:
-        return channel.recv(MAX_MESSAGE_BYTES)
-    except OSError:
-        return b""
-
-
-def hear(loop: asyncio.AbstractEventLoop, channel: socket.socket, orders: asyncio.Queue[bytes]) -> None:
-    said = receive(channel)
-    if not said:
-        loop.remove_reader(channel)         # the parent is gone
-    orders.put_nowait(said or DRAIN)
-
-
-async def tell(server: GatewayServer, channel: socket.socket) -> None:
-    while True:
-        with contextlib.suppress(OSError):      # the end of the other side is heard elsewhere
-            channel.send(b"%d" % server.open_requests, socket.MSG_DONTWAIT)
+async def report(server: GatewayServer, pipe: int, parent: int) -> None:
+    """Says how many requests are open; without its parent a worker stops."""
+    while os.getppid() == parent:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(pipe, b"%d " % server.open_requests)
         await asyncio.sleep(TICK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
     pid: int
-    channel: socket.socket
-    generation: int             # of the configuration
+    pipe: int                   # brings its reports
     started: float              # by the monotonic clock, as are all times here
     heard: float
     streams: int = 0
     ready: bool = False
-    left: float = 0.0           # when it was told to go
 
 
 class Workers:
-    """The parent: keeps so many workers alive, and replaces them one after the other when the configuration changes."""
+    """The parent: keeps so many workers alive."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
                  reread: Reread) -> None:
         self.config, self.found, self.sockets, self.reread = config, found, sockets, reread
         self.workers: list[Worker] = []
-        self.generation = 0
         self.stopping = False
         self.code = 0
-        self.said_ready = False
+        self.ready = False          # all have been at once
         self.not_before = 0.0       # no worker is started earlier: they die too fast
         self.deaths = 0             # in a row
-        self.stepped = math.inf     # when we looked last
+        self.looked = math.inf      # when the workers were looked at last
         self.selector = selectors.DefaultSelector()
         self.signals, self.wakeup = socket.socketpair()
 
-    def heed_signals(self) -> None:
+    def install_signal_handlers(self) -> None:
         self.signals.setblocking(False)
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda got, frame: None)
         self.selector.register(self.signals, selectors.EVENT_READ)
 
     def run(self) -> int:
         fed, interval_s = 0.0, watchdog_s(os.environ)
         while self.workers or not self.stopping:
-            self.watch_over(time.monotonic())
-            try:
-                self.step(time.monotonic())
-            except OSError as error:        # too many processes or files: the others go on
-                log.error("no worker can be started: %s; tried again in a second", failure_text(error))
-                self.not_before = time.monotonic() + TICK_S
-            if interval_s and time.monotonic() >= fed:
-                fed = time.monotonic() + interval_s
+            now = time.monotonic()
+            self.kill_hung(now)
+            self.start_missing(now)
+            if interval_s and now >= fed:
+                fed = now + interval_s
                 notify("WATCHDOG=1")
             for key, _ in self.selector.select(min(TICK_S, interval_s or TICK_S)):
                 if key.data is not None:
-                    self.listen_to(key.data)
+                    self.receive(key.data)
                     continue
                 for got in self.signals.recv(64):
-                    if got == signal.SIGHUP:
-                        self.reload()
-                    elif got in (signal.SIGINT, signal.SIGTERM):
-                        self.stop()
+                    self.reload() if got == HANG_UP else self.stop()
         say("Stopped.")
         return self.code
 
-    # What is to be done now.
-
-    def watch_over(self, now: float) -> None:
-        if now - self.stepped > 5 * TICK_S:     # we stood still ourselves (a paused container, Ctrl-Z): nobody was to be heard
+    def kill_hung(self, now: float) -> None:
+        if now - self.looked > 5 * TICK_S:      # this process stood still itself (a paused container, Ctrl-Z): none was heard
             for worker in self.workers:
                 worker.heard = now
-        self.stepped = now
+        self.looked = now
         for worker in self.workers:
             if now - worker.heard > HUNG_S:
-                log.error("worker %d has said nothing for %d s and is ended", worker.pid, HUNG_S)
+                log.error("worker %d has said nothing for %d s and is killed", worker.pid, HUNG_S)
                 os.kill(worker.pid, signal.SIGKILL)
 
-    def step(self, now: float) -> None:
-        """Starts what is missing, lets go what is replaced."""
-        staying = [worker for worker in self.workers if not worker.left]
-        current = [worker for worker in staying if worker.generation == self.generation]
-        old = [worker for worker in staying if worker.generation != self.generation]
-        going = any(worker.left and now - worker.left < self.config.server.drain_timeout_s for worker in self.workers)
-        wanted = self.config.server.workers
-        if self.stopping or now < self.not_before:
-            return
-        for _ in range(min(wanted - len(current), wanted - len(staying) + (bool(old) and not going))):
-            self.start(now)
-        if old and not going and len(staying) > wanted and all(worker.ready for worker in current):
-            self.send(old[0], RETIRE)
+    def start_missing(self, now: float) -> None:
+        try:
+            while len(self.workers) < self.config.server.workers and not self.stopping and now >= self.not_before:
+                self.start(now)
+        except OSError as error:        # too many processes or files: the others go on
+            log.error("no worker can be started: %s; tried again in a second", describe_error(error))
+            self.not_before = now + TICK_S
 
     def start(self, now: float) -> None:
         sys.stderr.flush()
-        with contextlib.ExitStack() as made:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)     # whole messages, and an end
-            made.callback(theirs.close)
-            made.callback(ours.close)
+        ours, theirs = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)      # in the worker until it heeds them
+        try:
             pid = os.fork()
-            made.pop_all()
-        if not pid:
-            self.become_worker(ours, theirs)
-        theirs.close()
-        worker = Worker(pid, ours, self.generation, now, now)
+            if not pid:
+                self.become_worker(ours, theirs)
+        except OSError:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        worker = Worker(pid, ours, now, now)
         self.workers.append(worker)
         self.selector.register(ours, selectors.EVENT_READ, worker)
 
-    def become_worker(self, ours: socket.socket, theirs: socket.socket) -> NoReturn:
-        """In the new process: away with all that is the parent's, or the others could not see it end."""
+    def become_worker(self, ours: int, theirs: int) -> NoReturn:
+        """In the new process: closes all that is the parent's, or the others could not see it end."""
         code = 1
         try:
+            os.setsid()             # Ctrl-C goes to the parent alone
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to all; the parent says what it means
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.environ.pop("NOTIFY_SOCKET", "")
             self.selector.close()
-            for each in (ours, self.signals, self.wakeup, *(worker.channel for worker in self.workers)):
-                each.close()
-            theirs.setblocking(False)
-            code = asyncio.run(work(self.config, self.found, self.sockets, theirs))
+            self.signals.close()
+            self.wakeup.close()
+            for fd in (ours, *(worker.pipe for worker in self.workers)):
+                os.close(fd)
+            os.set_blocking(theirs, False)
+            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, theirs))
         except (ConfigError, GatewayError, OSError) as error:
             log.error("worker %d cannot work: %s", os.getpid(), error)
         except BaseException:
@@ -14435,56 +14497,52 @@ class Workers:
         finally:
             os._exit(code)
 
-    # What is heard.
-
-    def listen_to(self, worker: Worker) -> None:
-        said = receive(worker.channel)
+    def receive(self, worker: Worker) -> None:
+        said = os.read(worker.pipe, 4096).split()
         if not said:
-            self.bury(worker)
+            self.reap(worker)
             return
-        worker.heard = time.monotonic()
-        worker.streams = int(said)
-        worker.ready = True
-        if not self.said_ready and all(each.ready for each in self.workers):
-            self.said_ready = True
+        worker.heard, worker.streams, worker.ready = time.monotonic(), int(said[-1]), True
+        if not self.ready and all(each.ready for each in self.workers):
+            self.ready = True
             notify("READY=1")
 
-    def bury(self, worker: Worker) -> None:
-        """A worker has ended. One that was not told to is replaced; ever later, if they die at their start."""
-        self.selector.unregister(worker.channel)
-        worker.channel.close()
+    def reap(self, worker: Worker) -> None:
+        """A worker has ended, and is replaced; ever later, if they die at their start."""
+        self.selector.unregister(worker.pipe)
+        os.close(worker.pipe)
         self.workers.remove(worker)
         status = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
-        if worker.left or self.stopping:
+        if self.stopping:
             return
         now = time.monotonic()
-        self.deaths = 0 if now - worker.started > SOUND_S else self.deaths + 1
+        self.deaths = 0 if now - worker.started > STABLE_AFTER_S else self.deaths + 1
         self.not_before = now + (min(30.0, 0.1 * 2 ** min(self.deaths, 10)) if self.deaths > 1 else 0.0)
         log.error("worker %d ended with %d and is replaced; its %s were cut", worker.pid, status,
                   plural(worker.streams, "open request"))
-        if not self.said_ready and not worker.ready:
+        if not self.ready and not worker.ready:
             self.code = UNAVAILABLE         # it never was any good: who starts us is to know
             self.stop()
 
-    def send(self, worker: Worker, order: bytes) -> None:
-        worker.left = worker.left or time.monotonic()
-        with contextlib.suppress(OSError):
-            worker.channel.send(order)
+    def send(self, number: signal.Signals) -> None:
+        for worker in self.workers:
+            os.kill(worker.pid, number)
 
     def stop(self) -> None:
-        streams = sum(worker.streams for worker in self.workers)
-        if not self.stopping:
-            notify("STOPPING=1")
-            say(stopping_sentence(streams, self.config.server.drain_timeout_s))
-        else:
+        """The first time workers drain, the second time they end at once."""
+        if self.stopping:
             self.code = INTERRUPTED
+        else:
+            notify("STOPPING=1")
+            streams = sum(worker.streams for worker in self.workers)
+            say(stopping_sentence(streams, self.config.server.drain_timeout_s))
         for listening in self.sockets:      # first: who came to ours, when the workers have closed theirs, would be cut
             listening.close()
-        for worker in self.workers:
-            self.send(worker, CUT if self.stopping else DRAIN)
         self.stopping = True
+        self.send(signal.SIGTERM)
 
     def reload(self) -> None:
+        """Checks the new configuration; each worker then reads it again, and keeps its streams."""
         if self.stopping:
             return
         notify_reloading()
@@ -14500,9 +14558,9 @@ class Workers:
         with contextlib.suppress(LedgerError), open_ledger(old) as ledger:      # closed before a process forks
             asyncio.run(record_reload(ledger, old, config, said))
         if reloaded:
-            self.config, self.found = taken_up(old, config), found
-            self.generation += 1
+            self.config, self.found = merge_reloadable(old, config), found
             self.deaths, self.not_before = 0, 0.0
+            self.send(signal.SIGHUP)
         notify("READY=1")
 
 
@@ -15065,21 +15123,23 @@ PAGE = r"""<!doctype html>
 <meta name="color-scheme" content="light dark"><title>Pomex</title><link rel="icon" href="data:,">
 <style>
 :root{color-scheme:light dark;--bg:light-dark(#f5f6f3,#0f1210);--surface:light-dark(#fff,#161a17);
---sunken:light-dark(#eceee9,#0b0d0c);--line:light-dark(#dfe2da,#282e2a);--line2:light-dark(#848d82,#6f7a72);
---ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);--ink3:light-dark(#5d665f,#929b94);
---accent:light-dark(#0b6650,#63cfa8);--on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
---ok:light-dark(#0b6650,#63cfa8);--warn:light-dark(#855300,#e6b65e);--warn-soft:light-dark(#fbf1dc,#33280f);
---bad:light-dark(#ab231c,#ff938a);--bad-soft:light-dark(#fbeae8,#3a1a18);--s1:light-dark(#0f7a60,#46b890);
---s2:light-dark(#4a60cf,#8c9df7);--s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);
---s5:light-dark(#6f7a72,#8b958d);
---shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
+  --sunken:light-dark(#eceee9,#0b0d0c);--line:light-dark(#dfe2da,#282e2a);
+  --line2:light-dark(#848d82,#6f7a72);--ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);
+  --ink3:light-dark(#5d665f,#929b94);--accent:light-dark(#0b6650,#63cfa8);
+  --on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
+  --ok:light-dark(#0b6650,#63cfa8);--warn:light-dark(#855300,#e6b65e);
+  --warn-soft:light-dark(#fbf1dc,#33280f);--bad:light-dark(#ab231c,#ff938a);
+  --bad-soft:light-dark(#fbeae8,#3a1a18);--s1:light-dark(#0f7a60,#46b890);--s2:light-dark(#4a60cf,#8c9df7);
+  --s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);--s5:light-dark(#6f7a72,#8b958d);
+  --shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
 :root[data-theme=dark]{color-scheme:dark}
 :root[data-theme=light]{color-scheme:light}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
-font:14px/20px "Inter var",Inter,system-ui,-apple-system,"Segoe UI",sans-serif;
-font-variant-numeric:tabular-nums;font-feature-settings:"cv05","ss03"}
-h1,h2,h3,p,dl,dd,ul,ol,figure,pre{margin:0;padding:0}ul,ol{list-style:none}
+  font:14px/20px "Inter var",Inter,system-ui,-apple-system,"Segoe UI",sans-serif;
+  font-variant-numeric:tabular-nums;font-feature-settings:"cv05","ss03"}
+h1,h2,h3,p,dl,dd,ul,ol,figure,pre{margin:0;padding:0}
+ul,ol{list-style:none}
 h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em;overflow-wrap:anywhere}
 h2{font-size:14px;line-height:20px;font-weight:620}
 code,pre,.mono{font-family:ui-monospace,"SF Mono","Cascadia Mono","DejaVu Sans Mono",monospace;font-size:12.5px}
@@ -15087,769 +15147,1922 @@ a{color:inherit}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:4px}
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
 .skip{position:absolute;left:8px;top:-60px;background:var(--accent);color:var(--on-accent);padding:8px 12px;
-border-radius:6px;z-index:9}.skip:focus{top:8px}
+  border-radius:6px;z-index:9}
+.skip:focus{top:8px}
 .app{display:grid;grid-template-columns:212px minmax(0,1fr);min-height:100vh}
 .rail{position:sticky;top:0;height:100vh;padding:20px 12px 16px;display:flex;flex-direction:column}
-.brand{display:flex;align-items:center;gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;letter-spacing:-.01em}
+.brand{display:flex;align-items:center;gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;
+  letter-spacing:-.01em}
 .brand svg{width:24px;height:24px;flex:none}
-.nav a{display:flex;align-items:center;gap:10px;height:36px;padding:0 10px;border-radius:7px;text-decoration:none;
-color:var(--ink2);font-weight:500}
+.nav a{display:flex;align-items:center;gap:10px;height:36px;padding:0 10px;border-radius:7px;
+  text-decoration:none;color:var(--ink2);font-weight:500}
 .nav a:hover{background:var(--sunken)}
-.nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);font-weight:600}
-.nav svg{width:16px;height:16px;flex:none}.nav a[aria-current] svg{color:var(--accent)}
+.nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);
+  font-weight:600}
+.nav svg{width:16px;height:16px;flex:none}
+.nav a[aria-current] svg{color:var(--accent)}
 .nav .n{margin-left:auto;font-size:12px;color:var(--ink3);font-weight:500}
 .foot{margin-top:auto;padding:0 10px;font-size:12px;line-height:18px;color:var(--ink3);overflow-wrap:anywhere}
 .foot div{display:flex;flex-wrap:wrap;gap:0 4px;margin:0 0 10px -10px}
-main{padding:24px 32px 48px;max-width:1272px;width:100%;border-left:1px solid var(--line)}main:focus{outline:0}
-.top{display:flex;align-items:center;gap:12px 16px;flex-wrap:wrap;margin-bottom:20px}.top h1{margin-right:auto}
+main{padding:24px 32px 48px;max-width:1272px;width:100%;border-left:1px solid var(--line)}
+main:focus{outline:0}
+.top{display:flex;align-items:center;gap:12px 16px;flex-wrap:wrap;margin-bottom:20px}
+.top h1{margin-right:auto}
 .live{display:inline-flex;align-items:center;gap:8px;color:var(--ink2);font-size:13px}
 .dot{width:8px;height:8px;border-radius:50%;background:var(--ok);flex:none;display:inline-block}
-.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}.dot.off{background:none;border:1.5px solid var(--ink3)}
-.live .dot:not(.off){animation:p 2s infinite}@keyframes p{50%{opacity:.3}}
+.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
+.dot.off{background:none;border:1.5px solid var(--ink3)}
+.live .dot:not(.off){animation:p 2s infinite}
+@keyframes p{50%{opacity:.3}}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
-.seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;font:inherit;
-font-size:13px;cursor:pointer}
-.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);font-weight:600;
-box-shadow:0 0 0 1px var(--line)}
-.btn{display:inline-flex;align-items:center;justify-content:center;gap:8px;height:34px;padding:0 14px;border-radius:8px;
-border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;font-weight:560;cursor:pointer;
-text-decoration:none;white-space:nowrap}
-.btn:hover{border-color:var(--ink2)}.btn:disabled{opacity:.55;cursor:default}
+.seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
+  font:inherit;font-size:13px;cursor:pointer}
+.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);
+  font-weight:600;box-shadow:0 0 0 1px var(--line)}
+.btn{display:inline-flex;align-items:center;justify-content:center;gap:8px;height:34px;padding:0 14px;
+  border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
+  font-weight:560;cursor:pointer;text-decoration:none;white-space:nowrap}
+.btn:hover{border-color:var(--ink2)}
+.btn:disabled{opacity:.55;cursor:default}
 .btn.p{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
-.btn.s{height:28px;padding:0 10px;font-size:13px;border-radius:6px}.btn.g{border-color:transparent;background:none}
-.btn.g:hover{background:var(--sunken)}.btn.del{color:var(--bad)}
-.card{background:var(--surface);border:1px solid var(--line);border-radius:12px;box-shadow:var(--shadow);min-width:0}
-.grid{display:grid;gap:16px;grid-template-columns:repeat(12,minmax(0,1fr));margin-top:16px}.top+.grid{margin-top:0}
-.c12{grid-column:span 12}.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}.c5{grid-column:span 5}
-.c4{grid-column:span 4}.pad{padding:18px 20px}
-.hd{display:flex;align-items:baseline;gap:8px 12px;margin-bottom:12px;flex-wrap:wrap}.hd h2{margin-right:auto}
+.btn.s{height:28px;padding:0 10px;font-size:13px;border-radius:6px}
+.btn.g{border-color:transparent;background:none}
+.btn.g:hover{background:var(--sunken)}
+.btn.del{color:var(--bad)}
+.card{background:var(--surface);border:1px solid var(--line);border-radius:12px;box-shadow:var(--shadow);
+  min-width:0}
+.grid{display:grid;gap:16px;grid-template-columns:repeat(12,minmax(0,1fr));margin-top:16px}
+.top+.grid{margin-top:0}
+.c12{grid-column:span 12}.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}
+.c5{grid-column:span 5}.c4{grid-column:span 4}
+.pad{padding:18px 20px}
+.hd{display:flex;align-items:baseline;gap:8px 12px;margin-bottom:12px;flex-wrap:wrap}
+.hd h2{margin-right:auto}
 .hd span,.sub{color:var(--ink3);font-size:13px}
-button.sub{border:0;background:none;padding:0;font:inherit;font-size:13px;text-decoration:underline;cursor:pointer}
+button.sub{border:0;background:none;padding:0;font:inherit;font-size:13px;text-decoration:underline;
+  cursor:pointer}
 .sum{display:grid;grid-template-columns:minmax(270px,1.25fr) 3fr}
 .money{padding:20px 22px;border-right:1px solid var(--line)}
 .lab{font-size:13px;line-height:18px;color:var(--ink3)}
-.big{font-size:38px;line-height:44px;font-weight:620;letter-spacing:-.03em;margin:2px 0 4px}.v i{line-height:1}
+.big{font-size:38px;line-height:44px;font-weight:620;letter-spacing:-.03em;margin:2px 0 4px}
+.v i{line-height:1}
 .v i{font-style:normal;color:var(--ink3);font-size:.58em;letter-spacing:0;font-weight:500}
 .kpis{display:grid;grid-template-columns:repeat(3,1fr)}
 .kpi{padding:16px 20px;border-bottom:1px solid var(--line);border-right:1px solid var(--line);min-width:0}
-.kpi:nth-child(3n){border-right:0}.kpi:nth-child(n+4){border-bottom:0}
+.kpi:nth-child(3n){border-right:0}
+.kpi:nth-child(n+4){border-bottom:0}
 .v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em;white-space:nowrap;height:28px}
-.d{font-size:12px;line-height:18px;color:var(--ink3)}.money .hd{margin:18px 0 8px}.money .d{margin-top:8px}
+.d{font-size:12px;line-height:18px;color:var(--ink3)}
+.money .hd{margin:18px 0 8px}.money .d{margin-top:8px}
 .note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--warn-soft);
-color:var(--warn);font-size:13px;overflow-wrap:anywhere}
-.note.bad{background:var(--bad-soft);color:var(--bad)}.note.ok{background:var(--accent-soft);color:var(--ok)}
-.note .btn{margin-left:auto}h2.n2{margin:20px 0 10px}.empty{padding:36px 20px;text-align:center;color:var(--ink2)}
+  color:var(--warn);font-size:13px;overflow-wrap:anywhere}
+.note.bad{background:var(--bad-soft);color:var(--bad)}
+.note.ok{background:var(--accent-soft);color:var(--ok)}
+.note .btn{margin-left:auto}
+h2.n2{margin:20px 0 10px}
+.empty{padding:36px 20px;text-align:center;color:var(--ink2)}
 .empty p{margin:4px auto 14px;max-width:52ch}
 svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
 .k1{fill:var(--s1)}.k2{fill:var(--s2)}.k3{fill:var(--s3)}.k4{fill:var(--s4)}.k5{fill:var(--s5)}
-.trk{fill:var(--sunken)}.gl{stroke:var(--line)}.cur{fill:var(--ink);opacity:.07}.tick{stroke:var(--ink);stroke-width:2}
-.bar{display:block;width:100%;height:8px}.acc{fill:var(--accent)}.wrn{fill:var(--warn)}.bd{fill:var(--bad)}.soft{opacity:.35}
+.trk{fill:var(--sunken)}
+.gl{stroke:var(--line)}
+.cur{fill:var(--ink);opacity:.07}
+.tick{stroke:var(--ink);stroke-width:2}
+.bar{display:block;width:100%;height:8px}
+svg .ok{fill:var(--accent)}svg .warn{fill:var(--warn)}svg .bad{fill:var(--bad)}
+.soft{opacity:.35}
 .strip{display:block;width:100%;height:28px;margin-bottom:14px}
 .leg{display:flex;gap:6px 18px;flex-wrap:wrap;font-size:13px;color:var(--ink2)}
 .leg li{display:flex;align-items:center;gap:7px;overflow-wrap:anywhere}
-.leg svg{width:10px;height:10px;flex:none}.leg b{font-weight:600;color:var(--ink)}
-.read{min-height:20px;margin:10px 0 6px;font-size:13px;color:var(--ink2)}.read b{color:var(--ink)}
-.chart{display:block;width:100%;height:208px;touch-action:pan-y}.grow{display:flex;flex-direction:column}
-.grow .chart{flex:1 1 208px;min-height:208px}.scroll{overflow:auto;max-height:320px}
+.leg svg{width:10px;height:10px;flex:none}
+.leg b{font-weight:600;color:var(--ink)}
+.read{min-height:20px;margin:10px 0 6px;font-size:13px;color:var(--ink2)}
+.read b{color:var(--ink)}
+.chart{display:block;width:100%;height:208px;touch-action:pan-y}
+.grow{display:flex;flex-direction:column}
+.grow .chart{flex:1 1 208px;min-height:208px}
+.scroll{overflow:auto;max-height:320px}
 table{border-collapse:collapse;width:100%;font-size:13px}
 th{font-weight:500;color:var(--ink3);text-align:left;padding:0 12px 8px 0;font-size:12px;white-space:nowrap}
 td,tbody th{padding:9px 12px 9px 0;border-top:1px solid var(--line);vertical-align:middle}
 td:last-child,th:last-child{padding-right:0}
 tfoot td{font-weight:600}
-.r{text-align:right}.nw{white-space:nowrap}.dim{color:var(--ink3)}td.mono{min-width:180px}.wrap{overflow-wrap:anywhere}
+.r{text-align:right}
+.nw{white-space:nowrap}
+.dim{color:var(--ink3)}
+div.mono{min-width:168px}
+th.ka{font-size:0}
+.wrap{overflow-wrap:anywhere}
 tbody tr:hover td{background:linear-gradient(var(--sunken),var(--sunken)) no-repeat;background-size:100% 100%}
-.full{padding:18px 0 6px}.full .hd,.full>.note,.full>.pad2{padding:0 20px}.full>.note{margin:0 20px 12px;padding:10px 12px}
-.full th:first-child,.full td:first-child{padding-left:20px}.full th:last-child,.full td:last-child{padding-right:20px}
-.name{font-weight:560;color:var(--ink);overflow-wrap:anywhere}a.name{text-decoration:none}a.name:hover{text-decoration:underline}
-.tag{display:inline-flex;align-items:center;gap:6px;padding:1px 8px;border-radius:99px;font-size:12px;line-height:18px;
-font-weight:560;background:var(--sunken);color:var(--ink2);white-space:nowrap;max-width:100%;overflow:hidden}
-.tag.ok{background:var(--accent-soft);color:var(--ok)}.tag.warn{background:var(--warn-soft);color:var(--warn)}
+.full{padding:18px 0 6px}
+.full .hd,.full>.note,.full>.pad2{padding:0 20px}
+.full>.note{margin:0 20px 12px;padding:10px 12px}
+.full th:first-child,.full td:first-child{padding-left:20px}
+.full th:last-child,.full td:last-child{padding-right:20px}
+.name{font-weight:560;color:var(--ink);overflow-wrap:anywhere}
+a.name{text-decoration:none}
+a.name:hover{text-decoration:underline}
+.tag{display:inline-flex;align-items:center;gap:6px;padding:1px 8px;border-radius:99px;font-size:12px;
+  line-height:18px;font-weight:560;background:var(--sunken);color:var(--ink2);white-space:nowrap;
+  max-width:100%;overflow:hidden}
+.tag.ok{background:var(--accent-soft);color:var(--ok)}
+.tag.warn{background:var(--warn-soft);color:var(--warn)}
 .tag.bad{background:var(--bad-soft);color:var(--bad)}
-.hop{color:var(--ink3)}.hop s{text-decoration-color:var(--bad);text-decoration-thickness:1.5px}
-.rows li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:2px 12px;padding:9px 0;border-top:1px solid var(--line);
-font-size:13px;overflow-wrap:anywhere}
-.rows li:first-child{border-top:0;padding-top:0}.rows .bar{grid-column:1/-1;height:5px;margin-top:3px}
-.new{border-color:var(--accent);overflow:hidden}.new+.grid,.new+.card{margin-top:16px}
-.new .hdr{background:var(--accent-soft);padding:16px 20px;display:flex;gap:12px;align-items:center;flex-wrap:wrap}
+.hop{color:var(--ink3)}
+.hop s{text-decoration-color:var(--bad);text-decoration-thickness:1.5px}
+.rows li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:2px 12px;padding:9px 0;
+  border-top:1px solid var(--line);font-size:13px;overflow-wrap:anywhere}
+.rows li:first-child{border-top:0;padding-top:0}
+.rows .bar{grid-column:1/-1;height:5px;margin-top:3px}
+.new{border-color:var(--accent);overflow:hidden}
+.new+.grid,.new+.card{margin-top:16px}
+.new .hdr{background:var(--accent-soft);padding:16px 20px;display:flex;gap:12px;align-items:center;
+  flex-wrap:wrap}
 .new .hdr p{margin-right:auto;max-width:64ch}
 .two{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1.25fr)}
-.two>div{padding:20px;min-width:0}.two>div+div{border-left:1px solid var(--line)}
+.two>div{padding:20px;min-width:0}
+.two>div+div{border-left:1px solid var(--line)}
 .keyv{display:flex;gap:8px;margin:6px 0 4px}
-.keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;overflow-wrap:anywhere;
-font-size:13px;line-height:18px}
+.keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;
+  overflow-wrap:anywhere;font-size:13px;line-height:18px}
 ol.steps{margin:20px 0 0;display:grid;gap:12px}
 ol.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px;font-size:13px;color:var(--ink2);
-overflow-wrap:anywhere}
+  overflow-wrap:anywhere}
 ol.steps b{color:var(--ink);font-weight:600;display:block}
-.st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;place-items:center;font-size:11px;
-font-weight:600;color:var(--ink3)}
+.st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;
+  place-items:center;font-size:11px;font-weight:600;color:var(--ink3)}
 .st.done{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .st.bad{border-color:var(--bad);color:var(--bad)}
 .st.now{border-color:var(--accent);color:var(--accent)}
-.st.now::after{content:"";width:8px;height:8px;border-radius:50%;background:var(--accent);animation:p 1.4s infinite}
-pre.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;margin-top:10px}
-pre.wrap{white-space:pre-wrap}.cm{color:var(--ink3)}.st1{color:var(--accent)}
-.tb{display:flex;align-items:center;justify-content:space-between;gap:8px;flex-wrap:wrap}.tb+table{margin-top:8px}
-form.mk{display:flex;gap:12px;align-items:flex-end;flex-wrap:wrap}form.mk+.err{margin-top:8px}
+.st.now::after{content:"";width:8px;height:8px;border-radius:50%;background:var(--accent);
+  animation:p 1.4s infinite}
+pre.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;
+  margin-top:10px}
+pre.wrap{white-space:pre-wrap}
+.cm{color:var(--ink3)}
+.st1{color:var(--accent)}
+.tb{display:flex;align-items:center;justify-content:space-between;gap:8px;flex-wrap:wrap}
+.tb+table{margin-top:8px}
+form.mk{display:flex;gap:12px;align-items:flex-end;flex-wrap:wrap}
 label{display:grid;gap:4px;font-size:13px;color:var(--ink2);font-weight:500;align-content:start}
-.err:empty{display:none}.err{color:var(--bad);font-size:12px;line-height:18px;font-weight:400}
-input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);color:var(--ink);
-font:inherit;padding:0 10px;min-width:0;width:100%}
-textarea{height:auto;padding:8px 10px;resize:vertical}input[aria-invalid]{border-color:var(--bad)}
-label.w{flex:1 1 220px}label.m{flex:1 1 100px}.stackform{display:grid;gap:12px}.gap{display:grid;gap:16px;align-content:start}
-dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);padding:22px;
-width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
-dialog::backdrop{background:#0008}dialog h2{font-size:16px;margin-bottom:12px}dialog p{margin-bottom:12px}
-.acts{display:flex;gap:8px;justify-content:flex-end;margin-top:18px;flex-wrap:wrap}.acts.n0{margin:0}
+.err:empty{display:none}
+.err{color:var(--bad);font-size:12px;line-height:18px;font-weight:400}
+input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);
+  color:var(--ink);font:inherit;padding:0 10px;min-width:0;width:100%}
+textarea{height:auto;padding:8px 10px;resize:vertical}
+input[aria-invalid]{border-color:var(--bad)}
+label.w{flex:1 1 220px}label.m{flex:1 1 100px}
+.stackform{display:grid;gap:12px}
+.gap{display:grid;gap:16px;align-content:start}
+dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);
+  padding:22px;width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
+dialog::backdrop{background:#0008}
+dialog h2{font-size:16px;margin-bottom:12px}
+dialog p{margin-bottom:12px}
+.acts{display:flex;gap:8px;justify-content:flex-end;margin-top:18px;flex-wrap:wrap}
+.acts.n0{margin:0}
 .fields{display:grid;grid-template-columns:1fr 1fr;gap:12px}
+.fields p{grid-column:1/-1;margin:0}
 dl.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px;font-size:13px}
-dl.facts dt{color:var(--ink3)}dl.facts dd{overflow-wrap:anywhere}
-.ev{font-size:12.5px}.ev li{border-top:1px solid var(--line)}.ev summary{display:grid;cursor:pointer;
-grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0;list-style:none}
-.ev summary::-webkit-details-marker{display:none}.out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
-.login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}.login .card{padding:28px}.login h1{margin:0 0 6px}
-.login form{display:grid;gap:14px;margin-top:18px}.login .brand{padding:0 0 18px}
-[hidden]{display:none!important}.only{display:none}
-@media (max-width:1080px){.sum{grid-template-columns:1fr}.money{border-right:0;border-bottom:1px solid var(--line)}
-.c8,.c7,.c6,.c5,.c4{grid-column:span 12}.two{grid-template-columns:minmax(0,1fr)}
-.two>div+div{border-left:0;border-top:1px solid var(--line)}}
-@media (max-width:1180px){.opt2{display:none}}@media (max-width:960px){.opt,.kk{display:none}}
-@media (max-width:760px){.app{display:block}.rail{z-index:5;height:auto;background:var(--bg);
-border-bottom:1px solid var(--line);padding:12px 16px 8px;display:grid;grid-template-columns:1fr auto;gap:8px 12px}
-.brand{padding:0}.foot{margin:0;padding:0}.foot p{display:none}.foot div{margin:0;flex-wrap:nowrap}
+dl.facts dt{color:var(--ink3)}
+dl.facts dd{overflow-wrap:anywhere}
+.ev{font-size:12.5px}
+.ev li{border-top:1px solid var(--line)}
+.ev summary{display:grid;cursor:pointer;grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0;
+  list-style:none}
+.ev summary::-webkit-details-marker{display:none}
+.out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
+.login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}
+.login .card{padding:28px}.login h1{margin:0 0 6px}
+.login form{display:grid;gap:14px;margin-top:18px}
+.login .brand{padding:0 0 18px}
+[hidden]{display:none!important}
+.only{display:none}
+@media (max-width:1080px){
+.sum{grid-template-columns:1fr}
+.money{border-right:0;border-bottom:1px solid var(--line)}
+.c8,.c7,.c6,.c5,.c4{grid-column:span 12}
+.two{grid-template-columns:minmax(0,1fr)}
+.two>div+div{border-left:0;border-top:1px solid var(--line)}
+}
+@media (max-width:1180px){
+.opt2{display:none}
+}
+@media (max-width:960px){
+.opt,.kk{display:none}
+}
+@media (max-width:760px){
+.app{display:block}
+.rail{z-index:5;height:auto;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 16px 8px;
+  display:grid;grid-template-columns:1fr auto;gap:8px 12px}
+.brand{padding:0}
+.foot{margin:0;padding:0}.foot p{display:none}
+.foot div{margin:0;flex-wrap:nowrap}
 .rail nav{grid-column:1/-1;order:3;min-width:0}
-.nav{display:flex;overflow-x:auto;scrollbar-width:none;margin:0 -16px;padding:3px 12px;scroll-padding:0 16px}.nav li{flex:none}
-.nav svg,.nav .n{display:none}.nav a{height:40px}
-main{padding:16px 16px 40px;border:0}.top h1{width:100%}.kpis{grid-template-columns:1fr 1fr}
+.nav{display:flex;overflow-x:auto;scrollbar-width:none;margin:0 -16px;padding:3px 12px;scroll-padding:0 16px}
+.nav li{flex:none}.nav svg,.nav .n{display:none}.nav a{height:40px}
+main{padding:16px 16px 40px;border:0}
+.top h1{width:100%}
+.kpis{grid-template-columns:1fr 1fr}
 .kpi:nth-child(n){border-right:1px solid var(--line);border-bottom:1px solid var(--line);padding:14px 16px}
-.kpi:nth-child(2n){border-right:0}.kpi:nth-child(n+5){border-bottom:0}
-.btn,.seg button{height:40px}.btn.s{height:36px}.opt{display:none}.pad,.two>div{padding:16px}
+.kpi:nth-child(2n){border-right:0}
+.kpi:nth-child(n+5){border-bottom:0}
+.btn,.seg button{height:40px}.btn.s{height:36px}
+.opt{display:none}
+.pad,.two>div{padding:16px}
 .full .hd,.full>.pad2{padding:0 16px}
 table.stack thead{display:none}
 table.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;
-border-top:1px solid var(--line)}
+  border-top:1px solid var(--line)}
 table.stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
 table.stack td.opt:nth-child(n),table.stack td.opt2:nth-child(n){display:none}
-.feed tr{grid-template-areas:"m r" "k c"}.feed .fm{grid-area:m}.feed .fr{grid-area:r}.feed .fk{grid-area:k;color:var(--ink3)}
-.feed .fc{grid-area:c}.tkeys tr{grid-template-areas:"n s" "k k" "p p" "a a";gap:6px 12px}.tkeys .kn{grid-area:n}
-.tkeys .kk{grid-area:k}.tkeys .kp{grid-area:p}.tkeys .ks{grid-area:s}table.stack .ka{grid-column:1/-1;margin-left:-10px;text-align:left}
-.tkeys .ka{grid-area:a}.only{display:block}table.stack .ml{text-align:left;color:var(--ink3)}
-label,label.m{flex:1 1 40%}label.w{flex-basis:100%}form.mk .btn{flex:1 1 100%}
-input,select,textarea{height:40px;font-size:16px}textarea{height:auto}
-.keyv{flex-wrap:wrap}.keyv code{flex-basis:100%}.keyv .btn{flex:1}}
-@media (prefers-reduced-motion:reduce){*{animation:none!important}}
-@media (forced-colors:active){.tag,.card,.seg button[aria-pressed=true]{border:1px solid}
-.k1,.k2,.k3,.k4,.k5,.acc,.wrn,.bd{stroke:CanvasText}}
+table.stack td:has(>.opt){display:none}
+.feed tr{grid-template-areas:"m r" "k c"}
+.feed .fm{grid-area:m}.feed .fr{grid-area:r}
+.feed .fk{grid-area:k;color:var(--ink3)}
+.feed .fc{grid-area:c}
+.tkeys tr{grid-template-areas:"n s" "k k" "p p" "a a";gap:6px 12px}
+.tkeys .kn{grid-area:n}.tkeys .kk{grid-area:k}.tkeys .kp{grid-area:p}.tkeys .ks{grid-area:s}
+table.stack .ka{grid-column:1/-1;margin-left:-10px;text-align:left}
+.tkeys .ka{grid-area:a}
+.only{display:block}
+table.stack .ml{text-align:left;color:var(--ink3)}
+label,label.m{flex:1 1 40%}label.w{flex-basis:100%}
+form.mk .btn{flex:1 1 100%}
+input,select,textarea{height:40px;font-size:16px}
+textarea{height:auto}
+.keyv{flex-wrap:wrap}.keyv code{flex-basis:100%}.keyv .btn{flex:1}
+}
+@media (prefers-reduced-motion:reduce){
+*{animation:none!important}
+}
+@media (forced-colors:active){
+.tag,.card,.seg button[aria-pressed=true]{border:1px solid}
+.k1,.k2,.k3,.k4,.k5,svg .ok,svg .warn,svg .bad{stroke:CanvasText}
+}
 </style></head><body>
 <a class="skip" href="#main">Skip to content</a>
 <svg hidden></svg><div id="root"></div><div class="sr" id="say" role="status"></div>
 <noscript>The dashboard needs JavaScript. The same numbers: python pomex.py usage</noscript>
 <script>
 "use strict";
-// --- nodes, words and numbers
-const $=(s,r=document)=>r.querySelector(s),NS=$("svg").namespaceURI,DAY=864e5;
-function h(t,a,...k){const e=/^(svg|path|rect|line|g|text)$/.test(t)?document.createElementNS(NS,t):document.createElement(t);
-for(const n in a||{}){const v=a[n];if(v==null||v===false)continue;
-if(n.startsWith("on"))e.addEventListener(n.slice(2),v);else if(n==="value"&&t!=="option")e.value=v;
-else e.setAttribute(n,v===true?"":v)}
-for(const c of k.flat(3))if(c!=null&&c!==false)e.append(c);return e}
-const clip=(s,n=120)=>(s=String(s??"").replace(/\0/g,"␀"),s.length>n?s.slice(0,n)+"…":s);
-const bdi=(s,n)=>h("bdi",{title:String(s??"").length>(n||120)?String(s).slice(0,2000):null},clip(s,n));
-const group=s=>s.replace(/\B(?=(\d{3})+(?!\d))/g,",");
-const num=n=>group(String(n)),usd=(n,d)=>{const a=Math.abs(n)/1e9;if(!n)return"$0";d=d??(a<.99995?4:2);
-const [w,f]=a.toFixed(d).split(".");return(n<0?"-$":"$")+group(w)+(f?"."+f:"")};
-const tok=n=>n>=1e6?(n/1e6).toFixed(1)+" M":n>=1e3?(n/1e3).toFixed(1)+" k":String(n);
-const secs=ms=>{const s=ms/1000;return s<1?s.toFixed(2):s<100?s.toFixed(1):s.toFixed(0)};
-const pct=(a,b,d=1)=>b?(100*a/b).toFixed(d)+" %":"0 %",two=n=>String(n).padStart(2,"0");
-const MON=["Jan","Feb","Mar","Apr","May","Jun","Jul","Aug","Sep","Oct","Nov","Dec"];
-const day=d=>d.getDate()+" "+MON[d.getMonth()],clock=d=>two(d.getHours())+":"+two(d.getMinutes());
-function when(ms){const d=new Date(ms),now=new Date();
-return h("time",{title:d.toString(),datetime:d.toISOString()},
-(d.toDateString()===now.toDateString()?"":day(d)+" ")+clock(d)+":"+two(d.getSeconds()))}
-function span(s){for(const [u,n] of[["d",86400],["h",3600],["min",60]])if(s>=n)return Math.floor(s/n)+" "+u;
-return Math.max(0,Math.floor(s))+" s"}
-const ago=ms=>ms?span((Date.now()-ms)/1000)+" ago":"never",midnight=()=>new Date().setHours(0,0,0,0);
-const say=t=>{$("#say").textContent="";setTimeout(()=>$("#say").textContent=t,50)};
-const icons={overview:"M2 9h4l2-6 2 11 2-5h2",keys:"M6.5 9.5 13 3m-2 2 2 2m-4 0 1.5 1.5M4.5 8.5a3 3 0 1 0 .1 6 3 3 0 0 0 0-6",
-usage:"M3 3h10M3 8h10M3 13h6",models:"M8 1.8 14 5v6l-6 3.2L2 11V5zM2 5l6 3.2L14 5M8 8.2v6",
-providers:"M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01",playground:"M4 3v10l9-5z",setup:"M2.5 8.5 6 12l7.5-8"};
-const icon=d=>h("svg",{viewBox:"0 0 16 16","aria-hidden":"true"},h("path",{d,fill:"none",stroke:"currentColor",
-"stroke-width":1.5,"stroke-linecap":"round","stroke-linejoin":"round"}));
-const logo=()=>h("svg",{viewBox:"0 0 24 24","aria-hidden":"true"},
-h("path",{class:"acc",d:"M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 2.8-.5s1.8.5 "
-+"2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8z"}),
-h("path",{class:"acc",d:"M12.6 5.2c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
-h("path",{d:"M7.5 13h8M13 10.2l2.9 2.8-2.9 2.8",fill:"none",stroke:"var(--on-accent)","stroke-width":1.9,
-"stroke-linecap":"round","stroke-linejoin":"round"}));
-const lane=(...k)=>h("svg",{class:"bar",viewBox:"0 0 100 8",preserveAspectRatio:"none","aria-hidden":"true"},piece("trk",0,
-100),k);
-const piece=(c,x,w)=>h("rect",{class:c,x,width:Math.max(.6,Math.min(100,w)),height:8});
-const bar=(f,c="acc",mark)=>lane(f>0?piece(c,0,f*100):null,
-mark?h("line",{class:"tick",x1:mark*100,x2:mark*100,y1:0,y2:8,"vector-effect":"non-scaling-stroke"}):null);
-const used=f=>f>=.95?"bd":f>=.8?"wrn":"acc";
-const th=(...n)=>h("thead",{},tr(n.map(x=>Array.isArray(x)?h("th",{class:x[1],scope:"col"},x[0])
-:h("th",{scope:"col"},x))));
-const made=t=>(c,...k)=>h(t,{class:c||null},k),td=made("td"),div=made("div"),txt=made("span"),para=made("p");
-const tr=(...k)=>h("tr",{},k),caption=t=>h("caption",{class:"sr"},t);
-const sheet=(c,title,heads,rows,foot)=>h("table",{class:c},caption(title),th(...heads),h("tbody",{},rows),foot);
-const h2=(...k)=>h("h2",{},k),mono=(...k)=>h("code",{},k);
-const btn=(t,c,onclick,more)=>h("button",{class:"btn "+c,type:"button",onclick,...more},t);
-function seg(label,items,chosen,pick){return h("div",{class:"seg",role:"group","aria-label":label},items.map(([v,t])=>
-h("button",{type:"button","data-f":label+v,"aria-pressed":String(v===chosen),onclick:e=>{
-for(const b of e.currentTarget.parentNode.children)b.setAttribute("aria-pressed",String(b===e.currentTarget));pick(v)}},t)))}
-const head=(t,...k)=>div("hd",h2(t),k);
-const facts=list=>h("dl",{class:"facts"},list.filter(Boolean).map(([a,b])=>[h("dt",{},a),h("dd",{},b)]));
-const keyless=list=>list.length?div("grid",card("pad c12",head("Providers without a key"),h("ul",{class:"rows"},list.map(p=>
-h("li",{},p.name,mono("export "+p.env_key+"=...")))),para("d","Then restart Pomex."))):null;
-const curlOf=body=>"curl -N "+location.origin+"/v1/responses \\\n  -H \"Authorization: Bearer $POMEX_API_KEY\" \\\n"+
-"  -H \"Content-Type: application/json\" \\\n  -d '"+JSON.stringify(body).replace(/'/g,"'\\''")+"'";
-const card=(c,...k)=>div("card "+c,k);
-let held=0;addEventListener("pointerdown",()=>held=Date.now());addEventListener("click",()=>held=0,true);
-function swap(el,...k){if(Date.now()-held<999)return setTimeout(swap,50,el,...k);
-const f=document.activeElement,id=el.contains(f)?f.dataset.f||f.id:"";el.replaceChildren(...k.flat());
-if(id){const n=[...el.querySelectorAll("[data-f],[id]")].find(x=>x.dataset.f===id||x.id===id);
-(n||$("#main")).focus({preventScroll:true})}}
-async function copy(text,b){try{await navigator.clipboard.writeText(text)}catch(e){const t=h("textarea",{value:text});
-(b.closest("dialog")||document.body).append(t);t.select();document.execCommand("copy");t.remove()}
-const old=b.dataset.t||b.textContent;b.dataset.t=old;b.textContent="Copied";say("Copied");
-setTimeout(()=>b.textContent=old,1600);b.focus()}
-// --- the gateway
-let me=null,page={},turn=0,feed=null,poll=0,fresh=null,asked=false,measure="",range="today",by="model";
-class Failure extends Error{}
-async function api(path,body){let r;
-try{r=await fetch("/admin/api/"+path,body?{method:"POST",headers:{"content-type":"application/json"},
-body:JSON.stringify(body)}:{})}
-catch(e){throw new Failure("The gateway does not answer. Is it running?")}
-const j=await r.json().catch(()=>({}));if(r.ok)return j;
-const e=Object.assign(new Failure(j.error?.message||"HTTP "+r.status),{param:j.error?.param,code:j.error?.code,
-status:r.status});
-if(r.status===401&&path!=="login"){login(me?"The session has ended. Log in again.":"");}
-throw e}
-const errorBox=(e,retry)=>h("div",{class:"note bad",role:"alert"},txt("",clip(e.message,600)),
-retry?btn("Retry","s",retry):null);
-async function fill(el,load,draw){const at=turn;try{const d=await load();if(at===turn)swap(el,draw(d))}
-catch(e){if(at===turn&&me)swap(el,errorBox(e,()=>fill(el,load,draw)))}}
-// --- login
-function login(note){me=null;closeFeed();turn++;document.title="Log in · Pomex";const err=h("p",{class:"err",id:"lerr",
-role:"alert"},note||"");
-const f=h("input",{type:"password",name:"token",autocomplete:"off","aria-describedby":"lerr",required:true});
-$("#root").replaceChildren(h("main",{class:"login",id:"main",tabindex:-1},div("card",
-div("brand",logo(),"Pomex"),h("h1",{},"Log in"),
-para("sub","With the admin token, or with an API key to see its own usage. A login link comes from: ",
-mono("python pomex.py admin-url")),
-h("form",{onsubmit:async e=>{e.preventDefault();err.textContent="";try{await api("login",{token:f.value.trim()});start()}
-catch(x){err.textContent=x.message;f.setAttribute("aria-invalid","true");f.focus()}}},
-h("label",{},"Admin token or API key",f),err,h("button",{class:"btn p"},"Log in")))));f.focus()}
-async function begin(){const t=localStorage.getItem("pomex-theme");if(t)document.documentElement.dataset.theme=t;
-const m=/^#login=(.+)$/.exec(location.hash);
-if(m){history.replaceState(null,"","/admin#overview");
-try{await api("login",{token:decodeURIComponent(m[1])})}catch(e){try{await api("session")}catch(x){login(e.message);return}}}
-start()}
-async function start(){try{me=await api("session")}catch(e){if(e.status!==401)login(e.message);return}
-frame();openFeed();route()}
-// --- the frame around the pages
-const PAGES=[["overview","Overview"],["keys","Keys",1],["usage","Usage log"],["models","Models"],["providers","Providers",1],
-["playground","Playground"],["setup","Setup"],["audit","Audit",1]];
-function frame(){const links=PAGES.filter(p=>!p[2]||me.role==="admin");
-$("#root").replaceChildren(div("app",h("header",{class:"rail"},div("brand",logo(),"Pomex"),
-h("nav",{"aria-label":"Pages"},h("ul",{class:"nav",id:"nav"},links.map(([id,t])=>h("li",{},h("a",{href:"/admin#"+id,
-"data-id":id},
-icon(icons[id]||icons.usage),t,me.counts[id]!=null&&(id!=="keys"||me.role==="admin")?txt("n",me.counts[id]):null))))),
-div("foot",div("",btn("Light / dark","s g",theme),btn("Log out","s g",async()=>{
-try{await api("logout",{})}catch(e){}login("Logged out.")})),
-para("",me.key?["Key ",bdi(me.key.name,40),h("br")]:null,clip(me.address),h("br"),"pomex.py "+me.version,h("br"),
-"up "+span(me.up_s)))),h("main",{id:"main",tabindex:-1})))}
-function theme(){const r=document.documentElement,dark=r.dataset.theme?r.dataset.theme==="dark"
-:matchMedia("(prefers-color-scheme:dark)").matches;localStorage.setItem("pomex-theme",r.dataset.theme=dark?"light":"dark")}
-function route(){if(!me)return;const [path,q]=(location.hash.slice(1)||"overview").split("?"),[id,...rest]=path.split("/");
-const known=PAGES.find(p=>p[0]===id&&(!p[2]||me.role==="admin"));if(!known){location.replace("#overview");return}
-if(fresh&&id!=="keys"&&!asked){asked=true;history.replaceState(null,"","#keys");leave(path);return}
-turn++;page={};for(const a of document.querySelectorAll("#nav a"))
-a.dataset.id===id?a.setAttribute("aria-current","page"):a.removeAttribute("aria-current");
-document.title=known[1]+" · Pomex";const m=$("#main");m.replaceChildren();
-page=VIEWS[id](m,new URLSearchParams(q||""),rest.join("/"))||{};if(shown++){m.focus({preventScroll:true});scrollTo(0,0)}
-$("#nav").scrollLeft=$("#nav [aria-current]").offsetLeft-80}
-let shown=0;addEventListener("hashchange",()=>/^#login=/.test(location.hash)?begin():route());
-const top_=(t,...k)=>div("top",h("h1",{},t),k);
-function liveMark(n){return h("span",{class:"live",id:"live"},txt(feed&&feed.good?"dot":"dot off"),
-feed&&feed.good?"Live"+(n?", "+n+(n>1?" streams":" stream")+" open":""):"Reconnecting")}
-const mark=n=>{const l=$("#live");if(l)l.replaceWith(liveMark(n))};
-// --- live: one connection, none while nobody looks
-function openFeed(){closeFeed();if(!me||document.hidden)return;const f=feed=new EventSource("/admin/api/events");
-f.onopen=()=>{if(poll)page.refresh?.();f.good=true;clearInterval(poll);poll=0;mark()};
-f.onerror=()=>{f.good=false;mark();if(!poll)poll=setInterval(()=>page.refresh?.(),10000);
-if(f.readyState===2)setTimeout(async()=>{if(feed===f)try{me=await api("session");openFeed()}catch(e){if(me)openFeed()}},3000)};
-for(const kind of["started","usage","refused","key","provider"])f.addEventListener(kind,e=>{const d=JSON.parse(e.data);
-if(/started|usage/.test(kind)&&fresh&&d.key===fresh.name&&(fresh.seen||d).response_id===d.response_id){fresh.seen=d;
-$("#freshstep")?.replaceWith(freshStep())}
-page.live?.(kind,d)})}
-function closeFeed(){if(feed)feed.close();feed=null;clearInterval(poll);poll=0}
-document.addEventListener("visibilitychange",()=>{if(document.hidden)closeFeed();else if(me){openFeed();page.refresh?.()}});
-function lazily(f,ms=1100){let t=0,last=0;return()=>{if(!t)t=setTimeout(()=>{t=0;last=Date.now();f()},
-Math.max(50,ms-(Date.now()-last)))}}
-// --- what several pages show
-const TAGS={completed:["ok","completed"],incomplete:["warn","incomplete"],"failed over":["warn","failed over"],
-"ended by gateway":["warn","ended by gateway"],failed:["bad","failed"],cancelled:["","client left"]};
-const tag=r=>{const [c,t]=TAGS[r.result]||["",r.result];return txt("tag "+c,
-r.result==="failed"&&r.error_code?clip(r.error_code,28):t)};
-const cost=r=>!r.price&&r.input+r.output>0?h("span",{class:"dim",title:"This model has no price"},"no price"):usd(r.cost_nanos);
-const path_=r=>txt("hop"," via ",r.tried.filter((p,i)=>r.status==="failed"?i<r.tried.length-1:p!==r.provider)
-.map(p=>[h("s",{},clip(p,30)),txt("sr"," failed, then"),h("span",{"aria-hidden":"true"}," → ")]),
-clip(r.provider||"nobody",30));
-const feedRow=r=>tr(td("nw dim opt",when(r.started_ms)),td("fm",h("a",{class:"name",href:"#usage/"+
-encodeURIComponent(r.response_id),"data-f":r.response_id},bdi(r.model,60)),path_(r)),td("fk",bdi(r.key||"deleted key",40)),
-td("r nw opt opt2",tok(r.input)+" / "+tok(r.cached)+" / "+tok(r.output)),
-td("r nw opt",(r.first_ms?secs(r.first_ms)+" / ":"")+secs(r.total_ms)+" s"),td("r nw fc",cost(r)),td("r fr",tag(r)));
-const feedTable=rows=>sheet("stack feed","Requests, newest first",[["Time","opt"],"Model and path","Key",
-["In / cached / out","r opt opt2"],["First token / total","r opt"],["Cost","r"],["Result","r"]],rows.map(feedRow));
-const KNOWN=["openai","anthropic","google"];
-function colour(names){const other=names.filter(n=>!KNOWN.includes(n)&&n!=="demo").sort()[0];
-return n=>KNOWN.includes(n)?KNOWN.indexOf(n)+1:n===other?4:5}
-function nice(v){const p=10**Math.floor(Math.log10(v||1));return[1,2,2.5,5,10].map(x=>x*p).find(x=>x>=v)||v}
-// stacked bars, the same as a table, and a line that reads them out
-function bars(title,o){const n=o.slots,tot=Array.from({length:n},(_,i)=>o.series.reduce((a,s)=>a+s.values[i],0));
-let cur=Math.min(n-1,Math.max(0,o.now)),table=false;
-const read=h("p",{class:"read","aria-live":"polite"}),svg=h("svg",{class:"chart",id:"chart",role:"application",tabindex:0,
-"aria-label":title+", stacked by provider. Left and right arrow keys read each bar."}),box=div("grow");
-const tell=()=>read.replaceChildren(h("b",{},o.label(cur)),"  "+o.format(tot[cur]),
-o.series.filter(s=>s.values[cur]).map(s=>"  ·  "+clip(s.name,30)+" "+o.format(s.values[cur])).join(""));
-function draw(){const W=svg.clientWidth,H=Math.max(208,svg.clientHeight),L=44,B=22,T=8,bw=(W-L)/n;if(W<60)return;
-const step=nice(Math.max(...tot,o.least)/3),mx=Math.max(step*Math.ceil(Math.max(...tot)/step),step);
-const y=v=>T+(H-T-B)*(1-v/mx);
-svg.setAttribute("viewBox","0 0 "+W+" "+H);svg.replaceChildren();
-for(let v=0;v<=mx*1.001;v+=step)svg.append(h("line",{class:"gl",x1:L,x2:W,y1:y(v),y2:y(v)}),
-h("text",{x:0,y:y(v)+4},o.axis(v)));
-svg.append(h("rect",{class:"cur",x:L+cur*bw,width:bw,y:T,height:H-T-B}));
-for(let i=0;i<n;i++){let a=0;o.series.forEach((s,j)=>{const v=s.values[i];if(!v)return;const t=y(a+v),b=y(a);
-svg.append(h("rect",{class:"k"+s.k,x:L+i*bw+bw*.16,width:bw*.68,y:t,height:Math.max(.5,b-t-(a?1:0)),rx:1.5}));a+=v})}
-const st=Math.ceil(o.every*(W<520?2:1));for(let i=0;i<n;i+=st)svg.append(h("text",{x:L+i*bw+bw/2,y:H-5,
-"text-anchor":"middle"},o.tick(i)));tell()}
-const mv=i=>{cur=Math.max(0,Math.min(n-1,i));draw()};
-svg.addEventListener("pointermove",e=>{const r=svg.getBoundingClientRect();
-mv(Math.floor((e.clientX-r.left-44)/((r.width-44)/n)))});
-svg.addEventListener("keydown",e=>{const d={ArrowLeft:-1,ArrowRight:1}[e.key];if(d){mv(cur+d);e.preventDefault()}});
-new ResizeObserver(draw).observe(svg);
-const asTable=()=>h("div",{class:"scroll",tabindex:0,role:"group","aria-label":title+" as a table"},sheet("",title,
-["Time",...o.series.map(s=>[clip(s.name,30),"r"]),["All","r"]],tot.map((t,i)=>
-t?tr(td("nw",o.label(i)),o.series.map(s=>td("r",o.format(s.values[i]))),td("r",o.format(t))):null)));
-const flip=h("button",{class:"sub",type:"button","data-f":"flip",onclick:()=>{table=!table;show()}});
-function show(){flip.textContent=table?"View as chart":"View as table";table?swap(box,asTable()):swap(box,read,svg);draw()}
-show();return[head(title,o.pick,flip),h("ul",{class:"leg"},o.series.map(s=>h("li",{},h("svg",{viewBox:"0 0 10 10",
-"aria-hidden":"true"},h("rect",{width:10,height:10,rx:2,class:"k"+s.k})),clip(s.name,40)+" ",
-h("b",{},o.format(s.values.reduce((a,b)=>a+b,0)))))),box]}
-const RANGES={today:["Today",1,36e5,24,3,"hour"],"7d":["7 days",7,216e5,28,4,"6 hours"],"30d":["30 days",30,DAY,30,5,"day"]};
-function copyTabs(label,texts){const code=h("pre",{class:"code",tabindex:0,role:"group","aria-label":label});let now="";
-const tabs=Object.keys(texts).map(t=>h("button",{role:"tab",type:"button",onclick:()=>pick(t),onkeydown:e=>{
-const d={ArrowLeft:-1,ArrowRight:1}[e.key];if(d){const n=tabs[(tabs.indexOf(e.currentTarget)+d+tabs.length)%tabs.length];
-n.focus();n.click()}}},t));
-function pick(t){now=t;code.replaceChildren();for(const ln of texts[t].split("\n")){const q=ln.lastIndexOf("#");
-const c=q>=0&&ln.slice(0,q).split('"').length%2?q:-1;
-(c<0?ln:ln.slice(0,c)).split(/("[^"]*")/).forEach(x=>code.append(x[0]==='"'?txt("st1",x):x));
-if(c>=0)code.append(txt("cm",ln.slice(c)));code.append("\n")}
-for(const b of tabs){const on=b.textContent===t;b.setAttribute("aria-selected",String(on));b.tabIndex=on?0:-1}}
-pick(Object.keys(texts)[0]);return div("",div("tb",h("div",{class:"seg",role:"tablist","aria-label":label},tabs),
-btn("Copy","s",e=>copy(texts[now].trim(),e.currentTarget))),code)}
-function snippets(s,token){const o=location.origin;return{Codex:"# ~/.codex/config.toml\n"+
-s.block.map(l=>l.replace("{ORIGIN}",o)).join("\n"),Shell:"# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY=\""+
-(token||"sk-rh-…")+"\"\n\n# then\ncodex \"What is 2 + 2?\"",curl:curlOf({model:"demo/echo",input:"hello",stream:true})}}
-const step=(state,n,title,...k)=>h("li",{},txt("st "+state,state==="done"?"✓":state==="now"?"":state==="bad"?"!":n),
-txt("",h("b",{},title),txt("sr",state==="done"?"Done. ":state==="now"?"Waiting. ":""),k));
-// --- the pages
-const VIEWS={overview,keys,usage,models,providers,playground,setup,audit};
-function overview(m){const body=div(),at=turn;
-const load=()=>{const [,days,stepMs,slots]=RANGES[range];
-return api("overview?since="+(midnight()-(days-1)*DAY)+"&step="+stepMs+"&slots="+slots)};
-const draw=()=>fill(body,load,d=>{if(at===turn)mark(d.open);return drawOverview(d,again)});const again=lazily(draw,50);
-m.append(top_("Overview",liveMark(me.open),seg("Time range",Object.keys(RANGES).map(k=>[k,RANGES[k][0]]),range,
-k=>{range=k;draw()})),body);draw();return{refresh:draw,live:lazily(draw)}}
-function drawOverview(d,again){const t=d.totals,[title,days,,n,every,unit]=RANGES[range];
-if(!measure||measure==="cost_nanos"&&!t.cost_nanos&&!touched)measure=t.cost_nanos?"cost_nanos":"requests";
-const k=colour(d.series.map(s=>s.name)),res=Object.fromEntries(d.by.result.map(r=>[r.name,r.requests]));
-const fails=res.failed||0,span_=range==="today"?"yesterday by this hour":"in the "+RANGES[range][0]+" before";
-const kpis=[["Requests",num(t.requests),"",num(d.by.endpoint.find(e=>e.name==="/v1/responses")?.requests||0)
-+" through /v1/responses"],
-["Tokens",tok(t.input+t.output)," in + out",tok(t.input)+" in, "+tok(t.output)+" out"],
-["Served from cache",pct(t.cached,t.input)," of input",tok(t.cached)+" tokens, "+usd(t.saved_nanos)+" saved"],
-["First token, p50",secs(d.first_ms[0])," s","p95 "+secs(d.first_ms[1])+" s"],
-["Full response, p50",secs(d.total_ms[0])," s","p95 "+secs(d.total_ms[1])+" s"],
-["Errors seen by clients",pct(fails,t.requests,2),"",num(fails)+" of "+num(t.requests)+"; failover saved "
-+num(res["failed over"]||0)]];
-const chart=bars((measure==="cost_nanos"?"Spend":measure==="requests"?"Requests":"Tokens")+" by "+unit,{slots:n,every,
-now:Math.floor((d.now_ms-d.since_ms)/d.step_ms),least:measure==="cost_nanos"?1e6:3,
-series:d.series.filter(s=>s[measure].some(Boolean)).map(s=>({name:s.name||"nobody",k:k(s.name),values:s[measure]})).sort((a,
-b)=>a.k-b.k||(a.name<b.name?-1:1)),
-format:measure==="cost_nanos"?usd:measure==="tokens"?tok:num,
-axis:v=>!v?measure==="cost_nanos"?"$0":"0":measure==="cost_nanos"?v<1e7?"$"+(v/1e9).toFixed(3):v<1e9?"$"+(v/1e9).toFixed(2):usd(v,v%1e9?1:0):tok(v).replace(".0",""),
-label:i=>{const a=new Date(d.since_ms+i*d.step_ms),b=new Date(d.since_ms+(i+1)*d.step_ms);
-return days===30?day(a):(days>1?day(a)+" ":"")+clock(a)+" to "+clock(b)},
-tick:i=>{const a=new Date(d.since_ms+i*d.step_ms);return days===1?two(a.getHours()):day(a)},
-pick:seg("Measure",[["cost_nanos","Spend"],["requests","Requests"],["tokens","Tokens"]],measure,v=>{measure=v;touched=true;
-again()})});
-const rows=(list,cls)=>h("ul",{class:"rows"},list.filter(r=>r.requests).map(r=>h("li",{},txt(cls?"":"mono",
-clip(cls?(TAGS[r.name]||[0,r.name])[1]:r.name)),txt("",num(r.requests),txt("dim","  "+pct(r.requests,t.requests))),
-bar(r.requests/Math.max(1,t.requests),cls?{ok:"acc",warn:"wrn",bad:"bd"}[(TAGS[r.name]||["warn"])[0]]||"k5":"acc"))));
-const where=h("tbody");const fillWhere=()=>where.replaceChildren(...d.by[by].slice(0,8).map(r=>tr(
-td("",h("a",{class:"name",href:"#usage?"+new URLSearchParams({[by]:r.name})},bdi(r.name||"deleted key",60))),
-td("r opt",num(r.requests)),td("r opt",tok(r.input)),td("r opt",tok(r.cached)),
-td("r nw",r.unpriced&&!r.cost_nanos?txt("dim","no price"):usd(r.cost_nanos)))));fillWhere();
-const out=[div("card sum",div("money",div("lab","Spent "+(range==="today"?"today":
-"in "+title)),div("big",usd(t.cost_nanos,2)),para("sub",usd(d.before_nanos,2)+" "+span_),monthBox(d),
-t.unpriced?para("d",num(t.unpriced)+" requests had no price"):null),
-div("kpis",kpis.map(x=>div("kpi",div("lab",x[0]),div("v",x[1],
-x[2]?h("i",{},x[2]):null),div("d",x[3])))))];
-const first=!t.requests&&!d.latest.length?card("c12 empty",h2("No request yet"),para("",
-"Set up Codex, or try the demo in the playground: every number here comes from requests."),
-h("a",{class:"btn p",href:"#setup"},"Set up Codex")," ",h("a",{class:"btn",href:"#playground"},"Open the playground")):null;
-out.push(div("grid",first,card("pad c8 grow",chart),card("pad c4",head("By endpoint",txt("","requests")),
-rows(d.by.endpoint),h("h2",{class:"n2"},"By result"),rows(d.by.result,true)),
-card("pad "+(me.role==="admin"?"c7":"c12"),div("tb",h2("Where it went"),me.role==="admin"?
-seg("Break down by",[["model","Model"],["key","Key"]],by,v=>{by=v;fillWhere()}):null),h("table",{},caption("Where it went"),
-th("Name",["Requests","r opt"],["Input","r opt"],["Cached","r opt"],["Cost","r"]),where)),
-me.role==="admin"?card("pad c5",head("Providers",txt("","first token, p50 to p95, last hour")),health(d.providers)):null,
-card("full c12",head("Latest requests",h("a",{class:"sub",href:"#usage"},"Open the usage log")),
-d.latest.length?feedTable(d.latest):para("empty","None yet."))));return out}
-let touched=false;
-function monthBox(d){const own=me.key,m=d.month,a=m.first_day*DAY,b=m.next_day*DAY,part=(d.now_ms-a)/(b-a);
-const budget=own?own.budget_nanos||0:m.budget_nanos,spent=own&&budget?own.spent_nanos:m.spent_nanos;
-const monthly=!own||own.period==="month"||!budget,title=monthly?new Date((a+b)/2).toLocaleString("en",{month:"long",timeZone:"UTC"}):"Budget, "+own.period;
-return[div("hd",h2(title),txt("",budget?usd(spent,2)+" of "+usd(budget,2):usd(spent,2)+", no budget")),
-budget?bar(spent/budget,used(spent/budget),monthly?part:0):null,
-monthly?para("d",(budget?"The mark is today. ":"")+"At this pace the month ends at "+usd(Math.round(spent/Math.max(part,.02)),
-0)+"."):null]}
-const STATES={healthy:"ok",failing:"bad","left out":"bad",recovering:"warn","no requests":"off",disabled:"off"};
-function health(list){const mx=Math.max(1,...list.map(p=>p.first_ms[1]));
-const bad=list.find(p=>/fail|out/.test(p.state)&&p.error);
-return[h("table",{},caption("Providers in the last hour"),h("thead",{class:"sr"},tr(["Provider","State",
-"Range","p50 / p95"].map(t=>h("th",{scope:"col"},t)))),h("tbody",{},list.slice(0,8).map(p=>{const [a,
-b]=p.first_ms.map(v=>v/mx*100);
-return tr(td("nw name",txt("dot "+STATES[p.state]),"  "+clip(p.name,24)),td("nw",p.state),
-td("",lane(b?[piece("acc soft",a,b-a),piece("acc",Math.min(a,98),2)]:null)),
-td("r nw",b?secs(p.first_ms[0])+" / "+secs(p.first_ms[1])+" s":txt("dim","-")))}))),
-bad?para("note",clip(bad.name+": "+bad.error.message,300)+(bad.back_s?" Tried again in "+bad.back_s+" s.":"")):null]}
-// keys, accounts
-function field(label,name,attr,kind="input",opts){const id="f-"+name,e=h(kind,{name,id,"aria-describedby":id+"-e",...attr},
-opts?opts.map(([v,t])=>h("option",{value:v,selected:v===attr.value},t)):null);
-return h("label",{class:attr.c||"m"},label,e,h("span",{class:"err",id:id+"-e"}))}
-const values=f=>Object.fromEntries([...new FormData(f)]);
-function wrong(f,e){for(const s of f.querySelectorAll(".err"))s.textContent="";
-for(const i of f.querySelectorAll("[aria-invalid]"))i.removeAttribute("aria-invalid");if(!e)return;
-const i=e.param&&f.elements.namedItem(e.param==="expires_s"?"expires_days":e.param);
-if(i){i.setAttribute("aria-invalid","true");$("#"+i.id+"-e",f).textContent=clip(e.message,300);i.focus()}
-else{(f.querySelector(".err.all")||f.appendChild(h("p",{class:"err all",role:"alert"}))).textContent=clip(e.message,300)}}
-const PERIOD=[["month","monthly"],["week","weekly"],["day","daily"],["total","never"]];
-const EXPIRES=[["0","never"],["30","in 30 days"],["90","in 90 days"],["365","in a year"]];
-function dialog(title,...k){const d=h("dialog",{"aria-label":title,onclose:()=>d.remove()},h2(title),k);
-document.body.append(d);d.showModal();return d}
-function submit(f,run){return async e=>{e.preventDefault();const b=f().querySelector("button:not([type=button])");
-b.disabled=true;
-wrong(f());try{await run(values(f()))}catch(x){wrong(f(),x)}b.disabled=false}}
-function keys(m){const body=div(),news=div();let f;
-const load=async()=>[await api("keys"),fresh&&!fresh.setup?fresh.setup=await api("setup"):0];
-const draw=()=>fill(body,load,([d])=>{if(news.of!==fresh)swap(news,freshPanel(draw));news.of=fresh;return drawKeys(d,draw)});
-const pats=me.role==="admin"?[["","all models"],["openai/*","openai/*"],["anthropic/*","anthropic/*"],["google/*","google/*"],
-["demo/*","demo/*"]]:[];
-f=h("form",{class:"mk",novalidate:true,onsubmit:submit(()=>f,async v=>{fresh={...await api("keys",v),want:v};asked=false;
-f.reset();
-await draw();say("Key "+fresh.name+" created");$("#copykey")?.focus()})},field("Name","name",{c:"w",placeholder:"ci-runner",
-autocomplete:"off",spellcheck:"false",required:true}),field("Budget, USD","budget",{inputmode:"decimal",placeholder:"no limit",
-autocomplete:"off"}),field("Resets","period",{},"select",PERIOD),field("Models","models",{},"select",pats),
-field("Expires","expires_days",{},"select",EXPIRES),h("button",{class:"btn p"},"Create key"));
-m.append(top_("Keys"),news,div("grid",card("pad c12",head("Create a key"),f)),body);draw();
-return{refresh:draw,live:lazily(draw,3000)}}
-function freshStep(){const s=fresh.seen;return h("li",{id:"freshstep"},txt("st "+(s?"done":"now"),s?"✓":""),
-h("span",{role:"status"},h("b",{},s?"First request received: "+s.status:"Waiting for the first request from Codex…"),
-s?[clip(s.model,60)+", "+clip(s.user_agent,60)+" at ",when(s.started_ms)]:'Run: codex "What is 2 + 2?"'))}
-function freshPanel(draw){if(!fresh)return[];const w=fresh.want,s=fresh.setup;
-return[h("div",{class:"card new",role:"region","aria-labelledby":"nk"},div("hdr",para("",
-h("b",{id:"nk"},bdi(fresh.name)," is ready. Copy the key now."),h("br"),
-"Pomex keeps only its hash, so nobody can show it again."),
-btn("I have stored it","",()=>{fresh=null;draw();$("#main").focus()})),div("two",div("",
-div("lab","API key"),div("keyv",h("code",{id:"kv"},fresh.token),
-btn("Copy","p",e=>copy(fresh.token,e.currentTarget),{id:"copykey","aria-label":"Copy the key"})),
-para("d",(w.budget?"Budget $"+clip(w.budget,20)+" "+(PERIOD.find(p=>p[0]===w.period)||["",""])[1]:"No budget")+". Models: "
-+(w.models||"all")+". "+(w.expires_days>0?"Expires in "+w.expires_days+" days.":"No expiry.")),
-h("ol",{class:"steps"},step("done",1,"Gateway answers on "+location.host,
-me.counts.providers+" providers, "+me.counts.models+" models"),
-step("",2,"Paste the block into ~/.codex/config.toml","Then export POMEX_API_KEY in the same shell"),freshStep())),
-copyTabs("Set-up snippet",snippets(s,fresh.token))))]}
-function leave(to){const d=dialog("Have you stored the key of "+clip(fresh.name,64)+"?",para("",
-"It is not shown again once you leave this page."),div("acts",btn("Back to the key","p",()=>d.close()),
-btn("I have stored it","",()=>{fresh=null;d.close();location.hash=to})))}
-addEventListener("beforeunload",e=>{if(fresh)e.preventDefault()});
-function keyState(k,now){if(k.revoked_s)return["","revoked"];if(k.expires_s&&k.expires_s<=now)return["","expired"];
-const f=k.budget_nanos?k.spent_nanos/k.budget_nanos:k.budget_nanos===0?1:0;
-return f>=.8?[f>=.95?"bad":"warn",Math.floor(f*100)+" % used"]:k.last_ms?["ok","active"]:["","waiting"]}
-function drawKeys(d,draw){const act=d.keys.filter(k=>!k.revoked_s),sum=d.keys.reduce((a,k)=>a+k.month_nanos,0);
-$("#nav [data-id=keys] .n").textContent=act.length;
-if(!d.keys.length)$("#f-name").focus();const list=d.keys.length?sheet("stack tkeys","All keys",
-["Name",["Key","kk"],["Models","opt"],"Spent",["Last used","opt"],"State",txt("sr","Actions")],d.keys.map(k=>{const [c,
-t]=keyState(k,d.now_s);
-const f=k.budget_nanos?k.spent_nanos/k.budget_nanos:1;return tr(td("name kn",bdi(k.name,64)),
-td("nw dim kk",mono(k.hint)),td("opt wrap",k.models?clip(k.models.split(" ").join(", "),60):"all models"),
-td("kp",k.budget_nanos!=null?[div("nw",usd(k.spent_nanos,2)," ",txt("dim","of "+usd(k.budget_nanos,
-k.budget_nanos%1e9?2:0)+" "+PERIOD.find(p=>p[0]===k.period)[1].replace("never","in all"))),bar(f,used(f))]
-:txt("",usd(k.spent_nanos,2)," ",txt("dim","no budget"))),td("nw opt",ago(k.last_ms)),
-td("ks",txt("tag "+c,t)),td("r nw ka",h("a",{class:"btn s g",href:"#usage?"+new URLSearchParams({key:k.name}),
-"aria-label":"Usage of "+k.name},"Usage"),k.revoked_s?null:[btn("Edit","s g",()=>editKey(k,d,draw),
-{"aria-label":"Edit key "+k.name,
-"data-f":"e"+k.id}),btn("Revoke","s g del",()=>revoke(k,draw),{"aria-label":"Revoke key "+k.name,"data-f":"r"+k.id})]))}))
-:para("empty","No keys. Create the first one above.");
-return[div("grid",card("full c12",head("All keys",txt("",act.length+" active, "+usd(sum,2)+" this month")),list),
-card("full c12",head("Accounts",txt("","who pays: prepaid credit, a monthly limit, or neither"),
-btn("New account","s",()=>newAccount(draw))),sheet("stack","Accounts",["Name",["Kind","opt"],
-["This month","r"],["Limit","r opt"],["Balance","r"],txt("sr","Actions")],d.accounts.map(a=>tr(
-td("name",bdi(a.name,64)),td("opt",a.prepaid?"prepaid":a.limit_nanos!=null?"monthly limit":"open",a.multiplier!==1e6?
-" × "+a.multiplier/1e6:""),td("r nw",usd(a.month_nanos,2)),td("r nw opt",a.limit_nanos!=null?usd(a.limit_nanos,2):"none"),
-a.prepaid||a.credit_nanos?td("r nw",usd(a.credit_nanos-a.spent_nanos,2)):td("r opt","-"),td("r nw ka",btn("Add credit","s g",
-()=>credit(a,draw),{"aria-label":
-"Add credit to "+a.name,"data-f":"c"+a.id}),btn("Statement","s g",()=>statement(a),{"aria-label":"Statement of "+a.name,
-"data-f":"s"+a.id})))))))]}
-function formDialog(title,fields,verb,run){let f;const d=dialog(title,f=h("form",{novalidate:true,onsubmit:submit(()=>f,
-async v=>{
-await run(v);d.close()})},div("fields",fields),div("acts",btn("Cancel","",()=>d.close()),
-h("button",{class:"btn p"},verb))))}
-const editKey=(k,d,draw)=>formDialog("Edit key "+k.name,[field("Budget, USD","budget",{value:k.budget_nanos==null?"":
-String(k.budget_nanos/1e9),inputmode:"decimal",placeholder:"no limit"}),field("Resets","period",{value:k.period},"select",
-PERIOD),
-field("Models (patterns)","models",{value:k.models.split(" ").join(", "),placeholder:"all models"}),
-field("Account","account",{value:k.account},"select",d.accounts.map(a=>[a.name,a.name])),
-field("Requests a minute (0: any)","rpm",{value:String(k.rpm),inputmode:"numeric"}),
-field("Tokens a minute (0: any)","tpm",{value:String(k.tpm),inputmode:"numeric"}),
-field("Open at once (0: any)","concurrent",{value:String(k.concurrent),inputmode:"numeric"}),
-field("Expires","expires_days",{},"select",[["keep",k.expires_s?"on "+day(new Date(k.expires_s*1000)):"never, as now"],
-...EXPIRES])],
-"Save",async v=>{if(v.expires_days==="keep")delete v.expires_days;await api("keys/"+k.id,v);say("Key "+k.name+" saved");
-draw()});
-function revoke(k,draw){const d=dialog("Revoke key "+clip(k.name,64)+"?",para("",
-"Its next request is refused. Streams in progress end normally. This cannot be undone."),div("acts",
-btn("Keep it","",()=>d.close()),btn("Revoke","p",async()=>{try{await api("keys/"+k.id+"/revoke",{});d.close();
-say("Key "+k.name+" revoked");draw()}catch(e){d.append(errorBox(e))}})))}
-const newAccount=draw=>formDialog("New account",[field("Name","name",{autocomplete:"off"}),
-field("Kind","prepaid",{},"select",[["","open, or limited a month"],["1","prepaid credit"]]),
-field("Limit a month, USD","limit",{inputmode:"decimal",placeholder:"none"}),
-field("Price multiplier","multiplier",{inputmode:"decimal",placeholder:"1"})],"Create account",async v=>{await api("accounts",
-v);draw()});
-const credit=(a,draw)=>formDialog("Add credit to "+a.name,[field("Amount, USD","amount",{inputmode:"decimal"}),
-field("Reason (makes it an adjustment)","reason",{})],"Add credit",async v=>{
-await api("accounts/"+encodeURIComponent(a.name)+"/credit",v);draw()});
-function statement(a){const now=new Date(),body=h("div",{class:"scroll",tabindex:0,role:"group","aria-label":"Statement"});
-const months=Array.from({length:12},(_,i)=>{const d=new Date(Date.UTC(now.getUTCFullYear(),now.getUTCMonth()-i,1));
-return[d.getUTCFullYear()+"-"+two(d.getUTCMonth()+1),MON[d.getUTCMonth()]+" "+d.getUTCFullYear()]});
-const load=async mth=>{try{const s=await api("accounts/"+encodeURIComponent(a.name)+"/statement?month="+mth);
-swap(body,sheet("","Charges by model",["Model",["Requests","r"],["Tokens","r"],["USD","r"]],
-[s.charges.map(c=>tr(td("wrap",bdi(c.model,60)),td("r",num(c.requests)),td("r",tok(c.input+c.output)),
-td("r",usd(c.cost_nanos,2)))),s.credits.map(c=>tr(td("wrap",c.kind+" "+clip(c.reason,80)),td("r"),td("r"),
-td("r",usd(c.nanos,2))))],h("tfoot",{},[["Balance before",s.before_nanos],["Charges",-s.spent_nanos],["Balance after",
-s.after_nanos]]
-.map(([t,v])=>tr(td("",t),td("r"),td("r"),td("r",usd(v,2)))))))}catch(e){swap(body,errorBox(e))}};
-const d=dialog("Statement of "+clip(a.name,64),h("label",{},"Month (UTC)",h("select",{onchange:e=>load(e.target.value)},
-months.map(([v,t])=>h("option",{value:v},t)))),para(),body,div("acts",btn("Close","",()=>d.close())));load(months[0][0])}
-// the log and one request
-const TIMES=[["","any time"],["today","today"],["1d","last 24 hours"],["7d","last 7 days"],["30d","last 30 days"]];
-function usage(m,q,id){if(id)return oneRequest(m,decodeURIComponent(id));
-const NAMES=["time","text","key","model","provider","endpoint","result","min_cost"];let cursor=null,rows=[];
-const box=div("card full"),sums=para("sub pad2"),more=div("acts pad2"),links=txt("acts n0");
-const query=()=>{const p=new URLSearchParams();for(const n of NAMES){const v=q.get(n);if(!v)continue;
-if(n==="time")p.set("from",v==="today"?midnight():Date.now()-parseInt(v)*DAY);
-else if(n==="min_cost")p.set(n,Math.round(parseFloat(v)*1e9)||0);else p.set(n,v)}return p};
-const list=div(),draw=()=>fill(list,async()=>{cursor=null;const d=await api("usage?"+query());rows=d.rows;cursor=d.cursor;
-return d},d=>{
-const s=d.sums;sums.textContent=num(s.requests)+" requests, "+tok(s.input)+" in ("+pct(s.cached,
-s.input)+" cached), "+tok(s.output)+
-" out, "+usd(s.cost_nanos)+(s.unpriced?"; "+num(s.unpriced)+" without a price":"");show();const p=query();
-links.replaceChildren(...[["csv","CSV"],["jsonl","JSONL"]].map(([k,t])=>h("a",{class:"btn s",download:"",
-href:"/admin/api/usage."+k+"?"+p},
-"Export "+t)));
-return rows.length?feedTable(rows):q.size?div("empty",h2("Nothing matches"),para("","No request fits these filters."),
-btn("Clear filters","",()=>{location.hash=location.hash==="#usage"?"#usage?":"#usage"})):
-div("empty",h2("No request yet"),para("",h("a",{href:"#setup"},"Set up Codex"),", and each stands here."))});
-function show(){more.replaceChildren(...cursor?[btn("Show older","",async e=>{const b=e.currentTarget;b.disabled=true;
-try{const p=query();p.set("cursor",cursor);const d=await api("usage?"+p);rows.push(...d.rows);cursor=d.cursor;
-$("tbody",list).append(...d.rows.map(feedRow));show();more.firstChild?.focus()}catch(x){more.append(errorBox(x))}})]:[])}
-const set=(n,v)=>{v?q.set(n,v):q.delete(n);history.replaceState(null,"","#usage"+(q.size?"?"+q:""));draw()};let timer=0;
-const inp=(label,n,a={})=>field(label,n,{value:q.get(n)||"",autocomplete:"off",spellcheck:"false",
-oninput:e=>{clearTimeout(timer);
-const v=e.target.value.trim();timer=setTimeout(()=>set(n,v),300)},...a});
-const sel=(label,n,opts)=>field(label,n,{value:q.get(n)||"",onchange:e=>set(n,e.target.value)},"select",opts);
-m.append(top_("Usage log",liveMark(me.open),links),card("pad",h("form",{class:"mk",role:"search","aria-label":"Filters",
-onsubmit:e=>e.preventDefault()},
-sel("Time","time",TIMES),sel("Result","result",[["","any"],...Object.keys(TAGS).map(k=>[k,TAGS[k][1]])]),
-inp("Id or error","text"),me.role==="admin"?inp("Key","key"):null,inp("Model","model"),inp("Provider","provider"),
-inp("Endpoint","endpoint"),inp("Cost from, USD","min_cost",{inputmode:"decimal"}))),div("grid",
-div("card full c12 gap",sums,list,more)));draw();
-return{refresh:draw,live:lazily(()=>{if(rows.length<=50)draw()},1500)}}
-function oneRequest(m,id){const body=div();m.append(top_("Request",h("a",{class:"btn s",href:"#usage"},"Back to the log")),
-body);
-fill(body,()=>api("usage/"+encodeURIComponent(id)),d=>{const r=d.row,t=d.trace,lines=d.lines.filter(l=>l.parts.length);
-const hops=t.tried.map((x,n)=>{const i=x.indexOf(": ");
-return[x.slice(0,i),x.slice(i+2)+", after "+secs(t.tried_ms[n]-(t.tried_ms[n-1]||0))+" s",false]});
-if(r.status!=="failed"||!hops.length)hops.push([r.provider||"nobody",r.status==="failed"?r.error||r.error_code:
-"answered"+(r.attempts>1&&!hops.length?", after "+(r.attempts-1)+" that failed":""),r.status!=="failed"]);
-const total=Math.max(1,r.total_ms);let from=0;const wf=[...r.answering_ms?[["Before "+r.provider+" was asked",r.asked_ms,"k5"],
-["Until it began to answer",r.answering_ms,"wrn"]]:[],...r.first_ms?[["Until the first output",r.first_ms,"wrn"]]:[],
-["The answer",total,"acc"]];
-return[div("grid",card("pad c6",head("What happened",tag(r)),facts([["Time",when(r.started_ms)],
-["Model",bdi(r.model,200)],["Key",bdi(r.key,64)],["Account",bdi(r.account,64)],["Endpoint",r.endpoint],
-["Client",bdi(r.client||"-",200)],["Session",bdi(r.session||"-")],["Tier",bdi(r.tier||"-")],["Response id",mono(clip(r.response_id,80))],
-["x-request-id",mono(clip(r.request_id,130))],r.upstream_id?["Upstream id",mono(clip(r.upstream_id,100))]:null,
-["Ended by",r.terminal_by==="gateway"?"the gateway, which made the terminal event":r.terminal_by?
-"the upstream's own terminal event":"an error's status"],
-["Terminal event",r.status==="cancelled"?"none: the client left":r.terminal_by?"response."+r.status:"none"],
-r.error_code?["Error",txt("",mono(clip(r.error_code,80))," ",clip(r.error,600))]:null,
-t.dropped.length?["Not carried",clip(t.dropped.join(", "),400)]:null,r.estimated?["Tokens","estimated: "+clip(r.estimated,
-200)]:null]),div("acts",btn("Copy as curl","s",e=>copy(curlOf({model:r.model,input:"…",stream:true}),e.currentTarget)))),
-card("pad c6",head("Path"),h("ol",{class:"steps"},hops.map((x,i)=>step(x[2]?"done":"bad",i+1,clip(x[0],60),clip(x[1],400)))),
-h("h2",{class:"n2"},"Time"),h("ul",{class:"rows"},wf.map(([n,to,c])=>{const x=from;from=Math.max(x,to);
-return h("li",{},txt("",n),txt("",secs(from-x)+" s"),lane(piece(c,x/total*100,(from-x)/total*100)))})),
-para("d","In all "+secs(r.total_ms)+" s. Prompts and answers are not stored.")),
-card("full c12",head("Tokens and cost",txt("",tok(r.input)+" in ("+tok(r.cached)+" cached, "+tok(r.cache_write)+" written), "+
-tok(r.output)+" out ("+tok(r.reasoning)+" reasoning)")),
-lines.length?sheet("stack","Cost lines",["What",["Provider","opt"],["Tokens","r"],
-["USD per million","r"],["Cost","r"]],lines.flatMap(l=>l.parts.map(p=>tr(td("",p.what),td("opt",clip(l.provider,40)+
-(l===d.lines[d.lines.length-1]?"":", given up")),td("r",num(p.count)),td("r ml",
-p.what==="web searches"?"$"+p.picos/1e9+" / 1,000":"$"+p.picos/1e6),
-td("r",usd(p.nanos,6))))),h("tfoot",{},tr(td("","Total"+(r.multiplier!==1e6?" (prices × "+r.multiplier/1e6+")":"")),td("opt"),
-td("r"),td("r"),td("r",usd(r.cost_nanos,6))))):para("empty",r.price?"No tokens were billed.":r.input+r.output?
-"This model has no price: set one under [prices] in pomex.toml.":"No tokens were used."))) ]})}
-// models and providers
-const ctx=n=>n?n>=1e6?(n/1e6).toFixed(n%1e6<5e4?0:1)+" M":Math.round(n/1e3)+" k":"-";
-function models(m){const body=div();let d=null,find="";
-const input=h("input",{type:"search",placeholder:"Find a model","aria-label":"Find a model",
-oninput:e=>{find=e.target.value.toLowerCase();
-swap(body,draw())}});
-const price=(p,i)=>p?p[i]==="-"||p[i]==null?"-":"$"+p[i]:"";
-function draw(){const list=d.models.filter(x=>x.name.toLowerCase().includes(find));
-return[div("grid",card("full c12",head(list.length+" models",txt("","US dollars per million tokens; prices of "+d.prices_date)),
-list.length?sheet("stack","Models",["Name",["In","r opt"],["Cached","r opt"],["Out","r opt"],
-["Context / output","r opt"],["Goes to","opt opt2"],"State",txt("sr","Actions")],list.slice(0,400).map(x=>tr(
-td("",txt("name",bdi(x.name,90)),x.description?div("d",clip(x.description,90)):null,
-x.price?div("d only","$"+x.price[0]+" in, $"+x.price[1]+" out per million"+(x.context?", "+ctx(x.context)+" context":"")):null,
-x.long_over?div("d","over "+ctx(x.long_over)+" input: $"+x.long[0]+" in, $"+x.long[1]+" out"):null,
-x.changes.map(c=>div("d","from "+new Date(c.day*DAY).toISOString().slice(0,10)+": $"+c.price[0]+" in, $"+c.price[1]+" out")),
-x.peak>1?div("d","× "+x.peak+" in peak hours"):null),
-td("r opt",price(x.price,0)),td("r opt",price(x.price,2)),td("r opt",price(x.price,1)),td("r opt nw",
-ctx(x.context)+(x.max_output?" / "+ctx(x.max_output):"")),
-td("opt opt2 dim wrap",clip(x.targets.join(" → "),90)),td("",x.state!=="ready"?h("span",
-{class:"tag "+(STATES[x.state]||"warn"),title:x.state},STATES[x.state]?x.state:"not usable"):
-x.price?h("span",{class:"tag ok",title:"Price from "+x.source},"ready"):txt("tag warn","no price set")),
-td("r nw ka",btn("Copy","s g",e=>copy(x.name,e.currentTarget),{"aria-label":"Copy "+x.name}),
-h("a",{class:"btn s g",href:"#playground?model="+encodeURIComponent(x.name),"aria-label":"Try "+x.name},"Try"))))):
-para("empty","No model of that name."))),
-d.any.length?para("note ok","Any other model of "+d.any.join(", ")+" can be asked for too, as provider/model-name."):"",
-keyless(d.missing)||""]}
-m.append(top_("Models",div("",input)),body);fill(body,()=>api("models"),x=>{d=x;return draw()});return{}}
-function providers(m){const body=div(),results={};
-const act=(p,verb,text)=>btn(text,"s",async e=>{e.currentTarget.disabled=true;
-const r=results[p.name]=await api("providers/"+encodeURIComponent(p.name)+"/"+verb,{}).catch(x=>({ok:false,text:x.message}));
-say(p.name+": "+(r.text||verb+"d"));draw()},{"aria-label":text+": "+p.name,"data-f":text[0]+p.name});
-const draw=()=>fill(body,()=>api("providers"),d=>[div("grid",d.providers.map(p=>{const r=results[p.name];
-const mx=Math.max(1,...p.minutes.map(x=>x[0]));return card("pad c6",div("hd",h2(txt("dot "+STATES[p.state]),
-"  "+clip(p.name,40)),txt("tag "+STATES[p.state],p.state+(p.back_s?", back in "+p.back_s+" s":""))),
-h("svg",{class:"strip",viewBox:"0 0 240 28",preserveAspectRatio:"none",role:"img",
-"aria-label":p.requests+" requests in the last hour, "+
-p.failed+" failed"},p.minutes.map(([n,f],i)=>[h("rect",{class:"trk",x:i*4,width:3,y:0,height:28}),
-n?h("rect",{class:"acc",x:i*4,width:3,y:28-28*n/mx,height:28*n/mx}):null,
-f?h("rect",{class:"bd",x:i*4,width:3,y:28-28*f/mx,height:28*f/mx}):null])),
-facts([["Last hour",num(p.requests)+" requests, "+num(p.failed)+" failed"+(p.requests?" ("+pct(p.requests-p.failed,
-p.requests)+" good)":"")],
-["In flight",num(p.open)],["First token",p.first_ms[1]?"p50 "+secs(p.first_ms[0])+" s, p95 "+secs(p.first_ms[1])+" s":"-"],
-["Full response",p.total_ms[1]?"p50 "+secs(p.total_ms[0])+" s, p95 "+secs(p.total_ms[1])+" s":"-"],
-["Speaks",p.wire_api+(p.base_url?" at "+clip(p.base_url,90):", offline")],p.key_source?["Key from",clip(p.key_source,60)]:null,
-p.error?["Last error",txt("",when(p.error.time_ms)," ",clip(p.error.message,500))]:null]),
-p.state==="disabled"?para("note","No new request goes there until you enable it."):null,
-r?.text?h("p",{class:"note "+(r.ok?"ok":"bad"),role:"status"},clip(r.text,500)+(r.ms?" "+r.ms+" ms.":"")):null,
-div("acts",h("a",{class:"btn s",href:"#usage?provider="+encodeURIComponent(p.name),"aria-label":"Usage of "+p.name},"Usage"),
-act(p,"test","Test now"),p.state==="disabled"?act(p,"enable","Enable"):act(p,"disable","Disable")))})),keyless(d.missing)||""]);
-m.append(top_("Providers",liveMark(me.open)),body);draw();return{refresh:draw,live:lazily(draw,2000)}}
-// audit
-function audit(m){const body=div(),draw=()=>fill(body,()=>api("audit"),d=>card("full",sheet("stack","Changes",["Time","Who","What","Change"],
-d.rows.map(r=>tr(td("nw dim",when(r.time_ms)),td("",bdi(r.who)),td("",r.action+" ",bdi(r.name)),
-td("wrap",clip(Object.keys(r.after).map(k=>k+" "+(r.before[k]??"")+" → "+r.after[k]).join(", "),400)))))));
-m.append(top_("Audit"),body);draw();return{refresh:draw,live:lazily(draw)}}
-// playground
-function playground(m,q){let stop=null,form;
-const out=h("div",{class:"out",tabindex:0,role:"group","aria-label":"Answer"}),evs=h("ol",{class:"ev scroll",tabindex:0,
-"aria-label":"Events"});
-const status=h("p",{class:"sub",role:"status"},"Nothing sent yet."),list=h("datalist",{id:"names"});
-const send=h("button",{class:"btn p"},"Send"),halt=btn("Stop","",()=>stop&&stop.abort(),{disabled:true});
-const bodyOf=()=>{const v=values(form),b={model:v.model.trim(),input:v.input,stream:true};
-if(v.instructions.trim())b.instructions=v.instructions;
-if(v.effort)b.reasoning={effort:v.effort};if(v.tools.trim())b.tools=JSON.parse(v.tools);return b};
-const texts=()=>{const b=bodyOf();return{curl:curlOf(b),Codex:"codex -m "+b.model+" '"+b.input.replace(/'/g,"'\\''")+"'",
-Python:"from openai import OpenAI\nimport os\n\nclient = OpenAI(base_url=\""+location.origin+
-"/v1\", api_key=os.environ[\"POMEX_API_KEY\"])\nfor event in client.responses.create(**"+
-JSON.stringify(b).replace(/\btrue\b/g,"True")+"):\n    print(event)"}};
-function add(t0,type,data){const ms=Math.round(performance.now()-t0);let seq="";
-try{seq=JSON.parse(data).sequence_number??""}catch(e){}
-const pre=h("pre",{class:"code wrap"});if(evs.childElementCount<600)evs.append(h("li",{},h("details",
-{ontoggle:()=>{if(!pre.firstChild){
-let s=data;try{s=JSON.stringify(JSON.parse(data),null,1)}catch(e){}pre.append(clip(s,20000))}}},h("summary",{},
-txt("dim r",ms+" ms"),txt("dim r",String(seq)),txt("",clip(type,60))),pre)))}
-async function run(body){const t0=performance.now();out.replaceChildren();evs.replaceChildren();stop=new AbortController();
-send.disabled=true;halt.disabled=false;status.textContent="Sent.";let id="";
-try{const r=await fetch("/admin/api/playground",{method:"POST",headers:{"content-type":"application/json"},
-body:JSON.stringify(body),
-signal:stop.signal});
-if(!r.ok){const t=await r.text();status.textContent="HTTP "+r.status;out.append(clip(t,4000));return}
-const rd=r.body.pipeThrough(new TextDecoderStream()).getReader();let buf="";
-for(;;){const {value,done}=await rd.read();if(done)break;buf+=value;let i;
-while((i=buf.indexOf("\n\n"))>=0){const f=buf.slice(0,i);buf=buf.slice(i+2);let type="",data="";
-for(const l of f.split("\n")){if(l.startsWith("event: "))type=l.slice(7);if(l.startsWith("data: "))data+=l.slice(6)}
-if(!data)continue;add(t0,type||data,data);if(data==="[DONE]")continue;const d=JSON.parse(data);
-if(d.response?.id)id=d.response.id;if(type==="response.output_text.delta")out.append(d.delta);
-if(type==="response.function_call_arguments.done")out.append("\n[call "+clip(d.name||"",60)+" "+clip(d.arguments,2000)+"]");
-if(/^response\.(completed|incomplete|failed)$/.test(type)){const u=d.response.usage;status.textContent=type+" after "+
-secs(performance.now()-t0)+" s"+(u?", "+tok(u.input_tokens)+" in, "+tok(u.output_tokens)+" out":"")+
-(d.response.error?": "+clip(d.response.error.message,400):"")}}}
-if(id)setTimeout(async()=>{try{const x=await api("usage/"+id);status.append(", ",cost(x.row)," ",h("a",{href:"#usage/"+id},
-"Show the request"))}
-catch(e){}},350)}catch(e){status.textContent=e.name==="AbortError"?"Stopped.":clip(e.message,300)}
-finally{send.disabled=false;halt.disabled=true;stop=null}}
-form=h("form",{class:"stackform",onsubmit:e=>{e.preventDefault();wrong(form);let b;try{b=bodyOf()}catch(x){
-wrong(form,{param:"tools",message:"The tools must be a JSON list: "+x.message});return}run(b)}},
-h("label",{},"Model",h("input",{name:"model",list:"names",value:q.get("model")||"demo/echo",spellcheck:"false",
-required:true}),list),
-h("label",{},"Input",h("textarea",{name:"input",rows:4,required:true,value:"What is 2 + 2?"})),
-h("label",{},"Instructions",h("textarea",{name:"instructions",rows:2,placeholder:"none"})),
-field("Tools, as JSON","tools",{rows:2,placeholder:"[]",spellcheck:"false"},"textarea"),
-field("Reasoning effort","effort",{},"select",[["","as the model has it"],["low","low"],["medium","medium"],["high","high"]]),
-div("tb",txt("",send," ",halt),txt("sub","Copy as",["curl","Codex","Python"].map(k=>btn(k,"s g",e=>{const b=e.currentTarget;
-try{copy(texts()[k],b)}catch(x){say("The tools are not JSON")}},{"aria-label":"Copy as "+k})))));
-m.append(top_("Playground"),div("grid",card("pad c5",form),div("c7 gap",card("pad",head("Answer"),out,status),
-card("pad",head("Events",txt("","time, sequence number, type")),evs))));
-api("models").then(d=>list.append(...d.models.slice(0,400).map(x=>h("option",{value:x.name})))).catch(()=>{});
-return{}}
-// set-up
-const CAUSES={invalid_api_key:"The key was refused",wrong_base_url:"base_url is wrong",use_http_sse:"A WebSocket was tried"};
-function setup(m){const body=div(),steps=div(),bad=div();let s=null;
-const draw=()=>fill(body,()=>api("setup"),d=>{s=d;paint();return[div("grid",div("card c12 two",div("",
-head("Checks"),steps),div("",copyTabs("Set-up snippet",snippets(d)))),div("card full c12",head("Refused requests",
-txt("","newest first")),bad))]});
-function paint(){const run=s.running,c=run?.codex?run:s.codex,o=c?null:run||s.latest,end=c===run?"":c?.status;
-swap(steps,h("ol",{class:"steps"},step("done",1,"The gateway answers on "+location.host,"This page came from it."),
-s.providers.length?step("done",2,"Providers are configured",s.providers.join(", ")):step(s.demo?"done":"bad",2,
-s.demo?"The demo is ready":"No provider is ready",s.demo?"demo/echo works offline. For real models set a provider's key.":"Set a provider's key."),
-s.keys?step("done",3,s.keys===1?"A key exists":s.keys+" keys exist"):step("bad",3,"No key yet",
-h("a",{href:"#keys"},"Create a key")),h("li",{},txt("st "+(end?"done":"now"),end?"✓":""),h("span",{role:"status"},h("b",{},c?"A request from Codex "+
-(end?"was received":"is in flight"):"Waiting for the first request from Codex…"),c?[clip(c.model,60)+", "+clip(c.user_agent,80)+" at ",when(c.started_ms)]:
-['Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"',o?[" Another client at ",when(o.started_ms)]:""])),
-step(!end?"":end==="completed"?"done":"bad",5,!end?"The stream ends with response.completed":end==="cancelled"?
-"The client left":"Its stream ended with response."+end,clip(c?.error,300))));
-swap(bad,s.refused.length?sheet("stack","Refused requests",[["Time","opt"],"What and how to mend it",
-["Request","opt"],["Status","r"]],s.refused.slice(0,25).map(x=>tr(td("nw dim opt",when(x.time_ms)),
-td("",div("name",CAUSES[x.code]||"The request was refused"),div("wrap",bdi(x.message,600)),
-div("d",x.key?["key ",bdi(x.key,64),", "]:null,bdi(x.user_agent||"no User-Agent",100))),
-td("opt mono wrap",bdi(x.method+" "+x.path,80)),td("r nw",txt("tag bad",String(x.status)))))):
-para("empty","None. A wrong key, model or address shows here within a second, with its cure."))}
-m.append(top_("Setup",liveMark(me.open)),body);draw();
-return{refresh:draw,live:(kind,d)=>{if(!s)return;if(kind==="refused"){s.refused.unshift(d);paint();
-say((CAUSES[d.code]||"Refused")+": "+d.message)}
-if(kind==="started"){s.running=d;paint()}if(kind==="usage"){if(d.codex)s.codex=d;s.latest=d;
-if(s.running?.response_id===d.response_id)s.running=null;paint()}if(kind==="key")draw()}}}
-$(".skip").onclick=e=>{e.preventDefault();$("#main").focus()};
+// --- nodes ---
+const $ = (selector, root = document) => root.querySelector(selector);
+const SVG = $("svg").namespaceURI;
+
+// An attribute of null or false is left out, one named on... is a listener. Children are nodes or text, never markup.
+function el(tag, attributes, ...children) {
+  const isSvg = /^(svg|path|rect|line|g|text)$/.test(tag);
+  const node = isSvg ? document.createElementNS(SVG, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value == null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "value" && tag !== "option") node.value = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(4).filter(child => child != null && child !== false));
+  return node;
+}
+const withClass = tag => (className, ...children) => el(tag, {class: className || null}, children);
+const div = withClass("div"), span = withClass("span"), para = withClass("p"), ul = withClass("ul");
+const td = withClass("td");
+const tr = (...cells) => el("tr", {}, cells);
+const h2 = (...content) => el("h2", {}, content);
+const bold = (...content) => el("b", {}, content);
+const code = text => el("code", {}, text);
+const card = (className, ...content) => div("card " + className, content);
+const heading = (title, ...content) => div("hd", h2(title), content);
+const pageTop = (title, ...content) => div("top", el("h1", {}, title), content);
+const link = (className, href, text, attributes) => el("a", {class: className, href, ...attributes}, text);
+const button = (text, className, onclick, attributes) => el("button",
+  {class: "btn " + className, type: "button", onclick: event => onclick(event.currentTarget), ...attributes}, text);
+const submitButton = text => el("button", {class: "btn p"}, text);
+const copyButton = (text, className, getText, attributes) =>
+  button(text, className, pressed => copy(getText(), pressed), attributes);
+
+// Callers can send names of any length, and characters that change the direction of the text around them.
+function clip(value, length = 120) {
+  const text = String(value ?? "").replace(/\0/g, "␀");
+  return text.length > length ? text.slice(0, length) + "…" : text;
+}
+function bdi(value, length = 120) {
+  const text = String(value ?? "");
+  return el("bdi", {title: text.length > length ? text.slice(0, 2000) : null}, clip(text, length));
+}
+
+// A column is [heading, class, cell(row)].
+const tableRows = (columns, rows) =>
+  rows.map(row => tr(columns.map(([, className, cell]) => td(className, cell(row)))));
+function table(className, caption, columns, rows, foot) {
+  const head = columns.map(([heading, headClass]) => el("th", {class: headClass || null, scope: "col"}, heading));
+  return el("table", {class: className}, el("caption", {class: "sr"}, caption), el("thead", {}, tr(head)),
+    el("tbody", {}, tableRows(columns, rows)), foot);
+}
+
+function facts(pairs) {
+  const items = pairs.filter(Boolean).map(([term, detail]) => [el("dt", {}, term), el("dd", {}, detail)]);
+  return el("dl", {class: "facts"}, items);
+}
+
+// The user's choices on the overview; a measure of "" is spend if there is any, else requests.
+const picked = {range: "today", breakdown: "model", measure: ""};
+// Buttons of which one is pressed; an option is [value, text].
+function segments(label, name, options, chosen, draw) {
+  const buttons = options.map(([value, text]) => {
+    const onclick = () => {
+      for (const each of buttons) each.ariaPressed = String(each === segment);
+      picked[name] = value;
+      draw();
+    };
+    const segment = el("button", {type: "button", "data-focus": name + value, onclick}, text);
+    segment.ariaPressed = String(value === chosen);
+    return segment;
+  });
+  return el("div", {class: "seg", role: "group", "aria-label": label}, buttons);
+}
+
+// A box that scrolls takes the focus, so that the keyboard can scroll it.
+const scrollBox = (tag, className, label, ...content) =>
+  el(tag, {class: className, tabindex: 0, role: "group", "aria-label": label}, content);
+
+const piece = (className, x, width) =>
+  el("rect", {class: className, x, width: Math.max(.6, Math.min(100, width)), height: 8});
+const track = (...pieces) => el("svg",
+  {class: "bar", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true"},
+  piece("trk", 0, 100), pieces);
+function bar(fraction, className, mark) {
+  const x = mark * 100;
+  const line = {class: "tick", x1: x, x2: x, y1: 0, y2: 8, "vector-effect": "non-scaling-stroke"};
+  return track(fraction > 0 ? piece(className, 0, fraction * 100) : null, mark ? el("line", line) : null);
+}
+function budgetClass(fraction) {
+  if (fraction >= .95) return "bad";
+  return fraction >= .8 ? "warn" : "ok";
+}
+
+const STROKE = {fill: "none", "stroke-linecap": "round", "stroke-linejoin": "round"};
+const icon = d => el("svg", {viewBox: "0 0 16 16", "aria-hidden": "true"},
+  el("path", {d, ...STROKE, stroke: "currentColor", "stroke-width": 1.5}));
+const brand = () => div("brand", el("svg", {viewBox: "0 0 24 24", "aria-hidden": "true"},
+  el("path", {class: "ok", d: "M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 " +
+    "2.8-.5s1.8.5 2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8z"}),
+  el("path", {class: "ok", d: "M12.6 5.2c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
+  el("path", {d: "M7.5 13h8M13 10.2l2.9 2.8-2.9 2.8", ...STROKE, stroke: "var(--on-accent)", "stroke-width": 1.9})),
+  "Pomex");
+
+function announce(text) {
+  $("#say").textContent = "";
+  setTimeout(() => $("#say").textContent = text, 50);
+}
+
+// Replacing a button between pointerdown and click would lose the click.
+let pressedAt = 0;
+addEventListener("pointerdown", () => pressedAt = Date.now());
+addEventListener("click", () => pressedAt = 0, true);
+
+// Replaces the content of a box. A focus in it moves to the same control of the new content, or to the page.
+function swap(box, ...content) {
+  if (Date.now() - pressedAt < 999) {
+    setTimeout(swap, 50, box, ...content);
+    return;
+  }
+  const active = document.activeElement;
+  const id = box.contains(active) ? active.dataset.focus || active.id : "";
+  box.replaceChildren(...content.flat().filter(Boolean));
+  if (!id) return;
+  const controls = [...box.querySelectorAll("[data-focus],[id]")];
+  const same = controls.find(each => each.dataset.focus === id || each.id === id);
+  (same || $("#main")).focus({preventScroll: true});
+}
+
+async function copy(text, pressed) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {                 // the clipboard API needs HTTPS or localhost
+    const area = el("textarea", {value: text});
+    (pressed.closest("dialog") || document.body).append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  const label = pressed.dataset.label ||= pressed.textContent;
+  pressed.textContent = "Copied";
+  announce("Copied");
+  setTimeout(() => pressed.textContent = label, 1600);
+  pressed.focus();
+}
+
+// --- numbers and times ---
+const DAY_MS = 864e5;
+const sum = (items, value) => items.reduce((total, each) => total + value(each), 0);
+const count = n => n.toLocaleString("en-US");
+const pct = (part, whole, digits = 1) => whole ? (100 * part / whole).toFixed(digits) + " %" : "0 %";
+
+function usd(nanos, digits = Math.abs(nanos) < 99995e4 ? 4 : 2) {
+  if (!nanos) return "$0";
+  const options = {minimumFractionDigits: digits, maximumFractionDigits: digits};
+  return (nanos < 0 ? "-$" : "$") + Math.abs(nanos / 1e9).toLocaleString("en-US", options);
+}
+function tokens(n) {
+  if (n >= 1e6) return (n / 1e6).toFixed(1) + " M";
+  return n >= 1e3 ? (n / 1e3).toFixed(1) + " k" : String(n);
+}
+function seconds(ms) {
+  const value = ms / 1000;
+  if (value < 1) return value.toFixed(2);
+  return value.toFixed(value < 100 ? 1 : 0);
+}
+function duration(total) {
+  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60]]) {
+    if (total >= size) return Math.floor(total / size) + " " + unit;
+  }
+  return Math.max(0, Math.floor(total)) + " s";
+}
+const ago = ms => ms ? duration((Date.now() - ms) / 1000) + " ago" : "never";
+const midnight = () => new Date().setHours(0, 0, 0, 0);
+const clock = date => date.toTimeString().slice(0, 5);
+const day = date => date.getDate() + " " + date.toLocaleString("en-US", {month: "short"});
+function time(ms) {
+  const date = new Date(ms);
+  const isToday = date.toDateString() === new Date().toDateString();
+  const text = (isToday ? "" : day(date) + " ") + date.toTimeString().slice(0, 8);
+  return el("time", {title: date.toString(), datetime: date.toISOString()}, text);
+}
+
+// --- forms and dialogs ---
+function field(label, name, {wide, ...attributes} = {}, tag = "input", options = []) {
+  const id = "f-" + name;
+  const choices = options.map(([value, text]) => el("option", {value, selected: value === attributes.value}, text));
+  const control = el(tag, {name, id, "aria-describedby": id + "-error", ...attributes}, choices);
+  return el("label", {class: wide ? "w" : "m"}, label, control, el("span", {class: "err", id: id + "-error"}));
+}
+const amount = (label, name, placeholder, value) =>
+  field(label + ", USD", name, {inputmode: "decimal", autocomplete: "off", placeholder, value});
+const choice = (label, name, options, attributes) => field(label, name, attributes, "select", options);
+
+// Shows an error at the field that it names, else below the form.
+function showFormError(form, error) {
+  for (const each of form.querySelectorAll(".err")) each.textContent = "";
+  for (const each of form.querySelectorAll("[aria-invalid]")) each.ariaInvalid = null;
+  if (!error) return;
+  const text = clip(error.message, 300);
+  const control = error.param && form.elements.namedItem(error.param === "expires_s" ? "expires_days" : error.param);
+  if (control) {
+    control.ariaInvalid = "true";
+    control.nextElementSibling.textContent = text;
+    control.focus();
+    return;
+  }
+  if (!$(".err.all", form)) form.append(el("p", {class: "err all", role: "alert"}));
+  $(".err.all", form).textContent = text;
+}
+
+const fieldError = (param, message) => Object.assign(new Error(message), {param});
+const formValues = form => Object.fromEntries(new FormData(form));
+const whenSubmitted = send => async event => {
+  event.preventDefault();
+  const form = event.currentTarget;
+  const pressed = $("button:not([type])", form);
+  pressed.disabled = true;
+  showFormError(form);
+  try {
+    await send(formValues(form), form);
+  } catch (error) {
+    showFormError(form, error);
+  }
+  pressed.disabled = false;
+};
+
+function openDialog(title, ...content) {
+  const dialog = el("dialog", {"aria-label": title, onclose: () => dialog.remove()}, h2(title), content);
+  document.body.append(dialog);
+  dialog.showModal();
+  return dialog;
+}
+function openForm(title, fields, verb, send, cancel = "Cancel") {
+  const onsubmit = whenSubmitted(async values => {
+    await send(values);
+    dialog.close();
+    view.refresh?.();
+  });
+  const dialog = openDialog(title, el("form", {novalidate: true, onsubmit}, div("fields", fields),
+    div("acts", button(cancel, "", () => dialog.close()), submitButton(verb))));
+}
+
+// --- the gateway ---
+let session = null;
+let view = {};              // refresh() and live(kind, data) of the page that is shown, where it has them
+let visit = 0;              // counts the pages shown: an answer for an earlier one is not drawn
+const isAdmin = () => session.role === "admin";
+
+async function api(path, body) {
+  const headers = {"content-type": "application/json"};
+  let response;
+  try {
+    response = await fetch("/admin/api/" + path, body && {method: "POST", headers, body: JSON.stringify(body)});
+  } catch {
+    throw new Error("The gateway does not answer. Is it running?");
+  }
+  const answer = await response.json().catch(() => ({}));
+  if (response.ok) return answer;
+  const {message, param} = answer.error || {};
+  if (response.status === 401 && path !== "login") showLogin(session ? "The session has ended. Log in again." : "");
+  throw Object.assign(fieldError(param, message || "HTTP " + response.status), {status: response.status});
+}
+
+function errorBox(error, retry) {
+  return el("div", {class: "note bad", role: "alert"}, span("", clip(error.message, 600)),
+    retry && button("Retry", "s", retry));
+}
+
+// Loads data and draws it, or the error, into a box, unless the user has left the page meanwhile.
+async function fill(box, load, draw) {
+  const begun = visit;
+  try {
+    const data = await load();
+    if (visit === begun) swap(box, draw(data));
+  } catch (error) {
+    if (visit === begun && session) swap(box, errorBox(error, () => fill(box, load, draw)));
+  }
+}
+
+// --- login ---
+function showLogin(note) {
+  session = null;
+  closeFeed();
+  visit++;
+  document.title = "Log in · Pomex";
+  const input = {type: "password", autocomplete: "off", required: true};
+  const onsubmit = whenSubmitted(async ({token}) => {
+    try {
+      await api("login", {token: token.trim()});
+    } catch (error) {
+      throw fieldError("token", error.message);
+    }
+    start();
+  });
+  const form = el("form", {onsubmit}, field("Admin token or API key", "token", input), submitButton("Log in"));
+  $("#root").replaceChildren(el("main", {class: "login", id: "main", tabindex: -1}, div("card", brand(),
+    el("h1", {}, "Log in"),
+    para("sub", "With the admin token, or with an API key to see its own usage. To get a login link, run: ",
+      code("python pomex.py admin-url")),
+    form)));
+  $("#f-token-error").textContent = note;
+  $("#f-token").focus();
+}
+
+// A login link is /admin#login=TOKEN: browsers do not send the part after # to the server.
+async function begin() {
+  const [, token] = /^#login=(.+)$/.exec(location.hash) || [];
+  if (token) {
+    history.replaceState(null, "", "/admin#overview");
+    try {
+      await api("login", {token: decodeURIComponent(token)});
+    } catch (error) {       // a used link does no harm while its session lasts
+      if (!await api("session").catch(() => null)) {
+        showLogin(error.message);
+        return;
+      }
+    }
+  }
+  start();
+}
+
+async function start() {
+  try {
+    session = await api("session");
+  } catch (error) {
+    if (error.status !== 401) showLogin(error.message);
+    return;
+  }
+  showFrame();
+  openFeed();
+  route();
+}
+
+// --- the frame around the pages ---
+const LINES = "M3 3h10M3 8h10M3 13h6";
+const PAGES = [
+  {id: "overview", title: "Overview", show: showOverview, icon: "M2 9h4l2-6 2 11 2-5h2"},
+  {id: "keys", title: "Keys", show: showKeys, adminOnly: true,
+    icon: "M6.5 9.5 13 3m-2 2 2 2m-4 0 1.5 1.5M4.5 8.5a3 3 0 1 0 .1 6 3 3 0 0 0 0-6"},
+  {id: "usage", title: "Usage log", show: showUsage, icon: LINES},
+  {id: "models", title: "Models", show: showModels, icon: "M8 1.8 14 5v6l-6 3.2L2 11V5zM2 5l6 3.2L14 5M8 8.2v6"},
+  {id: "providers", title: "Providers", show: showProviders, adminOnly: true,
+    icon: "M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01"},
+  {id: "playground", title: "Playground", show: showPlayground, icon: "M4 3v10l9-5z"},
+  {id: "setup", title: "Setup", show: showSetup, icon: "M2.5 8.5 6 12l7.5-8"},
+  {id: "audit", title: "Audit", show: showAudit, adminOnly: true, icon: LINES},
+];
+const openPages = () => PAGES.filter(page => isAdmin() || !page.adminOnly);
+
+function showFrame() {
+  const {counts, key, address, version, up_s} = session;
+  const links = openPages().map(({id, title, icon: d}) => el("li", {},
+    link(null, "/admin#" + id, [icon(d), title, id in counts ? span("n", counts[id]) : null], {"data-id": id})));
+  async function logOut() {
+    await api("logout", {}).catch(() => null);
+    showLogin("Logged out.");
+  }
+  $("#root").replaceChildren(div("app",
+    el("header", {class: "rail"}, brand(),
+      el("nav", {"aria-label": "Pages"}, el("ul", {class: "nav", id: "nav"}, links)),
+      div("foot", div("", button("Light / dark", "s g", switchTheme), button("Log out", "s g", logOut)),
+        para("", key ? ["Key ", bdi(key.name, 40), el("br", {})] : null, clip(address), el("br", {}),
+          "pomex.py " + version, el("br", {}), "up " + duration(up_s)))),
+    el("main", {id: "main", tabindex: -1})));
+}
+
+const rootData = document.documentElement.dataset;
+const savedTheme = localStorage.getItem("pomex-theme");
+if (savedTheme) rootData.theme = savedTheme;
+function switchTheme() {
+  const isDark = rootData.theme ? rootData.theme === "dark" : matchMedia("(prefers-color-scheme:dark)").matches;
+  rootData.theme = isDark ? "light" : "dark";
+  localStorage.setItem("pomex-theme", rootData.theme);
+}
+
+let isFirstPage = true;
+function route() {
+  if (!session) return;
+  const [path, query] = (location.hash.slice(1) || "overview").split("?");
+  const [id, ...rest] = path.split("/");
+  const page = openPages().find(each => each.id === id);
+  if (!page) {
+    location.replace("#overview");
+    return;
+  }
+  if (newKey && id !== "keys" && !newKey.leaveAsked) {
+    newKey.leaveAsked = true;
+    history.replaceState(null, "", "#keys");
+    askToLeave(path);
+    return;
+  }
+  visit++;
+  view = {};
+  for (const each of document.querySelectorAll("#nav a")) each.ariaCurrent = each.dataset.id === id ? "page" : null;
+  document.title = page.title + " · Pomex";
+  const main = $("#main");
+  main.replaceChildren();
+  view = page.show(main, new URLSearchParams(query), rest.join("/")) || {};
+  if (!isFirstPage) {
+    main.focus({preventScroll: true});
+    scrollTo(0, 0);
+  }
+  isFirstPage = false;
+  $("#nav").scrollLeft = $("#nav [aria-current]").offsetLeft - 80;
+}
+addEventListener("hashchange", () => location.hash.startsWith("#login=") ? begin() : route());
+
+// --- live events: one connection, closed while the page is hidden ---
+let feed = null, feedIsOpen = false, pollTimer = 0;
+
+function openFeed() {
+  closeFeed();
+  if (!session || document.hidden) return;
+  const source = feed = new EventSource("/admin/api/events");
+  source.onopen = () => {
+    if (pollTimer) view.refresh?.();
+    feedIsOpen = true;
+    stopPolling();
+    updateLiveMark();
+  };
+  source.onerror = () => {
+    feedIsOpen = false;
+    updateLiveMark();
+    pollTimer ||= setInterval(() => view.refresh?.(), 10000);
+    if (source.readyState === EventSource.CLOSED) setTimeout(reopenFeed, 3000, source);
+  };
+  for (const kind of ["started", "usage", "refused", "key", "provider"]) {
+    source.addEventListener(kind, event => receive(kind, JSON.parse(event.data)));
+  }
+}
+async function reopenFeed(source) {
+  if (feed !== source) return;
+  session = await api("session").catch(() => session);
+  openFeed();
+}
+function stopPolling() {
+  clearInterval(pollTimer);
+  pollTimer = 0;
+}
+function closeFeed() {
+  feed?.close();
+  feed = null;
+  feedIsOpen = false;
+  stopPolling();
+}
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) closeFeed();
+  else if (session) {
+    openFeed();
+    view.refresh?.();
+  }
+});
+
+function receive(kind, data) {
+  const isRequest = kind === "started" || kind === "usage";
+  if (isRequest && newKey && newKey.name === data.key && (newKey.seen || data).response_id === data.response_id) {
+    newKey.seen = data;
+    $("#new-key-step")?.replaceWith(newKeyStep());
+  }
+  view.live?.(kind, data);
+}
+
+function liveMark(streams = session.open) {
+  let text = feedIsOpen ? "Live" : "Reconnecting";
+  if (feedIsOpen && streams) text += `, ${streams} ${streams > 1 ? "streams" : "stream"} open`;
+  return el("span", {class: "live", id: "live"}, span(feedIsOpen ? "dot" : "dot off"), text);
+}
+const updateLiveMark = (streams = 0) => $("#live")?.replaceWith(liveMark(streams));
+
+// Calls `action` soon, at most once in `intervalMs`, and not after its page was left.
+function throttle(action, intervalMs = 1100) {
+  const begun = visit;
+  let timer = 0, last = 0;
+  function run() {
+    timer = 0;
+    last = Date.now();
+    if (visit === begun) action();
+  }
+  return () => timer ||= setTimeout(run, Math.max(50, last + intervalMs - Date.now()));
+}
+
+function livePage(main, parts, load, draw, intervalMs) {
+  const body = div();
+  main.append(...parts, body);
+  const refresh = () => fill(body, load, data => draw(data, body));
+  refresh();
+  return {refresh, live: throttle(refresh, intervalMs)};
+}
+
+// --- parts of several pages ---
+const NO_PROVIDER = "no provider";
+const RESULTS = {       // [text, class]
+  completed: ["completed", "ok"], incomplete: ["incomplete", "warn"], "failed over": ["failed over", "warn"],
+  "ended by gateway": ["ended by gateway", "warn"], failed: ["failed", "bad"], cancelled: ["client left", ""],
+};
+const describeResult = result => RESULTS[result] || [result, ""];
+const STATES = {        // of a provider: the class of its dot
+  healthy: "ok", failing: "bad", "left out": "bad", recovering: "warn", "no requests": "off", disabled: "off",
+};
+const stateDot = provider => span("dot " + STATES[provider.state]);
+
+function resultTag(row) {
+  const [text, className] = describeResult(row.result);
+  return span("tag " + className, row.result === "failed" && row.error_code ? clip(row.error_code, 28) : text);
+}
+
+function costOf(row) {
+  if (row.price || row.input + row.output === 0) return usd(row.cost_nanos);
+  return el("span", {class: "dim", title: "This model has no price"}, "no price");
+}
+
+function requestPath(row) {
+  const last = row.tried.length - 1;
+  const failed = row.tried.filter((name, i) => row.status === "failed" ? i < last : name !== row.provider);
+  const hops = failed.map(name =>
+    [el("s", {}, clip(name, 30)), span("sr", " failed, then"), el("span", {"aria-hidden": "true"}, " → ")]);
+  return span("hop", " via ", hops, clip(row.provider || NO_PROVIDER, 30));
+}
+
+const REQUEST_COLUMNS = [
+  ["Time", "nw dim opt", row => time(row.started_ms)],
+  ["Model and path", "fm", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model, 60),
+    {"data-focus": row.response_id}), requestPath(row)]],
+  ["Key", "fk", row => bdi(row.key || "deleted key", 40)],
+  ["In / cached / out", "r nw opt opt2", row => [row.input, row.cached, row.output].map(tokens).join(" / ")],
+  ["First token / total", "r nw opt", ({first_ms, total_ms}) =>
+    (first_ms ? seconds(first_ms) + " / " : "") + seconds(total_ms) + " s"],
+  ["Cost", "r nw fc", costOf],
+  ["Result", "r fr", resultTag],
+];
+const requestTable = rows => table("stack feed", "Requests, newest first", REQUEST_COLUMNS, rows);
+
+function missingKeys(providers) {
+  if (!providers.length) return null;
+  const rows = providers.map(({name, env_key}) => el("li", {}, name, code("export " + env_key + "=...")));
+  return div("grid", card("pad c12", heading("Providers without a key"), ul("rows", rows),
+    para("d", "Then restart Pomex.")));
+}
+
+// A provider keeps its color whatever else is in the chart.
+function seriesColors(names) {
+  const known = ["openai", "anthropic", "google"];
+  const [other] = names.filter(name => !known.includes(name) && name !== "demo").sort();
+  return name => {
+    if (known.includes(name)) return known.indexOf(name) + 1;
+    return name === other ? 4 : 5;
+  };
+}
+
+function roundUp(value) {
+  const power = 10 ** Math.floor(Math.log10(value || 1));
+  return [1, 2, 2.5, 5, 10].map(factor => factor * power).find(each => each >= value) || value;
+}
+
+const ARROWS = {ArrowLeft: -1, ArrowRight: 1};
+// Stacked bars with a line of text for one of them, or the same data as a table. A series is {name, color, values};
+// `now` is the current slot, `least` the minimum of the axis, `tick` the label below a slot.
+function barChart(title, chart) {
+  const {slots, series, format, label} = chart;
+  const totals = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
+  const highest = Math.max(...totals);
+  const left = 44, top = 8, bottom = 22;
+  let current = Math.min(slots - 1, Math.max(0, chart.now));
+  let isTable = false;
+  const reading = el("p", {class: "read", "aria-live": "polite"});
+  const svg = el("svg", {class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
+    "aria-label": title + ", stacked by provider. Left and right arrow keys read each bar."});
+  const box = div("grow");
+  const add = (tag, attributes, ...children) => svg.append(el(tag, attributes, ...children));
+
+  function draw() {
+    const width = svg.clientWidth, height = Math.max(208, svg.clientHeight);
+    if (width < 60) return;
+    const slotWidth = (width - left) / slots, plotHeight = height - top - bottom;
+    const step = roundUp(Math.max(highest, chart.least) / 3);
+    const limit = Math.max(step * Math.ceil(highest / step), step);
+    const y = value => top + plotHeight * (1 - value / limit);
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    svg.replaceChildren();
+    for (let value = 0; value <= limit * 1.001; value += step) {
+      add("line", {class: "gl", x1: left, x2: width, y1: y(value), y2: y(value)});
+      add("text", {x: 0, y: y(value) + 4}, chart.formatAxis(value));
+    }
+    add("rect", {class: "cur", x: left + current * slotWidth, width: slotWidth, y: top, height: plotHeight});
+    for (let slot = 0; slot < slots; slot++) {
+      let below = 0;
+      for (const {color, values} of series.filter(each => each.values[slot])) {
+        const y1 = y(below + values[slot]), gap = below ? 1 : 0;
+        add("rect", {class: "k" + color, x: left + slot * slotWidth + slotWidth * .16, width: slotWidth * .68, y: y1,
+          height: Math.max(.5, y(below) - y1 - gap), rx: 1.5});
+        below += values[slot];
+      }
+    }
+    for (let slot = 0; slot < slots; slot += chart.labelEvery * (width < 520 ? 2 : 1)) {
+      const x = left + slot * slotWidth + slotWidth / 2;
+      add("text", {x, y: height - 5, "text-anchor": "middle"}, chart.tick(slot));
+    }
+    const parts = series.filter(each => each.values[current])
+      .map(each => "  ·  " + clip(each.name, 30) + " " + format(each.values[current]));
+    reading.replaceChildren(bold(label(current)), "  " + format(totals[current]), parts.join(""));
+  }
+  function moveTo(slot) {
+    current = Math.max(0, Math.min(slots - 1, slot));
+    draw();
+  }
+  function onpointermove(event) {
+    const place = svg.getBoundingClientRect();
+    moveTo(Math.floor((event.clientX - place.left - left) / ((place.width - left) / slots)));
+  }
+  function onkeydown(event) {
+    const move = ARROWS[event.key];
+    if (!move) return;
+    moveTo(current + move);
+    event.preventDefault();
+  }
+  function asTable() {
+    const parts = [...series, {name: "All", values: totals}];
+    const columns = parts.map(({name, values}) => [clip(name, 30), "r", slot => format(values[slot])]);
+    const used = [...totals.keys()].filter(slot => totals[slot]);
+    return scrollBox("div", "scroll", title + " as a table",
+      table(null, title, [["Time", "nw", label], ...columns], used));
+  }
+  function show() {
+    flip.textContent = isTable ? "View as chart" : "View as table";
+    swap(box, isTable ? asTable() : [reading, svg]);
+    draw();
+  }
+  function onclick() {
+    isTable = !isTable;
+    show();
+  }
+  const flip = el("button", {class: "sub", type: "button", "data-focus": "flip", onclick});
+  const legend = series.map(({name, color, values}) => el("li", {},
+    el("svg", {viewBox: "0 0 10 10", "aria-hidden": "true"},
+      el("rect", {width: 10, height: 10, rx: 2, class: "k" + color})),
+    clip(name, 40) + " ", bold(format(sum(values, Number)))));
+  new ResizeObserver(draw).observe(svg);
+  show();
+  return [heading(title, chart.control, flip), ul("leg", legend), box];
+}
+
+function copyTabs(label, texts) {
+  const shown = scrollBox("pre", "code", label);
+  const names = Object.keys(texts);
+  let current = "";
+  const tabs = names.map(name =>
+    el("button", {role: "tab", type: "button", onclick: () => select(name), onkeydown: move}, name));
+  function move(event) {
+    const step = ARROWS[event.key];
+    if (!step) return;
+    const next = tabs[(names.indexOf(current) + step + tabs.length) % tabs.length];
+    next.focus();
+    next.click();
+  }
+  function select(name) {
+    current = name;
+    shown.replaceChildren(...texts[name].split("\n").flatMap(highlight));
+    for (const tab of tabs) {
+      const isSelected = tab.textContent === name;
+      tab.ariaSelected = String(isSelected);
+      tab.tabIndex = isSelected ? 0 : -1;
+    }
+  }
+  select(names[0]);
+  return div("", div("tb", el("div", {class: "seg", role: "tablist", "aria-label": label}, tabs),
+    copyButton("Copy", "s", () => texts[current].trim())), shown);
+}
+
+// One line of TOML or shell.
+function highlight(line) {
+  const hash = line.lastIndexOf("#");
+  const isComment = hash >= 0 && line.slice(0, hash).split('"').length % 2 === 1;
+  const end = isComment ? hash : line.length;
+  const parts = line.slice(0, end).split(/("[^"]*")/).map(part => part.startsWith('"') ? span("st1", part) : part);
+  return [...parts, span("cm", line.slice(end)), "\n"];
+}
+
+const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
+const curlCommand = body => `curl -N ${location.origin}/v1/responses \\
+  -H "Authorization: Bearer $POMEX_API_KEY" \\
+  -H "Content-Type: application/json" \\
+  -d ${shellQuote(JSON.stringify(body))}`;
+
+function setupTabs(block, token = "sk-rh-…") {
+  const toml = block.map(line => line.replace("{ORIGIN}", location.origin)).join("\n");
+  return copyTabs("Set-up snippet", {
+    Codex: "# ~/.codex/config.toml\n" + toml,
+    Shell: `# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`,
+    curl: curlCommand({model: "demo/echo", input: "hello", stream: true}),
+  });
+}
+
+// A step of a list: the mark of its state, else its number.
+const STEP_MARKS = {done: "✓", now: "", bad: "!"};
+const STEP_WORDS = {done: "Done. ", now: "Waiting. "};
+function step(state, number, title, ...details) {
+  return el("li", {}, span("st " + state, STEP_MARKS[state] ?? number),
+    span("", bold(title), span("sr", STEP_WORDS[state]), details));
+}
+// A step that changes while the user looks: a screen reader announces it.
+function liveStep(isDone, title, details, id) {
+  return el("li", {id}, span(isDone ? "st done" : "st now", isDone ? "✓" : ""),
+    el("span", {role: "status"}, bold(title), details));
+}
+
+// --- the overview ---
+const RANGES = {
+  today: {title: "Today", days: 1, stepMs: 36e5, slots: 24, labelEvery: 3, unit: "hour"},
+  "7d": {title: "7 days", days: 7, stepMs: 216e5, slots: 28, labelEvery: 4, unit: "6 hours"},
+  "30d": {title: "30 days", days: 30, stepMs: DAY_MS, slots: 30, labelEvery: 5, unit: "day"},
+};
+const MEASURES = {
+  cost_nanos: {title: "Spend", format: usd, formatAxis: axisUsd, least: 1e6},
+  requests: {title: "Requests", format: count, formatAxis: axisTokens, least: 3},
+  tokens: {title: "Tokens", format: tokens, formatAxis: axisTokens, least: 3},
+};
+const optionsOf = choices => Object.entries(choices).map(([value, {title}]) => [value, title]);
+function axisUsd(nanos) {
+  if (nanos < 1e9) return usd(nanos, nanos < 1e7 ? 3 : 2);
+  return usd(nanos, nanos % 1e9 ? 1 : 0);
+}
+function axisTokens(n) {
+  return tokens(n).replace(".0", "");
+}
+
+function showOverview(main) {
+  const load = () => {
+    const {days, stepMs, slots} = RANGES[picked.range];
+    return api(`overview?since=${midnight() - (days - 1) * DAY_MS}&step=${stepMs}&slots=${slots}`);
+  };
+  const draw = (data, body) => {
+    const redraw = () => swap(body, drawOverview(data, redraw));
+    updateLiveMark(data.open);
+    return drawOverview(data, redraw);
+  };
+  const ranges = segments("Time range", "range", optionsOf(RANGES), picked.range, () => page.refresh());
+  const page = livePage(main, [pageTop("Overview", liveMark(), ranges)], load, draw);
+  return page;
+}
+
+function drawOverview(data, redraw) {
+  const {totals, by, latest} = data;
+  const isEmpty = !totals.requests && !latest.length;
+  const empty = isEmpty && card("c12 empty", h2("No request yet"),
+    para("", "Set up Codex, or try the demo in the playground: every number here comes from requests."),
+    link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
+  const total = totals.requests;
+  const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
+  const byResult = by.result.map(({name, requests}) => {
+    const [text, className] = describeResult(name);
+    return share(span("", text), requests, total, className || "k5");
+  });
+  return [
+    div("card sum", spendBox(data), div("kpis", keyFigures(data))),
+    div("grid", empty,
+      card("pad c8 grow", overviewChart(data, redraw)),
+      card("pad c4", heading("By endpoint", span("", "requests")), ul("rows", byEndpoint),
+        el("h2", {class: "n2"}, "By result"), ul("rows", byResult)),
+      card("pad " + (isAdmin() ? "c7" : "c12"), whereItWent(by)),
+      isAdmin() ? card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
+        providerLatencies(data.providers)) : null,
+      card("full c12", heading("Latest requests", link("sub", "#usage", "Open the usage log")),
+        latest.length ? requestTable(latest) : para("empty", "None yet."))),
+  ];
+}
+
+function spendBox(data) {
+  const {title, days} = RANGES[picked.range], isToday = days === 1;
+  const {cost_nanos, unpriced} = data.totals;
+  return div("money", div("lab", "Spent " + (isToday ? "today" : "in " + title)), div("big", usd(cost_nanos, 2)),
+    para("sub", usd(data.before_nanos, 2) + (isToday ? " yesterday by this hour" : ` in the ${title} before`)),
+    monthBox(data), unpriced ? para("d", count(unpriced) + " requests had no price") : null);
+}
+
+// The spend of the month, or of the budget period of the user's key.
+function monthBox({month, now_ms}) {
+  const {key} = session;
+  const budget = key ? key.budget_nanos : month.budget_nanos;
+  const spent = key && budget ? key.spent_nanos : month.spent_nanos;
+  const isMonth = !key || key.period === "month" || !budget;
+  const start = month.first_day * DAY_MS, end = month.next_day * DAY_MS;
+  const passed = (now_ms - start) / (end - start);
+  const name = new Date((start + end) / 2).toLocaleString("en", {month: "long", timeZone: "UTC"});
+  const pace = usd(Math.round(spent / Math.max(passed, .02)), 0);
+  return [
+    heading(isMonth ? name : "Budget, " + key.period,
+      span("", usd(spent, 2) + (budget ? " of " + usd(budget, 2) : ", no budget"))),
+    budget ? bar(spent / budget, budgetClass(spent / budget), isMonth ? passed : 0) : null,
+    isMonth ? para("d", (budget ? "The mark is today. " : "") + `At this pace the month ends at ${pace}.`) : null,
+  ];
+}
+
+function keyFigures({totals, by, first_ms, total_ms}) {
+  const {requests, input, output, cached, saved_nanos} = totals;
+  const ended = result => by.result.find(each => each.name === result)?.requests || 0;
+  const responses = by.endpoint.find(each => each.name === "/v1/responses")?.requests || 0;
+  const failed = ended("failed");
+  const figures = [
+    ["Requests", count(requests), "", count(responses) + " through /v1/responses"],
+    ["Tokens", tokens(input + output), " in + out", `${tokens(input)} in, ${tokens(output)} out`],
+    ["Served from cache", pct(cached, input), " of input", `${tokens(cached)} tokens, ${usd(saved_nanos)} saved`],
+    ["First token, p50", seconds(first_ms[0]), " s", `p95 ${seconds(first_ms[1])} s`],
+    ["Full response, p50", seconds(total_ms[0]), " s", `p95 ${seconds(total_ms[1])} s`],
+    ["Errors seen by clients", pct(failed, requests, 2), "",
+      `${count(failed)} of ${count(requests)}; failover saved ${count(ended("failed over"))}`],
+  ];
+  return figures.map(([title, value, unit, note]) =>
+    div("kpi", div("lab", title), div("v", value, unit ? el("i", {}, unit) : null), div("d", note)));
+}
+
+function overviewChart(data, redraw) {
+  const {days, slots, labelEvery, unit} = RANGES[picked.range];
+  const shown = picked.measure || (data.totals.cost_nanos ? "cost_nanos" : "requests");
+  const {title, format, formatAxis, least} = MEASURES[shown];
+  const color = seriesColors(data.series.map(each => each.name));
+  const series = data.series.filter(each => each[shown].some(Boolean))
+    .map(each => ({name: each.name || NO_PROVIDER, color: color(each.name), values: each[shown]}))
+    .sort((a, b) => a.color - b.color || a.name.localeCompare(b.name));
+  const startOf = slot => new Date(data.since_ms + slot * data.step_ms);
+  function label(slot) {
+    const start = startOf(slot);
+    if (days === 30) return day(start);
+    return (days > 1 ? day(start) + " " : "") + clock(start) + " to " + clock(startOf(slot + 1));
+  }
+  const tick = slot => days === 1 ? clock(startOf(slot)).slice(0, 2) : day(startOf(slot));
+  return barChart(`${title} by ${unit}`, {
+    slots, series, format, formatAxis, least, label, tick, labelEvery,
+    now: Math.floor((data.now_ms - data.since_ms) / data.step_ms),
+    control: segments("Measure", "measure", optionsOf(MEASURES), shown, redraw),
+  });
+}
+
+function share(label, requests, total, barClass) {
+  if (!requests) return null;
+  return el("li", {}, label, span("", count(requests), span("dim", "  " + pct(requests, total))),
+    bar(requests / Math.max(1, total), barClass));
+}
+
+function whereItWent(by) {
+  const name = row => link("name", "#usage?" + new URLSearchParams({[picked.breakdown]: row.name}),
+    bdi(row.name || "deleted key", 60));
+  const cost = row => row.unpriced && !row.cost_nanos ? span("dim", "no price") : usd(row.cost_nanos);
+  const columns = [
+    ["Name", "", name],
+    ["Requests", "r opt", row => count(row.requests)],
+    ["Input", "r opt", row => tokens(row.input)],
+    ["Cached", "r opt", row => tokens(row.cached)],
+    ["Cost", "r nw", cost],
+  ];
+  const costs = table(null, "Where it went", columns, []);
+  const draw = () => $("tbody", costs).replaceChildren(...tableRows(columns, by[picked.breakdown].slice(0, 8)));
+  const options = [["model", "Model"], ["key", "Key"]];
+  const control = segments("Break down by", "breakdown", options, picked.breakdown, draw);
+  draw();
+  return [div("tb", h2("Where it went"), isAdmin() && control), costs];
+}
+
+function providerLatencies(providers) {
+  const longest = Math.max(1, ...providers.map(each => each.first_ms[1]));
+  const range = ({first_ms}) => {
+    const [from, to] = first_ms.map(ms => ms / longest * 100);
+    return track(to ? [piece("ok soft", from, to - from), piece("ok", Math.min(from, 98), 2)] : null);
+  };
+  const columns = [
+    ["Provider", "nw", each => span("name", stateDot(each), "  " + clip(each.name, 24))],
+    ["State", "nw", each => each.state],
+    ["Range", "", range],
+    ["p50 / p95", "r nw", ({first_ms: [p50, p95]}) => p95 ? `${seconds(p50)} / ${seconds(p95)} s` : span("dim", "-")],
+  ];
+  const latencies = table(null, "Providers in the last hour", columns, providers.slice(0, 8));
+  $("thead", latencies).className = "sr";
+  const failing = providers.find(each => /fail|out/.test(each.state) && each.error);
+  if (!failing) return latencies;
+  const retry = failing.back_s ? ` Tried again in ${failing.back_s} s.` : "";
+  return [latencies, para("note", clip(failing.name + ": " + failing.error.message, 300) + retry)];
+}
+
+// --- keys and accounts ---
+const PERIODS = [["month", "monthly"], ["week", "weekly"], ["day", "daily"], ["total", "never"]];
+const periodText = period => Object.fromEntries(PERIODS)[period];
+const EXPIRIES = [["0", "never"], ["30", "in 30 days"], ["90", "in 90 days"], ["365", "in a year"]];
+const PATTERNS = ["openai/*", "anthropic/*", "google/*", "demo/*"];
+let newKey = null;          // the key just created, which nobody else has
+
+function showKeys(main) {
+  const panel = div();
+  let shown = null;
+  async function load() {
+    if (newKey) newKey.setup ||= await api("setup");
+    return api("keys");
+  }
+  function draw(data) {
+    if (shown !== newKey) swap(panel, newKeyPanel());
+    shown = newKey;
+    return drawKeys(data);
+  }
+  const onsubmit = whenSubmitted(async (wanted, form) => {
+    newKey = {...await api("keys", wanted), wanted};
+    form.reset();
+    await page.refresh();
+    announce(`Key ${newKey.name} created`);
+    $("#copykey")?.focus();
+  });
+  const form = el("form", {class: "mk", novalidate: true, onsubmit},
+    field("Name", "name",
+      {wide: true, placeholder: "ci-runner", autocomplete: "off", spellcheck: "false", required: true}),
+    amount("Budget", "budget", "no limit"),
+    choice("Resets", "period", PERIODS),
+    choice("Models", "models", [["", "all models"], ...PATTERNS.map(each => [each, each])]),
+    choice("Expires", "expires_days", EXPIRIES), submitButton("Create key"));
+  const parts = [pageTop("Keys"), panel, div("grid", card("pad c12", heading("Create a key"), form))];
+  const page = livePage(main, parts, load, draw, 3000);
+  return page;
+}
+
+const requestText = (row, length) =>
+  [clip(row.model, 60) + ", " + clip(row.user_agent, length) + " at ", time(row.started_ms)];
+const WAITING = "Waiting for the first request from Codex…";
+
+function newKeyStep() {
+  const {seen} = newKey;
+  if (!seen) return liveStep(false, WAITING, 'Run: codex "What is 2 + 2?"', "new-key-step");
+  return liveStep(true, "First request received: " + seen.status, requestText(seen, 60), "new-key-step");
+}
+
+function newKeyPanel() {
+  if (!newKey) return [];
+  const {name, token, wanted, setup} = newKey;
+  const {providers, models} = session.counts;
+  const budget = wanted.budget ? `Budget $${clip(wanted.budget, 20)} ${periodText(wanted.period)}` : "No budget";
+  const expiry = wanted.expires_days > 0 ? `Expires in ${wanted.expires_days} days.` : "No expiry.";
+  const stored = () => {
+    newKey = null;
+    view.refresh();
+    $("#main").focus();
+  };
+  return el("div", {class: "card new", role: "region", "aria-labelledby": "new-key"},
+    div("hdr", para("", el("b", {id: "new-key"}, bdi(name), " is ready. Copy the key now."), el("br", {}),
+      "Pomex keeps only its hash, so nobody can show it again."), button("I have stored it", "", stored)),
+    div("two", div("", div("lab", "API key"),
+      div("keyv", el("code", {id: "kv"}, token),
+        copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
+      para("d", `${budget}. Models: ${wanted.models || "all"}. ${expiry}`),
+      el("ol", {class: "steps"},
+        step("done", 1, "Gateway answers on " + location.host, `${providers} providers, ${models} models`),
+        step("", 2, "Paste the block into ~/.codex/config.toml", "Then export POMEX_API_KEY in the same shell"),
+        newKeyStep())), setupTabs(setup.block, token)));
+}
+
+function askToLeave(path) {
+  const leave = () => {
+    newKey = null;
+    dialog.close();
+    location.hash = path;
+  };
+  const dialog = openDialog(`Have you stored the key of ${clip(newKey.name, 64)}?`,
+    para("", "It is not shown again once you leave this page."),
+    div("acts", button("Back to the key", "p", () => dialog.close()), button("I have stored it", "", leave)));
+}
+addEventListener("beforeunload", event => {
+  if (newKey) event.preventDefault();
+});
+
+// The spent part of a key's budget; a budget of 0 is used up.
+const usedPart = key => key.budget_nanos ? key.spent_nanos / key.budget_nanos : 1;
+function keyState(key, now_s) {
+  if (key.revoked_s) return span("tag", "revoked");
+  if (key.expires_s && key.expires_s <= now_s) return span("tag", "expired");
+  const used = key.budget_nanos == null ? 0 : usedPart(key);
+  if (used >= .8) return span("tag " + budgetClass(used), Math.floor(used * 100) + " % used");
+  return key.last_ms ? span("tag ok", "active") : span("tag", "waiting");
+}
+
+function drawKeys({keys, accounts, now_s}) {
+  const active = keys.filter(key => !key.revoked_s).length;
+  $("#nav [data-id=keys] .n").textContent = active;
+  if (!keys.length) $("#f-name").focus();
+  const spent = sum(keys, key => key.month_nanos);
+  return div("grid",
+    card("full c12", heading("All keys", span("", `${active} active, ${usd(spent, 2)} this month`)),
+      keys.length ? table("stack tkeys", "All keys", keyColumns(accounts, now_s), keys)
+        : para("empty", "No keys. Create the first one above.")),
+    card("full c12", heading("Accounts", span("", "who pays: prepaid credit, a monthly limit, or neither"),
+      button("New account", "s", openNewAccount)), table("stack", "Accounts", ACCOUNT_COLUMNS, accounts)));
+}
+
+const rowButton = (text, label, {id, name}, onclick, className = "s g") =>
+  button(text, className, onclick, {"aria-label": `${label} ${name}`, "data-focus": text + id});
+
+function keyColumns(accounts, now_s) {
+  function spent(key) {
+    const budget = key.budget_nanos, total = usd(key.spent_nanos, 2) + " ";
+    if (budget == null) return [total, span("dim", "no budget")];
+    const period = key.period === "total" ? "in all" : periodText(key.period);
+    const limit = `of ${usd(budget, budget % 1e9 ? 2 : 0)} ${period}`;
+    return [div("nw", total, span("dim", limit)), bar(usedPart(key), budgetClass(usedPart(key)))];
+  }
+  return [
+    ["Name", "kn", key => span("name", bdi(key.name, 64))],
+    ["Key", "nw dim kk", key => code(key.hint)],
+    ["Models", "opt wrap", key => key.models ? clip(key.models.split(" ").join(", "), 60) : "all models"],
+    ["Spent", "kp", spent],
+    ["Last used", "nw opt", key => key.last_ms ? duration((Date.now() - key.last_ms) / 1000) + " ago" : "never"],
+    ["State", "ks", key => keyState(key, now_s)],
+    ["Actions", "r nw ka", key => [
+      link("btn s g", "#usage?" + new URLSearchParams({key: key.name}), "Usage",
+        {"aria-label": "Usage of " + key.name}),
+      key.revoked_s ? null : [
+        rowButton("Edit", "Edit key", key, () => openEditKey(key, accounts)),
+        rowButton("Revoke", "Revoke key", key, () => openRevokeKey(key), "s g del")]]],
+  ];
+}
+
+function accountKind({prepaid, limit_nanos, multiplier}) {
+  const unpaid = limit_nanos == null ? "open" : "monthly limit";
+  return (prepaid ? "prepaid" : unpaid) + (multiplier === 1e6 ? "" : " × " + multiplier / 1e6);
+}
+function accountBalance({prepaid, credit_nanos, spent_nanos}) {
+  return prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : span("opt", "-");
+}
+const ACCOUNT_COLUMNS = [
+  ["Name", "", each => span("name", bdi(each.name, 64))],
+  ["Kind", "opt", accountKind],
+  ["This month", "r nw", each => usd(each.month_nanos, 2)],
+  ["Limit", "r nw opt", each => each.limit_nanos == null ? "none" : usd(each.limit_nanos, 2)],
+  ["Balance", "r nw", accountBalance],
+  ["Actions", "r nw ka", each => [
+    rowButton("Add credit", "Add credit to", each, () => openCredit(each)),
+    rowButton("Statement", "Statement of", each, () => openStatement(each))]],
+];
+
+function openEditKey(key, accounts) {
+  const budget = key.budget_nanos == null ? "" : String(key.budget_nanos / 1e9);
+  const limit = (label, name) =>
+    field(label + " (0: no limit)", name, {value: String(key[name]), inputmode: "numeric"});
+  const expiry = key.expires_s ? "on " + day(new Date(key.expires_s * 1000)) : "never (unchanged)";
+  openForm("Edit key " + key.name, [
+    amount("Budget", "budget", "no limit", budget),
+    choice("Resets", "period", PERIODS, {value: key.period}),
+    field("Models (patterns)", "models", {value: key.models.split(" ").join(", "), placeholder: "all models"}),
+    choice("Account", "account", accounts.map(({name}) => [name, name]), {value: key.account}),
+    limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"),
+    limit("Concurrent requests", "concurrent"),
+    choice("Expires", "expires_days", [["keep", expiry], ...EXPIRIES]),
+  ], "Save", async ({expires_days, ...values}) => {
+    await api("keys/" + key.id, expires_days === "keep" ? values : {...values, expires_days});
+    announce(`Key ${key.name} saved`);
+  });
+}
+
+function openRevokeKey(key) {
+  const text = "Its next request is refused. Streams in progress end normally. This cannot be undone.";
+  openForm(`Revoke key ${clip(key.name, 64)}?`, para("", text), "Revoke", async () => {
+    await api(`keys/${key.id}/revoke`, {});
+    announce(`Key ${key.name} revoked`);
+  }, "Keep it");
+}
+
+function openNewAccount() {
+  openForm("New account", [
+    field("Name", "name", {autocomplete: "off"}),
+    choice("Kind", "prepaid", [["", "open, or with a monthly limit"], ["1", "prepaid credit"]]),
+    amount("Monthly limit", "limit", "none"),
+    field("Price multiplier", "multiplier", {inputmode: "decimal", placeholder: "1"}),
+  ], "Create account", values => api("accounts", values));
+}
+
+const accountPath = ({name}) => `accounts/${encodeURIComponent(name)}/`;
+function openCredit(account) {
+  openForm("Add credit to " + account.name, [
+    amount("Amount", "amount"), field("Reason (makes it an adjustment)", "reason"),
+  ], "Add credit", values => api(accountPath(account) + "credit", values));
+}
+
+function openStatement(account) {
+  const body = scrollBox("div", "scroll", "Statement");
+  const now = new Date();
+  const months = Array.from({length: 12}, (_, i) => {
+    const first = new Date(Date.UTC(now.getUTCFullYear(), now.getUTCMonth() - i, 1));
+    const text = first.toLocaleString("en-US", {month: "short", year: "numeric", timeZone: "UTC"});
+    return el("option", {value: first.toISOString().slice(0, 7)}, text);
+  });
+  const columns = [
+    ["Model", "wrap", row => bdi(row.model, 60)],
+    ["Requests", "r", row => row.requests && count(row.requests)],
+    ["Tokens", "r", row => row.requests && tokens(row.input + row.output)],
+    ["USD", "r", row => usd(row.cost_nanos, 2)],
+  ];
+  async function show(month) {
+    try {
+      const {charges, credits, ...sums} = await api(accountPath(account) + "statement?month=" + month);
+      const paid = credits.map(({kind, reason, nanos}) => ({model: kind + " " + reason, cost_nanos: nanos}));
+      const foot = tableRows(columns, [
+        {model: "Balance before", cost_nanos: sums.before_nanos},
+        {model: "Charges", cost_nanos: -sums.spent_nanos},
+        {model: "Balance after", cost_nanos: sums.after_nanos},
+      ]);
+      swap(body, table(null, "Charges by model", columns, [...charges, ...paid], el("tfoot", {}, foot)));
+    } catch (error) {
+      swap(body, errorBox(error));
+    }
+  }
+  const select = el("select", {onchange: () => show(select.value)}, months);
+  const dialog = openDialog(`Statement of ${clip(account.name, 64)}`,
+    el("label", {}, "Month (UTC)", select), para(), body,
+    div("acts", button("Close", "", () => dialog.close())));
+  show(select.value);
+}
+
+// --- the usage log and one request ---
+const TIMES = [
+  ["", "any time"], ["today", "today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"],
+];
+const FILTERS = {
+  time: "Time", result: "Result", text: "ID or error", key: "Key", model: "Model", provider: "Provider",
+  endpoint: "Endpoint", min_cost: "Cost from, USD",
+};
+
+function showUsage(main, query, id) {
+  if (id) {
+    showRequest(main, decodeURIComponent(id));
+    return null;
+  }
+  const exports = span("acts n0"), older = div("acts pad2");
+  let rows = [], typing = 0;
+
+  function params() {
+    const found = new URLSearchParams();
+    for (const name in FILTERS) {
+      const value = query.get(name);
+      if (!value) continue;
+      if (name === "time") found.set("from", value === "today" ? midnight() : Date.now() - parseInt(value) * DAY_MS);
+      else if (name === "min_cost") found.set(name, Math.round(parseFloat(value) * 1e9) || 0);
+      else found.set(name, value);
+    }
+    return found;
+  }
+  function draw(data) {
+    rows = data.rows;
+    exports.replaceChildren(...["csv", "jsonl"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
+      "Export " + format.toUpperCase(), {download: ""})));
+    showOlderButton(data.cursor);
+    const found = rows.length ? requestTable(rows) : noRequests(query);
+    return div("grid", div("card full c12 gap", para("sub pad2", describeTotals(data.sums)), found, older));
+  }
+  function showOlderButton(cursor) {
+    const showOlder = async pressed => {
+      pressed.disabled = true;
+      try {
+        const next = params();
+        next.set("cursor", cursor);
+        const data = await api(`usage?${next}`);
+        rows.push(...data.rows);
+        $("#main tbody").append(...tableRows(REQUEST_COLUMNS, data.rows));
+        showOlderButton(data.cursor);
+        older.firstChild?.focus();
+      } catch (error) {
+        older.append(errorBox(error));
+      }
+    };
+    older.replaceChildren();
+    if (cursor) older.append(button("Show older", "", showOlder));
+  }
+  function setFilter(name, value) {
+    if (value) query.set(name, value);
+    else query.delete(name);
+    history.replaceState(null, "", "#usage" + (query.size ? "?" + query : ""));
+    page.refresh();
+  }
+  const choices = {
+    time: TIMES, result: [["", "any"], ...Object.entries(RESULTS).map(([result, [text]]) => [result, text])],
+  };
+  function filter(name) {
+    const value = query.get(name) || "";
+    if (choices[name]) {
+      const onchange = event => setFilter(name, event.target.value);
+      return choice(FILTERS[name], name, choices[name], {value, onchange});
+    }
+    const oninput = event => {
+      clearTimeout(typing);
+      typing = setTimeout(setFilter, 300, name, event.target.value.trim());
+    };
+    const inputmode = name === "min_cost" ? "decimal" : null;
+    return field(FILTERS[name], name, {value, oninput, inputmode, autocomplete: "off", spellcheck: "false"});
+  }
+  const form = el("form",
+    {class: "mk", role: "search", "aria-label": "Filters", onsubmit: event => event.preventDefault()},
+    Object.keys(FILTERS).filter(name => isAdmin() || name !== "key").map(filter));
+  const parts = [pageTop("Usage log", liveMark(), exports), card("pad", form)];
+  const page = livePage(main, parts, () => api(`usage?${params()}`), draw);
+  // New rows must not replace older ones that the user asked for.
+  return {...page, live: throttle(() => rows.length <= 50 && page.refresh(), 1500)};
+}
+
+function describeTotals(sums) {
+  const {requests, input, cached, output, cost_nanos, unpriced} = sums;
+  return `${count(requests)} requests, ${tokens(input)} in (${pct(cached, input)} cached), ${tokens(output)} out, ` +
+    usd(cost_nanos) + (unpriced ? `; ${count(unpriced)} without a price` : "");
+}
+
+function noRequests(query) {
+  if (!query.size) {
+    const hint = [link(null, "#setup", "Set up Codex"), " to see requests here."];
+    return div("empty", h2("No request yet"), para("", hint));
+  }
+  return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
+    link("btn", "#usage", "Clear filters"));
+}
+
+function showRequest(main, id) {
+  const body = div();
+  main.append(pageTop("Request", link("btn s", "#usage", "Back to the log")), body);
+  fill(body, () => api("usage/" + encodeURIComponent(id)), ({row, trace, lines}) => {
+    const curl = () => curlCommand({model: row.model, input: "…", stream: true});
+    return div("grid",
+      card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace)),
+        div("acts", copyButton("Copy as curl", "s", curl))),
+      card("pad c6", heading("Path"), el("ol", {class: "steps"}, attemptSteps(row, trace)),
+        el("h2", {class: "n2"}, "Time"), ul("rows", phases(row)),
+        para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
+      card("full c12", heading("Tokens and cost", span("",
+        `${tokens(row.input)} in (${tokens(row.cached)} cached, ${tokens(row.cache_write)} written), ` +
+        `${tokens(row.output)} out (${tokens(row.reasoning)} reasoning)`)), costTable(row, lines)));
+  });
+}
+
+function requestFacts(row, trace) {
+  const endings = {gateway: "the gateway, which supplied the terminal event", "": "an error status"};
+  let terminal = row.terminal_by ? "response." + row.status : "none";
+  if (row.status === "cancelled") terminal = "none: the client left";
+  return [
+    ["Time", time(row.started_ms)], ["Model", bdi(row.model, 200)], ["Key", bdi(row.key, 64)],
+    ["Account", bdi(row.account, 64)], ["Endpoint", row.endpoint], ["Client", bdi(row.client || "-", 200)],
+    ["Session", bdi(row.session || "-")], ["Tier", bdi(row.tier || "-")],
+    ["Response id", code(clip(row.response_id, 80))], ["x-request-id", code(clip(row.request_id, 130))],
+    row.upstream_id && ["Upstream id", code(clip(row.upstream_id, 100))],
+    ["Ended by", endings[row.terminal_by] ?? "the upstream's own terminal event"], ["Terminal event", terminal],
+    row.error_code && ["Error", span("", code(clip(row.error_code, 80)), " ", clip(row.error, 600))],
+    trace.dropped.length && ["Dropped", clip(trace.dropped.join(", "), 400)],
+    row.estimated && ["Tokens", "estimated: " + clip(row.estimated, 200)],
+  ];
+}
+
+function attemptSteps(row, {tried, tried_ms}) {
+  const steps = tried.map((text, i) => {
+    const colon = text.indexOf(": ");
+    const after = seconds(tried_ms[i] - (tried_ms[i - 1] || 0));
+    const reason = `${text.slice(colon + 2)}, after ${after} s`;
+    return step("bad", i + 1, clip(text.slice(0, colon), 60), clip(reason, 400));
+  });
+  const failed = row.status === "failed";
+  if (failed && steps.length) return steps;
+  let outcome = failed ? row.error || row.error_code : "answered";
+  if (!failed && !steps.length && row.attempts > 1) outcome += ` at attempt ${row.attempts}`;
+  const name = clip(row.provider || NO_PROVIDER, 60);
+  return [...steps, step(failed ? "bad" : "done", steps.length + 1, name, clip(outcome, 400))];
+}
+
+function phases(row) {
+  const total = Math.max(1, row.total_ms);
+  const ends = [
+    row.answering_ms && [`Before ${row.provider} was called`, row.asked_ms, "k5"],
+    row.answering_ms && ["Until it began to answer", row.answering_ms, "warn"],
+    row.first_ms && ["Until the first output", row.first_ms, "warn"],
+    ["The answer", total, "ok"],
+  ];
+  let start = 0;
+  return ends.filter(Boolean).map(([name, end_ms, barClass]) => {
+    const from = start, length = Math.max(from, end_ms) - from;
+    start += length;
+    return el("li", {}, span("", name), span("", seconds(length) + " s"),
+      track(piece(barClass, from / total * 100, length / total * 100)));
+  });
+}
+
+function costTable(row, lines) {
+  const billed = lines.filter(line => line.parts.length);
+  if (!billed.length) {
+    if (row.price) return para("empty", "No tokens were billed.");
+    if (row.input + row.output === 0) return para("empty", "No tokens were used.");
+    return para("empty", "This model has no price: set one under [prices] in pomex.toml.");
+  }
+  const rate = part => part.what === "web searches" ? `$${part.picos / 1e9} / 1,000` : "$" + part.picos / 1e6;
+  const columns = [
+    ["What", "", part => part.what],
+    ["Provider", "opt", part => clip(part.line.provider, 40) + (part.line === lines.at(-1) ? "" : ", given up")],
+    ["Tokens", "r", part => count(part.count)],
+    ["USD per million", "r ml", rate],
+    ["Cost", "r", part => usd(part.nanos, 6)],
+  ];
+  const factor = row.multiplier === 1e6 ? "" : ` (prices × ${row.multiplier / 1e6})`;
+  return table("stack", "Cost lines", columns, billed.flatMap(line => line.parts.map(part => ({...part, line}))),
+    el("tfoot", {}, tr(td("", "Total" + factor), td("opt"), td("r"), td("r"), td("r", usd(row.cost_nanos, 6)))));
+}
+
+// --- models, providers, audit ---
+function showModels(main) {
+  const body = div();
+  let data = null;
+  const input = el("input", {type: "search", placeholder: "Find a model", "aria-label": "Find a model",
+    oninput: () => swap(body, draw())});
+  function draw() {
+    const wanted = input.value.toLowerCase();
+    const models = data.models.filter(model => model.name.toLowerCase().includes(wanted));
+    const found = models.length ? table("stack", "Models", MODEL_COLUMNS, models.slice(0, 400))
+      : para("empty", "No model of that name.");
+    const any = data.any.join(", ");
+    return [
+      div("grid", card("full c12", heading(models.length + " models",
+        span("", "US dollars per million tokens; prices of " + data.prices_date)), found)),
+      any && para("note ok", `Any other model of ${any} works too, as provider/model-name.`),
+      missingKeys(data.missing),
+    ];
+  }
+  main.append(pageTop("Models", div("", input)), body);
+  fill(body, () => api("models"), answer => {
+    data = answer;
+    return draw();
+  });
+}
+
+function contextSize(n) {
+  if (!n) return "-";
+  return n >= 1e6 ? (n / 1e6).toFixed(n % 1e6 < 5e4 ? 0 : 1) + " M" : Math.round(n / 1e3) + " k";
+}
+
+// Prices are [input, output, cached input] in USD per million tokens.
+const inOut = ([input, output]) => `$${input} in, $${output} out`;
+const priceText = ({price}, i) => price && ((price[i] ?? "-") === "-" ? "-" : "$" + price[i]);
+function modelName(model) {
+  const {name, price, context} = model;
+  const contextText = context ? `, ${contextSize(context)} context` : "";
+  const changes = model.changes.map(change =>
+    div("d", `from ${new Date(change.day * DAY_MS).toISOString().slice(0, 10)}: ${inOut(change.price)}`));
+  return [span("name", bdi(name, 90)), model.description ? div("d", clip(model.description, 90)) : null,
+    price ? div("d only", `${inOut(price)} per million${contextText}`) : null,
+    model.long_over ? div("d", `over ${contextSize(model.long_over)} input: ${inOut(model.long)}`) : null,
+    changes, model.peak > 1 ? div("d", `× ${model.peak} in peak hours`) : null];
+}
+const MODEL_COLUMNS = [
+  ["Name", "", modelName],
+  ["In", "r opt", model => priceText(model, 0)],
+  ["Cached", "r opt", model => priceText(model, 2)],
+  ["Out", "r opt", model => priceText(model, 1)],
+  ["Context / output", "r opt nw", ({context, max_output}) =>
+    contextSize(context) + (max_output ? " / " + contextSize(max_output) : "")],
+  ["Goes to", "opt opt2 dim wrap", model => clip(model.targets.join(" → "), 90)],
+  ["State", "", modelTag],
+  ["Actions", "r nw ka", ({name}) => [
+    copyButton("Copy", "s g", () => name, {"aria-label": "Copy " + name}),
+    link("btn s g", "#playground?model=" + encodeURIComponent(name), "Try", {"aria-label": "Try " + name})]],
+];
+
+function modelTag({state, price, source}) {
+  const tag = (className, title, text) => el("span", {class: "tag " + className, title}, text);
+  if (state in STATES) return tag(STATES[state], state, state);
+  if (state !== "ready") return tag("warn", state, "not usable");
+  return price ? tag("ok", "Price from " + source, "ready") : span("tag warn", "no price set");
+}
+
+function showProviders(main) {
+  const results = {};
+  function action(provider, verb, text) {
+    const {name} = provider;
+    async function run(pressed) {
+      pressed.disabled = true;
+      const path = `providers/${encodeURIComponent(name)}/${verb}`;
+      const result = await api(path, {}).catch(error => ({ok: false, text: error.message}));
+      results[name] = result;
+      announce(`${name}: ${result.text || verb + "d"}`);
+      page.refresh();
+    }
+    return button(text, "s", run, {"aria-label": `${text}: ${name}`, "data-focus": verb + name});
+  }
+  function drawProvider(provider) {
+    const {name, state, back_s, minutes, requests, failed} = provider;
+    const isDisabled = state === "disabled";
+    const result = results[name];
+    return card("pad c6",
+      div("hd", h2(stateDot(provider), "  " + clip(name, 40)),
+        span("tag " + STATES[state], state + (back_s ? `, back in ${back_s} s` : ""))),
+      minuteStrip(minutes, `${requests} requests in the last hour, ${failed} failed`), facts(providerFacts(provider)),
+      isDisabled ? para("note", "No new request goes there until you enable it.") : null,
+      result?.text ? el("p", {class: "note " + (result.ok ? "ok" : "bad"), role: "status"},
+        clip(result.text, 500) + (result.ms ? ` ${result.ms} ms.` : "")) : null,
+      div("acts",
+        link("btn s", "#usage?provider=" + encodeURIComponent(name), "Usage", {"aria-label": "Usage of " + name}),
+        action(provider, "test", "Test now"),
+        isDisabled ? action(provider, "enable", "Enable") : action(provider, "disable", "Disable")));
+  }
+  const draw = ({providers, missing}) => [div("grid", providers.map(drawProvider)), missingKeys(missing)];
+  const page = livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw, 2000);
+  return page;
+}
+
+// A column for each minute of the last hour.
+function minuteStrip(minutes, label) {
+  const highest = Math.max(1, ...minutes.map(([requests]) => requests));
+  const column = (className, minute, n) => {
+    const height = 28 * n / highest;
+    return n ? el("rect", {class: className, x: minute * 4, width: 3, y: 28 - height, height}) : null;
+  };
+  const columns = minutes.map(([requests, failed], minute) =>
+    [column("trk", minute, highest), column("ok", minute, requests), column("bad", minute, failed)]);
+  return el("svg", {class: "strip", viewBox: "0 0 240 28", preserveAspectRatio: "none", role: "img",
+    "aria-label": label}, columns);
+}
+
+function providerFacts(provider) {
+  const {requests, failed, error, key_source} = provider;
+  const latency = ([p50, p95]) => p95 ? `p50 ${seconds(p50)} s, p95 ${seconds(p95)} s` : "-";
+  const good = requests ? ` (${pct(requests - failed, requests)} good)` : "";
+  return [
+    ["Last hour", `${count(requests)} requests, ${count(failed)} failed${good}`],
+    ["In flight", count(provider.open)],
+    ["First token", latency(provider.first_ms)], ["Full response", latency(provider.total_ms)],
+    ["Speaks", provider.wire_api + (provider.base_url ? " at " + clip(provider.base_url, 90) : ", offline")],
+    key_source && ["Key from", clip(key_source, 60)],
+    error && ["Last error", span("", time(error.time_ms), " ", clip(error.message, 500))],
+  ];
+}
+
+function showAudit(main) {
+  const changes = ({before, after}) =>
+    Object.keys(after).map(each => `${each} ${before[each] ?? ""} → ${after[each]}`);
+  const columns = [
+    ["Time", "nw dim", row => time(row.time_ms)],
+    ["Who", "", row => bdi(row.who)],
+    ["What", "", row => [row.action + " ", bdi(row.name)]],
+    ["Change", "wrap", row => clip(changes(row).join(", "), 400)],
+  ];
+  const draw = ({rows}) => card("full", table("stack", "Changes", columns, rows));
+  return livePage(main, [pageTop("Audit")], () => api("audit"), draw);
+}
+
+// --- the playground ---
+const EFFORTS = [["", "model default"], ["low", "low"], ["medium", "medium"], ["high", "high"]];
+
+function showPlayground(main, query) {
+  const output = scrollBox("div", "out", "Answer");
+  const events = el("ol", {class: "ev scroll", tabindex: 0, "aria-label": "Events"});
+  const status = el("p", {class: "sub", role: "status"}, "Nothing sent yet.");
+  const names = el("datalist", {id: "names"});
+  let running = null;
+  const stop = button("Stop", "", () => running?.abort(), {disabled: true});
+
+  function requestBody() {
+    const {model, input, instructions, tools, effort} = formValues(form);
+    const body = {model: model.trim(), input, stream: true};
+    if (instructions.trim()) body.instructions = instructions;
+    if (effort) body.reasoning = {effort};
+    try {
+      if (tools.trim()) body.tools = JSON.parse(tools);
+    } catch (error) {
+      throw fieldError("tools", "The tools must be a JSON list: " + error.message);
+    }
+    return body;
+  }
+  const copies = {
+    curl: curlCommand,
+    Codex: body => `codex -m ${body.model} ${shellQuote(body.input)}`,
+    Python: body => `from openai import OpenAI\nimport os\n
+client = OpenAI(base_url="${location.origin}/v1", api_key=os.environ["POMEX_API_KEY"])
+for event in client.responses.create(**${JSON.stringify(body).replace(/\btrue\b/g, "True")}):
+    print(event)`,
+  };
+  function copyAs(pressed) {
+    try {
+      copy(copies[pressed.textContent](requestBody()), pressed);
+    } catch (error) {
+      announce(error.message);
+    }
+  }
+  async function run(body) {
+    const begun = performance.now();
+    output.replaceChildren();
+    events.replaceChildren();
+    running = new AbortController();
+    stop.disabled = false;
+    status.textContent = "Sent.";
+    let id = "";
+    try {
+      const response = await fetch("/admin/api/playground", {method: "POST", body: JSON.stringify(body),
+        headers: {"content-type": "application/json"}, signal: running.signal});
+      if (!response.ok) {
+        const text = await response.text();
+        status.textContent = "HTTP " + response.status;
+        output.append(clip(text, 4000));
+        return;
+      }
+      for await (const [type, data] of readEvents(response)) {
+        addEvent(performance.now() - begun, type || data, data);
+        if (data === "[DONE]") continue;
+        const event = JSON.parse(data);
+        id = event.response?.id || id;
+        showEvent(type, event, performance.now() - begun);
+      }
+      if (id) setTimeout(showCost, 350, id);
+    } catch (error) {
+      status.textContent = error.name === "AbortError" ? "Stopped." : clip(error.message, 300);
+    } finally {
+      stop.disabled = true;
+      running = null;
+    }
+  }
+  function addEvent(ms, type, data) {
+    if (events.childElementCount >= 600) return;
+    const {sequence_number} = parseJson(data) || {};
+    const shown = el("pre", {class: "code wrap"});
+    const ontoggle = () => {
+      const value = parseJson(data);
+      if (!shown.firstChild) shown.append(clip(value ? JSON.stringify(value, null, 1) : data, 20000));
+    };
+    events.append(el("li", {}, el("details", {ontoggle}, el("summary", {}, span("dim r", Math.round(ms) + " ms"),
+      span("dim r", sequence_number), span("", clip(type, 60))), shown)));
+  }
+  function showEvent(type, event, ms) {
+    if (type === "response.output_text.delta") output.append(event.delta);
+    if (type === "response.function_call_arguments.done") {
+      output.append(`\n[call ${clip(event.name, 60)} ${clip(event.arguments, 2000)}]`);
+    }
+    if (!/^response\.(completed|incomplete|failed)$/.test(type)) return;
+    const {usage, error} = event.response;
+    const used = usage ? `, ${tokens(usage.input_tokens)} in, ${tokens(usage.output_tokens)} out` : "";
+    const problem = error ? ": " + clip(error.message, 400) : "";
+    status.textContent = `${type} after ${seconds(ms)} s${used}${problem}`;
+  }
+  async function showCost(id) {
+    const found = await api("usage/" + id).catch(() => null);
+    if (found) status.append(", ", costOf(found.row), " ", link(null, "#usage/" + id, "Show the request"));
+  }
+
+  const form = el("form", {class: "stackform", onsubmit: whenSubmitted(async () => run(requestBody()))},
+    field("Model", "model",
+      {list: "names", value: query.get("model") || "demo/echo", spellcheck: "false", required: true}), names,
+    field("Input", "input", {rows: 4, required: true, value: "What is 2 + 2?"}, "textarea"),
+    field("Instructions", "instructions", {rows: 2, placeholder: "none"}, "textarea"),
+    field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]", spellcheck: "false"}, "textarea"),
+    choice("Reasoning effort", "effort", EFFORTS),
+    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as",
+      Object.keys(copies).map(name => button(name, "s g", copyAs, {"aria-label": "Copy as " + name})))));
+  main.append(pageTop("Playground"), div("grid", card("pad c5", form), div("c7 gap",
+    card("pad", heading("Answer"), output, status),
+    card("pad", heading("Events", span("", "time, sequence number, type")), events))));
+  api("models").then(({models}) =>
+    names.append(...models.slice(0, 400).map(({name}) => el("option", {value: name})))).catch(() => null);
+}
+
+function parseJson(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
+// Yields [type, data] of each server-sent event.
+async function* readEvents(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const frames = (rest + value).split("\n\n");
+    rest = frames.pop();
+    for (const frame of frames) {
+      let type = "", data = "";
+      for (const line of frame.split("\n")) {
+        if (line.startsWith("event: ")) type = line.slice(7);
+        if (line.startsWith("data: ")) data += line.slice(6);
+      }
+      if (data) yield [type, data];
+    }
+  }
+}
+
+// --- set-up ---
+const CAUSES = {
+  invalid_api_key: "The key was refused", wrong_base_url: "base_url is wrong", use_http_sse: "A WebSocket was tried",
+};
+
+function showSetup(main) {
+  const steps = div(), refused = div();
+  let data = null;
+  function draw(answer) {
+    data = answer;
+    drawChanging();
+    return div("grid", div("card c12 two", div("", heading("Checks"), steps), setupTabs(data.block)),
+      div("card full c12", heading("Refused requests", span("", "newest first")), refused));
+  }
+  function drawChanging() {
+    swap(steps, el("ol", {class: "steps"}, setupSteps(data)));
+    swap(refused, data.refused.length
+      ? table("stack", "Refused requests", REFUSED_COLUMNS, data.refused.slice(0, 25))
+      : para("empty", "None. A wrong key, model or address appears here within a second, with its fix."));
+  }
+  function live(kind, event) {
+    if (!data) return;
+    if (kind === "key") page.refresh();
+    if (kind === "refused") {
+      data.refused.unshift(event);
+      announce(`${CAUSES[event.code] || "Refused"}: ${event.message}`);
+    }
+    if (kind === "started") data.running = event;
+    if (kind === "usage") {
+      data.latest = event;
+      if (event.codex) data.codex = event;
+      if (data.running?.response_id === event.response_id) data.running = null;
+    }
+    if (["refused", "started", "usage"].includes(kind)) drawChanging();
+  }
+  const page = livePage(main, [pageTop("Setup", liveMark())], () => api("setup"), draw);
+  return {...page, live};
+}
+
+function setupSteps({providers, demo, keys, running, codex, latest}) {
+  let provider = step("bad", 2, "No provider is ready", "Set a provider's key.");
+  const demoHint = "demo/echo works offline. For real models set a provider's key.";
+  if (demo) provider = step("done", 2, "The demo is ready", demoHint);
+  if (providers.length) provider = step("done", 2, "Providers are configured", providers.join(", "));
+  const key = keys ? step("done", 3, keys === 1 ? "A key exists" : keys + " keys exist")
+    : step("bad", 3, "No key yet", link(null, "#keys", "Create a key"));
+  return [step("done", 1, "The gateway answers on " + location.host, "This page came from it."), provider, key,
+    ...codexSteps(running, codex, latest)];
+}
+
+function codexSteps(running, codex, latest) {
+  const end = step("", 5, "The stream ends with response.completed");
+  if (running?.codex) return [liveStep(false, "A request from Codex is in flight", requestText(running, 80)), end];
+  if (!codex) {
+    const other = running || latest;
+    const hint = 'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"';
+    return [liveStep(false, WAITING, [hint, other && [" Another client at ", time(other.started_ms)]]), end];
+  }
+  const {status, error} = codex;
+  const ending = status === "cancelled" ? "The client left" : "Its stream ended with response." + status;
+  return [liveStep(true, "A request from Codex was received", requestText(codex, 80)),
+    step(status === "completed" ? "done" : "bad", 5, ending, clip(error, 300))];
+}
+
+const REFUSED_COLUMNS = [
+  ["Time", "nw dim opt", row => time(row.time_ms)],
+  ["Problem and fix", "", row => [div("name", CAUSES[row.code] || "The request was refused"),
+    div("wrap", bdi(row.message, 600)),
+    div("d", row.key ? ["key ", bdi(row.key, 64), ", "] : null, bdi(row.user_agent || "no User-Agent", 100))]],
+  ["Request", "opt wrap", row => div("mono", bdi(row.method + " " + row.path, 80))],
+  ["Status", "r nw", row => span("tag bad", row.status)],
+];
+
+$(".skip").onclick = event => {
+  event.preventDefault();
+  $("#main").focus();
+};
 begin();
 </script></body></html>
-"""     # noqa: E501
+"""
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ def slow_and_error():
         found = frames(ctx)
         return Slowly(found) if ctx.model == "slow" else found
 
-    async def read_slowly(exchange, heard=True):
+    async def read_slowly(exchange):
         if isinstance(exchange.frames, Slowly):
             await asyncio.sleep(0.5)
-        return await read(exchange, heard)
+        return await read(exchange)
 
     with mock.patch.object(pomex, "demo_frames", more), mock.patch.object(pomex.DemoExchange, "read", read_slowly), \
             mock.patch.dict(pomex.DEMO_MODELS, {"slow": "slow", "error": "fails"}):

@@ -243,6 +243,7 @@ async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(
     try:
         _, _, answer = await gateway.ask("POST", path, {"model": "demo/echo"}, {**JSON_TYPE, "authorization": "Bearer sk-rh-a",
                                                                                "user-agent": "codex/1 <b>", **headers})
+        gateway.server.access_log.flush()
     finally:
         pomex.log.removeHandler(handler)
     item, = await gateway.refused()
@@ -529,7 +530,9 @@ targets = ["one:m", "two:m"]
 """
     tiers = pomex.Catalogue(pomex.load_config(text, "pomex.toml", {}), {}).tiers("team/both")
     def left(*names):
-        return [way.provider.name for tier in pomex.in_use(tiers, frozenset(names)) for way in tier]
+        asked = pomex.parse_request(b'{"model": "team/both", "input": "hi"}')
+        order = pomex.order_candidates(tiers, names, asked, pomex.Headers([]), pomex.Envelope(b"secret", "1"))
+        return [each.provider.name for each in order]
     assert left() == ["one", "two"] and left("one") == ["two"] and left("other") == ["one", "two"]
     with pytest.raises(pomex.BadRequest, match="disabled one and two"):
         left("one", "two")

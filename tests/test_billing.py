@@ -336,7 +336,7 @@ def test_sums_follow_their_rows_once_and_attempts_that_were_given_up_are_among_t
     assert run(exported(NOW_MS + 1)) == []
 
 
-def test_what_a_request_truly_cost_takes_the_place_of_a_guess_in_every_sum_and_never_the_other_way_round(ledger):
+def test_what_a_request_truly_cost_takes_the_endpoint_of_a_guess_in_every_sum_and_never_the_other_way_round(ledger):
     key_made(ledger, "k", NOW, budget_nanos=NANO)
     limit, = pomex.limits_of(key_of(ledger, "k"), NOW_MS // pomex.DAY_MS)
     ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit))

@@ -601,7 +601,9 @@ def test_serve_serves_until_it_is_told_to_stop(here):
         assert re.fullmatch(rf"Port {port} is taken by another Pomex {pomex.VERSION}\. Use that one, or: "
                             rf".*pomex\.py --port {int(port) + 1} serve\n", taken.stderr)
         process.send_signal(signal.SIGTERM)
-        assert process.stderr.read().endswith("Stopping: 0 streams open.\nStopped.\n")
+        said = process.stderr.read()
+        assert re.sub(r"[0-9:]{8} 200 -  GET /health\n", "", said) == "Stopping: 0 streams open.\nStopped.\n"
+        assert said.count(" 200 -  GET /health\n") == 2, "no access line is lost at the end"
         assert process.wait(5) == 0
 
 
@@ -651,7 +653,7 @@ def test_a_signal_stops_and_a_second_one_cuts(capsys, streams, ends, signals, co
         loop = asyncio.get_running_loop()
         for number in range(signals):
             loop.call_later(0.02 + 0.05 * number, os.kill, os.getpid(), signal.SIGINT)
-        return await pomex.until_stopped(Draining(streams, ends), pomex.heed_signals(), 30)
+        return await pomex.until_stopped(Draining(streams, ends), pomex.install_signal_handlers(), 30)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -668,14 +670,14 @@ def test_a_log_line_is_plain_or_json(capsys):
         pomex.set_up_logging("plain")
         pomex.log.info("200 laptop demo/echo")
         pomex.set_up_logging("json")
-        pomex.log.info("200 laptop demo/echo", extra={"fields": {"status": 200}})
+        pomex.log.info("both", extra={"lines": [(1.25, "200 laptop demo/echo"), (2.0, "400 laptop demo/echo")]})
     finally:
         pomex.log.handlers[:], pomex.log.level, pomex.log.propagate = before
-    plain, line = capsys.readouterr().err.splitlines()
+    plain, *lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d 200 laptop demo/echo", plain)
-    line = json.loads(line)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
-    assert line == {"level": "info", "message": "200 laptop demo/echo", "status": 200}
+    assert [json.loads(line) for line in lines] == [
+        {"time": "1970-01-01T00:00:01.250Z", "level": "info", "message": "200 laptop demo/echo"},
+        {"time": "1970-01-01T00:00:02.000Z", "level": "info", "message": "400 laptop demo/echo"}]
 
 
 # --- help -----------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def played(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pomex.Ledger, "__enter__", lambda self: self, raising=False)
             patch.setattr(pomex.Ledger, "__exit__", lambda self, *_: self.close(), raising=False)
-            patch.setattr(pomex.Upstream, "distrust", lambda self, origin: None)     # all share an origin: it shall be used again
+            patch.setattr(pomex.ConnectionPool, "disable_reuse", lambda self, origin: None)     # all share an origin: it shall be used again
             results, left, rows, key = asyncio.run(asyncio.wait_for(scenario(), 120))
     finally:
         pomex.log.removeHandler(log)
@@ -260,7 +260,7 @@ def test_an_answer_too_many_never_becomes_the_answer_to_another_request(tmp_path
     wire, streamed = WIRES[PROVIDERS.get(name, ("chat", ""))[0]], name != "whole"
     seen, connections = [], []
     if trusted:
-        monkeypatch.setattr(pomex.Upstream, "distrust", lambda self, origin: None)
+        monkeypatch.setattr(pomex.ConnectionPool, "disable_reuse", lambda self, origin: None)
 
     async def upstream(reader, writer):
         connections.append(writer)

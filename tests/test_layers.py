@@ -1,5 +1,6 @@
 """How pomex.py is built: standard library only, layers that hold, a pure half, and an import that does nothing."""
 import ast
+import asyncio
 import collections
 import os
 import pathlib
@@ -176,6 +177,22 @@ def test_what_was_replaced_is_gone():
     known = set(definitions(TREE.body))
     assert {"Sink", "Sink.text", "Usage.input", "WIRES"} <= known
     assert known & set(GONE) == set()
+
+
+def test_every_connection_is_asyncios_streams():
+    """Two small subclasses of StreamReaderProtocol, and nothing else beneath the streams: DESIGN.md 1."""
+    def below(kind):
+        return {each for child in kind.__subclasses__() for each in (child, *below(child))}
+    ours = {kind for kind in below(asyncio.BaseProtocol) if kind.__module__ == "pomex"}
+    assert ours == {pomex.ClientProtocol, pomex.UpstreamProtocol}
+    assert {base for kind in ours for base in kind.__bases__} == {asyncio.StreamReaderProtocol}
+    used = {node.attr for node in ast.walk(TREE) if isinstance(node, ast.Attribute)}
+    below_streams = {"sock_accept", "sock_recv", "sock_sendall", "sock_connect", "add_reader", "add_writer", "start_tls",
+                     "create_server", "create_connection", "connect_accepted_socket", "open_connection", "start_server"}
+    assert used & below_streams == {"create_server", "create_connection", "connect_accepted_socket", "start_tls"}
+    factories = re.findall(r"(?:create_server|create_connection|connect_accepted_socket)\(lambda: (\w+)\(", TEXT)
+    assert sorted(factories) == ["ClientProtocol", "ClientProtocol", "UpstreamProtocol"]
+    assert re.findall(r"(\S+)\.start_tls\(", TEXT) == ["connection.writer", "self.writer"]
 
 
 def test_a_definition_names_only_things_of_its_own_layer_or_of_those_before_it():

@@ -522,7 +522,7 @@ def rest_until_end(link):
     return data
 
 
-def test_a_reload_replaces_workers_one_after_the_other_and_cuts_no_stream(tmp_path):
+def test_a_reload_reaches_every_worker_and_cuts_no_stream(tmp_path):
     with gateway(tmp_path, workers=2, drain=1) as pomex_:
         first = until(lambda: len(pomex_.workers) == 2 and pomex_.workers)
         streams = [pomex_.stream() for _ in range(6)]
@@ -531,11 +531,11 @@ def test_a_reload_replaces_workers_one_after_the_other_and_cuts_no_stream(tmp_pa
         pomex_.signal(signal.SIGHUP)
         pomex_.says(r"Reloaded pomex\.toml: .*providers")
         until(lambda: pomex_.settings_changed)
-        until(lambda: len(set(pomex_.workers) - set(first)) == 2)
         for head, link in zip(heads, streams):      # longer than drain_timeout_s
             assert b"event: response.completed" in head + rest_until(link, b"[DONE]")
-        until(lambda: len(pomex_.workers) == 2 and not set(pomex_.workers) & set(first))
-        assert b"model_not_found" in rest_until(pomex_.stream("demo/echo"), b"}}")
+        for _ in range(12):                         # whichever worker takes it
+            assert b"model_not_found" in rest_until(pomex_.stream("demo/echo"), b"}}")
+        assert pomex_.workers == first, "the same processes"
         assert len(pomex_.settings_changed) == 1, "once, not once a worker"
         pomex_.signal(signal.SIGTERM)
         assert pomex_.end() == 0
@@ -552,7 +552,7 @@ def test_without_their_parent_workers_end_their_streams_and_go(tmp_path):
         until(lambda: not any(map(alive, workers)))
 
 
-def test_a_worker_that_hangs_is_ended_and_replaced(monkeypatch):
+def test_a_worker_that_hangs_is_killed(monkeypatch):
     """The decision alone, without processes."""
     ended, started = [], []
     monkeypatch.setattr(os, "kill", lambda pid, number: ended.append((pid, number)))
@@ -560,11 +560,11 @@ def test_a_worker_that_hangs_is_ended_and_replaced(monkeypatch):
     parent = pomex.Workers(config, {}, [], None)
     parent.start = started.append
     for pid, heard in ((1, 0.0), (2, 20.0)):
-        parent.workers.append(pomex.Worker(pid, None, 0, 0.0, heard, ready=True))
+        parent.workers.append(pomex.Worker(pid, 0, 0.0, heard, ready=True))
     for now in range(29, 32):
-        parent.watch_over(float(now))
+        parent.kill_hung(float(now))
     assert ended == [(1, signal.SIGKILL)] and not started
-    parent.watch_over(100.0)                    # all stood still: who was to be heard meanwhile?
+    parent.kill_hung(100.0)                    # all stood still: who was to be heard meanwhile?
     assert len(ended) == 1
     parent.selector.close(), parent.signals.close(), parent.wakeup.close()
 
@@ -584,28 +584,6 @@ def test_where_no_process_can_be_made_the_others_go_on(monkeypatch, caplog):
     stop.join()
     assert 2 <= caplog.text.count("no worker can be started: resource temporarily unavailable") <= 5
     assert len(os.listdir("/proc/self/fd")) == open_files and not parent.workers
-    parent.selector.close(), parent.signals.close(), parent.wakeup.close()
-
-
-@pytest.mark.parametrize("generations, left, starts, retires", [
-    ([0, 0], [], 1, []),                # the first new one, beside the old
-    ([0, 0, 1], [], 0, [0]),            # it is ready: the first old one may go
-    ([0, 0, 1], [0], 0, []),            # not before it is gone
-    ([0, 1], [], 1, []),
-    ([0, 1, 1], [], 0, [0]),
-    ([1, 1], [], 0, []),
-    ([1], [], 1, []),                   # one has died
-])
-def test_workers_are_replaced_one_after_the_other(generations, left, starts, retires):
-    parent = pomex.Workers(pomex.load_config("[server]\nworkers = 2", "", {}), {}, [], None)
-    parent.generation = 1
-    began, gone = [], []
-    parent.start = began.append
-    parent.send = lambda worker, order: gone.append((worker.pid, order))
-    for pid, generation in enumerate(generations):
-        parent.workers.append(pomex.Worker(pid, None, generation, 100.0, 100.0, ready=True, left=99.0 * (pid in left)))
-    parent.step(100.0)
-    assert (len(began), gone) == (starts, [(pid, pomex.RETIRE) for pid in retires])
     parent.selector.close(), parent.signals.close(), parent.wakeup.close()
 
 

@@ -1310,7 +1310,7 @@ def test_an_answer_that_is_no_response_is_the_upstreams_error(body):
 
 
 @pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
-def test_an_object_in_the_place_of_a_stream_becomes_a_stream(profile):
+def test_an_object_in_the_endpoint_of_a_stream_becomes_a_stream(profile):
     half = {**RUN, "status": "incomplete", "arguments": '{"a'}
     attempt = pomex.ResponsesPassthrough(answer(profile), seal, pomex.ResponsesDecoder(pomex.ToolMap([])))
     looked = {**RUN, "namespace": "ns", "status": "completed"}

@@ -74,12 +74,12 @@ def test_back_off_grows_and_is_spread(monkeypatch):
 
 ERRORS = {
     **{kind: (pomex.ProviderError("x", kind=kind), kind) for kind in pomex.ERROR_CLASSES},
-    "refused": (pomex.LinkError("x", "connect", False), "unreachable"),
-    "handshake": (pomex.LinkError("x", "tls", False), "unreachable"),
-    "reset": (pomex.LinkError("x", "head", True), "network"),
-    "cut": (pomex.LinkError("x", "body", True), "network"),
-    "slow connect": (pomex.LinkTimeout("x", "connect", False), "timeout"),
-    "stall": (pomex.LinkTimeout("x", "body", True), "timeout"),
+    "refused": (pomex.TransportError("x", "connect", False), "unreachable"),
+    "handshake": (pomex.TransportError("x", "tls", False), "unreachable"),
+    "reset": (pomex.TransportError("x", "head", True), "network"),
+    "cut": (pomex.TransportError("x", "body", True), "network"),
+    "slow connect": (pomex.TransportTimeout("x", "connect", False), "timeout"),
+    "stall": (pomex.TransportTimeout("x", "body", True), "timeout"),
     "garbage": (pomex.UpstreamError("x"), "no_answer"),
     "client": (pomex.BadRequest("x"), "bad_request"),
     "gateway": (pomex.GatewayError("x"), "bad_request"),
@@ -96,27 +96,27 @@ def test_every_failure_has_a_row_in_the_table(name):
 
 def test_a_target_is_left_out_after_enough_failures_and_for_longer_each_time():
     health = pomex.CircuitBreakers()
-    assert [health.failed("a", "overload", None, now) for now in (0.0, 0.1, 0.2)] == [0, 0, 5.0]
+    assert [health.record_failure("a", "overload", None, now) for now in (0.0, 0.1, 0.2)] == [0, 0, 5.0]
     assert health.state("a", 5.1) == "open" and health.state("a", 5.3) == "half-open"
-    assert health.failed("a", "overload", None, 6.0) == 10.0        # the probe failed
-    assert health.failed("a", "overload", None, 7.0) == 0           # one that had been under way
+    assert health.record_failure("a", "overload", None, 6.0) == 10.0        # the probe failed
+    assert health.record_failure("a", "overload", None, 7.0) == 0           # one that had been under way
     for expected in (20.0, 40.0, 60.0, 60.0):
-        assert health.failed("a", "overload", None, health.circuits["a"].until) == expected
-    assert health.succeeded("a") and health.state("a", 1000.0) == "closed"
-    assert not health.succeeded("a")
-    assert health.failed("a", "overload", None, 2000.0) == 0
+        assert health.record_failure("a", "overload", None, health.circuits["a"].until) == expected
+    assert health.record_success("a") and health.state("a", 1000.0) == "closed"
+    assert not health.record_success("a")
+    assert health.record_failure("a", "overload", None, 2000.0) == 0
 
 
 def test_quota_and_credentials_leave_a_target_out_at_once_and_for_long():
     health = pomex.CircuitBreakers()
-    assert health.failed("a", "quota", 1.0, 0.0) == 600.0 and health.failed("b", "auth", None, 0.0) == 600.0
-    assert health.failed("c", "rate_limit", 30.0, 0.0) == 30.0            # it said so
-    assert health.failed("d", "rate_limit", 1.0, 0.0) == 0
+    assert health.record_failure("a", "quota", 1.0, 0.0) == 600.0 and health.record_failure("b", "auth", None, 0.0) == 600.0
+    assert health.record_failure("c", "rate_limit", 30.0, 0.0) == 30.0            # it said so
+    assert health.record_failure("d", "rate_limit", 1.0, 0.0) == 0
 
 
 def test_one_request_probes_while_the_others_stay_away():
     health, now = pomex.CircuitBreakers(), 700.0
-    health.failed("a", "quota", None, 0.0)
+    health.record_failure("a", "quota", None, 0.0)
     probe = health.probe("a", now)
     assert probe is not None and health.state("a", now) == "open" and health.probe("a", now) is None
     probe.probing = False                                           # its client left: somebody else may
@@ -127,10 +127,10 @@ def test_one_request_probes_while_the_others_stay_away():
 def test_where_all_are_left_out_the_one_that_is_back_first_is_asked():
     health, ways = pomex.CircuitBreakers(), [way("a"), way("b"), way("c")]
     for name, fault in (("a", "quota"), ("b", "auth"), ("c", "quota")):
-        health.failed(f"{name}:m", fault, None, {"a": 5.0, "b": 1.0, "c": 8.0}[name])
+        health.record_failure(f"{name}:m", fault, None, {"a": 5.0, "b": 1.0, "c": 8.0}[name])
     assert health.choose(ways, 10.0).id == "b:m"
     assert health.choose([], 10.0) is None
-    health.succeeded("c:m")
+    health.record_success("c:m")
     assert health.choose(ways, 10.0).id == "c:m"
     assert health.degraded(10.0)
     assert [row[:3] for row in health.rows(10.0)] == [("a:m", "open", "quota"), ("b:m", "open", "auth"), ("c:m", "closed", "")]
@@ -159,9 +159,9 @@ def home(conversation, lost=(), items=(), ways=TIER, state=""):
     """Where the gateway sends the next request of a conversation."""
     health = pomex.CircuitBreakers()
     for each in lost:
-        health.failed(f"{each}:m", "quota", None, 0.0)
+        health.record_failure(f"{each}:m", "quota", None, 0.0)
     asked = dataclasses.replace(ASKED, body={"prompt_cache_key": conversation}, input=list(items))
-    order = pomex.order_candidates([ways], asked, pomex.Headers([("x-codex-turn-state", state)] if state else []), ENVELOPE)
+    order = pomex.order_candidates([ways], (), asked, pomex.Headers([("x-codex-turn-state", state)] if state else []), ENVELOPE)
     return health.choose(order, 1.0).provider.name
 
 
@@ -198,10 +198,11 @@ def test_the_turn_state_wins_over_the_newest_envelope_and_that_over_the_hash():
 
 def test_an_earlier_tier_comes_first_but_a_running_conversation_stays_in_the_later():
     envelope, tiers = pomex.Envelope(SECRET, "1"), [[way("a")], [way("b"), way("c")]]
-    orders = {tuple(w.provider.name for w in pomex.order_candidates(tiers, request(prompt_cache_key=str(n)), HEADERS, envelope)) for n in range(20)}
+    orders = {tuple(w.provider.name for w in pomex.order_candidates(tiers, (), request(prompt_cache_key=str(n)), HEADERS,
+                                                                             envelope)) for n in range(20)}
     assert orders == {("a", "b", "c"), ("a", "c", "b")}
     running = request(input=[{"type": "message", "role": "user", "content": "hi"}, sealed(envelope, "c")])
-    assert [w.provider.name for w in pomex.order_candidates(tiers, running, HEADERS, envelope)][0] == "c"
+    assert [w.provider.name for w in pomex.order_candidates(tiers, (), running, HEADERS, envelope)][0] == "c"
 
 
 def test_a_conversation_is_known_by_its_key_its_session_or_its_beginning():
@@ -521,13 +522,13 @@ def test_a_target_that_breaks_every_stream_it_begins_is_left_out(tmp_path):
 
 def test_a_target_that_gives_output_again_is_in_use_and_stays_on_probation():
     health = pomex.CircuitBreakers()
-    health.failed("a", "rate_limit", 10.0, 0.0)
+    health.record_failure("a", "rate_limit", 10.0, 0.0)
     assert health.probe("a", 20.0) is not None and health.state("a", 20.0) == "open"     # others keep away
-    assert health.succeeded("a", whole=False) and not health.succeeded("a", whole=False) and health.state("a", 20.0) == "closed"
-    assert health.failed("a", "network", None, 21.0) == 10.0 and health.state("a", 21.0) == "open"      # at once, and for longer
-    assert health.probe("a", 40.0) is not None and health.succeeded("a", whole=False)
-    assert not health.succeeded("a")            # that it is back was said before
-    assert health.failed("a", "network", None, 41.0) == 0.0 and health.state("a", 41.0) == "closed"
+    assert health.record_success("a", whole=False) and not health.record_success("a", whole=False) and health.state("a", 20.0) == "closed"
+    assert health.record_failure("a", "network", None, 21.0) == 10.0 and health.state("a", 21.0) == "open"      # at once, and for longer
+    assert health.probe("a", 40.0) is not None and health.record_success("a", whole=False)
+    assert not health.record_success("a")            # that it is back was said before
+    assert health.record_failure("a", "network", None, 41.0) == 0.0 and health.state("a", 41.0) == "closed"
 
 
 def test_without_streaming_failover_goes_on_to_the_end(tmp_path):
@@ -786,10 +787,10 @@ def test_what_an_encoder_stumbles_over_blames_no_target_and_praises_none(tmp_pat
 
 def test_a_refusal_of_the_request_itself_shows_that_its_target_answers():
     router, target = pomex.Router(None), way("a")
-    router.record_failure(target, pomex.provider_error(401, pomex.Headers([]), b"", 0.0), 0.0)
-    router.record_failure(target, pomex.BadRequest("our own word"), 1.0)
+    router.on_failure(target, pomex.provider_error(401, pomex.Headers([]), b"", 0.0), 0.0)
+    router.on_failure(target, pomex.BadRequest("our own word"), 1.0)
     assert router.health.state(target.id, 1.0) == "open"
-    router.record_failure(target, pomex.provider_error(400, pomex.Headers([]), b"", 0.0), 1.0)
+    router.on_failure(target, pomex.provider_error(400, pomex.Headers([]), b"", 0.0), 1.0)
     assert router.health.state(target.id, 1.0) != "open"
 
 
@@ -996,10 +997,10 @@ def test_a_provider_that_was_mended_or_taken_away_is_not_held_to_its_past(tmp_pa
         async with gateway(scripted, dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, config):
             await ask()
             assert json.loads((await ask(path="/ready"))[2])["checks"]["targets"] == "degraded"
-            upstream = pomex.Upstream()
+            upstream = pomex.ConnectionPool()
             old = pomex.Gateway(config, pomex.Ledger.open(str(tmp_path / "other.db")), upstream, {})
             for id in ("a:m", "a#1234abcd:m", "b:m"):
-                old.router.health.failed(id, "auth", None, 0.0)
+                old.router.health.record_failure(id, "auth", None, 0.0)
             providers = {**config.providers, "a": pomex.dataclasses.replace(config.providers["a"], api_key="mended")}
             new = pomex.Gateway(pomex.dataclasses.replace(config, providers=providers), old.ledger, upstream, {}, old)
             assert list(new.router.health.circuits) == ["b:m"]
@@ -1012,7 +1013,7 @@ def test_a_provider_that_was_mended_or_taken_away_is_not_held_to_its_past(tmp_pa
 def test_when_the_gateway_has_no_more_files_no_target_is_to_blame(tmp_path, monkeypatch):
     async def no_room(*_):
         raise OSError(errno.EMFILE, "")
-    monkeypatch.setattr(pomex, "connect_to", no_room)
+    monkeypatch.setattr(pomex, "open_connection", no_room)
 
     async def main():
         async with gateway(Scripted(a=b"", b=b""), dict.fromkeys("ab", "chat"), tmp_path) as (ask, _, _):

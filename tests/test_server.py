@@ -233,7 +233,7 @@ def test_the_head_goes_out_with_the_first_piece_and_the_end_with_the_last():
         writes = []
         async with serving() as (server, handler):
             async def stream(client):
-                transport = client.connection.transport
+                transport = client.connection.writer.transport
                 write = transport.write
                 transport.write = lambda data: (writes.append(bytes(data)), write(data))
                 await Handler.stream(handler, client)
@@ -284,7 +284,7 @@ def test_pipelined_bytes_are_bounded_while_a_handler_runs():
                 await until(lambda: handler.running)
                 await asyncio.sleep(0.05)
                 connection, = server.connections
-                assert pomex.PIPELINE_BYTES < connection.unread <= 3 * pomex.PIPELINE_BYTES
+                assert pomex.PIPELINE_BYTES < connection.protocol.unread <= 4 * pomex.PIPELINE_BYTES
                 writer.transport.abort()
             connection.task.cancel()        # the end of the client stands behind bytes that were not read
     run(main)
@@ -516,8 +516,8 @@ def test_where_a_heartbeat_finds_that_the_client_takes_nothing_the_handler_ends_
         async with serving(write_timeout_s=0.1) as (server, handler):
             async def waits(client):            # for its provider, while another task says that it lives
                 await client.start(200, [])
-                client.connection.transport.set_write_buffer_limits(high=0)
-                client.connection.transport.write(bytes(2 * 10**7))
+                client.connection.writer.transport.set_write_buffer_limits(high=0)
+                client.connection.writer.transport.write(bytes(2 * 10**7))
                 beat = asyncio.ensure_future(client.write(b": alive\n\n"))
                 try:
                     await asyncio.sleep(60)
@@ -567,7 +567,7 @@ def test_an_answer_that_is_never_taken_does_not_keep_the_socket():
         async with serving(write_timeout_s=0.1) as (server, handler):
             async def big(client):
                 client.keep = False
-                client.connection.transport.set_write_buffer_limits(high=10**8)
+                client.connection.writer.transport.set_write_buffer_limits(high=10**8)
                 await client.answer(200, [], bytes(2 * 10**7))
             handler.big = big
             async with connected(server, limit=1024) as (reader, writer):
@@ -725,25 +725,31 @@ def test_bodies_under_way_have_a_budget_that_is_asked_before_they_are_read(shape
     run(main)
 
 
-def test_without_files_left_it_is_said_once_a_second_and_taken_up_again(caplog):
+class WithoutFiles(socket.socket):
+    """A listening socket of a process that may open no more files, twice."""
+    tries = 0
+
+    def accept(self):
+        WithoutFiles.tries += 1
+        if WithoutFiles.tries < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_without_files_left_it_is_said_and_taken_up_again(caplog, monkeypatch):
     caplog.set_level(logging.ERROR)
+    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.1)
+    monkeypatch.setattr(WithoutFiles, "tries", 0)
 
     async def main():
-        async with serving() as (server, _):
-            loop, tries = asyncio.get_running_loop(), []
-            take = loop.sock_accept
-
-            async def short(listening):
-                tries.append(listening)
-                if len(tries) < 3:
-                    raise OSError(errno.EMFILE, "Too many open files")
-                return await take(listening)
-            loop.sock_accept = short
-            assert (await exchange(server, GET))[0][0] == 200       # by the call that was under way
-            async with connected(server) as (reader, writer):
-                writer.write(GET)
-                assert (await answer(reader))[0] == 200
-            assert len(tries) < 6 and caplog.text.count("no connection can be taken: too many open files") == 2
+        asyncio.get_running_loop().set_exception_handler(pomex.log_loop_error)
+        given, handler = WithoutFiles(), Handler()
+        given.bind(("127.0.0.1", 0))
+        server = pomex.Server(handler, pomex.ServerConfig(**LIMITS), handler.access)
+        await server.start([given])
+        assert (await exchange(server, GET))[0][0] == 200 and WithoutFiles.tries >= 3
+        assert caplog.text.count("socket.accept() out of system resource: too many open files") == 2
+        await server.drain(0)
     run(main)
 
 
@@ -867,8 +873,8 @@ def test_a_taken_port_is_an_error_and_a_given_socket_is_used():
     run(main)
 
 
-def nodelay(wire):
-    return wire.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+def nodelay(connection):
+    return connection.writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def handed(host, family):
@@ -901,18 +907,18 @@ def test_no_token_waits_for_an_acknowledgement(name, tls, request):
             for _ in range(2):          # the second on the connection that was kept
                 writer.write(GET)
                 assert (await answer(reader))[0] == 200
-                assert [nodelay(wire) != 0 for wire in server.connections] == [True]
+                assert [nodelay(each) != 0 for each in server.connections] == [True]
         await server.drain(0)
     run(main)
 
 
-def test_a_wire_may_be_a_socket_without_the_option():
+def test_a_stream_may_run_on_a_socket_without_the_option():
     async def main():
         ours, theirs = socket.socketpair()
-        transport, wire = await asyncio.get_running_loop().create_connection(pomex.UpstreamConnection, sock=ours)
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: pomex.UpstreamProtocol(reader), sock=ours)
         theirs.sendall(b"hello")
-        await until(lambda: wire.pieces)
-        assert wire.pieces == [b"hello"]
+        assert await reader.readexactly(5) == b"hello"
         transport.abort()
         theirs.close()
     run(main)

@@ -108,7 +108,7 @@ def sockets():
 
 @contextlib.asynccontextmanager
 async def upstream_of(environ=None):
-    upstream = pomex.Upstream(environ or {})
+    upstream = pomex.ConnectionPool(environ or {})
     try:
         yield upstream
     finally:
@@ -136,7 +136,7 @@ def test_a_nameserver_that_is_silent_holds_nobody_elses_names_and_not_the_end(mo
             to = provider(server.port, host="dead.example", connect_timeout_s=0.1)
             begun = time.monotonic()
             failed = await asyncio.gather(*(ask(upstream, to) for _ in range(40)), return_exceptions=True)
-            assert {type(error) for error in failed} == {pomex.LinkTimeout} and len(upstream.lookups) == 1
+            assert {type(error) for error in failed} == {pomex.TransportTimeout} and len(upstream.lookups) == 1
             assert await ask(upstream, provider(server.port, host="well.example")) == (200, b"hello")
             assert time.monotonic() - begun < 1.5
     begun = time.monotonic()
@@ -150,7 +150,7 @@ def test_of_several_addresses_the_first_that_answers_is_taken(monkeypatch):
     async def main():
         async with Scripted(says(ANSWER)) as server, upstream_of() as upstream:
             assert await ask(upstream, provider(server.port, host="some.example")) == (200, b"hello")
-            with pytest.raises(pomex.LinkError, match="the name cannot be resolved"):
+            with pytest.raises(pomex.TransportError, match="the name cannot be resolved"):
                 await ask(upstream, provider(server.port, host="missing.example"))
             assert not upstream.lookups
     run(main)
@@ -159,14 +159,14 @@ def test_of_several_addresses_the_first_that_answers_is_taken(monkeypatch):
 def test_an_address_that_is_silent_gives_way_to_the_next():
     async def main():
         async with Scripted(says(ANSWER)) as server:
-            real = pomex.connect_to
+            real = pomex.open_connection
 
             async def connect_to(address, port):
                 await asyncio.sleep(60 if address == "127.0.0.7" else 0.3 if address == "127.0.0.8" else 0)
                 return await real("127.0.0.1", port)
             with pytest.MonkeyPatch.context() as patch:
                 names(patch, some_example=["127.0.0.7", "127.0.0.8", "127.0.0.9"])
-                patch.setattr(pomex, "connect_to", connect_to)
+                patch.setattr(pomex, "open_connection", connect_to)
                 async with upstream_of() as upstream:
                     begun = time.monotonic()
                     assert await ask(upstream, provider(server.port, host="some.example")) == (200, b"hello")
@@ -223,7 +223,7 @@ def test_a_compressed_bomb_is_read_in_bounded_pieces():
         async with Scripted(says(answer)) as server, upstream_of() as upstream:
             exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
             assert 0 < len(await exchange.read()) <= 17 * 2**20
-            with pytest.raises(pomex.LinkError, match="longer than 1000"):
+            with pytest.raises(pomex.TransportError, match="longer than 1000"):
                 await exchange.read_all(1000)
             await exchange.close()
     run(main)
@@ -239,13 +239,18 @@ def test_a_long_error_answer_is_cut_and_a_long_good_one_refused():
             await exchange.close()
         async with Scripted(says(b"HTTP/1.1 200 OK\r\n" + long)) as server, upstream_of() as upstream:
             exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
-            with pytest.raises(pomex.LinkError, match="longer than 100 bytes"):
+            with pytest.raises(pomex.TransportError, match="longer than 100 bytes"):
                 await exchange.read_all(100)
             await exchange.close()
     run(main)
 
 
-def test_a_reader_that_pauses_holds_the_provider_back():
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_a_reader_that_pauses_holds_the_provider_back(tls, request):
+    folder = request.getfixturevalue("certificates") if tls else None
+    options = {"ssl": server_context(folder)} if tls else {}
+    to = {"scheme": "https", "host": "localhost", "ca_file": str(folder / "ca.pem")} if tls else {}
+
     async def script(self, reader, writer, n):
         await self.request(reader)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 90000000\r\n\r\n")
@@ -256,15 +261,116 @@ def test_a_reader_that_pauses_holds_the_provider_back():
             self.sent += 1000000
 
     async def main():
-        async with Scripted(script) as server, upstream_of() as upstream:
-            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+        async with Scripted(script, **options) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port, **to), "GET", "/", [], b"")
             await asyncio.sleep(0.1)
-            assert exchange.wire.held <= 2 * pomex.READ_BYTES and server.sent < 60000000
+            assert exchange.connection.protocol.unread <= 2 * pomex.READ_BYTES and server.sent < 60000000
             size = 0
             while data := await exchange.read():
                 size += len(data)
             assert size == 90000000
             await exchange.close()
+    run(main)
+
+
+def chunks(*pieces):
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+def pumped(steps, ending=b"0\r\n\r\n"):
+    """A script: a head, then the steps in turn (bytes, or seconds to wait), then `ending`."""
+    async def script(self, reader, writer, n):
+        await self.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for step in steps:
+            await asyncio.sleep(step) if isinstance(step, float) else writer.write(step)
+        writer.write(ending)
+        await reader.read()
+    return script
+
+
+PAUSED = [piece for number in range(9) for piece in (chunks(b"%d" % number), 0.02)]
+PUMPS = {       # steps -> pieces that take() says no to, how many pieces read() has to give
+    "one by one": (PAUSED, (), 1), "stopped once": (PAUSED, (b"4",), 2), "stopped each time": (PAUSED, [b"%d" % n for n in range(9)], 5),
+    "all at once": ([0.05, chunks(*[b"%d" % number for number in range(9)])], (), 1),
+    "cut anywhere": ([each for byte in chunks(b"01", b"2345678") for each in (bytes([byte]), 0.003)], (), 1),
+}
+
+
+@pytest.mark.parametrize("name", PUMPS)
+def test_a_pump_gives_what_arrives_without_waking_the_task(name):
+    steps, refused, expected_reads = PUMPS[name]
+
+    async def main():
+        async with Scripted(pumped(steps)) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+            taken, reads = [], 0
+
+            def take(piece):
+                taken.append(piece)
+                exchange.heard = True
+                return piece not in refused
+            while data := await exchange.read():
+                taken.append(data)
+                reads += 1
+                await exchange.pump(take)
+            assert b"".join(taken) == b"012345678" and reads == expected_reads
+            await exchange.close()
+            assert sum(map(len, upstream.idle.values())) == 1, "the connection is kept"
+    run(main)
+
+
+def test_a_pump_leaves_large_reads_to_the_task():
+    async def main():
+        big = bytes(300000)
+        async with Scripted(pumped([chunks(b"a"), 0.05, chunks(big), 0.05, chunks(b"b")])) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+            pumped_sizes, read_sizes = [], []
+            while data := await exchange.read():
+                read_sizes.append(len(data))
+                await exchange.pump(lambda piece: pumped_sizes.append(len(piece)) or True)
+            assert sum(read_sizes) + sum(pumped_sizes) == 300002 and max(read_sizes) > max(pumped_sizes, default=0)
+            assert max(pumped_sizes, default=0) <= pomex.PUMPED_BYTES
+            await exchange.close()
+    run(main)
+
+
+ENDS = {    # steps, ending, heard -> the limit or the words of the failure
+    "cut": (PAUSED[:4], b"", True, "took longer than idle_timeout_s = 0.3 s while reading the answer"),
+    "pings": ([each for _ in range(40) for each in (chunks(b": ping"), 0.02)], b"", False, "idle_timeout_s = 0.3 s"),
+    "output for too long": ([each for _ in range(60) for each in (chunks(b"x"), 0.02)], b"", True, "total_timeout_s = 0.6 s"),
+    "no chunk": (PAUSED[:4], b"this is no chunk\r\n", True, "The line before a chunk is malformed"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_pump_that_is_stopped_says_why_in_read(name):
+    steps, ending, heard, words = ENDS[name]
+
+    async def main():
+        async with Scripted(pumped(steps, ending)) as server, upstream_of() as upstream:
+            to = provider(server.port, idle_timeout_s=0.3, total_timeout_s=0.6)
+            exchange = await upstream.exchange(to, "GET", "/", [], b"")
+
+            def take(piece):
+                exchange.heard = heard
+                return True
+            with pytest.raises(pomex.TransportError, match=re.escape(words)):
+                while await exchange.read():
+                    exchange.heard = heard
+                    await exchange.pump(take)
+            await exchange.close()
+    run(main)
+
+
+def test_what_take_raises_comes_up_in_the_task():
+    async def main():
+        async with Scripted(pumped(PAUSED)) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port), "GET", "/", [], b"")
+            await exchange.read()
+            with pytest.raises(ZeroDivisionError):
+                await exchange.pump(lambda piece: 1 // 0)
+            await exchange.close(reusable=False)
     run(main)
 
 
@@ -281,7 +387,7 @@ def test_a_connection_is_used_again():
 
 def options_of(upstream):
     """TCP_NODELAY of every connection that is kept."""
-    kept = [wire.transport.get_extra_info("socket") for wires in upstream.idle.values() for wire in wires]
+    kept = [each.writer.get_extra_info("socket") for idle in upstream.idle.values() for each in idle]
     return [made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0 for made in kept]
 
 
@@ -368,11 +474,11 @@ def test_nothing_is_sent_twice_after_a_byte_of_answer_or_on_a_new_connection():
     async def main():
         async with Scripted(script) as server, upstream_of() as upstream:
             await ask(upstream, provider(server.port))
-            with pytest.raises(pomex.LinkError) as caught:
+            with pytest.raises(pomex.TransportError) as caught:
                 await ask(upstream, provider(server.port))
             assert (caught.value.phase, caught.value.sent, len(server.requests)) == ("head", True, 2)
         async with Scripted(says(b"", close=True)) as server, upstream_of() as upstream:
-            with pytest.raises(pomex.LinkError):
+            with pytest.raises(pomex.TransportError):
                 await ask(upstream, provider(server.port))
             assert server.connections == 1
     run(main)
@@ -423,7 +529,7 @@ def test_every_fault_of_a_provider_is_named_with_its_phase(name):
 
     async def main():
         async with Scripted(says(answer, close=True)) as server, upstream_of() as upstream:
-            with pytest.raises(pomex.LinkError) as caught:
+            with pytest.raises(pomex.TransportError) as caught:
                 await ask(upstream, provider(server.port), headers=[("authorization", "Bearer sk-secret")])
             error = caught.value
             assert words in str(error) and f"acme (127.0.0.1:{server.port})" in str(error)
@@ -444,7 +550,7 @@ def test_a_reset_is_an_error_and_closes_the_socket():
 
     async def main():
         async with Scripted(script) as server, upstream_of() as upstream:
-            with pytest.raises(pomex.LinkError, match="reading the answer: connection reset by peer"):
+            with pytest.raises(pomex.TransportError, match="reading the answer: connection reset by peer"):
                 await ask(upstream, provider(server.port))
     run(main)
 
@@ -455,10 +561,10 @@ def test_a_refused_connection_and_an_unknown_name_say_that_nothing_was_sent():
             with socket.socket() as unused:
                 unused.bind(("127.0.0.1", 0))
                 port = unused.getsockname()[1]
-                with pytest.raises(pomex.LinkError, match="while connecting: connection refused") as caught:
+                with pytest.raises(pomex.TransportError, match="while connecting: connection refused") as caught:
                     await ask(upstream, provider(port))
                 assert (caught.value.phase, caught.value.sent) == ("connect", False)
-            with pytest.raises(pomex.LinkError, match="cannot be resolved") as caught:
+            with pytest.raises(pomex.TransportError, match="cannot be resolved") as caught:
                 await ask(upstream, provider(80, host="nowhere.invalid", connect_timeout_s=5.0))
     run(main)
 
@@ -479,7 +585,7 @@ def test_a_silent_provider_runs_into_the_limit_that_is_named(name):
             with pytest.raises(pomex.UpstreamTimeout, match=f"longer than {limit} = 0.05 s") as caught:
                 await ask(upstream, provider(server.port, **{limit: 0.05}))
             assert 0.04 < time.monotonic() - begun < 0.5
-            assert isinstance(caught.value, pomex.LinkTimeout) and caught.value.status == 504 and caught.value.sent
+            assert isinstance(caught.value, pomex.TransportTimeout) and caught.value.status == 504 and caught.value.sent
             await until(lambda: server.open == 0)
     run(main)
 
@@ -605,10 +711,10 @@ def test_tls_is_always_verified(certificates):
         async with Scripted(says(ANSWER), ssl=server_context(certificates)) as server, upstream_of() as upstream:
             for to, words in ((provider(server.port, "https", "localhost"), "certificate|issuer"),
                               (provider(server.port, "https", ca_file=str(certificates / "ca.pem")), "IP address mismatch")):
-                with pytest.raises(pomex.LinkError, match=words) as caught:
+                with pytest.raises(pomex.TransportError, match=words) as caught:
                     await ask(upstream, to)
                 assert (caught.value.phase, caught.value.sent) == ("tls", False) and not server.requests
-            with pytest.raises(pomex.LinkError, match="no such file") as caught:
+            with pytest.raises(pomex.TransportError, match="no such file") as caught:
                 await ask(upstream, provider(server.port, "https", "localhost", ca_file=str(certificates / "none.pem")))
             assert str(certificates) not in str(caught.value)
     run(main)
@@ -634,7 +740,7 @@ def test_a_provider_without_tls_fails_in_the_handshake():
 
     async def main():
         async with Scripted(script) as server, upstream_of() as upstream:
-            with pytest.raises(pomex.LinkError) as caught:
+            with pytest.raises(pomex.TransportError) as caught:
                 await ask(upstream, provider(server.port, "https"))
             assert caught.value.phase == "tls"
     run(main)
@@ -667,7 +773,7 @@ def test_more_of_curls_rules(environ, proxy):
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "[::1]"])
 def test_loopback_never_goes_through_a_proxy(host):
     to = provider(80, host=host, proxy="http://p:1")
-    assert pomex.place_of(to, {"http_proxy": "http://p:1"}).origin.proxy == ""
+    assert pomex.endpoint_of(to, {"http_proxy": "http://p:1"}).origin.proxy == ""
 
 
 def test_plain_http_goes_to_the_proxy_in_absolute_form():
@@ -713,7 +819,7 @@ def test_a_proxy_that_gives_no_tunnel_is_named(answer, words):
     async def main():
         async with Scripted(says(answer, close=True)) as proxy, upstream_of() as upstream:
             to = provider(443, "https", "provider.example", proxy=f"http://me:pw@127.0.0.1:{proxy.port}")
-            with pytest.raises(pomex.LinkError, match=words) as caught:
+            with pytest.raises(pomex.TransportError, match=words) as caught:
                 await ask(upstream, to)
             assert (caught.value.phase, caught.value.sent) == ("connect", False) and "pw" not in str(caught.value)
     run(main)
@@ -722,6 +828,6 @@ def test_a_proxy_that_gives_no_tunnel_is_named(answer, words):
 def test_other_kinds_of_proxy_are_refused():
     async def main():
         async with upstream_of({"https_proxy": "socks5://p:1"}) as upstream:
-            with pytest.raises(pomex.LinkError, match="only proxies like http://host:port"):
+            with pytest.raises(pomex.TransportError, match="only proxies like http://host:port"):
                 await ask(upstream, provider(443, "https", "provider.example", proxy="env"))
     run(main)

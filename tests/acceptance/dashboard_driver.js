@@ -68,7 +68,7 @@ function call(method, path, body, headers = {}) {
     await page.waitForSelector("text=First request received: completed", { timeout: 4000 }); });
   await check("a wrong budget is told at its field", async () => { await page.click("text=I have stored it"); await page.fill("input[name=name]", "other");
     await page.fill("input[name=budget]", "many"); await page.keyboard.press("Enter"); await page.waitForSelector("#f-budget[aria-invalid]");
-    return (await page.textContent("#f-budget-e")).includes("amount"); });
+    return (await page.textContent("#f-budget-error")).includes("amount"); });
   await check("a name that is taken is told at its field", async () => { await page.fill("input[name=name]", "walker"); await page.fill("input[name=budget]", "");
     await page.keyboard.press("Enter"); await page.waitForSelector("#f-name[aria-invalid]"); });
   await check("edit keeps what is not touched", async () => { await page.click("[aria-label='Edit key walker']"); await page.fill("dialog input[name=rpm]", "7");

@@ -121,7 +121,7 @@ async function pictures(page) {
   await picture("overview", 1160);
   await page.click(".feed >> text=team/coder"); await page.waitForSelector("text=Tokens and cost");
   const path = await page.textContent("#main");
-  must(/529 overloaded, after 0\.\d+ s.*openaiDone. answered.*Before openai was asked/.test(path) && path.includes("Upstream idreq_8f0c2a4e"), path);
+  must(/529 overloaded, after 0\.\d+ s.*openaiDone. answered.*Before openai was called/.test(path) && path.includes("Upstream idreq_8f0c2a4e"), path);
   await picture("request", 900);
   await page.click("#nav >> text=Keys");
   await page.fill("input[name=name]", "laptop-ana"); await page.fill("input[name=budget]", "50"); await page.click("text=/^Create key$/");

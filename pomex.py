@@ -14643,8 +14643,6 @@ SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", 
                  "7d|DATE", more={"default": "7d"})
 MODEL = Argument("model", Field(meaning="a name that `models` lists"))
 SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
-SUBCOMMANDS = {"keys": "create, change, list and revoke API keys", "accounts": "create and list accounts, and give them credit",
-               "prices": "what tokens cost", "ledger": "check and export the ledger"}
 COMMANDS = {
     "Run the gateway": {
         "serve": Command(run_serve, "run the gateway", "serve --port 8080", [server_flag("log_format"), flag(
@@ -14772,10 +14770,9 @@ def command_parser() -> CommandParser:
     for name, each in itertools.chain.from_iterable(commands.items() for commands in COMMANDS.values()):
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            above = groups[""].add_parser(group, description=SUBCOMMANDS[group])
-            groups[group] = above.add_subparsers(metavar="COMMAND", required=True)
-        example = f"example: {command(each.example)}"
-        added = groups[group].add_parser(last, description=each.help, epilog=example, parents=[where])
+            groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
+        about = {"help": each.help, "description": each.help, "epilog": f"example: {command(each.example)}"}
+        added = groups[group].add_parser(last, **about, parents=[where])
         added.set_defaults(command=each, parser=added)
         add_fields(added, each.fields)
     return parser

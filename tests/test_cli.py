@@ -694,6 +694,10 @@ def test_the_help_shows_every_command_in_its_group(capsys):
         assert [line.split("  ")[1] for line in shown.splitlines()] == [*members] and all(each.help in shown for each in members.values())
     assert pomex.main(["help"]) == 0 and capsys.readouterr().out == out
     assert pomex.main([]) == 2 and capsys.readouterr() == ("", out)
+    assert pomex.main(["help", "keys"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} +{re.escape(commands()[f'keys {name}'].help)}$", shown, re.MULTILINE)
+               for name in ("create", "edit", "revoke", "list"))
 
 
 @pytest.mark.parametrize("name", commands())

@@ -14771,8 +14771,8 @@ def command_parser() -> CommandParser:
         group, _, last = name.rpartition(" ")
         if group not in groups:
             groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
-        about = {"help": each.help, "description": each.help, "epilog": f"example: {command(each.example)}"}
-        added = groups[group].add_parser(last, **about, parents=[where])
+        example = f"example: {command(each.example)}"
+        added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
         added.set_defaults(command=each, parser=added)
         add_fields(added, each.fields)
     return parser

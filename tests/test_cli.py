@@ -798,10 +798,12 @@ def test_status_says_how_the_gateway_is_wherever_it_listens(up, here):
     for _ in range(5):
         typed("ask", "hi", "-m", "openai/gpt-6-sol")
     found = json.loads(typed("status", "--json").stdout)
+    left_out = "(circuit open|about to be tried again)"         # it opens for seconds
+    assert re.fullmatch(left_out, found["providers"].pop("openai"))
     assert found == {"url": url, "version": pomex.VERSION, "status": "ready", "database": "ok", "open_requests": 0, "requests_today": 6,
                      "checks": {"ledger": "ok", "providers": "ok", "accepting": "ok", "targets": "degraded"}, "spent_today_usd": "0.0000", "disabled_providers": "",
-                     "providers": {"openai": "circuit open", "demo": "ready"}}
-    assert re.search(r"^  openai +circuit open$", typed("status").stdout, re.MULTILINE)
+                     "providers": {"demo": "ready"}}
+    assert re.search(rf"^  openai +{left_out}$", typed("status").stdout, re.MULTILINE)
     process.kill()
     process.wait()
     done = run("status")

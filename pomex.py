@@ -7884,7 +7884,6 @@ class Limit(NamedTuple):
     since_day: int = 0      # of a meter: it counts what was spent since then
 
 
-
 @dataclass(eq=False)
 class LimitExceeded(Exception):
     """A limit has no room for what was asked."""
@@ -8805,10 +8804,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
     return gone
 
 
-async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
-    """A page of the audit log, newest first."""
-    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE id < ? AND time_ms >= ? "
-                         "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
+async def audit_rows(db: Database, limit: int = 500, since_ms: int = 0) -> list[JSON]:
+    """The audit log, newest first."""
+    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE time_ms >= ? "
+                         "ORDER BY id DESC LIMIT ?", since_ms, limit)
     return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(row[5]),
              "after": json.loads(row[6])} for row in rows]
 
@@ -10212,8 +10211,6 @@ BUCKETS_S: dict[str, Sequence[float]] = {
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, help, labels
     "pomex_build_info": ("gauge", "the version of pomex.py", ("version",)),
     "pomex_streams_open": ("gauge", "requests in flight", ()),
-    "process_start_time_seconds": ("gauge", "when the process started", ("worker",)),
-    "process_cpu_seconds_total": ("counter", "CPU time of the process", ("worker",)),
     "pomex_requests_total": ("counter", "requests sent to a provider", ("endpoint", "model", "provider", "outcome")),
     "pomex_tokens_total": ("counter", "tokens billed", ("model", "provider", "kind")),
     "pomex_cost_usd_total": ("counter", "cost of the tokens", ("model", "provider")),
@@ -10226,20 +10223,16 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
-OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, or says nothing of how it went
-    *(fault.code for fault in ERROR_CLASSES.values()), "server_is_overloaded", "upstream_unavailable", "client_gone",
-    "interrupted", "price_unknown"))
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
 def count_request(counters: collections.Counter[tuple[str, ...]], known_models: Collection[str],
                   rows: Sequence[UsageRow]) -> None:
-    """Counts a settled request. Other models than the known ones count as "other": a client cannot make new series."""
+    """Counts a settled request. Unknown models count as "other": a client cannot create series."""
     row = rows[-1]
     model = row.model if row.model in known_models else "other"
-    outcome = row.error_code if row.error_code in OUTCOMES else row.status
-    counters["pomex_requests_total", row.endpoint, model, row.provider, outcome] += 1
+    counters["pomex_requests_total", row.endpoint, model, row.provider, row.result] += 1
     for each in rows:
         counters["pomex_cost_usd_total", model, each.provider] += each.cost_nanos
         for kind in TOKEN_KINDS:
@@ -10254,21 +10247,21 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
 
 
 def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
-    """Prometheus text format 0.0.4, of samples by metric and label values. `worker` names this process among several."""
+    """Prometheus text format 0.0.4 of samples by metric and label values. `worker` identifies this process among several."""
     lines, ordered = [], sorted(samples.items())
     for name, (kind, meaning, labels) in METRICS.items():
         lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
         found = {place[1:]: sample for place, sample in ordered if place[0] == name}
-        if kind == "histogram":
-            for series in dict.fromkeys(place[:-1] for place in found):
-                parts = [found.get((*series, str(bucket)), 0) for bucket in range(len(BUCKETS_S[name]) + 1)]
-                counts = [*itertools.accumulate(parts)]
-                lines += [sample_line(f"{name}_bucket", (*labels, "le"), (*series, str(bound)), count)
-                          for bound, count in zip((*BUCKETS_S[name], "+Inf"), counts)]
-                lines += [sample_line(f"{name}_sum", labels, series, found.get((*series, "sum"), 0) / 1000),
-                          sample_line(f"{name}_count", labels, series, counts[-1])]
-        else:
+        if kind != "histogram":
             lines += [sample_line(name, labels, (*series, *worker), sample) for series, sample in found.items()]
+            continue
+        for series in dict.fromkeys(place[:-1] for place in found):
+            count: float = 0
+            for bucket, bound in enumerate((*BUCKETS_S[name], "+Inf")):
+                count += found.get((*series, str(bucket)), 0)
+                lines.append(sample_line(f"{name}_bucket", (*labels, "le"), (*series, str(bound)), count))
+            lines += [sample_line(f"{name}_sum", labels, series, found.get((*series, "sum"), 0) / 1000),
+                      sample_line(f"{name}_count", labels, series, count)]
     return "\n".join(lines) + "\n"
 
 
@@ -10308,7 +10301,6 @@ class Gateway:
         self.known_models = frozenset(self.catalogue.names)
         self.draining: Callable[[], bool] = lambda: False
         self.started_s: int = old.started_s if old else int(time.time())
-        self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
 
     async def handle(self, client: Client) -> None:
         """Answers one request. GatewayErrors go up to the server, which words them."""
@@ -10688,7 +10680,7 @@ def codex_release(text: str) -> int:
 
 
 def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSON:
-    """An entry of Codex's model catalogue (CODEX.md 6): the fields that any version requires, and those of known models."""
+    """An entry of Codex's model catalogue: the fields that every version requires, and those of known models."""
     configured = gateway.config.models.get(name, ModelConfig(name))
     known = codex_fields(name, CODEX_TABLE)
     window = gateway.catalogue.facts(name).context_window or DEFAULT_CONTEXT_WINDOW
@@ -10701,14 +10693,15 @@ def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSO
         "base_instructions": BASE_INSTRUCTIONS, "support_verbosity": carried, "service_tiers": CODEX_TIERS if carried else [],
         "truncation_policy": {"mode": "tokens", "limit": 10000}, "experimental_supported_tools": [],
         "supports_reasoning_summaries": True, "supports_parallel_tool_calls": True,
-        "supports_search_tool": bool(known),        # for others it would hide MCP and agent tools behind a search
+        "supports_search_tool": bool(known),        # of other models it would hide MCP and agent tools behind a search
         "supported_reasoning_levels": EFFORTS, "default_reasoning_level": "medium",
         "default_reasoning_summary": "none" if known else "auto",
         "apply_patch_tool_type": "freeform", "web_search_tool_type": "text", "input_modalities": ["text", "image"],
         **windows, **(known or codex_fields(name, CODEX_OLD_TABLE)), **(windows if configured.context_window else {})}
-    efforts = [effort for effort in entry["supported_reasoning_levels"]
-               if release >= NEW_CODEX or effort not in ("max", "ultra")]       # 0.128 reads no list with these
-    return {**entry, "supported_reasoning_levels": [{"effort": effort, "description": ""} for effort in efforts]}
+    entry["supported_reasoning_levels"] = [
+        {"effort": effort, "description": ""} for effort in entry["supported_reasoning_levels"]
+        if release >= NEW_CODEX or effort not in ("max", "ultra")]       # 0.128 rejects a list with these
+    return entry
 
 
 def codex_fields(model: str, table: str) -> JSON:
@@ -10781,30 +10774,25 @@ async def root(gateway: Gateway, client: Client) -> JSON | None:
 
 
 async def ready(gateway: Gateway, client: Client) -> None:
-    """Whether requests should be sent here. One word a check and no more: no key is needed."""
+    """Whether requests should be sent here: one word a check, because no key is needed."""
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not gateway.draining()}
-    good = all(checks.values())
+    status, word = (200, "ready") if all(checks.values()) else (503, "not ready")
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
-    words["targets"] = "degraded" if gateway.router.health.degraded(time.monotonic()) else "ok"     # there may be others
-    body = {"status": "ready" if good else "not ready", "checks": words}
-    await client.answer(200 if good else 503, JSON_HEADERS, dumps(body).encode())
+    words["targets"] = "degraded" if gateway.router.health.degraded(time.monotonic()) else "ok"     # others may be left
+    await client.answer(status, JSON_HEADERS, dumps({"status": word, "checks": words}).encode())
 
 
 # --- 11.4 key limits, metrics, the page --------------------------------------------------------------
 
 async def key_facts(gateway: Gateway, client: Client) -> JSON:
-    """The key's own limits, in OpenRouter's form (amounts in USD)."""
+    """What the key has spent and may still spend in its period (USD, in OpenRouter's form)."""
     key = await gateway.key(client)
     start, end = period_bounds(key.period, client.started_s)
     spent = (await spent_nanos(gateway.ledger.db, "key_id", start, where=key_condition(key.id))).get(key.id, 0)
     limit = key.budget_nanos
-    data = {
-        "label": key.name, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
-        "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_period": key.period, "limit_reset": None,
-        "rate_limit": {"requests_per_minute": key.rpm or None, "tokens_per_minute": key.tpm or None,
-                       "concurrent_requests": key.concurrent or None}}
+    data = {"label": key.name, "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_reset": None}
     if limit is not None:
         data.update(limit=limit / 10**9, limit_remaining=max(limit - spent, 0) / 10**9,
                     limit_reset=f"{day_text(end)}T00:00:00Z" if end else None)
@@ -10815,8 +10803,7 @@ PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
 
 
 async def metrics(gateway: Gateway, client: Client) -> None:
-    """Prometheus text about all that is spent: for local clients, unless a proxy could make others look local; else for the
-    administrator."""
+    """Prometheus text: for local clients, unless a proxy could make others look local; else for the administrator."""
     server = gateway.config.server
     proxied = server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
     if not proxied and is_loopback(client.connection.peer):
@@ -10824,9 +10811,7 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     elif (await authenticate(gateway, client))[0] is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
     samples = {**await gateway.ledger.counted(), **gateway.router.metrics(time.monotonic()),
-               ("pomex_build_info", VERSION): 1, ("pomex_streams_open",): await open_count(gateway, 0),
-               ("process_start_time_seconds",): gateway.started_s,
-               ("process_cpu_seconds_total",): round(time.process_time(), 3)}
+               ("pomex_build_info", VERSION): 1, ("pomex_streams_open",): await open_count(gateway.ledger.db, 0)}
     text = metrics_text(samples, [str(os.getpid())] if server.workers > 1 else [])
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
@@ -10834,11 +10819,7 @@ async def metrics(gateway: Gateway, client: Client) -> None:
 async def show_page(gateway: Gateway, client: Client) -> None:
     """The dashboard."""
     client.connection.server.check_host(client.head, dashboard=True)
-    page, zipped, headers = page_answer()
-    if "gzip" in client.head.headers.get("accept-encoding"):
-        await answer_tagged(client, [*headers, ("content-encoding", "gzip")], zipped)
-    else:
-        await answer_tagged(client, headers, page)
+    await answer_tagged(client, page_headers(), PAGE.encode())
 
 
 HEALTH_PATHS = ("/health", "/healthz", "/livez")        # answered also where there is no room for another connection
@@ -10885,28 +10866,29 @@ async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
 
 def latency_percentiles(rows: Sequence[Row]) -> JSON:
     """p50 and p95 of rows of latencies(); 0 of none."""
-    found = {"first_ms": sorted(row[1] for row in rows if row[1]), "total_ms": sorted(row[2] for row in rows)}
-    return {name: [values[len(values) * part // 100] if values else 0 for part in (50, 95)]
-            for name, values in found.items()}
+    def percentiles(column: int) -> list[int]:
+        values = sorted(row[column] for row in rows if row[column]) or [0]
+        return [values[len(values) * part // 100] for part in (50, 95)]
+    return {"first_ms": percentiles(1), "total_ms": percentiles(2)}
 
 
 DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "result": "result"}
 
 
 async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
-    """What the overview shows of `slots` steps; each begins with a half hour."""
+    """The sums of a time of `slots` steps, which each begin with a half hour, and of the month."""
     since_ms -= since_ms % HALF_HOUR_MS
     until_ms = since_ms + step_ms * slots
     now_ms = int(now_s * 1000)
     mine = key_condition(key_id)
     found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, until_ms, mine)
-    series: dict[str, JSON] = {}
-    for (slot, name), sums in await usage_sums(db, [f"(started_ms - {since_ms}) / {step_ms}", "provider"], since_ms, until_ms,
-                                               mine):
-        line = series.setdefault(name, {"cost_nanos": [0] * slots, "requests": [0] * slots, "tokens": [0] * slots})
-        line["cost_nanos"][slot] = sums["cost_nanos"]
-        line["requests"][slot] = sums["requests"]
-        line["tokens"][slot] = sums["input"] + sums["output"]
+    series: dict[str, JSON] = collections.defaultdict(
+        lambda: {name: [0] * slots for name in ("cost_nanos", "requests", "tokens")})
+    slot_and_provider = [f"(started_ms - {since_ms}) / {step_ms}", "provider"]
+    for (slot, provider), sums in await usage_sums(db, slot_and_provider, since_ms, until_ms, mine):
+        sums["tokens"] = sums["input"] + sums["output"]
+        for name, values in series[provider].items():
+            values[slot] = sums[name]
     before_ms = 2 * since_ms - until_ms         # as much of the time before as has passed of this one
     passed_ms = (min(now_ms, until_ms) - since_ms) // HALF_HOUR_MS * HALF_HOUR_MS
     (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
@@ -10996,34 +10978,28 @@ FEEDS_A_KEY = 20                            # and for the administrator; each op
 POLL_S = 1.0
 EVENTS_AT_ONCE = 100                        # usage rows of one poll; the log has the older ones
 REFUSALS_SHOWN = 50
-SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 s
 NEWEST_IDS = "SELECT " + ", ".join(f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("usage", "refusals", "audit"))
 OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "client")
 
 
 async def live_news(db: Database, seen: Sequence[int], running: Collection[str], key_id: int
                     ) -> tuple[Row, Collection[str], bytes]:
-    """What any process has written since a watcher's last look: (NEWEST_IDS and the requests in flight as of now, the events
-    since `seen` and `running` as SSE)."""
+    """What any process has written since a watcher's last look: (NEWEST_IDS and the requests in flight now, the events since
+    `seen` and `running` as SSE)."""
     newest, = await db.read(NEWEST_IDS)
     in_flight = await open_requests(db, key_id)
     mine = key_condition(key_id)
     usage, refusals, changes = zip(seen, newest)
     rows = await usage_rows(db, f"id > ? AND id <= ? AND {mine}", usage, EVENTS_AT_ONCE)
     refused = await db.read(f"SELECT data FROM refusals WHERE id > ? AND id <= ? AND {mine} ORDER BY id", *refusals)
-    changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
     events = [*(("started", item) for item in in_flight if item["response_id"] not in running),
               *(("usage", row_view(row)) for row in reversed(rows)),
-              *(("refused", json.loads(data)) for data, in refused),
-              *(("provider" if action.startswith("provider") else "key", {"name": name})
-                for action, name in changed if not key_id)]
-    return newest, [item["response_id"] for item in in_flight], b"".join(event_frame(*event) for event in events)
-
-
-def event_frame(kind: str, data: JSON) -> bytes:
-    """An event of the live feed. A usage row's id is the event's, which a returning browser sends as last-event-id."""
-    number = f"id: {data['id']}\n" if kind == "usage" else ""
-    return f"{number}event: {kind}\ndata: {dumps(data)}\n\n".encode()
+              *(("refused", json.loads(data)) for data, in refused)]
+    if not key_id:
+        changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
+        events += [("provider" if action.startswith("provider") else "key", {"name": name}) for action, name in changed]
+    text = "".join(f"event: {kind}\ndata: {dumps(data)}\n\n" for kind, data in events)
+    return newest, [item["response_id"] for item in in_flight], text.encode()
 
 
 async def open_requests(db: Database, key_id: int) -> list[JSON]:
@@ -11033,10 +11009,10 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
     return [client_view(dict(zip((*OPEN_COLUMNS, "key"), row))) for row in rows]
 
 
-async def open_count(gateway: Gateway, key_id: int) -> int:
-    """How many requests are in flight: in all processes, and those of this one that have just begun."""
-    (count,), = await gateway.ledger.db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
-    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unsaved.values() if callable(row))
+async def open_count(db: Database, key_id: int) -> int:
+    """How many requests are in flight in all processes."""
+    (count,), = await db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
+    return int(count)
 
 
 def client_view(row: JSON) -> JSON:
@@ -11141,13 +11117,13 @@ async def use_login_link(db: Database, token: str, now_s: float) -> bool:
 
 
 @dataclass(slots=True)
-class Ask:
+class AdminRequest:
+    """A request to the admin API."""
     client: Client
     query: dict[str, str]
     name: str                           # what stands in the path for a *
     key: Key | None = None              # of the holder who asks; None: the administrator
     who: str = ""                       # the administrator, for the audit log
-    body: JSON = field(default_factory=dict)
 
     @property
     def key_id(self) -> int:
@@ -11158,6 +11134,10 @@ class Ask:
         if value > maximum:
             raise invalid_param(name, f" must be at most {maximum}.")
         return value
+
+    async def read_body(self, arguments: Sequence[Argument]) -> JSON:
+        """The values of the body."""
+        return read_fields(await self.client.body(MAX_FORM_BYTES), arguments)
 
 
 def check_origin(gateway: Gateway, headers: Headers) -> None:
@@ -11397,15 +11377,15 @@ OPERATIONS = {              # by the words of the command
 }
 
 
-async def operate(operation: Operation, gateway: Gateway, ask: Ask) -> JSON:
+async def operate(operation: Operation, gateway: Gateway, request: AdminRequest) -> JSON:
     """The answer of the admin API."""
     first, *others = operation.fields
-    values = ask.body
+    values = await request.read_body(body_fields(operation))
     if "*" in operation.route:
-        values[first.name] = active_name(gateway, ask) if operation.route.startswith("POST keys") else ask.name
+        values[first.name] = active_name(gateway, request) if operation.route.startswith("POST keys") else request.name
     if operation.route.startswith("GET"):
-        values |= {each.name: read_argument(each, ask.query.get(each.name, "")) for each in others}
-    return {first.name: values[first.name], **await operation.run(gateway.ledger, ask.who, values)}
+        values |= {each.name: read_argument(each, request.query.get(each.name, "")) for each in others}
+    return {first.name: values[first.name], **await operation.run(gateway.ledger, request.who, values)}
 
 
 def body_fields(operation: Operation) -> list[Argument]:
@@ -11417,73 +11397,67 @@ def body_fields(operation: Operation) -> list[Argument]:
 
 # --- 11.9 the admin API, and all routes -------------------------------------------------------------
 
-OVERVIEWS_KEPT = 16
-
-
 @functools.cache
-def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
-    """(the page, the same gzipped, its headers). The policy allows its one script and its one style by their hashes."""
-    page = PAGE.encode()
+def page_headers() -> list[tuple[str, str]]:
+    """The policy allows the page's one script and its one style by their hashes."""
     hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
               for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
     policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
               "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
-    return page, zlib.compress(page, 9, 31), [       # 31: with gzip's head
-        ("content-type", "text/html; charset=utf-8"), ("cache-control", "no-cache"), ("vary", "accept-encoding"),
-        ("content-security-policy", policy), *PAGE_HEADERS]
+    return [("content-type", "text/html; charset=utf-8"), ("cache-control", "no-cache"),
+            ("content-security-policy", policy), *PAGE_HEADERS]
 
 
-async def admin(route: AdminRoute, gateway: Gateway, client: Client) -> JSON | None:
-    """A request to a route of the admin API."""
+async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Client) -> JSON | None:
+    """A request to a route of the admin API, for `who` may ask."""
     head = client.head
     client.connection.server.check_host(head, dashboard=True)
     if head.method == "POST":
         check_origin(gateway, head.headers)
     query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
-    ask = Ask(client, query, urllib.parse.unquote(f"{head.path}/".split("/")[4]))
-    if route.who != "anybody":
-        ask.key, ask.who = await authenticate(gateway, client)
-        if ask.key is not None and route.who == "admin":
+    request = AdminRequest(client, query, urllib.parse.unquote(f"{head.path}/".split("/")[4]))
+    if who != "anybody":
+        request.key, request.who = await authenticate(gateway, client)
+        if request.key is not None and who == "admin":
             raise Forbidden(ADMIN_ONLY, code="admin_only")
-    if head.method == "POST" and route.function is not playground:
-        ask.body = read_fields(await client.body(MAX_FORM_BYTES), route.fields)
-    return await route.function(gateway, ask)
+    return await handler(gateway, request)
 
 
-async def log_in(gateway: Gateway, ask: Ask) -> None:
-    client = ask.client
-    key = await check_token(gateway, client, ask.body["token"])
-    role, key_id, words = ("key", key.id, f"the holder of {key.name}") if key else ("admin", 0, "administrator")
-    log.info("%s logged in to the dashboard as %s", client.peer, words)
-    token = await open_session(gateway.ledger.db, role, key_id, SESSION_S, client.started_s)
-    await set_cookie(gateway, client, token, SESSION_S, role)
+async def log_in(gateway: Gateway, request: AdminRequest) -> None:
+    client = request.client
+    values = await request.read_body([Argument("token", required=True)])
+    key = await check_token(gateway, client, values["token"])
+    log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
+    kind, key_id = ("key", key.id) if key else ("admin", 0)
+    token = await open_session(gateway.ledger.db, kind, key_id, SESSION_S, client.started_s)
+    await set_cookie(gateway, client, token, SESSION_S)
 
 
-async def log_out(gateway: Gateway, ask: Ask) -> None:
-    digest = key_digest(session_cookie(ask.client)[1])
+async def log_out(gateway: Gateway, request: AdminRequest) -> None:
+    digest = key_digest(session_cookie(request.client)[1])
     await gateway.ledger.db.write(lambda tx: tx.execute("DELETE FROM sessions WHERE digest = ?", (digest,)))
-    await set_cookie(gateway, ask.client, "", 0, "")
+    await set_cookie(gateway, request.client, "", 0)
 
 
-async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int, role: str) -> None:
+async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int) -> None:
     """Answers a login or logout."""
     secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
     cookie = (f"{session_cookie(client)[0]}={token}; Path=/admin; Max-Age={life_s}; HttpOnly; SameSite=Strict"
               + "; Secure" * secure)
-    await client.answer(200, [*JSON_HEADERS, ("set-cookie", cookie)], dumps({"role": role}).encode())
+    await client.answer(200, [*JSON_HEADERS, ("set-cookie", cookie)], b"{}")
 
 
-async def show_session(gateway: Gateway, ask: Ask) -> JSON:
+async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
     """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
-    now_s = time.time()
-    host, port, *_ = ask.client.connection.server.address
-    counts = {"models": len(model_names(gateway, ask.key))}
+    now_s, ledger = time.time(), gateway.ledger
+    host, port, *_ = request.client.connection.server.address
+    counts = {"models": len(model_names(gateway, request.key))}
     session = {"role": "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s, "address": f"{host}:{port}",
-               "open": await open_count(gateway, ask.key_id), "key": None, "counts": counts}
-    if ask.key is None:
-        counts.update(keys=count_active_keys(gateway.ledger), providers=len(gateway.config.providers))
+               "open": await open_count(ledger.db, request.key_id), "key": None, "counts": counts}
+    if request.key is None:
+        counts.update(keys=count_active_keys(ledger), providers=len(gateway.config.providers))
         return session
-    own, = [row for row in await key_rows(gateway.ledger, now_s) if row["id"] == ask.key_id]
+    own, = [row for row in await key_rows(ledger, now_s) if row["id"] == request.key_id]
     return {**session, "role": "key", "key": own}
 
 
@@ -11492,63 +11466,48 @@ def count_active_keys(ledger: Ledger) -> int:
     return sum(key.state(now_s) == "active" for key in ledger.keys.values())
 
 
-async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
-    """The page asks again with every request that comes: within a second, all get the same answer."""
-    now_s = time.time()
-    db = gateway.ledger.db
+async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
+    now_s, db, key_id = time.time(), gateway.ledger.db, request.key_id
     day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
-    since_ms = ask.number("since", day_ago_ms, MAX_NUMBER)
-    slots = ask.number("slots", 24, 400)
-    step_ms = max(ask.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
-    wanted = since_ms, step_ms, slots, ask.key_id
-    made_s, answer = gateway.overviews.get(wanted, (0.0, {}))
-    if not 0 <= now_s - made_s < POLL_S:
-        answer = await overview(db, since_ms, step_ms, slots, now_s, ask.key_id)
-        answer["latest"] = [row_view(row) for row in await usage_rows(db, key_condition(ask.key_id), [], 10)]
-        answer["providers"] = await provider_views(gateway) if ask.key is None else []
-        if len(gateway.overviews) >= OVERVIEWS_KEPT:
-            gateway.overviews.clear()
-        gateway.overviews[wanted] = now_s, answer
-    return {**answer, "open": await open_count(gateway, ask.key_id)}
+    since_ms = request.number("since", day_ago_ms, MAX_NUMBER)
+    slots = request.number("slots", 24, 400)
+    step_ms = max(request.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
+    return {**await overview(db, since_ms, step_ms, slots, now_s, key_id),
+            "latest": [row_view(row) for row in await usage_rows(db, key_condition(key_id), [], 10)],
+            "providers": await provider_views(gateway) if request.key is None else [],
+            "open": await open_count(db, key_id)}
 
 
-async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
-    """A page of the log; with the first one the sums of all rows that the filters let through."""
-    before = ask.number("cursor", MAX_NUMBER, MAX_NUMBER)
-    limit = ask.number("limit", 50, 500)
+async def show_usage(gateway: Gateway, request: AdminRequest) -> JSON:
+    """A page of the log; the first one with the sums of all rows that the filters let through."""
+    before = request.number("cursor", MAX_NUMBER, MAX_NUMBER)
+    limit = request.number("limit", 50, 500)
     db = gateway.ledger.db
-    where, values, table = usage_where(ask.query, ask.key_id)
+    where, values, table = usage_where(request.query, request.key_id)
     rows: list[JSON] = []
     sums: JSON | None = None
-    if "cursor" not in ask.query:
+    if "cursor" not in request.query:
         (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, table)
     if sums is None or sums["requests"]:
-        rows = await usage_rows(db, f"{where} AND id < ?", [*values, before], limit + 1)
-    return {"rows": [row_view(row) for row in rows[:limit]], "sums": sums,
-            "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
+        rows = await usage_rows(db, f"{where} AND id < ?", [*values, before], limit)
+    return {"rows": [row_view(row) for row in rows], "sums": sums, "cursor": rows[-1]["id"] if len(rows) == limit else None}
 
 
-async def export_usage(gateway: Gateway, ask: Ask) -> None:
-    """The whole filtered log as CSV or JSON lines, newest first, streamed."""
-    client = ask.client
-    before = MAX_NUMBER
-    ending = client.head.path.rpartition(".")[2]
-    where, values, _ = usage_where(ask.query, ask.key_id)
-    await client.start(200, [("content-type", EXPORTS[ending]), ("cache-control", "no-store"), *PAGE_HEADERS,
-                             ("content-disposition", f"attachment; filename=pomex-usage.{ending}")])
-    await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if ending == "csv" else b"")
+async def export_usage(gateway: Gateway, request: AdminRequest) -> None:
+    """The whole filtered log as CSV, newest first, streamed."""
+    client, before = request.client, MAX_NUMBER
+    where, values, _ = usage_where(request.query, request.key_id)
+    await client.start(200, [("content-type", "text/csv; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
+                             ("content-disposition", "attachment; filename=pomex-usage.csv")])
+    await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode())
     while rows := await usage_rows(gateway.ledger.db, f"{where} AND id < ?", [*values, before], 1000):
         before = rows[-1]["id"]
-        lines = (csv_line(row.values()) + "\r\n" if ending == "csv" else dumps(row) + "\n" for row in rows)
-        await client.write("".join(lines).encode())
+        await client.write("".join(csv_line(row.values()) + "\r\n" for row in rows).encode())
     await client.end()
 
 
-EXPORTS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; charset=utf-8"}
-
-
-async def show_request(gateway: Gateway, ask: Ask) -> JSON:
-    row, lines = await one_request(gateway.ledger.db, ask.name, ask.key_id)
+async def show_request(gateway: Gateway, request: AdminRequest) -> JSON:
+    row, lines = await one_request(gateway.ledger.db, request.name, request.key_id)
     return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
 
 
@@ -11568,24 +11527,20 @@ def cost_parts(line: JSON) -> list[JSON]:
             for words, count, picos in parts if count]
 
 
-async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
+async def show_keys(gateway: Gateway, request: AdminRequest) -> JSON:
     now_s, ledger = time.time(), gateway.ledger
-    return {"keys": await key_rows(ledger, now_s), "accounts": await list_accounts(ledger.db, now_s), "now_s": int(now_s),
-            "models": gateway.catalogue.names}
+    return {"keys": await key_rows(ledger, now_s), "accounts": await list_accounts(ledger.db, now_s), "now_s": int(now_s)}
 
 
-def active_name(gateway: Gateway, ask: Ask) -> str:
-    key = gateway.ledger.keys.get(int(ask.name) if re.fullmatch("[0-9]{1,15}", ask.name) else 0)
-    if key is None or key.revoked_s:
-        raise NotFound("There is no such active key.")
-    return key.name
+def active_name(gateway: Gateway, request: AdminRequest) -> str:
+    for key in gateway.ledger.keys.values():
+        if str(key.id) == request.name and not key.revoked_s:
+            return key.name
+    raise NotFound("There is no such active key.")
 
 
-async def show_audit(gateway: Gateway, ask: Ask) -> JSON:
-    """A page of the changes of keys, accounts, credits, providers and settings, newest first."""
-    before, limit = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 200, 500)
-    rows = await audit_rows(gateway.ledger.db, before, limit + 1)
-    return {"rows": rows[:limit], "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
+async def show_audit(gateway: Gateway, request: AdminRequest) -> JSON:
+    return {"rows": await audit_rows(gateway.ledger.db)}
 
 
 def missing_keys(gateway: Gateway) -> list[JSON]:
@@ -11593,11 +11548,12 @@ def missing_keys(gateway: Gateway) -> list[JSON]:
             if name not in gateway.config.providers and row.env_key]
 
 
-async def show_models(gateway: Gateway, ask: Ask) -> JSON:
+async def show_models(gateway: Gateway, request: AdminRequest) -> JSON:
     """The models that can be asked for, their prices, and which provider keys are missing."""
-    rows = [model_view(gateway, name) for name in model_names(gateway, ask.key)]
+    rows = [model_view(gateway, name) for name in model_names(gateway, request.key)]
     open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
-    return {"models": rows, "missing": [] if ask.key else missing_keys(gateway), "any": open_ended, "prices_date": PRICES_DATE}
+    return {"models": rows, "missing": [] if request.key else missing_keys(gateway), "any": open_ended,
+            "prices_date": PRICES_DATE}
 
 
 CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
@@ -11605,25 +11561,22 @@ CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
 
 def model_view(gateway: Gateway, name: str) -> JSON:
     """A model for the page. Its state is `ready` if any of its targets would be asked now."""
-    catalogue = gateway.catalogue
+    catalogue, now = gateway.catalogue, time.monotonic()
     configured = gateway.config.models.get(name)
-    health = gateway.router.health
-    disabled = gateway.ledger.disabled
-    now = time.monotonic()
-    provider, model = catalogue.first_target(name)
-    schedule = gateway.prices.schedule(provider, model, name) or PriceSchedule("")
+    schedule = gateway.prices.schedule(*catalogue.first_target(name), name) or PriceSchedule("")
     facts = catalogue.facts(name)
+    targets, states = [], []
     try:
-        candidates = [each for tier in catalogue.tiers(name) for each in tier]
-        states = ["disabled" if each.provider.name in disabled else CIRCUIT_WORDS.get(health.state(each.id, now), "ready")
-                  for each in candidates]
-    except BadRequest as error:         # described, but of a provider that is not configured
-        candidates = []
-        states = [str(error)]
+        for each in itertools.chain(*catalogue.tiers(name)):
+            targets.append(f"{each.provider.name}:{each.model}")
+            states.append("disabled" if each.provider.name in gateway.ledger.disabled
+                          else CIRCUIT_WORDS.get(gateway.router.health.state(each.id, now), "ready"))
+    except BadRequest as error:         # in [models], but of a provider that is not configured
+        states.append(str(error))
     return {
         "name": name,
         "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), ""),
-        "targets": [f"{each.provider.name}:{each.model}" for each in candidates],
+        "targets": targets,
         "state": "ready" if "ready" in states else states[0],
         "context": facts.context_window,
         "max_output": facts.max_output,
@@ -11635,14 +11588,13 @@ def model_view(gateway: Gateway, name: str) -> JSON:
         "source": schedule.source}
 
 
-async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
+async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
     return {"providers": await provider_views(gateway), "missing": missing_keys(gateway)}
 
 
 async def provider_views(gateway: Gateway) -> list[JSON]:
     """Each provider with its state, its last hour by minutes ([requests, failed] each), and its last error."""
-    db = gateway.ledger.db
-    providers = gateway.config.providers
+    db, providers = gateway.ledger.db, gateway.config.providers
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
     for (name, minute), sums in await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms,
@@ -11650,7 +11602,7 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
         if name in minutes:
             minutes[name][minute] = [*sums.values()]
     times = await latencies(db, since_ms, 0)
-    running = await open_requests(db, 0)
+    in_flight = collections.Counter(each["provider"] for each in await open_requests(db, 0))
     saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
     errors = {**dict(saved), **gateway.ledger.notes}
     circuits = open_circuits(gateway)
@@ -11660,16 +11612,14 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
         requests, failed = map(sum, zip(*minutes[name]))
         views.append({
             "name": name, "wire_api": provider.wire_api, "base_url": provider.base_url, "key_source": provider.key_source,
-            "state": state, "back_s": back_s,
-            "minutes": minutes[name], "requests": requests, "failed": failed,
-            "open": sum(each["provider"] == name for each in running),
-            **latency_percentiles([row for row in times if row[0] == name]),
+            "state": state, "back_s": back_s, "minutes": minutes[name], "requests": requests, "failed": failed,
+            "open": in_flight[name], **latency_percentiles([row for row in times if row[0] == name]),
             "error": json.loads(errors.get(f"error/{name}", "null"))})
     return views
 
 
 def open_circuits(gateway: Gateway) -> dict[str, tuple[str, int]]:
-    """provider -> (its state in words, seconds until it is tried again), of those that are disabled or have open circuits."""
+    """provider -> (its state in words, seconds until it is tried again), of those disabled or with open circuits."""
     rows = gateway.router.health.rows(time.monotonic())
     states = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))
               for id, state, _, left_s in rows if state in CIRCUIT_WORDS}
@@ -11682,26 +11632,24 @@ def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
     return gateway.config.providers[name]
 
 
-async def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
-    """To one out of use no new request goes, from any process of this ledger, until it is back: a restart changes nothing."""
-    name = provider_named(gateway, ask.name).name
-    await gateway.ledger.use_provider(name, use, ask.who)
-    log.warning("%s %s the provider %s on the dashboard", ask.client.peer, "enabled" if use else "disabled", name)
+async def use_provider(gateway: Gateway, request: AdminRequest, use: bool) -> JSON:
+    """No process of this ledger sends a new request to a disabled provider, also after a restart."""
+    name = provider_named(gateway, request.name).name
+    await gateway.ledger.use_provider(name, use, request.who)
+    log.warning("%s %s the provider %s on the dashboard", request.client.peer, "enabled" if use else "disabled", name)
     return {"name": name}
 
 
 def provider_state(minutes: Sequence[Sequence[int]]) -> str:
-    """By the newest five minutes that had requests."""
-    failed = [failed / count for count, failed in minutes if count][-5:]
-    if not failed:
-        return "no requests"
-    if failed[-1] > 0.5:
-        return "failing"
-    return "recovering" if max(failed) > 0.5 else "healthy"
+    """By the newest minute that had requests."""
+    for count, failed in reversed(minutes):
+        if count:
+            return "failing" if failed / count > 0.5 else "healthy"
+    return "no requests"
 
 
 async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
-    """Asks a provider for its list of models: proves address, certificate and key, and costs nothing. The status, or
+    """Asks a provider for its list of models, which proves address, certificate and key at no cost. Returns the status;
     GatewayError says what is wrong."""
     headers = [("accept", "application/json"), *provider.http_headers.items()]
     headers += WIRES[provider.wire_api].auth(provider.api_key) if provider.api_key else []
@@ -11717,8 +11665,8 @@ async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
     return exchange.status
 
 
-async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
-    provider, started = provider_named(gateway, ask.name), time.monotonic()
+async def test_provider(gateway: Gateway, request: AdminRequest) -> JSON:
+    provider, started = provider_named(gateway, request.name), time.monotonic()
     if provider.wire_api == "demo":
         return {"ok": True, "ms": 0, "text": "The demo works offline."}
     try:
@@ -11728,18 +11676,15 @@ async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
     return {"ok": good, "ms": int((time.monotonic() - started) * 1000), "text": text}
 
 
-async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
-    """What the set-up page checks. The page itself replaces {ORIGIN} by the address where the browser found it."""
-    db = gateway.ledger.db
-    mine = key_condition(ask.key_id)
-    model = best_model(gateway.catalogue, ask.key)
-    providers = gateway.config.providers
-    running = await open_requests(db, ask.key_id)
+async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
+    """What the set-up page checks. The page replaces {ORIGIN} with the address that the browser used."""
+    db, providers = gateway.ledger.db, gateway.config.providers
+    mine = key_condition(request.key_id)
+    running = await open_requests(db, request.key_id)
     refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
     return {
-        "model": model,
-        "block": codex_block("{ORIGIN}", model),
-        "keys": 1 if ask.key else count_active_keys(gateway.ledger),
+        "block": codex_block("{ORIGIN}", best_model(gateway.catalogue, request.key)),
+        "keys": 1 if request.key else count_active_keys(gateway.ledger),
         "providers": [name for name in providers if name != "demo"],
         "demo": "demo" in providers,
         "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"),
@@ -11753,73 +11698,57 @@ async def newest_request(db: Database, where: str) -> JSON | None:
     return row_view(rows[0]) if rows else None
 
 
-async def playground(gateway: Gateway, ask: Ask) -> None:
+async def playground(gateway: Gateway, request: AdminRequest) -> None:
     """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
-    key = ask.key
     ledger = gateway.ledger
+    key = request.key or next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
     if key is None:
-        key = next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
-    if key is None:
-        await ledger.create_key(PLAY_KEY, time.time(), ask.who)
+        await ledger.create_key(PLAY_KEY, time.time(), request.who)
         key = ledger.list_keys()[-1]
-    await responses(gateway, ask.client, key)
+    await responses(gateway, request.client, key)
 
 
-async def live_events(gateway: Gateway, ask: Ask) -> None:
-    """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser comes again."""
-    client = ask.client
-    db = gateway.ledger.db
-    key_id = ask.key_id
+async def live_events(gateway: Gateway, request: AdminRequest) -> None:
+    """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser reconnects."""
+    client, db, key_id = request.client, gateway.ledger.db, request.key_id
     if gateway.watchers[key_id] >= FEEDS_A_KEY:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
     gateway.watchers[key_id] += 1
     try:
-        seen, running, _ = await live_news(db, [MAX_NUMBER] * 3, (), key_id)        # all that there is, is old
-        if re.fullmatch(r"[0-9]{1,15}", last := client.head.headers.get("last-event-id")):
-            seen = int(last), *seen[1:]
+        seen, running, _ = await live_news(db, [MAX_NUMBER] * 3, (), key_id)        # what exists already is no news
         await client.start(200, STREAM_HEADERS)
         await client.write(b"retry: 2000\n\n: hello\n\n")
-        checked = time.monotonic()
         while not gateway.draining():
+            await authenticate(gateway, client)         # the session may have ended
             seen, running, news = await live_news(db, seen, running, key_id)
-            if time.monotonic() - checked >= SIGN_OF_LIFE_S:
-                checked = time.monotonic()
-                await authenticate(gateway, client)           # the session may have ended meanwhile
-                news += b": \n\n"
-            if news:
-                await client.write(news)
+            await client.write(news or b": \n\n")           # proxies cut a silent stream
             await asyncio.sleep(POLL_S)
     finally:
         gateway.watchers[key_id] -= 1
     await client.end()
 
 
-class AdminRoute(NamedTuple):
-    function: Callable[[Gateway, Ask], Awaitable[JSON | None]]
-    who: str = "admin"          # admin | holder: the administrator too, the answer narrowed to the key | anybody
-    fields: Sequence[Argument] = ()        # of its body
-
-
-ADMIN_ROUTES: dict[str, AdminRoute] = {         # by method and path under /admin/api/; * is a name or number
-    "POST login": AdminRoute(log_in, "anybody", [Argument("token", required=True)]),
-    "POST logout": AdminRoute(log_out, "anybody"),
-    "GET session": AdminRoute(show_session, "holder"),
-    "GET overview": AdminRoute(show_overview, "holder"),
-    "GET usage": AdminRoute(show_usage, "holder"),
-    "GET usage.csv": AdminRoute(export_usage, "holder"),
-    "GET usage.jsonl": AdminRoute(export_usage, "holder"),
-    "GET usage/*": AdminRoute(show_request, "holder"),
-    "GET models": AdminRoute(show_models, "holder"),
-    "GET setup": AdminRoute(show_setup, "holder"),
-    "GET events": AdminRoute(live_events, "holder"),
-    "POST playground": AdminRoute(playground, "holder"),
-    "GET keys": AdminRoute(show_keys),
-    **{each.route: AdminRoute(functools.partial(operate, each), fields=body_fields(each)) for each in OPERATIONS.values()},
-    "GET audit": AdminRoute(show_audit),
-    "GET providers": AdminRoute(show_providers),
-    "POST providers/*/test": AdminRoute(test_provider),
-    "POST providers/*/disable": AdminRoute(functools.partial(use_provider, use=False)),
-    "POST providers/*/enable": AdminRoute(functools.partial(use_provider, use=True)),
+AdminHandler: TypeAlias = Callable[[Gateway, AdminRequest], Awaitable[JSON | None]]       # None: it has answered
+ADMIN_ROUTES: dict[str, dict[str, AdminHandler]] = {    # who may ask -> method and path under /admin/api/ -> handler
+    "anybody": {"POST login": log_in, "POST logout": log_out},
+    "holder": {             # of an API key, for what is its own; the administrator too
+        "GET session": show_session,
+        "GET overview": show_overview,
+        "GET usage": show_usage,
+        "GET usage.csv": export_usage,
+        "GET usage/*": show_request,        # * is a name or number
+        "GET models": show_models,
+        "GET setup": show_setup,
+        "GET events": live_events,
+        "POST playground": playground},
+    "admin": {
+        "GET keys": show_keys,
+        **{each.route: functools.partial(operate, each) for each in OPERATIONS.values()},
+        "GET audit": show_audit,
+        "GET providers": show_providers,
+        "POST providers/*/test": test_provider,
+        "POST providers/*/disable": functools.partial(use_provider, use=False),
+        "POST providers/*/enable": functools.partial(use_provider, use=True)},
 }
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
 ROUTES: dict[str, Handler] = {
@@ -11834,7 +11763,8 @@ ROUTES: dict[str, Handler] = {
     "GET /ready": ready,
     "GET /readyz": ready,
     **{f"GET {path}": health for path in HEALTH_PATHS},
-    **{name.replace(" ", " /admin/api/"): functools.partial(admin, route) for name, route in ADMIN_ROUTES.items()},
+    **{name.replace(" ", " /admin/api/"): functools.partial(admin, who, handler)
+       for who, routes in ADMIN_ROUTES.items() for name, handler in routes.items()},
 }
 
 
@@ -16247,7 +16177,7 @@ function showUsage(main, query, id) {
   }
   function draw(data) {
     rows = data.rows;
-    exports.replaceChildren(...["csv", "jsonl"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
+    exports.replaceChildren(...["csv"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
       "Export " + format.toUpperCase(), {download: ""})));
     showOlderButton(data.cursor);
     const found = rows.length ? requestTable(rows) : noRequests(query);

@@ -186,6 +186,10 @@ GONE += """
     SQLite.run SQLite.waiting journal_requests nanos_since placeholders quota_message
     take_over_old_days wake_waiters
 """.split()
+# Of the file at 875c70a: what the dashboard's API had twice, or for nobody.
+GONE += """
+    AdminRoute Ask EXPORTS OUTCOMES OVERVIEWS_KEPT SIGN_OF_LIFE_S event_frame page_answer
+""".split()
 
 
 def definitions(body, prefix=""):

@@ -3,7 +3,6 @@ import base64
 import hashlib
 import html.parser
 import re
-import zlib
 
 import pytest
 
@@ -50,17 +49,15 @@ def test_no_tag_loads_anything_or_holds_a_handler():
 
 
 def test_the_policy_allows_this_script_and_this_style_by_what_they_are():
-    page, zipped, headers = pomex.page_answer()
-    policy = dict(headers)["content-security-policy"]
+    policy = dict(pomex.page_headers())["content-security-policy"]
     for directive, text in (("script-src", SCRIPT), ("style-src", STYLE)):
         assert f"{directive} 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
     assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-    assert zlib.decompress(zipped, 31) == page and len(zipped) < 30_000
 
 
 def test_every_endpoint_that_the_page_asks_is_there():
     asked = set(re.findall(r'api\(["`]([a-z]+)', SCRIPT)) | set(re.findall(r'/admin/api/([a-z]+)[."]', SCRIPT))
-    served = {path.split("/")[0].split(".")[0] for _, path in map(str.split, pomex.ADMIN_ROUTES)}
+    served = {path.split("/")[0].split(".")[0] for names in pomex.ADMIN_ROUTES.values() for _, path in map(str.split, names)}
     assert asked - served == set() and {"overview", "keys", "usage", "playground", "events"} <= asked
 
 

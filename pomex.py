@@ -10778,9 +10778,9 @@ async def ready(gateway: Gateway, client: Client) -> None:
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not gateway.draining()}
-    status, word = (200, "ready") if all(checks.values()) else (503, "not ready")
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
     words["targets"] = "degraded" if gateway.router.health.degraded(time.monotonic()) else "ok"     # others may be left
+    status, word = (200, "ready") if all(checks.values()) else (503, "not ready")
     await client.answer(status, JSON_HEADERS, dumps({"status": word, "checks": words}).encode())
 
 
@@ -10811,7 +10811,7 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     elif (await authenticate(gateway, client))[0] is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
     samples = {**await gateway.ledger.counted(), **gateway.router.metrics(time.monotonic()),
-               ("pomex_build_info", VERSION): 1, ("pomex_streams_open",): await open_count(gateway.ledger.db, 0)}
+               ("pomex_build_info", VERSION): 1, ("pomex_streams_open",): len(await open_requests(gateway.ledger.db, 0))}
     text = metrics_text(samples, [str(os.getpid())] if server.workers > 1 else [])
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
@@ -10938,23 +10938,22 @@ async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int
 
 async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]]:
     """(its row, all rows that are billed for it)."""
-    rows = await usage_rows(db, f"response_id = ? AND {key_condition(key_id)}", [response_id], 1)
-    if not rows:
+    found = await db.read(f"{SELECT_ROWS}response_id = ? AND {key_condition(key_id)} ORDER BY attempt", response_id)
+    if not found:
         raise NotFound("There is no such request here: perhaps its row was pruned.")
-    lines = await db.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ? ORDER BY attempt", response_id)
-    return rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]
+    rows = [dict(zip(ROW_COLUMNS, row)) for row in found]
+    return rows[-1], rows
 
 
 async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
     """Every key with what it has spent in its period and this month, and its last use; newest first."""
-    db = ledger.db
-    spent = {period: await spent_nanos(db, "key_id", period_bounds(period, now_s)[0])
-             for period in {"month", *(key.period for key in ledger.keys.values())}}
-    last: dict[int, int] = dict(await db.read("SELECT key_id, max(last_ms) FROM usage_rollups GROUP BY key_id"))
-    shown = [name for name in Key.__slots__ if name != "digest"]
-    return [{**{name: getattr(key, name) for name in shown}, "spent_nanos": spent[key.period].get(key.id, 0),
-             "month_nanos": spent["month"].get(key.id, 0), "last_ms": last.get(key.id, 0)}
-            for key in sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))]
+    keys = sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))
+    spent = {period: await spent_nanos(ledger.db, "key_id", period_bounds(period, now_s)[0])
+             for period in {"month", *(key.period for key in keys)}}
+    last: dict[int, int] = dict(await ledger.db.read("SELECT key_id, max(last_ms) FROM usage_rollups GROUP BY key_id"))
+    return [{**{name: getattr(key, name) for name in Key.__slots__ if name != "digest"},
+             "spent_nanos": spent[key.period].get(key.id, 0), "month_nanos": spent["month"].get(key.id, 0),
+             "last_ms": last.get(key.id, 0)} for key in keys]
 
 
 async def month_budget(db: Database, now_s: float) -> int:
@@ -10966,8 +10965,8 @@ async def month_budget(db: Database, now_s: float) -> int:
 
 
 def csv_line(cells: Iterable[object]) -> str:
-    """One line of CSV. An apostrophe before what a spreadsheet would take for a formula, also behind a semicolon: many
-    countries' spreadsheets split cells there."""
+    """One line of CSV. An apostrophe before what a spreadsheet would take for a formula, also after a semicolon, where many
+    countries' spreadsheets split cells."""
     texts = (re.sub(r'(^|;"*)(?=[=+@-])', r"\1'", cell) if isinstance(cell, str) else str(cell) for cell in cells)
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
 
@@ -11009,12 +11008,6 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
     return [client_view(dict(zip((*OPEN_COLUMNS, "key"), row))) for row in rows]
 
 
-async def open_count(db: Database, key_id: int) -> int:
-    """How many requests are in flight in all processes."""
-    (count,), = await db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
-    return int(count)
-
-
 def client_view(row: JSON) -> JSON:
     """With the client as the page names it, and whether it is Codex."""
     return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
@@ -11036,8 +11029,7 @@ def printable_sentence(text: str) -> str:
 
 
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
-    "openai": ("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna",
-               "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.3-codex"),     # as Codex 0.171 lists them
+    "openai": ("gpt-6.2-sol", "gpt-6.1-sol", "gpt-6-sol", "gpt-5.6-sol", "gpt-5.5", "gpt-5.3-codex"),
     "anthropic": ("claude-sonnet-5-5",), "google": ("gemini-pro-latest",), "openrouter": ("openai/gpt-5.5",),
     "xai": ("grok-build-latest",), "deepseek": ("deepseek-v4-pro",), "mistral": ("devstral-latest",),
     "groq": ("openai/gpt-oss-120b",),
@@ -11052,7 +11044,7 @@ def best_model(catalogue: Catalogue, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
     for name in (*catalogue.config.models, *coding_models(catalogue.config.providers), *known):
-        with contextlib.suppress(BadRequest):       # a provider may be asked for some models only
+        with contextlib.suppress(BadRequest):       # its provider may serve other models only
             if catalogue.tiers(name) and (key is None or key.may_use(name)):
                 return name
     return "PROVIDER/NAME"
@@ -11141,15 +11133,14 @@ class AdminRequest:
 
 
 def check_origin(gateway: Gateway, headers: Headers) -> None:
-    """A POST comes from our own page, or from a machine that sends its token with it."""
+    """A change comes from our own page, or from a machine that sends its token with it."""
     if not headers.get("content-type").lower().startswith("application/json"):
         raise BadRequest("Changes are sent as content-type: application/json.", status=415, code="unsupported_media_type")
-    origin = headers.get("origin")
-    site = headers.get("sec-fetch-site")
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     ours = origin.partition("://")[2] in (headers.get("host"), *gateway.config.server.public_hosts)
     if origin and not ours or site not in ("", "same-origin") or not (origin or site or headers.get("authorization")):
-        raise Forbidden("Changes are taken from the dashboard's own page only (its Origin), or with an Authorization "
-                        "header.", code="cross_origin")
+        raise Forbidden("Changes are taken from the dashboard's own page (its Origin), or with an Authorization header.",
+                        code="cross_origin")
 
 
 def session_cookie(client: Client) -> tuple[str, str]:
@@ -11180,7 +11171,7 @@ async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, st
 
 
 async def check_token(gateway: Gateway, client: Client, token: str, link: bool = True) -> Key | None:
-    """The API key that a token is; None where it is the administrator's, or that of a login `link`."""
+    """The API key that a token is; None if it is the administrator's, or that of a login `link`."""
     now_s, digest, failures = time.time(), key_digest(token), gateway.login_failures
     if any(hmac.compare_digest(digest, key_digest(each)) for each in gateway.config.server.admin_token) \
             or link and await use_login_link(gateway.ledger.db, token, now_s):
@@ -11189,10 +11180,10 @@ async def check_token(gateway: Gateway, client: Client, token: str, link: bool =
         if not token.startswith(KEY_PREFIX):
             raise Unauthorized(BAD_LOGIN, code="bad_login")
         return await gateway.ledger.authorise("Bearer " + token, now_s)
-    except Unauthorized:        # only wrong logins wait: else a stranger could lock out all who share an address with him
+    except Unauthorized:        # only wrong logins wait: others at the same address must not be locked out
         failed = [each_s for each_s in failures.pop(client.peer, []) if each_s > now_s - LOGIN_WINDOW_S]
         failures[client.peer] = [*failed, now_s][:LOGIN_FAILURES]
-        while len(failures) > ADDRESSES_KEPT:
+        if len(failures) > ADDRESSES_KEPT:
             del failures[next(iter(failures))]
         if len(failed) < LOGIN_FAILURES:
             raise
@@ -11453,7 +11444,7 @@ async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
     host, port, *_ = request.client.connection.server.address
     counts = {"models": len(model_names(gateway, request.key))}
     session = {"role": "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s, "address": f"{host}:{port}",
-               "open": await open_count(ledger.db, request.key_id), "key": None, "counts": counts}
+               "open": len(await open_requests(ledger.db, request.key_id)), "key": None, "counts": counts}
     if request.key is None:
         counts.update(keys=count_active_keys(ledger), providers=len(gateway.config.providers))
         return session
@@ -11475,7 +11466,7 @@ async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
     return {**await overview(db, since_ms, step_ms, slots, now_s, key_id),
             "latest": [row_view(row) for row in await usage_rows(db, key_condition(key_id), [], 10)],
             "providers": await provider_views(gateway) if request.key is None else [],
-            "open": await open_count(db, key_id)}
+            "open": len(await open_requests(db, key_id))}
 
 
 async def show_usage(gateway: Gateway, request: AdminRequest) -> JSON:

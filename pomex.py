@@ -10894,7 +10894,7 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
     (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
     first_day, next_day = period_bounds("month", now_s)
     return {
-        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
+        "since_ms": since_ms, "step_ms": step_ms, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
         "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS},
         "month": {"spent_nanos": sum((await spent_nanos(db, "key_id", first_day, where=mine)).values()), "first_day": first_day,
                   "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
@@ -11442,14 +11442,14 @@ async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
     """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
     now_s, ledger = time.time(), gateway.ledger
     host, port, *_ = request.client.connection.server.address
-    counts = {"models": len(model_names(gateway, request.key))}
-    session = {"role": "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s, "address": f"{host}:{port}",
-               "open": len(await open_requests(ledger.db, request.key_id)), "key": None, "counts": counts}
-    if request.key is None:
+    counts, own = {"models": len(model_names(gateway, request.key))}, None
+    if request.key:
+        own, = [row for row in await key_rows(ledger, now_s) if row["id"] == request.key_id]
+    else:
         counts.update(keys=count_active_keys(ledger), providers=len(gateway.config.providers))
-        return session
-    own, = [row for row in await key_rows(ledger, now_s) if row["id"] == request.key_id]
-    return {**session, "role": "key", "key": own}
+    return {"role": "key" if own else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
+            "address": f"{host}:{port}", "open": len(await open_requests(ledger.db, request.key_id)), "key": own,
+            "counts": counts}
 
 
 def count_active_keys(ledger: Ledger) -> int:
@@ -16168,8 +16168,7 @@ function showUsage(main, query, id) {
   }
   function draw(data) {
     rows = data.rows;
-    exports.replaceChildren(...["csv"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
-      "Export " + format.toUpperCase(), {download: ""})));
+    exports.replaceChildren(link("btn s", `/admin/api/usage.csv?${params()}`, "Export CSV", {download: ""}));
     showOlderButton(data.cursor);
     const found = rows.length ? requestTable(rows) : noRequests(query);
     return div("grid", div("card full c12 gap", para("sub pad2", describeTotals(data.sums)), found, older));

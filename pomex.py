@@ -9108,26 +9108,28 @@ PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the
           "head": "waiting for the answer", "body": "reading the answer"}
 
 
-def set_up_transport(transport: asyncio.Transport) -> None:
-    """Options of both sides' sockets. asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
-    transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-    with contextlib.suppress(OSError):      # a Unix socket has no such option
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def do_nothing() -> None:
+    """A callback for where nobody listens."""
 
 
-class UpstreamProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's streams to a provider. While `pump` is set, it is called with what arrives (b"" at the end), and no task
-    wakes. A reset is kept as `fault`: raised by the reader it would hide what came before it."""
+class StreamProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's streams, on both sides. Streams report the peer's end only to a reader; this calls on_end() at once, and
+    on_closed() when the socket is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
 
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        super().__init__(reader)
+    def __init__(self, reader: asyncio.StreamReader,
+                 connected: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None] | None = None) -> None:
+        super().__init__(reader, connected)
         self.unread = 0                         # bytes in the reader
         self.pump: Callable[[bytes], None] | None = None
-        self.fault: Exception | None = None
+        self.on_end = self.on_closed = do_nothing
+        self.fault: Exception | None = None     # a reset: raised by the reader, it would hide the bytes before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
         assert isinstance(transport, asyncio.Transport)
-        set_up_transport(transport)
+        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        with contextlib.suppress(OSError):      # a Unix socket has no such option
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -9139,43 +9141,29 @@ class UpstreamProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        if self.pump is not None:
-            self.pump(b"")
+        self.on_end()
         return False        # the transport closes itself
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.fault = exc
         super().connection_lost(None)
-        if self.pump is not None:
-            self.pump(b"")
+        self.on_end()
+        self.on_closed()
 
 
-class UpstreamConnection:
-    """A connection to a provider: its streams, and the HTTP reader of its answers."""
+class StreamConnection:
+    """A connection of either side: its streams, and the HTTP reader of the peer's messages."""
+    http: RequestReader | ResponseReader
 
-    def __init__(self, reader: asyncio.StreamReader, protocol: UpstreamProtocol, transport: asyncio.Transport) -> None:
-        self.reader, self.protocol = reader, protocol
-        self.writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
-        self.http = ResponseReader()
-        self.answered = False                   # a byte of the answer has come
-        self.expiry: asyncio.TimerHandle | None = None      # while it is idle
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: StreamProtocol) -> None:
+        self.reader, self.writer, self.protocol = reader, writer, protocol
 
-    async def receive(self) -> None:
-        """Feeds the HTTP reader with what comes next. OSError: the connection broke."""
+    async def receive(self) -> bool:
+        """Feeds the HTTP reader with the next bytes; False at the end. OSError: the connection broke."""
         data = await self.reader.read(READ_BYTES)
         self.protocol.unread -= len(data)
-        if data:
-            self.answered = True
-            self.http.feed(data)
-        elif self.protocol.fault is not None:
-            raise self.protocol.fault
-        else:
-            self.http.feed_eof()
-
-    @property
-    def reusable(self) -> bool:
-        """It is open, and nothing has come that was not asked for."""
-        return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
+        self.http.feed(data)
+        return data != b""
 
     def unsent_bytes(self) -> int:
         return self.writer.transport.get_write_buffer_size()
@@ -9183,6 +9171,31 @@ class UpstreamConnection:
     def abort(self) -> None:
         """Closes the socket now; unsent bytes are dropped."""
         self.writer.transport.abort()
+
+
+class UpstreamConnection(StreamConnection):
+    """A connection to a provider."""
+    http: ResponseReader
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: StreamProtocol) -> None:
+        super().__init__(reader, writer, protocol)
+        self.http = ResponseReader()
+        self.answered = False                   # a byte of the answer has come
+        self.expiry: asyncio.TimerHandle | None = None      # while it is idle
+
+    async def receive(self) -> bool:
+        if await super().receive():
+            self.answered = True
+            return True
+        if self.protocol.fault is not None:
+            raise self.protocol.fault
+        self.http.feed_eof()
+        return False
+
+    @property
+    def reusable(self) -> bool:
+        """It is open, and no unsolicited bytes have come."""
+        return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
 
 
 class TransportError(UpstreamError):
@@ -9334,6 +9347,8 @@ class Exchange:
         too, closes the socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
+        if self.loop.time() >= due:         # while bytes keep coming, no timer fires
+            raise self.failed(phase, TimeoutError(), limit)
         timeout = asyncio.timeout_at(due)
         try:
             part = connection.http.next()
@@ -9369,6 +9384,9 @@ class Exchange:
         elif coding not in ("", "identity"):
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
+    def due(self) -> float:
+        return min(self.idle_due, self.total_due)
+
     async def read(self) -> bytes:
         """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
         from now, and the time since then was the client's."""
@@ -9377,9 +9395,6 @@ class Exchange:
         if self.heard:
             self.idle_due = now + self.provider.idle_timeout_s
             self.total_due += max(0.0, now - self.paused_since)
-        elif now >= min(self.idle_due, self.total_due):         # a flood never waits, so no timer fires
-            limit = "idle_timeout_s" if self.idle_due < self.total_due else "total_timeout_s"
-            raise self.failed("body", TimeoutError(), limit)
         try:
             while not self.finished:
                 if self.compressed:
@@ -9404,9 +9419,8 @@ class Exchange:
         connection = self.connection
         if connection is None or self.finished or self.inflater or connection.protocol.unread:
             return
-        pump = Pump(self, connection, take)
         try:
-            await pump.run()
+            await Pump(self, connection, take).run()
         finally:
             self.paused_since = self.loop.time()
 
@@ -9461,29 +9475,33 @@ class Exchange:
 
 
 class Pump:
-    """What an answer's connection receives, given to take() by the event loop itself (SPEED.md "What pays", 3)."""
+    """Gives the bytes of an answer to take() as the event loop receives them (SPEED.md "What pays", 3)."""
 
     def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
         self.exchange, self.connection, self.take, self.loop = exchange, connection, take, exchange.loop
         self.stopped = self.loop.create_future()
+        self.error: Exception | None = None     # of take()
 
     async def run(self) -> None:
-        self.connection.protocol.pump = self.receive
-        self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
+        exchange, protocol = self.exchange, self.connection.protocol
+        protocol.pump, protocol.on_end = self.receive, self.stop
         try:
             self.take_parts()
-            await self.stopped
+            while not self.stopped.done() and (left_s := exchange.due() - self.loop.time()) > 0:
+                await asyncio.wait([self.stopped], timeout=left_s)
         finally:
-            self.connection.protocol.pump = None
-            self.timer.cancel()
+            protocol.pump, protocol.on_end = None, do_nothing
+        if self.error is not None:
+            raise self.error
+        if not self.stopped.done():
+            exchange.heard = False      # so read() raises the timeout
 
     def receive(self, data: bytes) -> None:
-        if 0 < len(data) <= PUMPED_BYTES:
+        if len(data) <= PUMPED_BYTES:
             self.connection.http.feed(data)
             self.take_parts()
-            return
-        self.stop()
-        if data:
+        else:
+            self.stop()
             self.connection.protocol.data_received(data)
 
     def take_parts(self) -> None:
@@ -9496,7 +9514,8 @@ class Pump:
             self.stop()
             return
         except Exception as error:      # noqa: BLE001 - for the task to handle
-            self.stop(error)
+            self.error = error
+            self.stop()
             return
         if exchange.heard:
             exchange.idle_due = self.loop.time() + exchange.provider.idle_timeout_s
@@ -9504,24 +9523,10 @@ class Pump:
             exchange.finished = part is END
             self.stop()
 
-    def deadline(self) -> float:
-        return min(self.exchange.idle_due, self.exchange.total_due)
-
-    def check_deadline(self) -> None:
-        if self.loop.time() < self.deadline():
-            self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
-        else:
-            self.exchange.heard = False
-            self.stop()
-
-    def stop(self, error: Exception | None = None) -> None:
+    def stop(self) -> None:
         self.connection.protocol.pump = None
-        if self.stopped.done():
-            return
-        if error is None:
+        if not self.stopped.done():
             self.stopped.set_result(None)
-        else:
-            self.stopped.set_exception(error)
 
 
 # --- 9.3 connections ------------------------------------------------------------------------------
@@ -9699,9 +9704,9 @@ def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
 
 async def open_connection(address: str, port: int) -> UpstreamConnection:
     """asyncio.open_connection(), with our protocol."""
-    reader = asyncio.StreamReader(READ_BYTES // 2)     # read on up to twice that
-    transport, protocol = await asyncio.get_running_loop().create_connection(lambda: UpstreamProtocol(reader), address, port)
-    return UpstreamConnection(reader, protocol, transport)
+    reader, loop = asyncio.StreamReader(READ_BYTES // 2), asyncio.get_running_loop()        # it buffers up to twice that
+    transport, protocol = await loop.create_connection(lambda: StreamProtocol(reader), address, port)
+    return UpstreamConnection(reader, asyncio.StreamWriter(transport, protocol, reader, loop), protocol)
 
 
 # === 10. routing ==================================================================================
@@ -12263,43 +12268,16 @@ def error_answer(error: GatewayError) -> tuple[list[tuple[str, str]], bytes]:
 
 # --- 12.1 one connection --------------------------------------------------------------------------
 
-class ClientProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's streams to a client, which call on_gone() as soon as the client leaves: a stream says so only to its reader."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(asyncio.StreamReader(PIPELINE_BYTES), server.connected)
-        self.unread = 0         # bytes in the reader
-        self.on_gone: Callable[[], None] = lambda: None
-        self.on_closed = self.on_gone
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        set_up_transport(transport)
-        super().connection_made(transport)
-
-    def data_received(self, data: bytes) -> None:
-        self.unread += len(data)
-        super().data_received(data)
-
-    def eof_received(self) -> bool:
-        super().eof_received()
-        self.on_gone()
-        return False        # the transport closes itself
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(None)
-        self.on_gone()
-        self.on_closed()
-
-
-class Connection:
+class Connection(StreamConnection):
     """One client connection and the task that answers its requests, one after the other."""
+    http: RequestReader
 
-    def __init__(self, server: Server, protocol: ClientProtocol, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: StreamProtocol,
                  peer: str) -> None:
-        self.server, self.protocol, self.reader, self.writer, self.peer = server, protocol, reader, writer, peer
+        super().__init__(reader, writer, protocol)
+        self.server, self.peer = server, peer
         self.loop = asyncio.get_running_loop()
-        self.parser = RequestReader(server.limits)
+        self.http = RequestReader(server.limits)
         self.body_done = True           # the current request was read to its end
         self.client: Client | None = None       # whose handler runs
         self.gone = False               # nothing more will come, and nobody reads what is sent
@@ -12315,12 +12293,6 @@ class Connection:
             if self.client is not None and not self.client.ended and self.task is not None:
                 self.task.cancel()
 
-    def unsent_bytes(self) -> int:
-        return self.writer.transport.get_write_buffer_size()
-
-    def abort(self) -> None:
-        self.writer.transport.abort()
-
     async def run(self) -> None:
         try:
             if self.server.context is not None:
@@ -12329,7 +12301,7 @@ class Connection:
                 self.served = True
                 if not await self.serve(Client(self, head)):
                     break
-                if not self.parser.idle:
+                if not self.http.idle:
                     await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
             if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
@@ -12355,28 +12327,21 @@ class Connection:
             self.server.release(self)       # asyncio tells the protocol nothing of it
             raise
 
-    async def receive(self) -> bool:
-        """Feeds the parser with what comes next; False at the end."""
-        data = await self.reader.read(READ_BYTES)
-        self.protocol.unread -= len(data)
-        self.parser.feed(data)
-        return data != b""
-
     async def next_head(self) -> RequestHead | None:
         """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
-        part = self.parser.next()
-        while part is NEED_DATA and self.parser.idle:
+        part = self.http.next()
+        while part is NEED_DATA and self.http.idle:
             if self.server.closing or not await self.wait_for_request():
                 return None
-            part = self.parser.next()
+            part = self.http.next()
         if not isinstance(part, RequestHead):
             async with self.time_limit("request head", "header_timeout_s"):
                 while not isinstance(part, RequestHead):
                     if not await self.receive():
                         return None
-                    part = self.parser.next()
+                    part = self.http.next()
         self.server.idle.pop(self, None)
         self.body_done = False
         return part
@@ -12462,7 +12427,7 @@ class Connection:
         """Adds what has come of the body; True when that was its end."""
         length = client.head.length
         while (length or client.held) <= most_bytes:
-            part = self.parser.next()
+            part = self.http.next()
             if not isinstance(part, bytes):
                 return part is END
             pieces.append(part)
@@ -12486,7 +12451,7 @@ class Connection:
     def skip_body(self) -> bool:
         """Drops what has come of an unread body; True when that was its end."""
         while not self.body_done:
-            part = self.parser.next()
+            part = self.http.next()
             if part is NEED_DATA:
                 return False
             self.body_done = part is END
@@ -12623,19 +12588,22 @@ class Server:
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
         for listening in self.sockets:
-            self.listeners.append(await loop.create_server(lambda: ClientProtocol(self), sock=listening, backlog=at_once))
+            self.listeners.append(await loop.create_server(self.new_protocol, sock=listening, backlog=at_once))
             listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
+
+    def new_protocol(self) -> StreamProtocol:
+        return StreamProtocol(asyncio.StreamReader(PIPELINE_BYTES), self.connected)
 
     def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Admits a new connection, or keeps it among the few that may only ask for /health."""
         address, transport = writer.get_extra_info("peername"), writer.transport
         protocol = transport.get_protocol()
         assert isinstance(transport, asyncio.Transport)
-        assert isinstance(protocol, ClientProtocol)
+        assert isinstance(protocol, StreamProtocol)
         if not address:             # it has gone again
             transport.abort()
             return
-        connection = Connection(self, protocol, reader, writer, str(address[0]))
+        connection = Connection(self, reader, writer, protocol, str(address[0]))
         if self.used["connections", ""] >= self.config.max_connections:
             self.give_up(self.idle, IDLE_SAFE_S)
         holders, waiting = self.holders(connection.peer), self.refused
@@ -12645,7 +12613,7 @@ class Server:
             self.give_up(waiting, 0.0)
         waiting[connection] = connection.loop.time()
         self.connections.add(connection)
-        protocol.on_gone, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
+        protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
             transport.pause_reading()       # until the handshake reads
         connection.task = connection.loop.create_task(connection.run())
@@ -12749,7 +12717,7 @@ class Server:
             listener.close()
         for accepted in made:
             with contextlib.suppress(OSError):
-                await loop.connect_accepted_socket(lambda: ClientProtocol(self), accepted)
+                await loop.connect_accepted_socket(self.new_protocol, accepted)
 
     async def wait_closed(self, timeout_s: float | None) -> bool:
         """Are all connections gone within that time?"""

@@ -916,7 +916,7 @@ def test_a_stream_may_run_on_a_socket_without_the_option():
     async def main():
         ours, theirs = socket.socketpair()
         reader = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().create_connection(lambda: pomex.UpstreamProtocol(reader), sock=ours)
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: pomex.StreamProtocol(reader), sock=ours)
         theirs.sendall(b"hello")
         assert await reader.readexactly(5) == b"hello"
         transport.abort()

@@ -91,12 +91,12 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import operator
 import pathlib
 import random
 import re
 import secrets
-import selectors
 import shlex
 import signal
 import socket
@@ -9740,13 +9740,13 @@ class Candidate(NamedTuple):
 ACCOUNT_BOUND: dict[str, str] = {"responses": r".*", "messages": r"claude-(sonnet|haiku)-5-5\b.*"}
 
 
-def keyed(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
-    """The provider with each of its keys, and the mark by which those are told apart."""
+def with_api_keys(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
+    """The provider with each of its keys, and a mark that tells the keys apart."""
     return [(dataclasses.replace(provider, api_key=key), f"#{hashlib.sha256(key.encode()).hexdigest()[:8]}")
             for key in provider.api_keys] or [(provider, "")]
 
 
-class Catalogue:
+class ModelCatalog:
     """The models that are known by name, and the targets of any name that may be asked for."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
@@ -9756,7 +9756,7 @@ class Catalogue:
         self.by_bare_name: dict[str, list[str]] = {}
         for name in listed:
             self.by_bare_name.setdefault(name.partition("/")[2], []).append(name)
-        self.keyed = {name: keyed(provider) for name, provider in config.providers.items()}
+        self.keyed = {name: with_api_keys(provider) for name, provider in config.providers.items()}
         self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
@@ -9780,7 +9780,7 @@ class Catalogue:
                                                  if model in known_models(vendor)]
         if len(found) == 1:
             return found[0]
-        reason = "several providers have this one" if found else f'no provider lists "{printable(model)}"'
+        reason = "several providers have this one" if found else f'no provider lists "{sanitize(model)}"'
         raise self.unknown(model, f"Model names are provider/model-name, and {reason}.", found)
 
     def resolve_candidates(self, model: str) -> Sequence[Sequence[Candidate]]:
@@ -9793,17 +9793,12 @@ class Catalogue:
         provider = self.config.providers.get(provider_name)
         if provider is None and provider_name in BUILTIN_PROVIDERS:
             env_key = BUILTIN_PROVIDERS[provider_name].env_key
-            cure = f"Set {env_key} and restart, or add it to pomex.toml." if env_key else "Start it, then restart Pomex."
-            raise BadRequest(f"{printable(model)} cannot be used: {provider_name} is not configured. {cure}", param="model",
+            advice = f"Set {env_key} and restart, or add it to pomex.toml." if env_key else "Start it, then restart Pomex."
+            raise BadRequest(f"{sanitize(model)} cannot be used: {provider_name} is not configured. {advice}", param="model",
                              code="provider_not_configured")
-        if provider is None or not name or not self.serves(provider, name):
-            raise self.unknown(model, f'Model "{printable(model)}" not found.')
+        if provider is None or not name or not matches_any(name, served_models(provider)):
+            raise self.unknown(model, f'Model "{sanitize(model)}" not found.')
         return [self.candidates(provider_name, name, "*")]     # a name of the caller's choice has no circuit of its own
-
-    def serves(self, provider: ProviderConfig, name: str) -> bool:
-        if provider.wire_api == "demo":
-            return name in DEMO_MODELS
-        return matches_any(name, provider.models)
 
     def facts(self, name: str) -> ModelFacts:
         """What is known of a model: from the configuration, else from the table by its first target."""
@@ -9835,21 +9830,31 @@ class Catalogue:
         return near[0] if near else ""
 
 
-def printable(text: str, most: int = 100) -> str:
-    """Short ASCII without control characters, fit for an error, a header or a log line."""
-    if len(text) <= most and text.isascii() and text.isprintable():         # nearly all is: a tenth of the time
+def sanitize(text: str, limit: int = 100) -> str:
+    """One short line for an error or the log, without control characters and marks that turn the direction of writing."""
+    if len(text) <= limit and text.isprintable():
         return text
-    return re.sub(r"[^\x20-\x7e]", "?", text[:most])
+    return "".join(each if each.isprintable() else "?" for each in text[:limit])
+
+
+def header_value(text: str) -> str:
+    return sanitize(text, 1000).encode("ascii", "replace").decode()
+
+
+def served_models(provider: ProviderConfig) -> Collection[str]:
+    """Patterns of the model names that it serves."""
+    return DEMO_MODELS if provider.wire_api == "demo" else provider.models
 
 
 def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
     """As provider/model-name: in the configuration, from the provider itself, or in the built-in table."""
     names: dict[str, None] = {}
     for name, provider in config.providers.items():
-        plain = [pattern for pattern in provider.models if not set(pattern) & set("*?[")]
-        listed = list(DEMO_MODELS) if provider.wire_api == "demo" else [*plain, *found.get(name, ())]
+        patterns = served_models(provider)
+        plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
+        listed = [*plain, *found.get(name, ())]
         if not plain:
-            listed += [known for known in known_models(name) if matches_any(known, provider.models)]
+            listed += [known for known in known_models(name) if matches_any(known, patterns)]
         names.update(dict.fromkeys(f"{name}/{model}" for model in listed))
     return list(names)
 
@@ -10045,19 +10050,16 @@ def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[
                      headers: Headers, envelope: Envelope) -> list[Candidate]:
     """All targets in the order in which this request prefers them, without those of providers that an administrator
     disabled."""
-    found = [each for tier in tiers for each in tier]
-    if disabled:
-        left = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
-        if found and not any(left):
-            names = " and ".join(dict.fromkeys(each.provider.name for each in found))
-            raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the "
-                             "Providers page of the dashboard, or ask for another model.", param="model",
-                             code="provider_disabled")
-        tiers, found = left, [each for tier in left for each in tier]
+    enabled = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
+    found = [each for tier in enabled for each in tier]
+    if not found:
+        names = " and ".join(dict.fromkeys(each.provider.name for tier in tiers for each in tier))
+        raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the Providers "
+                         "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
     if len(found) == 1:
         return found
     score = functools.partial(rendezvous_score, conversation_of(request, headers))
-    found = [each for tier in tiers for each in sorted(tier, key=score, reverse=True)]
+    found = [each for tier in enabled for each in sorted(tier, key=score, reverse=True)]
     sticky = sticky_candidate(found, envelope, headers.get("x-codex-turn-state"), request.input)
     return sorted(found, key=lambda each: each is not sticky)
 
@@ -10115,7 +10117,7 @@ class ClientStream:
         if not early:                                   # somebody has answered
             own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
                    ("openai-processing-ms", str(client.elapsed_ms())),
-                   ("x-pomex-dropped", printable(", ".join(dict.fromkeys(client.dropped)), 1000)),
+                   ("x-pomex-dropped", header_value(", ".join(dict.fromkeys(client.dropped)))),
                    ("x-codex-turn-state", client.turn_state)]
             fields = fields + [header for header in own if header[1]]
         return fields + self.reservation.headers()
@@ -10248,15 +10250,14 @@ class Router:
         """Records how the newest try went. Of the next one the target, when its time has come; None where none follows."""
         client = down.client
         name, error, now = target.provider.name, down.attempt.error, down.loop.time()
+        fault = fault_class(error) if error else "ok"
+        self.counters["pomex_upstream_attempts_total", name, fault] += 1
         if error is None:
-            self.counters["pomex_upstream_attempts_total", name, "ok"] += 1
             self.on_success(target)
             return None
-        failure = failed_attempt(name, error, client.elapsed_ms())
-        policy = RETRY_POLICIES[failure.fault]
-        self.counters["pomex_upstream_attempts_total", name, failure.fault] += 1
-        client.failures.append(failure)
-        log.warning("%s %s: %s", client.request_id, target.id, printable_text(str(error)))
+        policy = RETRY_POLICIES[fault]
+        client.failures.append(failed_attempt(name, error, client.elapsed_ms()))
+        log.warning("%s %s: %s", client.request_id, target.id, sanitize(str(error), 1000))
         if now < down.due:
             self.on_failure(target, error, now)
         is_open = {each.id: self.health.state(each.id, now) == "open" for each in candidates}
@@ -10276,9 +10277,8 @@ class Router:
         await asyncio.sleep(wait_s)
         down.reservation.add_failed_attempt(client.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
         if decision == "failover":
-            self.counters["pomex_failovers_total", name, failure.fault] += 1
-            return other
-        return target
+            self.counters["pomex_failovers_total", name, fault] += 1
+        return other if decision == "failover" else target
 
     def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
         """In its circuit; but not that a name is unknown which a client made up, or which the credentials do not cover."""
@@ -10290,11 +10290,11 @@ class Router:
             if isinstance(error, ProviderError):        # so it answers
                 self.on_success(target)
         elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
-            log.warning("target %s is left out for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
+            log.warning("circuit of %s is open for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
     def on_success(self, target: Candidate, whole: bool = True) -> None:
         if self.health.record_success(target.id, whole):
-            log.warning("target %s answers again", target.id)
+            log.warning("circuit of %s is closed again", target.id)
 
     async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
         """One try of one target, from encoding to its end: down.attempt is finished, unless it is cancelled."""
@@ -10373,23 +10373,26 @@ class Router:
     async def read(self, exchange: Exchange | DemoExchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
-        kind = exchange.headers.get("content-type")
-        await self.check_answer(exchange, kind)
-        if not kind.startswith("text/event-stream") and not down.answer.request.stream:
-            attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
-            return
-        reservation, due = down.reservation, math.inf   # `due`: then what follows the model's end is not waited for any more
+        stream, kind = down.answer.request.stream, exchange.headers.get("content-type")
+        if exchange.status >= 400:
+            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
+        if kind.startswith("text/html"):        # of some proxy or login
+            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
+            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
+        reservation = down.reservation
+        due: float | None = None        # after the model's end: when to stop waiting for the rest
 
         def take(piece: bytes) -> bool:
             """Translates and sends; False where the task has to go on: to wait, to end, or to extend the reservation."""
             before = output_size(attempt)
             attempt.feed(piece)
             exchange.heard |= output_size(attempt) > before
-            sent = not (attempt.output_started and down.answer.request.stream) or down.put(attempt)
+            sent = not (attempt.output_started and stream) or down.put(attempt)
             return sent and not (attempt.stop or attempt.error) and reservation.covers(attempt.output_chars)
 
-        data = await exchange.read()
-        if data.lstrip()[:1] in (b"{", b"["):           # asked for a stream, it answered with an object
+        is_object = not (stream or kind.startswith("text/event-stream"))
+        data = b"" if is_object else await exchange.read()
+        if is_object or data.lstrip()[:1] in (b"{", b"["):      # some answer a streamed request with an object
             attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return await self.show(attempt, target, down)
         while data:
@@ -10405,21 +10408,16 @@ class Router:
             if attempt.upstream_done or (attempt.error and not attempt.output_started):
                 return
             if attempt.stop or attempt.error:
-                due = min(due, down.loop.time() + AFTER_STOP_S)
+                due = due or down.loop.time() + AFTER_STOP_S
             elif not await reservation.extend(attempt.output_chars):
                 attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
                 return
-            data = await read_until(exchange, due)
+            data = b""
+            with contextlib.suppress(TimeoutError):     # the model had finished: only the rest is missing
+                async with asyncio.timeout_at(due):
+                    data = await exchange.read()
         attempt.end()
         await self.show(attempt, target, down)
-
-    async def check_answer(self, exchange: Exchange | DemoExchange, kind: str) -> None:
-        """Raises the error that an answer is: a status, or a page of some proxy or login."""
-        if exchange.status >= 400:
-            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
-        if kind.startswith("text/html"):
-            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
-            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
 
     async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
         """Sends the output that there is, and waits while the client is slow."""
@@ -10430,7 +10428,7 @@ class Router:
                 self.on_success(target, whole=False)
             await down.send(attempt.take_output())
         else:
-            await down.client.drain()
+            await down.client.connection.drain()
 
 
 def output_size(attempt: Attempt) -> int:
@@ -10469,21 +10467,6 @@ def failed_copy(attempt: Attempt) -> Attempt:
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed
-
-
-async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
-    """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
-    if due == math.inf:
-        return await exchange.read()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(due):
-            return await exchange.read()
-    return b""
-
-
-def printable_text(text: str) -> str:
-    """An upstream's words, on one line of the log."""
-    return "".join(each if each.isprintable() else " " for each in text)       # nor with marks that turn its direction
 
 
 # --- 10.6 what is counted -------------------------------------------------------------------------
@@ -10592,7 +10575,7 @@ class Gateway:
         self.config = config
         self.ledger = ledger
         self.upstream = upstream
-        self.catalogue = Catalogue(config, found)
+        self.catalogue = ModelCatalog(config, found)
         self.router: Router = old.router if old else Router(upstream)
         self.router.counters = ledger.counters
         self.metrics: Metrics = old.metrics if old else Metrics(ledger.counters, config.server.workers)
@@ -10620,7 +10603,7 @@ class Gateway:
             await refuse(self, client, error)
             agent = head.headers.get("user-agent")
             if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
-                error.headers += (("x-pomex-error", printable(error.code or "")),)
+                error.headers += (("x-pomex-error", header_value(error.code or "")),)
                 error.plain = 0 < codex_release(agent) < NEW_CODEX          # those show the whole body as it is
                 make_codex_show(error, ("model_not_found", "invalid_prompt", "cyber_policy", "context_length_exceeded"))
             raise
@@ -10638,7 +10621,7 @@ class Gateway:
         method = "GET" if head.method == "HEAD" else head.method
         if method not in route:
             allowed = ", ".join(sorted({*route, "HEAD"} if "GET" in route else route))
-            raise BadRequest(f"{printable(head.method)} is not possible here; {allowed} is.", status=405,
+            raise BadRequest(f"{sanitize(head.method)} is not possible here; {allowed} is.", status=405,
                              code="method_not_allowed", headers=(("allow", allowed),))
         return route[method]
 
@@ -10683,7 +10666,7 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
 def not_found(head: RequestHead, tls: bool) -> BadRequest:
     """404, with the cure for the mistakes that people make (FIRST-RUN.md 3)."""
     scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
-    base, path = f"{scheme}://{printable(head.headers.get('host'))}/v1", printable(head.path)
+    base, path = f"{scheme}://{sanitize(head.headers.get('host'))}/v1", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
             return BadRequest(sentence.format(base=base, path=path), status=404, code=code)
@@ -10780,8 +10763,8 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
                   session: str) -> ClientStream:
     """The answer to be, and what it may cost: nothing is reserved yet."""
     config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(user_agent, 200),
-             "session": printable(session or request.get("prompt_cache_key", ""), 128)}
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": sanitize(user_agent, 200),
+             "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
                               int(client.started_s * 1000), named, request.get("service_tier", ""))
     answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
@@ -10841,7 +10824,7 @@ def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
 
 def price_unknown(key: Key, target: Candidate, to_codex: bool) -> BadRequest:
     """A model without a price cannot be kept within a limit of money."""
-    name = f"{target.provider.name}/{printable(target.model)}"
+    name = f"{target.provider.name}/{sanitize(target.model)}"
     error = BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
 Put its price per million tokens into pomex.toml:
 
@@ -10864,7 +10847,7 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         return error
     kinds = {failure.fault for failure in failures}
     if kinds == {"model_not_found"}:
-        sentence = f'{client.provider} has no model "{printable(client.model)}".'
+        sentence = f'{client.provider} has no model "{sanitize(client.model)}".'
         return gateway.catalogue.unknown(down.answer.request.model, sentence)
     message, status, code, headers = str(error), error.status, error.code, error.headers
     waits = [wait_s for each in failures if (wait_s := getattr(each.error, "retry_after_s", None)) is not None]
@@ -10905,18 +10888,18 @@ async def settle(gateway: Gateway, down: ClientStream) -> None:
     if failures or down.client.dropped:
         detail = dumps({"tried": [f"{each.provider}: {each.brief}" for each in failures],
                         "tried_ms": [each.at_ms for each in failures],
-                        "dropped": [printable(name) for name in down.client.dropped[:20]]})
+                        "dropped": [sanitize(name) for name in down.client.dropped[:20]]})
     row = reservation.row(
         down.client.provider, down.client.model, usage, attempt=down.client.tries, status=attempt.status,
         result=result_of(attempt.status, attempt.terminal_by, down.client.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
-        error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.client.upstream_id),
+        error=sanitize(str(error), 500) if error else "", upstream_id=sanitize(down.client.upstream_id),
         served_model=usage.model if usage.model and len(names) > 1 else "",
         total_ms=int((time.monotonic() - client.started) * 1000), detail=detail,
         **{name: getattr(client, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
     for each in down.client.failures:
         gateway.ledger.notes["error/" + each.provider] = dumps(
-            {"time_ms": row.started_ms, "message": printable_text(str(each.error))[:500]})
+            {"time_ms": row.started_ms, "message": sanitize(str(each.error), 500)})
     rows = [*reservation.failed_attempts, row]
     client.note = access_note(reservation.key.name, down, rows)
     gateway.metrics.count(rows)
@@ -10934,11 +10917,11 @@ def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
     about = "~" if down.attempt.usage and down.attempt.usage.estimated else ""
     first = f"first {row.first_ms / 1000:.1f}s " if row.first_ms else ""
     end = {"completed": "", "incomplete": "  incomplete", "cancelled": "  client left"}.get(
-        row.status, f"  failed: {printable_sentence(str(down.attempt.error))}")
+        row.status, f"  failed: {sanitize(str(down.attempt.error), 400)}")
     cost = "  no price" if row.input + row.output else ""
     if row.price:
         cost = f"  ${format_usd(sum(each.cost_nanos for each in rows), 4)}"
-    return (f"{key} {printable(row.model)} via{failed} {row.provider or 'nobody'}  "
+    return (f"{key} {sanitize(row.model)} via{failed} {row.provider or 'nobody'}  "
             f"{about}{short_count(row.input)} in{cached} {short_count(row.output)} out  "
             f"{first}total {row.total_ms / 1000:.1f}s{end}{cost}")
 
@@ -10947,12 +10930,12 @@ def note_refusal(gateway: Gateway, client: Client, error: GatewayError, key: Key
     """Counts a request that no provider was asked for: it has no row."""
     head = client.head
     name = f"{key.name} " if key else "-  "
-    client.note = f"{name}{printable(head.method)} {printable(head.path)}  {printable_sentence(str(error))}"
+    client.note = f"{name}{sanitize(head.method)} {sanitize(head.path)}  {sanitize(str(error), 400)}"
     gateway.ledger.refuse(key.id if key else 0, {
-        "time_ms": int(client.started_s * 1000), "method": printable(head.method), "path": printable(head.path),
+        "time_ms": int(client.started_s * 1000), "method": sanitize(head.method), "path": sanitize(head.path),
         "status": error.status, "code": error.ledger_code or error.code, "message": str(error)[:500],
         "key": key.name if key else "", "key_id": key.id if key else 0,
-        "user_agent": printable(head.headers.get("user-agent")), "request_id": client.request_id})
+        "user_agent": sanitize(head.headers.get("user-agent")), "request_id": client.request_id})
 
 
 async def refuse(gateway: Gateway, client: Client, error: GatewayError) -> None:
@@ -11369,11 +11352,6 @@ def row_view(row: JSON) -> JSON:
             "user_agent": row["client"], "tried": [*tried]}
 
 
-def printable_sentence(text: str) -> str:
-    """For the log: as `printable`, in full length."""
-    return re.sub(r"[^\x20-\x7e…]", "?", text[:400])
-
-
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
     "openai": ("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna",
                "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.3-codex"),     # as Codex 0.171 lists them
@@ -11387,7 +11365,7 @@ def coding_models(providers: Iterable[str]) -> list[str]:
     return [f"{name}/{model}" for name in providers for model in CODING_MODELS.get(name, ())]
 
 
-def best_model(catalogue: Catalogue, key: Key | None = None) -> str:
+def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
     for name in (*catalogue.config.models, *coding_models(catalogue.config.providers), *known):
@@ -11644,7 +11622,7 @@ def read_fields(data: bytes, arguments: Sequence[Argument]) -> JSON:
     for name in body:
         if name not in known:
             hint = did_you_mean(name, known) or (f" It has {', '.join(known)}." if known else "")
-            raise BadRequest(f"The body has no field {printable(name)!r}.{hint}", param=printable(name))
+            raise BadRequest(f"The body has no field {sanitize(name)!r}.{hint}", param=sanitize(name))
     return {argument.name: read_argument(argument, body.get(argument.name, "")) for argument in arguments
             if argument.required or argument.name in body}
 
@@ -11703,7 +11681,7 @@ async def admin(gateway: Gateway, client: Client) -> None:
     name = urllib.parse.unquote(more[0]) if more else ""
     route = ADMIN_ROUTES.get(f"{head.method} {'/'.join([first, *['*'] * bool(more), *more[1:]])}")
     if route is None or not head.path.startswith("/admin/api/"):
-        raise BadRequest(f"There is nothing at {printable(head.method)} {printable(head.path)}.", status=404, code="not_found")
+        raise BadRequest(f"There is nothing at {sanitize(head.method)} {sanitize(head.path)}.", status=404, code="not_found")
     if head.method == "POST":
         guard.check_change(client)
     ask = Ask(client, None, dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True)), name=name)
@@ -12191,19 +12169,24 @@ class Client:
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """The whole answer in one write."""
-        if status != 204:
-            headers = [*headers, ("content-length", str(len(body)))]
-        self.begin(status, headers)
-        self.ended, self.chunked = True, False
-        self.put(body)
-        await self.drain()
+        await self.start(status, headers, len(body))
+        await self.end(body)
 
-    async def start(self, status: int, headers: list[tuple[str, str]]) -> None:
-        """Begins an answer of unknown length. Its head goes out with the first write()."""
-        self.chunked = self.head.http11
-        if not self.chunked:
-            self.keep = False       # HTTP/1.0: the end of the connection is the end of the body
-        self.begin(status, [*headers, ("transfer-encoding", "chunked")] if self.chunked else headers)
+    async def start(self, status: int, headers: list[tuple[str, str]], size: int | None = None) -> None:
+        """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
+        connection, http11 = self.connection, self.head.http11
+        self.status, self.chunked = status, size is None and http11
+        # without chunks the end of the connection is the end of the body
+        self.keep = connection.may_keep(self.head) and self.keep and (http11 or size is not None)
+        if self.chunked:
+            headers = [*headers, ("transfer-encoding", "chunked")]
+        elif size is not None and status != 204:
+            headers = [*headers, ("content-length", str(size))]
+        if not self.keep:
+            headers = [*headers, ("connection", "close")]
+        elif not http11:
+            headers = [*headers, ("connection", "keep-alive")]
+        self.pending = connection.server.answer_head(status, headers, self.request_id)
 
     def put(self, data: bytes) -> bool:
         """One write, which waits for nothing; ClientGone when the client left. False: drain() before the next one."""
@@ -12221,14 +12204,10 @@ class Client:
             self.sent_bytes += len(data)
         return connection.unsent_bytes() <= WRITE_HIGH_BYTES
 
-    async def drain(self) -> None:
-        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or takes nothing."""
-        if self.connection.unsent_bytes() > WRITE_HIGH_BYTES:
-            await self.connection.drain()
-
     async def write(self, data: bytes) -> None:
-        self.put(data)
-        await self.drain()
+        """put(), then drain() where the client is slow."""
+        if not self.put(data):
+            await self.connection.drain()
 
     async def end(self, data: bytes = b"") -> None:
         """Ends a started answer, with a last piece of it in the same write."""
@@ -12241,17 +12220,8 @@ class Client:
         if not self.sent_bytes:
             await self.answer(error.status, *error_answer(error))
 
-    def begin(self, status: int, headers: list[tuple[str, str]]) -> None:
-        connection = self.connection
-        self.status = status
-        self.keep = connection.may_keep(self.head) and self.keep
-        if not self.keep:
-            headers = [*headers, ("connection", "close")]
-        elif not self.head.http11:
-            headers = [*headers, ("connection", "keep-alive")]
-        self.pending = connection.server.answer_head(status, headers, self.request_id)
 
-
+NO_REQUEST = RequestHead("", "", "", http11=True, headers=NO_HEADERS, keep_alive=False, expect_continue=False, length=0)
 SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -12336,12 +12306,11 @@ class Connection(StreamConnection):
             if self.server.closing or not await self.wait_for_request():
                 return None
             part = self.http.next()
-        if not isinstance(part, RequestHead):
-            async with self.time_limit("request head", "header_timeout_s"):
-                while not isinstance(part, RequestHead):
-                    if not await self.receive():
-                        return None
-                    part = self.http.next()
+        started = self.loop.time()
+        while not isinstance(part, RequestHead):
+            if not await self.receive_within(self.server.config.header_timeout_s, started, "request head"):
+                return None
+            part = self.http.next()
         self.server.idle.pop(self, None)
         self.body_done = False
         return part
@@ -12366,12 +12335,10 @@ class Connection(StreamConnection):
         if self.waiting is not None:
             self.waiting.reschedule(self.loop.time() + self.idle_s())
 
-    @contextlib.asynccontextmanager
-    async def time_limit(self, what: str, setting: str) -> AsyncIterator[None]:
-        limit_s = getattr(self.server.config, setting)
+    async def receive_within(self, limit_s: float, started: float, what: str) -> bool:
         try:
-            async with asyncio.timeout(limit_s):
-                yield
+            async with asyncio.timeout_at(started + limit_s):
+                return await self.receive()
         except TimeoutError:
             raise ProtocolError(f"The {what} took longer than {limit_s:g} s.", 408) from None
 
@@ -12413,26 +12380,22 @@ class Connection(StreamConnection):
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
         """The whole body; ProtocolError when it is too long or too slow."""
         pieces: list[bytes] = []
-        if not self.take_body(client, pieces, most_bytes):
-            if client.head.expect_continue:
-                self.writer.write(CONTINUE)
-            async with self.time_limit("request body", "body_timeout_s"):
-                while not self.take_body(client, pieces, most_bytes):
-                    if not await self.receive():
-                        raise ClientGone("the client left")
-        self.body_done = True
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def take_body(self, client: Client, pieces: list[bytes], most_bytes: int) -> bool:
-        """Adds what has come of the body; True when that was its end."""
-        length = client.head.length
+        length, expected, started = client.head.length, client.head.expect_continue, self.loop.time()
         while (length or client.held) <= most_bytes:
             part = self.http.next()
-            if not isinstance(part, bytes):
-                return part is END
-            pieces.append(part)
-            if length is None:
-                client.hold(client.held + len(part))
+            if part is END:
+                self.body_done = True
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if isinstance(part, bytes):
+                pieces.append(part)
+                if length is None:
+                    client.hold(client.held + len(part))
+                continue
+            if expected:
+                expected = False
+                self.writer.write(CONTINUE)
+            if not await self.receive_within(self.server.config.body_timeout_s, started, "request body"):
+                raise ClientGone("the client left")
         raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
 
     async def discard_body(self, client: Client) -> bool:
@@ -12459,10 +12422,8 @@ class Connection(StreamConnection):
 
     async def refuse(self, error: GatewayError) -> None:
         """An error answer to bytes that made no request."""
-        headers, body = error_answer(error)
-        headers += [("content-length", str(len(body))), ("connection", "close")]
-        self.writer.write(self.server.answer_head(error.status, headers, request_id_for("")) + body)
         with contextlib.suppress(OSError, asyncio.CancelledError):
+            await Client(self, NO_REQUEST).fail(error)
             await self.linger()
 
     async def linger(self) -> None:
@@ -12483,7 +12444,9 @@ class Connection(StreamConnection):
             return False
 
     async def drain(self) -> None:
-        """A client that makes no room in write_timeout_s counts as gone."""
+        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left, or made no room in write_timeout_s."""
+        if self.unsent_bytes() <= WRITE_HIGH_BYTES:
+            return
         try:
             async with asyncio.timeout(self.server.config.write_timeout_s):
                 await self.writer.drain()
@@ -12810,7 +12773,7 @@ class AccessLog:
             return                  # an open dashboard asks every few seconds
         if not self.lines:
             asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
-        self.lines.append((time.time(), f"{status} {client.note or f'-  {printable(head.method)} {printable(head.path)}'}"))
+        self.lines.append((time.time(), f"{status} {client.note or f'-  {sanitize(head.method)} {sanitize(head.path)}'}"))
 
     def flush(self) -> None:
         lines, self.lines = self.lines, []
@@ -13105,7 +13068,7 @@ def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
 
 def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Every model that is known by name, with its providers in the order they are tried."""
-    catalogue, models = Catalogue(config, found), {}
+    catalogue, models = ModelCatalog(config, found), {}
     for name in catalogue.names:
         with contextlib.suppress(BadRequest):       # described, but of a provider that is not configured
             models[name] = list(dict.fromkeys(provider.name for provider, _ in catalogue.targets(name)))
@@ -13177,7 +13140,7 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], looked: b
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", retyped(config, "Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write"),
-            *(f"  {line}".rstrip() for line in codex_block(url, best_model(Catalogue(config, found)))),
+            *(f"  {line}".rstrip() for line in codex_block(url, best_model(ModelCatalog(config, found)))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
     for warning in config_warnings(config) if config.path else ():
         say(f"Warning       {warning}")
@@ -13205,8 +13168,8 @@ def run_serve(args: Args) -> int:
     set_up_logging(config.server.log_format, config.server.workers)
     handed = handed_sockets(os.environ)
     config = dataclasses.replace(config, server=listening_as(config.server, handed))
-    if config.server.workers > 1 and sys.platform == "win32":
-        raise ConfigError("[server] workers: several processes need another system than Windows.")
+    if config.server.workers > 1 and not hasattr(signal, "sigtimedwait"):
+        raise ConfigError("[server] workers: more than one process needs Linux.")
 
     async def reread() -> tuple[Config, Mapping[str, Sequence[str]]]:
         fresh = read_config(args)
@@ -13229,7 +13192,7 @@ def run_serve(args: Args) -> int:
         announcing = functools.partial(announce, config, found, looked, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
-    parent.install_signal_handlers()
+    parent.block_signals()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
         asyncio.run(announce(config, found, looked, ledger, is_new, url))
     settle_memory()
@@ -13351,7 +13314,7 @@ def run_check(args: Args) -> int:
 
 
 def unpriced(config: Config) -> list[str]:
-    catalogue, book = Catalogue(config, {}), PriceTable(config)
+    catalogue, book = ModelCatalog(config, {}), PriceTable(config)
     targets = {(provider.name, model): name for name in listed_models(config, {})
                for provider, model in catalogue.targets(name)}
     return [f"{provider}/{model} has no price: refused to keys with a budget, billed 0 to others"
@@ -13369,7 +13332,7 @@ async def contact_all(config: Config) -> dict[str, str]:
 
 def run_models(args: Args) -> None:
     config, found = asyncio.run(surveyed(read_config(args)))
-    catalogue, book = Catalogue(config, found), PriceTable(config)
+    catalogue, book = ModelCatalog(config, found), PriceTable(config)
     rows, table = [], [("MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE")]
     for name, providers in listed_models(config, found).items():
         first, model = catalogue.targets(name)[0]
@@ -13730,7 +13693,7 @@ def run_codex(args: Args) -> int:
     if args.undo:
         return undo_codex(path)
     config, found = asyncio.run(surveyed(read_config(args)))
-    catalogue = Catalogue(config, found)
+    catalogue = ModelCatalog(config, found)
     model = args.model or best_model(catalogue)
     try:
         catalogue.tiers(model)
@@ -14019,7 +13982,7 @@ async def codex_program() -> Finding:
         out, _ = await asyncio.wait_for(process.communicate(), 20)
     except (OSError, TimeoutError):
         return Finding("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
-    return Finding("codex", "ok", f"{printable(out.decode('utf-8', 'replace').strip())} in PATH")
+    return Finding("codex", "ok", f"{sanitize(out.decode('utf-8', 'replace').strip())} in PATH")
 
 
 def codex_file() -> tuple[Finding, JSON, JSON]:
@@ -14225,101 +14188,96 @@ async def reload(server: GatewayServer, reread: Reread) -> None:
 # --- 13.9 several processes -----------------------------------------------------------------------
 #
 # The parent holds the listening sockets and forks the workers, which serve as a single process does. With SO_REUSEPORT a
-# worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports its
-# open requests once a second; a silent one hangs and is killed. A reload and a stop are signals that the parent passes on.
+# worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports once
+# a second, in memory shared with the parent; a silent one hangs and is killed. The parent waits for signals: of a reload and
+# a stop, which it passes on, and of a worker's end.
 
 TICK_S = 1.0
+START_TICK_S = 0.05         # until all workers are ready
 HUNG_S = 30.0               # a checkpoint of the database on a bad disk may stop a loop for seconds
-STABLE_AFTER_S = 60.0       # a worker that lived so long did not die of how it was started
+STABLE_AFTER_S = 60.0       # a worker that lived this long did not die of its start
 ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one has its turn
 
 
 async def worker_main(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
-                      pipe: int) -> int:
+                      board: memoryview[float]) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
             signals = install_signal_handlers()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            reporting = loop.create_task(report(server, pipe, os.getppid()))
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            reporting = loop.create_task(report(server, board, os.getppid()))
             while await signals.get() == HANG_UP:
-                with contextlib.suppress(ConfigError, OSError):     # the parent has read it too, and says what is wrong
+                with contextlib.suppress(ConfigError, OSError):     # the parent has read it too, and reports the error
                     server.reload(*await reread())
             await drain_until_signal(server, signals)
             reporting.cancel()
     return 0
 
 
-async def report(server: GatewayServer, pipe: int, parent: int) -> None:
-    """Says how many requests are open; without its parent a worker stops."""
+async def report(server: GatewayServer, board: memoryview[float], parent: int) -> None:
+    """Reports the time and the number of open requests; without its parent a worker stops."""
     while os.getppid() == parent:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(pipe, b"%d " % server.open_requests)
+        board[0], board[1] = time.monotonic(), server.open_requests
         await asyncio.sleep(TICK_S)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@dataclass(slots=True, eq=False)
-class Worker:
+class Worker(NamedTuple):
     pid: int
-    pipe: int                   # brings its reports
     started: float              # by the monotonic clock, as are all times here
-    heard: float
-    streams: int = 0
-    ready: bool = False
+    board: memoryview[float]    # shared with it: the time of its last report (0: none yet), and its open requests
 
 
 class Workers:
-    """The parent: keeps so many workers alive."""
+    """The parent: keeps the configured number of workers alive."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
                  reread: Reread) -> None:
         self.config, self.found, self.sockets, self.reread = config, found, sockets, reread
         self.workers: list[Worker] = []
+        self.signals = {*STOP_SIGNALS, signal.SIGCHLD}
         self.stopping = False
         self.code = 0
         self.ready = False          # all have been at once
         self.not_before = 0.0       # no worker is started earlier: they die too fast
         self.deaths = 0             # in a row
-        self.looked = math.inf      # when the workers were looked at last
-        self.selector = selectors.DefaultSelector()
-        self.signals, self.wakeup = socket.socketpair()
+        self.checked = math.inf     # when the workers were last checked
+        self.awake_since = 0.0      # when this process last stood still itself
 
-    def install_signal_handlers(self) -> None:
-        self.signals.setblocking(False)
-        self.wakeup.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup.fileno())
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda got, frame: None)
-        self.selector.register(self.signals, selectors.EVENT_READ)
+    def block_signals(self) -> None:
+        """So that they wait for run(), in workers for their handlers."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
     def run(self) -> int:
-        fed, interval_s = 0.0, watchdog_s(os.environ)
+        feed_s = watchdog_s(os.environ)
         while self.workers or not self.stopping:
             now = time.monotonic()
             self.kill_hung(now)
             self.start_missing(now)
-            if interval_s and now >= fed:
-                fed = now + interval_s
+            if not self.ready and self.workers and all(worker.board[0] for worker in self.workers):
+                self.ready = True
+                notify("READY=1")
+            if feed_s:
                 notify("WATCHDOG=1")
-            for key, _ in self.selector.select(min(TICK_S, interval_s or TICK_S)):
-                if key.data is not None:
-                    self.receive(key.data)
-                    continue
-                for got in self.signals.recv(64):
-                    self.reload() if got == HANG_UP else self.stop()
+            tick_s = TICK_S if self.ready else START_TICK_S
+            got = signal.sigtimedwait(self.signals, min(tick_s, feed_s or tick_s))
+            if got is not None and got.si_signo == HANG_UP:
+                self.reload()
+            elif got is not None and got.si_signo in STOP_SIGNALS:
+                self.stop()
+            self.reap(time.monotonic())
         say("Stopped.")
         return self.code
 
     def kill_hung(self, now: float) -> None:
-        if now - self.looked > 5 * TICK_S:      # this process stood still itself (a paused container, Ctrl-Z): none was heard
-            for worker in self.workers:
-                worker.heard = now
-        self.looked = now
+        if now - self.checked > 5 * TICK_S:     # a paused container, or Ctrl-Z: no worker could report either
+            self.awake_since = now
+        self.checked = now
         for worker in self.workers:
-            if now - worker.heard > HUNG_S:
-                log.error("worker %d has said nothing for %d s and is killed", worker.pid, HUNG_S)
+            if now - max(worker.started, worker.board[0], self.awake_since) > HUNG_S:
+                log.error("worker %d has not reported for %d s and is killed", worker.pid, HUNG_S)
                 os.kill(worker.pid, signal.SIGKILL)
 
     def start_missing(self, now: float) -> None:
@@ -14327,41 +14285,24 @@ class Workers:
             while len(self.workers) < self.config.server.workers and not self.stopping and now >= self.not_before:
                 self.start(now)
         except OSError as error:        # too many processes or files: the others go on
-            log.error("no worker can be started: %s; tried again in a second", describe_error(error))
+            log.error("no worker can be started: %s; retried in a second", describe_error(error))
             self.not_before = now + TICK_S
 
     def start(self, now: float) -> None:
         sys.stderr.flush()
-        ours, theirs = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)      # in the worker until it heeds them
-        try:
-            pid = os.fork()
-            if not pid:
-                self.become_worker(ours, theirs)
-        except OSError:
-            os.close(ours)
-            raise
-        finally:
-            os.close(theirs)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        worker = Worker(pid, ours, now, now)
-        self.workers.append(worker)
-        self.selector.register(ours, selectors.EVENT_READ, worker)
+        board = memoryview(mmap.mmap(-1, 16)).cast("d")
+        pid = os.fork()
+        if not pid:
+            self.become_worker(board)
+        self.workers.append(Worker(pid, now, board))
 
-    def become_worker(self, ours: int, theirs: int) -> NoReturn:
-        """In the new process: closes all that is the parent's, or the others could not see it end."""
+    def become_worker(self, board: memoryview[float]) -> NoReturn:
+        """In the new process."""
         code = 1
         try:
             os.setsid()             # Ctrl-C goes to the parent alone
-            signal.set_wakeup_fd(-1)
             os.environ.pop("NOTIFY_SOCKET", "")
-            self.selector.close()
-            self.signals.close()
-            self.wakeup.close()
-            for fd in (ours, *(worker.pipe for worker in self.workers)):
-                os.close(fd)
-            os.set_blocking(theirs, False)
-            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, theirs))
+            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, board))
         except (ConfigError, GatewayError, OSError) as error:
             log.error("worker %d cannot work: %s", os.getpid(), error)
         except BaseException:
@@ -14369,32 +14310,25 @@ class Workers:
         finally:
             os._exit(code)
 
-    def receive(self, worker: Worker) -> None:
-        said = os.read(worker.pipe, 4096).split()
-        if not said:
-            self.reap(worker)
-            return
-        worker.heard, worker.streams, worker.ready = time.monotonic(), int(said[-1]), True
-        if not self.ready and all(each.ready for each in self.workers):
-            self.ready = True
-            notify("READY=1")
+    def reap(self, now: float) -> None:
+        """Takes note of the workers that have ended. They are replaced; ever later, if they die at their start."""
+        for worker in self.workers.copy():
+            pid, status = os.waitpid(worker.pid, os.WNOHANG)
+            if not pid:
+                continue
+            self.workers.remove(worker)
+            if self.stopping:
+                continue
+            self.deaths = 0 if now - worker.started > STABLE_AFTER_S else self.deaths + 1
+            self.not_before = now + (min(30.0, 0.1 * 2 ** min(self.deaths, 10)) if self.deaths > 1 else 0.0)
+            log.error("worker %d ended with %d and is replaced; its %s were cut", pid, os.waitstatus_to_exitcode(status),
+                      plural(int(worker.board[1]), "open request"))
+            if not self.ready and not worker.board[0]:
+                self.code = UNAVAILABLE         # none can start: the exit code says so
+                self.stop()
 
-    def reap(self, worker: Worker) -> None:
-        """A worker has ended, and is replaced; ever later, if they die at their start."""
-        self.selector.unregister(worker.pipe)
-        os.close(worker.pipe)
-        self.workers.remove(worker)
-        status = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
-        if self.stopping:
-            return
-        now = time.monotonic()
-        self.deaths = 0 if now - worker.started > STABLE_AFTER_S else self.deaths + 1
-        self.not_before = now + (min(30.0, 0.1 * 2 ** min(self.deaths, 10)) if self.deaths > 1 else 0.0)
-        log.error("worker %d ended with %d and is replaced; its %s were cut", worker.pid, status,
-                  plural(worker.streams, "open request"))
-        if not self.ready and not worker.ready:
-            self.code = UNAVAILABLE         # it never was any good: who starts us is to know
-            self.stop()
+    def open_requests(self) -> int:
+        return int(sum(worker.board[1] for worker in self.workers))
 
     def send(self, number: signal.Signals) -> None:
         for worker in self.workers:
@@ -14406,9 +14340,8 @@ class Workers:
             self.code = INTERRUPTED
         else:
             notify("STOPPING=1")
-            streams = sum(worker.streams for worker in self.workers)
-            say(stopping_sentence(streams, self.config.server.drain_timeout_s))
-        for listening in self.sockets:      # first: who came to ours, when the workers have closed theirs, would be cut
+            say(stopping_sentence(self.open_requests(), self.config.server.drain_timeout_s))
+        for listening in self.sockets:      # before the workers close theirs: a connection to ours alone would be cut
             listening.close()
         self.stopping = True
         self.send(signal.SIGTERM)
@@ -14425,7 +14358,7 @@ class Workers:
         except (ConfigError, OSError) as error:
             say(refused_sentence(self.config, error))
         else:
-            say(reload_sentence(self.config, config, sum(worker.streams for worker in self.workers)))
+            say(reload_sentence(self.config, config, self.open_requests()))
             with contextlib.suppress(LedgerError), open_ledger(self.config) as ledger:      # closed before a process forks
                 asyncio.run(audit_reload(ledger, self.config, config))
             self.config, self.found = merge_reloadable(self.config, config), found

@@ -528,7 +528,7 @@ wire_api = "chat"
 [models."team/both"]
 targets = ["one:m", "two:m"]
 """
-    tiers = pomex.Catalogue(pomex.load_config(text, "pomex.toml", {}), {}).tiers("team/both")
+    tiers = pomex.ModelCatalog(pomex.load_config(text, "pomex.toml", {}), {}).tiers("team/both")
     def left(*names):
         asked = pomex.parse_request(b'{"model": "team/both", "input": "hi"}')
         order = pomex.order_candidates(tiers, names, asked, pomex.Headers([]), pomex.Envelope(b"secret", "1"))

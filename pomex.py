@@ -9837,8 +9837,9 @@ def sanitize(text: str, limit: int = 100) -> str:
     return "".join(each if each.isprintable() else "?" for each in text[:limit])
 
 
-def header_value(text: str) -> str:
-    return sanitize(text, 1000).encode("ascii", "replace").decode()
+def header_value(text: str, limit: int = 1000) -> str:
+    """`text` in ASCII, fit for a header's value."""
+    return sanitize(text, limit).encode("ascii", "replace").decode()
 
 
 def served_models(provider: ProviderConfig) -> Collection[str]:
@@ -10571,25 +10572,22 @@ class Gateway:
 
     def __init__(self, config: Config, ledger: Ledger, upstream: ConnectionPool, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
-        """What `old`, with another configuration, counted, saw and learned outlives it."""
-        self.config = config
-        self.ledger = ledger
-        self.upstream = upstream
+        """`old` had another configuration: its counters, circuits and memories stay."""
+        self.config, self.ledger, self.upstream = config, ledger, upstream
         self.catalogue = ModelCatalog(config, found)
-        self.router: Router = old.router if old else Router(upstream)
-        self.router.counters = ledger.counters
-        self.metrics: Metrics = old.metrics if old else Metrics(ledger.counters, config.server.workers)
-        self.live: LiveFeed = old.live if old else LiveFeed(ledger)
-        self.memo: RequestMemo = old.memo if old else RequestMemo()
-        if old:
-            self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
         self.prices = PriceTable(config)
-        upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
-        self.metrics.names = frozenset(self.catalogue.names)
-        self.draining: Callable[[], bool] = lambda: False
-        self.started_s: int = old.started_s if old else int(time.time())
         self.guard = Guard(ledger, config.server)
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
+        if old is None:
+            self.router, self.metrics = Router(upstream), Metrics(ledger.counters, config.server.workers)
+            self.live, self.memo, self.started_s = LiveFeed(ledger), RequestMemo(), int(time.time())
+            self.router.counters = ledger.counters
+        else:
+            self.router, self.metrics = old.router, old.metrics
+            self.live, self.memo, self.started_s = old.live, old.memo, old.started_s
+            self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
+        upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
+        self.metrics.names = frozenset(self.catalogue.names)
 
     async def handle(self, client: Client) -> None:
         """Answers one request. GatewayErrors go up to the server, which words them."""
@@ -10600,7 +10598,7 @@ class Gateway:
             else:
                 await self.route(head)(self, client)
         except GatewayError as error:
-            await refuse(self, client, error)
+            await note_refusal(self, client, error)
             agent = head.headers.get("user-agent")
             if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", header_value(error.code or "")),)
@@ -10763,7 +10761,7 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
                   session: str) -> ClientStream:
     """The answer to be, and what it may cost: nothing is reserved yet."""
     config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": sanitize(user_agent, 200),
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
                               int(client.started_s * 1000), named, request.get("service_tier", ""))
@@ -10800,7 +10798,7 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     if refused is None:
         await settle(gateway, down)
     else:
-        note_refusal(gateway, down.client, refused, down.reservation.key)
+        await note_refusal(gateway, down.client, refused, down.reservation.key)
     if in_stream:
         await down.send(last, last=True)
     elif down.attempt.error is not None:
@@ -10883,21 +10881,20 @@ async def settle(gateway: Gateway, down: ClientStream) -> None:
     """The usage row, durable before the client can see how it ended; and the access line."""
     client, attempt, reservation = down.client, down.attempt, down.reservation
     usage, error = attempt.usage or Usage(), attempt.error
-    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.client.model)}
-    failures, detail = down.client.failures[:20], ""
-    if failures or down.client.dropped:
+    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, client.model)}
+    failures, detail = client.failures[:20], ""
+    if failures or client.dropped:
         detail = dumps({"tried": [f"{each.provider}: {each.brief}" for each in failures],
                         "tried_ms": [each.at_ms for each in failures],
-                        "dropped": [sanitize(name) for name in down.client.dropped[:20]]})
+                        "dropped": [sanitize(name) for name in client.dropped[:20]]})
     row = reservation.row(
-        down.client.provider, down.client.model, usage, attempt=down.client.tries, status=attempt.status,
-        result=result_of(attempt.status, attempt.terminal_by, down.client.attempts), terminal_by=attempt.terminal_by,
+        client.provider, client.model, usage, attempt=client.tries, status=attempt.status,
+        result=result_of(attempt.status, attempt.terminal_by, client.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
-        error=sanitize(str(error), 500) if error else "", upstream_id=sanitize(down.client.upstream_id),
-        served_model=usage.model if usage.model and len(names) > 1 else "",
-        total_ms=int((time.monotonic() - client.started) * 1000), detail=detail,
-        **{name: getattr(client, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
-    for each in down.client.failures:
+        error=sanitize(str(error), 500) if error else "", upstream_id=sanitize(client.upstream_id),
+        served_model=usage.model if usage.model and len(names) > 1 else "", total_ms=client.elapsed_ms(), detail=detail,
+        asked_ms=client.asked_ms, answering_ms=client.answering_ms, first_ms=client.first_ms, attempts=client.attempts)
+    for each in client.failures:
         gateway.ledger.notes["error/" + each.provider] = dumps(
             {"time_ms": row.started_ms, "message": sanitize(str(each.error), 500)})
     rows = [*reservation.failed_attempts, row]
@@ -10926,27 +10923,20 @@ def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
             f"{first}total {row.total_ms / 1000:.1f}s{end}{cost}")
 
 
-def note_refusal(gateway: Gateway, client: Client, error: GatewayError, key: Key | None) -> None:
-    """Counts a request that no provider was asked for: it has no row."""
+async def note_refusal(gateway: Gateway, client: Client, error: GatewayError, key: Key | None = None) -> None:
+    """Counts a request that was refused before any provider was asked: it has no usage row."""
     head = client.head
-    name = f"{key.name} " if key else "-  "
-    client.note = f"{name}{sanitize(head.method)} {sanitize(head.path)}  {sanitize(str(error), 400)}"
-    gateway.ledger.refuse(key.id if key else 0, {
-        "time_ms": int(client.started_s * 1000), "method": sanitize(head.method), "path": sanitize(head.path),
-        "status": error.status, "code": error.ledger_code or error.code, "message": str(error)[:500],
-        "key": key.name if key else "", "key_id": key.id if key else 0,
-        "user_agent": sanitize(head.headers.get("user-agent")), "request_id": client.request_id})
-
-
-async def refuse(gateway: Gateway, client: Client, error: GatewayError) -> None:
-    """The same for one that was refused before it was planned."""
-    if client.head.path.startswith("/admin") or client.note:
+    if client.note or (key is None and head.path.startswith("/admin")):
         return
-    try:
-        key = await gateway.ledger.authorise(client.head.headers.get("authorization"), client.started_s)
-    except GatewayError:
-        key = None
-    note_refusal(gateway, client, error, key)
+    if key is None:
+        with contextlib.suppress(GatewayError):
+            key = await gateway.ledger.authorise(head.headers.get("authorization"), client.started_s)
+    method, path, name, number = sanitize(head.method), sanitize(head.path), key.name if key else "", key.id if key else 0
+    client.note = f"{name or '- '} {method} {path}  {sanitize(str(error), 400)}"
+    gateway.ledger.refuse(number, {
+        "time_ms": int(client.started_s * 1000), "method": method, "path": path, "status": error.status,
+        "code": error.ledger_code or error.code, "message": str(error)[:500], "key": name, "key_id": number,
+        "user_agent": header_value(head.headers.get("user-agent"), 100), "request_id": client.request_id})
 
 
 def short_count(count: int) -> str:
@@ -11061,7 +11051,7 @@ async def ready(gateway: Gateway, client: Client) -> None:
     """Whether requests should be sent here. Says no more than a word of each check: it asks for no key."""
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
-              "accepting": not gateway.draining()}
+              "accepting": not client.connection.server.draining}
     good = all(checks.values())
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
     words["targets"] = "degraded" if gateway.router.health.degraded(time.monotonic()) else "ok"     # there may be others
@@ -12016,7 +12006,7 @@ async def live(gateway: Gateway, ask: Ask) -> None:
             for row in await usage_rows(feed.db, f"id > ? AND {key_condition(key_id)}", [int(last)], 100, False):
                 await client.write(event_frame(LiveEvent("usage", row_view(row), row["key_id"], row["id"])))
         checked, count = time.monotonic(), feed.count
-        while feed.polling is not None and not gateway.draining():       # else the browser comes again
+        while feed.polling is not None and not client.connection.server.draining:       # else the browser comes again
             await asyncio.sleep(POLL_S / 4)
             missed, count = feed.count - count, feed.count
             for event in list(feed.events)[-missed:] if missed else ():
@@ -12344,24 +12334,14 @@ class Connection(StreamConnection):
 
     async def serve(self, client: Client) -> bool:
         """Has one request answered; True if the connection may carry another."""
-        self.client = client
-        self.server.open_requests += 1
-        try:
-            await self.handle(client)
-        finally:
-            self.client = None
-            client.hold(0)
-            self.server.open_requests -= 1
-            self.server.access(client, client.status or CLIENT_LEFT)
-        return not self.gone and await self.discard_body(client)
-
-    async def handle(self, client: Client) -> None:
+        server, self.client = self.server, client
+        server.open_requests += 1
         try:
             if not self.holders and client.head.path not in HEALTH_PATHS:
                 raise overloaded(NO_ROOM)
-            self.server.check_host(client.head)
-            client.peer = self.server.who_asks(self.peer, client.head.headers)
-            await self.server.handler(client)
+            server.check_host(client.head)
+            client.peer = server.who_asks(self.peer, client.head.headers)
+            await server.handler(client)
             if not client.ended and not self.gone:
                 raise RuntimeError("the handler did not end its answer")
         except GatewayError as error:
@@ -12369,13 +12349,19 @@ class Connection(StreamConnection):
         except ClientGone:
             raise
         except asyncio.CancelledError:
-            if self.gone or client.status or not self.server.closing:
+            if self.gone or client.status or not server.closing:
                 raise
             await client.fail(overloaded(STOPPING, code="server_error"))        # its request was still coming in
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("request %s: %s", client.request_id, fault_location(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
+        finally:
+            self.client = None
+            client.hold(0)
+            server.open_requests -= 1
+            server.access(client, client.status or CLIENT_LEFT)
+        return not self.gone and await self.discard_body(client)
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
         """The whole body; ProtocolError when it is too long or too slow."""
@@ -12697,7 +12683,7 @@ class Server:
 FIRST_HANDED_FD = 3
 
 
-def handed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """The sockets of systemd. The variables go: no child is to see them."""
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (environ.pop(name, "") for name in names)
@@ -12748,13 +12734,13 @@ async def feed_watchdog() -> None:
 
 # --- 12.4 a running gateway -----------------------------------------------------------------------
 
-# What is taken up at start only: a running server keeps its port, and its ledger.
-FIXED = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
+# Settings that only a restart changes: a running server keeps its port, and its ledger.
+RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
 def merge_reloadable(old: Config, new: Config) -> Config:
-    """The new configuration, but what is fixed as it was."""
-    fixed = {name: getattr(old.server, name) for name in FIXED}
+    """The new configuration, but RESTART_ONLY settings as they were."""
+    fixed = {name: getattr(old.server, name) for name in RESTART_ONLY}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
 
@@ -12787,15 +12773,11 @@ class GatewayServer(Server):
     def __init__(self, gateway: Gateway) -> None:
         self.access_log = AccessLog()
         super().__init__(gateway.handle, gateway.config.server, self.access_log.add)
-        self.adopt(gateway)
+        self.gateway = gateway
 
     async def drain(self, timeout_s: float | None) -> None:
         await super().drain(timeout_s)
         self.access_log.flush()
-
-    def adopt(self, gateway: Gateway) -> None:
-        self.gateway, self.handler = gateway, gateway.handle
-        gateway.draining = lambda: self.draining
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
         """From the next request on. Those that run keep their Gateway, and with it the old settings, to their end.
@@ -12807,7 +12789,7 @@ class GatewayServer(Server):
         fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
         old.upstream.contexts.clear()       # certificates to trust may be new, too
         self.use(fresh.config.server)
-        self.adopt(fresh)
+        self.gateway, self.handler = fresh, fresh.handle
 
 
 def open_ledger(config: Config) -> contextlib.closing[Ledger]:
@@ -13166,7 +13148,7 @@ def run_serve(args: Args) -> int:
     config = read_config(args)
     allow_files()
     set_up_logging(config.server.log_format, config.server.workers)
-    handed = handed_sockets(os.environ)
+    handed = systemd_sockets(os.environ)
     config = dataclasses.replace(config, server=listening_as(config.server, handed))
     if config.server.workers > 1 and not hasattr(signal, "sigtimedwait"):
         raise ConfigError("[server] workers: more than one process needs Linux.")
@@ -14154,7 +14136,7 @@ def reload_sentence(old: Config, new: Config, streams: int) -> str:
     """`Reloaded pomex.toml: providers.openai, server.port; only a restart changes server.port.`"""
     changed = changed_settings(old, new)
     kept = f"; {plural(streams, 'open stream')} {'keeps' if streams == 1 else 'keep'} the old settings" if streams else ""
-    waiting = [name for name in changed if name.removeprefix("server.") in FIXED or name.startswith("database.")]
+    waiting = [name for name in changed if name.removeprefix("server.") in RESTART_ONLY or name.startswith("database.")]
     restart = f"; only a restart changes {', '.join(waiting)}" if waiting else ""
     return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(changed) or 'nothing changed'}{kept}{restart}."
 

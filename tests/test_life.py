@@ -324,7 +324,7 @@ def test_the_watchdog_is_fed_twice_as_often_as_asked(monkeypatch, environ, pid, 
 @pytest.mark.parametrize("environ", [{}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_PID": str(os.getpid())},
                                      {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "+1"}])
 def test_sockets_that_were_handed_to_another_are_not_taken(environ):
-    assert pomex.handed_sockets(environ) == [] and not environ
+    assert pomex.systemd_sockets(environ) == [] and not environ
 
 
 @pytest.mark.parametrize("workers", [1, 2])

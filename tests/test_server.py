@@ -418,7 +418,7 @@ def test_a_broken_handler_is_logged_and_answered_without_details(caplog):
         assert handler.statuses == [500, 500]
     with caplog.at_level(logging.ERROR, "pomex"):
         run(main)
-    assert "ZeroDivisionError in handle" in caplog.text and "RuntimeError in handle" in caplog.text
+    assert "ZeroDivisionError in serve" in caplog.text and "RuntimeError in serve" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["/cut", "/cut?upstream"])

@@ -8005,11 +8005,14 @@ def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
     rate = price_of(price)
     if rate is None:
         return 0
-    fresh = usage.input - usage.cached - usage.cache_write
-    picos = (fresh * rate.input + usage.cached * rate.cache_read + usage.output * rate.output
-             + (usage.cache_write - usage.cache_write_1h) * rate.cache_write
-             + usage.cache_write_1h * rate.cache_write_1h + usage.web_searches * rate.search + rate.answer)
+    picos: int = sum(map(operator.mul, billed_counts(usage, rate), rate))
     return min((picos * multiplier + 500_000_000) // 1_000_000_000, MAX_NUMBER)
+
+
+def billed_counts(usage: Usage, rate: Price) -> Price:
+    """How many of each part of a price are billed."""
+    fresh, short = usage.input - usage.cached - usage.cache_write, usage.cache_write - usage.cache_write_1h
+    return Price(fresh, usage.output, usage.cached, short, usage.cache_write_1h, usage.web_searches, int(rate.answer > 0))
 
 
 def saved_nanos(price: str, cached: int) -> int:
@@ -9720,7 +9723,7 @@ SLICE_BYTES = 1 << 16           # of a stream, translated at a time
 MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
-JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store")]
+JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
                   ("x-accel-buffering", "no")]          # nginx in front must not gather the stream
 
@@ -10470,20 +10473,27 @@ def failed_copy(attempt: Attempt) -> Attempt:
     return failed
 
 
-# --- 10.6 what is counted -------------------------------------------------------------------------
+# --- 10.6 metrics ---------------------------------------------------------------------------------
+#
+# The ledger keeps the counters, by (metric, label values...): they are those of all processes.
 
 BUCKETS_S: dict[str, Sequence[float]] = {
     "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
     "pomex_time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}    # reasoning models take their time
-METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, meaning, labels
-    "pomex_requests_total": ("counter", "requests that were planned", ("endpoint", "model", "provider", "outcome")),
+METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, help, labels
+    "pomex_build_info": ("gauge", "the version of pomex.py", ("version",)),
+    "pomex_streams_open": ("gauge", "requests in flight", ()),
+    "process_start_time_seconds": ("gauge", "when the process started", ("worker",)),
+    "process_cpu_seconds_total": ("counter", "CPU time of the process", ("worker",)),
+    "pomex_requests_total": ("counter", "requests sent to a provider", ("endpoint", "model", "provider", "outcome")),
     "pomex_tokens_total": ("counter", "tokens billed", ("model", "provider", "kind")),
-    "pomex_cost_usd_total": ("counter", "what they cost", ("model", "provider")),
-    "pomex_refusals_total": ("counter", "requests that were refused before any provider was asked", ("code",)),
-    "pomex_upstream_attempts_total": ("counter", "tries of targets, by how they went", ("provider", "result")),
-    "pomex_failovers_total": ("counter", "requests that went on to another target, by why", ("provider", "fault")),
-    "pomex_circuit_state": ("gauge", "targets that ever failed: 0 in use, 1 about to be tried again, 2 left out", ("target",)),
-    "pomex_terminal_fallbacks_total": ("counter", "streams that the gateway ended", ("provider", "status")),
+    "pomex_cost_usd_total": ("counter", "cost of the tokens", ("model", "provider")),
+    "pomex_refusals_total": ("counter", "requests refused before any provider was asked", ("code",)),
+    "pomex_upstream_attempts_total": ("counter", "attempts at targets, by result", ("provider", "result")),
+    "pomex_failovers_total": ("counter", "failovers to another target, by cause", ("provider", "fault")),
+    "pomex_circuit_state": ("gauge", "circuits of targets that ever failed: 0 closed, 1 half-open, 2 open",
+                            ("target", "worker")),
+    "pomex_terminal_fallbacks_total": ("counter", "streams ended by the gateway", ("provider", "status")),
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
@@ -10491,78 +10501,58 @@ OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, o
     *(fault.code for fault in ERROR_CLASSES.values()), "server_is_overloaded", "upstream_unavailable", "client_gone",
     "interrupted", "price_unknown"))
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
-class Metrics:
-    """What /metrics shows: counters of all processes together, and the state of this one. Models that are not known by name
-    count as "other": a client cannot make more series than there are names."""
-
-    def __init__(self, counters: collections.Counter[tuple[str, ...]], workers: int) -> None:
-        self.names: frozenset[str] = frozenset()
-        self.own = {"worker": str(os.getpid())} if workers > 1 else {}      # labels of what is this process's
-        self.counters = counters        # (name, label values...), of the ledger, which saves them
-        self.started_s = time.time()
-
-    def count(self, rows: Sequence[UsageRow]) -> None:
-        """One settled request."""
-        add, row = self.counters, rows[-1]
-        model = row.model if row.model in self.names else "other"
-        outcome = row.error_code if row.error_code in OUTCOMES else row.status
-        add["pomex_requests_total", row.endpoint, model, row.provider, outcome] += 1
-        for each in rows:
-            add["pomex_cost_usd_total", model, each.provider] += each.cost_nanos
-            for kind in TOKEN_KINDS:
-                add["pomex_tokens_total", model, each.provider, kind] += getattr(each, kind)
-        if row.terminal_by == "gateway":
-            add["pomex_terminal_fallbacks_total", row.provider, row.status] += 1
-        for name, value_ms in zip(BUCKETS_S, (row.total_ms, row.first_ms)):
-            if value_ms:
-                bucket = bisect.bisect_left(BUCKETS_S[name], value_ms / 1000)
-                add[name, row.provider, model, str(bucket)] += 1
-                add[name, row.provider, model, "sum"] += value_ms
-
-    def text(self, counters: Mapping[tuple[str, ...], int], streams_open: int, routing: Mapping[tuple[str, ...], int]) -> str:
-        """Prometheus text format 0.0.4, of the counters of all processes. `routing` is what Router.metrics() gives."""
-        facts = [("pomex_build_info", "gauge", {"version": VERSION}, "1"),
-                 ("pomex_streams_open", "gauge", {}, str(streams_open)),
-                 ("process_start_time_seconds", "gauge", self.own, f"{self.started_s:.3f}"),
-                 ("process_cpu_seconds_total", "counter", self.own, f"{time.process_time():.3f}")]
-        lines: list[str] = []
-        for name, kind, labels, text in facts:
-            lines += [f"# TYPE {name} {kind}", f"{name}{written_labels(labels)} {text}"]
-        found = sorted({**counters, **routing}.items())
-        for name, (kind, meaning, label_names) in METRICS.items():
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            mine = [(each[1:], value) for each, value in found if each[0] == name]
-            if kind == "histogram":
-                for place, parts in itertools.groupby(mine, key=lambda each: each[0][:-1]):
-                    lines += histogram_lines(name, dict(zip(label_names, place)), {each[-1]: value for each, value in parts})
-                continue
-            for values, value in mine:
-                own = self.own if kind == "gauge" else {}
-                number = format_usd(value, 9) if name == "pomex_cost_usd_total" else value
-                lines.append(f"{name}{written_labels({**dict(zip(label_names, values)), **own})} {number}")
-        return "\n".join(lines) + "\n"
+def count_request(counters: collections.Counter[tuple[str, ...]], known_models: Collection[str],
+                  rows: Sequence[UsageRow]) -> None:
+    """Counts a settled request. Other models than the known ones count as "other": a client cannot make new series."""
+    row = rows[-1]
+    model = row.model if row.model in known_models else "other"
+    outcome = row.error_code if row.error_code in OUTCOMES else row.status
+    counters["pomex_requests_total", row.endpoint, model, row.provider, outcome] += 1
+    for each in rows:
+        counters["pomex_cost_usd_total", model, each.provider] += each.cost_nanos
+        for kind in TOKEN_KINDS:
+            counters["pomex_tokens_total", model, each.provider, kind] += getattr(each, kind)
+    if row.terminal_by == "gateway":
+        counters["pomex_terminal_fallbacks_total", row.provider, row.status] += 1
+    for name, value_ms in zip(BUCKETS_S, (row.total_ms, row.first_ms)):
+        if value_ms:
+            bucket = bisect.bisect_left(BUCKETS_S[name], value_ms / 1000)
+            counters[name, row.provider, model, str(bucket)] += 1
+            counters[name, row.provider, model, "sum"] += value_ms
 
 
-def histogram_lines(name: str, labels: Mapping[str, str], parts: Mapping[str, int]) -> Iterator[str]:
-    """Of counts by bucket, and their sum in milliseconds."""
-    counts = list(itertools.accumulate(parts.get(str(bucket), 0) for bucket in range(len(BUCKETS_S[name]) + 1)))
-    for bound, count in zip((*BUCKETS_S[name], "+Inf"), counts):
-        yield f"{name}_bucket{written_labels({**labels, 'le': str(bound)})} {count}"
-    yield f"{name}_sum{written_labels(labels)} {parts.get('sum', 0) / 1000:.3f}"
-    yield f"{name}_count{written_labels(labels)} {counts[-1]}"
+def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
+    """Prometheus text format 0.0.4, of samples by metric and label values. `worker` names this process among several."""
+    lines, ordered = [], sorted(samples.items())
+    for name, (kind, meaning, labels) in METRICS.items():
+        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+        found = {place[1:]: sample for place, sample in ordered if place[0] == name}
+        if kind == "histogram":
+            for series in dict.fromkeys(place[:-1] for place in found):
+                parts = [found.get((*series, str(bucket)), 0) for bucket in range(len(BUCKETS_S[name]) + 1)]
+                counts = [*itertools.accumulate(parts)]
+                lines += [sample_line(f"{name}_bucket", (*labels, "le"), (*series, str(bound)), count)
+                          for bound, count in zip((*BUCKETS_S[name], "+Inf"), counts)]
+                lines += [sample_line(f"{name}_sum", labels, series, found.get((*series, "sum"), 0) / 1000),
+                          sample_line(f"{name}_count", labels, series, counts[-1])]
+        else:
+            lines += [sample_line(name, labels, (*series, *worker), sample) for series, sample in found.items()]
+    return "\n".join(lines) + "\n"
 
 
-def written_labels(labels: Mapping[str, str]) -> str:
-    """As they stand behind a metric's name; "" for none."""
-    escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for name, value in labels.items()}
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}" if escaped else ""
+def sample_line(name: str, labels: Sequence[str], values: Sequence[str], sample: float) -> str:
+    """One line of a metric. A label without a value is left out."""
+    pairs = ",".join(f'{label}="{value.translate(LABEL_ESCAPES)}"' for label, value in zip(labels, values))
+    number = format_usd(int(sample), 9) if name == "pomex_cost_usd_total" else sample
+    return f"{name}{{{pairs}}} {number}" if pairs else f"{name} {number}"
 
 
 # === 11. handlers =================================================================================
 #
-# One function an endpoint, and the table of routes. To follow one request, begin at `responses`.
+# One function an endpoint, and at the end the table of routes. To follow one request, begin at `responses`.
 
 ENDPOINT = "/v1/responses"
 
@@ -10572,31 +10562,30 @@ class Gateway:
 
     def __init__(self, config: Config, ledger: Ledger, upstream: ConnectionPool, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
-        """`old` had another configuration: its counters, circuits and memories stay."""
+        """`old` had another configuration: its circuits, counters and memories stay."""
         self.config, self.ledger, self.upstream = config, ledger, upstream
         self.catalogue = ModelCatalog(config, found)
         self.prices = PriceTable(config)
-        self.guard = Guard(ledger, config.server)
+        self.known_models = frozenset(self.catalogue.names)
+        upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
         if old is None:
-            self.router, self.metrics = Router(upstream), Metrics(ledger.counters, config.server.workers)
-            self.live, self.memo, self.started_s = LiveFeed(ledger), RequestMemo(), int(time.time())
+            self.router, self.memo, self.started_s = Router(upstream), RequestMemo(), int(time.time())
+            self.watchers: collections.Counter[int] = collections.Counter()     # live feeds by key id
+            self.login_failures: dict[str, list[float]] = {}                    # times, by client address
             self.router.counters = ledger.counters
         else:
-            self.router, self.metrics = old.router, old.metrics
-            self.live, self.memo, self.started_s = old.live, old.memo, old.started_s
+            self.router, self.memo, self.started_s = old.router, old.memo, old.started_s
+            self.watchers, self.login_failures = old.watchers, old.login_failures
             self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
-        upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
-        self.metrics.names = frozenset(self.catalogue.names)
 
     async def handle(self, client: Client) -> None:
         """Answers one request. GatewayErrors go up to the server, which words them."""
         head = client.head
         try:
-            if head.path == "/admin" or head.path.startswith("/admin/"):
-                await admin(self, client)
-            else:
-                await self.route(head)(self, client)
+            answer = await self.route(head)(self, client)
+            if answer is not None:
+                await client.answer(200, JSON_HEADERS, dumps(answer).encode())
         except GatewayError as error:
             await note_refusal(self, client, error)
             agent = head.headers.get("user-agent")
@@ -10607,21 +10596,19 @@ class Gateway:
             raise
 
     def route(self, head: RequestHead) -> Handler:
-        route = ROUTES.get(head.path)
-        if route is None and head.path.startswith("/v1/models/"):
-            route = MODEL_ROUTE
-        if route is None:
+        path = re.sub(r"^(/v1/models/).+|^(/admin/api/\w+/)[^/]+", r"\1\2*", head.path)
+        method = "GET" if head.method == "HEAD" else head.method
+        if handler := ROUTES.get(f"{method} {path}"):
+            return handler
+        allowed = ", ".join(each for each in ("GET", "POST") if f"{each} {path}" in ROUTES).replace("GET", "GET, HEAD")
+        if not allowed:
             raise not_found(head, bool(self.config.server.tls_cert))
         if head.headers.get("upgrade").lower() == "websocket":
             raise BadRequest("Codex tried a WebSocket. Set wire_api = \"responses\" in [model_providers.pomex] (and "
                              "supports_websockets = false if present).", status=426, code="use_http_sse",
                              headers=(("upgrade", "HTTP/1.1"),))
-        method = "GET" if head.method == "HEAD" else head.method
-        if method not in route:
-            allowed = ", ".join(sorted({*route, "HEAD"} if "GET" in route else route))
-            raise BadRequest(f"{sanitize(head.method)} is not possible here; {allowed} is.", status=405,
-                             code="method_not_allowed", headers=(("allow", allowed),))
-        return route[method]
+        raise BadRequest(f"{sanitize(head.method)} is not possible here; {allowed} is.", status=405,
+                         code="method_not_allowed", headers=(("allow", allowed),))
 
     async def key(self, client: Client) -> Key:
         headers = client.head.headers
@@ -10899,7 +10886,7 @@ async def settle(gateway: Gateway, down: ClientStream) -> None:
             {"time_ms": row.started_ms, "message": sanitize(str(each.error), 500)})
     rows = [*reservation.failed_attempts, row]
     client.note = access_note(reservation.key.name, down, rows)
-    gateway.metrics.count(rows)
+    count_request(gateway.ledger.counters, gateway.known_models, rows)
     await reservation.settle(row)
 
 
@@ -10945,6 +10932,12 @@ def short_count(count: int) -> str:
 
 # --- 11.2 models ----------------------------------------------------------------------------------
 
+NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
+DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
+CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a higher price"},
+               {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
+
+
 def model_object(gateway: Gateway, name: str) -> JSON:
     return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0]}
 
@@ -10956,8 +10949,9 @@ def codex_release(text: str) -> int:
 
 
 def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSON:
-    """Codex's catalogue entry (CODEX.md 6): the fields that all versions require, and all that this one could ask for."""
-    configured, known = gateway.config.models.get(name, ModelConfig(name)), codex_fields(name, CODEX_TABLE)
+    """An entry of Codex's model catalogue (CODEX.md 6): the fields that any version requires, and those of known models."""
+    configured = gateway.config.models.get(name, ModelConfig(name))
+    known = codex_fields(name, CODEX_TABLE)
     window = gateway.catalogue.facts(name).context_window or DEFAULT_CONTEXT_WINDOW
     windows = {"context_window": window, "max_context_window": window}
     provider = gateway.config.providers.get(gateway.catalogue.first_target(name)[0])
@@ -10968,58 +10962,58 @@ def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSO
         "base_instructions": BASE_INSTRUCTIONS, "support_verbosity": carried, "service_tiers": CODEX_TIERS if carried else [],
         "truncation_policy": {"mode": "tokens", "limit": 10000}, "experimental_supported_tools": [],
         "supports_reasoning_summaries": True, "supports_parallel_tool_calls": True,
-        "supported_reasoning_levels": [{"effort": effort, "description": ""} for effort in EFFORTS],
         "supports_search_tool": bool(known),        # for others it would hide MCP and agent tools behind a search
-        "default_reasoning_level": "medium", "default_reasoning_summary": "none" if known else "auto",
+        "supported_reasoning_levels": EFFORTS, "default_reasoning_level": "medium",
+        "default_reasoning_summary": "none" if known else "auto",
         "apply_patch_tool_type": "freeform", "web_search_tool_type": "text", "input_modalities": ["text", "image"],
         **windows, **(known or codex_fields(name, CODEX_OLD_TABLE)), **(windows if configured.context_window else {})}
-    if release < NEW_CODEX:             # 0.128 reads no list with these, a file neither
-        entry["supported_reasoning_levels"] = [level for level in entry["supported_reasoning_levels"]
-                                               if level["effort"] not in ("max", "ultra")]
-    return entry
-
-
-NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
-DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
-CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a higher price"},
-               {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
+    efforts = [effort for effort in entry["supported_reasoning_levels"]
+               if release >= NEW_CODEX or effort not in ("max", "ultra")]       # 0.128 reads no list with these
+    return {**entry, "supported_reasoning_levels": [{"effort": effort, "description": ""} for effort in efforts]}
 
 
 def codex_fields(model: str, table: str) -> JSON:
-    """What Codex itself knows of a model, as fields of a catalogue entry: it looks for a name that this one begins with.
-    {} where there is none."""
+    """The catalogue fields that Codex itself knows for a model, found as Codex does: by the first name in the table that
+    starts the model's. {} for an unknown model."""
     bare = model.rpartition("/")[2]
     for line in table.splitlines():
-        name, visibility, effort, verbosity, efforts, window, most, *more = line.split()
+        name, visibility, effort, verbosity, efforts, window, max_window, *more = line.split()
         if bare.startswith(name):
             agents, subagent_effort, *tools = [None if word == "-" else word for word in more]
             return {
                 "visibility": visibility, "support_verbosity": True, "default_verbosity": verbosity,
-                "default_reasoning_level": effort, "service_tiers": CODEX_TIERS,
-                "supported_reasoning_levels": [{"effort": each, "description": ""} for each in efforts.split(",")],
-                "context_window": int(window), "max_context_window": int(most), "experimental_supported_tools": tools,
-                "web_search_tool_type": "text_and_image", "supports_image_detail_original": True,
+                "default_reasoning_level": effort, "supported_reasoning_levels": efforts.split(","),
+                "context_window": int(window), "max_context_window": int(max_window), "service_tiers": CODEX_TIERS,
+                "experimental_supported_tools": tools, "web_search_tool_type": "text_and_image",
+                "supports_image_detail_original": True,
                 "use_responses_lite": bool(agents), "tool_mode": "code_mode_only" if agents else None,
                 "multi_agent_version": agents, "multi_agent_reasoning_effort": subagent_effort,
                 "supports_reasoning_effort_updates": bool(subagent_effort)}
     return {}
 
 
-async def models(gateway: Gateway, client: Client) -> None:
-    """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex gives it five seconds."""
-    key = await gateway.key(client)
-    names, release = [name for name in gateway.catalogue.names if key.may_use(name)], codex_release(client.head.query)
-    body = dumps({"object": "list", "data": [model_object(gateway, name) for name in names],
-                    "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}).encode()
+async def answer_tagged(client: Client, headers: list[tuple[str, str]], body: bytes) -> None:
+    """Answers with a tag of the body, and without the body where the client has it already."""
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    if tag in client.head.headers.get("if-none-match"):
-        await client.answer(304, [("etag", tag)], b"")
-    else:
-        await client.answer(200, [*JSON_HEADERS, ("etag", tag)], body)
+    has_it = tag in client.head.headers.get("if-none-match")
+    await client.answer(304 if has_it else 200, [*headers, ("etag", tag)], b"" if has_it else body)
 
 
-async def model(gateway: Gateway, client: Client) -> None:
-    """One model, listed or not: whether this key could ask for it, without asking."""
+async def models(gateway: Gateway, client: Client) -> None:
+    """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex allows five seconds."""
+    names = model_names(gateway, await gateway.key(client))
+    release = codex_release(client.head.query)
+    body = {"object": "list", "data": [model_object(gateway, name) for name in names],
+            "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
+    await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
+
+
+def model_names(gateway: Gateway, key: Key | None) -> list[str]:
+    return [name for name in gateway.catalogue.names if key is None or key.may_use(name)]
+
+
+async def model(gateway: Gateway, client: Client) -> JSON:
+    """One model, listed or not: whether this key may ask for it."""
     key = await gateway.key(client)
     name = urllib.parse.unquote(client.head.path.removeprefix("/v1/models/"))
     try:
@@ -11029,26 +11023,26 @@ async def model(gateway: Gateway, client: Client) -> None:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    await client.answer(200, JSON_HEADERS, dumps(model_object(gateway, name)).encode())
+    return model_object(gateway, name)
 
 
 # --- 11.3 health ----------------------------------------------------------------------------------
 
-async def health(gateway: Gateway, client: Client) -> None:
+async def health(gateway: Gateway, client: Client) -> JSON:
     """The process answers. No key, no database, no provider."""
-    await client.answer(200, JSON_HEADERS, dumps({"status": "ok", "version": VERSION}).encode())
+    return {"status": "ok", "version": VERSION}
 
 
-async def root(gateway: Gateway, client: Client) -> None:
+async def root(gateway: Gateway, client: Client) -> JSON | None:
     """A browser is sent to the dashboard; to others (Claude Code asks before it begins) the process answers."""
-    if "text/html" in client.head.headers.get("accept"):
-        await client.answer(303, [("location", "/admin")], b"")
-    else:
-        await health(gateway, client)
+    if "text/html" not in client.head.headers.get("accept"):
+        return await health(gateway, client)
+    await client.answer(303, [("location", "/admin")], b"")
+    return None
 
 
 async def ready(gateway: Gateway, client: Client) -> None:
-    """Whether requests should be sent here. Says no more than a word of each check: it asks for no key."""
+    """Whether requests should be sent here. One word a check and no more: no key is needed."""
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not client.connection.server.draining}
@@ -11059,66 +11053,82 @@ async def ready(gateway: Gateway, client: Client) -> None:
     await client.answer(200 if good else 503, JSON_HEADERS, dumps(body).encode())
 
 
-# --- 11.4 what a key may still use, and what the process counts ------------------------------------
+# --- 11.4 key limits, metrics, the page --------------------------------------------------------------
 
-async def key_facts(gateway: Gateway, client: Client) -> None:
-    """The key's own limits, in OpenRouter's manner (amounts in USD)."""
-    key, now_s = await gateway.key(client), client.started_s
-    start, end = period_bounds(key.period, now_s)
-    spent, limit = await nanos_since(gateway.ledger.db, start, key.id), key.budget_nanos
-    reset = datetime.date.fromordinal(end + EPOCH).isoformat() + "T00:00:00Z" if limit is not None and end else None
-    rates = {name: most or None for name, most in
-             (("requests_per_minute", key.rpm), ("tokens_per_minute", key.tpm), ("concurrent_requests", key.concurrent))}
-    data = {"label": key.name, "usage": spent / 10**9, "limit": None if limit is None else limit / 10**9,
-            "limit_remaining": None if limit is None else max(limit - spent, 0) / 10**9, "limit_period": key.period,
-            "limit_reset": reset, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
-            "rate_limit": rates}
-    await client.answer(200, JSON_HEADERS, dumps({"data": data}).encode())
+async def key_facts(gateway: Gateway, client: Client) -> JSON:
+    """The key's own limits, in OpenRouter's form (amounts in USD)."""
+    key = await gateway.key(client)
+    start, end = period_bounds(key.period, client.started_s)
+    spent = await nanos_since(gateway.ledger.db, start, key.id)
+    limit = key.budget_nanos
+    data = {
+        "label": key.name, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
+        "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_period": key.period, "limit_reset": None,
+        "rate_limit": {"requests_per_minute": key.rpm or None, "tokens_per_minute": key.tpm or None,
+                       "concurrent_requests": key.concurrent or None}}
+    if limit is not None:
+        data.update(limit=limit / 10**9, limit_remaining=max(limit - spent, 0) / 10**9,
+                    limit_reset=f"{day_text(end)}T00:00:00Z" if end else None)
+    return {"data": data}
 
 
 PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
 
 
 async def metrics(gateway: Gateway, client: Client) -> None:
-    """Prometheus text: all that is spent. For anybody on this machine, where no proxy makes others look so; else for the
+    """Prometheus text about all that is spent: for local clients, unless a proxy could make others look local; else for the
     administrator."""
-    proxied = gateway.config.server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
+    server = gateway.config.server
+    proxied = server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
     if not proxied and is_loopback(client.connection.peer):
         client.connection.server.check_host(client.head, dashboard=True)
-    elif (await gateway.guard.who(client))[0] is not None:
+    elif (await authenticate(gateway, client))[0] is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
-    counters, streams_open = await gateway.ledger.counted(), await open_count(gateway, 0)
-    text = gateway.metrics.text(counters, streams_open, gateway.router.metrics(time.monotonic()))
+    samples = {**await gateway.ledger.counted(), **gateway.router.metrics(time.monotonic()),
+               ("pomex_build_info", VERSION): 1, ("pomex_streams_open",): await open_count(gateway, 0),
+               ("process_start_time_seconds",): gateway.started_s,
+               ("process_cpu_seconds_total",): round(time.process_time(), 3)}
+    text = metrics_text(samples, [str(os.getpid())] if server.workers > 1 else [])
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
 
+async def show_page(gateway: Gateway, client: Client) -> None:
+    """The dashboard."""
+    client.connection.server.check_host(client.head, dashboard=True)
+    page, zipped, headers = page_answer()
+    if "gzip" in client.head.headers.get("accept-encoding"):
+        await answer_tagged(client, [*headers, ("content-encoding", "gzip")], zipped)
+    else:
+        await answer_tagged(client, headers, page)
+
+
 HEALTH_PATHS = ("/health", "/healthz", "/livez")        # answered also where there is no room for another connection
-Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[None]]
-MODEL_ROUTE: dict[str, Handler] = {"GET": model}
-ROUTES: dict[str, dict[str, Handler]] = {
-    ENDPOINT: {"POST": responses},
-    "/v1/models": {"GET": models},
-    "/v1/key": {"GET": key_facts},
-    "/metrics": {"GET": metrics},
-    "/": {"GET": root},
-    **dict.fromkeys(HEALTH_PATHS, {"GET": health}),
-    **dict.fromkeys(("/ready", "/readyz"), {"GET": ready}),
-}
 
 
-# --- 11.5 what the dashboard reads ----------------------------------------------------------------
+# --- 11.5 usage log and sums ------------------------------------------------------------------------
 #
 # `key_id` narrows each answer to one key, for its holder; 0 is every key.
 
-FILTERS: dict[str, str] = {         # of the usage log: name in its URL -> condition
-    "from": "started_ms >= ?", "to": "started_ms < ?", "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
-    "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)", "model": "model = ?", "provider": "provider = ?",
-    "endpoint": "endpoint = ?", "result": "result = ?", "min_cost": "cost_nanos >= ?", "session": "session = ?",
+FILTERS: dict[str, str] = {         # of the usage log: query parameter -> condition
+    "from": "started_ms >= ?",
+    "to": "started_ms < ?",
+    "key": "key_id IN (SELECT id FROM keys WHERE name = ?)",
+    "account": "account_id IN (SELECT id FROM accounts WHERE name = ?)",
+    "model": "model = ?",
+    "provider": "provider = ?",
+    "endpoint": "endpoint = ?",
+    "result": "result = ?",
+    "min_cost": "cost_nanos >= ?",
+    "session": "session = ?",
     "client": "lower(client) LIKE lower(?) ESCAPE '!'",
     "text": "lower(response_id || ' ' || request_id || ' ' || error_code || ' ' || error) LIKE lower(?) ESCAPE '!'",
 }
-NUMERIC_FILTERS = ("from", "to", "min_cost")
-ROW_FILTERS = ("min_cost", "session", "client", "text")     # of what rollups do not have
+DIGITS = Field(pattern="[0-9]{1,18}", read=int, wanted="a whole number")
+SUBSTRING = Field(read=lambda text: "%" + re.sub("[!%_]", r"!\g<0>", str(to_storable(text))) + "%")
+STORABLE = Field(read=to_storable)
+FILTER_VALUES = {"from": DIGITS, "to": DIGITS, "min_cost": DIGITS, "result": Field(choices=RESULTS), "client": SUBSTRING,
+                 "text": SUBSTRING}         # of the others: STORABLE
+ROW_FILTERS = ("min_cost", "session", "client", "text")     # columns that rollups do not have
 LOST_NANOS = ("(SELECT coalesce(sum(lost.cost_nanos), 0) FROM usage AS lost WHERE lost.response_id = usage.response_id "
               "AND lost.final = 0)")
 ROW_COLUMNS = ("id", "key", "account", "lost_nanos", *USAGE_COLUMNS)
@@ -11134,10 +11144,11 @@ async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
                          "AND status IN ('completed', 'incomplete')", since_ms)
 
 
-def percentiles(values: Iterable[int]) -> list[int]:
-    """p50 and p95; 0 of none."""
-    ordered = sorted(values)
-    return [ordered[min(int(part * len(ordered)), len(ordered) - 1)] if ordered else 0 for part in (0.5, 0.95)]
+def latency_percentiles(rows: Sequence[Row]) -> JSON:
+    """p50 and p95 of rows of latencies(); 0 of none."""
+    found = {"first_ms": sorted(row[1] for row in rows if row[1]), "total_ms": sorted(row[2] for row in rows)}
+    return {name: [values[len(values) * part // 100] if values else 0 for part in (50, 95)]
+            for name, values in found.items()}
 
 
 DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "result": "result"}
@@ -11146,83 +11157,71 @@ DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "res
 async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
     """What the overview shows of `slots` steps; each begins with a half hour."""
     since_ms -= since_ms % HALF_HOUR_MS
-    length_ms, now_ms, mine = step_ms * slots, int(now_s * 1000), key_condition(key_id)
-    found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, since_ms + length_ms, mine)
-    by = {dimension: sorted(sum_by(found, place), key=lambda each: (-each["cost_nanos"], -each["requests"]))
-          for place, dimension in enumerate(DIMENSIONS)}
-    steps = await usage_sums(db, [f"(started_ms - {since_ms}) / {step_ms}", "provider"], since_ms, since_ms + length_ms, mine)
-    times = await latencies(db, since_ms, key_id)
-    passed_ms, before_ms = min(now_ms - since_ms, length_ms) // HALF_HOUR_MS * HALF_HOUR_MS, since_ms - length_ms
+    until_ms = since_ms + step_ms * slots
+    now_ms = int(now_s * 1000)
+    mine = key_condition(key_id)
+    found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, until_ms, mine)
+    series: dict[str, JSON] = {}
+    for (slot, name), sums in await usage_sums(db, [f"(started_ms - {since_ms}) / {step_ms}", "provider"], since_ms, until_ms,
+                                               mine):
+        line = series.setdefault(name, {"cost_nanos": [0] * slots, "requests": [0] * slots, "tokens": [0] * slots})
+        line["cost_nanos"][slot] = sums["cost_nanos"]
+        line["requests"][slot] = sums["requests"]
+        line["tokens"][slot] = sums["input"] + sums["output"]
+    before_ms = 2 * since_ms - until_ms         # as much of the time before as has passed of this one
+    passed_ms = (min(now_ms, until_ms) - since_ms) // HALF_HOUR_MS * HALF_HOUR_MS
     (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
     first_day, next_day = period_bounds("month", now_s)
     return {
-        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms,
-        "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS}, "before_nanos": before["cost_nanos"],
+        "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
+        "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS},
         "month": {"spent_nanos": await nanos_since(db, first_day, key_id), "first_day": first_day,
                   "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
-        "first_ms": percentiles(first_ms for _, first_ms, _ in times if first_ms),
-        "total_ms": percentiles(total_ms for _, _, total_ms in times),
-        "series": time_series({(slot, name): sums for (slot, name), sums in steps}, slots), "by": by}
+        **latency_percentiles(await latencies(db, since_ms, key_id)),
+        "series": [{"name": name, **line} for name, line in series.items()],
+        "by": {dimension: sum_by(found, place) for place, dimension in enumerate(DIMENSIONS)}}
 
 
 def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
-    """The sums of groups by one of what they are grouped by."""
-    sums: dict[Any, collections.Counter[str]] = {}
+    """The sums of groups by one of the columns that they are grouped by, the most expensive first."""
+    sums: dict[Any, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for group, each in found:
-        sums.setdefault(group[place], collections.Counter(dict.fromkeys(SUMS, 0))).update(each)
-    return [{"name": name, **each} for name, each in sums.items()]
+        sums[group[place]].update(each)
+    return sorted(({"name": name, **each} for name, each in sums.items()),
+                  key=lambda each: (-each["cost_nanos"], -each["requests"]))
 
 
-def time_series(sums: Mapping[tuple[int, str], JSON], slots: int) -> list[JSON]:
-    """One a name."""
-    def line(name: str, *columns: str) -> list[int]:
-        cells = [sums.get((slot, name), {}) for slot in range(slots)]
-        return [sum(cell.get(column, 0) for column in columns) for cell in cells]
-    return [{"name": name, "cost_nanos": line(name, "cost_nanos"), "requests": line(name, "requests"),
-             "tokens": line(name, "input", "output")} for name in dict.fromkeys(name for _, name in sums)]
-
-
-def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any]]:
-    """The condition of a filtered log and its values; BadRequest for a filter that is none."""
-    where, values = [key_condition(key_id)], []
+def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any], str]:
+    """The condition of a filtered usage log, its values, and the table that has its sums; BadRequest names a wrong filter."""
+    where = [key_condition(key_id)]
+    values: list[Any] = []
+    table = "usage_rollups"
     for name, text in filters.items():
-        if (name not in FILTERS or name in NUMERIC_FILTERS and not re.fullmatch(r"[0-9]{1,18}", text)
-                or name == "result" and text not in RESULTS):
-            raise BadRequest(f"{name[:40]!r} is no filter, or its value is not right.", param=name[:40])
-        plain = text.encode("utf-8", "replace").decode().replace("\0", "?")
-        if name in ("client", "text"):
-            plain = "%" + re.sub("[!%_]", r"!\g<0>", plain) + "%"
-        values.append(int(text) if name in NUMERIC_FILTERS else plain)
+        if name in ("cursor", "limit") or not text:
+            continue
+        if name not in FILTERS:
+            raise BadRequest(f"The usage log has no filter {name[:40]!r}. It has {', '.join(FILTERS)}.", param=name[:40])
+        value = check(text, FILTER_VALUES.get(name, STORABLE), name)
+        if name in ROW_FILTERS or name in ("from", "to") and value % HALF_HOUR_MS:
+            table = "usage"
         where.append(FILTERS[name])
-    return " AND ".join(where), values
+        values.append(value)
+    return " AND ".join(where), values, table
 
 
-async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int, newest_first: bool = True) -> list[JSON]:
-    """Requests by a condition."""
-    order = "DESC" if newest_first else "ASC"
-    rows = await db.read(f"{SELECT_ROWS}final = 1 AND {where} ORDER BY id {order} LIMIT ?", *values, limit)
+async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int) -> list[JSON]:
+    """Requests by a condition, newest first."""
+    rows = await db.read(f"{SELECT_ROWS}final = 1 AND {where} ORDER BY id DESC LIMIT ?", *values, limit)
     return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
-async def log_rows(db: Database, filters: Mapping[str, str], before_id: int, limit: int, key_id: int) -> list[JSON]:
-    """A page of the log, newest first, of the rows before an id."""
-    where, values = usage_where(filters, key_id)
-    return await usage_rows(db, f"{where} AND id < ?", [*values, before_id], limit)
-
-
-async def log_sums(db: Database, filters: Mapping[str, str], key_id: int) -> JSON:
-    """The sums of all rows of a filtered log; of rollups where those can tell."""
-    where, values = usage_where(filters, key_id)
-    by_row = any(name in ROW_FILTERS or name in NUMERIC_FILTERS and int(text) % HALF_HOUR_MS for name, text in filters.items())
-    (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, "usage" if by_row else "usage_rollups")
-    return sums
-
-
-async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]] | None:
-    """(its row, all that are billed for it); None where there is none for this key."""
+async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]]:
+    """(its row, all rows that are billed for it)."""
     rows = await usage_rows(db, f"response_id = ? AND {key_condition(key_id)}", [response_id], 1)
+    if not rows:
+        raise NotFound("There is no such request here: perhaps its row was pruned.")
     lines = await db.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ? ORDER BY attempt", response_id)
-    return (rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]) if rows else None
+    return rows[0], [dict(zip(USAGE_COLUMNS, line)) for line in lines]
 
 
 async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
@@ -11252,94 +11251,68 @@ def csv_line(cells: Iterable[object]) -> str:
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
 
 
-# --- 11.6 what the dashboard shows live ------------------------------------------------------------
+# --- 11.6 live state and events --------------------------------------------------------------------
 
-FEEDS_A_KEY = 20                            # and of the administrator: each open page has one
+FEEDS_A_KEY = 20                            # and for the administrator; each open page has one
 POLL_S = 1.0
+EVENTS_AT_ONCE = 100                        # usage rows of one poll; the log has the older ones
 REFUSALS_SHOWN = 50
 SIGN_OF_LIFE_S = 15.0                       # proxies cut a silent stream at 60 s
+NEWEST_IDS = "SELECT " + ", ".join(f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("usage", "refusals", "audit"))
+OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "client")
 
 
-class LiveEvent(NamedTuple):
-    kind: str               # started | usage | refused | key | provider
-    data: JSON
-    key_id: int             # whose it is; 0: only the administrator sees it
-    row_id: int = 0         # of the usage table, so that a browser that comes back gets what it missed
+async def live_news(db: Database, seen: Sequence[int], running: Collection[str], key_id: int
+                    ) -> tuple[Row, Collection[str], bytes]:
+    """What any process has written since a watcher's last look: (NEWEST_IDS and the requests in flight as of now, the events
+    since `seen` and `running` as SSE)."""
+    newest, = await db.read(NEWEST_IDS)
+    in_flight = await open_requests(db, key_id)
+    mine = key_condition(key_id)
+    usage, refusals, changes = zip(seen, newest)
+    rows = await usage_rows(db, f"id > ? AND id <= ? AND {mine}", usage, EVENTS_AT_ONCE)
+    refused = await db.read(f"SELECT data FROM refusals WHERE id > ? AND id <= ? AND {mine} ORDER BY id", *refusals)
+    changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
+    events = [*(("started", item) for item in in_flight if item["response_id"] not in running),
+              *(("usage", row_view(row)) for row in reversed(rows)),
+              *(("refused", json.loads(data)) for data, in refused),
+              *(("provider" if action.startswith("provider") else "key", {"name": name})
+                for action, name in changed if not key_id)]
+    return newest, [item["response_id"] for item in in_flight], b"".join(event_frame(*event) for event in events)
 
 
-class LiveFeed:
-    """What is new in the database, looked for once a second while anybody watches: so all processes show the same."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.db = ledger.db
-        self.events: collections.deque[LiveEvent] = collections.deque(maxlen=500)       # the newest
-        self.count = 0                          # of all that there were
-        self.watchers: collections.Counter[int] = collections.Counter()     # by the key that a feed is narrowed to; 0: none
-        self.polling: asyncio.Task[None] | None = None
-        self.ready = asyncio.Event()            # it is known what is no news
-
-    async def poll(self) -> None:
-        try:
-            seen = [(await self.db.read(f"SELECT coalesce(max(id), 0) FROM {table}"))[0][0]
-                    for table in ("usage", "refusals", "audit")]
-            running = await open_requests(self.db, 0)
-            self.ready.set()
-            while self.watchers.total():
-                await asyncio.sleep(POLL_S)
-                known, running = [item["response_id"] for item in running], await open_requests(self.db, 0)
-                rows = await usage_rows(self.db, "id > ?", [seen[0]], 100, False)
-                refused = await self.db.read("SELECT id, data FROM refusals WHERE id > ? ORDER BY id LIMIT 100", seen[1])
-                changes = await self.db.read("SELECT id, action, name FROM audit WHERE id > ? ORDER BY id", seen[2])
-                events = [
-                    *(LiveEvent("started", item, item["key_id"]) for item in running if item["response_id"] not in known),
-                    *(LiveEvent("usage", row_view(row), row["key_id"], row["id"]) for row in rows),
-                    *(LiveEvent("refused", item, item["key_id"]) for item in (json.loads(data) for _, data in refused)),
-                    *(LiveEvent("provider" if action.startswith("provider") else "key", {"name": name}, 0)
-                      for _, action, name in changes)]
-                newest = [row["id"] for row in rows[-1:]], [id for id, _ in refused[-1:]], [id for id, *_ in changes[-1:]]
-                seen = [max([before, *ids]) for before, ids in zip(seen, newest)]
-                self.events += events
-                self.count += len(events)
-        except LedgerError as error:
-            log.warning("dashboard: %s", error)
-        finally:
-            self.polling = None
-            self.ready.set()
+def event_frame(kind: str, data: JSON) -> bytes:
+    """An event of the live feed. A usage row's id is the event's, which a returning browser sends as last-event-id."""
+    number = f"id: {data['id']}\n" if kind == "usage" else ""
+    return f"{number}event: {kind}\ndata: {dumps(data)}\n\n".encode()
 
 
 async def open_requests(db: Database, key_id: int) -> list[JSON]:
-    """Those under way in all processes, the oldest first."""
-    names = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "user_agent", "key")
-    rows = await db.read("SELECT response_id, started_ms, key_id, model, provider, status, session, client, "
-                         f"{KEY_NAME_OF} FROM open_requests WHERE {key_condition(key_id)} ORDER BY response_id")
-    return [{**dict(zip(names, row)), "codex": is_codex(row[7])} for row in rows]
+    """The requests in flight in all processes, oldest first."""
+    rows = await db.read(f"SELECT {', '.join(OPEN_COLUMNS)}, {KEY_NAME_OF} FROM open_requests "
+                         f"WHERE {key_condition(key_id)} ORDER BY response_id")
+    return [client_view(dict(zip((*OPEN_COLUMNS, "key"), row))) for row in rows]
 
 
 async def open_count(gateway: Gateway, key_id: int) -> int:
-    """Requests under way: those of all processes, and ours that have just begun."""
+    """How many requests are in flight: in all processes, and those of this one that have just begun."""
     (count,), = await gateway.ledger.db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
     return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unrecorded.values())
 
 
-async def refused_requests(db: Database, key_id: int) -> list[JSON]:
-    """Those refused, newest first."""
-    rows = await db.read(f"SELECT data FROM refusals WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
-    return [json.loads(data) for data, in rows]
-
-
-def is_codex(user_agent: str) -> bool:
-    return client_profile("", user_agent) is CODEX
+def client_view(row: JSON) -> JSON:
+    """With the client as the page names it, and whether it is Codex."""
+    return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
 
 
 def row_detail(row: JSON) -> JSON:
-    return json.loads(row["detail"]) if row["detail"] else {"tried": [], "tried_ms": [], "dropped": []}
+    return {"tried": [], "tried_ms": [], "dropped": [], **json.loads(row["detail"] or "{}")}
 
 
 def row_view(row: JSON) -> JSON:
-    """A request as the page shows it: with what all its attempts cost, and the providers that were tried."""
+    """A request as the page shows it: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
-    return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "codex": is_codex(row["client"]),
-            "user_agent": row["client"], "tried": [*tried]}
+    return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
 
 
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
@@ -11376,32 +11349,31 @@ def codex_block(url: str, model: str) -> list[str]:
     return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
 
 
-# --- 11.7 who may ask ------------------------------------------------------------------------------
+# --- 11.7 access to the dashboard and the admin API --------------------------------------------------
 
 LOGIN_FAILURES, LOGIN_WINDOW_S = 5, 60.0
 ADDRESSES_KEPT = 1000
-MAX_FORM_BYTES = 1 << 16        # of a login or a form: anybody may send one, and it is read before it is known who does
+MAX_FORM_BYTES = 1 << 16        # of a login or a form: it is read before it is known who sent it
 PAGE_HEADERS = [("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"), ("x-frame-options", "DENY"),
                 ("cross-origin-opener-policy", "same-origin")]
-API_HEADERS = [*JSON_HEADERS, ("x-content-type-options", "nosniff")]
 NOT_LOGGED_IN = "Log in first: python pomex.py admin-url prints a link."
-BAD_LOGIN = ("That opens nothing: a link works once and for ten minutes. Print a new one with: python pomex.py admin-url. "
-             "Or use [server] admin_token, or an API key to see its own usage.")
-
-
+BAD_LOGIN = ("Invalid or expired login: a link works once and for ten minutes. Print a new one with: python pomex.py "
+             "admin-url. Or use [server] admin_token, or an API key to see its own usage.")
 ADMIN_ONLY = ("An API key opens the view of its holder only. This needs the admin login: python pomex.py admin-url, or "
               "[server] admin_token.")
+SESSION_S = 12 * 3600           # a working day
+LOGIN_LINK_S = 600
 
 
 class Forbidden(BadRequest):
     status, code = 403, "forbidden"
 
 
+class NotFound(BadRequest):
+    status, code = 404, "not_found"
+
+
 # Sessions are in the database, since any process may be asked. Only digests are stored.
-
-SESSION_S = 12 * 3600           # a working day
-LOGIN_LINK_S = 600
-
 
 async def open_session(db: Database, kind: str, key_id: int, life_s: int, now_s: float) -> str:
     """A new secret of the kind "link" (one login), "admin" or "key"."""
@@ -11415,111 +11387,96 @@ async def open_session(db: Database, kind: str, key_id: int, life_s: int, now_s:
     return token
 
 
-async def find_session(db: Database, token: str, now_s: float) -> Row | None:
-    """(kind, key id, number) of a session that is open."""
-    rows = await db.read("SELECT kind, key_id, id FROM sessions WHERE digest = ? AND kind <> 'link' AND expires_s > ?",
-                         key_digest(token), int(now_s))
-    return rows[0] if rows else None
-
-
 async def use_login_link(db: Database, token: str, now_s: float) -> bool:
-    """Whether it was good: it is so once. A guess locks nothing."""
-    found, values = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?", (key_digest(token), int(now_s))
+    """Whether the link was valid; now it is used up. A wrong guess writes nothing."""
+    found = "FROM sessions WHERE digest = ? AND kind = 'link' AND expires_s > ?"
+    values = (key_digest(token), int(now_s))
     if not await db.read(f"SELECT 1 {found}", *values):
         return False
     return await db.write(lambda tx: tx.execute(f"DELETE {found}", values)) == 1
 
 
-async def close_session(db: Database, token: str) -> None:
-    await db.write(lambda tx: tx.execute("DELETE FROM sessions WHERE digest = ?", (key_digest(token),)))
-
-
 @dataclass(slots=True)
 class Ask:
     client: Client
-    key: Key | None                     # whose holder asks; None: the administrator
-    query: dict[str, str] = field(default_factory=dict)
+    query: dict[str, str]
+    name: str                           # what stands in the path for a *
+    key: Key | None = None              # of the holder who asks; None: the administrator
+    who: str = ""                       # the administrator, for the audit log
     body: JSON = field(default_factory=dict)
-    name: str = ""                      # what stands in the path for a *
-    who: str = ""                       # for the audit log
 
     @property
     def key_id(self) -> int:
         return self.key.id if self.key else 0
 
-    @property
-    def filters(self) -> dict[str, str]:
-        return {name: text for name, text in self.query.items() if name not in ("cursor", "limit", "sums") and text}
-
-    def number(self, name: str, default: int, most: int) -> int:
-        text = self.query.get(name, "") or str(default)
-        if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > most:
-            raise BadRequest(f"{name} must be a whole number up to {most}.", param=name)
-        return int(text)
+    def number(self, name: str, default: int, maximum: int) -> int:
+        value: int = check(self.query.get(name) or str(default), DIGITS, name)
+        if value > maximum:
+            raise invalid_param(name, f" must be at most {maximum}.")
+        return value
 
 
-class Guard:
-    """Decides who asks. A cookie is only taken from our own page; a header is what machines send."""
+def check_origin(gateway: Gateway, headers: Headers) -> None:
+    """A POST comes from our own page, or from a machine that sends its token with it."""
+    if not headers.get("content-type").lower().startswith("application/json"):
+        raise BadRequest("Changes are sent as content-type: application/json.", status=415, code="unsupported_media_type")
+    origin = headers.get("origin")
+    site = headers.get("sec-fetch-site")
+    ours = origin.partition("://")[2] in (headers.get("host"), *gateway.config.server.public_hosts)
+    if origin and not ours or site not in ("", "same-origin") or not (origin or site or headers.get("authorization")):
+        raise Forbidden("Changes are taken from the dashboard's own page only (its Origin), or with an Authorization "
+                        "header.", code="cross_origin")
 
-    def __init__(self, ledger: Ledger, server: ServerConfig) -> None:
-        self.ledger, self.server = ledger, server
-        self.failures: dict[str, collections.deque[float]] = {}     # by address
 
-    def check_change(self, client: Client) -> None:
-        """A POST comes from our own page, or from a machine that sends its token with it."""
-        headers = client.head.headers
-        if headers.get("content-type").partition(";")[0].strip().lower() != "application/json":
-            raise BadRequest("Changes are sent as content-type: application/json.", status=415, code="unsupported_media_type")
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        ours = origin.partition("://")[2] in (headers.get("host"), *self.server.public_hosts)
-        if origin and not ours or site not in ("", "same-origin") or not (origin or site or headers.get("authorization")):
-            raise Forbidden("Changes are taken from the dashboard's own page only (its Origin), or with an Authorization "
-                            "header.", code="cross_origin")
+def session_cookie(client: Client) -> tuple[str, str]:
+    """Its name and value. The name holds the port: browsers share cookies between the ports of a host."""
+    name = f"pomex_{client.connection.server.address[1]}"
+    found = re.search(rf"(?:^|[; ]){name}=([^;\s]*)", client.head.headers.get("cookie"))
+    return name, found[1] if found else ""
 
-    def cookie(self, client: Client) -> tuple[str, str]:
-        """Its name and value. The name holds the port: browsers do not tell the ports of a host apart."""
-        name = f"pomex_{client.connection.server.address[1]}"
-        pairs = dict(pair.strip().partition("=")[::2] for pair in client.head.headers.get("cookie").split(";"))
-        return name, pairs.get(name, "")
 
-    async def who(self, client: Client) -> tuple[Key | None, str]:
-        """The holder of a key, or None for the administrator, and how the audit log calls him; Unauthorized for anybody
-        else."""
-        header, now_s = client.head.headers.get("authorization"), time.time()      # of a live feed the start is long ago
-        if header:
-            key = (await self.log_in(client, header[7:].strip(" \t"), link=False))[1]
-            return key, f"key {key.name}" if key else f"admin_token from {client.peer}"
-        found = await find_session(self.ledger.db, self.cookie(client)[1], now_s)
-        if found is None:
-            raise Unauthorized(NOT_LOGGED_IN, code="not_logged_in")
-        kind, key_id, session = found
-        if kind == "admin":
-            return None, f"session {session} from {client.peer}"
-        key = self.ledger.keys.get(key_id)
-        if key is None or key.state(now_s) != "active":
-            raise Unauthorized("The key of this session was revoked or has expired.", code="not_logged_in")
-        return key, f"key {key.name}"
+async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, str]:
+    """(the key whose holder asks, ""), or (None, the administrator for the audit log); Unauthorized for anybody else."""
+    header = client.head.headers.get("authorization")
+    now_s = time.time()         # of a live feed the start is long ago
+    if header:
+        key = await check_token(gateway, client, header[7:].strip(" \t"), link=False)
+        return key, "" if key else f"admin_token from {client.peer}"
+    sessions = await gateway.ledger.db.read("SELECT kind, key_id, id FROM sessions WHERE digest = ? AND kind <> 'link' "
+                                            "AND expires_s > ?", key_digest(session_cookie(client)[1]), int(now_s))
+    if not sessions:
+        raise Unauthorized(NOT_LOGGED_IN, code="not_logged_in")
+    kind, key_id, session = sessions[0]
+    if kind == "admin":
+        return None, f"session {session} from {client.peer}"
+    key = gateway.ledger.keys.get(key_id)
+    if key is None or key.state(now_s) != "active":
+        raise Unauthorized("The key of this session was revoked or has expired.", code="not_logged_in")
+    return key, ""
 
-    async def log_in(self, client: Client, token: str, link: bool = True) -> tuple[str, Key | None]:
-        """("admin", None) or ("key", the key) of a token that was typed or came in a link or header."""
-        now_s, admin_token = time.time(), self.server.admin_token
-        if admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token)) \
-                or link and await use_login_link(self.ledger.db, token, now_s):
-            return "admin", None
-        try:
-            if not token.startswith(KEY_PREFIX):
-                raise Unauthorized(BAD_LOGIN, code="bad_login")
-            return "key", await self.ledger.authorise("Bearer " + token, now_s)
-        except Unauthorized:        # only who is wrong waits: else a stranger could lock out all who share an address with him
-            failed = self.failures.setdefault(client.peer, collections.deque(maxlen=LOGIN_FAILURES))
-            wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0])) if len(failed) == LOGIN_FAILURES else 0
-            if wait_s > 0:
-                raise BadRequest(f"Too many failed logins from this address. Try again in {wait_s} s.", status=429,
-                                 code="too_many_logins", headers=(("retry-after", str(wait_s)),)) from None
-            failed.append(now_s)
-            while len(self.failures) > ADDRESSES_KEPT:
-                del self.failures[next(iter(self.failures))]
+
+async def check_token(gateway: Gateway, client: Client, token: str, link: bool = True) -> Key | None:
+    """The API key that a token is; None where it is the administrator's, or that of a login `link`."""
+    now_s = time.time()
+    admin_token = gateway.config.server.admin_token
+    failures = gateway.login_failures
+    if admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token)) \
+            or link and await use_login_link(gateway.ledger.db, token, now_s):
+        return None
+    try:
+        if not token.startswith(KEY_PREFIX):
+            raise Unauthorized(BAD_LOGIN, code="bad_login")
+        return await gateway.ledger.authorise("Bearer " + token, now_s)
+    except Unauthorized:        # only wrong logins wait: else a stranger could lock out all who share an address with him
+        failed = [each_s for each_s in failures.pop(client.peer, []) if each_s > now_s - LOGIN_WINDOW_S]
+        failures[client.peer] = [*failed, now_s][:LOGIN_FAILURES]
+        while len(failures) > ADDRESSES_KEPT:
+            del failures[next(iter(failures))]
+        if len(failed) < LOGIN_FAILURES:
             raise
+        wait_s = math.ceil(LOGIN_WINDOW_S - (now_s - failed[0]))
+        raise BadRequest(f"Too many failed logins from this address. Try again in {wait_s} s.", status=429,
+                         code="too_many_logins", headers=(("retry-after", str(wait_s)),)) from None
 
 
 # --- 11.8 operations' fields: the body of a request, the arguments of a command -----------------------
@@ -11632,11 +11589,14 @@ async def new_account(ledger: Ledger, given: Mapping[str, Any], who: str) -> Non
                          time.time(), who)
 
 
-# --- 11.9 the page and its data --------------------------------------------------------------------
+# --- 11.9 the admin API, and all routes -------------------------------------------------------------
+
+OVERVIEWS_KEPT = 16
+
 
 @functools.cache
 def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
-    """(the page, the same gzipped, its headers). Its one script and one style are allowed by what they are."""
+    """(the page, the same gzipped, its headers). The policy allows its one script and its one style by their hashes."""
     page = PAGE.encode()
     hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
               for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
@@ -11644,144 +11604,142 @@ def page_answer() -> tuple[bytes, bytes, list[tuple[str, str]]]:
               "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
     return page, zlib.compress(page, 9, 31), [       # 31: with gzip's head
         ("content-type", "text/html; charset=utf-8"), ("cache-control", "no-cache"), ("vary", "accept-encoding"),
-        ("etag", f'"{hashlib.sha256(page).hexdigest()[:32]}"'), ("content-security-policy", policy), *PAGE_HEADERS]
+        ("content-security-policy", policy), *PAGE_HEADERS]
 
 
-async def show_page(client: Client) -> None:
-    page, zipped, headers = page_answer()
-    asked = client.head.headers
-    if dict(headers)["etag"] in asked.get("if-none-match"):
-        await client.answer(304, headers, b"")
-    elif "gzip" in asked.get("accept-encoding"):
-        await client.answer(200, [*headers, ("content-encoding", "gzip")], zipped)
-    else:
-        await client.answer(200, headers, page)
-
-
-async def admin(gateway: Gateway, client: Client) -> None:
-    head, guard = client.head, gateway.guard
+async def admin(route: AdminRoute, gateway: Gateway, client: Client) -> JSON | None:
+    """A request to a route of the admin API."""
+    head = client.head
     client.connection.server.check_host(head, dashboard=True)
-    if head.path in ("/admin", "/admin/"):
-        if head.method not in ("GET", "HEAD"):
-            raise BadRequest("The dashboard is read with GET.", status=405, code="method_not_allowed",
-                             headers=(("allow", "GET, HEAD"),))
-        await show_page(client)
-        return
-    first, *more = head.path.removeprefix("/admin/api/").split("/", 2)
-    name = urllib.parse.unquote(more[0]) if more else ""
-    route = ADMIN_ROUTES.get(f"{head.method} {'/'.join([first, *['*'] * bool(more), *more[1:]])}")
-    if route is None or not head.path.startswith("/admin/api/"):
-        raise BadRequest(f"There is nothing at {sanitize(head.method)} {sanitize(head.path)}.", status=404, code="not_found")
     if head.method == "POST":
-        guard.check_change(client)
-    ask = Ask(client, None, dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True)), name=name)
+        check_origin(gateway, head.headers)
+    query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
+    ask = Ask(client, query, urllib.parse.unquote(f"{head.path}/".split("/")[4]))
     if route.who != "anybody":
-        ask.key, ask.who = await guard.who(client)
+        ask.key, ask.who = await authenticate(gateway, client)
         if ask.key is not None and route.who == "admin":
             raise Forbidden(ADMIN_ONLY, code="admin_only")
-    if head.method == "POST" and route.function is not play:
+    if head.method == "POST" and route.function is not playground:
         ask.body = read_fields(await client.body(MAX_FORM_BYTES), route.fields)
-    answer = await route.function(gateway, ask)
-    if answer is not None:
-        await client.answer(200, API_HEADERS, dumps(answer).encode())
+    return await route.function(gateway, ask)
 
 
 async def log_in(gateway: Gateway, ask: Ask) -> None:
-    client, guard = ask.client, gateway.guard
-    kind, key = await guard.log_in(client, ask.body["token"])
-    token = await open_session(gateway.ledger.db, kind, key.id if key else 0, SESSION_S, client.started_s)
-    secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
-    cookie = (f"{guard.cookie(client)[0]}={token}; Path=/admin; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
-              + "; Secure" * secure)
-    log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
-    await client.answer(200, [*API_HEADERS, ("set-cookie", cookie)], dumps({"role": kind}).encode())
+    client = ask.client
+    key = await check_token(gateway, client, ask.body["token"])
+    role, key_id, words = ("key", key.id, f"the holder of {key.name}") if key else ("admin", 0, "administrator")
+    log.info("%s logged in to the dashboard as %s", client.peer, words)
+    token = await open_session(gateway.ledger.db, role, key_id, SESSION_S, client.started_s)
+    await set_cookie(gateway, client, token, SESSION_S, role)
 
 
 async def log_out(gateway: Gateway, ask: Ask) -> None:
-    name, token = gateway.guard.cookie(ask.client)
-    await close_session(gateway.ledger.db, token)
-    await ask.client.answer(200, [*API_HEADERS, ("set-cookie", f"{name}=; Path=/admin; Max-Age=0; HttpOnly; SameSite=Strict")],
-                             b"{}")
+    digest = key_digest(session_cookie(ask.client)[1])
+    await gateway.ledger.db.write(lambda tx: tx.execute("DELETE FROM sessions WHERE digest = ?", (digest,)))
+    await set_cookie(gateway, ask.client, "", 0, "")
+
+
+async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int, role: str) -> None:
+    """Answers a login or logout."""
+    secure = bool(gateway.config.server.tls_cert) or client.head.headers.get("origin").startswith("https:")
+    cookie = (f"{session_cookie(client)[0]}={token}; Path=/admin; Max-Age={life_s}; HttpOnly; SameSite=Strict"
+              + "; Secure" * secure)
+    await client.answer(200, [*JSON_HEADERS, ("set-cookie", cookie)], dumps({"role": role}).encode())
 
 
 async def show_session(gateway: Gateway, ask: Ask) -> JSON:
-    now_s, host, key = time.time(), ask.client.connection.server.address, ask.key
-    keys = [each for each in gateway.ledger.keys.values() if each.state(now_s) == "active"]
-    budgets = await key_rows(gateway.ledger, now_s) if key else []
-    counts = {"models": len(model_names(gateway, key))}
-    if key is None:             # a holder is told nothing of the others
-        counts.update(keys=len(keys), providers=len(gateway.config.providers))
-    return {"role": "key" if key else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
-            "address": f"{host[0]}:{host[1]}", "open": await open_count(gateway, ask.key_id),
-            "key": next((row for row in budgets if row["id"] == ask.key_id), None),
-            "counts": counts}
+    """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
+    now_s = time.time()
+    host, port, *_ = ask.client.connection.server.address
+    counts = {"models": len(model_names(gateway, ask.key))}
+    session = {"role": "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s, "address": f"{host}:{port}",
+               "open": await open_count(gateway, ask.key_id), "key": None, "counts": counts}
+    if ask.key is None:
+        counts.update(keys=count_active_keys(gateway.ledger), providers=len(gateway.config.providers))
+        return session
+    own, = [row for row in await key_rows(gateway.ledger, now_s) if row["id"] == ask.key_id]
+    return {**session, "role": "key", "key": own}
 
 
-def model_names(gateway: Gateway, key: Key | None) -> list[str]:
-    return [name for name in gateway.catalogue.names if key is None or key.may_use(name)]
+def count_active_keys(ledger: Ledger) -> int:
+    now_s = time.time()
+    return sum(key.state(now_s) == "active" for key in ledger.keys.values())
 
 
 async def show_overview(gateway: Gateway, ask: Ask) -> JSON:
-    """Asked for again with every request that comes: all who watch share an answer for a second."""
+    """The page asks again with every request that comes: within a second, all get the same answer."""
     now_s = time.time()
+    db = gateway.ledger.db
     day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
-    since_ms, slots = ask.number("since", day_ago_ms, MAX_NUMBER), ask.number("slots", 24, 400)
-    step_ms = ask.number("step", 3_600_000, 366 * DAY_MS)
-    wanted = since_ms, max(step_ms, HALF_HOUR_MS), slots, ask.key_id
+    since_ms = ask.number("since", day_ago_ms, MAX_NUMBER)
+    slots = ask.number("slots", 24, 400)
+    step_ms = max(ask.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
+    wanted = since_ms, step_ms, slots, ask.key_id
     made_s, answer = gateway.overviews.get(wanted, (0.0, {}))
     if not 0 <= now_s - made_s < POLL_S:
-        answer = await overview(gateway.ledger.db, *wanted[:3], now_s, ask.key_id)
-        answer["latest"] = [row_view(row) for row in await log_rows(gateway.ledger.db, {}, MAX_NUMBER, 10, ask.key_id)]
+        answer = await overview(db, since_ms, step_ms, slots, now_s, ask.key_id)
+        answer["latest"] = [row_view(row) for row in await usage_rows(db, key_condition(ask.key_id), [], 10)]
         answer["providers"] = await provider_views(gateway) if ask.key is None else []
-        gateway.overviews = {**dict(list(gateway.overviews.items())[-15:]), wanted: (now_s, answer)}
+        if len(gateway.overviews) >= OVERVIEWS_KEPT:
+            gateway.overviews.clear()
+        gateway.overviews[wanted] = now_s, answer
     return {**answer, "open": await open_count(gateway, ask.key_id)}
 
 
 async def show_usage(gateway: Gateway, ask: Ask) -> JSON:
-    """A page of the log; with the first one the sums of all that the filters let through."""
-    before, limit, db = ask.number("cursor", MAX_NUMBER, MAX_NUMBER), ask.number("limit", 50, 500), gateway.ledger.db
-    sums = await log_sums(db, ask.filters, ask.key_id) if "cursor" not in ask.query else None
-    rows = await log_rows(db, ask.filters, before, limit + 1, ask.key_id) if sums is None or sums["requests"] else []
+    """A page of the log; with the first one the sums of all rows that the filters let through."""
+    before = ask.number("cursor", MAX_NUMBER, MAX_NUMBER)
+    limit = ask.number("limit", 50, 500)
+    db = gateway.ledger.db
+    where, values, table = usage_where(ask.query, ask.key_id)
+    rows: list[JSON] = []
+    sums: JSON | None = None
+    if "cursor" not in ask.query:
+        (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, table)
+    if sums is None or sums["requests"]:
+        rows = await usage_rows(db, f"{where} AND id < ?", [*values, before], limit + 1)
     return {"rows": [row_view(row) for row in rows[:limit]], "sums": sums,
             "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
 async def export_usage(gateway: Gateway, ask: Ask) -> None:
-    """The filtered log whole, as CSV or JSON lines, newest first, a part at a time."""
-    client, before, csv = ask.client, MAX_NUMBER, ask.client.head.path.endswith(".csv")
-    kind = "text/csv" if csv else "application/jsonl"
-    usage_where(ask.filters, ask.key_id)        # a wrong filter is said while that can be
-    await client.start(200, [("content-type", f"{kind}; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
-                             ("content-disposition", f"attachment; filename=pomex-usage.{'csv' if csv else 'jsonl'}")])
-    await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if csv else b"")
-    while rows := await log_rows(gateway.ledger.db, ask.filters, before, 1000, ask.key_id):
+    """The whole filtered log as CSV or JSON lines, newest first, streamed."""
+    client = ask.client
+    before = MAX_NUMBER
+    ending = client.head.path.rpartition(".")[2]
+    where, values, _ = usage_where(ask.query, ask.key_id)
+    await client.start(200, [("content-type", EXPORTS[ending]), ("cache-control", "no-store"), *PAGE_HEADERS,
+                             ("content-disposition", f"attachment; filename=pomex-usage.{ending}")])
+    await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if ending == "csv" else b"")
+    while rows := await usage_rows(gateway.ledger.db, f"{where} AND id < ?", [*values, before], 1000):
         before = rows[-1]["id"]
-        await client.write("".join(csv_line(row.values()) + "\r\n" if csv else dumps(row) + "\n" for row in rows).encode())
+        lines = (csv_line(row.values()) + "\r\n" if ending == "csv" else dumps(row) + "\n" for row in rows)
+        await client.write("".join(lines).encode())
     await client.end()
 
 
+EXPORTS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; charset=utf-8"}
+
+
 async def show_request(gateway: Gateway, ask: Ask) -> JSON:
-    found = await one_request(gateway.ledger.db, ask.name, ask.key_id)
-    if found is None:
-        raise BadRequest("There is no such request here: perhaps its line was pruned.", status=404, code="not_found")
-    row, lines = found
-    return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines],
-            "facts": {"now_ms": int(time.time() * 1000)}}
+    row, lines = await one_request(gateway.ledger.db, ask.name, ask.key_id)
+    return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
+
+
+COST_PARTS = {"input": "input", "cache_read": "cached input", "cache_write": "written to cache",
+              "cache_write_1h": "written to cache, kept long", "output": "output", "search": "web searches",
+              "answer": "as the provider says"}
 
 
 def cost_parts(line: JSON) -> list[JSON]:
-    """What a line's cost is made of: tokens times price (USD a million) = nano-dollars, each rounded for the eye alone."""
+    """The parts of a row's cost: tokens times price (USD per million) = nano-dollars, each rounded for display only."""
     rate = price_of(line["price"])
     if rate is None:
         return []
-    fresh = line["input"] - line["cached"] - line["cache_write"]
-    parts = [("input", fresh, rate.input), ("cached input", line["cached"], rate.cache_read),
-             ("written to cache", line["cache_write"] - line["cache_write_1h"], rate.cache_write),
-             ("written to cache, kept long", line["cache_write_1h"], rate.cache_write_1h),
-             ("output", line["output"], rate.output), ("web searches", line["web_searches"], rate.search),
-             ("as the provider says", int(rate.answer > 0), rate.answer)]
-    return [{"what": what, "count": count, "picos": picos, "nanos": count * picos * line["multiplier"] // 1_000_000_000}
-            for what, count, picos in parts if count]
+    counts = billed_counts(Usage(**{name: line[name] for name in COUNTED}), rate)
+    parts = [(words, getattr(counts, name), getattr(rate, name)) for name, words in COST_PARTS.items()]
+    return [{"what": words, "count": count, "picos": picos, "nanos": count * picos * line["multiplier"] // 1_000_000_000}
+            for words, count, picos in parts if count]
 
 
 async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
@@ -11799,7 +11757,7 @@ async def create_key(gateway: Gateway, ask: Ask) -> JSON:
 def active_name(gateway: Gateway, ask: Ask) -> str:
     key = gateway.ledger.keys.get(int(ask.name) if re.fullmatch("[0-9]{1,15}", ask.name) else 0)
     if key is None or key.revoked_s:
-        raise BadRequest("There is no such active key.", status=404, code="not_found")
+        raise NotFound("There is no such active key.")
     return key.name
 
 
@@ -11845,37 +11803,45 @@ def missing_keys(gateway: Gateway) -> list[JSON]:
 
 
 async def show_models(gateway: Gateway, ask: Ask) -> JSON:
-    """What can be asked for, what it costs, and what a missing key would add."""
+    """The models that can be asked for, their prices, and which provider keys are missing."""
     rows = [model_view(gateway, name) for name in model_names(gateway, ask.key)]
     open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
     return {"models": rows, "missing": [] if ask.key else missing_keys(gateway), "any": open_ended, "prices_date": PRICES_DATE}
 
 
+CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
+
+
 def model_view(gateway: Gateway, name: str) -> JSON:
-    try:
-        targets = gateway.catalogue.targets(name)
-    except BadRequest as error:         # described, but of a provider that is not configured
-        return {"name": name, "targets": [], "price": None, "state": str(error)}
-    provider, model = targets[0]
-    schedule, facts = gateway.prices.schedule(provider.name, model, name) or PriceSchedule(""), gateway.catalogue.facts(name)
+    """A model for the page. Its state is `ready` if any of its targets would be asked now."""
+    catalogue = gateway.catalogue
     configured = gateway.config.models.get(name)
-    return {"name": name, "targets": [f"{each.name}:{upstream}" for each, upstream in targets],
-            "state": model_state(gateway, name), "price": schedule.base.split() or None,
-            "long_over": schedule.over, "long": schedule.long.split(), "peak": int(schedule.factors.get("peak", 1)),
-            "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
-            "source": schedule.source, "context": facts.context_window, "max_output": facts.max_output,
-            "description": configured.description if configured else DEMO_MODELS.get(model, "") * (provider.wire_api == "demo")}
-
-
-LEFT_OUT = {"open": "left out", "half-open": "recovering"}
-
-
-def model_state(gateway: Gateway, name: str) -> str:
-    """`ready`, where any of its targets would be asked now."""
-    health, now = gateway.router.health, asyncio.get_running_loop().time()
-    states = ["disabled" if way.provider.name in gateway.ledger.disabled else LEFT_OUT.get(health.state(way.id, now), "ready")
-              for tier in gateway.catalogue.tiers(name) for way in tier]
-    return "ready" if "ready" in states else states[0]
+    health = gateway.router.health
+    disabled = gateway.ledger.disabled
+    now = time.monotonic()
+    provider, model = catalogue.first_target(name)
+    schedule = gateway.prices.schedule(provider, model, name) or PriceSchedule("")
+    facts = catalogue.facts(name)
+    try:
+        candidates = [each for tier in catalogue.tiers(name) for each in tier]
+        states = ["disabled" if each.provider.name in disabled else CIRCUIT_WORDS.get(health.state(each.id, now), "ready")
+                  for each in candidates]
+    except BadRequest as error:         # described, but of a provider that is not configured
+        candidates = []
+        states = [str(error)]
+    return {
+        "name": name,
+        "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), ""),
+        "targets": [f"{each.provider.name}:{each.model}" for each in candidates],
+        "state": "ready" if "ready" in states else states[0],
+        "context": facts.context_window,
+        "max_output": facts.max_output,
+        "price": schedule.base.split() or None,
+        "long_over": schedule.over,
+        "long": schedule.long.split(),
+        "peak": int(schedule.factors.get("peak", 1)),
+        "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
+        "source": schedule.source}
 
 
 async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
@@ -11883,42 +11849,45 @@ async def show_providers(gateway: Gateway, ask: Ask) -> JSON:
 
 
 async def provider_views(gateway: Gateway) -> list[JSON]:
-    now_ms = int(time.time() * 1000)
-    since_ms = now_ms // 60_000 * 60_000 - 59 * 60_000
-    db, ledger = gateway.ledger.db, gateway.ledger
-    minutes = await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms, now_ms + DAY_MS, table="usage",
-                               names=("requests", "failed"))
+    """Each provider with its state, its last hour by minutes ([requests, failed] each), and its last error."""
+    db = gateway.ledger.db
+    providers = gateway.config.providers
+    since_ms = (int(time.time()) // 60 - 59) * 60_000
+    minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
+    for (name, minute), sums in await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms,
+                                                 since_ms + 3_600_000, table="usage", names=("requests", "failed")):
+        if name in minutes:
+            minutes[name][minute] = [*sums.values()]
     times = await latencies(db, since_ms, 0)
-    out, running = left_out(gateway), collections.Counter(item["provider"] for item in await open_requests(db, 0))
-    errors: dict[str, str] = dict(await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")) | ledger.notes
+    running = await open_requests(db, 0)
+    saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
+    errors = {**dict(saved), **gateway.ledger.notes}
+    circuits = open_circuits(gateway)
     views = []
-    for name, provider in gateway.config.providers.items():
-        strip = [[0, 0] for _ in range(60)]
-        for (who, minute), sums in minutes:
-            if who == name and 0 <= minute < 60:
-                strip[minute] = [sums["requests"], sums["failed"]]
+    for name, provider in providers.items():
+        state, back_s = circuits.get(name) or (provider_state(minutes[name]), 0)
+        requests, failed = map(sum, zip(*minutes[name]))
         views.append({
-            "name": name, "wire_api": provider.wire_api, "base_url": provider.base_url, "local": provider.local,
-            "key_source": provider.key_source, "state": out[name][0] if name in out else provider_state(strip),
-            "back_s": out[name][1] if name in out else 0,
-            "minutes": strip, "open": running[name],
-            "requests": sum(count for count, _ in strip), "failed": sum(failed for _, failed in strip),
-            "first_ms": percentiles(first_ms for who, first_ms, _ in times if who == name and first_ms),
-            "total_ms": percentiles(total_ms for who, _, total_ms in times if who == name),
+            "name": name, "wire_api": provider.wire_api, "base_url": provider.base_url, "key_source": provider.key_source,
+            "state": state, "back_s": back_s,
+            "minutes": minutes[name], "requests": requests, "failed": failed,
+            "open": sum(each["provider"] == name for each in running),
+            **latency_percentiles([row for row in times if row[0] == name]),
             "error": json.loads(errors.get(f"error/{name}", "null"))})
     return views
 
 
-def left_out(gateway: Gateway) -> dict[str, tuple[str, int]]:
-    """provider -> (left out, recovering or disabled, seconds until it is tried again), where not all its targets are asked."""
-    rows = gateway.router.health.rows(asyncio.get_running_loop().time())
-    out = {re.split("[:#]", id)[0]: (LEFT_OUT[state], math.ceil(left_s)) for id, state, _, left_s in rows if state in LEFT_OUT}
-    return {**out, **dict.fromkeys(gateway.ledger.disabled, ("disabled", 0))}
+def open_circuits(gateway: Gateway) -> dict[str, tuple[str, int]]:
+    """provider -> (its state in words, seconds until it is tried again), of those that are disabled or have open circuits."""
+    rows = gateway.router.health.rows(time.monotonic())
+    states = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))
+              for id, state, _, left_s in rows if state in CIRCUIT_WORDS}
+    return {**states, **dict.fromkeys(gateway.ledger.disabled, ("disabled", 0))}
 
 
 def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
     if name not in gateway.config.providers:
-        raise BadRequest("There is no such provider.", status=404, code="not_found")
+        raise NotFound("There is no such provider.")
     return gateway.config.providers[name]
 
 
@@ -11930,10 +11899,14 @@ async def use_provider(gateway: Gateway, ask: Ask, use: bool) -> JSON:
     return {"name": name}
 
 
-def provider_state(strip: Sequence[Sequence[int]]) -> str:
-    """By its newest minutes that had requests: the last one failed wholly, one of five did, or none."""
-    seen = [failed / count for count, failed in strip if count][-5:]
-    return "no requests" if not seen else "failing" if seen[-1] > 0.5 else "recovering" if max(seen) > 0.5 else "healthy"
+def provider_state(minutes: Sequence[Sequence[int]]) -> str:
+    """By the newest five minutes that had requests."""
+    failed = [failed / count for count, failed in minutes if count][-5:]
+    if not failed:
+        return "no requests"
+    if failed[-1] > 0.5:
+        return "failing"
+    return "recovering" if max(failed) > 0.5 else "healthy"
 
 
 async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
@@ -11965,65 +11938,69 @@ async def test_provider(gateway: Gateway, ask: Ask) -> JSON:
 
 
 async def show_setup(gateway: Gateway, ask: Ask) -> JSON:
-    """What the set-up page checks. {ORIGIN} is where the browser found the page: the page itself puts it in."""
-    db, key_id, model = gateway.ledger.db, ask.key_id, best_model(gateway.catalogue, ask.key)
-    rows = await usage_rows(db, f"{key_condition(key_id)} AND client LIKE 'codex%'", [], 1)
-    latest, running = await log_rows(db, {}, MAX_NUMBER, 1, key_id), await open_requests(db, key_id)
-    keys = [key for key in gateway.ledger.keys.values() if key.state(time.time()) == "active"]
-    return {"model": model, "block": codex_block("{ORIGIN}", model), "keys": 1 if ask.key else len(keys),
-            "providers": [name for name in gateway.config.providers if name != "demo"],
-            "demo": "demo" in gateway.config.providers, "codex": row_view(rows[0]) if rows else None,
-            "latest": row_view(latest[0]) if latest else None, "running": running[-1] if running else None,
-            "refused": await refused_requests(db, key_id)}
+    """What the set-up page checks. The page itself replaces {ORIGIN} by the address where the browser found it."""
+    db = gateway.ledger.db
+    mine = key_condition(ask.key_id)
+    model = best_model(gateway.catalogue, ask.key)
+    providers = gateway.config.providers
+    running = await open_requests(db, ask.key_id)
+    refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
+    return {
+        "model": model,
+        "block": codex_block("{ORIGIN}", model),
+        "keys": 1 if ask.key else count_active_keys(gateway.ledger),
+        "providers": [name for name in providers if name != "demo"],
+        "demo": "demo" in providers,
+        "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"),
+        "latest": await newest_request(db, mine),
+        "running": running[-1] if running else None,
+        "refused": [json.loads(data) for data, in refused]}
 
 
-async def play(gateway: Gateway, ask: Ask) -> None:
-    """A request from the playground: the holder's own, else billed to a key that nobody else has."""
+async def newest_request(db: Database, where: str) -> JSON | None:
+    rows = await usage_rows(db, where, [], 1)
+    return row_view(rows[0]) if rows else None
+
+
+async def playground(gateway: Gateway, ask: Ask) -> None:
+    """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
     key = ask.key
+    ledger = gateway.ledger
     if key is None:
-        mine = [each for each in gateway.ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s]
-        if not mine:
-            await gateway.ledger.create_key(PLAY_KEY, time.time(), ask.who)
-            mine = gateway.ledger.list_keys()[-1:]
-        key = mine[0]
+        key = next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
+    if key is None:
+        await ledger.create_key(PLAY_KEY, time.time(), ask.who)
+        key = ledger.list_keys()[-1]
     await responses(gateway, ask.client, key)
 
 
-async def live(gateway: Gateway, ask: Ask) -> None:
-    """The live feed (SSE): usage rows, refusals, changed keys. Ends with the session, or when the gateway stops."""
-    client, feed, key_id = ask.client, gateway.live, ask.key_id
-    if feed.watchers[key_id] >= FEEDS_A_KEY:
+async def live_events(gateway: Gateway, ask: Ask) -> None:
+    """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser comes again."""
+    client = ask.client
+    db = gateway.ledger.db
+    key_id = ask.key_id
+    if gateway.watchers[key_id] >= FEEDS_A_KEY:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
-    await client.start(200, STREAM_HEADERS)
-    feed.watchers[key_id] += 1
+    gateway.watchers[key_id] += 1
     try:
-        if feed.polling is None:
-            feed.ready.clear()
-            feed.polling = asyncio.get_running_loop().create_task(feed.poll())
-        await feed.ready.wait()
-        await client.write(b"retry: 2000\n\n: hello\n\n")
+        seen, running, _ = await live_news(db, [MAX_NUMBER] * 3, (), key_id)        # all that there is, is old
         if re.fullmatch(r"[0-9]{1,15}", last := client.head.headers.get("last-event-id")):
-            for row in await usage_rows(feed.db, f"id > ? AND {key_condition(key_id)}", [int(last)], 100, False):
-                await client.write(event_frame(LiveEvent("usage", row_view(row), row["key_id"], row["id"])))
-        checked, count = time.monotonic(), feed.count
-        while feed.polling is not None and not client.connection.server.draining:       # else the browser comes again
-            await asyncio.sleep(POLL_S / 4)
-            missed, count = feed.count - count, feed.count
-            for event in list(feed.events)[-missed:] if missed else ():
-                if key_id in (0, event.key_id):
-                    await client.write(event_frame(event))
+            seen = int(last), *seen[1:]
+        await client.start(200, STREAM_HEADERS)
+        await client.write(b"retry: 2000\n\n: hello\n\n")
+        checked = time.monotonic()
+        while not client.connection.server.draining:
+            seen, running, news = await live_news(db, seen, running, key_id)
             if time.monotonic() - checked >= SIGN_OF_LIFE_S:
                 checked = time.monotonic()
-                await gateway.guard.who(client)           # the session may have ended meanwhile
-                await client.write(b": \n\n")
+                await authenticate(gateway, client)           # the session may have ended meanwhile
+                news += b": \n\n"
+            if news:
+                await client.write(news)
+            await asyncio.sleep(POLL_S)
     finally:
-        feed.watchers[key_id] -= 1
+        gateway.watchers[key_id] -= 1
     await client.end()
-
-
-def event_frame(event: LiveEvent) -> bytes:
-    number = f"id: {event.row_id}\n" if event.row_id else ""
-    return f"{number}event: {event.kind}\ndata: {dumps(event.data)}\n\n".encode()
 
 
 class AdminRoute(NamedTuple):
@@ -12032,7 +12009,7 @@ class AdminRoute(NamedTuple):
     fields: Sequence[Argument] = ()        # of its body
 
 
-ADMIN_ROUTES: dict[str, AdminRoute] = {
+ADMIN_ROUTES: dict[str, AdminRoute] = {         # by method and path under /admin/api/; * is a name or number
     "POST login": AdminRoute(log_in, "anybody", [Argument("token", required=True)]),
     "POST logout": AdminRoute(log_out, "anybody"),
     "GET session": AdminRoute(show_session, "holder"),
@@ -12043,8 +12020,8 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {
     "GET usage/*": AdminRoute(show_request, "holder"),
     "GET models": AdminRoute(show_models, "holder"),
     "GET setup": AdminRoute(show_setup, "holder"),
-    "GET events": AdminRoute(live, "holder"),
-    "POST playground": AdminRoute(play, "holder"),
+    "GET events": AdminRoute(live_events, "holder"),
+    "POST playground": AdminRoute(playground, "holder"),
     "GET keys": AdminRoute(show_keys),
     "POST keys": AdminRoute(create_key, fields=[NAME_FIELD, *KEY_FIELDS]),
     "POST keys/*": AdminRoute(edit_key, fields=KEY_FIELDS),
@@ -12057,6 +12034,21 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {
     "POST providers/*/test": AdminRoute(test_provider),
     "POST providers/*/disable": AdminRoute(functools.partial(use_provider, use=False)),
     "POST providers/*/enable": AdminRoute(functools.partial(use_provider, use=True)),
+}
+Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
+ROUTES: dict[str, Handler] = {
+    f"POST {ENDPOINT}": responses,
+    "GET /v1/models": models,
+    "GET /v1/models/*": model,
+    "GET /v1/key": key_facts,
+    "GET /metrics": metrics,
+    "GET /": root,
+    "GET /admin": show_page,
+    "GET /admin/": show_page,
+    "GET /ready": ready,
+    "GET /readyz": ready,
+    **{f"GET {path}": health for path in HEALTH_PATHS},
+    **{name.replace(" ", " /admin/api/"): functools.partial(admin, route) for name, route in ADMIN_ROUTES.items()},
 }
 
 

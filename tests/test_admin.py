@@ -107,10 +107,12 @@ def parametrized(names, rows):
 async def test_the_page_is_served_to_anybody_gzipped_and_with_its_tag(gateway):
     status, names, body = await gateway.ask("GET", "/admin")
     assert status == 200 and body == pomex.PAGE.encode() and names["x-content-type-options"] == "nosniff"
-    status, names, zipped = await gateway.ask("GET", "/admin", headers={"accept-encoding": "br, gzip"})
-    assert names["content-encoding"] == "gzip" and len(zipped) < len(body) / 2
-    status, names, body = await gateway.ask("GET", "/admin", headers={"if-none-match": names["etag"]})
-    assert (status, body) == (304, b"")
+    status, zipped_names, zipped = await gateway.ask("GET", "/admin", headers={"accept-encoding": "br, gzip"})
+    assert zipped_names["content-encoding"] == "gzip" and len(zipped) < len(body) / 2
+    assert zipped_names["etag"] != names["etag"], "a strong tag is that of the bytes"
+    for tag, coding in ((names["etag"], "identity"), (zipped_names["etag"], "gzip")):
+        status, _, body = await gateway.ask("GET", "/admin", headers={"if-none-match": tag, "accept-encoding": coding})
+        assert (status, body) == (304, b"")
 
 
 @gateway_test
@@ -189,7 +191,10 @@ async def test_bound_to_every_interface_the_dashboard_still_answers_for_no_name(
 async def test_no_change_is_made_by_get(gateway):
     for method, path in map(str.split, pomex.ADMIN_ROUTES):
         if method == "POST" and f"GET {path}" not in pomex.ADMIN_ROUTES:
-            assert (await gateway.get(path.replace("*", "1")))[0] == 404, path
+            status, names, _ = await gateway.ask("GET", "/admin/api/" + path.replace("*", "1"), headers=ADMIN)
+            assert (status, names["allow"]) == (405, "POST"), path
+    for path in ("nothing", "keys/1/nothing", "keys/1/revoke/now", "keys/", ""):
+        assert (await gateway.post(path, {}))[0] == 404, path
 
 
 @gateway_test
@@ -296,6 +301,18 @@ async def test_the_live_feed_tells_of_rows_and_refusals_and_ends_with_the_gatewa
     assert time.monotonic() - started < 3
     writer.close()
     again[3].close()
+
+
+@gateway_test
+async def test_a_browser_that_comes_back_gets_each_row_that_it_missed_once(gateway):
+    for _ in range(2):
+        await gateway.answer(gateway.key)
+    _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={**ADMIN, "last-event-id": "1"}, read=True)
+    await asyncio.wait_for(reader.readuntil(b"id: 2\nevent: usage\n"), 2)
+    await gateway.answer(gateway.key)
+    more = await asyncio.wait_for(reader.readuntil(b"id: 3\nevent: usage\n"), 3)
+    assert b"id: 1\n" not in more and b"id: 2\n" not in more
+    writer.close()
 
 
 @gateway_test
@@ -563,6 +580,34 @@ async def test_hostile_filters_find_nothing_and_break_nothing(gateway, text):
 @parametrized("query", [("cursor=x",), ("limit=9999",), ("from=now",), ("order=cost",), ("min_cost=-1",), ("result=good",)])
 async def test_a_query_that_is_not_right_is_a_400(gateway, query):
     assert (await gateway.get("usage?" + query))[0] == 400
+
+
+@gateway_test
+async def test_a_wrong_filter_is_named_with_those_that_there_are(gateway):
+    for query, param, words in (("order=cost", "order", "It has from, to, key,"), ("result=good", "result", "one of completed,"),
+                                ("from=now", "from", "must be a whole number")):
+        status, body = await gateway.get("usage?" + query)
+        assert (status, body["error"]["param"]) == (400, param) and words in body["error"]["message"]
+    assert (await gateway.get("usage?result=&key="))[1]["sums"] is not None, "an empty filter is none"
+
+
+def test_the_models_page_can_show_a_model_whose_provider_is_not_configured(tmp_path):
+    config = pomex.load_config('[models."openai/gpt-5.5"]\ndescription = "described"\n', "pomex.toml", {})
+    with contextlib.closing(pomex.Ledger.open(str(tmp_path / "p.db"))) as ledger:
+        gateway = pomex.Gateway(config, ledger, pomex.ConnectionPool(), {})
+        views = {name: pomex.model_view(gateway, name) for name in gateway.catalogue.names}
+    view = views["openai/gpt-5.5"]
+    assert view["targets"] == [] and "openai is not configured" in view["state"] and view["description"] == "described"
+    assert {frozenset(each) for each in views.values()} == {frozenset(view)} and view["changes"] == [] and view["price"]
+    assert views["demo/echo"]["state"] == "ready" and views["demo/echo"]["description"]
+
+
+def test_open_feeds_and_failed_logins_count_on_under_another_configuration(tmp_path):
+    config = pomex.load_config("", "pomex.toml", {})
+    with contextlib.closing(pomex.Ledger.open(str(tmp_path / "p.db"))) as ledger:
+        old = pomex.Gateway(config, ledger, pomex.ConnectionPool(), {})
+        new = pomex.Gateway(config, ledger, old.upstream, {}, old)
+    assert new.watchers is old.watchers and new.login_failures is old.login_failures
 
 
 def entry(ledger, n, when_s, **fields):

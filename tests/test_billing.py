@@ -459,7 +459,7 @@ def test_after_pruning_everything_new_rows_are_counted_and_shown(ledger):
     insert(ledger, [used(f"new{n}") for n in range(30)])
     assert read(ledger, "SELECT min(id) FROM usage")[0][0] > newest         # who watches asks for the ids after the last one seen
     shown = run(pomex.overview(ledger.db, NOW_MS, pomex.HALF_HOUR_MS, 1, NOW, 0))
-    assert shown["totals"]["requests"] == 30 and len(run(pomex.log_rows(ledger.db, {}, pomex.MAX_NUMBER, 100, 0))) == 30
+    assert shown["totals"]["requests"] == 30 and len(run(pomex.usage_rows(ledger.db, "1 = 1", [], 100))) == 30
     assert totals(ledger)["requests"] == 70 and sound(ledger, 30)
 
 
@@ -581,7 +581,7 @@ def test_the_providers_own_cost_is_taken_where_there_is_no_price(ledger):
         row = reservation.row("p", model, Usage(10, cost="0.012300000000"))
         assert (row.price, row.cost_nanos, row.input) == (price, nanos, 10)
     assert pomex.cost_nanos("provider 0.0123", 1_200_000, Usage(10**6)) == 14_760_000
-    line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "web_searches": 0,
+    line = {"price": "provider 0.0123", "input": 10, "cached": 0, "cache_write": 0, "cache_write_1h": 0, "output": 5, "reasoning": 0, "web_searches": 0,
             "multiplier": pomex.ONE}
     assert [(part["what"], part["nanos"]) for part in pomex.cost_parts(line) if part["nanos"]] == [("as the provider says", 12_300_000)]
 

@@ -751,6 +751,8 @@ def test_an_open_request_is_in_the_database_before_its_client_sees_a_byte(tmp_pa
         writer.transport.abort()
         assert (await world.row())["request_id"] == "mine"
         assert not under_way(world.ledger) and not world.ledger.pending
+        while world.ledger.flushing:            # its success would end what follows
+            await asyncio.sleep(0.01)
         world.ledger.healthy = False            # nobody is asked what could not be recorded
         status, _, raw = await world.post("up/m")
         assert (status, told(raw)[0], len(world.upstreams["up"].asked)) == (503, "ledger_unavailable", 1)

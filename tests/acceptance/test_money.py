@@ -784,10 +784,15 @@ def test_over_a_million_rows_every_report_is_there_in_a_third_of_a_second(tmp_pa
         assert len(await took("keys", pomex.key_rows, ledger, now_s)) == 3
         assert len(await took("accounts", pomex.list_accounts, db, now_s)) == 1
         assert (await took("statement", pomex.statement_rows, db, 1, first, last))["spent_nanos"]
-        sums = await took("sums of the log", pomex.log_sums, db, {}, 0)
-        assert (await took("sums of a filtered log", pomex.log_sums, db, {"key": "b", "result": "failed"}, 0))["requests"]
-        for words in ({}, {"key": "b"}, {"result": "failed", "model": "plain/m4"}):
-            assert len(await took(f"the log {words}", pomex.log_rows, db, words, pomex.MAX_NUMBER, 50, 0)) == 50
+
+        async def log_sums(**filters: str) -> list[tuple[Any, JSON]]:
+            where, values, table = pomex.usage_where(filters, 0)
+            return await took(f"sums of the log {filters}", pomex.usage_sums, db, (), 0, pomex.MAX_NUMBER, where, values, table)
+        (_, sums), = await log_sums()
+        assert (await log_sums(key="b", result="failed"))[0][1]["requests"]
+        for filters in ({}, {"key": "b"}, {"result": "failed", "model": "plain/m4"}):
+            where, values, _ = pomex.usage_where(filters, 0)
+            assert len(await took(f"the log {filters}", pomex.usage_rows, db, where, values, 50)) == 50
         assert await took("a request", pomex.one_request, db, "resp_000000500000", 0)
         (_, of_rows), = await pomex.usage_sums(db, (), 0, pomex.MAX_NUMBER, table="usage")
         return [sums, of_rows]

@@ -10089,14 +10089,20 @@ def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAtte
     return FailedAttempt(provider, brief, where, fault, error, at_ms)
 
 
+def merge_attempts(failures: Sequence[FailedAttempt]) -> Iterator[tuple[FailedAttempt, str]]:
+    """The last of each run of attempts that failed alike, and their number: "2 tries", "" for one."""
+    for _, alike in itertools.groupby(failures, key=lambda failure: failure[:3]):
+        *others, last = alike
+        yield last, f"{len(others) + 1} tries" if others else ""
+
+
 def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
     """`openai: connection refused (api.openai.com:443, 2 tries)`, `anthropic: 529 overloaded`"""
-    for (provider, brief, where), same in itertools.groupby(failures, key=lambda failure: failure[:3]):
-        tries = list(same)
-        notes = ", ".join(filter(None, (where, f"{len(tries)} tries" if len(tries) > 1 else "")))
-        said = str(tries[-1].error).rstrip(".")
-        words = "" if where or tries[-1].fault == "auth" or said.endswith("without a reason") else f": {said}"
-        yield f"{provider}: {brief}" + (f" ({notes})" if notes else "") + words
+    for failure, tries in merge_attempts(failures):
+        notes = ", ".join(filter(None, (failure.where, tries)))
+        reason = str(failure.error).rstrip(".")
+        words = "" if failure.where or failure.fault == "auth" or reason.endswith("without a reason") else f": {reason}"
+        yield f"{failure.provider}: {failure.brief}" + (f" ({notes})" if notes else "") + words
 
 
 class ClientStream:
@@ -10105,7 +10111,6 @@ class ClientStream:
     def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
         self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
         self.attempt = Attempt(answer)                  # the newest
-        self.head_sent = False
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
         self.due = self.active + server.request_deadline_s
@@ -10146,10 +10151,9 @@ class ClientStream:
 
     async def _write(self, block: bytes, last: bool = False) -> None:
         client, self.active = self.client, self.loop.time()
-        if not self.head_sent:
+        if not client.status:
             if not last:
                 await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
-            self.head_sent = True
             answered = client.attempts > 0 if last else self.attempt.output_started
             await client.start(200, self.headers(early=not answered))
         await (client.end if last else client.write)(block)
@@ -10157,7 +10161,7 @@ class ClientStream:
     def _tick(self) -> None:
         """An early 200 with the opening events, or a heartbeat, after enough silence."""
         silent_s = self.loop.time() - self.active
-        limit_s = self.server.heartbeat_s if self.head_sent else self.server.early_200_after_s
+        limit_s = self.server.heartbeat_s if self.client.status else self.server.early_200_after_s
         if self.writing.locked() or silent_s >= limit_s - 0.001:
             if not self.writing.locked():           # else the client does not take what it has
                 self.beat = self.loop.create_task(self._beat())
@@ -10196,25 +10200,15 @@ async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) 
         raise
 
 
-class DemoExchange:
-    """The demo's stream in the place of an upstream's."""
-
-    status, headers, heard = 200, Headers([("content-type", "text/event-stream")]), True
+class DemoExchange(Exchange):
+    """The demo's stream in the place of a provider's."""
+    status, headers, connection, heard = 200, Headers([("content-type", "text/event-stream")]), None, True
 
     def __init__(self, frames: Iterable[bytes]) -> None:
         self.frames = iter(frames)
 
     async def read(self) -> bytes:
         return next(self.frames, b"")
-
-    async def pump(self, take: Callable[[bytes], bool]) -> None:
-        """Nothing arrives by itself."""
-
-    async def read_all(self, max_bytes: int) -> bytes:
-        return b""
-
-    async def close(self, reusable: bool = True) -> None:
-        """There is nothing to close."""
 
 
 class Router:
@@ -10264,17 +10258,17 @@ class Router:
         log.warning("%s %s: %s", client.request_id, target.id, sanitize(str(error), 1000))
         if now < down.due:
             self.on_failure(target, error, now)
-        is_open = {each.id: self.health.state(each.id, now) == "open" for each in candidates}
+        is_open = {each.id for each in candidates if self.health.state(each.id, now) == "open"}
         others = [each for each in candidates if each.id not in tries]
         if policy.failover == "larger":
             others = [each for each in others if each.window > target.window > 0]
-        if any(is_open[id] for id in tries if id != target.id):
-            others = [each for each in others if not is_open[each.id]]
+        if is_open & tries.keys() - {target.id}:
+            others = [each for each in others if each.id not in is_open]
         other = self.health.choose(others, now)
         shown = down.answer.request.stream and down.attempt.output_started
         decision, wait_s = decide_retry(
             policy, shown, tries[target.id], client.attempts, down.due - now,
-            getattr(error, "retry_after_s", None), other is not None, is_open[target.id],
+            getattr(error, "retry_after_s", None), other is not None, target.id in is_open,
             random.random())            # noqa: S311 - spreads calls, guards nothing
         if decision == "give_up":
             return None
@@ -10364,7 +10358,7 @@ class Router:
             finally:
                 await exchange.close(sound)
 
-    async def open(self, provider: ProviderConfig, call: UpstreamCall, down: ClientStream) -> Exchange | DemoExchange:
+    async def open(self, provider: ProviderConfig, call: UpstreamCall, down: ClientStream) -> Exchange:
         if provider.wire_api == "demo":
             return DemoExchange(call.frames)
         headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
@@ -10374,7 +10368,7 @@ class Router:
             headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
         return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.client.count_attempt)
 
-    async def read(self, exchange: Exchange | DemoExchange, attempt: Passthrough | TranslatedStream, target: Candidate,
+    async def read(self, exchange: Exchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
         """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
         stream, kind = down.answer.request.stream, exchange.headers.get("content-type")
@@ -10440,7 +10434,7 @@ def output_size(attempt: Attempt) -> int:
     return attempt.output_chars - attempt.output_limit - attempt.items_left
 
 
-async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
+async def read_error_body(exchange: Exchange) -> bytes:
     """The body of what is no answer, as far as it comes soon: that it is none is known without it."""
     body = b""
     with contextlib.suppress(TimeoutError, TransportError):
@@ -10723,7 +10717,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     answer, refused = down.answer, None
     try:
         if not payable:
-            raise price_unknown(key, candidates[0], profile.errors_as_events and request.stream)
+            raise price_unknown(key, candidates[0])
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
                                                  request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
             body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
@@ -10768,7 +10762,7 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
         down.attempt.error = client_error(gateway, down)
     error, to_codex = down.attempt.error, answer.profile.errors_as_events
     # an empty answer has had its end: after a 5xx an SDK would ask again, and pay for the input each time
-    ended = down.head_sent or down.attempt.stop is not None or error is None
+    ended = down.client.status != 0 or down.attempt.stop is not None or error is None
     in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
     if error is not None and in_stream and to_codex:
         make_codex_show(error, ("context_length_exceeded",))
@@ -10807,10 +10801,10 @@ def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
                          status=400 if profile.errors_as_events else 403)
 
 
-def price_unknown(key: Key, target: Candidate, to_codex: bool) -> BadRequest:
+def price_unknown(key: Key, target: Candidate) -> BadRequest:
     """A model without a price cannot be kept within a limit of money."""
     name = f"{target.provider.name}/{sanitize(target.model)}"
-    error = BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
+    return BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
 Put its price per million tokens into pomex.toml:
 
 [{toml_name(("prices", name))}]
@@ -10818,9 +10812,7 @@ input = 0.0
 output = 0.0
 
 Or let the key use it without one: python pomex.py keys edit {key.name} --allow-unpriced yes""", param="model",
-                       code="invalid_prompt" if to_codex else "price_unknown")
-    error.ledger_code = "price_unknown"
-    return error
+                      code="price_unknown")
 
 
 def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
@@ -10860,8 +10852,7 @@ def make_codex_show(error: GatewayError, shown: Sequence[str]) -> None:
 def errors_in_stream(error: GatewayError) -> bool:
     """To Codex a failure that HTTP retries would multiply, or whose text would be lost, is a 200 with response.failed; what is
     the request's own fault stays a 400, which it does not repeat."""
-    return (error.status == 429 or error.status >= 500 or error.code == "context_length_exceeded"
-            or error.ledger_code == "price_unknown")
+    return error.status == 429 or error.status >= 500 or error.code in ("context_length_exceeded", "price_unknown")
 
 
 async def settle(gateway: Gateway, down: ClientStream) -> None:
@@ -10893,10 +10884,11 @@ async def settle(gateway: Gateway, down: ClientStream) -> None:
 def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
     that of all attempts together."""
-    failed, row, tried = "", rows[-1], down.client.failures[:down.client.tries - 1]
-    for (provider, brief), same in itertools.groupby(tried, key=lambda failure: failure[:2]):
-        tries, status = len(list(same)), brief.partition(" ")[0]            # ` anthropic x 529 (2 tries),`
-        failed += f" {provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "") + ","
+    failed, row = "", rows[-1]
+    for failure, tries in merge_attempts(down.client.failures[:down.client.tries - 1]):      # ` anthropic x 529 (2 tries),`
+        status = failure.brief.partition(" ")[0]
+        brief = status if status.isdecimal() else failure.brief
+        failed += f" {failure.provider} x {brief}" + (f" ({tries})," if tries else ",")
     cached = f" ({short_count(row.cached)} cached)" if row.cached else ""
     about = "~" if down.attempt.usage and down.attempt.usage.estimated else ""
     first = f"first {row.first_ms / 1000:.1f}s " if row.first_ms else ""
@@ -10927,7 +10919,9 @@ async def note_refusal(gateway: Gateway, client: Client, error: GatewayError, ke
 
 
 def short_count(count: int) -> str:
-    return str(count) if count < 1000 else f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
+    if count < 1000:
+        return str(count)
+    return f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
 
 
 # --- 11.2 models ----------------------------------------------------------------------------------
@@ -12469,6 +12463,11 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     return context
 
 
+@functools.lru_cache(1)
+def http_date(now_s: int) -> str:
+    return email.utils.formatdate(now_s, usegmt=True)
+
+
 async def listen(config: ServerConfig) -> list[socket.socket]:
     """A listening socket for each address of the host, all with one port."""
     host, port = config.host, config.port
@@ -12509,7 +12508,6 @@ class Server:
         self.draining = False                           # takes no new connections, keeps none open
         self.closing = False                            # draining, and nobody is waited for any more
         self.empty = asyncio.Event()                    # draining, and the last connection is gone
-        self.date_s, self.date = 0, ""                  # the Date header, made once a second
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
@@ -12620,10 +12618,7 @@ class Server:
                             "public_hosts in [server] of pomex.toml.", 421)
 
     def answer_head(self, status: int, headers: list[tuple[str, str]], request_id: str) -> bytes:
-        now_s = int(time.time())
-        if now_s != self.date_s:
-            self.date_s, self.date = now_s, email.utils.formatdate(now_s, usegmt=True)
-        own = [("date", self.date), ("server", "pomex"), ("x-request-id", request_id)]
+        own = [("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)]
         return response_head(status, own + headers)
 
     async def drain(self, timeout_s: float | None) -> None:
@@ -12739,37 +12734,31 @@ def merge_reloadable(old: Config, new: Config) -> Config:
 ACCESS_LOG_S = 0.05         # a log record for each request costs as much as parsing it
 
 
-class AccessLog:
-    """One line a request, logged in blocks: status, then what its handler noted, or method and path."""
+class GatewayServer(Server):
+    """A server of one gateway: it logs each request, and its configuration can be changed while it runs."""
 
-    def __init__(self) -> None:
-        self.lines: list[tuple[float, str]] = []        # time and text
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__(gateway.handle, gateway.config.server, self.log_request)
+        self.gateway = gateway
+        self.lines: list[tuple[float, str]] = []        # of the access log: time and text, logged in blocks
 
-    def add(self, client: Client, status: int) -> None:
+    async def drain(self, timeout_s: float | None) -> None:
+        await super().drain(timeout_s)
+        self.flush_access_log()
+
+    def log_request(self, client: Client, status: int) -> None:
+        """One line a request: its status, then the note of its handler, or method and path."""
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
             return                  # an open dashboard asks every few seconds
         if not self.lines:
-            asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
+            asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush_access_log)
         self.lines.append((time.time(), f"{status} {client.note or f'-  {sanitize(head.method)} {sanitize(head.path)}'}"))
 
-    def flush(self) -> None:
+    def flush_access_log(self) -> None:
         lines, self.lines = self.lines, []
         if lines:
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
-
-
-class GatewayServer(Server):
-    """Its configuration can be changed while it runs."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.access_log = AccessLog()
-        super().__init__(gateway.handle, gateway.config.server, self.access_log.add)
-        self.gateway = gateway
-
-    async def drain(self, timeout_s: float | None) -> None:
-        await super().drain(timeout_s)
-        self.access_log.flush()
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
         """From the next request on. Those that run keep their Gateway, and with it the old settings, to their end.
@@ -13052,7 +13041,7 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 # --- 13.4 serve -----------------------------------------------------------------------------------
 
 class LineFormatter(logging.Formatter):
-    """A line for each of a record's `lines` (of AccessLog), or for its message."""
+    """A line for each of a record's `lines` (of the access log), or for its message."""
     of_several = False      # processes: each line says which
 
     def format(self, record: logging.LogRecord) -> str:
@@ -14174,14 +14163,14 @@ ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one
 
 
 async def worker_main(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
-                      board: memoryview[float]) -> int:
+                      board: memoryview[float], parent: int) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
             signals = install_signal_handlers()
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            reporting = loop.create_task(report(server, board, os.getppid()))
+            reporting = loop.create_task(report(server, board, parent))
             while await signals.get() == HANG_UP:
                 with contextlib.suppress(ConfigError, OSError):     # the parent has read it too, and reports the error
                     server.reload(*await reread())
@@ -14211,7 +14200,7 @@ class Workers:
                  reread: Reread) -> None:
         self.config, self.found, self.sockets, self.reread = config, found, sockets, reread
         self.workers: list[Worker] = []
-        self.signals = {*STOP_SIGNALS, signal.SIGCHLD}
+        self.pid, self.signals = os.getpid(), {*STOP_SIGNALS, signal.SIGCHLD}
         self.stopping = False
         self.code = 0
         self.ready = False          # all have been at once
@@ -14276,7 +14265,7 @@ class Workers:
         try:
             os.setsid()             # Ctrl-C goes to the parent alone
             os.environ.pop("NOTIFY_SOCKET", "")
-            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, board))
+            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, board, self.pid))
         except (ConfigError, GatewayError, OSError) as error:
             log.error("worker %d cannot work: %s", os.getpid(), error)
         except BaseException:

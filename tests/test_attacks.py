@@ -102,7 +102,8 @@ def play(folder, scenario):
 
     class Log(logging.Handler):
         def emit(self, record):
-            lines.append(logging.Formatter("%(message)s").format(record))
+            said = logging.Formatter("%(message)s").format(record)
+            lines.extend([text for _, text in getattr(record, "lines", [(0.0, said)])])         # access lines come in blocks
     handler = Log()
 
     async def main():

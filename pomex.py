@@ -9119,9 +9119,10 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
     """asyncio's streams, on both sides. Streams report the peer's end only to a reader; this calls on_end() at once, and
     on_closed() when the socket is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
 
-    def __init__(self, reader: asyncio.StreamReader,
-                 connected: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None] | None = None) -> None:
-        super().__init__(reader, connected)
+    def __init__(self, buffer_bytes: int,
+                 connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
+        self.reader = asyncio.StreamReader(buffer_bytes)        # which holds up to twice that
+        super().__init__(self.reader, connected and (lambda _, writer: connected(self, writer)))
         self.unread = 0                         # bytes in the reader
         self.pump: Callable[[bytes], None] | None = None
         self.on_end = self.on_closed = do_nothing
@@ -9158,8 +9159,8 @@ class StreamConnection:
     """A connection of either side: its streams, and the HTTP reader of the peer's messages."""
     http: RequestReader | ResponseReader
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: StreamProtocol) -> None:
-        self.reader, self.writer, self.protocol = reader, writer, protocol
+    def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
+        self.protocol, self.reader, self.writer = protocol, protocol.reader, writer
 
     async def receive(self) -> bool:
         """Feeds the HTTP reader with the next bytes; False at the end. OSError: the connection broke."""
@@ -9179,12 +9180,12 @@ class StreamConnection:
 class UpstreamConnection(StreamConnection):
     """A connection to a provider."""
     http: ResponseReader
+    answered = False                            # a byte of the answer has come
+    expiry: asyncio.TimerHandle | None = None   # while it is idle
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: StreamProtocol) -> None:
-        super().__init__(reader, writer, protocol)
+    def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
+        super().__init__(protocol, writer)
         self.http = ResponseReader()
-        self.answered = False                   # a byte of the answer has come
-        self.expiry: asyncio.TimerHandle | None = None      # while it is idle
 
     async def receive(self) -> bool:
         if await super().receive():
@@ -9242,24 +9243,18 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or bool(re.fullmatch(r".*\.localhost|127(\.\d+){3}", host))
 
 
-def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """curl's NO_PROXY: a name matches itself and what lies below it, a port may follow, `*` is everything."""
-    for entry in re.split(r"[,\s]+", no_proxy.lower()):
+def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
+    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). In NO_PROXY a name
+    matches itself and what lies below it, a port may follow, `*` is everything."""
+    for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
         name, wanted = entry, ""
         if entry.count(":") == 1 or "]:" in entry:      # more colons without brackets: an IPv6 address
             name, _, wanted = entry.rpartition(":")
         name = name.strip("[]").lstrip(".")
         if wanted in ("", str(port)) and name and (name in ("*", host) or host.endswith("." + name)):
-            return True
-    return False
-
-
-def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
-    """curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header)."""
+            return ""
     names = ["http_proxy"] if scheme == "http" else ["https_proxy", "HTTPS_PROXY"]
-    proxy = next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
-    no_proxy = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-    return "" if bypasses_proxy(host, port, no_proxy) else proxy
+    return next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
 
 
 def proxy_address(proxy: str) -> tuple[str, int, list[tuple[str, str]]]:
@@ -9315,22 +9310,22 @@ OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAD
 
 
 class Exchange:
-    """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
+    """One request and its answer on one connection. Its holder calls close() in any case."""
+    status = 0
+    headers = NO_HEADERS
+    connection: UpstreamConnection | None = None    # None after close()
+    keep_alive = False
+    finished = False                # the body was read to its end
+    heard = True                    # the last piece was more than comments and pings: set by the reader of the body
+    idle_due = 0.0                  # when the silence inside the answer has been too long
+    paused_since = math.inf         # when the last piece was given out
+    inflater: ContentDecoder | None = None
+    compressed = b""                # bytes that were not inflated yet
 
     def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
         self.pool, self.provider, self.origin = pool, provider, origin
         self.loop = asyncio.get_running_loop()
-        self.status = 0
-        self.headers = NO_HEADERS
-        self.connection: UpstreamConnection | None = None       # None after close()
-        self.keep_alive = False
-        self.finished = False                   # the body was read to its end
-        self.heard = True                       # the last piece was more than comments and pings: set by the reader of the body
         self.total_due = self.loop.time() + provider.total_timeout_s
-        self.idle_due = 0.0                     # when the silence inside the answer has been too long
-        self.paused_since = math.inf            # when the last piece was given out
-        self.inflater: ContentDecoder | None = None
-        self.compressed = b""                   # bytes that were not inflated yet
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
         """Closes the connection; the error that says where the exchange failed. `limit`: the setting that was exceeded."""
@@ -9707,9 +9702,9 @@ def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
 
 async def open_connection(address: str, port: int) -> UpstreamConnection:
     """asyncio.open_connection(), with our protocol."""
-    reader, loop = asyncio.StreamReader(READ_BYTES // 2), asyncio.get_running_loop()        # it buffers up to twice that
-    transport, protocol = await loop.create_connection(lambda: StreamProtocol(reader), address, port)
-    return UpstreamConnection(reader, asyncio.StreamWriter(transport, protocol, reader, loop), protocol)
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.create_connection(lambda: StreamProtocol(READ_BYTES // 2), address, port)
+    return UpstreamConnection(protocol, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
 
 
 # === 10. routing ==================================================================================
@@ -10202,7 +10197,7 @@ async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) 
 
 class DemoExchange(Exchange):
     """The demo's stream in the place of a provider's."""
-    status, headers, connection, heard = 200, Headers([("content-type", "text/event-stream")]), None, True
+    status, headers = 200, Headers([("content-type", "text/event-stream")])
 
     def __init__(self, frames: Iterable[bytes]) -> None:
         self.frames = iter(frames)
@@ -12074,34 +12069,34 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request: its record, which every layer adds to and which the ledger and the access line are made of, and the way to
-    answer it: body() first, then answer(), or start(), write()s and end()."""
+    """One request: its record, to which every layer adds and of which the usage row and the access line are made, and the way
+    to answer it: body() first, then answer(), or start(), write()s and end()."""
+    status = 0                          # of the answer; 0 before it is known
+    note = ""                           # of its handler, for the access line
+    # the record of its targets
+    provider, model = "", ""            # of the newest attempt
+    tries = 0                           # of targets: one may need several upstream calls
+    attempts = 0                        # upstream calls
+    turn_state = ""                     # names the target, for Codex
+    upstream_id = ""                    # its provider's request id
+    asked_ms, answering_ms = 0, 0       # when the newest call began, and when the head of its answer came
+    first_ms = 0                        # when the first output left
+    # the answer
+    sent_bytes = 0
+    ended = False                       # the whole answer was handed over
+    pending = b""                       # the answer's head, which goes out with the first bytes of its body
+    chunked = False
+    data: bytes | None = None           # the request's body
+    held = 0                            # bytes of it that are counted
+    holders: Sequence[str] = ()         # for whom
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
-        self.status = 0                 # of the answer; 0 before it is known
-        self.note = ""                  # for the access line, from its handler
-        # the record of its targets
-        self.provider, self.model = "", ""              # of the newest attempt
-        self.tries = 0                                  # of targets: a try may need several upstream calls
-        self.attempts = 0                               # upstream calls
+        self.keep = head.keep_alive                     # may the connection carry another request?
         self.failures: list[FailedAttempt] = []         # the tries that failed
         self.dropped: list[str] = []                    # what the target could not carry
-        self.turn_state = ""                            # names the target, for Codex
-        self.upstream_id = ""                           # its provider's request id
-        self.asked_ms, self.answering_ms = 0, 0         # when the newest call began, and when the head of its answer came
-        self.first_ms = 0                               # when the first output left
-        # the answer
-        self.sent_bytes = 0
-        self.ended = False              # the whole answer was handed over
-        self.keep = head.keep_alive     # may the connection carry another request?
-        self.pending = b""              # the answer's head, which goes out with the first bytes of its body
-        self.chunked = False
-        self.data: bytes | None = None
-        self.held = 0                   # bytes of the body that are counted
-        self.holders: Sequence[str] = ()        # for whom
 
     @property
     def gone(self) -> bool:
@@ -12218,19 +12213,19 @@ class Connection(StreamConnection):
     """One client connection and the task that answers its requests, one after the other."""
     http: RequestReader
 
-    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: StreamProtocol,
-                 peer: str) -> None:
-        super().__init__(reader, writer, protocol)
+    body_done = True                        # the current request was read to its end
+    client: Client | None = None            # whose handler runs
+    gone = False                            # nothing more will come, and nobody reads what is sent
+    holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
+    served = False                          # it has brought a request
+    waiting: asyncio.Timeout | None = None  # for the next request
+    task: asyncio.Task[None] | None = None
+
+    def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
+        super().__init__(protocol, writer)
         self.server, self.peer = server, peer
         self.loop = asyncio.get_running_loop()
         self.http = RequestReader(server.limits)
-        self.body_done = True           # the current request was read to its end
-        self.client: Client | None = None       # whose handler runs
-        self.gone = False               # nothing more will come, and nobody reads what is sent
-        self.holders: Sequence[str] = ()        # for whom it counts; none: it may only ask for /health
-        self.served = False             # it has brought a request
-        self.waiting: asyncio.Timeout | None = None     # for the next request
-        self.task: asyncio.Task[None] | None = None
 
     def on_client_gone(self) -> None:
         """Cancels the handler, unless its work for the client is done."""
@@ -12492,21 +12487,21 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
 
 class Server:
     """Has each request answered by `handler`, then calls `access(client, status)`."""
+    address = ("", 0)
+    sockets: Sequence[socket.socket] = ()   # listened on
+    open_requests = 0
+    draining = False                        # takes no new connections, keeps none open
+    closing = False                         # draining, and nobody is waited for any more
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
         self.handler, self.access = handler, access
         self.use(config)
-        self.address: tuple[str, int] = ("", 0)
-        self.sockets: Sequence[socket.socket] = []      # listened on
         self.listeners: list[asyncio.Server] = []       # one for each of them
         self.connections: set[Connection] = set()       # all whose socket is open, those that set up TLS too
         self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # of SHARES, by holder; "": the process
         self.idle: dict[Connection, float] = {}         # without a request, the longest first, and since when
         self.refused: dict[Connection, float] = {}      # for which there was no room, the oldest first
-        self.open_requests = 0
-        self.draining = False                           # takes no new connections, keeps none open
-        self.closing = False                            # draining, and nobody is waited for any more
         self.empty = asyncio.Event()                    # draining, and the last connection is gone
         self.context = tls_context(config)
 
@@ -12531,18 +12526,16 @@ class Server:
             listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
 
     def new_protocol(self) -> StreamProtocol:
-        return StreamProtocol(asyncio.StreamReader(PIPELINE_BYTES), self.connected)
+        return StreamProtocol(PIPELINE_BYTES, self.connected)
 
-    def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def connected(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
         """Admits a new connection, or keeps it among the few that may only ask for /health."""
         address, transport = writer.get_extra_info("peername"), writer.transport
-        protocol = transport.get_protocol()
         assert isinstance(transport, asyncio.Transport)
-        assert isinstance(protocol, StreamProtocol)
         if not address:             # it has gone again
             transport.abort()
             return
-        connection = Connection(self, reader, writer, protocol, str(address[0]))
+        connection = Connection(self, protocol, writer, str(address[0]))
         if self.used["connections", ""] >= self.config.max_connections:
             self.give_up(self.idle, IDLE_SAFE_S)
         holders, waiting = self.holders(connection.peer), self.refused
@@ -12640,7 +12633,7 @@ class Server:
     async def stop_listening(self) -> None:
         """Closes the listening sockets. Connections in their queues are still accepted: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
-        sockets, self.sockets = self.sockets, []
+        sockets, self.sockets = self.sockets, ()
         with contextlib.suppress(NotImplementedError):          # Windows
             for listening in sockets:
                 loop.remove_reader(listening.fileno())
@@ -14195,19 +14188,19 @@ class Worker(NamedTuple):
 
 class Workers:
     """The parent: keeps the configured number of workers alive."""
+    stopping = False
+    code = 0
+    ready = False           # all have been at once
+    not_before = 0.0        # no worker is started earlier: they die too fast
+    deaths = 0              # in a row
+    checked = math.inf      # when the workers were last checked
+    awake_since = 0.0       # when this process last stood still itself
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
                  reread: Reread) -> None:
         self.config, self.found, self.sockets, self.reread = config, found, sockets, reread
         self.workers: list[Worker] = []
         self.pid, self.signals = os.getpid(), {*STOP_SIGNALS, signal.SIGCHLD}
-        self.stopping = False
-        self.code = 0
-        self.ready = False          # all have been at once
-        self.not_before = 0.0       # no worker is started earlier: they die too fast
-        self.deaths = 0             # in a row
-        self.checked = math.inf     # when the workers were last checked
-        self.awake_since = 0.0      # when this process last stood still itself
 
     def block_signals(self) -> None:
         """So that they wait for run(), in workers for their handlers."""

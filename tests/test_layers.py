@@ -184,7 +184,7 @@ def test_every_connection_is_asyncios_streams():
                      "create_server", "create_connection", "connect_accepted_socket", "open_connection", "start_server"}
     assert used & below_streams == {"create_server", "create_connection", "connect_accepted_socket", "start_tls"}
     factories = re.findall(r"(?:loop\.create_server|create_connection|connect_accepted_socket)\(([^,]+),", TEXT)
-    assert sorted(factories) == ["lambda: StreamProtocol(reader)", "self.new_protocol", "self.new_protocol"]
+    assert sorted(factories) == ["lambda: StreamProtocol(READ_BYTES // 2)", "self.new_protocol", "self.new_protocol"]
     assert len(re.findall(r"\bStreamProtocol\(", TEXT)) == 3         # its class, and a line each for providers and clients
     assert re.findall(r"(\S+)\.start_tls\(", TEXT) == ["connection.writer", "self.writer"]
 

@@ -9097,22 +9097,22 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 
 # === 9. upstream ==================================================================================
 #
-# One exchange with a provider: a pooled connection, TLS, a proxy, and the time limits. A failure says where it happened and
-# whether the request had been sent, which routing has to know; never a key.
+# One exchange with a provider: a pooled connection, TLS, a proxy, and the timeouts. An error says in which phase it happened
+# and whether the request had been sent, which routing needs; it never holds a key.
 
-READ_BYTES = 2**18          # one read; 256 KiB reads of big bodies cost 42 % less than 64
-WRITE_HIGH_BYTES = 2**18    # unsent bytes before the writer of a connection waits: a burst of 1,000 events
-HAPPY_EYEBALLS_S = 0.25     # before the next address of a name is tried beside the last (RFC 8305 5)
-POOL_IDLE_S = 30.0          # shorter than the idle limits of common fronts (nginx 75 s, AWS and Azure 60 s)
-POOL_SIZE = 256             # idle connections of one origin; what a burst of streams makes more is closed
-PUMPED_BYTES = 2**16       # a larger read is left to the task, which gives others a turn
-INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: gzip's 1032:1 makes at most 16 MiB of them
+READ_BYTES = 2**18          # of one read: with 256 KiB a large body costs 42 % less CPU than with 64 KiB
+WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer waits: a burst of 1,000 events
+HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
+POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
+POOL_SIZE = 256             # idle connections of one origin; more are closed
+PUMPED_BYTES = 2**16        # a larger read is left to the task, which lets others run in between
+INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
 
 def do_nothing() -> None:
-    """A callback for where nobody listens."""
+    """The callback where none is set."""
 
 
 class StreamProtocol(asyncio.StreamReaderProtocol):
@@ -9203,7 +9203,7 @@ class UpstreamConnection(StreamConnection):
 
 
 class TransportError(UpstreamError):
-    """An exchange failed below HTTP's meaning: no connection, no TLS, no whole answer."""
+    """An exchange that failed below HTTP: no connection, no TLS, or an incomplete answer."""
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
@@ -9217,10 +9217,10 @@ class TransportTimeout(TransportError, UpstreamTimeout):
     """A time limit of the provider's configuration was exceeded."""
 
 
-# --- 9.1 where to ---------------------------------------------------------------------------------
+# --- 9.1 endpoints and proxies --------------------------------------------------------------------
 
 class Origin(NamedTuple):
-    """What a connection leads to, and how: connections of the same origin may be shared."""
+    """The far end of a connection and the way to it. Requests to the same origin may share connections."""
     scheme: str
     host: str
     port: int
@@ -9233,7 +9233,7 @@ class Origin(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """What all requests to one base_url have in common."""
+    """The parts common to all requests to one base_url."""
     origin: Origin
     prefix: str                         # of the request target: the path, and before a proxy the whole URL
     fields: list[tuple[str, str]]       # headers
@@ -9270,7 +9270,7 @@ def proxy_address(proxy: str) -> tuple[str, int, list[tuple[str, str]]]:
 
 
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
-    """Where base_url leads. `proxy` is an address, "off", or "env" for the environment's."""
+    """The endpoint of base_url. `proxy` is an address, "off", or "env" for the environment's."""
     url = urllib.parse.urlsplit(provider.base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     proxy = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
@@ -9281,7 +9281,7 @@ def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoin
     path = url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
     credentials = proxy_address(proxy)[2] if proxy else []
-    if proxy and url.scheme == "http":      # RFC 9112 3.2.2: a proxy is given the absolute form
+    if proxy and url.scheme == "http":      # RFC 9112 3.2.2: proxies need the absolute form
         return Endpoint(origin, f"http://{name}{path}", fields + credentials)
     return Endpoint(origin, path, fields)
 
@@ -9289,7 +9289,7 @@ def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoin
 # --- 9.2 one exchange -----------------------------------------------------------------------------
 
 def describe_error(error: BaseException) -> str:
-    """What went wrong, in the system's words, without an address or a path."""
+    """The system's message for an error, without addresses and paths."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message or "the certificate is not valid"
     if isinstance(error, ssl.SSLError):
@@ -9306,7 +9306,7 @@ def overloaded(message: str, status: int = 503, code: str = "overloaded") -> Gat
 
 
 NO_HEADERS = Headers([])
-OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # no provider's fault
+LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # not a provider's
 
 
 class Exchange:
@@ -9316,11 +9316,11 @@ class Exchange:
     connection: UpstreamConnection | None = None    # None after close()
     keep_alive = False
     finished = False                # the body was read to its end
-    heard = True                    # the last piece was more than comments and pings: set by the reader of the body
-    idle_due = 0.0                  # when the silence inside the answer has been too long
-    paused_since = math.inf         # when the last piece was given out
+    heard = True                    # the last piece held more than comments and pings: set by the caller of read()
+    idle_due = 0.0                  # when silence inside the answer becomes a timeout
+    paused_since = math.inf         # when the last piece was returned
     inflater: ContentDecoder | None = None
-    compressed = b""                # bytes that were not inflated yet
+    compressed = b""                # bytes not inflated yet
 
     def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
         self.pool, self.provider, self.origin = pool, provider, origin
@@ -9328,7 +9328,7 @@ class Exchange:
         self.total_due = self.loop.time() + provider.total_timeout_s
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
-        """Closes the connection; the error that says where the exchange failed. `limit`: the setting that was exceeded."""
+        """Closes the connection and returns the error to raise. `limit`: the setting of a timeout, if it is one."""
         if self.connection is not None:
             self.connection.abort()
         where = self.origin.authority
@@ -9341,8 +9341,8 @@ class Exchange:
         return TransportError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
     async def next(self, connection: UpstreamConnection, phase: str, limit: str, due: float) -> ResponseHead | bytes | Signal:
-        """The next part of the answer, until `due` by the setting `limit`, and total_timeout_s. Any failure, cancellation
-        too, closes the socket at once."""
+        """The next part of the answer, by the deadline `due` of the setting `limit`, or that of total_timeout_s. Any failure,
+        cancellation too, closes the socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
         if self.loop.time() >= due:         # while bytes keep coming, no timer fires
@@ -9387,7 +9387,7 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
-        from now, and the time since then was the client's."""
+        from this call: the time before it was spent on the client."""
         connection, now = self.connection, self.loop.time()
         assert connection is not None
         if self.heard:
@@ -9413,7 +9413,7 @@ class Exchange:
 
     async def pump(self, take: Callable[[bytes], bool]) -> None:
         """Calls take(), which sets `heard`, with each piece of the body as it arrives, without waking this task: until it
-        returns False, the body ends or breaks, or its time is over. read() then says which."""
+        returns False, the body ends or breaks, or a deadline passes. read() then says which."""
         connection = self.connection
         if connection is None or self.finished or self.inflater or connection.protocol.unread:
             return
@@ -9423,7 +9423,7 @@ class Exchange:
             self.paused_since = self.loop.time()
 
     def inflate(self) -> bytes:
-        """The next slice of `compressed`, inflated; checks the whole at the end of the body."""
+        """The next slice of `compressed`, inflated; at the end of the body checks that it was complete."""
         if self.inflater is None:
             return b""
         piece, self.compressed = self.compressed[:INFLATE_BYTES], self.compressed[INFLATE_BYTES:]
@@ -9436,7 +9436,7 @@ class Exchange:
             raise self.failed("body", error) from None
 
     async def read_all(self, max_bytes: int) -> bytes:
-        """The whole body. A longer one is an error; that of an error answer is cut."""
+        """The whole body. One over max_bytes is an error; that of an error answer is truncated."""
         pieces, size = [], 0
         while data := await self.read():
             pieces.append(data)
@@ -9448,8 +9448,8 @@ class Exchange:
         return b"".join(pieces)[:max_bytes]
 
     async def close(self, reusable: bool = True) -> None:
-        """Gives the connection back if the answer ended and it may be kept; else closes it. Reused with unexpected bytes, it
-        could hand one client's answer to another."""
+        """Returns the connection to the pool if the answer is complete and nothing followed it; else closes it. Reused with
+        unexpected bytes, it could hand one client's answer to another."""
         connection, self.connection = self.connection, None
         if connection is None:
             return
@@ -9461,10 +9461,10 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """The whole answer has come, and the whole request has gone. A decoder may have stopped at the last event."""
+        """The whole answer was received, and the whole request sent. The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
-                await connection.receive()      # which does not wait: the bytes are there
+                await connection.receive()      # without waiting: the bytes are in the buffer
             while not self.finished and (part := connection.http.next()) is not NEED_DATA:
                 self.finished = part is END
         except ProtocolError:
@@ -9530,22 +9530,22 @@ class Pump:
 # --- 9.3 connections ------------------------------------------------------------------------------
 
 class ConnectionPool:
-    """All connections to providers: one a process."""
+    """All connections to providers of this process."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.environ = dict(environ or {})
-        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest last, and taken first
+        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
-        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # of names, under way
-        self.not_reused: set[Origin] = set()            # they sent more than they were asked for
+        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # in progress, by host
+        self.not_reused: set[Origin] = set()            # that sent unsolicited bytes
         self.closed = False
-        self.secrets = re.compile(r"(?!)")              # that no provider may say
+        self.secrets = re.compile(r"(?!)")              # never repeated from a provider's answer
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and returns when the head of its answer is there; else TransportError or TransportTimeout. A pooled
-        connection may be closed at that moment: broken without a byte of answer, it is replaced once, if `again` allows it."""
+        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. The provider may just be
+        closing a pooled connection: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
         endpoint = self.endpoint(provider)
         target = endpoint.prefix + path
         if provider.query_params:
@@ -9575,7 +9575,7 @@ class ConnectionPool:
         return self.endpoints[key]
 
     def acquire(self, origin: Origin) -> UpstreamConnection | None:
-        """The newest idle connection that is still open, and silent since its last answer."""
+        """The newest idle connection that is open and has received nothing since its last answer."""
         connections = self.idle.get(origin, [])
         while connections:
             connection = connections.pop()
@@ -9583,7 +9583,7 @@ class ConnectionPool:
                 connection.expiry.cancel()
             if connection.reusable:
                 return connection
-            if not connection.writer.is_closing():      # else it may have been told why: a 408
+            if not connection.writer.is_closing():      # a closing one may have received a 408
                 self.disable_reuse(origin)
             connection.abort()
         return None
@@ -9592,7 +9592,7 @@ class ConnectionPool:
         """Unsolicited bytes could be read as the answer to another client's request."""
         if origin not in self.not_reused:
             self.not_reused.add(origin)
-            log.warning("%s sends more than it was asked for; its connections are not used again", origin.authority)
+            log.warning("%s sends unsolicited bytes; its connections are no longer reused", origin.authority)
         for connection in self.idle.pop(origin, []):
             connection.abort()
 
@@ -9625,7 +9625,7 @@ class ConnectionPool:
             if not isinstance(error, (OSError, ProtocolError, ValueError)):
                 raise
             limit = "connect_timeout_s" if timeout.expired() else ""
-            if isinstance(error, OSError) and error.errno in OUR_LIMITS:
+            if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
                 raise overloaded(f"The gateway has no room for another connection: {describe_error(error)}.") from None
             raise exchange.failed(phase, error, limit, sent=False) from None
 
@@ -9640,24 +9640,25 @@ class ConnectionPool:
             raise next(filter(None, reversed(errors)))
         peer = connection.writer.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):     # NATs forget a silent connection after some minutes
+        if hasattr(socket, "TCP_KEEPIDLE"):     # NATs drop silent connections after some minutes
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return connection
 
     async def addresses(self, host: str) -> list[str]:
-        """Of a name. Its look-ups share one thread that nobody joins: a silent nameserver would hold all of asyncio's own."""
+        """The addresses of a host. Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's
+        executor."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         lookup = self.lookups.get(host)
         if lookup is None:
             self.lookups[host] = lookup = concurrent.futures.Future()
-            lookup.set_running_or_notify_cancel()       # one that waits may be cancelled, the look-up not
+            lookup.set_running_or_notify_cancel()       # waiters may be cancelled, the look-up may not
             lookup.add_done_callback(lambda _: self.lookups.pop(host))
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
 
     async def open_tunnel(self, connection: UpstreamConnection, origin: Origin) -> None:
-        """CONNECT: from the proxy's 2xx on, the connection leads to the origin (RFC 9110 9.3.6)."""
+        """CONNECT: after the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
         fields = [("host", origin.authority), *proxy_address(origin.proxy)[2]]
         connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
         connection.http.start("CONNECT")
@@ -9671,7 +9672,7 @@ class ConnectionPool:
         connection.http = ResponseReader()
 
     def context(self, ca_file: str) -> ssl.SSLContext:
-        """Always verifying, with the system's authorities or those of ca_file alone."""
+        """A context that verifies, with the system's authorities or only those of ca_file."""
         if ca_file not in self.contexts:
             context = ssl.create_default_context(cafile=ca_file or None)
             context.set_alpn_protocols(["http/1.1"])
@@ -9679,7 +9680,7 @@ class ConnectionPool:
         return self.contexts[ca_file]
 
     async def close(self) -> None:
-        """Closes what is idle; exchanges that still run are their holders' to close."""
+        """Closes the idle connections; open exchanges are closed by their holders."""
         self.closed = True
         for connections in self.idle.values():
             for connection in connections:
@@ -9689,7 +9690,7 @@ class ConnectionPool:
 
 
 def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
-    """In a thread: the addresses of a name, the families in turn (RFC 8305 4)."""
+    """In a thread: the addresses of a host, the families alternating (RFC 8305 4)."""
     families: dict[int, list[str]] = {}
     try:
         for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
@@ -9709,29 +9710,29 @@ async def open_connection(address: str, port: int) -> UpstreamConnection:
 
 # === 10. routing ==================================================================================
 #
-# Which targets may answer, and the loop over them. Pure functions decide; the loop only waits.
+# The targets of a model, their order, and the loop over them. Pure functions decide; the loop only waits.
 
-AFTER_STOP_S = 5.0              # for the usage, which chat servers send after finish_reason
-STOPPING, NO_ROOM = "The gateway is stopping; ask again.", "No more connections are taken now. Try again in a moment."
+AFTER_STOP_S = 5.0              # wait for the usage, which chat servers send after finish_reason
+STOPPING, NO_ROOM = "The gateway is stopping; try again.", "Too many connections. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
-SLICE_BYTES = 1 << 16           # of a stream, translated at a time
-MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
+SLICE_BYTES = 1 << 16           # of a stream, translated in one step
+MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
 JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
-                  ("x-accel-buffering", "no")]          # nginx in front must not gather the stream
+                  ("x-accel-buffering", "no")]          # an nginx in front must not buffer the stream
 
 
 # --- 10.1 names -----------------------------------------------------------------------------------
 
 class Candidate(NamedTuple):
-    """A target with one of its provider's keys: retries and circuits are its own."""
-    provider: ProviderConfig    # with this very key
+    """A target with one of its provider's keys. Retries and circuits are per candidate."""
+    provider: ProviderConfig    # with this one key
     model: str
-    id: str                     # the same in every process, of the configuration's words alone
-    origin: str                 # how its envelopes name it
-    window: int = 0             # tokens; 0: not known
+    id: str                     # stable: made only of the configuration
+    origin: str                 # its name in envelopes
+    window: int = 0             # tokens; 0: unknown
 
 
 # wire -> models whose sealed blocks only the account that made them can read (TRANSLATION.md 6)
@@ -9745,7 +9746,7 @@ def with_api_keys(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
 
 
 class ModelCatalog:
-    """The models that are known by name, and the targets of any name that may be asked for."""
+    """The names of all known models, and the targets of any name."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
         self.config = config
@@ -9758,7 +9759,7 @@ class ModelCatalog:
         self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
-        """What may answer for a model, in the order of the configuration."""
+        """The (provider, model) pairs of a model's targets, in the order of the configuration."""
         return [each[:2] for tier in self.tiers(model) for each in tier]
 
     def candidates(self, provider_name: str, model: str, known_as: str) -> list[Candidate]:
@@ -9770,8 +9771,8 @@ class ModelCatalog:
         return found
 
     def full_name(self, model: str) -> str:
-        """provider/model-name for a name without provider: of the one that lists the model, in use or not, so that no outage
-        moves a name to another vendor; else of the vendor that is known for it."""
+        """provider/model-name for a bare name: the one provider that lists the model, enabled or not, so that no outage moves
+        a name to another vendor; else the vendor that is known for it."""
         if "/" in model or model in self.config.models:
             return model
         found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in BUILTIN_PROVIDERS
@@ -9782,7 +9783,7 @@ class ModelCatalog:
         raise self.unknown(model, f"Model names are provider/model-name, and {reason}.", found)
 
     def resolve_candidates(self, model: str) -> Sequence[Sequence[Candidate]]:
-        """The targets of a model, tier after tier. BadRequest says what is wrong with the name."""
+        """The targets of a model by tier. BadRequest: the name is unknown, or its provider not configured."""
         configured = self.config.models.get(model)
         if configured is not None and configured.targets:
             return [[each for target in tier for each in self.candidates(*target, target.model)]
@@ -9796,10 +9797,10 @@ class ModelCatalog:
                              code="provider_not_configured")
         if provider is None or not name or not matches_any(name, served_models(provider)):
             raise self.unknown(model, f'Model "{sanitize(model)}" not found.')
-        return [self.candidates(provider_name, name, "*")]     # a name of the caller's choice has no circuit of its own
+        return [self.candidates(provider_name, name, "*")]     # names chosen by callers share one circuit
 
     def facts(self, name: str) -> ModelFacts:
-        """What is known of a model: from the configuration, else from the table by its first target."""
+        """The limits of a model: from the configuration, else from the built-in table by its first target."""
         configured = self.config.models.get(name)
         if configured is not None and configured.context_window:
             return ModelFacts(configured.context_window)
@@ -9860,34 +9861,34 @@ def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str
 
 @functools.cache
 def known_models(provider: str) -> dict[str, ModelFacts]:
-    """The models that the built-in table knows of one provider."""
+    """The models of one provider in the built-in table."""
     return {name.partition("/")[2]: ModelFacts(int(window), int(output)) for name, (window, output, *_) in sorted(model_rows())
             if name.partition("/")[0] == provider}
 
 
 class ModelFacts(NamedTuple):
-    context_window: int = 0     # 0: not known
+    context_window: int = 0     # 0: unknown
     max_output: int = 0
 
 
 # --- 10.2 retries and circuit breakers -------------------------------------------------------------
 #
-# Pure: clock and chance come in as arguments. Only what was not yet shown to the client is ever tried again.
+# Pure: time and randomness are arguments. After output has reached the client, nothing is retried.
 
-MAX_ATTEMPTS = 6            # upstream calls of one request, repairs and continuations too
-BACKOFF_S = 0.2             # before the first retry, then twice as long; half of it more or less by chance
-PATIENCE_S = 3.0            # a longer Retry-After is not waited out: another target is asked, or the client waits itself
+MAX_ATTEMPTS = 6            # upstream calls of one request, including repairs and continuations
+BACKOFF_S = 0.2             # before the first retry, then doubled; with 50 % jitter
+MAX_RETRY_WAIT_S = 3.0            # with a longer Retry-After, another target is used, or the client has to wait
 
 
 class RetryPolicy(NamedTuple):
-    """What is done about one class of failure."""
-    retries: int            # where there is another target
-    retries_if_last: int    # where there is none
-    failover: str           # to "any" target, to one with a "larger" window, "": to none
-    threshold: int          # failures in a row that open the circuit; 0: it is not the target's fault
-    open_s: float           # at first, then twice as long each time
+    """The reaction to one class of failure."""
+    retries: int            # if there is another target
+    retries_if_last: int    # if there is none
+    failover: str           # to "any" target, to one with a "larger" context window, "": to none
+    threshold: int          # consecutive failures that open the circuit; 0: not the target's fault
+    open_s: float           # the first time, then doubled each time
     max_open_s: float
-    label: str              # for people
+    label: str              # for users
 
 
 RETRY_POLICIES: dict[str, RetryPolicy] = {
@@ -9897,10 +9898,10 @@ RETRY_POLICIES: dict[str, RetryPolicy] = {
     "unreachable":     RetryPolicy(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
     "network":         RetryPolicy(1, 1, "any",    3, 5.0,   60.0,   "connection broken"),
     "timeout":         RetryPolicy(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
-    "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "nothing that is an answer"),   # empty, HTML, garbage, cut
+    "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "no valid answer"),             # empty, HTML, garbage, cut
     "auth":            RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
     "model_not_found": RetryPolicy(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
-    "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "a tool call it could not make"),
+    "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "invalid tool call"),
     "context_length":  RetryPolicy(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
     "bad_request":     RetryPolicy(0, 0, "",       0, 0.0,   0.0,    "request refused"),
 }
@@ -9926,7 +9927,7 @@ def decide_retry(policy: RetryPolicy, shown: bool, tries: int, attempts: int, le
     spread = 0.5 + chance
     wait_s = BACKOFF_S * 2 ** (tries - 1) * spread if retry_after_s is None else retry_after_s + 0.1 * spread
     retries = policy.retries if has_other else policy.retries_if_last
-    if tries <= retries and wait_s <= min(PATIENCE_S, left_s) and not (is_open and has_other):
+    if tries <= retries and wait_s <= min(MAX_RETRY_WAIT_S, left_s) and not (is_open and has_other):
         return "retry", wait_s
     return "failover" if has_other and policy.failover else "give_up", 0.0
 
@@ -9937,15 +9938,15 @@ class Circuit:
     failures: int = 0       # in a row
     times_open: int = 0     # in a row; 0: it is closed
     until: float = 0.0      # open until then, afterwards one request may probe
-    probing: bool = False   # that request is under target
-    recovering: bool = False    # that request has got output: closed, unless it fails in the end
+    probing: bool = False   # that request is in progress
+    recovering: bool = False    # that request has output: closed, unless it still fails
 
 
 class CircuitBreakers:
-    """Of the targets, as this process sees them. The clock comes in as `now`."""
+    """One circuit for each candidate, of this process alone. `now`: the monotonic clock."""
 
     def __init__(self) -> None:
-        self.circuits: dict[str, Circuit] = {}      # by Candidate.id: no more than the configuration has
+        self.circuits: dict[str, Circuit] = {}      # by Candidate.id, so bounded by the configuration
 
     def state(self, id: str, now: float) -> Literal["closed", "half-open", "open"]:
         circuit = self.circuits.get(id)
@@ -9954,10 +9955,10 @@ class CircuitBreakers:
         return "open" if now < circuit.until or circuit.probing else "half-open"
 
     def record_failure(self, id: str, fault: str, retry_after_s: float | None, now: float) -> float:
-        """Counts a failure that is the target's fault; for how long its circuit opens because of it."""
+        """Counts a failure that is the target's fault. Returns for how many seconds this opens its circuit."""
         policy, circuit = RETRY_POLICIES[fault], self.circuits.setdefault(id, Circuit())
         circuit.fault, circuit.failures = fault, circuit.failures + 1
-        asked_s = retry_after_s if retry_after_s and retry_after_s > PATIENCE_S else 0.0
+        asked_s = retry_after_s if retry_after_s and retry_after_s > MAX_RETRY_WAIT_S else 0.0
         if not (asked_s or circuit.times_open or circuit.failures >= policy.threshold) or now < circuit.until:
             return 0.0
         open_s = max(asked_s, min(policy.open_s * 2.0 ** min(circuit.times_open, 16), policy.max_open_s))
@@ -9965,8 +9966,8 @@ class CircuitBreakers:
         return open_s
 
     def record_success(self, id: str, whole: bool = True) -> bool:
-        """Closes the circuit at the first output, and forgets the failures with a whole answer: a target may break every
-        stream that it begins. True where it was open."""
+        """Closes the circuit at the first output; resets the failures only at a `whole` answer, since a target may break every
+        stream that it begins. True if the circuit was open."""
         circuit = self.circuits.get(id)
         if circuit is None or not circuit.failures:
             return False
@@ -9977,24 +9978,24 @@ class CircuitBreakers:
         return was_open
 
     def probe(self, id: str, now: float) -> Circuit | None:
-        """Takes the one probe of a half-open circuit, if this request is to make it."""
+        """Claims the one probe of a half-open circuit; None if the circuit needs none now."""
         if self.state(id, now) != "half-open":
             return None
         self.circuits[id].probing = True
         return self.circuits[id]
 
     def choose(self, candidates: Sequence[Candidate], now: float) -> Candidate | None:
-        """The first whose circuit is not open; where all are, the one that will be back first."""
+        """The first whose circuit is not open; if all are open, the one that closes first."""
         ready = next((each for each in candidates if self.state(each.id, now) != "open"), None)
         return ready or min(candidates, key=lambda each: self.circuits[each.id].until, default=None)
 
     def forget(self, providers: set[str]) -> None:
-        """Of providers that are gone or changed."""
+        """Drops the circuits of providers that were removed or changed."""
         for id in [id for id in self.circuits if re.split("[#:]", id, maxsplit=1)[0] in providers]:
             del self.circuits[id]
 
     def rows(self, now: float) -> list[tuple[str, str, str, float]]:
-        """(target, state, fault, seconds left) of all that ever failed."""
+        """(target, state, fault, seconds left) of each target that ever failed."""
         return [(id, self.state(id, now), each.fault, max(0.0, each.until - now)) for id, each in self.circuits.items()]
 
     def degraded(self, now: float) -> bool:
@@ -10003,16 +10004,16 @@ class CircuitBreakers:
 
 # --- 10.3 affinity --------------------------------------------------------------------------------
 #
-# A conversation stays where its prompt is cached and its sealed reasoning can be read: the request says where, by our turn
-# state, else the newest envelope in its input. New ones are dealt out by rendezvous hashing, alike in every process, which
-# moves only the conversations of a target that is lost.
+# A conversation stays with the target that has its prompt cached and can read its sealed reasoning: named by our turn state,
+# else by the newest envelope in the input. New conversations are spread by rendezvous hashing, the same in every process: if
+# a target is lost, only its conversations move.
 
 SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id", "x-claude-code-session-id")
 ENVELOPES_READ = 8          # newest first, until one verifies
 
 
 def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
-    """The same for all its requests: its key, its session, else what stands before the first answer."""
+    """An identifier shared by all its requests: its cache key, its session, else a hash of what precedes the first answer."""
     named: str = request.get("prompt_cache_key", "") or next(filter(None, map(headers.get, SESSION_HEADERS)), "")
     if named:
         return named
@@ -10021,18 +10022,18 @@ def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
 
 
 def rendezvous_score(conversation: str, target: Candidate) -> bytes:
-    """The target of a tier with the highest score has the conversation."""
+    """The conversation goes to the target of a tier with the highest score."""
     return hashlib.blake2b(f"{target.id}\0{conversation}".encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def turn_state(envelope: Envelope, target: Candidate) -> str:
-    """Our x-codex-turn-state: names a target to us and nobody else, and cannot be made up."""
+    """Our x-codex-turn-state: names a target, readable only by us and not forgeable."""
     return "pmt1." + base64.urlsafe_b64encode(envelope.mac(f"turn\0{target.id}".encode())).decode().rstrip("=")
 
 
 def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state: str, items: Sequence[JSON],
                      ) -> Candidate | None:
-    """Where the conversation runs already, as far as its request shows."""
+    """The target that the conversation already has, if its request shows it."""
     for each in candidates if state.startswith("pmt1.") else ():
         if hmac.compare_digest(turn_state(envelope, each).encode(), state.encode("utf-8", "replace")):
             return each
@@ -10042,13 +10043,12 @@ def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state:
     if opened is None:
         return None
     near = [each for each in candidates if each.origin == opened[0]]
-    return next((each for each in near if each.model == opened[1]), near[0] if near else None)
+    return max(near, key=lambda each: each.model == opened[1], default=None)
 
 
 def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[str], request: ResponsesRequest,
                      headers: Headers, envelope: Envelope) -> list[Candidate]:
-    """All targets in the order in which this request prefers them, without those of providers that an administrator
-    disabled."""
+    """All targets of enabled providers, in the order in which this request should try them."""
     enabled = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
     found = [each for tier in enabled for each in tier]
     if not found:
@@ -10063,16 +10063,16 @@ def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[
     return sorted(found, key=lambda each: each is not sticky)
 
 
-# --- 10.4 what goes to the client, and when -------------------------------------------------------
+# --- 10.4 the answer to the client ----------------------------------------------------------------
 
 class FailedAttempt(NamedTuple):
-    """One try of a target, for the client and the log."""
+    """One failed try of a target, for the client and the log."""
     provider: str
     brief: str              # "529 overloaded", "connection refused"
-    where: str              # host:port, where it failed below HTTP
+    where: str              # host:port, if it failed below HTTP
     fault: str              # of RETRY_POLICIES
     error: GatewayError
-    at_ms: int              # since the request
+    at_ms: int              # since the request began
 
 
 def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAttempt:
@@ -10109,16 +10109,16 @@ class ClientStream:
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
         self.due = self.active + server.request_deadline_s
-        self.writing = asyncio.Lock()                   # held while the client is slow to take what it was given
+        self.writing = asyncio.Lock()                   # held while the client is slow
         self.timer: asyncio.TimerHandle | None = None
         self.beat: asyncio.Task[None] | None = None
         if answer.request.stream:
             self.timer = self.loop.call_later(server.early_200_after_s, self._tick)
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
-        """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
+        """Of a 200. No upstream header is relayed: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
         fields, client = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS, self.client
-        if not early:                                   # somebody has answered
+        if not early:                                   # a target has answered
             own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
                    ("openai-processing-ms", str(client.elapsed_ms())),
                    ("x-pomex-dropped", header_value(", ".join(dict.fromkeys(client.dropped)))),
@@ -10127,7 +10127,7 @@ class ClientStream:
         return fields + self.reservation.headers()
 
     def put(self, attempt: Attempt) -> bool:
-        """Writes the output that there is, if nothing has to be waited for; False: send() it."""
+        """Writes the pending output, if that needs no waiting; False: send() it."""
         if not attempt.out:
             return True
         if not self.client.first_ms or self.writing.locked():
@@ -10136,7 +10136,7 @@ class ClientStream:
         return self.client.put(attempt.take_output())
 
     async def send(self, block: bytes, last: bool = False) -> None:
-        """Output of the model, in one write; the `last` ends the answer. It waits while the client does not take it."""
+        """Writes output of the model; `last` ends the answer. Waits while the client is slow."""
         if last:
             self.stop()
         elif not self.client.first_ms:
@@ -10148,25 +10148,25 @@ class ClientStream:
         client, self.active = self.client, self.loop.time()
         if not client.status:
             if not last:
-                await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
+                await self.reservation.ledger.recorded(self.answer.id)      # before the client sees a byte
             answered = client.attempts > 0 if last else self.attempt.output_started
             await client.start(200, self.headers(early=not answered))
         await (client.end if last else client.write)(block)
 
     def _tick(self) -> None:
-        """An early 200 with the opening events, or a heartbeat, after enough silence."""
+        """After enough silence sends an early 200 with the opening events, or a heartbeat."""
         silent_s = self.loop.time() - self.active
         limit_s = self.server.heartbeat_s if self.client.status else self.server.early_200_after_s
         if self.writing.locked() or silent_s >= limit_s - 0.001:
-            if not self.writing.locked():           # else the client does not take what it has
+            if not self.writing.locked():           # else the client is not reading
                 self.beat = self.loop.create_task(self._beat())
             silent_s, limit_s = 0.0, self.server.heartbeat_s
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
 
     async def _beat(self) -> None:
-        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # which the request itself meets, too
+        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # the request itself meets them, too
             async with self.writing:
-                if self.timer is not None:      # else the answer has ended in the meantime; numbered as it is written
+                if self.timer is not None:      # else the answer has ended meanwhile; numbered when written
                     await self._write(self.answer.heartbeat() if self.answer.started else self.answer.start())
 
     def stop(self) -> None:
@@ -10178,8 +10178,8 @@ class ClientStream:
 # --- 10.5 the loop --------------------------------------------------------------------------------
 
 Result = TypeVar("Result")
-LARGE_BODY_BYTES = 1 << 18      # a larger body takes milliseconds to parse or encode: streams would wait
-SWITCH_S = 0.001                # a thread keeps the interpreter this long from the loop; Python's 5 ms add up
+LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
+SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
 
 async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -10196,7 +10196,7 @@ async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) 
 
 
 class DemoExchange(Exchange):
-    """The demo's stream in the place of a provider's."""
+    """A stream of the demo instead of a provider's."""
     status, headers = 200, Headers([("content-type", "text/event-stream")])
 
     def __init__(self, frames: Iterable[bytes]) -> None:
@@ -10207,7 +10207,7 @@ class DemoExchange(Exchange):
 
 
 class Router:
-    """Tries the targets of a request until one has given output, or none is left."""
+    """Tries the targets of a request until one gives output, or none is left."""
 
     def __init__(self, upstream: ConnectionPool) -> None:
         self.upstream = upstream
@@ -10220,8 +10220,7 @@ class Router:
                 for id, state, _, _ in self.health.rows(now)}
 
     async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
-        """Afterwards `down` has how it went, and the attempt that counts is finished, unless the client left. `candidates` are
-        in their order."""
+        """Tries `candidates` in their order. Afterwards down.attempt is finished, unless the client left."""
         tries: collections.Counter[str] = collections.Counter()         # by Candidate.id
         target = self.health.choose(candidates, down.loop.time())
         try:
@@ -10240,7 +10239,7 @@ class Router:
 
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
                           down: ClientStream) -> Candidate | None:
-        """Records how the newest try went. Of the next one the target, when its time has come; None where none follows."""
+        """Records the result of the newest try. Returns the target of the next one, after its backoff; None: no more tries."""
         client = down.client
         name, error, now = target.provider.name, down.attempt.error, down.loop.time()
         fault = fault_class(error) if error else "ok"
@@ -10264,7 +10263,7 @@ class Router:
         decision, wait_s = decide_retry(
             policy, shown, tries[target.id], client.attempts, down.due - now,
             getattr(error, "retry_after_s", None), other is not None, target.id in is_open,
-            random.random())            # noqa: S311 - spreads calls, guards nothing
+            random.random())            # noqa: S311 - jitter, no secret
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
@@ -10274,13 +10273,13 @@ class Router:
         return other if decision == "failover" else target
 
     def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
-        """In its circuit; but not that a name is unknown which a client made up, or which the credentials do not cover."""
+        """Counts it in the target's circuit, unless the client chose a model that is unknown or not permitted."""
         fault = fault_class(error)
         unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
         if target.provider.wire_api == "demo" or (unknown and target.id.endswith(":*")):
             return
         if not RETRY_POLICIES[fault].threshold:
-            if isinstance(error, ProviderError):        # so it answers
+            if isinstance(error, ProviderError):        # so the target works
                 self.on_success(target)
         elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
             log.warning("circuit of %s is open for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
@@ -10290,7 +10289,7 @@ class Router:
             log.warning("circuit of %s is closed again", target.id)
 
     async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
-        """One try of one target, from encoding to its end: down.attempt is finished, unless it is cancelled."""
+        """One try of one target, from encoding to its end. Afterwards down.attempt is finished, unless cancelled."""
         client = down.client
         provider, failure = target.provider, None
         probe = self.health.probe(target.id, down.loop.time())
@@ -10327,14 +10326,14 @@ class Router:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
     async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second where a known refusal can be repaired, more where the provider pauses its turn."""
+        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
         client = down.client
         more: UpstreamCall | None = call
         repaired = False
         while more is not None:
             call = more
             if not client.count_attempt():
-                raise UpstreamError(f"The request has had its {MAX_ATTEMPTS} upstream calls.")
+                raise UpstreamError(f"The request has used its {MAX_ATTEMPTS} upstream calls.")
             client.asked_ms, client.answering_ms, client.upstream_id = client.elapsed_ms(), 0, ""
             exchange, sound = await self.open(target.provider, call, down), False
             client.answering_ms = client.elapsed_ms()
@@ -10365,11 +10364,11 @@ class Router:
 
     async def read(self, exchange: Exchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
-        """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
+        """Reads the whole answer into the attempt; sends its frames to the client once output has begun."""
         stream, kind = down.answer.request.stream, exchange.headers.get("content-type")
         if exchange.status >= 400:
             raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
-        if kind.startswith("text/html"):        # of some proxy or login
+        if kind.startswith("text/html"):        # of a proxy or a login
             page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
             raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
         reservation = down.reservation
@@ -10394,7 +10393,7 @@ class Router:
                 going = take(data[at:at + SLICE_BYTES])
                 await self.show(attempt, target, down)
                 if len(data) > SLICE_BYTES:
-                    await asyncio.sleep(0)              # a flood of comments is work without a wait
+                    await asyncio.sleep(0)              # reading a flood of comments never waits
             if going:
                 await exchange.pump(take)
                 await self.show(attempt, target, down)
@@ -10403,7 +10402,7 @@ class Router:
             if attempt.stop or attempt.error:
                 due = due or down.loop.time() + AFTER_STOP_S
             elif not await reservation.extend(attempt.output_chars):
-                attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
+                attempt.stop = Stop("max_output_tokens")        # the key's money is used up
                 return
             data = b""
             with contextlib.suppress(TimeoutError):     # the model had finished: only the rest is missing
@@ -10413,7 +10412,7 @@ class Router:
         await self.show(attempt, target, down)
 
     async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
-        """Sends the output that there is, and waits while the client is slow."""
+        """Sends the pending output, and waits while the client is slow."""
         if not (attempt.output_started and down.answer.request.stream):
             return
         if attempt.out:
@@ -10425,12 +10424,12 @@ class Router:
 
 
 def output_size(attempt: Attempt) -> int:
-    """Grows with all that counts as output: text, items, and what is held of them."""
+    """A number that grows with any output: text, items, and held parts of them."""
     return attempt.output_chars - attempt.output_limit - attempt.items_left
 
 
 async def read_error_body(exchange: Exchange) -> bytes:
-    """The body of what is no answer, as far as it comes soon: that it is none is known without it."""
+    """The body of an error answer, or the part of it that comes soon: the error is known without it."""
     body = b""
     with contextlib.suppress(TimeoutError, TransportError):
         async with asyncio.timeout(AFTER_STOP_S):
@@ -10440,7 +10439,7 @@ async def read_error_body(exchange: Exchange) -> bytes:
 
 
 def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> UpstreamCall:
-    """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
+    """Encodes the request for a target. An encoder's exception is caused by the client's input, so it is no target's fault."""
     provider = target.provider
     ctx = EncodeContext(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
                         provider.prompt_cache, provider.overrides, down.client.attempts + 1)
@@ -10452,7 +10451,7 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 
 
 def failed_copy(attempt: Attempt) -> Attempt:
-    """A failure in the place of an attempt that cannot be ended by itself, with what came of it and what it has used."""
+    """A failed attempt instead of one whose end raised an exception, with the same output and usage."""
     failed = Attempt(attempt.answer)
     failed.out, failed.output_started = attempt.out, attempt.output_started
     failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
@@ -10547,7 +10546,7 @@ ENDPOINT = "/v1/responses"
 
 
 class Gateway:
-    """All that a request needs, of one configuration."""
+    """The state that requests share, under one configuration."""
 
     def __init__(self, config: Config, ledger: Ledger, upstream: ConnectionPool, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
@@ -10569,7 +10568,7 @@ class Gateway:
             self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
 
     async def handle(self, client: Client) -> None:
-        """Answers one request. GatewayErrors go up to the server, which words them."""
+        """Answers one request. The server turns GatewayErrors into answers."""
         head = client.head
         try:
             answer = await self.route(head)(self, client)
@@ -10580,7 +10579,7 @@ class Gateway:
             agent = head.headers.get("user-agent")
             if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", header_value(error.code or "")),)
-                error.plain = 0 < codex_release(agent) < NEW_CODEX          # those show the whole body as it is
+                error.plain = 0 < codex_release(agent) < NEW_CODEX          # which shows the raw body
                 make_codex_show(error, ("model_not_found", "invalid_prompt", "cyber_policy", "context_length_exceeded"))
             raise
 
@@ -10596,7 +10595,7 @@ class Gateway:
             raise BadRequest("Codex tried a WebSocket. Set wire_api = \"responses\" in [model_providers.pomex] (and "
                              "supports_websockets = false if present).", status=426, code="use_http_sse",
                              headers=(("upgrade", "HTTP/1.1"),))
-        raise BadRequest(f"{sanitize(head.method)} is not possible here; {allowed} is.", status=405,
+        raise BadRequest(f"{sanitize(head.method)} is not allowed here; {allowed} is.", status=405,
                          code="method_not_allowed", headers=(("allow", allowed),))
 
     async def key(self, client: Client) -> Key:
@@ -10612,7 +10611,7 @@ class Gateway:
 
 NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself unless its provider is named \"OpenAI\": set "
                  "name = \"Pomex API\" in [model_providers.pomex].")
-# What clients ask for in vain: (paths, code, what is wrong and what to do). The first that fits counts.
+# Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/(chat/)?completions", "wrong_wire_api",
      "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
@@ -10638,7 +10637,7 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
 
 
 def not_found(head: RequestHead, tls: bool) -> BadRequest:
-    """404, with the cure for the mistakes that people make (FIRST-RUN.md 3)."""
+    """404, with the remedy for common mistakes (FIRST-RUN.md 3)."""
     scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
     base, path = f"{scheme}://{sanitize(head.headers.get('host'))}/v1", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
@@ -10651,19 +10650,19 @@ def not_found(head: RequestHead, tls: bool) -> BadRequest:
 # --- 11.1 POST /v1/responses ----------------------------------------------------------------------
 
 def new_response_id(now_s: float) -> str:
-    """In the order of time: inserting its row takes 4 us, 20 with a random id."""
+    """In order of time: inserting its row takes 4 us, with a random id 20."""
     return f"resp_{int(now_s * 1000):012x}{secrets.token_hex(10)}"
 
 
-MEMO_BYTES = 16 << 20           # of all bodies, decoded ones included: some thirty conversations of 120 KB
-DECODED_RATIO = 4               # the memory that a body takes with what was decoded from it, in its bytes
-REMEMBERED_BYTES = 16384        # a smaller body is decoded as fast as it is found
+MEMO_BYTES = 16 << 20           # of all bodies and what was decoded from them: some thirty conversations of 120 KB
+DECODED_RATIO = 4               # memory of a body and what was decoded from it, as a multiple of its size
+REMEMBERED_BYTES = 16384        # decoding a smaller body is as fast as looking it up
 NEAR_THE_END = 8192             # where clients write prompt_cache_key
 CACHE_KEY = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"]{1,128})"')
 
 
 class RequestMemo:
-    """The last request of each conversation, of those used last: the next one most likely repeats its input."""
+    """The last request of each recent conversation: the next one most likely repeats its input."""
 
     def __init__(self) -> None:
         self.requests: collections.OrderedDict[Any, ResponsesRequest] = collections.OrderedDict()
@@ -10682,14 +10681,14 @@ class RequestMemo:
 
 
 def conversation_hint(headers: Headers, raw: bytes) -> str:
-    """A name of the conversation that is known before the body is decoded; "" if there is none."""
+    """An identifier of the conversation, found before the body is decoded; "" if there is none."""
     found = CACHE_KEY.search(raw, max(0, len(raw) - NEAR_THE_END))
     named = next(filter(None, map(headers.get, SESSION_HEADERS)), "")
     return named or (found[1].decode("latin-1") if found else "")
 
 
 async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
-    """One request, of the key that it names or of the one given, from its body to its terminal event."""
+    """One request, from its body to its terminal event. `key`: used instead of the one in its headers."""
     key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
     session = conversation_hint(headers, raw)
@@ -10704,7 +10703,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     envelope = Envelope(gateway.ledger.secret, key.account)
     candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
     if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
-        raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
+        raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # any answer breaks Codex
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
                if unpriced or gateway.prices.schedule(each.provider.name, each.model, request.model)]
@@ -10715,15 +10714,15 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
             raise price_unknown(key, candidates[0])
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
                                                  request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
-            body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
+            body = {**request.body, "max_output_tokens": cap}       # as many as the money is enough for
             answer.request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
         await gateway.router.route(payable, envelope, down)
     except LimitExceeded as no:
         refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
         refused.headers += tuple(down.reservation.headers())
-    except BadRequest as error:         # of the router's none comes up
+    except BadRequest as error:         # not of the router: it raises none
         refused = error
-    except BaseException:               # the client left; what was generated is kept
+    except BaseException:               # the client left; the output so far is billed
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), notify_client=False)
         down.attempt.status = "cancelled"
         await asyncio.shield(settle(gateway, down))
@@ -10735,7 +10734,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
 
 def client_stream(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
                   session: str) -> ClientStream:
-    """The answer to be, and what it may cost: nothing is reserved yet."""
+    """The answer, and its reservation: nothing is reserved yet."""
     config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
     named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
@@ -10748,7 +10747,7 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
 
 
 async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | None) -> None:
-    """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
+    """Settles, then sends the end: the terminal event, the whole answer, or an error's status."""
     answer = down.answer
     if refused is not None:
         down.attempt.unbilled = True
@@ -10756,7 +10755,7 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     if down.attempt.status == "failed":
         down.attempt.error = client_error(gateway, down)
     error, to_codex = down.attempt.error, answer.profile.errors_as_events
-    # an empty answer has had its end: after a 5xx an SDK would ask again, and pay for the input each time
+    # an empty answer ends its stream: after a 5xx an SDK would retry, and pay for the input each time
     ended = down.client.status != 0 or down.attempt.stop is not None or error is None
     in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
     if error is not None and in_stream and to_codex:
@@ -10765,7 +10764,7 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     if error is None or in_stream:
         try:
             last = final_bytes(down.attempt, in_stream)
-        except Exception as bug:         # noqa: BLE001 - our own; there is one row and one end all the same
+        except Exception as bug:         # noqa: BLE001 - our own bug; one row and one end all the same
             log.error("%s: %s", down.client.request_id, fault_location(bug))
             down.attempt = failed_copy(down.attempt)
             last = final_bytes(down.attempt, in_stream) if in_stream else b""
@@ -10790,14 +10789,14 @@ def final_bytes(attempt: Attempt, in_stream: bool) -> bytes:
 
 
 def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
-    """Refuses a model that the key may not use; to Codex with a 400, the status whose text it shows."""
+    """Refuses a model that the key may not use; for Codex with a 400, whose text it shows."""
     if not key.may_use(model):
         raise BadRequest(f"Key {key.name} may use {', '.join(key.models.split())}.", param="model", code="model_not_allowed",
                          status=400 if profile.errors_as_events else 403)
 
 
 def price_unknown(key: Key, target: Candidate) -> BadRequest:
-    """A model without a price cannot be kept within a limit of money."""
+    """A key with a limit of money cannot use a model without a price."""
     name = f"{target.provider.name}/{sanitize(target.model)}"
     return BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
 Put its price per million tokens into pomex.toml:
@@ -10811,7 +10810,7 @@ Or let the key use it without one: python pomex.py keys edit {key.name} --allow-
 
 
 def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
-    """The last target's error, or what was tried where there was more than one try."""
+    """The last target's error; after several tries one error that lists them."""
     error = down.attempt.error or GatewayError("The request failed.")
     client, profile = down.client, down.answer.profile
     failures = client.failures
@@ -10837,21 +10836,21 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
 
 
 def make_codex_show(error: GatewayError, shown: Sequence[str]) -> None:
-    """What is the request's own fault gets a code whose text Codex shows, and after which it does not ask again; `shown` are
-    those where it does so already. The ledger keeps the exact one."""
+    """Gives a client error a code whose text Codex shows, and after which it does not retry, unless its code is one of those,
+    `shown`. The ledger keeps the exact code."""
     if error.status == 400 and error.code not in shown:
         error.ledger_code = error.ledger_code or error.code or ""
         error.code = "model_not_found" if error.param == "model" and "model_not_found" in shown else "invalid_prompt"
 
 
 def errors_in_stream(error: GatewayError) -> bool:
-    """To Codex a failure that HTTP retries would multiply, or whose text would be lost, is a 200 with response.failed; what is
-    the request's own fault stays a 400, which it does not repeat."""
+    """Codex gets an error that it would retry, or whose text it would not show, as a 200 with response.failed; other client
+    errors stay a 400, which it does not retry."""
     return error.status == 429 or error.status >= 500 or error.code in ("context_length_exceeded", "price_unknown")
 
 
 async def settle(gateway: Gateway, down: ClientStream) -> None:
-    """The usage row, durable before the client can see how it ended; and the access line."""
+    """Stores the usage row, before the client can see the end; makes the note for the access line."""
     client, attempt, reservation = down.client, down.attempt, down.reservation
     usage, error = attempt.usage or Usage(), attempt.error
     names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, client.model)}
@@ -12043,29 +12042,29 @@ ROUTES: dict[str, Handler] = {
 
 # === 12. server ===================================================================================
 #
-# Client connections: accept, parse, one handler at a time, answers in order, and a limit to every wait. A client that
-# leaves cancels its handler at once. Half-closing counts as leaving: no HTTP client in use does it.
+# Client connections: accept, parse, one handler at a time, answers in order, and a timeout for every wait. When a client
+# leaves, its handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # connections not yet accepted: a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading when a stream holds twice this: what comes while a handler runs
-REST_BYTES = 2**16          # an unread body up to this is read and dropped, to keep the connection
-LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
-LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # connections accepted before anything else has its turn
-REFUSED_CONNECTIONS = 64    # beyond max_connections: they may ask for /health, others get a 503; the oldest goes first
+BACKLOG = 4096              # connections waiting to be accepted: a burst of clients after a restart
+PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this: for input while a handler runs
+REST_BYTES = 2**16          # an unread body up to this size is read and dropped, to keep the connection
+LINGER_BYTES = 2**20        # read and dropped after an early answer: closing with unread bytes would reset the
+LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
+ACCEPT_STEP = 8             # connections accepted in one turn of the loop
+REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
 REFUSED_WAIT_S = 1.0        # for their request
-IDLE_SAFE_S = 5.0           # a younger connection is not closed for a new one: its request may be on the way
-SHARES = {                  # what is shared -> its limit for the process, and for one address or key
+IDLE_SAFE_S = 5.0           # a connection idle for less is not closed for a new one: its request may be on the way
+SHARES = {                  # resource -> its limit for the process, and for one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger and the log
-IDLE_GRACE_S = 0.25         # draining, a connection is kept behind its last answer
-FIRST_GRACE_S = 2.0         # and one without any request so far
+OWN_FILES = 128             # open files kept free for /health, the ledger and the log
+IDLE_GRACE_S = 0.25         # while draining, a connection stays open after its last answer
+FIRST_GRACE_S = 2.0         # and one that has had no request yet
 GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
 CLIENT_LEFT = 499           # nginx's status, for the log
 
 
 class ClientGone(ConnectionError):
-    """The client left, or took nothing for write_timeout_s."""
+    """The client left, or read nothing for write_timeout_s."""
 
 
 class Client:
@@ -12096,7 +12095,7 @@ class Client:
         self.started_s, self.started = time.time(), time.monotonic()
         self.keep = head.keep_alive                     # may the connection carry another request?
         self.failures: list[FailedAttempt] = []         # the tries that failed
-        self.dropped: list[str] = []                    # what the target could not carry
+        self.dropped: list[str] = []                    # fields that the target cannot carry
 
     @property
     def gone(self) -> bool:
@@ -12106,14 +12105,14 @@ class Client:
         return max(1, int((time.monotonic() - self.started) * 1000))
 
     def count_attempt(self) -> bool:
-        """One more upstream call; False where the request has had all it may."""
+        """Counts an upstream call; False if the request has used all of them."""
         if self.attempts >= MAX_ATTEMPTS:
             return False
         self.attempts += 1
         return True
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
-        """The whole body, decoded; ProtocolError when it is too long, too slow, or malformed. `key`: whose it is."""
+        """The whole body, decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)
@@ -12130,7 +12129,7 @@ class Client:
         return self.data
 
     def hold(self, size: int) -> None:
-        """Counts the bytes of this body before they are there; a GatewayError where they are too many."""
+        """Counts the bytes of this body before they are read; GatewayError if there are too many."""
         if size == self.held:
             return
         if limit := self.connection.server.acquire("bytes", self.holders, size - self.held):
@@ -12186,7 +12185,7 @@ class Client:
         await self.write(data)
 
     async def fail(self, error: GatewayError) -> None:
-        """The error as an answer; behind a part of another one the connection is cut."""
+        """Answers with the error; if a part of another answer was sent, closes the connection."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if not self.sent_bytes:
             await self.answer(error.status, *error_answer(error))
@@ -12197,7 +12196,7 @@ SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
 def request_id_for(wanted: str) -> str:
-    """The client's own id if it is sane, or a new one (no secret: `secrets` costs ten times as much)."""
+    """The client's own id if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
 
 
@@ -12217,7 +12216,7 @@ class Connection(StreamConnection):
     client: Client | None = None            # whose handler runs
     gone = False                            # nothing more will come, and nobody reads what is sent
     holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
-    served = False                          # it has brought a request
+    served = False                          # it has sent a request
     waiting: asyncio.Timeout | None = None  # for the next request
     task: asyncio.Task[None] | None = None
 
@@ -12228,7 +12227,7 @@ class Connection(StreamConnection):
         self.http = RequestReader(server.limits)
 
     def on_client_gone(self) -> None:
-        """Cancels the handler, unless its work for the client is done."""
+        """Cancels the handler, unless the answer is complete."""
         if not self.gone:
             self.gone = True
             if self.client is not None and not self.client.ended and self.task is not None:
@@ -12243,11 +12242,11 @@ class Connection(StreamConnection):
                 if not await self.serve(Client(self, head)):
                     break
                 if not self.http.idle:
-                    await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
+                    await asyncio.sleep(0)      # answering pipelined requests may never wait
             if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
-        except GatewayError as error:       # before there was a head to answer to
-            if self.holders:                # of the others there may be thousands
+        except GatewayError as error:       # before there was a request
+            if self.holders:                # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
         except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
@@ -12265,11 +12264,11 @@ class Connection(StreamConnection):
             if isinstance(error, OSError):
                 log.info("connection of %s: %s", self.peer, describe_error(error))
             self.abort()
-            self.server.release(self)       # asyncio tells the protocol nothing of it
+            self.server.release(self)       # asyncio does not call connection_lost
             raise
 
     async def next_head(self) -> RequestHead | None:
-        """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
+        """The head of the next request; None if none will come. header_timeout_s counts from its first byte."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
         part = self.http.next()
@@ -12287,13 +12286,13 @@ class Connection(StreamConnection):
         return part
 
     async def wait_for_request(self) -> bool:
-        """Whether a byte of it came in time. While draining the time is short, but a keep-alive or new client may already have
-        sent its request."""
+        """True if a byte of the next request came in time. While draining that is short, but not zero: a keep-alive or new
+        client may already have sent its request."""
         try:
             async with asyncio.timeout(self.idle_s()) as self.waiting:
                 return await self.receive()
         except TimeoutError:
-            return self.protocol.unread > 0 and await self.receive()        # it came in the same turn of the loop
+            return self.protocol.unread > 0 and await self.receive()        # received in the same turn of the loop
         finally:
             self.waiting = None
 
@@ -12321,7 +12320,7 @@ class Connection(StreamConnection):
             if not self.holders and client.head.path not in HEALTH_PATHS:
                 raise overloaded(NO_ROOM)
             server.check_host(client.head)
-            client.peer = server.who_asks(self.peer, client.head.headers)
+            client.peer = server.client_address(self.peer, client.head.headers)
             await server.handler(client)
             if not client.ended and not self.gone:
                 raise RuntimeError("the handler did not end its answer")
@@ -12345,7 +12344,7 @@ class Connection(StreamConnection):
         return not self.gone and await self.discard_body(client)
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
-        """The whole body; ProtocolError when it is too long or too slow."""
+        """The whole body; ProtocolError if it is too long or too slow."""
         pieces: list[bytes] = []
         length, expected, started = client.head.length, client.head.expect_continue, self.loop.time()
         while (length or client.held) <= most_bytes:
@@ -12366,7 +12365,7 @@ class Connection(StreamConnection):
         raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
 
     async def discard_body(self, client: Client) -> bool:
-        """Drops what is left of the request; True when the next one may begin."""
+        """Drops the rest of the request; True if another one may follow."""
         if not client.keep:
             if not self.body_done:
                 await self.linger()
@@ -12379,7 +12378,7 @@ class Connection(StreamConnection):
         return True
 
     def skip_body(self) -> bool:
-        """Drops what has come of an unread body; True when that was its end."""
+        """Drops the received part of an unread body; True at its end."""
         while not self.body_done:
             part = self.http.next()
             if part is NEED_DATA:
@@ -12403,7 +12402,7 @@ class Connection(StreamConnection):
                 left -= len(data)
 
     def may_keep(self, head: RequestHead) -> bool:
-        """May the connection go on after an answer that begins now? What is unread must be small."""
+        """May the connection stay open after an answer that begins now? The unread rest must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
             return (self.skip_body() or coming) and bool(self.holders) and not self.server.draining and not self.gone
@@ -12427,7 +12426,7 @@ class Connection(StreamConnection):
             raise ClientGone("the client left or takes nothing")
 
     def close(self) -> None:
-        """Closes behind the last bytes; if they are not taken in time, without them."""
+        """Closes after the last bytes; if they are not read in time, without them."""
         self.client = None
         if not self.writer.is_closing() and self.unsent_bytes():
             self.loop.call_later(self.server.config.write_timeout_s, self.abort)
@@ -12436,8 +12435,8 @@ class Connection(StreamConnection):
 
 # --- 12.2 the server ------------------------------------------------------------------------------
 
-def connections_that_fit() -> int:
-    """Into the files that this process may open: a stream takes two."""
+def connections_allowed_by_files() -> int:
+    """The limit set by the open files of the process: a stream takes two."""
     if sys.platform == "win32":
         return sys.maxsize
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -12476,7 +12475,7 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
             port = sockets[0].getsockname()[1]
         except OSError as error:
             failure = error
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # as for ::1 without IPv6
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
                 while sockets:
                     sockets.pop().close()
                 break
@@ -12488,26 +12487,26 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
 class Server:
     """Has each request answered by `handler`, then calls `access(client, status)`."""
     address = ("", 0)
-    sockets: Sequence[socket.socket] = ()   # listened on
+    sockets: Sequence[socket.socket] = ()   # that listen
     open_requests = 0
-    draining = False                        # takes no new connections, keeps none open
-    closing = False                         # draining, and nobody is waited for any more
+    draining = False                        # takes no new connections, and closes idle ones
+    closing = False                         # draining, and handlers are no longer waited for
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
         self.handler, self.access = handler, access
         self.use(config)
         self.listeners: list[asyncio.Server] = []       # one for each of them
-        self.connections: set[Connection] = set()       # all whose socket is open, those that set up TLS too
-        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # of SHARES, by holder; "": the process
-        self.idle: dict[Connection, float] = {}         # without a request, the longest first, and since when
-        self.refused: dict[Connection, float] = {}      # for which there was no room, the oldest first
+        self.connections: set[Connection] = set()       # all with an open socket, also during TLS setup
+        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # by resource and holder; "": the process
+        self.idle: dict[Connection, float] = {}         # without a request: since when, the longest first
+        self.refused: dict[Connection, float] = {}      # beyond the limits: since when, the oldest first
         self.empty = asyncio.Event()                    # draining, and the last connection is gone
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
-        """The settings of the next connection and request. Host, port and tls_cert stay."""
-        fit = connections_that_fit()
+        """Applies settings to the next connections and requests. Host, port and tls_cert stay."""
+        fit = connections_allowed_by_files()
         self.config = dataclasses.replace(config, max_connections=min(config.max_connections, fit))
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
@@ -12517,7 +12516,7 @@ class Server:
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, on sockets that listen already or on those of host and port; so many at a time."""
+        """Begins to accept, on the given sockets or on new ones for host and port; `at_once`: in one turn of the loop."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
@@ -12529,7 +12528,7 @@ class Server:
         return StreamProtocol(PIPELINE_BYTES, self.connected)
 
     def connected(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
-        """Admits a new connection, or keeps it among the few that may only ask for /health."""
+        """Admits a new connection; beyond the limits only for /health."""
         address, transport = writer.get_extra_info("peername"), writer.transport
         assert isinstance(transport, asyncio.Transport)
         if not address:             # it has gone again
@@ -12537,12 +12536,12 @@ class Server:
             return
         connection = Connection(self, protocol, writer, str(address[0]))
         if self.used["connections", ""] >= self.config.max_connections:
-            self.give_up(self.idle, IDLE_SAFE_S)
+            self.evict(self.idle, IDLE_SAFE_S)
         holders, waiting = self.holders(connection.peer), self.refused
         if not (self.closing or self.acquire("connections", holders, 1)):
             connection.holders, waiting = holders, self.idle
         elif len(waiting) >= self.max_refused:
-            self.give_up(waiting, 0.0)
+            self.evict(waiting, 0.0)
         waiting[connection] = connection.loop.time()
         self.connections.add(connection)
         protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
@@ -12551,11 +12550,11 @@ class Server:
         connection.task = connection.loop.create_task(connection.run())
 
     def holders(self, peer: str) -> list[str]:
-        """For whom its connections and bodies count: the process, and its address, if that is its own."""
+        """The holders of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
         return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
 
     def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
-        """Counts that for each holder; else the setting that forbids it. Less is always given back."""
+        """Adds `more`, which may be negative, for each holder; or returns the name of the limit that forbids it."""
         for holder in holders:
             limit = SHARES[share][holder != ""]
             if more > 0 and self.used[share, holder] + more > getattr(self.config, limit):
@@ -12566,8 +12565,8 @@ class Server:
                 del self.used[share, holder]
         return ""
 
-    def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> None:
-        """Closes the connection that has waited longest, if for least_s."""
+    def evict(self, waiting: Mapping[Connection, float], least_s: float) -> None:
+        """Closes the connection that has waited longest, if at least for least_s."""
         connection = next(iter(waiting), None)
         if connection is not None and connection.loop.time() - waiting[connection] >= least_s:
             self.release(connection)
@@ -12583,11 +12582,11 @@ class Server:
             self.empty.set()
 
     def trusts(self, peer: str) -> bool:
-        """Is it one of the proxies in front?"""
+        """Is it a trusted proxy?"""
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
-    def who_asks(self, peer: str, headers: Headers) -> str:
-        """Behind trusted proxies, the last in X-Forwarded-For that is none of them."""
+    def client_address(self, peer: str, headers: Headers) -> str:
+        """The client's address: behind trusted proxies, the last in X-Forwarded-For that is not one of them."""
         entries = list_values(headers, "x-forwarded-for") if self.proxies else []
         while entries and self.trusts(peer):
             try:
@@ -12597,10 +12596,10 @@ class Server:
         return peer
 
     def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
-        """Refuses names that are not ours: a page elsewhere could point its own here (DNS rebinding). The dashboard has no name
-        but ours, even where requests may come by any."""
+        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). For the dashboard also
+        where any name is allowed."""
         name = head.headers.get("host").lower()
-        if ":" in name and name[-1] != "]":         # a port, and not only the end of an IPv6 address
+        if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
         if name in self.hosts or not (dashboard or name):       # without a name: an HTTP/1.0 client, so not a browser
             return
@@ -12615,7 +12614,7 @@ class Server:
         return response_head(status, own + headers)
 
     async def drain(self, timeout_s: float | None) -> None:
-        """Takes no new connections; cancels the handlers that run after timeout_s (None: no limit)."""
+        """Takes no new connections; cancels the handlers that still run after timeout_s (None: never)."""
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
@@ -12631,14 +12630,14 @@ class Server:
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
-        """Closes the listening sockets. Connections in their queues are still accepted: the system would reset them."""
+        """Closes the listening sockets. Connections in their queues are accepted first: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, ()
         with contextlib.suppress(NotImplementedError):          # Windows
             for listening in sockets:
                 loop.remove_reader(listening.fileno())
         for _ in range(3):
-            await asyncio.sleep(0)      # those that asyncio has accepted are announced
+            await asyncio.sleep(0)      # asyncio reports those it has accepted
         for listening, listener in zip(sockets, self.listeners):
             with contextlib.suppress(OSError):
                 while True:
@@ -12649,22 +12648,22 @@ class Server:
                 await loop.connect_accepted_socket(self.new_protocol, accepted)
 
     async def wait_closed(self, timeout_s: float | None) -> bool:
-        """Are all connections gone within that time?"""
+        """True if all connections are closed within that time."""
         if self.connections:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.empty.wait(), timeout_s)
         return not self.connections
 
 
-# --- 12.3 who started the process -----------------------------------------------------------------
+# --- 12.3 systemd ---------------------------------------------------------------------------------
 #
-# systemd hands over listening sockets (sd_listen_fds(3)) and wants to hear how the process does (sd_notify(3)).
+# It hands over listening sockets (sd_listen_fds(3)) and is notified of the state of the process (sd_notify(3)).
 
 FIRST_HANDED_FD = 3
 
 
 def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets of systemd. The variables go: no child is to see them."""
+    """The sockets of systemd. Removes the variables, so that no child sees them."""
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (environ.pop(name, "") for name in names)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", count):
@@ -12679,14 +12678,14 @@ def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     return sockets
 
 
-def listening_as(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
-    """With the address that is listened on: of several, one that is not only this machine's."""
+def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
+    """The settings with the address of the sockets: of several, one that other machines can reach."""
     addresses = sorted((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
     return dataclasses.replace(config, host=addresses[0][0], port=addresses[0][1]) if sockets else config
 
 
 def notify(*states: str) -> None:
-    """Tells systemd, where it asked to be told."""
+    """Notifies systemd, if it asked for it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
         return
@@ -12700,13 +12699,13 @@ def notify_reloading() -> None:
 
 
 def watchdog_s(environ: Mapping[str, str]) -> float:
-    """How often systemd wants to hear of us, halved (sd_watchdog_enabled(3)); 0: never."""
+    """Half the interval of systemd's watchdog (sd_watchdog_enabled(3)); 0: it is off."""
     usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", str(os.getpid()))
     return int(usec) / 2e6 if re.fullmatch("[0-9]{1,15}", usec) and pid == str(os.getpid()) else 0.0
 
 
 async def feed_watchdog() -> None:
-    """A task of the loop: when that stands still, systemd restarts the gateway."""
+    """A task of the loop: if the loop hangs, systemd restarts the gateway."""
     while interval_s := watchdog_s(os.environ):
         notify("WATCHDOG=1")
         await asyncio.sleep(interval_s)
@@ -12754,14 +12753,14 @@ class GatewayServer(Server):
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """From the next request on. Those that run keep their Gateway, and with it the old settings, to their end.
-        ConfigError: all is as it was."""
+        """For new requests. Those in progress keep their Gateway, and with it the old settings, to their end. ConfigError:
+        nothing was changed."""
         old = self.gateway
-        if self.context is not None:        # a renewed certificate is taken up, a broken one refused
+        if self.context is not None:        # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
         fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
-        old.upstream.contexts.clear()       # certificates to trust may be new, too
+        old.upstream.contexts.clear()       # ca_file may be new, too
         self.use(fresh.config.server)
         self.gateway, self.handler = fresh, fresh.handle
 
@@ -13103,7 +13102,7 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], looked: b
     if not is_loopback(config.server.host):
         say("Warning       Anybody on this network can reach Pomex. Keys are required on every call"
             + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
-    if (fit := connections_that_fit()) < config.server.max_connections:
+    if (fit := connections_allowed_by_files()) < config.server.max_connections:
         say(f"Warning       {fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
             "open no more files (ulimit -n).")
     several = f", {config.server.workers} workers" if config.server.workers > 1 else ""
@@ -13123,7 +13122,7 @@ def run_serve(args: Args) -> int:
     allow_files()
     set_up_logging(config.server.log_format, config.server.workers)
     handed = systemd_sockets(os.environ)
-    config = dataclasses.replace(config, server=listening_as(config.server, handed))
+    config = dataclasses.replace(config, server=with_address(config.server, handed))
     if config.server.workers > 1 and not hasattr(signal, "sigtimedwait"):
         raise ConfigError("[server] workers: more than one process needs Linux.")
 
@@ -13131,7 +13130,7 @@ def run_serve(args: Args) -> int:
         fresh = read_config(args)
         if config.path and not fresh.path:
             raise ConfigError("it is gone.")
-        return await surveyed(dataclasses.replace(fresh, server=listening_as(fresh.server, handed)), args.no_detect)
+        return await surveyed(dataclasses.replace(fresh, server=with_address(fresh.server, handed)), args.no_detect)
 
     is_new = not os.path.exists(config.database.path)
     looked = not config.path and not args.no_detect

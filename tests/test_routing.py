@@ -647,7 +647,7 @@ def test_an_empty_answer_that_counts_no_output_is_no_success(wire, streaming, tm
                 status, _, body = await ask(stream=streaming)
                 response = check(body) if streaming else json.loads(body)
                 assert (status, response.get("status")) == ((200, "failed") if streaming else (502, None))
-                assert "nothing that is an answer (2 tries)" in response["error"]["message"]
+                assert "no valid answer (2 tries)" in response["error"]["message"]
                 row = (await rows_of(ledger))[0]
                 assert (row["status"], row["input"], row["output"], row["estimated"]) == ("failed", tokens, 0, "")
                 assert [each["input"] for each in lost(ledger)] == [5] * bool(tokens)

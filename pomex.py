@@ -12,7 +12,7 @@ The middle is pure and the edge is thin: bytes become events, events become call
 the client's events. This part uses no socket, clock or file. A definition uses only names of its own layer or
 of an earlier one, so the file can be read once, from top to bottom.
 
-     1  errors and constants      the failures, and their messages for the client
+     1  errors and constants      the failures, and their messages for the client; JSON readers
      2  stream events             the calls between providers and the Responses stream
      3  HTTP/1.1                  heads and bodies, for client and server, from bytes
      4  SSE                       events, read from bytes and written to bytes
@@ -210,6 +210,63 @@ class ConfigError(Exception):
     """An unusable configuration. The message names the file, the line or key path, and a fix."""
 
 
+# --- JSON -----------------------------------------------------------------------------------------
+
+dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+json_string = json.encoder.encode_basestring_ascii
+
+
+def reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON (RFC 8259 section 6)")
+
+
+def finite(digits: str) -> float:
+    """Rejects 1e999, a valid JSON number that Python reads as infinity."""
+    number = float(digits)
+    return number if math.isfinite(number) else reject_constant(digits[:20])
+
+
+# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
+LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+STRICT_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite)
+strict_json = STRICT_DECODER.decode
+lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
+
+
+def load_json(raw: bytes) -> Any:
+    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
+    try:
+        value = strict_json(raw.decode())
+        if LONE_SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    return value
+
+
+def parse_object(text: str) -> JSON | None:
+    """Reads a JSON object leniently; None for anything else."""
+    try:
+        value = lenient_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def as_dict(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
+def only_dicts(value: Any) -> list[JSON]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
 # === 2. stream events =============================================================================
 #
 # A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
@@ -241,10 +298,6 @@ class Usage:
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
 MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake and would spoil every sum
-
-
-def as_dict(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
 
 
 def count(holder: Any, *names: str) -> int:
@@ -303,18 +356,16 @@ class Stop:
     explanation: str = ""           # for the user: why a content filter stopped the answer
 
 
-class Sink(Protocol):
-    """The calls that a decoder makes. An item has a key that is unique in the stream, or None. Only one item
-    without a key is open at a time; it ends when any other item begins.
+class Sink:
+    """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
+    stream, or None. Only one item without a key is open at a time; it ends when any other item begins.
 
-    >>> sink.reasoning("Hm."); sink.text("Hello")
+    >>> sink.text("Hm.", "summary"); sink.text("Hello")
     >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
     """
     def text(self, text: str, channel: PartType = "text") -> None:
         """Adds text to the message without a key, which begins with its first visible character. With the
-        channel "summary", adds to the reasoning item without a key."""
-    def reasoning(self, text: str) -> None:
-        """Adds to the summary of the reasoning item without a key; "" only begins it."""
+        channel "summary", adds to the reasoning item without a key; "" only begins it."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         """Begins an item with these fields of its own."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
@@ -421,9 +472,7 @@ Head = TypeVar("Head", RequestHead, ResponseHead)
 # --- grammar (RFC 9110 5, RFC 9112, RFC 3986) -----------------------------------------------------
 
 CRLF = b"\r\n"
-TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-TOKEN = b"[" + re.escape(TOKEN_BYTES) + b"]+"
-VALUE_BYTES = bytes({0x09, *range(0x20, 0x100)} - {0x7f})
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 PATH = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=:@/-]*)*"
 QUERY = PATH.replace(b"@/", b"@/?")
@@ -436,6 +485,7 @@ TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 # the last SP is optional
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)")     # possessive: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -451,17 +501,13 @@ def parse_fields(section: bytes, max_headers: int) -> Headers:
     lines = section.decode("latin-1").split("\r\n")
     if len(lines) > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
-    if section.translate(None, VALUE_BYTES) != CRLF * (len(lines) - 1):     # only control characters are left
-        raise ProtocolError("A header has a control character, or a line that does not end with CRLF.")
     items = []
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not name:
-            raise ProtocolError("A header line has no name or no colon.")
-        items.append((name.lower(), value.strip(" \t")))
-    if "".join([name for name, _ in items]).encode("latin-1").translate(None, TOKEN_BYTES):
-        raise ProtocolError("A header name has a character that it may not have"
-                            " (a folded line, or a blank before the colon?).")
+        found = FIELD.fullmatch(line)
+        if found is None:
+            raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
+                                " a character that is not allowed, or an end that is not CRLF.")
+        items.append((found[1].lower(), found[2].rstrip(" \t")))
     return Headers(items)
 
 
@@ -492,13 +538,10 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
         raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
     if not http11:
         raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
-    if codings != ["chunked"]:
-        for coding in codings:
-            if not re.fullmatch(TOKEN.decode(), coding):
-                raise ProtocolError("Transfer-Encoding is malformed.")
-            if coding != "chunked":
-                raise ProtocolError("The only transfer coding taken is chunked.", 501)
-        raise ProtocolError("A body is chunked once.")
+    others = [coding for coding in codings if coding != "chunked"]
+    if others or len(codings) > 1:
+        is_unknown = others and all(re.fullmatch(TOKEN.decode(), coding) for coding in others)
+        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501 if is_unknown else 400)
     return None, True
 
 
@@ -802,8 +845,7 @@ class ContentDecoder:
             raise ProtocolError("Content-Encoding must be gzip or none.", 415)
         self._gzip = coding.endswith("gzip")
         self._max_bytes = max_bytes
-        self._coded = 0             # bytes of the coded body so far
-        self._decoded = 0
+        self._coded = self._decoded = 0     # bytes so far
         self._members = 0
         self._member: zlib._Decompress | None = None
 
@@ -870,14 +912,6 @@ def parse_event(block: str) -> Event | None:
     return Event(name or "message", "\n".join(data)) if data else None
 
 
-def is_complete_json(data: str) -> bool:
-    """Can an event with this data be complete? Half a JSON object is never a JSON object."""
-    try:
-        return data == "[DONE]" or isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 class SSEDecoder:
     """Turns bytes into events. It ignores `id` and `retry`: Pomex never resumes a stream."""
 
@@ -933,10 +967,10 @@ class SSEDecoder:
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
-            events = [event for event in events if is_complete_json(event.data)]
-        fields = [line for line in rest.removeprefix(codecs.BOM_UTF8).split(b"\n")
-                  if line and not line.startswith(b":")]
-        self.truncated = not events and bool(fields)
+            events = [event for event in events
+                      if event.data == "[DONE]" or parse_object(event.data) is not None]
+        has_field = re.search(rb"(?m)^[^:\n]", rest.removeprefix(codecs.BOM_UTF8))
+        self.truncated = not events and has_field is not None
         return events
 
 
@@ -954,58 +988,8 @@ def sse_frame(type: str, data: str) -> bytes:
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
-dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-json_string = json.encoder.encode_basestring_ascii
-
-
 def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON (RFC 8259 section 6)")
-
-
-def finite(digits: str) -> float:
-    """Rejects 1e999, a valid JSON number that Python reads as infinity."""
-    number = float(digits)
-    return number if math.isfinite(number) else reject_constant(digits[:20])
-
-
-# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
-LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-strict_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
-lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite, strict=False).decode
-
-
-def load_json(raw: bytes) -> Any:
-    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
-    try:
-        value = strict_json(raw.decode())
-        if LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
-    except UnicodeEncodeError:
-        raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
-    return value
-
-
-def parse_object(text: str) -> JSON | None:
-    """Reads a JSON object leniently; None for anything else."""
-    try:
-        value = lenient_json(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def only_dicts(value: Any) -> list[JSON]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 JSON_NAMES = {
@@ -1090,32 +1074,28 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             type(given) not in spec.types       # most values need no call
             or spec.minimum is not None
             or (spec.choices and given not in spec.choices)
-            or (spec.inner and type(given) is not str)
+            or (spec.items and type(given) is not str)
         ):
             check(given, spec, f"{path}.{name}")
 
 
-def check_parts(content: str | list[Any], path: str) -> None:
-    if isinstance(content, str):
-        return
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise invalid_param(f"{path}[{index}]", " must be an object with a type.", "invalid_type")
-        if kind in ("input_text", "output_text") and not isinstance(part.get("text"), str):
-            raise invalid_param(f"{path}[{index}].text", " must be a string.", "invalid_type")
+def check_typed(value: JSON, known: Mapping[str, Fields], path: str) -> None:
+    """Checks the members of an object by its type. Types that are not known have any members."""
+    kind = value.get("type")
+    if not isinstance(kind, str):
+        raise type_error(kind, TYPED, path)
+    check_members(value, known.get(kind, {}), path)
 
 
-def check_tools(tools: list[Any], path: str) -> None:
-    for index, tool in enumerate(tools):
-        here = f"{path}[{index}]"
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if not isinstance(kind, str):
-            raise invalid_param(here, " must be an object with a type.", "invalid_type")
-        if "name" not in tool and isinstance(tool.get("function"), dict):
-            words = " is missing: tools are flat here, without a function object inside."
-            raise invalid_param(f"{here}.name", words, "missing_required_parameter")
-        check_members(tool, TOOL_FIELDS.get(kind, {}), here)
+def check_part(part: JSON, path: str) -> None:
+    check_typed(part, PART_FIELDS, path)
+
+
+def check_tool(tool: JSON, path: str) -> None:
+    if "name" not in tool and isinstance(tool.get("function"), dict):
+        words = " is missing: tools are flat here, without a function object inside."
+        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
+    check_typed(tool, TOOL_FIELDS, path)
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
@@ -1144,9 +1124,11 @@ OBJECT = Field((dict,))
 MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
-CONTENT = Field((str, list), inner=check_parts, wanted="a string or an array of parts")
-OUTPUT = Field((str, list), inner=check_parts)
-TOOLS = Field((list,), inner=check_tools)
+PART_TEXT = {"text": Field(wanted="a string")}
+TYPED = Field((dict,), wanted="an object with a type")
+CONTENT = Field((str, list), items=TYPED._replace(inner=check_part), wanted="a string or an array of parts")
+OUTPUT = CONTENT._replace(wanted="")
+TOOLS = Field((list,), items=TYPED._replace(inner=check_tool))
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
@@ -1182,25 +1164,26 @@ NEEDS_STATE = {
                    "Pomex runs no background responses: send background: false."),
 }
 
-# Known input items and tools, with the fields that Pomex reads. Unknown ones are never refused.
+# Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, Fields] = {
+ITEM_FIELDS: dict[str, Fields] = {kind: CALL | fields for kind, fields in {
     "message": {"role": ROLE, "content": CONTENT},
-    "function_call": {**CALL, "name": NAME, "arguments": TEXT},
-    "function_call_output": {**CALL, "output": OUTPUT},
-    "custom_tool_call": {**CALL, "name": NAME, "input": TEXT},
-    "custom_tool_call_output": {**CALL, "output": OUTPUT},
-    "local_shell_call": {**CALL, "action": MAYBE_OBJECT},
-    "local_shell_call_output": {**CALL, "output": MAYBE_TEXT},
-    "shell_call": {**CALL, "action": MAYBE_OBJECT},
-    "shell_call_output": CALL,
-    "apply_patch_call": CALL,
-    "apply_patch_call_output": {**CALL, "output": MAYBE_TEXT},
-    "tool_search_call": CALL,
-    "tool_search_output": {**CALL, "tools": TOOLS},
+    "function_call": {"name": NAME, "arguments": TEXT},
+    "function_call_output": {"output": OUTPUT},
+    "custom_tool_call": {"name": NAME, "input": TEXT},
+    "custom_tool_call_output": {"output": OUTPUT},
+    "local_shell_call": {"action": MAYBE_OBJECT},
+    "local_shell_call_output": {"output": MAYBE_TEXT},
+    "shell_call": {"action": MAYBE_OBJECT},
+    "shell_call_output": {},
+    "apply_patch_call": {},
+    "apply_patch_call_output": {"output": MAYBE_TEXT},
+    "tool_search_call": {},
+    "tool_search_output": {"tools": TOOLS},
     "additional_tools": {"tools": TOOLS},
-}
-TOOL_FIELDS: dict[str, Fields] = {
+}.items()}
+PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
+TOOL_FIELDS = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
     "namespace": {"name": NAME, "tools": TOOLS},
@@ -1211,11 +1194,11 @@ TOOL_FIELDS: dict[str, Fields] = {
 def check_item(item: JSON, path: str) -> JSON:
     """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
     if not isinstance(item, dict):
-        raise invalid_param(path, " must be an object.", "invalid_type")
+        raise type_error(item, OBJECT, path)
     kind = item.get("type")
     if kind is None and "role" in item:
         kind = "message"
-        item = {"type": kind} | item | {"type": kind}
+        item = {**item, "type": kind}
     if kind == "item_reference" or (kind is None and "id" in item):
         raise invalid_param(path, ": Pomex stores no items: send the item itself.",
                             "previous_response_not_found")
@@ -1313,7 +1296,6 @@ COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text
 
 INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string: its quotes would be escaped
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
-strict_scan = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).raw_decode
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
@@ -1338,7 +1320,7 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     start, body = array.end() - 1, last.around.body
     try:
         text = "[0" + raw[shared:].decode()
-        items, end = strict_scan(text)
+        items, end = STRICT_DECODER.raw_decode(text)
         around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
         if around != last.around.text:
             body = strict_json(around)
@@ -1382,14 +1364,14 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
                      around: AroundInput) -> ResponsesRequest:
     """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
-    for name, value in body.items():
-        if value is not None and name in REQUEST_FIELDS and value is not valid.get(name):
-            check(value, REQUEST_FIELDS[name], name)
     for name, (code, sentence) in NEEDS_STATE.items():
         if body.get(name) not in (None, False):
             raise BadRequest(sentence, param=name, code=code)
-    for name in ("model", "input"):  # not required with a prompt template, which is refused above
-        check(body.get(name), REQUEST_FIELDS[name], name)
+    for name, spec in REQUEST_FIELDS.items():
+        value = body.get(name)
+        is_known = value is None or value is valid.get(name)
+        if name in ("model", "input") or not is_known:
+            check(value, spec, name)
     if not body["model"].isprintable():
         raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
@@ -1399,12 +1381,13 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         raise invalid_param("input", f" has {len(given)} items; at most {MAX_INPUT_ITEMS} are taken.",
                            "array_above_max_length")
     items = [*last.input] if last else []
-    for index in range(len(items), len(given)):
-        items.append(check_item(given[index], f"input[{index}]"))
+    items += [check_item(given[index], f"input[{index}]") for index in range(len(items), len(given))]
     if not items:
         raise invalid_param("input", " is empty: send at least one item.")
-    holders = [item for item in items if "tools" in ITEM_FIELDS.get(item["type"], ())]
-    tools = [*(body.get("tools") or ()), *itertools.chain.from_iterable(item["tools"] for item in holders)]
+    tools = [*(body.get("tools") or ())]
+    for item in items:
+        if "tools" in ITEM_FIELDS.get(item["type"], ()):
+            tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
     return ResponsesRequest(
         body, raw,
@@ -1451,7 +1434,7 @@ class Envelope:
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
-        packed = zlib.compress(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
+        packed = zlib.compress(dumps(content).encode())
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
@@ -1718,29 +1701,6 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# half a surrogate pair waits for the next character
-INPUT_TEXT = re.compile(r'(?P<text>(?:[^"\\]+|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                        r'|u[dD][89abAB][0-9a-fA-F]{2}'
-                        r'(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u(?:[^dD]|[dD][^c-fC-F])))))+)')
-# unwrap() handles a text that begins with a fence
-INPUT_START = re.compile(r'\s*\{\s*"input"\s*:\s*"(?=(?:\\[nrt]|\s)*(?![`\s]|\\[nrt]|\\?\Z))'
-                         + INPUT_TEXT.pattern)
-MAX_PENDING_INPUT = 1024    # characters; unwrap() handles the rest beyond these
-
-
-def decode_input(pending: str, more: str, begun: bool) -> tuple[str, str]:
-    """The next text in `{"input": "..."}`, the arguments of a custom tool that is offered as a function; then
-    the new `pending`, which waits for more input."""
-    if len(pending) > MAX_PENDING_INPUT:
-        return "", pending
-    pending += more
-    found = (INPUT_TEXT if begun else INPUT_START).match(pending)
-    if found is None:
-        return "", pending
-    text = fix_surrogates(json.loads(f'"{found["text"]}"', strict=False))
-    return text, pending[found.end():]
-
-
 def unwrap(raw: str) -> str | None:
     """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A
     patch loses its markdown fence."""
@@ -1763,12 +1723,6 @@ def unwrap(raw: str) -> str | None:
 JSON_STRING = re.compile(r'"(?:[^"\\]++|\\[^\x00-\x1f])*+"?')
 CONTROL = re.compile(r"[\x00-\x1f]")
 CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
-
-
-def escape_controls(text: str) -> str:
-    """JSON with its control characters in strings escaped: models write raw line ends, which strict readers
-    refuse."""
-    return JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), text)
 
 
 # --- 5.4 history for providers that know only functions --------------------------------------------
@@ -1815,8 +1769,8 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
             known = item, tool_map, normalize_item(item, tool_map, names), names
             if "sealed_replay" not in item:     # a different object in each request
                 memo[id(item)] = known
-        made = known[2]
-        dropped += known[3]
+        *_, made, names = known
+        dropped += names
         if made is None:
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
@@ -2011,13 +1965,10 @@ TYPE_BY_ENDING = {
 def read_attachment(part: JSON) -> Attachment | None:
     """The image or file in a part. None if there is none, only its id at OpenAI, or invalid base64, which
     would have every later turn refused."""
-    is_image = part["type"] == "input_image"
-    if not is_image and part["type"] != "input_file":
-        return None
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
-    if not isinstance(source, str):
+    if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
-    is_url = re.match("(https?|gs)://", source)
+    is_image, is_url = part["type"] == "input_image", re.match("(https?|gs)://", source)
     name, detail = str(part.get("filename") or ""), part.get("detail")
     path = source.split("?")[0] if is_url else name
     mime = TYPE_BY_ENDING.get(path.rpartition(".")[2].lower(), "")
@@ -2025,13 +1976,12 @@ def read_attachment(part: JSON) -> Attachment | None:
         return Attachment(mime or ("image/" if is_image else ""), name, detail, url=source)
     head, comma, encoded = source.rpartition(",")
     # without line ends, in the standard alphabet, with padding
-    data = "".join(encoded.split()).rstrip("=")
-    data = data.replace("-", "+").replace("_", "/")
+    data = "".join(encoded.split()).rstrip("=").replace("-", "+").replace("_", "/")
     data += "=" * (-len(data) % 4)
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
-        return None
+        content = b""
     if not content or (comma and not head.endswith(";base64")):
         return None
     found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
@@ -2106,10 +2056,10 @@ FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}   
 def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     """The fields of a response object that repeat the request."""
     fields = {name: request.get(name, default) for name, default in ECHO_DEFAULTS.items()}
-    fields |= {"previous_response_id": None, "store": False, "background": False}   # Pomex keeps nothing
-    fields["reasoning"] = {**ECHO_DEFAULTS["reasoning"], **fields["reasoning"]}
-    text = {name: value for name, value in fields["text"].items() if value is not None}
-    fields["text"] = {**ECHO_DEFAULTS["text"], **text}
+    fields["store"] = False                 # Pomex keeps nothing
+    for name in ("reasoning", "text"):
+        given = {key: value for key, value in fields[name].items() if value is not None}
+        fields[name] = {**ECHO_DEFAULTS[name], **given}
     if as_dict(fields["tool_choice"]).get("type") == "allowed_tools":
         fields["tool_choice"] = {"mode": "auto", **fields["tool_choice"]}
     if fields["service_tier"] == "auto":
@@ -2246,7 +2196,7 @@ def merge_counts(held: JSON, given: Any) -> JSON:
     return held
 
 
-class Attempt:
+class Attempt(Sink):
     """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
     After any number of `feed`s, `finish` is called once. Then `status`, `usage` and `error` hold the outcome,
@@ -2296,30 +2246,36 @@ class Attempt:
             return
         self.ended = True
         self.terminal_by = "upstream" if self.upstream_done else "gateway"
-        usage, failed_instead = self.usage, self.error is not None and not self.output_chars
-        has_output = self.output_started or usage is None or usage.estimated or usage.output
-        if self.error is None and self.stop is None:
-            self.error = error or UpstreamError("The provider's stream ended before the model had finished.")
-        elif self.error is None and not has_output and not self.incomplete_reason:
-            self.error = UpstreamError("The provider's answer is empty, and its usage counts no output.")
-        elif usage == Usage():  # the answer is not empty
+        usage, reported = self.usage, self.error
+        unbilled = self.unbilled or (reported is not None and not self.output_chars)
+        self.error = reported or self.find_error(error)
+        if usage == Usage() and self.error is reported:     # the answer is not empty
             usage = None
         if notify_client:
             self.close_open_items()
         self.status = "incomplete" if self.incomplete_reason else "completed"
         if self.error is not None:
             self.status = "failed"
-        unbilled = self.unbilled or failed_instead
         counts = usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
         if usage is None or usage.estimated:    # Anthropic counts input first, output at the end
             counts = dataclasses.replace(counts, output=max(counts.output, -(-self.output_chars // 4)))
         self.usage = checked_usage(counts)
+
+    def find_error(self, error: GatewayError | None) -> GatewayError | None:
+        """The error of an answer without evidence of its end, or without output."""
+        if self.stop is None:
+            return error or UpstreamError("The provider's stream ended before the model had finished.")
+        usage = self.usage
+        if usage is None or usage.estimated or usage.output or self.output_started or self.incomplete_reason:
+            return None
+        return UpstreamError("The provider's answer is empty, and its usage counts no output.")
 
     def check_limits(self, chars: int = 0, items: int = 0) -> None:
         """Counts held data other than the output itself. Fails an answer that is too long."""
         self.output_limit -= chars
         self.items_left -= items
         if self.output_chars > self.output_limit or self.items_left < 0:
+            self.stop = None
             self.error = GatewayError(
                 f"The provider's answer is longer than max_answer_chars = {self.answer.max_chars} and "
                 f"max_answer_items = {self.answer.max_items} in [server] allow.",
@@ -2368,8 +2324,7 @@ class Attempt:
         """The last frames: the rest of the output, the terminal event, [DONE]."""
         error = self.error
         if error and self.answer.profile.error_event:
-            fields = {"type": error.type, "code": error.code, "message": str(error), "param": error.param}
-            self.emit("error", f'"error":{dumps(fields)}')
+            self.emit("error", f'"error":{dumps(error.body()["error"])}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
             kind = "completed"
@@ -2407,18 +2362,11 @@ ID_PREFIX = {
     "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
-EMPTY_FIELDS = {    # of an item without parts, as JSON text
-    "message": {"role": '"assistant"', "content": "[]"},
-    "reasoning": {"summary": "[]"},
-}
 HOSTED_STEPS = {
     "web_search_call": ("in_progress", "searching"),
     "image_generation_call": ("in_progress", "generating"),
 }
-CALL_FIELD = {  # item type -> event family, the item's field
-    "function_call": ("response.function_call_arguments", "arguments"),
-    "custom_tool_call": ("response.custom_tool_call_input", "input"),
-}
+CALL_FIELD = {"function_call": "arguments", "custom_tool_call": "input"}       # their text
 
 
 @dataclass
@@ -2430,8 +2378,7 @@ class Item:
     call_id: str = ""
     tool: Tool | None = None
     arguments: list[str] = field(default_factory=list)  # or input, in pieces
-    pending_input: str | None = None    # of a custom tool offered as a function: decode_input's rest
-    held_back: bool = False     # must be changed as a whole: controls escaped, parameters renamed
+    held_back: bool = False     # sent as a whole: controls are escaped, parameters renamed, input unwrapped
     # since output_item.added
     id = ""
     index = -1
@@ -2441,8 +2388,8 @@ class Item:
     shape: PartShape | None = None
     upstream_part = 0       # the provider's number for it
     delta_event = ""
+    delta_head = ""         # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
     part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
-    more: str = ""          # further fields of a delta
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
     pending_surrogate: str = ""     # the first half of a pair
@@ -2458,13 +2405,12 @@ class Item:
     def complete_arguments(self) -> str | None:
         """A call's arguments or input; None if they are truncated."""
         raw = "".join(self.arguments)
-        if self.held_back:
-            raw = escape_controls(raw)
-        if self.pending_input is not None:
-            whole, shown = unwrap(raw), "".join(self.text)
-            return whole if whole is None or whole.startswith(shown) else shown
-        if self.kind == "custom_tool_call" or self.tool is None:
+        if self.kind == "custom_tool_call":
+            return unwrap(raw) if self.held_back else raw
+        if self.tool is None:
             return raw
+        if self.held_back:      # models write raw line ends in strings, which strict readers refuse
+            raw = JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), raw)
         if self.done and not raw.strip():       # a tool without arguments
             raw += "{}"
         if parse_object(raw) is None:
@@ -2478,11 +2424,8 @@ class Item:
         fields: JSON = {"id": self.id, "type": self.kind, "status": status}
         if self.tool is not None:
             fields |= {"call_id": self.call_id, **call_fields(self.tool, arguments)}
-        texts = {name: dumps(value) for name, value in fields.items()}
-        texts |= EMPTY_FIELDS.get(self.kind, {})
-        texts |= {name: f"[{','.join(parts)}]" for name, parts in self.parts.items()}
-        texts |= {name: dumps(value) for name, value in self.fields.items()}
-        return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
+        lists = [f',"{name}":[{",".join(parts)}]' for name, parts in self.parts.items()]
+        return dumps({**fields, **self.fields})[:-1] + "".join(lists) + "}"
 
 
 class Assembler(Attempt):
@@ -2507,20 +2450,20 @@ class Assembler(Attempt):
             self.open(None, kind)
         self.add(None, text, channel)
 
-    def reasoning(self, text: str) -> None:
-        self.text(text, "summary")
-
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
-        self.begin(key, Item(kind, fields))
+        item = Item(kind, fields)
+        if kind == "message":
+            item.fields = {"role": "assistant", **fields}
+            item.parts["content"] = []
+        elif kind == "reasoning":
+            item.parts["summary"] = []
+        self.begin(key, item)
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         if self.answer.secrets.search(call_id):
             call_id = self.new_item_id("call_")
-        item = Item(tool.kind, {}, call_id, tool)
-        if tool.kind == "custom_tool_call":
-            item.pending_input = ""
-        item.held_back = bool(tool.fitted)
-        self.begin(key, item)
+        held_back = bool(tool.fitted) or tool.kind not in CALL_FIELD
+        self.begin(key, Item(tool.kind, {}, call_id, tool, held_back=held_back))
 
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
         item = self.open_items.get(key)
@@ -2543,12 +2486,9 @@ class Assembler(Attempt):
         shape = self.shapes.get(channel)
         if shape is None:   # a call
             item.arguments.append(text)
-            item.held_back |= item.kind == "function_call" and bool(CONTROL.search(text))
-            if channel == "input":  # raw, with no JSON around it
-                item.pending_input = None
-            elif item.pending_input is not None:
-                text, item.pending_input = decode_input(item.pending_input, text, bool(item.text))
-            if item.held_back or item.kind not in CALL_FIELD:
+            if channel == "arguments" and (item.kind == "custom_tool_call" or CONTROL.search(text)):
+                item.held_back = True
+            if item.held_back:
                 return
         elif item.shape is not shape or item.upstream_part < part:
             self.open_part(item, shape, part)
@@ -2566,8 +2506,7 @@ class Assembler(Attempt):
         texts = list(filter(None, texts))
         item.text += texts
         if self.answer.request.stream:
-            before, after = f'{item.part_location_json},"delta":', item.more
-            deltas = [f"{before}{json_string(text)}{after}" for text in texts]
+            deltas = [item.delta_head + json_string(text) for text in texts]
             self.out.append(self.answer.frames(item.delta_event, deltas))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
@@ -2623,8 +2562,8 @@ class Assembler(Attempt):
         self.next_index += 1
         item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         if item.kind in CALL_FIELD:
-            item.part_location_json = item.location_json
-            item.delta_event = f"{CALL_FIELD[item.kind][0]}.delta"
+            item.delta_head = f'{item.location_json},"delta":'
+            item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
         self.output_started = True
         self.emit("response.output_item.added",
                   f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
@@ -2633,10 +2572,11 @@ class Assembler(Attempt):
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        number = len(item.parts.setdefault(shape.container, []))
+        number = len(item.parts.setdefault(shape.container, []))     # reasoning may have content, too
         item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
         item.shape, item.upstream_part = shape, upstream_part
-        item.delta_event, item.more = f"{shape.delta}.delta", shape.more
+        item.delta_event = f"{shape.delta}.delta"
+        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
         item.text, item.annotations = [], []
         self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
 
@@ -2657,8 +2597,7 @@ class Assembler(Attempt):
             return
         item.text.append(text)
         if self.answer.request.stream:
-            fields = f'{item.part_location_json},"delta":{json_string(text)}{item.more}'
-            self.out.append(self.answer.frame(item.delta_event, fields))
+            self.out.append(self.answer.frame(item.delta_event, item.delta_head + json_string(text)))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Finishes an item, but leaves a call with truncated arguments open."""
@@ -2668,11 +2607,12 @@ class Assembler(Attempt):
         del self.open_items[key]
         self.close_part(item)
         if item.tool and item.kind in CALL_FIELD:
-            family, name = CALL_FIELD[item.kind]
+            name = CALL_FIELD[item.kind]
             rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
             self.text_delta(item, rest)
             more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
-            self.emit(f"{family}.done", f'{item.location_json},"{name}":{json_string(arguments)}{more}')
+            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            self.emit(f"response.{item.kind}_{name}.done", fields)
         if item.kind in HOSTED_STEPS:
             self.emit(f"response.{item.kind}.completed", item.location_json)
         text = item.to_json(status, arguments)
@@ -2682,18 +2622,9 @@ class Assembler(Attempt):
     # the end
 
     def close_open_items(self) -> None:
-        truncated = self.incomplete_reason
-        for key, item in list(self.open_items.items()):
-            if not item.id:
-                del self.open_items[key]
-            elif self.error is None and (not truncated or parse_object("".join(item.arguments)) is not None):
-                self.finish_item(key, item)
-        if self.error is None and not truncated and self.open_items:
-            names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
-            self.error = UpstreamError(
-                f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
+        self.open_items = {key: item for key, item in self.open_items.items() if item.id}
         if self.error is None:
-            self.add_placeholder_message()
+            self.finish_complete_items()
         profile = self.answer.profile
         if self.error is not None and (profile.errors_as_events or self.output_chars > self.output_limit):
             return  # Codex retries and would keep half a message in its history
@@ -2702,6 +2633,18 @@ class Assembler(Attempt):
             # truncated calls are only for clients that see their status
             if item.tool is None or (self.error is None and status == "incomplete"):
                 self.finish_item(key, item, status)
+
+    def finish_complete_items(self) -> None:
+        truncated = self.incomplete_reason
+        for key, item in list(self.open_items.items()):
+            if not truncated or parse_object("".join(item.arguments)) is not None:
+                self.finish_item(key, item)
+        if truncated or not self.open_items:
+            self.add_placeholder_message()
+            return
+        names = ", ".join(item.tool.name for item in self.open_items.values() if item.tool)
+        self.error = UpstreamError(
+            f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
 
     def add_placeholder_message(self) -> None:
         """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
@@ -2732,7 +2675,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
         given = parse_object(arguments) or {}
         known = {name: value for name, value in given.items() if name in SHELL_FIELDS}
         return {"action": {"type": "exec", "command": [], "env": {}, **known}}
-    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind][1]: arguments}
+    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
@@ -2796,10 +2739,11 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from the item's own?"""
-        own_id, own_call_id = self.item.get("id"), self.item.get("call_id")
-        if item_id and own_id and own_id != item_id:
-            return True
-        return bool(call_id and own_call_id and own_call_id != call_id)
+        for name, given in (("id", item_id), ("call_id", call_id)):
+            own = self.item.get(name)
+            if own and given and own != given:
+                return True
+        return False
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event with its index, or of its kind and without an index, about the next item?"""
@@ -2830,18 +2774,17 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
     items that are left."""
     found: dict[Any, Any] = {}
     for key in keys:
+        free = collections.defaultdict[Any, Any](collections.deque)
+        for each in known:
+            free[key(each)].append(each)
+        for new in given:
+            if same := free[key(new)]:
+                found[new] = same.popleft()
         taken = set(found.values())
         given = [new for new in given if new not in found]
         known = [each for each in known if each not in taken]
         if not given or not known:
             break                               # some keys cost as much as their item
-        free = collections.defaultdict[Any, Any](collections.deque)
-        for each in known:
-            free[key(each)].append(each)
-        for new in given:
-            same = free[key(new)]
-            if same:
-                found[new] = same.popleft()
     return found
 
 
@@ -2867,12 +2810,8 @@ class UpstreamItems(list[UpstreamItem]):
             return known
         begins = event["type"] == "response.output_item.added"
         item = event.get("item") or {}
-        item_id = event.get("item_id") or item.get("id")
-        call_id = item.get("call_id")
-        for key in (
-                (kind, item_id, index),
-                (kind, call_id),
-                (kind, item_id)):
+        item_id, call_id = event.get("item_id") or item.get("id"), item.get("call_id")
+        for key in ((kind, item_id, index), (kind, call_id), (kind, item_id)):
             known = self.by_key.get(key)
             if known and not known.is_other(None, call_id) and (
                     not (known.done or begins)
@@ -2915,14 +2854,12 @@ class UpstreamItems(list[UpstreamItem]):
             lambda each: (each.kind, each.item.get("call_id") or each.item.get("id") or each),
             lambda each: item_content(each.item),
             lambda each: (each.kind, each.kind == "call" and each.done and each, each.item.get("name")))
-        next_index = len(self)
-        for each in self:
-            if isinstance(each.upstream_index, int):
-                next_index = max(next_index, each.upstream_index + 1)
+        used = [each.upstream_index for each in self if isinstance(each.upstream_index, int)]
+        next_index = max([len(self) - 1, *used])
         for new in given:
             if new not in found:
-                new.upstream_index = next_index
                 next_index += 1
+                new.upstream_index = next_index
                 self.add(new)
         return [(found.get(new, new), new.item) for new in given]
 
@@ -2954,29 +2891,21 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
     """Fills an item without content from its events, in the form that clients read. Returns whether that was
     needed."""
-    empty = not item_texts(item)
-    parts = only_dicts(item.get("content"))
+    has_text = bool(item_texts(item))
     if known.kind == "call":
-        name = CALL_FIELD[item["type"]][1]
-        if not empty and isinstance(item.get(name), str):
+        name = CALL_FIELD[item["type"]]
+        if has_text and isinstance(item.get(name), str):
             return False
         whole = "".join(text.so_far() for text in known.texts)
-        if name == "arguments":
-            whole = whole or "{}"
-        elif known.texts and known.texts[0].channel == "arguments":
+        if name == "input" and known.texts and known.texts[0].channel == "arguments":
             whole = unwrap(whole) or whole
-        item[name] = whole
+        item[name] = whole or ("{}" if name == "arguments" else "")
         return True
-    other_parts = any(part.get("type") not in TEXTS for part in parts)
-    if known.kind != "message" or not empty or other_parts:
+    parts = only_dicts(item.get("content"))
+    if known.kind != "message" or has_text or any(part.get("type") not in TEXTS for part in parts):
         return False
-    filled = []
-    for text in known.texts:
-        shape = PARTS[text.channel]
-        filled.append({
-            "type": shape.type,
-            shape.text: text.so_far(),
-            "annotations": []})
+    shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
+    filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
     item["content"] = filled or parts
     return True
 
@@ -3002,7 +2931,6 @@ SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 class Passthrough(Attempt):
     """An attempt whose events pass unread, except PARSED_EVENTS. Their numbers follow ours."""
     API_EVENTS: bytes                       # occurs in every event of the API
-    OPENING_EVENT: bytes                    # occurs in the first event of a response
     OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: too late for another target
     PARSED_EVENTS: re.Pattern[bytes]
     PLAIN_EVENTS: re.Pattern[bytes]         # a run of numbered events that pass unread, in the usual form
@@ -3016,7 +2944,7 @@ class Passthrough(Attempt):
         self.decoder = decoder                  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # from the opening event until output begins
+        self.withheld: list[bytes] = []         # until output begins
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
@@ -3068,18 +2996,14 @@ class Passthrough(Attempt):
 
     def forward(self, block: bytes, most: int = 1) -> None:
         """Sends the client at `most` that many events, once output has begun."""
-        if not self.output_started and not self.OUTPUT_EVENTS.search(block):
-            self.check_limits(len(block))
-            if self.withheld or self.OPENING_EVENT in block:
-                self.withheld.append(block)
-            return
         if not self.output_started:
+            self.withheld.append(block)
+            if not self.OUTPUT_EVENTS.search(block):
+                self.check_limits(len(block))
+                return
             self.output_started = True
-            if self.withheld and not self.answer.started:
-                self.answer.started = True
-                self.send(b"".join(self.withheld), len(self.withheld))
-            else:
-                self.out.append(self.answer.start())
+            self.out.append(self.answer.start())
+            block, most = b"".join(self.withheld), len(self.withheld)
         self.send(block, most)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
@@ -3110,16 +3034,11 @@ class Passthrough(Attempt):
     def fail(self, error: GatewayError) -> None:
         self.error = self.error or error        # its response.failed may follow, with usage
 
-    def ignore(self, *_: Any, **__: Any) -> None:
-        """Ignores the decoder's calls for items, which pass unchanged."""
-    text = reasoning = open = call = add = annotate = done = item = ignore
-
 
 class ResponsesPassthrough(Passthrough):
-    """The response id, `model` and terminal event are ours, and so are the events of items that only the
-    final response contains."""
+    """The first and the terminal events are ours, and so are the events of items that only the final response
+    contains."""
     API_EVENTS = b'"response.'
-    OPENING_EVENT = b'"response.created"'
     OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
@@ -3137,19 +3056,9 @@ class ResponsesPassthrough(Passthrough):
         self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
 
     def on_response_created(self, event: JSON, frame: bytes) -> None:
-        if not self.output_started:
-            event["response"] = self.rewrite_head(event.get("response") or {})
-            self.forward(sse_frame(event["type"], dumps(event)))
+        """Ignores the upstream's first events: ours are sent."""
 
     on_response_queued = on_response_in_progress = on_response_created
-
-    def rewrite_head(self, response: JSON) -> JSON:
-        """Sets the fields that all response objects of a stream share, both the upstream's and ours."""
-        return {
-            **response,
-            "id": self.answer.id,
-            "created_at": self.answer.created_s,
-            "model": self.answer.request.model}
 
     def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
         """Handles an item that is added or done. An item without content waits for the final response."""
@@ -3223,9 +3132,7 @@ class ResponsesPassthrough(Passthrough):
         self.streamed_items = len(self.decoder.items)
         self.read_deferred()
         self.decoder.read(event)
-        self.release_items()
-        self.upstream_done = True
-        self.final_response = event.get("response") or {}
+        self.conclude(event.get("response") or {})
 
     on_response_incomplete = on_response_failed = on_response_completed
 
@@ -3242,19 +3149,15 @@ class ResponsesPassthrough(Passthrough):
         if not isinstance(status, str) or status in ("queued", "in_progress", "cancelled"):
             raise UpstreamError("The provider's answer is not a response object.")
         output = response["output"] = only_dicts(response.get("output"))
-        if self.answer.request.stream:
-            builder = self.decoder.sink = self.builder()
-            self.decoder.whole(response)
-            self.usage = builder.usage
-            self.stop = builder.stop
-            self.error = builder.error
-            builder.finish()
-        else:
-            self.decoder.whole(response)
-            self.release_items()
+        self.streamed_items = 0
+        self.decoder.whole(response)
+        self.check_limits(len(data), len(output))
+        self.conclude(response)
+
+    def conclude(self, response: JSON) -> None:
+        self.release_items()
         self.upstream_done = True
         self.final_response = response
-        self.check_limits(len(data), len(output))
 
     def end(self) -> None:
         super().end()
@@ -3265,35 +3168,33 @@ class ResponsesPassthrough(Passthrough):
         if self.error is not None:
             return
         if not reason:
-            for known in self.decoder.items:
-                begun = known.shown and not known.closed and "call_id" in known.item
-                if begun or is_incomplete_call(known.item):
-                    self.error = UpstreamError(
-                        "The provider ended, but the arguments of a call are not whole JSON.")
+            calls = [known for known in self.decoder.items if "call_id" in known.item]
+            if any(not call.closed or is_incomplete_call(call.item) for call in calls):
+                self.error = UpstreamError("The provider ended, but a call's arguments are not whole JSON.")
         elif not profile.incomplete_as_completed:
             self.release_items()
         elif reason == "content_filter" and self.has_no_message():
-            builder = self.builder()
-            builder.stop = self.stop            # it has its own explanation
-            builder.finish()
-
-    def builder(self) -> Assembler:
-        """A sink that makes our own events for items."""
-        builder = Assembler(self.answer, self.seal)
-        builder.next_index = max(self.items, default=-1) + 1
-        builder.items, builder.out = self.items, self.out
-        self.output_started = True
-        return builder
+            self.decoder.add_final([{
+                "id": f"msg_{self.answer.id.removeprefix('resp_')}",
+                "type": "message",
+                "status": "completed",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": FILTERED, "annotations": []}]}])
+            self.release_items()
 
     def body(self, now_s: int) -> str:
         """The upstream's own response, if any, with our id and model, and the items as sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        response = self.rewrite_head(self.final_response)
-        usage = as_dict(response.get("usage"))
-        response["status"] = self.status
-        response["usage"] = merge_counts(usage, usage_object(self.usage))
+        usage = as_dict(self.final_response.get("usage"))
+        response = {
+            **self.final_response,
+            "id": self.answer.id,
+            "created_at": self.answer.created_s,
+            "model": self.answer.request.model,
+            "status": self.status,
+            "usage": merge_counts(usage, usage_object(self.usage))}
         if self.incomplete_reason:
             response["incomplete_details"] = {"reason": self.incomplete_reason}
         else:
@@ -3306,6 +3207,17 @@ class ResponsesPassthrough(Passthrough):
 #
 # One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
 # that is fed one event at a time and calls a Sink. Then the table.
+
+def object_in(holder: JSON, name: str) -> JSON:
+    """The member of this name if it is an object, else {}."""
+    value = holder.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def objects_in(holder: JSON, name: str) -> list[JSON]:
+    """The objects in the member of this name, which should be an array."""
+    return only_dicts(holder.get(name))
+
 
 # --- 6.0 errors of providers ----------------------------------------------------------------------
 #
@@ -3424,19 +3336,15 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
     return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
-def inband_error(error: Any) -> ProviderError:
-    """The failure inside a stream or a 200 answer."""
-    return classify_error(error, 0, Headers([]), 0.0)
-
-
-def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) -> ProviderError:
-    """Classifies an error. Without an HTTP status, the status in the error's own fields counts."""
+def classify_error(
+    decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
+) -> ProviderError:
+    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
+    in the error's own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
-    source = fields["message"]
-    if not source and decoded:
-        source = dumps(decoded)
+    source = fields["message"] or (dumps(decoded) if decoded else "")
     names = error_names(fields)
     kind = error_kind({*names, f"http{status}", f"http{status // 100}xx"}, " ".join((source, *names)))
     answered = f"answered HTTP {status}" if status else "failed"
@@ -3452,7 +3360,7 @@ def classify_error(decoded: Any, status: int, headers: Headers, now_s: float) ->
         kind=kind,
         code=code,
         param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(headers, fields, now_s),
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
         upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
@@ -3483,14 +3391,11 @@ def error_object(decoded: Any) -> JSON:
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
-        raw = as_dict(level.get("metadata")).get("raw")
+        raw = object_in(level, "metadata").get("raw")
         if isinstance(raw, str):
             raw = decode_error(raw)
-        decoded = None
-        for inner in (raw, *map(level.get, ERROR_FIELDS)):
-            if inner and isinstance(inner, (str, list, dict)):
-                decoded = inner
-                break
+        inner = [each for each in (raw, *map(level.get, ERROR_FIELDS)) if isinstance(each, (str, list, dict))]
+        decoded = next(filter(None, inner), None)
     return fields
 
 
@@ -3506,9 +3411,9 @@ def decode_error(text: str) -> Any:
 def error_names(fields: JSON) -> list[str]:
     """The provider's own names for the failure, in lower case."""
     names = ["tool_use_failed"] if "failed_generation" in fields else []         # Groq
-    holders = [fields, as_dict(fields.get("metadata"))]
-    for detail in only_dicts(fields.get("details")):
-        holders += [detail, *only_dicts(detail.get("violations"))]
+    holders = [fields, object_in(fields, "metadata")]
+    for detail in objects_in(fields, "details"):
+        holders += [detail, *objects_in(detail, "violations")]
     for holder in holders:
         values = map(holder.get, ("type", "code", "status", "error_type", "reason", "quotaId"))
         names += [value.lower() for value in values if isinstance(value, str)]
@@ -3518,7 +3423,7 @@ def error_names(fields: JSON) -> list[str]:
 def states_error(body: JSON, whole: bool = False) -> bool:
     """Is an event, or a `whole` answer with 200, an error? In an answer only `error` and MiniMax's status
     count; a code that means success never does."""
-    if body.get("error") or is_failure(as_dict(body.get("base_resp")).get("status_code")):
+    if body.get("error") or is_failure(object_in(body, "base_resp").get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
         return False
@@ -3583,7 +3488,7 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     texts = [
         headers.get("retry-after-ms") + "ms",
         headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in only_dicts(error.get("details"))]
+    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
     texts += TRY_AGAIN.findall(error.get("message", ""))
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
@@ -3718,7 +3623,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         choice = {"mode": "required", "tools": [choice]}
     mode = "required" if choice.get("mode") == "required" else "auto"
     names: list[str] = []
-    for tool in only_dicts(choice.get("tools")):
+    for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
         found = [flat for flat, known in offered.items() if known.name == name]
@@ -3736,6 +3641,11 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
 def without_empty(fields: JSON) -> JSON:
     """Removes the fields that have no effect: null, "", [] and {}."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+
+
+def fit_call_id(call_id: str, pattern: re.Pattern[str], length: int) -> str:
+    """The id if the provider accepts it, else a digest of it."""
+    return call_id if pattern.fullmatch(call_id) else sha256_hex(call_id)[:length]
 
 
 LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, same bytes
@@ -3832,20 +3742,18 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    start, end = request.around.start, len(raw) - request.around.behind
-    pieces = [raw[:start], raw[start:end], raw[end:]]       # of 0 and `raw`, if the input was not told apart
-    fields: Sequence[int] = (0, 2) if start else (1,)       # where `model` stands
-    models = opened = 0
-    for place in fields:
-        pieces[place], found = MODEL_FIELD.subn(
-            lambda at: at[0].removesuffix(at[1]) + named.encode(), pieces[place])
-        models += found
+    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    start, end = request.around.start or len(raw), len(raw) - request.around.behind
+    outside, models = MODEL_FIELD.subn(
+        lambda at: at[0].removesuffix(at[1]) + named.encode(),
+        raw[:start] + b"\0" + raw[end:])
+    spliced, opened = outside.replace(b"\0", raw[start:end]), 0
     if envelopes:
-        pieces[1], opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), pieces[1])
-        fields = 0, 1, 2
+        spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
+        outside = spliced
     exact = models == 1 and opened == len(envelopes) and body.get("store", False) is False
-    if exact and not dropped and not any(LETTER_ESCAPE.search(pieces[place]) for place in fields):
-        return b"".join(pieces)
+    if exact and not dropped and not LETTER_ESCAPE.search(outside):
+        return spliced
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
         body["input"] = items
@@ -3918,17 +3826,21 @@ def responses_part(part: JSON, assistant: bool) -> JSON:
     return {"type": "input_text", "text": part["text"]}
 
 
-# Another organisation, region or key sealed it: without a retry the conversation would be refused forever.
-# Some gateways drop the code (lidge-jun/opencodex#2269).
-SEAL_REFUSED = re.compile(r"invalid_encrypted_content|encrypted content .*could not be|could not be verified"
-                          r"|item with id .rs_|of type .reasoning. was provided without", re.IGNORECASE)
-
-
-def repair_responses(body: JSON, error: GatewayError) -> None:
-    """Drops all sealed content if it was refused."""
-    if isinstance(body["input"], list) and SEAL_REFUSED.search(f"{error.code} {error}"):
+def drop_encrypted(body: JSON) -> None:
+    if isinstance(body["input"], list):
         body["input"] = [item for item in body["input"]
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
+
+
+# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
+# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
+# model cannot take is a setting: `overrides` in the configuration.
+Repairs: TypeAlias = dict[str, Callable[..., None]]
+RESPONSES_REPAIRS: Repairs = {
+    # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
+    r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
+    r"|of type .reasoning. was provided without": drop_encrypted,
+}
 
 
 # codes of refusals: another target would refuse too, and clients act on them (CODEX.md 7.3)
@@ -3939,28 +3851,61 @@ def responses_error(error: Any) -> GatewayError:
     """The failure in the error object of a Responses stream."""
     if isinstance(error, dict) and REFUSED.fullmatch(str(error.get("code"))):
         error = {**error, "type": "invalid_request_error"}
-    return inband_error(error)
+    return classify_error(error)
 
 
 class TextDelta(NamedTuple):
     """An event that carries a piece of an open item's text, and nothing else."""
-    field: str      # the field with the piece
-    place: Any      # the argument of the decoder's add_all for more such pieces
+    field: str              # the field with the piece
+    pieces: list[str]       # the decoder's list of them
+    key: Any                # for the sink
+    channel: PartType
 
 
 class Decoder:
     """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
     sink: Sink
     delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
+    failed = False
+    paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
+
+    def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
+        self.tool_map = tool_map
+        self.settings = settings        # the known properties of the model or the server
+        self.prefix = prefix            # for call ids made here: unique in the conversation
 
     def feed(self, data: str) -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
+        data = data.strip()
+        if data == "[DONE]":
+            self.on_done()
+        elif data:
+            self.read(provider_json(data))
 
-    def add_all(self, place: Any, texts: list[str]) -> None:
-        """Reads the pieces of further events like the last one, which was a TextDelta."""
+    def on_done(self) -> None:
+        """Handles [DONE], which only a chat stream needs."""
+
+    def read(self, event: Any) -> Any:
+        """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
+        try:
+            return self.on_event(event)
+        except ProviderError as error:
+            self.failed = True
+            self.sink.fail(error)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            text = "The provider's answer does not have the form that its API defines."
+            raise UpstreamError(text) from None
+
+    def on_event(self, event: Any) -> Any:
+        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
+        event that reports an error."""
+        name = event_type(event).removeprefix("response.").replace(".", "_")
+        handler = getattr(self, f"on_{name}", None)
+        return handler and handler(event)
 
     def whole(self, body: Any) -> None:
         """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
+        self.read(body)
 
     def end(self) -> None:
         """Handles a clean end of the body."""
@@ -3970,16 +3915,11 @@ class ResponsesDecoder(Decoder):
     """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
     the decoder reads each fact once, from any of them."""
     asked_12h = False       # of the prompt cache
+    ended = False
 
-    def __init__(self, tool_map: ToolMap) -> None:
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.items = UpstreamItems()
-        self.ended = False
-
-    def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if it is not JSON or not an event."""
-        if data.strip() != "[DONE]":
-            self.read(provider_json(data, "The provider sent an event that cannot be read."))
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
         """The failure in data that is not an event of this API, by the event's name or in any form."""
@@ -3988,26 +3928,21 @@ class ResponsesDecoder(Decoder):
             return None
         return responses_error(body.get("error") or body or data)
 
-    def read(self, event: JSON) -> Any:
-        """Reads one event; returns the UpstreamItem that it begins or ends."""
-        try:
-            name = event_type(event).removeprefix("response.")
-            family, _, step = name.rpartition(".")
-            if family in TEXTS and step in ("delta", "done"):
-                return self._text(event, family, step)
-            handler = getattr(self, "on_" + name.replace(".", "_"), None)
-            return handler and handler(event)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UpstreamError("The provider sent an event that cannot be read.") from None
+    def on_event(self, event: Any) -> Any:
+        family, _, step = event_type(event).removeprefix("response.").rpartition(".")
+        if family in TEXTS and step in ("delta", "done"):
+            return self._text(event, family, step)
+        return super().on_event(event)
 
     def whole(self, body: JSON) -> None:
         """Reads an answer that was not streamed, like the last event of a stream."""
-        if not isinstance(body.get("output"), list) and not body.get("error"):
+        response = as_dict(body)
+        error, status = response.get("error"), response.get("status")
+        if not isinstance(response.get("output"), list) and not error:
             raise UpstreamError("The provider's answer is not a response object.")
-        status = body.get("status")
         if status not in ("incomplete", "failed"):
-            status = "failed" if body.get("error") else "completed"
-        self.read({"type": f"response.{status}", "response": body})
+            status = "failed" if error else "completed"
+        self.read({"type": f"response.{status}", "response": response})
 
     def end(self) -> None:
         """If every item is done, the model had finished, but not after reasoning alone (DESIGN, promise
@@ -4068,7 +4003,7 @@ class ResponsesDecoder(Decoder):
             self._extend(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
-        part = as_dict(event.get("part"))
+        part = object_in(event, "part")
         if part.get("type") in TEXTS:
             self._text({**event, **part}, part["type"], "done")
 
@@ -4173,10 +4108,13 @@ class ResponsesDecoder(Decoder):
 
     on_incomplete = on_failed = on_completed
 
-    def _conclude(self, output: list[JSON], stop: Stop) -> None:
-        """Reads the content that only the final response has, then the items that waited for it."""
+    def add_final(self, output: list[JSON]) -> None:
         for known, item in self.items.take_final(output):
             self._finish(known, item)
+
+    def _conclude(self, output: list[JSON], stop: Stop) -> None:
+        """Reads the content that only the final response has, then the items that waited for it."""
+        self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
             if known.closed:
@@ -4204,28 +4142,28 @@ def event_type(event: JSON) -> Any:
     return event["type"]
 
 
-def provider_json(data: str | bytes, complaint: str) -> Any:
+def provider_json(data: str | bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
-        raise UpstreamError(complaint) from None
+        raise UpstreamError("The provider's answer is not JSON.") from None
 
 
 class ItemDecoder(Decoder):
     """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
     themselves."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix            # for call ids made here: unique in the conversation
+    items_begun = 0             # number of items begun
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.call_ids: set[str] = set()
-        self.items_begun = 0                  # number of items begun
-        self.failed = False
-        self.notice: GatewayError | None = None     # perhaps an error: reported if nothing else follows
 
     def end(self) -> None:
         """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
         if self.notice and not self.items_begun:
-            self._fail(self.notice)
+            self.sink.fail(self.notice)
 
     def _new_key(self) -> int:
         self.items_begun += 1
@@ -4241,7 +4179,7 @@ class ItemDecoder(Decoder):
 
     def _carry(self, replay: JSON) -> None:
         """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.reasoning("")
+        self.sink.text("", "summary")
         self.sink.done(sealed_replay=replay)
 
     def _image(self, data: str) -> None:
@@ -4259,9 +4197,25 @@ class ItemDecoder(Decoder):
             "title": title or "",
         })
 
-    def _fail(self, error: GatewayError) -> None:
-        self.failed = True
-        self.sink.fail(error)
+
+# why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
+# agent would see an empty answer and ask again (coder#28470)
+END_REASONS: dict[str, Any] = {
+    **dict.fromkeys(
+        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
+        "continuation pause_turn".split(),              # a pause that cannot be resumed
+        "max_output_tokens"),
+    **dict.fromkeys(
+        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
+        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
+        "pup_limited_disabled".split(),
+        "content_filter"),
+    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
+    **dict.fromkeys(
+        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
+        "too_many_tool_calls".split(),
+        "tool_generation"),
+}
 
 
 def search_action(queries: list[str]) -> JSON:
@@ -4309,7 +4263,8 @@ DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
 
 # --- the request
 
-MAX_CALL_ID = 40                # OpenAI: "string too long. Expected a string with maximum length 40"
+SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
+CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
 
 
 def encode_chat(ctx: EncodeContext) -> JSON:
@@ -4428,20 +4383,26 @@ class ChatMessages(TurnEncoder):
             self.add("user", [text_block(LATER_SYSTEM.format(text))])
 
     def _assistant_turn(self, turn: Turn) -> None:
-        items = collections.defaultdict[str, list[JSON]](list)      # by type
-        for item in (*turn.items, *turn.calls):
-            items[item["type"]].append(item)
         parts: list[JSON] = []
-        for item in items["message"]:
-            parts += self.encode_parts(item["content"])
+        replays: list[JSON] = []
+        calls: dict[str, JSON] = {}
+        for item in (*turn.items, *turn.calls):
+            if item["type"] == "message":
+                parts += self.encode_parts(item["content"])
+            elif item["type"] == "reasoning":
+                replays.append(item["sealed_replay"])
+            else:
+                calls[item["call_id"]] = {
+                    "id": self._call_id(item["call_id"]),
+                    "type": "function",
+                    "function": {"name": item["name"], "arguments": item["arguments"]},
+                }
         text = text_of(parts, "\n\n")
-        calls = items["function_call"]
         if not text and not calls:
             return
         message: JSON = {"role": "assistant", "content": text}  # Mistral and llama.cpp need even an empty one
         self.out.append(message)
         form = self.settings.replay
-        replays = [item["sealed_replay"] for item in items["reasoning"]]
         pieces = [replay[form] for replay in replays if form in replay]
         reasoning: Any = [*itertools.chain(*pieces)]
         if form == "reasoning_content":
@@ -4450,18 +4411,12 @@ class ChatMessages(TurnEncoder):
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
+        for replay in replays:
+            for extra in replay.get("extra_content", ()):
+                call = calls.get(extra["id"], {})
+                call["extra_content"] = extra["extra_content"]
         if calls:
-            extras = {
-                extra["id"]: {"extra_content": extra["extra_content"]}
-                for replay in replays
-                for extra in replay.get("extra_content", ())
-            }
-            message["tool_calls"] = [{
-                "id": self._call_id(call["call_id"]),
-                "type": "function",
-                "function": {"name": call["name"], "arguments": call["arguments"]},
-                **extras.get(call["call_id"], {}),
-            } for call in calls]
+            message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
 
     def _add_results(self, results: list[JSON]) -> None:
@@ -4486,11 +4441,9 @@ class ChatMessages(TurnEncoder):
         self.add("user", images)
 
     def _call_id(self, given: str) -> str:
-        short = self.settings.short_ids
-        if re.fullmatch("[a-zA-Z0-9]{9}", given) if short else len(given) <= MAX_CALL_ID:
-            return given
-        digest = sha256_hex(given)
-        return digest[:9] if short else f"call_{digest[:32]}"
+        if self.settings.short_ids:
+            return fit_call_id(given, SHORT_CALL_ID, 9)
+        return fit_call_id(given, CALL_ID, 40)
 
     def encode_file(self, file: Attachment) -> JSON | None:
         name = file.name or "file"
@@ -4511,20 +4464,6 @@ class ChatMessages(TurnEncoder):
 
 # --- the answer
 
-CHAT_STOP = {
-    **dict.fromkeys("content_filter safety sensitive refusal".split(), "content_filter"),
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition".split(),
-        "max_output_tokens"),
-}
-# presented as a success, an agent would see an empty answer and continue asking (coder#28470)
-CHAT_ERRORS: dict[str, ErrorKind] = {
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
 scan_string = vars(json.decoder)["scanstring"]    # unknown to type checkers
 
 
@@ -4696,70 +4635,57 @@ class ChatDecoder(ItemDecoder):
     streamed = False                # after a delta, a message is a snapshot
     stop: Stop | None = None
 
-    def __init__(self, tool_map: ToolMap, dialect: Dialect, prefix: str = "call_") -> None:
-        super().__init__(prefix)
-        self.tool_map = tool_map
-        self.dialect = dialect
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.texts = collections.defaultdict[PartType, list[str]](list)
         self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
-        self.tags = ThinkTags(dialect.think_tags, self.texts["summary"])
+        self.tags = ThinkTags(self.settings.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
         self.changed: list[ChatCall] = []    # since complete ones were last ended
         self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
         self.counts: JSON = {}    # of all usages
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON."""
-        if data.strip() == "[DONE]":
-            self._done()
-        elif data.strip():
-            given = provider_json(data, "The provider sent an event that is not JSON.")
-            chunk = as_dict(given)
-            self._chunk(chunk)
-            self._note_delta(chunk)
+    def on_event(self, event: Any) -> None:
+        chunk = as_dict(event)
+        self._chunk(chunk)
+        self._note_delta(chunk)
 
     def _note_delta(self, chunk: JSON) -> None:
         """Remembers a chunk with one text and nothing else of interest."""
-        choices = only_dicts(chunk.get("choices"))
+        choices = objects_in(chunk, "choices")
         if len(choices) != 1 or self.tags.place == "inside":
             return
         delta = as_dict(choices[0].get("delta"))
         fields = {**chunk, **choices[0], **delta}
-        names = {name for name, value in fields.items() if value} - IGNORED_FIELDS
-        for name, channel in TEXT_CHANNELS.items():
-            in_tags = channel == "text" and self.tags.place
-            if names == {name} and isinstance(delta.get(name), str) and not in_tags:
-                self.delta = TextDelta(name, channel)
+        name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
+        channel = TEXT_CHANNELS.get(name)
+        in_tags = channel == "text" and self.tags.place
+        if channel and not others and isinstance(delta.get(name), str) and not in_tags:
+            self.delta = TextDelta(name, self.texts[channel], None, channel)
 
-    def add_all(self, channel: PartType, texts: list[str]) -> None:
-        self.texts[channel] += texts
-        self.sink.add_all(None, texts, channel)
-
-    def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed."""
-        self._chunk(body)
-        self._done()
+    def whole(self, body: Any) -> None:
+        super().whole(body)
+        self.on_done()
 
     def _chunk(self, chunk: JSON) -> None:
-        choices = only_dicts(chunk.get("choices"))
+        choices = objects_in(chunk, "choices")
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = [holder["usage"] for holder in holders if holder.get("usage")]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.dialect.reasoning_within)
+        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
         if errors or states_error(chunk):
-            self._fail(inband_error([*errors, chunk][0]))
-            return
+            raise classify_error([*errors, chunk][0])
         if not choices and isinstance(chunk.get("message"), str):
-            self.notice = inband_error(chunk)
+            self.notice = classify_error(chunk)
         for choice in choices:    # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
-                if message := as_dict(choice.get(name)):
+                if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
             if reason := choice.get("finish_reason"):
                 self._finish(choice, reason)
@@ -4774,7 +4700,7 @@ class ChatDecoder(ItemDecoder):
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
-            for detail in only_dicts(message.get("reasoning_details")):
+            for detail in objects_in(message, "reasoning_details"):
                 self._detail(detail)
         for channel, text in message_texts(message):
             pieces = known.get(channel, "").lstrip()
@@ -4785,13 +4711,13 @@ class ChatDecoder(ItemDecoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in only_dicts(message.get("images")):    # from OpenRouter
-            link = as_dict(image.get("image_url"))
+        for image in objects_in(message, "images"):    # from OpenRouter
+            link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
         if not (snapshot and self.cited):
-            for annotation in only_dicts(message.get("annotations")):
-                self._cite(as_dict(annotation.get("url_citation")))
-        calls = only_dicts(message.get("tool_calls"))
+            for annotation in objects_in(message, "annotations"):
+                self._cite(object_in(annotation, "url_citation"))
+        calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
 
@@ -4820,10 +4746,7 @@ class ChatDecoder(ItemDecoder):
             self.open_item = kind
             self._new_key()
         self.texts[channel].append(text)
-        if kind == "reasoning":
-            self.sink.reasoning(text)
-        else:
-            self.sink.text(text, channel)
+        self.sink.text(text, channel)
 
     def _detail(self, detail: JSON) -> None:
         """Reads OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the
@@ -4860,14 +4783,13 @@ class ChatDecoder(ItemDecoder):
                 count(citation, "start_index"),
                 count(citation, "end_index"),
                 url,
-                str(citation.get("title") or ""),
-            )
+                citation.get("title"))
 
     # calls
 
     def _call(self, given: JSON, whole: bool, place: int | None) -> None:
         """Reads a piece of a call, or a `whole` one; `place` is its place in a snapshot."""
-        function = as_dict(given.get("function"))
+        function = object_in(given, "function")
         name = str(function.get("name") or "")
         arguments = function.get("arguments")
         if not isinstance(arguments, str):
@@ -4928,7 +4850,7 @@ class ChatDecoder(ItemDecoder):
     # ends
 
     def _end_text(self) -> None:
-        form = self.dialect.replay
+        form = self.settings.replay
         value: Any = "".join(self.texts["summary"][self.sealed_texts:])
         if form == "reasoning_details":
             value = [
@@ -4971,12 +4893,11 @@ class ChatDecoder(ItemDecoder):
         reason = str(reason).lower()
         native = str(choice.get("native_finish_reason")).lower()
         word, *_ = reason.split(":")
-        kind = CHAT_ERRORS.get(word) or CHAT_ERRORS.get(native)
-        if kind:
-            name = native if native in CHAT_ERRORS else reason
-            self._fail(ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=kind))
-            return
-        results = as_dict(choice.get("content_filter_results"))      # from Azure
+        outcome = END_REASONS.get(word) or END_REASONS.get(native, "")
+        if outcome in ERROR_CLASSES:
+            name = native if native in END_REASONS else reason
+            raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
+        results = object_in(choice, "content_filter_results")      # from Azure
         filters = [
             name for name, result in results.items()
             if as_dict(result).get("filtered")
@@ -4984,12 +4905,11 @@ class ChatDecoder(ItemDecoder):
         explanation = ""
         if filters:
             explanation = f"The provider's content filter stopped this answer: {', '.join(filters)}."
-        cut = CHAT_STOP.get(reason) or CHAT_STOP.get(native, "")
-        self.stop = Stop(cut, explanation=explanation)
-        self._end_items(last=not cut)
+        self.stop = Stop(outcome, explanation=explanation)
+        self._end_items(last=not outcome)
         self.sink.set_stop(self.stop)
 
-    def _done(self) -> None:
+    def on_done(self) -> None:
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
@@ -4997,28 +4917,25 @@ class ChatDecoder(ItemDecoder):
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
-            self._fail(ProviderError(text, kind="tool_generation"))
+            self.sink.fail(ProviderError(text, kind="tool_generation"))
         elif self.stop is None and not self.items_begun:
             empty = ProviderError("The provider's answer is empty.", kind="overload")
-            self._fail(self.notice or empty)
+            self.sink.fail(self.notice or empty)
         else:
             self.sink.set_stop(dataclasses.replace(stop, final=True))
 
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = only_dicts(message.get("reasoning_details"))
+    details = objects_in(message, "reasoning_details")
     shown = [
         {"text": detail.get("text") or detail.get("summary")}
         for detail in details
     ]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
-    content = message.get("content")
-    parts = only_dicts(content)    # Mistral sends an array
-    if isinstance(content, str):
-        parts = [text_block(content)]
-    for part in parts:
+    content = message.get("content")        # Mistral sends an array
+    for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
         else:
@@ -5063,8 +4980,8 @@ def native_web_search(tool_map: ToolMap, settings: AnthropicModel) -> list[JSON]
     if not tool_map.hosted or "web_search" in tool_map.by_upstream_name:
         return []
     asked = tool_map.hosted[0]
-    filters = as_dict(asked.get("filters"))
-    place = without_empty({**as_dict(asked.get("user_location")), "type": ""})
+    filters = object_in(asked, "filters")
+    place = without_empty({**object_in(asked, "user_location"), "type": ""})
     allowed = filters.get("allowed_domains")
     dynamic = settings.web_search >= "web_search_20260209"
     return [without_empty({
@@ -5177,8 +5094,8 @@ def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
     defs = {
-        **as_dict(schema.get("definitions")),       # from zod-to-json-schema
-        **as_dict(schema.get("$defs")),
+        **object_in(schema, "definitions"),       # from zod-to-json-schema
+        **object_in(schema, "$defs"),
     }
     return without_empty({
         "name": function["name"],
@@ -5191,29 +5108,24 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     """A tool's schema with `type: object` at its root. anyOf, oneOf, allOf and $ref are not allowed there:
     their branches become one object, which requires the fields that all of them require. Each of `defs` is
     used only at its first mention: two mentions in each of n would make 2 ** n."""
-    root = dict(schema)
+    root = {**schema, "type": "object"}
+    if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
+        return root
     reference = str(root.pop("$ref", ""))
-    target = as_dict(defs.pop(reference.rpartition("/")[2], None))
-    options: list[JSON] = []
-    merged = [root]
-    for keyword, branches in (("anyOf", options), ("oneOf", options), ("allOf", merged)):
-        for branch in only_dicts(root.pop(keyword, None)):
-            branches.append(object_root(branch, defs))
-    if target:
-        merged.append(object_root(target, defs))
-    if options or len(merged) > 1:
-        properties: JSON = {}
-        for branch in merged + options:
-            for name, inner in as_dict(branch.get("properties")).items():
-                known = properties.setdefault(name, inner)
-                properties[name] = known if known == inner else {"anyOf": [known, inner]}
-        needed = set().union(*map(required_by, merged))
-        if options:
-            needed |= set.intersection(*map(required_by, options))
-        root |= {"type": "object", "properties": properties}
-        if required := [name for name in properties if name in needed]:
-            root["required"] = required
-    return {**root, "type": "object"}
+    target = defs.pop(reference.rpartition("/")[2], None)
+    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
+    options = [object_root(branch, defs) for branch in any_of + one_of]
+    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
+    properties: JSON = {}
+    for branch in merged + options:
+        for name, inner in object_in(branch, "properties").items():
+            known = properties.setdefault(name, inner)
+            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+    needed = set().union(*map(required_by, merged))
+    if options:
+        needed |= set.intersection(*map(required_by, options))
+    required = [name for name in properties if name in needed]
+    return without_empty({**root, "properties": properties, "required": required})
 
 
 def required_by(schema: JSON) -> set[str]:
@@ -5263,7 +5175,7 @@ def strict_schema(schema: JSON) -> Any:
     return map_schema(schema, change)
 
 
-TOOL_USE_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+TOOL_USE_ID = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
@@ -5328,14 +5240,14 @@ class MessagesTurns(TurnEncoder):
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{
             "type": "tool_use",
-            "id": tool_use_id(item["call_id"]),
+            "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
             "name": item["name"],
             "input": json.loads(item["arguments"]),
         }])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
-        result: JSON = {"type": "tool_result", "tool_use_id": tool_use_id(item["call_id"])}
+        result: JSON = {"type": "tool_result", "tool_use_id": fit_call_id(item["call_id"], TOOL_USE_ID, 64)}
         content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
         if content:
             result["content"] = content
@@ -5365,14 +5277,6 @@ class MessagesTurns(TurnEncoder):
         return without_empty({"type": "document", "source": source, "title": file.name})
 
 
-def tool_use_id(given: str) -> str:
-    """A call id that Anthropic accepts: if letters must be replaced, a digest keeps it unique."""
-    if TOOL_USE_ID.fullmatch(given):
-        return given
-    safe = re.sub(r"[^a-zA-Z0-9_-]", "_", given[:40])
-    return f"{safe}_{sha256_hex(given)[:16]}"
-
-
 def place_cache_control(body: JSON, ttl: str) -> None:
     """Marks the content that the provider should cache, unless the client did: up to the last tool, the last
     system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
@@ -5380,7 +5284,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     messages = body["messages"]
     blocks = [*itertools.chain(*(message["content"] for message in messages))]
     for block in list(blocks):
-        blocks += only_dicts(block.get("content"))
+        blocks += objects_in(block, "content")
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
     mark = without_empty({
@@ -5413,31 +5317,6 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 # --- repairs after a refusal
 
-def repair_from(repairs: Sequence[tuple[str, Any]], body: JSON, error: GatewayError) -> None:
-    """Changes the body by the first row whose pattern matches the error: drops the fields, or calls the
-    function with the pattern's groups."""
-    if getattr(error, "kind", "") != "bad_request":
-        return
-    for pattern, repair in repairs:
-        found = re.search(pattern, str(error), re.IGNORECASE)
-        if found is None:
-            continue
-        if callable(repair):
-            repair(body, *found.groups())
-        else:
-            for path in found.expand(repair).split():
-                drop_field(body, path)
-        return
-
-
-def drop_field(body: JSON, path: str) -> None:
-    """Drops one field, and its object if that becomes empty."""
-    outer, _, name = path.rpartition(".")
-    holder = body.get(outer, body)
-    holder.pop(name, None)
-    if not holder:
-        del body[outer]
-
 
 def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can itself drop the thinking of another conversation."""
@@ -5455,37 +5334,15 @@ def drop_thoughts(body: JSON) -> None:
         del body["thinking"]
 
 
-def lower_limit(body: JSON, maximum: str) -> None:
-    limit = body["max_tokens"] = int(maximum)
-    thinking = body.get("thinking", {})
-    if thinking.get("budget_tokens", 0) >= limit:
-        thinking["budget_tokens"] = limit - LEAST_BUDGET
-        if limit <= 2 * LEAST_BUDGET:
-            del body["thinking"]
-
-
-def add_user_turn(body: JSON) -> None:
-    body["messages"].append({"role": "user", "content": [text_block("Continue.")]})
-
-
-MESSAGES_REPAIRS = (
-    (r"bound to a different (?:conversation|model)", drop_stale_thoughts),
-    (r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified",
-     drop_thoughts),
-    (r"max_tokens: \d+ > (\d+)", lower_limit),
-    (r"prefill", add_user_turn),
-    (r"effort", "output_config.effort"),
-    (r"\b(temperature|top_p|tool_choice|thinking|output_config|metadata)\b", r"\1"),
-)
+MESSAGES_REPAIRS: Repairs = {
+    r"bound to a different (?:conversation|model)": drop_stale_thoughts,
+    r"invalid .?signature|expected .{0,3}(?:redacted_)?thinking|thinking.? blocks.*cannot be modified":
+        drop_thoughts,
+}
 
 
 # --- the answer
 
-MESSAGES_STOP = {
-    "max_tokens": "max_output_tokens",
-    "model_context_window_exceeded": "max_output_tokens",
-    "pause_turn": "max_output_tokens",      # a pause that cannot be resumed
-    "refusal": "content_filter"}
 MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as truncated
 DELTA_FIELDS = {
     "text_delta": "text",
@@ -5512,54 +5369,31 @@ class MessagesDecoder(ItemDecoder):
     blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
     """
 
-    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
-        super().__init__(prefix)
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.id: str | None = None              # of the current message
         self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
         self.length = 0                         # of the open message's finished blocks
         # without arguments: the following event shows whether they were truncated
         self.empty_calls: list[int] = []
-        self.searches: dict[Any, int] = {}      # web searches without results so far, by id
+        self.searches: list[int] = []           # web searches without results so far; those come in order
         self.counts: JSON = {}                  # usage of this stream
         self.earlier = self.usage = Usage()     # of earlier streams; of all streams
         self.content: list[JSON] = []           # finished blocks, for a resumption
-        self.paused: list[JSON] = []            # the blocks to return to the provider
         self.pauses = 0
         self.stop = Stop()
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON, or belongs to a block that never began."""
-        try:
-            event = json.loads(data)
-            handler = getattr(self, f"on_{event_type(event)}", None)
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            raise UpstreamError("The provider sent an event that is not a JSON object.") from None
-        if handler is not None:
-            handler(event)
+    def whole(self, body: Any) -> None:
+        self.read({"type": "message", **as_dict(body)})
 
-    def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, like the events of a stream."""
-        if body.get("type") == "error":
-            self.on_error(body)
-            return
-        content = body["content"]
+    def on_message(self, body: JSON) -> None:
+        """Reads an answer that was not streamed, though it was asked to be."""
         self.on_message_start({"message": body})
-        for block in content:
+        for block in body["content"]:
             self.on_content_block_start({"content_block": block})
             self.on_content_block_stop({})
         self.on_message_delta({**body, "delta": body})
         self.on_message_stop({})
-
-    def resume(self) -> list[JSON] | None:
-        """The blocks to send back if the provider paused its turn, else None. The next stream continues the
-        turn."""
-        paused, self.paused = self.paused, []
-        if paused:
-            self.id = None
-            self.earlier = self.usage
-            self.counts = {}
-        return paused or None
 
     # messages
 
@@ -5567,33 +5401,34 @@ class MessagesDecoder(ItemDecoder):
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
-            usage = as_dict(message.get("usage"))           # the output is counted at the end
+            usage = object_in(message, "usage")           # the output is counted at the end
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
             error = "The provider spliced a second message into its stream."
-            self._fail(ProviderError(error, kind="overload"))
+            raise ProviderError(error, kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
-        usage = as_dict(event.get("usage"))
+        usage = object_in(event, "usage")
         self._count(usage, estimated="output_tokens" not in usage)
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.content = self.content, []
             self.pauses += 1
+            self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
-            details = as_dict(delta.get("stop_details"))
+            details = object_in(delta, "stop_details")
             explanation = details.get("explanation") or ""
-            self._finish(Stop(MESSAGES_STOP.get(reason, ""), explanation=explanation))
+            self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
         if not self.paused:
             self._finish(dataclasses.replace(self.stop, final=True))
 
     def on_error(self, event: JSON) -> None:
-        self._fail(inband_error(event))
+        raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
         """Finishes the stream. A truncated call stays open, and so does an empty one that may be
@@ -5604,9 +5439,8 @@ class MessagesDecoder(ItemDecoder):
         self.sink.done()
         if not stop.incomplete_reason:
             self._end_empty_calls()
-        for item_key in self.searches.values():
-            self.sink.done(item_key, status="failed")
-        self.searches.clear()
+        while self.searches:
+            self.sink.done(self.searches.pop(0), status="failed")
         self.stop = stop
         self.sink.set_stop(stop)
 
@@ -5635,29 +5469,24 @@ class MessagesDecoder(ItemDecoder):
             tool = self.tool_map.resolve(str(content.get("name") or ""))
             self.sink.call(block.item_key, call_id, tool)
         elif kind == "web_search_tool_result" and self.searches:
-            search = content.get("tool_use_id")
-            if search not in self.searches:
-                search = next(iter(self.searches))
             status = "completed" if isinstance(content.get("content"), list) else "failed"
-            self.sink.done(self.searches.pop(search), status=status)
+            self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks.get(event.get("index", 0))
-        if block is None:
-            raise UpstreamError("The provider sent a piece of a block that is not open.")
+        block = self.blocks[event.get("index", 0)]
         delta = event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
             block.content[name] = piece
         elif name == "citation":
-            known = only_dicts(block.content.get("citations"))
-            block.content["citations"] = [*known, piece]
+            block.content["citations"] = [*objects_in(block.content, "citations"), piece]
         elif piece:
             self._text(block, piece)
             if len(event) == 3 and len(delta) == 2 and block.channel:
-                self.delta = TextDelta(name, block)
+                key = block.item_key if block.channel == "arguments" else None
+                self.delta = TextDelta(name, block.pieces, key, block.channel)
 
     def _text(self, block: Block, text: str) -> None:
         if not text:
@@ -5668,11 +5497,6 @@ class MessagesDecoder(ItemDecoder):
         elif block.channel:
             self.sink.text(text, block.channel)
 
-    def add_all(self, block: Block, texts: list[str]) -> None:
-        block.pieces += texts
-        key = block.item_key if block.channel == "arguments" else None
-        self.sink.add_all(key, texts, block.channel)
-
     def on_content_block_stop(self, event: JSON) -> None:
         block = self.blocks.pop(event.get("index", 0), None)
         if block is None:
@@ -5680,35 +5504,40 @@ class MessagesDecoder(ItemDecoder):
         content = block.content
         kind = content.get("type")
         text = "".join(block.pieces)
-        arguments = content.get("input")
         if kind in ("text", "thinking"):
             content[kind] = text
         elif text.strip():
-            arguments = parse_object(text)
-            content["input"] = arguments or {}          # the API refuses null, even for a truncated call
-        elif kind == "tool_use" and arguments:          # some servers send the whole input at once
-            self._text(block, dumps(arguments))
+            content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
             self._cite(content)
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
                 self._carry({"blocks": [content]} if sealed else {})
-        elif kind == "tool_use" and not arguments and not text.strip():
-            self.empty_calls.append(block.item_key)
-        elif kind == "tool_use" and isinstance(arguments, dict):
-            self.sink.done(block.item_key)
+        elif kind == "tool_use":
+            self._finish_call(block)
         elif kind == "server_tool_use" and content.get("name") == "web_search":
-            query = as_dict(content.get("input")).get("query") or ""
-            self.searches[content.get("id")] = block.item_key
+            query = object_in(content, "input").get("query") or ""
+            self.searches.append(block.item_key)
             self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
         if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
             self.content.append(content)
 
+    def _finish_call(self, block: Block) -> None:
+        """Ends a call unless its arguments are truncated, or so may be because they are empty."""
+        given = block.content.get("input")
+        if given and not block.pieces:          # some servers send the whole input at once
+            self._text(block, dumps(given))
+        arguments = "".join(block.pieces)
+        if not arguments.strip():
+            self.empty_calls.append(block.item_key)
+        elif parse_object(arguments) is not None:
+            self.sink.done(block.item_key)
+
     def _cite(self, content: JSON) -> None:
         start = self.length
         self.length += len(content["text"])
-        for citation in only_dicts(content.get("citations")):
+        for citation in objects_in(content, "citations"):
             url = citation.get("url")
             if isinstance(url, str):        # a document citation names a file that no client knows
                 self._annotate(start, self.length, url, citation.get("title"))
@@ -5721,7 +5550,7 @@ class MessagesDecoder(ItemDecoder):
 def messages_usage(counts: JSON) -> Usage:
     """Anthropic counts cached input separately. After several passes (compaction, fallback, an advisor) its
     own sum covers only the last one."""
-    passes = only_dicts(counts.get("iterations")) or [counts]
+    passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
         for name in (
@@ -5866,7 +5695,7 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
             made["$defs"] = {
                 **as_dict(made.pop("definitions")),
-                **as_dict(made.get("$defs")),
+                **object_in(made, "$defs"),
             }
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
@@ -6012,43 +5841,19 @@ def drop_keyword(body: JSON, keyword: str) -> None:
             holder[name] = gemini_schema(holder[name], keyword)
 
 
-def drop_search(body: JSON) -> None:
-    drop_field(body, "toolConfig.includeServerSideToolInvocations")
-    body["tools"] = [tool for tool in body.get("tools", []) if "googleSearch" not in tool]
-    if not body["tools"]:
-        del body["tools"]
-
-
-GEMINI_REPAIRS = (
-    (r"thought.?signature", replace_signatures),
-    (r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)", drop_keyword),
-    (r"context circulation|server.?side.?tool|tool use with function calling"
-     r"|google.?search\b.*(?:not |un)supported",
-     drop_search),
-    (r"response.?mime.?type|response.?(json.?)?schema",
-     "generationConfig.responseMimeType generationConfig.responseJsonSchema"),
-    (r"thinking|\bbudget\b|include.?thoughts", "generationConfig.thinkingConfig"),
-    (r"temperature", "generationConfig.temperature"),
-    (r"\btop_?p\b", "generationConfig.topP"),
-    (r"max_?output_?tokens", "generationConfig.maxOutputTokens"),
-)
+GEMINI_REPAIRS: Repairs = {
+    r"thought.?signature": replace_signatures,
+    r"Unknown name \W*(\w+)\W* at \W*(?:tools|generation_config\.response)": drop_keyword,
+}
 
 
 # --- the answer
 
-# why the answer ended -> incomplete_reason, or the kind of failure: presented as a success, an agent would
-# see an empty answer and ask again (coder#28470)
-GEMINI_ENDS: dict[str, Any] = {
-    "STOP": "",
-    **dict.fromkeys("MAX_TOKENS CONTINUATION".split(), "max_output_tokens"),
-    **dict.fromkeys(
-        "SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT "
-        "IMAGE_RECITATION IMAGE_OTHER NO_IMAGE MODEL_ARMOR ESCALATION PUP_LIMITED_DISABLED".split(),
-        "content_filter"),
-    **dict.fromkeys(
-        "MALFORMED_FUNCTION_CALL UNEXPECTED_TOOL_CALL MALFORMED_RESPONSE TOO_MANY_TOOL_CALLS OTHER".split(),
-        "tool_generation"),
-    "MISSING_THOUGHT_SIGNATURE": "bad_request"}         # caused by our request: no other target may be tried
+GEMINI_ENDS = {
+    **END_REASONS,
+    "stop": "",
+    "other": "tool_generation",
+    "missing_thought_signature": "bad_request"}         # caused by our request: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
@@ -6059,9 +5864,9 @@ class GeminiDecoder(ItemDecoder):
     because its citations come with the last event.
     """
 
-    def __init__(self, tool_map: ToolMap, prefix: str = "call_") -> None:
-        super().__init__(f"{prefix}g")
-        self.tool_map = tool_map
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.prefix += "g"
         self.open: PartType | None = None       # "text" or "summary": of the open item
         self.texts: list[str] = []              # of the open item
         self.signature: JSON = {}               # of its last part; the item after it carries it
@@ -6070,41 +5875,33 @@ class GeminiDecoder(ItemDecoder):
         self.searched = False                   # a web_search_call has been sent
         self.finished = False                   # there was output, then a finishReason
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. UpstreamError if it is not JSON."""
-        if data.strip() not in ("", "[DONE]"):
-            self.whole(provider_json(data, "The provider sent an event that is not JSON."))
-
-    def whole(self, body: Any) -> None:
-        """Reads an answer that was not streamed; without alt=sse even a stream is one array."""
-        try:
-            for chunk in only_dicts(body if isinstance(body, list) else [body]):
-                self._chunk(chunk)
-        except ProviderError as error:
-            self._fail(error)
+    def on_event(self, event: Any) -> None:
+        """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
+        for chunk in only_dicts(event if isinstance(event, list) else [event]):
+            self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
         """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
-        candidate = next(iter(only_dicts(chunk.get("candidates"))), {})
-        self.grounding = as_dict(candidate.get("groundingMetadata")) or self.grounding
+        candidate = next(iter(objects_in(chunk, "candidates")), {})
+        self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({
-            **as_dict(chunk.get("usageMetadata")),
+            **object_in(chunk, "usageMetadata"),
             "model": chunk.get("modelVersion")})
         if states_error(chunk):
-            raise inband_error(chunk)
+            raise classify_error(chunk)
         if self.finished:
             return
-        content = as_dict(candidate.get("content"))
-        parts = only_dicts(content.get("parts"))
+        content = object_in(candidate, "content")
+        parts = objects_in(content, "parts")
         for part in parts:
             self._part(part)
         reason = candidate.get("finishReason")
         if reason not in UNSPECIFIED:
             self._finish(candidate, str(reason))
         elif len(parts) == 1 and parts[0].keys() <= {"text", "thought"} and not self.grounding:
-            if parts[0].get("text"):
-                self.delta = TextDelta("text", self.open)
-        feedback = as_dict(chunk.get("promptFeedback"))
+            if parts[0].get("text") and self.open:
+                self.delta = TextDelta("text", self.texts, None, self.open)
+        feedback = object_in(chunk, "promptFeedback")
         if not candidate and feedback.get("blockReason") not in UNSPECIFIED:
             explanation = block_reason("blocked this prompt", feedback, "blockReason", "blockReasonMessage")
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
@@ -6125,7 +5922,7 @@ class GeminiDecoder(ItemDecoder):
         text = part.get("text")
         thought = part.get("thought")
         signature = str(part.get("thoughtSignature") or "")
-        media = as_dict(part.get("inlineData"))
+        media = object_in(part, "inlineData")
         if isinstance(part.get("functionCall"), dict):
             self._function_call(part["functionCall"], signature)
             return
@@ -6135,9 +5932,9 @@ class GeminiDecoder(ItemDecoder):
             # the model combined this search with functions: both halves must come back unchanged
             self._close_texts()
             self._carry({"part": part})
-            call = as_dict(part.get("toolCall"))
+            call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = as_dict(call.get("args"))
+                args = object_in(call, "args")
                 self._search(args.get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
@@ -6162,10 +5959,6 @@ class GeminiDecoder(ItemDecoder):
         self.texts.append(text)
         self.sink.text(text, channel)
 
-    def add_all(self, channel: PartType, texts: list[str]) -> None:
-        self.texts += texts
-        self.sink.add_all(None, texts, channel)
-
     def _search(self, queries: Any) -> None:
         self.searched = True
         self.sink.item({
@@ -6187,8 +5980,7 @@ class GeminiDecoder(ItemDecoder):
     def _function_call(self, given: JSON, signature: str) -> None:
         name = given.get("name")
         args = given.get("args")
-        # only from Vertex; Pomex does not request them
-        in_pieces = given.get("partialArgs") or given.get("willContinue")
+        in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             raise ProviderError(message, kind="tool_generation")
@@ -6205,7 +5997,7 @@ class GeminiDecoder(ItemDecoder):
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
-        outcome = GEMINI_ENDS.get(reason, "" if self.items_begun else "tool_generation")
+        outcome = GEMINI_ENDS.get(reason.lower(), "" if self.items_begun else "tool_generation")
         if outcome in ERROR_CLASSES:
             # without its finishMessage: that repeats the model's text, and failures are logged
             message = block_reason("broke off its answer", candidate, "finishReason", "")
@@ -6225,9 +6017,9 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
     """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
     one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = only_dicts(grounding.get("groundingChunks"))
-    for support in only_dicts(grounding.get("groundingSupports")):
-        segment = as_dict(support.get("segment"))
+    chunks = objects_in(grounding, "groundingChunks")
+    for support in objects_in(grounding, "groundingSupports"):
+        segment = object_in(support, "segment")
         start = count(segment, "startIndex")
         end = count(segment, "endIndex")
         cited = str(segment.get("text") or encoded[start:end].decode("utf-8", "ignore"))
@@ -6238,7 +6030,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
         for index, chunk in enumerate(chunks):
-            source = as_dict(chunk.get("web"))
+            source = object_in(chunk, "web")
             if source and index in indices:
                 url = source.get("uri") or ""
                 yield begin, begin + len(cited), url, source.get("title")
@@ -6247,7 +6039,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
     """A sentence for the user: why the provider gave no answer."""
     words = [str(holder.get(reason))]
-    for rating in only_dicts(holder.get("safetyRatings")):
+    for rating in objects_in(holder, "safetyRatings"):
         if rating.get("blocked"):
             words.append(str(rating.get("category")))
     more = redacted(value_text(holder.get(message)))
@@ -6301,25 +6093,17 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     text, call = demo_answer(ctx)
-    words = re.findall(r"\S+\s*|\s+", text)
-    choices: list[JSON] = [{"delta": {"content": word}} for word in words]
-    reason, tokens = "stop", len(words)
+    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
     if call:
-        called = {
-            "index": 0,
-            "id": f"call_{len(ctx.history.items)}_demo",
-            "function": call,
-        }
-        choices.append({"delta": {"tool_calls": [called]}})
-        reason, tokens = "tool_calls", 10
-    choices.append({"finish_reason": reason})
-    for choice in choices:
-        yield sse_frame("", dumps({"choices": [choice]}))
+        call_id = f"call_{len(ctx.history.items)}_demo"
+        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    for delta in deltas:
+        yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
     usage = {
         "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": tokens,
+        "completion_tokens": len(deltas),
     }
-    yield sse_frame("", dumps({"choices": [], "usage": usage}))
+    yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
 
@@ -6347,7 +6131,7 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
     schema = tool["parameters"]
     required = required_by(schema)
     arguments: JSON = {}
-    for name, rule in as_dict(schema.get("properties")).items():
+    for name, rule in object_in(schema, "properties").items():
         if name in required:
             kind = str(as_dict(rule).get("type"))
             arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
@@ -6420,16 +6204,19 @@ class TranslatedStream(Assembler):
         block, at = self.events.decode(self.events.split(data)), 0
         while not self.upstream_done and (end := block.find("\n\n", at)) >= 0:
             texts, run_end = self.template.texts(block, at)
-            if self.decoder.delta and texts:
-                self.decoder.add_all(self.decoder.delta.place, texts)
+            delta = self.decoder.delta
+            if delta and texts:
+                delta.pieces.extend(texts)
+                self.add_all(delta.key, texts, delta.channel)
                 self.templates_left = MAX_TEMPLATES
                 at = run_end
                 continue
             self.read(parse_event(block[at:end]))
             self.template = DeltaTemplate()
-            if self.decoder.delta and self.templates_left:
+            delta = self.decoder.delta
+            if delta and self.templates_left:
                 self.templates_left -= 1
-                self.template = field_template(block[at:end + 2], self.decoder.delta.field)
+                self.template = field_template(block[at:end + 2], delta.field)
             at = end + 2
 
     def read(self, event: Event | None) -> None:
@@ -6445,16 +6232,12 @@ class TranslatedStream(Assembler):
             self.decoder.feed(data)
 
     def whole(self, data: bytes) -> None:
-        body = provider_json(data, "The provider's answer is not JSON.")
+        body = provider_json(data)
         if not isinstance(body, (dict, list)):
             raise UpstreamError("The provider's answer is not a JSON object.")
         if isinstance(body, dict) and not body.get("error") and states_error(body, whole=True):
-            raise inband_error(body)
-        try:
-            self.decoder.whole(body)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise UpstreamError(
-                "The provider's answer does not have the form that its API defines.") from None
+            raise classify_error(body)
+        self.decoder.whole(body)
 
     def end(self) -> None:
         for event in self.events.finish():
@@ -6488,12 +6271,6 @@ class EncodeContext:
         return self.answer.request
 
     @property
-    def call_prefix(self) -> str:
-        """A prefix for call ids that a provider omits: unique in the conversation, since each answer has its
-        own."""
-        return f"call_{self.answer.id[-12:]}_"
-
-    @property
     def seal(self) -> Callable[[JSON], str]:
         return functools.partial(self.envelope.seal, self.provider, self.model)
 
@@ -6522,18 +6299,21 @@ class UpstreamCall(NamedTuple):
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
         body = json.loads(self.body)
-        self.wire.repair(body, error)
+        for pattern, repair in self.wire.repairs.items():
+            found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
+            if found:
+                repair(body, *found.groups())
+                break
         if body == json.loads(self.body):
             return None
-        if self.wire.repair is repair_responses:
+        if self.wire.repairs is RESPONSES_REPAIRS:
             self.dropped.append("encrypted_content:refused")
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
         """The call that continues a paused turn in the same attempt."""
-        decoder = self.attempt.decoder
-        paused = decoder.resume() if isinstance(decoder, MessagesDecoder) else None
-        if paused is None:
+        paused, self.attempt.decoder.paused = self.attempt.decoder.paused, []
+        if not paused:
             return None
         body = json.loads(self.body)
         if body["messages"][-1]["role"] != "assistant":
@@ -6549,9 +6329,9 @@ class WireApi(NamedTuple):
     """One wire API: the encoding of a request and the decoding of its answer."""
     path: str
     encode: Callable[[EncodeContext], JSON]
-    decoder: Callable[[EncodeContext], Decoder]
+    decoder: Callable[[ToolMap, Any, str], Decoder]
     models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
-    repair: Callable[[JSON, GatewayError], None] = lambda body, error: None
+    repairs: Repairs = {}
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
@@ -6596,7 +6376,8 @@ class WireApi(NamedTuple):
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
-        attempt = TranslatedStream(ctx, self.decoder(ctx))
+        decoder = self.decoder(tool_map, ctx.settings, f"call_{ctx.answer.id[-12:]}_")
+        attempt = TranslatedStream(ctx, decoder)
         return UpstreamCall(
             self, path, dumps(body).encode(), attempt, dropped,
             headers=self.headers(body),
@@ -6617,30 +6398,31 @@ class WireApi(NamedTuple):
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
-        decoder=lambda ctx: ResponsesDecoder(ctx.tool_map),
-        repair=repair_responses),
+        decoder=ResponsesDecoder,
+        repairs=RESPONSES_REPAIRS),
     "chat": WireApi(
         "/chat/completions", encode_chat,
-        decoder=lambda ctx: ChatDecoder(ctx.tool_map, ctx.settings, ctx.call_prefix),
+        decoder=ChatDecoder,
         models=DIALECTS),
     "messages": WireApi(
         "/messages", encode_messages,
-        decoder=lambda ctx: MessagesDecoder(ctx.tool_map, ctx.call_prefix),
+        decoder=MessagesDecoder,
         models=ANTHROPIC_MODELS,
-        repair=functools.partial(repair_from, MESSAGES_REPAIRS),
+        repairs=MESSAGES_REPAIRS,
         headers=messages_headers,
         auth=lambda key: [("x-api-key", key)],
         vendor="claude"),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
-        decoder=lambda ctx: GeminiDecoder(ctx.tool_map, ctx.call_prefix),
+        decoder=GeminiDecoder,
         models=GEMINI_MODELS,
-        repair=functools.partial(repair_from, GEMINI_REPAIRS),
+        repairs=GEMINI_REPAIRS,
         auth=lambda key: [("x-goog-api-key", key)],
         vendor="gemini"),
     "demo": WireApi(
         "", encode_demo,
-        decoder=lambda ctx: ChatDecoder(ctx.tool_map, DIALECTS[""])),
+        decoder=ChatDecoder,
+        models=DIALECTS),
 }
 
 
@@ -6875,8 +6657,15 @@ class Config:
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
     path: str = ""                      # of the file; "" without one
-    warnings: Strings = ()
     flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
+
+    @property
+    def warnings(self) -> list[str]:
+        return [
+            f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
+            for provider in self.providers.values()
+            if provider.base_url.startswith("http:") and not provider.local
+        ]
 
 
 SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConfig}
@@ -6954,17 +6743,13 @@ class ConfigFile:
             where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
             raise ConfigError(where) from None
         sections = (*SECTIONS, *NAMED_SECTIONS)
-        for section, value in self.toml.items():
-            if section in sections:
-                continue
-            if isinstance(value, dict):
-                hint = did_you_mean(section, sections, "[%s]")
-                raise self.error(f"unknown section [{toml_name((section,))}].{hint}")
-            hint = ""
-            for home, cls in SECTIONS.items():
-                if section in config_fields(cls):
-                    hint = f" Put it under [{home}]."
-            raise self.error(f'key "{section}" stands outside any section.{hint}')
+        for name in (key for key in self.toml if key not in sections):
+            if isinstance(self.toml[name], dict):
+                hint = did_you_mean(name, sections, "[%s]")
+                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
+            homes = [home for home, cls in SECTIONS.items() if name in config_fields(cls)]
+            hint = f" Put it under [{homes[0]}]." if homes else ""
+            raise self.error(f'key "{name}" stands outside any section.{hint}')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
@@ -7180,29 +6965,18 @@ def load_config(
             server["admin_token"] = check(source.secret(token), ADMIN_TOKEN, "")
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
     if not name:            # without a file, the state folder holds the database
-        database.setdefault("url", f"sqlite:{state_folder(environ)}/pomex.db")
-    path = source.resolve_path(DatabaseConfig(**database).path)
+        home = environ.get("HOME") or environ.get("USERPROFILE") or "."
+        state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
+        database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
+    database["url"] = f"sqlite:{source.resolve_path(DatabaseConfig(**database).path)}"
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
         providers.setdefault("demo", DEMO_PROVIDER)
-    warnings = [
-        f"{provider.name}: http sends every prompt in the clear; use https where the server has it"
-        for provider in providers.values()
-        if provider.base_url.startswith("http:") and not provider.local
-    ]
     models = {each: read_model(source, each, providers) for each in source.table("models")}
     prices = {each: read_prices(source, each) for each in source.table("prices")}
-    database["url"] = f"sqlite:{path}"
     return Config(
-        ServerConfig(**server),
-        DatabaseConfig(**database),
-        demo,
-        providers,
-        models,
-        prices,
-        path=name,
-        warnings=tuple(warnings))
+        ServerConfig(**server), DatabaseConfig(**database), demo, providers, models, prices, path=name)
 
 
 PLAIN_VALUES = re.compile(
@@ -7230,11 +7004,6 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Does a model's name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def state_folder(environ: Mapping[str, str]) -> str:
-    home = environ.get("HOME") or environ.get("USERPROFILE") or "."
-    return (environ.get("XDG_STATE_HOME") or home + "/.local/state") + "/pomex"
 
 
 def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
@@ -7456,7 +7225,7 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 
 # --- 8.2 the database -----------------------------------------------------------------------------
 #
-# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; the words in braces stand for what differs.
+# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; words in braces stand for the differences.
 
 SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
@@ -7504,21 +7273,28 @@ SCHEMA = (
         id {serial}, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL, expires_s BIGINT NOT NULL)""",
 )
 
-BUSY_S = 30.0               # another program's write is waited for so long; then it is a failure
+BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or what it raised
+Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or raised
+
+
+def insertion(table: str, columns: Collection[str]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
 class Transaction:
-    """What `Database.write` gives to the functions that write."""
+    """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """How many rows it changed."""
+        """Returns the number of rows it changed."""
         return self.connection.execute(sql, values).rowcount
+
+    def insert(self, table: str, row: Mapping[str, Any]) -> None:
+        self.execute(insertion(table, row), [*row.values()])
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         self.connection.executemany(sql, rows)
@@ -7527,12 +7303,12 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """A part of it, which is undone where it raises."""
+        """Runs a part of the transaction in a savepoint, which is rolled back if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
-        except Exception as error:          # noqa: BLE001 - its caller's
-            if not self.connection.in_transaction:      # a full disk may have ended it
+        except Exception as error:          # noqa: BLE001 - returned to the caller
+            if not self.connection.in_transaction:      # e.g. a full disk ended it
                 raise
             self.connection.execute("ROLLBACK TO attempt")
             attempted = None, error
@@ -7545,11 +7321,10 @@ class Database(Protocol):
         """All rows."""
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does together with others; what it raises undoes that alone. A caller who is cancelled
-        undoes nothing."""
+        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
 
 
-FILE_TROUBLE = {            # SQLite's primary result code: what the operator is told
+FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -7561,7 +7336,7 @@ FILE_TROUBLE = {            # SQLite's primary result code: what the operator is
     sqlite3.SQLITE_LOCKED: "is locked by another program.",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error.",
 }
-SAME_TROUBLE = {            # errors of the system that mean the same
+SAME_TROUBLE = {            # errno values that mean the same
     errno.EACCES: sqlite3.SQLITE_READONLY, errno.EPERM: sqlite3.SQLITE_READONLY,
     errno.EROFS: sqlite3.SQLITE_READONLY, errno.EIO: sqlite3.SQLITE_IOERR,
     errno.ENOSPC: sqlite3.SQLITE_FULL, errno.EDQUOT: sqlite3.SQLITE_FULL,
@@ -7569,9 +7344,7 @@ SAME_TROUBLE = {            # errors of the system that mean the same
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """What went wrong with a database file, whose folder is not told."""
-    if isinstance(error, LedgerError):
-        return error
+    """What went wrong with a database file. The message does not disclose its folder."""
     if isinstance(error, OSError):
         code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
     else:
@@ -7580,7 +7353,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """Of the database, not of what was asked of it."""
+    """True if the database failed, not the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7596,10 +7369,9 @@ def create_file(path: str) -> None:
     """The database and its folder, for this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    if os.stat(path).st_mode & 0o077:
-        with contextlib.suppress(OSError):      # another user's file that we may write: its owner's choice
-            for suffix in ("", "-wal", "-shm"):
-                os.chmod(path + suffix, 0o600)
+    with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
+        for suffix in ("", "-wal", "-shm"):
+            os.chmod(path + suffix, 0o600)
 
 
 class SQLite:
@@ -7612,89 +7384,41 @@ class SQLite:
                                     for _ in range(2))
         self.writer.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
         self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("reader", "writer"))
-        self.waiting: list[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]] = []
-        self.committing: asyncio.Task[None] | None = None
 
     def check(self) -> None:
-        """OSError where the file is not there any more."""
-        if not os.path.samestat(os.stat(self.path), self.file):
-            raise FileNotFoundError(errno.ENOENT, "the file was replaced")
+        """LedgerError if the file was deleted or replaced."""
+        with database_errors(self.path):
+            if not os.path.samestat(os.stat(self.path), self.file):
+                raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-        self.waiting.append((run, done))
-        if self.committing is None:
-            self.committing = loop.create_task(self._commit_waiting())
-        written: Written = await done
-        return written
+        with database_errors(self.path):
+            return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
-    async def _commit_waiting(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while batch := self.waiting:
-                self.waiting = []
-                try:
-                    results = await loop.run_in_executor(self.writing, self.commit, [run for run, _ in batch])
-                except RuntimeError as closed:          # in the meantime
-                    results = [(None, database_trouble(self.path, closed))] * len(batch)
-                self.answer(batch, results)
-        finally:
-            self.committing = None
-
-    def answer(self, batch: Iterable[tuple[Any, asyncio.Future[Any]]], results: Iterable[Attempted]) -> None:
-        for (_, done), (value, error) in zip(batch, results):
-            if done.done():                     # its caller was cancelled
-                continue
-            if error is None:
-                done.set_result(value)
-            else:
-                done.set_exception(error)
-
-    def commit(self, runs: Iterable[Callable[[Transaction], Any]]) -> list[Attempted]:
-        """All in one transaction."""
-        runs, transaction = [*runs], Transaction(self.writer)
-        try:
+    def commit(self, run: Callable[[Transaction], Written]) -> Written:
+        """Like `write`, but on the calling thread: for use without a running loop."""
+        with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
-            results = [transaction.attempt(run) for run in runs]
-            self.writer.execute("COMMIT")
-            return [(value, database_trouble(self.path, error) if error and is_database_failure(error) else error)
-                    for value, error in results]
-        except Exception as error:                  # noqa: BLE001 - told to all
-            with contextlib.suppress(sqlite3.Error):
-                self.writer.rollback()
-            return [(None, database_trouble(self.path, error))] * len(runs)
-
-    def run(self, run: Callable[[Transaction], Written]) -> Written:
-        """At once and on this thread, before there is a loop, and after."""
-        (value, error), = self.commit([run])
-        if error is not None:
-            raise error
-        written: Written = value
-        return written
+            return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for what is being read and written, and writes what waits behind it."""
-        for each in (self.writing, self.reading):
-            each.shutdown(wait=True)
-        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its time
-        batch, self.waiting = self.waiting, []
-        results = self.commit(run for run, _ in batch)
-        with contextlib.suppress(RuntimeError):                 # their loop has ended, too
-            self.answer(batch, results)
+        """Waits for reads and writes in progress; then only `commit` and `close` may be called."""
+        self.writing.shutdown()
+        self.reading.shutdown()
+        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
 
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """A whole copy, or none: a file that is there is not overwritten."""
+        """Makes a complete copy or none; does not overwrite an existing file."""
         part = path + ".part"
-        with contextlib.suppress(FileNotFoundError):        # of a copy that was killed
+        with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
             os.unlink(part)
         try:
             os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -7703,14 +7427,13 @@ class SQLite:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             os.rename(part, path)
-        except BaseException:
+        finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
-            raise
 
     def migrate(self) -> None:
-        """Makes the schema, or brings an older file up to date in one transaction, a copy made before; leaves one alone that
-        is newer or not ours."""
+        """Creates the schema, or upgrades an older file in one transaction after copying it. LedgerError for a file that is
+        newer or belongs to another program."""
         name, journals = os.path.basename(self.path), list[io.BufferedReader]()
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -7728,13 +7451,13 @@ class SQLite:
             if not os.path.exists(before):
                 self.copy(before)
                 log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
-        self.run(functools.partial(create_tables, journals))
+        self.commit(functools.partial(create_tables, journals))
         for journal in journals:
             journal.close()
             os.unlink(journal.name)
 
     def use_wal(self) -> None:
-        """Several processes may open a new file at once, and SQLite does not wait for this lock by itself."""
+        """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
         for attempt in range(20):
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
@@ -7746,8 +7469,8 @@ class SQLite:
 
 
 def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> None:
-    """The schema in a file of SQLite, and in it what an older one held."""
-    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was quicker
+    """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
+    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
     for kind, name in found:            # triggers, tables, indexes
@@ -7770,8 +7493,8 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
 
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
-# There a row of `usage` was a request, one of `attempts` an attempt given up, and one of `daily` the sums of a day, which
-# outlived rows that were pruned. Requests under way and rows not yet saved were in journals beside the file.
+# In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
+# stayed when its rows were pruned. Open requests and unsaved rows were in journal files beside the database.
 
 OLD_INTENT = ("response_id request_id started_ms key_id endpoint model account_id provider upstream_model input price "
               "multiplier cost_nanos").split()
@@ -7780,17 +7503,16 @@ OLD_LINE = ("response_id attempt provider upstream_model error_code estimated in
 OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider upstream_model status error_code terminal_by "
              "estimated input cached cache_write output reasoning first_ms total_ms attempts account_id cache_write_1h "
              "web_searches price multiplier cost_nanos lost served_model").split()
-OLD_SUMS = SUMS[:-1]
 
 
 def old_journals(path: str) -> list[io.BufferedReader]:
-    """Those beside a file; a living program holds the lock of its own."""
+    """Opens and locks the journals beside a file. LedgerError if one is locked by a running program."""
     folder, name = os.path.split(os.path.abspath(path))
     journals = []
     for file in sorted(os.scandir(folder), key=lambda file: file.name):
         if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
-            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the schema is there
-            if sys.platform == "win32":         # there journals were not locked
+            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the upgrade is committed
+            if sys.platform == "win32":         # where v00083 did not lock its journals
                 continue
             try:
                 fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7800,69 +7522,60 @@ def old_journals(path: str) -> list[io.BufferedReader]:
     return journals
 
 
-def old_rows(request: JSON, lost: Sequence[JSON]) -> list[UsageRow]:
-    """The rows of a request."""
-    result = result_of(request["status"], request["terminal_by"], request["attempts"])
-    final = {**request, "result": result, "attempt": max([request["attempts"], *(line["attempt"] + 1 for line in lost)])}
-    rows = [*({**final, **line, "final": 0, "status": "lost"} for line in lost), final]
+def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
+    """The rows of a request and of its failed attempts."""
+    final = {**request, "attempt": request["attempts"], "result": result_of(
+        request["status"], request["terminal_by"], request["attempts"])}
+    rows = [{**final, **attempt, "final": 0, "status": "lost"} for attempt in lost]
+    final["attempt"] = max([final["attempt"], *(row["attempt"] + 1 for row in rows)])
     return [UsageRow(**{name: row[name] for name in USAGE_COLUMNS if name in row},
-                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in rows]
+                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
 
 
-def journal_requests(journals: Iterable[bytes]) -> list[list[UsageRow]]:
-    """What was settled, and what was begun and is interrupted."""
-    begun: dict[str, UsageRow] = {}
-    settled: dict[str, list[UsageRow]] = {}
-    for line in itertools.chain.from_iterable(text.split(b"\n")[:-1] for text in journals):    # the last may be half a line
+def take_over_journal(tx: Transaction, journal: bytes) -> None:
+    """Settles its requests; one that was begun counts as interrupted until its settlement is found."""
+    for line in journal.split(b"\n")[:-1]:        # the last line may be incomplete
         try:
             values = json.loads(line[1:])
             if line[:1] == b"I":
-                begun[values[0]] = interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))
+                rows = [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))]
             else:
                 request = dict(zip(OLD_ENTRY, values))
-                settled.setdefault(values[0], old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]]))
+                rows = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
         except (ValueError, TypeError, LookupError):
             log.warning("ledger: a line of a journal could not be read")
-    return [*settled.values(), *([row] for response_id, row in begun.items() if response_id not in settled)]
+        else:
+            settle_requests(tx, [rows])
 
 
-def take_over_old_tables(tx: Transaction, journals: Sequence[io.BufferedReader]) -> None:
-    columns = {table: [row[1] for row in tx.read(f"PRAGMA table_info(old_{table})")]
-               for table in ("accounts", "keys", "credits", "usage", "attempts")}
+def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
+    cursor = tx.connection.execute("SELECT * FROM old_" + query, values)
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, row)) for row in cursor)
+
+
+def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader]) -> None:
     for table in ("accounts", "keys", "credits"):
-        values = ", ".join(columns[table]).replace("digest", "lower(hex(digest))")
-        tx.execute(f"INSERT INTO {table} ({', '.join(columns[table])}) SELECT {values} FROM old_{table}")
-    tx.execute("UPDATE keys SET revision = id")
-    tx.execute("INSERT INTO settings SELECT name, CASE name WHEN 'secret' THEN lower(hex(value)) ELSE value || '' END "
-               "FROM old_settings WHERE name IN ('secret', 'pruned_day') OR name LIKE 'disabled/%'")
-    last_id = 0
-    while requests := tx.read("SELECT * FROM old_usage WHERE id > ? ORDER BY id LIMIT 1000", (last_id,)):
-        rows: list[UsageRow] = []
-        for row in requests:
-            request = dict(zip(columns["usage"], row))
-            lost = tx.read("SELECT * FROM old_attempts WHERE response_id = ? ORDER BY attempt", (request["response_id"],))
-            rows += old_rows(request, [dict(zip(columns["attempts"], line)) for line in lost])
-        insert_rows(tx, rows)
-        last_id = requests[-1][0]
-    take_over_old_days(tx)
-    if left := journal_requests(journal.read() for journal in journals):
-        settle_requests(tx, left)
-        log.warning("ledger: %d requests of an ended process settled", len(left))
-
-
-def take_over_old_days(tx: Transaction) -> None:
-    """What the sums of a day hold beyond its rows, which were pruned: in the first half hour of that day."""
-    key = ", ".join(ROLLUP_KEY[1:-1])
-    sums = ", ".join(f"sum({name})" for name in OLD_SUMS)
-    known = {row[:6]: row[6:] for row in tx.read(
-        f"SELECT started_ms / {DAY_MS}, {key}, {sums} FROM usage_rollups GROUP BY started_ms / {DAY_MS}, {key}")}
-    rows = []
-    for *group, last_ms in tx.read(f"SELECT day, {key}, {', '.join(OLD_SUMS)}, last_ms FROM old_daily"):
-        place, numbers = tuple(group[:6]), group[6:]
-        beyond = [number - less for number, less in zip(numbers, known.get(place, (0,) * len(numbers)))]
-        if any(beyond):
-            rows.append((place[0] * DAY_MS, *place[1:], "unknown", *beyond, 0, last_ms))
-    tx.execute_many(ADD_TO_ROLLUPS, rows)
+        for row in read_old(tx, table):
+            if table == "keys":
+                row |= {"digest": row["digest"].hex(), "revision": row["id"]}
+            tx.insert(table, row)
+    for name, value in tx.read("SELECT * FROM old_settings"):
+        if name in ("secret", "pruned_day") or name.startswith("disabled/"):
+            tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
+    # the sums of a day go into its first half hour, then those of its remaining rows are subtracted: what is left was pruned
+    columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
+    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
+               f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
+    requests = read_old(tx, "usage ORDER BY id")
+    while batch := [*itertools.islice(requests, 1000)]:
+        rows = insert_rows(tx, [row for request in batch for row in old_rows(
+            request, read_old(tx, "attempts WHERE response_id = ? ORDER BY attempt", request["response_id"]))])
+        upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
+                            for row in rows], -1)
+    tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
+    for journal in journals:
+        take_over_journal(tx, journal.read())
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -7872,18 +7585,18 @@ def take_over_old_days(tx: Transaction) -> None:
 
 ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
-USUAL = {       # words of the table that hold for a provider's models unless a row says otherwise
+USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
-DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # one day's model, at the price of its family
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated model costs what its family does
 
 
 class Price(NamedTuple):
-    """Pico-dollars: five for a token, one for a search, one for a whole answer by its provider's own word."""
+    """In pico-dollars: per token (five), per search, and per answer where the provider reports its cost."""
     input: int
     output: int
     cache_read: int
@@ -7895,7 +7608,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """None for no price. What has none of its own costs what it would without the cache."""
+    """Parses a price; None for "". Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -7910,7 +7623,7 @@ def price_of(text: str) -> Price | None:
 
 @functools.cache
 def scaled(text: str, factors: str) -> str:
-    """A price with each token's times its factor, the last factor for all that follow."""
+    """A price with each token price multiplied by its factor ("2/1.5/2"); the last factor applies to all that follow."""
     numbers = factors.split("/")
     numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
@@ -7925,7 +7638,7 @@ class PriceSchedule(NamedTuple):
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
     factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
     ends: str = ""                              # the day its provider retires the model
-    source: str = ""                            # where it stands, for people
+    source: str = ""                            # where it is defined, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -7959,12 +7672,15 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
         factors = dict(word.split("=") for word in words if "=" in word)
         prices = [word for word in words if "=" not in word]
         base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
-        steps = {kind: scaled(base, factors.pop(kind)) for kind in [*factors] if kind.startswith(("over", "from"))}
-        over = max([int(kind[4:]) for kind in steps if kind.startswith("over")], default=0)
-        long = steps.pop(f"over{over}", "")
-        changes = tuple((datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH, price) for kind, price in steps.items())
+        over, long, changes = 0, "", []
+        for kind in [*factors]:
+            if kind.startswith("over"):         # the row's own comes last
+                over, long = int(kind[4:]), scaled(base, factors.pop(kind))
+            elif kind.startswith("from"):
+                day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
+                changes.append((day, scaled(base, factors.pop(kind))))
         ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
-        schedules[name] = PriceSchedule(base, over, long, changes, factors, ends, source)
+        schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
 
 
@@ -7982,15 +7698,15 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """What a target costs: by its name, configured or in the table; by its family's; as configured for the name asked for;
-    nothing at a free provider. Never a guess."""
+    """Finds the price of a target: under its own name, configured or built in; its family's; the one configured for the
+    requested name; zero at a free provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # of those that may be asked for a service tier
+        # only of providers that accept a service tier
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
                         for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
 
@@ -8022,10 +7738,8 @@ def saved_nanos(price: str, cached: int) -> int:
 
 
 def format_usd(nanos: int, places: int = 2) -> str:
-    """12.31, rounded half away from nought; integers only."""
-    unit = int(10 ** (9 - places))
-    sign, amount = "-" if nanos < 0 else "", (abs(nanos) + unit // 2) // unit
-    return f"{sign}{amount // 10**places}.{amount % 10**places:0{places}}"
+    """12.31, rounded half away from zero."""
+    return f"{decimal.Decimal(nanos).scaleb(-9).quantize(decimal.Decimal(1).scaleb(-places), decimal.ROUND_HALF_UP):f}"
 
 
 def parse_decimal(text: str, unit: int, least: int = 0) -> int:
@@ -8040,10 +7754,6 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 
 # --- 8.5 usage rows -------------------------------------------------------------------------------
 
-def insertion(table: str, columns: Collection[str]) -> str:
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-
-
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
 SELECT_OPEN = f"SELECT {', '.join(USAGE_COLUMNS)} FROM open_requests"
@@ -8052,11 +7762,12 @@ ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
+DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
 IDS_AT_ONCE = 500           # placeholders of a statement
 
 
 def to_storable(value: Any) -> int | str:
-    """Something that databases take. A count that a provider made up must not stop the rows beside it."""
+    """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
     if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
         return value
     if isinstance(value, str):
@@ -8084,34 +7795,35 @@ def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> 
                     [(nanos, *place) for place, nanos in sorted(meters.items()) if nanos])
 
 
-def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> None:
+def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
+    """Inserts rows and adds them to the sums; returns them as stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
+    return storable
 
 
-def placeholders(values: Collection[Any]) -> str:
-    return f"({', '.join('?' * len(values))})"
-
-
-def in_batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[start:start + IDS_AT_ONCE] for start in range(0, len(ids), IDS_AT_ONCE))
+def in_batches(ids: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yields (placeholders, ids), at most IDS_AT_ONCE at a time."""
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        batch = ids[start:start + IDS_AT_ONCE]
+        yield f"({', '.join('?' * len(batch))})", batch
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Inserts the rows of each: of which. Of a request that is settled already the first settlement counts, unless that was a
-    guess: the true one replaces `interrupted`."""
+    """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
+    settlement counts, unless it was a guess: the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
-    for batch in in_batches([*by_id]):
-        for response_id, error_code in tx.read("SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id "
-                                               f"IN {placeholders(batch)}", batch):
+    for places, batch in in_batches([*by_id]):
+        for response_id, error_code in tx.read(
+                f"SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id IN {places}", batch):
             if error_code == "interrupted" != by_id[response_id][-1].error_code:
                 guessed = [UsageRow(*row) for row in tx.read(
                     f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
                 upsert_rollups(tx, guessed, -1)
                 tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-                tx.execute("DELETE FROM usage_rollups WHERE started_ms = ? AND requests = 0 AND estimated = 0 "
-                           "AND input + output + cost_nanos = 0", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
+                half_hour_ms = guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS
+                tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (half_hour_ms,))
             else:
                 del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
@@ -8119,22 +7831,22 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
-    """They are no longer under way, and give back what they had reserved."""
-    for batch in in_batches([*response_ids]):
-        where = f"FROM open_requests WHERE response_id IN {placeholders(batch)}"
+    """Deletes open requests and releases what they had reserved."""
+    for places, batch in in_batches([*response_ids]):
+        where = f"FROM open_requests WHERE response_id IN {places}"
         for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
             tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?", json.loads(reserved))
         tx.execute(f"DELETE {where}", batch)
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """An open request whose process has ended: billed for its estimated input."""
+    """The final row of an open request whose process died: billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
-    """Settles what processes left behind that are dead, or not registered."""
+    """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
     rows = [UsageRow(*row) for row in tx.read(f"{SELECT_OPEN} WHERE process NOT IN (SELECT process FROM processes)")]
     if rows:
@@ -8153,8 +7865,8 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
-REFUSED_S = {"open": 0.05}  # how long a refusal is remembered and given again, by unit;
-REFUSED_AT_MOST_S = 1.0     # of the others, unless there is room earlier
+REFUSED_S = {"open": 0.05}  # how long a refusal is repeated without asking the database, by unit;
+REFUSED_AT_MOST_S = 1.0     # for the others, or until there may be room
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
@@ -8168,8 +7880,6 @@ class Limit(NamedTuple):
     since_day: int = 0      # of a meter: it counts what was spent since then
 
 
-Needs = Sequence[tuple[Limit, int]]
-
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
@@ -8179,7 +7889,7 @@ class LimitExceeded(Exception):
     need: int
     wait_s: float
     spent: int = 0
-    until: float = 0.0      # when it is asked for again, by the loop's clock
+    until: float = 0.0      # when to ask the database again, by the loop's clock
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
@@ -8195,7 +7905,7 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 @functools.lru_cache(4096)
 def limits_of(key: Key, day: int) -> list[Limit]:
-    """What bounds a key on a day."""
+    """All limits of a key on a day."""
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     money = [(key.budget_nanos, "key", key.id, start), (0 if key.prepaid else None, "credit", key.account_id, 0),
              (key.account_limit_nanos, "account", key.account_id, month)]
@@ -8206,13 +7916,13 @@ def limits_of(key: Key, day: int) -> list[Limit]:
 
 
 GRANT = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
-# a time beyond two minutes is one from before the clock was set back
+# a time more than two minutes ahead was stored before the clock was set back
 FULL_NS = "(CASE WHEN full_ns > ? AND full_ns <= ? THEN full_ns ELSE ? END + ?)"
 CHARGE = f"UPDATE rates SET full_ns = {FULL_NS} WHERE owner = ? AND {FULL_NS} <= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
-    """Of its meter, which is made where there is none."""
+    """The state of its meter, which is created if needed."""
     found = tx.read("SELECT spent, granted FROM meters WHERE owner = ? AND since_day = ?", (limit.owner, limit.since_day))
     if found:
         return found[0]
@@ -8227,7 +7937,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 
 
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    """(what remains, seconds until all of it does) of a rate; LimitExceeded where there is no room."""
+    """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
         return charge_rate(tx, limit, amount, now_ns)
     maximum = limit.maximum
@@ -8257,26 +7967,27 @@ def charge_rate(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tupl
 
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005            # between two commits, while there are others that may join the second
+GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
 RETRY_S = 0.25              # between attempts to write while the ledger is unavailable
-SETTLE_WAIT_S = 2.0         # an answer waits so long for a ledger that cannot be written, then goes out
+SETTLE_WAIT_S = 2.0         # how long an answer waits for a failing ledger before it is sent anyway
 BEAT_S = 10.0               # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100          # taken over in a piece: half a millisecond of the loop
+KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
 DEAD_S = 60.0               # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and what changes of rates (ns, owner)
+Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
+Unsaved: TypeAlias = Callable[[], UsageRow] | Settlement         # an open request, or a settled one
 
 
 def host_name() -> str:
-    """Where process ids mean the same."""
+    """Names the host and PID namespace: where process ids are comparable."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def start_of(pid: int) -> str:
-    """When a living process began, where that can be told: numbers of processes come again."""
+    """Start time of a running process, "" if unknown: process ids are reused."""
     with contextlib.suppress(OSError, IndexError):
         state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[18] if state != "Z" else ""
@@ -8301,30 +8012,29 @@ class Ledger:
     def __init__(self, db: SQLite, max_unsaved: int) -> None:
         self.db = db
         self.healthy, self.max_unsaved = True, max_unsaved
-        self.trouble = ""                   # why the keys could not be read when they were looked at
+        self.trouble = ""                   # why the keys could not be read last time; "" if they could
         self.secret = b""                   # authenticates what clients carry for us
         # keys
         self.keys: dict[int, Key] = {}      # by id, revoked ones too
-        self.ids: dict[str, int] = {}       # by digest
+        self.by_digest: dict[str, Key] = {}
         self.disabled: frozenset[str] = frozenset()     # providers that an administrator disabled
         self.revision = 0
         # requests
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
         self.pending: dict[str, Callable[[], UsageRow]] = {}        # begun, not settled
-        self.unrecorded: dict[str, Callable[[], UsageRow]] = {}     # of those, not in the database
-        self.unsaved: dict[str, Settlement] = {}        # settled, not in the database
+        # what the next commit writes
+        self.unsaved: dict[str, Unsaved] = {}
+        self.writes: list[Callable[[Transaction], None]] = []
+        self.flushed: asyncio.Future[LedgerError | None] | None = None      # when it is done; None: not yet asked for
+        self.flushed_at = 0.0                               # when the one before was begun
         self.flushing: asyncio.Task[None] | None = None
-        self.flushed_at = 0.0                           # when it was written last
-        self.flushed: asyncio.Future[None] | None = None        # what is waiting now is in the database
-        self.waiting: set[asyncio.Future[None]] = set()         # this one, and those of what is being written
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
         self.refused: dict[Limit, LimitExceeded] = {}
-        self.beats: dict[str, tuple[int, float]] = {}   # of other processes, and when they changed last
+        self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
-        self.saving = asyncio.Lock()
-        self.notes: dict[str, str] = {}     # settings to be, the same: the last error of each provider
+        self.notes: dict[str, str] = {}     # settings, the same: the last error of each provider
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -8332,10 +8042,9 @@ class Ledger:
         with contextlib.ExitStack() as opened, database_errors(path):
             db = SQLite(path, durability)
             opened.callback(db.close)
-            opened.callback(db.stop)
             db.migrate()
             ledger = cls(db, max_unsaved)
-            db.run(ledger.begin_process)
+            db.commit(ledger.begin_process)
             opened.pop_all()
             return ledger
 
@@ -8347,7 +8056,7 @@ class Ledger:
     def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
             key = Key(*columns)
-            self.keys[key.id], self.ids[key.digest] = key, key.id
+            self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
         """Reads the keys that any process has changed, and which providers are disabled."""
@@ -8359,19 +8068,19 @@ class Ledger:
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
             self.trouble = ""
-        except (LedgerError, OSError) as error:
-            before, self.trouble = self.trouble, str(database_trouble(self.db.path, error))
-            if self.trouble != before:
-                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", self.trouble)
+        except LedgerError as error:
+            if self.trouble != str(error):
+                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", error)
+            self.trouble = str(error)
 
     async def authorise(self, header: str, now_s: float) -> Key:
         """The key of an Authorization header, or Unauthorized with what to do."""
         token = header[7:].strip(" \t")
         digest = key_digest(token)
-        if digest not in self.ids and has_checksum(token):
+        if digest not in self.by_digest and has_checksum(token):
             await self.refresh()                # another process may have made it just now
-        key = self.keys.get(self.ids.get(digest, 0))
-        if key is None or not hmac.compare_digest(key.digest, digest) or header[:7].lower() != "bearer ":
+        key = self.by_digest.get(digest)
+        if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)
         elif key.revoked_s:
             reason = f"Key {key.name} was revoked on {utc_minute(key.revoked_s)}."
@@ -8400,19 +8109,28 @@ class Ledger:
         LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
-        self.pending[response_id] = self.unrecorded[response_id] = row
+        self.pending[response_id] = self.unsaved[response_id] = row
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.schedule_flush)
 
     async def recorded(self, response_id: str) -> None:
         """Returns when the open request survives the end of this process; LedgerError where it cannot."""
-        if response_id in self.unrecorded:
-            await asyncio.shield(self.schedule_flush())
-            if response_id in self.unrecorded:
-                raise self.unavailable()
+        if not await self.is_written(response_id):
+            raise self.unavailable()
 
-    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Needs, held: Needs = ()
-                      ) -> list[tuple[int, float]]:
+    async def is_written(self, response_id: str) -> bool:
+        """Waits until it is, or until the ledger has failed for SETTLE_WAIT_S."""
+        if response_id in self.unsaved:
+            await asyncio.shield(self.schedule_flush())
+        if response_id in self.unsaved:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_WAIT_S):
+                    while response_id in self.unsaved:
+                        await asyncio.shield(self.schedule_flush())
+        return response_id not in self.unsaved
+
+    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
+                      held: Mapping[Limit, int]) -> list[tuple[int, float]]:
         """Reserves `needs` beside what is `held`, and records the open request: what `acquire` says of each.
         LimitExceeded: none of them is reserved."""
         if not self.available():
@@ -8424,19 +8142,16 @@ class Ledger:
                 raise dataclasses.replace(no, need=need)
 
         def run(tx: Transaction) -> list[tuple[int, float]]:
-            now_ns, granted = time.time_ns(), [each for each in held if each[0].kind != "rate"]
-            if granted and tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,)):
-                again: Needs = ()
-            else:
-                again = granted         # this process was taken for dead, and what it held was given back
-            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *again)]
-            granted += [each for each in needs if each[0].kind != "rate"]
-            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in granted]
+            now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
+            known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
+            # unknown: this process was taken for dead and what it held was released
+            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
+            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
             return states
         self.pending[response_id] = row
         try:
-            return await self.db.write(run)
+            return await self.commit(run)
         except LimitExceeded as no:
             if not held:
                 self.pending.pop(response_id, None)
@@ -8454,9 +8169,8 @@ class Ledger:
         tx.execute_many(INSERT_OPEN, [(self.process, reserved, *map(to_storable, row)) for row in rows])
 
     def abandon(self, response_id: str) -> None:
-        """Of a request that was begun and not sent nothing remains."""
+        """Forgets a request that was begun but not sent."""
         self.pending.pop(response_id, None)
-        self.unrecorded.pop(response_id, None)
         self.unsaved[response_id] = (), ()
         self.schedule_flush()
 
@@ -8464,80 +8178,95 @@ class Ledger:
         """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
         failed for SETTLE_WAIT_S: then they stay in memory and are tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
-        if response_id in self.unsaved:
+        if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
-        self.pending.pop(response_id, None)
-        self.unrecorded.pop(response_id, None)
-        if len(self.unsaved) >= self.max_unsaved:
+        if len(self.unsaved) >= self.max_unsaved and response_id not in self.unsaved:
             log.error("ledger: the row of %s is lost: [database] max_unsaved rows wait already", response_id)
             return
         self.unsaved[response_id] = rows, rates
-        await asyncio.shield(self.schedule_flush())
+        await self.is_written(response_id)
 
-    def schedule_flush(self) -> asyncio.Future[None]:
-        """Ends when what waits now is in the database, or has waited too long."""
+    async def commit(self, run: Callable[[Transaction], Written]) -> Written:
+        """Commits what `run` does together with all that waits; what it raises undoes that alone. A caller who is cancelled
+        undoes nothing."""
+        attempts: list[Attempted] = []
+        self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
+        failure = await asyncio.shield(self.schedule_flush())
+        if failure is not None:
+            raise failure
+        written: Written
+        written, error = attempts[0]
+        if error is not None:
+            raise database_trouble(self.db.path, error) if is_database_failure(error) else error
+        return written
+
+    def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
+        """Done when what waits now is in the database, or when that has failed."""
+        loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        loop = asyncio.get_running_loop()
         if self.flushed is None:
             self.flushed = loop.create_future()
-            self.waiting.add(self.flushed)
-            self.flushed.add_done_callback(self.waiting.discard)
         if self.flushing is None:
             self.flushing = loop.create_task(self.flush())
         return self.flushed
 
     async def flush(self) -> None:
-        """Writes what waits, until nothing does."""
+        """Commits what waits, until nothing is asked for. Requests whose commit fails stay and wait for the next."""
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
-                if self.pending:            # others may join
-                    await asyncio.sleep(self.flushed_at + GATHER_S - loop.time())
+                if self.pending or not self.healthy:        # others may join, or the database may heal
+                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
+                    if self.flushed is None:        # the ledger was closed
+                        return
                 self.flushed_at = loop.time()
-                done, self.flushed = self.flushed, None
-                opening, settling = dict(self.unrecorded), dict(self.unsaved)
+                flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
+                self.flushed, self.writes = None, []
+                failure = None
                 try:
-                    await self.db.write(functools.partial(self.write_requests, opening, settling))
+                    await self.db.write(functools.partial(self.write_batch, writes, unsaved))
                 except LedgerError as error:
-                    if self.healthy:
+                    failure = error
+                    if self.healthy and unsaved:
                         log.error("%s New requests get 503 until it can be written.", error)
-                    self.healthy = False
-                    self.schedule_flush().add_done_callback(lambda _, done=done: wake_waiters(done))     # type: ignore[misc]
-                    loop.call_later(SETTLE_WAIT_S, wake_waiters, done)
-                    await asyncio.sleep(RETRY_S)
-                    continue
-                if not self.healthy:
-                    log.warning("The database %s can be written again.", os.path.basename(self.db.path))
-                self.healthy = True
-                for waiting, written in ((self.unrecorded, opening), (self.unsaved, settling)):
-                    for response_id in written:
-                        waiting.pop(response_id, None)
-                self.refused.clear()            # there may be room now
-                wake_waiters(done)
+                        self.healthy = False
+                else:
+                    if not self.healthy:
+                        log.warning("The database %s can be written again.", os.path.basename(self.db.path))
+                    self.healthy = True
+                    for response_id, written in unsaved.items():
+                        if self.unsaved.get(response_id) is written:        # else it has been settled since
+                            del self.unsaved[response_id]
+                    if unsaved:
+                        self.refused.clear()            # there may be room now
+                flushed.set_result(failure)
         finally:
             self.flushing = None
 
-    def write_requests(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
-                       ) -> None:
+    def write_batch(self, writes: Iterable[Callable[[Transaction], None]], unsaved: Mapping[str, Unsaved], tx: Transaction
+                    ) -> None:
+        for write in writes:            # first: what a request reserves goes before its settlement
+            write(tx)
+        self.write_requests(unsaved, tx)
+
+    def write_requests(self, unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
         """All at once; each alone, where one of them is at fault."""
-        _, error = tx.attempt(functools.partial(self.write_all, opening, settling))
+        _, error = tx.attempt(functools.partial(self.write_all, unsaved))
         if error is None:
             return
         if is_database_failure(error):
             raise error
-        if len(opening) + len(settling) == 1:
-            log.error("ledger: the row of %s is lost: %s", *opening, *settling, fault_location(error))
+        if len(unsaved) == 1:
+            log.error("ledger: the row of %s is lost: %s", *unsaved, fault_location(error))
             return
-        for response_id, row in opening.items():
-            self.write_requests({response_id: row}, {}, tx)
-        for response_id, settlement in settling.items():
-            self.write_requests({}, {response_id: settlement}, tx)
+        for response_id, each in unsaved.items():
+            self.write_requests({response_id: each}, tx)
 
-    def write_all(self, opening: Mapping[str, Callable[[], UsageRow]], settling: Mapping[str, Settlement], tx: Transaction
-                  ) -> None:
-        self.insert_open(tx, [row() for row in opening.values()])
+    def write_all(self, unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
+        self.insert_open(tx, [each() for each in unsaved.values() if callable(each)])
+        settling = {response_id: each for response_id, each in unsaved.items() if not callable(each)}
         settled = settle_requests(tx, [rows for rows, _ in settling.values()])
         close_requests(tx, settling)
         most_ns = time.time_ns() + 2 * WINDOW_NS
@@ -8549,21 +8278,25 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Saves what is left."""
-        for task in (self.maintaining, self.flushing, self.timer):
+        """Commits what is left and closes the database."""
+        for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
         self.db.stop()
+        failure = None
         try:
-            if self.maintaining is not None:
-                self.db.run(self.end_process)
+            if self.maintaining is not None or self.writes:
+                self.db.commit(self.end_process)
+                self.unsaved.clear()
         except LedgerError as error:
+            failure = error
             log.error("%s %d rows are lost.", error, len(self.unsaved))
         finally:
             self.db.close()
-            with contextlib.suppress(RuntimeError):     # their loop has ended, too
-                for done in self.waiting:
-                    wake_waiters(done)
+        flushed, self.flushed = self.flushed, None
+        if flushed is not None:
+            with contextlib.suppress(RuntimeError):     # its loop has ended
+                flushed.set_result(failure)
 
     # processes
 
@@ -8575,68 +8308,67 @@ class Ledger:
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
 
     def end_process(self, tx: Transaction) -> None:
-        self.write_requests(self.unrecorded, self.unsaved, tx)
+        self.write_batch(self.writes, self.unsaved, tx)
         self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
         recover_open_requests(tx, [self.process])
 
     async def maintain(self) -> None:
-        """What a running server does beside its requests."""
+        """The background work of a running server."""
         for tick in itertools.count(1):
             try:
                 await self.refresh()
-                if tick % 2 == 0 or self.refusals:      # somebody may be waiting on the set-up page for what went wrong
+                if not self.healthy:
+                    self.schedule_flush()
+                if tick % 2 == 0 or self.refusals:      # the set-up page may be waiting for them
                     await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
-            except LedgerError:                 # requests meet it, too, and it is told there
+            except LedgerError:                 # requests meet it too, where it is reported
                 pass
-            except Exception as error:          # noqa: BLE001 - our own bug: revocations must go on being seen
+            except Exception as error:          # noqa: BLE001 - our own bug; revocations must still be seen
                 log.error("ledger: %s", fault_location(error))
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Says that this process lives, while it has open requests, and settles those of others that do not."""
-        now, dead, beats = time.monotonic(), [], self.beats
+        """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
+        now, dead, seen = time.monotonic(), [], self.beats
         self.beats = {}
         for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
-            before, since = beats.get(process, (count, now))
-            self.beats[process] = count, since if count == before else now
-            if has_ended(pid, start) if host == self.host else now - self.beats[process][1] > DEAD_S:
+            since = self.beats[process, count] = seen.get((process, count), now)
+            if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
-            await self.db.write(functools.partial(self.write_beat, dead))
+            await self.commit(functools.partial(self.write_beat, dead))
 
     def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
         self.register(tx)
-        if dead:
-            recover_open_requests(tx, dead)
+        recover_open_requests(tx, dead)
 
     def register(self, tx: Transaction) -> None:
         tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
                    "ON CONFLICT (process) DO UPDATE SET beats = processes.beats + 1",
                    (self.process, self.host, os.getpid(), self.began))
 
-    # what is counted
+    # counters and refusals
 
     def refuse(self, key_id: int, refusal: JSON) -> None:
-        """Counts a refusal. Of many alike within a second one is kept."""
+        """Counts a refusal. Of many alike within a second only one is stored, with their count."""
         self.counters["pomex_refusals_total", refusal["code"]] += 1
         place = key_id, refusal["code"], refusal["path"]
         if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:
             self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
 
     async def save_counts(self) -> None:
-        async with self.saving:             # who asks for the counts waits for those on their way
-            counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
-            if not any(counts):
-                return
-            for each in (self.counters, self.refusals, self.notes):
-                each.clear()
-            try:
-                await self.db.write(functools.partial(self.write_counts, *counts))
-            except LedgerError:
-                self.counters.update(counts[0])
-                raise
+        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+        if not any(counts):
+            return
+        for each in (self.counters, self.refusals, self.notes):
+            each.clear()
+        try:
+            await self.commit(functools.partial(self.write_counts, *counts))
+        except LedgerError:
+            self.counters.update(counts[0])
+            raise
 
     def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
                      notes: Mapping[str, str], tx: Transaction) -> None:
@@ -8652,19 +8384,20 @@ class Ledger:
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
         await self.save_counts()
-        return {tuple(json.loads(name)): value for name, value in await self.db.read("SELECT name, value FROM counters")}
+        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
+        return {tuple(json.loads(name)): value for name, value in found}
 
     # changes of keys and providers
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Changes keys, accounts, credits, providers or settings. What they were and are goes into the audit log: no secret."""
+        """Changes keys, accounts, credits, providers or settings; the audit log keeps old and new values, but no secrets."""
         def audited(tx: Transaction) -> None:
             run(tx)
-            columns = {"time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
-                       "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))}
-            tx.execute(insertion("audit", columns), [*columns.values()])
-        await self.db.write(audited)
+            tx.insert("audit", {
+                "time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
+                "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))})
+        await self.commit(audited)
         await self.refresh()
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
@@ -8672,14 +8405,13 @@ class Ledger:
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
         token = new_key()
-        columns = {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s), **settings}
 
         def run(tx: Transaction) -> None:
             if tx.read("SELECT 1 FROM keys WHERE name = ? AND revoked_s = 0", (name,)):
                 raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
                                  f"python pomex.py keys revoke {name}", param="name")
-            tx.execute(insertion("keys", columns), [*columns.values()])
-            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE name = ? AND revoked_s = 0", (name,))
+            tx.insert("keys", {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s),
+                               "revision": tx.read(f"SELECT {NEXT_REVISION}")[0][0], **settings})
         await self.change(who, "key created", name, run, settings)
         return token
 
@@ -8705,7 +8437,7 @@ class Ledger:
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
     def backup(self, path: str) -> None:
-        """A whole copy while servers run; a file that is there is not overwritten."""
+        """Makes a complete copy while servers run; does not overwrite an existing file."""
         with database_errors(path):
             self.db.copy(path)
 
@@ -8716,16 +8448,11 @@ def in_usd(values: JSON) -> JSON:
             if "nanos" in name and value is not None else value for name, value in values.items()}
 
 
-def wake_waiters(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
-
-
 # --- 8.8 what one request may use, and what it costs ----------------------------------------------
 
 class Reservation:
-    """Of one request: what it has reserved, and the rows of the attempts that were given up. `named` are the columns that all
-    its rows share: request_id, endpoint, session and client."""
+    """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
+    request_id, endpoint, session and client."""
 
     def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
                  named: Mapping[str, Any], asked_tier: str = "") -> None:
@@ -8734,12 +8461,12 @@ class Reservation:
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
-        self.held: list[tuple[Limit, int]] = []         # what is reserved
-        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until all does
-        self.reserved_output = 0                        # tokens of output whose money is among it
-        self.charged_output = 0                         # those that a rate was charged for
+        self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
+        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
+        self.reserved_output = 0                        # output tokens whose cost is reserved
+        self.charged_output = 0                         # output tokens charged to a rate
         self.max_output_tokens = 0                      # of the answer
-        self.exhausted = False                          # it could not be extended
+        self.exhausted = False                          # the last extension failed or was cut short
         self.max_price = ""                             # the price that reservations are made at
         self.first = "", "", Usage()                    # the target that is asked first, and what goes into it
 
@@ -8774,24 +8501,13 @@ class Reservation:
             self.ledger.begin(self.response_id, self.open_row)
             return 0
         prices = {self.price(provider.name, model, Usage(input_tokens)) for provider, model in targets}
-        output = full = min(wanted or reserve, reserve)
+        output = min(wanted or reserve, reserve)
         self.max_price = max(prices, key=lambda price: self._nanos(price, input_tokens, output))
-        while True:
-            try:
-                await self._acquire(input_tokens, output, min(output, RESERVED_STEP), 1)
-                break
-            except LimitExceeded as no:
-                less = self._affordable_output_tokens(no, input_tokens)
-                if no.limit.kind == "rate":
-                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
-                if no.limit.unit != "nanos" or not min(LEAST_OUTPUT, full) <= less < output:
-                    raise
-                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
-                output = less
-        if output == full:
+        await self._acquire(input_tokens, output, min(output, RESERVED_STEP), 1)
+        if self.reserved_output == output:
             return 0
-        self.max_output_tokens = output
-        return output
+        self.max_output_tokens = self.reserved_output
+        return self.reserved_output
 
     def _nanos(self, price: str, input_tokens: int, output: int) -> int:
         """Input at the dearer of its two prices: it may be written to the cache."""
@@ -8799,21 +8515,33 @@ class Reservation:
         writes = rate is not None and rate.cache_write > rate.input
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
-    def _affordable_output_tokens(self, no: LimitExceeded, input_tokens: int) -> int:
-        left, rate = no.remaining - self._nanos(self.max_price, input_tokens, 0), price_of(self.max_price)
-        return left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
-
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
-                   "requests": first, "open": first}
-        needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
-                 for limit in self.limits if amounts[limit.unit]]       # more tokens than fit in any minute pass alone
-        if needs:
-            states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
-            self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
-        elif first:
-            self.ledger.begin(self.response_id, self.open_row)
-        self.held += needs
+        """Reserves money for the input and for as much of the output as there is money for, and charges rates. LimitExceeded:
+        there is too little of something."""
+        least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
+        while True:
+            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
+                       "requests": first, "open": first}
+            # a request larger than a whole minute's tokens passes when the bucket is full
+            needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
+                     for limit in self.limits if amounts[limit.unit]]
+            try:
+                if needs:
+                    states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
+                    self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+                elif first:
+                    self.ledger.begin(self.response_id, self.open_row)
+                break
+            except LimitExceeded as no:
+                if no.limit.kind == "rate":
+                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
+                left = no.remaining - self._nanos(self.max_price, input_tokens, 0)
+                less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
+                if no.limit.unit != "nanos" or not least <= less < output:
+                    raise
+                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
+                output = less
+        self.held.update(dict(needs))
         self.reserved_output += output
         self.charged_output += charged
 
@@ -8833,15 +8561,12 @@ class Reservation:
                 return tokens < min(self.reserved_output, self.charged_output)
             ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
+            enough = self.reserved_output + step
             try:
                 await self._acquire(0, step, charged)
-            except LedgerError:
+                self.exhausted = self.reserved_output < enough
+            except (LedgerError, LimitExceeded):
                 self.exhausted = True
-            except LimitExceeded as no:
-                self.exhausted = True
-                if no.limit.unit == "nanos" and (less := self._affordable_output_tokens(no, 0)) > 0:
-                    with contextlib.suppress(LimitExceeded, LedgerError):
-                        await self._acquire(0, less, charged)        # the last of it
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
@@ -8851,15 +8576,14 @@ class Reservation:
                                                  error_code=error_code))
 
     async def settle(self, final: UsageRow) -> None:
-        """Writes the rows of the request in the place of what was reserved."""
+        """Writes the rows of the request and releases what it had reserved."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens, rates = sum(row.input + row.output for row in rows), []
-        for limit in self.rates:
+        for limit, charged in self.held.items():
             if limit.unit == "tokens":
-                charged = sum(amount for each, amount in self.held if each == limit)
                 change = min(tokens - charged, max(limit.maximum - charged, 0))
                 rates.append((change * (WINDOW_NS // limit.maximum), limit.owner))
-        self.held = []
+        self.held = collections.Counter()
         await self.ledger.settle(rows, rates)
 
     def headers(self) -> list[tuple[str, str]]:
@@ -8889,20 +8613,19 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         may = RATES[no.limit.unit].format(no.limit.maximum)
         return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
-    error = GatewayError(quota_message(key, no, now_s), status=429, type="insufficient_quota",
+    if no.limit.kind == "credit":
+        message = f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
+    else:
+        who, period = (f"Key {key.name}", key.period) if no.limit.kind == "key" else (f"Account {key.account}", "month")
+        message = f"{who} has used {format_usd(no.spent)} of {format_usd(no.limit.maximum)} USD {PERIODS[period]}"
+        if no.spent < no.limit.maximum:
+            message += f" and this request may cost {format_usd(no.need, 4)}"
+        reset = period_bounds(period, now_s)[1]
+        message += f"; it resets on {day_words(reset)}." if reset else "."
+    error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
     return error
-
-
-def quota_message(key: Key, no: LimitExceeded, now_s: float) -> str:
-    if no.limit.kind == "credit":
-        return f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
-    who, period = (f"Key {key.name}", key.period) if no.limit.kind == "key" else (f"Account {key.account}", "month")
-    may = "" if no.spent >= no.limit.maximum else f" and this request may cost {format_usd(no.need, 4)}"
-    reset = period_bounds(period, now_s)[1]
-    return (f"{who} has used {format_usd(no.spent)} of {format_usd(no.limit.maximum)} USD {PERIODS[period]}{may}"
-            + (f"; it resets on {day_words(reset)}." if reset else "."))
 
 
 # --- 8.9 accounts and credit ----------------------------------------------------------------------
@@ -8916,8 +8639,7 @@ async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: 
     def run(tx: Transaction) -> None:
         if tx.read("SELECT 1 FROM accounts WHERE name = ?", (name,)):
             raise BadRequest(f"There is an account named {name} already.", param="name")
-        columns = {"name": name, "created_s": int(now_s), **settings}
-        tx.execute(insertion("accounts", columns), [*columns.values()])
+        tx.insert("accounts", {"name": name, "created_s": int(now_s), **settings})
     await ledger.change(who, "account created", name, run, settings)
 
 
@@ -8939,17 +8661,15 @@ async def account_named(db: Database, name: str) -> int:
 
 
 async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> str:
-    """A top-up, or with a reason an adjustment: which of them."""
+    """Adds a top-up, or with a reason an adjustment; returns which."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:
         raise BadRequest("Taking credit away needs its reason.", param="reason")
     kind, account_id = "adjustment" if reason else "top-up", await account_named(ledger.db, name)
-
     entry = {"kind": kind, "nanos": nanos, "reason": reason}
-    columns = {"account_id": account_id, "created_s": int(now_s), **entry}
-    await ledger.change(who, "credit added", name, lambda tx: tx.execute(
-        insertion("credits", columns), [*columns.values()]), entry)
+    await ledger.change(who, "credit added", name, lambda tx: tx.insert(
+        "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
     return kind
 
 
@@ -8981,16 +8701,11 @@ def key_condition(key_id: int) -> str:
     return f"key_id = {int(key_id)}" if key_id else "1 = 1"
 
 
-async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS) -> dict[int, int]:
+async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS, where: str = "1 = 1"
+                      ) -> dict[int, int]:
     """What was spent in some days, by key or account."""
-    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, names=("cost_nanos",))
+    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, where, names=("cost_nanos",))
     return {owner: sums["cost_nanos"] for (owner,), sums in found}
-
-
-async def nanos_since(db: Database, first_day: int, key_id: int) -> int:
-    """What one key spent, or for 0 all of them."""
-    (_, sums), = await usage_sums(db, (), first_day * DAY_MS, MAX_NUMBER, key_condition(key_id), names=("cost_nanos",))
-    return int(sums["cost_nanos"])
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
@@ -9018,11 +8733,10 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
         account_id, (last_day + 1) * 86400)]
     credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
     charges = await usage_report(db, "model", first_day, last_day, account_id)
-    spent, added = sum(row["cost_nanos"] for row in charges), sum(entry["nanos"] for entry in credits)
-    spent_before = (await spent_nanos(db, "account_id", 0, first_day)).get(account_id, 0)
-    before = sum(entry["nanos"] for entry in entries) - added - spent_before
-    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
-            "after_nanos": before + added - spent}
+    spent, spent_before = sum(row["cost_nanos"] for row in charges), await spent_nanos(db, "account_id", 0, first_day)
+    after = sum(entry["nanos"] for entry in entries) - spent_before.get(account_id, 0) - spent
+    before = after + spent - sum(entry["nanos"] for entry in credits)
+    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent, "after_nanos": after}
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
@@ -9077,10 +8791,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
     """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
     gone, removed = 0, 1
     while removed:          # a part at a time: running servers write in between
-        removed = await ledger.db.write(lambda tx: tx.execute(
+        removed = await ledger.commit(lambda tx: tx.execute(
             "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
         gone += removed
-    await ledger.db.write(lambda tx: tx.execute(
+    await ledger.commit(lambda tx: tx.execute(
         "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
         "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
         (str(before_day),)))
@@ -11047,7 +10761,7 @@ async def key_facts(gateway: Gateway, client: Client) -> JSON:
     """The key's own limits, in OpenRouter's form (amounts in USD)."""
     key = await gateway.key(client)
     start, end = period_bounds(key.period, client.started_s)
-    spent = await nanos_since(gateway.ledger.db, start, key.id)
+    spent = (await spent_nanos(gateway.ledger.db, "key_id", start, where=key_condition(key.id))).get(key.id, 0)
     limit = key.budget_nanos
     data = {
         "label": key.name, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
@@ -11163,7 +10877,7 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
         "totals": {name: sum(sums[name] for _, sums in found) for name in SUMS},
-        "month": {"spent_nanos": await nanos_since(db, first_day, key_id), "first_day": first_day,
+        "month": {"spent_nanos": sum((await spent_nanos(db, "key_id", first_day, where=mine)).values()), "first_day": first_day,
                   "next_day": next_day, "budget_nanos": 0 if key_id else await month_budget(db, now_s)},
         **latency_percentiles(await latencies(db, since_ms, key_id)),
         "series": [{"name": name, **line} for name, line in series.items()],
@@ -11285,7 +10999,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
 async def open_count(gateway: Gateway, key_id: int) -> int:
     """How many requests are in flight: in all processes, and those of this one that have just begun."""
     (count,), = await gateway.ledger.db.read(f"SELECT count(*) FROM open_requests WHERE {key_condition(key_id)}")
-    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unrecorded.values())
+    return int(count) + sum(key_id in (0, row().key_id) for row in gateway.ledger.unsaved.values() if callable(row))
 
 
 def client_view(row: JSON) -> JSON:

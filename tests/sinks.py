@@ -32,13 +32,7 @@ class View:
         return item
 
     def text(self, text: str, channel: str = "text") -> None:
-        assert text
-        self._text(text, channel)
-
-    def reasoning(self, text: str) -> None:
-        self._text(text, "summary")
-
-    def _text(self, text: str, channel: str) -> None:
+        assert text or channel == "summary"
         kind = "reasoning" if channel == "summary" else "message"
         item = self.keys.get(None)
         if item is None or item["kind"] != kind:

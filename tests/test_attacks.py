@@ -515,7 +515,7 @@ def test_a_provider_that_echoes_its_key_everywhere_is_not_heard(key, tmp_path, m
 
 @pytest.mark.parametrize("text", ["task_execution_failed: disk-usage-exceeded", "risk_assessment", "monkey-business-as-usual"])
 def test_words_are_no_keys(text):
-    assert str(pomex.inband_error({"message": text})) == text
+    assert str(pomex.classify_error({"message": text})) == text
 
 
 @pytest.mark.parametrize("code", ["a b", "x" * 65, "", "<script>", "läuft", "a\nb", {"a": 1}])

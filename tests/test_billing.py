@@ -50,7 +50,7 @@ def given_up(response_id, **more):
 
 def settled(ledger, *requests):
     """As the ledger settles requests together: the rows of each."""
-    ledger.db.run(lambda tx: pomex.settle_requests(tx, requests))
+    ledger.db.commit(lambda tx: pomex.settle_requests(tx, requests))
 
 
 def sound(ledger, rows):
@@ -225,7 +225,8 @@ def test_a_paused_turn_of_anthropic_keeps_what_both_halves_say():
                    {"type": "message_delta", "delta": {"stop_reason": "pause_turn"},
                     "usage": {"output_tokens": 3, "server_tool_use": {"web_search_requests": 2}}})
     assert (said.input, said.output, said.web_searches, said.tier, said.model) == (5, 3, 2, "fast", "claude-x")
-    assert decoder.resume()
+    assert decoder.paused
+    decoder.paused = []
     said = read_by(decoder, {"type": "message_start", "message": {"id": "2", "model": "claude-x", "usage": {"input_tokens": 9, "speed": "fast"}}},
                    {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
                     "usage": {"output_tokens": 4, "server_tool_use": {"web_search_requests": 1}}})
@@ -339,7 +340,7 @@ def test_sums_follow_their_rows_once_and_attempts_that_were_given_up_are_among_t
 def test_what_a_request_truly_cost_takes_the_endpoint_of_a_guess_in_every_sum_and_never_the_other_way_round(ledger):
     key_made(ledger, "k", NOW, budget_nanos=NANO)
     limit, = pomex.limits_of(key_of(ledger, "k"), NOW_MS // pomex.DAY_MS)
-    ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit))
+    ledger.db.commit(lambda tx: pomex.spent_and_granted(tx, limit))
     guess = pomex.interrupted(used("r1", provider="openai", input=100, price="1 1 - - - -", cost_nanos=100_000))
     true = used("r1", attempt=2, provider="openai", input=90, output=10, price="1 1 - - - -", cost_nanos=100_000)
     for rows, requests, failed, cost in (([guess], 1, 1, 100_000), ([given_up("r1"), true], 1, 0, 170_000),
@@ -368,7 +369,7 @@ def test_verify_finds_what_was_changed(ledger, spoil, said):
     change(ledger, "UPDATE accounts SET limit_nanos = 1")
     key_made(ledger, "k", NOW, budget_nanos=NANO, concurrent=5)
     for limit in pomex.limits_of(key_of(ledger, "k"), NOW_MS // pomex.DAY_MS):
-        ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit))
+        ledger.db.commit(lambda tx: pomex.spent_and_granted(tx, limit))
     insert(ledger, [used("r1", input=9, output=1, price="1 1 - - - -", cost_nanos=10_000)])
     assert sound(ledger, 1) and len(read(ledger, "SELECT * FROM meters")) == 3
     assert change(ledger, spoil) == 1
@@ -412,7 +413,7 @@ def test_pruning_removes_rows_and_keeps_every_sum_and_balance(ledger, path):
     limits = pomex.limits_of(key_of(ledger, "k"), new // pomex.DAY_MS)
     insert(ledger, [given_up("r1", started_ms=old), used("r2", started_ms=new),
                     used("r1", attempt=2, started_ms=old, price="provider 0.000000005", cost_nanos=5)])
-    assert [ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
+    assert [ledger.db.commit(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
     first, last = pomex.month_bounds("2026-11")
 
     def shown():
@@ -422,7 +423,7 @@ def test_pruning_removes_rows_and_keeps_every_sum_and_balance(ledger, path):
     assert run(pomex.prune(ledger, new // pomex.DAY_MS)) == 2
     assert shown() == before and sound(ledger, 1) and run(pomex.prune(ledger, old // pomex.DAY_MS)) == 0 and sound(ledger, 1)
     change(ledger, "DELETE FROM meters")            # one that is made after pruning is made of the sums
-    assert [ledger.db.run(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
+    assert [ledger.db.commit(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
     copy = path + "-copy"
     ledger.backup(copy)
     assert os.stat(copy).st_mode & 0o777 == 0o600
@@ -943,7 +944,7 @@ def test_a_caller_who_is_cancelled_while_it_reserves_leaves_nothing_granted(path
                 reserving.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await reserving
-            await ledger.db.write(lambda tx: None)          # behind what it had asked for
+            await ledger.commit(lambda tx: None)          # behind what it had asked for
             await until(lambda: granted(ledger) == 0 and under_way(ledger) == [] and not ledger.pending, within_s=2)
             await reserve(reservation_for(ledger, "k", "next"))
     run(check())
@@ -974,7 +975,7 @@ def test_a_caller_who_is_cancelled_while_it_extends_gives_back_all_of_it_when_it
                 extending.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await extending
-            await ledger.db.write(lambda tx: None)
+            await ledger.commit(lambda tx: None)
             await settle(reservation, Usage(1000, output=1000))
             assert meters(ledger) == [("key 1", 11_000_000, 0)] and under_way(ledger) == []
     run(check())
@@ -1012,7 +1013,7 @@ async def main():
         return pomex.UsageRow(name, "q", now_ms, key.id, "/v1/responses", "p/m", provider="p", price="1 10 - - - -", **more)
     limit, place = pomex.limits_of(key, int(time.time()) // 86400)
     await ledger.reserve("r1", lambda: row("r1", status="in flight", input=1000, cost_nanos=1_000_000),
-                         [(limit, 60_000_000), (place, 1)])
+                         [(limit, 60_000_000), (place, 1)], {})
     await ledger.settle([row("r2", result="completed", input=25, cost_nanos=25_000)])
     ledger.begin("r3", lambda: row("r3", status="in flight", input=7, cost_nanos=7_000)._replace(key_id=other.id))
     await ledger.recorded("r3")
@@ -1065,7 +1066,8 @@ def test_a_process_that_was_taken_for_dead_and_goes_on_takes_its_reservation_aga
             assert await reservation.extend(4 * 1000)
             assert reservation.reserved_output == 1000 + pomex.RESERVED_STEP and under_way(ledger) == ["r"]
             assert meters(ledger) == [("key 1", 1_000_000, 51_960_000), ("key 1 open", 0, 1)]
-            assert reservation.headers()[4] == ("x-ratelimit-remaining-tokens", "904")         # a rate was not given back
+            name, remaining = reservation.headers()[4]      # a rate was not given back; a token comes back in 8.6 ms
+            assert name == "x-ratelimit-remaining-tokens" and 904 <= int(remaining) < 1904
             await settle(reservation, Usage(1000, output=2000))
             assert meters(ledger) == [("key 1", 21_000_000, 0), ("key 1 open", 0, 0)]
             assert [(row["status"], row["error_code"]) for row in recent(ledger, 9)] == [("completed", "")]

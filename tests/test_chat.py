@@ -969,7 +969,7 @@ def test_what_a_template_leaves_in_a_tools_name_is_not_its_name(name: str) -> No
         (pomex.ChatDecoder(book, pomex.DIALECTS["generic"]), "feed", json.dumps(said[0])),
         (pomex.ResponsesDecoder(book), "feed", json.dumps(event)),
         (pomex.GeminiDecoder(book), "whole", {"candidates": [candidate]}),
-        (pomex.MessagesDecoder(pomex.ToolMap(DOTTED, True, "claude")), "whole", {"content": [block]}),
+        (pomex.MessagesDecoder(pomex.ToolMap(DOTTED, True, "claude")), "whole", {"type": "message", "content": [block]}),
     ]
     found = []
     for reader, method, given in readers:
@@ -1969,7 +1969,7 @@ INBAND: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize("error, kind", INBAND, ids=lambda value: json.dumps(value))
 def test_errors_inside_a_stream_are_told_apart(error: Any, kind: str) -> None:
-    assert pomex.inband_error(error).kind == kind
+    assert pomex.classify_error(error).kind == kind
 
 
 # every form that an error has somewhere: its words, and its kind inside a 200
@@ -2197,7 +2197,7 @@ def test_an_error_is_read_to_its_core_however_deep_it_lies() -> None:
     error = {"message": "slow down", "code": "rate_limit_exceeded"}
     for _ in range(20_000):
         error = {"error": [error], "code": "outer"}
-    found = pomex.inband_error(error)
+    found = pomex.classify_error(error)
     assert (found.kind, str(found)) == ("rate_limit", "slow down")
 
 

@@ -791,3 +791,11 @@ def test_ten_thousand_pipelined_requests_take_no_long_time():
     started = time.perf_counter()
     assert request(whole, (GET + b"\r\n") * 10_000).count(END) == 10_000
     assert time.perf_counter() - started < 3
+
+
+@pytest.mark.parametrize("line", [b"a:" + b" " * 60_000 + b"\x01", b"a" * 60_000, b"a: " + b"x \t" * 20_000 + b"\x01"], ids=["blanks", "a name", "words"])
+def test_a_malformed_header_is_refused_in_linear_time(line):
+    started = time.perf_counter()
+    with pytest.raises(ProtocolError):
+        pomex.parse_fields(line, 100)
+    assert time.perf_counter() - started < 1

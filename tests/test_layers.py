@@ -130,9 +130,22 @@ GONE = """
     shell_action shown_only sign_step split_tag_start strings strip_fence table_of table_with
     thinking_config thinking_of token_limits toml_path trail unfit unique_calls untraced url_citation
     whole_characters with_headers with_host with_key zstd_decompressor zstd_module
+    CHAT_ERRORS CHAT_STOP ChatDecoder._done ChatDecoder.add_all ChatDecoder.dialect ChatDecoder.feed
+    Decoder.add_all EncodeContext.call_prefix GeminiDecoder.add_all GeminiDecoder.feed GeminiDecoder.whole
+    ItemDecoder._fail MAX_CALL_ID MESSAGES_STOP MessagesDecoder.add_all MessagesDecoder.feed
+    MessagesDecoder.resume ResponsesDecoder.feed ResponsesDecoder.read SEAL_REFUSED TextDelta.place
+    WireApi.repair add_user_turn drop_field drop_search inband_error lower_limit repair_from repair_responses
+    tool_use_id
 """.split()
 
 # Of the file at 523dd95: what the ledger before this one was made of.
+GONE += """
+    Assembler.reasoning EMPTY_FIELDS INPUT_START INPUT_TEXT Item.more Item.pending_input
+    MAX_PENDING_INPUT Passthrough.OPENING_EVENT Passthrough.ignore
+    ResponsesPassthrough.OPENING_EVENT ResponsesPassthrough.builder
+    ResponsesPassthrough.rewrite_head Sink.reasoning TOKEN_BYTES VALUE_BYTES check_parts check_tools
+    decode_input escape_controls is_complete_json state_folder strict_scan
+""".split()
 GONE += """
     ADD_TO_DAILY Bill Budgets DURATION_S ENTRY_VALUES Entry Exceeded FIRST_TOKEN_S Histogram Intent
     JOURNAL_BYTES Journal LEASE_EXACTLY LEASE_MORE LEASE_S LOOK_EVERY_S Ledger._ask
@@ -152,6 +165,13 @@ GONE += """
 GONE += """
     API_HEADERS Ask.filters Guard LEFT_OUT LiveEvent LiveFeed MODEL_ROUTE Metrics NUMERIC_FILTERS close_session find_session histogram_lines is_codex
     left_out live log_rows log_sums model_state percentiles play refused_requests time_series written_labels
+""".split()
+# Of the file at e7c18fb: the queue that a database had of its own, and what was said twice in the ledger.
+GONE += """
+    Ledger.unrecorded Ledger.waiting Ledger.ids Ledger.saving Ledger.write Needs OLD_SUMS
+    Reservation._affordable_output_tokens SQLite._commit_waiting SQLite.answer SQLite.committing
+    SQLite.run SQLite.waiting journal_requests nanos_since placeholders quota_message
+    take_over_old_days wake_waiters
 """.split()
 
 

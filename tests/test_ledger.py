@@ -422,7 +422,7 @@ def test_what_one_member_of_a_batch_raises_undoes_that_member_alone(ledger, then
         with statements(ledger) as said:
             names = "first", "second", "third"
             first, second, third = await asyncio.gather(
-                *(ledger.db.write(note(name, then if name == "second" else None)) for name in names), return_exceptions=True)
+                *(ledger.commit(note(name, then if name == "second" else None)) for name in names), return_exceptions=True)
         assert (first, third, type(second)) == ("first", "third", kind) and words in str(second)
         assert said.count("COMMIT") == 1
     asyncio.run(check())
@@ -431,7 +431,7 @@ def test_what_one_member_of_a_batch_raises_undoes_that_member_alone(ledger, then
 
 def test_a_writer_whose_caller_is_cancelled_is_written_with_the_others(ledger):
     async def check():
-        writers = [asyncio.ensure_future(ledger.db.write(note(name))) for name in "abc"]
+        writers = [asyncio.ensure_future(ledger.commit(note(name))) for name in "abc"]
         await asyncio.sleep(0)
         writers[1].cancel()
         ends = await asyncio.gather(*writers, return_exceptions=True)
@@ -447,7 +447,7 @@ def test_who_waits_for_a_write_when_the_ledger_is_closed_is_answered(path, turns
         ledger.db.writing.submit(time.sleep, 0.05)
         writers = []
         for name in "ab":
-            writers.append(asyncio.ensure_future(ledger.db.write(note(name))))
+            writers.append(asyncio.ensure_future(ledger.commit(note(name))))
             for _ in range(turns):
                 await asyncio.sleep(0)
         ledger.close()
@@ -631,7 +631,7 @@ def test_what_is_still_to_be_written_at_the_end_is_written_once(path, behind):
         async with started(path) as (ledger,):
             change(ledger, "INSERT INTO rates VALUES ('key 1 tokens', 1000)")
             ledger.refuse(0, refusal("limit"))
-            first = [ledger.db.write(lambda tx: time.sleep(0.05))] if behind else []
+            first = [ledger.commit(lambda tx: time.sleep(0.05))] if behind else []
             ledger.db.writing.submit(time.sleep, 0.05)          # so that what is handed to it is not there at once
             ends = []
             for each in (*first, ledger.settle([row("r1")], [(7, "key 1 tokens")]), ledger.save_counts()):
@@ -639,7 +639,7 @@ def test_what_is_still_to_be_written_at_the_end_is_written_once(path, behind):
                 await asyncio.sleep(0)
             for _ in range(3):
                 await asyncio.sleep(0)
-            assert ledger.db.committing is not None and len(ledger.db.waiting) == 2 * behind and not ends[-1].done()
+            assert ledger.flushing is not None and [*ledger.unsaved] == ["r1"] and len(ledger.writes) == 1 and not ends[-1].done()
         for each in ends:
             each.cancel()
         await asyncio.gather(*ends, return_exceptions=True)
@@ -721,6 +721,19 @@ def test_no_more_than_max_unsaved_rows_are_kept_and_each_that_is_lost_is_told(pa
             await until(ledger.available)
     asyncio.run(check())
     assert rows(path) == [(f"r{n}", "completed", "") for n in range(3)] + [("r4", "failed", "interrupted")]
+
+
+def test_a_row_takes_the_place_of_its_open_request_among_those_kept(path, impatient, caplog):
+    async def check():
+        async with started(path, max_unsaved=1) as (ledger,):
+            fill(ledger, True)
+            begin(ledger, "r1")
+            await ledger.settle([row("r1", model="m" * 9000)])
+            assert [*ledger.unsaved] == ["r1"] and "is lost" not in caplog.text
+            fill(ledger, False)
+            await until(ledger.available)
+    asyncio.run(check())
+    assert rows(path) == [("r1", "completed", "")]
 
 
 @pytest.mark.parametrize("heals", [True, False])
@@ -912,7 +925,7 @@ def test_a_process_elsewhere_is_dead_when_its_beats_stand_still_and_what_it_says
                 return (totals(ours)["requests"], totals(ours)["input"],
                         read(ours, "SELECT spent, granted FROM meters WHERE owner = 'key 1'")[0])
             asked = row("r1", input=50, cached=0, output=0, reasoning=0, cost_nanos=50_000)
-            await theirs.reserve("r1", lambda: asked, [(limit, 70_000)])
+            await theirs.reserve("r1", lambda: asked, [(limit, 70_000)], {})
             assert await sums() == (0, 0, (0, 70_000))
             change(ours, "UPDATE processes SET host = 'elsewhere'")
             for _ in range(3):              # it lives as long as it beats
@@ -1101,7 +1114,7 @@ def test_a_change_among_ten_thousand_keys_holds_the_loop_for_two_milliseconds_at
     """CPU time of the longest step of the loop: a wall clock would measure the machine's other work."""
     async def check():
         async with started(path, 2) as (one, other):
-            one.db.run(lambda tx: tx.execute_many(
+            one.db.commit(lambda tx: tx.execute_many(
                 "INSERT INTO keys (name, digest, hint, created_s, revision) VALUES (?, ?, 'h', 1, ?)",
                 [(f"k{number}", f"{number:064x}", number + 1) for number in range(10_000)]))
             await until(lambda: len(one.keys) == len(other.keys) == 10_000)

@@ -53,7 +53,7 @@ def book(tools: Iterable[JSON] = (), model: str = BUDGET) -> pomex.ToolMap:
 
 
 def decoder(tools: Iterable[JSON] = ()) -> pomex.MessagesDecoder:
-    made = pomex.MessagesDecoder(book(tools), "call_new_")
+    made = pomex.MessagesDecoder(book(tools), None, "call_new_")
     made.sink = View()
     return made
 
@@ -378,7 +378,7 @@ def test_a_paused_turn_goes_on_with_the_recorded_request_in_the_same_answer() ->
         return [(b["type"], b.get("text"), b.get("thinking"), b.get("signature"), b.get("id"), b.get("input"),
                  b.get("tool_use_id")) for b in blocks]
     assert shape(sent["messages"][-1]["content"]) == shape(recorded["messages"][-1]["content"])
-    assert sent["messages"][:-1] == recorded["messages"][:-1] and reader.resume() is None
+    assert sent["messages"][:-1] == recorded["messages"][:-1] and reader.paused == []
     for data in recorded_data(rest / "response.sse"):
         reader.feed(data)
     assert view.end() == "completed" and all(item["closed"] for item in view.items.values())
@@ -392,9 +392,10 @@ def test_pauses_end_after_five() -> None:
     for turn in range(pomex.MAX_PAUSES):
         view = view_of([{**BEGIN, "message": {"id": f"msg_{turn}", "usage": {"input_tokens": 1}}}, *said("a"),
                         *ended("pause_turn")], reader)
-        assert view.end() == "none" and reader.resume() == [{"type": "text", "text": "a"}]
+        assert view.end() == "none" and reader.paused == [{"type": "text", "text": "a"}]
+        reader.paused = []
     view = view_of([BEGIN, *said("a"), *ended("pause_turn")], reader)
-    assert view.end() == "max_output_tokens" and view.usage.output == 30 and reader.resume() is None
+    assert view.end() == "max_output_tokens" and view.usage.output == 30 and reader.paused == []
 
 
 def test_a_second_pause_continues_the_same_assistant_turn() -> None:
@@ -412,7 +413,7 @@ def test_a_second_pause_continues_the_same_assistant_turn() -> None:
 def test_a_call_in_a_paused_turn_goes_back_with_an_object(arguments: str, given: JSON) -> None:
     reader = decoder([SEARCH])
     view_of([BEGIN, *called(0, arguments), *ended("pause_turn")], reader)
-    assert reader.resume() == [{"type": "tool_use", "id": "toolu_0", "name": "f", "input": given}]
+    assert reader.paused == [{"type": "tool_use", "id": "toolu_0", "name": "f", "input": given}]
 
 
 # --- through the whole gateway: answers, and what comes back with the next turn
@@ -1257,13 +1258,6 @@ REPAIRS: dict[str, tuple[str, str, Any, Any]] = {
     "a thought that is wanted": (BUDGET,
                                  "messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `tool_use`",
                                  lambda b: "thinking" in b, False),
-    "an effort": ("claude-opus-4-6",
-                  "This model does not support effort level 'xhigh'. Supported levels: high, low, max, medium.",
-                  lambda b: "output_config" in b, False),
-    "a limit": (BUDGET, "max_tokens: 46384 > 8192, which is the maximum allowed number of output tokens for x",
-                lambda b: (b["max_tokens"], b["thinking"]["budget_tokens"]), (8192, 7168)),
-    "a parameter": (BUDGET, "`metadata` is not supported for this model", lambda b: "metadata" in b, False),
-    "prefill": (OTHER, "This model does not support assistant message prefill.", lambda b: roles(b)[-1], "user"),
 }
 
 
@@ -1281,6 +1275,9 @@ def test_known_refusals_are_mended(model: str, message: str, look: Any, wanted: 
 @pytest.mark.parametrize("error", [refusal("prompt is too long: 3 tokens > 2 maximum"),
                                    refusal("messages: at least one message is required"),
                                    refusal("`temperature` is deprecated for this model."), refusal("thinking", 529),
+                                   refusal("max_tokens: 46384 > 8192, which is the maximum allowed number of output tokens for x"),
+                                   refusal("This model does not support effort level 'xhigh'. Supported levels: high, low, max, medium."),
+                                   refusal("This model does not support assistant message prefill."),
                                    pomex.UpstreamError("x")])
 def test_what_is_not_known_is_not_asked_twice(error: pomex.GatewayError) -> None:
     assert pomex.WIRES["messages"].call(job(LOOP)).repaired(error) is None

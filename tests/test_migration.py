@@ -139,7 +139,7 @@ def test_a_leftover_journal_is_taken_over_first(path):
     already = ["r1", "q1", NOW * 1000, 3, "/v1/responses", "m", "x", "x", "failed", "", "", "", *[0] * 9, 0, 0, "", 1, 999, []]
     file = journal(path, ("I", BEGUN), ("I", [*SETTLED[:1], *BEGUN[1:]]), ("S", SETTLED), ("S", already), ("S", "nonsense"))
     with contextlib.closing(pomex.Ledger.open(path)) as ledger:
-        rows = ledger.db.run(lambda tx: tx.read("SELECT response_id, attempt, status, error_code, cost_nanos FROM usage ORDER BY response_id, attempt"))
+        rows = ledger.db.commit(lambda tx: tx.read("SELECT response_id, attempt, status, error_code, cost_nanos FROM usage ORDER BY response_id, attempt"))
         assert rows == [("r1", 1, "lost", "server_error", 84_000), ("r1", 2, "completed", "", 1_743_000), ("r2", 1, "lost", "overloaded", 7_200),
                         ("r2", 2, "failed", "server_error", 18_000), ("r3", 0, "failed", "interrupted", 36_000)]
         assert asyncio.run(pomex.verify(ledger.db)) == (5, [])

@@ -262,7 +262,7 @@ DEFAULTS = {
     ({"reasoning": {"effort": "high"}}, {"reasoning": {"effort": "high", "summary": None}}),
     ({"text": {"format": None, "verbosity": "low"}}, {"text": {"format": {"type": "text"}, "verbosity": "low"}}),
     ({"text": {"verbosity": None, "other": None}}, {}),
-    ({"reasoning": {"effort": None, "other": None}}, {"reasoning": {"effort": None, "summary": None, "other": None}}),
+    ({"reasoning": {"effort": None, "other": None}}, {"reasoning": {"effort": None, "summary": None}}),
     ({"service_tier": "auto"}, {}), ({"service_tier": "flex"}, {"service_tier": "flex"}),
     ({"tools": [{"type": "function", "name": "f"}, PATCH]},
      {"tools": [{"type": "function", "name": "f", "description": None, "parameters": None, "strict": True}, PATCH]}),
@@ -590,12 +590,12 @@ def test_every_kind_of_item_has_its_events(deltas, expected):
 @pytest.mark.parametrize("calls_made, item", [
     ([begins(0, "message", fields={"phase": "commentary"}), adds(0, "caf\u00e9 \"x\"\n"),
       lambda sink: sink.annotate({"type": "url_citation", "title": "\u00e9"}, 0), adds(0, "No", "refusal"), ends(0, {"status": "incomplete"})],
-     '{"id":"msg_1_0","type":"message","status":"incomplete","role":"assistant","content":[{"type":"output_text","text":'
+     '{"id":"msg_1_0","type":"message","status":"incomplete","role":"assistant","phase":"commentary","content":[{"type":"output_text","text":'
      '"caf\\u00e9 \\"x\\"\\n","annotations":[{"type":"url_citation","title":"\\u00e9"}],"logprobs":[]},'
-     '{"type":"refusal","refusal":"No"}],"phase":"commentary"}'),
+     '{"type":"refusal","refusal":"No"}]}'),
     ([begins(0, "reasoning"), adds(0, "raw", "raw"), adds(0, "a", "summary"), adds(0, "b", "summary", 1), ends(0, {"sealed_replay": None, "extra": [1]})],
-     '{"id":"rs_1_0","type":"reasoning","status":"completed","summary":[{"type":"summary_text","text":"a"},'
-     '{"type":"summary_text","text":"b"}],"content":[{"type":"reasoning_text","text":"raw"}],"extra":[1]}'),
+     '{"id":"rs_1_0","type":"reasoning","status":"completed","extra":[1],"summary":[{"type":"summary_text","text":"a"},'
+     '{"type":"summary_text","text":"b"}],"content":[{"type":"reasoning_text","text":"raw"}]}'),
     ([begins(0, "function_call", "c", "f", "ns"), adds(0, ' {"a":\n"\u00e9"}', "arguments"), ends(0, {"status": "incomplete"})],
      '{"id":"fc_1_0","type":"function_call","status":"incomplete","call_id":"c","name":"f",'
      '"arguments":" {\\"a\\":\\n\\"\\u00e9\\"}","namespace":"ns"}'),
@@ -682,9 +682,11 @@ def test_a_custom_tools_text_comes_out_of_its_json_however_that_is_cut(arguments
         assert streams.check(raw)["output"][0]["input"] == text, pieces
 
 
-def test_a_custom_tools_text_is_shown_while_it_comes():
-    raw, _ = told([begins(0, "custom_tool_call", "c", "t"), *(adds(0, p, "arguments") for p in ('{"input":"one', " two", "\\", 'n three"}')), ends(0), Stop()])
-    assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {t}" for t in ("one", " two", "\n three")]
+def test_a_custom_tools_text_in_json_is_one_delta_and_raw_text_streams_on():
+    for channel, pieces, deltas in (("arguments", ('{"input":"one', " two", "\\", 'n three"}'), ["one two\n three"]),
+                                    ("input", ("one", " two", "\n three"), ["one", " two", "\n three"])):
+        raw, _ = told([begins(0, "custom_tool_call", "c", "t"), *(adds(0, piece, channel) for piece in pieces), ends(0), Stop()])
+        assert [line for line in streams.lines(raw) if ".delta" in line] == [f"custom_tool_call_input.delta 0 {text}" for text in deltas]
 
 
 @pytest.mark.parametrize("profile", [pomex.STANDARD, pomex.CODEX], ids=["standard", "codex"])
@@ -1167,7 +1169,7 @@ def test_codex_is_told_of_a_cut_as_of_an_end(stream, standard, codex):
     assert [i["type"] for i in streams.check(raw)["output"]] == standard
     raw, attempt = relayed([b"".join(numbered(stream))], pomex.CODEX)
     assert streams.events(raw)[-1]["type"] == "response.completed"
-    assert [i["type"] for i in streams.check(raw, True)["output"]] == codex
+    assert [i["type"] for i in streams.check(raw, True, relayed=True)["output"]] == codex
     assert [e["item"]["type"] for e in streams.events(raw) if e["type"].endswith("item.done")] == codex
 
 
@@ -1316,7 +1318,7 @@ def test_an_object_in_the_endpoint_of_a_stream_becomes_a_stream(profile):
     looked = {**RUN, "namespace": "ns", "status": "completed"}
     attempt.whole(json.dumps(response("incomplete", output=[SAID, looked, half], usage=GOOD_USAGE)).encode())
     attempt.finish()
-    final = streams.check(attempt.terminal(1_700_000_009), profile is pomex.CODEX)
+    final = streams.check(attempt.terminal(1_700_000_009), profile is pomex.CODEX, relayed=True)     # its items come whole
     assert [i["type"] for i in final["output"]] == ["message", "function_call"] + ["function_call"] * (profile is pomex.STANDARD)
     assert final["output"][1]["namespace"] == "ns"
 

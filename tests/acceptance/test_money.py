@@ -758,11 +758,11 @@ def test_over_a_million_rows_every_report_is_there_in_a_third_of_a_second(tmp_pa
                 f"resp_new{next(numbers)}", "r", int(time.time() * 1000), 1 + number % 3, "/v1/responses", "plain/m", 1, 1, 1,
                 "plain", "m", result="completed", input=1000, output=10, price="1.5 10.25 0.1 1.875 - -", cost_nanos=1_602_500)
                 for number in range(50)]
-            ledger.db.run(lambda tx, rows=rows: pomex.settle_requests(tx, [[row] for row in rows]))
+            ledger.db.commit(lambda tx, rows=rows: pomex.settle_requests(tx, [[row] for row in rows]))
         return (time.process_time() - begun) / 2000
     before, now_s = settling(), time.time()
     today, now_ms = int(now_s // 86400), int(now_s * 1000)
-    ledger.db.run(lambda tx: [tx.execute("DELETE FROM usage_rollups"), tx.execute(FILL, (today - 365,)), tx.execute(ROLL_UP)])
+    ledger.db.commit(lambda tx: [tx.execute("DELETE FROM usage_rollups"), tx.execute(FILL, (today - 365,)), tx.execute(ROLL_UP)])
     db, taken = ledger.db, dict[str, float]()
     first, last = pomex.month_bounds(time.strftime("%Y-%m", time.gmtime(now_s)))
 

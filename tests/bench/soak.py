@@ -164,7 +164,7 @@ def main():
         code = gateway.wait(60)
         log = (folder / "log").read_text()
         with contextlib.closing(pomex.Ledger.open(str(folder / "pomex.db"))) as ledger:
-            rows = ledger.db.run(lambda tx: tx.read("SELECT coalesce(sum(requests), 0) FROM usage_rollups"))[0][0]
+            rows = ledger.db.commit(lambda tx: tx.read("SELECT coalesce(sum(requests), 0) FROM usage_rollups"))[0][0]
     return judge(run, marks, rows, log, code)
 
 

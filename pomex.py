@@ -8933,12 +8933,19 @@ class TransportTimeout(TransportError, UpstreamTimeout):
 
 # --- 9.1 endpoints and proxies --------------------------------------------------------------------
 
+class Proxy(NamedTuple):
+    """An HTTP proxy."""
+    host: str
+    port: int
+    fields: tuple[tuple[str, str], ...]     # headers: its user and password
+
+
 class Origin(NamedTuple):
     """The far end of a connection and the way to it. Requests to the same origin may share connections."""
     scheme: str
     host: str
     port: int
-    proxy: str      # its URL, or ""
+    proxy: Proxy | None
     ca_file: str
 
     @property
@@ -8971,32 +8978,32 @@ def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, s
     return next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
 
 
-def proxy_address(proxy: str) -> tuple[str, int, list[tuple[str, str]]]:
-    """Host, port and headers (its user and password) of an http proxy; the scheme may be missing."""
+def parse_proxy(proxy: str) -> Proxy:
+    """A proxy's address, with or without a scheme. ValueError: it is not one of HTTP."""
     url = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     if url.scheme != "http" or not url.hostname:
         raise ValueError("only proxies like http://host:port are supported")
     port = url.port or 1080         # curl's default
     if url.username is None:
-        return url.hostname, port, []
+        return Proxy(url.hostname, port, ())
     pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
-    return url.hostname, port, [("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode())]
+    return Proxy(url.hostname, port, (("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode()),))
 
 
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
     """The endpoint of base_url. `proxy` is an address, "off", or "env" for the environment's."""
     url = urllib.parse.urlsplit(provider.base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    proxy = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
-    if proxy == "env":
-        proxy = environment_proxy(url.scheme, host, port, environ)
+    address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
+    if address == "env":
+        address = environment_proxy(url.scheme, host, port, environ)
+    proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
     name = origin.authority.removesuffix(":443" if url.scheme == "https" else ":80")
     path = url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
-    credentials = proxy_address(proxy)[2] if proxy else []
     if proxy and url.scheme == "http":      # RFC 9112 3.2.2: proxies need the absolute form
-        return Endpoint(origin, f"http://{name}{path}", fields + credentials)
+        return Endpoint(origin, f"http://{name}{path}", [*fields, *proxy.fields])
     return Endpoint(origin, path, fields)
 
 
@@ -9328,8 +9335,8 @@ class ConnectionPool:
             async with timeout:
                 connection = await self.dial(origin)
                 if origin.scheme == "https":
-                    if origin.proxy:
-                        await self.open_tunnel(connection, origin)
+                    if origin.proxy is not None:
+                        await self.open_tunnel(connection, origin, origin.proxy)
                     phase = "tls"
                     await connection.writer.start_tls(self.context(origin.ca_file), server_hostname=origin.host)
             return connection
@@ -9344,18 +9351,16 @@ class ConnectionPool:
             raise exchange.failed(phase, error, limit, sent=False) from None
 
     async def dial(self, origin: Origin) -> UpstreamConnection:
-        host, port = origin.host, origin.port
-        if origin.proxy:
-            host, port, _ = proxy_address(origin.proxy)
-        tries = [functools.partial(open_connection, address, port) for address in await self.addresses(host)]
+        peer = origin.proxy or origin
+        tries = [functools.partial(open_connection, address, peer.port) for address in await self.addresses(peer.host)]
         connection: UpstreamConnection | None
         connection, _, errors = await asyncio.staggered.staggered_race(tries, HAPPY_EYEBALLS_S)
         if connection is None:
             raise next(filter(None, reversed(errors)))
-        peer = connection.writer.get_extra_info("socket")
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        opened = connection.writer.get_extra_info("socket")
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):     # NATs drop silent connections after some minutes
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return connection
 
     async def addresses(self, host: str) -> list[str]:
@@ -9371,9 +9376,9 @@ class ConnectionPool:
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
 
-    async def open_tunnel(self, connection: UpstreamConnection, origin: Origin) -> None:
+    async def open_tunnel(self, connection: UpstreamConnection, origin: Origin, proxy: Proxy) -> None:
         """CONNECT: after the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
-        fields = [("host", origin.authority), *proxy_address(origin.proxy)[2]]
+        fields = [("host", origin.authority), *proxy.fields]
         connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
         connection.http.start("CONNECT")
         while (head := connection.http.next()) is NEED_DATA:
@@ -11901,8 +11906,12 @@ class Client:
     async def fail(self, error: GatewayError) -> None:
         """Answers with the error; if a part of another answer was sent, closes the connection."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
-        if not self.sent_bytes:
-            await self.answer(error.status, *error_answer(error))
+        if self.sent_bytes:
+            return
+        kind, body = "application/json", json.dumps(error.body())
+        if error.plain:
+            kind, body = "text/plain; charset=utf-8", str(error)
+        await self.answer(error.status, [("content-type", kind), *error.headers], body.encode())
 
 
 NO_REQUEST = RequestHead("", "", "", http11=True, headers=NO_HEADERS, keep_alive=False, expect_continue=False, length=0)
@@ -11912,12 +11921,6 @@ SANE_ID = re.compile(r"[!-~]{1,128}")
 def request_id_for(wanted: str) -> str:
     """The client's own id if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
-
-
-def error_answer(error: GatewayError) -> tuple[list[tuple[str, str]], bytes]:
-    if error.plain:
-        return [("content-type", "text/plain; charset=utf-8"), *error.headers], str(error).encode()
-    return [("content-type", "application/json"), *error.headers], json.dumps(error.body()).encode()
 
 
 # --- 12.1 one connection --------------------------------------------------------------------------

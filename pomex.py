@@ -9103,9 +9103,6 @@ class Exchange:
         elif coding not in ("", "identity"):
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
-    def due(self) -> float:
-        return min(self.idle_due, self.total_due)
-
     async def read(self) -> bytes:
         """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
         from this call: the time before it was spent on the client."""
@@ -9138,10 +9135,19 @@ class Exchange:
         connection = self.connection
         if connection is None or self.finished or self.inflater or connection.protocol.unread:
             return
+        pump, protocol = Pump(self, connection, take), connection.protocol
+        protocol.pump, protocol.on_end = pump.receive, pump.stop
         try:
-            await Pump(self, connection, take).run()
+            pump.take_parts()
+            while not pump.stopped.done() and (left_s := min(self.idle_due, self.total_due) - self.loop.time()) > 0:
+                await asyncio.wait([pump.stopped], timeout=left_s)
         finally:
+            protocol.pump, protocol.on_end = None, do_nothing
             self.paused_since = self.loop.time()
+        if pump.error is not None:
+            raise pump.error
+        if not pump.stopped.done():
+            self.heard = False      # so read() raises the timeout
 
     def inflate(self) -> bytes:
         """The next slice of `compressed`, inflated; at the end of the body checks that it was complete."""
@@ -9197,23 +9203,9 @@ class Pump:
     """Gives the bytes of an answer to take() as the event loop receives them (SPEED.md "What pays", 3)."""
 
     def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
-        self.exchange, self.connection, self.take, self.loop = exchange, connection, take, exchange.loop
-        self.stopped = self.loop.create_future()
+        self.exchange, self.connection, self.take = exchange, connection, take
+        self.stopped = exchange.loop.create_future()
         self.error: Exception | None = None     # of take()
-
-    async def run(self) -> None:
-        exchange, protocol = self.exchange, self.connection.protocol
-        protocol.pump, protocol.on_end = self.receive, self.stop
-        try:
-            self.take_parts()
-            while not self.stopped.done() and (left_s := exchange.due() - self.loop.time()) > 0:
-                await asyncio.wait([self.stopped], timeout=left_s)
-        finally:
-            protocol.pump, protocol.on_end = None, do_nothing
-        if self.error is not None:
-            raise self.error
-        if not self.stopped.done():
-            exchange.heard = False      # so read() raises the timeout
 
     def receive(self, data: bytes) -> None:
         if len(data) <= PUMPED_BYTES:
@@ -9237,7 +9229,7 @@ class Pump:
             self.stop()
             return
         if exchange.heard:
-            exchange.idle_due = self.loop.time() + exchange.provider.idle_timeout_s
+            exchange.idle_due = exchange.loop.time() + exchange.provider.idle_timeout_s
         if part is not NEED_DATA:
             exchange.finished = part is END
             self.stop()
@@ -9824,6 +9816,7 @@ class ClientStream:
 
     def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
         self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
+        self.streaming: bool = answer.request.stream
         self.attempt = Attempt(answer)                  # the newest
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
@@ -9831,12 +9824,12 @@ class ClientStream:
         self.writing = asyncio.Lock()                   # held while the client is slow
         self.timer: asyncio.TimerHandle | None = None
         self.beat: asyncio.Task[None] | None = None
-        if answer.request.stream:
+        if self.streaming:
             self.timer = self.loop.call_later(server.early_200_after_s, self._tick)
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
         """Of a 200. No upstream header is relayed: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
-        fields, client = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS, self.client
+        fields, client = STREAM_HEADERS if self.streaming else JSON_HEADERS, self.client
         if not early:                                   # a target has answered
             own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
                    ("openai-processing-ms", str(client.elapsed_ms())),
@@ -9978,7 +9971,7 @@ class Router:
         if is_open & tries.keys() - {target.id}:
             others = [each for each in others if each.id not in is_open]
         other = self.health.choose(others, now)
-        shown = down.answer.request.stream and down.attempt.output_started
+        shown = down.streaming and down.attempt.output_started
         decision, wait_s = decide_retry(
             policy, shown, tries[target.id], client.attempts, down.due - now,
             getattr(error, "retry_after_s", None), other is not None, target.id in is_open,
@@ -10054,7 +10047,7 @@ class Router:
             if not client.count_attempt():
                 raise UpstreamError(f"The request has used its {MAX_ATTEMPTS} upstream calls.")
             client.asked_ms, client.answering_ms, client.upstream_id = client.elapsed_ms(), 0, ""
-            exchange, sound = await self.open(target.provider, call, down), False
+            exchange, sound = await self.open(target.provider, call, client), False
             client.answering_ms = client.elapsed_ms()
             given = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
             client.upstream_id = self.upstream.secrets.sub("[redacted]", given)
@@ -10071,20 +10064,20 @@ class Router:
             finally:
                 await exchange.close(sound)
 
-    async def open(self, provider: ProviderConfig, call: UpstreamCall, down: ClientStream) -> Exchange:
+    async def open(self, provider: ProviderConfig, call: UpstreamCall, client: Client) -> Exchange:
         if provider.wire_api == "demo":
             return DemoExchange(call.frames)
         headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
         if provider.api_key:
             headers += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Passthrough):
-            headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
-        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.client.count_attempt)
+            headers += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
+        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
 
     async def read(self, exchange: Exchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
         """Reads the whole answer into the attempt; sends its frames to the client once output has begun."""
-        stream, kind = down.answer.request.stream, exchange.headers.get("content-type")
+        kind = exchange.headers.get("content-type")
         if exchange.status >= 400:
             raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
         if kind.startswith("text/html"):        # of a proxy or a login
@@ -10098,10 +10091,10 @@ class Router:
             before = output_size(attempt)
             attempt.feed(piece)
             exchange.heard |= output_size(attempt) > before
-            sent = not (attempt.output_started and stream) or down.put(attempt)
+            sent = not (attempt.output_started and down.streaming) or down.put(attempt)
             return sent and not (attempt.stop or attempt.error) and reservation.covers(attempt.output_chars)
 
-        is_object = not (stream or kind.startswith("text/event-stream"))
+        is_object = not (down.streaming or kind.startswith("text/event-stream"))
         data = b"" if is_object else await exchange.read()
         if is_object or data.lstrip()[:1] in (b"{", b"["):      # some answer a streamed request with an object
             attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
@@ -10132,7 +10125,7 @@ class Router:
 
     async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
         """Sends the pending output, and waits while the client is slow."""
-        if not (attempt.output_started and down.answer.request.stream):
+        if not (attempt.output_started and down.streaming):
             return
         if attempt.out:
             if not down.client.first_ms:
@@ -10476,17 +10469,17 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     error, to_codex = down.attempt.error, answer.profile.errors_as_events
     # an empty answer ends its stream: after a 5xx an SDK would retry, and pay for the input each time
     ended = down.client.status != 0 or down.attempt.stop is not None or error is None
-    in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
+    in_stream = down.streaming and (ended or (to_codex and error is not None and errors_in_stream(error)))
     if error is not None and in_stream and to_codex:
         make_codex_show(error, ("context_length_exceeded",))
     last = b""
     if error is None or in_stream:
         try:
-            last = final_bytes(down.attempt, in_stream)
+            last = down.attempt.terminal(int(time.time())) if in_stream else down.attempt.body(int(time.time())).encode()
         except Exception as bug:         # noqa: BLE001 - our own bug; one row and one end all the same
             log.error("%s: %s", down.client.request_id, fault_location(bug))
             down.attempt = failed_copy(down.attempt)
-            last = final_bytes(down.attempt, in_stream) if in_stream else b""
+            last = down.attempt.terminal(int(time.time())) if in_stream else b""
     if down.attempt.error is not None and not in_stream:
         down.attempt.terminal_by = ""
     if refused is None:
@@ -10499,12 +10492,6 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
         raise down.attempt.error
     else:
         await down.client.answer(200, down.headers(), last)
-
-
-def final_bytes(attempt: Attempt, in_stream: bool) -> bytes:
-    """The terminal event, or the whole answer."""
-    now_s = int(time.time())
-    return attempt.terminal(now_s) if in_stream else attempt.body(now_s).encode()
 
 
 def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
@@ -11985,14 +11972,22 @@ class Connection(StreamConnection):
             raise
 
     async def next_head(self) -> RequestHead | None:
-        """The head of the next request; None if none will come. header_timeout_s counts from its first byte."""
+        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. While draining,
+        the wait is short, but not zero: a keep-alive or new client may already have sent its request."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
-        part = self.http.next()
-        while part is NEED_DATA and self.http.idle:
-            if self.server.closing or not await self.wait_for_request():
+        while (part := self.http.next()) is NEED_DATA and self.http.idle:
+            if self.server.closing:
                 return None
-            part = self.http.next()
+            try:
+                async with asyncio.timeout(self.idle_s()) as self.waiting:
+                    came = await self.receive()
+            except TimeoutError:
+                came = self.protocol.unread > 0 and await self.receive()        # received in the same turn of the loop
+            finally:
+                self.waiting = None
+            if not came:
+                return None
         started = self.loop.time()
         while not isinstance(part, RequestHead):
             if not await self.receive_within(self.server.config.header_timeout_s, started, "request head"):
@@ -12001,17 +11996,6 @@ class Connection(StreamConnection):
         self.server.idle.pop(self, None)
         self.body_done = False
         return part
-
-    async def wait_for_request(self) -> bool:
-        """True if a byte of the next request came in time. While draining that is short, but not zero: a keep-alive or new
-        client may already have sent its request."""
-        try:
-            async with asyncio.timeout(self.idle_s()) as self.waiting:
-                return await self.receive()
-        except TimeoutError:
-            return self.protocol.unread > 0 and await self.receive()        # received in the same turn of the loop
-        finally:
-            self.waiting = None
 
     def idle_s(self) -> float:
         if self.server.draining:

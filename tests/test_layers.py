@@ -175,6 +175,16 @@ GONE += """
 """.split()
 
 
+# Of the file at b872025: the edge's second ways to do a thing, and words of its own.
+GONE += """
+    AccessLog Catalogue Client.begin Client.drain ClientProtocol Connection.handle Connection.take_body Connection.time_limit
+    FIXED GatewayServer.adopt ModelCatalog.serves OUR_LIMITS PATIENCE_S Pump.check_deadline Pump.deadline Router.check_answer
+    Server.give_up Server.who_asks UpstreamProtocol Worker.heard Worker.pipe Worker.ready Worker.streams
+    Workers.install_signal_handlers Workers.receive bypasses_proxy connections_that_fit error_answer handed_sockets keyed
+    listening_as printable printable_sentence printable_text proxy_address read_until refuse set_up_transport
+""".split()
+
+
 def definitions(body, prefix=""):
     """Qualified names of the classes, functions, methods, fields and constants of a module or class."""
     for node in body:

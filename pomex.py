@@ -10028,8 +10028,8 @@ class Router:
                 probe.probing = False
         try:
             if stop := down.attempt.stop:
-                said = self.upstream.secrets.sub("[redacted]", stop.explanation)
-                down.attempt.stop = dataclasses.replace(stop, explanation=said)
+                explanation = self.upstream.secrets.sub("[redacted]", stop.explanation)
+                down.attempt.stop = dataclasses.replace(stop, explanation=explanation)
             down.attempt.finish(failure and without_traceback(failure))
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
@@ -10047,13 +10047,13 @@ class Router:
             if not client.count_attempt():
                 raise UpstreamError(f"The request has used its {MAX_ATTEMPTS} upstream calls.")
             client.asked_ms, client.answering_ms, client.upstream_id = client.elapsed_ms(), 0, ""
-            exchange, sound = await self.open(target.provider, call, client), False
+            exchange, reusable = await self.open(target.provider, call, client), False
             client.answering_ms = client.elapsed_ms()
-            given = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
-            client.upstream_id = self.upstream.secrets.sub("[redacted]", given)
+            upstream_id = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
+            client.upstream_id = self.upstream.secrets.sub("[redacted]", upstream_id)
             try:
                 await self.read(exchange, call.attempt, target, down)
-                sound = call.attempt.error is None and call.attempt.stop is not None
+                reusable = call.attempt.error is None and call.attempt.stop is not None
                 more = call.resumed()
             except GatewayError as error:
                 final = repaired or call.attempt.output_started or client.attempts >= MAX_ATTEMPTS
@@ -10062,7 +10062,7 @@ class Router:
                     raise
                 repaired = True
             finally:
-                await exchange.close(sound)
+                await exchange.close(reusable)
 
     async def open(self, provider: ProviderConfig, call: UpstreamCall, client: Client) -> Exchange:
         if provider.wire_api == "demo":

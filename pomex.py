@@ -9848,22 +9848,17 @@ class ClientStream:
         return self.client.put(attempt.take_output())
 
     async def send(self, block: bytes, last: bool = False) -> None:
-        """Writes output of the model; `last` ends the answer. Waits while the client is slow."""
+        """Writes a block of the answer, after its head; `last` ends it. Waits while the client is slow."""
         if last:
             self.stop()
-        elif not self.client.first_ms:
-            self.client.first_ms = self.client.elapsed_ms()
         async with self.writing:
-            await self._write(block, last)
-
-    async def _write(self, block: bytes, last: bool = False) -> None:
-        client, self.active = self.client, self.loop.time()
-        if not client.status:
-            if not last:
-                await self.reservation.ledger.recorded(self.answer.id)      # before the client sees a byte
-            answered = client.attempts > 0 if last else self.attempt.output_started
-            await client.start(200, self.headers(early=not answered))
-        await (client.end if last else client.write)(block)
+            client, self.active = self.client, self.loop.time()
+            if not client.status:
+                if not last:
+                    await self.reservation.ledger.recorded(self.answer.id)      # before the client sees a byte
+                answered = client.attempts > 0 if last else self.attempt.output_started
+                await client.start(200, self.headers(early=not answered))
+            await (client.end if last else client.write)(block)
 
     def _tick(self) -> None:
         """After enough silence sends an early 200 with the opening events, or a heartbeat."""
@@ -9877,9 +9872,8 @@ class ClientStream:
 
     async def _beat(self) -> None:
         with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # the request itself meets them, too
-            async with self.writing:
-                if self.timer is not None:      # else the answer has ended meanwhile; numbered when written
-                    await self._write(self.answer.heartbeat() if self.answer.started else self.answer.start())
+            if self.timer is not None and not self.writing.locked():    # neither ended nor being written meanwhile
+                await self.send(self.answer.heartbeat() if self.answer.started else self.answer.start())
 
     def stop(self) -> None:
         if self.timer is not None:
@@ -10039,7 +10033,12 @@ class Router:
 
     async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
         """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
-        client = down.client
+        client, provider = down.client, target.provider
+        fields = [("content-type", "application/json"), *provider.http_headers.items()]
+        if provider.api_key:
+            fields += WIRES[provider.wire_api].auth(provider.api_key)
+        if isinstance(call.attempt, Passthrough):
+            fields += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
         more: UpstreamCall | None = call
         repaired = False
         while more is not None:
@@ -10047,7 +10046,12 @@ class Router:
             if not client.count_attempt():
                 raise UpstreamError(f"The request has used its {MAX_ATTEMPTS} upstream calls.")
             client.asked_ms, client.answering_ms, client.upstream_id = client.elapsed_ms(), 0, ""
-            exchange, reusable = await self.open(target.provider, call, client), False
+            if provider.wire_api == "demo":
+                exchange: Exchange = DemoExchange(call.frames)
+            else:
+                headers = [*fields, *call.headers]
+                exchange = await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
+            reusable = False
             client.answering_ms = client.elapsed_ms()
             upstream_id = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
             client.upstream_id = self.upstream.secrets.sub("[redacted]", upstream_id)
@@ -10063,16 +10067,6 @@ class Router:
                 repaired = True
             finally:
                 await exchange.close(reusable)
-
-    async def open(self, provider: ProviderConfig, call: UpstreamCall, client: Client) -> Exchange:
-        if provider.wire_api == "demo":
-            return DemoExchange(call.frames)
-        headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
-        if provider.api_key:
-            headers += WIRES[provider.wire_api].auth(provider.api_key)
-        if isinstance(call.attempt, Passthrough):
-            headers += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
-        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
 
     async def read(self, exchange: Exchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
@@ -10129,6 +10123,7 @@ class Router:
             return
         if attempt.out:
             if not down.client.first_ms:
+                down.client.first_ms = down.client.elapsed_ms()
                 self.on_success(target, whole=False)
             await down.send(attempt.take_output())
         else:

@@ -43,12 +43,13 @@ import py_compile
 
 LAUNCH = """\
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("pomex", sys.argv.pop(1))
+sys.orig_argv[0], sys.argv[:] = sys.argv[1], sys.argv[2:]
+spec = importlib.util.spec_from_file_location("pomex", sys.argv[0])
 sys.modules["pomex"] = pomex = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pomex)
 sys.exit(pomex.main())"""
 
-if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "win32" \
+if __name__ == "__main__" and "serve" in sys.argv and sys.platform != "win32" \
         and sys.argv[0] in sys.orig_argv and sys.argv[0].endswith(".py"):
     # Python keeps the syntax tree of a running script in memory: 14 MB for this one. So the server runs as a
     # module, whose code is also cached. `curl ... | python3 - serve` has no file to start from, and `python3
@@ -60,7 +61,8 @@ if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform != "wi
     except OSError:     # without write access, as under systemd, it is compiled at every start
         pass
     options = sys.orig_argv[1:sys.orig_argv.index(source)]
-    os.execv(sys.executable, [sys.executable, *options, "-c", LAUNCH, source, *sys.argv[1:]])  # noqa: S606
+    launch = [sys.executable, *options, "-c", LAUNCH, sys.orig_argv[0], *sys.argv]
+    os.execv(sys.executable, launch)  # noqa: S606
 
 import argparse
 import asyncio
@@ -6538,9 +6540,10 @@ class ServerConfig:
         512, "the share of one address, perhaps a whole office", 1, 1000000)
     request_deadline_s: float = option(3600.0, "longest request, all attempts together", 0.1, 86400)
     log_format: str = option("plain", "log lines on stderr", choices=("plain", "json"))
-    admin_token: str = option(
-        "", 'opens the admin API to machines: "env:NAME", "file:PATH", or at least 16 characters',
-        secret=True)
+    admin_token: Strings = option(
+        (), 'opens the admin API to machines: "env:NAME", "file:PATH", 16 characters or more; or a list',
+        types=(list, str), items=TEXT, secret=True, wanted="a string or a list of strings",
+        read=lambda value: tuple(filter(None, [value] if isinstance(value, str) else value)))
     max_answer_chars: int = option(
         33554432, "longest answer: text, reasoning and arguments; real ones end below 1 MB", 1024, 4294967296)
     max_answer_items: int = option(4096, "output items of one answer; real ones have below 100", 1, 1000000)
@@ -6657,7 +6660,6 @@ class Config:
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
     path: str = ""                      # of the file; "" without one
-    flags: tuple[tuple[str, str], ...] = ()         # from the command line: name, value
 
     @property
     def warnings(self) -> list[str]:
@@ -6960,9 +6962,11 @@ def load_config(
     server = source.settings(config_fields(ServerConfig), "server", prefix="POMEX_")
     if bool(server.get("tls_cert")) != bool(server.get("tls_key")):
         raise source.error("[server] tls_cert and tls_key need each other.")
-    if token := server.get("admin_token"):
+    tokens = []
+    for token in server.get("admin_token", ()):
         with source.about(("server", "admin_token"), token, secret=not token.startswith(REFERENCE)):
-            server["admin_token"] = check(source.secret(token), ADMIN_TOKEN, "")
+            tokens.append(check(source.secret(token), ADMIN_TOKEN, ""))
+    server["admin_token"] = tuple(tokens)
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
     if not name:            # without a file, the state folder holds the database
         home = environ.get("HOME") or environ.get("USERPROFILE") or "."
@@ -10261,8 +10265,8 @@ class Gateway:
         self.config, self.ledger, self.upstream = config, ledger, upstream
         self.catalogue = ModelCatalog(config, found)
         self.prices = PriceTable(config)
+        upstream.secrets = secret_pattern(config.providers.values(), *config.server.admin_token)
         self.known_models = frozenset(self.catalogue.names)
-        upstream.secrets = secret_pattern(config.providers.values(), config.server.admin_token)
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
         if old is None:
             self.router, self.memo, self.started_s = Router(upstream), RequestMemo(), int(time.time())
@@ -11146,10 +11150,8 @@ async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, st
 
 async def check_token(gateway: Gateway, client: Client, token: str, link: bool = True) -> Key | None:
     """The API key that a token is; None where it is the administrator's, or that of a login `link`."""
-    now_s = time.time()
-    admin_token = gateway.config.server.admin_token
-    failures = gateway.login_failures
-    if admin_token and hmac.compare_digest(key_digest(token), key_digest(admin_token)) \
+    now_s, digest, failures = time.time(), key_digest(token), gateway.login_failures
+    if any(hmac.compare_digest(digest, key_digest(each)) for each in gateway.config.server.admin_token) \
             or link and await use_login_link(gateway.ledger.db, token, now_s):
         return None
     try:
@@ -11168,14 +11170,14 @@ async def check_token(gateway: Gateway, client: Client, token: str, link: bool =
                          code="too_many_logins", headers=(("retry-after", str(wait_s)),)) from None
 
 
-# --- 11.8 operations' fields: the body of a request, the arguments of a command -----------------------
+# --- 11.8 operations: what the command line and the admin API both do ----------------------------------
 
 class Argument(NamedTuple):
     """A member of an admin body, or an argument of a command."""
     name: str
     field: Field = TEXT                     # without `read`: text on one line
     metavar: str | None = None
-    empty: str = ""                         # what an empty value in a body stands for
+    empty: str = ""                         # the value that an empty text in a body stands for
     required: bool = False                  # in a command an argument without --; in a body empty where it is missing
     more: Mapping[str, Any] = {}            # for argparse
 
@@ -11187,6 +11189,13 @@ def parse_usd(text: str, minimum: int = 0) -> int:
 
 def parse_limit(text: str) -> int | None:
     return None if text == "none" else parse_usd(text)
+
+
+def parse_budget(text: str) -> JSON:
+    amount, _, period = text.partition("/")
+    if text != "none" and period not in PERIODS:
+        raise ValueError
+    return {"budget_nanos": parse_limit(amount), "period": period or "month"}
 
 
 def parse_day(text: str) -> int:
@@ -11206,34 +11215,34 @@ def parse_expiry(text: str) -> dict[str, int]:
     return {"expires_s": end_s}
 
 
-TRUTH = {"": False, "0": False, "False": False, "1": True, "True": True}.__getitem__
+def parse_month(text: str) -> tuple[int, int]:
+    """The first and last day of a month; without a text, of this one."""
+    return month_bounds(text or time.strftime("%Y-%m", time.gmtime()))
+
+
+TRUTH = {"": False, "0": False, "False": False, "no": False, "1": True, "True": True, "yes": True}.__getitem__
 BOOLEAN = Field(read=TRUTH, wanted="true or false")
 COUNT = Field(pattern="[0-9]{1,9}", read=int, wanted="a whole number of at most nine digits")
 USD = Field(read=parse_limit, wanted="an amount like 50 or 12.50")
 NAME_FIELD = Argument("name", metavar="NAME", required=True)
-MODELS = Argument("models", empty="all", field=Field(
-    read=model_patterns, wanted="patterns like openai/*,demo/echo, or all",
-    meaning="patterns of names it may use, e.g. 'openai/*,anthropic/*'; all"))
-RATE_FIELDS = tuple(Argument(name, COUNT._replace(meaning=f"{meaning}; 0: any number"), "N", "0") for name, meaning in (
-    ("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("concurrent", "requests open at once")))
-ACCOUNT = Argument("account", Field(meaning="who pays"), "NAME")
 KEY_FIELDS = (
+    Argument("budget", metavar="USD/PERIOD", field=Field(
+        read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
+        meaning="spending limit in USD per day, week, month or in total, e.g. 50/month; none")),
+    Argument("models", empty="all", field=Field(
+        read=model_patterns, wanted="patterns like openai/*,demo/echo, or all",
+        meaning="models it may use, e.g. 'openai/*,anthropic/*'; all")),
+    *(Argument(name, COUNT._replace(meaning=f"{meaning}; 0 = unlimited"), "N", "0") for name, meaning in (
+        ("rpm", "requests per minute"), ("tpm", "tokens per minute"), ("concurrent", "requests open at once"))),
+    Argument("allow_unpriced", BOOLEAN._replace(meaning="may it use models without a price in spite of its budget"), "yes|no"),
+    Argument("expires", empty="never", metavar="30d|DATE", field=Field(
+        read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never", meaning="when it expires; never")),
+    Argument("account", Field(meaning="the account that pays"), "NAME"))
+KEY_BODY_FIELDS = (         # of the admin API beside those, or in place of the same name
     Argument("budget", USD._replace(read=lambda text: {"budget_nanos": parse_limit(text)}), empty="none"),
-    Argument("period", Field(read={name: name for name in PERIODS}.__getitem__, wanted=f"one of {', '.join(PERIODS)}")),
-    MODELS, *RATE_FIELDS, ACCOUNT, Argument("allow_unpriced", BOOLEAN),
+    Argument("period", Field(choices=tuple(PERIODS))),
     Argument("expires_days", empty="0", field=Field(
         read=lambda text: parse_expiry(f"{int(text)}d" if int(text) else "never"), wanted="a number of days")))
-ACCOUNT_FIELDS = (
-    NAME_FIELD,
-    Argument("prepaid", BOOLEAN._replace(meaning="it can spend its credit, and no more")),
-    Argument("limit", USD._replace(meaning="it can spend this much a month"), "USD", "none"),
-    Argument("multiplier", empty="1", field=Field(
-        read=lambda text: parse_decimal(text, ONE), wanted="a number like 1.2", meaning="of all prices, e.g. 1.2")))
-CREDIT_FIELDS = (
-    Argument("amount", USD._replace(read=functools.partial(parse_usd, minimum=-2**60),
-                                    meaning="a negative amount takes credit away: write -- before it"), "USD", "0", True),
-    Argument("reason", Field(meaning="why; makes it an adjustment")))
-MONTH = Argument("month", Field(read=month_bounds, wanted="a month like 2026-11"))
 
 
 def read_argument(argument: Argument, value: object) -> Any:
@@ -11263,19 +11272,96 @@ def read_fields(data: bytes, arguments: Sequence[Argument]) -> JSON:
             if argument.required or argument.name in body}
 
 
-async def key_settings(ledger: Ledger, given: Mapping[str, Any]) -> dict[str, Any]:
+async def key_settings(ledger: Ledger, values: JSON) -> dict[str, Any]:
     """A key's settings among the values given; the others stay as they are."""
     settings: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in values.items():
         settings.update(value if isinstance(value, dict) else {name: value})
-    if "account" in given:
-        settings["account_id"] = await account_named(ledger.db, given["account"])
+    if "account" in values:
+        settings["account_id"] = await account_named(ledger.db, values["account"])
     return {name: value for name, value in settings.items() if name in KEY_SETTINGS}
 
 
-async def new_account(ledger: Ledger, given: Mapping[str, Any], who: str) -> None:
-    await create_account(ledger, given["name"], given.get("prepaid", False), given.get("limit"), given.get("multiplier", ONE),
-                         time.time(), who)
+async def create_key(ledger: Ledger, who: str, values: JSON) -> JSON:
+    settings = await key_settings(ledger, values)
+    return {"token": await ledger.create_key(values["name"], time.time(), who, **settings)}
+
+
+async def edit_key(ledger: Ledger, who: str, values: JSON) -> JSON:
+    if settings := await key_settings(ledger, values):
+        await ledger.edit_key(values["name"], who, **settings)
+    return {}
+
+
+async def revoke_key(ledger: Ledger, who: str, values: JSON) -> JSON:
+    await ledger.revoke_key(values["name"], time.time(), who)
+    return {}
+
+
+async def new_account(ledger: Ledger, who: str, values: JSON) -> JSON:
+    await create_account(ledger, values["name"], values.get("prepaid", False), values.get("limit"),
+                         values.get("multiplier", ONE), time.time(), who)
+    return {}
+
+
+async def enter_credit(ledger: Ledger, who: str, values: JSON) -> JSON:
+    await add_credit(ledger, values["name"], values["amount"], values.get("reason", ""), time.time(), who)
+    return {}
+
+
+async def statement(ledger: Ledger, who: str, values: JSON) -> JSON:
+    """An account's month; days since 1970, money in nano-dollars."""
+    first, last = values["month"]
+    account_id = await account_named(ledger.db, values["account"])
+    return {"first_day": first, "last_day": last, **await statement_rows(ledger.db, account_id, first, last)}
+
+
+class Operation(NamedTuple):
+    route: str                  # in the admin API; its * is the first field
+    run: Callable[[Ledger, str, JSON], Awaitable[JSON]]     # who asks, the fields' values -> what to answer beside the first
+    help: str
+    fields: Sequence[Argument]
+    body_fields: Sequence[Argument] = ()        # of the admin API alone
+
+
+OPERATIONS = {              # by the words of the command
+    "keys create": Operation("POST keys", create_key, "create an API key", [NAME_FIELD, *KEY_FIELDS], KEY_BODY_FIELDS),
+    "keys edit": Operation("POST keys/*", edit_key, "change a key's limits", [NAME_FIELD, *KEY_FIELDS], KEY_BODY_FIELDS),
+    "keys revoke": Operation("POST keys/*/revoke", revoke_key, "revoke a key", [NAME_FIELD]),
+    "accounts create": Operation("POST accounts", new_account, "create an account that pays for keys", [
+        NAME_FIELD,
+        Argument("prepaid", BOOLEAN._replace(meaning="stop when its credit is used up")),
+        Argument("limit", USD._replace(meaning="monthly limit in USD"), "USD", "none"),
+        Argument("multiplier", empty="1", metavar="FACTOR", field=Field(
+            read=lambda text: parse_decimal(text, ONE), wanted="a number like 1.2", meaning="on all prices, e.g. 1.2"))]),
+    "accounts credit": Operation("POST accounts/*/credit", enter_credit, "add credit, or correct it with --reason", [
+        NAME_FIELD,
+        Argument("amount", metavar="USD", empty="0", required=True, field=USD._replace(
+            read=functools.partial(parse_usd, minimum=-2**60), meaning="-- before a negative amount, which needs --reason")),
+        Argument("reason", Field(meaning="why; makes it an adjustment"))]),
+    "statement": Operation("GET accounts/*/statement", statement, "an account's bill for a month", [
+        Argument("account", metavar="ACCOUNT", required=True),
+        Argument("month", Field(read=parse_month, wanted="a month like 2026-11", meaning="by default this one"), "YYYY-MM",
+                 more={"default": ""})]),
+}
+
+
+async def operate(operation: Operation, gateway: Gateway, ask: Ask) -> JSON:
+    """The answer of the admin API."""
+    first, *others = operation.fields
+    values = ask.body
+    if "*" in operation.route:
+        values[first.name] = active_name(gateway, ask) if operation.route.startswith("POST keys") else ask.name
+    if operation.route.startswith("GET"):
+        values |= {each.name: read_argument(each, ask.query.get(each.name, "")) for each in others}
+    return {first.name: values[first.name], **await operation.run(gateway.ledger, ask.who, values)}
+
+
+def body_fields(operation: Operation) -> list[Argument]:
+    fields = {each.name: each for each in (*operation.fields, *operation.body_fields)}
+    if "*" in operation.route:
+        del fields[operation.fields[0].name]
+    return [*fields.values()]
 
 
 # --- 11.9 the admin API, and all routes -------------------------------------------------------------
@@ -11437,46 +11523,11 @@ async def show_keys(gateway: Gateway, ask: Ask) -> JSON:
             "models": gateway.catalogue.names}
 
 
-async def create_key(gateway: Gateway, ask: Ask) -> JSON:
-    name = ask.body["name"]
-    token = await gateway.ledger.create_key(name, time.time(), ask.who, **await key_settings(gateway.ledger, ask.body))
-    return {"name": name, "token": token}
-
-
 def active_name(gateway: Gateway, ask: Ask) -> str:
     key = gateway.ledger.keys.get(int(ask.name) if re.fullmatch("[0-9]{1,15}", ask.name) else 0)
     if key is None or key.revoked_s:
         raise NotFound("There is no such active key.")
     return key.name
-
-
-async def edit_key(gateway: Gateway, ask: Ask) -> JSON:
-    name, changes = active_name(gateway, ask), await key_settings(gateway.ledger, ask.body)
-    if changes:
-        await gateway.ledger.edit_key(name, ask.who, **changes)
-    return {"name": name}
-
-
-async def revoke_key(gateway: Gateway, ask: Ask) -> JSON:
-    name = active_name(gateway, ask)
-    await gateway.ledger.revoke_key(name, time.time(), ask.who)
-    return {"name": name}
-
-
-async def add_account(gateway: Gateway, ask: Ask) -> JSON:
-    await new_account(gateway.ledger, ask.body, ask.who)
-    return {"name": ask.body["name"]}
-
-
-async def enter_credit(gateway: Gateway, ask: Ask) -> JSON:
-    await add_credit(gateway.ledger, ask.name, ask.body["amount"], ask.body.get("reason", ""), time.time(), ask.who)
-    return {"name": ask.name}
-
-
-async def show_statement(gateway: Gateway, ask: Ask) -> JSON:
-    db, (first, last) = gateway.ledger.db, read_argument(MONTH, ask.query.get("month", ""))
-    return {"account": ask.name, "first_day": first, "last_day": last,
-            **await statement_rows(db, await account_named(db, ask.name), first, last)}
 
 
 async def show_audit(gateway: Gateway, ask: Ask) -> JSON:
@@ -11712,12 +11763,7 @@ ADMIN_ROUTES: dict[str, AdminRoute] = {         # by method and path under /admi
     "GET events": AdminRoute(live_events, "holder"),
     "POST playground": AdminRoute(playground, "holder"),
     "GET keys": AdminRoute(show_keys),
-    "POST keys": AdminRoute(create_key, fields=[NAME_FIELD, *KEY_FIELDS]),
-    "POST keys/*": AdminRoute(edit_key, fields=KEY_FIELDS),
-    "POST keys/*/revoke": AdminRoute(revoke_key),
-    "POST accounts": AdminRoute(add_account, fields=ACCOUNT_FIELDS),
-    "POST accounts/*/credit": AdminRoute(enter_credit, fields=CREDIT_FIELDS),
-    "GET accounts/*/statement": AdminRoute(show_statement),
+    **{each.route: AdminRoute(functools.partial(operate, each), fields=body_fields(each)) for each in OPERATIONS.values()},
     "GET audit": AdminRoute(show_audit),
     "GET providers": AdminRoute(show_providers),
     "POST providers/*/test": AdminRoute(test_provider),
@@ -12488,17 +12534,26 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
 
 # === 13. command line =============================================================================
 #
-# Results go to stdout, all else to stderr, so that pipes work. A line says what happened and, where bad, what
-# to do. The first key is shown on a terminal only, and once; elsewhere it goes to a file of mode 600.
+# Results go to stdout, all else to stderr, so that pipes work. A line says what happened and, if it is bad, what
+# to do. The first key is shown once and only on a terminal; elsewhere it goes to a file of mode 600.
 
 UNAVAILABLE, NO_PERMISSION, BAD_CONFIG, INTERRUPTED = 69, 77, 78, 130   # sysexits.h; Windows lacks os.EX_*
-PROBE_TIMEOUT_S = 0.3           # for one question to a port of this machine: who is up answers in a few ms
+PROBE_TIMEOUT_S = 0.3           # for a question to a port of this machine: a server there answers in a few ms
 HEALTH_TIMEOUT_S = 5.0
 PROBE_MAX_BYTES = 1 << 24       # Codex's catalogue has 20 KB a model
 Args: TypeAlias = argparse.Namespace
 ALWAYS_LISTED = ("openai", "anthropic", "google")       # providers named at start even without a key
+SAME_GATEWAY: dict[str, str] = {}       # --config, --host and --port of this process, where given
 
 # --- 13.1 configuration --------------------------------------------------------------------------
+
+def command(words: str) -> str:
+    """A command for this program, to be typed as it is: with what this process was told, so it finds the same gateway."""
+    own = os.path.basename(sys.argv[0]) == os.path.basename(globals().get("__file__", ""))      # else embedded, or from a pipe
+    program = [sys.orig_argv[0], sys.argv[0]] if own else ["python3", "pomex.py"]
+    flags = [word for name, value in SAME_GATEWAY.items() for word in (f"--{name}", value)]
+    return f"{shlex.join([*program, *flags])} {words}"
+
 
 def find_config(named: str, environ: Mapping[str, str]) -> str:
     """The path of the configuration file: the one that is named, else the first there is, else ""."""
@@ -12523,8 +12578,8 @@ def given(args: Args) -> JSON:
 
 
 def read_config(args: Args) -> Config:
-    """The configuration as the flags, the environment, the file and the defaults have it, in this order."""
-    path = find_config(args.config or os.environ.get("POMEX_CONFIG", ""), os.environ)
+    """The configuration by flags, environment, file and defaults, in this order."""
+    path = find_config(getattr(args, "config", "") or os.environ.get("POMEX_CONFIG", ""), os.environ)
     try:
         text = read_text(path) if path else ""
     except (OSError, UnicodeDecodeError) as error:
@@ -12537,22 +12592,8 @@ def read_config(args: Args) -> Config:
                 ssl.create_default_context(cafile=provider.ca_file)
         except OSError as error:            # ssl.SSLError is one
             raise ConfigError(f"{path}: [providers.{provider.name}] ca_file cannot be used: {describe_error(error)}.") from None
-    said = given(args)
-    server = {name: said[name] for name in ("host", "port", "log_format") if name in said}
-    flags = tuple((name, str(said[name])) for name in ("config", *server) if name in said)
-    return dataclasses.replace(config, server=dataclasses.replace(config.server, **server), flags=flags)
-
-
-COMMAND_TO_TYPE = re.compile(r"python pomex\.py ([a-z-]+)(?: --write| create [\w-]+)?")
-ADDRESSED = ("serve", "codex", "admin-url", "doctor", "health")     # they take --host and --port
-
-
-def retyped(config: Config, text: str) -> str:
-    """A text whose commands find the same gateway: with what this one was told on the command line."""
-    def flagged(found: re.Match[str]) -> str:
-        taken = ("config", "host", "port") if found[1] in ADDRESSED else ("config",)
-        return found[0] + "".join(f" --{name} {shlex.quote(value)}" for name, value in config.flags if name in taken)
-    return COMMAND_TO_TYPE.sub(flagged, text)
+    flags = {name: value for name, value in given(args).items() if name in ("host", "port", "log_format")}
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, **flags))
 
 
 def config_warnings(config: Config) -> list[str]:
@@ -12566,77 +12607,113 @@ def config_warnings(config: Config) -> list[str]:
     return warnings
 
 
-# --- 13.2 what there is on this machine -----------------------------------------------------------
+# --- 13.2 this machine ----------------------------------------------------------------------------
 
-async def ask_http(url: str, context: ssl.SSLContext | None, timeout_s: float, key: str, method: str, path: str,
-                   body: JSON | None = None) -> tuple[int, bytes]:
-    """(status, body) of one request to this machine. OSError or GatewayError: there was no answer."""
-    upstream, there = ConnectionPool(), ProviderConfig("Pomex", base_url=url)
-    upstream.contexts.update({"": context} if context else {})
+@contextlib.asynccontextmanager
+async def open_exchange(url: str, key: str, tls_cert: str, body: JSON | None = None) -> AsyncIterator[Exchange]:
+    """A GET of this machine, or with a body a POST. OSError or GatewayError: there was no answer."""
+    upstream, server = ConnectionPool(), ProviderConfig("Pomex", base_url=url)
+    if tls_cert:            # the gateway has to show this very certificate, whatever name or authority it has
+        upstream.contexts[""] = context = ssl.create_default_context(cafile=tls_cert)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     headers = [("content-type", "application/json"), *(WIRES["chat"].auth(key) if key else [])]
+    method, data = ("POST", dumps(body).encode()) if body else ("GET", b"")
     try:
-        async with asyncio.timeout(timeout_s):
-            exchange = await upstream.exchange(there, method, path, headers, b"" if body is None else dumps(body).encode())
-            received = await exchange.read_all(PROBE_MAX_BYTES)
-            await exchange.close()
-            return exchange.status, received
+        exchange = await upstream.exchange(server, method, "", headers, data)
+        yield exchange
+        await exchange.close()
     finally:
         await upstream.close()
 
 
-async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SSLContext | None = None) -> Any:
-    """The JSON at an address of this machine, or None where nothing of the kind answers in time."""
+async def fetch(url: str, timeout_s: float, key: str = "", tls_cert: str = "") -> bytes:
+    async with asyncio.timeout(timeout_s), open_exchange(url, key, tls_cert) as exchange:
+        return await exchange.read_all(PROBE_MAX_BYTES)
+
+
+async def stream_events(url: str, key: str, body: JSON, tls_cert: str) -> AsyncIterator[tuple[str, JSON]]:
+    """(type, data) of the events of a streamed answer; of a refusal one `error`."""
+    async with open_exchange(f"{url}/v1/responses", key, tls_cert, {**body, "stream": True}) as exchange:
+        if exchange.status != 200:
+            yield "error", json.loads(await exchange.read_all(PROBE_MAX_BYTES))["error"]
+            return
+        decoder = SSEDecoder()
+        while data := await exchange.read():
+            for event in decoder.feed(data):
+                if event.data != "[DONE]":
+                    yield event.event, json.loads(event.data)
+
+
+def describe_end(kind: str, last: JSON) -> str:
+    """Why a stream that ended with this event did not complete."""
+    response = last.get("response") or {"error": last}
+    return str(subtable(response, "error").get("message") or subtable(response, "incomplete_details").get("reason")
+               or f"ended with {kind or 'nothing'}")
+
+
+def subtable(values: Any, *names: str) -> JSON:
+    """A table within tables; {} if there is none."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> JSON:
+    """The JSON object at an address of this machine; {} if none comes in time."""
     try:
-        status, body = await ask_http(url, context, timeout_s, "", "GET", "")
-        return json.loads(body) if status == 200 else None
+        return parse_object((await fetch(url, timeout_s, tls_cert=tls_cert)).decode()) or {}
     except (OSError, ValueError, GatewayError):     # TimeoutError is an OSError
-        return None
+        return {}
 
 
-async def version_at(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SSLContext | None = None) -> str:
-    """The version of a Pomex at an address of this machine; "" where there is none, or it is not well."""
-    health = await get_json(url + "/health", timeout_s, context)
-    return str(health.get("version", "")) if isinstance(health, dict) and health.get("status") == "ok" else ""
+async def version_at(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> str:
+    """The version of a Pomex at an address of this machine; "" if there is none."""
+    health = await get_json(url + "/health", timeout_s, tls_cert)
+    return str(health.get("version", "")) if health.get("status") == "ok" else ""
 
 
-def own_certificate(server: ServerConfig) -> ssl.SSLContext | None:
-    """The gateway has to show the very certificate it was given, whatever name or authority that has."""
-    if not server.tls_cert:
-        return None
-    context = ssl.create_default_context(cafile=server.tls_cert)
-    context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    return context
+def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
+    """The gateway's own address, as a client on this machine would write it."""
+    host, port = address
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
+
+
+def own_url(config: Config) -> str:
+    return public_url(config.server, (config.server.host, config.server.port))
+
+
+async def running_version(config: Config) -> str:
+    """The version of the gateway of this configuration; "" if it does not run."""
+    return await version_at(own_url(config), HEALTH_TIMEOUT_S, config.server.tls_cert)
 
 
 async def local_models(provider: ProviderConfig) -> list[str] | None:
-    """The models of a server on a local port; None where no such server is."""
-    answer = await get_json(provider.base_url + "/models")
-    if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
-        return None
-    return [row["id"] for row in answer["data"] if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    """The models of a server on a local port; None if there is no such server."""
+    rows = (await get_json(provider.base_url + "/models")).get("data")
+    return [row["id"] for row in only_dicts(rows) if isinstance(row.get("id"), str)] if isinstance(rows, list) else None
 
 
-async def detect(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, list[str]]]:
-    """(the configuration with all that is there, the models of local servers). Keys are only looked at, the
-    local ports are asked once, in parallel. No call leaves this machine."""
+async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config, dict[str, list[str]]]:
+    """(the configuration with the providers found here, the models of local servers). A configuration file names all
+    providers; only without one Pomex looks for others. Keys are only read, the local ports are asked once, in parallel. No
+    call leaves this machine."""
+    if config.path or no_detect:
+        return config, {}
     rows = [row for row in BUILTIN_PROVIDERS.values() if row.local]
     answers = await asyncio.gather(*map(local_models, rows))
     found = {row.name: models for row, models in zip(rows, answers) if models is not None}
     local = {name: dataclasses.replace(BUILTIN_PROVIDERS[name], free=True) for name in found}
-    there = {**detect_providers(environ), **local, **config.providers}
-    return dataclasses.replace(config, providers=there), found
+    providers = {**detect_providers(os.environ), **local, **config.providers}
+    return dataclasses.replace(config, providers=providers), found
 
 
-async def surveyed(config: Config, no_detect: bool = False) -> tuple[Config, dict[str, list[str]]]:
-    """A configuration file says all there is; only without one Pomex looks around."""
-    return (config, {}) if config.path or no_detect else await detect(config, os.environ)
-
-
-# --- 13.3 words -----------------------------------------------------------------------------------
+# --- 13.3 texts -----------------------------------------------------------------------------------
 
 def say(*lines: str) -> None:
-    """To who started the program; of a server that logs JSON each line is a record of its log."""
+    """To whoever started the program; of a server that logs JSON each line is a record of its log."""
     if any(isinstance(handler.formatter, JSONFormatter) for handler in log.handlers):
         for line in filter(None, map(str.strip, lines)):
             log.info("%s", line)
@@ -12648,7 +12725,7 @@ def print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def painted(text: str, ready: bool) -> str:
+def colored(text: str, ready: bool) -> str:
     """Green for what is ready, else grey, on a terminal that wants colours; nothing relies on it."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
@@ -12672,49 +12749,65 @@ def home_short(path: str | pathlib.Path) -> str:
     return "~" + path[len(home):] if path.startswith(home + os.sep) else path
 
 
-def table_lines(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["   ".join(cell.rjust(width) if at in right else cell.ljust(width)
-                       for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+NUMBER_CELL = re.compile(r"[-0-9., ]+[%M]?|none")
 
 
-def origin(provider: ProviderConfig) -> str:
-    parts = urllib.parse.urlsplit(provider.base_url)
-    return f"{parts.scheme}://{parts.netloc}"
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns; those of numbers, under their heading, to the right."""
+    columns = []
+    for column in zip(*rows):
+        width, right = max(map(len, column)), len(column) > 1 and all(map(NUMBER_CELL.fullmatch, column[1:]))
+        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
+    return ["   ".join(row).rstrip() for row in zip(*columns)]
 
 
-def readiness(provider: ProviderConfig, models: Sequence[str] | None) -> str:
-    if provider.wire_api == "demo":
-        return "works offline and costs nothing: demo/echo"
-    if models is not None:
-        return f"{origin(provider)}, {plural(len(models), 'model')}"
-    if not provider.api_key:
-        return f"{provider.base_url}, no key, not contacted"
-    tail = f" (…{provider.api_key[-3:]})" if len(provider.api_key) >= 20 else ""
-    return f"key from {provider.key_source.removeprefix('env:')}{tail}, not contacted"
+def print_row(args: Args, row: JSON, first: bool) -> None:
+    if args.jsonl:
+        print(dumps(row))
+        return
+    if first:
+        print(csv_line(row))
+    print(csv_line(dumps(cell) if isinstance(cell, (dict, list)) else cell for cell in row.values()))
 
 
-def provider_lines(config: Config, found: Mapping[str, Sequence[str]], looked: bool) -> list[str]:
-    """One line a provider: those that are ready, and where Pomex looked around, those that might be."""
+def print_rows(args: Args, rows: Sequence[JSON], table: Sequence[Mapping[str, str]]) -> None:
+    """As --json, --csv or --jsonl; else the table, whose rows are heading -> text."""
+    if args.json:
+        print_json(rows)
+    elif args.csv or args.jsonl:
+        for row in rows:
+            print_row(args, row, row is rows[0])
+    elif table:
+        print(*table_lines([[*table[0]], *([*row.values()] for row in table)]), sep="\n")
+    else:
+        say("There are none.")
+
+
+def spaced(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
+
+
+def provider_lines(config: Config, found: Mapping[str, Sequence[str]], detected: bool) -> list[str]:
+    """One line a provider: those that are ready, and where Pomex looked for some, those that might be."""
     rows = []
-    for name in dict.fromkeys([*(BUILTIN_PROVIDERS if looked else ()), *config.providers]):
+    for name in dict.fromkeys([*(BUILTIN_PROVIDERS if detected else ()), *config.providers]):
         row = config.providers.get(name) or BUILTIN_PROVIDERS[name]
-        if name in config.providers:
-            rows.append((name, "ready", readiness(row, found.get(name))))
-        elif row.local:
-            rows.append((name, "not found", origin(row)))
-        elif name in ALWAYS_LISTED:
-            rows.append((name, "no key", f"export {row.env_key}=..."))
+        state, text, key = "ready", f"{row.base_url}, no key, not contacted", row.api_key
+        if row.wire_api == "demo":
+            text = "works offline and costs nothing: demo/echo"
+        elif name in found:
+            text = f"{row.base_url.removesuffix('/v1')}, {plural(len(found[name]), 'model')}"
+        elif key:
+            source = row.key_source.removeprefix("env:") + (f" (…{key[-3:]})" if len(key) >= 20 else "")
+            text = f"key from {source}, not contacted"
+        elif name not in config.providers and row.local:
+            state, text = "not found", row.base_url.removesuffix("/v1")
+        elif name not in config.providers:
+            state, text = "no key", f"export {row.env_key}=..."
+        if state != "no key" or name in ALWAYS_LISTED:
+            rows.append((name, state, text))
     width = max(map(len, ["llama.cpp", *config.providers])) + 3
-    return [f"  {name.ljust(width)}{painted(state.ljust(12), state == 'ready')}{text}" for name, state, text in rows]
-
-
-def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
-    """The gateway's own address, as a client on this machine would write it."""
-    host, port = address
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
+    return [f"  {name.ljust(width)}{colored(state.ljust(12), state == 'ready')}{text}" for name, state, text in rows]
 
 
 def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -12774,35 +12867,41 @@ def first_key_lines(token: str, database: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     write_new(path, token + "\n")
-    return [f"First API key written to {home_short(path)} (only you can read it)"]
+    return [f"First API key written to {home_short(path)} (only you can read it). In the shell that starts Codex:",
+            f'  export POMEX_API_KEY="$(cat {shlex.quote(path)})"']
 
 
-async def announce(config: Config, found: Mapping[str, Sequence[str]], looked: bool, ledger: Ledger, is_new: bool,
+async def announce(config: Config, found: Mapping[str, Sequence[str]], detected: bool, ledger: Ledger, is_new: bool,
                    url: str) -> None:
-    python = sys.version.split()[0]
+    await record_gateway(ledger, url)
     said = f"Config {home_short(config.path)}." if config.path else "No config file; using defaults."
     path = home_short(config.database.path)
-    say(f"Pomex {VERSION} on Python {python}. {said}", "",
-        "Providers", *provider_lines(config, found, looked),
+    say(f"Pomex {VERSION} on Python {sys.version.split()[0]}. {said}", "",
+        "Providers", *provider_lines(config, found, detected),
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
     if keys := ledger.list_keys():
         active = sum(key.state(time.time()) == "active" for key in keys)
-        say(retyped(config, f"Keys          {active} active. New one: python pomex.py keys create NAME"))
+        say(f"Keys          {active} active. New one: {command('keys create NAME')}")
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
-            "", retyped(config, "Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write"),
+            "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
             *(f"  {line}".rstrip() for line in codex_block(url, best_model(ModelCatalog(config, found)))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
-    for warning in config_warnings(config) if config.path else ():
-        say(f"Warning       {warning}")
+    warnings = config_warnings(config) if config.path else []
     if not is_loopback(config.server.host):
-        say("Warning       Anybody on this network can reach Pomex. Keys are required on every call"
-            + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
+        warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
+                        + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
+        if not config.server.public_hosts:
+            warnings.append("The dashboard opens only under the names in [server] public_hosts, and on this machine.")
     if (fit := connections_allowed_by_files()) < config.server.max_connections:
-        say(f"Warning       {fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
-            "open no more files (ulimit -n).")
+        warnings.append(f"{fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
+                        "open no more files (ulimit -n).")
     several = f", {config.server.workers} workers" if config.server.workers > 1 else ""
-    say("", await dashboard_line(config, ledger, url), f"Listening on  {url}{several}   Ctrl-C stops it")
+    # the link itself is a secret, for a terminal only
+    dashboard = f"{await login_link(ledger, url)} (one use, 10 minutes)" if sys.stderr.isatty() else (
+        f"{url}/admin (log in with a link: {command('admin-url')})")
+    say(*(f"Warning       {warning}" for warning in warnings), "", f"Dashboard     {dashboard}",
+        f"Listening on  {url}{several}   Ctrl-C stops it")
 
 
 def allow_files() -> None:
@@ -12826,26 +12925,29 @@ def run_serve(args: Args) -> int:
         fresh = read_config(args)
         if config.path and not fresh.path:
             raise ConfigError("it is gone.")
-        return await surveyed(dataclasses.replace(fresh, server=with_address(fresh.server, handed)), args.no_detect)
+        return await with_detected(dataclasses.replace(fresh, server=with_address(fresh.server, handed)), args.no_detect)
 
     is_new = not os.path.exists(config.database.path)
-    looked = not config.path and not args.no_detect
-    config, found = asyncio.run(surveyed(config, args.no_detect))
+    detected = not config.path and not args.no_detect
+    config, found = asyncio.run(with_detected(config, args.no_detect))
     tls_context(config.server)
     try:
         sockets = handed or asyncio.run(listen(config.server))
     except OSError as error:
-        code, sentence = asyncio.run(no_listening(error, config.server))
+        code, sentence = asyncio.run(explain_listen_error(error, config.server))
         say(sentence)
         return code
-    url = public_url(config.server, sockets[0].getsockname()[:2])
+    address = sockets[0].getsockname()[:2]
+    if "port" in SAME_GATEWAY:
+        SAME_GATEWAY["port"] = str(address[1])          # 0 took a free one
+    url = public_url(config.server, address)
     if config.server.workers == 1:
-        announcing = functools.partial(announce, config, found, looked, is_new=is_new, url=url)
+        announcing = functools.partial(announce, config, found, detected, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
     parent.block_signals()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
-        asyncio.run(announce(config, found, looked, ledger, is_new, url))
+        asyncio.run(announce(config, found, detected, ledger, is_new, url))
     settle_memory()
     return parent.run()
 
@@ -12925,40 +13027,37 @@ async def drain_until_signal(server: Server, signals: asyncio.Queue[int]) -> boo
     return True
 
 
-async def no_listening(error: OSError, server: ServerConfig) -> tuple[int, str]:
+async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[int, str]:
     """(exit code, sentence) for a server that could not start."""
-    if error.errno == errno.EACCES and server.port < 1024:
-        return NO_PERMISSION, (f"Port {server.port} needs privileges. Use a reverse proxy, or systemd socket activation: "
-                               "python pomex.py unit --socket")
+    port = server.port
+    if error.errno == errno.EACCES and port < 1024:
+        return NO_PERMISSION, f"Port {port} needs privileges. Use a reverse proxy, or systemd socket activation (README.md)."
     if error.errno != errno.EADDRINUSE:
-        return UNAVAILABLE, f"Cannot listen on {server.host} port {server.port}: {error.strerror or error}."
-    version = await version_at(public_url(ServerConfig(), (server.host, server.port)))
+        return UNAVAILABLE, f"Cannot listen on {server.host} port {port}: {error.strerror or error}."
+    version = await version_at(public_url(ServerConfig(), (server.host, port)))
     said = f"another Pomex {version}. Use that one, or:" if version else "another program. Use another:"
-    return UNAVAILABLE, (f"Port {server.port} is taken by {said} "
-                         f"python pomex.py serve --port {server.port + 1 if server.port < 65535 else 7663}.")
+    SAME_GATEWAY["port"] = str(port + 1) if port < 65535 else "7663"
+    return UNAVAILABLE, f"Port {port} is taken by {said} {command('serve')}"
 
 
-# --- 13.5 the other commands ----------------------------------------------------------------------
+# --- 13.5 check and models ------------------------------------------------------------------------
 
 def run_check(args: Args) -> int:
     config = read_config(args)
     if not config.path:
         config = dataclasses.replace(config, providers={**detect_providers(os.environ), **config.providers})
-    rows = [(config.path or "(no file)", "ok, " + plural(len(config.providers), "provider") + ", "
-             + plural(len(config.models), "model") + " described")]
-    failures = asyncio.run(contact_all(config)) if args.live else {}
+    rows = [(config.path or "(no file)", f"ok, {plural(len(config.providers), 'provider')}, "
+             f"{plural(len(config.models), 'model')} described")]
+    answers = asyncio.run(contact_all(config)) if args.live else {}
     for name, provider in config.providers.items():
         state = "set" if provider.key_source.startswith("env:") else "readable"
         said = f"key from {provider.key_source}, {state}" if provider.api_key else provider.base_url or "works offline"
-        answer = f", error: {failures[name]}" if failures.get(name) else ", it answers" if name in failures else ""
-        rows.append((f"  {name}", said + answer))
-    for name, model in config.models.items():
-        if model.targets:
-            tiers = [" | ".join(map(":".join, tier)) for tier in model.targets]
-            rows.append((f"  {name}", " -> ".join(tiers)))
+        rows.append((f"  {name}", said + answers.get(name, "")))
+    rows += [(f"  {name}", " -> ".join(" | ".join(map(":".join, tier)) for tier in model.targets))
+             for name, model in config.models.items() if model.targets]
     warnings = [*config_warnings(config), *unpriced(config)]
     rows += [("warning", warning) for warning in warnings]
-    errors = sum(map(bool, failures.values()))
+    errors = sum(answer != ANSWERS for answer in answers.values())
     print(*table_lines(rows), f"{plural(len(warnings), 'warning')}, {plural(errors, 'error')}"
           + ("" if args.live else "            (add --live to contact each provider)"), sep="\n")
     return 1 if errors else 0
@@ -12972,48 +13071,48 @@ def unpriced(config: Config) -> list[str]:
             for (provider, model), name in targets.items() if book.schedule(provider, model, name) is None]
 
 
+ANSWERS = ", it answers"
+
+
 async def contact_all(config: Config) -> dict[str, str]:
-    """provider -> what is wrong with it; "" where it answers."""
-    upstream = ConnectionPool(os.environ)
-    asked = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
-    answers = await asyncio.gather(*(contact(upstream, provider) for provider in asked), return_exceptions=True)
+    """provider -> whether it answers, else what is wrong."""
+    upstream, answers = ConnectionPool(os.environ), {}
+
+    async def ask(provider: ProviderConfig) -> None:
+        answers[provider.name] = ANSWERS
+        try:
+            await contact(upstream, provider)
+        except GatewayError as error:
+            answers[provider.name] = f", error: {error}"
+    await asyncio.gather(*(ask(provider) for provider in config.providers.values() if provider.wire_api != "demo"))
     await upstream.close()
-    return {provider.name: str(answer) if isinstance(answer, BaseException) else "" for provider, answer in zip(asked, answers)}
+    return answers
+
+
+PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
 
 
 def run_models(args: Args) -> None:
-    config, found = asyncio.run(surveyed(read_config(args)))
+    config, found = asyncio.run(with_detected(read_config(args)))
     catalogue, book = ModelCatalog(config, found), PriceTable(config)
-    rows, table = [], [("MODEL", "PROVIDERS", "IN/1M", "CACHED", "OUT/1M", "CONTEXT", "STATE")]
+    rows: list[JSON] = []
+    table: list[dict[str, str]] = []
     for name, providers in listed_models(config, found).items():
         first, model = catalogue.targets(name)[0]
         window, schedule = catalogue.facts(name).context_window, book.schedule(first.name, model, name)
-        price = schedule.base.split() if schedule else []
+        prices = dict(zip(PRICE_COLUMNS, schedule.base.split() if schedule else "------"))
         rows.append({"model": name, "providers": providers, "context_window": window or None,
-                     "price": dict(zip(PRICE_COLUMNS, price)) or None})
-        table.append((name, ", ".join(providers), *([price[0], price[2], price[1]] if price else "---"),
-                      spaced(window) if window else "-", "ready" if price else "ready, no price"))
+                     "price": prices if schedule else None})
+        table.append({"MODEL": name, "PROVIDERS": ", ".join(providers), "IN/1M": prices["input"],
+                      "CACHED": prices["cache_read"], "OUT/1M": prices["output"], "CONTEXT": spaced(window) if window else "-",
+                      "STATE": "ready" if schedule else "ready, no price"})
     print_rows(args, rows, table)
-    if args.json:
-        return
     for name, provider in config.providers.items():
         if "*" in provider.models and name not in found and name != "demo":
             say(f"and any other model of {name}, as {name}/NAME")
 
 
 # --- 13.6 keys, accounts and bills ----------------------------------------------------------------
-
-PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
-
-
-def parse_budget(text: str) -> JSON:
-    amount_text, _, period = text.partition("/")
-    if text == "none":
-        return {"budget_nanos": None, "period": "month"}
-    if period not in PERIODS:
-        raise ValueError
-    return {"budget_nanos": parse_usd(amount_text), "period": period}
-
 
 def of_ledger(run: Callable[[Ledger, Args], Coroutine[Any, Any, int | None]]) -> Callable[[Args], int | None]:
     def run_with(args: Args) -> int | None:
@@ -13030,7 +13129,7 @@ def command_line_user() -> str:
         return f"user {os.getuid()} (cli)"
 
 
-def key_words(key: Key) -> str:
+def describe_limits(key: Key) -> str:
     """`50.00 USD a month, models openai/*`"""
     period = "in total" if key.period == "total" else f"a {key.period}"
     rates = ((key.rpm, "requests a minute"), (key.tpm, "tokens a minute"), (key.concurrent, "at once"))
@@ -13043,121 +13142,67 @@ def key_words(key: Key) -> str:
         f"until {utc_minute(key.expires_s)} UTC" if key.expires_s else "")))
 
 
-@of_ledger
-async def run_keys_create(ledger: Ledger, args: Args) -> None:
-    settings = await key_settings(ledger, given(args))
-    print(await ledger.create_key(args.name, time.time(), command_line_user(), **settings), flush=True)
-    words = key_words(ledger.list_keys()[-1])
-    say(f"Key {args.name} created{': ' + words if words else ''}. It is not shown again.")
+async def show_key(ledger: Ledger, args: Args, result: JSON) -> None:
+    """A key that was just created, edited or revoked."""
+    key = next(key for key in reversed(ledger.list_keys()) if key.name == args.name)
+    limits = describe_limits(key)
+    if "token" in result:
+        print(result["token"], flush=True)
+        say(f"Key {key.name} created{': ' * bool(limits)}{limits}. It is not shown again.")
+    elif key.revoked_s:
+        say(f"Key {key.name} ({key.hint}) revoked. Requests in progress will finish.")
+    else:
+        say(f"Key {key.name} ({key.hint}): {limits or 'no limits'}.")
 
 
-@of_ledger
-async def run_keys_edit(ledger: Ledger, args: Args) -> None:
-    settings = await key_settings(ledger, given(args))
-    if not settings:
-        raise BadRequest("Nothing to change was given: see python pomex.py keys edit --help")
-    key = await ledger.edit_key(args.name, command_line_user(), **settings)
-    say(f"Key {key.name} ({key.hint}): {key_words(key) or 'no limits'}.")
+def format_limit(nanos: int | None) -> str:
+    return "none" if nanos is None else format_usd(nanos)
 
 
-@of_ledger
-async def run_keys_revoke(ledger: Ledger, args: Args) -> None:
-    key = await ledger.revoke_key(args.name, time.time(), command_line_user())
-    say(f"Key {key.name} ({key.hint}) revoked. What is being answered ends normally.")
-
-
-def usd_or(nanos: int | None, none: Any, places: int = 2) -> Any:
-    return none if nanos is None else format_usd(nanos, places)
+def describe_use(row: JSON) -> str:
+    """A key's state, or how much of its budget is used where that is nearly all."""
+    spent, budget, state = row["spent_nanos"], row["budget_nanos"], str(row["state"])
+    return f"{spent * 100 // budget} % used" if state == "active" and budget and spent * 5 >= budget * 4 else state
 
 
 @of_ledger
 async def run_keys_list(ledger: Ledger, args: Args) -> None:
-    now_s, rows, table = time.time(), [], []
-    spending = {row["id"]: (row["spent_nanos"], row["last_ms"]) for row in await key_rows(ledger, now_s)}
-    for key in ledger.list_keys():
-        spent, last_ms = spending[key.id]
-        state = key.state(now_s)
-        if key.budget_nanos and state == "active" and spent * 5 >= key.budget_nanos * 4:
-            state = f"{spent * 100 // key.budget_nanos} % used"
-        table.append((key.name, key.hint, key.models.replace(" ", ",") or "all", format_usd(spent),
-                      usd_or(key.budget_nanos, "none") + f"/{key.period}" * (key.budget_nanos is not None),
-                      time_span(now_s - last_ms / 1000) + " ago" if last_ms else "never", state))
-        rows.append({"name": key.name, "key": key.hint, "created_at": key.created_s, "expires_at": key.expires_s or None,
-                     "revoked_at": key.revoked_s or None, "account": key.account, "models": key.models.split(),
-                     "spent_usd": format_usd(spent, 9), "budget_period": key.period,
-                     "budget_usd": usd_or(key.budget_nanos, None, 9),
-                     "last_used_at": last_ms // 1000 or None, "requests_per_minute": key.rpm or None,
-                     "tokens_per_minute": key.tpm or None, "concurrent_requests": key.concurrent or None,
-                     "allow_unpriced": bool(key.allow_unpriced)})
-    print_rows(args, rows, [("NAME", "KEY", "MODELS", "SPENT", "BUDGET", "LAST USED", "STATE"), *table], (3,))
+    now_s = time.time()
+    rows = [{**row, "key": row["hint"], "expires_at": row["expires_s"] or None, "revoked_at": row["revoked_s"] or None,
+             "state": ledger.keys[row["id"]].state(now_s)} for row in await key_rows(ledger, now_s)]
+    rows.sort(key=operator.itemgetter("id"))
+    print_rows(args, rows, [{
+        "NAME": row["name"], "KEY": row["key"], "MODELS": row["models"].replace(" ", ",") or "all",
+        "SPENT": format_usd(row["spent_nanos"]),
+        "BUDGET": format_limit(row["budget_nanos"]) + f"/{row['period']}" * (row["budget_nanos"] is not None),
+        "LAST USED": time_span(now_s - row["last_ms"] / 1000) + " ago" if row["last_ms"] else "never",
+        "STATE": describe_use(row)} for row in rows])
 
 
-@of_ledger
-async def run_accounts_create(ledger: Ledger, args: Args) -> None:
-    await new_account(ledger, given(args), command_line_user())
-    say(f"Account {args.name} created. Give it a key: python pomex.py keys create NAME --account {args.name}")
+async def show_new_account(ledger: Ledger, args: Args, result: JSON) -> None:
+    say(f"Account {args.name} created. Give it a key: {command(f'keys create NAME --account {args.name}')}")
 
 
-@of_ledger
-async def run_accounts_credit(ledger: Ledger, args: Args) -> None:
-    kind = await add_credit(ledger, args.name, args.amount, args.reason or "", time.time(), command_line_user())
-    account = next(each for each in await list_accounts(ledger.db, time.time()) if each["name"] == args.name)
-    say(f"{kind.capitalize()} of {format_usd(args.amount)} USD entered for account {args.name}; its balance is "
-        f"{format_usd(account['credit_nanos'] - account['spent_nanos'])} USD.")
+async def list_balances(ledger: Ledger) -> list[JSON]:
+    """The accounts, each with its balance as text."""
+    return [{**each, "balance_usd": format_usd(each["credit_nanos"] - each["spent_nanos"], 9)}
+            for each in await list_accounts(ledger.db, time.time())]
+
+
+async def show_balance(ledger: Ledger, args: Args, result: JSON) -> None:
+    balance = next(each["balance_usd"] for each in await list_balances(ledger) if each["name"] == args.name)
+    say(f"{'Adjustment' if args.reason else 'Top-up'} of {format_usd(args.amount)} USD entered for account {args.name}; its "
+        f"balance is {balance[:-7]} USD.")
 
 
 @of_ledger
 async def run_accounts_list(ledger: Ledger, args: Args) -> None:
-    rows, table = [], []
-    for each in await list_accounts(ledger.db, time.time()):
-        limit, balance = each["limit_nanos"], each["credit_nanos"] - each["spent_nanos"]
-        kind = "prepaid" if each["prepaid"] else "monthly" if limit is not None else "open"
-        table.append((each["name"], kind, format_usd(each["month_nanos"]), usd_or(limit, "none"), format_usd(balance),
-                      f"x {each['multiplier'] / ONE:g}"))
-        sums = {"credit": each["credit_nanos"], "spent": each["spent_nanos"], "spent_this_month": each["month_nanos"],
-                "balance": balance}
-        rows.append({"name": each["name"], "prepaid": bool(each["prepaid"]),
-                     "multiplier": format_usd(each["multiplier"] * 1000, 6), "limit_usd": usd_or(limit, None, 9),
-                     **{f"{name}_usd": format_usd(nanos, 9) for name, nanos in sums.items()}})
-    print_rows(args, rows, [("NAME", "KIND", "THIS MONTH", "LIMIT", "BALANCE", "PRICES"), *table], (2, 3, 4))
-
-
-def spaced(count: int) -> str:
-    return f"{count:,}".replace(",", " ")
-
-
-def millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 100_000 else spaced(count)
-
-
-def percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
-def print_rows(args: Args, rows: Iterable[JSON], table: Sequence[Sequence[str]] = (),
-               right: Sequence[int] = ()) -> None:
-    """As --json, --csv or --jsonl, else the table, with numbers to the `right`."""
-    if getattr(args, "json", False):
-        print_json([*rows])
-    elif getattr(args, "csv", False):
-        for number, row in enumerate(rows):
-            if number == 0:
-                print(csv_line(row))
-            print(csv_line(row.values()))
-    elif getattr(args, "jsonl", False):
-        for row in rows:
-            print(dumps(row))
-    else:
-        print(*table_lines(table, right), sep="\n")
-
-
-@of_ledger
-async def run_usage(ledger: Ledger, args: Args) -> None:
-    rows = await usage_report(ledger.db, args.by, args.since, int(time.time()) // 86400)
-    total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
-    cells = [(str(row[args.by]) or "-", spaced(row["requests"]), millions(row["input"]), percent(row["cached"], row["input"]),
-              millions(row["output"]), format_usd(row["cost_nanos"]), no_price(row)) for row in (*rows, total)]
-    print_rows(args, rows, [(args.by.upper(), "REQUESTS", "INPUT", "CACHED", "OUTPUT", "USD", ""), *cells], range(1, 6))
+    rows = await list_balances(ledger)
+    print_rows(args, rows, [{
+        "NAME": row["name"], "KIND": "prepaid" if row["prepaid"] else "open" if row["limit_nanos"] is None else "monthly",
+        "THIS MONTH": format_usd(row["month_nanos"]), "LIMIT": format_limit(row["limit_nanos"]),
+        "BALANCE": format_usd(row["credit_nanos"] - row["spent_nanos"]), "PRICES": f"x {row['multiplier'] / ONE:g}"}
+        for row in rows])
 
 
 def no_price(row: JSON) -> str:
@@ -13166,27 +13211,37 @@ def no_price(row: JSON) -> str:
     return "no price" if row["unpriced"] == row["requests"] else f"{spaced(row['unpriced'])} without a price"
 
 
+def millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else spaced(count)
+
+
 @of_ledger
-async def run_statement(ledger: Ledger, args: Args) -> None:
-    first, last = args.month
-    bill = await statement_rows(ledger.db, await account_named(ledger.db, args.account), first, last)
+async def run_usage(ledger: Ledger, args: Args) -> None:
+    rows = await usage_report(ledger.db, args.by, args.since, int(time.time()) // 86400)
+    total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
+    print_rows(args, rows, [{
+        args.by.upper(): str(row[args.by]) or "-", "REQUESTS": spaced(row["requests"]), "INPUT": millions(row["input"]),
+        "CACHED": f"{100 * row['cached'] / row['input']:.1f} %" if row["input"] else "-", "OUTPUT": millions(row["output"]),
+        "USD": format_usd(row["cost_nanos"]), "": no_price(row)} for row in (*rows, total)])
+
+
+async def show_statement(ledger: Ledger, args: Args, bill: JSON) -> None:
+    first, last = (day_text(bill[name]) for name in ("first_day", "last_day"))
     if args.json:
-        print_json({"account": args.account, "first_day": day_text(first), "last_day": day_text(last), **bill})
+        print_json({"account": args.account, **bill, "first_day": first, "last_day": last})
         return
-    charges, entries = bill["charges"], bill["credits"]
-    counts = ("requests", "input", "cached", "cache_write", "output")
-    costs = whole_cents([row["cost_nanos"] for row in charges])
-    rows: list[Sequence[str]] = [("MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", "")]
-    rows += [(row["model"], *(spaced(row[name]) for name in counts), format_usd(cost), no_price(row))
-             for row, cost in zip(charges, costs)]
-    rows += [("total", *(spaced(sum(row[name] for row in charges)) for name in counts), format_usd(sum(costs)), "")]
-    print(f"Statement of account {args.account}, {day_text(first)} to {day_text(last)} (UTC), in USD", "",
-          *table_lines(rows, range(1, 7)), sep="\n")
+    entries, counts = bill["credits"], ("requests", "input", "cached", "cache_write", "output")
+    costs = whole_cents([row["cost_nanos"] for row in bill["charges"]])
+    total = {"model": "total", **{name: sum(row[name] for row in bill["charges"]) for name in (*counts, "unpriced")}}
+    rows = [["MODEL", "REQUESTS", "INPUT", "CACHED", "WRITTEN", "OUTPUT", "USD", ""]]
+    for row, cost in zip([*bill["charges"], total], [*costs, sum(costs)]):
+        rows.append([row["model"], *(spaced(row[name]) for name in counts), format_usd(cost), no_price(row)])
+    print(f"Statement of account {args.account}, {first} to {last} (UTC), in USD", "", *table_lines(rows), sep="\n")
     if entries or bill["before_nanos"]:
         steps = whole_cents([bill["before_nanos"], *(entry["nanos"] for entry in entries), -bill["spent_nanos"]])
         names = ["balance before", *(f"{utc_minute(entry['created_s'])[:10]} {entry['kind']} {entry['reason']}".rstrip()
                                      for entry in entries), "charges above", "balance after"]
-        print("", *table_lines([*zip(names, map(format_usd, (*steps, sum(steps))))], (1,)), sep="\n")
+        print("", *table_lines([*zip(names, map(format_usd, (*steps, sum(steps))))]), sep="\n")
 
 
 def whole_cents(nanos: Sequence[int]) -> list[int]:
@@ -13200,17 +13255,17 @@ def run_prices_show(args: Args) -> None:
         notes += [f"from {day_text(day)}: {price}" for day, price in schedule.changes]
         notes += [f"{tier} x {factor}" for tier, factor in schedule.factors.items()]
         notes += [f"ends {schedule.ends}"] if schedule.ends else []
-        rows.append((name, *(f"{schedule.base} -".split()[:6]), schedule.source.partition(" in ")[2], "; ".join(notes)))
-    head = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
-    print_rows(args, [dict(zip(("model", *PRICE_COLUMNS, "source", "notes"), row)) for row in rows], [head, *rows], range(1, 7))
+        rows.append({"model": name, **dict(zip(PRICE_COLUMNS, f"{schedule.base} -".split())),
+                     "source": schedule.source.partition(" in ")[2], "notes": "; ".join(notes)})
+    headings = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
+    print_rows(args, rows, [dict(zip(headings, row.values())) for row in rows])
 
 
 @of_ledger
 async def run_verify(ledger: Ledger, args: Args) -> int:
     checked, wrong = await verify(ledger.db)
-    accounts = await list_accounts(ledger.db, time.time())
-    balances = {each["name"]: format_usd(each["credit_nanos"] - each["spent_nanos"], 9) for each in accounts}
     if args.json:
+        balances = {row["name"]: row["balance_usd"] for row in await list_balances(ledger)}
         print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
     else:
         print(*wrong[:100], f"{spaced(checked)} lines computed again, {plural(len(wrong), 'problem')}.", sep="\n")
@@ -13219,12 +13274,10 @@ async def run_verify(ledger: Ledger, args: Args) -> int:
 
 @of_ledger
 async def run_export(ledger: Ledger, args: Args) -> None:
-    first = args.csv
+    first = True
     async for row in rows_in_pages(ledger.db, args.since * DAY_MS):
-        if first:
-            print(csv_line(row))
-            first = False
-        print(csv_line(row.values()) if args.csv else dumps(row))
+        print_row(args, row, first)
+        first = False
 
 
 @of_ledger
@@ -13236,11 +13289,10 @@ async def run_prune(ledger: Ledger, args: Args) -> None:
 @of_ledger
 async def run_audit(ledger: Ledger, args: Args) -> None:
     rows = await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS)
-    table = [(utc_minute(row["time_ms"] // 1000), row["who"], row["action"], row["name"], ", ".join(
-        f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())) for row in rows]
-    if args.csv:
-        rows = [{**row, "before": dumps(row["before"]), "after": dumps(row["after"])} for row in rows]
-    print_rows(args, rows, [("UTC", "WHO", "WHAT", "NAME", "CHANGE"), *table])
+    print_rows(args, rows, [{
+        "UTC": utc_minute(row["time_ms"] // 1000), "WHO": row["who"], "WHAT": row["action"], "NAME": row["name"],
+        "CHANGE": ", ".join(f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())}
+        for row in rows])
 
 
 @of_ledger
@@ -13251,17 +13303,6 @@ async def run_backup(ledger: Ledger, args: Args) -> None:
 
 # --- 13.7 the first five minutes ------------------------------------------------------------------
 
-DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
-
-
-def run_version(args: Args) -> None:
-    print(f"Pomex {VERSION}")
-
-
-def own_url(config: Config) -> str:
-    return public_url(config.server, (config.server.host, config.server.port))
-
-
 async def login_link(ledger: Ledger, url: str) -> str:
     return f"{url}/admin#login={await open_session(ledger.db, 'link', 0, LOGIN_LINK_S, time.time())}"
 
@@ -13271,104 +13312,55 @@ def run_admin_url(args: Args) -> None:
     with open_ledger(config) as ledger:
         print(asyncio.run(login_link(ledger, own_url(config))))
     say("It opens the dashboard once, within ten minutes.")
+    if not asyncio.run(running_version(config)):
+        say(not_running(config))
 
 
-async def dashboard_line(config: Config, ledger: Ledger, url: str) -> str:
-    """The link itself is a secret: on a terminal only."""
-    if sys.stderr.isatty():
-        return f"Dashboard     {await login_link(ledger, url)} (one use, 10 minutes)"
-    return retyped(config, f"Dashboard     {url}/admin (log in with a link: python pomex.py admin-url)")
+def not_running(config: Config) -> str:
+    return f"No gateway answers at {own_url(config)}. Start it in another terminal: {command('serve')}"
 
 
-# init
-
-def run_init(args: Args) -> int:
+def run_init(args: Args) -> None:
     """Never overwrites."""
-    config, found = asyncio.run(detect(load_config("", "", os.environ, read_text), os.environ))
-    text = init_text(config, found, os.path.isfile(config.database.path))
-    try:
-        write_new(args.file, text)
-    except FileExistsError:
-        say(f"{args.file} is there already; nothing was written.")
-        return 1
-    providers = sum(name != "demo" for name in config.providers)
-    lines = text.count("\n")
-    named = "" if args.file == "pomex.toml" else f" --config {shlex.quote(args.file)}"
-    say(f"Wrote {args.file} (mode 600, {lines} lines, {plural(providers, 'provider')} found). "
-        f"Check it: python pomex.py check{named}")
-    return 0
+    config, _ = asyncio.run(with_detected(load_config("", "", os.environ, read_text)))
+    if os.path.lexists(args.file):
+        raise BadRequest(f"{args.file} already exists; nothing was written.")
+    text = init_text(config, os.path.isfile(config.database.path))
+    write_new(args.file, text)
+    if args.file != "pomex.toml":
+        SAME_GATEWAY["config"] = args.file
+    found = plural(sum(name != "demo" for name in config.providers), "provider")
+    say(f"Wrote {args.file} (mode 600, {found} found). Check it: {command('check')}")
 
 
-INIT_TEXT = """\
-# Pomex. Every key with its meaning and default: pomex.toml.example
-
-[server]
-# host = "127.0.0.1"
-# port = 7663
-# public_hosts = ["pomex.example"]     # the name by which a proxy in front calls it
-# admin_token = "env:POMEX_ADMIN"        # opens the admin API to machines
-
-[database]
-url = {database}
-
-{providers}
-# A model of your own naming, with failover:
-# [models."team/coder"]
-# targets = ["openai:gpt-5.3-codex", "anthropic:claude-sonnet-5-5"]
-"""
-
-
-def init_text(config: Config, found: Mapping[str, Sequence[str]], keep_database: bool) -> str:
-    lines = []
+def init_text(config: Config, keep_database: bool) -> str:
+    database = config.database.url if keep_database else "sqlite:pomex.db"
+    lines = ["# Every key with its meaning and default: pomex.toml.example. A provider is a table like [providers.openai].", "",
+             "[database]", f"url = {json.dumps(database)}"]
     for name, provider in config.providers.items():
         if name != "demo":
-            lines += [f"[providers.{json.dumps(name) if '.' in name else name}]"]
-            lines += [f'env_key = "{provider.env_key}"'] if provider.env_key else [
-                f'base_url = "{provider.base_url}"', f'wire_api = "{provider.wire_api}"']
-            lines += ["free = true     # your own machine: its models need no price"] if provider.free else []
-            lines += [f"# models = {json.dumps(list(found.get(name, ['*']))[:20])}", ""]
-    lines = lines or ["# [providers.openai]", '# env_key = "OPENAI_API_KEY"', ""]
-    database = config.database.url if keep_database else "sqlite:pomex.db"
-    return INIT_TEXT.format(database=json.dumps(database), providers="\n".join(lines))
+            keys = ("env_key",) if provider.env_key else ("base_url", "wire_api", "free")
+            lines += ["", f"[{toml_name(('providers', name))}]"]
+            lines += [f"{key} = {json.dumps(getattr(provider, key))}" for key in keys]
+    return "\n".join([*lines, ""])
 
 
 # codex
 
-def codex_home() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
-
-
-def run_codex(args: Args) -> int:
-    path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
-    path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
-    if args.undo:
-        return undo_codex(path)
-    config, found = asyncio.run(surveyed(read_config(args)))
-    catalogue = ModelCatalog(config, found)
-    model = args.model or best_model(catalogue)
-    try:
-        catalogue.tiers(model)
-    except BadRequest as error:
-        say(f"{error} A model that can be used: {best_model(catalogue)}")
-        if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
-            return 1
-    block = codex_block(own_url(config), model)
-    if args.write or args.profile:
-        code = write_codex(path, block)
-        if args.profile and code == 0:
-            say("Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: python pomex.py codex --run")
-        return code
-    if args.run:
-        return start_codex(config, block, args.prompt)
-    print(*block, sep="\n")
-    return 0
-
-
 KeyPath: TypeAlias = tuple[str, ...]
 
-# Codex writes to its config.toml too, so ours is known by these keys. Each is undone whole: Codex refuses a part of a
-# provider's table.
-CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), ("model_providers", "pomex"))
+# What Pomex sets in Codex's config.toml stands between marks: the top-level keys before all else, the table behind all
+# else. A user's own lines about the same keys become comments where they stand. Codex rewrites the file, too: it keeps
+# comments, but not always in their place, so ours are known by their keys, and only whether there are any by the marks.
+CODEX_TABLE_PATH: KeyPath = ("model_providers", "pomex")
+CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), CODEX_TABLE_PATH)
+BLOCK_BEGIN = "# >>> pomex: written by codex --write, removed by codex --undo"
+BLOCK_END = "# <<< pomex"
+REPLACED = "# pomex replaced: "
+
+
+def codex_home() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
 
 
 def toml_leaves(text: str) -> dict[KeyPath, Any]:
@@ -13382,76 +13374,65 @@ def toml_leaves(text: str) -> dict[KeyPath, Any]:
     return dict(walk((), tomllib.loads(text.removeprefix("\ufeff"))))
 
 
-TOML_PARTS = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|'
-                         r'[^"\'#\n\[\]{}=]+|.', re.DOTALL)
+def is_codex_key(path: KeyPath) -> bool:
+    return path[:2] in CODEX_KEYS
 
 
-def toml_statements(text: str) -> list[tuple[KeyPath, str]]:
-    """(key path, text) of each header and pair of a valid document, and of each line that is neither, with path (). A piece
-    ends with its newline; together they are the document."""
-    found: list[tuple[KeyPath, str]] = []
-    header = piece = key = ""
-    depth = 0
-    for part in TOML_PARTS.findall(text):
-        if part == "=" and not key:
-            key = piece
-        piece += part
-        depth += (part in "[{") - (part in "]}")
-        if part != "\n" or depth:
-            continue
-        path: KeyPath = ()
-        if piece.lstrip().startswith("["):
-            header = piece
-            path = next(iter(toml_leaves(header + "_ = 0")))[:-1]
-        elif key:
-            path = next(iter(toml_leaves(f"{header}{key}= 0")))
-        found.append((path, piece))
-        piece = key = ""
-    return found
+def other_leaves(text: str) -> dict[KeyPath, Any]:
+    return {path: value for path, value in toml_leaves(text).items() if not is_codex_key(path)}
 
 
-def with_values(text: str, values: Mapping[KeyPath, Any], keys: Sequence[KeyPath]) -> str:
-    """A document with these values in place of all that it says of these CODEX_KEYS. ConfigError if its form does not allow
-    that."""
+def toml_statements(text: str) -> Iterator[tuple[bool, str]]:
+    """(is it about CODEX_KEYS?, text) of each header, each pair, and each line that is neither, with its newline."""
+    header = statement = ""
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text.removeprefix("\ufeff")):
+        statement += line
+        is_header = statement.lstrip().startswith("[")
+        with contextlib.suppress(tomllib.TOMLDecodeError):      # else a value of several lines goes on
+            tomllib.loads(statement)
+            header = statement if is_header else header
+            paths = toml_leaves(f"{header}\n_ = 0" if is_header else f"{header}\n{statement}")
+            yield any(map(is_codex_key, paths)), statement
+            statement = ""
+    yield False, statement
+
+
+def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
+    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ConfigError if its form does not allow that."""
     line_end = "\r\n" if "\r\n" in text else "\n"
-    mark = "\ufeff" * text.startswith("\ufeff")
-    ours = {path: value for path, value in values.items() if path[:2] in keys}
-    pairs = {path: f"{toml_name(path[2:] or path)} = {json.dumps(value, ensure_ascii=False, default=str)}{line_end}"
-             for path, value in ours.items()}
-    top, table = ([pair for path, pair in pairs.items() if (len(path) > 1) == inner] for inner in (False, True))
-    top += [piece for path, piece in toml_statements(re.sub(r"\r?\n|(?<=[^\n])\Z", line_end, text.removeprefix(mark)))
-            if path[:2] not in keys]
-    if table:
-        table.insert(0, f"{line_end}[{toml_name(CODEX_KEYS[-1])}]{line_end}")
-    changed = mark + "".join(top).rstrip() + line_end + "".join(table)
+    top, table = [BLOCK_BEGIN], [BLOCK_BEGIN, f"[{toml_name(CODEX_TABLE_PATH)}]"]
+    for path, value in values.items():
+        block = table if len(path) > 1 else top
+        block.append(f"{toml_name(path[2:] or path)} = {json.dumps(value, ensure_ascii=False, default=str)}")
+    body = "".join(re.sub("^(?=.)", REPLACED, statement, flags=re.MULTILINE) if ours else statement
+                   for ours, statement in toml_statements(text))
+    body += line_end * (body[-1:] not in ("\n", ""))
+    before, after = (line_end.join([*lines, BLOCK_END, ""]) for lines in (top, table))
+    changed = "\ufeff" * text.startswith("\ufeff") + before + body + after
     with contextlib.suppress(tomllib.TOMLDecodeError):
-        others = {path: value for path, value in toml_leaves(text).items() if path[:2] not in keys}
-        if toml_leaves(changed) == {**others, **ours}:
+        if toml_leaves(changed) == {**other_leaves(text), **values}:
             return changed
-    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it "
-                      f"by hand: {', '.join(map(toml_name, keys))}. Pomex's lines: python pomex.py codex")
+    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it by "
+                      f"hand. It needs the lines that this prints: {command('codex')}")
 
 
-def with_block(text: str, block: Sequence[str]) -> str:
-    """The text of a config.toml with our keys in it. What else stands in our table stays, but for another catalogue."""
-    table = CODEX_KEYS[-1]
-    there = {path: value for path, value in toml_leaves(text).items() if path != (*table, "model_catalog_url")}
-    return with_values(text, {**there, **toml_leaves("\n".join(block))}, CODEX_KEYS)
-
-
-def without_pomex(now: str, record: Mapping[str, str]) -> tuple[str | None, list[KeyPath]]:
-    """(the text without what `codex --write` changed; None: there was no file, the keys that were changed since and stay)."""
-    before = record.get("before")
-    if now == record["after"]:
-        return before, []
-    written, present = toml_leaves(record["after"]), toml_leaves(now)
-    changed = {path[:2] for path in {**written, **present} if written.get(path) != present.get(path)}
-    text = with_values(now, toml_leaves(before or ""), [key for key in CODEX_KEYS if key not in changed])
-    return text if text.strip() or before is not None else None, [key for key in CODEX_KEYS if key in changed]
+def without_block(text: str) -> str:
+    """The same without what `with_block` put there, and with what that replaced."""
+    if BLOCK_BEGIN not in text:
+        return text
+    kept = ["\ufeff" * text.startswith("\ufeff")]
+    kept += [statement.removeprefix(REPLACED) for ours, statement in toml_statements(text)
+             if not ours and not statement.startswith((BLOCK_BEGIN, BLOCK_END))]
+    restored = "".join(kept)
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        if other_leaves(restored) == other_leaves(text):
+            return restored
+    raise ConfigError("Codex's configuration was changed in a way that cannot be undone safely here; nothing was changed. Edit "
+                      f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
 
 
 def codex_text(path: pathlib.Path) -> str | None:
-    """A TOML file as it is; None where there is none. ConfigError where it cannot be read."""
+    """A TOML file as it is; None if there is none. ConfigError if it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{home_short(path)} is not a regular file. Nothing was changed.")
@@ -13462,11 +13443,6 @@ def codex_text(path: pathlib.Path) -> str | None:
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
         raise ConfigError(f"{home_short(path)} is not TOML: {error}. Nothing was changed.") from None
     return text
-
-
-def show_difference(path: pathlib.Path, before: str, after: str) -> None:
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, "")
-    say(*lines)
 
 
 def replace_file(path: pathlib.Path, text: str) -> None:
@@ -13482,80 +13458,84 @@ def replace_file(path: pathlib.Path, text: str) -> None:
 
 
 def keep_copy(path: pathlib.Path, text: str) -> str:
-    """The name of the new file: with a number where there is one already."""
-    names = (path.with_name(path.name + f".{number}" * (number > 0)) for number in itertools.count())
-    copy = next(each for each in names if not os.path.lexists(each))
-    replace_file(copy, text)
-    return copy.name
+    """The name of a file beside it with this text: a new one, with a number if need be, or the one that has it already."""
+    for number in itertools.count():
+        copy = path.with_name(f"{path.name}.pomex-bak" + f".{number}" * (number > 0))
+        if not os.path.lexists(copy):
+            replace_file(copy, text)
+            return copy.name
+        if copy.is_file() and copy.read_bytes() == text.encode():
+            return copy.name
+    raise AssertionError
 
 
-def codex_record(path: pathlib.Path) -> pathlib.Path:
-    """What `codex --write` did, as TOML: the texts `after` and `before` it, the name of the `backup` of the latter. A text that
-    is missing: there was no file."""
-    return path.with_name(path.name + ".pomex-undo")
+def change_codex(path: pathlib.Path, now: str, after: str) -> str:
+    """Shows what changes and does it; names the copy of what was there, if it was not ours alone."""
+    say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
+    others = without_block(now).strip("\ufeff\r\n")
+    kept = f" The file before this is kept beside it as {keep_copy(path, now)}." if others else ""
+    if after.strip("\ufeff\r\n"):
+        replace_file(path, after)
+    else:
+        path.unlink()
+    return kept
 
 
 def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = codex_text(path)
-    record = tomllib.loads(codex_text(codex_record(path)) or "")
-    after = with_block(now or "", block)
-    if now is not None and toml_leaves(after) == toml_leaves(now):
-        say(f"{home_short(path)} has these settings already; nothing was changed.")
+    now = codex_text(path) or ""
+    more = {name: value for name, value in toml_leaves(now).items()      # that somebody else put into our table
+            if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
+    after = with_block(without_block(now), {**more, **toml_leaves("\n".join(block))})
+    if toml_leaves(after) == toml_leaves(now):
+        say(f"{home_short(path)} is already up to date.")
         return 0
-    before = without_pomex(now, record)[0] if record and now is not None else now
-    values, kept = {"after": after}, "there was none before"
-    if before is not None:
-        known = before == record.get("before")
-        backup = record["backup"] if known else keep_copy(path.with_name(path.name + ".pomex-bak"), before)
-        values |= {"before": before, "backup": backup}
-        kept = f"the file without Pomex is kept beside it as {backup}"
-    replace_file(codex_record(path), "".join(f"{name} = {json.dumps(text, ensure_ascii=False)}\n"
-                                             for name, text in values.items()))
-    replace_file(path, after)
-    show_difference(path, now or "", after)
-    say("", f"Wrote {home_short(path)}; {kept}. To undo: python pomex.py codex --undo"
-        + " --profile" * (path.name == "pomex.config.toml"))
+    kept, profile = change_codex(path, now, after), " --profile" * (path.name == "pomex.config.toml")
+    say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
     if not os.environ.get("POMEX_API_KEY"):
-        say("Now export POMEX_API_KEY in the shell that starts codex. A new key: python pomex.py keys create NAME")
+        say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
     return 0
 
 
 def undo_codex(path: pathlib.Path) -> int:
-    shown = home_short(path)
-    now, record = codex_text(path), tomllib.loads(codex_text(codex_record(path)) or "")
-    if not record or now is None:
-        say(f"Nothing to undo: there is no {shown if record else home_short(codex_record(path))}.")
+    now = codex_text(path) or ""
+    if BLOCK_BEGIN not in now:
+        say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
         return 1
-    text, stay = without_pomex(now, record)
-    show_difference(path, now, text or "")
-    said = [f"{shown} is as it was before Pomex." if now == record["after"] else
-            f"Pomex's settings are out of {shown}."]
-    if stay:
-        said.append(f"Changed since, so left alone: {', '.join(map(toml_name, stay))}.")
-    if now != record["after"]:
-        said.append(f"A copy from before this: {keep_copy(path.with_name(path.name + '.before-undo'), now)}.")
-    if text is None:
-        path.unlink()
-        said[0] = f"Removed {shown}: there was no such file before Pomex."
-    else:
-        replace_file(path, text)
-    codex_record(path).unlink()
-    if "backup" in record:
-        if text == record["before"]:
-            path.with_name(record["backup"]).unlink(missing_ok=True)
-        else:
-            said.append(f"The file before Pomex: {record['backup']}.")
-    say("", " ".join(said))
+    say(f"Pomex's settings are out of {home_short(path)}.{change_codex(path, now, without_block(now))}")
     return 0
 
 
+def run_codex(args: Args) -> int:
+    path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
+    path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
+    if args.undo:
+        return undo_codex(path)
+    config, found = asyncio.run(with_detected(read_config(args)))
+    catalogue = ModelCatalog(config, found)
+    model = args.model or best_model(catalogue)
+    try:
+        catalogue.tiers(model)
+    except BadRequest as error:
+        say(f"{error} A model that can be used: {best_model(catalogue)}")
+        if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
+            return 1
+    block = codex_block(own_url(config), model)
+    if not (args.write or args.profile or args.run):
+        print(*block, sep="\n")
+        return 0
+    code = 0 if args.run else write_codex(path, block)
+    if code == 0 and not asyncio.run(running_version(config)):
+        say(not_running(config))
+    if args.run:
+        return start_codex(config, block, args.prompt)
+    if args.profile and code == 0:
+        say(f"Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: {command('codex --run')}")
+    return code
+
+
 def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) -> int:
-    """Takes this process's place; a key of its own ends within a day."""
-    path = next((f"{folder}/codex" for folder in os.get_exec_path() if os.access(f"{folder}/codex", os.X_OK)), "")
-    if not path:
-        say("There is no codex in PATH. Install it with: npm install -g @openai/codex")
-        return UNAVAILABLE
+    """Takes this process's place; a key of its own expires within a day."""
     values = toml_leaves("\n".join(block))
     overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
@@ -13564,222 +13544,169 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
             os.environ["POMEX_API_KEY"] = asyncio.run(ledger.create_key(
                 name, time.time(), command_line_user(), expires_s=int(time.time()) + 86400))
         say(f"Key {name} created for this run; it ends in a day.")
-    os.execv(path, [path, *overrides, *arguments])     # noqa: S606
+    try:
+        os.execvp("codex", ["codex", *overrides, *arguments])      # noqa: S606, S607
+    except FileNotFoundError:
+        say("There is no codex in PATH. Install it with: npm install -g @openai/codex")
+        return UNAVAILABLE
 
 
 # doctor
 
-CODEX_WRITE = "python pomex.py codex --write"
+DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
 
 
-class Finding(NamedTuple):
-    what: str
+class Check(NamedTuple):
+    name: str
     state: str              # ok | note | wrong | missing: the last two are problems
     text: str
     fix: str = ""
 
 
-def judged(what: str, good: str, fault: str, fix: str = CODEX_WRITE, state: str = "wrong") -> Finding:
-    return Finding(what, state, fault, fix) if fault else Finding(what, "ok", good)
+def expect(name: str, good: str, problem: str, fix: str = "codex --write", state: str = "wrong") -> Check:
+    return Check(name, state, problem, command(fix)) if problem else Check(name, "ok", good)
 
 
-Asking = Callable[..., Awaitable[tuple[int, bytes]]]        # key, method, path, body -> status, body
+@dataclass
+class Doctor:
+    """What the checks look at, and what they found out for those behind them."""
+    config: Config
+    codex: JSON = field(default_factory=dict)           # Codex's config.toml,
+    provider: JSON = field(default_factory=dict)        # and of it the table of its provider
+    url: str = ""
+    version: str = ""           # of the gateway; "": it does not run
+    key: str = ""               # one that is good
 
+    async def ask(self, path: str) -> JSON:
+        answer: JSON = json.loads(await fetch(self.url + path, DOCTOR_WAIT_S, self.key, self.config.server.tls_cert))
+        return answer
 
-def run_doctor(args: Args) -> int:
-    config = read_config(args)
-    findings = asyncio.run(examine(config, args.live))
-    for line, finding in zip(table_lines([finding[:3] for finding in findings]), findings):
-        print(line + (f"   fix: {retyped(config, finding.fix)}" if finding.fix else ""))
-    problems = sum(finding.state in ("wrong", "missing") for finding in findings)
-    print(plural(problems, "problem"))
-    return 1 if problems else 0
+    async def run(self, live: bool) -> list[Check]:
+        file = self.check_file()
+        checks = [await self.check_gateway(), await self.check_program(), file]
+        checks += self.check_provider() if self.provider else []
+        if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+            checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
+        try:
+            checks.append(await self.check_key())
+            if self.version and self.key:
+                checks += [await self.check_model(), await self.check_stream("stream", "demo/echo")]
+                checks += await self.check_providers() if live else []
+        except (OSError, ValueError, GatewayError) as error:
+            checks.append(Check("requests", "wrong", f"the gateway broke off: {error or type(error).__name__}"))
+        return checks
 
+    async def check_gateway(self) -> Check:
+        """Where Codex looks for it on this machine, else where the configuration says."""
+        own, parts = own_url(self.config), urllib.parse.urlsplit(str(self.provider.get("base_url", "")))
+        here = is_loopback(parts.hostname or "") and own.startswith(f"{parts.scheme}:")
+        for self.url in [f"{parts.scheme}://{parts.netloc}"] * here + [own]:
+            self.version = await version_at(self.url, HEALTH_TIMEOUT_S, self.config.server.tls_cert)
+            if self.version:
+                break
+        return expect("gateway", f"{self.url} answers, Pomex {self.version}",
+                      "" if self.version else f"nothing of Pomex answers at {self.url}", "serve", "missing")
 
-async def examine(config: Config, live: bool) -> list[Finding]:
-    file, codex, table = codex_file()
-    url, version = await find_gateway(config, str(table.get("base_url", "")))
-    found = [judged("gateway", f"{url} answers, Pomex {version}", "" if version else f"nothing of Pomex answers at {url}",
-                    "python pomex.py serve", "missing"),
-             await codex_program(), file, *(table_findings(table, url) if table else [])]
-    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
-        found.append(Finding("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
-    try:
-        ask = functools.partial(ask_http, url, own_certificate(config.server), DOCTOR_WAIT_S)
-        finding, key = await key_finding(ask if version else None, table)
-        found.append(finding)
-        if key and version:
-            found += [await model_listed(ask, key, codex), await demo_stream(ask, key)]
-            found += await live_checks(config, ask, key) if live else []
-    except (OSError, ValueError, GatewayError) as error:
-        found.append(Finding("requests", "wrong", f"the gateway broke off: {error or type(error).__name__}"))
-    return found
+    async def check_program(self) -> Check:
+        try:
+            process = await asyncio.create_subprocess_exec("codex", "--version", stdout=-1, stderr=-3, stdin=-3)    # -1: a pipe
+            out, _ = await asyncio.wait_for(process.communicate(), 20)
+        except (OSError, TimeoutError):
+            return Check("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
+        return Check("codex", "ok", f"{sanitize(out.decode('utf-8', 'replace').strip())} in PATH")
 
+    def check_file(self) -> Check:
+        path = codex_home() / "config.toml"
+        shown = home_short(path)
+        if not path.is_file():
+            other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
+            return expect("config.toml", "", f"there is no {shown}{other}: Codex asks OpenAI itself", state="missing")
+        try:
+            codex = tomllib.loads(read_text(str(path)))
+        except (OSError, ValueError) as error:
+            line = re.search(r"line (\d+)", str(error))
+            return Check("config.toml", "wrong", f"{shown}: {error}", f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}")
+        self.codex = codex | subtable(codex, "profiles", str(codex.get("profile")))
+        chosen = self.codex.get("model_provider")
+        self.provider = subtable(self.codex, "model_providers", str(chosen))
+        problem = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
+                   else "no model_provider, so Codex asks OpenAI itself")
+        return expect("config.toml", f'{shown}, model_provider "{chosen}"', "" if self.provider else f"{shown}: {problem}")
 
-async def find_gateway(config: Config, base_url: str) -> tuple[str, str]:
-    """(address, version) of a gateway that runs: where Codex looks for it on this machine, else where the configuration says;
-    "" as its version where there is none."""
-    own, parts = own_url(config), urllib.parse.urlsplit(base_url)
-    there = is_loopback(parts.hostname or "") and own.startswith(parts.scheme + ":")
-    for url in (f"{parts.scheme}://{parts.netloc}", own) if there else (own,):
-        if version := await version_at(url, HEALTH_TIMEOUT_S, own_certificate(config.server)):
-            return url, version
-    return own, ""
+    def check_provider(self) -> list[Check]:
+        """The provider's table, but for the key. Of an address on another machine only its end is known."""
+        wire_api, base = self.provider.get("wire_api"), str(self.provider.get("base_url", "")).rstrip("/")
+        problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
+        if wire_api is None:
+            problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
+        checks = [expect("  wire_api", '"responses"', problem, state=state)]
+        if self.provider.get("supports_websockets"):
+            checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
+        elsewhere = self.version and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{self.url}/v1"
+        problem = "lacks /v1" if not base.endswith("/v1") else f"is not {self.url}/v1" if elsewhere else ""
+        return [*checks, expect("  base_url", f'"{base}"', problem and f'"{base}" {problem}')]
 
+    async def check_key(self) -> Check:
+        """The key that Codex would send; where it has none, the other checks go on with one of this shell."""
+        self.key = os.environ.get("POMEX_API_KEY", "")
+        what, name = ("  env_key", str(self.provider.get("env_key", ""))) if self.provider else ("key", "POMEX_API_KEY")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):       # not shown: it may be a key
+            return expect(what, "", "must be the name of a variable, which holds the key")
+        fresh, key = command(f"keys create codex-{secrets.token_hex(2)}"), os.environ.get(name, "")
+        if not key:
+            return Check(what, "missing", f"{name} is not set in this shell", f'export {name}="$({fresh})"')
+        self.key, known = key, ""
+        if self.version:
+            answer = await self.ask("/v1/key")
+            if "error" in answer:
+                self.key = ""
+                return Check(what, "wrong", answer["error"]["message"], f'export {name}="$({fresh})"')
+            known = f" and is key {answer['data']['label']}"
+        return Check(what, "ok", f"{name} is set in this shell{known}")
 
-async def codex_program() -> Finding:
-    try:
-        process = await asyncio.create_subprocess_exec("codex", "--version", stdout=-1, stderr=-3, stdin=-3)    # -1: a pipe
-        out, _ = await asyncio.wait_for(process.communicate(), 20)
-    except (OSError, TimeoutError):
-        return Finding("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
-    return Finding("codex", "ok", f"{sanitize(out.decode('utf-8', 'replace').strip())} in PATH")
+    async def check_model(self) -> Check:
+        name = self.codex.get("model") if self.codex else "demo/echo"
+        if not isinstance(name, str):
+            return expect("model", "", "config.toml names none, and Codex's own has no provider/ in front", state="missing")
+        answer = await self.ask("/v1/models/" + urllib.parse.quote(name, safe="/"))
+        return expect("model", name, subtable(answer, "error").get("message", ""))
 
-
-def codex_file() -> tuple[Finding, JSON, JSON]:
-    """(how Codex's config.toml stands, what it says, the table of its provider)."""
-    path = codex_home() / "config.toml"
-    shown = home_short(path)
-    if not path.is_file():
-        other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
-        return Finding("config.toml", "missing", f"there is no {shown}{other}: Codex asks OpenAI itself", CODEX_WRITE), {}, {}
-    try:
-        said = tomllib.loads(read_text(str(path)))
-    except (OSError, ValueError) as error:
-        line = re.search(r"line (\d+)", str(error))
-        fix = f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}"
-        return Finding("config.toml", "wrong", f"{shown}: {error}", fix), {}, {}
-    said |= inner(said, "profiles", str(said.get("profile")))
-    chosen = said.get("model_provider")
-    table = inner(said, "model_providers", str(chosen))
-    text = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
-            else "no model_provider, so Codex asks OpenAI itself")
-    return judged("config.toml", f'{shown}, model_provider "{chosen}"', "" if table else f"{shown}: {text}"), said, table
-
-
-def inner(values: Any, *names: str) -> JSON:
-    """A table within tables; {} where there is none."""
-    for name in names:
-        values = values.get(name) if isinstance(values, dict) else None
-    return values if isinstance(values, dict) else {}
-
-
-def table_findings(table: JSON, url: str) -> list[Finding]:
-    """What stands in the provider's table, but for the key. Of an address on another machine no more is known than how it
-    has to end."""
-    wire_api, base = table.get("wire_api"), str(table.get("base_url", ""))
-    there, here = urllib.parse.urlsplit(base), urllib.parse.urlsplit(url)
-    elsewhere = (there.scheme, there.netloc.rpartition(":")[2]) != (here.scheme, here.netloc.rpartition(":")[2])
-    fault = "lacks /v1"
-    if base.rstrip("/").endswith("/v1"):
-        fault = f"is not {url}/v1" if elsewhere and is_loopback(there.hostname or "") else ""
-    found = [judged("  wire_api", '"responses"', "" if wire_api == "responses" else f'"{wire_api}" must be "responses"')]
-    if wire_api is None:
-        found = [Finding("  wire_api", "note", 'not set, which means "responses" to Codex 0.128.0 and newer', CODEX_WRITE)]
-    if table.get("supports_websockets"):
-        found.append(Finding("  websockets", "wrong", "supports_websockets = true", "delete that line"))
-    return [*found, judged("  base_url", f'"{base}"', fault and f'"{base}" {fault}')]
-
-
-async def key_finding(ask: Asking | None, table: JSON) -> tuple[Finding, str]:
-    """(how the key stands that Codex would send, a key to go on with: "" where there is none)."""
-    what, name = ("  env_key", str(table.get("env_key", ""))) if table else ("key", "POMEX_API_KEY")
-    spare = os.environ.get("POMEX_API_KEY", "")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):       # not shown: it may be a key
-        return Finding(what, "wrong", "must be the name of a variable, which holds the key", CODEX_WRITE), spare
-    fresh = f'export {name}="$(python pomex.py keys create codex-{secrets.token_hex(2)})"'
-    key = os.environ.get(name, "")
-    if not key:
-        return Finding(what, "missing", f"{name} is not set in this shell", fresh), spare
-    if ask is None:
-        return Finding(what, "ok", f"{name} is set in this shell"), ""
-    status, body = await ask(key, "GET", "/v1/key")
-    answer = json.loads(body)
-    if status != 200:
-        return Finding(what, "wrong", answer["error"]["message"], fresh), ""
-    return Finding(what, "ok", f"{name} is set in this shell and is key {answer['data']['label']}"), key
-
-
-async def model_listed(ask: Asking, key: str, codex: JSON) -> Finding:
-    name = codex.get("model") if codex else "demo/echo"
-    if not isinstance(name, str):
-        return Finding("model", "missing", "config.toml names none, and Codex's own has no provider/ in front", CODEX_WRITE)
-    status, body = await ask(key, "GET", "/v1/models/" + urllib.parse.quote(name, safe="/"))
-    return judged("model", name, "" if status == 200 else json.loads(body)["error"]["message"])
-
-
-async def streamed(ask: Asking, key: str, body: JSON) -> tuple[list[str], JSON]:
-    """(types of the events, the response of the last) of a streamed answer; its error where there is no stream."""
-    status, data = await ask(key, "POST", "/v1/responses", {**body, "stream": True})
-    if status != 200:
-        return [], json.loads(data)
-    decoder = SSEDecoder()
-    events = [event for event in [*decoder.feed(data), *decoder.finish()] if event.data != "[DONE]"]
-    return [event.event for event in events], json.loads(events[-1].data).get("response", {}) if events else {}
-
-
-def ending(kinds: Sequence[str], last: JSON) -> str:
-    error = last.get("error") or {}
-    return str(error.get("message") or f"ended with {kinds[-1] if kinds else 'nothing'}")
-
-
-async def demo_stream(ask: Asking, key: str) -> Finding:
-    kinds, last = await streamed(ask, key, {"model": "demo/echo", "input": "What is 2 + 2?"})
-    if kinds[-1:] == ["response.completed"] and kinds.count("response.completed") == 1:
-        return Finding("stream", "ok", f"{len(kinds)} events, ended with response.completed")
-    untried = not kinds and inner(last, "error").get("param") == "model"        # no demo here, or not for this key
-    return Finding("stream", "note" if untried else "wrong", ending(kinds, last))
-
-
-# doctor --live
-
-async def live_checks(config: Config, ask: Asking, key: str) -> list[Finding]:
-    """How each provider answers a short question, and what that cost."""
-    taken: collections.Counter[str] = collections.Counter()
-
-    async def probe(name: str, model: str) -> Finding:
-        if not model:
-            return Finding(name, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{name}]')
-        kinds: list[str] = []
-        last: JSON = {"error": {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}}
+    async def check_stream(self, what: str, model: str) -> Check:
+        """How a short answer streams. A limit of ours may end it; another end is a problem of its provider."""
+        count, kind, last = 0, "", {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}
+        body = {"model": model, "input": "Say OK.", "max_output_tokens": 64}
         with contextlib.suppress(TimeoutError):
-            kinds, last = await streamed(ask, key, {"model": model, "input": "Say OK.", "max_output_tokens": 64})
-        taken.update({what: count for what, count in (last.get("usage") or {}).items() if isinstance(count, int)})
-        if kinds and kinds[-1] in ("response.completed", "response.incomplete"):      # a limit of ours may have ended it
-            return Finding(name, "ok", f"{model}: a stream of {len(kinds)} events, ended with {kinds[-1]}")
-        said, provider = ending(kinds, last), config.providers.get(name)
-        cure = next(cure for pattern, cure in PROVIDER_CURES if re.search(pattern, said, re.IGNORECASE))
+            async with asyncio.timeout(DOCTOR_WAIT_S):
+                async for event in stream_events(self.url, self.key, body, self.config.server.tls_cert):
+                    kind, last = event
+                    count += 1
+        if kind in ("response.completed", "response.incomplete"):
+            return Check(what, "ok", f"{model}: {count} events, ended with {kind}")
+        said, provider = describe_end(kind, last), self.config.providers.get(what)
+        if last.get("param") == "model" and model == "demo/echo":
+            return Check(what, "note", said)            # there may be no demo here, or not for this key
+        fix = next(fix for pattern, fix in PROVIDER_FIXES if re.search(pattern, said, re.IGNORECASE))
         variable = provider.env_key if provider and provider.env_key else "its key's variable"
-        return Finding(name, "wrong", f"{model}: {said}", cure.format(name=name, variable=variable))
+        return Check(what, "wrong", f"{model}: {said}", fix.format(name=what, variable=variable, serve=command("serve")))
 
-    async def spent() -> float:
-        return float(json.loads((await ask(key, "GET", "/v1/key"))[1])["data"]["usage"])
-
-    names = [row["id"] for row in json.loads((await ask(key, "GET", "/v1/models"))[1])["data"]]
-    before = await spent()
-    config, _ = await surveyed(config)
-    found = await asyncio.gather(*itertools.starmap(probe, probe_models(config, names).items()))
-    cost = (f"${max(await spent() - before, 0):.4f} for {short_count(taken['input_tokens'])} tokens in, "
-            f"{short_count(taken['output_tokens'])} out; a model without a price counts nothing")
-    if not found:
-        return [Finding("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")]
-    return [*found, Finding("cost", "ok", cost)]
-
-
-def probe_models(config: Config, names: Sequence[str]) -> dict[str, str]:
-    """provider -> a model that nobody else answers; "" where none is known by name. The gateway may know more providers than
-    this shell, and this shell more than the gateway."""
-    described = {name: model.targets for name, model in config.models.items() if model.targets}
-    usual = [name for name in coding_models(CODING_MODELS) if name in names]
-    targets = [f"{target.provider}/{target.model}" for tiers in described.values() for tier in tiers for target in tier]
-    known = [name for name in [*usual, *names, *targets] if name not in described]
-    providers = dict.fromkeys([*config.providers, *(name.partition("/")[0] for name in names if name not in config.models)])
-    return {provider: next((name for name in known if name.startswith(provider + "/")), "")
-            for provider in providers if provider != "demo"}
+    async def check_providers(self) -> list[Check]:
+        """The gateway may know more providers than this shell, and this shell more than the gateway."""
+        self.config, _ = await with_detected(self.config)
+        names = [row["id"] for row in (await self.ask("/v1/models"))["data"]]
+        known = [name for name in [*coding_models(CODING_MODELS), *names] if name in names and name not in self.config.models]
+        models = dict.fromkeys([*self.config.providers, *(name.partition("/")[0] for name in known)], "")
+        models.pop("demo", None)
+        for name in reversed(known):
+            models |= {provider: name for provider in models if name.startswith(f"{provider}/")}
+        checks = [Check(provider, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{provider}]')
+                  for provider, model in models.items() if not model]
+        checks += await asyncio.gather(*(self.check_stream(provider, model) for provider, model in models.items() if model))
+        no_provider = Check("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")
+        return checks or [no_provider]
 
 
-PROVIDER_CURES = (      # what the gateway says of a provider -> what to do about it
-    (r"not configured", "restart Pomex in this shell, which has its key: python pomex.py serve"),
+PROVIDER_FIXES = (      # what the gateway says about a provider -> what to do
+    (r"not configured", "restart Pomex in this shell, which has its key: {serve}"),
     (r"credentials|\bkey\b", "export {variable}=... with a key that is valid, then restart Pomex"),
     (r"while connecting|connection refused|could not be found", "start it, or put its right base_url into [providers.{name}]"),
     (r"credit|quota|balance", "pay the provider, or: codex -m ANOTHER/MODEL"),
@@ -13788,9 +13715,153 @@ PROVIDER_CURES = (      # what the gateway says of a provider -> what to do abou
 )
 
 
-# --- 13.8 a new configuration ---------------------------------------------------------------------
+def run_doctor(args: Args) -> int:
+    checks = asyncio.run(Doctor(read_config(args)).run(args.live))
+    for line, each in zip(table_lines([each[:3] for each in checks]), checks):
+        print(line + (f"   fix: {each.fix}" if each.fix else ""))
+    problems = sum(each.state in ("wrong", "missing") for each in checks)
+    print(plural(problems, "problem"))
+    return 1 if problems else 0
 
+
+# --- 13.8 a gateway that runs ---------------------------------------------------------------------
+
+CIRCUITS = ("ready", "about to be tried again", "circuit open")      # as /metrics counts them
+RELOAD_WAIT_S = 15.0
+LOGS_A_LOOK = 500
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
+
+
+async def recorded_gateways(ledger: Ledger) -> list[JSON]:
+    """Those of this database that run on this machine, as `record_gateway` left them."""
+    rows = [json.loads(value) for value, in await ledger.db.read("SELECT value FROM settings WHERE name LIKE 'gateway/%'")]
+    return [row for row in rows if row["host"] == ledger.host and not has_ended(row["pid"], row["start"])]
+
+
+async def record_gateway(ledger: Ledger, url: str, reloaded: str = "") -> None:
+    """For `status` and `reload`: this process is the gateway at an address, and how its latest reload went."""
+    pid = os.getpid()
+    own = {"host": ledger.host, "pid": pid, "start": start_of(pid), "url": url, "reloaded": reloaded, "time_ns": time.time_ns()}
+    with contextlib.suppress(LedgerError):
+        await ledger.db.write(lambda tx: tx.execute(
+            "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            (f"gateway/{ledger.host} {url}", dumps(own))))
+
+
+async def gateway_status(config: Config) -> JSON:
+    """What the running gateway answers, and what the database says of today."""
+    server = config.server
+    status: JSON = {"url": own_url(config), "version": await running_version(config), "database": "ok"}
+    try:
+        with open_ledger(config) as ledger:
+            (_, sums), = await usage_sums(ledger.db, (), int(time.time()) // 86400 * DAY_MS, MAX_NUMBER)
+            status |= {"open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
+                       "spent_today_usd": format_usd(sums["cost_nanos"], 4)}
+            status["disabled_providers"] = ", ".join(sorted(ledger.disabled))
+            for row in await recorded_gateways(ledger) if not status["version"] else ():        # it listens elsewhere
+                status |= {"url": row["url"], "version": await version_at(row["url"], HEALTH_TIMEOUT_S, server.tls_cert)}
+    except LedgerError as error:
+        status["database"] = str(error)
+    if status["version"]:
+        ready = await get_json(status["url"] + "/ready", HEALTH_TIMEOUT_S, server.tls_cert)
+        metrics = await fetch(status["url"] + "/metrics", HEALTH_TIMEOUT_S, "".join(server.admin_token[:1]), server.tls_cert)
+        states = dict.fromkeys((await with_detected(config))[0].providers, 0)
+        for name, state in re.findall(r'^pomex_circuit_state\{target="([^":#]*).* (\d)', metrics.decode(), re.MULTILINE):
+            states[name] = max(states.get(name, 0), int(state))
+        status |= {"status": ready.get("status", ""), "checks": ready.get("checks", {}), "providers": {
+            name: CIRCUITS[state] if b"pomex_build_info" in metrics else "unknown without admin_token"
+            for name, state in states.items()}}
+    return status
+
+
+def run_status(args: Args) -> int:
+    config = read_config(args)
+    status = asyncio.run(gateway_status(config))
+    if args.json:
+        print_json(status)
+    else:
+        rows = [(name.replace("_", " "), str(value)) for name, value in status.items() if not isinstance(value, dict)]
+        rows += [(f"  {name}", state) for part in ("checks", "providers") for name, state in status.get(part, {}).items()]
+        print(*table_lines(rows), sep="\n")
+    if not status["version"]:
+        say(not_running(config))
+    return 0 if status.get("status") == "ready" else 1
+
+
+def run_health(args: Args) -> int:
+    config = read_config(args)
+    version = asyncio.run(running_version(config))
+    print(f"{own_url(config)} {'answers' if version else 'does not answer'}")
+    return 0 if version else 1
+
+
+def run_ask(args: Args) -> int:
+    if not args.question and sys.stdin.isatty():
+        raise BadRequest(f"What is the question? Like: {command('ask')} \"What is 2 + 2?\"")
+    words = [sys.stdin.read() if word == "-" else word for word in args.question or ["-"]]
+    return asyncio.run(ask_model(read_config(args), args.model, " ".join(words)))
+
+
+async def ask_model(config: Config, model: str | None, question: str) -> int:
+    """Prints an answer while it streams."""
+    key = os.environ.get("POMEX_API_KEY", "")
+    if not await running_version(config):
+        say(not_running(config))
+        return UNAVAILABLE
+    if not key:
+        say(f'POMEX_API_KEY is not set. With a new key: export POMEX_API_KEY="$({command("keys create NAME")})"')
+        return 1
+    model = model or best_model(ModelCatalog(*await with_detected(config)))
+    kind, last = "", JSON()
+    async for kind, last in stream_events(own_url(config), key, {"model": model, "input": question}, config.server.tls_cert):
+        if kind == "response.output_text.delta":
+            print(last["delta"], end="", flush=True)
+    if kind != "error":
+        print()
+    if kind != "response.completed":
+        say(describe_end(kind, last))
+    return 0 if kind == "response.completed" else 1
+
+
+def describe_request(row: JSON) -> str:
+    """`11-30 14:52:07 completed laptop openai/gpt-5.5 via openai  48.2k in (41.9k cached) 1.1k out  total 9.4s  $0.0412`"""
+    when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_ms"] / 1000))
+    if row["result"] == "refused":
+        return sanitize(f"{when} {row['status']} {row['key'] or '-'} {row['method']} {row['path']}  {row['message']}")
+    cached = f" ({short_count(row['cached'])} cached)" if row["cached"] else ""
+    cost = f"${format_usd(row['cost_nanos'], 4)}" if row["price"] else "no price"
+    return sanitize(
+        f"{when} {row['result']} {row['key']} {row['model']} via {row['provider'] or '-'}  "
+        f"{short_count(row['input'])} in{cached}"
+        f" {short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}").rstrip()
+
+
+@of_ledger
+async def run_logs(ledger: Ledger, args: Args) -> None:
+    """Requests and refusals, the newest last."""
+    filters = {name: value for name, value in (("key", args.key), ("model", args.model), ("result", args.status)) if value}
+    seen: Collection[Row] | None = None         # those of the latest look
+    while True:
+        rows: list[JSON] = []
+        if args.status != "refused":
+            where, values, _ = usage_where(filters, 0)
+            rows += [row_view(row) for row in await usage_rows(ledger.db, where, values, max(args.lines, LOGS_A_LOOK))]
+        if args.status in (None, "refused") and not args.model:
+            for data, in await ledger.db.read(f"SELECT data FROM refusals ORDER BY id DESC LIMIT {REFUSALS_SHOWN}"):
+                row = json.loads(data)
+                rows += [{"started_ms": row["time_ms"], "result": "refused", **row}] if args.key in (None, row["key"]) else []
+        rows.sort(key=operator.itemgetter("started_ms"))
+        places = [(row["started_ms"], row["request_id"]) for row in rows]
+        fresh = rows[-args.lines:] if seen is None else [row for row, place in zip(rows, places) if place not in seen]
+        if args.json and not args.follow:
+            print_json(fresh)
+        else:
+            for row in fresh:
+                print(dumps(row) if args.json or args.jsonl else describe_request(row), flush=True)
+        if not args.follow:
+            return
+        seen = set(places)
+        await asyncio.sleep(POLL_S)
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
@@ -13810,30 +13881,54 @@ def reload_sentence(old: Config, new: Config, streams: int) -> str:
     return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(changed) or 'nothing changed'}{kept}{restart}."
 
 
-async def audit_reload(ledger: Ledger, old: Config, new: Config) -> None:
-    """What changed, without its values: some are secrets."""
-    with contextlib.suppress(LedgerError):
-        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
-                            {"changed": ", ".join(changed_settings(old, new))})
-
-
 def refused_sentence(old: Config, error: Exception) -> str:
     return f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}"
 
 
+async def record_reload(ledger: Ledger, old: Config, new: Config, said: str) -> None:
+    """Writes into the audit log what changed, without its values: some are secrets; and for `reload` how it went."""
+    with contextlib.suppress(LedgerError):
+        if new is not old:
+            await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
+                                {"changed": ", ".join(changed_settings(old, new))})
+        for own in await recorded_gateways(ledger):
+            if own["pid"] == os.getpid():
+                await record_gateway(ledger, own["url"], said)
+
+
 async def reload(server: GatewayServer, reread: Reread) -> None:
     """Takes up the configuration as it is now, whole or not at all."""
-    old = server.gateway.config
+    old = new = server.gateway.config
     notify_reloading()
     try:
-        config, found = await reread()
-        server.reload(config, found)
+        fresh, found = await reread()
+        server.reload(fresh, found)
+        new, said = fresh, reload_sentence(old, fresh, server.open_requests)
     except (ConfigError, OSError) as error:
-        say(refused_sentence(old, error))
-    else:
-        say(reload_sentence(old, config, server.open_requests))
-        await audit_reload(server.gateway.ledger, old, config)
+        said = refused_sentence(old, error)
+    say(said)
+    await record_reload(server.gateway.ledger, old, new, said)
     notify("READY=1")
+
+
+@of_ledger
+async def run_reload(ledger: Ledger, args: Args) -> int:
+    """Asks each gateway of this database on this machine to read its configuration again, and says how that went."""
+    gateways, refused = await recorded_gateways(ledger), False
+    if HANG_UP is None or not gateways:
+        say("Windows knows no such signal: restart the gateway." if HANG_UP is None else
+            f"No gateway that uses {home_short(ledger.db.path)} runs on this machine. Start it: {command('serve')}")
+        return UNAVAILABLE
+    for gateway in gateways:
+        now, until = gateway, time.monotonic() + RELOAD_WAIT_S
+        os.kill(gateway["pid"], HANG_UP)
+        while now["time_ns"] == gateway["time_ns"] and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+            now = next((row for row in await recorded_gateways(ledger) if row["pid"] == gateway["pid"]), gateway)
+        said = now["reloaded"] if now is not gateway else f"no answer within {RELOAD_WAIT_S:.0f} s: see its log"
+        refused = refused or not said.startswith("Reloaded ")
+        print(f"{gateway['url']}  {said}")
+    return 1 if refused else 0
 
 
 # --- 13.9 several processes -----------------------------------------------------------------------
@@ -14002,29 +14097,30 @@ class Workers:
         if self.stopping:
             return
         notify_reloading()
+        old, reloaded = self.config, False
         try:
             config, found = asyncio.run(self.reread())
-            if self.config.server.tls_cert:
-                tls_context(self.config.server)
+            if old.server.tls_cert:
+                tls_context(old.server)
+            reloaded, said = True, reload_sentence(old, config, self.open_requests())
         except (ConfigError, OSError) as error:
-            say(refused_sentence(self.config, error))
-        else:
-            say(reload_sentence(self.config, config, self.open_requests()))
-            with contextlib.suppress(LedgerError), open_ledger(self.config) as ledger:      # closed before a process forks
-                asyncio.run(audit_reload(ledger, self.config, config))
-            self.config, self.found = merge_reloadable(self.config, config), found
+            config, said = old, refused_sentence(old, error)
+        say(said)
+        with contextlib.suppress(LedgerError), open_ledger(old) as ledger:      # closed before a process forks
+            asyncio.run(record_reload(ledger, old, config, said))
+        if reloaded:
+            self.config, self.found = merge_reloadable(old, config), found
             self.deaths, self.not_before = 0, 0.0
             self.send(signal.SIGHUP)
         notify("READY=1")
 
 
-# --- 13.10 unit and health ------------------------------------------------------------------------
+# --- 13.10 the table of commands -------------------------------------------------------------------
 
 SERVICE_UNIT = """\
 [Unit]
 Description=Pomex, an LLM API gateway
 After=network-online.target
-
 [Service]
 Type=notify
 ExecStart={command}
@@ -14040,57 +14136,24 @@ StateDirectory=pomex
 Environment=POMEX_DATABASE_URL=sqlite:/var/lib/pomex/pomex.db
 EnvironmentFile=-/etc/pomex/environment
 LimitNOFILE=65536
-
 [Install]
 WantedBy=multi-user.target
-"""
-SOCKET_UNIT = """\
-[Unit]
-Description=The port of Pomex, held open while it restarts
-
-[Socket]
-ListenStream={address}
-Backlog={backlog}
-
-[Install]
-WantedBy=sockets.target
 """
 
 
 def run_unit(args: Args) -> None:
     config = read_config(args)
-    host, port = config.server.host, config.server.port
-    file = os.path.abspath(globals().get("__file__", ""))       # it may have come by a pipe
-    words = [sys.executable, file if os.path.isfile(file) else "/usr/local/lib/pomex/pomex.py", "serve",
-             *(["--config", os.path.abspath(config.path)] if config.path else [])]
-    text = SOCKET_UNIT if args.socket else SERVICE_UNIT
-    print(text.format(command=shlex.join(words).replace("%", "%%"), stop=f"{config.server.drain_timeout_s + 10:.0f}",
-                      backlog=BACKLOG, address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}"), end="")
-    name = "pomex.socket" if args.socket else "pomex.service"
-    say(f"Write this to /etc/systemd/system/{name}, then: systemctl enable --now {name}")
-    if not args.socket:
-        say("Its database is its own. Other commands find it so: POMEX_DATABASE_URL=sqlite:/var/lib/pomex/pomex.db "
-            "python pomex.py keys list")
-        for path in (word for word in words if os.path.exists(word) and os.path.isabs(word)):
-            if closed_to_others(os.path.realpath(path)):
-                say(f"The service runs as a user of its own, who may not read {path}: put it where everybody may, such as "
-                    "/opt/pomex. Keys of providers belong into /etc/pomex/environment, not into a file that all can read.")
+    file = os.path.abspath(globals().get("__file__", "/usr/local/lib/pomex/pomex.py"))      # it may have come by a pipe
+    words = [sys.executable, file, "serve", *(["--config", os.path.abspath(config.path)] if config.path else [])]
+    print(SERVICE_UNIT.format(command=shlex.join(words).replace("%", "%%"), stop=f"{config.server.drain_timeout_s + 10:.0f}"),
+          end="")
+    say("Write this to /etc/systemd/system/pomex.service, then: systemctl enable --now pomex",
+        "What its user must be able to read, its database and socket activation: README.md, \"Under systemd\"")
 
 
-def closed_to_others(path: str) -> bool:
-    folders = pathlib.Path(path).parents
-    return not os.stat(path).st_mode & 0o004 or any(not os.stat(folder).st_mode & 0o001 for folder in folders)
+def run_help(args: Args) -> int:
+    return main([*args.topic, "--help"])
 
-
-def run_health(args: Args) -> int:
-    config = read_config(args)
-    url = own_url(config)
-    version = asyncio.run(version_at(url, HEALTH_TIMEOUT_S, own_certificate(config.server)))
-    print(f"{url} {'answers' if version else 'does not answer'}")
-    return 0 if version else 1
-
-
-# --- 13.11 the table of commands -------------------------------------------------------------------
 
 class OneOf(NamedTuple):
     """Of these fields at most one is given; where `required`, exactly one."""
@@ -14101,95 +14164,121 @@ class OneOf(NamedTuple):
 class Command(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
+    example: str
     fields: Sequence[Argument | OneOf] = ()
 
 
-def flag(name: str, help: str = "") -> Argument:
-    return Argument(name, Field(read=TRUTH, meaning=help))
+def flag(name: str, meaning: str) -> Argument:
+    return Argument(name, Field(read=TRUTH, meaning=meaning))
 
 
-def server_field(name: str) -> Argument:
-    """A flag that wins over the key of [server] of the same name, and is checked as that is."""
+def server_flag(name: str) -> Argument:
+    """Wins over the key of [server] of the same name, and is checked as that is."""
     return Argument(name, config_fields(ServerConfig)[name])
 
 
-CONFIG = Argument("config", Field(
-    meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none"), "FILE")
-PLACE = server_field("host"), server_field("port")
-AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv"), flag("jsonl")
-KEY_FLAGS = (
-    Argument("budget", Field(read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
-                             meaning="e.g. 50/month; day, week, month or total; none"), "USD/PERIOD"),
-    MODELS, *RATE_FIELDS,
-    Argument("allow_unpriced", Field(read={"yes": 1, "no": 0}.__getitem__, wanted="yes or no",
-                                     meaning="models without a price too"), "yes|no"),
-    Argument("expires", Field(read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never",
-                              meaning="when it ends; never"), "30d|DATE"),
-    ACCOUNT)
+def of_operation(name: str, example: str, show: Callable[[Ledger, Args, JSON], Awaitable[None]], *more: Argument) -> Command:
+    """Runs an operation and shows what it gave."""
+    operation = OPERATIONS[name]
+
+    async def run(ledger: Ledger, args: Args) -> None:
+        await show(ledger, args, await operation.run(ledger, command_line_user(), given(args)))
+    return Command(of_ledger(run), operation.help, f"{name} {example}", [*operation.fields, *more])
+
+
+CONFIG = Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none")
+WHERE = Argument("config", CONFIG, "FILE"), server_flag("host"), server_flag("port")        # of every command: which gateway
+AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv", "print CSV"), flag("jsonl", "print one JSON object a line")
+LISTED = OneOf((AS_JSON, AS_CSV, AS_JSONL))
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
                  "7d|DATE", more={"default": "7d"})
-COMMAND_GROUPS = {
-    "keys": "create, edit, list and revoke clients' keys", "accounts": "create and list accounts, and give them credit",
-    "prices": "what tokens cost", "ledger": "check and export the ledger",
-}
+MODEL = Argument("model", Field(meaning="a name that `models` lists"))
+SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
 COMMANDS = {
-    "serve": Command(run_serve, "run the gateway", [*PLACE, server_field("log_format"), flag(
-        "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
-    "check": Command(run_check, "check the configuration, contacting nobody", [
-        flag("live", "ask each provider for its list of models, which costs nothing")]),
-    "keys create": Command(run_keys_create, "create a key", [NAME_FIELD, *KEY_FLAGS]),
-    "keys edit": Command(run_keys_edit, "edit a key", [NAME_FIELD, *KEY_FLAGS]),
-    "keys revoke": Command(run_keys_revoke, "revoke a key", [NAME_FIELD]),
-    "keys list": Command(run_keys_list, "list the keys", [AS_JSON]),
-    "accounts create": Command(run_accounts_create, "create an account", ACCOUNT_FIELDS),
-    "accounts credit": Command(run_accounts_credit, "add a top-up, or with --reason an adjustment",
-                               [NAME_FIELD, *CREDIT_FIELDS]),
-    "accounts list": Command(run_accounts_list, "list the accounts", [AS_JSON]),
-    "usage": Command(run_usage, "sums of what was used", [AS_JSON, SINCE, Argument(
-        "by", more={"choices": sorted(REPORT_BY), "default": "model"}), AS_CSV, AS_JSONL]),
-    "statement": Command(run_statement, "an account's bill of one month", [
-        AS_JSON, Argument("account", metavar="ACCOUNT", required=True),
-        MONTH._replace(
-            field=MONTH.field._replace(read=lambda text: month_bounds(text or time.strftime("%Y-%m", time.gmtime()))),
-            metavar="YYYY-MM", more={"default": ""})]),
-    "prices show": Command(run_prices_show, "list all prices", [AS_JSON]),
-    "ledger verify": Command(run_verify, "compute every cost and sum again", [AS_JSON]),
-    "ledger export": Command(run_export, "print every line", [
-        SINCE._replace(field=SINCE.field._replace(meaning=""), more={"default": "1970-01-01"}),
-        OneOf((AS_CSV, AS_JSONL), required=True)]),
-    "prune": Command(run_prune, "delete old usage rows; the sums of each half hour stay", [
-        SINCE._replace(name="older", field=SINCE.field._replace(meaning="than this (90d or a date)"),
-                       metavar="90d|DATE", more={"required": True})]),
-    "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", [
-        AS_JSON, SINCE, AS_CSV, AS_JSONL]),
-    "backup": Command(run_backup, "copy the database while servers run", [Argument("file", metavar="FILE", required=True)]),
-    "models": Command(run_models, "list the models that can be asked for", [AS_JSON]),
-    "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", PLACE),
-    "init": Command(run_init, "write a pomex.toml of what is found on this machine", [
-        Argument("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
-    "codex": Command(run_codex, "print the configuration for Codex, or put it in place", [
-        *PLACE, Argument("model", Field(meaning="the model to begin with")),
-        OneOf((flag("write", "merge it into Codex's config.toml; a backup is kept"),
-               flag("undo", "take it out again; what has changed since stays"),
-               flag("run", "start codex with it, changing no file: --run -- PROMPT"))),
-        flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
-        Argument("prompt", Field(meaning="arguments of codex"), "PROMPT", required=True, more={"nargs": "*"})]),
-    "doctor": Command(run_doctor, "find what keeps Codex from working", [
-        *PLACE, flag("live", "ask each provider, too; says what that cost")]),
-    "version": Command(run_version, "print the version"),
-    "health": Command(run_health, "ask whether the gateway answers; the exit code says it", PLACE),
-    "unit": Command(run_unit, "print a systemd unit", [
-        flag("socket", "the unit of its port: systemd listens, also below 1024")]),
+    "Run the gateway": {
+        "serve": Command(run_serve, "run the gateway", "serve --port 8080", [server_flag("log_format"), flag(
+            "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
+        "status": Command(run_status, "is it running, with which providers, and what was spent today", "status", [AS_JSON]),
+        "logs": Command(run_logs, "show the newest requests, refused ones too", "logs -f --key laptop", [
+            Argument("lines", Field(pattern="[1-9][0-9]{0,6}", read=int, wanted="a number from 1", meaning="how many"), "N",
+                     more={"default": "20"}),
+            flag("follow", "go on with each new one"), Argument("key", Field(meaning="only of this key"), "NAME"), MODEL,
+            Argument("status", Field(choices=(*RESULTS, "refused"), meaning=f"{', '.join(RESULTS)} or refused")),
+            OneOf((AS_JSON, AS_JSONL))]),
+        "reload": Command(run_reload, "make it read its configuration and key files again", "reload"),
+        "health": Command(run_health, "does it answer? The exit code says it (for containers)", "health"),
+        "unit": Command(run_unit, "print a systemd unit", "unit > /etc/systemd/system/pomex.service")},
+    "Configure it": {
+        "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "init", [
+            Argument("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
+        "check": Command(run_check, "check the configuration", "check --live", [
+            flag("live", "ask each provider for its list of models, which costs nothing")]),
+        "models": Command(run_models, "list the models that clients can use", "models", [LISTED]),
+        "prices show": Command(run_prices_show, "list all prices", "prices show", [LISTED])},
+    "Clients": {
+        "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
+            "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
+        "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
+            MODEL,
+            OneOf((flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
+                   flag("undo", "take it out again; all other changes stay"),
+                   flag("run", "start codex with it, changing no file"))),
+            flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
+            Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
+        "doctor": Command(run_doctor, "diagnose the connection between Codex and the providers", "doctor --live", [
+            flag("live", "ask each provider for a short answer, too; that costs a little")]),
+        "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url")},
+    "Keys and money": {
+        "keys create": of_operation("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
+        "keys edit": of_operation("keys edit", "ana --budget none --rpm 60", show_key),
+        "keys revoke": of_operation("keys revoke", "ana", show_key),
+        "keys list": Command(run_keys_list, "list the keys", "keys list", [LISTED]),
+        "accounts create": of_operation("accounts create", "team --prepaid", show_new_account),
+        "accounts credit": of_operation("accounts credit", "team 20", show_balance),
+        "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", [LISTED]),
+        "usage": Command(run_usage, "sums of tokens and cost", "usage --since 30d --by key", [SINCE, Argument(
+            "by", more={"choices": sorted(REPORT_BY), "default": "model"}), LISTED]),
+        "statement": of_operation("statement", "team --month 2026-11", show_statement, AS_JSON)},
+    "The database": {
+        "ledger verify": Command(run_verify, "compute every cost and sum again", "ledger verify", [AS_JSON]),
+        "ledger export": Command(run_export, "print every row", "ledger export --csv > usage.csv", [
+            SINCE._replace(more={"default": "1970-01-01"}), OneOf((AS_CSV, AS_JSONL), required=True)]),
+        "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", "audit --since 30d", [
+            SINCE, LISTED]),
+        "prune": Command(run_prune, "delete old usage rows; their sums are kept", "prune --older 90d", [
+            SINCE._replace(name="older", field=SINCE.field._replace(meaning="delete rows older than this"), metavar="90d|DATE",
+                           more={"required": True})]),
+        "backup": Command(run_backup, "copy the database while gateways run", "backup pomex-copy.db", [
+            Argument("file", metavar="FILE", required=True)])},
+    "Help": {
+        "help": Command(run_help, "explain a command", "help keys create", [
+            Argument("topic", metavar="COMMAND", required=True, more={"nargs": "*"})])},
 }
+EXAMPLES = ("serve", "codex --write", 'ask "What is 2 + 2?"', "keys create ana --budget 50/month")
+MEANT = {"run": "serve", "start": "serve", "config": "check", "delete": "revoke", "rm": "revoke"}      # in other programs
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, with a suggestion for a mistyped command."""
+    """argparse, with suggestions for what was mistyped."""
+    overview = ""               # the whole help
+
+    def format_help(self) -> str:
+        return self.overview or super().format_help()
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
-            message = f"unknown command {found[1]}.{did_you_mean(found[1], re.findall(r'[a-z]+', found[2]))}"
+            known = re.findall(r"[a-z-]+", found[2])
+            message = f"unknown command {found[1]}.{suggest(MEANT.get(found[1], found[1]), known)}"
         super().error(message)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def flag_name(argument: Argument) -> str:
+    return f"--{argument.name.replace('_', '-')}"
 
 
 def argument_type(argument: Argument) -> Callable[[str], Any]:
@@ -14205,38 +14294,63 @@ def add_fields(parser: argparse._ActionsContainer, fields: Iterable[Argument | O
     for each in fields:
         if isinstance(each, OneOf):
             add_fields(parser.add_mutually_exclusive_group(required=each.required), each.fields)
-        elif each.field.read is TRUTH:
-            parser.add_argument(f"--{each.name.replace('_', '-')}", action="store_true", help=each.field.meaning)
+            continue
+        meaning = each.field.meaning.replace("%", "%%")
+        names = [each.name] if each.required else [*filter(None, [SHORT.get(each.name)]), flag_name(each)]
+        if each.field.read is TRUTH and each.metavar is None:
+            parser.add_argument(*names, action="store_true", help=meaning)
         else:
-            name = each.name if each.required else f"--{each.name.replace('_', '-')}"
-            parser.add_argument(name, type=argument_type(each), help=each.field.meaning, metavar=each.metavar,
-                                **each.more)
+            parser.add_argument(*names, type=argument_type(each), help=meaning, metavar=each.metavar, **each.more)
+
+
+def help_text() -> str:
+    lines = ["usage: pomex.py [--config FILE] [--host HOST] [--port PORT] COMMAND ...", "", "An LLM API gateway in one file."]
+    for group, commands in COMMANDS.items():
+        lines += ["", f"{group}:", *(f"  {name:<17}{each.help}" for name, each in commands.items())]
+    return "\n".join([*lines, "", "Examples:", *(f"  {command(example)}" for example in EXAMPLES), "",
+                      f"More about a command: {command('help COMMAND')}", ""])
 
 
 def command_parser() -> CommandParser:
-    parser = CommandParser(prog="pomex", description="An LLM API gateway in one file.")
+    where = CommandParser(add_help=False, argument_default=argparse.SUPPRESS)
+    add_fields(where, WHERE)
+    parser = CommandParser(prog="pomex.py", parents=[where])
+    parser.overview = help_text()
     parser.add_argument("--version", action="version", version=f"Pomex {VERSION}")
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
-    for path, command in COMMANDS.items():
-        group, _, name = path.rpartition(" ")
+    for name, each in itertools.chain.from_iterable(commands.items() for commands in COMMANDS.values()):
+        group, _, last = name.rpartition(" ")
         if group not in groups:
-            above = groups[""].add_parser(group, help=COMMAND_GROUPS[group])
-            groups[group] = above.add_subparsers(metavar="COMMAND", required=True)
-        added = groups[group].add_parser(name, help=command.help, description=command.help)
-        added.set_defaults(command=command)
-        add_fields(added, [CONFIG, *command.fields])
+            groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
+        example = f"example: {command(each.example)}"
+        added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
+        added.set_defaults(command=each, parser=added)
+        add_fields(added, each.fields)
     return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> Args:
+    parser = command_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if not hasattr(args, "command"):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    if unknown:
+        known = [flag_name(argument) for each in (*WHERE, *args.command.fields)
+                 for argument in (each.fields if isinstance(each, OneOf) else [each])]
+        args.parser.error(f"unknown option {unknown[0]}.{suggest(unknown[0], known)}" if unknown[0].startswith("-")
+                          else f"unexpected argument {unknown[0]}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = command_parser()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")        # a locale that lacks the … of a key
+    SAME_GATEWAY.clear()
     try:
-        args = parser.parse_args(argv)
-        if not hasattr(args, "command"):
-            parser.error("a command is needed, like: python pomex.py serve")
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        SAME_GATEWAY.update({each.name: str(getattr(args, each.name)) for each in WHERE if hasattr(args, each.name)})
         code: int = args.command.run(args) or 0
         sys.stdout.flush()                  # here a full disk can still be told
         return code
@@ -14246,7 +14360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(str(error))
         return BAD_CONFIG
     except GatewayError as error:           # the ledger's: no usable database, or a name that is not right
-        say(str(error))
+        say(re.sub(r"python3? pomex\.py ", lambda found: command(""), str(error)))
         return UNAVAILABLE if isinstance(error, LedgerError) else 1
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

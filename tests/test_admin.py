@@ -380,11 +380,11 @@ async def test_a_key_is_made_edited_and_revoked(gateway):
 
 @parametrized("path, body, said", [
     ("keys", {"name": "y", "bugdet": "50"}, "no field 'bugdet'. Did you mean budget?"),
-    ("keys", {"name": "y", "expires": "30d"}, "Did you mean expires_days?"), ("keys/1", {"name": "y"}, "no field 'name'"),
+    ("keys", {"name": "y", "expire_days": "30"}, "Did you mean expires_days?"), ("keys/1", {"name": "y"}, "no field 'name'"),
     ("keys/1/revoke", {"now": True}, "no field 'now'"), ("keys", {"name": "y", "models": ","}, "patterns like openai/*"),
     ("keys", {"name": "y", "models": "\u043e/*"}, "patterns like openai/*"), ("keys", {"name": "y", "budget": -1}, "an amount like"),
-    ("keys", {"name": "y", "allow_unpriced": "yes"}, "allow_unpriced must be true or false"),
-    ("accounts", {"name": "y", "prepaid": "no"}, "true or false"), ("accounts", {"name": "y", "multiplier": "-1"}, "a number like"),
+    ("keys", {"name": "y", "allow_unpriced": "maybe"}, "allow_unpriced must be true or false"),
+    ("accounts", {"name": "y", "prepaid": "never"}, "true or false"), ("accounts", {"name": "y", "multiplier": "-1"}, "a number like"),
     ("accounts/default/credit", {"amount": 0}, "must not be 0"), ("accounts/default/credit", {}, "must not be 0"),
     ("accounts/default/credit", {"amount": "-1"}, "needs its reason"),
     ("accounts", {"name": "y", "prepaid": []}, "true or false"), ("accounts/default/credit", {"amount": "1", "reason": "a\x1b[31m"}, "on one line"),
@@ -791,6 +791,49 @@ def test_an_admin_token_is_long_and_no_key(token, good):
         with pytest.raises(pomex.ConfigError) as caught:
             pomex.load_config(text, "pomex.toml", {})
         assert token.startswith("env:") or token not in str(caught.value)
+
+
+def test_admin_tokens_may_be_several_while_one_is_replaced(tmp_path):
+    async def inside():
+        text = f'[server]\nport = 0\nadmin_token = ["file:new", "{TOKEN}"]\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n'
+        (tmp_path / "new").write_text("another-machine-token\n")
+        config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {}, pomex.read_text)
+        assert config.server.admin_token == ("another-machine-token", TOKEN)
+        assert pomex.load_config("", "", {"POMEX_ADMIN_TOKEN": TOKEN}).server.admin_token == (TOKEN,)
+        with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+            async with pomex.running(config, ledger) as server:
+                gateway = Gateway(server, ledger, "", "")
+                for token, status in (("another-machine-token", 200), (TOKEN, 200), ("another-machine-tokem", 401), ("", 401)):
+                    assert (await gateway.get("keys", {"authorization": f"Bearer {token}"}))[0] == status, token
+                assert server.gateway.upstream.secrets.search("x another-machine-token x") and server.gateway.upstream.secrets.search(TOKEN)
+    asyncio.run(inside())
+
+
+@pytest.mark.parametrize("value", ['["short"]', '[""]', "[1]", "5", f'["{TOKEN}", "env:MISSING"]'])
+def test_a_wrong_one_of_several_admin_tokens_is_refused_and_not_shown(value):
+    if value == '[""]':
+        assert pomex.load_config("[server]\nadmin_token = [\"\"]\n", "pomex.toml", {}).server.admin_token == ()
+        return
+    with pytest.raises(pomex.ConfigError) as caught:
+        pomex.load_config(f"[server]\nadmin_token = {value}\n", "pomex.toml", {})
+    assert "admin_token" in str(caught.value) and TOKEN not in str(caught.value) and "short" not in str(caught.value)
+
+
+@gateway_test
+async def test_a_keys_end_may_be_given_as_on_the_command_line(gateway):
+    assert (await gateway.post("keys", {"name": "y", "expires": "30d", "allow_unpriced": "yes"}))[0] == 200
+    key = gateway.ledger.list_keys()[-1]
+    assert abs(key.expires_s - time.time() - 30 * 86400) < 60 and key.allow_unpriced == 1
+    await gateway.post(f"keys/{key.id}", {"expires": ""})
+    assert gateway.ledger.list_keys()[-1].expires_s == 0
+    assert (await gateway.post(f"keys/{key.id}", {"expires": "yesterday"}))[1]["error"]["param"] == "expires"
+
+
+@gateway_test
+async def test_a_statement_without_a_month_is_that_of_this_one(gateway):
+    this = time.strftime("%Y-%m", time.gmtime())
+    bills = [(await gateway.get(f"accounts/default/statement{query}"))[1] for query in ("", "?month=", f"?month={this}")]
+    assert bills[0] == bills[1] == bills[2] and bills[0]["account"] == "default"
 
 
 def test_a_spreadsheet_takes_no_cell_for_a_formula():

@@ -102,8 +102,7 @@ def play(folder, scenario):
 
     class Log(logging.Handler):
         def emit(self, record):
-            said = logging.Formatter("%(message)s").format(record)
-            lines.extend([text for _, text in getattr(record, "lines", [(0.0, said)])])         # access lines come in blocks
+            lines.extend(text for _, text in getattr(record, "lines", [(0, logging.Formatter("%(message)s").format(record))]))
     handler = Log()
 
     async def main():

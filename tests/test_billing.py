@@ -1469,11 +1469,11 @@ def test_an_amount_is_plain_digits_and_judged_at_once(text, nanos):
             pomex.parse_decimal(text, NANO)
         if text and text == text.strip():           # the form's blanks around an amount are none of it, its empty field is no limit
             with pytest.raises(pomex.BadRequest):
-                pomex.read_fields(json.dumps({"budget": text}).encode(), pomex.KEY_FIELDS)
+                pomex.read_fields(json.dumps({"budget": text}).encode(), pomex.KEY_BODY_FIELDS)
         with pytest.raises(pomex.argparse.ArgumentTypeError, match="must be like 50/month"):
-            pomex.argument_type(pomex.KEY_FLAGS[0])(text + "/month")
+            pomex.argument_type(pomex.KEY_FIELDS[0])(text + "/month")
     else:
-        values = pomex.read_fields(json.dumps({"budget": text}).encode(), pomex.KEY_FIELDS)
+        values = pomex.read_fields(json.dumps({"budget": text}).encode(), pomex.KEY_BODY_FIELDS)
         assert pomex.parse_decimal(text, NANO) == values["budget"]["budget_nanos"] == nanos
     assert time.process_time() - started < 0.1
 

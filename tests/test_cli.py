@@ -125,10 +125,18 @@ def serving(*argv, **more):
 # --- usage and exit codes -------------------------------------------------------------------------
 
 USAGE = {
-    "no command": ([], 2, "a command is needed, like: python pomex.py serve"),
+    "no command": ([], 2, "Run the gateway:\n  serve            run the gateway\n"),
     "a mistyped command": (["serv"], 2, "unknown command serv. Did you mean serve?"),
     "a mistyped command of keys": (["keys", "lst"], 2, "unknown command lst. Did you mean list?"),
     "nothing like a command": (["xyzzy"], 2, "unknown command xyzzy.\n"),
+    "a command of another program": (["run"], 2, "unknown command run. Did you mean serve?"),
+    "another program's word for revoke": (["keys", "rm", "ana"], 2, "unknown command rm. Did you mean revoke?"),
+    "a mistyped flag": (["keys", "list", "--jsn"], 2, "unknown option --jsn. Did you mean --json?"),
+    "a mistyped flag with a value": (["serve", "--prot=9"], 2, "unknown option --prot=9. Did you mean --port?"),
+    "a flag like none": (["usage", "--xyzzy"], 2, "unknown option --xyzzy.\n"),
+    "a word too many": (["models", "all"], 2, "unexpected argument all"),
+    "a flag of codex without --": (["codex", "--run", "exec", "--skip-git-repo-check"], 2, "unknown option --skip-git-repo-check."),
+    "help about no command": (["help", "serv"], 2, "unknown command serv. Did you mean serve?"),
     "a bad port": (["serve", "--port", "x"], 2, "'x' must be an integer, not a string"),
     "a port out of range": (["serve", "--port", "65536"], 2, "'65536': its value must be between 0 and 65535"),
     "a bad format": (["serve", "--log-format", "xml"], 2, "'xml' must be one of plain, json"),
@@ -257,8 +265,11 @@ def test_what_to_type_next_finds_the_gateway_that_runs(here):
     (here / "my.toml").write_text(f'[database]\nurl = "sqlite:{here}/x.db"\n')
     with serving("--config", "my.toml") as (process, url, said):
         port = url.rpartition(":")[2]
-        hint = re.search(r"run: python pomex\.py (codex --write.*)\n", said)[1]
-        assert hint == "codex --write --config my.toml --port 0" and "python pomex.py admin-url --config my.toml --port 0" in said
+        hint = re.search(r"run: (.* codex --write)\n", said)[1]
+        assert hint == f"{shlex.join([sys.executable, FILE])} --config my.toml --port {port} codex --write"
+        written = subprocess.run(shlex.split(hint), capture_output=True, text=True, env={**os.environ, "CODEX_HOME": str(here / "c")})
+        assert written.returncode == 0 and f'base_url = "{url}/v1"' in (here / "c" / "config.toml").read_text()
+        assert f"--config my.toml --port {port} admin-url)" in said
         done = run("codex", "--config", "my.toml", "--port", port)
         assert f'base_url = "{url}/v1"' in done.stdout
         assert run("health", "--config", "my.toml", "--port", port).stdout == f"{url} answers\n"
@@ -388,7 +399,7 @@ def test_keys_are_created_listed_and_revoked(here, capsys):
     assert re.fullmatch(rf"NAME +KEY +MODELS +SPENT +BUDGET +LAST USED +STATE\nlaptop +{hint} +all +0\.00 +none +never +active\n",
                         capsys.readouterr().out)
     assert pomex.main(["keys", "revoke", "laptop"]) == 0
-    assert capsys.readouterr() == ("", f"Key laptop ({hint}) revoked. What is being answered ends normally.\n")
+    assert capsys.readouterr() == ("", f"Key laptop ({hint}) revoked. Requests in progress will finish.\n")
     assert pomex.main(["keys", "list", "--json"]) == 0
     row, = json.loads(capsys.readouterr().out)
     assert (row["name"], row["key"], row["expires_at"]) == ("laptop", hint, None)
@@ -435,7 +446,7 @@ PORTS = {
 def test_a_local_port_is_asked_once_and_briefly(local_ports, answer, models):
     local_ports(ollama=answer)
     begun = time.monotonic()
-    config, found = asyncio.run(pomex.detect(pomex.load_config("", "", {}), {}))
+    config, found = asyncio.run(pomex.with_detected(pomex.load_config("", "", {})))
     assert time.monotonic() - begun < 1
     assert found.get("ollama") == models and ("ollama" in config.providers) is (models is not None)
 
@@ -496,7 +507,8 @@ def test_the_first_start_on_a_terminal_says_all_that_is_needed(here, capsys, mon
     urls = local_ports(ollama=MODELS, vllm=None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
-    config, found = asyncio.run(pomex.detect(pomex.load_config("", "", os.environ), {"GROQ_API_KEY": "gsk_" + 20 * "x"}))
+    monkeypatch.setenv("GROQ_API_KEY", "gsk_" + 20 * "x")
+    config, found = asyncio.run(pomex.with_detected(pomex.load_config("", "", os.environ)))
     said = announced(capsys, config, found, True, ledger)
     shown = re.sub(r"^  (anthropic|google) .*\n", "", said, flags=re.MULTILINE)     # where their wires are there
     shown = re.sub(r"#login=\S+ ", "#login=LINK ", shown)
@@ -514,7 +526,7 @@ Database      ~/.local/state/pomex/pomex.db (created, only you can read it)
 First API key, shown once:
   export POMEX_API_KEY="KEY"
 
-Codex: put this into ~/.codex/config.toml, or run: python pomex.py codex --write
+Codex: put this into ~/.codex/config.toml, or run: python3 pomex.py codex --write
   model_provider = "pomex"
   model = "groq/openai/gpt-oss-120b"
 
@@ -536,7 +548,7 @@ Listening on  http://127.0.0.1:7663   Ctrl-C stops it
 def test_the_second_start_shows_no_key(here, capsys, ledger):
     key_made(ledger, "a", 1.0)
     said = announced(capsys, pomex.load_config("", "", os.environ), {}, False, ledger, is_new=False)
-    assert "Keys          1 active. New one: python pomex.py keys create NAME\n" in said
+    assert "Keys          1 active. New one: python3 pomex.py keys create NAME\n" in said
     assert "sk-rh-" not in said and "Codex" not in said and "created" not in said
     asyncio.run(ledger.revoke_key("a", 2.0))
     assert "Keys          0 active." in announced(capsys, pomex.load_config("", "", os.environ), {}, False, ledger)
@@ -548,7 +560,8 @@ def test_without_a_terminal_the_first_key_goes_to_a_file(here, capsys, ledger):
     path.write_text("old")
     path.chmod(0o644)
     said = announced(capsys, config, {}, False, ledger)
-    assert "First API key written to ~/.local/state/pomex/first-key (only you can read it)\n" in said
+    assert "First API key written to ~/.local/state/pomex/first-key (only you can read it). In the shell that starts Codex:\n" in said
+    assert f'  export POMEX_API_KEY="$(cat {path})"\n' in said
     assert "sk-rh-" not in said
     assert path.read_text().startswith("sk-rh-") and stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -563,7 +576,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch, capsys, tty, envi
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
-    assert ("\x1b[" in pomex.painted("ready", True)) is coloured
+    assert ("\x1b[" in pomex.colored("ready", True)) is coloured
 
 
 def test_who_listens_for_the_whole_network_is_told_so(here, capsys, ledger):
@@ -586,7 +599,7 @@ def test_serve_serves_until_it_is_told_to_stop(here):
         taken = run("serve", "--no-detect", "--port", port)
         assert taken.returncode == 69
         assert re.fullmatch(rf"Port {port} is taken by another Pomex {pomex.VERSION}\. Use that one, or: "
-                            rf"python pomex.py serve --port {int(port) + 1}\.\n", taken.stderr)
+                            rf".*pomex\.py --port {int(port) + 1} serve\n", taken.stderr)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
         assert re.sub(r"[0-9:]{8} 200 -  GET /health\n", "", said) == "Stopping: 0 streams open.\nStopped.\n"
@@ -610,7 +623,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("error, port, code, sentence", REFUSALS.values(), ids=REFUSALS)
 def test_a_server_that_cannot_start_says_why(error, port, code, sentence):
-    found, said = asyncio.run(pomex.no_listening(error, pomex.ServerConfig(port=port)))
+    found, said = asyncio.run(pomex.explain_listen_error(error, pomex.ServerConfig(port=port)))
     assert found == code and said.startswith(sentence)
 
 
@@ -665,3 +678,217 @@ def test_a_log_line_is_plain_or_json(capsys):
     assert [json.loads(line) for line in lines] == [
         {"time": "1970-01-01T00:00:01.250Z", "level": "info", "message": "200 laptop demo/echo"},
         {"time": "1970-01-01T00:00:02.000Z", "level": "info", "message": "400 laptop demo/echo"}]
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+def commands():
+    return {name: each for group in pomex.COMMANDS.values() for name, each in group.items()}
+
+
+def test_the_help_shows_every_command_in_its_group(capsys):
+    assert pomex.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for group, members in pomex.COMMANDS.items():
+        shown = out.partition(f"\n{group}:\n")[2].partition("\n\n")[0]
+        assert [line.split("  ")[1] for line in shown.splitlines()] == [*members] and all(each.help in shown for each in members.values())
+    assert pomex.main(["help"]) == 0 and capsys.readouterr().out == out
+    assert pomex.main([]) == 2 and capsys.readouterr() == ("", out)
+    assert pomex.main(["help", "keys"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} +{re.escape(commands()[f'keys {name}'].help)}$", shown, re.MULTILINE)
+               for name in ("create", "edit", "revoke", "list"))
+
+
+@pytest.mark.parametrize("name", commands())
+def test_each_command_has_help_with_an_example_that_can_be_typed(name, capsys):
+    assert pomex.main(["help", *name.split()]) == 0
+    out, example = capsys.readouterr().out, commands()[name].example
+    assert pomex.main([*name.split(), "--help"]) == 0 and capsys.readouterr().out == out
+    assert f"example: python3 pomex.py {example}" in " ".join(out.split()) and example.startswith(name)
+    assert pomex.parse_arguments(shlex.split(example.partition(" > ")[0])).command is commands()[name]
+
+
+def test_the_examples_of_the_help_can_be_typed():
+    for example in pomex.EXAMPLES:
+        assert pomex.parse_arguments(shlex.split(example)).command
+
+
+def test_where_the_gateway_is_may_be_said_before_the_command_and_behind_it(here):
+    (here / "my.toml").write_text("[server]\nport = 1\n")
+    for words in (["--config", "my.toml", "--port", "9", "health"], ["health", "--config", "my.toml", "--port", "9"],
+                  ["--config", "other.toml", "--port", "8", "health", "--port", "9", "--config", "my.toml"]):
+        args = pomex.parse_arguments(words)
+        assert (args.config, pomex.read_config(args).server.port) == ("my.toml", 9)
+
+
+COMMANDS_TYPED = {      # orig_argv[0], argv[0] -> the words
+    "a relative path": ("python3", "pomex.py", "python3 pomex.py"),
+    "an absolute path": ("python3.12", "/opt/my files/pomex.py", "python3.12 '/opt/my files/pomex.py'"),
+    "embedded": ("python3", "app.py", "python3 pomex.py"),
+    "a pipe": ("python3", "-", "python3 pomex.py"),
+}
+
+
+@pytest.mark.parametrize("python, file, words", COMMANDS_TYPED.values(), ids=COMMANDS_TYPED)
+def test_a_hint_begins_as_this_program_was_started(monkeypatch, python, file, words):
+    monkeypatch.setattr(sys, "orig_argv", [python, file])
+    monkeypatch.setattr(sys, "argv", [file])
+    pomex.SAME_GATEWAY.clear()
+    assert pomex.command("keys list") == f"{words} keys list"
+    pomex.SAME_GATEWAY["config"] = "my file.toml"
+    assert pomex.command("keys list") == f"{words} --config 'my file.toml' keys list"
+    pomex.SAME_GATEWAY.clear()
+
+
+def test_an_error_of_the_ledger_names_a_command_that_works(here, capsys):
+    (here / "my.toml").write_text("")
+    assert pomex.main(["keys", "revoke", "nobody", "--config", "my.toml"]) == 1
+    assert capsys.readouterr().err.endswith("List keys with: python3 pomex.py --config my.toml keys list\n")
+
+
+# --- a gateway that runs: ask, status, logs, reload ------------------------------------------------
+
+@pytest.fixture
+def up(here):
+    """(its address, a key, what runs a command for it, its process)."""
+    (here / "secret").write_text("sk-first-0123456789\n")
+    (here / "pomex.toml").write_text('[providers.openai]\napi_key = "file:secret"\nbase_url = "http://127.0.0.1:1/v1"\n')
+    with serving() as (process, url, _):
+        key = (here / "first-key").read_text().strip()
+
+        def typed(*words, **more):
+            return run("--port", url.rpartition(":")[2], *words, env={**os.environ, "POMEX_API_KEY": key}, **more)
+        yield url, key, typed, process
+
+
+def test_ask_streams_the_text_of_an_answer(up):
+    _, _, typed, _ = up
+    said = "This is Pomex's offline demo, no model was asked. You sent: {}\n"
+    done = typed("ask", "What is", "2 + 2?", "-m", "demo/echo")
+    assert (done.returncode, done.stdout, done.stderr) == (0, said.format("What is 2 + 2?"), "")
+    assert typed("ask", "-m", "demo/echo", input="from a pipe").stdout == said.format("from a pipe")
+    assert typed("ask", "-m", "demo/echo", "review:", "-", input="a diff").stdout == said.format("review: a diff")
+    assert typed("ask", "hi").returncode == 1           # the best model here is one that cannot be reached
+
+
+def test_ask_says_what_is_wrong(up, here, monkeypatch):
+    url, key, typed, process = up
+    done = typed("ask", "hi", "-m", "demo/ecko")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith('Model "demo/ecko" not found. Did you mean demo/echo?')
+    failed = typed("ask", "hi", "-m", "openai/gpt-6-sol")
+    assert failed.returncode == 1 and "connection refused" in failed.stderr
+    port = url.rpartition(":")[2]
+    for name, value, said in (("POMEX_API_KEY", "", "POMEX_API_KEY is not set."), ("POMEX_API_KEY", "sk-rh-x", "placeholder")):
+        done = run("ask", "hi", "--port", port, env={**os.environ, name: value})
+        assert done.returncode == 1 and said in done.stderr
+    process.kill()
+    process.wait()
+    done = typed("ask", "hi")
+    assert done.returncode == 69 and done.stderr.startswith(f"No gateway answers at {url}. Start it in another terminal: ")
+    assert done.stderr.endswith(f" --port {port} serve\n")
+
+
+def test_status_says_how_the_gateway_is_wherever_it_listens(up, here):
+    url, _, typed, process = up
+    for done in (run("status"), typed("status")):        # the first does not know the port
+        assert done.returncode == 0 and re.match(rf"url +{url}\nversion +{pomex.VERSION}\n", done.stdout) and not done.stderr
+        assert re.search(r"^status +ready$", done.stdout, re.MULTILINE) and re.search(r"^  openai +ready$", done.stdout, re.MULTILINE)
+    typed("ask", "hi", "-m", "demo/echo")
+    for _ in range(5):
+        typed("ask", "hi", "-m", "openai/gpt-6-sol")
+    found = json.loads(typed("status", "--json").stdout)
+    left_out = "(circuit open|about to be tried again)"         # it opens for seconds
+    assert re.fullmatch(left_out, found["providers"].pop("openai"))
+    assert found == {"url": url, "version": pomex.VERSION, "status": "ready", "database": "ok", "open_requests": 0, "requests_today": 6,
+                     "checks": {"ledger": "ok", "providers": "ok", "accepting": "ok", "targets": "degraded"}, "spent_today_usd": "0.0000", "disabled_providers": "",
+                     "providers": {"demo": "ready"}}
+    assert re.search(rf"^  openai +{left_out}$", typed("status").stdout, re.MULTILINE)
+    process.kill()
+    process.wait()
+    done = run("status")
+    assert done.returncode == 1 and re.search(r"^database +ok$", done.stdout, re.MULTILINE)
+    assert re.fullmatch(r"No gateway answers at \S+:7663\. Start it in another terminal: \S+ \S+ serve\n", done.stderr)
+    assert not json.loads(run("status", "--json").stdout)["version"]
+
+
+@pytest.mark.parametrize("token, state", [('admin_token = "a-machine-token-0123"\n', "ready"), ("", "unknown without admin_token")])
+def test_status_behind_a_proxy_needs_the_admin_token(here, token, state):
+    (here / "pomex.toml").write_text(f'[server]\npublic_hosts = ["pomex.example"]\n{token}')
+    with serving():
+        found = json.loads(run("status", "--json").stdout)
+        assert found["status"] == "ready" and found["providers"] == {"demo": state}
+
+
+def test_status_says_what_is_wrong_with_the_database(here):
+    (here / "pomex.toml").write_text('[database]\nurl = "sqlite:."\n')
+    done = run("status")
+    assert done.returncode == 1 and re.search(r"^database +The database ", done.stdout, re.MULTILINE)
+
+
+def test_logs_show_the_newest_requests_and_follow(up):
+    url, key, typed, _ = up
+    typed("ask", "hi", "-m", "demo/echo")
+    typed("ask", "hi", "-m", "openai/gpt-6-sol")
+    typed("ask", "hi", "-m", "demo/ecko")
+    deadline = time.monotonic() + 5                        # refusals are written once a second
+    while len(lines := typed("logs").stdout.splitlines()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    moment = r"\d\d-\d\d \d\d:\d\d:\d\d"
+    for line, said in zip(lines, (r"completed first demo/echo via demo  \d+ in \d+ out  total 0.0s  \$0.0000",
+                                  r"failed first openai/gpt-6-sol via openai  0 in 0 out  total .*connection refused.*",
+                                  r'400 first POST /v1/responses  Model "demo/ecko" not found.*'), strict=True):
+        assert re.fullmatch(f"{moment} {said}", line), line
+    assert typed("logs", "-n", "1").stdout.splitlines() == lines[-1:]
+    for words, shown in ((["--model", "demo/echo"], lines[:1]), (["--status", "failed"], lines[1:2]), (["--status", "refused"], lines[2:]),
+                         (["--key", "first"], lines), (["--key", "nobody"], []), (["--status", "completed"], lines[:1])):
+        assert typed("logs", *words).stdout.splitlines() == shown, words
+    rows = json.loads(typed("logs", "--json").stdout)
+    assert [row["result"] for row in rows] == ["completed", "failed", "refused"] and rows[0]["model"] == "demo/echo"
+    assert [json.loads(line)["result"] for line in typed("logs", "--jsonl").stdout.splitlines()] == ["completed", "failed", "refused"]
+    with subprocess.Popen([sys.executable, FILE, "logs", "-f", "-n", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
+        assert following.stdout.readline() == lines[-1] + "\n"
+        typed("ask", "again", "-m", "demo/tools")
+        assert "demo/tools" in following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        assert (following.wait(5), following.stderr.read()) == (130, "")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_reload_takes_up_the_file_and_the_key_files_and_says_so(here, workers):
+    (here / "secret").write_text("sk-first-0123456789\n")
+    text = f'[server]\nworkers = {workers}\n[providers.openai]\napi_key = "file:secret"\n'
+    (here / "pomex.toml").write_text(text)
+    with serving() as (process, address, _):
+        url = address.rstrip(",")
+        for change, code, said in (
+                (lambda: None, 0, "Reloaded pomex.toml: nothing changed."),
+                (lambda: (here / "secret").write_text("sk-second-0123456789\n"), 0, "Reloaded pomex.toml: providers.openai."),
+                (lambda: (here / "pomex.toml").write_text(text + 'env_http_headers = { x = "ONLY_HERE" }\n'), 1,
+                 "Reload refused, still running with the old file: [providers.openai.env_http_headers] x"),
+                (lambda: (here / "pomex.toml").write_text(text), 0, "Reloaded pomex.toml: nothing changed.")):
+            change()
+            done = run("reload", env={**os.environ, "ONLY_HERE": "1"})
+            assert done.returncode == code and done.stdout.startswith(f"{url}  {said}"), done
+        (here / "pomex.toml").write_text(text + "x = 1\n")
+        assert run("reload").returncode == 78
+        (here / "pomex.toml").write_text(text)
+    done = run("reload")
+    assert done.returncode == 69 and done.stderr.startswith("No gateway that uses ") and done.stderr.endswith(" serve\n")
+
+
+def test_admin_url_says_where_no_gateway_is(here, capsys):
+    assert pomex.main(["admin-url"]) == 0
+    assert "No gateway answers at http://127.0.0.1:7663. Start it in another terminal: python3 pomex.py serve\n" in capsys.readouterr().err
+
+
+def test_lists_are_printed_as_csv_and_jsonl(here, capsys):
+    for line in ("keys create ana --budget 50/month --models demo/*", "accounts create team --prepaid", "accounts credit team 20"):
+        assert pomex.main(line.split()) == 0
+    for words in ("keys list", "accounts list", "models", "prices show", "audit"):
+        capsys.readouterr()
+        rows = [pomex.main([*words.split(), "--json"]), json.loads(capsys.readouterr().out)][1]
+        pomex.main([*words.split(), "--jsonl"])
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows and rows
+        pomex.main([*words.split(), "--csv"])
+        assert capsys.readouterr().out.startswith(",".join(rows[0]) + "\n")

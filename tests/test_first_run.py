@@ -46,35 +46,26 @@ def others(text):
 
 
 @pytest.mark.parametrize("text", MERGES.values(), ids=MERGES)
-def test_the_block_is_merged_and_all_else_stays(text):
-    merged = pomex.with_block(text, BLOCK)
-    before, after = pomex.toml_leaves(text), pomex.toml_leaves(merged)
-    assert after.items() >= WANTED.items() and after.keys() == {*before, *WANTED} and others(merged) == others(text)
-    assert pomex.with_block(merged, BLOCK) == merged
-    comments = [line for line in text.splitlines() if line.startswith("#")]
-    assert all(line in merged for line in comments)
+def test_the_block_is_put_in_all_else_stays_and_comes_back(text):
+    merged = pomex.with_block(text, WANTED)
+    assert pomex.toml_leaves(merged) == {**others(text), **WANTED}
+    assert all(line in merged for line in text.removeprefix("\ufeff").splitlines())      # the replaced ones as comments
     assert merged.startswith("\ufeff") == text.startswith("\ufeff")
     assert merged.count("\r\n") == merged.count("\n") * ("\r\n" in text)
-
-
-def test_a_model_that_codex_knows_takes_the_catalogue_out_again():
-    known = pomex.codex_block("http://127.0.0.1:7663", "openai/gpt-6-sol")
-    merged = pomex.with_block(pomex.with_block("", BLOCK), known)
-    assert "model_catalog_url" not in merged and pomex.toml_leaves(merged) == pomex.toml_leaves("\n".join(known))
+    assert pomex.without_block(merged).removesuffix("\n") == text.removesuffix("\n")
+    assert pomex.with_block(pomex.without_block(merged), WANTED) == merged
 
 
 @pytest.mark.parametrize("text", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_what_cannot_be_merged_safely_is_refused(text):
-    with pytest.raises(pomex.ConfigError, match="nothing was changed"):
-        pomex.with_block(text, BLOCK)
+def test_what_cannot_be_merged_safely_is_refused(home, capsys, text):
+    put(home, text)
+    assert codex("--write") == pomex.BAD_CONFIG and home.read_text() == text and not beside(home)
+    said = capsys.readouterr().err
+    assert "nothing was changed" in said and "It needs the lines that this prints: python3 pomex.py codex\n" in said
 
 
-@pytest.mark.parametrize("text", [*MERGES.values(), *IMPOSSIBLE.values()], ids=[*MERGES, *IMPOSSIBLE])
-def test_the_statements_of_a_document_are_the_document(text):
-    text = text.removeprefix("\ufeff") + "\n"
-    assert "".join(piece for _, piece in pomex.toml_statements(text)) == text
-    assert {path for path, _ in pomex.toml_statements(text)} - {()} <= {
-        path[:n] for path in [*pomex.toml_leaves(text), ("c", "d")] for n in range(9)}
+def test_a_text_without_a_block_stays_as_it_is():
+    assert [pomex.without_block(text) for text in MERGES.values()] == [*MERGES.values()]
 
 
 @pytest.fixture
@@ -104,53 +95,70 @@ def beside(file):
 
 ADDED = {("mcp_servers", "docs", "command"): "npx", ("projects", "/work", "trust_level"): "trusted"}
 ADDS = '[mcp_servers.docs]\ncommand = "npx"\n\n[projects."/work"]\ntrust_level = "trusted"\n'
+END = pomex.BLOCK_END + "\n"
 
 
-def reordered(text):
-    """As a program writes it that knows the values only: our table first, no comment, other spellings."""
-    leaves = pomex.toml_leaves(text)
-    return "".join(f"{pomex.toml_name(path)} = {str(value).replace(': ', ' = ')}\n" if isinstance(value, list) else
-                   f"{pomex.toml_name(path)} = {pomex.json.dumps(value)}\n" for path, value in reversed(leaves.items()))
+def at_the_end(text):
+    """As Codex (toml_edit) adds tables: before the comments at the end."""
+    return re.sub(f"{END}$", f"\n{ADDS}{END}", text)
 
 
-EDITS = {       # what is done to the text that write left, and what of ours stays as it was made
-    "nothing": (lambda text: text, []),
-    "tables at the end": (lambda text: text + "\n" + ADDS, []),
-    "tables before ours": (lambda text: text.replace("[model_providers.pomex]", ADDS + "[model_providers.pomex]"), []),
-    "other line ends": (lambda text: text.replace("\r", "").replace("\n", "\r\n") + ADDS, []),
-    "written anew": (lambda text: reordered(text + "\n" + ADDS), []),
-    "another model": (lambda text: text.replace("demo/echo", "demo/tools") + "\n" + ADDS, [("model",)]),
-    "another provider": (lambda text: text.replace('er = "pomex"', 'er = "mine"') + "\n" + ADDS, [("model_provider",)]),
-    "our table": (lambda text: text.replace("http://127.0.0.1:7663/v1\"\nenv", "http://10.0.0.1/v1\"\nenv"),
-                  [("model_providers", "pomex")]),
+EDITS = {       # what is done to the text that write left
+    "tables before the last mark": at_the_end,
+    "tables at the end": lambda text: text + "\n" + ADDS,
+    "tables before ours": lambda text: f"\n{ADDS}[model_providers.pomex]\n".join(text.rsplit("\n[model_providers.pomex]\n", 1)),
+    "the first mark lost with the line behind it": lambda text: at_the_end(text.replace(END, "", 1)),
+    "no marks of an end": lambda text: text.replace(END, "").rstrip("\r\n") + "\n" + ADDS,
+    "other line ends": lambda text: at_the_end(text.replace("\r", "")).replace("\n", "\r\n"),
+    "another model": lambda text: at_the_end(text.replace('"demo/echo"', '"demo/tools"')),
+    "more in our table": lambda text: at_the_end(text.replace('wire_api = "responses"', 'wire_api = "responses"\nmore = 1')),
+    "a table in our table": lambda text: at_the_end(text) + '[model_providers.pomex.env_http_headers]\nx = "y"\n',
 }
 
 
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("before", [None, *MERGES.values()], ids=["no file", *MERGES])
 def test_undo_gives_the_file_before_with_the_edits_since(home, capsys, before, edit):
-    change, stays = EDITS[edit]
     if before is not None:
         put(home, before)
     assert codex("--write", "--model", "demo/echo") == 0
     written = home.read_bytes().decode()
-    assert (beside(home).get("config.toml.pomex-bak") == before) and written != before
-    edited = change(written)
+    assert beside(home).get("config.toml.pomex-bak") == (before or None) and written != before
+    edited = EDITS[edit](written.replace("\r\n", "\n"))
     put(home, edited)
     capsys.readouterr()
     assert codex("--undo") == 0
-    said = capsys.readouterr().err
-    if edited == written:
-        assert (home.read_bytes().decode() if home.exists() else None) == before and not beside(home)
-        return
-    old, new = (pomex.toml_leaves(each) for each in (before or "", edited))
-    kept = {path: value for path, value in new.items() if path[:2] in stays or path[:2] not in pomex.CODEX_KEYS}
-    back = {path: value for path, value in old.items() if path[:2] in set(pomex.CODEX_KEYS) - {*stays}}
-    assert pomex.toml_leaves(home.read_bytes().decode()) == {**kept, **back}
-    left = {"config.toml.before-undo": edited, **({} if before is None else {"config.toml.pomex-bak": before})}
-    assert beside(home) == left and all(name in said for name in left)
-    assert ("so left alone: " + ", ".join(map(pomex.toml_name, stays)) in said) if stays else "so left" not in said
-    assert codex("--undo") == 1 and "Nothing to undo" in capsys.readouterr().err
+    said, old = capsys.readouterr().err, pomex.toml_leaves(before or "")
+    assert pomex.toml_leaves(home.read_bytes().decode()) == {**old, **ADDED}
+    copy = re.search(r"kept beside it as (\S+)\.\n", said)[1]
+    assert beside(home)[copy] == edited and codex("--undo") == 1 and "Nothing to undo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [None, *MERGES.values()], ids=["no file", *MERGES])
+def test_undo_without_edits_gives_the_very_file_or_none(home, before):
+    if before is not None:
+        put(home, before)
+    assert codex("--write") == 0 and codex("--undo") == 0
+    now = home.read_bytes().decode() if home.exists() else ""
+    assert now.removesuffix("\n") == (before or "").removesuffix("\n")
+    assert home.exists() == bool(before) and bool(before) == ("config.toml.pomex-bak" in beside(home))
+
+
+def test_a_file_that_was_written_anew_without_comments_is_left_alone(home, capsys):
+    put(home, 'model = "gpt-5"\n')
+    assert codex("--write") == 0
+    put(home, "".join(line for line in home.read_text().splitlines(keepends=True) if not line.startswith("#")))
+    now = home.read_text()
+    assert codex("--undo") == 1 and home.read_text() == now
+    assert "Nothing to undo: ~/codexhome/config.toml has no block that codex --write made." in capsys.readouterr().err
+
+
+def test_what_cannot_be_undone_safely_is_left_alone(home, capsys):
+    assert codex("--write", "--model", "demo/echo") == 0
+    put(home, pomex.BLOCK_BEGIN + '\nmodel_providers = { pomex = { name = "x" }, mine = { name = "y" } }\n')
+    now = home.read_text()
+    assert codex("--undo") == pomex.BAD_CONFIG and home.read_text() == now
+    assert "Edit it by hand: remove model_provider, model, model_providers.pomex" in capsys.readouterr().err
 
 
 def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
@@ -158,34 +166,52 @@ def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
     said = []
     for words in (["--undo"], ["--write"], ["--write"], ["--write", "--model", "demo/tools"], ["--undo"], ["--undo"]):
         said.append((codex(*words), capsys.readouterr().err))
-    nothing = "Nothing to undo: there is no ~/codexhome/config.toml.pomex-undo.\n"
+    nothing = "Nothing to undo: ~/codexhome/config.toml has no block that codex --write made.\n"
     assert [code for code, _ in said] == [1, 0, 0, 0, 0, 1] and said[0][1] == said[5][1] == nothing
-    assert "+model_provider" in said[1][1] and "without Pomex is kept beside it as config.toml.pomex-bak. To undo: " in said[1][1]
-    assert said[2][1] == "~/codexhome/config.toml has these settings already; nothing was changed.\n"
-    assert "without Pomex is kept beside it as config.toml.pomex-bak." in said[3][1]           # the same one
-    assert said[4][1].endswith("config.toml is as it was before Pomex.\n")
-    assert home.read_text() == 'model = "gpt-5"   # mine\n' and not beside(home)
+    assert "+model_provider" in said[1][1] and " The file before this is kept beside it as config.toml.pomex-bak. To undo: " in said[1][1]
+    assert said[2][1].startswith("~/codexhome/config.toml is already up to date.\n")
+    assert "-model = \"demo/echo\"" in said[3][1] and "kept beside it as config.toml.pomex-bak.1. To undo" in said[3][1]
+    assert "Pomex's settings are out of ~/codexhome/config.toml." in said[4][1]
+    assert home.read_text() == 'model = "gpt-5"   # mine\n'
+    assert beside(home)["config.toml.pomex-bak"] == home.read_text()
+
+
+def test_a_second_write_keeps_what_was_added_to_our_table_and_a_model_codex_knows_takes_the_catalogue_out(home):
+    assert codex("--write", "--model", "demo/echo") == 0
+    put(home, home.read_text().replace('wire_api = "responses"', 'wire_api = "responses"\nrequest_max_retries = 4'))
+    with open("pomex.toml", "w") as file:
+        file.write('[providers.openai]\napi_key = "x"\n')
+    assert codex("--write", "--model", "openai/gpt-6-sol") == 0
+    known = pomex.codex_block("http://127.0.0.1:7663", "openai/gpt-6-sol")
+    assert "model_catalog_url" not in home.read_text()
+    assert pomex.toml_leaves(home.read_text()) == {**pomex.toml_leaves("\n".join(known)),
+                                                   ("model_providers", "pomex", "request_max_retries"): 4}
+
+
+def test_the_block_that_serve_prints_and_somebody_pasted_is_up_to_date(home, capsys):
+    put(home, "\n".join(BLOCK) + "\n")
+    assert codex("--write", "--model", "demo/echo") == 0 and "already up to date" in capsys.readouterr().err
+    assert home.read_text() == "\n".join(BLOCK) + "\n" and not beside(home)
 
 
 def test_what_is_added_between_two_writes_outlives_the_undo(home):
     put(home, 'model = "gpt-5"\n')
     assert codex("--write") == 0
-    put(home, home.read_text() + ADDS)
+    put(home, at_the_end(home.read_text()))
     assert codex("--write", "--model", "demo/tools") == 0 and codex("--undo") == 0
     assert pomex.toml_leaves(home.read_text()) == {("model",): "gpt-5", **ADDED}
-    assert beside(home) == {"config.toml.pomex-bak": 'model = "gpt-5"\n'}
+    assert beside(home)["config.toml.pomex-bak"] == 'model = "gpt-5"\n'
 
 
-def test_no_file_of_another_name_or_time_is_taken_for_the_backup(home, capsys):
+def test_no_file_that_is_there_is_taken_for_the_copy(home, capsys):
     put(home, 'model = "current"\n')
-    strangers = {"config.toml.bak": "ancient", "config.toml.pomex-bak": 'model = "older"\n', "config.toml.before-undo": "x"}
+    strangers = {"config.toml.bak": "ancient", "config.toml.pomex-bak": 'model = "older"\n'}
     for name, text in strangers.items():
         put(home.with_name(name), text)
     assert codex("--write") == 0 and "kept beside it as config.toml.pomex-bak.1." in capsys.readouterr().err
-    put(home, home.read_text() + ADDS)
-    edited = home.read_text()
+    written = home.read_text()
     assert codex("--undo") == 0 and pomex.tomllib.loads(home.read_text())["model"] == "current"
-    assert beside(home) == {**strangers, "config.toml.pomex-bak.1": 'model = "current"\n', "config.toml.before-undo.1": edited}
+    assert beside(home) == {**strangers, "config.toml.pomex-bak.1": 'model = "current"\n', "config.toml.pomex-bak.2": written}
 
 
 def test_settings_that_were_taken_out_by_hand_do_not_come_back(home):
@@ -193,16 +219,15 @@ def test_settings_that_were_taken_out_by_hand_do_not_come_back(home):
     assert codex("--write") == 0
     put(home, 'model = "mine"\n')                  # by hand
     assert codex("--write") == 0 and codex("--undo") == 0
-    assert home.read_text() == 'model = "mine"\n' and beside(home) == {"config.toml.pomex-bak": 'model = "ancient"\n'}
+    assert home.read_text() == 'model = "mine"\n' and beside(home)["config.toml.pomex-bak"] == 'model = "ancient"\n'
 
 
 def test_a_file_that_is_gone_needs_no_undo(home, capsys):
     put(home, 'model = "gpt-5"\n')
     assert codex("--write") == 0
     home.unlink()
-    capsys.readouterr()
-    assert codex("--undo") == 1 and "Nothing to undo: there is no ~/codexhome/config.toml." in capsys.readouterr().err
-    assert beside(home)["config.toml.pomex-bak"] == 'model = "gpt-5"\n' and not home.exists()
+    assert codex("--undo") == 1 and not home.exists()
+    assert beside(home) == {"config.toml.pomex-bak": 'model = "gpt-5"\n'}
     assert codex("--write") == 0 and codex("--undo") == 0 and not home.exists()
 
 
@@ -220,7 +245,7 @@ def test_a_link_stays_a_link_and_the_mode_of_its_file_stays(home, tmp_path, link
     assert home.is_symlink() and target.stat().st_mode & 0o777 == (0o644 if exists else 0o600)
     assert all(each.stat().st_mode & 0o77 == 0 for each in target.parent.iterdir() if each != target)
     assert codex("--undo") == 0 and home.is_symlink()
-    assert {each.name: each.read_text() for each in target.parent.iterdir()} == ({target.name: 'model = "gpt-5"\n'} if exists else {})
+    assert {each.name: each.read_text() for each in target.parent.iterdir()}.get(target.name, "") == 'model = "gpt-5"\n' * exists
 
 
 def a_loop(file):
@@ -238,17 +263,23 @@ HOSTILE = {     # what is done at the place of the file, what is said
 
 
 @pytest.mark.parametrize("words", [["--write"], ["--undo"]], ids=["write", "undo"])
-@pytest.mark.parametrize("name", ["config.toml", "config.toml.pomex-undo"])
 @pytest.mark.parametrize("case", HOSTILE)
-def test_what_is_no_file_of_codexs_is_left_alone_and_named(home, capsys, case, name, words):
+def test_what_is_no_file_of_codexs_is_left_alone_and_named(home, capsys, case, words):
     make, said = HOSTILE[case]
     home.parent.mkdir()
-    make(home.with_name(name))
+    make(home)
     code = codex(*words)
     shown = capsys.readouterr().err
     assert code in (1, pomex.BAD_CONFIG) and shown.count("\n") == 1
-    assert said.replace("config.toml", name) in shown or (words == ["--undo"] and "Nothing to undo" in shown)
-    assert os.listdir(home.parent) == [name]
+    assert said in shown and os.listdir(home.parent) == [home.name]
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_place_of_the_copy_that_is_taken_is_passed_over(home, case):
+    put(home, 'model = "gpt-5"\n')
+    HOSTILE[case][0](home.with_name("config.toml.pomex-bak"))
+    assert codex("--write") == 0
+    assert home.with_name("config.toml.pomex-bak.1").read_text() == 'model = "gpt-5"\n'
 
 
 def test_a_disk_that_is_full_changes_nothing(home, monkeypatch):
@@ -280,7 +311,7 @@ def test_init_writes_a_file_that_check_takes(home, environ, monkeypatch, capsys)
     assert pomex.main(["check"]) == 0
     config = pomex.read_config(pomex.command_parser().parse_args(["check"]))
     assert {"openai", "google"} <= set(config.providers) or not environ
-    assert pomex.main(["init"]) == 1 and "nothing was written" in capsys.readouterr().err
+    assert pomex.main(["init"]) == 1 and "already exists; nothing was written" in capsys.readouterr().err
 
 
 GOOD = "\n".join(BLOCK)
@@ -317,11 +348,11 @@ def doctor(home, monkeypatch, tmp_path):
                     home.parent.mkdir(exist_ok=True)
                     home.write_text(text.replace("PORT", str(port)))
                 config = pomex.dataclasses.replace(config, server=pomex.dataclasses.replace(config.server, port=port))
-                return await pomex.examine(config, False)
+                return await pomex.Doctor(config).run(False)
 
     def run(change, key=None):
         rows = asyncio.run(inside(change, key))
-        return rows, [row.what.strip() for row in rows if row.state != "ok" and row.what != "codex"]
+        return rows, [row.name.strip() for row in rows if row.state != "ok" and row.name != "codex"]
     return run
 
 
@@ -331,7 +362,7 @@ def test_doctor_finds_each_planted_fault_and_names_the_cure(doctor, fault):
     rows, wrong = doctor(change)
     assert wrong == ([what] if what else [])
     assert all(row.fix for row in rows if row.state != "ok")
-    assert [row.what for row in rows if row.state == "ok"][-1:] == ["stream"]
+    assert [row.name for row in rows if row.state == "ok"][-1:] == ["stream"]
 
 
 @pytest.mark.parametrize("key, message", [("", "not set"), ("sk-rh-xxxxxxxxxxxx", "placeholder"), ("sk-ant-1", "another provider")])
@@ -353,19 +384,22 @@ def test_doctor_names_the_background_server_that_keeps_an_older_key(doctor, home
 def test_doctor_says_where_no_gateway_is(home, capsys):
     assert pomex.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "python pomex.py serve" in out and out.rstrip().endswith("problems")
+    assert "python3 pomex.py serve" in out and out.rstrip().endswith("problems")
 
 
-def test_run_starts_codex_with_overrides_and_a_key_and_changes_no_file(home, monkeypatch, tmp_path):
+def test_run_starts_codex_with_overrides_and_a_key_and_changes_no_file(home, monkeypatch):
     started = []
-    program = tmp_path / "codex"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o700)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(pomex.os, "execv", lambda path, words: started.append((path, words, os.environ["POMEX_API_KEY"])))
+    monkeypatch.setattr(pomex.os, "execvp", lambda path, words: started.append((path, words, os.environ["POMEX_API_KEY"])))
     monkeypatch.setenv("POMEX_API_KEY", "")
     pomex.main(["codex", "--run", "--", "exec", "What is 2 + 2?"])
     (path, words, key), = started
-    assert path == str(program) and words[-2:] == ["exec", "What is 2 + 2?"] and key.startswith("sk-rh-")
+    assert path == words[0] == "codex" and words[-2:] == ["exec", "What is 2 + 2?"] and key.startswith("sk-rh-")
     given = pomex.toml_leaves("\n".join(word for flag, word in zip(words, words[1:]) if flag == "-c"))
     assert given == WANTED and not home.exists()
+
+
+def test_run_says_where_there_is_no_codex(home, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("POMEX_API_KEY", "sk-rh-x")
+    assert pomex.main(["codex", "--run"]) == 69
+    assert capsys.readouterr().err.endswith("There is no codex in PATH. Install it with: npm install -g @openai/codex\n")

@@ -161,6 +161,19 @@ GONE += """
     rows_after select_rows send_away stored_setting sum_queries sum_rows usd
 """.split()
 
+# Of the file at e7c18fb: the command line before it had one table of operations with the admin API.
+GONE += """
+    ACCOUNT_FIELDS ADDRESSED Asking CODEX_WRITE COMMAND_GROUPS COMMAND_TO_TYPE CREDIT_FIELDS
+    Config.flags Finding Finding.fix Finding.state Finding.text Finding.what INIT_TEXT KEY_FLAGS
+    PROVIDER_CURES RATE_FIELDS SOCKET_UNIT TOML_PARTS add_account ask_http
+    audit_reload closed_to_others codex_file codex_program codex_record dashboard_line demo_stream
+    examine find_gateway judged key_finding key_words live_checks model_listed
+    no_listening own_certificate painted probe_models readiness retyped
+    run_accounts_create run_accounts_credit run_keys_create run_keys_edit run_keys_revoke
+    run_statement run_version server_field show_difference surveyed table_findings usd_or
+    with_values without_pomex
+""".split()
+
 # Of the file at e7c18fb: the dashboard's shared poll of the database, objects around a few functions, sums said twice.
 GONE += """
     API_HEADERS Ask.filters Guard LEFT_OUT LiveEvent LiveFeed MODEL_ROUTE Metrics NUMERIC_FILTERS close_session find_session histogram_lines is_codex

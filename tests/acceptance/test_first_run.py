@@ -228,9 +228,9 @@ def test_doctor_goes_to_the_gateway_that_codex_uses(place: tuple[Shell, Pomex]) 
 
 PROVIDERS: dict[str, tuple[str, tuple[ResponseContext | Refusal, ...], tuple[str, ...]]] = {   # name -> wire, what it does, its rows
     "anthropic": ("messages", (says("OK.", input_tokens=6000),), (
-        r"anthropic/claude-sonnet-5-5: a stream of \d+ events, ended with response.completed",)),
+        r"anthropic/claude-sonnet-5-5: \d+ events, ended with response.completed",)),
     "google": ("gemini", (says("OK.", input_tokens=6000),), (
-        r"google/gemini-pro-latest: a stream of \d+ events, ended with response.completed",)),
+        r"google/gemini-pro-latest: \d+ events, ended with response.completed",)),
     "openai": ("responses", (Refusal(401, {"error": {"message": "Incorrect API key provided: sk-1", "type": "invalid_request_error",
                                                      "code": "invalid_api_key"}}),), (
         r"openai/gpt-6.2-sol: The provider refused the gateway's credentials.   fix: export SCRIPTED_KEY=... with a key that is "
@@ -239,7 +239,7 @@ PROVIDERS: dict[str, tuple[str, tuple[ResponseContext | Refusal, ...], tuple[str
                           r"its right base_url into \[providers.gone\]",)),
     "cut": ("chat", (says("This one is cut in the middle.", end="cut"),), (
         r"cut/x: Provider cut .* The connection ended in the middle of a message.   fix: the gateway's log says more.*",)),
-    "short": ("chat", (says("OK.", end="length"),), (r"short/x: a stream of \d+ events, ended with response.incomplete",)),
+    "short": ("chat", (says("OK.", end="length"),), (r"short/x: \d+ events, ended with response.incomplete",)),
     "poor": ("chat", (Refusal(402, {"error": {"message": "Insufficient balance"}}),), (
         "poor/x: Insufficient balance   fix: pay the provider, or: codex -m ANOTHER/MODEL",)),
     "empty": ("chat", (Refusal(404, {"error": {"message": "The model `x` does not exist"}}),), (
@@ -247,7 +247,7 @@ PROVIDERS: dict[str, tuple[str, tuple[ResponseContext | Refusal, ...], tuple[str
 }
 
 
-def test_doctor_asks_every_provider_and_says_what_it_cost(tmp_path: Path) -> None:
+def test_doctor_asks_every_provider(tmp_path: Path) -> None:
     """Anthropic and Gemini in their own wires, and five ways to fail, each with its cure."""
     config, upstreams = f"[server]\nport = {free_port()}\n", []
     for name, (wire, answers, _) in PROVIDERS.items():
@@ -267,15 +267,14 @@ def test_doctor_asks_every_provider_and_says_what_it_cost(tmp_path: Path) -> Non
         spent = json.loads(gateway.command("usage", "--since", "1d", "--by", "key", "--json"))
     for upstream in upstreams:
         upstream.close()
-    rows = re.split(r"\n(?=\w)", found.stdout)[-len(PROVIDERS) - 3:]
+    rows = re.split(r"\n(?=\w)", found.stdout)[-len(PROVIDERS) - 2:]
     for name, (_, _, said) in PROVIDERS.items():
         row = next(row for row in rows if row.startswith(name + " "))
         for line, words in zip(row.splitlines(), said, strict=True):
             good = "fix" not in words
             assert re.fullmatch(rf" *\S+ +{'(?:ok|note)' if good else 'wrong'} +{words}", line), line
-    assert re.match(r'nameless +missing +no model of it is known by name   fix: models = \["NAME"\] in \[providers.nameless\]', rows[-3])
-    cost = re.fullmatch(r"cost +ok +\$(0\.\d{4}) for (\S+)k tokens in, (\d+) out; a model without a price counts nothing", rows[-2])
-    assert cost and float(cost[1]) > 0.02 and abs(float(cost[1]) - spent[0]["cost_nanos"] / 1e9) < 0.0001, (rows[-2], spent)
+    assert re.match(r'nameless +missing +no model of it is known by name   fix: models = \["NAME"\] in \[providers.nameless\]', rows[0])
+    assert spent[0]["cost_nanos"] > 0.02 * 10**9, "they were asked"
     assert rows[-1] == "6 problems\n" and found.returncode == 1, found
 
 
@@ -293,7 +292,7 @@ def test_doctor_asks_a_real_llamacpp_over_three_wires(tmp_path: Path) -> None:
             found = made.type("python pomex.py doctor --live")
         server.stdin.close()
     for name in ("chat", "responses", "messages"):
-        assert re.search(rf"^{name} +ok +{name}/smollm2: a stream of \d+ events, ended with response.\w+$", found.stdout, re.M), found.stdout
+        assert re.search(rf"^{name} +ok +{name}/smollm2: \d+ events, ended with response.\w+$", found.stdout, re.M), found.stdout
     assert found.returncode == 0 and found.stdout.endswith("\n0 problems\n"), found
 
 
@@ -612,7 +611,8 @@ def test_write_run_profile_and_undo_with_real_codex(clone: Shell) -> None:
         done = clone.type(export, f'codex --profile pomex exec "{QUESTION}"')
         assert done.returncode == 0 and ANSWER in done.stdout and "provider: pomex" in done.stderr, done
         clone.type("python3 pomex.py codex --undo --profile")
-        assert sorted(file.name for file in clone.config.parent.glob("*.toml*")) == ["config.toml"]
+        assert sorted(file.name for file in clone.config.parent.glob("*.toml")) == ["config.toml"]
+        assert (clone.config.parent / "config.toml.pomex-bak").read_text() == before
         use_codex(clone, "0.128.0")
         old = clone.type(export, f'python3 pomex.py codex --run -- exec "{QUESTION}"')
         assert old.returncode == 0 and ANSWER in old.stdout, old
@@ -627,7 +627,7 @@ def test_what_codex_itself_writes_between_write_and_undo_stays(tmp_path: Path, v
     added = made.type("python pomex.py codex --write --model demo/echo", "codex mcp add docs -- npx docs-server")
     assert added.returncode == 0 and "model_providers.pomex" in made.config.read_text(), added
     undone = made.type("python pomex.py codex --undo", "codex mcp list")
-    assert undone.returncode == 0 and "docs-server" in undone.stdout and "before-undo" in undone.stderr, undone
+    assert undone.returncode == 0 and "docs-server" in undone.stdout and "kept beside it as" in undone.stderr, undone
     mine = {} if before is None else {"model": "gpt-5.5"}
     assert program.tomllib.loads(made.config.read_text()) == {**mine, "mcp_servers": {
         "docs": {"command": "npx", "args": ["docs-server"]}}}

@@ -13827,13 +13827,13 @@ def describe_request(row: JSON) -> str:
     """`11-30 14:52:07 completed laptop openai/gpt-5.5 via openai  48.2k in (41.9k cached) 1.1k out  total 9.4s  $0.0412`"""
     when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_ms"] / 1000))
     if row["result"] == "refused":
-        return sanitize(f"{when} {row['status']} {row['key'] or '-'} {row['method']} {row['path']}  {row['message']}")
+        return sanitize(f"{when} {row['status']} {row['key'] or '-'} {row['method']} {row['path']}  {row['message']}", 400)
     cached = f" ({short_count(row['cached'])} cached)" if row["cached"] else ""
     cost = f"${format_usd(row['cost_nanos'], 4)}" if row["price"] else "no price"
     return sanitize(
         f"{when} {row['result']} {row['key']} {row['model']} via {row['provider'] or '-'}  "
         f"{short_count(row['input'])} in{cached}"
-        f" {short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}").rstrip()
+        f" {short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}", 400).rstrip()
 
 
 @of_ledger

@@ -8804,10 +8804,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
     return gone
 
 
-async def audit_rows(db: Database, limit: int = 500, since_ms: int = 0) -> list[JSON]:
-    """The audit log, newest first."""
-    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE time_ms >= ? "
-                         "ORDER BY id DESC LIMIT ?", since_ms, limit)
+async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
+    """A page of the audit log, newest first."""
+    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE id < ? AND time_ms >= ? "
+                         "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
     return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(row[5]),
              "after": json.loads(row[6])} for row in rows]
 
@@ -10181,6 +10181,8 @@ BUCKETS_S: dict[str, Sequence[float]] = {
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, help, labels
     "pomex_build_info": ("gauge", "the version of pomex.py", ("version",)),
     "pomex_streams_open": ("gauge", "requests in flight", ()),
+    "process_start_time_seconds": ("gauge", "when the process started", ("worker",)),
+    "process_cpu_seconds_total": ("counter", "CPU time of the process", ("worker",)),
     "pomex_requests_total": ("counter", "requests sent to a provider", ("endpoint", "model", "provider", "outcome")),
     "pomex_tokens_total": ("counter", "tokens billed", ("model", "provider", "kind")),
     "pomex_cost_usd_total": ("counter", "cost of the tokens", ("model", "provider")),
@@ -10193,6 +10195,9 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
+OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, or says nothing of how it went
+    *(fault.code for fault in ERROR_CLASSES.values()), "server_is_overloaded", "upstream_unavailable", "client_gone",
+    "interrupted", "price_unknown"))
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
@@ -10202,7 +10207,8 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
     """Counts a settled request. Unknown models count as "other": a client cannot create series."""
     row = rows[-1]
     model = row.model if row.model in known_models else "other"
-    counters["pomex_requests_total", row.endpoint, model, row.provider, row.result] += 1
+    outcome = row.error_code if row.error_code in OUTCOMES else row.status
+    counters["pomex_requests_total", row.endpoint, model, row.provider, outcome] += 1
     for each in rows:
         counters["pomex_cost_usd_total", model, each.provider] += each.cost_nanos
         for kind in TOKEN_KINDS:
@@ -10260,7 +10266,7 @@ class Gateway:
         self.prices = PriceTable(config)
         upstream.secrets = secret_pattern(config.providers.values(), *config.server.admin_token)
         self.known_models = frozenset(self.catalogue.names)
-        self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
+        self.overviews: dict[tuple[int, ...], JSON] = {}      # by second and what was asked
         if old is None:
             self.router, self.memo, self.started_s = Router(upstream), RequestMemo(), int(time.time())
             self.watchers: collections.Counter[int] = collections.Counter()     # live feeds by key id
@@ -10742,12 +10748,16 @@ async def ready(gateway: Gateway, client: Client) -> None:
 # --- 11.4 key limits, metrics, the page --------------------------------------------------------------
 
 async def key_facts(gateway: Gateway, client: Client) -> JSON:
-    """What the key has spent and may still spend in its period (USD, in OpenRouter's form)."""
+    """The key's own limits, in OpenRouter's form (amounts in USD)."""
     key = await gateway.key(client)
     start, end = period_bounds(key.period, client.started_s)
     spent = (await spent_nanos(gateway.ledger.db, "key_id", start, where=key_condition(key.id))).get(key.id, 0)
     limit = key.budget_nanos
-    data = {"label": key.name, "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_reset": None}
+    data = {
+        "label": key.name, "account": key.account, "models": key.models.split(), "expires_at": key.expires_s or None,
+        "usage": spent / 10**9, "limit": None, "limit_remaining": None, "limit_period": key.period, "limit_reset": None,
+        "rate_limit": {"requests_per_minute": key.rpm or None, "tokens_per_minute": key.tpm or None,
+                       "concurrent_requests": key.concurrent or None}}
     if limit is not None:
         data.update(limit=limit / 10**9, limit_remaining=max(limit - spent, 0) / 10**9,
                     limit_reset=f"{day_text(end)}T00:00:00Z" if end else None)
@@ -10766,7 +10776,9 @@ async def metrics(gateway: Gateway, client: Client) -> None:
     elif (await authenticate(gateway, client))[0] is not None:
         raise Forbidden("An API key does not open this: send [server] admin_token.", code="admin_only")
     samples = {**await gateway.ledger.counted(), **gateway.router.metrics(time.monotonic()),
-               ("pomex_build_info", VERSION): 1, ("pomex_streams_open",): len(await open_requests(gateway.ledger.db, 0))}
+               ("pomex_build_info", VERSION): 1, ("pomex_streams_open",): len(await open_requests(gateway.ledger.db, 0)),
+               ("process_start_time_seconds",): gateway.started_s,
+               ("process_cpu_seconds_total",): round(time.process_time(), 3)}
     text = metrics_text(samples, [str(os.getpid())] if server.workers > 1 else [])
     await client.answer(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text.encode())
 
@@ -10774,7 +10786,7 @@ async def metrics(gateway: Gateway, client: Client) -> None:
 async def show_page(gateway: Gateway, client: Client) -> None:
     """The dashboard."""
     client.connection.server.check_host(client.head, dashboard=True)
-    await answer_tagged(client, page_headers(), PAGE.encode())
+    await answer_tagged(client, *page_answer("gzip" in client.head.headers.get("accept-encoding")))
 
 
 HEALTH_PATHS = ("/health", "/healthz", "/livez")        # answered also where there is no room for another connection
@@ -10930,6 +10942,7 @@ def csv_line(cells: Iterable[object]) -> str:
 
 FEEDS_A_KEY = 20                            # and for the administrator; each open page has one
 POLL_S = 1.0
+FEED_HEARTBEAT_S = 15.0                     # proxies cut a silent stream at 60 s
 EVENTS_AT_ONCE = 100                        # usage rows of one poll; the log has the older ones
 REFUSALS_SHOWN = 50
 NEWEST_IDS = "SELECT " + ", ".join(f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("usage", "refusals", "audit"))
@@ -10952,8 +10965,12 @@ async def live_news(db: Database, seen: Sequence[int], running: Collection[str],
     if not key_id:
         changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
         events += [("provider" if action.startswith("provider") else "key", {"name": name}) for action, name in changed]
-    text = "".join(f"event: {kind}\ndata: {dumps(data)}\n\n" for kind, data in events)
-    return newest, [item["response_id"] for item in in_flight], text.encode()
+    lines: list[str] = []
+    for kind, data in events:
+        if kind == "usage":             # a browser that reconnects sends the id as last-event-id
+            lines.append(f"id: {data['id']}\n")
+        lines.append(f"event: {kind}\ndata: {dumps(data)}\n\n")
+    return newest, [item["response_id"] for item in in_flight], "".join(lines).encode()
 
 
 async def open_requests(db: Database, key_id: int) -> list[JSON]:
@@ -11338,15 +11355,22 @@ def body_fields(operation: Operation) -> list[Argument]:
 
 # --- 11.9 the admin API, and all routes -------------------------------------------------------------
 
+OVERVIEWS_KEPT = 16
+EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; charset=utf-8"}
+
+
 @functools.cache
-def page_headers() -> list[tuple[str, str]]:
-    """The policy allows the page's one script and its one style by their hashes."""
+def page_answer(gzipped: bool) -> tuple[list[tuple[str, str]], bytes]:
+    """(headers, body). The policy allows the page's one script and its one style by their hashes."""
     hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
               for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
     policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
               "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
-    return [("content-type", "text/html; charset=utf-8"), ("cache-control", "no-cache"),
-            ("content-security-policy", policy), *PAGE_HEADERS]
+    headers = [("content-type", "text/html; charset=utf-8"), ("cache-control", "no-cache"), ("vary", "accept-encoding"),
+               ("content-security-policy", policy), *PAGE_HEADERS]
+    if gzipped:
+        return [*headers, ("content-encoding", "gzip")], zlib.compress(PAGE.encode(), 9, 31)       # 31: as gzip
+    return headers, PAGE.encode()
 
 
 async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Client) -> JSON | None:
@@ -11408,15 +11432,27 @@ def count_active_keys(ledger: Ledger) -> int:
 
 
 async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
+    """Every open page asks again with each request that ends, so all get the same answer within a second."""
     now_s, db, key_id = time.time(), gateway.ledger.db, request.key_id
     day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
     since_ms = request.number("since", day_ago_ms, MAX_NUMBER)
     slots = request.number("slots", 24, 400)
     step_ms = max(request.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
-    return {**await overview(db, since_ms, step_ms, slots, now_s, key_id),
-            "latest": [row_view(row) for row in await usage_rows(db, key_condition(key_id), [], 10)],
-            "providers": await provider_views(gateway) if request.key is None else [],
-            "open": len(await open_requests(db, key_id))}
+    wanted = int(now_s), since_ms, step_ms, slots, key_id
+    answer = gateway.overviews.get(wanted)
+    if answer is None:
+        answer = await overview(db, since_ms, step_ms, slots, now_s, key_id)
+        answer["latest"] = [row_view(row) for row in await usage_rows(db, key_condition(key_id), [], 10)]
+        answer["providers"] = await provider_views(gateway) if request.key is None else []
+        if len(gateway.overviews) >= OVERVIEWS_KEPT:
+            gateway.overviews.clear()
+        gateway.overviews[wanted] = answer
+    return {**answer, "open": len(await open_requests(db, key_id))}
+
+
+def page_of(rows: list[JSON], limit: int) -> JSON:
+    """The first `limit` rows, and the cursor of the next page if there are more."""
+    return {"rows": rows[:limit], "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
 async def show_usage(gateway: Gateway, request: AdminRequest) -> JSON:
@@ -11430,20 +11466,22 @@ async def show_usage(gateway: Gateway, request: AdminRequest) -> JSON:
     if "cursor" not in request.query:
         (_, sums), = await usage_sums(db, (), 0, MAX_NUMBER, where, values, table)
     if sums is None or sums["requests"]:
-        rows = await usage_rows(db, f"{where} AND id < ?", [*values, before], limit)
-    return {"rows": [row_view(row) for row in rows], "sums": sums, "cursor": rows[-1]["id"] if len(rows) == limit else None}
+        rows = await usage_rows(db, f"{where} AND id < ?", [*values, before], limit + 1)
+    return {**page_of([row_view(row) for row in rows], limit), "sums": sums}
 
 
 async def export_usage(gateway: Gateway, request: AdminRequest) -> None:
-    """The whole filtered log as CSV, newest first, streamed."""
+    """The whole filtered log as CSV or JSON lines, newest first, streamed."""
     client, before = request.client, MAX_NUMBER
+    ending = client.head.path.rpartition(".")[2]
     where, values, _ = usage_where(request.query, request.key_id)
-    await client.start(200, [("content-type", "text/csv; charset=utf-8"), ("cache-control", "no-store"), *PAGE_HEADERS,
-                             ("content-disposition", "attachment; filename=pomex-usage.csv")])
-    await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode())
+    await client.start(200, [("content-type", EXPORT_TYPES[ending]), ("cache-control", "no-store"), *PAGE_HEADERS,
+                             ("content-disposition", f"attachment; filename=pomex-usage.{ending}")])
+    await client.write((csv_line(ROW_COLUMNS) + "\r\n").encode() if ending == "csv" else b"")
     while rows := await usage_rows(gateway.ledger.db, f"{where} AND id < ?", [*values, before], 1000):
         before = rows[-1]["id"]
-        await client.write("".join(csv_line(row.values()) + "\r\n" for row in rows).encode())
+        lines = (csv_line(row.values()) + "\r\n" if ending == "csv" else dumps(row) + "\n" for row in rows)
+        await client.write("".join(lines).encode())
     await client.end()
 
 
@@ -11481,7 +11519,8 @@ def active_name(gateway: Gateway, request: AdminRequest) -> str:
 
 
 async def show_audit(gateway: Gateway, request: AdminRequest) -> JSON:
-    return {"rows": await audit_rows(gateway.ledger.db)}
+    before, limit = request.number("cursor", MAX_NUMBER, MAX_NUMBER), request.number("limit", 200, 500)
+    return page_of(await audit_rows(gateway.ledger.db, before, limit + 1), limit)
 
 
 def missing_keys(gateway: Gateway) -> list[JSON]:
@@ -11582,11 +11621,13 @@ async def use_provider(gateway: Gateway, request: AdminRequest, use: bool) -> JS
 
 
 def provider_state(minutes: Sequence[Sequence[int]]) -> str:
-    """By the newest minute that had requests."""
-    for count, failed in reversed(minutes):
-        if count:
-            return "failing" if failed / count > 0.5 else "healthy"
-    return "no requests"
+    """By the newest five minutes that had requests."""
+    failed = [failed / count for count, failed in minutes if count][-5:]
+    if not failed:
+        return "no requests"
+    if failed[-1] > 0.5:
+        return "failing"
+    return "recovering" if max(failed) > 0.5 else "healthy"
 
 
 async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
@@ -11657,12 +11698,19 @@ async def live_events(gateway: Gateway, request: AdminRequest) -> None:
     gateway.watchers[key_id] += 1
     try:
         seen, running, _ = await live_news(db, [MAX_NUMBER] * 3, (), key_id)        # what exists already is no news
+        if re.fullmatch("[0-9]{1,15}", last := client.head.headers.get("last-event-id")):
+            seen = int(last), *seen[1:]
         await client.start(200, STREAM_HEADERS)
         await client.write(b"retry: 2000\n\n: hello\n\n")
+        checked = time.monotonic()
         while not client.connection.server.draining:
-            await authenticate(gateway, client)         # the session may have ended
             seen, running, news = await live_news(db, seen, running, key_id)
-            await client.write(news or b": \n\n")           # proxies cut a silent stream
+            if time.monotonic() - checked >= FEED_HEARTBEAT_S:
+                checked = time.monotonic()
+                await authenticate(gateway, client)     # the session may have ended
+                news += b": \n\n"
+            if news:
+                await client.write(news)
             await asyncio.sleep(POLL_S)
     finally:
         gateway.watchers[key_id] -= 1
@@ -11677,6 +11725,7 @@ ADMIN_ROUTES: dict[str, dict[str, AdminHandler]] = {    # who may ask -> method 
         "GET overview": show_overview,
         "GET usage": show_usage,
         "GET usage.csv": export_usage,
+        "GET usage.jsonl": export_usage,
         "GET usage/*": show_request,        # * is a name or number
         "GET models": show_models,
         "GET setup": show_setup,
@@ -16016,7 +16065,8 @@ function showUsage(main, query, id) {
   }
   function draw(data) {
     rows = data.rows;
-    exports.replaceChildren(link("btn s", `/admin/api/usage.csv?${params()}`, "Export CSV", {download: ""}));
+    exports.replaceChildren(...["csv", "jsonl"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
+      "Export " + format.toUpperCase(), {download: ""})));
     showOlderButton(data.cursor);
     const found = rows.length ? requestTable(rows) : noRequests(query);
     return div("grid", div("card full c12 gap", para("sub pad2", describeTotals(data.sums)), found, older));

@@ -104,11 +104,15 @@ def parametrized(names, rows):
 
 
 @gateway_test
-async def test_the_page_is_served_to_anybody_with_its_tag(gateway):
+async def test_the_page_is_served_to_anybody_gzipped_and_with_its_tag(gateway):
     status, names, body = await gateway.ask("GET", "/admin")
     assert status == 200 and body == pomex.PAGE.encode() and names["x-content-type-options"] == "nosniff"
-    status, _, body = await gateway.ask("GET", "/admin", headers={"if-none-match": names["etag"]})
-    assert (status, body) == (304, b"")
+    status, zipped_names, zipped = await gateway.ask("GET", "/admin", headers={"accept-encoding": "br, gzip"})
+    assert zipped_names["content-encoding"] == "gzip" and len(zipped) < len(body) / 2
+    assert zipped_names["etag"] != names["etag"], "a strong tag is that of the bytes"
+    for tag, coding in ((names["etag"], "identity"), (zipped_names["etag"], "gzip")):
+        status, _, body = await gateway.ask("GET", "/admin", headers={"if-none-match": tag, "accept-encoding": coding})
+        assert (status, body) == (304, b"")
 
 
 @gateway_test
@@ -220,8 +224,9 @@ async def test_a_key_opens_the_view_of_its_holder_and_nothing_else(gateway):
 async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     await gateway.answer(gateway.key)
     await gateway.answer(gateway.other)
-    _, names, body = await gateway.ask("GET", "/admin/api/usage.csv", headers={"authorization": f"Bearer {gateway.key}"})
-    assert b",ana," in body and b",bo," not in body and "attachment" in names["content-disposition"]
+    for kind in ("csv", "jsonl"):
+        _, names, body = await gateway.ask("GET", f"/admin/api/usage.{kind}", headers={"authorization": f"Bearer {gateway.key}"})
+        assert b"ana" in body and b",bo," not in body and b'"bo"' not in body and "attachment" in names["content-disposition"]
 
 
 @parametrized("headers path code message", [
@@ -286,12 +291,27 @@ async def test_the_live_feed_tells_of_rows_and_refusals_and_ends_with_the_gatewa
     await gateway.ask("POST", "/responses", {})
     await asyncio.wait_for(reader.readuntil(b"event: refused\n"), 3)
     await gateway.answer(gateway.key)
-    await asyncio.wait_for(reader.readuntil(b"event: usage\n"), 3)
+    await asyncio.wait_for(reader.readuntil(b"id: 1\nevent: usage\n"), 3)
     row = json.loads((await reader.readline())[6:])
     assert (row["key"], row["model"], row["result"]) == ("ana", "demo/echo", "completed")
+    again = await gateway.ask("GET", "/admin/api/events", headers={**ADMIN, "last-event-id": "0"}, read=True)
+    await asyncio.wait_for(again[2].readuntil(b"id: 1\nevent: usage\n"), 1)
     started = time.monotonic()
     await gateway.server.drain(5)
     assert time.monotonic() - started < 3
+    writer.close()
+    again[3].close()
+
+
+@gateway_test
+async def test_a_browser_that_comes_back_gets_each_row_that_it_missed_once(gateway):
+    for _ in range(2):
+        await gateway.answer(gateway.key)
+    _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={**ADMIN, "last-event-id": "1"}, read=True)
+    await asyncio.wait_for(reader.readuntil(b"id: 2\nevent: usage\n"), 2)
+    await gateway.answer(gateway.key)
+    more = await asyncio.wait_for(reader.readuntil(b"id: 3\nevent: usage\n"), 3)
+    assert b"id: 1\n" not in more and b"id: 2\n" not in more
     writer.close()
 
 
@@ -395,8 +415,10 @@ async def test_amounts_and_truths_may_be_json(gateway):
 @gateway_test
 async def test_the_feed_of_a_key_ends_with_the_key(gateway):
     token = await gateway.ledger.create_key("soon", time.time(), expires_s=int(time.time()) + 2)
-    _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {token}"}, read=True)
-    assert b": hello\n\n" in await asyncio.wait_for(reader.read(), 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pomex, "FEED_HEARTBEAT_S", 0.2)
+        _, _, reader, writer = await gateway.ask("GET", "/admin/api/events", headers={"authorization": f"Bearer {token}"}, read=True)
+        await asyncio.wait_for(reader.read(), 5)
     writer.close()
 
 
@@ -458,7 +480,8 @@ async def test_a_holder_is_told_nothing_of_the_others(gateway):
 
 @gateway_test
 async def test_a_wrong_filter_of_an_export_is_said(gateway):
-    assert (await gateway.get("usage.csv?bogus=1"))[0] == 400
+    for name in ("usage.csv", "usage.jsonl"):
+        assert (await gateway.get(name + "?bogus=1"))[0] == 400
 
 
 @gateway_test
@@ -713,7 +736,7 @@ async def test_every_change_is_in_the_audit_log_with_who_made_it_and_what_was_be
         (token, "key created", pomex.PLAY_KEY, {}, {})]
     status, found = await gateway.get("audit")
     columns = ("who", "action", "name", "before", "after")
-    assert status == 200
+    assert status == 200 and found["cursor"] is None
     assert [tuple(row[name] for name in columns) for row in found["rows"][:len(expected)]] == expected[::-1], "newest first"
     assert audited(gateway.ledger)[-len(expected):] == expected
     assert all(abs(row["time_ms"] / 1000 - time.time()) < 60 for row in found["rows"])
@@ -723,11 +746,20 @@ async def test_every_change_is_in_the_audit_log_with_who_made_it_and_what_was_be
 
 
 @gateway_test
-async def test_the_audit_log_is_read_by_the_administrator_alone(gateway):
+async def test_the_audit_log_is_read_in_pages_by_the_administrator_alone(gateway):
     for n in range(5):
         await gateway.post("accounts", {"name": f"team{n}"})
-    names = [row["name"] for row in (await gateway.get("audit"))[1]["rows"]]
+    names, query = [], "audit?limit=2"
+    while True:
+        page = (await gateway.get(query))[1]
+        assert len(page["rows"]) <= 2
+        names += [row["name"] for row in page["rows"]]
+        if page["cursor"] is None:
+            break
+        query = f"audit?limit=2&cursor={page['cursor']}"
     assert names == ["team4", "team3", "team2", "team1", "team0", "bo", "ana"]
+    for wrong in ("cursor=x", "limit=0x10", "limit=501", "cursor=-1"):
+        assert (await gateway.get("audit?" + wrong))[0] == 400, wrong
     assert (await gateway.get("audit", {"authorization": f"Bearer {gateway.key}"}))[0] == 403
     assert (await gateway.get("audit", {}))[0] == 401
 

@@ -188,7 +188,7 @@ GONE += """
 """.split()
 # Of the file at 875c70a: what the dashboard's API had twice, or for nobody.
 GONE += """
-    AdminRoute Ask EXPORTS OUTCOMES OVERVIEWS_KEPT SIGN_OF_LIFE_S event_frame open_count page_answer
+    AdminRoute Ask EXPORTS SIGN_OF_LIFE_S event_frame open_count
 """.split()
 
 

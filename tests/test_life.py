@@ -508,9 +508,9 @@ def test_what_one_worker_sees_the_others_show_too_within_two_seconds(tmp_path):
         until(alike, 4.0)
         assert time.monotonic() - ended < 3.5, "a second until it is written, and one until it is looked for"
         assert all({**feed.heard(), "started": 1} == events for feed in feeds), "each once, but for the quick one's start"
-        own = set(re.findall(r'pomex_circuit_state\{target=".*?",worker="(\d+)"\} [0-9]+\n',
-                             "".join(pomex_.ask("/metrics") for _ in range(12))))
-        assert own and own <= set(map(str, pomex_.workers))
+        own = [set(re.findall(rf'{name}\{{worker="(\d+)"\}} [0-9.]+\n', "".join(pomex_.ask("/metrics") for _ in range(12))))
+               for name in ("process_start_time_seconds", "process_cpu_seconds_total")]
+        assert all(each and each <= set(map(str, pomex_.workers)) for each in own)
 
 
 def rest_until_end(link):

@@ -3,6 +3,7 @@ import base64
 import hashlib
 import html.parser
 import re
+import zlib
 
 import pytest
 
@@ -49,10 +50,14 @@ def test_no_tag_loads_anything_or_holds_a_handler():
 
 
 def test_the_policy_allows_this_script_and_this_style_by_what_they_are():
-    policy = dict(pomex.page_headers())["content-security-policy"]
+    headers, page = pomex.page_answer(False)
+    zipped_headers, zipped = pomex.page_answer(True)
+    policy = dict(headers)["content-security-policy"]
     for directive, text in (("script-src", SCRIPT), ("style-src", STYLE)):
         assert f"{directive} 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
     assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert zipped_headers == [*headers, ("content-encoding", "gzip")]
+    assert zlib.decompress(zipped, 31) == page and len(zipped) < 30_000
 
 
 def test_every_endpoint_that_the_page_asks_is_there():

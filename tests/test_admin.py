@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ class Gateway:
     async def refused(self, headers=ADMIN):
         """What the set-up page shows of refusals, those of this second too."""
         await self.ledger.save_counts()
+        await self.ledger.db.write(lambda _: None)          # what the gateway itself has begun to save is saved then too
         return (await self.get("setup", headers))[1]["refused"]
 
     async def feed(self, headers=ADMIN):
@@ -227,6 +229,8 @@ async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     for kind in ("csv", "jsonl"):
         _, names, body = await gateway.ask("GET", f"/admin/api/usage.{kind}", headers={"authorization": f"Bearer {gateway.key}"})
         assert b"ana" in body and b",bo," not in body and b'"bo"' not in body and "attachment" in names["content-disposition"]
+    row, = (json.loads(line) for line in body.splitlines() if line.startswith(b"{"))       # the others frame chunks
+    assert (row["key"], row["model"], names["content-type"]) == ("ana", "demo/echo", "application/jsonl; charset=utf-8")
 
 
 @parametrized("headers path code message", [
@@ -413,6 +417,18 @@ async def test_amounts_and_truths_may_be_json(gateway):
 
 
 @gateway_test
+async def test_a_live_feed_without_news_sends_its_heartbeat_alone(gateway):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pomex, "FEED_HEARTBEAT_S", 2.5)
+        reader, writer = await gateway.feed()
+        await reader.readline()                     # the end of the chunk
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 1.8)
+        assert await asyncio.wait_for(reader.readuntil(b": \n\n"), 4) == b"4\r\n: \n\n"
+    writer.close()
+
+
+@gateway_test
 async def test_the_feed_of_a_key_ends_with_the_key(gateway):
     token = await gateway.ledger.create_key("soon", time.time(), expires_s=int(time.time()) + 2)
     with pytest.MonkeyPatch.context() as patch:
@@ -427,6 +443,68 @@ async def test_an_origin_that_is_no_address_is_refused_like_another(gateway):
     for origin in ("http://[", "null", "http://evil.example", "http://127.0.0.1"):
         status, answer, _ = await gateway.post("login", {"token": "x"}, {"origin": origin})
         assert (status, answer["error"]["code"]) == (403, "cross_origin"), origin
+
+
+@gateway_test
+async def test_within_a_second_the_same_overview_is_computed_once_for_each_holder(gateway):
+    computed, overview = [], pomex.overview
+    async def counted(db, *args):
+        computed.append(args[-1])
+        return await overview(db, *args)
+    holder = {"authorization": f"Bearer {gateway.key}"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pomex, "overview", counted)
+        await asyncio.sleep(1.02 - time.time() % 1)         # the rest lies within one second
+        first = (await gateway.get("overview"))[1]
+        assert (await gateway.get("overview"))[1] == first and computed == [0]
+        assert (await gateway.get("overview", holder))[1]["providers"] == [] and computed == [0, 1]
+        await gateway.get("overview?slots=2")
+        assert computed == [0, 1, 0]
+        for slots in range(3, 40):
+            await gateway.get(f"overview?slots={slots}")
+        assert len(gateway.server.gateway.overviews) <= pomex.OVERVIEWS_KEPT
+        await gateway.answer(gateway.key)
+        await asyncio.sleep(1.02 - time.time() % 1)
+        assert (await gateway.get("overview"))[1]["totals"]["requests"] == 1
+
+
+@gateway_test
+async def test_a_key_is_told_its_account_models_limits_and_end(gateway):
+    token = await gateway.ledger.create_key("cy", time.time(), models="demo/*", expires_s=4_000_000_000, rpm=60, concurrent=2)
+    _, _, body = await gateway.ask("GET", "/v1/key", headers={"authorization": f"Bearer {token}"})
+    data = json.loads(body)["data"]
+    assert (data["label"], data["account"], data["models"], data["expires_at"]) == ("cy", "default", ["demo/*"], 4_000_000_000)
+    assert data["rate_limit"] == {"requests_per_minute": 60, "tokens_per_minute": None, "concurrent_requests": 2}
+    assert (data["limit"], data["limit_period"], data["limit_reset"]) == (None, "month", None)
+
+
+@gateway_test
+async def test_the_metrics_say_by_which_error_requests_failed_and_when_the_process_began(gateway):
+    counters = collections.Counter()
+    row = entry(gateway.ledger, 1, time.time(), status="failed", result="failed")
+    for code in ("rate_limit_exceeded", "client_gone", "a_provider's_own"):
+        pomex.count_request(counters, [row.model], [row._replace(error_code=code)])
+    assert {place[-1] for place in counters if place[0] == "pomex_requests_total"} == {
+        "rate_limit_exceeded", "client_gone", "failed"}
+    _, _, text = await gateway.ask("GET", "/metrics")
+    assert f"\nprocess_start_time_seconds {gateway.server.gateway.started_s}\n".encode() in text
+    assert float(re.search(rb"\nprocess_cpu_seconds_total ([0-9.]+)\n", text)[1]) > 0
+
+
+@pytest.mark.parametrize(("minutes", "state"), [
+    ([[0, 0]] * 60, "no requests"), ([[9, 9], [0, 0], [4, 3]], "failing"), ([[4, 0], [4, 2], [0, 0]], "healthy"),
+    ([[4, 3], [4, 0], [4, 0]], "recovering"), ([[4, 3], *[[1, 0]] * 5], "healthy")])
+def test_a_provider_recovers_for_five_minutes_that_had_requests(minutes, state):
+    assert pomex.provider_state(minutes) == state
+
+
+@gateway_test
+async def test_the_log_has_a_next_page_only_where_there_are_more_rows(gateway):
+    for _ in range(4):
+        await gateway.answer(gateway.key)
+    first = (await gateway.get("usage?limit=2"))[1]
+    last = (await gateway.get(f"usage?limit=2&cursor={first['cursor']}"))[1]
+    assert [len(each["rows"]) for each in (first, last)] == [2, 2] and last["cursor"] is None
 
 
 @gateway_test

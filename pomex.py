@@ -487,7 +487,7 @@ TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 # the last SP is optional
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
-FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)")     # possessive: linear
+FIELD = re.compile("(?m)^(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)(?:\r\n|\Z)")   # *+: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -500,17 +500,14 @@ def parse_fields(section: bytes, max_headers: int) -> Headers:
     """Parses the header lines, without the last one's CRLF."""
     if not section:
         return Headers([])
-    lines = section.decode("latin-1").split("\r\n")
-    if len(lines) > max_headers:
+    lines = section.count(b"\n") + 1
+    if lines > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
-    items = []
-    for line in lines:
-        found = FIELD.fullmatch(line)
-        if found is None:
-            raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
-                                " a character that is not allowed, or an end that is not CRLF.")
-        items.append((found[1].lower(), found[2].rstrip(" \t")))
-    return Headers(items)
+    found = FIELD.findall(section.decode("latin-1"))
+    if len(found) != lines:
+        raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
+                            " a character that is not allowed, or an end that is not CRLF.")
+    return Headers([(name.lower(), value.rstrip(" \t")) for name, value in found])
 
 
 def list_values(headers: Headers, name: str) -> list[str]:
@@ -540,10 +537,8 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
         raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
     if not http11:
         raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
-    others = [coding for coding in codings if coding != "chunked"]
-    if others or len(codings) > 1:
-        is_unknown = others and all(re.fullmatch(TOKEN.decode(), coding) for coding in others)
-        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501 if is_unknown else 400)
+    if codings != ["chunked"]:
+        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
     return None, True
 
 
@@ -1076,28 +1071,29 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             type(given) not in spec.types       # most values need no call
             or spec.minimum is not None
             or (spec.choices and given not in spec.choices)
-            or (spec.items and type(given) is not str)
         ):
             check(given, spec, f"{path}.{name}")
+        elif spec.inner:
+            spec.inner(given, f"{path}.{name}")
 
 
-def check_typed(value: JSON, known: Mapping[str, Fields], path: str) -> None:
-    """Checks the members of an object by its type. Types that are not known have any members."""
-    kind = value.get("type")
-    if not isinstance(kind, str):
-        raise type_error(kind, TYPED, path)
-    check_members(value, known.get(kind, {}), path)
+def check_parts(content: Any, path: str) -> None:
+    if isinstance(content, list):
+        check_typed(content, PART_FIELDS, path)
 
 
-def check_part(part: JSON, path: str) -> None:
-    check_typed(part, PART_FIELDS, path)
+def check_tools(tools: list[Any], path: str) -> None:
+    check_typed(tools, TOOL_FIELDS, path)
 
 
-def check_tool(tool: JSON, path: str) -> None:
-    if "name" not in tool and isinstance(tool.get("function"), dict):
-        words = " is missing: tools are flat here, without a function object inside."
-        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
-    check_typed(tool, TOOL_FIELDS, path)
+def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> None:
+    """Checks objects by their type. Types that are not known have any members."""
+    for index, entry in enumerate(entries):
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if not isinstance(kind, str):
+            raise invalid_param(f"{path}[{index}]", " must be an object with a type.", "invalid_type")
+        if kind in known:
+            check_members(entry, known[kind], f"{path}[{index}]")
 
 
 def check_metadata(metadata: JSON, path: str) -> None:
@@ -1127,10 +1123,9 @@ MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART_TEXT = {"text": Field(wanted="a string")}
-TYPED = Field((dict,), wanted="an object with a type")
-CONTENT = Field((str, list), items=TYPED._replace(inner=check_part), wanted="a string or an array of parts")
+CONTENT = Field((str, list), inner=check_parts, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
-TOOLS = Field((list,), items=TYPED._replace(inner=check_tool))
+TOOLS = Field((list,), inner=check_tools)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
 # A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
@@ -1168,8 +1163,8 @@ NEEDS_STATE = {
 
 # Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, Fields] = {kind: CALL | fields for kind, fields in {
-    "message": {"role": ROLE, "content": CONTENT},
+MESSAGE = {"role": ROLE, "content": CONTENT}
+ITEM_FIELDS: dict[str, Fields] = {"message": MESSAGE} | {kind: CALL | fields for kind, fields in {
     "function_call": {"name": NAME, "arguments": TEXT},
     "function_call_output": {"output": OUTPUT},
     "custom_tool_call": {"name": NAME, "input": TEXT},
@@ -1367,12 +1362,11 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
     """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
     for name, (code, sentence) in NEEDS_STATE.items():
-        if body.get(name) not in (None, False):
+        if body.get(name):
             raise BadRequest(sentence, param=name, code=code)
     for name, spec in REQUEST_FIELDS.items():
         value = body.get(name)
-        is_known = value is None or value is valid.get(name)
-        if name in ("model", "input") or not is_known:
+        if (value is not None and value is not valid.get(name)) or name in ("model", "input"):
             check(value, spec, name)
     if not body["model"].isprintable():
         raise invalid_param("model", " holds characters that no name has.")
@@ -1543,15 +1537,15 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
-    """A name that every provider accepts, the same in every process: `ns__name`, shortened with a digest."""
+    """A name that every provider accepts, the same in every process: `ns__name`, made to fit."""
     full = f"{namespace}__{name}" if namespace else name
-    if SAFE_NAME.fullmatch(full):
-        return full
-    return with_digest(re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full), full)
+    return full if SAFE_NAME.fullmatch(full) else fit_name(full)
 
 
-def with_digest(safe: str, full: str) -> str:
-    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(full)[:8]}"
+def fit_name(name: str) -> str:
+    """A valid name of a tool or a parameter, shortened, with a digest of the original one."""
+    safe = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
+    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
@@ -1603,17 +1597,8 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         return schema
 
     cleaned = map_schema(parameters, clean)
-    fitted = {
-        name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-        for name in names if not rule.fullmatch(name)
-    }
-    if not fitted:
-        return cleaned, fitted
-    times = collections.Counter((*names, *fitted.values()))
-    for name, fit in fitted.items():
-        if times[fit] > 1:
-            fitted[name] = with_digest(fit, name)
-    for schema in schemas:
+    fitted = {name: fit_name(name) for name in names if not rule.fullmatch(name)}
+    for schema in schemas if fitted else ():
         properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
         if isinstance(properties, dict):
             schema["properties"] = {fitted.get(name, name): inner for name, inner in properties.items()}
@@ -6442,37 +6427,24 @@ def parse_dollars(value: float) -> decimal.Decimal:
 
 
 def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
-    """Reads tiers: a string is a tier of its own, a list of strings is one tier. A target is split at its
-    first colon."""
-    tiers = []
-    for tier in value:
-        names = tier if isinstance(tier, list) else [tier]
-        pairs = [name.split(":", 1) for name in names]
-        if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
-            raise ValueError
-        tiers.append(tuple(Target(*pair) for pair in pairs))
-    return tuple(tiers)
+    """Reads tiers: a string is a tier of its own, a list of strings is one tier."""
+    tiers = [tier if isinstance(tier, list) else [tier] for tier in value]
+    if not all(tiers):
+        raise ValueError
+    return tuple(tuple(map(read_target, tier)) for tier in tiers)
+
+
+def read_target(text: str) -> Target:
+    provider, model = text.split(":", 1)
+    if not (provider and model):
+        raise ValueError
+    return Target(provider, model)
 
 
 def read_base_url(url: str) -> str:
-    """The address without its last slash; the ValueError describes valid ones."""
-    parts = urllib.parse.urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not re.fullmatch(r"[!-~]+", url)
-    ):
-        raise ValueError('must be an address like "https://api.example.com/v1"')
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
-    try:
-        port = parts.port
-    except ValueError:
-        port = 0
-    if port == 0:
-        raise ValueError("the port must be from 1 to 65535")
-    if tail := re.search(r"/(chat/completions|responses|messages)/?$", parts.path):
-        raise ValueError(f"leave out /{tail[1]}: Pomex appends it")
+    """The address without its last slash."""
+    if urllib.parse.urlsplit(url).port == 0:    # above 65535 is a ValueError, too
+        raise ValueError
     return url.rstrip("/")
 
 
@@ -6578,7 +6550,10 @@ class ProviderConfig:
     name: str
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
     base_url: str = option(
-        "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
+        "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url,
+        pattern=r"(?!.*([?#]|//[^/]*@|/(chat/completions|responses|messages)/*$))https?://[0-9A-Za-z\[][!-~]*",
+        wanted='an address like "https://api.example.com/v1": no user, query or fragment (there are api_key and'
+               " query_params), and no /chat/completions, /responses or /messages, which Pomex appends")
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
     api_keys: Strings = option(
@@ -6709,11 +6684,11 @@ def check_text(text: str, spec: Field, path: str) -> Any:
     return check(value, spec, path)
 
 
-def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?', or '' without a similar name."""
     name = name.replace("-", "_")
     near = difflib.get_close_matches(name, list(known), 1)
-    return f" Did you mean {form % near[0]}?" if near else ""
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def toml_name(path: Strings) -> str:
@@ -6747,11 +6722,8 @@ class ConfigFile:
         sections = (*SECTIONS, *NAMED_SECTIONS)
         for name in (key for key in self.toml if key not in sections):
             if isinstance(self.toml[name], dict):
-                hint = did_you_mean(name, sections, "[%s]")
-                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
-            homes = [home for home, cls in SECTIONS.items() if name in config_fields(cls)]
-            hint = f" Put it under [{homes[0]}]." if homes else ""
-            raise self.error(f'key "{name}" stands outside any section.{hint}')
+                raise self.error(f"unknown section [{toml_name((name,))}].{did_you_mean(name, sections)}")
+            raise self.error(f'key "{name}" stands outside any section, like [server].')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
@@ -6828,8 +6800,7 @@ class ConfigFile:
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
 KEY_VALUE = re.compile(r"[!-~]+")
-OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
-HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*")       # RFC 9110 5.5, 5.6.2
+OWN_HEADER = re.compile("(?i)host|content-length|transfer-encoding|connection|expect")
 
 
 def is_private(url: str) -> bool:
@@ -6890,10 +6861,8 @@ def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
             key = source.secret(reference)
-            if not key:
-                raise ValueError("the key is empty.")
             if not KEY_VALUE.fullmatch(key):
-                raise ValueError("the key has a space or a character not allowed in keys.")
+                raise ValueError("the key is empty, or has a space or a character not allowed in keys.")
             keys.setdefault(key, source.name if secret else reference)
     return {
         "api_key": [*keys][0],
@@ -6910,10 +6879,12 @@ def read_headers(source: ConfigFile, provider: ProviderConfig) -> dict[str, str]
         for name, value in getattr(provider, table).items():
             with source.about(("providers", provider.name, table, name), value, secret=literal):
                 headers[name] = value if literal else source.variable(value)
-                if name.lower() in OWN_HEADERS:
+                if OWN_HEADER.fullmatch(name):
                     raise ValueError("is a header that Pomex sets itself.")
-                if not HEADER.fullmatch(f"{name}: {headers[name]}"):
-                    raise ValueError("a header needs a plain name and a value of one line.")
+                try:
+                    field_line(name, headers[name])
+                except ValueError:
+                    raise ValueError("a header needs a plain name and a value of one line.") from None
     return headers
 
 

@@ -139,8 +139,8 @@ def test_a_wrong_request_is_refused_by_the_name_of_its_field(fields, param, code
     assert str(refused.value)
 
 
-def test_tools_in_the_form_of_chat_are_told_what_is_wrong_with_them():
-    with pytest.raises(pomex.BadRequest, match="flat"):
+def test_tools_in_the_form_of_chat_lack_a_name():
+    with pytest.raises(pomex.BadRequest, match=r"^Missing required parameter: tools\[0\].name\.$"):
         ask(tools=[{"type": "function", "function": {"name": "exec"}}])
 
 

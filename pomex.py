@@ -1096,14 +1096,6 @@ def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> N
             check_members(entry, known[kind], f"{path}[{index}]")
 
 
-def check_metadata(metadata: JSON, path: str) -> None:
-    if len(metadata) > 16:                  # OpenAI's limits
-        raise invalid_param(path, " may have at most 16 entries.")
-    for key, value in metadata.items():
-        if not isinstance(value, str) or len(key) > 64 or len(value) > 512:
-            raise invalid_param(path, " maps keys of at most 64 to strings of at most 512 characters.")
-
-
 def check_format(text: JSON, path: str) -> None:
     shape = text.get("format")
     if shape is None:
@@ -1138,7 +1130,7 @@ REQUEST_FIELDS: Fields = {
     "include": Field((list,)),
     "max_output_tokens": Field((int,), 1),
     "max_tool_calls": Field((int,), 0),
-    "metadata": Field((dict,), inner=check_metadata),
+    "metadata": Field((dict,), items=TEXT),
     "temperature": Field((int, float), 0, 2),
     "top_p": Field((int, float), 0, 1),
     "top_logprobs": Field((int,), 0, 20),
@@ -1151,14 +1143,10 @@ REQUEST_FIELDS: Fields = {
 
 # Requests that need stored state are refused rather than answered wrongly.
 NEEDS_STATE = {
-    "previous_response_id": ("previous_response_not_found",
-                             "Pomex stores no responses: send the whole history in input."),
-    "conversation": ("unsupported_parameter",
-                     "Pomex stores no conversations: send the whole history in input."),
-    "prompt": ("unsupported_parameter",
-               "Pomex stores no prompt templates: send instructions and input."),
-    "background": ("unsupported_parameter",
-                   "Pomex runs no background responses: send background: false."),
+    "previous_response_id": "Pomex stores no responses: send the whole history in input.",
+    "conversation": "Pomex stores no conversations: send the whole history in input.",
+    "prompt": "Pomex stores no prompt templates: send instructions and input.",
+    "background": "Pomex runs no background responses: send background: false.",
 }
 
 # Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
@@ -1307,9 +1295,10 @@ def common_prefix(one: bytes, other: bytes) -> int:
     return start
 
 
-def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, AroundInput] | None:
-    """The decoded body and the text around its input, if `raw` extends the body of `last` by more input
-    items; else None. `shared` is the length of their common prefix. Only new text is decoded."""
+def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInput] | None:
+    """The decoded body, its weight and the text around its input, if `raw` extends the body of `last` by more
+    input items; else None. Only new text is decoded."""
+    shared = common_prefix(raw, last.raw)
     array = INPUT_ARRAY.search(raw, 0, shared)
     ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
@@ -1326,7 +1315,8 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     if body.get("input") != INPUT_MARK:
         return None
     grown = {**body, "input": [*last.body["input"], *items[1:]]}
-    return grown, AroundInput(around, body, start, len(text[end:].encode()))
+    weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+    return grown, weight, AroundInput(around, body, start, len(text[end:].encode()))
 
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
@@ -1336,12 +1326,9 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
-    around = AroundInput()
-    shared = common_prefix(raw, last.raw) if last else 0
-    grown = grown_body(raw, last, shared) if last else None
-    if last and grown:
-        body, around = grown
-        weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+    grown = last and grown_body(raw, last)
+    if grown:
+        body, weight, around = grown
     else:
         try:
             body = load_json(raw)
@@ -1350,7 +1337,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
         if not isinstance(body, dict):
             raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
                              code="invalid_json")
-        last, weight = None, weigh_input(raw)
+        last, weight, around = None, weigh_input(raw), AroundInput()
     try:
         return validate_request(body, raw, weight, last, around)
     except RecursionError:              # newer Pythons decode deeper than they call
@@ -1361,8 +1348,10 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
                      around: AroundInput) -> ResponsesRequest:
     """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
-    for name, (code, sentence) in NEEDS_STATE.items():
+    for name, sentence in NEEDS_STATE.items():
         if body.get(name):
+            is_previous = name == "previous_response_id"
+            code = "previous_response_not_found" if is_previous else "unsupported_parameter"
             raise BadRequest(sentence, param=name, code=code)
     for name, spec in REQUEST_FIELDS.items():
         value = body.get(name)
@@ -1583,7 +1572,7 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and replacements for the names that break its rule."""
     schemas: list[JSON] = []
-    names: set[str] = set()
+    names: JSON = {}            # a set in order
 
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
@@ -1597,7 +1586,12 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         return schema
 
     cleaned = map_schema(parameters, clean)
-    fitted = {name: fit_name(name) for name in names if not rule.fullmatch(name)}
+    taken, fitted = set(names), {}
+    for name in names:
+        if not rule.fullmatch(name):
+            safe = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+            fitted[name] = fit_name(name) if safe in taken else safe
+            taken.add(safe)
     for schema in schemas if fitted else ():
         properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
         if isinstance(properties, dict):
@@ -1762,8 +1756,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
         elif made.get("role") in ("system", "developer") and not plain:
-            texts = (part.get("text") or "" for part in made["content"])
-            system.append("\n\n".join(texts))
+            system.append(text_of(made["content"], "\n\n"))
         else:
             plain.append(made)
     return History(system, gather_turns(plain))
@@ -1897,11 +1890,9 @@ def call_arguments(item: JSON) -> str:
     if name == "action":
         return dumps({key: value for key, value in given.items() if key != "type" and value})
     text = given if given and item["type"] == "function_call" else dumps(given)
-    try:
+    with contextlib.suppress(ValueError):
         if isinstance(load_json(text.encode()), dict):
             return text
-    except ValueError:
-        pass
     return dumps({"_raw": text})
 
 
@@ -1968,14 +1959,14 @@ def read_attachment(part: JSON) -> Attachment | None:
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
-        content = b""
+        return None
     if not content or (comma and not head.endswith(";base64")):
         return None
     found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
     declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
     mime = found or declared or mime
-    text = None
     is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
+    text = None
     if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
             mime, text = "text/plain", content.decode("utf-8-sig")
@@ -2047,8 +2038,6 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     for name in ("reasoning", "text"):
         given = {key: value for key, value in fields[name].items() if value is not None}
         fields[name] = {**ECHO_DEFAULTS[name], **given}
-    if as_dict(fields["tool_choice"]).get("type") == "allowed_tools":
-        fields["tool_choice"] = {"mode": "auto", **fields["tool_choice"]}
     if fields["service_tier"] == "auto":
         fields["service_tier"] = "default"
     if not echo_request:
@@ -2057,8 +2046,6 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
         {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
         for tool in fields["tools"]
     ]
-    if fields["user"] is None:
-        del fields["user"]
     return fields
 
 
@@ -2078,11 +2065,8 @@ class ResponseContext:
     started = False
     max_chars = 32 << 20    # of one attempt's output
     max_items = 4096
+    estimated_input = 0     # tokens
     secrets = re.compile(r"(?!)")   # a call id must not match it
-
-    @functools.cached_property
-    def estimated_input(self) -> int:
-        return self.request.estimated_input
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -2151,7 +2135,7 @@ def usage_from(
     """
     given = as_dict(given)
     totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
-    if not any(type(total) in (int, float) for total in totals):
+    if not {int, float} & set(map(type, totals)):
         return None
     inputs = as_dict(given.get("prompt_tokens_details")) | as_dict(given.get("input_tokens_details"))
     outputs = as_dict(given.get("completion_tokens_details")) | as_dict(given.get("output_tokens_details"))
@@ -2165,10 +2149,8 @@ def usage_from(
     # DeepSeek and Moonshot use the second form
     cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")
     written = count(inputs, "cache_write_tokens")
-    written_12h = written if asked_12h else 0
-    split = inputs.get("cache_write_tokens_details")
-    if isinstance(split, dict):
-        written_12h = count(split, "ttl_12h_tokens")
+    split = inputs.get("cache_write_tokens_details") or {"ttl_12h_tokens": written if asked_12h else 0}
+    written_12h = count(split, "ttl_12h_tokens")
     return Usage(input_tokens, cached, written, output_tokens, reasoning, cache_write_1h=written_12h,
                  **billing_facts({**answer, **given}))
 
@@ -2637,10 +2619,12 @@ class Assembler(Attempt):
         """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
         stop = self.stop or Stop()
         filtered = stop.incomplete_reason == "content_filter"
-        is_open = any(item.kind == "message" for item in self.open_items.values())
-        if filtered and (is_open or not self.has_no_message()):
-            return
-        if not filtered and (self.items or stop.incomplete_reason):
+        if filtered:
+            is_open = any(item.kind == "message" for item in self.open_items.values())
+            is_answered = is_open or not self.has_no_message()
+        else:
+            is_answered = bool(self.items or stop.incomplete_reason)
+        if is_answered:
             return
         self.open(None, "message")
         item = self.open_items[None]
@@ -2651,17 +2635,13 @@ class Assembler(Attempt):
         self.done()
 
 
-SHELL_FIELDS = ("command", "timeout_ms", "working_directory", "user")
-
-
 def call_fields(tool: Tool, arguments: str) -> JSON:
     """The fields of a call that depend on its type."""
     if tool.kind == "tool_search_call":
         return {"execution": "client", "arguments": parse_object(arguments) or {}}
     if tool.kind == "local_shell_call":
         given = parse_object(arguments) or {}
-        known = {name: value for name, value in given.items() if name in SHELL_FIELDS}
-        return {"action": {"type": "exec", "command": [], "env": {}, **known}}
+        return {"action": {"command": [], **given, "type": "exec", "env": {}}}
     fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
@@ -6551,9 +6531,10 @@ class ProviderConfig:
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
     base_url: str = option(
         "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url,
-        pattern=r"(?!.*([?#]|//[^/]*@|/(chat/completions|responses|messages)/*$))https?://[0-9A-Za-z\[][!-~]*",
-        wanted='an address like "https://api.example.com/v1": no user, query or fragment (there are api_key and'
-               " query_params), and no /chat/completions, /responses or /messages, which Pomex appends")
+        pattern=r"(?!.*([?#]|//[^/]*@|/(chat/completions|responses|messages)/*$))"
+                r"https?://[0-9A-Za-z\[][!-~]*",
+        wanted='an address like "https://api.example.com/v1": no user, query or fragment (there are api_key'
+               " and query_params), and no /chat/completions, /responses or /messages, which Pomex appends")
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
     api_keys: Strings = option(

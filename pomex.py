@@ -533,10 +533,8 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
         length = int(lengths[0])
         check_body_size(length, max_body_bytes)
         return length, False
-    if lengths:
-        raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
-    if not http11:
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
+    if lengths or not http11:
+        raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
     if codings != ["chunked"]:
         raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
     return None, True
@@ -562,11 +560,9 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
             raise ProtocolError("The request target is neither a path nor an http URL,"
                                 " or has a character that must be percent-encoded.")
         authority, path, query = match.groups(b"")
-    hosts = headers.get_all("host")
-    if len(hosts) != 1 and (hosts or http11):
-        raise ProtocolError("A request has exactly one Host header.")
-    if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
-        raise ProtocolError("Host is not a host name or address with an optional port.")
+    hosts = headers.get_all("host")     # CVE-2026-48710: "a?x" changed the path checked
+    if len(hosts) > 1 or (http11 and not hosts) or not all(map(HOST_VALUE.fullmatch, hosts)):
+        raise ProtocolError("A request has one Host header, a name or address with an optional port.")
     if authority:       # it has priority over the Host header
         headers = Headers([("host", authority.decode()), *(item for item in headers if item[0] != "host")])
     length, chunked = body_framing(headers, http11, max_body_bytes)
@@ -2706,11 +2702,9 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from the item's own?"""
-        for name, given in (("id", item_id), ("call_id", call_id)):
-            own = self.item.get(name)
-            if own and given and own != given:
-                return True
-        return False
+        own_id, own_call_id = map(self.item.get, ("id", "call_id"))
+        return bool(own_id and item_id and own_id != item_id
+                    or own_call_id and call_id and own_call_id != call_id)
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event with its index, or of its kind and without an index, about the next item?"""
@@ -2869,7 +2863,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
         item[name] = whole or ("{}" if name == "arguments" else "")
         return True
     parts = only_dicts(item.get("content"))
-    if known.kind != "message" or has_text or any(part.get("type") not in TEXTS for part in parts):
+    if known.kind != "message" or has_text:
         return False
     shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
     filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
@@ -2892,7 +2886,7 @@ def is_incomplete_call(item: JSON) -> bool:
 
 # possessive: otherwise the backtracking state takes 130 bytes for each byte
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
-SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?\d+')
 
 
 class Passthrough(Attempt):
@@ -2981,15 +2975,9 @@ class Passthrough(Attempt):
         """Numbers the events, continuing from our last one."""
         if not self.answer.request.stream:
             return
-        given = list(map(int, SEQUENCE_NUMBER.findall(block)[:most]))
-        first = self.answer.sequence
-        self.answer.sequence += len(given)
-        if given != list(range(first, self.answer.sequence)):
-            numbers = itertools.count(first)
-            block = SEQUENCE_NUMBER.sub(
-                lambda _: b'"sequence_number":%d' % next(numbers),
-                block, most)
-        self.out.append(block)
+        numbers = itertools.count(self.answer.sequence)
+        self.out.append(SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most))
+        self.answer.sequence = next(numbers)
 
     def end(self) -> None:
         """The body ended cleanly. If every item is done, that counts as an end (DESIGN, promise 1)."""

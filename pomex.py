@@ -142,11 +142,8 @@ VERSION = "v00083"      # the product's own numbering; the first release with th
 
 
 class GatewayError(Exception):
-    """A failure with an answer: the HTTP status, the fields of an OpenAI error, and whether another attempt
-    may help.
-
-    `str(error)` is a sentence for the client; it never contains a key, a path of this machine or a prompt.
-    """
+    """A failure with an answer: the HTTP status and the fields of an OpenAI error. `str(error)` is a sentence
+    for the client; it never contains a key, a path of this machine or a prompt."""
     status = 500
     type = "server_error"
     code = "server_error"
@@ -171,7 +168,7 @@ class GatewayError(Exception):
 
 
 class BadRequest(GatewayError):
-    """The client's mistake. It is never retried and never sent to another target."""
+    """The client's mistake: never retried, never sent to another target."""
     status, type, code = 400, "invalid_request_error", "invalid_request_error"
 
 
@@ -198,8 +195,7 @@ def without_traceback(error: Raised) -> Raised:
 
 
 def fault_location(error: BaseException) -> str:
-    """The place where a bug of Pomex raised, innermost frame first, without the message: it may hold private
-    data."""
+    """The place of a bug, innermost frame first. Without the message, which may hold private data."""
     places = [
         f"{frame.f_code.co_name} line {line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -299,7 +295,7 @@ class Usage:
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake and would spoil every sum
+MAX_TOKENS = 1 << 24    # a larger count is a mistake and would spoil every sum
 
 
 def count(holder: Any, *names: str) -> int:
@@ -328,8 +324,7 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 
 
 def checked_usage(usage: Usage) -> Usage:
-    """The usage with consistent counts. A count that had to be reduced is named and makes the usage an
-    estimate."""
+    """The usage with consistent counts. A reduced count is named and makes the usage an estimate."""
     total = min(usage.input, MAX_TOKENS)
     cached = min(usage.cached, total)
     written = min(usage.cache_write, total - cached)
@@ -352,7 +347,7 @@ def checked_usage(usage: Usage) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The provider's evidence that the model has finished (DESIGN: promise 1)."""
+    """The provider's evidence that the model has finished."""
     incomplete_reason: str = ""     # "" or a reason of Responses: "max_output_tokens", "content_filter"
     final: bool = False             # nothing more will come: reading can end
     explanation: str = ""           # for the user: why a content filter stopped the answer
@@ -360,11 +355,7 @@ class Stop:
 
 class Sink:
     """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
-    stream, or None. Only one item without a key is open at a time; it ends when any other item begins.
-
-    >>> sink.text("Hm.", "summary"); sink.text("Hello")
-    >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
-    """
+    stream, or None. Only one item without a key is open at a time; it ends when any other item begins."""
     def text(self, text: str, channel: PartType = "text") -> None:
         """Adds text to the message without a key, which begins with its first visible character. With the
         channel "summary", adds to the reasoning item without a key; "" only begins it."""
@@ -373,14 +364,13 @@ class Sink:
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         """Begins a tool call."""
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        """Adds to an item: a message's text or refusal, a reasoning item's summary or raw text, a call's
-        arguments (JSON text), or a custom call's input (raw text). A higher part number begins another
-        part."""
+        """Adds to an item: text, refusal, summary, raw reasoning, a call's arguments (JSON text) or a custom
+        call's input (raw text). A higher part number begins another part."""
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
         """Calls `add`, or `text`, for each piece."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
     def done(self, key: Any = None, **fields: Any) -> None:
-        """Completes the item if it is open. `fields` are its last ones: encrypted_content, action, status."""
+        """Completes the item if it is open, with its last fields: encrypted_content, action, status."""
     def item(self, item: JSON) -> None:
         """Passes on a complete item of a type that is not built here."""
     def set_usage(self, usage: Usage) -> None: ...
@@ -391,13 +381,12 @@ class Sink:
 
 # === 3. HTTP/1.1 ==================================================================================
 #
-# Both sides, fed with bytes. The parser is strict: it refuses anything that two parsers could read in two
-# ways (LF or CR alone as a line end, folded lines, a blank before the colon, Transfer-Encoding beside
-# Content-Length ...). RFC 9112 allows several of these; each has been a hole in some server. Patterns check
-# numbers before int(), which accepts "+5" and "1_0". Blanks are only SP and HTAB; strip() alone removes \x0b
-# and \x85.
+# Both sides, fed with bytes. The parser refuses anything that two parsers could read in two ways (LF or CR
+# alone as a line end, folded lines, a blank before the colon ...). RFC 9112 allows several of these; each has
+# been a hole in some server. Patterns check numbers before int(), which accepts "+5" and "1_0". Blanks are
+# only SP and HTAB; strip() alone removes \x0b and \x85.
 #
-# A broken peer causes a ProtocolError, the same at every later call. Any other exception is a bug here.
+# A broken peer causes a ProtocolError, the same at every later call.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -434,14 +423,14 @@ class Headers:
 
 class Limits(NamedTuple):
     max_line_bytes: int = 8192          # the request line (RFC 9112 3 asks for 8000); all trailers
-    max_head_bytes: int = 65536         # Codex sends several KiB of turn state and metadata in headers
-    max_headers: int = 100              # the SDKs send about 20, Azure answers with about 40
-    max_body_bytes: int = 64 << 20      # conversations with images: providers accept 32 to 50 MB
+    max_head_bytes: int = 65536         # Codex sends several KiB of turn state
+    max_headers: int = 100              # the SDKs send about 20, Azure about 40
+    max_body_bytes: int = 64 << 20      # providers accept 32 to 50 MB
 
 
 # streams have no size limit; the collector of an answer sets one
 ANSWER_LIMITS = Limits(max_body_bytes=sys.maxsize)
-MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which are expensive (CVE-2023-39326)
+MAX_CHUNK_LINE_BYTES = 256      # with extensions, which are expensive (CVE-2023-39326)
 
 
 class RequestHead(NamedTuple):
@@ -587,9 +576,8 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
 class Reader(Generic[Head]):
     """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
-    next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA
-    where more input is required. After feed_eof() it raises if the message is incomplete. Generators read a
-    message from top to bottom; they yield the results of next().
+    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is
+    required. After feed_eof() it raises if the message is incomplete. Generators yield the results.
     """
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
@@ -829,8 +817,7 @@ RATIO_FREE_BYTES = 4 << 20  # output up to this size has no ratio limit
 
 
 class ContentDecoder:
-    """Decodes a gzip body (RFC 9110 8.4.1.3) or passes an uncoded one; 413 as soon as it exceeds
-    `max_bytes`."""
+    """Decodes a gzip body or passes an uncoded one; 413 as soon as it exceeds `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         coding = encoding.strip(" \t").lower()
@@ -954,9 +941,8 @@ class SSEDecoder:
         return text
 
     def finish(self) -> list[Event]:
-        """Ends the body. The standard drops an event without its empty line, but many chat servers end this
-        way: the event counts if all its lines are complete, or if its data cannot be part of something
-        longer."""
+        """Ends the body. An event without its empty line, as many chat servers end, counts if all its lines
+        are complete, or if its data cannot be part of something longer."""
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
@@ -976,8 +962,7 @@ def sse_frame(type: str, data: str) -> bytes:
 
 
 # === 5. the Responses API =========================================================================
-# The validation of a request, the tool names for providers that know only functions, and the answer: this
-# layer makes every `response.*` event and ends every stream, once.
+# This layer makes every `response.*` event and ends every stream, once.
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
@@ -992,7 +977,7 @@ JSON_NAMES = {
 
 
 def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
-    """The error for a value that its field does not accept. The sentence begins with the field's path."""
+    """The error for a value that its field does not accept."""
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
@@ -1073,12 +1058,12 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             spec.inner(given, f"{path}.{name}")
 
 
-def check_parts(content: Any, path: str) -> None:
+def check_content(content: Any, path: str) -> None:
     if isinstance(content, list):
         check_typed(content, PART_FIELDS, path)
 
 
-def check_tools(tools: list[Any], path: str) -> None:
+def check_tool_list(tools: list[Any], path: str) -> None:
     check_typed(tools, TOOL_FIELDS, path)
 
 
@@ -1111,12 +1096,12 @@ MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART_TEXT = {"text": Field(wanted="a string")}
-CONTENT = Field((str, list), inner=check_parts, wanted="a string or an array of parts")
+CONTENT = Field((str, list), inner=check_content, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
-TOOLS = Field((list,), inner=check_tools)
+TOOLS = Field((list,), inner=check_tool_list)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
-# A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
+# Other fields go unchecked. null counts as absent: SDKs send it.
 REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
@@ -1145,7 +1130,7 @@ NEEDS_STATE = {
     "background": "Pomex runs no background responses: send background: false.",
 }
 
-# Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
+# Known items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
 MESSAGE = {"role": ROLE, "content": CONTENT}
 ITEM_FIELDS: dict[str, Fields] = {"message": MESSAGE} | {kind: CALL | fields for kind, fields in {
@@ -1173,7 +1158,7 @@ TOOL_FIELDS = {
 
 
 def check_item(item: JSON, path: str) -> JSON:
-    """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
+    """Returns an input item with its `type`, which a message may omit."""
     if not isinstance(item, dict):
         raise type_error(item, OBJECT, path)
     kind = item.get("type")
@@ -1218,8 +1203,8 @@ class AroundInput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A validated request. `input` is always a list of items that have a type; `tools` holds the tools of the
-    body, then the tools of input items (additional_tools, tool_search_output), in order."""
+    """A validated request. `input` is a list of items that have a type; `tools` holds the tools of the body,
+    then those of input items, in order."""
     body: JSON
     raw: bytes
     model: str
@@ -1259,8 +1244,7 @@ INLINE_DATA_WEIGHT = 6000       # for each, 1,500 tokens: a large image at the p
 
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
-    """The number of request bytes from `start` on; four make a token. Inline images and files have a fixed
-    weight."""
+    """The request bytes from `start` on; four make a token. Inline images and files have a fixed weight."""
     weight = len(raw) - start
     for pattern in INLINE_DATA:
         for match in pattern.finditer(raw, start):
@@ -1271,11 +1255,11 @@ def weigh_input(raw: bytes, start: int = 0) -> int:
 
 
 MAX_INPUT_ITEMS = 100_000       # a conversation of several weeks has some thousands
-MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory and a tenth of a microsecond
+MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string: its quotes would be escaped
+INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string, which escapes quotes
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
 
 
@@ -1316,8 +1300,8 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
 
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values.
-    `last` is the conversation's previous request: the common part is neither decoded nor validated again."""
+    """Parses the body of POST /v1/responses. A BadRequest names the field and its valid values. `last` is the
+    conversation's previous request: the common part is neither decoded nor validated again."""
     marks = (b",", b"[", b"{")
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
@@ -1401,7 +1385,7 @@ def text_of(content: Any, separator: str = "") -> str:
 
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
-MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
+MAX_ENVELOPE_BYTES = 4 << 20        # inflated; signed thinking blocks have below 200 KB
 MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
 
 
@@ -1419,8 +1403,7 @@ class Envelope:
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
-        """(provider, model, replay); None if the text is not ours, was altered, or belongs to another
-        account."""
+        """(provider, model, replay); None if the text was altered or belongs to another account."""
         try:
             data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
             packed = data[MAC_BYTES:]
@@ -1440,9 +1423,9 @@ class Envelope:
 
 def unseal_items(items: list[JSON], envelope: Envelope,
                  provider: str) -> tuple[list[JSON], list[str]]:
-    """The input items that `provider` may see, and the names of dropped ones. `sealed_replay` holds content
-    that the provider sealed. An item of another provider, or one that does not verify, is dropped. Content
-    without our prefix stays: only a Responses upstream can judge it."""
+    """The input items that `provider` may see, and the names of dropped ones: of another provider, or not
+    verified. `sealed_replay` holds the content of an envelope. Content without our prefix stays: only a
+    Responses upstream can judge it."""
     kept, dropped = [], []
     envelope.inflated = 0
     for given in items:
@@ -1534,8 +1517,7 @@ def fit_name(name: str) -> str:
 
 
 def freeform_description(tool: JSON) -> str:
-    """A custom tool's description with its grammar as advice: providers with JSON arguments cannot enforce
-    it."""
+    """A custom tool's description with its grammar as advice, since nothing enforces it."""
     shape = tool.get("format") or {}
     grammar = shape.get("definition")
     if grammar:
@@ -1549,8 +1531,8 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with `change` applied to every schema object, inner ones first; `change` may
-    alter its argument."""
+    """A copy of a JSON schema with `change`, which may alter its argument, applied to every schema object,
+    inner ones first."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
@@ -1599,7 +1581,7 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     return cleaned, fitted
 
 
-# chat templates leave these in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
+# what chat templates leave in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
 TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
 
 
@@ -1679,8 +1661,8 @@ def fix_surrogates(text: str) -> str:
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A
-    patch loses its markdown fence."""
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text;
+    without a patch's markdown fence."""
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
@@ -1713,7 +1695,7 @@ class Turn(NamedTuple):
 
 
 class History(NamedTuple):
-    """A conversation in turns. They hold plain items of four types (TRANSLATION.md 3.3):
+    """A conversation in turns of plain items, which have four types:
 
     - message {role, content: [part], generated?: the content is an image that the model made}
     - reasoning {sealed_replay}
@@ -1735,8 +1717,8 @@ NO_OUTPUT = "no output was recorded for this call"
 
 def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMap, dropped: list[str],
                       memo: dict[Any, Any]) -> History:
-    """A request's instructions and unsealed items as a History; adds the names of lost content to `dropped`.
-    Items that `memo` knows, by identity, are not normalized again."""
+    """Instructions and unsealed items as a History; names lost content in `dropped`. Items that `memo` knows,
+    by identity, are not normalized again."""
     system = [instructions] if instructions else []
     plain: list[JSON] = []
     for item in items:
@@ -1937,8 +1919,8 @@ TYPE_BY_ENDING = {
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None if there is none, only its id at OpenAI, or invalid base64, which
-    would have every later turn refused."""
+    """The image or file in a part. None if there is only its id at OpenAI, or invalid base64, which would
+    have every later turn refused."""
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
     if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
@@ -1972,7 +1954,7 @@ def read_attachment(part: JSON) -> Attachment | None:
 # --- 5.5 client profiles --------------------------------------------------------------------------
 
 class ClientProfile(NamedTuple):
-    """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
+    """How one client's protocol differs from the standard."""
     incomplete_as_completed: bool = False   # a truncated answer ends as complete, without truncated calls
     refusal_as_text: bool = False       # the client shows only output_text
     error_event: bool = True            # an `error` event precedes response.failed
@@ -1991,7 +1973,7 @@ CODEX = ClientProfile(
 
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
-    """Codex names itself in `originator` (codex_exec, codex-tui, codex_vscode ...) and in its User-Agent."""
+    """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -1999,7 +1981,7 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
-# the fields of a response object that repeat the request, with their defaults (RESPONSES.md section 4)
+# the fields of a response object that repeat the request, with their defaults
 ECHO_DEFAULTS: JSON = {
     "instructions": None,
     "max_output_tokens": None,
@@ -2047,11 +2029,7 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
 
 @dataclass(eq=False)
 class ResponseContext:
-    """The state that the attempts at one answer share: the response id, the event numbers, the echo of the
-    request.
-
-    Each Attempt writes through it; the client sees the output of only one.
-    """
+    """The state that the attempts at one answer share. The client sees the output of only one."""
     request: ResponsesRequest
     id: str
     created_s: int
@@ -2070,7 +2048,7 @@ class ResponseContext:
         return dumps(echo_fields(self.request, self.profile.echo_request))[1:]
 
     def response(self, status: str, output: str = "[]", **fields: Any) -> str:
-        """The response object as JSON text, like `output`. `fields` are set at the end."""
+        """The response object as JSON text, like `output`."""
         head = {
             "id": self.id,
             "object": "response",
@@ -2106,12 +2084,12 @@ class ResponseContext:
         return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()
 
     def heartbeat(self) -> bytes:
-        """A data event: comments do not reset Codex's idle timer (CODEX.md 4.1)."""
+        """A data event: comments do not reset Codex's idle timer."""
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
 
 
 def usage_object(usage: Usage) -> JSON:
-    """Always contains all fields: Codex fails the turn if one is missing (TRANSLATION.md 1.3)."""
+    """All fields, always: Codex fails the turn if one is missing."""
     return {
         "input_tokens": usage.input,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_write},
@@ -2124,11 +2102,8 @@ def usage_object(usage: Usage) -> JSON:
 def usage_from(
     given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True
 ) -> Usage | None:
-    """Reads `given`, the usage object of `answer`, in the fields of Responses or of Chat Completions.
-
-    Returns None if it has neither. `asked_12h` decides if the answer does not name the lifetime of its cache
-    writes.
-    """
+    """Reads `given`, the usage object of `answer`, in the fields of Responses or Chat Completions; None if it
+    has neither. `asked_12h` decides if the answer does not name the lifetime of its cache writes."""
     given = as_dict(given)
     totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
     if not {int, float} & set(map(type, totals)):
@@ -2164,8 +2139,8 @@ def merge_counts(held: JSON, given: Any) -> JSON:
 class Attempt(Sink):
     """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
-    After any number of `feed`s, `finish` is called once. Then `status`, `usage` and `error` hold the outcome,
-    and `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
+    After any number of `feed`s comes one `finish`: `status`, `usage` and `error` hold the outcome, and
+    `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
     output_started = False   # too late for another target
     upstream_done = False    # no more data will come
@@ -2202,11 +2177,8 @@ class Attempt(Sink):
             self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt. It fails without evidence that the model had finished (DESIGN, promise 1).
-
-        `error` is the connection's, if it broke. If the client has left, no item is closed: that takes 20 ms
-        for a long answer.
-        """
+        """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
+        connection. If the client has left, no item is closed: that takes 20 ms for a long answer."""
         if self.ended:
             return
         self.ended = True
@@ -2265,7 +2237,7 @@ class Attempt(Sink):
     # the end
 
     def close_open_items(self) -> None:
-        """Finishes or abandons the items that are still open, before the status is decided."""
+        """Finishes or abandons the open items, before the status is decided."""
 
     def has_no_message(self) -> bool:
         return not any(json.loads(item)["type"] == "message" for item in self.items.values())
@@ -2361,7 +2333,7 @@ class Item:
     done = False            # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
-        """The part as JSON. `text` is its whole text as a JSON string: a long one is encoded only once."""
+        """The part as JSON text, like `text`: a long one is encoded only once."""
         more = ""
         if shape.type == "output_text":
             more = f',"annotations":[{",".join(self.annotations)}]{shape.more}'
@@ -2612,7 +2584,7 @@ class Assembler(Attempt):
             f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
 
     def add_placeholder_message(self) -> None:
-        """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
+        """Adds an empty message to an empty answer, or why a content filter emptied it."""
         stop = self.stop or Stop()
         filtered = stop.incomplete_reason == "content_filter"
         if filtered:
@@ -2688,7 +2660,7 @@ class UpstreamItem:
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
-        """The text that a piece continues or a `done` event completes. A `done` may number it differently."""
+        """The text that a piece continues or a `done` event, perhaps with another number, completes."""
         text = self.numbered.get((channel, number))
         if text is None and done and self.texts:
             last = self.texts[-1]
@@ -2731,8 +2703,7 @@ def item_content(item: JSON) -> str:
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
-    """Maps each given item to the first known one with the same key, each used once. Later keys serve the
-    items that are left."""
+    """Maps each given item to the first known one with the same key, once. Later keys serve the rest."""
     found: dict[Any, Any] = {}
     for key in keys:
         free = collections.defaultdict[Any, Any](collections.deque)
@@ -2751,11 +2722,9 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
 
 class UpstreamItems(list[UpstreamItem]):
     """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
-    distinguish items only by id (llama.cpp) or by nothing at all, count from 1, or give all the same index.
-
-    So any key identifies an open item, and an event without one is about the newest of its kind. An `added`
-    event, or an event for a finished item, begins another item if a key differs.
-    """
+    distinguish items only by id (llama.cpp) or not at all, count from 1, or give all the same index. So any
+    key identifies an open item, and an event without one is about the newest of its kind. An `added` event,
+    or an event for a finished item, begins another item if a key differs."""
 
     open_count = 0
 
@@ -2850,8 +2819,7 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
-    """Fills an item without content from its events, in the form that clients read. Returns whether that was
-    needed."""
+    """Fills an item without content from its events. Returns whether that was needed."""
     has_text = bool(item_texts(item))
     if known.kind == "call":
         name = CALL_FIELD[item["type"]]
@@ -2882,7 +2850,7 @@ def is_incomplete_call(item: JSON) -> bool:
 # --- 5.9 passthrough ------------------------------------------------------------------------------
 #
 # If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
-# patterns, and a method for each type of event that is parsed: on_response_created for `response.created`.
+# patterns, and a method for each type of parsed event: on_response_created for `response.created`.
 
 # possessive: otherwise the backtracking state takes 130 bytes for each byte
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
@@ -2980,7 +2948,7 @@ class Passthrough(Attempt):
         self.answer.sequence = next(numbers)
 
     def end(self) -> None:
-        """The body ended cleanly. If every item is done, that counts as an end (DESIGN, promise 1)."""
+        """The body ended cleanly. If every item is done, that counts as an end."""
         for event in self.events.finish():
             self.take_event(event)
         if not self.events.truncated:           # a truncated event may have contained anything
@@ -2991,8 +2959,7 @@ class Passthrough(Attempt):
 
 
 class ResponsesPassthrough(Passthrough):
-    """The first and the terminal events are ours, and so are the events of items that only the final response
-    contains."""
+    """The first and terminal events are ours, and those of items that only the final response contains."""
     API_EVENTS = b'"response.'
     OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
@@ -3043,8 +3010,7 @@ class ResponsesPassthrough(Passthrough):
         self.deferred.clear()
 
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
-        """Sends a closed item, once, in a form that the client can use. An incomplete call waits for the
-        end."""
+        """Sends a closed item, once, in a usable form. An incomplete call waits for the end."""
         item = event["item"]
         if not known.closed or known.index in self.items:
             return
@@ -3060,7 +3026,7 @@ class ResponsesPassthrough(Passthrough):
         self.forward(frame)
 
     def release_items(self) -> None:
-        """Sends the items that only the final response contains, and the items that waited for it."""
+        """Sends the items that waited for the final response, or that only it contains."""
         for known in self.decoder.items:
             event = {
                 "type": "response.output_item.done",
@@ -3070,8 +3036,8 @@ class ResponsesPassthrough(Passthrough):
             self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
-        """The frame of an item's event with sealed encrypted content, and with refusals as text if the client
-        reads only text. Makes the frame if none is given."""
+        """The frame of an item's event, with sealed encrypted content, and refusals as text where the client
+        reads only that. Makes the frame if none is given."""
         item = event["item"]
         if item.get("encrypted_content"):
             item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
@@ -3138,7 +3104,7 @@ class ResponsesPassthrough(Passthrough):
             self.release_items()
 
     def body(self, now_s: int) -> str:
-        """The upstream's own response, if any, with our id and model, and the items as sent."""
+        """The upstream's own response, if any, with our id and model and the items sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
@@ -6383,8 +6349,7 @@ WIRES: dict[str, WireApi] = {
 
 # === 7. configuration =============================================================================
 #
-# pomex.toml as frozen dataclasses. A dataclass field made by `option` is a key of the file; the others are
-# derived. A test keeps pomex.toml.example complete.
+# pomex.toml as frozen dataclasses. A field made by `option` is a key of the file; the others are derived.
 
 def parse_dollars(value: float) -> decimal.Decimal:
     """The decimal number as written in the file: a float's shortest text."""
@@ -6397,16 +6362,9 @@ def parse_dollars(value: float) -> decimal.Decimal:
 def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
     """Reads tiers: a string is a tier of its own, a list of strings is one tier."""
     tiers = [tier if isinstance(tier, list) else [tier] for tier in value]
-    if not all(tiers):
+    if not all(re.fullmatch("[^:]+:.+", name) for tier in tiers for name in tier or [""]):
         raise ValueError
-    return tuple(tuple(map(read_target, tier)) for tier in tiers)
-
-
-def read_target(text: str) -> Target:
-    provider, model = text.split(":", 1)
-    if not (provider and model):
-        raise ValueError
-    return Target(provider, model)
+    return tuple(tuple(Target(*name.split(":", 1)) for name in tier) for tier in tiers)
 
 
 def read_base_url(url: str) -> str:
@@ -6432,7 +6390,7 @@ OPTION_FIELDS: dict[type, Field] = {
 def option(
     default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf, **rules: Any,
 ) -> Any:
-    """A key of pomex.toml. It accepts values of the default's type; `rules` are attributes of its Field."""
+    """A key of pomex.toml, of the default's type; `rules` are attributes of its Field."""
     spec = OPTION_FIELDS[type(default)]
     spec = spec._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
     return field(
@@ -6463,7 +6421,7 @@ class ServerConfig:
     trusted_proxies: Strings = option(
         (), "addresses and networks whose X-Forwarded-For names the client", items=NETWORK)
     header_timeout_s: float = seconds(30.0, "longest wait for a whole request head")
-    body_timeout_s: float = seconds(120.0, "longest wait for a whole body: MBs on a slow line")
+    body_timeout_s: float = seconds(120.0, "longest wait for a whole body")
     keep_alive_timeout_s: float = seconds(75.0, "how long an idle client connection is kept")
     write_timeout_s: float = seconds(60.0, "a client that reads nothing for this long is disconnected")
     drain_timeout_s: float = option(30.0, "how long open streams may go on after a stop signal", 0, 3600)
@@ -6623,8 +6581,7 @@ DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
 def fill_providers(text: str) -> None:
-    """Adds the built-in providers, one per line. A chat server's name is its dialect; a server without a key
-    is local."""
+    """Adds the built-in providers, one per line. A chat server's name is its dialect; no key: it is local."""
     for line in text.splitlines():
         values: JSON = dict(zip(("name", "wire_api", "base_url", "env_key", "relay"), line.split()))
         name = values["name"]
@@ -6699,7 +6656,7 @@ class ConfigFile:
 
     @contextlib.contextmanager
     def about(self, path: Strings, value: object, secret: bool) -> Iterator[None]:
-        """Turns an error into a message about the value at this path."""
+        """Turns an error into a message about this value."""
         try:
             yield
         except (ValueError, BadRequest) as error:
@@ -6860,7 +6817,7 @@ def read_headers(source: ConfigFile, provider: ProviderConfig) -> dict[str, str]
 def read_model(
     source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig],
 ) -> ModelConfig:
-    """One [models.NAME]; without targets it only describes the model."""
+    """One [models.NAME]; without targets, a description."""
     path = ("models", name)
     model = ModelConfig(name, **source.settings(config_fields(ModelConfig), *path))
     bare = model.targets and "/" not in name and KEY_VALUE.fullmatch(name)
@@ -6946,7 +6903,7 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Does a model's name match one of these patterns with * and ?"""
+    """Does a name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

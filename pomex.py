@@ -249,7 +249,7 @@ def load_json(raw: bytes) -> Any:
 
 
 def parse_object(text: str) -> JSON | None:
-    """Reads a JSON object leniently; None for anything else."""
+    """Reads a JSON object leniently; else None."""
     try:
         value = lenient_json(text)
     except (ValueError, RecursionError):
@@ -299,7 +299,7 @@ MAX_TOKENS = 1 << 24    # a larger count is a mistake and would spoil every sum
 
 
 def count(holder: Any, *names: str) -> int:
-    """The first of these fields that holds a positive number, or 0. A provider's number may be 1e999."""
+    """The first of these fields with a positive number, or 0. A provider's number may be 1e999."""
     for value in map(as_dict(holder).get, names):
         if isinstance(value, (int, float)) and value is not True and value > 0:
             return int(min(value, 2 * MAX_TOKENS))
@@ -626,7 +626,7 @@ class Reader(Generic[Head]):
         return NEED_DATA
 
     def _header_block(self, limit: int) -> tuple[bytes, Headers] | None:
-        """The next line and the header fields that follow it; None while they are incomplete."""
+        """The next line and the header fields behind it; None while they are incomplete."""
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
@@ -654,7 +654,7 @@ class Reader(Generic[Head]):
             yield piece or self._need_more_data()
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
-        """RFC 9112 7.1. Complete buffered chunks come joined; the size is checked before the data is read."""
+        """RFC 9112 7.1. Buffered chunks come joined; a size is checked before its data is read."""
         limits, match, total = self.limits, CHUNK_LINE.match, 0
         while True:
             data, at = self._data, self._at
@@ -696,7 +696,7 @@ class Reader(Generic[Head]):
 
 
 class RequestReader(Reader[RequestHead]):
-    """The server's side. After END the next call begins with the next request, unless the last one closes."""
+    """The server's side. After END comes the next request, unless the last one closes."""
 
     def _messages(self) -> Iterator[RequestHead | bytes | Signal]:
         limits, blank_skipped = self.limits, False
@@ -782,7 +782,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @functools.lru_cache(256)       # most fields are the same in each message
 def field_line(name: str, value: str) -> bytes:
-    """Raises ValueError for a header that our own reader would refuse; the message hides the value."""
+    """ValueError for a header that our own reader would refuse; the message hides the value."""
     line = f"{name}: {value}\r\n".encode("latin-1")
     if not FIELD_LINE.fullmatch(line):
         raise ValueError(f"header {name!r} has a character that no header may have")
@@ -1505,7 +1505,7 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
-    """A name that every provider accepts, the same in every process: `ns__name`, made to fit."""
+    """A name that every provider accepts, the same in every process: `ns__name`, fitted."""
     full = f"{namespace}__{name}" if namespace else name
     return full if SAFE_NAME.fullmatch(full) else fit_name(full)
 
@@ -1888,7 +1888,7 @@ def call_output(item: JSON) -> Any:
 
 class Attachment(NamedTuple):
     """An image or a file: an address or bytes."""
-    mime: str                   # from the bytes, else as declared, else from the extension; "": unknown
+    mime: str                   # from the bytes, as declared, or from the extension; "": unknown
     name: str
     detail: Any                 # of an image, as the client gave it
     url: str = ""
@@ -1957,8 +1957,8 @@ class ClientProfile(NamedTuple):
     """How one client's protocol differs from the standard."""
     incomplete_as_completed: bool = False   # a truncated answer ends as complete, without truncated calls
     refusal_as_text: bool = False       # the client shows only output_text
-    error_event: bool = True            # an `error` event precedes response.failed
-    errors_as_events: bool = False      # errors that it would retry over HTTP become 200 + response.failed
+    # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
+    errors_as_events: bool = False
     echo_request: bool = True           # every response object repeats tools and instructions
 
 
@@ -1966,7 +1966,6 @@ STANDARD = ClientProfile()
 CODEX = ClientProfile(
     incomplete_as_completed=True,
     refusal_as_text=True,
-    error_event=False,
     errors_as_events=True,
     echo_request=False,
 )
@@ -2260,7 +2259,7 @@ class Attempt(Sink):
     def terminal(self, now_s: int) -> bytes:
         """The last frames: the rest of the output, the terminal event, [DONE]."""
         error = self.error
-        if error and self.answer.profile.error_event:
+        if error and not self.answer.profile.errors_as_events:
             self.emit("error", f'"error":{dumps(error.body()["error"])}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:

@@ -142,11 +142,8 @@ VERSION = "v00083"      # the product's own numbering; the first release with th
 
 
 class GatewayError(Exception):
-    """A failure with an answer: the HTTP status, the fields of an OpenAI error, and whether another attempt
-    may help.
-
-    `str(error)` is a sentence for the client; it never contains a key, a path of this machine or a prompt.
-    """
+    """A failure with an answer: the HTTP status and the fields of an OpenAI error. `str(error)` is a sentence
+    for the client; it never contains a key, a path of this machine or a prompt."""
     status = 500
     type = "server_error"
     code = "server_error"
@@ -171,7 +168,7 @@ class GatewayError(Exception):
 
 
 class BadRequest(GatewayError):
-    """The client's mistake. It is never retried and never sent to another target."""
+    """The client's mistake: never retried, never sent to another target."""
     status, type, code = 400, "invalid_request_error", "invalid_request_error"
 
 
@@ -198,8 +195,7 @@ def without_traceback(error: Raised) -> Raised:
 
 
 def fault_location(error: BaseException) -> str:
-    """The place where a bug of Pomex raised, innermost frame first, without the message: it may hold private
-    data."""
+    """The place of a bug, innermost frame first. Without the message, which may hold private data."""
     places = [
         f"{frame.f_code.co_name} line {line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -253,7 +249,7 @@ def load_json(raw: bytes) -> Any:
 
 
 def parse_object(text: str) -> JSON | None:
-    """Reads a JSON object leniently; None for anything else."""
+    """Reads a JSON object leniently; else None."""
     try:
         value = lenient_json(text)
     except (ValueError, RecursionError):
@@ -299,11 +295,11 @@ class Usage:
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake and would spoil every sum
+MAX_TOKENS = 1 << 24    # a larger count is a mistake and would spoil every sum
 
 
 def count(holder: Any, *names: str) -> int:
-    """The first of these fields that holds a positive number, or 0. A provider's number may be 1e999."""
+    """The first of these fields with a positive number, or 0. A provider's number may be 1e999."""
     for value in map(as_dict(holder).get, names):
         if isinstance(value, (int, float)) and value is not True and value > 0:
             return int(min(value, 2 * MAX_TOKENS))
@@ -328,8 +324,7 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 
 
 def checked_usage(usage: Usage) -> Usage:
-    """The usage with consistent counts. A count that had to be reduced is named and makes the usage an
-    estimate."""
+    """The usage with consistent counts. A reduced count is named and makes the usage an estimate."""
     total = min(usage.input, MAX_TOKENS)
     cached = min(usage.cached, total)
     written = min(usage.cache_write, total - cached)
@@ -352,7 +347,7 @@ def checked_usage(usage: Usage) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The provider's evidence that the model has finished (DESIGN: promise 1)."""
+    """The provider's evidence that the model has finished."""
     incomplete_reason: str = ""     # "" or a reason of Responses: "max_output_tokens", "content_filter"
     final: bool = False             # nothing more will come: reading can end
     explanation: str = ""           # for the user: why a content filter stopped the answer
@@ -360,11 +355,7 @@ class Stop:
 
 class Sink:
     """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
-    stream, or None. Only one item without a key is open at a time; it ends when any other item begins.
-
-    >>> sink.text("Hm.", "summary"); sink.text("Hello")
-    >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
-    """
+    stream, or None. Only one item without a key is open at a time; it ends when any other item begins."""
     def text(self, text: str, channel: PartType = "text") -> None:
         """Adds text to the message without a key, which begins with its first visible character. With the
         channel "summary", adds to the reasoning item without a key; "" only begins it."""
@@ -373,14 +364,13 @@ class Sink:
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         """Begins a tool call."""
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        """Adds to an item: a message's text or refusal, a reasoning item's summary or raw text, a call's
-        arguments (JSON text), or a custom call's input (raw text). A higher part number begins another
-        part."""
+        """Adds to an item: text, refusal, summary, raw reasoning, a call's arguments (JSON text) or a custom
+        call's input (raw text). A higher part number begins another part."""
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
         """Calls `add`, or `text`, for each piece."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
     def done(self, key: Any = None, **fields: Any) -> None:
-        """Completes the item if it is open. `fields` are its last ones: encrypted_content, action, status."""
+        """Completes the item if it is open, with its last fields: encrypted_content, action, status."""
     def item(self, item: JSON) -> None:
         """Passes on a complete item of a type that is not built here."""
     def set_usage(self, usage: Usage) -> None: ...
@@ -391,13 +381,12 @@ class Sink:
 
 # === 3. HTTP/1.1 ==================================================================================
 #
-# Both sides, fed with bytes. The parser is strict: it refuses anything that two parsers could read in two
-# ways (LF or CR alone as a line end, folded lines, a blank before the colon, Transfer-Encoding beside
-# Content-Length ...). RFC 9112 allows several of these; each has been a hole in some server. Patterns check
-# numbers before int(), which accepts "+5" and "1_0". Blanks are only SP and HTAB; strip() alone removes \x0b
-# and \x85.
+# Both sides, fed with bytes. The parser refuses anything that two parsers could read in two ways (LF or CR
+# alone as a line end, folded lines, a blank before the colon ...). RFC 9112 allows several of these; each has
+# been a hole in some server. Patterns check numbers before int(), which accepts "+5" and "1_0". Blanks are
+# only SP and HTAB; strip() alone removes \x0b and \x85.
 #
-# A broken peer causes a ProtocolError, the same at every later call. Any other exception is a bug here.
+# A broken peer causes a ProtocolError, the same at every later call.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -434,14 +423,14 @@ class Headers:
 
 class Limits(NamedTuple):
     max_line_bytes: int = 8192          # the request line (RFC 9112 3 asks for 8000); all trailers
-    max_head_bytes: int = 65536         # Codex sends several KiB of turn state and metadata in headers
-    max_headers: int = 100              # the SDKs send about 20, Azure answers with about 40
-    max_body_bytes: int = 64 << 20      # conversations with images: providers accept 32 to 50 MB
+    max_head_bytes: int = 65536         # Codex sends several KiB of turn state
+    max_headers: int = 100              # the SDKs send about 20, Azure about 40
+    max_body_bytes: int = 64 << 20      # providers accept 32 to 50 MB
 
 
 # streams have no size limit; the collector of an answer sets one
 ANSWER_LIMITS = Limits(max_body_bytes=sys.maxsize)
-MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which are expensive (CVE-2023-39326)
+MAX_CHUNK_LINE_BYTES = 256      # with extensions, which are expensive (CVE-2023-39326)
 
 
 class RequestHead(NamedTuple):
@@ -487,7 +476,7 @@ TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 # the last SP is optional
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
-FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)")     # possessive: linear
+FIELD = re.compile("(?m)^(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)(?:\r\n|\Z)")   # *+: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -500,17 +489,14 @@ def parse_fields(section: bytes, max_headers: int) -> Headers:
     """Parses the header lines, without the last one's CRLF."""
     if not section:
         return Headers([])
-    lines = section.decode("latin-1").split("\r\n")
-    if len(lines) > max_headers:
+    lines = section.count(b"\n") + 1
+    if lines > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
-    items = []
-    for line in lines:
-        found = FIELD.fullmatch(line)
-        if found is None:
-            raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
-                                " a character that is not allowed, or an end that is not CRLF.")
-        items.append((found[1].lower(), found[2].rstrip(" \t")))
-    return Headers(items)
+    found = FIELD.findall(section.decode("latin-1"))
+    if len(found) != lines:
+        raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
+                            " a character that is not allowed, or an end that is not CRLF.")
+    return Headers([(name.lower(), value.rstrip(" \t")) for name, value in found])
 
 
 def list_values(headers: Headers, name: str) -> list[str]:
@@ -536,14 +522,10 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
         length = int(lengths[0])
         check_body_size(length, max_body_bytes)
         return length, False
-    if lengths:
-        raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
-    if not http11:
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
-    others = [coding for coding in codings if coding != "chunked"]
-    if others or len(codings) > 1:
-        is_unknown = others and all(re.fullmatch(TOKEN.decode(), coding) for coding in others)
-        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501 if is_unknown else 400)
+    if lengths or not http11:
+        raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
+    if codings != ["chunked"]:
+        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
     return None, True
 
 
@@ -567,11 +549,9 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
             raise ProtocolError("The request target is neither a path nor an http URL,"
                                 " or has a character that must be percent-encoded.")
         authority, path, query = match.groups(b"")
-    hosts = headers.get_all("host")
-    if len(hosts) != 1 and (hosts or http11):
-        raise ProtocolError("A request has exactly one Host header.")
-    if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
-        raise ProtocolError("Host is not a host name or address with an optional port.")
+    hosts = headers.get_all("host")     # CVE-2026-48710: "a?x" changed the path checked
+    if len(hosts) > 1 or (http11 and not hosts) or not all(map(HOST_VALUE.fullmatch, hosts)):
+        raise ProtocolError("A request has one Host header, a name or address with an optional port.")
     if authority:       # it has priority over the Host header
         headers = Headers([("host", authority.decode()), *(item for item in headers if item[0] != "host")])
     length, chunked = body_framing(headers, http11, max_body_bytes)
@@ -596,9 +576,8 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
 class Reader(Generic[Head]):
     """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
-    next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA
-    where more input is required. After feed_eof() it raises if the message is incomplete. Generators read a
-    message from top to bottom; they yield the results of next().
+    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is
+    required. After feed_eof() it raises if the message is incomplete. Generators yield the results.
     """
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
@@ -647,7 +626,7 @@ class Reader(Generic[Head]):
         return NEED_DATA
 
     def _header_block(self, limit: int) -> tuple[bytes, Headers] | None:
-        """The next line and the header fields that follow it; None while they are incomplete."""
+        """The next line and the header fields behind it; None while they are incomplete."""
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
@@ -675,7 +654,7 @@ class Reader(Generic[Head]):
             yield piece or self._need_more_data()
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
-        """RFC 9112 7.1. Complete buffered chunks come joined; the size is checked before the data is read."""
+        """RFC 9112 7.1. Buffered chunks come joined; a size is checked before its data is read."""
         limits, match, total = self.limits, CHUNK_LINE.match, 0
         while True:
             data, at = self._data, self._at
@@ -717,7 +696,7 @@ class Reader(Generic[Head]):
 
 
 class RequestReader(Reader[RequestHead]):
-    """The server's side. After END the next call begins with the next request, unless the last one closes."""
+    """The server's side. After END comes the next request, unless the last one closes."""
 
     def _messages(self) -> Iterator[RequestHead | bytes | Signal]:
         limits, blank_skipped = self.limits, False
@@ -803,7 +782,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @functools.lru_cache(256)       # most fields are the same in each message
 def field_line(name: str, value: str) -> bytes:
-    """Raises ValueError for a header that our own reader would refuse; the message hides the value."""
+    """ValueError for a header that our own reader would refuse; the message hides the value."""
     line = f"{name}: {value}\r\n".encode("latin-1")
     if not FIELD_LINE.fullmatch(line):
         raise ValueError(f"header {name!r} has a character that no header may have")
@@ -838,8 +817,7 @@ RATIO_FREE_BYTES = 4 << 20  # output up to this size has no ratio limit
 
 
 class ContentDecoder:
-    """Decodes a gzip body (RFC 9110 8.4.1.3) or passes an uncoded one; 413 as soon as it exceeds
-    `max_bytes`."""
+    """Decodes a gzip body or passes an uncoded one; 413 as soon as it exceeds `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         coding = encoding.strip(" \t").lower()
@@ -963,9 +941,8 @@ class SSEDecoder:
         return text
 
     def finish(self) -> list[Event]:
-        """Ends the body. The standard drops an event without its empty line, but many chat servers end this
-        way: the event counts if all its lines are complete, or if its data cannot be part of something
-        longer."""
+        """Ends the body. An event without its empty line, as many chat servers end, counts if all its lines
+        are complete, or if its data cannot be part of something longer."""
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
@@ -985,8 +962,7 @@ def sse_frame(type: str, data: str) -> bytes:
 
 
 # === 5. the Responses API =========================================================================
-# The validation of a request, the tool names for providers that know only functions, and the answer: this
-# layer makes every `response.*` event and ends every stream, once.
+# This layer makes every `response.*` event and ends every stream, once.
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
@@ -1001,7 +977,7 @@ JSON_NAMES = {
 
 
 def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
-    """The error for a value that its field does not accept. The sentence begins with the field's path."""
+    """The error for a value that its field does not accept."""
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
@@ -1076,36 +1052,29 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             type(given) not in spec.types       # most values need no call
             or spec.minimum is not None
             or (spec.choices and given not in spec.choices)
-            or (spec.items and type(given) is not str)
         ):
             check(given, spec, f"{path}.{name}")
+        elif spec.inner:
+            spec.inner(given, f"{path}.{name}")
 
 
-def check_typed(value: JSON, known: Mapping[str, Fields], path: str) -> None:
-    """Checks the members of an object by its type. Types that are not known have any members."""
-    kind = value.get("type")
-    if not isinstance(kind, str):
-        raise type_error(kind, TYPED, path)
-    check_members(value, known.get(kind, {}), path)
+def check_content(content: Any, path: str) -> None:
+    if isinstance(content, list):
+        check_typed(content, PART_FIELDS, path)
 
 
-def check_part(part: JSON, path: str) -> None:
-    check_typed(part, PART_FIELDS, path)
+def check_tool_list(tools: list[Any], path: str) -> None:
+    check_typed(tools, TOOL_FIELDS, path)
 
 
-def check_tool(tool: JSON, path: str) -> None:
-    if "name" not in tool and isinstance(tool.get("function"), dict):
-        words = " is missing: tools are flat here, without a function object inside."
-        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
-    check_typed(tool, TOOL_FIELDS, path)
-
-
-def check_metadata(metadata: JSON, path: str) -> None:
-    if len(metadata) > 16:                  # OpenAI's limits
-        raise invalid_param(path, " may have at most 16 entries.")
-    for key, value in metadata.items():
-        if not isinstance(value, str) or len(key) > 64 or len(value) > 512:
-            raise invalid_param(path, " maps keys of at most 64 to strings of at most 512 characters.")
+def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> None:
+    """Checks objects by their type. Types that are not known have any members."""
+    for index, entry in enumerate(entries):
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if not isinstance(kind, str):
+            raise invalid_param(f"{path}[{index}]", " must be an object with a type.", "invalid_type")
+        if kind in known:
+            check_members(entry, known[kind], f"{path}[{index}]")
 
 
 def check_format(text: JSON, path: str) -> None:
@@ -1127,13 +1096,12 @@ MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART_TEXT = {"text": Field(wanted="a string")}
-TYPED = Field((dict,), wanted="an object with a type")
-CONTENT = Field((str, list), items=TYPED._replace(inner=check_part), wanted="a string or an array of parts")
+CONTENT = Field((str, list), inner=check_content, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
-TOOLS = Field((list,), items=TYPED._replace(inner=check_tool))
+TOOLS = Field((list,), inner=check_tool_list)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
-# A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
+# Other fields go unchecked. null counts as absent: SDKs send it.
 REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
@@ -1143,7 +1111,7 @@ REQUEST_FIELDS: Fields = {
     "include": Field((list,)),
     "max_output_tokens": Field((int,), 1),
     "max_tool_calls": Field((int,), 0),
-    "metadata": Field((dict,), inner=check_metadata),
+    "metadata": Field((dict,), items=TEXT),
     "temperature": Field((int, float), 0, 2),
     "top_p": Field((int, float), 0, 1),
     "top_logprobs": Field((int,), 0, 20),
@@ -1156,20 +1124,16 @@ REQUEST_FIELDS: Fields = {
 
 # Requests that need stored state are refused rather than answered wrongly.
 NEEDS_STATE = {
-    "previous_response_id": ("previous_response_not_found",
-                             "Pomex stores no responses: send the whole history in input."),
-    "conversation": ("unsupported_parameter",
-                     "Pomex stores no conversations: send the whole history in input."),
-    "prompt": ("unsupported_parameter",
-               "Pomex stores no prompt templates: send instructions and input."),
-    "background": ("unsupported_parameter",
-                   "Pomex runs no background responses: send background: false."),
+    "previous_response_id": "Pomex stores no responses: send the whole history in input.",
+    "conversation": "Pomex stores no conversations: send the whole history in input.",
+    "prompt": "Pomex stores no prompt templates: send instructions and input.",
+    "background": "Pomex runs no background responses: send background: false.",
 }
 
-# Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
+# Known items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, Fields] = {kind: CALL | fields for kind, fields in {
-    "message": {"role": ROLE, "content": CONTENT},
+MESSAGE = {"role": ROLE, "content": CONTENT}
+ITEM_FIELDS: dict[str, Fields] = {"message": MESSAGE} | {kind: CALL | fields for kind, fields in {
     "function_call": {"name": NAME, "arguments": TEXT},
     "function_call_output": {"output": OUTPUT},
     "custom_tool_call": {"name": NAME, "input": TEXT},
@@ -1194,7 +1158,7 @@ TOOL_FIELDS = {
 
 
 def check_item(item: JSON, path: str) -> JSON:
-    """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
+    """Returns an input item with its `type`, which a message may omit."""
     if not isinstance(item, dict):
         raise type_error(item, OBJECT, path)
     kind = item.get("type")
@@ -1239,8 +1203,8 @@ class AroundInput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A validated request. `input` is always a list of items that have a type; `tools` holds the tools of the
-    body, then the tools of input items (additional_tools, tool_search_output), in order."""
+    """A validated request. `input` is a list of items that have a type; `tools` holds the tools of the body,
+    then those of input items, in order."""
     body: JSON
     raw: bytes
     model: str
@@ -1280,8 +1244,7 @@ INLINE_DATA_WEIGHT = 6000       # for each, 1,500 tokens: a large image at the p
 
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
-    """The number of request bytes from `start` on; four make a token. Inline images and files have a fixed
-    weight."""
+    """The request bytes from `start` on; four make a token. Inline images and files have a fixed weight."""
     weight = len(raw) - start
     for pattern in INLINE_DATA:
         for match in pattern.finditer(raw, start):
@@ -1292,11 +1255,11 @@ def weigh_input(raw: bytes, start: int = 0) -> int:
 
 
 MAX_INPUT_ITEMS = 100_000       # a conversation of several weeks has some thousands
-MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory and a tenth of a microsecond
+MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string: its quotes would be escaped
+INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string, which escapes quotes
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
 
 
@@ -1312,9 +1275,10 @@ def common_prefix(one: bytes, other: bytes) -> int:
     return start
 
 
-def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, AroundInput] | None:
-    """The decoded body and the text around its input, if `raw` extends the body of `last` by more input
-    items; else None. `shared` is the length of their common prefix. Only new text is decoded."""
+def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInput] | None:
+    """The decoded body, its weight and the text around its input, if `raw` extends the body of `last` by more
+    input items; else None. Only new text is decoded."""
+    shared = common_prefix(raw, last.raw)
     array = INPUT_ARRAY.search(raw, 0, shared)
     ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
@@ -1331,22 +1295,20 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     if body.get("input") != INPUT_MARK:
         return None
     grown = {**body, "input": [*last.body["input"], *items[1:]]}
-    return grown, AroundInput(around, body, start, len(text[end:].encode()))
+    weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+    return grown, weight, AroundInput(around, body, start, len(text[end:].encode()))
 
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values.
-    `last` is the conversation's previous request: the common part is neither decoded nor validated again."""
+    """Parses the body of POST /v1/responses. A BadRequest names the field and its valid values. `last` is the
+    conversation's previous request: the common part is neither decoded nor validated again."""
     marks = (b",", b"[", b"{")
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
-    around = AroundInput()
-    shared = common_prefix(raw, last.raw) if last else 0
-    grown = grown_body(raw, last, shared) if last else None
-    if last and grown:
-        body, around = grown
-        weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+    grown = last and grown_body(raw, last)
+    if grown:
+        body, weight, around = grown
     else:
         try:
             body = load_json(raw)
@@ -1355,7 +1317,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
         if not isinstance(body, dict):
             raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
                              code="invalid_json")
-        last, weight = None, weigh_input(raw)
+        last, weight, around = None, weigh_input(raw), AroundInput()
     try:
         return validate_request(body, raw, weight, last, around)
     except RecursionError:              # newer Pythons decode deeper than they call
@@ -1366,13 +1328,14 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
                      around: AroundInput) -> ResponsesRequest:
     """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
-    for name, (code, sentence) in NEEDS_STATE.items():
-        if body.get(name) not in (None, False):
+    for name, sentence in NEEDS_STATE.items():
+        if body.get(name):
+            is_previous = name == "previous_response_id"
+            code = "previous_response_not_found" if is_previous else "unsupported_parameter"
             raise BadRequest(sentence, param=name, code=code)
     for name, spec in REQUEST_FIELDS.items():
         value = body.get(name)
-        is_known = value is None or value is valid.get(name)
-        if name in ("model", "input") or not is_known:
+        if (value is not None and value is not valid.get(name)) or name in ("model", "input"):
             check(value, spec, name)
     if not body["model"].isprintable():
         raise invalid_param("model", " holds characters that no name has.")
@@ -1422,7 +1385,7 @@ def text_of(content: Any, separator: str = "") -> str:
 
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
-MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
+MAX_ENVELOPE_BYTES = 4 << 20        # inflated; signed thinking blocks have below 200 KB
 MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
 
 
@@ -1440,8 +1403,7 @@ class Envelope:
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
-        """(provider, model, replay); None if the text is not ours, was altered, or belongs to another
-        account."""
+        """(provider, model, replay); None if the text was altered or belongs to another account."""
         try:
             data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
             packed = data[MAC_BYTES:]
@@ -1461,9 +1423,9 @@ class Envelope:
 
 def unseal_items(items: list[JSON], envelope: Envelope,
                  provider: str) -> tuple[list[JSON], list[str]]:
-    """The input items that `provider` may see, and the names of dropped ones. `sealed_replay` holds content
-    that the provider sealed. An item of another provider, or one that does not verify, is dropped. Content
-    without our prefix stays: only a Responses upstream can judge it."""
+    """The input items that `provider` may see, and the names of dropped ones: of another provider, or not
+    verified. `sealed_replay` holds the content of an envelope. Content without our prefix stays: only a
+    Responses upstream can judge it."""
     kept, dropped = [], []
     envelope.inflated = 0
     for given in items:
@@ -1543,20 +1505,19 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
-    """A name that every provider accepts, the same in every process: `ns__name`, shortened with a digest."""
+    """A name that every provider accepts, the same in every process: `ns__name`, fitted."""
     full = f"{namespace}__{name}" if namespace else name
-    if SAFE_NAME.fullmatch(full):
-        return full
-    return with_digest(re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full), full)
+    return full if SAFE_NAME.fullmatch(full) else fit_name(full)
 
 
-def with_digest(safe: str, full: str) -> str:
-    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(full)[:8]}"
+def fit_name(name: str) -> str:
+    """A valid name of a tool or a parameter, shortened, with a digest of the original one."""
+    safe = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
+    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
-    """A custom tool's description with its grammar as advice: providers with JSON arguments cannot enforce
-    it."""
+    """A custom tool's description with its grammar as advice, since nothing enforces it."""
     shape = tool.get("format") or {}
     grammar = shape.get("definition")
     if grammar:
@@ -1570,8 +1531,8 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with `change` applied to every schema object, inner ones first; `change` may
-    alter its argument."""
+    """A copy of a JSON schema with `change`, which may alter its argument, applied to every schema object,
+    inner ones first."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
@@ -1589,7 +1550,7 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and replacements for the names that break its rule."""
     schemas: list[JSON] = []
-    names: set[str] = set()
+    names: JSON = {}            # a set in order
 
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
@@ -1603,17 +1564,13 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         return schema
 
     cleaned = map_schema(parameters, clean)
-    fitted = {
-        name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-        for name in names if not rule.fullmatch(name)
-    }
-    if not fitted:
-        return cleaned, fitted
-    times = collections.Counter((*names, *fitted.values()))
-    for name, fit in fitted.items():
-        if times[fit] > 1:
-            fitted[name] = with_digest(fit, name)
-    for schema in schemas:
+    taken, fitted = set(names), {}
+    for name in names:
+        if not rule.fullmatch(name):
+            safe = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+            fitted[name] = fit_name(name) if safe in taken else safe
+            taken.add(safe)
+    for schema in schemas if fitted else ():
         properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
         if isinstance(properties, dict):
             schema["properties"] = {fitted.get(name, name): inner for name, inner in properties.items()}
@@ -1624,7 +1581,7 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     return cleaned, fitted
 
 
-# chat templates leave these in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
+# what chat templates leave in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
 TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
 
 
@@ -1704,8 +1661,8 @@ def fix_surrogates(text: str) -> str:
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A
-    patch loses its markdown fence."""
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text;
+    without a patch's markdown fence."""
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
@@ -1738,7 +1695,7 @@ class Turn(NamedTuple):
 
 
 class History(NamedTuple):
-    """A conversation in turns. They hold plain items of four types (TRANSLATION.md 3.3):
+    """A conversation in turns of plain items, which have four types:
 
     - message {role, content: [part], generated?: the content is an image that the model made}
     - reasoning {sealed_replay}
@@ -1760,8 +1717,8 @@ NO_OUTPUT = "no output was recorded for this call"
 
 def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMap, dropped: list[str],
                       memo: dict[Any, Any]) -> History:
-    """A request's instructions and unsealed items as a History; adds the names of lost content to `dropped`.
-    Items that `memo` knows, by identity, are not normalized again."""
+    """Instructions and unsealed items as a History; names lost content in `dropped`. Items that `memo` knows,
+    by identity, are not normalized again."""
     system = [instructions] if instructions else []
     plain: list[JSON] = []
     for item in items:
@@ -1777,8 +1734,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
         elif made.get("role") in ("system", "developer") and not plain:
-            texts = (part.get("text") or "" for part in made["content"])
-            system.append("\n\n".join(texts))
+            system.append(text_of(made["content"], "\n\n"))
         else:
             plain.append(made)
     return History(system, gather_turns(plain))
@@ -1912,11 +1868,9 @@ def call_arguments(item: JSON) -> str:
     if name == "action":
         return dumps({key: value for key, value in given.items() if key != "type" and value})
     text = given if given and item["type"] == "function_call" else dumps(given)
-    try:
+    with contextlib.suppress(ValueError):
         if isinstance(load_json(text.encode()), dict):
             return text
-    except ValueError:
-        pass
     return dumps({"_raw": text})
 
 
@@ -1934,7 +1888,7 @@ def call_output(item: JSON) -> Any:
 
 class Attachment(NamedTuple):
     """An image or a file: an address or bytes."""
-    mime: str                   # from the bytes, else as declared, else from the extension; "": unknown
+    mime: str                   # from the bytes, as declared, or from the extension; "": unknown
     name: str
     detail: Any                 # of an image, as the client gave it
     url: str = ""
@@ -1965,8 +1919,8 @@ TYPE_BY_ENDING = {
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None if there is none, only its id at OpenAI, or invalid base64, which
-    would have every later turn refused."""
+    """The image or file in a part. None if there is only its id at OpenAI, or invalid base64, which would
+    have every later turn refused."""
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
     if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
@@ -1983,14 +1937,14 @@ def read_attachment(part: JSON) -> Attachment | None:
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
-        content = b""
+        return None
     if not content or (comma and not head.endswith(";base64")):
         return None
     found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
     declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
     mime = found or declared or mime
-    text = None
     is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
+    text = None
     if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
             mime, text = "text/plain", content.decode("utf-8-sig")
@@ -2000,11 +1954,11 @@ def read_attachment(part: JSON) -> Attachment | None:
 # --- 5.5 client profiles --------------------------------------------------------------------------
 
 class ClientProfile(NamedTuple):
-    """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
+    """How one client's protocol differs from the standard."""
     incomplete_as_completed: bool = False   # a truncated answer ends as complete, without truncated calls
     refusal_as_text: bool = False       # the client shows only output_text
-    error_event: bool = True            # an `error` event precedes response.failed
-    errors_as_events: bool = False      # errors that it would retry over HTTP become 200 + response.failed
+    # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
+    errors_as_events: bool = False
     echo_request: bool = True           # every response object repeats tools and instructions
 
 
@@ -2012,14 +1966,13 @@ STANDARD = ClientProfile()
 CODEX = ClientProfile(
     incomplete_as_completed=True,
     refusal_as_text=True,
-    error_event=False,
     errors_as_events=True,
     echo_request=False,
 )
 
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
-    """Codex names itself in `originator` (codex_exec, codex-tui, codex_vscode ...) and in its User-Agent."""
+    """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -2027,7 +1980,7 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
-# the fields of a response object that repeat the request, with their defaults (RESPONSES.md section 4)
+# the fields of a response object that repeat the request, with their defaults
 ECHO_DEFAULTS: JSON = {
     "instructions": None,
     "max_output_tokens": None,
@@ -2062,8 +2015,6 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     for name in ("reasoning", "text"):
         given = {key: value for key, value in fields[name].items() if value is not None}
         fields[name] = {**ECHO_DEFAULTS[name], **given}
-    if as_dict(fields["tool_choice"]).get("type") == "allowed_tools":
-        fields["tool_choice"] = {"mode": "auto", **fields["tool_choice"]}
     if fields["service_tier"] == "auto":
         fields["service_tier"] = "default"
     if not echo_request:
@@ -2072,18 +2023,12 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
         {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
         for tool in fields["tools"]
     ]
-    if fields["user"] is None:
-        del fields["user"]
     return fields
 
 
 @dataclass(eq=False)
 class ResponseContext:
-    """The state that the attempts at one answer share: the response id, the event numbers, the echo of the
-    request.
-
-    Each Attempt writes through it; the client sees the output of only one.
-    """
+    """The state that the attempts at one answer share. The client sees the output of only one."""
     request: ResponsesRequest
     id: str
     created_s: int
@@ -2093,11 +2038,8 @@ class ResponseContext:
     started = False
     max_chars = 32 << 20    # of one attempt's output
     max_items = 4096
+    estimated_input = 0     # tokens
     secrets = re.compile(r"(?!)")   # a call id must not match it
-
-    @functools.cached_property
-    def estimated_input(self) -> int:
-        return self.request.estimated_input
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -2105,7 +2047,7 @@ class ResponseContext:
         return dumps(echo_fields(self.request, self.profile.echo_request))[1:]
 
     def response(self, status: str, output: str = "[]", **fields: Any) -> str:
-        """The response object as JSON text, like `output`. `fields` are set at the end."""
+        """The response object as JSON text, like `output`."""
         head = {
             "id": self.id,
             "object": "response",
@@ -2141,12 +2083,12 @@ class ResponseContext:
         return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()
 
     def heartbeat(self) -> bytes:
-        """A data event: comments do not reset Codex's idle timer (CODEX.md 4.1)."""
+        """A data event: comments do not reset Codex's idle timer."""
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
 
 
 def usage_object(usage: Usage) -> JSON:
-    """Always contains all fields: Codex fails the turn if one is missing (TRANSLATION.md 1.3)."""
+    """All fields, always: Codex fails the turn if one is missing."""
     return {
         "input_tokens": usage.input,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_write},
@@ -2159,14 +2101,11 @@ def usage_object(usage: Usage) -> JSON:
 def usage_from(
     given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True
 ) -> Usage | None:
-    """Reads `given`, the usage object of `answer`, in the fields of Responses or of Chat Completions.
-
-    Returns None if it has neither. `asked_12h` decides if the answer does not name the lifetime of its cache
-    writes.
-    """
+    """Reads `given`, the usage object of `answer`, in the fields of Responses or Chat Completions; None if it
+    has neither. `asked_12h` decides if the answer does not name the lifetime of its cache writes."""
     given = as_dict(given)
     totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
-    if not any(type(total) in (int, float) for total in totals):
+    if not {int, float} & set(map(type, totals)):
         return None
     inputs = as_dict(given.get("prompt_tokens_details")) | as_dict(given.get("input_tokens_details"))
     outputs = as_dict(given.get("completion_tokens_details")) | as_dict(given.get("output_tokens_details"))
@@ -2180,10 +2119,8 @@ def usage_from(
     # DeepSeek and Moonshot use the second form
     cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")
     written = count(inputs, "cache_write_tokens")
-    written_12h = written if asked_12h else 0
-    split = inputs.get("cache_write_tokens_details")
-    if isinstance(split, dict):
-        written_12h = count(split, "ttl_12h_tokens")
+    split = inputs.get("cache_write_tokens_details") or {"ttl_12h_tokens": written if asked_12h else 0}
+    written_12h = count(split, "ttl_12h_tokens")
     return Usage(input_tokens, cached, written, output_tokens, reasoning, cache_write_1h=written_12h,
                  **billing_facts({**answer, **given}))
 
@@ -2201,8 +2138,8 @@ def merge_counts(held: JSON, given: Any) -> JSON:
 class Attempt(Sink):
     """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
-    After any number of `feed`s, `finish` is called once. Then `status`, `usage` and `error` hold the outcome,
-    and `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
+    After any number of `feed`s comes one `finish`: `status`, `usage` and `error` hold the outcome, and
+    `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
     output_started = False   # too late for another target
     upstream_done = False    # no more data will come
@@ -2239,11 +2176,8 @@ class Attempt(Sink):
             self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt. It fails without evidence that the model had finished (DESIGN, promise 1).
-
-        `error` is the connection's, if it broke. If the client has left, no item is closed: that takes 20 ms
-        for a long answer.
-        """
+        """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
+        connection. If the client has left, no item is closed: that takes 20 ms for a long answer."""
         if self.ended:
             return
         self.ended = True
@@ -2302,7 +2236,7 @@ class Attempt(Sink):
     # the end
 
     def close_open_items(self) -> None:
-        """Finishes or abandons the items that are still open, before the status is decided."""
+        """Finishes or abandons the open items, before the status is decided."""
 
     def has_no_message(self) -> bool:
         return not any(json.loads(item)["type"] == "message" for item in self.items.values())
@@ -2325,7 +2259,7 @@ class Attempt(Sink):
     def terminal(self, now_s: int) -> bytes:
         """The last frames: the rest of the output, the terminal event, [DONE]."""
         error = self.error
-        if error and self.answer.profile.error_event:
+        if error and not self.answer.profile.errors_as_events:
             self.emit("error", f'"error":{dumps(error.body()["error"])}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
@@ -2398,7 +2332,7 @@ class Item:
     done = False            # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
-        """The part as JSON. `text` is its whole text as a JSON string: a long one is encoded only once."""
+        """The part as JSON text, like `text`: a long one is encoded only once."""
         more = ""
         if shape.type == "output_text":
             more = f',"annotations":[{",".join(self.annotations)}]{shape.more}'
@@ -2649,13 +2583,15 @@ class Assembler(Attempt):
             f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
 
     def add_placeholder_message(self) -> None:
-        """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
+        """Adds an empty message to an empty answer, or why a content filter emptied it."""
         stop = self.stop or Stop()
         filtered = stop.incomplete_reason == "content_filter"
-        is_open = any(item.kind == "message" for item in self.open_items.values())
-        if filtered and (is_open or not self.has_no_message()):
-            return
-        if not filtered and (self.items or stop.incomplete_reason):
+        if filtered:
+            is_open = any(item.kind == "message" for item in self.open_items.values())
+            is_answered = is_open or not self.has_no_message()
+        else:
+            is_answered = bool(self.items or stop.incomplete_reason)
+        if is_answered:
             return
         self.open(None, "message")
         item = self.open_items[None]
@@ -2666,17 +2602,13 @@ class Assembler(Attempt):
         self.done()
 
 
-SHELL_FIELDS = ("command", "timeout_ms", "working_directory", "user")
-
-
 def call_fields(tool: Tool, arguments: str) -> JSON:
     """The fields of a call that depend on its type."""
     if tool.kind == "tool_search_call":
         return {"execution": "client", "arguments": parse_object(arguments) or {}}
     if tool.kind == "local_shell_call":
         given = parse_object(arguments) or {}
-        known = {name: value for name, value in given.items() if name in SHELL_FIELDS}
-        return {"action": {"type": "exec", "command": [], "env": {}, **known}}
+        return {"action": {"command": [], **given, "type": "exec", "env": {}}}
     fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
@@ -2727,7 +2659,7 @@ class UpstreamItem:
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
-        """The text that a piece continues or a `done` event completes. A `done` may number it differently."""
+        """The text that a piece continues or a `done` event, perhaps with another number, completes."""
         text = self.numbered.get((channel, number))
         if text is None and done and self.texts:
             last = self.texts[-1]
@@ -2741,11 +2673,9 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from the item's own?"""
-        for name, given in (("id", item_id), ("call_id", call_id)):
-            own = self.item.get(name)
-            if own and given and own != given:
-                return True
-        return False
+        own_id, own_call_id = map(self.item.get, ("id", "call_id"))
+        return bool(own_id and item_id and own_id != item_id
+                    or own_call_id and call_id and own_call_id != call_id)
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event with its index, or of its kind and without an index, about the next item?"""
@@ -2772,8 +2702,7 @@ def item_content(item: JSON) -> str:
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
-    """Maps each given item to the first known one with the same key, each used once. Later keys serve the
-    items that are left."""
+    """Maps each given item to the first known one with the same key, once. Later keys serve the rest."""
     found: dict[Any, Any] = {}
     for key in keys:
         free = collections.defaultdict[Any, Any](collections.deque)
@@ -2792,11 +2721,9 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
 
 class UpstreamItems(list[UpstreamItem]):
     """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
-    distinguish items only by id (llama.cpp) or by nothing at all, count from 1, or give all the same index.
-
-    So any key identifies an open item, and an event without one is about the newest of its kind. An `added`
-    event, or an event for a finished item, begins another item if a key differs.
-    """
+    distinguish items only by id (llama.cpp) or not at all, count from 1, or give all the same index. So any
+    key identifies an open item, and an event without one is about the newest of its kind. An `added` event,
+    or an event for a finished item, begins another item if a key differs."""
 
     open_count = 0
 
@@ -2891,8 +2818,7 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
-    """Fills an item without content from its events, in the form that clients read. Returns whether that was
-    needed."""
+    """Fills an item without content from its events. Returns whether that was needed."""
     has_text = bool(item_texts(item))
     if known.kind == "call":
         name = CALL_FIELD[item["type"]]
@@ -2904,7 +2830,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
         item[name] = whole or ("{}" if name == "arguments" else "")
         return True
     parts = only_dicts(item.get("content"))
-    if known.kind != "message" or has_text or any(part.get("type") not in TEXTS for part in parts):
+    if known.kind != "message" or has_text:
         return False
     shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
     filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
@@ -2923,11 +2849,11 @@ def is_incomplete_call(item: JSON) -> bool:
 # --- 5.9 passthrough ------------------------------------------------------------------------------
 #
 # If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
-# patterns, and a method for each type of event that is parsed: on_response_created for `response.created`.
+# patterns, and a method for each type of parsed event: on_response_created for `response.created`.
 
 # possessive: otherwise the backtracking state takes 130 bytes for each byte
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
-SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?\d+')
 
 
 class Passthrough(Attempt):
@@ -3016,18 +2942,12 @@ class Passthrough(Attempt):
         """Numbers the events, continuing from our last one."""
         if not self.answer.request.stream:
             return
-        given = list(map(int, SEQUENCE_NUMBER.findall(block)[:most]))
-        first = self.answer.sequence
-        self.answer.sequence += len(given)
-        if given != list(range(first, self.answer.sequence)):
-            numbers = itertools.count(first)
-            block = SEQUENCE_NUMBER.sub(
-                lambda _: b'"sequence_number":%d' % next(numbers),
-                block, most)
-        self.out.append(block)
+        numbers = itertools.count(self.answer.sequence)
+        self.out.append(SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most))
+        self.answer.sequence = next(numbers)
 
     def end(self) -> None:
-        """The body ended cleanly. If every item is done, that counts as an end (DESIGN, promise 1)."""
+        """The body ended cleanly. If every item is done, that counts as an end."""
         for event in self.events.finish():
             self.take_event(event)
         if not self.events.truncated:           # a truncated event may have contained anything
@@ -3038,8 +2958,7 @@ class Passthrough(Attempt):
 
 
 class ResponsesPassthrough(Passthrough):
-    """The first and the terminal events are ours, and so are the events of items that only the final response
-    contains."""
+    """The first and terminal events are ours, and those of items that only the final response contains."""
     API_EVENTS = b'"response.'
     OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
@@ -3090,8 +3009,7 @@ class ResponsesPassthrough(Passthrough):
         self.deferred.clear()
 
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
-        """Sends a closed item, once, in a form that the client can use. An incomplete call waits for the
-        end."""
+        """Sends a closed item, once, in a usable form. An incomplete call waits for the end."""
         item = event["item"]
         if not known.closed or known.index in self.items:
             return
@@ -3107,7 +3025,7 @@ class ResponsesPassthrough(Passthrough):
         self.forward(frame)
 
     def release_items(self) -> None:
-        """Sends the items that only the final response contains, and the items that waited for it."""
+        """Sends the items that waited for the final response, or that only it contains."""
         for known in self.decoder.items:
             event = {
                 "type": "response.output_item.done",
@@ -3117,8 +3035,8 @@ class ResponsesPassthrough(Passthrough):
             self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
-        """The frame of an item's event with sealed encrypted content, and with refusals as text if the client
-        reads only text. Makes the frame if none is given."""
+        """The frame of an item's event, with sealed encrypted content, and refusals as text where the client
+        reads only that. Makes the frame if none is given."""
         item = event["item"]
         if item.get("encrypted_content"):
             item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
@@ -3185,7 +3103,7 @@ class ResponsesPassthrough(Passthrough):
             self.release_items()
 
     def body(self, now_s: int) -> str:
-        """The upstream's own response, if any, with our id and model, and the items as sent."""
+        """The upstream's own response, if any, with our id and model and the items sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
@@ -6430,8 +6348,7 @@ WIRES: dict[str, WireApi] = {
 
 # === 7. configuration =============================================================================
 #
-# pomex.toml as frozen dataclasses. A dataclass field made by `option` is a key of the file; the others are
-# derived. A test keeps pomex.toml.example complete.
+# pomex.toml as frozen dataclasses. A field made by `option` is a key of the file; the others are derived.
 
 def parse_dollars(value: float) -> decimal.Decimal:
     """The decimal number as written in the file: a float's shortest text."""
@@ -6442,37 +6359,17 @@ def parse_dollars(value: float) -> decimal.Decimal:
 
 
 def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
-    """Reads tiers: a string is a tier of its own, a list of strings is one tier. A target is split at its
-    first colon."""
-    tiers = []
-    for tier in value:
-        names = tier if isinstance(tier, list) else [tier]
-        pairs = [name.split(":", 1) for name in names]
-        if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
-            raise ValueError
-        tiers.append(tuple(Target(*pair) for pair in pairs))
-    return tuple(tiers)
+    """Reads tiers: a string is a tier of its own, a list of strings is one tier."""
+    tiers = [tier if isinstance(tier, list) else [tier] for tier in value]
+    if not all(re.fullmatch("[^:]+:.+", name) for tier in tiers for name in tier or [""]):
+        raise ValueError
+    return tuple(tuple(Target(*name.split(":", 1)) for name in tier) for tier in tiers)
 
 
 def read_base_url(url: str) -> str:
-    """The address without its last slash; the ValueError describes valid ones."""
-    parts = urllib.parse.urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not re.fullmatch(r"[!-~]+", url)
-    ):
-        raise ValueError('must be an address like "https://api.example.com/v1"')
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
-    try:
-        port = parts.port
-    except ValueError:
-        port = 0
-    if port == 0:
-        raise ValueError("the port must be from 1 to 65535")
-    if tail := re.search(r"/(chat/completions|responses|messages)/?$", parts.path):
-        raise ValueError(f"leave out /{tail[1]}: Pomex appends it")
+    """The address without its last slash."""
+    if urllib.parse.urlsplit(url).port == 0:    # above 65535 is a ValueError, too
+        raise ValueError
     return url.rstrip("/")
 
 
@@ -6492,7 +6389,7 @@ OPTION_FIELDS: dict[type, Field] = {
 def option(
     default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf, **rules: Any,
 ) -> Any:
-    """A key of pomex.toml. It accepts values of the default's type; `rules` are attributes of its Field."""
+    """A key of pomex.toml, of the default's type; `rules` are attributes of its Field."""
     spec = OPTION_FIELDS[type(default)]
     spec = spec._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
     return field(
@@ -6523,7 +6420,7 @@ class ServerConfig:
     trusted_proxies: Strings = option(
         (), "addresses and networks whose X-Forwarded-For names the client", items=NETWORK)
     header_timeout_s: float = seconds(30.0, "longest wait for a whole request head")
-    body_timeout_s: float = seconds(120.0, "longest wait for a whole body: MBs on a slow line")
+    body_timeout_s: float = seconds(120.0, "longest wait for a whole body")
     keep_alive_timeout_s: float = seconds(75.0, "how long an idle client connection is kept")
     write_timeout_s: float = seconds(60.0, "a client that reads nothing for this long is disconnected")
     drain_timeout_s: float = option(30.0, "how long open streams may go on after a stop signal", 0, 3600)
@@ -6578,7 +6475,11 @@ class ProviderConfig:
     name: str
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
     base_url: str = option(
-        "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
+        "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url,
+        pattern=r"(?!.*([?#]|//[^/]*@|/(chat/completions|responses|messages)/*$))"
+                r"https?://[0-9A-Za-z\[][!-~]*",
+        wanted='an address like "https://api.example.com/v1": no user, query or fragment (there are api_key'
+               " and query_params), and no /chat/completions, /responses or /messages, which Pomex appends")
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
     api_keys: Strings = option(
@@ -6679,8 +6580,7 @@ DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
 def fill_providers(text: str) -> None:
-    """Adds the built-in providers, one per line. A chat server's name is its dialect; a server without a key
-    is local."""
+    """Adds the built-in providers, one per line. A chat server's name is its dialect; no key: it is local."""
     for line in text.splitlines():
         values: JSON = dict(zip(("name", "wire_api", "base_url", "env_key", "relay"), line.split()))
         name = values["name"]
@@ -6709,11 +6609,11 @@ def check_text(text: str, spec: Field, path: str) -> Any:
     return check(value, spec, path)
 
 
-def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?', or '' without a similar name."""
     name = name.replace("-", "_")
     near = difflib.get_close_matches(name, list(known), 1)
-    return f" Did you mean {form % near[0]}?" if near else ""
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def toml_name(path: Strings) -> str:
@@ -6747,18 +6647,15 @@ class ConfigFile:
         sections = (*SECTIONS, *NAMED_SECTIONS)
         for name in (key for key in self.toml if key not in sections):
             if isinstance(self.toml[name], dict):
-                hint = did_you_mean(name, sections, "[%s]")
-                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
-            homes = [home for home, cls in SECTIONS.items() if name in config_fields(cls)]
-            hint = f" Put it under [{homes[0]}]." if homes else ""
-            raise self.error(f'key "{name}" stands outside any section.{hint}')
+                raise self.error(f"unknown section [{toml_name((name,))}].{did_you_mean(name, sections)}")
+            raise self.error(f'key "{name}" stands outside any section, like [server].')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
 
     @contextlib.contextmanager
     def about(self, path: Strings, value: object, secret: bool) -> Iterator[None]:
-        """Turns an error into a message about the value at this path."""
+        """Turns an error into a message about this value."""
         try:
             yield
         except (ValueError, BadRequest) as error:
@@ -6828,8 +6725,7 @@ class ConfigFile:
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
 KEY_VALUE = re.compile(r"[!-~]+")
-OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
-HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*")       # RFC 9110 5.5, 5.6.2
+OWN_HEADER = re.compile("(?i)host|content-length|transfer-encoding|connection|expect")
 
 
 def is_private(url: str) -> bool:
@@ -6890,10 +6786,8 @@ def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
             key = source.secret(reference)
-            if not key:
-                raise ValueError("the key is empty.")
             if not KEY_VALUE.fullmatch(key):
-                raise ValueError("the key has a space or a character not allowed in keys.")
+                raise ValueError("the key is empty, or has a space or a character not allowed in keys.")
             keys.setdefault(key, source.name if secret else reference)
     return {
         "api_key": [*keys][0],
@@ -6910,17 +6804,19 @@ def read_headers(source: ConfigFile, provider: ProviderConfig) -> dict[str, str]
         for name, value in getattr(provider, table).items():
             with source.about(("providers", provider.name, table, name), value, secret=literal):
                 headers[name] = value if literal else source.variable(value)
-                if name.lower() in OWN_HEADERS:
+                if OWN_HEADER.fullmatch(name):
                     raise ValueError("is a header that Pomex sets itself.")
-                if not HEADER.fullmatch(f"{name}: {headers[name]}"):
-                    raise ValueError("a header needs a plain name and a value of one line.")
+                try:
+                    field_line(name, headers[name])
+                except ValueError:
+                    raise ValueError("a header needs a plain name and a value of one line.") from None
     return headers
 
 
 def read_model(
     source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig],
 ) -> ModelConfig:
-    """One [models.NAME]; without targets it only describes the model."""
+    """One [models.NAME]; without targets, a description."""
     path = ("models", name)
     model = ModelConfig(name, **source.settings(config_fields(ModelConfig), *path))
     bare = model.targets and "/" not in name and KEY_VALUE.fullmatch(name)
@@ -7006,7 +6902,7 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Does a model's name match one of these patterns with * and ?"""
+    """Does a name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

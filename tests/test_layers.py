@@ -186,6 +186,10 @@ GONE += """
     SQLite.run SQLite.waiting journal_requests nanos_since placeholders quota_message
     take_over_old_days wake_waiters
 """.split()
+# Of the file at 875c70a: checks of OpenAI's own limits, and rules said twice.
+GONE += """
+    HEADER OWN_HEADERS SHELL_FIELDS TYPED check_metadata check_part check_tool with_digest
+""".split()
 
 
 # Of the file at b872025: the edge's second ways to do a thing, and words of its own.

@@ -128,7 +128,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 if sys.platform != "win32":
-    import fcntl
     import resource
 
 JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; the function that takes it names its shape
@@ -7074,10 +7073,6 @@ class Key:
     def money_limited(self) -> bool:
         return bool(self.budget_nanos is not None or self.prepaid or self.account_limit_nanos is not None)
 
-    @property
-    def limited(self) -> bool:
-        return bool(self.money_limited or self.rpm or self.tpm or self.concurrent)
-
     def state(self, now_s: float) -> str:
         return "revoked" if self.revoked_s else "expired" if 0 < self.expires_s <= now_s else "active"
 
@@ -7089,7 +7084,7 @@ KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "
 SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
     budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT coalesce(max(revision), 0) + 1 FROM keys)"      # of a key that changes, by which all processes see it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
 SELECT_DISABLED = "SELECT name FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -7320,39 +7315,25 @@ class Transaction:
         return attempted
 
 
-class Database(Protocol):
-    async def read(self, sql: str, *values: Any) -> list[Row]:
-        """All rows."""
-
-    async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
-
-
 FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
                              "Another place: POMEX_DATABASE_URL=sqlite:FOLDER/pomex.db",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: look at the permissions of the file and of its folder.",
-    sqlite3.SQLITE_PERM: "cannot be opened: look at the permissions of the file and of its folder.",
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full.",
     sqlite3.SQLITE_BUSY: "is locked by another program.",
-    sqlite3.SQLITE_LOCKED: "is locked by another program.",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error.",
-}
-SAME_TROUBLE = {            # errno values that mean the same
-    errno.EACCES: sqlite3.SQLITE_READONLY, errno.EPERM: sqlite3.SQLITE_READONLY,
-    errno.EROFS: sqlite3.SQLITE_READONLY, errno.EIO: sqlite3.SQLITE_IOERR,
-    errno.ENOSPC: sqlite3.SQLITE_FULL, errno.EDQUOT: sqlite3.SQLITE_FULL,
 }
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
     """What went wrong with a database file. The message does not disclose its folder."""
+    code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
-        code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
-    else:
-        code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
+        reason = error.strerror or ""       # str() would give the path
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            code = sqlite3.SQLITE_READONLY
     return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
@@ -7378,8 +7359,8 @@ def create_file(path: str) -> None:
             os.chmod(path + suffix, 0o600)
 
 
-class SQLite:
-    """A Database in a file: one thread reads, another writes."""
+class Database:
+    """A SQLite file: one thread reads, another writes."""
 
     def __init__(self, path: str, durability: str) -> None:
         create_file(path)
@@ -7396,10 +7377,12 @@ class SQLite:
                 raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
+        """All rows."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
+        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
@@ -7438,7 +7421,7 @@ class SQLite:
     def migrate(self) -> None:
         """Creates the schema, or upgrades an older file in one transaction after copying it. LedgerError for a file that is
         newer or belongs to another program."""
-        name, journals = os.path.basename(self.path), list[io.BufferedReader]()
+        folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
         if tables and application != APPLICATION_ID:
@@ -7450,15 +7433,14 @@ class SQLite:
         if version == SCHEMA_VERSION:
             return
         before = f"{self.path}.before-{SCHEMA_VERSION}"
-        if tables:
-            journals = old_journals(self.path)
-            if not os.path.exists(before):
-                self.copy(before)
-                log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
-        self.commit(functools.partial(create_tables, journals))
-        for journal in journals:
-            journal.close()
-            os.unlink(journal.name)
+        journal = next((file for file in os.listdir(folder) if file.startswith(f"{name}-requests-")), None)
+        if tables and journal:
+            raise LedgerError(f"The database {name} is in use by v00083, or has requests that v00083 has not billed yet (in "
+                              f"{journal} beside it). Start and stop v00083 once, then start this version.")
+        if tables and not os.path.exists(before):
+            self.copy(before)
+            log.info("ledger: %s is upgraded; a copy of the old file is in %s", name, os.path.basename(before))
+        self.commit(create_tables)
 
     def use_wal(self) -> None:
         """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
@@ -7472,7 +7454,7 @@ class SQLite:
                 time.sleep(0.05)
 
 
-def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> None:
+def create_tables(tx: Transaction) -> None:
     """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
@@ -7484,7 +7466,7 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
             statement = statement.replace(word, meaning)
         tx.execute(statement)
     if found:
-        take_over_old_tables(tx, journals)
+        take_over_old_tables(tx)
         for kind, name in found:
             if kind == "table":
                 tx.execute(f"DROP TABLE old_{name}")
@@ -7498,33 +7480,7 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
 # In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
-# stayed when its rows were pruned. Open requests and unsaved rows were in journal files beside the database.
-
-OLD_INTENT = ("response_id request_id started_ms key_id endpoint model account_id provider upstream_model input price "
-              "multiplier cost_nanos").split()
-OLD_LINE = ("response_id attempt provider upstream_model error_code estimated input cached cache_write output reasoning "
-            "cache_write_1h web_searches price multiplier cost_nanos").split()
-OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider upstream_model status error_code terminal_by "
-             "estimated input cached cache_write output reasoning first_ms total_ms attempts account_id cache_write_1h "
-             "web_searches price multiplier cost_nanos lost served_model").split()
-
-
-def old_journals(path: str) -> list[io.BufferedReader]:
-    """Opens and locks the journals beside a file. LedgerError if one is locked by a running program."""
-    folder, name = os.path.split(os.path.abspath(path))
-    journals = []
-    for file in sorted(os.scandir(folder), key=lambda file: file.name):
-        if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
-            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the upgrade is committed
-            if sys.platform == "win32":         # where v00083 did not lock its journals
-                continue
-            try:
-                fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise LedgerError(f"The database {name} is in use by an older Pomex, which cannot read the new schema. "
-                                  "Stop it first.") from None
-    return journals
-
+# stayed when its rows were pruned.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     """The rows of a request and of its failed attempts."""
@@ -7536,29 +7492,13 @@ def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
                      saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
 
 
-def take_over_journal(tx: Transaction, journal: bytes) -> None:
-    """Settles its requests; one that was begun counts as interrupted until its settlement is found."""
-    for line in journal.split(b"\n")[:-1]:        # the last line may be incomplete
-        try:
-            values = json.loads(line[1:])
-            if line[:1] == b"I":
-                rows = [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))]
-            else:
-                request = dict(zip(OLD_ENTRY, values))
-                rows = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
-        except (ValueError, TypeError, LookupError):
-            log.warning("ledger: a line of a journal could not be read")
-        else:
-            settle_requests(tx, [rows])
-
-
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
     cursor = tx.connection.execute("SELECT * FROM old_" + query, values)
     names = [column[0] for column in cursor.description]
     return (dict(zip(names, row)) for row in cursor)
 
 
-def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader]) -> None:
+def take_over_old_tables(tx: Transaction) -> None:
     for table in ("accounts", "keys", "credits"):
         for row in read_old(tx, table):
             if table == "keys":
@@ -7578,8 +7518,6 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
         upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
                             for row in rows], -1)
     tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
-    for journal in journals:
-        take_over_journal(tx, journal.read())
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -7772,8 +7710,6 @@ IDS_AT_ONCE = 500           # placeholders of a statement
 
 def to_storable(value: Any) -> int | str:
     """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
-    if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
-        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode().replace("\0", "?")
     return int(max(0, min(value, MAX_NUMBER))) if isinstance(value, (int, float)) else 0
@@ -7782,21 +7718,19 @@ def to_storable(value: Any) -> int | str:
 ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.attrgetter(*SUMS[4:])
 
 
-def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> None:
-    """Adds rows to the rollups and to the meters of limits."""
-    rollups: dict[Row, list[int]] = {}
-    meters: collections.Counter[tuple[str, int]] = collections.Counter()
+def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> None:
+    """Adds rows to the rollups and to the meters of limits, or subtracts them."""
+    rollups, meters = [], []
     for row in rows:
-        place = row.started_ms // HALF_HOUR_MS * HALF_HOUR_MS, *ROLLUP_PLACE(row)
         unpriced = row.final and not row.price and row.input + row.output > 0
         counts = row.final, row.status == "failed", row.estimated != "", unpriced, *ROLLUP_COUNTS(row)
-        *before, last_ms = rollups.get(place, [0] * (len(SUMS) + 1))
-        rollups[place] = [*(old + sign * count for old, count in zip(before, counts)), max(last_ms, row.started_ms)]
-        for owner in (f"key {row.key_id}", f"account {row.account_id}"):
-            meters[owner, row.started_ms // DAY_MS] += sign * row.cost_nanos
-    tx.execute_many(ADD_TO_ROLLUPS, [(*place, *rollups[place]) for place in sorted(rollups)])
-    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?",
-                    [(nanos, *place) for place, nanos in sorted(meters.items()) if nanos])
+        half_hour_ms = row.started_ms // HALF_HOUR_MS * HALF_HOUR_MS
+        rollups.append((half_hour_ms, *ROLLUP_PLACE(row), *(sign * count for count in counts), row.started_ms))
+        if row.cost_nanos:
+            meters += [(sign * row.cost_nanos, owner, row.started_ms // DAY_MS)
+                       for owner in (f"key {row.key_id}", f"account {row.account_id}")]
+    tx.execute_many(ADD_TO_ROLLUPS, sorted(rollups))
+    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
@@ -7862,15 +7796,14 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
 # A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to requests under way. A request
-# reserves its estimated input and some output by one conditional UPDATE, extends that while output streams, and gives it
-# back with its settlement. A rate is a token bucket (GCRA): a row of `rates` with the time at which it will be full again.
-# What a request holds stands in its row of `open_requests`, so that the end of its process gives it back.
+# reserves its estimated input and some output, extends that while output streams, and gives it back with its settlement. A
+# rate is a token bucket (GCRA): a row of `rates` with the time at which it will be full again. A transaction that writes holds
+# the database alone, so what it reads before it writes is true. What a request holds stands in its row of `open_requests`, so
+# that the end of its process gives it back.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
-REFUSED_S = {"open": 0.05}  # how long a refusal is repeated without asking the database, by unit;
-REFUSED_AT_MOST_S = 1.0     # for the others, or until there may be room
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
@@ -7881,8 +7814,7 @@ class Limit(NamedTuple):
     maximum: int            # 0 for prepaid credit, whose bound is its balance
     kind: str               # key | account | credit | open | rate
     owner_id: int
-    since_day: int = 0      # of a meter: it counts what was spent since then
-
+    since_day: int          # of a meter: it counts what was spent since then
 
 
 @dataclass(eq=False)
@@ -7893,7 +7825,6 @@ class LimitExceeded(Exception):
     need: int
     wait_s: float
     spent: int = 0
-    until: float = 0.0      # when to ask the database again, by the loop's clock
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
@@ -7911,18 +7842,15 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 def limits_of(key: Key, day: int) -> list[Limit]:
     """All limits of a key on a day."""
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
-    money = [(key.budget_nanos, "key", key.id, start), (0 if key.prepaid else None, "credit", key.account_id, 0),
-             (key.account_limit_nanos, "account", key.account_id, month)]
-    others = [(key.concurrent, "open", "open"), (key.rpm, "requests", "rate"), (key.tpm, "tokens", "rate")]
-    return [*(Limit(f"{'key' if kind == 'key' else 'account'} {owner}", "nanos", maximum, kind, owner, since)
-              for maximum, kind, owner, since in money if maximum is not None),
-            *(Limit(f"key {key.id} {unit}", unit, maximum, kind, key.id) for maximum, unit, kind in others if maximum)]
-
-
-GRANT = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
-# a time more than two minutes ahead was stored before the clock was set back
-FULL_NS = "(CASE WHEN full_ns > ? AND full_ns <= ? THEN full_ns ELSE ? END + ?)"
-CHARGE = f"UPDATE rates SET full_ns = {FULL_NS} WHERE owner = ? AND {FULL_NS} <= ?"
+    owner, account = f"key {key.id}", f"account {key.account_id}"
+    limits = (
+        (owner, "nanos", key.budget_nanos, "key", key.id, start),
+        (account, "nanos", 0 if key.prepaid else None, "credit", key.account_id, 0),
+        (account, "nanos", key.account_limit_nanos, "account", key.account_id, month),
+        (f"{owner} open", "open", key.concurrent or None, "open", key.id, 0),
+        (f"{owner} requests", "requests", key.rpm or None, "rate", key.id, 0),
+        (f"{owner} tokens", "tokens", key.tpm or None, "rate", key.id, 0))
+    return [Limit._make(limit) for limit in limits if limit[2] is not None]
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
@@ -7943,28 +7871,26 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
     """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
-        return charge_rate(tx, limit, amount, now_ns)
+        each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
+        # a time more than two minutes ahead was stored before the clock was set back
+        found = tx.read("SELECT full_ns FROM rates WHERE owner = ? AND full_ns > ? AND full_ns <= ?",
+                        (limit.owner, now_ns, end_ns + WINDOW_NS))
+        left_ns, need_ns = end_ns - (found[0][0] if found else now_ns), amount * each_ns
+        if need_ns > left_ns:
+            raise LimitExceeded(limit, left_ns // each_ns, amount, (need_ns - left_ns) / 10**9)
+        left_ns -= need_ns
+        tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET full_ns = excluded.full_ns",
+                   (limit.owner, end_ns - left_ns))
+        return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
         maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
-    values = amount, limit.owner, limit.since_day, amount, maximum
-    if not tx.execute(GRANT, values):
-        spent, granted = spent_and_granted(tx, limit)
-        if not tx.execute(GRANT, values):
-            raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
+    spent, granted = spent_and_granted(tx, limit)
+    if spent + granted + amount > maximum:
+        raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
+    tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ?",
+               (amount, limit.owner, limit.since_day))
     return 0, 0.0
-
-
-def charge_rate(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
-    full_ns = now_ns, end_ns + WINDOW_NS, now_ns, amount * each_ns
-    charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
-    if not charged and tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT DO NOTHING", (limit.owner, now_ns)):
-        charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
-    left_ns = end_ns - max(now_ns, tx.read("SELECT full_ns FROM rates WHERE owner = ?", (limit.owner,))[0][0])
-    if not charged:
-        raise LimitExceeded(limit, left_ns // each_ns, amount, (amount * each_ns - left_ns) / 10**9)
-    return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
 
 
 # --- 8.7 the ledger -------------------------------------------------------------------------------
@@ -8013,7 +7939,7 @@ class Ledger:
 
     `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
 
-    def __init__(self, db: SQLite, max_unsaved: int) -> None:
+    def __init__(self, db: Database, max_unsaved: int) -> None:
         self.db = db
         self.healthy, self.max_unsaved = True, max_unsaved
         self.trouble = ""                   # why the keys could not be read last time; "" if they could
@@ -8034,7 +7960,6 @@ class Ledger:
         self.flushing: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
-        self.refused: dict[Limit, LimitExceeded] = {}
         self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
@@ -8044,7 +7969,7 @@ class Ledger:
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
         """Creates or upgrades the file; LedgerError says why it cannot be used."""
         with contextlib.ExitStack() as opened, database_errors(path):
-            db = SQLite(path, durability)
+            db = Database(path, durability)
             opened.callback(db.close)
             db.migrate()
             ledger = cls(db, max_unsaved)
@@ -8139,11 +8064,6 @@ class Ledger:
         LimitExceeded: none of them is reserved."""
         if not self.available():
             raise self.unavailable()
-        now = asyncio.get_running_loop().time()
-        for limit, need in needs:
-            no = self.refused.get(limit)
-            if no is not None and now < no.until and need >= no.need:
-                raise dataclasses.replace(no, need=need)
 
         def run(tx: Transaction) -> list[tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
@@ -8156,11 +8076,9 @@ class Ledger:
         self.pending[response_id] = row
         try:
             return await self.commit(run)
-        except LimitExceeded as no:
+        except LimitExceeded:
             if not held:
                 self.pending.pop(response_id, None)
-                no.until = now + min(no.wait_s, REFUSED_S.get(no.limit.unit, REFUSED_AT_MOST_S))
-                self.refused[no.limit] = no
             raise
         except BaseException:
             if not held:
@@ -8243,8 +8161,6 @@ class Ledger:
                     for response_id, written in unsaved.items():
                         if self.unsaved.get(response_id) is written:        # else it has been settled since
                             del self.unsaved[response_id]
-                    if unsaved:
-                        self.refused.clear()            # there may be room now
                 flushed.set_result(failure)
         finally:
             self.flushing = None
@@ -8404,19 +8320,24 @@ class Ledger:
         await self.commit(audited)
         await self.refresh()
 
-    async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+    async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
+        """A new key or account (`kind`); BadRequest where its name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
-            raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
-        token = new_key()
+            raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
         def run(tx: Transaction) -> None:
-            if tx.read("SELECT 1 FROM keys WHERE name = ? AND revoked_s = 0", (name,)):
-                raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
-                                 f"python pomex.py keys revoke {name}", param="name")
-            tx.insert("keys", {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s),
-                               "revision": tx.read(f"SELECT {NEXT_REVISION}")[0][0], **settings})
-        await self.change(who, "key created", name, run, settings)
+            tx.insert(f"{kind}s", {"name": name, "created_s": int(now_s), **columns, **settings})
+            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")        # of a new key
+        try:
+            await self.change(who, f"{kind} created", name, run, settings)
+        except sqlite3.IntegrityError:
+            hint = f" Revoke it first with: python pomex.py keys revoke {name}" if kind == "key" else ""
+            raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
+
+    async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
+        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+        token = new_key()
+        await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
 
     async def revoke_key(self, name: str, now_s: float, who: str = "") -> Key:
@@ -8464,7 +8385,7 @@ class Reservation:
         self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
-        self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
+        self.limits = limits_of(key, started_ms // DAY_MS)
         self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
         self.reserved_output = 0                        # output tokens whose cost is reserved
@@ -8543,7 +8464,6 @@ class Reservation:
                 less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
                 if no.limit.unit != "nanos" or not least <= less < output:
                     raise
-                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
                 output = less
         self.held.update(dict(needs))
         self.reserved_output += output
@@ -8601,11 +8521,6 @@ class Reservation:
         return found
 
 
-def day_words(day: int) -> str:
-    date = datetime.date.fromordinal(day + EPOCH)
-    return f"{date.day} {date:%B}"
-
-
 RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a minute", "open": "have {} requests open at once"}
 
 
@@ -8625,7 +8540,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         if no.spent < no.limit.maximum:
             message += f" and this request may cost {format_usd(no.need, 4)}"
         reset = period_bounds(period, now_s)[1]
-        message += f"; it resets on {day_words(reset)}." if reset else "."
+        day = datetime.date.fromordinal(reset + EPOCH)
+        message += f"; it resets on {day.day} {day:%B}." if reset else "."
     error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
@@ -8636,15 +8552,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 
 async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
                          who: str = "") -> None:
-    if not KEY_NAME.fullmatch(name):
-        raise BadRequest("An account's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
     settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
-
-    def run(tx: Transaction) -> None:
-        if tx.read("SELECT 1 FROM accounts WHERE name = ?", (name,)):
-            raise BadRequest(f"There is an account named {name} already.", param="name")
-        tx.insert("accounts", {"name": name, "created_s": int(now_s), **settings})
-    await ledger.change(who, "account created", name, run, settings)
+    await ledger.create("account", name, now_s, who, settings)
 
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
@@ -8708,8 +8617,9 @@ def key_condition(key_id: int) -> str:
 async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS, where: str = "1 = 1"
                       ) -> dict[int, int]:
     """What was spent in some days, by key or account."""
-    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, where, names=("cost_nanos",))
-    return {owner: sums["cost_nanos"] for (owner,), sums in found}
+    return dict(await db.read(
+        f"SELECT {column}, sum(cost_nanos) FROM usage_rollups WHERE started_ms >= ? AND started_ms < ? AND {where} "
+        f"GROUP BY {column}", first_day * DAY_MS, end_day * DAY_MS))
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
@@ -8732,24 +8642,23 @@ def month_bounds(text: str) -> tuple[int, int]:
 
 async def statement_rows(db: Database, account_id: int, first_day: int, last_day: int) -> JSON:
     """An account's month: balance before, credit entries, charges by model, balance after."""
-    entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in await db.read(
-        "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
-        account_id, (last_day + 1) * 86400)]
-    credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
+    first_s = first_day * 86400
+    (before,), = await db.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ? AND created_s < ?",
+                               account_id, first_s)
+    before -= (await spent_nanos(db, "account_id", 0, first_day)).get(account_id, 0)
+    entries = await db.read("SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s >= ? "
+                            "AND created_s < ? ORDER BY id", account_id, first_s, (last_day + 1) * 86400)
+    credits = [dict(zip(("created_s", "kind", "nanos", "reason"), entry)) for entry in entries]
     charges = await usage_report(db, "model", first_day, last_day, account_id)
-    spent, spent_before = sum(row["cost_nanos"] for row in charges), await spent_nanos(db, "account_id", 0, first_day)
-    after = sum(entry["nanos"] for entry in entries) - spent_before.get(account_id, 0) - spent
-    before = after + spent - sum(entry["nanos"] for entry in credits)
-    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent, "after_nanos": after}
+    spent = sum(row["cost_nanos"] for row in charges)
+    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
+            "after_nanos": before + sum(entry["nanos"] for entry in credits) - spent}
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum (the largest remainders are rounded up)."""
-    down = [part // unit for part in parts]
-    missing = (sum(parts) + unit // 2) // unit - sum(down)
-    for index in sorted(range(len(parts)), key=lambda index: -(parts[index] % unit))[:missing]:
-        down[index] += 1
-    return down
+    """The parts in units, rounded so that they add up to the rounded sum: each is what the running total grows by."""
+    totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
+    return [after - before for before, after in itertools.pairwise(totals)]
 
 
 async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
@@ -8763,54 +8672,53 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, what is wrong): costs against prices, rollups against rows, meters against rollups, the file's own
-    check."""
-    wrong, checked = [], 0
+    """(rows checked, what is wrong): costs against prices, rollups against rows, meters against rollups, and SQLite's own
+    check of the file."""
+    wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
+    checked = 0
     async for row in rows_in_pages(db):
         checked += 1
-        given = Usage(**{name: row[name] for name in COUNTED})
+        usage = Usage(**{name: row[name] for name in COUNTED})
         try:
-            right = cost_nanos(row["price"], row["multiplier"], given)
+            cost = cost_nanos(row["price"], row["multiplier"], usage)
         except (ValueError, ArithmeticError, LookupError):
-            right = -1
-        if right != row["cost_nanos"]:
-            wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {right}")
-        if checked_usage(given) is not given:
+            cost = -1
+        if cost != row["cost_nanos"]:
+            wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {cost}")
+        if checked_usage(usage) is not usage:
             wrong.append(f"{row['response_id']}: its token counts contradict each other")
     pruned = await db.read("SELECT value FROM settings WHERE name = 'pruned_day'")
     since_ms = int(pruned[0][0]) * DAY_MS if pruned else 0
     rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], since_ms, MAX_NUMBER, table=table))
                   for table in ("usage", "usage_rollups")]
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
-    wrong += [f"day {day_words(day)}: the sums differ from the rows" for day in sorted(days)]
+    wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
     for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
         kind, owner_id = owner.split()
         if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
-            wrong.append(f"{owner}: what is counted against its limit differs from the sums")
-    wrong += [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
+            wrong.append(f"{owner}: its limit counts another sum than the rollups")
     return checked, wrong
 
 
 async def prune(ledger: Ledger, before_day: int) -> int:
     """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
-    gone, removed = 0, 1
-    while removed:          # a part at a time: running servers write in between
-        removed = await ledger.commit(lambda tx: tx.execute(
-            "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
+    def run(tx: Transaction) -> int:
+        tx.execute("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value "
+                   "WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)", (str(before_day),))
+        return tx.execute("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
+                          (before_day * DAY_MS,))
+    gone = 0
+    while removed := await ledger.commit(run):          # a part at a time: running servers write in between
         gone += removed
-    await ledger.commit(lambda tx: tx.execute(
-        "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
-        "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
-        (str(before_day),)))
     return gone
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
     """A page of the audit log, newest first."""
-    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE id < ? AND time_ms >= ? "
+    rows = await db.read("SELECT before, after, id, time_ms, who, action, name FROM audit WHERE id < ? AND time_ms >= ? "
                          "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
-    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(row[5]),
-             "after": json.loads(row[6])} for row in rows]
+    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(before),
+             "after": json.loads(after)} for before, after, *row in rows]
 
 
 # === 9. upstream ==================================================================================

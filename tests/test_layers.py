@@ -186,6 +186,11 @@ GONE += """
     SQLite.run SQLite.waiting journal_requests nanos_since placeholders quota_message
     take_over_old_days wake_waiters
 """.split()
+# Of the file at 875c70a: journals of v00083, refusals that were remembered, a second way to take a limit, an interface of one class.
+GONE += """
+    CHARGE FULL_NS GRANT Key.limited Ledger.refused LimitExceeded.until OLD_ENTRY OLD_INTENT OLD_LINE REFUSED_AT_MOST_S REFUSED_S SAME_TROUBLE
+    SQLite charge_rate day_words old_journals take_over_journal
+""".split()
 
 
 def definitions(body, prefix=""):

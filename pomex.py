@@ -125,7 +125,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 if sys.platform != "win32":
     import resource
@@ -7705,11 +7705,12 @@ ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
 DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
-IDS_AT_ONCE = 500           # placeholders of a statement
 
 
 def to_storable(value: Any) -> int | str:
     """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
+    if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
+        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode().replace("\0", "?")
     return int(max(0, min(value, MAX_NUMBER))) if isinstance(value, (int, float)) else 0
@@ -7741,40 +7742,31 @@ def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]
     return storable
 
 
-def in_batches(ids: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yields (placeholders, ids), at most IDS_AT_ONCE at a time."""
-    for start in range(0, len(ids), IDS_AT_ONCE):
-        batch = ids[start:start + IDS_AT_ONCE]
-        yield f"({', '.join('?' * len(batch))})", batch
-
-
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
     """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
     settlement counts, unless it was a guess: the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
-    for places, batch in in_batches([*by_id]):
-        for response_id, error_code in tx.read(
-                f"SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id IN {places}", batch):
-            if error_code == "interrupted" != by_id[response_id][-1].error_code:
-                guessed = [UsageRow(*row) for row in tx.read(
-                    f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
-                upsert_rollups(tx, guessed, -1)
-                tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-                half_hour_ms = guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS
-                tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (half_hour_ms,))
-            else:
-                del by_id[response_id]
+    for response_id, rows in [*by_id.items()]:
+        found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
+        if found and found[0][0] == "interrupted" != rows[-1].error_code:
+            guessed = [UsageRow(*row) for row in tx.read(
+                f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
+            upsert_rollups(tx, guessed, -1)
+            tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
+            tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
+        elif found:
+            del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
     return by_id
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
     """Deletes open requests and releases what they had reserved."""
-    for places, batch in in_batches([*response_ids]):
-        where = f"FROM open_requests WHERE response_id IN {places}"
-        for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
-            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?", json.loads(reserved))
-        tx.execute(f"DELETE {where}", batch)
+    for response_id in response_ids:
+        for reserved, in tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,)):
+            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
+                            json.loads(reserved or "[]"))
+            tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
 
 
 def interrupted(row: UsageRow) -> UsageRow:
@@ -8076,10 +8068,6 @@ class Ledger:
         self.pending[response_id] = row
         try:
             return await self.commit(run)
-        except LimitExceeded:
-            if not held:
-                self.pending.pop(response_id, None)
-            raise
         except BaseException:
             if not held:
                 self.abandon(response_id)

@@ -1127,6 +1127,7 @@ def test_a_refusal_writes_nothing_and_ends_as_soon_as_there_is_room(path, clock,
                 with pytest.raises(pomex.LimitExceeded) as no:
                     await reserve(reservation_for(ledger, "k", f"no{number}"), *too_much)
                 assert no.value.need > no.value.remaining
+            await ledger.schedule_flush()
             assert [*ledger.db.writer.iterdump()] == before and [*ledger.pending] == ["first"]
             if enough:                          # less than what was refused is asked for
                 await reserve(reservation_for(ledger, "k", "enough"), *enough)

@@ -189,7 +189,7 @@ GONE += """
 # Of the file at 875c70a: journals of v00083, refusals that were remembered, a second way to take a limit, an interface of one class.
 GONE += """
     CHARGE FULL_NS GRANT Key.limited Ledger.refused LimitExceeded.until OLD_ENTRY OLD_INTENT OLD_LINE REFUSED_AT_MOST_S REFUSED_S SAME_TROUBLE
-    SQLite charge_rate day_words old_journals take_over_journal
+    IDS_AT_ONCE SQLite charge_rate day_words in_batches old_journals take_over_journal
 """.split()
 
 

@@ -8068,7 +8068,11 @@ class Ledger:
         self.pending[response_id] = row
         try:
             return await self.commit(run)
-        except BaseException:
+        except LimitExceeded:
+            if not held:
+                self.pending.pop(response_id, None)
+            raise
+        except BaseException:       # it may have been written
             if not held:
                 self.abandon(response_id)
             raise

@@ -7024,13 +7024,13 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 # Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
 #
 # `usage` is the one table of facts: a row for each attempt that a provider bills, the last of a request marked `final`. The
-# transaction that inserts rows adds them to `usage_rollups`, from which every report is summed, and to the meters of
-# limits. A settlement is committed before the client can see how its request ended; a request that is under way stands in
-# `open_requests` before the client sees its first byte, and becomes a row marked interrupted if its process dies. So no
-# answered request is ever without its row, and none has two. What waits to be written is committed together.
+# transaction that inserts rows adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
+# settlement is committed before the client sees how its request ended; an open request stands in `open_requests` before the
+# client sees its first byte, and becomes a row marked interrupted if its process dies. So no answered request is without
+# its row, and none has two. What waits to be written is committed together.
 #
-# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is the sum of an account's credit
-# entries less that of its charges; none is stored.
+# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is not stored: it is the sum of an
+# account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
 KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists show take 48 of them away
@@ -7085,7 +7085,7 @@ SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expire
     budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
 NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
-SELECT_DISABLED = "SELECT name FROM settings WHERE name LIKE 'disabled/%'"
+SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
 class UsageRow(NamedTuple):
@@ -7153,8 +7153,8 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Which models a key may use, as it is stored: names with * and ? in them, a blank between; "" for all. ValueError
-    for an empty text: more likely a variable that is not set."""
+    """Model patterns (names with * and ?) as stored, separated by blanks; "" for all. ValueError for an empty text: more
+    likely a variable that is not set."""
     found = text.replace(",", " ").split()
     if not found or not re.fullmatch("[!-~ ]+", " ".join(found)):
         raise ValueError
@@ -7167,7 +7167,7 @@ def new_key() -> str:
 
 
 def mask_key(token: str) -> str:
-    """A key as lists and messages show it; nothing of what cannot be one of ours in full length."""
+    """A key as lists and messages show it; nothing of a token that cannot be a whole key of ours."""
     body = token[len(KEY_PREFIX):]
     if len(body) >= 24 and body.isascii() and body.isalnum():
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
@@ -7179,7 +7179,6 @@ def key_digest(token: str) -> str:
 
 
 def utc_minute(unix_s: int) -> str:
-    """UTC, since the reader may sit in another place than this machine."""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix_s))
 
 
@@ -7204,7 +7203,7 @@ def has_checksum(token: str) -> bool:
 
 
 def explain_bad_key(header: str) -> str:
-    """Never holds what was sent, but for the two ends of what looks like one of our keys, and a variable's name."""
+    """Discloses nothing that was sent but the two ends of a key of ours, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -7224,52 +7223,52 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 
 # --- 8.2 the database -----------------------------------------------------------------------------
 #
-# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; words in braces stand for the differences.
+# All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
-SQLITE_WORDS = {"{serial}": "INTEGER PRIMARY KEY AUTOINCREMENT", "{clustered}": "WITHOUT ROWID"}
 TEXT_COLUMNS = frozenset(name for name, kind in UsageRow.__annotations__.items() if "str" in str(kind))
 ROW_TYPES = ", ".join(f"{name} {'TEXT' if name in TEXT_COLUMNS else 'BIGINT'} NOT NULL" for name in USAGE_COLUMNS)
 SCHEMA = (
-    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) {clustered}",
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE accounts (
-        id {serial}, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0, limit_nanos BIGINT,
-        multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0,
+        limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
     """CREATE TABLE keys (
-        id {serial}, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_s BIGINT NOT NULL,
-        expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0, account_id BIGINT NOT NULL DEFAULT 1,
-        models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT, period TEXT NOT NULL DEFAULT 'month',
-        rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0, concurrent BIGINT NOT NULL DEFAULT 0,
-        allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL,
+        created_s BIGINT NOT NULL, expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0,
+        account_id BIGINT NOT NULL DEFAULT 1, models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT,
+        period TEXT NOT NULL DEFAULT 'month', rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0,
+        concurrent BIGINT NOT NULL DEFAULT 0, allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
     "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
     "CREATE INDEX keys_revision ON keys (revision)",
     """CREATE TABLE credits (
-        id {serial}, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL, nanos BIGINT NOT NULL,
-        reason TEXT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL,
+        nanos BIGINT NOT NULL, reason TEXT NOT NULL)""",
     "CREATE INDEX credits_account ON credits (account_id)",
-    "CREATE TABLE usage (id {serial}, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
+    "CREATE TABLE usage (id INTEGER PRIMARY KEY AUTOINCREMENT, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
     "CREATE INDEX usage_started ON usage (started_ms)",
     "CREATE TABLE usage_rollups (" + ", ".join(
         f"{name} {'TEXT' if name in TEXT_COLUMNS and name in ROLLUP_KEY else 'BIGINT'} NOT NULL"
         for name in (*ROLLUP_KEY, *SUMS, "last_ms"))
-    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) {{clustered}}",        # started_ms: of the half hour
+    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",        # started_ms: of the half hour
     """CREATE TABLE meters (
         owner TEXT NOT NULL, since_day BIGINT NOT NULL, spent BIGINT NOT NULL, granted BIGINT NOT NULL,
-        PRIMARY KEY (owner, since_day)) {clustered}""",
-    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) {clustered}",
+        PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
+    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE processes (
         process TEXT PRIMARY KEY, host TEXT NOT NULL, pid BIGINT NOT NULL, start TEXT NOT NULL, beats BIGINT NOT NULL)""",
     "CREATE TABLE open_requests (process TEXT NOT NULL, reserved TEXT NOT NULL, " + ROW_TYPES + ", PRIMARY KEY (response_id))",
     """CREATE TABLE refusals (
-        id {serial}, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL, count BIGINT NOT NULL,
-        data TEXT NOT NULL)""",
-    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) {clustered}",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL,
+        count BIGINT NOT NULL, data TEXT NOT NULL)""",
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE audit (
-        id {serial}, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL, name TEXT NOT NULL,
-        before TEXT NOT NULL, after TEXT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
+        name TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL)""",
     """CREATE TABLE sessions (
-        id {serial}, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL, expires_s BIGINT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL,
+        expires_s BIGINT NOT NULL)""",
 )
 
 BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
@@ -7419,8 +7418,8 @@ class Database:
                 os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file in one transaction after copying it. LedgerError for a file that is
-        newer or belongs to another program."""
+        """Creates the schema, or upgrades an older file after copying it. LedgerError for a file that is newer, in use by
+        v00083, or another program's."""
         folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -7448,8 +7447,8 @@ class Database:
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
                 return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == 19:
+            except sqlite3.OperationalError:
+                if attempt == 19:
                     raise
                 time.sleep(0.05)
 
@@ -7462,8 +7461,6 @@ def create_tables(tx: Transaction) -> None:
     for kind, name in found:            # triggers, tables, indexes
         tx.execute(f"ALTER TABLE {name} RENAME TO old_{name}" if kind == "table" else f"DROP {kind} {name}")
     for statement in SCHEMA:
-        for word, meaning in SQLITE_WORDS.items():
-            statement = statement.replace(word, meaning)
         tx.execute(statement)
     if found:
         take_over_old_tables(tx)
@@ -7484,12 +7481,11 @@ def create_tables(tx: Transaction) -> None:
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     """The rows of a request and of its failed attempts."""
-    final = {**request, "attempt": request["attempts"], "result": result_of(
-        request["status"], request["terminal_by"], request["attempts"])}
-    rows = [{**final, **attempt, "final": 0, "status": "lost"} for attempt in lost]
-    final["attempt"] = max([final["attempt"], *(row["attempt"] + 1 for row in rows)])
+    request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
+    rows = [{**request, **attempt, "final": 0, "status": "lost"} for attempt in lost]
+    rows.append({**request, "attempt": max([request["attempts"], *(row["attempt"] + 1 for row in rows)])})
     return [UsageRow(**{name: row[name] for name in USAGE_COLUMNS if name in row},
-                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
+                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in rows]
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
@@ -7507,7 +7503,7 @@ def take_over_old_tables(tx: Transaction) -> None:
     for name, value in tx.read("SELECT * FROM old_settings"):
         if name in ("secret", "pruned_day") or name.startswith("disabled/"):
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
-    # the sums of a day go into its first half hour, then those of its remaining rows are subtracted: what is left was pruned
+    # the sums of a day go into its first half hour, less those of its remaining rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
     tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
                f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
@@ -7555,9 +7551,10 @@ def price_of(text: str) -> Price | None:
         return None
     if text.startswith("provider "):
         return Price(0, 0, 0, 0, 0, 0, int(decimal.Decimal(text[9:]) * 10**12))
-    base, output, read, write, long, search = f"{text} - - - -".split()[:6]
-    write = base if write == "-" else write
-    words = base, output, base if read == "-" else read, write, write if long == "-" else long, search
+    words = f"{text} - - - -".split()[:6]
+    for place, instead in ((2, 0), (3, 0), (4, 3)):
+        if words[place] == "-":
+            words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
     picos[5] *= 1000        # a token is priced per million, a search per thousand
     return Price(*picos)
@@ -7621,7 +7618,8 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
             elif kind.startswith("from"):
                 day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
                 changes.append((day, scaled(base, factors.pop(kind))))
-        ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
+        ends = factors.pop("ends", "")
+        source = f"{name} in the table of {PRICES_DATE}"
         schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
 
@@ -7787,11 +7785,10 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
-# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to requests under way. A request
-# reserves its estimated input and some output, extends that while output streams, and gives it back with its settlement. A
-# rate is a token bucket (GCRA): a row of `rates` with the time at which it will be full again. A transaction that writes holds
-# the database alone, so what it reads before it writes is true. What a request holds stands in its row of `open_requests`, so
-# that the end of its process gives it back.
+# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
+# its estimated input and some output, extends that while output streams, and releases it with its settlement; its row of
+# `open_requests` says how much, for the case that its process dies. A rate is a token bucket (GCRA): a row of `rates` with the
+# time at which it is full again. A transaction that writes holds the database alone: it can read, compare and write.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
@@ -7971,9 +7968,6 @@ class Ledger:
 
     # keys
 
-    def apply_disabled(self, rows: Iterable[Row]) -> None:
-        self.disabled = frozenset(name.removeprefix("disabled/") for name, in rows)
-
     def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
             key = Key(*columns)
@@ -7984,7 +7978,7 @@ class Ledger:
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
-            self.apply_disabled(await self.db.read(SELECT_DISABLED))
+            self.disabled = frozenset(name for name, in await self.db.read(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -8022,11 +8016,11 @@ class Ledger:
     # requests
 
     def start(self) -> None:
-        """Begins what goes on while a server runs: looking for changed keys, signs of life, counts."""
+        """Starts the background work of a server."""
         self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
 
     def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
-        """A request is about to be sent upstream. It is recorded with what is written next; `recorded` waits for that.
+        """To be called before a request is sent upstream; it is recorded with the next commit, and `recorded` waits for that.
         LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
@@ -8052,8 +8046,8 @@ class Ledger:
 
     async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> list[tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request: what `acquire` says of each.
-        LimitExceeded: none of them is reserved."""
+        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each need;
+        LimitExceeded: nothing is reserved."""
         if not self.available():
             raise self.unavailable()
 
@@ -8101,8 +8095,7 @@ class Ledger:
         await self.is_written(response_id)
 
     async def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does together with all that waits; what it raises undoes that alone. A caller who is cancelled
-        undoes nothing."""
+        """Commits what `run` does with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
         attempts: list[Attempted] = []
         self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
         failure = await asyncio.shield(self.schedule_flush())
@@ -8150,9 +8143,8 @@ class Ledger:
                     if not self.healthy:
                         log.warning("The database %s can be written again.", os.path.basename(self.db.path))
                     self.healthy = True
-                    for response_id, written in unsaved.items():
-                        if self.unsaved.get(response_id) is written:        # else it has been settled since
-                            del self.unsaved[response_id]
+                    # what has changed meanwhile has been settled since
+                    self.unsaved = {name: each for name, each in self.unsaved.items() if unsaved.get(name) is not each}
                 flushed.set_result(failure)
         finally:
             self.flushing = None
@@ -8215,13 +8207,13 @@ class Ledger:
     def begin_process(self, tx: Transaction) -> None:
         self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
         self.apply_keys(tx.read(SELECT_KEYS, (0,)))
-        self.apply_disabled(tx.read(SELECT_DISABLED))
+        self.disabled = frozenset(name for name, in tx.read(SELECT_DISABLED))
         processes = tx.read("SELECT process, pid, start FROM processes WHERE host = ?", (self.host,))
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
 
     def end_process(self, tx: Transaction) -> None:
         self.write_batch(self.writes, self.unsaved, tx)
-        self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
+        self.write_counts(self.counters, self.refusals, self.notes, tx)
         recover_open_requests(tx, [self.process])
 
     async def maintain(self) -> None:
@@ -8271,7 +8263,7 @@ class Ledger:
             self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
 
     async def save_counts(self) -> None:
-        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+        counts = dict(self.counters), dict(self.refusals), dict(self.notes)
         if not any(counts):
             return
         for each in (self.counters, self.refusals, self.notes):
@@ -8282,16 +8274,14 @@ class Ledger:
             self.counters.update(counts[0])
             raise
 
-    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
-                     notes: Mapping[str, str], tx: Transaction) -> None:
-        tx.execute_many(ADD_TO_COUNTERS, sorted((dumps(name), count) for name, count in counters.items()))
-        tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)",
-                        [(refusal["time_ms"], key_id, code, refusal["count"], dumps(refusal))
-                         for (key_id, code, _), refusal in refusals])
+    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
+                     tx: Transaction) -> None:
+        tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
+        tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
+            (each["time_ms"], key_id, code, each["count"], dumps(each)) for (key_id, code, _), each in refusals.items()])
+        tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
         tx.execute_many("INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                        sorted(notes.items()))
-        if refusals:
-            tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
+                        notes.items())
 
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
@@ -8303,7 +8293,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Changes keys, accounts, credits, providers or settings; the audit log keeps old and new values, but no secrets."""
+        """Runs a change in one transaction with its row of the audit log, which keeps old and new values, but no secrets."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -8350,7 +8340,7 @@ class Ledger:
     async def use_provider(self, name: str, use: bool, who: str = "") -> None:
         """Enables or disables a provider, in every process."""
         change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, '1') ON CONFLICT DO NOTHING"
-        await self.change(who, "provider enabled" if use else "provider disabled", name, lambda tx: tx.execute(
+        await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
     def backup(self, path: str) -> None:
@@ -8437,11 +8427,10 @@ class Reservation:
         there is too little of something."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
-            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
-                       "requests": first, "open": first}
             # a request larger than a whole minute's tokens passes when the bucket is full
-            needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
-                     for limit in self.limits if amounts[limit.unit]]
+            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "requests": first, "open": first,
+                       "tokens": min(input_tokens + charged, self.key.tpm)}
+            needs = [(limit, amounts[limit.unit]) for limit in self.limits if amounts[limit.unit]]
             try:
                 if needs:
                     states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
@@ -8494,11 +8483,9 @@ class Reservation:
     async def settle(self, final: UsageRow) -> None:
         """Writes the rows of the request and releases what it had reserved."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
-        tokens, rates = sum(row.input + row.output for row in rows), []
-        for limit, charged in self.held.items():
-            if limit.unit == "tokens":
-                change = min(tokens - charged, max(limit.maximum - charged, 0))
-                rates.append((change * (WINDOW_NS // limit.maximum), limit.owner))
+        tokens = sum(row.input + row.output for row in rows)
+        rates = [(min(tokens - charged, max(limit.maximum - charged, 0)) * (WINDOW_NS // limit.maximum), limit.owner)
+                 for limit, charged in self.held.items() if limit.unit == "tokens"]
         self.held = collections.Counter()
         await self.ledger.settle(rows, rates)
 
@@ -8506,10 +8493,8 @@ class Reservation:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
         for limit, (remaining, reset_s) in self.rates.items():
-            seconds = math.ceil(reset_s)
-            reset = f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
-            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value))
-                      for name, value in (("limit", limit.maximum), ("remaining", remaining), ("reset", reset))]
+            values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
+            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
         return found
 
 
@@ -8565,17 +8550,16 @@ async def account_named(db: Database, name: str) -> int:
     return int(found[0][0])
 
 
-async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> str:
-    """Adds a top-up, or with a reason an adjustment; returns which."""
+async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> None:
+    """Adds a top-up, or with a reason an adjustment."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:
         raise BadRequest("Taking credit away needs its reason.", param="reason")
-    kind, account_id = "adjustment" if reason else "top-up", await account_named(ledger.db, name)
-    entry = {"kind": kind, "nanos": nanos, "reason": reason}
+    account_id = await account_named(ledger.db, name)
+    entry = {"kind": "adjustment" if reason else "top-up", "nanos": nanos, "reason": reason}
     await ledger.change(who, "credit added", name, lambda tx: tx.insert(
         "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
-    return kind
 
 
 # --- 8.10 reports and care ------------------------------------------------------------------------
@@ -8593,7 +8577,7 @@ ROW_SUMS = {        # of rows, what the same name sums of rollups
 async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms: int, where: str = "1 = 1",
                      values: Sequence[Any] = (), table: str = "usage_rollups", names: Sequence[str] = SUMS
                      ) -> list[tuple[Row, JSON]]:
-    """(group, sums) of what was used in a time: of rollups, whose time is that of their half hour, or of the rows."""
+    """(group, sums) of rollups, which have the time of their half hour, or of rows."""
     columns = {name: ROW_SUMS.get(name, name) if table == "usage" else name for name in names}
     selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns.values())])
     grouped = " GROUP BY " + ", ".join(str(number + 1) for number in range(len(group))) if group else ""
@@ -8664,8 +8648,7 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, what is wrong): costs against prices, rollups against rows, meters against rollups, and SQLite's own
-    check of the file."""
+    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups, and SQLite's own check."""
     wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
     checked = 0
     async for row in rows_in_pages(db):

@@ -7089,25 +7089,25 @@ SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabl
 
 
 class UsageRow(NamedTuple):
-    """An attempt that is billed, as it stands in the table `usage`; in `open_requests`, a request under way."""
+    """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
     started_ms: int                 # of the request, Unix time
     key_id: int
     endpoint: str
     model: str                      # as the client asked for it
-    attempt: int = 0                # which try of a target it was
-    final: int = 1                  # 1: how the request ended; 0: an attempt that was given up and is billed all the same
+    attempt: int = 0                # its number, from 1
+    final: int = 1                  # 1: how the request ended; 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
     served_model: str = ""          # the model that the answer names, where it is another
-    status: str = "completed"       # completed | incomplete | failed | cancelled | lost, where it is not final
-    result: str = ""                # of RESULTS; that of its request where it is not final
+    status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
+    result: str = ""                # of RESULTS: that of its request
     error_code: str = ""
     error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": none was, the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count; "" where they are
+    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": the answer is a status
+    estimated: str = ""             # why the tokens are not the provider's own count; "": they are
     tier: str = ""                  # the service tier, as the provider says
     session: str = ""               # the client's name of the conversation
     client: str = ""                # its User-Agent
@@ -7121,14 +7121,14 @@ class UsageRow(NamedTuple):
     price: str = ""                 # USD per million tokens, as section 8.4 has it; "": no price
     multiplier: int = 1_000_000     # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0            # what the cached input would have cost more without the cache
+    saved_nanos: int = 0            # by the cache
     asked_ms: int = 0               # from the request: to the newest upstream call,
     answering_ms: int = 0           # to the head of its answer,
     first_ms: int = 0               # to the first output; 0: none came
     total_ms: int = 0               # and to the end
     attempts: int = 0               # requests sent upstream
     upstream_id: str = ""           # the provider's request id
-    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`, where there is any
+    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -7155,10 +7155,10 @@ def key_check(body: str) -> str:
 def model_patterns(text: str) -> str:
     """Model patterns (names with * and ?) as stored, separated by blanks; "" for all. ValueError for an empty text: more
     likely a variable that is not set."""
-    found = text.replace(",", " ").split()
-    if not found or not re.fullmatch("[!-~ ]+", " ".join(found)):
+    patterns = " ".join(text.replace(",", " ").split())
+    if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
-    return "" if found == ["all"] else " ".join(found)
+    return "" if patterns == "all" else patterns
 
 
 def new_key() -> str:
@@ -7169,7 +7169,7 @@ def new_key() -> str:
 def mask_key(token: str) -> str:
     """A key as lists and messages show it; nothing of a token that cannot be a whole key of ours."""
     body = token[len(KEY_PREFIX):]
-    if len(body) >= 24 and body.isascii() and body.isalnum():
+    if re.fullmatch("[0-9A-Za-z]{24,}", body):
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
     return KEY_PREFIX + "…"
 
@@ -7281,11 +7281,10 @@ def insertion(table: str, columns: Collection[str]) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
+@dataclass(slots=True)
 class Transaction:
     """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
+    connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """Returns the number of rows it changed."""
@@ -7322,7 +7321,6 @@ FILE_TROUBLE = {            # SQLite's primary result code -> message for the op
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: look at the permissions of the file and of its folder.",
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full.",
     sqlite3.SQLITE_BUSY: "is locked by another program.",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error.",
 }
 
 
@@ -7480,7 +7478,6 @@ def create_tables(tx: Transaction) -> None:
 # stayed when its rows were pruned.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
-    """The rows of a request and of its failed attempts."""
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
     rows = [{**request, **attempt, "final": 0, "status": "lost"} for attempt in lost]
     rows.append({**request, "attempt": max([request["attempts"], *(row["attempt"] + 1 for row in rows)])})
@@ -7638,8 +7635,8 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """Finds the price of a target: under its own name, configured or built in; its family's; the one configured for the
-    requested name; zero at a free provider. It never guesses."""
+    """The price of a target: of its own name, configured or built in; of its family; the one configured for the requested
+    name; zero at a free provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
@@ -7696,7 +7693,7 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
-SELECT_OPEN = f"SELECT {', '.join(USAGE_COLUMNS)} FROM open_requests"
+COLUMNS = ", ".join(USAGE_COLUMNS)
 ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
                   + f" ON CONFLICT ({', '.join(ROLLUP_KEY)}) DO UPDATE SET "
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
@@ -7728,7 +7725,7 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
         if row.cost_nanos:
             meters += [(sign * row.cost_nanos, owner, row.started_ms // DAY_MS)
                        for owner in (f"key {row.key_id}", f"account {row.account_id}")]
-    tx.execute_many(ADD_TO_ROLLUPS, sorted(rollups))
+    tx.execute_many(ADD_TO_ROLLUPS, rollups)
     tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
 
 
@@ -7748,7 +7745,7 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
         if found and found[0][0] == "interrupted" != rows[-1].error_code:
             guessed = [UsageRow(*row) for row in tx.read(
-                f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
+                f"SELECT {COLUMNS} FROM usage WHERE response_id = ?", (response_id,))]
             upsert_rollups(tx, guessed, -1)
             tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
             tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
@@ -7776,7 +7773,8 @@ def interrupted(row: UsageRow) -> UsageRow:
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
     """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
-    rows = [UsageRow(*row) for row in tx.read(f"{SELECT_OPEN} WHERE process NOT IN (SELECT process FROM processes)")]
+    rows = [UsageRow(*row) for row in tx.read(
+        f"SELECT {COLUMNS} FROM open_requests WHERE process NOT IN (SELECT process FROM processes)")]
     if rows:
         settle_requests(tx, [[interrupted(row)] for row in rows])
         close_requests(tx, [row.response_id for row in rows])
@@ -7808,7 +7806,6 @@ class Limit(NamedTuple):
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
-    """A limit has no room for what was asked."""
     limit: Limit
     remaining: int
     need: int
@@ -7829,7 +7826,6 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 @functools.lru_cache(4096)
 def limits_of(key: Key, day: int) -> list[Limit]:
-    """All limits of a key on a day."""
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     owner, account = f"key {key.id}", f"account {key.account_id}"
     limits = (
@@ -7956,7 +7952,7 @@ class Ledger:
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
-        """Creates or upgrades the file; LedgerError says why it cannot be used."""
+        """Creates or upgrades the file; LedgerError: it cannot be used."""
         with contextlib.ExitStack() as opened, database_errors(path):
             db = Database(path, durability)
             opened.callback(db.close)
@@ -8223,8 +8219,7 @@ class Ledger:
                 await self.refresh()
                 if not self.healthy:
                     self.schedule_flush()
-                if tick % 2 == 0 or self.refusals:      # the set-up page may be waiting for them
-                    await self.save_counts()
+                await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
             except LedgerError:                 # requests meet it too, where it is reported
@@ -8235,18 +8230,17 @@ class Ledger:
 
     async def beat(self) -> None:
         """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
-        now, dead, seen = time.monotonic(), [], self.beats
+        def run(tx: Transaction) -> None:
+            self.register(tx)
+            recover_open_requests(tx, dead)
+        now, dead, seen = time.monotonic(), list[str](), self.beats
         self.beats = {}
         for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
             since = self.beats[process, count] = seen.get((process, count), now)
             if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
-            await self.commit(functools.partial(self.write_beat, dead))
-
-    def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
-        self.register(tx)
-        recover_open_requests(tx, dead)
+            await self.commit(run)
 
     def register(self, tx: Transaction) -> None:
         tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
@@ -8460,10 +8454,9 @@ class Reservation:
     async def extend(self, written: int) -> bool:
         """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
         exceed max_output_tokens, and some servers ignore it."""
-        tokens = written // 4
         while not self.covers(written):
             if self.exhausted:
-                return tokens < min(self.reserved_output, self.charged_output)
+                return written // 4 < min(self.reserved_output, self.charged_output)
             ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             enough = self.reserved_output + step
@@ -8506,8 +8499,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
     keeps the true code."""
     if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
-        may = RATES[no.limit.unit].format(no.limit.maximum)
-        return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
+        rate = RATES[no.limit.unit].format(no.limit.maximum)
+        return GatewayError(f"Key {key.name} may {rate}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
     if no.limit.kind == "credit":
         message = f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
@@ -8575,15 +8568,14 @@ ROW_SUMS = {        # of rows, what the same name sums of rollups
 
 
 async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms: int, where: str = "1 = 1",
-                     values: Sequence[Any] = (), table: str = "usage_rollups", names: Sequence[str] = SUMS
-                     ) -> list[tuple[Row, JSON]]:
+                     values: Sequence[Any] = (), table: str = "usage_rollups") -> list[tuple[Row, JSON]]:
     """(group, sums) of rollups, which have the time of their half hour, or of rows."""
-    columns = {name: ROW_SUMS.get(name, name) if table == "usage" else name for name in names}
-    selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns.values())])
-    grouped = " GROUP BY " + ", ".join(str(number + 1) for number in range(len(group))) if group else ""
+    columns = [ROW_SUMS.get(name, name) if table == "usage" else name for name in SUMS]
+    selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns)])
+    grouped = " GROUP BY " + ", ".join(map(str, range(1, len(group) + 1))) if group else ""
     rows = await db.read(f"SELECT {selected} FROM {table} WHERE started_ms >= ? AND started_ms < ? AND {where}{grouped}",
                          since_ms, until_ms, *values)
-    return [(row[:len(group)], dict(zip(names, row[len(group):]))) for row in rows]
+    return [(row[:len(group)], dict(zip(SUMS, row[len(group):]))) for row in rows]
 
 
 def key_condition(key_id: int) -> str:
@@ -8640,7 +8632,7 @@ def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
 async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
     """Every row, in the order in which requests were settled."""
     last_id = 0
-    while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {', '.join(USAGE_COLUMNS)} FROM usage "
+    while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {COLUMNS} FROM usage "
                                 "WHERE started_ms >= ? AND id > ? ORDER BY id LIMIT 5000", since_ms, last_id):
         for row in rows:
             yield dict(zip(("key", "account", *USAGE_COLUMNS), row[1:]))
@@ -8662,9 +8654,9 @@ async def verify(db: Database) -> tuple[int, list[str]]:
             wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {cost}")
         if checked_usage(usage) is not usage:
             wrong.append(f"{row['response_id']}: its token counts contradict each other")
-    pruned = await db.read("SELECT value FROM settings WHERE name = 'pruned_day'")
-    since_ms = int(pruned[0][0]) * DAY_MS if pruned else 0
-    rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], since_ms, MAX_NUMBER, table=table))
+    (pruned_day,), = await db.read(
+        "SELECT coalesce(max(CAST(value AS BIGINT)), 0) FROM settings WHERE name = 'pruned_day'")
+    rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], pruned_day * DAY_MS, MAX_NUMBER, table=table))
                   for table in ("usage", "usage_rollups")]
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
     wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
@@ -10792,7 +10784,7 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
         line["tokens"][slot] = sums["input"] + sums["output"]
     before_ms = 2 * since_ms - until_ms         # as much of the time before as has passed of this one
     passed_ms = (min(now_ms, until_ms) - since_ms) // HALF_HOUR_MS * HALF_HOUR_MS
-    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
+    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine)
     first_day, next_day = period_bounds("month", now_s)
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
@@ -11529,9 +11521,9 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
     for (name, minute), sums in await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms,
-                                                 since_ms + 3_600_000, table="usage", names=("requests", "failed")):
+                                                 since_ms + 3_600_000, table="usage"):
         if name in minutes:
-            minutes[name][minute] = [*sums.values()]
+            minutes[name][minute] = [sums["requests"], sums["failed"]]
     times = await latencies(db, since_ms, 0)
     running = await open_requests(db, 0)
     saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")

@@ -125,10 +125,9 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 if sys.platform != "win32":
-    import fcntl
     import resource
 
 JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; the function that takes it names its shape
@@ -6921,13 +6920,13 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 # Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
 #
 # `usage` is the one table of facts: a row for each attempt that a provider bills, the last of a request marked `final`. The
-# transaction that inserts rows adds them to `usage_rollups`, from which every report is summed, and to the meters of
-# limits. A settlement is committed before the client can see how its request ended; a request that is under way stands in
-# `open_requests` before the client sees its first byte, and becomes a row marked interrupted if its process dies. So no
-# answered request is ever without its row, and none has two. What waits to be written is committed together.
+# transaction that inserts rows adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
+# settlement is committed before the client sees how its request ended; an open request stands in `open_requests` before the
+# client sees its first byte, and becomes a row marked interrupted if its process dies. So no answered request is without
+# its row, and none has two. What waits to be written is committed together.
 #
-# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is the sum of an account's credit
-# entries less that of its charges; none is stored.
+# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is not stored: it is the sum of an
+# account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
 KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists show take 48 of them away
@@ -6970,10 +6969,6 @@ class Key:
     def money_limited(self) -> bool:
         return bool(self.budget_nanos is not None or self.prepaid or self.account_limit_nanos is not None)
 
-    @property
-    def limited(self) -> bool:
-        return bool(self.money_limited or self.rpm or self.tpm or self.concurrent)
-
     def state(self, now_s: float) -> str:
         return "revoked" if self.revoked_s else "expired" if 0 < self.expires_s <= now_s else "active"
 
@@ -6985,30 +6980,30 @@ KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "
 SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
     budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT coalesce(max(revision), 0) + 1 FROM keys)"      # of a key that changes, by which all processes see it
-SELECT_DISABLED = "SELECT name FROM settings WHERE name LIKE 'disabled/%'"
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
+SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
 class UsageRow(NamedTuple):
-    """An attempt that is billed, as it stands in the table `usage`; in `open_requests`, a request under way."""
+    """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
     started_ms: int                 # of the request, Unix time
     key_id: int
     endpoint: str
     model: str                      # as the client asked for it
-    attempt: int = 0                # which try of a target it was
-    final: int = 1                  # 1: how the request ended; 0: an attempt that was given up and is billed all the same
+    attempt: int = 0                # its number, from 1
+    final: int = 1                  # 1: how the request ended; 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
     served_model: str = ""          # the model that the answer names, where it is another
-    status: str = "completed"       # completed | incomplete | failed | cancelled | lost, where it is not final
-    result: str = ""                # of RESULTS; that of its request where it is not final
+    status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
+    result: str = ""                # of RESULTS: that of its request
     error_code: str = ""
     error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": none was, the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count; "" where they are
+    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": the answer is a status
+    estimated: str = ""             # why the tokens are not the provider's own count; "": they are
     tier: str = ""                  # the service tier, as the provider says
     session: str = ""               # the client's name of the conversation
     client: str = ""                # its User-Agent
@@ -7022,14 +7017,14 @@ class UsageRow(NamedTuple):
     price: str = ""                 # USD per million tokens, as section 8.4 has it; "": no price
     multiplier: int = 1_000_000     # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0            # what the cached input would have cost more without the cache
+    saved_nanos: int = 0            # by the cache
     asked_ms: int = 0               # from the request: to the newest upstream call,
     answering_ms: int = 0           # to the head of its answer,
     first_ms: int = 0               # to the first output; 0: none came
     total_ms: int = 0               # and to the end
     attempts: int = 0               # requests sent upstream
     upstream_id: str = ""           # the provider's request id
-    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`, where there is any
+    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -7054,12 +7049,12 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Which models a key may use, as it is stored: names with * and ? in them, a blank between; "" for all. ValueError
-    for an empty text: more likely a variable that is not set."""
-    found = text.replace(",", " ").split()
-    if not found or not re.fullmatch("[!-~ ]+", " ".join(found)):
+    """Model patterns (names with * and ?) as stored, separated by blanks; "" for all. ValueError for an empty text: more
+    likely a variable that is not set."""
+    patterns = " ".join(text.replace(",", " ").split())
+    if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
-    return "" if found == ["all"] else " ".join(found)
+    return "" if patterns == "all" else patterns
 
 
 def new_key() -> str:
@@ -7068,9 +7063,9 @@ def new_key() -> str:
 
 
 def mask_key(token: str) -> str:
-    """A key as lists and messages show it; nothing of what cannot be one of ours in full length."""
+    """A key as lists and messages show it; nothing of a token that cannot be a whole key of ours."""
     body = token[len(KEY_PREFIX):]
-    if len(body) >= 24 and body.isascii() and body.isalnum():
+    if re.fullmatch("[0-9A-Za-z]{24,}", body):
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
     return KEY_PREFIX + "…"
 
@@ -7080,7 +7075,6 @@ def key_digest(token: str) -> str:
 
 
 def utc_minute(unix_s: int) -> str:
-    """UTC, since the reader may sit in another place than this machine."""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix_s))
 
 
@@ -7105,7 +7099,7 @@ def has_checksum(token: str) -> bool:
 
 
 def explain_bad_key(header: str) -> str:
-    """Never holds what was sent, but for the two ends of what looks like one of our keys, and a variable's name."""
+    """Discloses nothing that was sent but the two ends of a key of ours, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -7125,52 +7119,52 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 
 # --- 8.2 the database -----------------------------------------------------------------------------
 #
-# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; words in braces stand for the differences.
+# All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
-SQLITE_WORDS = {"{serial}": "INTEGER PRIMARY KEY AUTOINCREMENT", "{clustered}": "WITHOUT ROWID"}
 TEXT_COLUMNS = frozenset(name for name, kind in UsageRow.__annotations__.items() if "str" in str(kind))
 ROW_TYPES = ", ".join(f"{name} {'TEXT' if name in TEXT_COLUMNS else 'BIGINT'} NOT NULL" for name in USAGE_COLUMNS)
 SCHEMA = (
-    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) {clustered}",
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE accounts (
-        id {serial}, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0, limit_nanos BIGINT,
-        multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0,
+        limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
     """CREATE TABLE keys (
-        id {serial}, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_s BIGINT NOT NULL,
-        expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0, account_id BIGINT NOT NULL DEFAULT 1,
-        models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT, period TEXT NOT NULL DEFAULT 'month',
-        rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0, concurrent BIGINT NOT NULL DEFAULT 0,
-        allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL,
+        created_s BIGINT NOT NULL, expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0,
+        account_id BIGINT NOT NULL DEFAULT 1, models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT,
+        period TEXT NOT NULL DEFAULT 'month', rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0,
+        concurrent BIGINT NOT NULL DEFAULT 0, allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
     "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
     "CREATE INDEX keys_revision ON keys (revision)",
     """CREATE TABLE credits (
-        id {serial}, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL, nanos BIGINT NOT NULL,
-        reason TEXT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL,
+        nanos BIGINT NOT NULL, reason TEXT NOT NULL)""",
     "CREATE INDEX credits_account ON credits (account_id)",
-    "CREATE TABLE usage (id {serial}, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
+    "CREATE TABLE usage (id INTEGER PRIMARY KEY AUTOINCREMENT, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
     "CREATE INDEX usage_started ON usage (started_ms)",
     "CREATE TABLE usage_rollups (" + ", ".join(
         f"{name} {'TEXT' if name in TEXT_COLUMNS and name in ROLLUP_KEY else 'BIGINT'} NOT NULL"
         for name in (*ROLLUP_KEY, *SUMS, "last_ms"))
-    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) {{clustered}}",        # started_ms: of the half hour
+    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",        # started_ms: of the half hour
     """CREATE TABLE meters (
         owner TEXT NOT NULL, since_day BIGINT NOT NULL, spent BIGINT NOT NULL, granted BIGINT NOT NULL,
-        PRIMARY KEY (owner, since_day)) {clustered}""",
-    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) {clustered}",
+        PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
+    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE processes (
         process TEXT PRIMARY KEY, host TEXT NOT NULL, pid BIGINT NOT NULL, start TEXT NOT NULL, beats BIGINT NOT NULL)""",
     "CREATE TABLE open_requests (process TEXT NOT NULL, reserved TEXT NOT NULL, " + ROW_TYPES + ", PRIMARY KEY (response_id))",
     """CREATE TABLE refusals (
-        id {serial}, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL, count BIGINT NOT NULL,
-        data TEXT NOT NULL)""",
-    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) {clustered}",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL,
+        count BIGINT NOT NULL, data TEXT NOT NULL)""",
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE audit (
-        id {serial}, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL, name TEXT NOT NULL,
-        before TEXT NOT NULL, after TEXT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
+        name TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL)""",
     """CREATE TABLE sessions (
-        id {serial}, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL, expires_s BIGINT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL,
+        expires_s BIGINT NOT NULL)""",
 )
 
 BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
@@ -7183,11 +7177,10 @@ def insertion(table: str, columns: Collection[str]) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
+@dataclass(slots=True)
 class Transaction:
     """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
+    connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """Returns the number of rows it changed."""
@@ -7216,39 +7209,24 @@ class Transaction:
         return attempted
 
 
-class Database(Protocol):
-    async def read(self, sql: str, *values: Any) -> list[Row]:
-        """All rows."""
-
-    async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
-
-
 FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
                              "Another place: POMEX_DATABASE_URL=sqlite:FOLDER/pomex.db",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: look at the permissions of the file and of its folder.",
-    sqlite3.SQLITE_PERM: "cannot be opened: look at the permissions of the file and of its folder.",
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full.",
     sqlite3.SQLITE_BUSY: "is locked by another program.",
-    sqlite3.SQLITE_LOCKED: "is locked by another program.",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error.",
-}
-SAME_TROUBLE = {            # errno values that mean the same
-    errno.EACCES: sqlite3.SQLITE_READONLY, errno.EPERM: sqlite3.SQLITE_READONLY,
-    errno.EROFS: sqlite3.SQLITE_READONLY, errno.EIO: sqlite3.SQLITE_IOERR,
-    errno.ENOSPC: sqlite3.SQLITE_FULL, errno.EDQUOT: sqlite3.SQLITE_FULL,
 }
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
     """What went wrong with a database file. The message does not disclose its folder."""
+    code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
-        code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
-    else:
-        code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
+        reason = error.strerror or ""       # str() would give the path
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            code = sqlite3.SQLITE_READONLY
     return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
@@ -7274,8 +7252,8 @@ def create_file(path: str) -> None:
             os.chmod(path + suffix, 0o600)
 
 
-class SQLite:
-    """A Database in a file: one thread reads, another writes."""
+class Database:
+    """A SQLite file: one thread reads, another writes."""
 
     def __init__(self, path: str, durability: str) -> None:
         create_file(path)
@@ -7292,10 +7270,12 @@ class SQLite:
                 raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
+        """All rows."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
+        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
@@ -7332,9 +7312,9 @@ class SQLite:
                 os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file in one transaction after copying it. LedgerError for a file that is
-        newer or belongs to another program."""
-        name, journals = os.path.basename(self.path), list[io.BufferedReader]()
+        """Creates the schema, or upgrades an older file after copying it. LedgerError for a file that is newer, in use by
+        v00083, or another program's."""
+        folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
         if tables and application != APPLICATION_ID:
@@ -7346,15 +7326,14 @@ class SQLite:
         if version == SCHEMA_VERSION:
             return
         before = f"{self.path}.before-{SCHEMA_VERSION}"
-        if tables:
-            journals = old_journals(self.path)
-            if not os.path.exists(before):
-                self.copy(before)
-                log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
-        self.commit(functools.partial(create_tables, journals))
-        for journal in journals:
-            journal.close()
-            os.unlink(journal.name)
+        journal = next((file for file in os.listdir(folder) if file.startswith(f"{name}-requests-")), None)
+        if tables and journal:
+            raise LedgerError(f"The database {name} is in use by v00083, or has requests that v00083 has not billed yet (in "
+                              f"{journal} beside it). Start and stop v00083 once, then start this version.")
+        if tables and not os.path.exists(before):
+            self.copy(before)
+            log.info("ledger: %s is upgraded; a copy of the old file is in %s", name, os.path.basename(before))
+        self.commit(create_tables)
 
     def use_wal(self) -> None:
         """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
@@ -7362,13 +7341,13 @@ class SQLite:
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
                 return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == 19:
+            except sqlite3.OperationalError:
+                if attempt == 19:
                     raise
                 time.sleep(0.05)
 
 
-def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> None:
+def create_tables(tx: Transaction) -> None:
     """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
@@ -7376,11 +7355,9 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
     for kind, name in found:            # triggers, tables, indexes
         tx.execute(f"ALTER TABLE {name} RENAME TO old_{name}" if kind == "table" else f"DROP {kind} {name}")
     for statement in SCHEMA:
-        for word, meaning in SQLITE_WORDS.items():
-            statement = statement.replace(word, meaning)
         tx.execute(statement)
     if found:
-        take_over_old_tables(tx, journals)
+        take_over_old_tables(tx)
         for kind, name in found:
             if kind == "table":
                 tx.execute(f"DROP TABLE old_{name}")
@@ -7394,58 +7371,14 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
 # In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
-# stayed when its rows were pruned. Open requests and unsaved rows were in journal files beside the database.
-
-OLD_INTENT = ("response_id request_id started_ms key_id endpoint model account_id provider upstream_model input price "
-              "multiplier cost_nanos").split()
-OLD_LINE = ("response_id attempt provider upstream_model error_code estimated input cached cache_write output reasoning "
-            "cache_write_1h web_searches price multiplier cost_nanos").split()
-OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider upstream_model status error_code terminal_by "
-             "estimated input cached cache_write output reasoning first_ms total_ms attempts account_id cache_write_1h "
-             "web_searches price multiplier cost_nanos lost served_model").split()
-
-
-def old_journals(path: str) -> list[io.BufferedReader]:
-    """Opens and locks the journals beside a file. LedgerError if one is locked by a running program."""
-    folder, name = os.path.split(os.path.abspath(path))
-    journals = []
-    for file in sorted(os.scandir(folder), key=lambda file: file.name):
-        if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
-            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the upgrade is committed
-            if sys.platform == "win32":         # where v00083 did not lock its journals
-                continue
-            try:
-                fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise LedgerError(f"The database {name} is in use by an older Pomex, which cannot read the new schema. "
-                                  "Stop it first.") from None
-    return journals
-
+# stayed when its rows were pruned.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
-    """The rows of a request and of its failed attempts."""
-    final = {**request, "attempt": request["attempts"], "result": result_of(
-        request["status"], request["terminal_by"], request["attempts"])}
-    rows = [{**final, **attempt, "final": 0, "status": "lost"} for attempt in lost]
-    final["attempt"] = max([final["attempt"], *(row["attempt"] + 1 for row in rows)])
+    request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
+    rows = [{**request, **attempt, "final": 0, "status": "lost"} for attempt in lost]
+    rows.append({**request, "attempt": max([request["attempts"], *(row["attempt"] + 1 for row in rows)])})
     return [UsageRow(**{name: row[name] for name in USAGE_COLUMNS if name in row},
-                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
-
-
-def take_over_journal(tx: Transaction, journal: bytes) -> None:
-    """Settles its requests; one that was begun counts as interrupted until its settlement is found."""
-    for line in journal.split(b"\n")[:-1]:        # the last line may be incomplete
-        try:
-            values = json.loads(line[1:])
-            if line[:1] == b"I":
-                rows = [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))]
-            else:
-                request = dict(zip(OLD_ENTRY, values))
-                rows = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
-        except (ValueError, TypeError, LookupError):
-            log.warning("ledger: a line of a journal could not be read")
-        else:
-            settle_requests(tx, [rows])
+                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in rows]
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
@@ -7454,7 +7387,7 @@ def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
     return (dict(zip(names, row)) for row in cursor)
 
 
-def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader]) -> None:
+def take_over_old_tables(tx: Transaction) -> None:
     for table in ("accounts", "keys", "credits"):
         for row in read_old(tx, table):
             if table == "keys":
@@ -7463,7 +7396,7 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
     for name, value in tx.read("SELECT * FROM old_settings"):
         if name in ("secret", "pruned_day") or name.startswith("disabled/"):
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
-    # the sums of a day go into its first half hour, then those of its remaining rows are subtracted: what is left was pruned
+    # the sums of a day go into its first half hour, less those of its remaining rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
     tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
                f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
@@ -7474,8 +7407,6 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
         upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
                             for row in rows], -1)
     tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
-    for journal in journals:
-        take_over_journal(tx, journal.read())
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -7513,9 +7444,10 @@ def price_of(text: str) -> Price | None:
         return None
     if text.startswith("provider "):
         return Price(0, 0, 0, 0, 0, 0, int(decimal.Decimal(text[9:]) * 10**12))
-    base, output, read, write, long, search = f"{text} - - - -".split()[:6]
-    write = base if write == "-" else write
-    words = base, output, base if read == "-" else read, write, write if long == "-" else long, search
+    words = f"{text} - - - -".split()[:6]
+    for place, instead in ((2, 0), (3, 0), (4, 3)):
+        if words[place] == "-":
+            words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
     picos[5] *= 1000        # a token is priced per million, a search per thousand
     return Price(*picos)
@@ -7579,7 +7511,8 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
             elif kind.startswith("from"):
                 day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
                 changes.append((day, scaled(base, factors.pop(kind))))
-        ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
+        ends = factors.pop("ends", "")
+        source = f"{name} in the table of {PRICES_DATE}"
         schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
 
@@ -7598,8 +7531,8 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """Finds the price of a target: under its own name, configured or built in; its family's; the one configured for the
-    requested name; zero at a free provider. It never guesses."""
+    """The price of a target: of its own name, configured or built in; of its family; the one configured for the requested
+    name; zero at a free provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
@@ -7656,14 +7589,13 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
-SELECT_OPEN = f"SELECT {', '.join(USAGE_COLUMNS)} FROM open_requests"
+COLUMNS = ", ".join(USAGE_COLUMNS)
 ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
                   + f" ON CONFLICT ({', '.join(ROLLUP_KEY)}) DO UPDATE SET "
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
 DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
-IDS_AT_ONCE = 500           # placeholders of a statement
 
 
 def to_storable(value: Any) -> int | str:
@@ -7678,21 +7610,19 @@ def to_storable(value: Any) -> int | str:
 ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.attrgetter(*SUMS[4:])
 
 
-def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> None:
-    """Adds rows to the rollups and to the meters of limits."""
-    rollups: dict[Row, list[int]] = {}
-    meters: collections.Counter[tuple[str, int]] = collections.Counter()
+def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> None:
+    """Adds rows to the rollups and to the meters of limits, or subtracts them."""
+    rollups, meters = [], []
     for row in rows:
-        place = row.started_ms // HALF_HOUR_MS * HALF_HOUR_MS, *ROLLUP_PLACE(row)
         unpriced = row.final and not row.price and row.input + row.output > 0
         counts = row.final, row.status == "failed", row.estimated != "", unpriced, *ROLLUP_COUNTS(row)
-        *before, last_ms = rollups.get(place, [0] * (len(SUMS) + 1))
-        rollups[place] = [*(old + sign * count for old, count in zip(before, counts)), max(last_ms, row.started_ms)]
-        for owner in (f"key {row.key_id}", f"account {row.account_id}"):
-            meters[owner, row.started_ms // DAY_MS] += sign * row.cost_nanos
-    tx.execute_many(ADD_TO_ROLLUPS, [(*place, *rollups[place]) for place in sorted(rollups)])
-    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?",
-                    [(nanos, *place) for place, nanos in sorted(meters.items()) if nanos])
+        half_hour_ms = row.started_ms // HALF_HOUR_MS * HALF_HOUR_MS
+        rollups.append((half_hour_ms, *ROLLUP_PLACE(row), *(sign * count for count in counts), row.started_ms))
+        if row.cost_nanos:
+            meters += [(sign * row.cost_nanos, owner, row.started_ms // DAY_MS)
+                       for owner in (f"key {row.key_id}", f"account {row.account_id}")]
+    tx.execute_many(ADD_TO_ROLLUPS, rollups)
+    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
@@ -7703,40 +7633,31 @@ def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]
     return storable
 
 
-def in_batches(ids: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yields (placeholders, ids), at most IDS_AT_ONCE at a time."""
-    for start in range(0, len(ids), IDS_AT_ONCE):
-        batch = ids[start:start + IDS_AT_ONCE]
-        yield f"({', '.join('?' * len(batch))})", batch
-
-
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
     """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
     settlement counts, unless it was a guess: the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
-    for places, batch in in_batches([*by_id]):
-        for response_id, error_code in tx.read(
-                f"SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id IN {places}", batch):
-            if error_code == "interrupted" != by_id[response_id][-1].error_code:
-                guessed = [UsageRow(*row) for row in tx.read(
-                    f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
-                upsert_rollups(tx, guessed, -1)
-                tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-                half_hour_ms = guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS
-                tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (half_hour_ms,))
-            else:
-                del by_id[response_id]
+    for response_id, rows in [*by_id.items()]:
+        found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
+        if found and found[0][0] == "interrupted" != rows[-1].error_code:
+            guessed = [UsageRow(*row) for row in tx.read(
+                f"SELECT {COLUMNS} FROM usage WHERE response_id = ?", (response_id,))]
+            upsert_rollups(tx, guessed, -1)
+            tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
+            tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
+        elif found:
+            del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
     return by_id
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
     """Deletes open requests and releases what they had reserved."""
-    for places, batch in in_batches([*response_ids]):
-        where = f"FROM open_requests WHERE response_id IN {places}"
-        for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
-            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?", json.loads(reserved))
-        tx.execute(f"DELETE {where}", batch)
+    for response_id in response_ids:
+        for reserved, in tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,)):
+            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
+                            json.loads(reserved or "[]"))
+            tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
 
 
 def interrupted(row: UsageRow) -> UsageRow:
@@ -7748,7 +7669,8 @@ def interrupted(row: UsageRow) -> UsageRow:
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
     """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
-    rows = [UsageRow(*row) for row in tx.read(f"{SELECT_OPEN} WHERE process NOT IN (SELECT process FROM processes)")]
+    rows = [UsageRow(*row) for row in tx.read(
+        f"SELECT {COLUMNS} FROM open_requests WHERE process NOT IN (SELECT process FROM processes)")]
     if rows:
         settle_requests(tx, [[interrupted(row)] for row in rows])
         close_requests(tx, [row.response_id for row in rows])
@@ -7757,16 +7679,14 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
-# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to requests under way. A request
-# reserves its estimated input and some output by one conditional UPDATE, extends that while output streams, and gives it
-# back with its settlement. A rate is a token bucket (GCRA): a row of `rates` with the time at which it will be full again.
-# What a request holds stands in its row of `open_requests`, so that the end of its process gives it back.
+# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
+# its estimated input and some output, extends that while output streams, and releases it with its settlement; its row of
+# `open_requests` says how much, for the case that its process dies. A rate is a token bucket (GCRA): a row of `rates` with the
+# time at which it is full again. A transaction that writes holds the database alone: it can read, compare and write.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
-REFUSED_S = {"open": 0.05}  # how long a refusal is repeated without asking the database, by unit;
-REFUSED_AT_MOST_S = 1.0     # for the others, or until there may be room
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
@@ -7777,19 +7697,16 @@ class Limit(NamedTuple):
     maximum: int            # 0 for prepaid credit, whose bound is its balance
     kind: str               # key | account | credit | open | rate
     owner_id: int
-    since_day: int = 0      # of a meter: it counts what was spent since then
-
+    since_day: int          # of a meter: it counts what was spent since then
 
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
-    """A limit has no room for what was asked."""
     limit: Limit
     remaining: int
     need: int
     wait_s: float
     spent: int = 0
-    until: float = 0.0      # when to ask the database again, by the loop's clock
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
@@ -7805,20 +7722,16 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 @functools.lru_cache(4096)
 def limits_of(key: Key, day: int) -> list[Limit]:
-    """All limits of a key on a day."""
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
-    money = [(key.budget_nanos, "key", key.id, start), (0 if key.prepaid else None, "credit", key.account_id, 0),
-             (key.account_limit_nanos, "account", key.account_id, month)]
-    others = [(key.concurrent, "open", "open"), (key.rpm, "requests", "rate"), (key.tpm, "tokens", "rate")]
-    return [*(Limit(f"{'key' if kind == 'key' else 'account'} {owner}", "nanos", maximum, kind, owner, since)
-              for maximum, kind, owner, since in money if maximum is not None),
-            *(Limit(f"key {key.id} {unit}", unit, maximum, kind, key.id) for maximum, unit, kind in others if maximum)]
-
-
-GRANT = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
-# a time more than two minutes ahead was stored before the clock was set back
-FULL_NS = "(CASE WHEN full_ns > ? AND full_ns <= ? THEN full_ns ELSE ? END + ?)"
-CHARGE = f"UPDATE rates SET full_ns = {FULL_NS} WHERE owner = ? AND {FULL_NS} <= ?"
+    owner, account = f"key {key.id}", f"account {key.account_id}"
+    limits = (
+        (owner, "nanos", key.budget_nanos, "key", key.id, start),
+        (account, "nanos", 0 if key.prepaid else None, "credit", key.account_id, 0),
+        (account, "nanos", key.account_limit_nanos, "account", key.account_id, month),
+        (f"{owner} open", "open", key.concurrent or None, "open", key.id, 0),
+        (f"{owner} requests", "requests", key.rpm or None, "rate", key.id, 0),
+        (f"{owner} tokens", "tokens", key.tpm or None, "rate", key.id, 0))
+    return [Limit._make(limit) for limit in limits if limit[2] is not None]
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
@@ -7839,28 +7752,26 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
     """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
-        return charge_rate(tx, limit, amount, now_ns)
+        each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
+        # a time more than two minutes ahead was stored before the clock was set back
+        found = tx.read("SELECT full_ns FROM rates WHERE owner = ? AND full_ns > ? AND full_ns <= ?",
+                        (limit.owner, now_ns, end_ns + WINDOW_NS))
+        left_ns, need_ns = end_ns - (found[0][0] if found else now_ns), amount * each_ns
+        if need_ns > left_ns:
+            raise LimitExceeded(limit, left_ns // each_ns, amount, (need_ns - left_ns) / 10**9)
+        left_ns -= need_ns
+        tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET full_ns = excluded.full_ns",
+                   (limit.owner, end_ns - left_ns))
+        return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
         maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
-    values = amount, limit.owner, limit.since_day, amount, maximum
-    if not tx.execute(GRANT, values):
-        spent, granted = spent_and_granted(tx, limit)
-        if not tx.execute(GRANT, values):
-            raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
+    spent, granted = spent_and_granted(tx, limit)
+    taken = tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?",
+                       (amount, limit.owner, limit.since_day, amount, maximum))
+    if not taken:
+        raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
     return 0, 0.0
-
-
-def charge_rate(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
-    full_ns = now_ns, end_ns + WINDOW_NS, now_ns, amount * each_ns
-    charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
-    if not charged and tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT DO NOTHING", (limit.owner, now_ns)):
-        charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
-    left_ns = end_ns - max(now_ns, tx.read("SELECT full_ns FROM rates WHERE owner = ?", (limit.owner,))[0][0])
-    if not charged:
-        raise LimitExceeded(limit, left_ns // each_ns, amount, (amount * each_ns - left_ns) / 10**9)
-    return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
 
 
 # --- 8.7 the ledger -------------------------------------------------------------------------------
@@ -7909,7 +7820,7 @@ class Ledger:
 
     `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
 
-    def __init__(self, db: SQLite, max_unsaved: int) -> None:
+    def __init__(self, db: Database, max_unsaved: int) -> None:
         self.db = db
         self.healthy, self.max_unsaved = True, max_unsaved
         self.trouble = ""                   # why the keys could not be read last time; "" if they could
@@ -7930,7 +7841,6 @@ class Ledger:
         self.flushing: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
-        self.refused: dict[Limit, LimitExceeded] = {}
         self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
@@ -7938,9 +7848,9 @@ class Ledger:
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
-        """Creates or upgrades the file; LedgerError says why it cannot be used."""
+        """Creates or upgrades the file; LedgerError: it cannot be used."""
         with contextlib.ExitStack() as opened, database_errors(path):
-            db = SQLite(path, durability)
+            db = Database(path, durability)
             opened.callback(db.close)
             db.migrate()
             ledger = cls(db, max_unsaved)
@@ -7949,9 +7859,6 @@ class Ledger:
             return ledger
 
     # keys
-
-    def apply_disabled(self, rows: Iterable[Row]) -> None:
-        self.disabled = frozenset(name.removeprefix("disabled/") for name, in rows)
 
     def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
@@ -7963,7 +7870,7 @@ class Ledger:
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
-            self.apply_disabled(await self.db.read(SELECT_DISABLED))
+            self.disabled = frozenset(name for name, in await self.db.read(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -8001,11 +7908,11 @@ class Ledger:
     # requests
 
     def start(self) -> None:
-        """Begins what goes on while a server runs: looking for changed keys, signs of life, counts."""
+        """Starts the background work of a server."""
         self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
 
     def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
-        """A request is about to be sent upstream. It is recorded with what is written next; `recorded` waits for that.
+        """To be called before a request is sent upstream; it is recorded with the next commit, and `recorded` waits for that.
         LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
@@ -8031,15 +7938,10 @@ class Ledger:
 
     async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> list[tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request: what `acquire` says of each.
-        LimitExceeded: none of them is reserved."""
+        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each need;
+        LimitExceeded: nothing is reserved."""
         if not self.available():
             raise self.unavailable()
-        now = asyncio.get_running_loop().time()
-        for limit, need in needs:
-            no = self.refused.get(limit)
-            if no is not None and now < no.until and need >= no.need:
-                raise dataclasses.replace(no, need=need)
 
         def run(tx: Transaction) -> list[tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
@@ -8052,13 +7954,11 @@ class Ledger:
         self.pending[response_id] = row
         try:
             return await self.commit(run)
-        except LimitExceeded as no:
+        except LimitExceeded:
             if not held:
                 self.pending.pop(response_id, None)
-                no.until = now + min(no.wait_s, REFUSED_S.get(no.limit.unit, REFUSED_AT_MOST_S))
-                self.refused[no.limit] = no
             raise
-        except BaseException:
+        except BaseException:       # it may have been written
             if not held:
                 self.abandon(response_id)
             raise
@@ -8087,8 +7987,7 @@ class Ledger:
         await self.is_written(response_id)
 
     async def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does together with all that waits; what it raises undoes that alone. A caller who is cancelled
-        undoes nothing."""
+        """Commits what `run` does with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
         attempts: list[Attempted] = []
         self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
         failure = await asyncio.shield(self.schedule_flush())
@@ -8136,11 +8035,8 @@ class Ledger:
                     if not self.healthy:
                         log.warning("The database %s can be written again.", os.path.basename(self.db.path))
                     self.healthy = True
-                    for response_id, written in unsaved.items():
-                        if self.unsaved.get(response_id) is written:        # else it has been settled since
-                            del self.unsaved[response_id]
-                    if unsaved:
-                        self.refused.clear()            # there may be room now
+                    # what has changed meanwhile has been settled since
+                    self.unsaved = {name: each for name, each in self.unsaved.items() if unsaved.get(name) is not each}
                 flushed.set_result(failure)
         finally:
             self.flushing = None
@@ -8203,13 +8099,13 @@ class Ledger:
     def begin_process(self, tx: Transaction) -> None:
         self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
         self.apply_keys(tx.read(SELECT_KEYS, (0,)))
-        self.apply_disabled(tx.read(SELECT_DISABLED))
+        self.disabled = frozenset(name for name, in tx.read(SELECT_DISABLED))
         processes = tx.read("SELECT process, pid, start FROM processes WHERE host = ?", (self.host,))
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
 
     def end_process(self, tx: Transaction) -> None:
         self.write_batch(self.writes, self.unsaved, tx)
-        self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
+        self.write_counts(self.counters, self.refusals, self.notes, tx)
         recover_open_requests(tx, [self.process])
 
     async def maintain(self) -> None:
@@ -8219,8 +8115,7 @@ class Ledger:
                 await self.refresh()
                 if not self.healthy:
                     self.schedule_flush()
-                if tick % 2 == 0 or self.refusals:      # the set-up page may be waiting for them
-                    await self.save_counts()
+                await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
             except LedgerError:                 # requests meet it too, where it is reported
@@ -8231,18 +8126,17 @@ class Ledger:
 
     async def beat(self) -> None:
         """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
-        now, dead, seen = time.monotonic(), [], self.beats
+        def run(tx: Transaction) -> None:
+            self.register(tx)
+            recover_open_requests(tx, dead)
+        now, dead, seen = time.monotonic(), list[str](), self.beats
         self.beats = {}
         for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
             since = self.beats[process, count] = seen.get((process, count), now)
             if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
-            await self.commit(functools.partial(self.write_beat, dead))
-
-    def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
-        self.register(tx)
-        recover_open_requests(tx, dead)
+            await self.commit(run)
 
     def register(self, tx: Transaction) -> None:
         tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
@@ -8259,7 +8153,7 @@ class Ledger:
             self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
 
     async def save_counts(self) -> None:
-        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+        counts = dict(self.counters), dict(self.refusals), dict(self.notes)
         if not any(counts):
             return
         for each in (self.counters, self.refusals, self.notes):
@@ -8270,16 +8164,14 @@ class Ledger:
             self.counters.update(counts[0])
             raise
 
-    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
-                     notes: Mapping[str, str], tx: Transaction) -> None:
-        tx.execute_many(ADD_TO_COUNTERS, sorted((dumps(name), count) for name, count in counters.items()))
-        tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)",
-                        [(refusal["time_ms"], key_id, code, refusal["count"], dumps(refusal))
-                         for (key_id, code, _), refusal in refusals])
+    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
+                     tx: Transaction) -> None:
+        tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
+        tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
+            (each["time_ms"], key_id, code, each["count"], dumps(each)) for (key_id, code, _), each in refusals.items()])
+        tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
         tx.execute_many("INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                        sorted(notes.items()))
-        if refusals:
-            tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
+                        notes.items())
 
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
@@ -8291,7 +8183,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Changes keys, accounts, credits, providers or settings; the audit log keeps old and new values, but no secrets."""
+        """Runs a change in one transaction with its row of the audit log, which keeps old and new values, but no secrets."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -8300,19 +8192,24 @@ class Ledger:
         await self.commit(audited)
         await self.refresh()
 
-    async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+    async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
+        """A new key or account (`kind`); BadRequest where its name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
-            raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
-        token = new_key()
+            raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
         def run(tx: Transaction) -> None:
-            if tx.read("SELECT 1 FROM keys WHERE name = ? AND revoked_s = 0", (name,)):
-                raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
-                                 f"python pomex.py keys revoke {name}", param="name")
-            tx.insert("keys", {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s),
-                               "revision": tx.read(f"SELECT {NEXT_REVISION}")[0][0], **settings})
-        await self.change(who, "key created", name, run, settings)
+            tx.insert(f"{kind}s", {"name": name, "created_s": int(now_s), **columns, **settings})
+            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")        # of a new key
+        try:
+            await self.change(who, f"{kind} created", name, run, settings)
+        except sqlite3.IntegrityError:
+            hint = f" Revoke it first with: python pomex.py keys revoke {name}" if kind == "key" else ""
+            raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
+
+    async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
+        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+        token = new_key()
+        await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
 
     async def revoke_key(self, name: str, now_s: float, who: str = "") -> Key:
@@ -8333,7 +8230,7 @@ class Ledger:
     async def use_provider(self, name: str, use: bool, who: str = "") -> None:
         """Enables or disables a provider, in every process."""
         change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, '1') ON CONFLICT DO NOTHING"
-        await self.change(who, "provider enabled" if use else "provider disabled", name, lambda tx: tx.execute(
+        await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
     def backup(self, path: str) -> None:
@@ -8360,7 +8257,7 @@ class Reservation:
         self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
-        self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
+        self.limits = limits_of(key, started_ms // DAY_MS)
         self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
         self.reserved_output = 0                        # output tokens whose cost is reserved
@@ -8420,11 +8317,10 @@ class Reservation:
         there is too little of something."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
-            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
-                       "requests": first, "open": first}
             # a request larger than a whole minute's tokens passes when the bucket is full
-            needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
-                     for limit in self.limits if amounts[limit.unit]]
+            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "requests": first, "open": first,
+                       "tokens": min(input_tokens + charged, self.key.tpm)}
+            needs = [(limit, amounts[limit.unit]) for limit in self.limits if amounts[limit.unit]]
             try:
                 if needs:
                     states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
@@ -8439,7 +8335,6 @@ class Reservation:
                 less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
                 if no.limit.unit != "nanos" or not least <= less < output:
                     raise
-                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
                 output = less
         self.held.update(dict(needs))
         self.reserved_output += output
@@ -8455,10 +8350,9 @@ class Reservation:
     async def extend(self, written: int) -> bool:
         """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
         exceed max_output_tokens, and some servers ignore it."""
-        tokens = written // 4
         while not self.covers(written):
             if self.exhausted:
-                return tokens < min(self.reserved_output, self.charged_output)
+                return written // 4 < min(self.reserved_output, self.charged_output)
             ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             enough = self.reserved_output + step
@@ -8478,11 +8372,9 @@ class Reservation:
     async def settle(self, final: UsageRow) -> None:
         """Writes the rows of the request and releases what it had reserved."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
-        tokens, rates = sum(row.input + row.output for row in rows), []
-        for limit, charged in self.held.items():
-            if limit.unit == "tokens":
-                change = min(tokens - charged, max(limit.maximum - charged, 0))
-                rates.append((change * (WINDOW_NS // limit.maximum), limit.owner))
+        tokens = sum(row.input + row.output for row in rows)
+        rates = [(min(tokens - charged, max(limit.maximum - charged, 0)) * (WINDOW_NS // limit.maximum), limit.owner)
+                 for limit, charged in self.held.items() if limit.unit == "tokens"]
         self.held = collections.Counter()
         await self.ledger.settle(rows, rates)
 
@@ -8490,16 +8382,9 @@ class Reservation:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
         for limit, (remaining, reset_s) in self.rates.items():
-            seconds = math.ceil(reset_s)
-            reset = f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
-            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value))
-                      for name, value in (("limit", limit.maximum), ("remaining", remaining), ("reset", reset))]
+            values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
+            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
         return found
-
-
-def day_words(day: int) -> str:
-    date = datetime.date.fromordinal(day + EPOCH)
-    return f"{date.day} {date:%B}"
 
 
 RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a minute", "open": "have {} requests open at once"}
@@ -8510,8 +8395,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
     keeps the true code."""
     if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
-        may = RATES[no.limit.unit].format(no.limit.maximum)
-        return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
+        rate = RATES[no.limit.unit].format(no.limit.maximum)
+        return GatewayError(f"Key {key.name} may {rate}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
     if no.limit.kind == "credit":
         message = f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
@@ -8521,7 +8406,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         if no.spent < no.limit.maximum:
             message += f" and this request may cost {format_usd(no.need, 4)}"
         reset = period_bounds(period, now_s)[1]
-        message += f"; it resets on {day_words(reset)}." if reset else "."
+        day = datetime.date.fromordinal(reset + EPOCH)
+        message += f"; it resets on {day.day} {day:%B}." if reset else "."
     error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
@@ -8532,15 +8418,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 
 async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
                          who: str = "") -> None:
-    if not KEY_NAME.fullmatch(name):
-        raise BadRequest("An account's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
     settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
-
-    def run(tx: Transaction) -> None:
-        if tx.read("SELECT 1 FROM accounts WHERE name = ?", (name,)):
-            raise BadRequest(f"There is an account named {name} already.", param="name")
-        tx.insert("accounts", {"name": name, "created_s": int(now_s), **settings})
-    await ledger.change(who, "account created", name, run, settings)
+    await ledger.create("account", name, now_s, who, settings)
 
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
@@ -8560,17 +8439,16 @@ async def account_named(db: Database, name: str) -> int:
     return int(found[0][0])
 
 
-async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> str:
-    """Adds a top-up, or with a reason an adjustment; returns which."""
+async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> None:
+    """Adds a top-up, or with a reason an adjustment."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:
         raise BadRequest("Taking credit away needs its reason.", param="reason")
-    kind, account_id = "adjustment" if reason else "top-up", await account_named(ledger.db, name)
-    entry = {"kind": kind, "nanos": nanos, "reason": reason}
+    account_id = await account_named(ledger.db, name)
+    entry = {"kind": "adjustment" if reason else "top-up", "nanos": nanos, "reason": reason}
     await ledger.change(who, "credit added", name, lambda tx: tx.insert(
         "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
-    return kind
 
 
 # --- 8.10 reports and care ------------------------------------------------------------------------
@@ -8586,15 +8464,14 @@ ROW_SUMS = {        # of rows, what the same name sums of rollups
 
 
 async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms: int, where: str = "1 = 1",
-                     values: Sequence[Any] = (), table: str = "usage_rollups", names: Sequence[str] = SUMS
-                     ) -> list[tuple[Row, JSON]]:
-    """(group, sums) of what was used in a time: of rollups, whose time is that of their half hour, or of the rows."""
-    columns = {name: ROW_SUMS.get(name, name) if table == "usage" else name for name in names}
-    selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns.values())])
-    grouped = " GROUP BY " + ", ".join(str(number + 1) for number in range(len(group))) if group else ""
+                     values: Sequence[Any] = (), table: str = "usage_rollups") -> list[tuple[Row, JSON]]:
+    """(group, sums) of rollups, which have the time of their half hour, or of rows."""
+    columns = [ROW_SUMS.get(name, name) if table == "usage" else name for name in SUMS]
+    selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns)])
+    grouped = " GROUP BY " + ", ".join(map(str, range(1, len(group) + 1))) if group else ""
     rows = await db.read(f"SELECT {selected} FROM {table} WHERE started_ms >= ? AND started_ms < ? AND {where}{grouped}",
                          since_ms, until_ms, *values)
-    return [(row[:len(group)], dict(zip(names, row[len(group):]))) for row in rows]
+    return [(row[:len(group)], dict(zip(SUMS, row[len(group):]))) for row in rows]
 
 
 def key_condition(key_id: int) -> str:
@@ -8604,8 +8481,9 @@ def key_condition(key_id: int) -> str:
 async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS, where: str = "1 = 1"
                       ) -> dict[int, int]:
     """What was spent in some days, by key or account."""
-    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, where, names=("cost_nanos",))
-    return {owner: sums["cost_nanos"] for (owner,), sums in found}
+    return dict(await db.read(
+        f"SELECT {column}, sum(cost_nanos) FROM usage_rollups WHERE started_ms >= ? AND started_ms < ? AND {where} "
+        f"GROUP BY {column}", first_day * DAY_MS, end_day * DAY_MS))
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
@@ -8628,30 +8506,29 @@ def month_bounds(text: str) -> tuple[int, int]:
 
 async def statement_rows(db: Database, account_id: int, first_day: int, last_day: int) -> JSON:
     """An account's month: balance before, credit entries, charges by model, balance after."""
-    entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in await db.read(
-        "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
-        account_id, (last_day + 1) * 86400)]
-    credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
+    first_s = first_day * 86400
+    (before,), = await db.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ? AND created_s < ?",
+                               account_id, first_s)
+    before -= (await spent_nanos(db, "account_id", 0, first_day)).get(account_id, 0)
+    entries = await db.read("SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s >= ? "
+                            "AND created_s < ? ORDER BY id", account_id, first_s, (last_day + 1) * 86400)
+    credits = [dict(zip(("created_s", "kind", "nanos", "reason"), entry)) for entry in entries]
     charges = await usage_report(db, "model", first_day, last_day, account_id)
-    spent, spent_before = sum(row["cost_nanos"] for row in charges), await spent_nanos(db, "account_id", 0, first_day)
-    after = sum(entry["nanos"] for entry in entries) - spent_before.get(account_id, 0) - spent
-    before = after + spent - sum(entry["nanos"] for entry in credits)
-    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent, "after_nanos": after}
+    spent = sum(row["cost_nanos"] for row in charges)
+    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
+            "after_nanos": before + sum(entry["nanos"] for entry in credits) - spent}
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum (the largest remainders are rounded up)."""
-    down = [part // unit for part in parts]
-    missing = (sum(parts) + unit // 2) // unit - sum(down)
-    for index in sorted(range(len(parts)), key=lambda index: -(parts[index] % unit))[:missing]:
-        down[index] += 1
-    return down
+    """The parts in units, rounded so that they add up to the rounded sum: each is what the running total grows by."""
+    totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
+    return [after - before for before, after in itertools.pairwise(totals)]
 
 
 async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
     """Every row, in the order in which requests were settled."""
     last_id = 0
-    while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {', '.join(USAGE_COLUMNS)} FROM usage "
+    while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {COLUMNS} FROM usage "
                                 "WHERE started_ms >= ? AND id > ? ORDER BY id LIMIT 5000", since_ms, last_id):
         for row in rows:
             yield dict(zip(("key", "account", *USAGE_COLUMNS), row[1:]))
@@ -8659,54 +8536,52 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, what is wrong): costs against prices, rollups against rows, meters against rollups, the file's own
-    check."""
-    wrong, checked = [], 0
+    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups, and SQLite's own check."""
+    wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
+    checked = 0
     async for row in rows_in_pages(db):
         checked += 1
-        given = Usage(**{name: row[name] for name in COUNTED})
+        usage = Usage(**{name: row[name] for name in COUNTED})
         try:
-            right = cost_nanos(row["price"], row["multiplier"], given)
+            cost = cost_nanos(row["price"], row["multiplier"], usage)
         except (ValueError, ArithmeticError, LookupError):
-            right = -1
-        if right != row["cost_nanos"]:
-            wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {right}")
-        if checked_usage(given) is not given:
+            cost = -1
+        if cost != row["cost_nanos"]:
+            wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {cost}")
+        if checked_usage(usage) is not usage:
             wrong.append(f"{row['response_id']}: its token counts contradict each other")
-    pruned = await db.read("SELECT value FROM settings WHERE name = 'pruned_day'")
-    since_ms = int(pruned[0][0]) * DAY_MS if pruned else 0
-    rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], since_ms, MAX_NUMBER, table=table))
+    (pruned_day,), = await db.read(
+        "SELECT coalesce(max(CAST(value AS BIGINT)), 0) FROM settings WHERE name = 'pruned_day'")
+    rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], pruned_day * DAY_MS, MAX_NUMBER, table=table))
                   for table in ("usage", "usage_rollups")]
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
-    wrong += [f"day {day_words(day)}: the sums differ from the rows" for day in sorted(days)]
+    wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
     for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
         kind, owner_id = owner.split()
         if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
-            wrong.append(f"{owner}: what is counted against its limit differs from the sums")
-    wrong += [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
+            wrong.append(f"{owner}: its limit counts another sum than the rollups")
     return checked, wrong
 
 
 async def prune(ledger: Ledger, before_day: int) -> int:
     """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
-    gone, removed = 0, 1
-    while removed:          # a part at a time: running servers write in between
-        removed = await ledger.commit(lambda tx: tx.execute(
-            "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
+    def run(tx: Transaction) -> int:
+        tx.execute("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value "
+                   "WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)", (str(before_day),))
+        return tx.execute("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
+                          (before_day * DAY_MS,))
+    gone = 0
+    while removed := await ledger.commit(run):          # a part at a time: running servers write in between
         gone += removed
-    await ledger.commit(lambda tx: tx.execute(
-        "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
-        "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
-        (str(before_day),)))
     return gone
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
     """A page of the audit log, newest first."""
-    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE id < ? AND time_ms >= ? "
+    rows = await db.read("SELECT before, after, id, time_ms, who, action, name FROM audit WHERE id < ? AND time_ms >= ? "
                          "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
-    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(row[5]),
-             "after": json.loads(row[6])} for row in rows]
+    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(before),
+             "after": json.loads(after)} for before, after, *row in rows]
 
 
 # === 9. upstream ==================================================================================
@@ -10759,7 +10634,7 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
         line["tokens"][slot] = sums["input"] + sums["output"]
     before_ms = 2 * since_ms - until_ms         # as much of the time before as has passed of this one
     passed_ms = (min(now_ms, until_ms) - since_ms) // HALF_HOUR_MS * HALF_HOUR_MS
-    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
+    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine)
     first_day, next_day = period_bounds("month", now_s)
     return {
         "since_ms": since_ms, "step_ms": step_ms, "slots": slots, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
@@ -11491,9 +11366,9 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
     for (name, minute), sums in await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms,
-                                                 since_ms + 3_600_000, table="usage", names=("requests", "failed")):
+                                                 since_ms + 3_600_000, table="usage"):
         if name in minutes:
-            minutes[name][minute] = [*sums.values()]
+            minutes[name][minute] = [sums["requests"], sums["failed"]]
     times = await latencies(db, since_ms, 0)
     running = await open_requests(db, 0)
     saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")

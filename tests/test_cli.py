@@ -144,7 +144,7 @@ USAGE = {
     "a configuration that is not there": (["check", "--config", "no.toml"], 78,
                                           "no.toml cannot be read: No such file or directory.\n"),
     "a name that is no key's": (["keys", "revoke", "nobody"], 1, "There is no active key of that name."),
-    "a name no key can have": (["keys", "create", "a b"], 1, "A key's name is 1 to 64 letters"),
+    "a name no key can have": (["keys", "create", "a b"], 1, "A name is 1 to 64 letters"),
 }
 
 
@@ -393,7 +393,7 @@ def test_keys_are_created_listed_and_revoked(here, capsys):
     assert re.fullmatch(r"sk-rh-[0-9A-Za-z]{32}\n", token)
     assert err == "Key laptop created. It is not shown again.\n"
     assert pomex.main(["keys", "create", "laptop"]) == 1
-    assert "There is a key named laptop already that is not revoked." in capsys.readouterr().err
+    assert "There is an active key named laptop already." in capsys.readouterr().err
     hint = f"{token[:10]}…{token[-5:-1]}"
     assert pomex.main(["keys", "list"]) == 0
     assert re.fullmatch(rf"NAME +KEY +MODELS +SPENT +BUDGET +LAST USED +STATE\nlaptop +{hint} +all +0\.00 +none +never +active\n",

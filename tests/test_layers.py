@@ -200,6 +200,11 @@ GONE += """
     Workers.install_signal_handlers Workers.receive bypasses_proxy connections_that_fit error_answer handed_sockets keyed
     listening_as printable printable_sentence printable_text proxy_address read_until refuse set_up_transport
 """.split()
+# Of the file at 875c70a: journals of v00083, refusals that were remembered, a second way to take a limit, an interface of one class.
+GONE += """
+    CHARGE FULL_NS GRANT Key.limited Ledger.apply_disabled Ledger.refused Ledger.write_beat LimitExceeded.until OLD_ENTRY OLD_INTENT OLD_LINE REFUSED_AT_MOST_S REFUSED_S SAME_TROUBLE
+    IDS_AT_ONCE SELECT_OPEN SQLITE_WORDS SQLite charge_rate day_words in_batches old_journals take_over_journal
+""".split()
 
 
 def definitions(body, prefix=""):

@@ -11235,7 +11235,6 @@ class Argument(NamedTuple):
 
 
 def parse_usd(text: str, minimum: int = 0) -> int:
-    """Nano-dollars of an amount."""
     return parse_decimal(text.removeprefix("$"), 10**9, minimum)
 
 
@@ -11281,7 +11280,7 @@ NAME_FIELD = Argument("name", metavar="NAME", required=True)
 EXPIRY = Field(read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never", meaning="when it expires; never")
 KEY_FIELDS = (
     Argument("budget", metavar="USD/PERIOD", empty="none", field=Field(
-        read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
+        read=parse_budget, wanted="an amount like 50, or 50/month (day, week, month, total), or none",
         meaning="spending limit in USD per day, week, month or in total, e.g. 50/month; none")),
     Argument("models", empty="all", field=Field(
         read=model_patterns, wanted="patterns like openai/*,demo/echo, or all",
@@ -12780,9 +12779,9 @@ async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str =
         return {}
 
 
-async def version_at(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> str:
-    """The version of a Pomex at an address of this machine; "" if there is none."""
-    health = await get_json(url + "/health", timeout_s, tls_cert)
+async def running_version(server: ServerConfig, url: str = "", timeout_s: float = HEALTH_TIMEOUT_S) -> str:
+    """The version of the Pomex at an address of this machine, else at its configured one; "" if there is none."""
+    health = await get_json(f"{url or own_url(server)}/health", timeout_s, server.tls_cert)
     return str(health.get("version", "")) if health.get("status") == "ok" else ""
 
 
@@ -12794,13 +12793,8 @@ def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
     return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
 
 
-def own_url(config: Config) -> str:
-    return public_url(config.server, (config.server.host, config.server.port))
-
-
-async def running_version(config: Config) -> str:
-    """The version of the gateway of this configuration; "" if it does not run."""
-    return await version_at(own_url(config), HEALTH_TIMEOUT_S, config.server.tls_cert)
+def own_url(server: ServerConfig) -> str:
+    return public_url(server, (server.host, server.port))
 
 
 async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config, dict[str, list[str]]]:
@@ -12972,8 +12966,8 @@ def first_key_lines(token: str, database: str) -> list[str]:
             f'  export POMEX_API_KEY="$(cat {shlex.quote(path)})"']
 
 
-async def announce(config: Config, found: Mapping[str, Sequence[str]], detected: bool, ledger: Ledger, is_new: bool,
-                   url: str) -> None:
+async def announce(config: Config, found: Mapping[str, Sequence[str]], detected: bool, is_new: bool, url: str,
+                   ledger: Ledger) -> None:
     ledger.notes[f"gateway/{ledger.host} {url}"] = f"{os.getpid()} {ledger.began}"      # for `reload`
     with contextlib.suppress(LedgerError):
         await ledger.save_counts()
@@ -12994,8 +12988,6 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     if not is_loopback(config.server.host):
         warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
                         + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
-        if not config.server.public_hosts:
-            warnings.append("The dashboard opens only under the names in [server] public_hosts, and on this machine.")
     if (fit := connections_that_fit()) < config.server.max_connections:
         warnings.append(f"{fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
                         "open no more files (ulimit -n).")
@@ -13043,13 +13035,13 @@ def run_serve(args: Args) -> int:
     if "port" in SAME_GATEWAY:
         SAME_GATEWAY["port"] = str(address[1])          # 0 took a free one
     url = public_url(config.server, address)
+    announcing = functools.partial(announce, config, found, detected, is_new, url)
     if config.server.workers == 1:
-        announcing = functools.partial(announce, config, found, detected, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
     parent.install_signal_handlers()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
-        asyncio.run(announce(config, found, detected, ledger, is_new, url))
+        asyncio.run(announcing(ledger))
     settle_memory()
     return parent.run()
 
@@ -13133,7 +13125,7 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
         return NO_PERMISSION, f"Port {port} needs privileges. Use a reverse proxy, or systemd socket activation (README.md)."
     if error.errno != errno.EADDRINUSE:
         return UNAVAILABLE, f"Cannot listen on {server.host} port {port}: {error.strerror or error}."
-    version = await version_at(public_url(ServerConfig(), (server.host, port)))
+    version = await running_version(server, timeout_s=PROBE_TIMEOUT_S)
     said = f"another Pomex {version}. Use that one, or:" if version else "another program. Use another:"
     SAME_GATEWAY["port"] = str(port + 1) if port < 65535 else "7663"
     return UNAVAILABLE, f"Port {port} is taken by {said} {command('serve')}"
@@ -13391,14 +13383,14 @@ async def login_link(ledger: Ledger, url: str) -> str:
 def run_admin_url(args: Args) -> None:
     config = read_config(args)
     with open_ledger(config) as ledger:
-        print(asyncio.run(login_link(ledger, own_url(config))))
+        print(asyncio.run(login_link(ledger, own_url(config.server))))
     say("It opens the dashboard once, within ten minutes.")
-    if not asyncio.run(running_version(config)):
+    if not asyncio.run(running_version(config.server)):
         say(not_running(config))
 
 
 def not_running(config: Config) -> str:
-    return f"No gateway answers at {own_url(config)}. Start it in another terminal: {command('serve')}"
+    return f"No gateway answers at {own_url(config.server)}. Start it in another terminal: {command('serve')}"
 
 
 def run_init(args: Args) -> None:
@@ -13583,12 +13575,12 @@ def run_codex(args: Args) -> int:
         say(f"{error} A model that can be used: {best_model(catalogue)}")
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
-    block = codex_block(own_url(config), model)
+    block = codex_block(own_url(config.server), model)
     if not (args.write or args.run):
         print(*block, sep="\n")
         return 0
     code = 0 if args.run else write_codex(path, block)
-    if code == 0 and not asyncio.run(running_version(config)):
+    if code == 0 and not asyncio.run(running_version(config.server)):
         say(not_running(config))
     return start_codex(config, block, args.prompt) if args.run else code
 
@@ -13630,7 +13622,7 @@ async def diagnose(config: Config) -> list[Check]:
     """Each link between Codex and the answers of this gateway."""
     tls_cert = config.server.tls_cert
     file, codex, provider = check_codex_file()
-    shown, version = await find_gateway(config, provider)
+    shown, version = await locate_gateway(config, provider)
     url = shown if version else ""
     checks = [expect("gateway", f"{shown} answers, Pomex {version}", "" if url else f"nothing of Pomex answers at {shown}",
                      "serve", "missing"), check_program(), file]
@@ -13656,14 +13648,14 @@ async def ask_gateway(url: str, key: str, tls_cert: str, wanted: str) -> tuple[A
     return answer.get(wanted), "" if wanted in answer else error
 
 
-async def find_gateway(config: Config, provider: JSON) -> tuple[str, str]:
+async def locate_gateway(config: Config, provider: JSON) -> tuple[str, str]:
     """(URL, version) where Codex looks for it on this machine, else by the configuration; version "": none runs."""
-    own, parts = own_url(config), urllib.parse.urlsplit(str(provider.get("base_url", "")))
+    own, parts = own_url(config.server), urllib.parse.urlsplit(str(provider.get("base_url", "")))
     if is_loopback(parts.hostname or "") and own.startswith(f"{parts.scheme}:"):
         url = f"{parts.scheme}://{parts.netloc}"
-        if version := await version_at(url, HEALTH_TIMEOUT_S, config.server.tls_cert):
+        if version := await running_version(config.server, url):
             return url, version
-    return own, await running_version(config)
+    return own, await running_version(config.server)
 
 
 def check_program() -> Check:
@@ -13763,7 +13755,7 @@ Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, 
 async def run_status(ledger: Ledger, args: Args) -> int:
     """What the running gateway answers, and what the database says of today."""
     config, today_ms = read_config(args), int(time.time()) // 86400 * DAY_MS
-    url = own_url(config)
+    url = own_url(config.server)
     health, ready = [await get_json(url + path, HEALTH_TIMEOUT_S, config.server.tls_cert) for path in ("/health", "/ready")]
     (_, sums), = await usage_sums(ledger.db, (), today_ms, MAX_NUMBER)
     status = {"url": url, "version": health.get("version", ""), "status": ready.get("status", ""), **ready.get("checks", {}),
@@ -13791,12 +13783,12 @@ def run_ask(args: Args) -> int:
 
 
 async def ask_model(config: Config, key: str, model: str | None, question: str) -> int:
-    if not await running_version(config):
+    if not await running_version(config.server):
         say(not_running(config))
         return UNAVAILABLE
     body = {"model": model or best_model(Catalogue(*await with_detected(config))), "input": question}
     kind, last = "", JSON()
-    async for kind, last in stream_events(own_url(config), key, body, config.server.tls_cert):
+    async for kind, last in stream_events(own_url(config.server), key, body, config.server.tls_cert):
         if kind == "response.output_text.delta":
             print(last["delta"], end="", flush=True)
     if kind != "error":

@@ -12918,7 +12918,6 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 
 class LineFormatter(logging.Formatter):
     """A line for each of a record's `lines` (of AccessLog), or for its message."""
-    of_several = False      # processes: each line says which
 
     def format(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info) if record.exc_info else ""
@@ -12926,8 +12925,7 @@ class LineFormatter(logging.Formatter):
         return "\n".join(self.line(record, time_s, text, trace) for time_s, text in lines)
 
     def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
-        pid = f" [{record.process}]" if self.of_several else ""
-        return f"{clock_text(int(time_s))}{pid} {text}" + ("\n" + trace if trace else "")
+        return f"{clock_text(int(time_s))} {text}" + ("\n" + trace if trace else "")
 
 
 class JSONFormatter(LineFormatter):
@@ -12935,9 +12933,9 @@ class JSONFormatter(LineFormatter):
 
     def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
-        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(),
-                   "pid": record.process if self.of_several else None, "message": text, "traceback": trace}
-        return json.dumps({name: value for name, value in members.items() if value}, ensure_ascii=False)
+        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(), "pid": record.process,
+                   "message": text, **({"traceback": trace} if trace else {})}
+        return json.dumps(members, ensure_ascii=False)
 
 
 @functools.lru_cache(1)
@@ -12945,9 +12943,8 @@ def clock_text(time_s: int) -> str:
     return time.strftime("%H:%M:%S", time.localtime(time_s))
 
 
-def set_up_logging(log_format: str, workers: int = 1) -> None:
+def set_up_logging(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    LineFormatter.of_several = workers > 1
     handler.setFormatter(JSONFormatter() if log_format == "json" else LineFormatter())
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -13010,7 +13007,7 @@ def allow_files() -> None:
 def run_serve(args: Args) -> int:
     config = read_config(args)
     allow_files()
-    set_up_logging(config.server.log_format, config.server.workers)
+    set_up_logging(config.server.log_format)
     handed = handed_sockets(os.environ)
     if config.server.workers > 1 and sys.platform == "win32":
         raise ConfigError("[server] workers: several processes need another system than Windows.")
@@ -14205,6 +14202,7 @@ COMMANDS = {
             Argument("topic", metavar="COMMAND", required=True, more={"nargs": "*"})])},
 }
 EXAMPLES = ("serve", "codex --write", 'ask "What is 2 + 2?"', "keys create ana --budget 50/month")
+MEANT = {"run": "serve", "start": "serve", "config": "check", "delete": "revoke", "rm": "revoke"}      # in other programs
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -14217,7 +14215,7 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
             known = re.findall(r"[a-z-]+", found[2])
-            message = f"unknown command {found[1]}.{suggest(found[1], known)}"
+            message = f"unknown command {found[1]}.{suggest(MEANT.get(found[1], found[1]), known)}"
         super().error(message)
 
 
@@ -14282,8 +14280,8 @@ def parse_arguments(argv: Sequence[str]) -> Args:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if unknown:
-        known = [*map(flag_name, (*WHERE, *args.command.fields))]
-        args.parser.error(f"unknown option {unknown[0]}.{suggest(unknown[0], known)}" if unknown[0].startswith("-")
+        hint = suggest(unknown[0], map(flag_name, (*WHERE, *args.command.fields)))
+        args.parser.error(f"unknown option {unknown[0]}.{hint}" if unknown[0].startswith("-")
                           else f"unexpected argument {unknown[0]}")
     return args
 

@@ -129,6 +129,8 @@ USAGE = {
     "a mistyped command": (["serv"], 2, "unknown command serv. Did you mean serve?"),
     "a mistyped command of keys": (["keys", "lst"], 2, "unknown command lst. Did you mean list?"),
     "nothing like a command": (["xyzzy"], 2, "unknown command xyzzy.\n"),
+    "a command of another program": (["run"], 2, "unknown command run. Did you mean serve?"),
+    "another program's word for revoke": (["keys", "rm", "ana"], 2, "unknown command rm. Did you mean revoke?"),
     "a mistyped flag": (["keys", "list", "--jsn"], 2, "unknown option --jsn. Did you mean --json?"),
     "a mistyped flag with a value": (["serve", "--prot=9"], 2, "unknown option --prot=9. Did you mean --port?"),
     "a flag like none": (["usage", "--xyzzy"], 2, "unknown option --xyzzy.\n"),
@@ -661,8 +663,8 @@ def test_a_log_line_is_plain_or_json(capsys):
     plain, *lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d 200 laptop demo/echo", plain)
     assert [json.loads(line) for line in lines] == [
-        {"time": "1970-01-01T00:00:01.250Z", "level": "info", "message": "200 laptop demo/echo"},
-        {"time": "1970-01-01T00:00:02.000Z", "level": "info", "message": "400 laptop demo/echo"}]
+        {"time": "1970-01-01T00:00:01.250Z", "level": "info", "pid": os.getpid(), "message": "200 laptop demo/echo"},
+        {"time": "1970-01-01T00:00:02.000Z", "level": "info", "pid": os.getpid(), "message": "400 laptop demo/echo"}]
 
 
 # --- help -----------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ GONE += """
 """.split()
 # Of the file at 875c70a: what the command line said twice, probes of doctor, rows that named a running gateway.
 GONE += """
-    CIRCUITS Doctor MEANT OneOf OneOf.fields OneOf.required Operation.body_fields PROVIDER_FIXES RELOAD_WAIT_S
+    CIRCUITS Doctor OneOf OneOf.fields OneOf.required Operation.body_fields PROVIDER_FIXES RELOAD_WAIT_S
     SERVICE_UNIT colored fetch gateway_status init_text keep_copy list_balances local_models record_gateway
     recorded_gateways run_health run_unit show_balance version_at
 """.split()

@@ -542,7 +542,7 @@ def test_what_codex_itself_writes_between_write_and_undo_stays(tmp_path: Path, v
     added = made.type("python pomex.py codex --write --model demo/echo", "codex mcp add docs -- npx docs-server")
     assert added.returncode == 0 and "model_providers.pomex" in made.config.read_text(), added
     undone = made.type("python pomex.py codex --undo", "codex mcp list")
-    assert undone.returncode == 0 and "docs-server" in undone.stdout and "kept beside it as" in undone.stderr, undone
+    assert undone.returncode == 0 and "docs-server" in undone.stdout and "Pomex's settings are out of" in undone.stderr, undone
     mine = {} if before is None else {"model": "gpt-5.5"}
     assert program.tomllib.loads(made.config.read_text()) == {**mine, "mcp_servers": {
         "docs": {"command": "npx", "args": ["docs-server"]}}}

@@ -11243,11 +11243,10 @@ def parse_limit(text: str) -> int | None:
 
 
 def parse_budget(text: str) -> JSON:
-    """Without a period it stays what it is, of a new key a month."""
     amount, _, period = text.partition("/")
-    if period and period not in PERIODS:
+    if text != "none" and period not in PERIODS:
         raise ValueError
-    return {"budget_nanos": parse_limit(amount), **({"period": period} if period else {})}
+    return {"budget_nanos": parse_limit(amount), "period": period or "month"}
 
 
 def parse_day(text: str) -> int:
@@ -11279,8 +11278,8 @@ USD = Field(read=parse_limit, wanted="an amount like 50 or 12.50")
 NAME_FIELD = Argument("name", metavar="NAME", required=True)
 EXPIRY = Field(read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never", meaning="when it expires; never")
 KEY_FIELDS = (
-    Argument("budget", metavar="USD/PERIOD", empty="none", field=Field(
-        read=parse_budget, wanted="an amount like 50, or 50/month (day, week, month, total), or none",
+    Argument("budget", metavar="USD/PERIOD", field=Field(
+        read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
         meaning="spending limit in USD per day, week, month or in total, e.g. 50/month; none")),
     Argument("models", empty="all", field=Field(
         read=model_patterns, wanted="patterns like openai/*,demo/echo, or all",
@@ -11290,7 +11289,9 @@ KEY_FIELDS = (
     Argument("allow_unpriced", BOOLEAN._replace(meaning="may it use models without a price in spite of its budget"), "yes|no"),
     Argument("expires", EXPIRY, "30d|DATE", "never"),
     Argument("account", Field(meaning="the account that pays"), "NAME"))
-KEY_BODY_FIELDS = Argument("period", Field(choices=tuple(PERIODS))), Argument("expires_days", EXPIRY, empty="never")
+KEY_BODY_FIELDS = (         # of the admin API beside those, or in place of the same name
+    Argument("budget", USD._replace(read=lambda text: {"budget_nanos": parse_limit(text)}), empty="none"),
+    Argument("period", Field(choices=tuple(PERIODS))), Argument("expires_days", EXPIRY, empty="never"))
 
 
 def read_argument(argument: Argument, value: object) -> Any:
@@ -11406,7 +11407,8 @@ async def operate(operation: Operation, gateway: Gateway, ask: Ask) -> JSON:
 
 
 def body_fields(operation: Operation) -> list[Argument]:
-    return [*operation.fields["*" in operation.route:], *operation.more_fields]
+    fields = {each.name: each for each in (*operation.fields["*" in operation.route:], *operation.more_fields)}
+    return [*fields.values()]
 
 
 # --- 11.9 the admin API, and all routes -------------------------------------------------------------

@@ -382,7 +382,7 @@ async def test_a_key_is_made_edited_and_revoked(gateway):
     ("keys", {"name": "y", "bugdet": "50"}, "no field 'bugdet'. Did you mean budget?"),
     ("keys", {"name": "y", "expire_days": "30"}, "Did you mean expires_days?"), ("keys/1", {"name": "y"}, "no field 'name'"),
     ("keys/1/revoke", {"now": True}, "no field 'now'"), ("keys", {"name": "y", "models": ","}, "patterns like openai/*"),
-    ("keys", {"name": "y", "models": "\u043e/*"}, "patterns like openai/*"), ("keys", {"name": "y", "budget": -1}, "an amount like 50, or 50/month"),
+    ("keys", {"name": "y", "models": "\u043e/*"}, "patterns like openai/*"), ("keys", {"name": "y", "budget": -1}, "an amount like"),
     ("keys", {"name": "y", "allow_unpriced": "maybe"}, "allow_unpriced must be true or false"),
     ("accounts", {"name": "y", "prepaid": "never"}, "true or false"), ("accounts", {"name": "y", "multiplier": "-1"}, "a number like"),
     ("accounts/default/credit", {"amount": 0}, "must not be 0"), ("accounts/default/credit", {}, "must not be 0"),

@@ -105,6 +105,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import subprocess
 import threading
 import time
 import tomllib
@@ -10954,8 +10955,7 @@ class Argument(NamedTuple):
 
 
 def parse_usd(text: str, minimum: int = 0) -> int:
-    """Nano-dollars of an amount, also of one like $1,000.50."""
-    return parse_decimal(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, minimum)
+    return parse_decimal(text.removeprefix("$"), 10**9, minimum)
 
 
 def parse_limit(text: str) -> int | None:
@@ -10977,9 +10977,9 @@ def parse_day(text: str) -> int:
 
 
 def parse_expiry(text: str) -> dict[str, int]:
-    if text == "never":
+    if text in ("never", "0"):
         return {"expires_s": 0}
-    found, now_s = re.fullmatch(r"([0-9]{1,5})d", text), int(time.time())
+    found, now_s = re.fullmatch(r"([0-9]{1,5})d?", text), int(time.time())
     end_s = now_s + int(found[1]) * 86400 if found else parse_day(text) * 86400
     if end_s <= now_s:
         raise ValueError
@@ -10996,6 +10996,7 @@ BOOLEAN = Field(read=TRUTH, wanted="true or false")
 COUNT = Field(pattern="[0-9]{1,9}", read=int, wanted="a whole number of at most nine digits")
 USD = Field(read=parse_limit, wanted="an amount like 50 or 12.50")
 NAME_FIELD = Argument("name", metavar="NAME", required=True)
+EXPIRY = Field(read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never", meaning="when it expires; never")
 KEY_FIELDS = (
     Argument("budget", metavar="USD/PERIOD", field=Field(
         read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
@@ -11006,14 +11007,11 @@ KEY_FIELDS = (
     *(Argument(name, COUNT._replace(meaning=f"{meaning}; 0 = unlimited"), "N", "0") for name, meaning in (
         ("rpm", "requests per minute"), ("tpm", "tokens per minute"), ("concurrent", "requests open at once"))),
     Argument("allow_unpriced", BOOLEAN._replace(meaning="may it use models without a price in spite of its budget"), "yes|no"),
-    Argument("expires", empty="never", metavar="30d|DATE", field=Field(
-        read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never", meaning="when it expires; never")),
+    Argument("expires", EXPIRY, "30d|DATE", "never"),
     Argument("account", Field(meaning="the account that pays"), "NAME"))
 KEY_BODY_FIELDS = (         # of the admin API beside those, or in place of the same name
     Argument("budget", USD._replace(read=lambda text: {"budget_nanos": parse_limit(text)}), empty="none"),
-    Argument("period", Field(choices=tuple(PERIODS))),
-    Argument("expires_days", empty="0", field=Field(
-        read=lambda text: parse_expiry(f"{int(text)}d" if int(text) else "never"), wanted="a number of days")))
+    Argument("period", Field(choices=tuple(PERIODS))), Argument("expires_days", EXPIRY, empty="never"))
 
 
 def read_argument(argument: Argument, value: object) -> Any:
@@ -11092,7 +11090,7 @@ class Operation(NamedTuple):
     run: Callable[[Ledger, str, JSON], Awaitable[JSON]]     # who asks, the fields' values -> what to answer beside the first
     help: str
     fields: Sequence[Argument]
-    body_fields: Sequence[Argument] = ()        # of the admin API alone
+    more_fields: Sequence[Argument] = ()        # of the admin API alone
 
 
 OPERATIONS = {              # by the words of the command
@@ -11129,9 +11127,7 @@ async def operate(operation: Operation, gateway: Gateway, ask: Ask) -> JSON:
 
 
 def body_fields(operation: Operation) -> list[Argument]:
-    fields = {each.name: each for each in (*operation.fields, *operation.body_fields)}
-    if "*" in operation.route:
-        del fields[operation.fields[0].name]
+    fields = {each.name: each for each in (*operation.fields["*" in operation.route:], *operation.more_fields)}
     return [*fields.values()]
 
 
@@ -12369,12 +12365,11 @@ def read_config(args: Args) -> Config:
 
 def config_warnings(config: Config) -> list[str]:
     warnings = list(config.warnings)
-    if any(provider.key_source == config.path != "" for provider in config.providers.values()):
-        if os.name == "posix" and os.stat(config.path).st_mode & 0o077:
-            warnings.append(f"{config.path} holds a key and others can read it; chmod 600 {config.path}")
-    if not any(name != "demo" for name in config.providers):
-        warnings.append("no provider is configured, only the demo answers" if config.providers
-                        else "no provider is configured")
+    holds_key = any(provider.key_source == config.path != "" for provider in config.providers.values())
+    if holds_key and os.name == "posix" and os.stat(config.path).st_mode & 0o077:
+        warnings.append(f"{config.path} holds a key and others can read it; chmod 600 {config.path}")
+    if config.providers.keys() <= {"demo"}:
+        warnings.append("no provider is configured")
     return warnings
 
 
@@ -12396,11 +12391,6 @@ async def open_exchange(url: str, key: str, tls_cert: str, body: JSON | None = N
         await exchange.close()
     finally:
         await upstream.close()
-
-
-async def fetch(url: str, timeout_s: float, key: str = "", tls_cert: str = "") -> bytes:
-    async with asyncio.timeout(timeout_s), open_exchange(url, key, tls_cert) as exchange:
-        return await exchange.read_all(PROBE_MAX_BYTES)
 
 
 async def stream_events(url: str, key: str, body: JSON, tls_cert: str) -> AsyncIterator[tuple[str, JSON]]:
@@ -12430,17 +12420,18 @@ def subtable(values: Any, *names: str) -> JSON:
     return values if isinstance(values, dict) else {}
 
 
-async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> JSON:
+async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "", key: str = "") -> JSON:
     """The JSON object at an address of this machine; {} if none comes in time."""
     try:
-        return parse_object((await fetch(url, timeout_s, tls_cert=tls_cert)).decode()) or {}
+        async with asyncio.timeout(timeout_s), open_exchange(url, key, tls_cert) as exchange:
+            return parse_object((await exchange.read_all(PROBE_MAX_BYTES)).decode()) or {}
     except (OSError, ValueError, GatewayError):     # TimeoutError is an OSError
         return {}
 
 
-async def version_at(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> str:
-    """The version of a Pomex at an address of this machine; "" if there is none."""
-    health = await get_json(url + "/health", timeout_s, tls_cert)
+async def running_version(server: ServerConfig, url: str = "", timeout_s: float = HEALTH_TIMEOUT_S) -> str:
+    """The version of the Pomex at an address of this machine, else at its configured one; "" if there is none."""
+    health = await get_json(f"{url or own_url(server)}/health", timeout_s, server.tls_cert)
     return str(health.get("version", "")) if health.get("status") == "ok" else ""
 
 
@@ -12452,19 +12443,8 @@ def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
     return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
 
 
-def own_url(config: Config) -> str:
-    return public_url(config.server, (config.server.host, config.server.port))
-
-
-async def running_version(config: Config) -> str:
-    """The version of the gateway of this configuration; "" if it does not run."""
-    return await version_at(own_url(config), HEALTH_TIMEOUT_S, config.server.tls_cert)
-
-
-async def local_models(provider: ProviderConfig) -> list[str] | None:
-    """The models of a server on a local port; None if there is no such server."""
-    rows = (await get_json(provider.base_url + "/models")).get("data")
-    return [row["id"] for row in only_dicts(rows) if isinstance(row.get("id"), str)] if isinstance(rows, list) else None
+def own_url(server: ServerConfig) -> str:
+    return public_url(server, (server.host, server.port))
 
 
 async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config, dict[str, list[str]]]:
@@ -12474,8 +12454,9 @@ async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config
     if config.path or no_detect:
         return config, {}
     rows = [row for row in BUILTIN_PROVIDERS.values() if row.local]
-    answers = await asyncio.gather(*map(local_models, rows))
-    found = {row.name: models for row, models in zip(rows, answers) if models is not None}
+    answers = await asyncio.gather(*(get_json(row.base_url + "/models") for row in rows))
+    found = {row.name: [each["id"] for each in only_dicts(answer["data"]) if isinstance(each.get("id"), str)]
+             for row, answer in zip(rows, answers) if isinstance(answer.get("data"), list)}
     local = {name: dataclasses.replace(BUILTIN_PROVIDERS[name], free=True) for name in found}
     providers = {**detect_providers(os.environ), **local, **config.providers}
     return dataclasses.replace(config, providers=providers), found
@@ -12494,13 +12475,6 @@ def say(*lines: str) -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
-
-
-def colored(text: str, ready: bool) -> str:
-    """Green for what is ready, else grey, on a terminal that wants colours; nothing relies on it."""
-    if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{32 if ready else 90}m{text}\x1b[0m"
 
 
 def plural(number: int, noun: str) -> str:
@@ -12541,8 +12515,9 @@ def print_row(args: Args, row: JSON, first: bool) -> None:
     print(csv_line(dumps(cell) if isinstance(cell, (dict, list)) else cell for cell in row.values()))
 
 
-def print_rows(args: Args, rows: Sequence[JSON], table: Sequence[Mapping[str, str]]) -> None:
-    """As --json, --csv or --jsonl; else the table, whose rows are heading -> text."""
+def print_rows(args: Args, rows: Sequence[JSON], columns: Callable[[JSON], Mapping[str, str]]) -> None:
+    """As --json, --csv or --jsonl; else as a table, of which `columns` gives a row: heading -> text."""
+    table = [columns(row) for row in rows]
     if args.json:
         print_json(rows)
     elif args.csv or args.jsonl:
@@ -12577,16 +12552,15 @@ def provider_lines(config: Config, found: Mapping[str, Sequence[str]], detected:
             state, text = "no key", f"export {row.env_key}=..."
         if state != "no key" or name in ALWAYS_LISTED:
             rows.append((name, state, text))
-    width = max(map(len, ["llama.cpp", *config.providers])) + 3
-    return [f"  {name.ljust(width)}{colored(state.ljust(12), state == 'ready')}{text}" for name, state, text in rows]
+    return [f"  {line}" for line in table_lines(rows)]
 
 
-def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Every model that is known by name, with its providers in the order they are tried."""
+def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[tuple[ProviderConfig, str]]]:
+    """Every model that is known by name: its targets (provider, name there) in the order they are tried."""
     catalogue, models = ModelCatalog(config, found), {}
     for name in catalogue.names:
         with contextlib.suppress(BadRequest):       # described, but of a provider that is not configured
-            models[name] = list(dict.fromkeys(provider.name for provider, _ in catalogue.targets(name)))
+            models[name] = catalogue.targets(name)
     return models
 
 
@@ -12594,7 +12568,6 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 
 class LineFormatter(logging.Formatter):
     """A line for each of a record's `lines` (of the access log), or for its message."""
-    of_several = False      # processes: each line says which
 
     def format(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info) if record.exc_info else ""
@@ -12602,8 +12575,7 @@ class LineFormatter(logging.Formatter):
         return "\n".join(self.line(record, time_s, text, trace) for time_s, text in lines)
 
     def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
-        pid = f" [{record.process}]" if self.of_several else ""
-        return f"{clock_text(int(time_s))}{pid} {text}" + ("\n" + trace if trace else "")
+        return f"{clock_text(int(time_s))} {text}" + ("\n" + trace if trace else "")
 
 
 class JSONFormatter(LineFormatter):
@@ -12611,9 +12583,9 @@ class JSONFormatter(LineFormatter):
 
     def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
-        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(),
-                   "pid": record.process if self.of_several else None, "message": text, "traceback": trace}
-        return json.dumps({name: value for name, value in members.items() if value}, ensure_ascii=False)
+        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(), "pid": record.process,
+                   "message": text, **({"traceback": trace} if trace else {})}
+        return json.dumps(members, ensure_ascii=False)
 
 
 @functools.lru_cache(1)
@@ -12621,9 +12593,8 @@ def clock_text(time_s: int) -> str:
     return time.strftime("%H:%M:%S", time.localtime(time_s))
 
 
-def set_up_logging(log_format: str, workers: int = 1) -> None:
+def set_up_logging(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    LineFormatter.of_several = workers > 1
     handler.setFormatter(JSONFormatter() if log_format == "json" else LineFormatter())
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -12642,9 +12613,11 @@ def first_key_lines(token: str, database: str) -> list[str]:
             f'  export POMEX_API_KEY="$(cat {shlex.quote(path)})"']
 
 
-async def announce(config: Config, found: Mapping[str, Sequence[str]], detected: bool, ledger: Ledger, is_new: bool,
-                   url: str) -> None:
-    await record_gateway(ledger, url)
+async def announce(config: Config, found: Mapping[str, Sequence[str]], detected: bool, is_new: bool, url: str,
+                   ledger: Ledger) -> None:
+    ledger.notes[f"gateway/{ledger.host} {url}"] = f"{os.getpid()} {ledger.began}"      # for `reload`
+    with contextlib.suppress(LedgerError):
+        await ledger.save_counts()
     said = f"Config {home_short(config.path)}." if config.path else "No config file; using defaults."
     path = home_short(config.database.path)
     say(f"Pomex {VERSION} on Python {sys.version.split()[0]}. {said}", "",
@@ -12686,9 +12659,8 @@ def allow_files() -> None:
 def run_serve(args: Args) -> int:
     config = read_config(args)
     allow_files()
-    set_up_logging(config.server.log_format, config.server.workers)
+    set_up_logging(config.server.log_format)
     handed = systemd_sockets(os.environ)
-    config = dataclasses.replace(config, server=with_address(config.server, handed))
     if config.server.workers > 1 and not hasattr(signal, "sigtimedwait"):
         raise ConfigError("[server] workers: more than one process needs Linux.")
 
@@ -12700,7 +12672,7 @@ def run_serve(args: Args) -> int:
 
     is_new = not os.path.exists(config.database.path)
     detected = not config.path and not args.no_detect
-    config, found = asyncio.run(with_detected(config, args.no_detect))
+    config, found = asyncio.run(reread())
     tls_context(config.server)
     try:
         sockets = handed or asyncio.run(listen(config.server))
@@ -12712,13 +12684,13 @@ def run_serve(args: Args) -> int:
     if "port" in SAME_GATEWAY:
         SAME_GATEWAY["port"] = str(address[1])          # 0 took a free one
     url = public_url(config.server, address)
+    announcing = functools.partial(announce, config, found, detected, is_new, url)
     if config.server.workers == 1:
-        announcing = functools.partial(announce, config, found, detected, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
     parent.block_signals()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
-        asyncio.run(announce(config, found, detected, ledger, is_new, url))
+        asyncio.run(announcing(ledger))
     settle_memory()
     return parent.run()
 
@@ -12789,13 +12761,10 @@ async def drain_until_signal(server: Server, signals: asyncio.Queue[int]) -> boo
     """Waits for the open requests, at most drain_timeout_s. False: another signal came, to end them at once."""
     draining = asyncio.create_task(server.drain(server.config.drain_timeout_s))
     again = asyncio.create_task(signals.get())
-    await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
-    again.cancel()
-    if not draining.done():
-        draining.cancel()
-        return False
-    await draining
-    return True
+    done, waiting = await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    return draining in done
 
 
 async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[int, str]:
@@ -12805,7 +12774,7 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
         return NO_PERMISSION, f"Port {port} needs privileges. Use a reverse proxy, or systemd socket activation (README.md)."
     if error.errno != errno.EADDRINUSE:
         return UNAVAILABLE, f"Cannot listen on {server.host} port {port}: {error.strerror or error}."
-    version = await version_at(public_url(ServerConfig(), (server.host, port)))
+    version = await running_version(server, timeout_s=PROBE_TIMEOUT_S)
     said = f"another Pomex {version}. Use that one, or:" if version else "another program. Use another:"
     SAME_GATEWAY["port"] = str(port + 1) if port < 65535 else "7663"
     return UNAVAILABLE, f"Port {port} is taken by {said} {command('serve')}"
@@ -12835,9 +12804,8 @@ def run_check(args: Args) -> int:
 
 
 def unpriced(config: Config) -> list[str]:
-    catalogue, book = ModelCatalog(config, {}), PriceTable(config)
-    targets = {(provider.name, model): name for name in listed_models(config, {})
-               for provider, model in catalogue.targets(name)}
+    book = PriceTable(config)
+    targets = {(provider.name, model): name for name, tried in listed_models(config, {}).items() for provider, model in tried}
     return [f"{provider}/{model} has no price: refused to keys with a budget, billed 0 to others"
             for (provider, model), name in targets.items() if book.schedule(provider, model, name) is None]
 
@@ -12847,17 +12815,12 @@ ANSWERS = ", it answers"
 
 async def contact_all(config: Config) -> dict[str, str]:
     """provider -> whether it answers, else what is wrong."""
-    upstream, answers = ConnectionPool(os.environ), {}
-
-    async def ask(provider: ProviderConfig) -> None:
-        answers[provider.name] = ANSWERS
-        try:
-            await contact(upstream, provider)
-        except GatewayError as error:
-            answers[provider.name] = f", error: {error}"
-    await asyncio.gather(*(ask(provider) for provider in config.providers.values() if provider.wire_api != "demo"))
+    upstream = ConnectionPool(os.environ)
+    providers = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
+    errors = await asyncio.gather(*(contact(upstream, provider) for provider in providers), return_exceptions=True)
     await upstream.close()
-    return answers
+    return {provider.name: f", error: {error}" if isinstance(error, BaseException) else ANSWERS
+            for provider, error in zip(providers, errors)}
 
 
 PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
@@ -12867,17 +12830,20 @@ def run_models(args: Args) -> None:
     config, found = asyncio.run(with_detected(read_config(args)))
     catalogue, book = ModelCatalog(config, found), PriceTable(config)
     rows: list[JSON] = []
-    table: list[dict[str, str]] = []
-    for name, providers in listed_models(config, found).items():
-        first, model = catalogue.targets(name)[0]
-        window, schedule = catalogue.facts(name).context_window, book.schedule(first.name, model, name)
-        prices = dict(zip(PRICE_COLUMNS, schedule.base.split() if schedule else "------"))
-        rows.append({"model": name, "providers": providers, "context_window": window or None,
-                     "price": prices if schedule else None})
-        table.append({"MODEL": name, "PROVIDERS": ", ".join(providers), "IN/1M": prices["input"],
-                      "CACHED": prices["cache_read"], "OUT/1M": prices["output"], "CONTEXT": spaced(window) if window else "-",
-                      "STATE": "ready" if schedule else "ready, no price"})
-    print_rows(args, rows, table)
+    for name, targets in listed_models(config, found).items():
+        first, model = targets[0]
+        schedule = book.schedule(first.name, model, name)
+        rows.append({"model": name, "providers": list(dict.fromkeys(provider.name for provider, _ in targets)),
+                     "context_window": catalogue.facts(name).context_window or None,
+                     "price": dict(zip(PRICE_COLUMNS, schedule.base.split())) if schedule else None})
+
+    def columns(row: JSON) -> dict[str, str]:
+        price = row["price"] or dict.fromkeys(PRICE_COLUMNS, "-")
+        return {"MODEL": row["model"], "PROVIDERS": ", ".join(row["providers"]), "IN/1M": price["input"],
+                "CACHED": price["cache_read"], "OUT/1M": price["output"],
+                "CONTEXT": spaced(row["context_window"]) if row["context_window"] else "-",
+                "STATE": "ready" if row["price"] else "ready, no price"}
+    print_rows(args, rows, columns)
     for name, provider in config.providers.items():
         if "*" in provider.models and name not in found and name != "demo":
             say(f"and any other model of {name}, as {name}/NAME")
@@ -12942,38 +12908,30 @@ async def run_keys_list(ledger: Ledger, args: Args) -> None:
     rows = [{**row, "key": row["hint"], "expires_at": row["expires_s"] or None, "revoked_at": row["revoked_s"] or None,
              "state": ledger.keys[row["id"]].state(now_s)} for row in await key_rows(ledger, now_s)]
     rows.sort(key=operator.itemgetter("id"))
-    print_rows(args, rows, [{
+    print_rows(args, rows, lambda row: {
         "NAME": row["name"], "KEY": row["key"], "MODELS": row["models"].replace(" ", ",") or "all",
         "SPENT": format_usd(row["spent_nanos"]),
         "BUDGET": format_limit(row["budget_nanos"]) + f"/{row['period']}" * (row["budget_nanos"] is not None),
         "LAST USED": time_span(now_s - row["last_ms"] / 1000) + " ago" if row["last_ms"] else "never",
-        "STATE": describe_use(row)} for row in rows])
+        "STATE": describe_use(row)})
 
 
 async def show_new_account(ledger: Ledger, args: Args, result: JSON) -> None:
     say(f"Account {args.name} created. Give it a key: {command(f'keys create NAME --account {args.name}')}")
 
 
-async def list_balances(ledger: Ledger) -> list[JSON]:
-    """The accounts, each with its balance as text."""
-    return [{**each, "balance_usd": format_usd(each["credit_nanos"] - each["spent_nanos"], 9)}
-            for each in await list_accounts(ledger.db, time.time())]
-
-
-async def show_balance(ledger: Ledger, args: Args, result: JSON) -> None:
-    balance = next(each["balance_usd"] for each in await list_balances(ledger) if each["name"] == args.name)
-    say(f"{'Adjustment' if args.reason else 'Top-up'} of {format_usd(args.amount)} USD entered for account {args.name}; its "
-        f"balance is {balance[:-7]} USD.")
+async def show_credit(ledger: Ledger, args: Args, result: JSON) -> None:
+    say(f"{'Adjustment' if args.reason else 'Top-up'} of {format_usd(args.amount)} USD entered for account {args.name}.")
 
 
 @of_ledger
 async def run_accounts_list(ledger: Ledger, args: Args) -> None:
-    rows = await list_balances(ledger)
-    print_rows(args, rows, [{
+    rows = [{**row, "balance_usd": format_usd(row["credit_nanos"] - row["spent_nanos"], 9)}
+            for row in await list_accounts(ledger.db, time.time())]
+    print_rows(args, rows, lambda row: {
         "NAME": row["name"], "KIND": "prepaid" if row["prepaid"] else "open" if row["limit_nanos"] is None else "monthly",
         "THIS MONTH": format_usd(row["month_nanos"]), "LIMIT": format_limit(row["limit_nanos"]),
-        "BALANCE": format_usd(row["credit_nanos"] - row["spent_nanos"]), "PRICES": f"x {row['multiplier'] / ONE:g}"}
-        for row in rows])
+        "BALANCE": format_usd(row["credit_nanos"] - row["spent_nanos"]), "PRICES": f"x {row['multiplier'] / ONE:g}"})
 
 
 def no_price(row: JSON) -> str:
@@ -12989,11 +12947,12 @@ def millions(count: int) -> str:
 @of_ledger
 async def run_usage(ledger: Ledger, args: Args) -> None:
     rows = await usage_report(ledger.db, args.by, args.since, int(time.time()) // 86400)
-    total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
-    print_rows(args, rows, [{
+    if not (args.json or args.csv or args.jsonl):
+        rows.append({args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}})
+    print_rows(args, rows, lambda row: {
         args.by.upper(): str(row[args.by]) or "-", "REQUESTS": spaced(row["requests"]), "INPUT": millions(row["input"]),
         "CACHED": f"{100 * row['cached'] / row['input']:.1f} %" if row["input"] else "-", "OUTPUT": millions(row["output"]),
-        "USD": format_usd(row["cost_nanos"]), "": no_price(row)} for row in (*rows, total)])
+        "USD": format_usd(row["cost_nanos"]), "": no_price(row)})
 
 
 async def show_statement(ledger: Ledger, args: Args, bill: JSON) -> None:
@@ -13020,24 +12979,18 @@ def whole_cents(nanos: Sequence[int]) -> list[int]:
 
 
 def run_prices_show(args: Args) -> None:
-    rows = []
-    for name, schedule in sorted(PriceTable(read_config(args)).known.items()):
-        notes = [f"over {spaced(schedule.over)}: {schedule.long}"] if schedule.over else []
-        notes += [f"from {day_text(day)}: {price}" for day, price in schedule.changes]
-        notes += [f"{tier} x {factor}" for tier, factor in schedule.factors.items()]
-        notes += [f"ends {schedule.ends}"] if schedule.ends else []
-        rows.append({"model": name, **dict(zip(PRICE_COLUMNS, f"{schedule.base} -".split())),
-                     "source": schedule.source.partition(" in ")[2], "notes": "; ".join(notes)})
-    headings = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
-    print_rows(args, rows, [dict(zip(headings, row.values())) for row in rows])
+    """The table has the basic prices alone, JSON and the others all that is known."""
+    rows = [{"model": name, **schedule._asdict()} for name, schedule in sorted(PriceTable(read_config(args)).known.items())]
+    headings = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE")
+    print_rows(args, rows, lambda row: dict(zip(headings, [
+        row["model"], *f"{row['base']} -".split()[:6], row["source"].partition(" in ")[2]])))
 
 
 @of_ledger
 async def run_verify(ledger: Ledger, args: Args) -> int:
     checked, wrong = await verify(ledger.db)
     if args.json:
-        balances = {row["name"]: row["balance_usd"] for row in await list_balances(ledger)}
-        print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
+        print_json({"lines": checked, "wrong": wrong})
     else:
         print(*wrong[:100], f"{spaced(checked)} lines computed again, {plural(len(wrong), 'problem')}.", sep="\n")
     return min(len(wrong), 1)
@@ -13059,11 +13012,9 @@ async def run_prune(ledger: Ledger, args: Args) -> None:
 
 @of_ledger
 async def run_audit(ledger: Ledger, args: Args) -> None:
-    rows = await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS)
-    print_rows(args, rows, [{
+    print_rows(args, await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS), lambda row: {
         "UTC": utc_minute(row["time_ms"] // 1000), "WHO": row["who"], "WHAT": row["action"], "NAME": row["name"],
-        "CHANGE": ", ".join(f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())}
-        for row in rows])
+        "CHANGE": ", ".join(f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())})
 
 
 @of_ledger
@@ -13081,14 +13032,14 @@ async def login_link(ledger: Ledger, url: str) -> str:
 def run_admin_url(args: Args) -> None:
     config = read_config(args)
     with open_ledger(config) as ledger:
-        print(asyncio.run(login_link(ledger, own_url(config))))
+        print(asyncio.run(login_link(ledger, own_url(config.server))))
     say("It opens the dashboard once, within ten minutes.")
-    if not asyncio.run(running_version(config)):
+    if not asyncio.run(running_version(config.server)):
         say(not_running(config))
 
 
 def not_running(config: Config) -> str:
-    return f"No gateway answers at {own_url(config)}. Start it in another terminal: {command('serve')}"
+    return f"No gateway answers at {own_url(config.server)}. Start it in another terminal: {command('serve')}"
 
 
 def run_init(args: Args) -> None:
@@ -13096,24 +13047,17 @@ def run_init(args: Args) -> None:
     config, _ = asyncio.run(with_detected(load_config("", "", os.environ, read_text)))
     if os.path.lexists(args.file):
         raise BadRequest(f"{args.file} already exists; nothing was written.")
-    text = init_text(config, os.path.isfile(config.database.path))
-    write_new(args.file, text)
+    lines = ["# Every key with its meaning and default: pomex.toml.example. A provider is a table like [providers.openai].", "",
+             "[database]", f"url = {json.dumps(config.database.url)}"]
+    providers = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
+    for provider in providers:
+        keys = ("env_key",) if provider.env_key else ("base_url", "wire_api", "free")
+        lines += ["", f"[{toml_name(('providers', provider.name))}]"]
+        lines += [f"{key} = {json.dumps(getattr(provider, key))}" for key in keys]
+    write_new(args.file, "\n".join([*lines, ""]))
     if args.file != "pomex.toml":
         SAME_GATEWAY["config"] = args.file
-    found = plural(sum(name != "demo" for name in config.providers), "provider")
-    say(f"Wrote {args.file} (mode 600, {found} found). Check it: {command('check')}")
-
-
-def init_text(config: Config, keep_database: bool) -> str:
-    database = config.database.url if keep_database else "sqlite:pomex.db"
-    lines = ["# Every key with its meaning and default: pomex.toml.example. A provider is a table like [providers.openai].", "",
-             "[database]", f"url = {json.dumps(database)}"]
-    for name, provider in config.providers.items():
-        if name != "demo":
-            keys = ("env_key",) if provider.env_key else ("base_url", "wire_api", "free")
-            lines += ["", f"[{toml_name(('providers', name))}]"]
-            lines += [f"{key} = {json.dumps(getattr(provider, key))}" for key in keys]
-    return "\n".join([*lines, ""])
+    say(f"Wrote {args.file} (mode 600, {plural(len(providers), 'provider')} found). Check it: {command('check')}")
 
 
 # codex
@@ -13240,16 +13184,13 @@ def keep_copy(path: pathlib.Path, text: str) -> str:
     raise AssertionError
 
 
-def change_codex(path: pathlib.Path, now: str, after: str) -> str:
-    """Shows what changes and does it; names the copy of what was there, if it was not ours alone."""
+def change_codex(path: pathlib.Path, now: str, after: str) -> None:
+    """Shows what changes and does it."""
     say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
-    others = without_block(now).strip("\ufeff\r\n")
-    kept = f" The file before this is kept beside it as {keep_copy(path, now)}." if others else ""
     if after.strip("\ufeff\r\n"):
         replace_file(path, after)
     else:
         path.unlink()
-    return kept
 
 
 def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
@@ -13261,7 +13202,11 @@ def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
     if toml_leaves(after) == toml_leaves(now):
         say(f"{home_short(path)} is already up to date.")
         return 0
-    kept, profile = change_codex(path, now, after), " --profile" * (path.name == "pomex.config.toml")
+    kept = ""
+    if now and BLOCK_BEGIN not in now:          # as its user had it
+        kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
+    change_codex(path, now, after)
+    profile = " --profile" * (path.name == "pomex.config.toml")
     say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
     if not os.environ.get("POMEX_API_KEY"):
         say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
@@ -13273,7 +13218,8 @@ def undo_codex(path: pathlib.Path) -> int:
     if BLOCK_BEGIN not in now:
         say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
         return 1
-    say(f"Pomex's settings are out of {home_short(path)}.{change_codex(path, now, without_block(now))}")
+    change_codex(path, now, without_block(now))
+    say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
 
@@ -13291,12 +13237,12 @@ def run_codex(args: Args) -> int:
         say(f"{error} A model that can be used: {best_model(catalogue)}")
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
-    block = codex_block(own_url(config), model)
+    block = codex_block(own_url(config.server), model)
     if not (args.write or args.profile or args.run):
         print(*block, sep="\n")
         return 0
     code = 0 if args.run else write_codex(path, block)
-    if code == 0 and not asyncio.run(running_version(config)):
+    if code == 0 and not asyncio.run(running_version(config.server)):
         say(not_running(config))
     if args.run:
         return start_codex(config, block, args.prompt)
@@ -13324,7 +13270,7 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
 
 # doctor
 
-DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
+DOCTOR_WAIT_S = 20.0
 
 
 class Check(NamedTuple):
@@ -13338,156 +13284,126 @@ def expect(name: str, good: str, problem: str, fix: str = "codex --write", state
     return Check(name, state, problem, command(fix)) if problem else Check(name, "ok", good)
 
 
-@dataclass
-class Doctor:
-    """What the checks look at, and what they found out for those behind them."""
-    config: Config
-    codex: JSON = field(default_factory=dict)           # Codex's config.toml,
-    provider: JSON = field(default_factory=dict)        # and of it the table of its provider
-    url: str = ""
-    version: str = ""           # of the gateway; "": it does not run
-    key: str = ""               # one that is good
-
-    async def ask(self, path: str) -> JSON:
-        answer: JSON = json.loads(await fetch(self.url + path, DOCTOR_WAIT_S, self.key, self.config.server.tls_cert))
-        return answer
-
-    async def run(self, live: bool) -> list[Check]:
-        file = self.check_file()
-        checks = [await self.check_gateway(), await self.check_program(), file]
-        checks += self.check_provider() if self.provider else []
-        if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
-            checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
-        try:
-            checks.append(await self.check_key())
-            if self.version and self.key:
-                checks += [await self.check_model(), await self.check_stream("stream", "demo/echo")]
-                checks += await self.check_providers() if live else []
-        except (OSError, ValueError, GatewayError) as error:
-            checks.append(Check("requests", "wrong", f"the gateway broke off: {error or type(error).__name__}"))
-        return checks
-
-    async def check_gateway(self) -> Check:
-        """Where Codex looks for it on this machine, else where the configuration says."""
-        own, parts = own_url(self.config), urllib.parse.urlsplit(str(self.provider.get("base_url", "")))
-        here = is_loopback(parts.hostname or "") and own.startswith(f"{parts.scheme}:")
-        for self.url in [f"{parts.scheme}://{parts.netloc}"] * here + [own]:
-            self.version = await version_at(self.url, HEALTH_TIMEOUT_S, self.config.server.tls_cert)
-            if self.version:
-                break
-        return expect("gateway", f"{self.url} answers, Pomex {self.version}",
-                      "" if self.version else f"nothing of Pomex answers at {self.url}", "serve", "missing")
-
-    async def check_program(self) -> Check:
-        try:
-            process = await asyncio.create_subprocess_exec("codex", "--version", stdout=-1, stderr=-3, stdin=-3)    # -1: a pipe
-            out, _ = await asyncio.wait_for(process.communicate(), 20)
-        except (OSError, TimeoutError):
-            return Check("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
-        return Check("codex", "ok", f"{sanitize(out.decode('utf-8', 'replace').strip())} in PATH")
-
-    def check_file(self) -> Check:
-        path = codex_home() / "config.toml"
-        shown = home_short(path)
-        if not path.is_file():
-            other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
-            return expect("config.toml", "", f"there is no {shown}{other}: Codex asks OpenAI itself", state="missing")
-        try:
-            codex = tomllib.loads(read_text(str(path)))
-        except (OSError, ValueError) as error:
-            line = re.search(r"line (\d+)", str(error))
-            return Check("config.toml", "wrong", f"{shown}: {error}", f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}")
-        self.codex = codex | subtable(codex, "profiles", str(codex.get("profile")))
-        chosen = self.codex.get("model_provider")
-        self.provider = subtable(self.codex, "model_providers", str(chosen))
-        problem = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
-                   else "no model_provider, so Codex asks OpenAI itself")
-        return expect("config.toml", f'{shown}, model_provider "{chosen}"', "" if self.provider else f"{shown}: {problem}")
-
-    def check_provider(self) -> list[Check]:
-        """The provider's table, but for the key. Of an address on another machine only its end is known."""
-        wire_api, base = self.provider.get("wire_api"), str(self.provider.get("base_url", "")).rstrip("/")
-        problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
-        if wire_api is None:
-            problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
-        checks = [expect("  wire_api", '"responses"', problem, state=state)]
-        if self.provider.get("supports_websockets"):
-            checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
-        elsewhere = self.version and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{self.url}/v1"
-        problem = "lacks /v1" if not base.endswith("/v1") else f"is not {self.url}/v1" if elsewhere else ""
-        return [*checks, expect("  base_url", f'"{base}"', problem and f'"{base}" {problem}')]
-
-    async def check_key(self) -> Check:
-        """The key that Codex would send; where it has none, the other checks go on with one of this shell."""
-        self.key = os.environ.get("POMEX_API_KEY", "")
-        what, name = ("  env_key", str(self.provider.get("env_key", ""))) if self.provider else ("key", "POMEX_API_KEY")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):       # not shown: it may be a key
-            return expect(what, "", "must be the name of a variable, which holds the key")
-        fresh, key = command(f"keys create codex-{secrets.token_hex(2)}"), os.environ.get(name, "")
-        if not key:
-            return Check(what, "missing", f"{name} is not set in this shell", f'export {name}="$({fresh})"')
-        self.key, known = key, ""
-        if self.version:
-            answer = await self.ask("/v1/key")
-            if "error" in answer:
-                self.key = ""
-                return Check(what, "wrong", answer["error"]["message"], f'export {name}="$({fresh})"')
-            known = f" and is key {answer['data']['label']}"
-        return Check(what, "ok", f"{name} is set in this shell{known}")
-
-    async def check_model(self) -> Check:
-        name = self.codex.get("model") if self.codex else "demo/echo"
-        if not isinstance(name, str):
-            return expect("model", "", "config.toml names none, and Codex's own has no provider/ in front", state="missing")
-        answer = await self.ask("/v1/models/" + urllib.parse.quote(name, safe="/"))
-        return expect("model", name, subtable(answer, "error").get("message", ""))
-
-    async def check_stream(self, what: str, model: str) -> Check:
-        """How a short answer streams. A limit of ours may end it; another end is a problem of its provider."""
-        count, kind, last = 0, "", {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}
-        body = {"model": model, "input": "Say OK.", "max_output_tokens": 64}
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DOCTOR_WAIT_S):
-                async for event in stream_events(self.url, self.key, body, self.config.server.tls_cert):
-                    kind, last = event
-                    count += 1
-        if kind in ("response.completed", "response.incomplete"):
-            return Check(what, "ok", f"{model}: {count} events, ended with {kind}")
-        said, provider = describe_end(kind, last), self.config.providers.get(what)
-        if last.get("param") == "model" and model == "demo/echo":
-            return Check(what, "note", said)            # there may be no demo here, or not for this key
-        fix = next(fix for pattern, fix in PROVIDER_FIXES if re.search(pattern, said, re.IGNORECASE))
-        variable = provider.env_key if provider and provider.env_key else "its key's variable"
-        return Check(what, "wrong", f"{model}: {said}", fix.format(name=what, variable=variable, serve=command("serve")))
-
-    async def check_providers(self) -> list[Check]:
-        """The gateway may know more providers than this shell, and this shell more than the gateway."""
-        self.config, _ = await with_detected(self.config)
-        names = [row["id"] for row in (await self.ask("/v1/models"))["data"]]
-        known = [name for name in [*coding_models(CODING_MODELS), *names] if name in names and name not in self.config.models]
-        models = dict.fromkeys([*self.config.providers, *(name.partition("/")[0] for name in known)], "")
-        models.pop("demo", None)
-        for name in reversed(known):
-            models |= {provider: name for provider in models if name.startswith(f"{provider}/")}
-        checks = [Check(provider, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{provider}]')
-                  for provider, model in models.items() if not model]
-        checks += await asyncio.gather(*(self.check_stream(provider, model) for provider, model in models.items() if model))
-        no_provider = Check("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")
-        return checks or [no_provider]
+async def diagnose(config: Config) -> list[Check]:
+    """Each link between Codex and the answers of this gateway."""
+    tls_cert = config.server.tls_cert
+    file, codex, provider = check_codex_file()
+    shown, version = await locate_gateway(config, provider)
+    url = shown if version else ""
+    checks = [expect("gateway", f"{shown} answers, Pomex {version}", "" if url else f"nothing of Pomex answers at {shown}",
+                     "serve", "missing"), check_program(), file]
+    checks += check_provider(provider, url) if provider else []
+    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+        checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
+    check, key = await check_key(provider, url, tls_cert)
+    if not (url and key):
+        return [*checks, check]
+    name = codex.get("model") if codex else "demo/echo"
+    if isinstance(name, str):
+        _, problem = await ask_gateway(f"{url}/v1/models/{urllib.parse.quote(name, safe='/')}", key, tls_cert, "id")
+        model = expect("model", name, problem)
+    else:
+        model = expect("model", "", "config.toml names none, and Codex's own has no provider/ in front", state="missing")
+    return [*checks, check, model, await check_stream(url, key, tls_cert)]
 
 
-PROVIDER_FIXES = (      # what the gateway says about a provider -> what to do
-    (r"not configured", "restart Pomex in this shell, which has its key: {serve}"),
-    (r"credentials|\bkey\b", "export {variable}=... with a key that is valid, then restart Pomex"),
-    (r"while connecting|connection refused|could not be found", "start it, or put its right base_url into [providers.{name}]"),
-    (r"credit|quota|balance", "pay the provider, or: codex -m ANOTHER/MODEL"),
-    (r"no model", "put names that it has into models = [...] of [providers.{name}], then restart Pomex"),
-    (r"", "the gateway's log says more; or: codex -m ANOTHER/MODEL"),
-)
+async def ask_gateway(url: str, key: str, tls_cert: str, wanted: str) -> tuple[Any, str]:
+    """(that member of its answer, ""), or (None, what is wrong)."""
+    answer = await get_json(url, HEALTH_TIMEOUT_S, tls_cert, key)
+    error = subtable(answer, "error").get("message", "the gateway gave no answer")
+    return answer.get(wanted), "" if wanted in answer else error
+
+
+async def locate_gateway(config: Config, provider: JSON) -> tuple[str, str]:
+    """(URL, version) where Codex looks for it on this machine, else by the configuration; version "": none runs."""
+    own, parts = own_url(config.server), urllib.parse.urlsplit(str(provider.get("base_url", "")))
+    if is_loopback(parts.hostname or "") and own.startswith(f"{parts.scheme}:"):
+        url = f"{parts.scheme}://{parts.netloc}"
+        if version := await running_version(config.server, url):
+            return url, version
+    return own, await running_version(config.server)
+
+
+def check_program() -> Check:
+    try:
+        done = subprocess.run(["codex", "--version"], capture_output=True, timeout=20)      # noqa: S607
+    except (OSError, subprocess.TimeoutExpired):
+        return Check("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
+    return Check("codex", "ok", f"{sanitize(done.stdout.decode('utf-8', 'replace').strip())} in PATH")
+
+
+def check_codex_file() -> tuple[Check, JSON, JSON]:
+    """(what it is like, what it says, its table of the provider)."""
+    path = codex_home() / "config.toml"
+    shown = home_short(path)
+    if not path.is_file():
+        other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
+        problem = f"there is no {shown}{other}: Codex asks OpenAI itself"
+        return expect("config.toml", "", problem, state="missing"), {}, {}
+    try:
+        codex = tomllib.loads(read_text(str(path)))
+    except (OSError, ValueError) as error:
+        line = re.search(r"line (\d+)", str(error))
+        fix = f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}"
+        return Check("config.toml", "wrong", f"{shown}: {error}", fix), {}, {}
+    codex |= subtable(codex, "profiles", str(codex.get("profile")))
+    chosen = codex.get("model_provider")
+    provider = subtable(codex, "model_providers", str(chosen))
+    problem = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
+               else "no model_provider, so Codex asks OpenAI itself")
+    good = f'{shown}, model_provider "{chosen}"'
+    return expect("config.toml", good, "" if provider else f"{shown}: {problem}"), codex, provider
+
+
+def check_provider(provider: JSON, url: str) -> list[Check]:
+    """The provider's table, but for the key. Of an address on another machine only its end is known."""
+    wire_api, base = provider.get("wire_api"), str(provider.get("base_url", "")).rstrip("/")
+    problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
+    if wire_api is None:
+        problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
+    checks = [expect("  wire_api", '"responses"', problem, state=state)]
+    if provider.get("supports_websockets"):
+        checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
+    elsewhere = url and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{url}/v1"
+    problem = "lacks /v1" if not base.endswith("/v1") else f"is not {url}/v1" if elsewhere else ""
+    return [*checks, expect("  base_url", f'"{base}"', problem and f'"{base}" {problem}')]
+
+
+async def check_key(provider: JSON, url: str, tls_cert: str) -> tuple[Check, str]:
+    """The key that Codex would send, and the one for the other checks: where Codex has none, that of this shell."""
+    own = os.environ.get("POMEX_API_KEY", "")
+    what, name = ("  env_key", str(provider.get("env_key", ""))) if provider else ("key", "POMEX_API_KEY")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):       # not shown: it may be a key
+        return expect(what, "", "must be the name of a variable, which holds the key"), own
+    fix, key = f'export {name}="$({command(f"keys create codex-{secrets.token_hex(2)}")})"', os.environ.get(name, "")
+    if not key:
+        return Check(what, "missing", f"{name} is not set in this shell", fix), own
+    known = ""
+    if url:
+        found, problem = await ask_gateway(f"{url}/v1/key", key, tls_cert, "data")
+        if problem:
+            return Check(what, "wrong", problem, fix), ""
+        known = f" and is key {found['label']}"
+    return Check(what, "ok", f"{name} is set in this shell{known}"), key
+
+
+async def check_stream(url: str, key: str, tls_cert: str) -> Check:
+    count, end = 0, ("", JSON())
+    try:
+        async with asyncio.timeout(DOCTOR_WAIT_S):
+            async for event in stream_events(url, key, {"model": "demo/echo", "input": "Say OK."}, tls_cert):
+                count, end = count + 1, event
+    except (OSError, ValueError, GatewayError) as error:
+        end = "", {"message": f"the gateway broke off: {error or type(error).__name__}"}
+    kind, last = end
+    if kind == "response.completed":
+        return Check("stream", "ok", f"{count} events, ended with {kind}")
+    state = "note" if last.get("param") == "model" else "wrong"         # no demo here, or not for this key
+    return Check("stream", state, describe_end(kind, last), "the gateway's log says more")
 
 
 def run_doctor(args: Args) -> int:
-    checks = asyncio.run(Doctor(read_config(args)).run(args.live))
+    checks = asyncio.run(diagnose(read_config(args)))
     for line, each in zip(table_lines([each[:3] for each in checks]), checks):
         print(line + (f"   fix: {each.fix}" if each.fix else ""))
     problems = sum(each.state in ("wrong", "missing") for each in checks)
@@ -13497,94 +13413,48 @@ def run_doctor(args: Args) -> int:
 
 # --- 13.8 a gateway that runs ---------------------------------------------------------------------
 
-CIRCUITS = ("ready", "about to be tried again", "circuit open")      # as /metrics counts them
-RELOAD_WAIT_S = 15.0
 LOGS_A_LOOK = 500
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
 
 
-async def recorded_gateways(ledger: Ledger) -> list[JSON]:
-    """Those of this database that run on this machine, as `record_gateway` left them."""
-    rows = [json.loads(value) for value, in await ledger.db.read("SELECT value FROM settings WHERE name LIKE 'gateway/%'")]
-    return [row for row in rows if row["host"] == ledger.host and not has_ended(row["pid"], row["start"])]
-
-
-async def record_gateway(ledger: Ledger, url: str, reloaded: str = "") -> None:
-    """For `status` and `reload`: this process is the gateway at an address, and how its latest reload went."""
-    pid = os.getpid()
-    own = {"host": ledger.host, "pid": pid, "start": start_of(pid), "url": url, "reloaded": reloaded, "time_ns": time.time_ns()}
-    with contextlib.suppress(LedgerError):
-        await ledger.db.write(lambda tx: tx.execute(
-            "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            (f"gateway/{ledger.host} {url}", dumps(own))))
-
-
-async def gateway_status(config: Config) -> JSON:
+@of_ledger
+async def run_status(ledger: Ledger, args: Args) -> int:
     """What the running gateway answers, and what the database says of today."""
-    server = config.server
-    status: JSON = {"url": own_url(config), "version": await running_version(config), "database": "ok"}
-    try:
-        with open_ledger(config) as ledger:
-            (_, sums), = await usage_sums(ledger.db, (), int(time.time()) // 86400 * DAY_MS, MAX_NUMBER)
-            status |= {"open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
-                       "spent_today_usd": format_usd(sums["cost_nanos"], 4)}
-            status["disabled_providers"] = ", ".join(sorted(ledger.disabled))
-            for row in await recorded_gateways(ledger) if not status["version"] else ():        # it listens elsewhere
-                status |= {"url": row["url"], "version": await version_at(row["url"], HEALTH_TIMEOUT_S, server.tls_cert)}
-    except LedgerError as error:
-        status["database"] = str(error)
-    if status["version"]:
-        ready = await get_json(status["url"] + "/ready", HEALTH_TIMEOUT_S, server.tls_cert)
-        metrics = await fetch(status["url"] + "/metrics", HEALTH_TIMEOUT_S, "".join(server.admin_token[:1]), server.tls_cert)
-        states = dict.fromkeys((await with_detected(config))[0].providers, 0)
-        for name, state in re.findall(r'^pomex_circuit_state\{target="([^":#]*).* (\d)', metrics.decode(), re.MULTILINE):
-            states[name] = max(states.get(name, 0), int(state))
-        status |= {"status": ready.get("status", ""), "checks": ready.get("checks", {}), "providers": {
-            name: CIRCUITS[state] if b"pomex_build_info" in metrics else "unknown without admin_token"
-            for name, state in states.items()}}
-    return status
-
-
-def run_status(args: Args) -> int:
-    config = read_config(args)
-    status = asyncio.run(gateway_status(config))
+    config, today_ms = read_config(args), int(time.time()) // 86400 * DAY_MS
+    url = own_url(config.server)
+    health, ready = [await get_json(url + path, HEALTH_TIMEOUT_S, config.server.tls_cert) for path in ("/health", "/ready")]
+    (_, sums), = await usage_sums(ledger.db, (), today_ms, MAX_NUMBER)
+    status = {"url": url, "version": health.get("version", ""), "status": ready.get("status", ""), **ready.get("checks", {}),
+              "open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
+              "spent_today_usd": format_usd(sums["cost_nanos"], 4), "disabled_providers": ", ".join(sorted(ledger.disabled))}
     if args.json:
         print_json(status)
     else:
-        rows = [(name.replace("_", " "), str(value)) for name, value in status.items() if not isinstance(value, dict)]
-        rows += [(f"  {name}", state) for part in ("checks", "providers") for name, state in status.get(part, {}).items()]
-        print(*table_lines(rows), sep="\n")
-    if not status["version"]:
+        print(*table_lines([(name.replace("_", " "), str(value)) for name, value in status.items()]), sep="\n")
+    if not ready:
         say(not_running(config))
-    return 0 if status.get("status") == "ready" else 1
-
-
-def run_health(args: Args) -> int:
-    config = read_config(args)
-    version = asyncio.run(running_version(config))
-    print(f"{own_url(config)} {'answers' if version else 'does not answer'}")
-    return 0 if version else 1
+    return 0 if status["status"] == "ready" else 1
 
 
 def run_ask(args: Args) -> int:
+    """Prints an answer while it streams."""
     if not args.question and sys.stdin.isatty():
         raise BadRequest(f"What is the question? Like: {command('ask')} \"What is 2 + 2?\"")
-    words = [sys.stdin.read() if word == "-" else word for word in args.question or ["-"]]
-    return asyncio.run(ask_model(read_config(args), args.model, " ".join(words)))
-
-
-async def ask_model(config: Config, model: str | None, question: str) -> int:
-    """Prints an answer while it streams."""
+    question = " ".join(sys.stdin.read() if word == "-" else word for word in args.question or ["-"])
     key = os.environ.get("POMEX_API_KEY", "")
-    if not await running_version(config):
-        say(not_running(config))
-        return UNAVAILABLE
     if not key:
         say(f'POMEX_API_KEY is not set. With a new key: export POMEX_API_KEY="$({command("keys create NAME")})"')
         return 1
-    model = model or best_model(ModelCatalog(*await with_detected(config)))
+    return asyncio.run(ask_model(read_config(args), key, args.model, question))
+
+
+async def ask_model(config: Config, key: str, model: str | None, question: str) -> int:
+    if not await running_version(config.server):
+        say(not_running(config))
+        return UNAVAILABLE
+    body = {"model": model or best_model(ModelCatalog(*await with_detected(config))), "input": question}
     kind, last = "", JSON()
-    async for kind, last in stream_events(own_url(config), key, {"model": model, "input": question}, config.server.tls_cert):
+    async for kind, last in stream_events(own_url(config.server), key, body, config.server.tls_cert):
         if kind == "response.output_text.delta":
             print(last["delta"], end="", flush=True)
     if kind != "error":
@@ -13611,7 +13481,7 @@ def describe_request(row: JSON) -> str:
 async def run_logs(ledger: Ledger, args: Args) -> None:
     """Requests and refusals, the newest last."""
     filters = {name: value for name, value in (("key", args.key), ("model", args.model), ("result", args.status)) if value}
-    seen: Collection[Row] | None = None         # those of the latest look
+    seen: Collection[Row] = ()          # those of the latest look
     while True:
         rows: list[JSON] = []
         if args.status != "refused":
@@ -13622,25 +13492,23 @@ async def run_logs(ledger: Ledger, args: Args) -> None:
                 row = json.loads(data)
                 rows += [{"started_ms": row["time_ms"], "result": "refused", **row}] if args.key in (None, row["key"]) else []
         rows.sort(key=operator.itemgetter("started_ms"))
-        places = [(row["started_ms"], row["request_id"]) for row in rows]
-        fresh = rows[-args.lines:] if seen is None else [row for row, place in zip(rows, places) if place not in seen]
-        if args.json and not args.follow:
-            print_json(fresh)
-        else:
-            for row in fresh:
-                print(dumps(row) if args.json or args.jsonl else describe_request(row), flush=True)
+        found = {(row["started_ms"], row["request_id"]): row for row in rows}
+        fresh = [row for place, row in found.items() if place not in seen]
+        if not seen:
+            del fresh[:-args.lines]
+        for row in fresh:
+            print(dumps(row) if args.jsonl else describe_request(row), flush=True)
         if not args.follow:
             return
-        seen = set(places)
+        seen = found.keys()
         await asyncio.sleep(POLL_S)
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
     """The names of what differs, like server.port and providers.openai."""
-    before, after = ({f"{section}.{name}": value for section in (*SECTIONS, *NAMED_SECTIONS)
-                      for part in [getattr(config, section)]
-                      for name, value in (part if isinstance(part, dict) else vars(part)).items()} for config in (old, new))
-    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    return sorted(f"{section}.{name}" for section in (*SECTIONS, *NAMED_SECTIONS) for name in before[section] | after[section]
+                  if before[section].get(name) != after[section].get(name))
 
 
 def reload_sentence(old: Config, new: Config, streams: int) -> str:
@@ -13656,50 +13524,42 @@ def refused_sentence(old: Config, error: Exception) -> str:
     return f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}"
 
 
-async def record_reload(ledger: Ledger, old: Config, new: Config, said: str) -> None:
-    """Writes into the audit log what changed, without its values: some are secrets; and for `reload` how it went."""
+async def record_reload(ledger: Ledger, old: Config, new: Config) -> None:
+    """Writes into the audit log what changed, without its values: some are secrets."""
+    if old is new:
+        return
     with contextlib.suppress(LedgerError):
-        if new is not old:
-            await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
-                                {"changed": ", ".join(changed_settings(old, new))})
-        for own in await recorded_gateways(ledger):
-            if own["pid"] == os.getpid():
-                await record_gateway(ledger, own["url"], said)
+        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
+                            {"changed": ", ".join(changed_settings(old, new))})
 
 
 async def reload(server: GatewayServer, reread: Reread) -> None:
     """Takes up the configuration as it is now, whole or not at all."""
-    old = new = server.gateway.config
+    old = server.gateway.config
     notify_reloading()
     try:
-        fresh, found = await reread()
-        server.reload(fresh, found)
-        new, said = fresh, reload_sentence(old, fresh, server.open_requests)
+        new, found = await reread()
+        server.reload(new, found)
+        say(reload_sentence(old, new, server.open_requests))
+        await record_reload(server.gateway.ledger, old, new)
     except (ConfigError, OSError) as error:
-        said = refused_sentence(old, error)
-    say(said)
-    await record_reload(server.gateway.ledger, old, new, said)
+        say(refused_sentence(old, error))
     notify("READY=1")
 
 
 @of_ledger
 async def run_reload(ledger: Ledger, args: Args) -> int:
-    """Asks each gateway of this database on this machine to read its configuration again, and says how that went."""
-    gateways, refused = await recorded_gateways(ledger), False
-    if HANG_UP is None or not gateways:
+    """Asks each gateway of this database on this machine to read its configuration again."""
+    rows = await ledger.db.read("SELECT name, value FROM settings WHERE name LIKE ?", f"gateway/{ledger.host} %")
+    running = [(name, int(pid)) for name, value in rows for pid, start in [value.split(" ")] if not has_ended(int(pid), start)]
+    if HANG_UP is None or not running:
         say("Windows knows no such signal: restart the gateway." if HANG_UP is None else
             f"No gateway that uses {home_short(ledger.db.path)} runs on this machine. Start it: {command('serve')}")
         return UNAVAILABLE
-    for gateway in gateways:
-        now, until = gateway, time.monotonic() + RELOAD_WAIT_S
-        os.kill(gateway["pid"], HANG_UP)
-        while now["time_ns"] == gateway["time_ns"] and time.monotonic() < until:
-            await asyncio.sleep(0.1)
-            now = next((row for row in await recorded_gateways(ledger) if row["pid"] == gateway["pid"]), gateway)
-        said = now["reloaded"] if now is not gateway else f"no answer within {RELOAD_WAIT_S:.0f} s: see its log"
-        refused = refused or not said.startswith("Reloaded ")
-        print(f"{gateway['url']}  {said}")
-    return 1 if refused else 0
+    for name, pid in running:
+        os.kill(pid, HANG_UP)
+        print(f"{name.rpartition(' ')[2]} was asked (process {pid}); how it went is in its log")
+    return 0
 
 
 # --- 13.9 several processes -----------------------------------------------------------------------
@@ -13878,7 +13738,7 @@ class Workers:
             config, said = old, refused_sentence(old, error)
         say(said)
         with contextlib.suppress(LedgerError), open_ledger(old) as ledger:      # closed before a process forks
-            asyncio.run(record_reload(ledger, old, config, said))
+            asyncio.run(record_reload(ledger, old, config))
         if reloaded:
             self.config, self.found = merge_reloadable(old, config), found
             self.deaths, self.not_before = 0, 0.0
@@ -13888,55 +13748,15 @@ class Workers:
 
 # --- 13.10 the table of commands -------------------------------------------------------------------
 
-SERVICE_UNIT = """\
-[Unit]
-Description=Pomex, an LLM API gateway
-After=network-online.target
-[Service]
-Type=notify
-ExecStart={command}
-ExecReload=/bin/kill -HUP $MAINPID
-KillMode=mixed
-TimeoutStopSec={stop}
-WatchdogSec=30
-Restart=on-failure
-RestartSec=5
-RestartPreventExitStatus=2 78
-DynamicUser=yes
-StateDirectory=pomex
-Environment=POMEX_DATABASE_URL=sqlite:/var/lib/pomex/pomex.db
-EnvironmentFile=-/etc/pomex/environment
-LimitNOFILE=65536
-[Install]
-WantedBy=multi-user.target
-"""
-
-
-def run_unit(args: Args) -> None:
-    config = read_config(args)
-    file = os.path.abspath(globals().get("__file__", "/usr/local/lib/pomex/pomex.py"))      # it may have come by a pipe
-    words = [sys.executable, file, "serve", *(["--config", os.path.abspath(config.path)] if config.path else [])]
-    print(SERVICE_UNIT.format(command=shlex.join(words).replace("%", "%%"), stop=f"{config.server.drain_timeout_s + 10:.0f}"),
-          end="")
-    say("Write this to /etc/systemd/system/pomex.service, then: systemctl enable --now pomex",
-        "What its user must be able to read, its database and socket activation: README.md, \"Under systemd\"")
-
-
 def run_help(args: Args) -> int:
     return main([*args.topic, "--help"])
-
-
-class OneOf(NamedTuple):
-    """Of these fields at most one is given; where `required`, exactly one."""
-    fields: tuple[Argument, ...]
-    required: bool = False
 
 
 class Command(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
     example: str
-    fields: Sequence[Argument | OneOf] = ()
+    fields: Sequence[Argument] = ()
 
 
 def flag(name: str, meaning: str) -> Argument:
@@ -13960,7 +13780,7 @@ def of_operation(name: str, example: str, show: Callable[[Ledger, Args, JSON], A
 CONFIG = Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none")
 WHERE = Argument("config", CONFIG, "FILE"), server_flag("host"), server_flag("port")        # of every command: which gateway
 AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv", "print CSV"), flag("jsonl", "print one JSON object a line")
-LISTED = OneOf((AS_JSON, AS_CSV, AS_JSONL))
+LISTED = AS_JSON, AS_CSV, AS_JSONL
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
                  "7d|DATE", more={"default": "7d"})
 MODEL = Argument("model", Field(meaning="a name that `models` lists"))
@@ -13969,53 +13789,49 @@ COMMANDS = {
     "Run the gateway": {
         "serve": Command(run_serve, "run the gateway", "serve --port 8080", [server_flag("log_format"), flag(
             "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
-        "status": Command(run_status, "is it running, with which providers, and what was spent today", "status", [AS_JSON]),
+        "status": Command(run_status, "is it ready (so says the exit code), and what was spent today", "status", [AS_JSON]),
         "logs": Command(run_logs, "show the newest requests, refused ones too", "logs -f --key laptop", [
             Argument("lines", Field(pattern="[1-9][0-9]{0,6}", read=int, wanted="a number from 1", meaning="how many"), "N",
                      more={"default": "20"}),
             flag("follow", "go on with each new one"), Argument("key", Field(meaning="only of this key"), "NAME"), MODEL,
             Argument("status", Field(choices=(*RESULTS, "refused"), meaning=f"{', '.join(RESULTS)} or refused")),
-            OneOf((AS_JSON, AS_JSONL))]),
-        "reload": Command(run_reload, "make it read its configuration and key files again", "reload"),
-        "health": Command(run_health, "does it answer? The exit code says it (for containers)", "health"),
-        "unit": Command(run_unit, "print a systemd unit", "unit > /etc/systemd/system/pomex.service")},
+            AS_JSONL]),
+        "reload": Command(run_reload, "make it read its configuration and key files again", "reload")},
     "Configure it": {
         "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "init", [
             Argument("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
         "check": Command(run_check, "check the configuration", "check --live", [
             flag("live", "ask each provider for its list of models, which costs nothing")]),
-        "models": Command(run_models, "list the models that clients can use", "models", [LISTED]),
-        "prices show": Command(run_prices_show, "list all prices", "prices show", [LISTED])},
+        "models": Command(run_models, "list the models that clients can use", "models", LISTED),
+        "prices show": Command(run_prices_show, "list all prices", "prices show", LISTED)},
     "Clients": {
         "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
         "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
             MODEL,
-            OneOf((flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
-                   flag("undo", "take it out again; all other changes stay"),
-                   flag("run", "start codex with it, changing no file"))),
+            flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
+            flag("undo", "take it out again; all other changes stay"), flag("run", "start codex with it, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
-        "doctor": Command(run_doctor, "diagnose the connection between Codex and the providers", "doctor --live", [
-            flag("live", "ask each provider for a short answer, too; that costs a little")]),
+        "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
         "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url")},
     "Keys and money": {
         "keys create": of_operation("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
         "keys edit": of_operation("keys edit", "ana --budget none --rpm 60", show_key),
         "keys revoke": of_operation("keys revoke", "ana", show_key),
-        "keys list": Command(run_keys_list, "list the keys", "keys list", [LISTED]),
+        "keys list": Command(run_keys_list, "list the keys", "keys list", LISTED),
         "accounts create": of_operation("accounts create", "team --prepaid", show_new_account),
-        "accounts credit": of_operation("accounts credit", "team 20", show_balance),
-        "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", [LISTED]),
+        "accounts credit": of_operation("accounts credit", "team 20", show_credit),
+        "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", LISTED),
         "usage": Command(run_usage, "sums of tokens and cost", "usage --since 30d --by key", [SINCE, Argument(
-            "by", more={"choices": sorted(REPORT_BY), "default": "model"}), LISTED]),
+            "by", more={"choices": sorted(REPORT_BY), "default": "model"}), *LISTED]),
         "statement": of_operation("statement", "team --month 2026-11", show_statement, AS_JSON)},
     "The database": {
         "ledger verify": Command(run_verify, "compute every cost and sum again", "ledger verify", [AS_JSON]),
-        "ledger export": Command(run_export, "print every row", "ledger export --csv > usage.csv", [
-            SINCE._replace(more={"default": "1970-01-01"}), OneOf((AS_CSV, AS_JSONL), required=True)]),
+        "ledger export": Command(run_export, "print every row as CSV", "ledger export > usage.csv", [
+            SINCE._replace(more={"default": "1970-01-01"}), AS_CSV, AS_JSONL]),
         "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", "audit --since 30d", [
-            SINCE, LISTED]),
+            SINCE, *LISTED]),
         "prune": Command(run_prune, "delete old usage rows; their sums are kept", "prune --older 90d", [
             SINCE._replace(name="older", field=SINCE.field._replace(meaning="delete rows older than this"), metavar="90d|DATE",
                            more={"required": True})]),
@@ -14061,11 +13877,8 @@ def argument_type(argument: Argument) -> Callable[[str], Any]:
     return read
 
 
-def add_fields(parser: argparse._ActionsContainer, fields: Iterable[Argument | OneOf]) -> None:
+def add_fields(parser: argparse.ArgumentParser, fields: Iterable[Argument]) -> None:
     for each in fields:
-        if isinstance(each, OneOf):
-            add_fields(parser.add_mutually_exclusive_group(required=each.required), each.fields)
-            continue
         meaning = each.field.meaning.replace("%", "%%")
         names = [each.name] if each.required else [*filter(None, [SHORT.get(each.name)]), flag_name(each)]
         if each.field.read is TRUTH and each.metavar is None:
@@ -14107,9 +13920,8 @@ def parse_arguments(argv: Sequence[str]) -> Args:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if unknown:
-        known = [flag_name(argument) for each in (*WHERE, *args.command.fields)
-                 for argument in (each.fields if isinstance(each, OneOf) else [each])]
-        args.parser.error(f"unknown option {unknown[0]}.{suggest(unknown[0], known)}" if unknown[0].startswith("-")
+        hint = suggest(unknown[0], map(flag_name, (*WHERE, *args.command.fields)))
+        args.parser.error(f"unknown option {unknown[0]}.{hint}" if unknown[0].startswith("-")
                           else f"unexpected argument {unknown[0]}")
     return args
 

@@ -205,6 +205,12 @@ GONE += """
     CHARGE FULL_NS GRANT Key.limited Ledger.apply_disabled Ledger.refused Ledger.write_beat LimitExceeded.until OLD_ENTRY OLD_INTENT OLD_LINE REFUSED_AT_MOST_S REFUSED_S SAME_TROUBLE
     IDS_AT_ONCE SELECT_OPEN SQLITE_WORDS SQLite charge_rate day_words in_batches old_journals take_over_journal
 """.split()
+# Of the file at 875c70a: what the command line said twice, probes of doctor, rows that named a running gateway.
+GONE += """
+    CIRCUITS Doctor OneOf OneOf.fields OneOf.required Operation.body_fields PROVIDER_FIXES RELOAD_WAIT_S
+    SERVICE_UNIT colored fetch gateway_status init_text list_balances local_models record_gateway
+    recorded_gateways run_health run_unit show_balance version_at
+""".split()
 
 
 def definitions(body, prefix=""):

@@ -105,6 +105,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import subprocess
 import threading
 import time
 import tomllib
@@ -125,10 +126,9 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 if sys.platform != "win32":
-    import fcntl
     import resource
 
 JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; the function that takes it names its shape
@@ -142,11 +142,8 @@ VERSION = "v00083"      # the product's own numbering; the first release with th
 
 
 class GatewayError(Exception):
-    """A failure with an answer: the HTTP status, the fields of an OpenAI error, and whether another attempt
-    may help.
-
-    `str(error)` is a sentence for the client; it never contains a key, a path of this machine or a prompt.
-    """
+    """A failure with an answer: the HTTP status and the fields of an OpenAI error. `str(error)` is a sentence
+    for the client; it never contains a key, a path of this machine or a prompt."""
     status = 500
     type = "server_error"
     code = "server_error"
@@ -171,7 +168,7 @@ class GatewayError(Exception):
 
 
 class BadRequest(GatewayError):
-    """The client's mistake. It is never retried and never sent to another target."""
+    """The client's mistake: never retried, never sent to another target."""
     status, type, code = 400, "invalid_request_error", "invalid_request_error"
 
 
@@ -198,8 +195,7 @@ def without_traceback(error: Raised) -> Raised:
 
 
 def fault_location(error: BaseException) -> str:
-    """The place where a bug of Pomex raised, innermost frame first, without the message: it may hold private
-    data."""
+    """The place of a bug, innermost frame first. Without the message, which may hold private data."""
     places = [
         f"{frame.f_code.co_name} line {line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -253,7 +249,7 @@ def load_json(raw: bytes) -> Any:
 
 
 def parse_object(text: str) -> JSON | None:
-    """Reads a JSON object leniently; None for anything else."""
+    """Reads a JSON object leniently; else None."""
     try:
         value = lenient_json(text)
     except (ValueError, RecursionError):
@@ -299,11 +295,11 @@ class Usage:
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24    # more than any answer has: a larger count is a mistake and would spoil every sum
+MAX_TOKENS = 1 << 24    # a larger count is a mistake and would spoil every sum
 
 
 def count(holder: Any, *names: str) -> int:
-    """The first of these fields that holds a positive number, or 0. A provider's number may be 1e999."""
+    """The first of these fields with a positive number, or 0. A provider's number may be 1e999."""
     for value in map(as_dict(holder).get, names):
         if isinstance(value, (int, float)) and value is not True and value > 0:
             return int(min(value, 2 * MAX_TOKENS))
@@ -328,8 +324,7 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 
 
 def checked_usage(usage: Usage) -> Usage:
-    """The usage with consistent counts. A count that had to be reduced is named and makes the usage an
-    estimate."""
+    """The usage with consistent counts. A reduced count is named and makes the usage an estimate."""
     total = min(usage.input, MAX_TOKENS)
     cached = min(usage.cached, total)
     written = min(usage.cache_write, total - cached)
@@ -352,7 +347,7 @@ def checked_usage(usage: Usage) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The provider's evidence that the model has finished (DESIGN: promise 1)."""
+    """The provider's evidence that the model has finished."""
     incomplete_reason: str = ""     # "" or a reason of Responses: "max_output_tokens", "content_filter"
     final: bool = False             # nothing more will come: reading can end
     explanation: str = ""           # for the user: why a content filter stopped the answer
@@ -360,11 +355,7 @@ class Stop:
 
 class Sink:
     """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
-    stream, or None. Only one item without a key is open at a time; it ends when any other item begins.
-
-    >>> sink.text("Hm.", "summary"); sink.text("Hello")
-    >>> sink.call(0, "call_1", tool); sink.add(0, "{}", "arguments"); sink.done(0)
-    """
+    stream, or None. Only one item without a key is open at a time; it ends when any other item begins."""
     def text(self, text: str, channel: PartType = "text") -> None:
         """Adds text to the message without a key, which begins with its first visible character. With the
         channel "summary", adds to the reasoning item without a key; "" only begins it."""
@@ -373,14 +364,13 @@ class Sink:
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         """Begins a tool call."""
     def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        """Adds to an item: a message's text or refusal, a reasoning item's summary or raw text, a call's
-        arguments (JSON text), or a custom call's input (raw text). A higher part number begins another
-        part."""
+        """Adds to an item: text, refusal, summary, raw reasoning, a call's arguments (JSON text) or a custom
+        call's input (raw text). A higher part number begins another part."""
     def add_all(self, key: Any, texts: list[str], channel: PartType) -> None:
         """Calls `add`, or `text`, for each piece."""
     def annotate(self, annotation: JSON, key: Any = None) -> None: ...
     def done(self, key: Any = None, **fields: Any) -> None:
-        """Completes the item if it is open. `fields` are its last ones: encrypted_content, action, status."""
+        """Completes the item if it is open, with its last fields: encrypted_content, action, status."""
     def item(self, item: JSON) -> None:
         """Passes on a complete item of a type that is not built here."""
     def set_usage(self, usage: Usage) -> None: ...
@@ -391,13 +381,12 @@ class Sink:
 
 # === 3. HTTP/1.1 ==================================================================================
 #
-# Both sides, fed with bytes. The parser is strict: it refuses anything that two parsers could read in two
-# ways (LF or CR alone as a line end, folded lines, a blank before the colon, Transfer-Encoding beside
-# Content-Length ...). RFC 9112 allows several of these; each has been a hole in some server. Patterns check
-# numbers before int(), which accepts "+5" and "1_0". Blanks are only SP and HTAB; strip() alone removes \x0b
-# and \x85.
+# Both sides, fed with bytes. The parser refuses anything that two parsers could read in two ways (LF or CR
+# alone as a line end, folded lines, a blank before the colon ...). RFC 9112 allows several of these; each has
+# been a hole in some server. Patterns check numbers before int(), which accepts "+5" and "1_0". Blanks are
+# only SP and HTAB; strip() alone removes \x0b and \x85.
 #
-# A broken peer causes a ProtocolError, the same at every later call. Any other exception is a bug here.
+# A broken peer causes a ProtocolError, the same at every later call.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -434,14 +423,14 @@ class Headers:
 
 class Limits(NamedTuple):
     max_line_bytes: int = 8192          # the request line (RFC 9112 3 asks for 8000); all trailers
-    max_head_bytes: int = 65536         # Codex sends several KiB of turn state and metadata in headers
-    max_headers: int = 100              # the SDKs send about 20, Azure answers with about 40
-    max_body_bytes: int = 64 << 20      # conversations with images: providers accept 32 to 50 MB
+    max_head_bytes: int = 65536         # Codex sends several KiB of turn state
+    max_headers: int = 100              # the SDKs send about 20, Azure about 40
+    max_body_bytes: int = 64 << 20      # providers accept 32 to 50 MB
 
 
 # streams have no size limit; the collector of an answer sets one
 ANSWER_LIMITS = Limits(max_body_bytes=sys.maxsize)
-MAX_CHUNK_LINE_BYTES = 256      # with extensions, which nobody uses and which are expensive (CVE-2023-39326)
+MAX_CHUNK_LINE_BYTES = 256      # with extensions, which are expensive (CVE-2023-39326)
 
 
 class RequestHead(NamedTuple):
@@ -487,7 +476,7 @@ TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
 # the last SP is optional
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
-FIELD = re.compile("(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)")     # possessive: linear
+FIELD = re.compile("(?m)^(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)(?:\r\n|\Z)")   # *+: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
 CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -500,17 +489,14 @@ def parse_fields(section: bytes, max_headers: int) -> Headers:
     """Parses the header lines, without the last one's CRLF."""
     if not section:
         return Headers([])
-    lines = section.decode("latin-1").split("\r\n")
-    if len(lines) > max_headers:
+    lines = section.count(b"\n") + 1
+    if lines > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
-    items = []
-    for line in lines:
-        found = FIELD.fullmatch(line)
-        if found is None:
-            raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
-                                " a character that is not allowed, or an end that is not CRLF.")
-        items.append((found[1].lower(), found[2].rstrip(" \t")))
-    return Headers(items)
+    found = FIELD.findall(section.decode("latin-1"))
+    if len(found) != lines:
+        raise ProtocolError("A header line is malformed: no colon, a blank before it, a folded line,"
+                            " a character that is not allowed, or an end that is not CRLF.")
+    return Headers([(name.lower(), value.rstrip(" \t")) for name, value in found])
 
 
 def list_values(headers: Headers, name: str) -> list[str]:
@@ -536,14 +522,10 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
         length = int(lengths[0])
         check_body_size(length, max_body_bytes)
         return length, False
-    if lengths:
-        raise ProtocolError("Transfer-Encoding and Content-Length exclude each other.")
-    if not http11:
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1.")
-    others = [coding for coding in codings if coding != "chunked"]
-    if others or len(codings) > 1:
-        is_unknown = others and all(re.fullmatch(TOKEN.decode(), coding) for coding in others)
-        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501 if is_unknown else 400)
+    if lengths or not http11:
+        raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
+    if codings != ["chunked"]:
+        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
     return None, True
 
 
@@ -567,11 +549,9 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
             raise ProtocolError("The request target is neither a path nor an http URL,"
                                 " or has a character that must be percent-encoded.")
         authority, path, query = match.groups(b"")
-    hosts = headers.get_all("host")
-    if len(hosts) != 1 and (hosts or http11):
-        raise ProtocolError("A request has exactly one Host header.")
-    if hosts and not HOST_VALUE.fullmatch(hosts[0]):    # CVE-2026-48710: "a?x" changed the path checked
-        raise ProtocolError("Host is not a host name or address with an optional port.")
+    hosts = headers.get_all("host")     # CVE-2026-48710: "a?x" changed the path checked
+    if len(hosts) > 1 or (http11 and not hosts) or not all(map(HOST_VALUE.fullmatch, hosts)):
+        raise ProtocolError("A request has one Host header, a name or address with an optional port.")
     if authority:       # it has priority over the Host header
         headers = Headers([("host", authority.decode()), *(item for item in headers if item[0] != "host")])
     length, chunked = body_framing(headers, http11, max_body_bytes)
@@ -596,9 +576,8 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
 class Reader(Generic[Head]):
     """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
-    next() returns the head, then body pieces as they come (zero-copy where possible), then END; or NEED_DATA
-    where more input is required. After feed_eof() it raises if the message is incomplete. Generators read a
-    message from top to bottom; they yield the results of next().
+    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is
+    required. After feed_eof() it raises if the message is incomplete. Generators yield the results.
     """
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
@@ -647,7 +626,7 @@ class Reader(Generic[Head]):
         return NEED_DATA
 
     def _header_block(self, limit: int) -> tuple[bytes, Headers] | None:
-        """The next line and the header fields that follow it; None while they are incomplete."""
+        """The next line and the header fields behind it; None while they are incomplete."""
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
@@ -675,7 +654,7 @@ class Reader(Generic[Head]):
             yield piece or self._need_more_data()
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
-        """RFC 9112 7.1. Complete buffered chunks come joined; the size is checked before the data is read."""
+        """RFC 9112 7.1. Buffered chunks come joined; a size is checked before its data is read."""
         limits, match, total = self.limits, CHUNK_LINE.match, 0
         while True:
             data, at = self._data, self._at
@@ -717,7 +696,7 @@ class Reader(Generic[Head]):
 
 
 class RequestReader(Reader[RequestHead]):
-    """The server's side. After END the next call begins with the next request, unless the last one closes."""
+    """The server's side. After END comes the next request, unless the last one closes."""
 
     def _messages(self) -> Iterator[RequestHead | bytes | Signal]:
         limits, blank_skipped = self.limits, False
@@ -803,7 +782,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @functools.lru_cache(256)       # most fields are the same in each message
 def field_line(name: str, value: str) -> bytes:
-    """Raises ValueError for a header that our own reader would refuse; the message hides the value."""
+    """ValueError for a header that our own reader would refuse; the message hides the value."""
     line = f"{name}: {value}\r\n".encode("latin-1")
     if not FIELD_LINE.fullmatch(line):
         raise ValueError(f"header {name!r} has a character that no header may have")
@@ -838,8 +817,7 @@ RATIO_FREE_BYTES = 4 << 20  # output up to this size has no ratio limit
 
 
 class ContentDecoder:
-    """Decodes a gzip body (RFC 9110 8.4.1.3) or passes an uncoded one; 413 as soon as it exceeds
-    `max_bytes`."""
+    """Decodes a gzip body or passes an uncoded one; 413 as soon as it exceeds `max_bytes`."""
 
     def __init__(self, encoding: str, max_bytes: int | None = None) -> None:
         coding = encoding.strip(" \t").lower()
@@ -963,9 +941,8 @@ class SSEDecoder:
         return text
 
     def finish(self) -> list[Event]:
-        """Ends the body. The standard drops an event without its empty line, but many chat servers end this
-        way: the event counts if all its lines are complete, or if its data cannot be part of something
-        longer."""
+        """Ends the body. An event without its empty line, as many chat servers end, counts if all its lines
+        are complete, or if its data cannot be part of something longer."""
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
@@ -985,8 +962,7 @@ def sse_frame(type: str, data: str) -> bytes:
 
 
 # === 5. the Responses API =========================================================================
-# The validation of a request, the tool names for providers that know only functions, and the answer: this
-# layer makes every `response.*` event and ends every stream, once.
+# This layer makes every `response.*` event and ends every stream, once.
 
 # --- 5.1 the request ------------------------------------------------------------------------------
 
@@ -1001,7 +977,7 @@ JSON_NAMES = {
 
 
 def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
-    """The error for a value that its field does not accept. The sentence begins with the field's path."""
+    """The error for a value that its field does not accept."""
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
@@ -1076,36 +1052,29 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             type(given) not in spec.types       # most values need no call
             or spec.minimum is not None
             or (spec.choices and given not in spec.choices)
-            or (spec.items and type(given) is not str)
         ):
             check(given, spec, f"{path}.{name}")
+        elif spec.inner:
+            spec.inner(given, f"{path}.{name}")
 
 
-def check_typed(value: JSON, known: Mapping[str, Fields], path: str) -> None:
-    """Checks the members of an object by its type. Types that are not known have any members."""
-    kind = value.get("type")
-    if not isinstance(kind, str):
-        raise type_error(kind, TYPED, path)
-    check_members(value, known.get(kind, {}), path)
+def check_content(content: Any, path: str) -> None:
+    if isinstance(content, list):
+        check_typed(content, PART_FIELDS, path)
 
 
-def check_part(part: JSON, path: str) -> None:
-    check_typed(part, PART_FIELDS, path)
+def check_tool_list(tools: list[Any], path: str) -> None:
+    check_typed(tools, TOOL_FIELDS, path)
 
 
-def check_tool(tool: JSON, path: str) -> None:
-    if "name" not in tool and isinstance(tool.get("function"), dict):
-        words = " is missing: tools are flat here, without a function object inside."
-        raise invalid_param(f"{path}.name", words, "missing_required_parameter")
-    check_typed(tool, TOOL_FIELDS, path)
-
-
-def check_metadata(metadata: JSON, path: str) -> None:
-    if len(metadata) > 16:                  # OpenAI's limits
-        raise invalid_param(path, " may have at most 16 entries.")
-    for key, value in metadata.items():
-        if not isinstance(value, str) or len(key) > 64 or len(value) > 512:
-            raise invalid_param(path, " maps keys of at most 64 to strings of at most 512 characters.")
+def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> None:
+    """Checks objects by their type. Types that are not known have any members."""
+    for index, entry in enumerate(entries):
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if not isinstance(kind, str):
+            raise invalid_param(f"{path}[{index}]", " must be an object with a type.", "invalid_type")
+        if kind in known:
+            check_members(entry, known[kind], f"{path}[{index}]")
 
 
 def check_format(text: JSON, path: str) -> None:
@@ -1127,13 +1096,12 @@ MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART_TEXT = {"text": Field(wanted="a string")}
-TYPED = Field((dict,), wanted="an object with a type")
-CONTENT = Field((str, list), items=TYPED._replace(inner=check_part), wanted="a string or an array of parts")
+CONTENT = Field((str, list), inner=check_content, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
-TOOLS = Field((list,), items=TYPED._replace(inner=check_tool))
+TOOLS = Field((list,), inner=check_tool_list)
 ROLE = Field(choices=("assistant", "developer", "system", "user"))
 
-# A Responses upstream gets other fields unchecked. null counts as absent: SDKs send it.
+# Other fields go unchecked. null counts as absent: SDKs send it.
 REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("stream", "store", "background", "parallel_tool_calls"), FLAG),
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
@@ -1143,7 +1111,7 @@ REQUEST_FIELDS: Fields = {
     "include": Field((list,)),
     "max_output_tokens": Field((int,), 1),
     "max_tool_calls": Field((int,), 0),
-    "metadata": Field((dict,), inner=check_metadata),
+    "metadata": Field((dict,), items=TEXT),
     "temperature": Field((int, float), 0, 2),
     "top_p": Field((int, float), 0, 1),
     "top_logprobs": Field((int,), 0, 20),
@@ -1156,20 +1124,16 @@ REQUEST_FIELDS: Fields = {
 
 # Requests that need stored state are refused rather than answered wrongly.
 NEEDS_STATE = {
-    "previous_response_id": ("previous_response_not_found",
-                             "Pomex stores no responses: send the whole history in input."),
-    "conversation": ("unsupported_parameter",
-                     "Pomex stores no conversations: send the whole history in input."),
-    "prompt": ("unsupported_parameter",
-               "Pomex stores no prompt templates: send instructions and input."),
-    "background": ("unsupported_parameter",
-                   "Pomex runs no background responses: send background: false."),
+    "previous_response_id": "Pomex stores no responses: send the whole history in input.",
+    "conversation": "Pomex stores no conversations: send the whole history in input.",
+    "prompt": "Pomex stores no prompt templates: send instructions and input.",
+    "background": "Pomex runs no background responses: send background: false.",
 }
 
-# Known input items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
+# Known items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-ITEM_FIELDS: dict[str, Fields] = {kind: CALL | fields for kind, fields in {
-    "message": {"role": ROLE, "content": CONTENT},
+MESSAGE = {"role": ROLE, "content": CONTENT}
+ITEM_FIELDS: dict[str, Fields] = {"message": MESSAGE} | {kind: CALL | fields for kind, fields in {
     "function_call": {"name": NAME, "arguments": TEXT},
     "function_call_output": {"output": OUTPUT},
     "custom_tool_call": {"name": NAME, "input": TEXT},
@@ -1194,7 +1158,7 @@ TOOL_FIELDS = {
 
 
 def check_item(item: JSON, path: str) -> JSON:
-    """Returns an input item with its `type` filled in: a message may omit it and is known by its role."""
+    """Returns an input item with its `type`, which a message may omit."""
     if not isinstance(item, dict):
         raise type_error(item, OBJECT, path)
     kind = item.get("type")
@@ -1239,8 +1203,8 @@ class AroundInput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A validated request. `input` is always a list of items that have a type; `tools` holds the tools of the
-    body, then the tools of input items (additional_tools, tool_search_output), in order."""
+    """A validated request. `input` is a list of items that have a type; `tools` holds the tools of the body,
+    then those of input items, in order."""
     body: JSON
     raw: bytes
     model: str
@@ -1280,8 +1244,7 @@ INLINE_DATA_WEIGHT = 6000       # for each, 1,500 tokens: a large image at the p
 
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
-    """The number of request bytes from `start` on; four make a token. Inline images and files have a fixed
-    weight."""
+    """The request bytes from `start` on; four make a token. Inline images and files have a fixed weight."""
     weight = len(raw) - start
     for pattern in INLINE_DATA:
         for match in pattern.finditer(raw, start):
@@ -1292,11 +1255,11 @@ def weigh_input(raw: bytes, start: int = 0) -> int:
 
 
 MAX_INPUT_ITEMS = 100_000       # a conversation of several weeks has some thousands
-MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory and a tenth of a microsecond
+MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string: its quotes would be escaped
+INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string, which escapes quotes
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
 
 
@@ -1312,9 +1275,10 @@ def common_prefix(one: bytes, other: bytes) -> int:
     return start
 
 
-def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, AroundInput] | None:
-    """The decoded body and the text around its input, if `raw` extends the body of `last` by more input
-    items; else None. `shared` is the length of their common prefix. Only new text is decoded."""
+def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInput] | None:
+    """The decoded body, its weight and the text around its input, if `raw` extends the body of `last` by more
+    input items; else None. Only new text is decoded."""
+    shared = common_prefix(raw, last.raw)
     array = INPUT_ARRAY.search(raw, 0, shared)
     ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
@@ -1331,22 +1295,20 @@ def grown_body(raw: bytes, last: ResponsesRequest, shared: int) -> tuple[JSON, A
     if body.get("input") != INPUT_MARK:
         return None
     grown = {**body, "input": [*last.body["input"], *items[1:]]}
-    return grown, AroundInput(around, body, start, len(text[end:].encode()))
+    weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+    return grown, weight, AroundInput(around, body, start, len(text[end:].encode()))
 
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. A BadRequest names the field, its fault and its valid values.
-    `last` is the conversation's previous request: the common part is neither decoded nor validated again."""
+    """Parses the body of POST /v1/responses. A BadRequest names the field and its valid values. `last` is the
+    conversation's previous request: the common part is neither decoded nor validated again."""
     marks = (b",", b"[", b"{")
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
-    around = AroundInput()
-    shared = common_prefix(raw, last.raw) if last else 0
-    grown = grown_body(raw, last, shared) if last else None
-    if last and grown:
-        body, around = grown
-        weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
+    grown = last and grown_body(raw, last)
+    if grown:
+        body, weight, around = grown
     else:
         try:
             body = load_json(raw)
@@ -1355,7 +1317,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
         if not isinstance(body, dict):
             raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
                              code="invalid_json")
-        last, weight = None, weigh_input(raw)
+        last, weight, around = None, weigh_input(raw), AroundInput()
     try:
         return validate_request(body, raw, weight, last, around)
     except RecursionError:              # newer Pythons decode deeper than they call
@@ -1366,13 +1328,14 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
                      around: AroundInput) -> ResponsesRequest:
     """The request in a decoded body. It shares the first input items of `last`, and perhaps fields."""
     valid = last.body if last else {}
-    for name, (code, sentence) in NEEDS_STATE.items():
-        if body.get(name) not in (None, False):
+    for name, sentence in NEEDS_STATE.items():
+        if body.get(name):
+            is_previous = name == "previous_response_id"
+            code = "previous_response_not_found" if is_previous else "unsupported_parameter"
             raise BadRequest(sentence, param=name, code=code)
     for name, spec in REQUEST_FIELDS.items():
         value = body.get(name)
-        is_known = value is None or value is valid.get(name)
-        if name in ("model", "input") or not is_known:
+        if (value is not None and value is not valid.get(name)) or name in ("model", "input"):
             check(value, spec, name)
     if not body["model"].isprintable():
         raise invalid_param("model", " holds characters that no name has.")
@@ -1422,7 +1385,7 @@ def text_of(content: Any, separator: str = "") -> str:
 
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
-MAX_ENVELOPE_BYTES = 4 << 20        # inflated; the largest signed thinking block seen was under 200 KB
+MAX_ENVELOPE_BYTES = 4 << 20        # inflated; signed thinking blocks have below 200 KB
 MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
 
 
@@ -1440,8 +1403,7 @@ class Envelope:
         return ENVELOPE_PREFIX + base64.urlsafe_b64encode(self.mac(packed) + packed).decode().rstrip("=")
 
     def open(self, text: str) -> tuple[str, str, JSON] | None:
-        """(provider, model, replay); None if the text is not ours, was altered, or belongs to another
-        account."""
+        """(provider, model, replay); None if the text was altered or belongs to another account."""
         try:
             data = base64.urlsafe_b64decode(text.removeprefix(ENVELOPE_PREFIX) + "==")
             packed = data[MAC_BYTES:]
@@ -1461,9 +1423,9 @@ class Envelope:
 
 def unseal_items(items: list[JSON], envelope: Envelope,
                  provider: str) -> tuple[list[JSON], list[str]]:
-    """The input items that `provider` may see, and the names of dropped ones. `sealed_replay` holds content
-    that the provider sealed. An item of another provider, or one that does not verify, is dropped. Content
-    without our prefix stays: only a Responses upstream can judge it."""
+    """The input items that `provider` may see, and the names of dropped ones: of another provider, or not
+    verified. `sealed_replay` holds the content of an envelope. Content without our prefix stays: only a
+    Responses upstream can judge it."""
     kept, dropped = [], []
     envelope.inflated = 0
     for given in items:
@@ -1543,20 +1505,19 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
-    """A name that every provider accepts, the same in every process: `ns__name`, shortened with a digest."""
+    """A name that every provider accepts, the same in every process: `ns__name`, fitted."""
     full = f"{namespace}__{name}" if namespace else name
-    if SAFE_NAME.fullmatch(full):
-        return full
-    return with_digest(re.sub(r"^(?=[\d-])|[^a-zA-Z0-9_-]", "_", full), full)
+    return full if SAFE_NAME.fullmatch(full) else fit_name(full)
 
 
-def with_digest(safe: str, full: str) -> str:
-    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(full)[:8]}"
+def fit_name(name: str) -> str:
+    """A valid name of a tool or a parameter, shortened, with a digest of the original one."""
+    safe = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
+    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
-    """A custom tool's description with its grammar as advice: providers with JSON arguments cannot enforce
-    it."""
+    """A custom tool's description with its grammar as advice, since nothing enforces it."""
     shape = tool.get("format") or {}
     grammar = shape.get("definition")
     if grammar:
@@ -1570,8 +1531,8 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with `change` applied to every schema object, inner ones first; `change` may
-    alter its argument."""
+    """A copy of a JSON schema with `change`, which may alter its argument, applied to every schema object,
+    inner ones first."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
@@ -1589,7 +1550,7 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and replacements for the names that break its rule."""
     schemas: list[JSON] = []
-    names: set[str] = set()
+    names: JSON = {}            # a set in order
 
     def clean(schema: JSON) -> JSON:
         if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
@@ -1603,17 +1564,13 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
         return schema
 
     cleaned = map_schema(parameters, clean)
-    fitted = {
-        name: re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
-        for name in names if not rule.fullmatch(name)
-    }
-    if not fitted:
-        return cleaned, fitted
-    times = collections.Counter((*names, *fitted.values()))
-    for name, fit in fitted.items():
-        if times[fit] > 1:
-            fitted[name] = with_digest(fit, name)
-    for schema in schemas:
+    taken, fitted = set(names), {}
+    for name in names:
+        if not rule.fullmatch(name):
+            safe = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+            fitted[name] = fit_name(name) if safe in taken else safe
+            taken.add(safe)
+    for schema in schemas if fitted else ():
         properties, required, ref = map(schema.get, ("properties", "required", "$ref"))
         if isinstance(properties, dict):
             schema["properties"] = {fitted.get(name, name): inner for name, inner in properties.items()}
@@ -1624,7 +1581,7 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     return cleaned, fitted
 
 
-# chat templates leave these in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
+# what chat templates leave in a tool's name: `functions.x`, `default_api:x`, `x:0`, `x<|channel|>commentary`
 TEMPLATE_REMAINS = re.compile(r"^(functions|default_api)[.:]|(:\d+)?\s*(<\|.*)?$", re.DOTALL)
 
 
@@ -1704,8 +1661,8 @@ def fix_surrogates(text: str) -> str:
 
 
 def unwrap(raw: str) -> str | None:
-    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text. A
-    patch loses its markdown fence."""
+    """The freeform text in a call's arguments: `input`, else the only string member, else the raw text;
+    without a patch's markdown fence."""
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
@@ -1738,7 +1695,7 @@ class Turn(NamedTuple):
 
 
 class History(NamedTuple):
-    """A conversation in turns. They hold plain items of four types (TRANSLATION.md 3.3):
+    """A conversation in turns of plain items, which have four types:
 
     - message {role, content: [part], generated?: the content is an image that the model made}
     - reasoning {sealed_replay}
@@ -1760,8 +1717,8 @@ NO_OUTPUT = "no output was recorded for this call"
 
 def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMap, dropped: list[str],
                       memo: dict[Any, Any]) -> History:
-    """A request's instructions and unsealed items as a History; adds the names of lost content to `dropped`.
-    Items that `memo` knows, by identity, are not normalized again."""
+    """Instructions and unsealed items as a History; names lost content in `dropped`. Items that `memo` knows,
+    by identity, are not normalized again."""
     system = [instructions] if instructions else []
     plain: list[JSON] = []
     for item in items:
@@ -1777,8 +1734,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
             if item["type"] != "additional_tools" and not is_summary_only(item):
                 dropped.append(f"input:{item['type']}")
         elif made.get("role") in ("system", "developer") and not plain:
-            texts = (part.get("text") or "" for part in made["content"])
-            system.append("\n\n".join(texts))
+            system.append(text_of(made["content"], "\n\n"))
         else:
             plain.append(made)
     return History(system, gather_turns(plain))
@@ -1912,11 +1868,9 @@ def call_arguments(item: JSON) -> str:
     if name == "action":
         return dumps({key: value for key, value in given.items() if key != "type" and value})
     text = given if given and item["type"] == "function_call" else dumps(given)
-    try:
+    with contextlib.suppress(ValueError):
         if isinstance(load_json(text.encode()), dict):
             return text
-    except ValueError:
-        pass
     return dumps({"_raw": text})
 
 
@@ -1934,7 +1888,7 @@ def call_output(item: JSON) -> Any:
 
 class Attachment(NamedTuple):
     """An image or a file: an address or bytes."""
-    mime: str                   # from the bytes, else as declared, else from the extension; "": unknown
+    mime: str                   # from the bytes, as declared, or from the extension; "": unknown
     name: str
     detail: Any                 # of an image, as the client gave it
     url: str = ""
@@ -1965,8 +1919,8 @@ TYPE_BY_ENDING = {
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None if there is none, only its id at OpenAI, or invalid base64, which
-    would have every later turn refused."""
+    """The image or file in a part. None if there is only its id at OpenAI, or invalid base64, which would
+    have every later turn refused."""
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
     if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
@@ -1983,14 +1937,14 @@ def read_attachment(part: JSON) -> Attachment | None:
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
-        content = b""
+        return None
     if not content or (comma and not head.endswith(";base64")):
         return None
     found = next((known for known, magic in MAGIC.items() if re.match(magic, content)), "")
     declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
     mime = found or declared or mime
-    text = None
     is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
+    text = None
     if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
             mime, text = "text/plain", content.decode("utf-8-sig")
@@ -2000,11 +1954,11 @@ def read_attachment(part: JSON) -> Attachment | None:
 # --- 5.5 client profiles --------------------------------------------------------------------------
 
 class ClientProfile(NamedTuple):
-    """How one client's protocol differs from the standard (CODEX.md 7; DESIGN section 5)."""
+    """How one client's protocol differs from the standard."""
     incomplete_as_completed: bool = False   # a truncated answer ends as complete, without truncated calls
     refusal_as_text: bool = False       # the client shows only output_text
-    error_event: bool = True            # an `error` event precedes response.failed
-    errors_as_events: bool = False      # errors that it would retry over HTTP become 200 + response.failed
+    # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
+    errors_as_events: bool = False
     echo_request: bool = True           # every response object repeats tools and instructions
 
 
@@ -2012,14 +1966,13 @@ STANDARD = ClientProfile()
 CODEX = ClientProfile(
     incomplete_as_completed=True,
     refusal_as_text=True,
-    error_event=False,
     errors_as_events=True,
     echo_request=False,
 )
 
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
-    """Codex names itself in `originator` (codex_exec, codex-tui, codex_vscode ...) and in its User-Agent."""
+    """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -2027,7 +1980,7 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
-# the fields of a response object that repeat the request, with their defaults (RESPONSES.md section 4)
+# the fields of a response object that repeat the request, with their defaults
 ECHO_DEFAULTS: JSON = {
     "instructions": None,
     "max_output_tokens": None,
@@ -2062,8 +2015,6 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
     for name in ("reasoning", "text"):
         given = {key: value for key, value in fields[name].items() if value is not None}
         fields[name] = {**ECHO_DEFAULTS[name], **given}
-    if as_dict(fields["tool_choice"]).get("type") == "allowed_tools":
-        fields["tool_choice"] = {"mode": "auto", **fields["tool_choice"]}
     if fields["service_tier"] == "auto":
         fields["service_tier"] = "default"
     if not echo_request:
@@ -2072,18 +2023,12 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
         {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
         for tool in fields["tools"]
     ]
-    if fields["user"] is None:
-        del fields["user"]
     return fields
 
 
 @dataclass(eq=False)
 class ResponseContext:
-    """The state that the attempts at one answer share: the response id, the event numbers, the echo of the
-    request.
-
-    Each Attempt writes through it; the client sees the output of only one.
-    """
+    """The state that the attempts at one answer share. The client sees the output of only one."""
     request: ResponsesRequest
     id: str
     created_s: int
@@ -2093,11 +2038,8 @@ class ResponseContext:
     started = False
     max_chars = 32 << 20    # of one attempt's output
     max_items = 4096
+    estimated_input = 0     # tokens
     secrets = re.compile(r"(?!)")   # a call id must not match it
-
-    @functools.cached_property
-    def estimated_input(self) -> int:
-        return self.request.estimated_input
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -2105,7 +2047,7 @@ class ResponseContext:
         return dumps(echo_fields(self.request, self.profile.echo_request))[1:]
 
     def response(self, status: str, output: str = "[]", **fields: Any) -> str:
-        """The response object as JSON text, like `output`. `fields` are set at the end."""
+        """The response object as JSON text, like `output`."""
         head = {
             "id": self.id,
             "object": "response",
@@ -2141,12 +2083,12 @@ class ResponseContext:
         return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()
 
     def heartbeat(self) -> bytes:
-        """A data event: comments do not reset Codex's idle timer (CODEX.md 4.1)."""
+        """A data event: comments do not reset Codex's idle timer."""
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
 
 
 def usage_object(usage: Usage) -> JSON:
-    """Always contains all fields: Codex fails the turn if one is missing (TRANSLATION.md 1.3)."""
+    """All fields, always: Codex fails the turn if one is missing."""
     return {
         "input_tokens": usage.input,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_write},
@@ -2159,14 +2101,11 @@ def usage_object(usage: Usage) -> JSON:
 def usage_from(
     given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True
 ) -> Usage | None:
-    """Reads `given`, the usage object of `answer`, in the fields of Responses or of Chat Completions.
-
-    Returns None if it has neither. `asked_12h` decides if the answer does not name the lifetime of its cache
-    writes.
-    """
+    """Reads `given`, the usage object of `answer`, in the fields of Responses or Chat Completions; None if it
+    has neither. `asked_12h` decides if the answer does not name the lifetime of its cache writes."""
     given = as_dict(given)
     totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
-    if not any(type(total) in (int, float) for total in totals):
+    if not {int, float} & set(map(type, totals)):
         return None
     inputs = as_dict(given.get("prompt_tokens_details")) | as_dict(given.get("input_tokens_details"))
     outputs = as_dict(given.get("completion_tokens_details")) | as_dict(given.get("output_tokens_details"))
@@ -2180,10 +2119,8 @@ def usage_from(
     # DeepSeek and Moonshot use the second form
     cached = count(inputs, "cached_tokens") or count(given, "prompt_cache_hit_tokens", "cached_tokens")
     written = count(inputs, "cache_write_tokens")
-    written_12h = written if asked_12h else 0
-    split = inputs.get("cache_write_tokens_details")
-    if isinstance(split, dict):
-        written_12h = count(split, "ttl_12h_tokens")
+    split = inputs.get("cache_write_tokens_details") or {"ttl_12h_tokens": written if asked_12h else 0}
+    written_12h = count(split, "ttl_12h_tokens")
     return Usage(input_tokens, cached, written, output_tokens, reasoning, cache_write_1h=written_12h,
                  **billing_facts({**answer, **given}))
 
@@ -2201,8 +2138,8 @@ def merge_counts(held: JSON, given: Any) -> JSON:
 class Attempt(Sink):
     """One target's attempt at the answer. Subclasses turn an upstream stream into frames; this class ends it.
 
-    After any number of `feed`s, `finish` is called once. Then `status`, `usage` and `error` hold the outcome,
-    and `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
+    After any number of `feed`s comes one `finish`: `status`, `usage` and `error` hold the outcome, and
+    `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
     output_started = False   # too late for another target
     upstream_done = False    # no more data will come
@@ -2239,11 +2176,8 @@ class Attempt(Sink):
             self.out.append(answer.start() + answer.frame(kind, fields))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
-        """Ends the attempt. It fails without evidence that the model had finished (DESIGN, promise 1).
-
-        `error` is the connection's, if it broke. If the client has left, no item is closed: that takes 20 ms
-        for a long answer.
-        """
+        """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
+        connection. If the client has left, no item is closed: that takes 20 ms for a long answer."""
         if self.ended:
             return
         self.ended = True
@@ -2302,7 +2236,7 @@ class Attempt(Sink):
     # the end
 
     def close_open_items(self) -> None:
-        """Finishes or abandons the items that are still open, before the status is decided."""
+        """Finishes or abandons the open items, before the status is decided."""
 
     def has_no_message(self) -> bool:
         return not any(json.loads(item)["type"] == "message" for item in self.items.values())
@@ -2325,7 +2259,7 @@ class Attempt(Sink):
     def terminal(self, now_s: int) -> bytes:
         """The last frames: the rest of the output, the terminal event, [DONE]."""
         error = self.error
-        if error and self.answer.profile.error_event:
+        if error and not self.answer.profile.errors_as_events:
             self.emit("error", f'"error":{dumps(error.body()["error"])}')
         kind = self.status
         if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
@@ -2398,7 +2332,7 @@ class Item:
     done = False            # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
-        """The part as JSON. `text` is its whole text as a JSON string: a long one is encoded only once."""
+        """The part as JSON text, like `text`: a long one is encoded only once."""
         more = ""
         if shape.type == "output_text":
             more = f',"annotations":[{",".join(self.annotations)}]{shape.more}'
@@ -2649,13 +2583,15 @@ class Assembler(Attempt):
             f"The provider ended, but the arguments of its call are not whole JSON: {names}.")
 
     def add_placeholder_message(self) -> None:
-        """Adds an empty message to an empty answer, or the explanation if a content filter emptied it."""
+        """Adds an empty message to an empty answer, or why a content filter emptied it."""
         stop = self.stop or Stop()
         filtered = stop.incomplete_reason == "content_filter"
-        is_open = any(item.kind == "message" for item in self.open_items.values())
-        if filtered and (is_open or not self.has_no_message()):
-            return
-        if not filtered and (self.items or stop.incomplete_reason):
+        if filtered:
+            is_open = any(item.kind == "message" for item in self.open_items.values())
+            is_answered = is_open or not self.has_no_message()
+        else:
+            is_answered = bool(self.items or stop.incomplete_reason)
+        if is_answered:
             return
         self.open(None, "message")
         item = self.open_items[None]
@@ -2666,17 +2602,13 @@ class Assembler(Attempt):
         self.done()
 
 
-SHELL_FIELDS = ("command", "timeout_ms", "working_directory", "user")
-
-
 def call_fields(tool: Tool, arguments: str) -> JSON:
     """The fields of a call that depend on its type."""
     if tool.kind == "tool_search_call":
         return {"execution": "client", "arguments": parse_object(arguments) or {}}
     if tool.kind == "local_shell_call":
         given = parse_object(arguments) or {}
-        known = {name: value for name, value in given.items() if name in SHELL_FIELDS}
-        return {"action": {"type": "exec", "command": [], "env": {}, **known}}
+        return {"action": {"command": [], **given, "type": "exec", "env": {}}}
     fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
@@ -2727,7 +2659,7 @@ class UpstreamItem:
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
-        """The text that a piece continues or a `done` event completes. A `done` may number it differently."""
+        """The text that a piece continues or a `done` event, perhaps with another number, completes."""
         text = self.numbered.get((channel, number))
         if text is None and done and self.texts:
             last = self.texts[-1]
@@ -2741,11 +2673,9 @@ class UpstreamItem:
 
     def is_other(self, item_id: Any, call_id: Any) -> bool:
         """Does one of these ids differ from the item's own?"""
-        for name, given in (("id", item_id), ("call_id", call_id)):
-            own = self.item.get(name)
-            if own and given and own != given:
-                return True
-        return False
+        own_id, own_call_id = map(self.item.get, ("id", "call_id"))
+        return bool(own_id and item_id and own_id != item_id
+                    or own_call_id and call_id and own_call_id != call_id)
 
     def is_followed(self, event: JSON, kind: Any, begins: bool, other: bool) -> bool:
         """Is an event with its index, or of its kind and without an index, about the next item?"""
@@ -2772,8 +2702,7 @@ def item_content(item: JSON) -> str:
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
-    """Maps each given item to the first known one with the same key, each used once. Later keys serve the
-    items that are left."""
+    """Maps each given item to the first known one with the same key, once. Later keys serve the rest."""
     found: dict[Any, Any] = {}
     for key in keys:
         free = collections.defaultdict[Any, Any](collections.deque)
@@ -2792,11 +2721,9 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
 
 class UpstreamItems(list[UpstreamItem]):
     """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
-    distinguish items only by id (llama.cpp) or by nothing at all, count from 1, or give all the same index.
-
-    So any key identifies an open item, and an event without one is about the newest of its kind. An `added`
-    event, or an event for a finished item, begins another item if a key differs.
-    """
+    distinguish items only by id (llama.cpp) or not at all, count from 1, or give all the same index. So any
+    key identifies an open item, and an event without one is about the newest of its kind. An `added` event,
+    or an event for a finished item, begins another item if a key differs."""
 
     open_count = 0
 
@@ -2891,8 +2818,7 @@ def item_texts(item: JSON) -> list[UpstreamText]:
 
 
 def fill_item(item: JSON, known: UpstreamItem) -> bool:
-    """Fills an item without content from its events, in the form that clients read. Returns whether that was
-    needed."""
+    """Fills an item without content from its events. Returns whether that was needed."""
     has_text = bool(item_texts(item))
     if known.kind == "call":
         name = CALL_FIELD[item["type"]]
@@ -2904,7 +2830,7 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
         item[name] = whole or ("{}" if name == "arguments" else "")
         return True
     parts = only_dicts(item.get("content"))
-    if known.kind != "message" or has_text or any(part.get("type") not in TEXTS for part in parts):
+    if known.kind != "message" or has_text:
         return False
     shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
     filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
@@ -2923,11 +2849,11 @@ def is_incomplete_call(item: JSON) -> bool:
 # --- 5.9 passthrough ------------------------------------------------------------------------------
 #
 # If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
-# patterns, and a method for each type of event that is parsed: on_response_created for `response.created`.
+# patterns, and a method for each type of parsed event: on_response_created for `response.created`.
 
 # possessive: otherwise the backtracking state takes 130 bytes for each byte
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
-SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?\d+')
 
 
 class Passthrough(Attempt):
@@ -3016,18 +2942,12 @@ class Passthrough(Attempt):
         """Numbers the events, continuing from our last one."""
         if not self.answer.request.stream:
             return
-        given = list(map(int, SEQUENCE_NUMBER.findall(block)[:most]))
-        first = self.answer.sequence
-        self.answer.sequence += len(given)
-        if given != list(range(first, self.answer.sequence)):
-            numbers = itertools.count(first)
-            block = SEQUENCE_NUMBER.sub(
-                lambda _: b'"sequence_number":%d' % next(numbers),
-                block, most)
-        self.out.append(block)
+        numbers = itertools.count(self.answer.sequence)
+        self.out.append(SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most))
+        self.answer.sequence = next(numbers)
 
     def end(self) -> None:
-        """The body ended cleanly. If every item is done, that counts as an end (DESIGN, promise 1)."""
+        """The body ended cleanly. If every item is done, that counts as an end."""
         for event in self.events.finish():
             self.take_event(event)
         if not self.events.truncated:           # a truncated event may have contained anything
@@ -3038,8 +2958,7 @@ class Passthrough(Attempt):
 
 
 class ResponsesPassthrough(Passthrough):
-    """The first and the terminal events are ours, and so are the events of items that only the final response
-    contains."""
+    """The first and terminal events are ours, and those of items that only the final response contains."""
     API_EVENTS = b'"response.'
     OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
@@ -3090,8 +3009,7 @@ class ResponsesPassthrough(Passthrough):
         self.deferred.clear()
 
     def give_item(self, known: UpstreamItem, event: JSON, frame: bytes) -> None:
-        """Sends a closed item, once, in a form that the client can use. An incomplete call waits for the
-        end."""
+        """Sends a closed item, once, in a usable form. An incomplete call waits for the end."""
         item = event["item"]
         if not known.closed or known.index in self.items:
             return
@@ -3107,7 +3025,7 @@ class ResponsesPassthrough(Passthrough):
         self.forward(frame)
 
     def release_items(self) -> None:
-        """Sends the items that only the final response contains, and the items that waited for it."""
+        """Sends the items that waited for the final response, or that only it contains."""
         for known in self.decoder.items:
             event = {
                 "type": "response.output_item.done",
@@ -3117,8 +3035,8 @@ class ResponsesPassthrough(Passthrough):
             self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
-        """The frame of an item's event with sealed encrypted content, and with refusals as text if the client
-        reads only text. Makes the frame if none is given."""
+        """The frame of an item's event, with sealed encrypted content, and refusals as text where the client
+        reads only that. Makes the frame if none is given."""
         item = event["item"]
         if item.get("encrypted_content"):
             item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
@@ -3185,7 +3103,7 @@ class ResponsesPassthrough(Passthrough):
             self.release_items()
 
     def body(self, now_s: int) -> str:
-        """The upstream's own response, if any, with our id and model, and the items as sent."""
+        """The upstream's own response, if any, with our id and model and the items sent."""
         if self.status == "failed" or not self.final_response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
@@ -6430,8 +6348,7 @@ WIRES: dict[str, WireApi] = {
 
 # === 7. configuration =============================================================================
 #
-# pomex.toml as frozen dataclasses. A dataclass field made by `option` is a key of the file; the others are
-# derived. A test keeps pomex.toml.example complete.
+# pomex.toml as frozen dataclasses. A field made by `option` is a key of the file; the others are derived.
 
 def parse_dollars(value: float) -> decimal.Decimal:
     """The decimal number as written in the file: a float's shortest text."""
@@ -6442,37 +6359,17 @@ def parse_dollars(value: float) -> decimal.Decimal:
 
 
 def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
-    """Reads tiers: a string is a tier of its own, a list of strings is one tier. A target is split at its
-    first colon."""
-    tiers = []
-    for tier in value:
-        names = tier if isinstance(tier, list) else [tier]
-        pairs = [name.split(":", 1) for name in names]
-        if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
-            raise ValueError
-        tiers.append(tuple(Target(*pair) for pair in pairs))
-    return tuple(tiers)
+    """Reads tiers: a string is a tier of its own, a list of strings is one tier."""
+    tiers = [tier if isinstance(tier, list) else [tier] for tier in value]
+    if not all(re.fullmatch("[^:]+:.+", name) for tier in tiers for name in tier or [""]):
+        raise ValueError
+    return tuple(tuple(Target(*name.split(":", 1)) for name in tier) for tier in tiers)
 
 
 def read_base_url(url: str) -> str:
-    """The address without its last slash; the ValueError describes valid ones."""
-    parts = urllib.parse.urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not re.fullmatch(r"[!-~]+", url)
-    ):
-        raise ValueError('must be an address like "https://api.example.com/v1"')
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("must have no user, query or fragment; there are api_key and query_params for them")
-    try:
-        port = parts.port
-    except ValueError:
-        port = 0
-    if port == 0:
-        raise ValueError("the port must be from 1 to 65535")
-    if tail := re.search(r"/(chat/completions|responses|messages)/?$", parts.path):
-        raise ValueError(f"leave out /{tail[1]}: Pomex appends it")
+    """The address without its last slash."""
+    if urllib.parse.urlsplit(url).port == 0:    # above 65535 is a ValueError, too
+        raise ValueError
     return url.rstrip("/")
 
 
@@ -6492,7 +6389,7 @@ OPTION_FIELDS: dict[type, Field] = {
 def option(
     default: Any, meaning: str, minimum: float | None = None, maximum: float = math.inf, **rules: Any,
 ) -> Any:
-    """A key of pomex.toml. It accepts values of the default's type; `rules` are attributes of its Field."""
+    """A key of pomex.toml, of the default's type; `rules` are attributes of its Field."""
     spec = OPTION_FIELDS[type(default)]
     spec = spec._replace(meaning=meaning, minimum=minimum, maximum=maximum, **rules)
     return field(
@@ -6523,7 +6420,7 @@ class ServerConfig:
     trusted_proxies: Strings = option(
         (), "addresses and networks whose X-Forwarded-For names the client", items=NETWORK)
     header_timeout_s: float = seconds(30.0, "longest wait for a whole request head")
-    body_timeout_s: float = seconds(120.0, "longest wait for a whole body: MBs on a slow line")
+    body_timeout_s: float = seconds(120.0, "longest wait for a whole body")
     keep_alive_timeout_s: float = seconds(75.0, "how long an idle client connection is kept")
     write_timeout_s: float = seconds(60.0, "a client that reads nothing for this long is disconnected")
     drain_timeout_s: float = option(30.0, "how long open streams may go on after a stop signal", 0, 3600)
@@ -6578,7 +6475,11 @@ class ProviderConfig:
     name: str
     wire_api: str = option("", "the API it speaks", choices=tuple(WIRES))
     base_url: str = option(
-        "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url)
+        "", "its address with its version; Pomex appends e.g. /chat/completions", read=read_base_url,
+        pattern=r"(?!.*([?#]|//[^/]*@|/(chat/completions|responses|messages)/*$))"
+                r"https?://[0-9A-Za-z\[][!-~]*",
+        wanted='an address like "https://api.example.com/v1": no user, query or fragment (there are api_key'
+               " and query_params), and no /chat/completions, /responses or /messages, which Pomex appends")
     env_key: str = option("", "the environment variable that holds its key")
     api_key: str = option("", 'instead: "file:/run/secrets/x", "env:NAME", or the key itself', secret=True)
     api_keys: Strings = option(
@@ -6679,8 +6580,7 @@ DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
 def fill_providers(text: str) -> None:
-    """Adds the built-in providers, one per line. A chat server's name is its dialect; a server without a key
-    is local."""
+    """Adds the built-in providers, one per line. A chat server's name is its dialect; no key: it is local."""
     for line in text.splitlines():
         values: JSON = dict(zip(("name", "wire_api", "base_url", "env_key", "relay"), line.split()))
         name = values["name"]
@@ -6709,11 +6609,11 @@ def check_text(text: str, spec: Field, path: str) -> Any:
     return check(value, spec, path)
 
 
-def did_you_mean(name: str, known: Iterable[str], form: str = "%s") -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?', or '' without a similar name."""
     name = name.replace("-", "_")
     near = difflib.get_close_matches(name, list(known), 1)
-    return f" Did you mean {form % near[0]}?" if near else ""
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def toml_name(path: Strings) -> str:
@@ -6747,18 +6647,15 @@ class ConfigFile:
         sections = (*SECTIONS, *NAMED_SECTIONS)
         for name in (key for key in self.toml if key not in sections):
             if isinstance(self.toml[name], dict):
-                hint = did_you_mean(name, sections, "[%s]")
-                raise self.error(f"unknown section [{toml_name((name,))}].{hint}")
-            homes = [home for home, cls in SECTIONS.items() if name in config_fields(cls)]
-            hint = f" Put it under [{homes[0]}]." if homes else ""
-            raise self.error(f'key "{name}" stands outside any section.{hint}')
+                raise self.error(f"unknown section [{toml_name((name,))}].{did_you_mean(name, sections)}")
+            raise self.error(f'key "{name}" stands outside any section, like [server].')
 
     def error(self, sentence: str) -> ConfigError:
         return ConfigError(f"{self.name}: {sentence}")
 
     @contextlib.contextmanager
     def about(self, path: Strings, value: object, secret: bool) -> Iterator[None]:
-        """Turns an error into a message about the value at this path."""
+        """Turns an error into a message about this value."""
         try:
             yield
         except (ValueError, BadRequest) as error:
@@ -6828,8 +6725,7 @@ class ConfigFile:
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
 KEY_VALUE = re.compile(r"[!-~]+")
-OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "expect")
-HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*")       # RFC 9110 5.5, 5.6.2
+OWN_HEADER = re.compile("(?i)host|content-length|transfer-encoding|connection|expect")
 
 
 def is_private(url: str) -> bool:
@@ -6890,10 +6786,8 @@ def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
             key = source.secret(reference)
-            if not key:
-                raise ValueError("the key is empty.")
             if not KEY_VALUE.fullmatch(key):
-                raise ValueError("the key has a space or a character not allowed in keys.")
+                raise ValueError("the key is empty, or has a space or a character not allowed in keys.")
             keys.setdefault(key, source.name if secret else reference)
     return {
         "api_key": [*keys][0],
@@ -6910,17 +6804,19 @@ def read_headers(source: ConfigFile, provider: ProviderConfig) -> dict[str, str]
         for name, value in getattr(provider, table).items():
             with source.about(("providers", provider.name, table, name), value, secret=literal):
                 headers[name] = value if literal else source.variable(value)
-                if name.lower() in OWN_HEADERS:
+                if OWN_HEADER.fullmatch(name):
                     raise ValueError("is a header that Pomex sets itself.")
-                if not HEADER.fullmatch(f"{name}: {headers[name]}"):
-                    raise ValueError("a header needs a plain name and a value of one line.")
+                try:
+                    field_line(name, headers[name])
+                except ValueError:
+                    raise ValueError("a header needs a plain name and a value of one line.") from None
     return headers
 
 
 def read_model(
     source: ConfigFile, name: str, providers: Mapping[str, ProviderConfig],
 ) -> ModelConfig:
-    """One [models.NAME]; without targets it only describes the model."""
+    """One [models.NAME]; without targets, a description."""
     path = ("models", name)
     model = ModelConfig(name, **source.settings(config_fields(ModelConfig), *path))
     bare = model.targets and "/" not in name and KEY_VALUE.fullmatch(name)
@@ -7006,7 +6902,7 @@ def secret_pattern(providers: Iterable[ProviderConfig], *more: str) -> re.Patter
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Does a model's name match one of these patterns with * and ?"""
+    """Does a name match one of these patterns with * and ?"""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -7025,13 +6921,13 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 # Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
 #
 # `usage` is the one table of facts: a row for each attempt that a provider bills, the last of a request marked `final`. The
-# transaction that inserts rows adds them to `usage_rollups`, from which every report is summed, and to the meters of
-# limits. A settlement is committed before the client can see how its request ended; a request that is under way stands in
-# `open_requests` before the client sees its first byte, and becomes a row marked interrupted if its process dies. So no
-# answered request is ever without its row, and none has two. What waits to be written is committed together.
+# transaction that inserts rows adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
+# settlement is committed before the client sees how its request ended; an open request stands in `open_requests` before the
+# client sees its first byte, and becomes a row marked interrupted if its process dies. So no answered request is without
+# its row, and none has two. What waits to be written is committed together.
 #
-# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is the sum of an account's credit
-# entries less that of its charges; none is stored.
+# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is not stored: it is the sum of an
+# account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
 KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists show take 48 of them away
@@ -7074,10 +6970,6 @@ class Key:
     def money_limited(self) -> bool:
         return bool(self.budget_nanos is not None or self.prepaid or self.account_limit_nanos is not None)
 
-    @property
-    def limited(self) -> bool:
-        return bool(self.money_limited or self.rpm or self.tpm or self.concurrent)
-
     def state(self, now_s: float) -> str:
         return "revoked" if self.revoked_s else "expired" if 0 < self.expires_s <= now_s else "active"
 
@@ -7089,30 +6981,30 @@ KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "
 SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
     budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT coalesce(max(revision), 0) + 1 FROM keys)"      # of a key that changes, by which all processes see it
-SELECT_DISABLED = "SELECT name FROM settings WHERE name LIKE 'disabled/%'"
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
+SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
 class UsageRow(NamedTuple):
-    """An attempt that is billed, as it stands in the table `usage`; in `open_requests`, a request under way."""
+    """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
     started_ms: int                 # of the request, Unix time
     key_id: int
     endpoint: str
     model: str                      # as the client asked for it
-    attempt: int = 0                # which try of a target it was
-    final: int = 1                  # 1: how the request ended; 0: an attempt that was given up and is billed all the same
+    attempt: int = 0                # its number, from 1
+    final: int = 1                  # 1: how the request ended; 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
     served_model: str = ""          # the model that the answer names, where it is another
-    status: str = "completed"       # completed | incomplete | failed | cancelled | lost, where it is not final
-    result: str = ""                # of RESULTS; that of its request where it is not final
+    status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
+    result: str = ""                # of RESULTS: that of its request
     error_code: str = ""
     error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": none was, the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count; "" where they are
+    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": the answer is a status
+    estimated: str = ""             # why the tokens are not the provider's own count; "": they are
     tier: str = ""                  # the service tier, as the provider says
     session: str = ""               # the client's name of the conversation
     client: str = ""                # its User-Agent
@@ -7126,14 +7018,14 @@ class UsageRow(NamedTuple):
     price: str = ""                 # USD per million tokens, as section 8.4 has it; "": no price
     multiplier: int = 1_000_000     # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0            # what the cached input would have cost more without the cache
+    saved_nanos: int = 0            # by the cache
     asked_ms: int = 0               # from the request: to the newest upstream call,
     answering_ms: int = 0           # to the head of its answer,
     first_ms: int = 0               # to the first output; 0: none came
     total_ms: int = 0               # and to the end
     attempts: int = 0               # requests sent upstream
     upstream_id: str = ""           # the provider's request id
-    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`, where there is any
+    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -7158,12 +7050,12 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Which models a key may use, as it is stored: names with * and ? in them, a blank between; "" for all. ValueError
-    for an empty text: more likely a variable that is not set."""
-    found = text.replace(",", " ").split()
-    if not found or not re.fullmatch("[!-~ ]+", " ".join(found)):
+    """Model patterns (names with * and ?) as stored, separated by blanks; "" for all. ValueError for an empty text: more
+    likely a variable that is not set."""
+    patterns = " ".join(text.replace(",", " ").split())
+    if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
-    return "" if found == ["all"] else " ".join(found)
+    return "" if patterns == "all" else patterns
 
 
 def new_key() -> str:
@@ -7172,9 +7064,9 @@ def new_key() -> str:
 
 
 def mask_key(token: str) -> str:
-    """A key as lists and messages show it; nothing of what cannot be one of ours in full length."""
+    """A key as lists and messages show it; nothing of a token that cannot be a whole key of ours."""
     body = token[len(KEY_PREFIX):]
-    if len(body) >= 24 and body.isascii() and body.isalnum():
+    if re.fullmatch("[0-9A-Za-z]{24,}", body):
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
     return KEY_PREFIX + "…"
 
@@ -7184,7 +7076,6 @@ def key_digest(token: str) -> str:
 
 
 def utc_minute(unix_s: int) -> str:
-    """UTC, since the reader may sit in another place than this machine."""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix_s))
 
 
@@ -7209,7 +7100,7 @@ def has_checksum(token: str) -> bool:
 
 
 def explain_bad_key(header: str) -> str:
-    """Never holds what was sent, but for the two ends of what looks like one of our keys, and a variable's name."""
+    """Discloses nothing that was sent but the two ends of a key of ours, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -7229,52 +7120,52 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 
 # --- 8.2 the database -----------------------------------------------------------------------------
 #
-# All SQL is in the subset that SQLite 3.34 and PostgreSQL 14 share; words in braces stand for the differences.
+# All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
-SQLITE_WORDS = {"{serial}": "INTEGER PRIMARY KEY AUTOINCREMENT", "{clustered}": "WITHOUT ROWID"}
 TEXT_COLUMNS = frozenset(name for name, kind in UsageRow.__annotations__.items() if "str" in str(kind))
 ROW_TYPES = ", ".join(f"{name} {'TEXT' if name in TEXT_COLUMNS else 'BIGINT'} NOT NULL" for name in USAGE_COLUMNS)
 SCHEMA = (
-    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) {clustered}",
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE accounts (
-        id {serial}, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0, limit_nanos BIGINT,
-        multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0,
+        limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
     """CREATE TABLE keys (
-        id {serial}, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL, created_s BIGINT NOT NULL,
-        expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0, account_id BIGINT NOT NULL DEFAULT 1,
-        models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT, period TEXT NOT NULL DEFAULT 'month',
-        rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0, concurrent BIGINT NOT NULL DEFAULT 0,
-        allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL,
+        created_s BIGINT NOT NULL, expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0,
+        account_id BIGINT NOT NULL DEFAULT 1, models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT,
+        period TEXT NOT NULL DEFAULT 'month', rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0,
+        concurrent BIGINT NOT NULL DEFAULT 0, allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
     "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
     "CREATE INDEX keys_revision ON keys (revision)",
     """CREATE TABLE credits (
-        id {serial}, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL, nanos BIGINT NOT NULL,
-        reason TEXT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL,
+        nanos BIGINT NOT NULL, reason TEXT NOT NULL)""",
     "CREATE INDEX credits_account ON credits (account_id)",
-    "CREATE TABLE usage (id {serial}, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
+    "CREATE TABLE usage (id INTEGER PRIMARY KEY AUTOINCREMENT, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
     "CREATE INDEX usage_started ON usage (started_ms)",
     "CREATE TABLE usage_rollups (" + ", ".join(
         f"{name} {'TEXT' if name in TEXT_COLUMNS and name in ROLLUP_KEY else 'BIGINT'} NOT NULL"
         for name in (*ROLLUP_KEY, *SUMS, "last_ms"))
-    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) {{clustered}}",        # started_ms: of the half hour
+    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",        # started_ms: of the half hour
     """CREATE TABLE meters (
         owner TEXT NOT NULL, since_day BIGINT NOT NULL, spent BIGINT NOT NULL, granted BIGINT NOT NULL,
-        PRIMARY KEY (owner, since_day)) {clustered}""",
-    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) {clustered}",
+        PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
+    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE processes (
         process TEXT PRIMARY KEY, host TEXT NOT NULL, pid BIGINT NOT NULL, start TEXT NOT NULL, beats BIGINT NOT NULL)""",
     "CREATE TABLE open_requests (process TEXT NOT NULL, reserved TEXT NOT NULL, " + ROW_TYPES + ", PRIMARY KEY (response_id))",
     """CREATE TABLE refusals (
-        id {serial}, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL, count BIGINT NOT NULL,
-        data TEXT NOT NULL)""",
-    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) {clustered}",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL,
+        count BIGINT NOT NULL, data TEXT NOT NULL)""",
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE audit (
-        id {serial}, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL, name TEXT NOT NULL,
-        before TEXT NOT NULL, after TEXT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
+        name TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL)""",
     """CREATE TABLE sessions (
-        id {serial}, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL, expires_s BIGINT NOT NULL)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL,
+        expires_s BIGINT NOT NULL)""",
 )
 
 BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
@@ -7287,11 +7178,10 @@ def insertion(table: str, columns: Collection[str]) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
+@dataclass(slots=True)
 class Transaction:
     """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
+    connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """Returns the number of rows it changed."""
@@ -7320,39 +7210,24 @@ class Transaction:
         return attempted
 
 
-class Database(Protocol):
-    async def read(self, sql: str, *values: Any) -> list[Row]:
-        """All rows."""
-
-    async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
-
-
 FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
                              "Another place: POMEX_DATABASE_URL=sqlite:FOLDER/pomex.db",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: look at the permissions of the file and of its folder.",
-    sqlite3.SQLITE_PERM: "cannot be opened: look at the permissions of the file and of its folder.",
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full.",
     sqlite3.SQLITE_BUSY: "is locked by another program.",
-    sqlite3.SQLITE_LOCKED: "is locked by another program.",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error.",
-}
-SAME_TROUBLE = {            # errno values that mean the same
-    errno.EACCES: sqlite3.SQLITE_READONLY, errno.EPERM: sqlite3.SQLITE_READONLY,
-    errno.EROFS: sqlite3.SQLITE_READONLY, errno.EIO: sqlite3.SQLITE_IOERR,
-    errno.ENOSPC: sqlite3.SQLITE_FULL, errno.EDQUOT: sqlite3.SQLITE_FULL,
 }
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
     """What went wrong with a database file. The message does not disclose its folder."""
+    code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
-        code, reason = SAME_TROUBLE.get(error.errno or 0, 0), error.strerror    # str() would give the path
-    else:
-        code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
+        reason = error.strerror or ""       # str() would give the path
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            code = sqlite3.SQLITE_READONLY
     return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
@@ -7378,8 +7253,8 @@ def create_file(path: str) -> None:
             os.chmod(path + suffix, 0o600)
 
 
-class SQLite:
-    """A Database in a file: one thread reads, another writes."""
+class Database:
+    """A SQLite file: one thread reads, another writes."""
 
     def __init__(self, path: str, durability: str) -> None:
         create_file(path)
@@ -7396,10 +7271,12 @@ class SQLite:
                 raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
+        """All rows."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
+        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
@@ -7436,9 +7313,9 @@ class SQLite:
                 os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file in one transaction after copying it. LedgerError for a file that is
-        newer or belongs to another program."""
-        name, journals = os.path.basename(self.path), list[io.BufferedReader]()
+        """Creates the schema, or upgrades an older file after copying it. LedgerError for a file that is newer, in use by
+        v00083, or another program's."""
+        folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
         if tables and application != APPLICATION_ID:
@@ -7450,15 +7327,14 @@ class SQLite:
         if version == SCHEMA_VERSION:
             return
         before = f"{self.path}.before-{SCHEMA_VERSION}"
-        if tables:
-            journals = old_journals(self.path)
-            if not os.path.exists(before):
-                self.copy(before)
-                log.info("ledger: %s is brought up to date; what it was is in %s", name, os.path.basename(before))
-        self.commit(functools.partial(create_tables, journals))
-        for journal in journals:
-            journal.close()
-            os.unlink(journal.name)
+        journal = next((file for file in os.listdir(folder) if file.startswith(f"{name}-requests-")), None)
+        if tables and journal:
+            raise LedgerError(f"The database {name} is in use by v00083, or has requests that v00083 has not billed yet (in "
+                              f"{journal} beside it). Start and stop v00083 once, then start this version.")
+        if tables and not os.path.exists(before):
+            self.copy(before)
+            log.info("ledger: %s is upgraded; a copy of the old file is in %s", name, os.path.basename(before))
+        self.commit(create_tables)
 
     def use_wal(self) -> None:
         """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
@@ -7466,13 +7342,13 @@ class SQLite:
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
                 return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == 19:
+            except sqlite3.OperationalError:
+                if attempt == 19:
                     raise
                 time.sleep(0.05)
 
 
-def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> None:
+def create_tables(tx: Transaction) -> None:
     """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
@@ -7480,11 +7356,9 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
     for kind, name in found:            # triggers, tables, indexes
         tx.execute(f"ALTER TABLE {name} RENAME TO old_{name}" if kind == "table" else f"DROP {kind} {name}")
     for statement in SCHEMA:
-        for word, meaning in SQLITE_WORDS.items():
-            statement = statement.replace(word, meaning)
         tx.execute(statement)
     if found:
-        take_over_old_tables(tx, journals)
+        take_over_old_tables(tx)
         for kind, name in found:
             if kind == "table":
                 tx.execute(f"DROP TABLE old_{name}")
@@ -7498,58 +7372,14 @@ def create_tables(journals: Sequence[io.BufferedReader], tx: Transaction) -> Non
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
 # In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
-# stayed when its rows were pruned. Open requests and unsaved rows were in journal files beside the database.
-
-OLD_INTENT = ("response_id request_id started_ms key_id endpoint model account_id provider upstream_model input price "
-              "multiplier cost_nanos").split()
-OLD_LINE = ("response_id attempt provider upstream_model error_code estimated input cached cache_write output reasoning "
-            "cache_write_1h web_searches price multiplier cost_nanos").split()
-OLD_ENTRY = ("response_id request_id started_ms key_id endpoint model provider upstream_model status error_code terminal_by "
-             "estimated input cached cache_write output reasoning first_ms total_ms attempts account_id cache_write_1h "
-             "web_searches price multiplier cost_nanos lost served_model").split()
-
-
-def old_journals(path: str) -> list[io.BufferedReader]:
-    """Opens and locks the journals beside a file. LedgerError if one is locked by a running program."""
-    folder, name = os.path.split(os.path.abspath(path))
-    journals = []
-    for file in sorted(os.scandir(folder), key=lambda file: file.name):
-        if file.name.startswith(name + "-requests-") and file.is_file(follow_symlinks=False):
-            journals.append(open(file.path, "rb"))      # noqa: SIM115 - open until the upgrade is committed
-            if sys.platform == "win32":         # where v00083 did not lock its journals
-                continue
-            try:
-                fcntl.flock(journals[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise LedgerError(f"The database {name} is in use by an older Pomex, which cannot read the new schema. "
-                                  "Stop it first.") from None
-    return journals
-
+# stayed when its rows were pruned.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
-    """The rows of a request and of its failed attempts."""
-    final = {**request, "attempt": request["attempts"], "result": result_of(
-        request["status"], request["terminal_by"], request["attempts"])}
-    rows = [{**final, **attempt, "final": 0, "status": "lost"} for attempt in lost]
-    final["attempt"] = max([final["attempt"], *(row["attempt"] + 1 for row in rows)])
+    request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
+    rows = [{**request, **attempt, "final": 0, "status": "lost"} for attempt in lost]
+    rows.append({**request, "attempt": max([request["attempts"], *(row["attempt"] + 1 for row in rows)])})
     return [UsageRow(**{name: row[name] for name in USAGE_COLUMNS if name in row},
-                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in (*rows, final)]
-
-
-def take_over_journal(tx: Transaction, journal: bytes) -> None:
-    """Settles its requests; one that was begun counts as interrupted until its settlement is found."""
-    for line in journal.split(b"\n")[:-1]:        # the last line may be incomplete
-        try:
-            values = json.loads(line[1:])
-            if line[:1] == b"I":
-                rows = [interrupted(UsageRow(**dict(zip(OLD_INTENT, values))))]
-            else:
-                request = dict(zip(OLD_ENTRY, values))
-                rows = old_rows(request, [dict(zip(OLD_LINE, lost)) for lost in request["lost"]])
-        except (ValueError, TypeError, LookupError):
-            log.warning("ledger: a line of a journal could not be read")
-        else:
-            settle_requests(tx, [rows])
+                     saved_nanos=saved_nanos(row["price"], row["cached"])) for row in rows]
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
@@ -7558,7 +7388,7 @@ def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
     return (dict(zip(names, row)) for row in cursor)
 
 
-def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader]) -> None:
+def take_over_old_tables(tx: Transaction) -> None:
     for table in ("accounts", "keys", "credits"):
         for row in read_old(tx, table):
             if table == "keys":
@@ -7567,7 +7397,7 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
     for name, value in tx.read("SELECT * FROM old_settings"):
         if name in ("secret", "pruned_day") or name.startswith("disabled/"):
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
-    # the sums of a day go into its first half hour, then those of its remaining rows are subtracted: what is left was pruned
+    # the sums of a day go into its first half hour, less those of its remaining rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
     tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
                f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
@@ -7578,8 +7408,6 @@ def take_over_old_tables(tx: Transaction, journals: Iterable[io.BufferedReader])
         upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
                             for row in rows], -1)
     tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
-    for journal in journals:
-        take_over_journal(tx, journal.read())
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -7617,9 +7445,10 @@ def price_of(text: str) -> Price | None:
         return None
     if text.startswith("provider "):
         return Price(0, 0, 0, 0, 0, 0, int(decimal.Decimal(text[9:]) * 10**12))
-    base, output, read, write, long, search = f"{text} - - - -".split()[:6]
-    write = base if write == "-" else write
-    words = base, output, base if read == "-" else read, write, write if long == "-" else long, search
+    words = f"{text} - - - -".split()[:6]
+    for place, instead in ((2, 0), (3, 0), (4, 3)):
+        if words[place] == "-":
+            words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
     picos[5] *= 1000        # a token is priced per million, a search per thousand
     return Price(*picos)
@@ -7683,7 +7512,8 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
             elif kind.startswith("from"):
                 day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
                 changes.append((day, scaled(base, factors.pop(kind))))
-        ends, source = factors.pop("ends", ""), f"{name} in the table of {PRICES_DATE}"
+        ends = factors.pop("ends", "")
+        source = f"{name} in the table of {PRICES_DATE}"
         schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
 
@@ -7702,8 +7532,8 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """Finds the price of a target: under its own name, configured or built in; its family's; the one configured for the
-    requested name; zero at a free provider. It never guesses."""
+    """The price of a target: of its own name, configured or built in; of its family; the one configured for the requested
+    name; zero at a free provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
@@ -7760,14 +7590,13 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
-SELECT_OPEN = f"SELECT {', '.join(USAGE_COLUMNS)} FROM open_requests"
+COLUMNS = ", ".join(USAGE_COLUMNS)
 ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
                   + f" ON CONFLICT ({', '.join(ROLLUP_KEY)}) DO UPDATE SET "
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
 DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
-IDS_AT_ONCE = 500           # placeholders of a statement
 
 
 def to_storable(value: Any) -> int | str:
@@ -7782,21 +7611,19 @@ def to_storable(value: Any) -> int | str:
 ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.attrgetter(*SUMS[4:])
 
 
-def upsert_rollups(tx: Transaction, rows: Iterable[UsageRow], sign: int = 1) -> None:
-    """Adds rows to the rollups and to the meters of limits."""
-    rollups: dict[Row, list[int]] = {}
-    meters: collections.Counter[tuple[str, int]] = collections.Counter()
+def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> None:
+    """Adds rows to the rollups and to the meters of limits, or subtracts them."""
+    rollups, meters = [], []
     for row in rows:
-        place = row.started_ms // HALF_HOUR_MS * HALF_HOUR_MS, *ROLLUP_PLACE(row)
         unpriced = row.final and not row.price and row.input + row.output > 0
         counts = row.final, row.status == "failed", row.estimated != "", unpriced, *ROLLUP_COUNTS(row)
-        *before, last_ms = rollups.get(place, [0] * (len(SUMS) + 1))
-        rollups[place] = [*(old + sign * count for old, count in zip(before, counts)), max(last_ms, row.started_ms)]
-        for owner in (f"key {row.key_id}", f"account {row.account_id}"):
-            meters[owner, row.started_ms // DAY_MS] += sign * row.cost_nanos
-    tx.execute_many(ADD_TO_ROLLUPS, [(*place, *rollups[place]) for place in sorted(rollups)])
-    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?",
-                    [(nanos, *place) for place, nanos in sorted(meters.items()) if nanos])
+        half_hour_ms = row.started_ms // HALF_HOUR_MS * HALF_HOUR_MS
+        rollups.append((half_hour_ms, *ROLLUP_PLACE(row), *(sign * count for count in counts), row.started_ms))
+        if row.cost_nanos:
+            meters += [(sign * row.cost_nanos, owner, row.started_ms // DAY_MS)
+                       for owner in (f"key {row.key_id}", f"account {row.account_id}")]
+    tx.execute_many(ADD_TO_ROLLUPS, rollups)
+    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
@@ -7807,40 +7634,31 @@ def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]
     return storable
 
 
-def in_batches(ids: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yields (placeholders, ids), at most IDS_AT_ONCE at a time."""
-    for start in range(0, len(ids), IDS_AT_ONCE):
-        batch = ids[start:start + IDS_AT_ONCE]
-        yield f"({', '.join('?' * len(batch))})", batch
-
-
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
     """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
     settlement counts, unless it was a guess: the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
-    for places, batch in in_batches([*by_id]):
-        for response_id, error_code in tx.read(
-                f"SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id IN {places}", batch):
-            if error_code == "interrupted" != by_id[response_id][-1].error_code:
-                guessed = [UsageRow(*row) for row in tx.read(
-                    f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage WHERE response_id = ?", (response_id,))]
-                upsert_rollups(tx, guessed, -1)
-                tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-                half_hour_ms = guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS
-                tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (half_hour_ms,))
-            else:
-                del by_id[response_id]
+    for response_id, rows in [*by_id.items()]:
+        found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
+        if found and found[0][0] == "interrupted" != rows[-1].error_code:
+            guessed = [UsageRow(*row) for row in tx.read(
+                f"SELECT {COLUMNS} FROM usage WHERE response_id = ?", (response_id,))]
+            upsert_rollups(tx, guessed, -1)
+            tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
+            tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
+        elif found:
+            del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
     return by_id
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
     """Deletes open requests and releases what they had reserved."""
-    for places, batch in in_batches([*response_ids]):
-        where = f"FROM open_requests WHERE response_id IN {places}"
-        for reserved, in tx.read(f"SELECT reserved {where} AND reserved <> ''", batch):
-            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?", json.loads(reserved))
-        tx.execute(f"DELETE {where}", batch)
+    for response_id in response_ids:
+        for reserved, in tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,)):
+            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
+                            json.loads(reserved or "[]"))
+            tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
 
 
 def interrupted(row: UsageRow) -> UsageRow:
@@ -7852,7 +7670,8 @@ def interrupted(row: UsageRow) -> UsageRow:
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
     """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
-    rows = [UsageRow(*row) for row in tx.read(f"{SELECT_OPEN} WHERE process NOT IN (SELECT process FROM processes)")]
+    rows = [UsageRow(*row) for row in tx.read(
+        f"SELECT {COLUMNS} FROM open_requests WHERE process NOT IN (SELECT process FROM processes)")]
     if rows:
         settle_requests(tx, [[interrupted(row)] for row in rows])
         close_requests(tx, [row.response_id for row in rows])
@@ -7861,16 +7680,14 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
-# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to requests under way. A request
-# reserves its estimated input and some output by one conditional UPDATE, extends that while output streams, and gives it
-# back with its settlement. A rate is a token bucket (GCRA): a row of `rates` with the time at which it will be full again.
-# What a request holds stands in its row of `open_requests`, so that the end of its process gives it back.
+# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
+# its estimated input and some output, extends that while output streams, and releases it with its settlement; its row of
+# `open_requests` says how much, for the case that its process dies. A rate is a token bucket (GCRA): a row of `rates` with the
+# time at which it is full again. A transaction that writes holds the database alone: it can read, compare and write.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
-REFUSED_S = {"open": 0.05}  # how long a refusal is repeated without asking the database, by unit;
-REFUSED_AT_MOST_S = 1.0     # for the others, or until there may be room
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
@@ -7881,18 +7698,15 @@ class Limit(NamedTuple):
     maximum: int            # 0 for prepaid credit, whose bound is its balance
     kind: str               # key | account | credit | open | rate
     owner_id: int
-    since_day: int = 0      # of a meter: it counts what was spent since then
-
+    since_day: int          # of a meter: it counts what was spent since then
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
-    """A limit has no room for what was asked."""
     limit: Limit
     remaining: int
     need: int
     wait_s: float
     spent: int = 0
-    until: float = 0.0      # when to ask the database again, by the loop's clock
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
@@ -7908,20 +7722,16 @@ def period_bounds(period: str, now_s: float) -> tuple[int, int]:
 
 @functools.lru_cache(4096)
 def limits_of(key: Key, day: int) -> list[Limit]:
-    """All limits of a key on a day."""
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
-    money = [(key.budget_nanos, "key", key.id, start), (0 if key.prepaid else None, "credit", key.account_id, 0),
-             (key.account_limit_nanos, "account", key.account_id, month)]
-    others = [(key.concurrent, "open", "open"), (key.rpm, "requests", "rate"), (key.tpm, "tokens", "rate")]
-    return [*(Limit(f"{'key' if kind == 'key' else 'account'} {owner}", "nanos", maximum, kind, owner, since)
-              for maximum, kind, owner, since in money if maximum is not None),
-            *(Limit(f"key {key.id} {unit}", unit, maximum, kind, key.id) for maximum, unit, kind in others if maximum)]
-
-
-GRANT = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
-# a time more than two minutes ahead was stored before the clock was set back
-FULL_NS = "(CASE WHEN full_ns > ? AND full_ns <= ? THEN full_ns ELSE ? END + ?)"
-CHARGE = f"UPDATE rates SET full_ns = {FULL_NS} WHERE owner = ? AND {FULL_NS} <= ?"
+    owner, account = f"key {key.id}", f"account {key.account_id}"
+    limits = (
+        (owner, "nanos", key.budget_nanos, "key", key.id, start),
+        (account, "nanos", 0 if key.prepaid else None, "credit", key.account_id, 0),
+        (account, "nanos", key.account_limit_nanos, "account", key.account_id, month),
+        (f"{owner} open", "open", key.concurrent or None, "open", key.id, 0),
+        (f"{owner} requests", "requests", key.rpm or None, "rate", key.id, 0),
+        (f"{owner} tokens", "tokens", key.tpm or None, "rate", key.id, 0))
+    return [Limit._make(limit) for limit in limits if limit[2] is not None]
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
@@ -7942,28 +7752,26 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
     """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
-        return charge_rate(tx, limit, amount, now_ns)
+        each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
+        # a time more than two minutes ahead was stored before the clock was set back
+        found = tx.read("SELECT full_ns FROM rates WHERE owner = ? AND full_ns > ? AND full_ns <= ?",
+                        (limit.owner, now_ns, end_ns + WINDOW_NS))
+        left_ns, need_ns = end_ns - (found[0][0] if found else now_ns), amount * each_ns
+        if need_ns > left_ns:
+            raise LimitExceeded(limit, left_ns // each_ns, amount, (need_ns - left_ns) / 10**9)
+        left_ns -= need_ns
+        tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET full_ns = excluded.full_ns",
+                   (limit.owner, end_ns - left_ns))
+        return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
         maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
-    values = amount, limit.owner, limit.since_day, amount, maximum
-    if not tx.execute(GRANT, values):
-        spent, granted = spent_and_granted(tx, limit)
-        if not tx.execute(GRANT, values):
-            raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
+    spent, granted = spent_and_granted(tx, limit)
+    taken = tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?",
+                       (amount, limit.owner, limit.since_day, amount, maximum))
+    if not taken:
+        raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
     return 0, 0.0
-
-
-def charge_rate(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
-    full_ns = now_ns, end_ns + WINDOW_NS, now_ns, amount * each_ns
-    charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
-    if not charged and tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT DO NOTHING", (limit.owner, now_ns)):
-        charged = tx.execute(CHARGE, (*full_ns, limit.owner, *full_ns, end_ns))
-    left_ns = end_ns - max(now_ns, tx.read("SELECT full_ns FROM rates WHERE owner = ?", (limit.owner,))[0][0])
-    if not charged:
-        raise LimitExceeded(limit, left_ns // each_ns, amount, (amount * each_ns - left_ns) / 10**9)
-    return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
 
 
 # --- 8.7 the ledger -------------------------------------------------------------------------------
@@ -8012,7 +7820,7 @@ class Ledger:
 
     `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
 
-    def __init__(self, db: SQLite, max_unsaved: int) -> None:
+    def __init__(self, db: Database, max_unsaved: int) -> None:
         self.db = db
         self.healthy, self.max_unsaved = True, max_unsaved
         self.trouble = ""                   # why the keys could not be read last time; "" if they could
@@ -8033,7 +7841,6 @@ class Ledger:
         self.flushing: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.maintaining: asyncio.Task[None] | None = None
-        self.refused: dict[Limit, LimitExceeded] = {}
         self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
         self.refusals: dict[Row, JSON] = {}             # not yet in the database
         self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
@@ -8041,9 +7848,9 @@ class Ledger:
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
-        """Creates or upgrades the file; LedgerError says why it cannot be used."""
+        """Creates or upgrades the file; LedgerError: it cannot be used."""
         with contextlib.ExitStack() as opened, database_errors(path):
-            db = SQLite(path, durability)
+            db = Database(path, durability)
             opened.callback(db.close)
             db.migrate()
             ledger = cls(db, max_unsaved)
@@ -8052,9 +7859,6 @@ class Ledger:
             return ledger
 
     # keys
-
-    def apply_disabled(self, rows: Iterable[Row]) -> None:
-        self.disabled = frozenset(name.removeprefix("disabled/") for name, in rows)
 
     def apply_keys(self, rows: Iterable[Row]) -> None:
         for *columns, self.revision in rows:
@@ -8066,7 +7870,7 @@ class Ledger:
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
-            self.apply_disabled(await self.db.read(SELECT_DISABLED))
+            self.disabled = frozenset(name for name, in await self.db.read(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -8104,11 +7908,11 @@ class Ledger:
     # requests
 
     def start(self) -> None:
-        """Begins what goes on while a server runs: looking for changed keys, signs of life, counts."""
+        """Starts the background work of a server."""
         self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
 
     def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
-        """A request is about to be sent upstream. It is recorded with what is written next; `recorded` waits for that.
+        """To be called before a request is sent upstream; it is recorded with the next commit, and `recorded` waits for that.
         LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
@@ -8134,15 +7938,10 @@ class Ledger:
 
     async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> list[tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request: what `acquire` says of each.
-        LimitExceeded: none of them is reserved."""
+        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each need;
+        LimitExceeded: nothing is reserved."""
         if not self.available():
             raise self.unavailable()
-        now = asyncio.get_running_loop().time()
-        for limit, need in needs:
-            no = self.refused.get(limit)
-            if no is not None and now < no.until and need >= no.need:
-                raise dataclasses.replace(no, need=need)
 
         def run(tx: Transaction) -> list[tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
@@ -8155,13 +7954,11 @@ class Ledger:
         self.pending[response_id] = row
         try:
             return await self.commit(run)
-        except LimitExceeded as no:
+        except LimitExceeded:
             if not held:
                 self.pending.pop(response_id, None)
-                no.until = now + min(no.wait_s, REFUSED_S.get(no.limit.unit, REFUSED_AT_MOST_S))
-                self.refused[no.limit] = no
             raise
-        except BaseException:
+        except BaseException:       # it may have been written
             if not held:
                 self.abandon(response_id)
             raise
@@ -8190,8 +7987,7 @@ class Ledger:
         await self.is_written(response_id)
 
     async def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does together with all that waits; what it raises undoes that alone. A caller who is cancelled
-        undoes nothing."""
+        """Commits what `run` does with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
         attempts: list[Attempted] = []
         self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
         failure = await asyncio.shield(self.schedule_flush())
@@ -8239,11 +8035,8 @@ class Ledger:
                     if not self.healthy:
                         log.warning("The database %s can be written again.", os.path.basename(self.db.path))
                     self.healthy = True
-                    for response_id, written in unsaved.items():
-                        if self.unsaved.get(response_id) is written:        # else it has been settled since
-                            del self.unsaved[response_id]
-                    if unsaved:
-                        self.refused.clear()            # there may be room now
+                    # what has changed meanwhile has been settled since
+                    self.unsaved = {name: each for name, each in self.unsaved.items() if unsaved.get(name) is not each}
                 flushed.set_result(failure)
         finally:
             self.flushing = None
@@ -8306,13 +8099,13 @@ class Ledger:
     def begin_process(self, tx: Transaction) -> None:
         self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
         self.apply_keys(tx.read(SELECT_KEYS, (0,)))
-        self.apply_disabled(tx.read(SELECT_DISABLED))
+        self.disabled = frozenset(name for name, in tx.read(SELECT_DISABLED))
         processes = tx.read("SELECT process, pid, start FROM processes WHERE host = ?", (self.host,))
         recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
 
     def end_process(self, tx: Transaction) -> None:
         self.write_batch(self.writes, self.unsaved, tx)
-        self.write_counts(self.counters, [*self.refusals.items()], self.notes, tx)
+        self.write_counts(self.counters, self.refusals, self.notes, tx)
         recover_open_requests(tx, [self.process])
 
     async def maintain(self) -> None:
@@ -8322,8 +8115,7 @@ class Ledger:
                 await self.refresh()
                 if not self.healthy:
                     self.schedule_flush()
-                if tick % 2 == 0 or self.refusals:      # the set-up page may be waiting for them
-                    await self.save_counts()
+                await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
             except LedgerError:                 # requests meet it too, where it is reported
@@ -8334,18 +8126,17 @@ class Ledger:
 
     async def beat(self) -> None:
         """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
-        now, dead, seen = time.monotonic(), [], self.beats
+        def run(tx: Transaction) -> None:
+            self.register(tx)
+            recover_open_requests(tx, dead)
+        now, dead, seen = time.monotonic(), list[str](), self.beats
         self.beats = {}
         for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
             since = self.beats[process, count] = seen.get((process, count), now)
             if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
                 dead.append(process)
         if dead or self.pending:
-            await self.commit(functools.partial(self.write_beat, dead))
-
-    def write_beat(self, dead: Sequence[str], tx: Transaction) -> None:
-        self.register(tx)
-        recover_open_requests(tx, dead)
+            await self.commit(run)
 
     def register(self, tx: Transaction) -> None:
         tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
@@ -8362,7 +8153,7 @@ class Ledger:
             self.refusals.setdefault(place, {**refusal, "count": 0})["count"] += 1
 
     async def save_counts(self) -> None:
-        counts = dict(self.counters), [*self.refusals.items()], dict(self.notes)
+        counts = dict(self.counters), dict(self.refusals), dict(self.notes)
         if not any(counts):
             return
         for each in (self.counters, self.refusals, self.notes):
@@ -8373,16 +8164,14 @@ class Ledger:
             self.counters.update(counts[0])
             raise
 
-    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Sequence[tuple[Row, JSON]],
-                     notes: Mapping[str, str], tx: Transaction) -> None:
-        tx.execute_many(ADD_TO_COUNTERS, sorted((dumps(name), count) for name, count in counters.items()))
-        tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)",
-                        [(refusal["time_ms"], key_id, code, refusal["count"], dumps(refusal))
-                         for (key_id, code, _), refusal in refusals])
+    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
+                     tx: Transaction) -> None:
+        tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
+        tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
+            (each["time_ms"], key_id, code, each["count"], dumps(each)) for (key_id, code, _), each in refusals.items()])
+        tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
         tx.execute_many("INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                        sorted(notes.items()))
-        if refusals:
-            tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
+                        notes.items())
 
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
@@ -8394,7 +8183,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Changes keys, accounts, credits, providers or settings; the audit log keeps old and new values, but no secrets."""
+        """Runs a change in one transaction with its row of the audit log, which keeps old and new values, but no secrets."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -8403,19 +8192,24 @@ class Ledger:
         await self.commit(audited)
         await self.refresh()
 
-    async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+    async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
+        """A new key or account (`kind`); BadRequest where its name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
-            raise BadRequest("A key's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
-        token = new_key()
+            raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
         def run(tx: Transaction) -> None:
-            if tx.read("SELECT 1 FROM keys WHERE name = ? AND revoked_s = 0", (name,)):
-                raise BadRequest(f"There is a key named {name} already that is not revoked. Revoke it first with: "
-                                 f"python pomex.py keys revoke {name}", param="name")
-            tx.insert("keys", {"name": name, "digest": key_digest(token), "hint": mask_key(token), "created_s": int(now_s),
-                               "revision": tx.read(f"SELECT {NEXT_REVISION}")[0][0], **settings})
-        await self.change(who, "key created", name, run, settings)
+            tx.insert(f"{kind}s", {"name": name, "created_s": int(now_s), **columns, **settings})
+            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")        # of a new key
+        try:
+            await self.change(who, f"{kind} created", name, run, settings)
+        except sqlite3.IntegrityError:
+            hint = f" Revoke it first with: python pomex.py keys revoke {name}" if kind == "key" else ""
+            raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
+
+    async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
+        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+        token = new_key()
+        await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
 
     async def revoke_key(self, name: str, now_s: float, who: str = "") -> Key:
@@ -8436,7 +8230,7 @@ class Ledger:
     async def use_provider(self, name: str, use: bool, who: str = "") -> None:
         """Enables or disables a provider, in every process."""
         change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, '1') ON CONFLICT DO NOTHING"
-        await self.change(who, "provider enabled" if use else "provider disabled", name, lambda tx: tx.execute(
+        await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
     def backup(self, path: str) -> None:
@@ -8463,7 +8257,7 @@ class Reservation:
         self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
-        self.limits = limits_of(key, started_ms // DAY_MS) if key.limited else []
+        self.limits = limits_of(key, started_ms // DAY_MS)
         self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
         self.reserved_output = 0                        # output tokens whose cost is reserved
@@ -8523,11 +8317,10 @@ class Reservation:
         there is too little of something."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
-            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "tokens": input_tokens + charged,
-                       "requests": first, "open": first}
             # a request larger than a whole minute's tokens passes when the bucket is full
-            needs = [(limit, min(amounts[limit.unit], limit.maximum) if limit.unit == "tokens" else amounts[limit.unit])
-                     for limit in self.limits if amounts[limit.unit]]
+            amounts = {"nanos": self._nanos(self.max_price, input_tokens, output), "requests": first, "open": first,
+                       "tokens": min(input_tokens + charged, self.key.tpm)}
+            needs = [(limit, amounts[limit.unit]) for limit in self.limits if amounts[limit.unit]]
             try:
                 if needs:
                     states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
@@ -8542,7 +8335,6 @@ class Reservation:
                 less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
                 if no.limit.unit != "nanos" or not least <= less < output:
                     raise
-                self.ledger.refused.pop(no.limit, None)         # the next request is not to be cut short by this
                 output = less
         self.held.update(dict(needs))
         self.reserved_output += output
@@ -8558,10 +8350,9 @@ class Reservation:
     async def extend(self, written: int) -> bool:
         """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
         exceed max_output_tokens, and some servers ignore it."""
-        tokens = written // 4
         while not self.covers(written):
             if self.exhausted:
-                return tokens < min(self.reserved_output, self.charged_output)
+                return written // 4 < min(self.reserved_output, self.charged_output)
             ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             enough = self.reserved_output + step
@@ -8581,11 +8372,9 @@ class Reservation:
     async def settle(self, final: UsageRow) -> None:
         """Writes the rows of the request and releases what it had reserved."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
-        tokens, rates = sum(row.input + row.output for row in rows), []
-        for limit, charged in self.held.items():
-            if limit.unit == "tokens":
-                change = min(tokens - charged, max(limit.maximum - charged, 0))
-                rates.append((change * (WINDOW_NS // limit.maximum), limit.owner))
+        tokens = sum(row.input + row.output for row in rows)
+        rates = [(min(tokens - charged, max(limit.maximum - charged, 0)) * (WINDOW_NS // limit.maximum), limit.owner)
+                 for limit, charged in self.held.items() if limit.unit == "tokens"]
         self.held = collections.Counter()
         await self.ledger.settle(rows, rates)
 
@@ -8593,16 +8382,9 @@ class Reservation:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
         for limit, (remaining, reset_s) in self.rates.items():
-            seconds = math.ceil(reset_s)
-            reset = f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
-            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value))
-                      for name, value in (("limit", limit.maximum), ("remaining", remaining), ("reset", reset))]
+            values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
+            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
         return found
-
-
-def day_words(day: int) -> str:
-    date = datetime.date.fromordinal(day + EPOCH)
-    return f"{date.day} {date:%B}"
 
 
 RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a minute", "open": "have {} requests open at once"}
@@ -8613,8 +8395,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
     keeps the true code."""
     if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
-        may = RATES[no.limit.unit].format(no.limit.maximum)
-        return GatewayError(f"Key {key.name} may {may}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
+        rate = RATES[no.limit.unit].format(no.limit.maximum)
+        return GatewayError(f"Key {key.name} may {rate}. Please try again in {wait_s}s.", status=429, type="rate_limit_error",
                             code="rate_limit_exceeded", headers=(("retry-after", str(wait_s)),))
     if no.limit.kind == "credit":
         message = f"The credit of account {key.account} is used up: {format_usd(no.remaining)} USD are left."
@@ -8624,7 +8406,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         if no.spent < no.limit.maximum:
             message += f" and this request may cost {format_usd(no.need, 4)}"
         reset = period_bounds(period, now_s)[1]
-        message += f"; it resets on {day_words(reset)}." if reset else "."
+        day = datetime.date.fromordinal(reset + EPOCH)
+        message += f"; it resets on {day.day} {day:%B}." if reset else "."
     error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
@@ -8635,15 +8418,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 
 async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
                          who: str = "") -> None:
-    if not KEY_NAME.fullmatch(name):
-        raise BadRequest("An account's name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
     settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
-
-    def run(tx: Transaction) -> None:
-        if tx.read("SELECT 1 FROM accounts WHERE name = ?", (name,)):
-            raise BadRequest(f"There is an account named {name} already.", param="name")
-        tx.insert("accounts", {"name": name, "created_s": int(now_s), **settings})
-    await ledger.change(who, "account created", name, run, settings)
+    await ledger.create("account", name, now_s, who, settings)
 
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
@@ -8663,17 +8439,16 @@ async def account_named(db: Database, name: str) -> int:
     return int(found[0][0])
 
 
-async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> str:
-    """Adds a top-up, or with a reason an adjustment; returns which."""
+async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: float, who: str = "") -> None:
+    """Adds a top-up, or with a reason an adjustment."""
     if not nanos:
         raise BadRequest("The amount of a credit must not be 0.", param="amount")
     if nanos < 0 and not reason:
         raise BadRequest("Taking credit away needs its reason.", param="reason")
-    kind, account_id = "adjustment" if reason else "top-up", await account_named(ledger.db, name)
-    entry = {"kind": kind, "nanos": nanos, "reason": reason}
+    account_id = await account_named(ledger.db, name)
+    entry = {"kind": "adjustment" if reason else "top-up", "nanos": nanos, "reason": reason}
     await ledger.change(who, "credit added", name, lambda tx: tx.insert(
         "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
-    return kind
 
 
 # --- 8.10 reports and care ------------------------------------------------------------------------
@@ -8689,15 +8464,14 @@ ROW_SUMS = {        # of rows, what the same name sums of rollups
 
 
 async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms: int, where: str = "1 = 1",
-                     values: Sequence[Any] = (), table: str = "usage_rollups", names: Sequence[str] = SUMS
-                     ) -> list[tuple[Row, JSON]]:
-    """(group, sums) of what was used in a time: of rollups, whose time is that of their half hour, or of the rows."""
-    columns = {name: ROW_SUMS.get(name, name) if table == "usage" else name for name in names}
-    selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns.values())])
-    grouped = " GROUP BY " + ", ".join(str(number + 1) for number in range(len(group))) if group else ""
+                     values: Sequence[Any] = (), table: str = "usage_rollups") -> list[tuple[Row, JSON]]:
+    """(group, sums) of rollups, which have the time of their half hour, or of rows."""
+    columns = [ROW_SUMS.get(name, name) if table == "usage" else name for name in SUMS]
+    selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns)])
+    grouped = " GROUP BY " + ", ".join(map(str, range(1, len(group) + 1))) if group else ""
     rows = await db.read(f"SELECT {selected} FROM {table} WHERE started_ms >= ? AND started_ms < ? AND {where}{grouped}",
                          since_ms, until_ms, *values)
-    return [(row[:len(group)], dict(zip(names, row[len(group):]))) for row in rows]
+    return [(row[:len(group)], dict(zip(SUMS, row[len(group):]))) for row in rows]
 
 
 def key_condition(key_id: int) -> str:
@@ -8707,8 +8481,9 @@ def key_condition(key_id: int) -> str:
 async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS, where: str = "1 = 1"
                       ) -> dict[int, int]:
     """What was spent in some days, by key or account."""
-    found = await usage_sums(db, [column], first_day * DAY_MS, end_day * DAY_MS, where, names=("cost_nanos",))
-    return {owner: sums["cost_nanos"] for (owner,), sums in found}
+    return dict(await db.read(
+        f"SELECT {column}, sum(cost_nanos) FROM usage_rollups WHERE started_ms >= ? AND started_ms < ? AND {where} "
+        f"GROUP BY {column}", first_day * DAY_MS, end_day * DAY_MS))
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
@@ -8731,30 +8506,29 @@ def month_bounds(text: str) -> tuple[int, int]:
 
 async def statement_rows(db: Database, account_id: int, first_day: int, last_day: int) -> JSON:
     """An account's month: balance before, credit entries, charges by model, balance after."""
-    entries = [dict(zip(("created_s", "kind", "nanos", "reason"), row)) for row in await db.read(
-        "SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s < ? ORDER BY id",
-        account_id, (last_day + 1) * 86400)]
-    credits = [entry for entry in entries if entry["created_s"] >= first_day * 86400]
+    first_s = first_day * 86400
+    (before,), = await db.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ? AND created_s < ?",
+                               account_id, first_s)
+    before -= (await spent_nanos(db, "account_id", 0, first_day)).get(account_id, 0)
+    entries = await db.read("SELECT created_s, kind, nanos, reason FROM credits WHERE account_id = ? AND created_s >= ? "
+                            "AND created_s < ? ORDER BY id", account_id, first_s, (last_day + 1) * 86400)
+    credits = [dict(zip(("created_s", "kind", "nanos", "reason"), entry)) for entry in entries]
     charges = await usage_report(db, "model", first_day, last_day, account_id)
-    spent, spent_before = sum(row["cost_nanos"] for row in charges), await spent_nanos(db, "account_id", 0, first_day)
-    after = sum(entry["nanos"] for entry in entries) - spent_before.get(account_id, 0) - spent
-    before = after + spent - sum(entry["nanos"] for entry in credits)
-    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent, "after_nanos": after}
+    spent = sum(row["cost_nanos"] for row in charges)
+    return {"before_nanos": before, "credits": credits, "charges": charges, "spent_nanos": spent,
+            "after_nanos": before + sum(entry["nanos"] for entry in credits) - spent}
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum (the largest remainders are rounded up)."""
-    down = [part // unit for part in parts]
-    missing = (sum(parts) + unit // 2) // unit - sum(down)
-    for index in sorted(range(len(parts)), key=lambda index: -(parts[index] % unit))[:missing]:
-        down[index] += 1
-    return down
+    """The parts in units, rounded so that they add up to the rounded sum: each is what the running total grows by."""
+    totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
+    return [after - before for before, after in itertools.pairwise(totals)]
 
 
 async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
     """Every row, in the order in which requests were settled."""
     last_id = 0
-    while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {', '.join(USAGE_COLUMNS)} FROM usage "
+    while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {COLUMNS} FROM usage "
                                 "WHERE started_ms >= ? AND id > ? ORDER BY id LIMIT 5000", since_ms, last_id):
         for row in rows:
             yield dict(zip(("key", "account", *USAGE_COLUMNS), row[1:]))
@@ -8762,54 +8536,52 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, what is wrong): costs against prices, rollups against rows, meters against rollups, the file's own
-    check."""
-    wrong, checked = [], 0
+    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups, and SQLite's own check."""
+    wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
+    checked = 0
     async for row in rows_in_pages(db):
         checked += 1
-        given = Usage(**{name: row[name] for name in COUNTED})
+        usage = Usage(**{name: row[name] for name in COUNTED})
         try:
-            right = cost_nanos(row["price"], row["multiplier"], given)
+            cost = cost_nanos(row["price"], row["multiplier"], usage)
         except (ValueError, ArithmeticError, LookupError):
-            right = -1
-        if right != row["cost_nanos"]:
-            wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {right}")
-        if checked_usage(given) is not given:
+            cost = -1
+        if cost != row["cost_nanos"]:
+            wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {cost}")
+        if checked_usage(usage) is not usage:
             wrong.append(f"{row['response_id']}: its token counts contradict each other")
-    pruned = await db.read("SELECT value FROM settings WHERE name = 'pruned_day'")
-    since_ms = int(pruned[0][0]) * DAY_MS if pruned else 0
-    rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], since_ms, MAX_NUMBER, table=table))
+    (pruned_day,), = await db.read(
+        "SELECT coalesce(max(CAST(value AS BIGINT)), 0) FROM settings WHERE name = 'pruned_day'")
+    rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], pruned_day * DAY_MS, MAX_NUMBER, table=table))
                   for table in ("usage", "usage_rollups")]
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
-    wrong += [f"day {day_words(day)}: the sums differ from the rows" for day in sorted(days)]
+    wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
     for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
         kind, owner_id = owner.split()
         if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
-            wrong.append(f"{owner}: what is counted against its limit differs from the sums")
-    wrong += [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
+            wrong.append(f"{owner}: its limit counts another sum than the rollups")
     return checked, wrong
 
 
 async def prune(ledger: Ledger, before_day: int) -> int:
     """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
-    gone, removed = 0, 1
-    while removed:          # a part at a time: running servers write in between
-        removed = await ledger.commit(lambda tx: tx.execute(
-            "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)", (before_day * DAY_MS,)))
+    def run(tx: Transaction) -> int:
+        tx.execute("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value "
+                   "WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)", (str(before_day),))
+        return tx.execute("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
+                          (before_day * DAY_MS,))
+    gone = 0
+    while removed := await ledger.commit(run):          # a part at a time: running servers write in between
         gone += removed
-    await ledger.commit(lambda tx: tx.execute(
-        "INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = CASE "
-        "WHEN CAST(settings.value AS BIGINT) > CAST(excluded.value AS BIGINT) THEN settings.value ELSE excluded.value END",
-        (str(before_day),)))
     return gone
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
     """A page of the audit log, newest first."""
-    rows = await db.read("SELECT id, time_ms, who, action, name, before, after FROM audit WHERE id < ? AND time_ms >= ? "
+    rows = await db.read("SELECT before, after, id, time_ms, who, action, name FROM audit WHERE id < ? AND time_ms >= ? "
                          "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
-    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(row[5]),
-             "after": json.loads(row[6])} for row in rows]
+    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(before),
+             "after": json.loads(after)} for before, after, *row in rows]
 
 
 # === 9. upstream ==================================================================================
@@ -10858,7 +10630,7 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
             values[slot] = sums[name]
     before_ms = 2 * since_ms - until_ms         # as much of the time before as has passed of this one
     passed_ms = (min(now_ms, until_ms) - since_ms) // HALF_HOUR_MS * HALF_HOUR_MS
-    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine, names=("cost_nanos",))
+    (_, before), = await usage_sums(db, (), before_ms, before_ms + passed_ms, mine)
     first_day, next_day = period_bounds("month", now_s)
     return {
         "since_ms": since_ms, "step_ms": step_ms, "now_ms": now_ms, "before_nanos": before["cost_nanos"],
@@ -11172,8 +10944,7 @@ class Argument(NamedTuple):
 
 
 def parse_usd(text: str, minimum: int = 0) -> int:
-    """Nano-dollars of an amount, also of one like $1,000.50."""
-    return parse_decimal(re.sub(r"^\$|,(?=[0-9]{3}\b)", "", text), 10**9, minimum)
+    return parse_decimal(text.removeprefix("$"), 10**9, minimum)
 
 
 def parse_limit(text: str) -> int | None:
@@ -11195,9 +10966,9 @@ def parse_day(text: str) -> int:
 
 
 def parse_expiry(text: str) -> dict[str, int]:
-    if text == "never":
+    if text in ("never", "0"):
         return {"expires_s": 0}
-    found, now_s = re.fullmatch(r"([0-9]{1,5})d", text), int(time.time())
+    found, now_s = re.fullmatch(r"([0-9]{1,5})d?", text), int(time.time())
     end_s = now_s + int(found[1]) * 86400 if found else parse_day(text) * 86400
     if end_s <= now_s:
         raise ValueError
@@ -11214,6 +10985,7 @@ BOOLEAN = Field(read=TRUTH, wanted="true or false")
 COUNT = Field(pattern="[0-9]{1,9}", read=int, wanted="a whole number of at most nine digits")
 USD = Field(read=parse_limit, wanted="an amount like 50 or 12.50")
 NAME_FIELD = Argument("name", metavar="NAME", required=True)
+EXPIRY = Field(read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never", meaning="when it expires; never")
 KEY_FIELDS = (
     Argument("budget", metavar="USD/PERIOD", field=Field(
         read=parse_budget, wanted="like 50/month (day, week, month, total), or none",
@@ -11224,14 +10996,11 @@ KEY_FIELDS = (
     *(Argument(name, COUNT._replace(meaning=f"{meaning}; 0 = unlimited"), "N", "0") for name, meaning in (
         ("rpm", "requests per minute"), ("tpm", "tokens per minute"), ("concurrent", "requests open at once"))),
     Argument("allow_unpriced", BOOLEAN._replace(meaning="may it use models without a price in spite of its budget"), "yes|no"),
-    Argument("expires", empty="never", metavar="30d|DATE", field=Field(
-        read=parse_expiry, wanted="a time to come, like 30d or 2027-01-31, or never", meaning="when it expires; never")),
+    Argument("expires", EXPIRY, "30d|DATE", "never"),
     Argument("account", Field(meaning="the account that pays"), "NAME"))
 KEY_BODY_FIELDS = (         # of the admin API beside those, or in place of the same name
     Argument("budget", USD._replace(read=lambda text: {"budget_nanos": parse_limit(text)}), empty="none"),
-    Argument("period", Field(choices=tuple(PERIODS))),
-    Argument("expires_days", empty="0", field=Field(
-        read=lambda text: parse_expiry(f"{int(text)}d" if int(text) else "never"), wanted="a number of days")))
+    Argument("period", Field(choices=tuple(PERIODS))), Argument("expires_days", EXPIRY, empty="never"))
 
 
 def read_argument(argument: Argument, value: object) -> Any:
@@ -11310,7 +11079,7 @@ class Operation(NamedTuple):
     run: Callable[[Ledger, str, JSON], Awaitable[JSON]]     # who asks, the fields' values -> what to answer beside the first
     help: str
     fields: Sequence[Argument]
-    body_fields: Sequence[Argument] = ()        # of the admin API alone
+    more_fields: Sequence[Argument] = ()        # of the admin API alone
 
 
 OPERATIONS = {              # by the words of the command
@@ -11347,9 +11116,7 @@ async def operate(operation: Operation, gateway: Gateway, request: AdminRequest)
 
 
 def body_fields(operation: Operation) -> list[Argument]:
-    fields = {each.name: each for each in (*operation.fields, *operation.body_fields)}
-    if "*" in operation.route:
-        del fields[operation.fields[0].name]
+    fields = {each.name: each for each in (*operation.fields["*" in operation.route:], *operation.more_fields)}
     return [*fields.values()]
 
 
@@ -11578,9 +11345,9 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
     for (name, minute), sums in await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms,
-                                                 since_ms + 3_600_000, table="usage", names=("requests", "failed")):
+                                                 since_ms + 3_600_000, table="usage"):
         if name in minutes:
-            minutes[name][minute] = [*sums.values()]
+            minutes[name][minute] = [sums["requests"], sums["failed"]]
     times = await latencies(db, since_ms, 0)
     in_flight = collections.Counter(each["provider"] for each in await open_requests(db, 0))
     saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
@@ -12569,12 +12336,11 @@ def read_config(args: Args) -> Config:
 
 def config_warnings(config: Config) -> list[str]:
     warnings = list(config.warnings)
-    if any(provider.key_source == config.path != "" for provider in config.providers.values()):
-        if os.name == "posix" and os.stat(config.path).st_mode & 0o077:
-            warnings.append(f"{config.path} holds a key and others can read it; chmod 600 {config.path}")
-    if not any(name != "demo" for name in config.providers):
-        warnings.append("no provider is configured, only the demo answers" if config.providers
-                        else "no provider is configured")
+    holds_key = any(provider.key_source == config.path != "" for provider in config.providers.values())
+    if holds_key and os.name == "posix" and os.stat(config.path).st_mode & 0o077:
+        warnings.append(f"{config.path} holds a key and others can read it; chmod 600 {config.path}")
+    if config.providers.keys() <= {"demo"}:
+        warnings.append("no provider is configured")
     return warnings
 
 
@@ -12596,11 +12362,6 @@ async def open_exchange(url: str, key: str, tls_cert: str, body: JSON | None = N
         await exchange.close()
     finally:
         await upstream.close()
-
-
-async def fetch(url: str, timeout_s: float, key: str = "", tls_cert: str = "") -> bytes:
-    async with asyncio.timeout(timeout_s), open_exchange(url, key, tls_cert) as exchange:
-        return await exchange.read_all(PROBE_MAX_BYTES)
 
 
 async def stream_events(url: str, key: str, body: JSON, tls_cert: str) -> AsyncIterator[tuple[str, JSON]]:
@@ -12630,17 +12391,18 @@ def subtable(values: Any, *names: str) -> JSON:
     return values if isinstance(values, dict) else {}
 
 
-async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> JSON:
+async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "", key: str = "") -> JSON:
     """The JSON object at an address of this machine; {} if none comes in time."""
     try:
-        return parse_object((await fetch(url, timeout_s, tls_cert=tls_cert)).decode()) or {}
+        async with asyncio.timeout(timeout_s), open_exchange(url, key, tls_cert) as exchange:
+            return parse_object((await exchange.read_all(PROBE_MAX_BYTES)).decode()) or {}
     except (OSError, ValueError, GatewayError):     # TimeoutError is an OSError
         return {}
 
 
-async def version_at(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "") -> str:
-    """The version of a Pomex at an address of this machine; "" if there is none."""
-    health = await get_json(url + "/health", timeout_s, tls_cert)
+async def running_version(server: ServerConfig, url: str = "", timeout_s: float = HEALTH_TIMEOUT_S) -> str:
+    """The version of the Pomex at an address of this machine, else at its configured one; "" if there is none."""
+    health = await get_json(f"{url or own_url(server)}/health", timeout_s, server.tls_cert)
     return str(health.get("version", "")) if health.get("status") == "ok" else ""
 
 
@@ -12652,19 +12414,8 @@ def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
     return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
 
 
-def own_url(config: Config) -> str:
-    return public_url(config.server, (config.server.host, config.server.port))
-
-
-async def running_version(config: Config) -> str:
-    """The version of the gateway of this configuration; "" if it does not run."""
-    return await version_at(own_url(config), HEALTH_TIMEOUT_S, config.server.tls_cert)
-
-
-async def local_models(provider: ProviderConfig) -> list[str] | None:
-    """The models of a server on a local port; None if there is no such server."""
-    rows = (await get_json(provider.base_url + "/models")).get("data")
-    return [row["id"] for row in only_dicts(rows) if isinstance(row.get("id"), str)] if isinstance(rows, list) else None
+def own_url(server: ServerConfig) -> str:
+    return public_url(server, (server.host, server.port))
 
 
 async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config, dict[str, list[str]]]:
@@ -12674,8 +12425,9 @@ async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config
     if config.path or no_detect:
         return config, {}
     rows = [row for row in BUILTIN_PROVIDERS.values() if row.local]
-    answers = await asyncio.gather(*map(local_models, rows))
-    found = {row.name: models for row, models in zip(rows, answers) if models is not None}
+    answers = await asyncio.gather(*(get_json(row.base_url + "/models") for row in rows))
+    found = {row.name: [each["id"] for each in only_dicts(answer["data"]) if isinstance(each.get("id"), str)]
+             for row, answer in zip(rows, answers) if isinstance(answer.get("data"), list)}
     local = {name: dataclasses.replace(BUILTIN_PROVIDERS[name], free=True) for name in found}
     providers = {**detect_providers(os.environ), **local, **config.providers}
     return dataclasses.replace(config, providers=providers), found
@@ -12694,13 +12446,6 @@ def say(*lines: str) -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
-
-
-def colored(text: str, ready: bool) -> str:
-    """Green for what is ready, else grey, on a terminal that wants colours; nothing relies on it."""
-    if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{32 if ready else 90}m{text}\x1b[0m"
 
 
 def plural(number: int, noun: str) -> str:
@@ -12741,8 +12486,9 @@ def print_row(args: Args, row: JSON, first: bool) -> None:
     print(csv_line(dumps(cell) if isinstance(cell, (dict, list)) else cell for cell in row.values()))
 
 
-def print_rows(args: Args, rows: Sequence[JSON], table: Sequence[Mapping[str, str]]) -> None:
-    """As --json, --csv or --jsonl; else the table, whose rows are heading -> text."""
+def print_rows(args: Args, rows: Sequence[JSON], columns: Callable[[JSON], Mapping[str, str]]) -> None:
+    """As --json, --csv or --jsonl; else as a table, of which `columns` gives a row: heading -> text."""
+    table = [columns(row) for row in rows]
     if args.json:
         print_json(rows)
     elif args.csv or args.jsonl:
@@ -12777,16 +12523,15 @@ def provider_lines(config: Config, found: Mapping[str, Sequence[str]], detected:
             state, text = "no key", f"export {row.env_key}=..."
         if state != "no key" or name in ALWAYS_LISTED:
             rows.append((name, state, text))
-    width = max(map(len, ["llama.cpp", *config.providers])) + 3
-    return [f"  {name.ljust(width)}{colored(state.ljust(12), state == 'ready')}{text}" for name, state, text in rows]
+    return [f"  {line}" for line in table_lines(rows)]
 
 
-def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Every model that is known by name, with its providers in the order they are tried."""
+def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[tuple[ProviderConfig, str]]]:
+    """Every model that is known by name: its targets (provider, name there) in the order they are tried."""
     catalogue, models = ModelCatalog(config, found), {}
     for name in catalogue.names:
         with contextlib.suppress(BadRequest):       # described, but of a provider that is not configured
-            models[name] = list(dict.fromkeys(provider.name for provider, _ in catalogue.targets(name)))
+            models[name] = catalogue.targets(name)
     return models
 
 
@@ -12794,7 +12539,6 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 
 class LineFormatter(logging.Formatter):
     """A line for each of a record's `lines` (of the access log), or for its message."""
-    of_several = False      # processes: each line says which
 
     def format(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info) if record.exc_info else ""
@@ -12802,8 +12546,7 @@ class LineFormatter(logging.Formatter):
         return "\n".join(self.line(record, time_s, text, trace) for time_s, text in lines)
 
     def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
-        pid = f" [{record.process}]" if self.of_several else ""
-        return f"{clock_text(int(time_s))}{pid} {text}" + ("\n" + trace if trace else "")
+        return f"{clock_text(int(time_s))} {text}" + ("\n" + trace if trace else "")
 
 
 class JSONFormatter(LineFormatter):
@@ -12811,9 +12554,9 @@ class JSONFormatter(LineFormatter):
 
     def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
-        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(),
-                   "pid": record.process if self.of_several else None, "message": text, "traceback": trace}
-        return json.dumps({name: value for name, value in members.items() if value}, ensure_ascii=False)
+        members = {"time": f"{moment}.{int(time_s % 1 * 1000):03}Z", "level": record.levelname.lower(), "pid": record.process,
+                   "message": text, **({"traceback": trace} if trace else {})}
+        return json.dumps(members, ensure_ascii=False)
 
 
 @functools.lru_cache(1)
@@ -12821,9 +12564,8 @@ def clock_text(time_s: int) -> str:
     return time.strftime("%H:%M:%S", time.localtime(time_s))
 
 
-def set_up_logging(log_format: str, workers: int = 1) -> None:
+def set_up_logging(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    LineFormatter.of_several = workers > 1
     handler.setFormatter(JSONFormatter() if log_format == "json" else LineFormatter())
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -12842,9 +12584,11 @@ def first_key_lines(token: str, database: str) -> list[str]:
             f'  export POMEX_API_KEY="$(cat {shlex.quote(path)})"']
 
 
-async def announce(config: Config, found: Mapping[str, Sequence[str]], detected: bool, ledger: Ledger, is_new: bool,
-                   url: str) -> None:
-    await record_gateway(ledger, url)
+async def announce(config: Config, found: Mapping[str, Sequence[str]], detected: bool, is_new: bool, url: str,
+                   ledger: Ledger) -> None:
+    ledger.notes[f"gateway/{ledger.host} {url}"] = f"{os.getpid()} {ledger.began}"      # for `reload`
+    with contextlib.suppress(LedgerError):
+        await ledger.save_counts()
     said = f"Config {home_short(config.path)}." if config.path else "No config file; using defaults."
     path = home_short(config.database.path)
     say(f"Pomex {VERSION} on Python {sys.version.split()[0]}. {said}", "",
@@ -12886,9 +12630,8 @@ def allow_files() -> None:
 def run_serve(args: Args) -> int:
     config = read_config(args)
     allow_files()
-    set_up_logging(config.server.log_format, config.server.workers)
+    set_up_logging(config.server.log_format)
     handed = systemd_sockets(os.environ)
-    config = dataclasses.replace(config, server=with_address(config.server, handed))
     if config.server.workers > 1 and not hasattr(signal, "sigtimedwait"):
         raise ConfigError("[server] workers: more than one process needs Linux.")
 
@@ -12900,7 +12643,7 @@ def run_serve(args: Args) -> int:
 
     is_new = not os.path.exists(config.database.path)
     detected = not config.path and not args.no_detect
-    config, found = asyncio.run(with_detected(config, args.no_detect))
+    config, found = asyncio.run(reread())
     tls_context(config.server)
     try:
         sockets = handed or asyncio.run(listen(config.server))
@@ -12912,13 +12655,13 @@ def run_serve(args: Args) -> int:
     if "port" in SAME_GATEWAY:
         SAME_GATEWAY["port"] = str(address[1])          # 0 took a free one
     url = public_url(config.server, address)
+    announcing = functools.partial(announce, config, found, detected, is_new, url)
     if config.server.workers == 1:
-        announcing = functools.partial(announce, config, found, detected, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
     parent.block_signals()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
-        asyncio.run(announce(config, found, detected, ledger, is_new, url))
+        asyncio.run(announcing(ledger))
     settle_memory()
     return parent.run()
 
@@ -12989,13 +12732,10 @@ async def drain_until_signal(server: Server, signals: asyncio.Queue[int]) -> boo
     """Waits for the open requests, at most drain_timeout_s. False: another signal came, to end them at once."""
     draining = asyncio.create_task(server.drain(server.config.drain_timeout_s))
     again = asyncio.create_task(signals.get())
-    await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
-    again.cancel()
-    if not draining.done():
-        draining.cancel()
-        return False
-    await draining
-    return True
+    done, waiting = await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    return draining in done
 
 
 async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[int, str]:
@@ -13005,7 +12745,7 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
         return NO_PERMISSION, f"Port {port} needs privileges. Use a reverse proxy, or systemd socket activation (README.md)."
     if error.errno != errno.EADDRINUSE:
         return UNAVAILABLE, f"Cannot listen on {server.host} port {port}: {error.strerror or error}."
-    version = await version_at(public_url(ServerConfig(), (server.host, port)))
+    version = await running_version(server, timeout_s=PROBE_TIMEOUT_S)
     said = f"another Pomex {version}. Use that one, or:" if version else "another program. Use another:"
     SAME_GATEWAY["port"] = str(port + 1) if port < 65535 else "7663"
     return UNAVAILABLE, f"Port {port} is taken by {said} {command('serve')}"
@@ -13035,9 +12775,8 @@ def run_check(args: Args) -> int:
 
 
 def unpriced(config: Config) -> list[str]:
-    catalogue, book = ModelCatalog(config, {}), PriceTable(config)
-    targets = {(provider.name, model): name for name in listed_models(config, {})
-               for provider, model in catalogue.targets(name)}
+    book = PriceTable(config)
+    targets = {(provider.name, model): name for name, tried in listed_models(config, {}).items() for provider, model in tried}
     return [f"{provider}/{model} has no price: refused to keys with a budget, billed 0 to others"
             for (provider, model), name in targets.items() if book.schedule(provider, model, name) is None]
 
@@ -13047,17 +12786,12 @@ ANSWERS = ", it answers"
 
 async def contact_all(config: Config) -> dict[str, str]:
     """provider -> whether it answers, else what is wrong."""
-    upstream, answers = ConnectionPool(os.environ), {}
-
-    async def ask(provider: ProviderConfig) -> None:
-        answers[provider.name] = ANSWERS
-        try:
-            await contact(upstream, provider)
-        except GatewayError as error:
-            answers[provider.name] = f", error: {error}"
-    await asyncio.gather(*(ask(provider) for provider in config.providers.values() if provider.wire_api != "demo"))
+    upstream = ConnectionPool(os.environ)
+    providers = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
+    errors = await asyncio.gather(*(contact(upstream, provider) for provider in providers), return_exceptions=True)
     await upstream.close()
-    return answers
+    return {provider.name: f", error: {error}" if isinstance(error, BaseException) else ANSWERS
+            for provider, error in zip(providers, errors)}
 
 
 PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "search_per_1000")
@@ -13067,17 +12801,20 @@ def run_models(args: Args) -> None:
     config, found = asyncio.run(with_detected(read_config(args)))
     catalogue, book = ModelCatalog(config, found), PriceTable(config)
     rows: list[JSON] = []
-    table: list[dict[str, str]] = []
-    for name, providers in listed_models(config, found).items():
-        first, model = catalogue.targets(name)[0]
-        window, schedule = catalogue.facts(name).context_window, book.schedule(first.name, model, name)
-        prices = dict(zip(PRICE_COLUMNS, schedule.base.split() if schedule else "------"))
-        rows.append({"model": name, "providers": providers, "context_window": window or None,
-                     "price": prices if schedule else None})
-        table.append({"MODEL": name, "PROVIDERS": ", ".join(providers), "IN/1M": prices["input"],
-                      "CACHED": prices["cache_read"], "OUT/1M": prices["output"], "CONTEXT": spaced(window) if window else "-",
-                      "STATE": "ready" if schedule else "ready, no price"})
-    print_rows(args, rows, table)
+    for name, targets in listed_models(config, found).items():
+        first, model = targets[0]
+        schedule = book.schedule(first.name, model, name)
+        rows.append({"model": name, "providers": list(dict.fromkeys(provider.name for provider, _ in targets)),
+                     "context_window": catalogue.facts(name).context_window or None,
+                     "price": dict(zip(PRICE_COLUMNS, schedule.base.split())) if schedule else None})
+
+    def columns(row: JSON) -> dict[str, str]:
+        price = row["price"] or dict.fromkeys(PRICE_COLUMNS, "-")
+        return {"MODEL": row["model"], "PROVIDERS": ", ".join(row["providers"]), "IN/1M": price["input"],
+                "CACHED": price["cache_read"], "OUT/1M": price["output"],
+                "CONTEXT": spaced(row["context_window"]) if row["context_window"] else "-",
+                "STATE": "ready" if row["price"] else "ready, no price"}
+    print_rows(args, rows, columns)
     for name, provider in config.providers.items():
         if "*" in provider.models and name not in found and name != "demo":
             say(f"and any other model of {name}, as {name}/NAME")
@@ -13142,38 +12879,30 @@ async def run_keys_list(ledger: Ledger, args: Args) -> None:
     rows = [{**row, "key": row["hint"], "expires_at": row["expires_s"] or None, "revoked_at": row["revoked_s"] or None,
              "state": ledger.keys[row["id"]].state(now_s)} for row in await key_rows(ledger, now_s)]
     rows.sort(key=operator.itemgetter("id"))
-    print_rows(args, rows, [{
+    print_rows(args, rows, lambda row: {
         "NAME": row["name"], "KEY": row["key"], "MODELS": row["models"].replace(" ", ",") or "all",
         "SPENT": format_usd(row["spent_nanos"]),
         "BUDGET": format_limit(row["budget_nanos"]) + f"/{row['period']}" * (row["budget_nanos"] is not None),
         "LAST USED": time_span(now_s - row["last_ms"] / 1000) + " ago" if row["last_ms"] else "never",
-        "STATE": describe_use(row)} for row in rows])
+        "STATE": describe_use(row)})
 
 
 async def show_new_account(ledger: Ledger, args: Args, result: JSON) -> None:
     say(f"Account {args.name} created. Give it a key: {command(f'keys create NAME --account {args.name}')}")
 
 
-async def list_balances(ledger: Ledger) -> list[JSON]:
-    """The accounts, each with its balance as text."""
-    return [{**each, "balance_usd": format_usd(each["credit_nanos"] - each["spent_nanos"], 9)}
-            for each in await list_accounts(ledger.db, time.time())]
-
-
-async def show_balance(ledger: Ledger, args: Args, result: JSON) -> None:
-    balance = next(each["balance_usd"] for each in await list_balances(ledger) if each["name"] == args.name)
-    say(f"{'Adjustment' if args.reason else 'Top-up'} of {format_usd(args.amount)} USD entered for account {args.name}; its "
-        f"balance is {balance[:-7]} USD.")
+async def show_credit(ledger: Ledger, args: Args, result: JSON) -> None:
+    say(f"{'Adjustment' if args.reason else 'Top-up'} of {format_usd(args.amount)} USD entered for account {args.name}.")
 
 
 @of_ledger
 async def run_accounts_list(ledger: Ledger, args: Args) -> None:
-    rows = await list_balances(ledger)
-    print_rows(args, rows, [{
+    rows = [{**row, "balance_usd": format_usd(row["credit_nanos"] - row["spent_nanos"], 9)}
+            for row in await list_accounts(ledger.db, time.time())]
+    print_rows(args, rows, lambda row: {
         "NAME": row["name"], "KIND": "prepaid" if row["prepaid"] else "open" if row["limit_nanos"] is None else "monthly",
         "THIS MONTH": format_usd(row["month_nanos"]), "LIMIT": format_limit(row["limit_nanos"]),
-        "BALANCE": format_usd(row["credit_nanos"] - row["spent_nanos"]), "PRICES": f"x {row['multiplier'] / ONE:g}"}
-        for row in rows])
+        "BALANCE": format_usd(row["credit_nanos"] - row["spent_nanos"]), "PRICES": f"x {row['multiplier'] / ONE:g}"})
 
 
 def no_price(row: JSON) -> str:
@@ -13189,11 +12918,12 @@ def millions(count: int) -> str:
 @of_ledger
 async def run_usage(ledger: Ledger, args: Args) -> None:
     rows = await usage_report(ledger.db, args.by, args.since, int(time.time()) // 86400)
-    total = {args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}}
-    print_rows(args, rows, [{
+    if not (args.json or args.csv or args.jsonl):
+        rows.append({args.by: "total", **{name: sum(row[name] for row in rows) for name in SUMS}})
+    print_rows(args, rows, lambda row: {
         args.by.upper(): str(row[args.by]) or "-", "REQUESTS": spaced(row["requests"]), "INPUT": millions(row["input"]),
         "CACHED": f"{100 * row['cached'] / row['input']:.1f} %" if row["input"] else "-", "OUTPUT": millions(row["output"]),
-        "USD": format_usd(row["cost_nanos"]), "": no_price(row)} for row in (*rows, total)])
+        "USD": format_usd(row["cost_nanos"]), "": no_price(row)})
 
 
 async def show_statement(ledger: Ledger, args: Args, bill: JSON) -> None:
@@ -13220,24 +12950,18 @@ def whole_cents(nanos: Sequence[int]) -> list[int]:
 
 
 def run_prices_show(args: Args) -> None:
-    rows = []
-    for name, schedule in sorted(PriceTable(read_config(args)).known.items()):
-        notes = [f"over {spaced(schedule.over)}: {schedule.long}"] if schedule.over else []
-        notes += [f"from {day_text(day)}: {price}" for day, price in schedule.changes]
-        notes += [f"{tier} x {factor}" for tier, factor in schedule.factors.items()]
-        notes += [f"ends {schedule.ends}"] if schedule.ends else []
-        rows.append({"model": name, **dict(zip(PRICE_COLUMNS, f"{schedule.base} -".split())),
-                     "source": schedule.source.partition(" in ")[2], "notes": "; ".join(notes)})
-    headings = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE", "")
-    print_rows(args, rows, [dict(zip(headings, row.values())) for row in rows])
+    """The table has the basic prices alone, JSON and the others all that is known."""
+    rows = [{"model": name, **schedule._asdict()} for name, schedule in sorted(PriceTable(read_config(args)).known.items())]
+    headings = ("USD PER MILLION", "INPUT", "OUTPUT", "CACHED", "WRITE", "LONG WRITE", "1000 SEARCHES", "SOURCE")
+    print_rows(args, rows, lambda row: dict(zip(headings, [
+        row["model"], *f"{row['base']} -".split()[:6], row["source"].partition(" in ")[2]])))
 
 
 @of_ledger
 async def run_verify(ledger: Ledger, args: Args) -> int:
     checked, wrong = await verify(ledger.db)
     if args.json:
-        balances = {row["name"]: row["balance_usd"] for row in await list_balances(ledger)}
-        print_json({"lines": checked, "wrong": wrong, "balances_usd": balances})
+        print_json({"lines": checked, "wrong": wrong})
     else:
         print(*wrong[:100], f"{spaced(checked)} lines computed again, {plural(len(wrong), 'problem')}.", sep="\n")
     return min(len(wrong), 1)
@@ -13259,11 +12983,9 @@ async def run_prune(ledger: Ledger, args: Args) -> None:
 
 @of_ledger
 async def run_audit(ledger: Ledger, args: Args) -> None:
-    rows = await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS)
-    print_rows(args, rows, [{
+    print_rows(args, await audit_rows(ledger.db, limit=MAX_NUMBER, since_ms=args.since * DAY_MS), lambda row: {
         "UTC": utc_minute(row["time_ms"] // 1000), "WHO": row["who"], "WHAT": row["action"], "NAME": row["name"],
-        "CHANGE": ", ".join(f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())}
-        for row in rows])
+        "CHANGE": ", ".join(f"{name} {row['before'].get(name, '')} -> {value}" for name, value in row["after"].items())})
 
 
 @of_ledger
@@ -13281,14 +13003,14 @@ async def login_link(ledger: Ledger, url: str) -> str:
 def run_admin_url(args: Args) -> None:
     config = read_config(args)
     with open_ledger(config) as ledger:
-        print(asyncio.run(login_link(ledger, own_url(config))))
+        print(asyncio.run(login_link(ledger, own_url(config.server))))
     say("It opens the dashboard once, within ten minutes.")
-    if not asyncio.run(running_version(config)):
+    if not asyncio.run(running_version(config.server)):
         say(not_running(config))
 
 
 def not_running(config: Config) -> str:
-    return f"No gateway answers at {own_url(config)}. Start it in another terminal: {command('serve')}"
+    return f"No gateway answers at {own_url(config.server)}. Start it in another terminal: {command('serve')}"
 
 
 def run_init(args: Args) -> None:
@@ -13296,24 +13018,17 @@ def run_init(args: Args) -> None:
     config, _ = asyncio.run(with_detected(load_config("", "", os.environ, read_text)))
     if os.path.lexists(args.file):
         raise BadRequest(f"{args.file} already exists; nothing was written.")
-    text = init_text(config, os.path.isfile(config.database.path))
-    write_new(args.file, text)
+    lines = ["# Every key with its meaning and default: pomex.toml.example. A provider is a table like [providers.openai].", "",
+             "[database]", f"url = {json.dumps(config.database.url)}"]
+    providers = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
+    for provider in providers:
+        keys = ("env_key",) if provider.env_key else ("base_url", "wire_api", "free")
+        lines += ["", f"[{toml_name(('providers', provider.name))}]"]
+        lines += [f"{key} = {json.dumps(getattr(provider, key))}" for key in keys]
+    write_new(args.file, "\n".join([*lines, ""]))
     if args.file != "pomex.toml":
         SAME_GATEWAY["config"] = args.file
-    found = plural(sum(name != "demo" for name in config.providers), "provider")
-    say(f"Wrote {args.file} (mode 600, {found} found). Check it: {command('check')}")
-
-
-def init_text(config: Config, keep_database: bool) -> str:
-    database = config.database.url if keep_database else "sqlite:pomex.db"
-    lines = ["# Every key with its meaning and default: pomex.toml.example. A provider is a table like [providers.openai].", "",
-             "[database]", f"url = {json.dumps(database)}"]
-    for name, provider in config.providers.items():
-        if name != "demo":
-            keys = ("env_key",) if provider.env_key else ("base_url", "wire_api", "free")
-            lines += ["", f"[{toml_name(('providers', name))}]"]
-            lines += [f"{key} = {json.dumps(getattr(provider, key))}" for key in keys]
-    return "\n".join([*lines, ""])
+    say(f"Wrote {args.file} (mode 600, {plural(len(providers), 'provider')} found). Check it: {command('check')}")
 
 
 # codex
@@ -13440,16 +13155,13 @@ def keep_copy(path: pathlib.Path, text: str) -> str:
     raise AssertionError
 
 
-def change_codex(path: pathlib.Path, now: str, after: str) -> str:
-    """Shows what changes and does it; names the copy of what was there, if it was not ours alone."""
+def change_codex(path: pathlib.Path, now: str, after: str) -> None:
+    """Shows what changes and does it."""
     say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
-    others = without_block(now).strip("\ufeff\r\n")
-    kept = f" The file before this is kept beside it as {keep_copy(path, now)}." if others else ""
     if after.strip("\ufeff\r\n"):
         replace_file(path, after)
     else:
         path.unlink()
-    return kept
 
 
 def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
@@ -13461,7 +13173,11 @@ def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
     if toml_leaves(after) == toml_leaves(now):
         say(f"{home_short(path)} is already up to date.")
         return 0
-    kept, profile = change_codex(path, now, after), " --profile" * (path.name == "pomex.config.toml")
+    kept = ""
+    if now and BLOCK_BEGIN not in now:          # as its user had it
+        kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
+    change_codex(path, now, after)
+    profile = " --profile" * (path.name == "pomex.config.toml")
     say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
     if not os.environ.get("POMEX_API_KEY"):
         say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
@@ -13473,7 +13189,8 @@ def undo_codex(path: pathlib.Path) -> int:
     if BLOCK_BEGIN not in now:
         say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
         return 1
-    say(f"Pomex's settings are out of {home_short(path)}.{change_codex(path, now, without_block(now))}")
+    change_codex(path, now, without_block(now))
+    say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
 
@@ -13491,12 +13208,12 @@ def run_codex(args: Args) -> int:
         say(f"{error} A model that can be used: {best_model(catalogue)}")
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
-    block = codex_block(own_url(config), model)
+    block = codex_block(own_url(config.server), model)
     if not (args.write or args.profile or args.run):
         print(*block, sep="\n")
         return 0
     code = 0 if args.run else write_codex(path, block)
-    if code == 0 and not asyncio.run(running_version(config)):
+    if code == 0 and not asyncio.run(running_version(config.server)):
         say(not_running(config))
     if args.run:
         return start_codex(config, block, args.prompt)
@@ -13524,7 +13241,7 @@ def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) 
 
 # doctor
 
-DOCTOR_WAIT_S = 120.0           # for one answer of a model: some run on a CPU
+DOCTOR_WAIT_S = 20.0
 
 
 class Check(NamedTuple):
@@ -13538,156 +13255,126 @@ def expect(name: str, good: str, problem: str, fix: str = "codex --write", state
     return Check(name, state, problem, command(fix)) if problem else Check(name, "ok", good)
 
 
-@dataclass
-class Doctor:
-    """What the checks look at, and what they found out for those behind them."""
-    config: Config
-    codex: JSON = field(default_factory=dict)           # Codex's config.toml,
-    provider: JSON = field(default_factory=dict)        # and of it the table of its provider
-    url: str = ""
-    version: str = ""           # of the gateway; "": it does not run
-    key: str = ""               # one that is good
-
-    async def ask(self, path: str) -> JSON:
-        answer: JSON = json.loads(await fetch(self.url + path, DOCTOR_WAIT_S, self.key, self.config.server.tls_cert))
-        return answer
-
-    async def run(self, live: bool) -> list[Check]:
-        file = self.check_file()
-        checks = [await self.check_gateway(), await self.check_program(), file]
-        checks += self.check_provider() if self.provider else []
-        if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
-            checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
-        try:
-            checks.append(await self.check_key())
-            if self.version and self.key:
-                checks += [await self.check_model(), await self.check_stream("stream", "demo/echo")]
-                checks += await self.check_providers() if live else []
-        except (OSError, ValueError, GatewayError) as error:
-            checks.append(Check("requests", "wrong", f"the gateway broke off: {error or type(error).__name__}"))
-        return checks
-
-    async def check_gateway(self) -> Check:
-        """Where Codex looks for it on this machine, else where the configuration says."""
-        own, parts = own_url(self.config), urllib.parse.urlsplit(str(self.provider.get("base_url", "")))
-        here = is_loopback(parts.hostname or "") and own.startswith(f"{parts.scheme}:")
-        for self.url in [f"{parts.scheme}://{parts.netloc}"] * here + [own]:
-            self.version = await version_at(self.url, HEALTH_TIMEOUT_S, self.config.server.tls_cert)
-            if self.version:
-                break
-        return expect("gateway", f"{self.url} answers, Pomex {self.version}",
-                      "" if self.version else f"nothing of Pomex answers at {self.url}", "serve", "missing")
-
-    async def check_program(self) -> Check:
-        try:
-            process = await asyncio.create_subprocess_exec("codex", "--version", stdout=-1, stderr=-3, stdin=-3)    # -1: a pipe
-            out, _ = await asyncio.wait_for(process.communicate(), 20)
-        except (OSError, TimeoutError):
-            return Check("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
-        return Check("codex", "ok", f"{sanitize(out.decode('utf-8', 'replace').strip())} in PATH")
-
-    def check_file(self) -> Check:
-        path = codex_home() / "config.toml"
-        shown = home_short(path)
-        if not path.is_file():
-            other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
-            return expect("config.toml", "", f"there is no {shown}{other}: Codex asks OpenAI itself", state="missing")
-        try:
-            codex = tomllib.loads(read_text(str(path)))
-        except (OSError, ValueError) as error:
-            line = re.search(r"line (\d+)", str(error))
-            return Check("config.toml", "wrong", f"{shown}: {error}", f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}")
-        self.codex = codex | subtable(codex, "profiles", str(codex.get("profile")))
-        chosen = self.codex.get("model_provider")
-        self.provider = subtable(self.codex, "model_providers", str(chosen))
-        problem = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
-                   else "no model_provider, so Codex asks OpenAI itself")
-        return expect("config.toml", f'{shown}, model_provider "{chosen}"', "" if self.provider else f"{shown}: {problem}")
-
-    def check_provider(self) -> list[Check]:
-        """The provider's table, but for the key. Of an address on another machine only its end is known."""
-        wire_api, base = self.provider.get("wire_api"), str(self.provider.get("base_url", "")).rstrip("/")
-        problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
-        if wire_api is None:
-            problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
-        checks = [expect("  wire_api", '"responses"', problem, state=state)]
-        if self.provider.get("supports_websockets"):
-            checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
-        elsewhere = self.version and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{self.url}/v1"
-        problem = "lacks /v1" if not base.endswith("/v1") else f"is not {self.url}/v1" if elsewhere else ""
-        return [*checks, expect("  base_url", f'"{base}"', problem and f'"{base}" {problem}')]
-
-    async def check_key(self) -> Check:
-        """The key that Codex would send; where it has none, the other checks go on with one of this shell."""
-        self.key = os.environ.get("POMEX_API_KEY", "")
-        what, name = ("  env_key", str(self.provider.get("env_key", ""))) if self.provider else ("key", "POMEX_API_KEY")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):       # not shown: it may be a key
-            return expect(what, "", "must be the name of a variable, which holds the key")
-        fresh, key = command(f"keys create codex-{secrets.token_hex(2)}"), os.environ.get(name, "")
-        if not key:
-            return Check(what, "missing", f"{name} is not set in this shell", f'export {name}="$({fresh})"')
-        self.key, known = key, ""
-        if self.version:
-            answer = await self.ask("/v1/key")
-            if "error" in answer:
-                self.key = ""
-                return Check(what, "wrong", answer["error"]["message"], f'export {name}="$({fresh})"')
-            known = f" and is key {answer['data']['label']}"
-        return Check(what, "ok", f"{name} is set in this shell{known}")
-
-    async def check_model(self) -> Check:
-        name = self.codex.get("model") if self.codex else "demo/echo"
-        if not isinstance(name, str):
-            return expect("model", "", "config.toml names none, and Codex's own has no provider/ in front", state="missing")
-        answer = await self.ask("/v1/models/" + urllib.parse.quote(name, safe="/"))
-        return expect("model", name, subtable(answer, "error").get("message", ""))
-
-    async def check_stream(self, what: str, model: str) -> Check:
-        """How a short answer streams. A limit of ours may end it; another end is a problem of its provider."""
-        count, kind, last = 0, "", {"message": f"no whole answer in {DOCTOR_WAIT_S:.0f} s"}
-        body = {"model": model, "input": "Say OK.", "max_output_tokens": 64}
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DOCTOR_WAIT_S):
-                async for event in stream_events(self.url, self.key, body, self.config.server.tls_cert):
-                    kind, last = event
-                    count += 1
-        if kind in ("response.completed", "response.incomplete"):
-            return Check(what, "ok", f"{model}: {count} events, ended with {kind}")
-        said, provider = describe_end(kind, last), self.config.providers.get(what)
-        if last.get("param") == "model" and model == "demo/echo":
-            return Check(what, "note", said)            # there may be no demo here, or not for this key
-        fix = next(fix for pattern, fix in PROVIDER_FIXES if re.search(pattern, said, re.IGNORECASE))
-        variable = provider.env_key if provider and provider.env_key else "its key's variable"
-        return Check(what, "wrong", f"{model}: {said}", fix.format(name=what, variable=variable, serve=command("serve")))
-
-    async def check_providers(self) -> list[Check]:
-        """The gateway may know more providers than this shell, and this shell more than the gateway."""
-        self.config, _ = await with_detected(self.config)
-        names = [row["id"] for row in (await self.ask("/v1/models"))["data"]]
-        known = [name for name in [*coding_models(CODING_MODELS), *names] if name in names and name not in self.config.models]
-        models = dict.fromkeys([*self.config.providers, *(name.partition("/")[0] for name in known)], "")
-        models.pop("demo", None)
-        for name in reversed(known):
-            models |= {provider: name for provider in models if name.startswith(f"{provider}/")}
-        checks = [Check(provider, "missing", "no model of it is known by name", f'models = ["NAME"] in [providers.{provider}]')
-                  for provider, model in models.items() if not model]
-        checks += await asyncio.gather(*(self.check_stream(provider, model) for provider, model in models.items() if model))
-        no_provider = Check("providers", "note", "none but the demo", "export OPENAI_API_KEY=... or another's, restart Pomex")
-        return checks or [no_provider]
+async def diagnose(config: Config) -> list[Check]:
+    """Each link between Codex and the answers of this gateway."""
+    tls_cert = config.server.tls_cert
+    file, codex, provider = check_codex_file()
+    shown, version = await locate_gateway(config, provider)
+    url = shown if version else ""
+    checks = [expect("gateway", f"{shown} answers, Pomex {version}", "" if url else f"nothing of Pomex answers at {shown}",
+                     "serve", "missing"), check_program(), file]
+    checks += check_provider(provider, url) if provider else []
+    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+        checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
+    check, key = await check_key(provider, url, tls_cert)
+    if not (url and key):
+        return [*checks, check]
+    name = codex.get("model") if codex else "demo/echo"
+    if isinstance(name, str):
+        _, problem = await ask_gateway(f"{url}/v1/models/{urllib.parse.quote(name, safe='/')}", key, tls_cert, "id")
+        model = expect("model", name, problem)
+    else:
+        model = expect("model", "", "config.toml names none, and Codex's own has no provider/ in front", state="missing")
+    return [*checks, check, model, await check_stream(url, key, tls_cert)]
 
 
-PROVIDER_FIXES = (      # what the gateway says about a provider -> what to do
-    (r"not configured", "restart Pomex in this shell, which has its key: {serve}"),
-    (r"credentials|\bkey\b", "export {variable}=... with a key that is valid, then restart Pomex"),
-    (r"while connecting|connection refused|could not be found", "start it, or put its right base_url into [providers.{name}]"),
-    (r"credit|quota|balance", "pay the provider, or: codex -m ANOTHER/MODEL"),
-    (r"no model", "put names that it has into models = [...] of [providers.{name}], then restart Pomex"),
-    (r"", "the gateway's log says more; or: codex -m ANOTHER/MODEL"),
-)
+async def ask_gateway(url: str, key: str, tls_cert: str, wanted: str) -> tuple[Any, str]:
+    """(that member of its answer, ""), or (None, what is wrong)."""
+    answer = await get_json(url, HEALTH_TIMEOUT_S, tls_cert, key)
+    error = subtable(answer, "error").get("message", "the gateway gave no answer")
+    return answer.get(wanted), "" if wanted in answer else error
+
+
+async def locate_gateway(config: Config, provider: JSON) -> tuple[str, str]:
+    """(URL, version) where Codex looks for it on this machine, else by the configuration; version "": none runs."""
+    own, parts = own_url(config.server), urllib.parse.urlsplit(str(provider.get("base_url", "")))
+    if is_loopback(parts.hostname or "") and own.startswith(f"{parts.scheme}:"):
+        url = f"{parts.scheme}://{parts.netloc}"
+        if version := await running_version(config.server, url):
+            return url, version
+    return own, await running_version(config.server)
+
+
+def check_program() -> Check:
+    try:
+        done = subprocess.run(["codex", "--version"], capture_output=True, timeout=20)      # noqa: S607
+    except (OSError, subprocess.TimeoutExpired):
+        return Check("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
+    return Check("codex", "ok", f"{sanitize(done.stdout.decode('utf-8', 'replace').strip())} in PATH")
+
+
+def check_codex_file() -> tuple[Check, JSON, JSON]:
+    """(what it is like, what it says, its table of the provider)."""
+    path = codex_home() / "config.toml"
+    shown = home_short(path)
+    if not path.is_file():
+        other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
+        problem = f"there is no {shown}{other}: Codex asks OpenAI itself"
+        return expect("config.toml", "", problem, state="missing"), {}, {}
+    try:
+        codex = tomllib.loads(read_text(str(path)))
+    except (OSError, ValueError) as error:
+        line = re.search(r"line (\d+)", str(error))
+        fix = f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}"
+        return Check("config.toml", "wrong", f"{shown}: {error}", fix), {}, {}
+    codex |= subtable(codex, "profiles", str(codex.get("profile")))
+    chosen = codex.get("model_provider")
+    provider = subtable(codex, "model_providers", str(chosen))
+    problem = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
+               else "no model_provider, so Codex asks OpenAI itself")
+    good = f'{shown}, model_provider "{chosen}"'
+    return expect("config.toml", good, "" if provider else f"{shown}: {problem}"), codex, provider
+
+
+def check_provider(provider: JSON, url: str) -> list[Check]:
+    """The provider's table, but for the key. Of an address on another machine only its end is known."""
+    wire_api, base = provider.get("wire_api"), str(provider.get("base_url", "")).rstrip("/")
+    problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
+    if wire_api is None:
+        problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
+    checks = [expect("  wire_api", '"responses"', problem, state=state)]
+    if provider.get("supports_websockets"):
+        checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
+    elsewhere = url and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{url}/v1"
+    problem = "lacks /v1" if not base.endswith("/v1") else f"is not {url}/v1" if elsewhere else ""
+    return [*checks, expect("  base_url", f'"{base}"', problem and f'"{base}" {problem}')]
+
+
+async def check_key(provider: JSON, url: str, tls_cert: str) -> tuple[Check, str]:
+    """The key that Codex would send, and the one for the other checks: where Codex has none, that of this shell."""
+    own = os.environ.get("POMEX_API_KEY", "")
+    what, name = ("  env_key", str(provider.get("env_key", ""))) if provider else ("key", "POMEX_API_KEY")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):       # not shown: it may be a key
+        return expect(what, "", "must be the name of a variable, which holds the key"), own
+    fix, key = f'export {name}="$({command(f"keys create codex-{secrets.token_hex(2)}")})"', os.environ.get(name, "")
+    if not key:
+        return Check(what, "missing", f"{name} is not set in this shell", fix), own
+    known = ""
+    if url:
+        found, problem = await ask_gateway(f"{url}/v1/key", key, tls_cert, "data")
+        if problem:
+            return Check(what, "wrong", problem, fix), ""
+        known = f" and is key {found['label']}"
+    return Check(what, "ok", f"{name} is set in this shell{known}"), key
+
+
+async def check_stream(url: str, key: str, tls_cert: str) -> Check:
+    count, end = 0, ("", JSON())
+    try:
+        async with asyncio.timeout(DOCTOR_WAIT_S):
+            async for event in stream_events(url, key, {"model": "demo/echo", "input": "Say OK."}, tls_cert):
+                count, end = count + 1, event
+    except (OSError, ValueError, GatewayError) as error:
+        end = "", {"message": f"the gateway broke off: {error or type(error).__name__}"}
+    kind, last = end
+    if kind == "response.completed":
+        return Check("stream", "ok", f"{count} events, ended with {kind}")
+    state = "note" if last.get("param") == "model" else "wrong"         # no demo here, or not for this key
+    return Check("stream", state, describe_end(kind, last), "the gateway's log says more")
 
 
 def run_doctor(args: Args) -> int:
-    checks = asyncio.run(Doctor(read_config(args)).run(args.live))
+    checks = asyncio.run(diagnose(read_config(args)))
     for line, each in zip(table_lines([each[:3] for each in checks]), checks):
         print(line + (f"   fix: {each.fix}" if each.fix else ""))
     problems = sum(each.state in ("wrong", "missing") for each in checks)
@@ -13697,94 +13384,48 @@ def run_doctor(args: Args) -> int:
 
 # --- 13.8 a gateway that runs ---------------------------------------------------------------------
 
-CIRCUITS = ("ready", "about to be tried again", "circuit open")      # as /metrics counts them
-RELOAD_WAIT_S = 15.0
 LOGS_A_LOOK = 500
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
 
 
-async def recorded_gateways(ledger: Ledger) -> list[JSON]:
-    """Those of this database that run on this machine, as `record_gateway` left them."""
-    rows = [json.loads(value) for value, in await ledger.db.read("SELECT value FROM settings WHERE name LIKE 'gateway/%'")]
-    return [row for row in rows if row["host"] == ledger.host and not has_ended(row["pid"], row["start"])]
-
-
-async def record_gateway(ledger: Ledger, url: str, reloaded: str = "") -> None:
-    """For `status` and `reload`: this process is the gateway at an address, and how its latest reload went."""
-    pid = os.getpid()
-    own = {"host": ledger.host, "pid": pid, "start": start_of(pid), "url": url, "reloaded": reloaded, "time_ns": time.time_ns()}
-    with contextlib.suppress(LedgerError):
-        await ledger.db.write(lambda tx: tx.execute(
-            "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            (f"gateway/{ledger.host} {url}", dumps(own))))
-
-
-async def gateway_status(config: Config) -> JSON:
+@of_ledger
+async def run_status(ledger: Ledger, args: Args) -> int:
     """What the running gateway answers, and what the database says of today."""
-    server = config.server
-    status: JSON = {"url": own_url(config), "version": await running_version(config), "database": "ok"}
-    try:
-        with open_ledger(config) as ledger:
-            (_, sums), = await usage_sums(ledger.db, (), int(time.time()) // 86400 * DAY_MS, MAX_NUMBER)
-            status |= {"open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
-                       "spent_today_usd": format_usd(sums["cost_nanos"], 4)}
-            status["disabled_providers"] = ", ".join(sorted(ledger.disabled))
-            for row in await recorded_gateways(ledger) if not status["version"] else ():        # it listens elsewhere
-                status |= {"url": row["url"], "version": await version_at(row["url"], HEALTH_TIMEOUT_S, server.tls_cert)}
-    except LedgerError as error:
-        status["database"] = str(error)
-    if status["version"]:
-        ready = await get_json(status["url"] + "/ready", HEALTH_TIMEOUT_S, server.tls_cert)
-        metrics = await fetch(status["url"] + "/metrics", HEALTH_TIMEOUT_S, "".join(server.admin_token[:1]), server.tls_cert)
-        states = dict.fromkeys((await with_detected(config))[0].providers, 0)
-        for name, state in re.findall(r'^pomex_circuit_state\{target="([^":#]*).* (\d)', metrics.decode(), re.MULTILINE):
-            states[name] = max(states.get(name, 0), int(state))
-        status |= {"status": ready.get("status", ""), "checks": ready.get("checks", {}), "providers": {
-            name: CIRCUITS[state] if b"pomex_build_info" in metrics else "unknown without admin_token"
-            for name, state in states.items()}}
-    return status
-
-
-def run_status(args: Args) -> int:
-    config = read_config(args)
-    status = asyncio.run(gateway_status(config))
+    config, today_ms = read_config(args), int(time.time()) // 86400 * DAY_MS
+    url = own_url(config.server)
+    health, ready = [await get_json(url + path, HEALTH_TIMEOUT_S, config.server.tls_cert) for path in ("/health", "/ready")]
+    (_, sums), = await usage_sums(ledger.db, (), today_ms, MAX_NUMBER)
+    status = {"url": url, "version": health.get("version", ""), "status": ready.get("status", ""), **ready.get("checks", {}),
+              "open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
+              "spent_today_usd": format_usd(sums["cost_nanos"], 4), "disabled_providers": ", ".join(sorted(ledger.disabled))}
     if args.json:
         print_json(status)
     else:
-        rows = [(name.replace("_", " "), str(value)) for name, value in status.items() if not isinstance(value, dict)]
-        rows += [(f"  {name}", state) for part in ("checks", "providers") for name, state in status.get(part, {}).items()]
-        print(*table_lines(rows), sep="\n")
-    if not status["version"]:
+        print(*table_lines([(name.replace("_", " "), str(value)) for name, value in status.items()]), sep="\n")
+    if not ready:
         say(not_running(config))
-    return 0 if status.get("status") == "ready" else 1
-
-
-def run_health(args: Args) -> int:
-    config = read_config(args)
-    version = asyncio.run(running_version(config))
-    print(f"{own_url(config)} {'answers' if version else 'does not answer'}")
-    return 0 if version else 1
+    return 0 if status["status"] == "ready" else 1
 
 
 def run_ask(args: Args) -> int:
+    """Prints an answer while it streams."""
     if not args.question and sys.stdin.isatty():
         raise BadRequest(f"What is the question? Like: {command('ask')} \"What is 2 + 2?\"")
-    words = [sys.stdin.read() if word == "-" else word for word in args.question or ["-"]]
-    return asyncio.run(ask_model(read_config(args), args.model, " ".join(words)))
-
-
-async def ask_model(config: Config, model: str | None, question: str) -> int:
-    """Prints an answer while it streams."""
+    question = " ".join(sys.stdin.read() if word == "-" else word for word in args.question or ["-"])
     key = os.environ.get("POMEX_API_KEY", "")
-    if not await running_version(config):
-        say(not_running(config))
-        return UNAVAILABLE
     if not key:
         say(f'POMEX_API_KEY is not set. With a new key: export POMEX_API_KEY="$({command("keys create NAME")})"')
         return 1
-    model = model or best_model(ModelCatalog(*await with_detected(config)))
+    return asyncio.run(ask_model(read_config(args), key, args.model, question))
+
+
+async def ask_model(config: Config, key: str, model: str | None, question: str) -> int:
+    if not await running_version(config.server):
+        say(not_running(config))
+        return UNAVAILABLE
+    body = {"model": model or best_model(ModelCatalog(*await with_detected(config))), "input": question}
     kind, last = "", JSON()
-    async for kind, last in stream_events(own_url(config), key, {"model": model, "input": question}, config.server.tls_cert):
+    async for kind, last in stream_events(own_url(config.server), key, body, config.server.tls_cert):
         if kind == "response.output_text.delta":
             print(last["delta"], end="", flush=True)
     if kind != "error":
@@ -13811,7 +13452,7 @@ def describe_request(row: JSON) -> str:
 async def run_logs(ledger: Ledger, args: Args) -> None:
     """Requests and refusals, the newest last."""
     filters = {name: value for name, value in (("key", args.key), ("model", args.model), ("result", args.status)) if value}
-    seen: Collection[Row] | None = None         # those of the latest look
+    seen: Collection[Row] = ()          # those of the latest look
     while True:
         rows: list[JSON] = []
         if args.status != "refused":
@@ -13822,25 +13463,23 @@ async def run_logs(ledger: Ledger, args: Args) -> None:
                 row = json.loads(data)
                 rows += [{"started_ms": row["time_ms"], "result": "refused", **row}] if args.key in (None, row["key"]) else []
         rows.sort(key=operator.itemgetter("started_ms"))
-        places = [(row["started_ms"], row["request_id"]) for row in rows]
-        fresh = rows[-args.lines:] if seen is None else [row for row, place in zip(rows, places) if place not in seen]
-        if args.json and not args.follow:
-            print_json(fresh)
-        else:
-            for row in fresh:
-                print(dumps(row) if args.json or args.jsonl else describe_request(row), flush=True)
+        found = {(row["started_ms"], row["request_id"]): row for row in rows}
+        fresh = [row for place, row in found.items() if place not in seen]
+        if not seen:
+            del fresh[:-args.lines]
+        for row in fresh:
+            print(dumps(row) if args.jsonl else describe_request(row), flush=True)
         if not args.follow:
             return
-        seen = set(places)
+        seen = found.keys()
         await asyncio.sleep(POLL_S)
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
     """The names of what differs, like server.port and providers.openai."""
-    before, after = ({f"{section}.{name}": value for section in (*SECTIONS, *NAMED_SECTIONS)
-                      for part in [getattr(config, section)]
-                      for name, value in (part if isinstance(part, dict) else vars(part)).items()} for config in (old, new))
-    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    return sorted(f"{section}.{name}" for section in (*SECTIONS, *NAMED_SECTIONS) for name in before[section] | after[section]
+                  if before[section].get(name) != after[section].get(name))
 
 
 def reload_sentence(old: Config, new: Config, streams: int) -> str:
@@ -13856,50 +13495,42 @@ def refused_sentence(old: Config, error: Exception) -> str:
     return f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}"
 
 
-async def record_reload(ledger: Ledger, old: Config, new: Config, said: str) -> None:
-    """Writes into the audit log what changed, without its values: some are secrets; and for `reload` how it went."""
+async def record_reload(ledger: Ledger, old: Config, new: Config) -> None:
+    """Writes into the audit log what changed, without its values: some are secrets."""
+    if old is new:
+        return
     with contextlib.suppress(LedgerError):
-        if new is not old:
-            await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
-                                {"changed": ", ".join(changed_settings(old, new))})
-        for own in await recorded_gateways(ledger):
-            if own["pid"] == os.getpid():
-                await record_gateway(ledger, own["url"], said)
+        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
+                            {"changed": ", ".join(changed_settings(old, new))})
 
 
 async def reload(server: GatewayServer, reread: Reread) -> None:
     """Takes up the configuration as it is now, whole or not at all."""
-    old = new = server.gateway.config
+    old = server.gateway.config
     notify_reloading()
     try:
-        fresh, found = await reread()
-        server.reload(fresh, found)
-        new, said = fresh, reload_sentence(old, fresh, server.open_requests)
+        new, found = await reread()
+        server.reload(new, found)
+        say(reload_sentence(old, new, server.open_requests))
+        await record_reload(server.gateway.ledger, old, new)
     except (ConfigError, OSError) as error:
-        said = refused_sentence(old, error)
-    say(said)
-    await record_reload(server.gateway.ledger, old, new, said)
+        say(refused_sentence(old, error))
     notify("READY=1")
 
 
 @of_ledger
 async def run_reload(ledger: Ledger, args: Args) -> int:
-    """Asks each gateway of this database on this machine to read its configuration again, and says how that went."""
-    gateways, refused = await recorded_gateways(ledger), False
-    if HANG_UP is None or not gateways:
+    """Asks each gateway of this database on this machine to read its configuration again."""
+    rows = await ledger.db.read("SELECT name, value FROM settings WHERE name LIKE ?", f"gateway/{ledger.host} %")
+    running = [(name, int(pid)) for name, value in rows for pid, start in [value.split(" ")] if not has_ended(int(pid), start)]
+    if HANG_UP is None or not running:
         say("Windows knows no such signal: restart the gateway." if HANG_UP is None else
             f"No gateway that uses {home_short(ledger.db.path)} runs on this machine. Start it: {command('serve')}")
         return UNAVAILABLE
-    for gateway in gateways:
-        now, until = gateway, time.monotonic() + RELOAD_WAIT_S
-        os.kill(gateway["pid"], HANG_UP)
-        while now["time_ns"] == gateway["time_ns"] and time.monotonic() < until:
-            await asyncio.sleep(0.1)
-            now = next((row for row in await recorded_gateways(ledger) if row["pid"] == gateway["pid"]), gateway)
-        said = now["reloaded"] if now is not gateway else f"no answer within {RELOAD_WAIT_S:.0f} s: see its log"
-        refused = refused or not said.startswith("Reloaded ")
-        print(f"{gateway['url']}  {said}")
-    return 1 if refused else 0
+    for name, pid in running:
+        os.kill(pid, HANG_UP)
+        print(f"{name.rpartition(' ')[2]} was asked (process {pid}); how it went is in its log")
+    return 0
 
 
 # --- 13.9 several processes -----------------------------------------------------------------------
@@ -14078,7 +13709,7 @@ class Workers:
             config, said = old, refused_sentence(old, error)
         say(said)
         with contextlib.suppress(LedgerError), open_ledger(old) as ledger:      # closed before a process forks
-            asyncio.run(record_reload(ledger, old, config, said))
+            asyncio.run(record_reload(ledger, old, config))
         if reloaded:
             self.config, self.found = merge_reloadable(old, config), found
             self.deaths, self.not_before = 0, 0.0
@@ -14088,55 +13719,15 @@ class Workers:
 
 # --- 13.10 the table of commands -------------------------------------------------------------------
 
-SERVICE_UNIT = """\
-[Unit]
-Description=Pomex, an LLM API gateway
-After=network-online.target
-[Service]
-Type=notify
-ExecStart={command}
-ExecReload=/bin/kill -HUP $MAINPID
-KillMode=mixed
-TimeoutStopSec={stop}
-WatchdogSec=30
-Restart=on-failure
-RestartSec=5
-RestartPreventExitStatus=2 78
-DynamicUser=yes
-StateDirectory=pomex
-Environment=POMEX_DATABASE_URL=sqlite:/var/lib/pomex/pomex.db
-EnvironmentFile=-/etc/pomex/environment
-LimitNOFILE=65536
-[Install]
-WantedBy=multi-user.target
-"""
-
-
-def run_unit(args: Args) -> None:
-    config = read_config(args)
-    file = os.path.abspath(globals().get("__file__", "/usr/local/lib/pomex/pomex.py"))      # it may have come by a pipe
-    words = [sys.executable, file, "serve", *(["--config", os.path.abspath(config.path)] if config.path else [])]
-    print(SERVICE_UNIT.format(command=shlex.join(words).replace("%", "%%"), stop=f"{config.server.drain_timeout_s + 10:.0f}"),
-          end="")
-    say("Write this to /etc/systemd/system/pomex.service, then: systemctl enable --now pomex",
-        "What its user must be able to read, its database and socket activation: README.md, \"Under systemd\"")
-
-
 def run_help(args: Args) -> int:
     return main([*args.topic, "--help"])
-
-
-class OneOf(NamedTuple):
-    """Of these fields at most one is given; where `required`, exactly one."""
-    fields: tuple[Argument, ...]
-    required: bool = False
 
 
 class Command(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
     example: str
-    fields: Sequence[Argument | OneOf] = ()
+    fields: Sequence[Argument] = ()
 
 
 def flag(name: str, meaning: str) -> Argument:
@@ -14160,7 +13751,7 @@ def of_operation(name: str, example: str, show: Callable[[Ledger, Args, JSON], A
 CONFIG = Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none")
 WHERE = Argument("config", CONFIG, "FILE"), server_flag("host"), server_flag("port")        # of every command: which gateway
 AS_JSON, AS_CSV, AS_JSONL = flag("json", "print JSON"), flag("csv", "print CSV"), flag("jsonl", "print one JSON object a line")
-LISTED = OneOf((AS_JSON, AS_CSV, AS_JSONL))
+LISTED = AS_JSON, AS_CSV, AS_JSONL
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
                  "7d|DATE", more={"default": "7d"})
 MODEL = Argument("model", Field(meaning="a name that `models` lists"))
@@ -14169,53 +13760,49 @@ COMMANDS = {
     "Run the gateway": {
         "serve": Command(run_serve, "run the gateway", "serve --port 8080", [server_flag("log_format"), flag(
             "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
-        "status": Command(run_status, "is it running, with which providers, and what was spent today", "status", [AS_JSON]),
+        "status": Command(run_status, "is it ready (so says the exit code), and what was spent today", "status", [AS_JSON]),
         "logs": Command(run_logs, "show the newest requests, refused ones too", "logs -f --key laptop", [
             Argument("lines", Field(pattern="[1-9][0-9]{0,6}", read=int, wanted="a number from 1", meaning="how many"), "N",
                      more={"default": "20"}),
             flag("follow", "go on with each new one"), Argument("key", Field(meaning="only of this key"), "NAME"), MODEL,
             Argument("status", Field(choices=(*RESULTS, "refused"), meaning=f"{', '.join(RESULTS)} or refused")),
-            OneOf((AS_JSON, AS_JSONL))]),
-        "reload": Command(run_reload, "make it read its configuration and key files again", "reload"),
-        "health": Command(run_health, "does it answer? The exit code says it (for containers)", "health"),
-        "unit": Command(run_unit, "print a systemd unit", "unit > /etc/systemd/system/pomex.service")},
+            AS_JSONL]),
+        "reload": Command(run_reload, "make it read its configuration and key files again", "reload")},
     "Configure it": {
         "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "init", [
             Argument("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
         "check": Command(run_check, "check the configuration", "check --live", [
             flag("live", "ask each provider for its list of models, which costs nothing")]),
-        "models": Command(run_models, "list the models that clients can use", "models", [LISTED]),
-        "prices show": Command(run_prices_show, "list all prices", "prices show", [LISTED])},
+        "models": Command(run_models, "list the models that clients can use", "models", LISTED),
+        "prices show": Command(run_prices_show, "list all prices", "prices show", LISTED)},
     "Clients": {
         "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
         "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
             MODEL,
-            OneOf((flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
-                   flag("undo", "take it out again; all other changes stay"),
-                   flag("run", "start codex with it, changing no file"))),
+            flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
+            flag("undo", "take it out again; all other changes stay"), flag("run", "start codex with it, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
-        "doctor": Command(run_doctor, "diagnose the connection between Codex and the providers", "doctor --live", [
-            flag("live", "ask each provider for a short answer, too; that costs a little")]),
+        "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
         "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url")},
     "Keys and money": {
         "keys create": of_operation("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
         "keys edit": of_operation("keys edit", "ana --budget none --rpm 60", show_key),
         "keys revoke": of_operation("keys revoke", "ana", show_key),
-        "keys list": Command(run_keys_list, "list the keys", "keys list", [LISTED]),
+        "keys list": Command(run_keys_list, "list the keys", "keys list", LISTED),
         "accounts create": of_operation("accounts create", "team --prepaid", show_new_account),
-        "accounts credit": of_operation("accounts credit", "team 20", show_balance),
-        "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", [LISTED]),
+        "accounts credit": of_operation("accounts credit", "team 20", show_credit),
+        "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", LISTED),
         "usage": Command(run_usage, "sums of tokens and cost", "usage --since 30d --by key", [SINCE, Argument(
-            "by", more={"choices": sorted(REPORT_BY), "default": "model"}), LISTED]),
+            "by", more={"choices": sorted(REPORT_BY), "default": "model"}), *LISTED]),
         "statement": of_operation("statement", "team --month 2026-11", show_statement, AS_JSON)},
     "The database": {
         "ledger verify": Command(run_verify, "compute every cost and sum again", "ledger verify", [AS_JSON]),
-        "ledger export": Command(run_export, "print every row", "ledger export --csv > usage.csv", [
-            SINCE._replace(more={"default": "1970-01-01"}), OneOf((AS_CSV, AS_JSONL), required=True)]),
+        "ledger export": Command(run_export, "print every row as CSV", "ledger export > usage.csv", [
+            SINCE._replace(more={"default": "1970-01-01"}), AS_CSV, AS_JSONL]),
         "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", "audit --since 30d", [
-            SINCE, LISTED]),
+            SINCE, *LISTED]),
         "prune": Command(run_prune, "delete old usage rows; their sums are kept", "prune --older 90d", [
             SINCE._replace(name="older", field=SINCE.field._replace(meaning="delete rows older than this"), metavar="90d|DATE",
                            more={"required": True})]),
@@ -14261,11 +13848,8 @@ def argument_type(argument: Argument) -> Callable[[str], Any]:
     return read
 
 
-def add_fields(parser: argparse._ActionsContainer, fields: Iterable[Argument | OneOf]) -> None:
+def add_fields(parser: argparse.ArgumentParser, fields: Iterable[Argument]) -> None:
     for each in fields:
-        if isinstance(each, OneOf):
-            add_fields(parser.add_mutually_exclusive_group(required=each.required), each.fields)
-            continue
         meaning = each.field.meaning.replace("%", "%%")
         names = [each.name] if each.required else [*filter(None, [SHORT.get(each.name)]), flag_name(each)]
         if each.field.read is TRUTH and each.metavar is None:
@@ -14307,9 +13891,8 @@ def parse_arguments(argv: Sequence[str]) -> Args:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if unknown:
-        known = [flag_name(argument) for each in (*WHERE, *args.command.fields)
-                 for argument in (each.fields if isinstance(each, OneOf) else [each])]
-        args.parser.error(f"unknown option {unknown[0]}.{suggest(unknown[0], known)}" if unknown[0].startswith("-")
+        hint = suggest(unknown[0], map(flag_name, (*WHERE, *args.command.fields)))
+        args.parser.error(f"unknown option {unknown[0]}.{hint}" if unknown[0].startswith("-")
                           else f"unexpected argument {unknown[0]}")
     return args
 

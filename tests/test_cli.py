@@ -144,7 +144,7 @@ USAGE = {
     "a configuration that is not there": (["check", "--config", "no.toml"], 78,
                                           "no.toml cannot be read: No such file or directory.\n"),
     "a name that is no key's": (["keys", "revoke", "nobody"], 1, "There is no active key of that name."),
-    "a name no key can have": (["keys", "create", "a b"], 1, "A key's name is 1 to 64 letters"),
+    "a name no key can have": (["keys", "create", "a b"], 1, "A name is 1 to 64 letters"),
 }
 
 
@@ -272,7 +272,7 @@ def test_what_to_type_next_finds_the_gateway_that_runs(here):
         assert f"--config my.toml --port {port} admin-url)" in said
         done = run("codex", "--config", "my.toml", "--port", port)
         assert f'base_url = "{url}/v1"' in done.stdout
-        assert run("health", "--config", "my.toml", "--port", port).stdout == f"{url} answers\n"
+        assert run("status", "--config", "my.toml", "--port", port).stdout.startswith(f"url                  {url}\n")
         assert run("admin-url", "--config", "my.toml", "--port", port).stdout.startswith(f"{url}/admin#login=")
 
 
@@ -393,7 +393,7 @@ def test_keys_are_created_listed_and_revoked(here, capsys):
     assert re.fullmatch(r"sk-rh-[0-9A-Za-z]{32}\n", token)
     assert err == "Key laptop created. It is not shown again.\n"
     assert pomex.main(["keys", "create", "laptop"]) == 1
-    assert "There is a key named laptop already that is not revoked." in capsys.readouterr().err
+    assert "There is an active key named laptop already." in capsys.readouterr().err
     hint = f"{token[:10]}…{token[-5:-1]}"
     assert pomex.main(["keys", "list"]) == 0
     assert re.fullmatch(rf"NAME +KEY +MODELS +SPENT +BUDGET +LAST USED +STATE\nlaptop +{hint} +all +0\.00 +none +never +active\n",
@@ -491,7 +491,7 @@ def test_a_key_may_be_allowed_models_without_a_price(configured, capsys):
 # --- the start ------------------------------------------------------------------------------------
 
 def announced(capsys, config, found, looked, ledger, is_new=True):
-    asyncio.run(pomex.announce(config, found, looked, ledger, is_new, "http://127.0.0.1:7663"))
+    asyncio.run(pomex.announce(config, found, looked, is_new, "http://127.0.0.1:7663", ledger))
     out, err = capsys.readouterr()
     assert out == ""
     return err
@@ -564,19 +564,6 @@ def test_without_a_terminal_the_first_key_goes_to_a_file(here, capsys, ledger):
     assert f'  export POMEX_API_KEY="$(cat {path})"\n' in said
     assert "sk-rh-" not in said
     assert path.read_text().startswith("sk-rh-") and stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-COLOURS = {"a terminal": (True, {}, True), "a pipe": (False, {}, False), "NO_COLOR": (True, {"NO_COLOR": "1"}, False),
-           "a dumb terminal": (True, {"TERM": "dumb"}, False)}
-
-
-@pytest.mark.parametrize("tty, environ, coloured", COLOURS.values(), ids=COLOURS)
-def test_colours_are_for_terminals_that_want_them(monkeypatch, capsys, tty, environ, coloured):
-    monkeypatch.setenv("TERM", "xterm")
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
-    assert ("\x1b[" in pomex.colored("ready", True)) is coloured
 
 
 def test_who_listens_for_the_whole_network_is_told_so(here, capsys, ledger):
@@ -676,8 +663,8 @@ def test_a_log_line_is_plain_or_json(capsys):
     plain, *lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d 200 laptop demo/echo", plain)
     assert [json.loads(line) for line in lines] == [
-        {"time": "1970-01-01T00:00:01.250Z", "level": "info", "message": "200 laptop demo/echo"},
-        {"time": "1970-01-01T00:00:02.000Z", "level": "info", "message": "400 laptop demo/echo"}]
+        {"time": "1970-01-01T00:00:01.250Z", "level": "info", "pid": os.getpid(), "message": "200 laptop demo/echo"},
+        {"time": "1970-01-01T00:00:02.000Z", "level": "info", "pid": os.getpid(), "message": "400 laptop demo/echo"}]
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -716,8 +703,8 @@ def test_the_examples_of_the_help_can_be_typed():
 
 def test_where_the_gateway_is_may_be_said_before_the_command_and_behind_it(here):
     (here / "my.toml").write_text("[server]\nport = 1\n")
-    for words in (["--config", "my.toml", "--port", "9", "health"], ["health", "--config", "my.toml", "--port", "9"],
-                  ["--config", "other.toml", "--port", "8", "health", "--port", "9", "--config", "my.toml"]):
+    for words in (["--config", "my.toml", "--port", "9", "status"], ["status", "--config", "my.toml", "--port", "9"],
+                  ["--config", "other.toml", "--port", "8", "status", "--port", "9", "--config", "my.toml"]):
         args = pomex.parse_arguments(words)
         assert (args.config, pomex.read_config(args).server.port) == ("my.toml", 9)
 
@@ -789,41 +776,28 @@ def test_ask_says_what_is_wrong(up, here, monkeypatch):
     assert done.stderr.endswith(f" --port {port} serve\n")
 
 
-def test_status_says_how_the_gateway_is_wherever_it_listens(up, here):
+def test_status_says_how_the_gateway_is(up):
     url, _, typed, process = up
-    for done in (run("status"), typed("status")):        # the first does not know the port
-        assert done.returncode == 0 and re.match(rf"url +{url}\nversion +{pomex.VERSION}\n", done.stdout) and not done.stderr
-        assert re.search(r"^status +ready$", done.stdout, re.MULTILINE) and re.search(r"^  openai +ready$", done.stdout, re.MULTILINE)
+    done = typed("status")
+    assert done.returncode == 0 and re.match(rf"url +{url}\nversion +{pomex.VERSION}\nstatus +ready\n", done.stdout) and not done.stderr
     typed("ask", "hi", "-m", "demo/echo")
     for _ in range(5):
         typed("ask", "hi", "-m", "openai/gpt-6-sol")
-    found = json.loads(typed("status", "--json").stdout)
-    left_out = "(circuit open|about to be tried again)"         # it opens for seconds
-    assert re.fullmatch(left_out, found["providers"].pop("openai"))
-    assert found == {"url": url, "version": pomex.VERSION, "status": "ready", "database": "ok", "open_requests": 0, "requests_today": 6,
-                     "checks": {"ledger": "ok", "providers": "ok", "accepting": "ok", "targets": "degraded"}, "spent_today_usd": "0.0000", "disabled_providers": "",
-                     "providers": {"demo": "ready"}}
-    assert re.search(rf"^  openai +{left_out}$", typed("status").stdout, re.MULTILINE)
+    assert json.loads(typed("status", "--json").stdout) == {
+        "url": url, "version": pomex.VERSION, "status": "ready", "ledger": "ok", "providers": "ok", "accepting": "ok", "targets": "degraded",
+        "open_requests": 0, "requests_today": 6, "spent_today_usd": "0.0000", "disabled_providers": ""}
     process.kill()
     process.wait()
-    done = run("status")
-    assert done.returncode == 1 and re.search(r"^database +ok$", done.stdout, re.MULTILINE)
-    assert re.fullmatch(r"No gateway answers at \S+:7663\. Start it in another terminal: \S+ \S+ serve\n", done.stderr)
-    assert not json.loads(run("status", "--json").stdout)["version"]
-
-
-@pytest.mark.parametrize("token, state", [('admin_token = "a-machine-token-0123"\n', "ready"), ("", "unknown without admin_token")])
-def test_status_behind_a_proxy_needs_the_admin_token(here, token, state):
-    (here / "pomex.toml").write_text(f'[server]\npublic_hosts = ["pomex.example"]\n{token}')
-    with serving():
-        found = json.loads(run("status", "--json").stdout)
-        assert found["status"] == "ready" and found["providers"] == {"demo": state}
+    done = typed("status")
+    assert done.returncode == 1 and re.search(r"^requests today +6$", done.stdout, re.MULTILINE)
+    assert re.fullmatch(rf"No gateway answers at {url}\. Start it in another terminal: \S+ \S+ --port \d+ serve\n", done.stderr)
+    assert not json.loads(typed("status", "--json").stdout)["version"]
 
 
 def test_status_says_what_is_wrong_with_the_database(here):
     (here / "pomex.toml").write_text('[database]\nurl = "sqlite:."\n')
     done = run("status")
-    assert done.returncode == 1 and re.search(r"^database +The database ", done.stdout, re.MULTILINE)
+    assert (done.returncode, done.stdout) == (69, "") and done.stderr.startswith("The database ")
 
 
 def test_logs_show_the_newest_requests_and_follow(up):
@@ -843,9 +817,8 @@ def test_logs_show_the_newest_requests_and_follow(up):
     for words, shown in ((["--model", "demo/echo"], lines[:1]), (["--status", "failed"], lines[1:2]), (["--status", "refused"], lines[2:]),
                          (["--key", "first"], lines), (["--key", "nobody"], []), (["--status", "completed"], lines[:1])):
         assert typed("logs", *words).stdout.splitlines() == shown, words
-    rows = json.loads(typed("logs", "--json").stdout)
+    rows = [json.loads(line) for line in typed("logs", "--jsonl").stdout.splitlines()]
     assert [row["result"] for row in rows] == ["completed", "failed", "refused"] and rows[0]["model"] == "demo/echo"
-    assert [json.loads(line)["result"] for line in typed("logs", "--jsonl").stdout.splitlines()] == ["completed", "failed", "refused"]
     with subprocess.Popen([sys.executable, FILE, "logs", "-f", "-n", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
         assert following.stdout.readline() == lines[-1] + "\n"
         typed("ask", "again", "-m", "demo/tools")
@@ -855,21 +828,22 @@ def test_logs_show_the_newest_requests_and_follow(up):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_reload_takes_up_the_file_and_the_key_files_and_says_so(here, workers):
+def test_reload_takes_up_the_file_and_the_key_files(here, workers):
     (here / "secret").write_text("sk-first-0123456789\n")
     text = f'[server]\nworkers = {workers}\n[providers.openai]\napi_key = "file:secret"\n'
     (here / "pomex.toml").write_text(text)
     with serving() as (process, address, _):
         url = address.rstrip(",")
-        for change, code, said in (
-                (lambda: None, 0, "Reloaded pomex.toml: nothing changed."),
-                (lambda: (here / "secret").write_text("sk-second-0123456789\n"), 0, "Reloaded pomex.toml: providers.openai."),
-                (lambda: (here / "pomex.toml").write_text(text + 'env_http_headers = { x = "ONLY_HERE" }\n'), 1,
+        for change, said in (
+                (lambda: None, "Reloaded pomex.toml: nothing changed."),
+                (lambda: (here / "secret").write_text("sk-second-0123456789\n"), "Reloaded pomex.toml: providers.openai."),
+                (lambda: (here / "pomex.toml").write_text(text + 'env_http_headers = { x = "ONLY_HERE" }\n'),
                  "Reload refused, still running with the old file: [providers.openai.env_http_headers] x"),
-                (lambda: (here / "pomex.toml").write_text(text), 0, "Reloaded pomex.toml: nothing changed.")):
+                (lambda: (here / "pomex.toml").write_text(text), "Reloaded pomex.toml: nothing changed.")):
             change()
             done = run("reload", env={**os.environ, "ONLY_HERE": "1"})
-            assert done.returncode == code and done.stdout.startswith(f"{url}  {said}"), done
+            assert (done.returncode, done.stdout) == (0, f"{url} was asked (process {process.pid}); how it went is in its log\n"), done
+            assert next(line for line in process.stderr if line.startswith("Reload")).startswith(said)
         (here / "pomex.toml").write_text(text + "x = 1\n")
         assert run("reload").returncode == 78
         (here / "pomex.toml").write_text(text)

@@ -346,12 +346,12 @@ bad(400, POST + b"Content-Length: @\r\n\r\nhello", *LENGTHS)
 bad(400, POST + b"Content-Length: 5\r\nContent-Length: @\r\n\r\nhello", b"6", b"05", b"", b"+5", b"5,6", b"0")
 bad(413, POST + b"Content-Length: @\r\n\r\n", b"1001", b"99999", b"9" * 19, b"1001, 1001")
 # Transfer-Encoding.
-bad(400, POST + b"Transfer-Encoding: @\r\n\r\n0\r\n\r\n",
+bad(501, POST + b"Transfer-Encoding: @\r\n\r\n0\r\n\r\n",
     b"", b",", b",chunked", b"chunked,", b"chunked,,", b"chunked, chunked", b"chunked;q=1",
     b"chunked chunked", b"\"chunked\"", b"chunked\xa0", b"\x85chunked", b"chunk\xebd", b"chunked;",
     b"'chunked' x", b"ch unked")
-bad(400, POST + b"Transfer-Encoding: chunked\r\n@\r\n\r\n0\r\n\r\n",
-    b"Transfer-Encoding: chunked", b"Transfer-Encoding:", b"Content-Length: 5", b"Content-Length: 0",
+bad(501, POST + b"Transfer-Encoding: chunked\r\n@\r\n\r\n0\r\n\r\n", b"Transfer-Encoding: chunked", b"Transfer-Encoding:")
+bad(400, POST + b"Transfer-Encoding: chunked\r\n@\r\n\r\n0\r\n\r\n", b"Content-Length: 5", b"Content-Length: 0",
     b"content-length:", b"Content-Length: x", b"Transfer-Encoding : chunked",
     b"Transfer-Encoding:\x0bchunked", b"Transfer_Encoding\x00: x")
 bad(501, POST + b"Transfer-Encoding: @\r\n\r\n",

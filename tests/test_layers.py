@@ -190,6 +190,10 @@ GONE += """
 GONE += """
     AdminRoute Ask EXPORTS SIGN_OF_LIFE_S event_frame open_count
 """.split()
+# Of the file at 875c70a: checks of OpenAI's own limits, and rules said twice.
+GONE += """
+    HEADER OWN_HEADERS SHELL_FIELDS TYPED check_metadata check_part check_tool with_digest
+""".split()
 
 
 # Of the file at b872025: the edge's second ways to do a thing, and words of its own.
@@ -199,6 +203,17 @@ GONE += """
     Server.give_up Server.who_asks UpstreamProtocol Worker.heard Worker.pipe Worker.ready Worker.streams
     Workers.install_signal_handlers Workers.receive bypasses_proxy connections_that_fit error_answer handed_sockets keyed
     listening_as printable printable_sentence printable_text proxy_address read_until refuse set_up_transport
+""".split()
+# Of the file at 875c70a: journals of v00083, refusals that were remembered, a second way to take a limit, an interface of one class.
+GONE += """
+    CHARGE FULL_NS GRANT Key.limited Ledger.apply_disabled Ledger.refused Ledger.write_beat LimitExceeded.until OLD_ENTRY OLD_INTENT OLD_LINE REFUSED_AT_MOST_S REFUSED_S SAME_TROUBLE
+    IDS_AT_ONCE SELECT_OPEN SQLITE_WORDS SQLite charge_rate day_words in_batches old_journals take_over_journal
+""".split()
+# Of the file at 875c70a: what the command line said twice, probes of doctor, rows that named a running gateway.
+GONE += """
+    CIRCUITS Doctor OneOf OneOf.fields OneOf.required Operation.body_fields PROVIDER_FIXES RELOAD_WAIT_S
+    SERVICE_UNIT colored fetch gateway_status init_text list_balances local_models record_gateway
+    recorded_gateways run_health run_unit show_balance version_at
 """.split()
 
 

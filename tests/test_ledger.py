@@ -178,7 +178,7 @@ def test_a_key_name_that_could_spoil_a_line_is_refused(ledger, name):
 
 def test_a_name_is_unique_among_active_keys_and_only_those_can_be_revoked(ledger):
     key_made(ledger, "ci", NOW)
-    with pytest.raises(pomex.BadRequest, match="key named ci already that is not revoked"):
+    with pytest.raises(pomex.BadRequest, match="an active key named ci already. Revoke it first"):
         key_made(ledger, "ci", NOW)
     with pytest.raises(pomex.BadRequest, match="no active key"):
         run(ledger.revoke_key("other", NOW))

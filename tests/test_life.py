@@ -349,17 +349,15 @@ def test_a_restart_behind_a_handed_socket_loses_no_connection(tmp_path, workers)
                 assert link.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-def test_the_printed_unit_is_good_and_so_is_the_socket_of_the_readme(tmp_path):
+def test_the_units_of_the_readme_are_good(tmp_path):
     tool = shutil.which("systemd-analyze")
-    (tmp_path / "pomex.toml").write_text(CONFIG.format(drain=30, workers=1, more="", url="http://127.0.0.1:9"))
-    done = subprocess.run([sys.executable, FILE, "unit", "--config", "pomex.toml"], cwd=tmp_path, capture_output=True, text=True,
-                          check=True)
-    assert "/etc/systemd/system/pomex.service" in done.stderr and "@" not in done.stdout
-    assert done.stdout.count("\n") <= 20
-    (tmp_path / "pomex.service").write_text(done.stdout)
-    assert f"serve --config {tmp_path}/pomex.toml" in done.stdout and "TimeoutStopSec=40" in done.stdout and "Type=notify\n" in done.stdout
     readme = (pathlib.Path(FILE).parent / "README.md").read_text()
-    (tmp_path / "pomex.socket").write_text(re.search(r"```ini\n(\[Unit\].*?\[Socket\].*?)```", readme, re.DOTALL)[1])
+    units = re.findall(r"```ini\n(\[Unit\].*?)```", readme, re.DOTALL)
+    service, = (unit for unit in units if "[Service]" in unit)
+    assert f"TimeoutStopSec={pomex.ServerConfig().drain_timeout_s + 10:.0f}\n" in service and "Type=notify\n" in service
+    start = f"ExecStart={sys.executable} {FILE} serve --config"
+    (tmp_path / "pomex.service").write_text(re.sub(r"ExecStart=\S+ \S+ serve --config", start, service))
+    (tmp_path / "pomex.socket").write_text(next(unit for unit in units if "[Socket]" in unit))
     if not tool:
         pytest.skip("there is no systemd-analyze here")
     done = subprocess.run([tool, "verify", "--man=no", str(tmp_path / "pomex.service"), str(tmp_path / "pomex.socket")],
@@ -385,16 +383,16 @@ def test_it_serves_however_it_is_started(tmp_path, monkeypatch, how):
             assert started.ask("/health").startswith("HTTP/1.1 200")
 
 
-def test_health_says_by_its_exit_code_whether_the_gateway_answers(tmp_path):
+def test_status_says_by_its_exit_code_whether_the_gateway_is_ready(tmp_path):
     with gateway(tmp_path) as pomex_:
-        def health():
-            return subprocess.run([sys.executable, FILE, "health"], cwd=tmp_path, capture_output=True, text=True,
+        def status():
+            return subprocess.run([sys.executable, FILE, "status", "--json"], cwd=tmp_path, capture_output=True, text=True,
                                   env={**os.environ, "POMEX_PORT": str(pomex_.port)})
-        done = health()
-        assert (done.returncode, done.stdout) == (0, f"http://127.0.0.1:{pomex_.port} answers\n")
+        done = status()
+        assert done.returncode == 0 and json.loads(done.stdout)["url"] == f"http://127.0.0.1:{pomex_.port}", done
         pomex_.signal(signal.SIGTERM)
         pomex_.end()
-        assert health().returncode == 1
+        assert status().returncode == 1
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 import asyncio
 import contextlib
 import importlib.util
-import json
 import os
 import pathlib
 import random
@@ -69,11 +68,6 @@ INSERT INTO daily VALUES ({today}, 3, 2, 'm', 'openai', '/v1/responses', 1, 0, 0
 PRAGMA application_id = 1349479800;
 """
 TOKEN = "sk-rh-" + "a" * 28 + pomex.key_check("a" * 28)
-SETTLED = ["r2", "q2", NOW * 1000, 3, "/v1/responses", "m", "openai", "gpt", "failed", "server_error", "gateway", "", 10, 0, 0, 0, 0, 0, 9, 1, 2, 0,
-           0, PRICE, 1_200_000, 18_000, [["r2", 1, "azure", "g", "overloaded", "", 4, 0, 0, 0, 0, 0, 0, PRICE, 1_200_000, 7_200]]]
-BEGUN = ["r3", "q3", NOW * 1000, 3, "/v1/responses", "m", 2, "openai", "gpt", 20, PRICE, 1_200_000, 36_000]
-
-
 def old_file(path, version=3, more=""):
     texts = {"now_ms": NOW * 1000, "today": TODAY, "old": TODAY - 40, "old_ms": (TODAY - 40) * 86_400_000 + 5, "pruned": TODAY - 10,
              "digest": pomex.key_digest(TOKEN)}
@@ -128,44 +122,18 @@ def test_keys_accounts_rows_and_sums_are_taken_over(path, version, more, later):
     assert len(read(path, "SELECT 1 FROM usage")) == 2
 
 
-def journal(path, *lines):
-    file = path + "-requests-0123456789ab"
-    pathlib.Path(file).write_text("".join(kind + json.dumps(values) + "\n" for kind, values in lines) + 'I["half')
-    return file
-
-
-def test_a_leftover_journal_is_taken_over_first(path):
-    old_file(path)
-    already = ["r1", "q1", NOW * 1000, 3, "/v1/responses", "m", "x", "x", "failed", "", "", "", *[0] * 9, 0, 0, "", 1, 999, []]
-    file = journal(path, ("I", BEGUN), ("I", [*SETTLED[:1], *BEGUN[1:]]), ("S", SETTLED), ("S", already), ("S", "nonsense"))
-    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
-        rows = ledger.db.commit(lambda tx: tx.read("SELECT response_id, attempt, status, error_code, cost_nanos FROM usage ORDER BY response_id, attempt"))
-        assert rows == [("r1", 1, "lost", "server_error", 84_000), ("r1", 2, "completed", "", 1_743_000), ("r2", 1, "lost", "overloaded", 7_200),
-                        ("r2", 2, "failed", "server_error", 18_000), ("r3", 0, "failed", "interrupted", 36_000)]
-        assert asyncio.run(pomex.verify(ledger.db)) == (5, [])
-    assert not os.path.exists(file)
-
-
-def test_a_journal_that_an_older_program_holds_stops_the_new_one(path):
-    fcntl = pytest.importorskip("fcntl")
-    old_file(path)
-    with open(journal(path, ("I", BEGUN))) as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(pomex.LedgerError, match="in use by an older Pomex"):
-            pomex.Ledger.open(path)
-    assert read(path, "PRAGMA user_version") == [(3,)]
+def test_a_file_with_a_journal_of_v00083_is_refused_until_that_has_finished_it(path):
+    file = pathlib.Path(old_file(path) + "-requests-0123456789ab")
+    file.write_text('I["r3", "q3"]\n')
+    with pytest.raises(pomex.LedgerError) as refused:
+        pomex.Ledger.open(path)
+    assert str(refused.value) == (
+        "The database pomex.db is in use by v00083, or has requests that v00083 has not billed yet (in pomex.db-requests-0123456789ab "
+        "beside it). Start and stop v00083 once, then start this version.")
+    assert read(path, "PRAGMA user_version") == [(3,)] and file.exists() and not os.path.exists(path + ".before-5")
+    file.unlink()
     pomex.Ledger.open(path).close()
-
-
-def test_what_only_looks_like_a_journal_is_left_alone(path):
-    old_file(path)
-    os.mkdir(path + "-requests-folder")
-    os.mkfifo(path + "-requests-pipe")
-    other = pathlib.Path(path).parent / "other"
-    other.write_text("mine")
-    os.symlink(other, path + "-requests-link")
-    pomex.Ledger.open(path).close()
-    assert other.read_text() == "mine" and os.path.isdir(path + "-requests-folder")
+    assert read(path, "PRAGMA user_version") == [(pomex.SCHEMA_VERSION,)]
 
 
 def test_an_upgrade_that_fails_changes_nothing(path, monkeypatch):
@@ -252,6 +220,31 @@ def test_every_report_is_the_same_to_the_nano_dollar(v00083, path, count, pruned
         assert asyncio.run(pomex.verify(ledger.db)) == (checked, [])
     with contextlib.closing(v00083.Ledger.open(path + ".before-5")) as copy:
         assert reports_of(v00083, copy) == before and v00083.verify(copy) == (checked, [])
+
+
+KILLED = """
+import asyncio, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import pomex_v00083 as old
+async def main():
+    ledger = old.Ledger.open(sys.argv[2])
+    ledger.start(asyncio.get_running_loop())
+    await ledger.begin(old.Intent("r3", "q3", 1, 1, "/v1/responses", "m", 1, "openai", "gpt", 20, "1 1 - - - -", old.ONE, 20_000))
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+
+
+def test_what_a_killed_v00083_left_is_billed_by_its_next_start_and_then_taken_over(v00083, path):
+    v00083.Ledger.open(path).close()
+    ended = subprocess.run([sys.executable, "-c", KILLED, os.path.dirname(v00083.__file__), path], timeout=20)
+    assert ended.returncode == -signal.SIGKILL
+    for _ in range(2):
+        with pytest.raises(pomex.LedgerError, match="Start and stop v00083 once"):
+            pomex.Ledger.open(path)
+    v00083.Ledger.open(path).close()
+    pomex.Ledger.open(path).close()
+    assert read(path, "SELECT response_id, status, error_code, cost_nanos FROM usage") == [("r3", "failed", "interrupted", 20_000)]
 
 
 def test_killed_in_the_middle_the_file_is_as_it_was(v00083, path):

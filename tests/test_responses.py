@@ -99,10 +99,7 @@ def item(kind, **fields):
     ({"max_output_tokens": True}, "max_output_tokens", "invalid_type"),
     ({"max_tool_calls": -1}, "max_tool_calls", "invalid_value"),
     ({"metadata": []}, "metadata", "invalid_type"),
-    ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "invalid_value"),
-    ({"metadata": {"k" * 65: ""}}, "metadata", "invalid_value"),
-    ({"metadata": {"k": "v" * 513}}, "metadata", "invalid_value"),
-    ({"metadata": {"k": 5}}, "metadata", "invalid_value"),
+    ({"metadata": {"k": 5}}, "metadata['k']", "invalid_type"),
     ({"parallel_tool_calls": 0}, "parallel_tool_calls", "invalid_type"),
     ({"temperature": 2.1}, "temperature", "invalid_value"),
     ({"temperature": "hot"}, "temperature", "invalid_type"),
@@ -139,8 +136,8 @@ def test_a_wrong_request_is_refused_by_the_name_of_its_field(fields, param, code
     assert str(refused.value)
 
 
-def test_tools_in_the_form_of_chat_are_told_what_is_wrong_with_them():
-    with pytest.raises(pomex.BadRequest, match="flat"):
+def test_tools_in_the_form_of_chat_lack_a_name():
+    with pytest.raises(pomex.BadRequest, match=r"^Missing required parameter: tools\[0\].name\.$"):
         ask(tools=[{"type": "function", "function": {"name": "exec"}}])
 
 
@@ -251,7 +248,7 @@ DEFAULTS = {
     "previous_response_id": None, "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None},
     "safety_identifier": None, "service_tier": "default", "store": False, "background": False, "temperature": 1, "top_p": 1,
     "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0, "text": {"format": {"type": "text"}, "verbosity": "medium"},
-    "tool_choice": "auto", "tools": [], "truncation": "disabled", "metadata": {}}
+    "tool_choice": "auto", "tools": [], "truncation": "disabled", "metadata": {}, "user": None}
 
 
 @pytest.mark.parametrize("fields, echoed", [
@@ -266,7 +263,7 @@ DEFAULTS = {
     ({"service_tier": "auto"}, {}), ({"service_tier": "flex"}, {"service_tier": "flex"}),
     ({"tools": [{"type": "function", "name": "f"}, PATCH]},
      {"tools": [{"type": "function", "name": "f", "description": None, "parameters": None, "strict": True}, PATCH]}),
-    ({"tools": [EXEC], "tool_choice": {"type": "allowed_tools", "tools": []}},
+    ({"tools": [EXEC], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
      {"tools": [EXEC], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}),
     ({"instructions": "be good"}, {"instructions": "be good"}),
 ], ids=str)
@@ -577,7 +574,7 @@ CREATED = ["created in_progress []", "in_progress in_progress []"]
         'output_item.done 0 {"arguments": {"q": "x"}, "call_id": "c1", "execution": "client", "status": "completed", "type": "tool_search_call"}']),
     ([begins(0, "local_shell_call", "c1", "local_shell"), adds(0, '{"command":["ls"],"extra":1}', "arguments"), ends(0)], [
         'output_item.added 0 {"action": {"command": [], "env": {}, "type": "exec"}, "call_id": "c1", "status": "in_progress", "type": "local_shell_call"}',
-        'output_item.done 0 {"action": {"command": ["ls"], "env": {}, "type": "exec"}, "call_id": "c1", "status": "completed", "type": "local_shell_call"}']),
+        'output_item.done 0 {"action": {"command": ["ls"], "env": {}, "extra": 1, "type": "exec"}, "call_id": "c1", "status": "completed", "type": "local_shell_call"}']),
     ([lambda sink: sink.item({"type": "web_search_call", "status": "completed"})], [
         'output_item.added 0 {"status": "completed", "type": "web_search_call"}', 'output_item.done 0 {"status": "completed", "type": "web_search_call"}']),
 ], ids=lambda value: type(value[0]).__name__ + str(value[0])[:40])
@@ -1652,7 +1649,7 @@ def test_the_demo_calls_a_shell_or_the_first_tool_that_is_offered(parameters, ar
 def grown(last, raw):
     """The request parsed with the last one known, and whether that was of use; equal to the one parsed alone."""
     before = pomex.parse_request(last)
-    used = pomex.grown_body(raw, before, pomex.common_prefix(raw, last)) is not None
+    used = pomex.grown_body(raw, before) is not None
     try:
         alone = pomex.parse_request(raw)
     except pomex.BadRequest as error:

@@ -236,7 +236,7 @@ def test_every_key_of_a_provider_is_a_target_of_its_own():
 @pytest.mark.parametrize("text,complaint", [
     ('env_key = "A"\napi_keys = ["x"]', "has both env_key and api_keys; keep one"),
     ('api_keys = ["env:C"]', "that variable is not set"),
-    ('api_keys = ["sec ret"]', r"\(hidden\): the key has a space"),
+    ('api_keys = ["sec ret"]', r"\(hidden\): the key is empty, or has a space"),
     ('api_keys = "x"', r"\(hidden\): must be a list of strings")])
 def test_a_list_of_keys_is_checked_like_one(text, complaint):
     with pytest.raises(pomex.ConfigError, match=complaint) as caught:

@@ -8908,7 +8908,7 @@ class Exchange:
         """Calls take(), which sets `heard`, with each piece of the body as it arrives, without waking this task: until it
         returns False, the body ends or breaks, or a deadline passes. read() then says which."""
         connection = self.connection
-        if connection is None or self.finished or self.inflater or connection.protocol.unread:
+        if connection is None or self.finished or self.inflater or connection.protocol.unread or connection.reader.at_eof():
             return
         pump, protocol = Pump(self, connection, take), connection.protocol
         protocol.pump, protocol.on_end = pump.receive, pump.stop

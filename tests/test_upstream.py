@@ -363,6 +363,28 @@ def test_a_pump_that_is_stopped_says_why_in_read(name):
     run(main)
 
 
+@pytest.mark.parametrize("end", ["cut", "whole"])
+def test_an_end_that_came_before_the_pump_is_seen_at_once(end):
+    async def script(self, reader, writer, n):
+        await self.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\n" + (b"transfer-encoding: chunked\r\n\r\n" + chunks(b"a") if end == "cut" else b"\r\na"))
+        writer.write_eof()
+
+    async def main():
+        async with Scripted(script) as server, upstream_of() as upstream:
+            exchange = await upstream.exchange(provider(server.port, idle_timeout_s=9, total_timeout_s=9), "GET", "/", [], b"")
+            assert await exchange.read() == b"a"
+            await asyncio.sleep(0.05)               # the client is slow; meanwhile the connection ends
+            await asyncio.wait_for(exchange.pump(lambda piece: True), 1)
+            if end == "cut":
+                with pytest.raises(pomex.TransportError, match="in the middle of a message"):
+                    await exchange.read()
+            else:
+                assert await exchange.read() == b""
+            await exchange.close()
+    run(main)
+
+
 def test_what_take_raises_comes_up_in_the_task():
     async def main():
         async with Scripted(pumped(PAUSED)) as server, upstream_of() as upstream:

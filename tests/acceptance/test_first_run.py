@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pomex as program
 import pytest
-from harness import (CODEX_VERSIONS, DIRECT, HERE, JSON, NEWEST_CODEX, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary,
-                     found_in_log, free_port, keep_lines, llama_python, running_pomex)
+from harness import (CODEX_VERSIONS, DIRECT, JSON, NEWEST_CODEX, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary,
+                     found_in_log, free_port, keep_lines, running_pomex)
 from scripted import ResponseContext, Refusal, Upstream, says
 
 pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
@@ -222,86 +222,6 @@ def test_doctor_goes_to_the_gateway_that_codex_uses(place: tuple[Shell, Pomex]) 
     made.configure(gateway.codex_block())
     found = made.doctor(POMEX_PORT=str(free_port()))
     assert found.wrong == [] and gateway.url.removesuffix("/v1") in found.row("gateway")
-
-
-# --- doctor --live: real and scripted providers ------------------------------------------------------
-
-PROVIDERS: dict[str, tuple[str, tuple[ResponseContext | Refusal, ...], tuple[str, ...]]] = {   # name -> wire, what it does, its rows
-    "anthropic": ("messages", (says("OK.", input_tokens=6000),), (
-        r"anthropic/claude-sonnet-5-5: \d+ events, ended with response.completed",)),
-    "google": ("gemini", (says("OK.", input_tokens=6000),), (
-        r"google/gemini-pro-latest: \d+ events, ended with response.completed",)),
-    "openai": ("responses", (Refusal(401, {"error": {"message": "Incorrect API key provided: sk-1", "type": "invalid_request_error",
-                                                     "code": "invalid_api_key"}}),), (
-        r"openai/gpt-6.2-sol: The provider refused the gateway's credentials.   fix: export SCRIPTED_KEY=... with a key that is "
-        "valid, then restart Pomex",)),
-    "gone": ("chat", (), (r"gone/x: gone: connection refused \(127.0.0.1:\d+, \d tries\). No provider left.   fix: start it, or put "
-                          r"its right base_url into \[providers.gone\]",)),
-    "cut": ("chat", (says("This one is cut in the middle.", end="cut"),), (
-        r"cut/x: Provider cut .* The connection ended in the middle of a message.   fix: the gateway's log says more.*",)),
-    "short": ("chat", (says("OK.", end="length"),), (r"short/x: \d+ events, ended with response.incomplete",)),
-    "poor": ("chat", (Refusal(402, {"error": {"message": "Insufficient balance"}}),), (
-        "poor/x: Insufficient balance   fix: pay the provider, or: codex -m ANOTHER/MODEL",)),
-    "empty": ("chat", (Refusal(404, {"error": {"message": "The model `x` does not exist"}}),), (
-        r'empty/x: empty has no model "x". All names: GET /v1/models or /admin#models   fix: put names that it has into models .*',)),
-}
-
-
-def test_doctor_asks_every_provider(tmp_path: Path) -> None:
-    """Anthropic and Gemini in their own wires, and five ways to fail, each with its cure."""
-    config, upstreams = f"[server]\nport = {free_port()}\n", []
-    for name, (wire, answers, _) in PROVIDERS.items():
-        address = f"http://127.0.0.1:{free_port()}/x/v1"
-        if answers:
-            upstreams.append(Upstream())
-            upstreams[-1].script.play(*answers * 6)
-            address = upstreams[-1].base_url(name)
-        models = "" if name in ("anthropic", "google", "openai") else 'models = ["x"]\n'
-        config += f'[providers.{name}]\nwire_api = "{wire}"\nbase_url = "{address}"\nenv_key = "SCRIPTED_KEY"\n{models}'
-    config += '[providers.nameless]\nwire_api = "chat"\nbase_url = "http://127.0.0.1:1/v1"\n'
-    with running_pomex(tmp_path / "gateway", config, {"SCRIPTED_KEY": "upstream-secret"}) as gateway:
-        made = shell(tmp_path / "shell", POMEX_CONFIG=str(tmp_path / "gateway" / "pomex.toml"), POMEX_API_KEY=gateway.key,
-                     SCRIPTED_KEY="upstream-secret")
-        made.configure(gateway.codex_block())
-        found = made.type("python pomex.py doctor --live")
-        spent = json.loads(gateway.command("usage", "--since", "1d", "--by", "key", "--json"))
-    for upstream in upstreams:
-        upstream.close()
-    rows = re.split(r"\n(?=\w)", found.stdout)[-len(PROVIDERS) - 2:]
-    for name, (_, _, said) in PROVIDERS.items():
-        row = next(row for row in rows if row.startswith(name + " "))
-        for line, words in zip(row.splitlines(), said, strict=True):
-            good = "fix" not in words
-            assert re.fullmatch(rf" *\S+ +{'(?:ok|note)' if good else 'wrong'} +{words}", line), line
-    assert re.match(r'nameless +missing +no model of it is known by name   fix: models = \["NAME"\] in \[providers.nameless\]', rows[0])
-    assert spent[0]["cost_nanos"] > 0.02 * 10**9, "they were asked"
-    assert rows[-1] == "6 problems\n" and found.returncode == 1, found
-
-
-def test_doctor_asks_a_real_llamacpp_over_three_wires(tmp_path: Path) -> None:
-    with subprocess.Popen([str(llama_python()), str(HERE / "llama_server.py")], text=True, stderr=subprocess.DEVNULL,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        assert server.stdin is not None and server.stdout is not None
-        origin = server.stdout.readline().strip()
-        config = f"[server]\nport = {free_port()}\n" + "".join(
-            f'[providers.{name}]\nwire_api = "{name}"\nbase_url = "{origin}/v1"\nmodels = ["smollm2"]\n'
-            for name in ("chat", "responses", "messages"))
-        with running_pomex(tmp_path / "gateway", config) as gateway:
-            made = shell(tmp_path / "shell", POMEX_CONFIG=str(tmp_path / "gateway" / "pomex.toml"), POMEX_API_KEY=gateway.key)
-            made.configure(gateway.codex_block())
-            found = made.type("python pomex.py doctor --live")
-        server.stdin.close()
-    for name in ("chat", "responses", "messages"):
-        assert re.search(rf"^{name} +ok +{name}/smollm2: \d+ events, ended with response.\w+$", found.stdout, re.M), found.stdout
-    assert found.returncode == 0 and found.stdout.endswith("\n0 problems\n"), found
-
-
-def test_doctor_says_where_there_is_no_provider_but_the_demo(place: tuple[Shell, Pomex]) -> None:
-    made, gateway = place
-    made.configure(gateway.codex_block())
-    found = made.type("python pomex.py doctor --live")
-    assert re.search(r"^providers +note +none but the demo   fix: export OPENAI_API_KEY=", found.stdout, re.M)
-    assert found.returncode == 0
 
 
 # --- the troubleshooting table of FIRST-RUN.md, made for real ----------------------------------------
@@ -627,7 +547,7 @@ def test_what_codex_itself_writes_between_write_and_undo_stays(tmp_path: Path, v
     added = made.type("python pomex.py codex --write --model demo/echo", "codex mcp add docs -- npx docs-server")
     assert added.returncode == 0 and "model_providers.pomex" in made.config.read_text(), added
     undone = made.type("python pomex.py codex --undo", "codex mcp list")
-    assert undone.returncode == 0 and "docs-server" in undone.stdout and "kept beside it as" in undone.stderr, undone
+    assert undone.returncode == 0 and "docs-server" in undone.stdout and "Pomex's settings are out of" in undone.stderr, undone
     mine = {} if before is None else {"model": "gpt-5.5"}
     assert program.tomllib.loads(made.config.read_text()) == {**mine, "mcp_servers": {
         "docs": {"command": "npx", "args": ["docs-server"]}}}

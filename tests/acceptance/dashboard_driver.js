@@ -92,6 +92,10 @@ function call(method, path, body, headers = {}) {
   await check("the playground shows typed events and the answer", async () => { await page.fill("textarea[name=input]", EVIL); await page.click("text=Send");
     await page.waitForSelector("text=response.completed after", { timeout: 5000 }); await page.waitForSelector("text=Show the request", { timeout: 5000 });
     return (await page.textContent(".out")).includes(EVIL) && (await page.textContent(".ev")).includes("response.output_text.delta"); });
+  await check("tools that are no JSON are told at their field, and the request is copied as curl", async () => {
+    await page.fill("textarea[name=tools]", "["); await page.click("text=Copy as curl"); await page.waitForSelector("#f-tools-error >> text=JSON");
+    await page.fill("textarea[name=tools]", ""); await page.click("text=Copy as curl"); await page.waitForTimeout(100);
+    return (await page.evaluate(() => navigator.clipboard.readText())).includes("curl -N " + base + "/v1/responses"); });
   await check("the request stands in the log with its detail", async () => { await page.click("text=Show the request");
     await page.waitForSelector("text=Terminal event"); return (await page.textContent("#main")).includes("response.completed"); });
   await go("providers");
@@ -106,6 +110,13 @@ function call(method, path, body, headers = {}) {
     await page.route("**/admin/api/models", r => r.fulfill({ status: 404, json: { error: { message: "The ledger is locked." } } }));
     await go("models"); await page.waitForSelector("[role=alert] >> text=The ledger is locked."); await page.unroute("**/admin/api/models");
     await page.click("text=Retry"); await page.waitForSelector("tbody >> text=demo/echo"); });
+  await check("a live feed that breaks is opened again", async () => {
+    await go("overview"); await page.route("**/admin/api/events", r => r.fulfill({ status: 404 })); await page.reload(); await page.waitForSelector("#live >> text=Reconnecting");
+    await page.unroute("**/admin/api/events"); await page.waitForSelector("#live >> text=Live", { timeout: 6000 }); });
+  await check("older requests follow on demand, once", async () => {
+    for (let i = 0; i < 55; i++) await call("POST", "/v1/responses", body("demo/echo"));
+    await go("usage"); await page.click("text=Show older"); await page.waitForSelector("text=Show older", { state: "detached" });
+    const ids = await page.$$eval("tbody a.name", all => all.map(a => a.hash)); return ids.length > 55 && new Set(ids).size === ids.length || ids.length; });
   await go("usage?model=nothing/here");
   await check("a filter without a match offers to clear it", async () => { await page.click("text=Clear filters"); await page.waitForSelector("tbody tr"); });
   await go("overview");

@@ -14872,8 +14872,8 @@ main:focus{outline:0}
 .dot{width:8px;height:8px;border-radius:50%;background:var(--accent);flex:none;display:inline-block}
 .dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
 .dot.off{background:none;border:1.5px solid var(--ink3)}
-.live .dot:not(.off){animation:p 2s infinite}
-@keyframes p{50%{opacity:.3}}
+.live .dot:not(.off){animation:pulse 2s infinite}
+@keyframes pulse{50%{opacity:.3}}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
 .seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
   font:inherit;font-size:13px;cursor:pointer}
@@ -14927,17 +14927,18 @@ svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
 .gl{stroke:var(--line)}
 .cur{fill:var(--ink);opacity:.07}
 .tick{stroke:var(--ink);stroke-width:2}
-.bar{display:block;width:100%;height:8px}
+.bar,.strip,.chart{display:block;width:100%}
+.bar{height:8px}
 svg .ok{fill:var(--accent)}svg .warn{fill:var(--warn)}svg .bad{fill:var(--bad)}
 .soft{opacity:.35}
-.strip{display:block;width:100%;height:28px;margin-bottom:14px}
+.strip{height:28px;margin-bottom:14px}
 .leg{display:flex;gap:6px 18px;flex-wrap:wrap;font-size:13px;color:var(--ink2)}
 .leg li{display:flex;align-items:center;gap:7px;overflow-wrap:anywhere}
 .leg svg{width:10px;height:10px;flex:none}
 .leg b{font-weight:600;color:var(--ink)}
 .read{min-height:20px;margin:10px 0 6px;font-size:13px;color:var(--ink2)}
 .read b{color:var(--ink)}
-.chart{display:block;width:100%;height:208px;touch-action:pan-y}
+.chart{height:208px;touch-action:pan-y}
 .grow{display:flex;flex-direction:column}
 .grow .chart{flex:1 1 208px;min-height:208px}
 .scroll{overflow:auto;max-height:320px}
@@ -14991,7 +14992,7 @@ a.name:hover{text-decoration:underline}
 .st.bad{border-color:var(--bad);color:var(--bad)}
 .st.now{border-color:var(--accent);color:var(--accent)}
 .st.now::after{content:"";width:8px;height:8px;border-radius:50%;background:var(--accent);
-  animation:p 1.4s infinite}
+  animation:pulse 1.4s infinite}
 .code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;
   margin-top:10px}
 pre.wrap{white-space:pre-wrap}
@@ -15019,8 +15020,7 @@ dialog h2{font-size:16px;margin-bottom:12px}
 .facts dd{overflow-wrap:anywhere}
 .ev{font-size:12.5px}
 .ev li{border-top:1px solid var(--line)}
-.ev summary{display:grid;cursor:pointer;grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0;
-  list-style:none}
+.ev summary{display:grid;cursor:pointer;grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0}
 .ev summary::-webkit-details-marker{display:none}
 .out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
 .login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}
@@ -15235,7 +15235,8 @@ function tokens(n) {
   if (n >= 1e6) return (n / 1e6).toFixed(1) + " M";
   return n >= 1e3 ? (n / 1e3).toFixed(1) + " k" : String(n);
 }
-const axisUsd = nanos => "$" + (nanos / 1e9).toLocaleString("en-US", {maximumSignificantDigits: 4});
+const axisUsd = nanos =>        // $0.0025, $0.50, $2
+  "$" + (nanos / 1e9).toLocaleString("en-US", {maximumSignificantDigits: 4}).replace(/\.\d$/, "$&0");
 const shortTokens = n => tokens(n).replace(".0", "");
 function seconds(ms) {
   const value = ms / 1000;
@@ -15497,7 +15498,8 @@ function closeFeed() {
   feed = null;
   feedIsOpen = false;
 }
-function resumeFeed() {
+async function resumeFeed() {
+  await api("session").catch(() => null);       // shows the login if the session has ended
   openFeed();
   if (session) view.refresh?.();
 }
@@ -15594,7 +15596,7 @@ function roundUp(value) {
 
 const ARROWS = {ArrowLeft: -1, ArrowRight: 1};
 // Stacked bars with a line of text for one of them, or the same data as a table. A series is {name, color, values};
-// `now` is the current slot, `least` the minimum of the axis, `tick` the label below a slot.
+// `now` is the current slot, `least` the minimum of the axis, `tick` a label below it.
 function barChart(title, chart) {
   const {slots, series, format, label} = chart;
   const totals = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
@@ -15876,7 +15878,6 @@ function providerLatencies(providers) {
 
 // --- keys and accounts ---
 const PERIODS = [["month", "monthly"], ["week", "weekly"], ["day", "daily"], ["total", "never"]];
-const periodText = period => Object.fromEntries(PERIODS)[period];
 const EXPIRIES = [["0", "never"], ["30", "in 30 days"], ["90", "in 90 days"], ["365", "in a year"]];
 const keyFields = ({budget_nanos, period, models = ""}) => [
   amount("Budget", "budget", "no limit", budget_nanos == null ? null : String(budget_nanos / 1e9)),
@@ -15971,7 +15972,7 @@ function drawKeys({keys, accounts, now_s}) {
     card("full", heading("All keys", span("", `${active} active, ${usd(spent, 2)} this month`)),
       keys.length ? table("stack", "All keys", keyColumns(accounts, now_s), keys)
         : para("empty", "No keys. Create the first one above.")),
-    card("full", heading("Accounts", span("", "who pays: prepaid credit, a monthly limit, or neither"),
+    card("full", heading("Accounts", span("", "prepaid credit, a monthly limit, or neither"),
       button("New account", "s", openNewAccount)), table("stack", "Accounts", ACCOUNT_COLUMNS, accounts)));
 }
 
@@ -15982,7 +15983,7 @@ function keyColumns(accounts, now_s) {
   function spent(key) {
     const budget = key.budget_nanos, total = usd(key.spent_nanos, 2) + " ";
     if (budget == null) return [total, span("dim", "no budget")];
-    const period = key.period === "total" ? "in all" : periodText(key.period);
+    const period = key.period === "total" ? "in all" : Object.fromEntries(PERIODS)[key.period];
     const limit = `of ${usd(budget, budget % 1e9 ? 2 : 0)} ${period}`;
     return [div("nw", total, span("dim", limit)), bar(usedPart(key), budgetClass(usedPart(key)))];
   }
@@ -16053,9 +16054,7 @@ function openCredit({name}) {
 }
 
 // --- the usage log and one request ---
-const TIMES = [
-  ["", "any time"], ["today", "today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"],
-];
+const TIMES = [["", "any time"], ["today", "today"], ["7d", "last 7 days"], ["30d", "last 30 days"]];
 const FILTERS = {
   time: "Time", result: "Result", text: "ID or error", key: "Key", model: "Model", provider: "Provider",
   endpoint: "Endpoint", min_cost: "Cost from, USD",
@@ -16116,7 +16115,7 @@ function showUsage(main, query, id) {
   const parts = [pageTop("Usage log", liveMark(), exports), card("pad", form)];
   const page = livePage(main, parts, () => api(`usage?${params()}`), draw);
   // New rows must not replace older ones that the user asked for.
-  return {...page, live: () => rows.length <= 50 && page.live()};
+  return {...page, live: throttle(() => rows.length <= 50 && page.refresh())};
 }
 
 function describeTotals(sums) {
@@ -16230,7 +16229,7 @@ function showModels(main) {
     const any = data.any.join(", ");
     return [
       div("grid", card("full", heading(models.length + " models",
-        span("", "US dollars per million tokens; prices of " + data.prices_date)), found)),
+        span("", "USD per million tokens; prices of " + data.prices_date)), found)),
       any && para("note ok", `Any other model of ${any} works too, as provider/model-name.`),
       missingKeys(data.missing),
     ];

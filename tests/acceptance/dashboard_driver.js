@@ -115,7 +115,7 @@ function call(method, path, body, headers = {}) {
     await page.unroute("**/admin/api/events"); await page.waitForSelector("#live >> text=Live", { timeout: 6000 }); });
   await check("older requests follow on demand, once", async () => {
     for (let i = 0; i < 55; i++) await call("POST", "/v1/responses", body("demo/echo"));
-    await go("usage"); await page.click("text=Show older"); await page.waitForSelector("text=Show older", { state: "detached" });
+    await go("usage"); await page.waitForTimeout(2500); await page.click("text=Show older"); await page.waitForSelector("text=Show older", { state: "detached" });
     const ids = await page.$$eval("tbody a.name", all => all.map(a => a.hash)); return ids.length > 55 && new Set(ids).size === ids.length || ids.length; });
   await go("usage?model=nothing/here");
   await check("a filter without a match offers to clear it", async () => { await page.click("text=Clear filters"); await page.waitForSelector("tbody tr"); });
